@@ -40,12 +40,12 @@ def test_a_header_tells_time_and_score():
 
 
 def test_a_rung_compares_two_rows():
-    for ladder in LADDERS:
-        for rung in ladder.rungs:
+    for name, rungs in LADDERS.items():
+        for rung in rungs:
             assert rung.key in ROWS and (not rung.base or rung.base in ROWS), rung
             assert rung.key != rung.base, rung
-        pairs = [scores.pair_name(rung) for rung in ladder.rungs if rung.base]
-        assert len(pairs) == len(set(pairs)), ladder.name
+        pairs = [scores.pair_name(rung) for rung in rungs if rung.base]
+        assert len(pairs) == len(set(pairs)), name
     for row in ROWS.values():
         for part in row.joined:
             assert list(ROWS).index(part) < list(ROWS).index(row.key)

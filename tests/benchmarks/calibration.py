@@ -29,21 +29,13 @@ OTHERS = 10_000  # clips of strangers that it is measured on
 
 
 class Found(NamedTuple):
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-      new: mean probability of somebody new.
-      error: expected calibration error of the best name, in ten bins.
-      alarms: share of further strangers at the threshold for 1 %.
-      right: share of known clips whose best name is right.
-      settings: those that were fitted.
-    """
-
-    new: float
-    error: float
-    alarms: float
-    right: float
-    settings: Settings
+    new: float  # mean probability of somebody new
+    error: float  # expected calibration error of the best name, in ten bins
+    alarms: float  # share of further strangers at the threshold for 1 %
+    right: float  # share of known clips whose best name is right
+    settings: Settings  # those that were fitted
 
 
 def measure(

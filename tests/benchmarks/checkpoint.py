@@ -2,11 +2,10 @@
 
     python -m tests.benchmarks.checkpoint [--megabytes=400] [--rounds=5] [--folder=DIR]
 
-The arrays are parameters and both moments of Adam; wanted is at most 5 % of the time of a save, or
-1 s per GB.
+DIR lies on the disk to measure. The arrays are parameters and both moments of Adam; wanted is at
+most 5 % of the time of a save, or 1 s per GB.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -52,18 +51,14 @@ def timed(function: Callable[[], Any]) -> Timed:
 
 def main() -> None:
     """Prints a table of medians over rounds in which each is done in turn."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--megabytes", type=float, default=400)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="on the disk to measure")
-    args = parser.parse_args()
+    args = common.parse(__doc__, megabytes=400.0, rounds=5, folder="")
     items = jax.block_until_ready(make_items(args.megabytes * 1e6))
     everywhere = devices.replicated(devices.make_mesh(1))
     names = ("Orbax alone saves", "save", "digests", "find", "Orbax loads")
     found: dict[str, list[Timed]] = {name: [] for name in names}
     size = 0
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        with tempfile.TemporaryDirectory(dir=args.folder or None) as name:
             folder = Path(name)
             bare = str(folder / "bare")
             found[names[0]].append(timed(lambda p=bare: ocp.save_checkpointables(p, items)))

@@ -13,7 +13,6 @@ with D features, K = 1 + identities, frames in float16, the sums in float32 and 
 """
 
 import argparse
-import functools
 import sys
 import time
 
@@ -21,14 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.benchmarks import common
-from tests.benchmarks.evaluation import MadeUp
-from vidjax import devices, ensemble
-from vidjax.data import resident
-from vidjax.evaluation import scoring
-from vidjax.evaluation.scoring import TrainedModel
+from tests.benchmarks import common, evaluation
+from vidjax import devices
 from vidjax.models import plda_fit
-from vidjax.steps.train_step import make_train_loop
 
 SETTINGS = ("within=0.8", "between=0.75", "scale=0.06", "unenrolled=-2.0", "stranger=2.0")
 
@@ -48,9 +42,7 @@ def benchmark(args: argparse.Namespace) -> None:
     words = [f"model.{word}" for word in SETTINGS]
     size = {"num_identities": args.num_identities, "num_clips": args.clips}
     run = common.make_run("plda.py:face", words, batch_size=256, **size)
-    mesh = devices.make_mesh(1)
-    draw = functools.partial(resident.draw_batch, plan=run.plan)
-    loop = make_train_loop(run.system, mesh, lambda clips, step: draw(clips, step=step))
+    loop, mesh = common.make_loop(run), devices.make_mesh(1)
     seconds: dict[str, float] = {}
 
     def timed(name: str, began: float) -> float:
@@ -67,13 +59,8 @@ def benchmark(args: argparse.Namespace) -> None:
     solved = devices.replicate(mesh, run.system.model.solve(state.params, state.model_state))
     timed("solution", began)
 
-    data = MadeUp(run, args.num_identities)
-    sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
-    model = TrainedModel.from_params("", run.system, mesh, state.params, solved, sets, data)
-    rates = []
-    for _ in range(3):
-        results = scoring.score([model], "val", mesh, block_size=256).results
-        rates.append(results["eval_clips_per_second"])
+    model, _ = evaluation.make_model(run, args.num_identities, state.params, solved)
+    rates = [evaluation.rank(model)["eval_clips_per_second"] for _ in range(3)]
     frames = len(run.clips["face"].number)
     dim, classes = common.DIM, 1 + args.num_identities
     expected = frames * dim * 2 + classes * (dim + 1) * 4 + classes * dim * 8 * 4
@@ -90,10 +77,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clips", type=int, default=57_820)
-    parser.add_argument("--num_identities", type=int, default=10_034)
-    benchmark(parser.parse_args())
+    benchmark(common.parse(__doc__, clips=57_820, num_identities=10_034))
 
 
 if __name__ == "__main__":

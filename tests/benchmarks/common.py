@@ -1,15 +1,17 @@
-"""What the benchmarks share: made-up clips, timing in turns, bare matrix products, tables.
+"""What the benchmarks share: made-up clips and runs, timing in turns, matrix products, tables.
 
 Needs jax, flax and optax only, and fills its arrays on the device, so that it runs where there is
 neither TensorFlow nor a dataset.
 """
 
+import argparse
 import ctypes
 import gc
 import math
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,19 +23,55 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from vidjax import config_io, devices, ensemble
-from vidjax.batch import Array, Packed
+from vidjax import config_io, devices, ensemble, fusion
+from vidjax.batch import Array, Frames, Packed
+from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
+from vidjax.steps import train_step
 from vidjax.system import System, TaskSpec, make_system
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+# The nets of published size, the residual one 4096 wide with one draw a clip: name ->
+# (configuration, overrides, options of PyTorch's).
+NETS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "mlp": ("quality_fusion.py:iqiyi_vid", (), {}),
+    "residual": (
+        "residual_dense.py:iqiyi_vid,face,one",
+        ("model.width=4096", "fusion.face.train.num_draws=1"),
+        {"width": 4096, "num_draws": 1},
+    ),
+    "mma": ("mma.py:iqiyi_vid", (), {}),
+}
 DIM = 512
 LONGEST = {"face": 59, "head": 59, "body": 29, "audio": 1}  # frames: 1 to these, 30 on average
 PLACES = {"face": 64, "head": 64, "body": 32, "audio": 1}  # to which they are padded
 DRAWN = 1 << 16  # different frames of a modality
 SECONDS = 0.25  # the least that is timed at once: a step of an accelerator takes milliseconds
 MIB = 1 << 20
+
+
+def parse(
+    doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
+) -> argparse.Namespace:
+    """Returns the words of a command: flags, and options of the types of their defaults."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in options.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, metavar=name[0].upper())
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    return parser.parse_args(argv)
+
+
+def run_again(*words: str, **variables: str) -> str:
+    """Returns what `python -m tests.benchmarks.WORDS` prints, a process of its own."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{words[0]}", *words[1:]]
+    env = os.environ | variables
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
+    return done.stdout
 
 
 def make_clips(modalities: Sequence[str], num_clips: int, seed: int = 0) -> dict[str, Packed]:
@@ -82,13 +120,8 @@ def make_run(
 ) -> Run:
     """Returns the system of a configuration on as many clips as there are in four batches.
 
-    Args:
-      spec: `NAME:ARGS` of a file in `configs/`.
-      overrides: `FIELD=VALUE`, of the configuration.
-      batch_size: B.
-      num_identities: C.
-      num_clips: of all made-up clips.
-      abstract: True for shapes and dtypes in place of the state.
+    `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE. `abstract` is True for
+    shapes and dtypes in place of the state.
     """
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
@@ -117,8 +150,26 @@ def make_run(
     return Run(system, state, tables, clips, plan, num_params)
 
 
+def make_loop(run: Run, axes: Any = None) -> Any:
+    """Returns compiled steps on resident clips: (state, tables, clips, count) to state, outcome."""
+    return train_step.make_train_loop(
+        run.system,
+        devices.make_mesh(1),
+        lambda x, step: resident.draw_batch(x, run.plan, step),
+        axes,
+    )
+
+
+def for_torch(frames: Mapping[str, Frames]) -> dict[str, tuple[np.ndarray, ...]]:
+    """Returns padded clips as `make_batch` of PyTorch's side takes them."""
+    arrays = {
+        n: (fusion.read(x.features), x.quality, x.detection, x.mask) for n, x in frames.items()
+    }
+    return {name: tuple(map(np.array, fields)) for name, fields in arrays.items()}
+
+
 class Product(NamedTuple):
-    """A matrix product of a trace: shapes of both operands, what is contracted, its work."""
+    """A matrix product of a trace."""
 
     left: tuple[int, ...]
     right: tuple[int, ...]
@@ -151,19 +202,12 @@ def products(jaxpr: Any) -> Iterator[Product]:
 def make_bare(found: Sequence[Product], rng: Array, times: int) -> Callable[[], Array]:
     """Returns the products alone, on made-up operands of their own, as one compiled program.
 
-    The program repeats all of them in a loop, as training repeats its steps. Otherwise it would
-    measure how the system hands out memory for new results, too.
-
-    Args:
-      found: the products.
-      rng: of the operands.
-      times: how often the program computes them.
+    The program repeats all of them `times` times in a loop, as training repeats its steps.
+    Otherwise it would measure how the system hands out memory for new results, too.
     """
     shapes = [x.aval for product in found for x in product.equation.invars]
     keys = jax.random.split(rng, len(shapes))
-    arrays = iter(
-        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True)]
-    )
+    arrays = (jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
     operands = [[next(arrays), next(arrays)] for _ in found]  # no product stands for another
 
     @jax.jit
@@ -225,9 +269,7 @@ def ratio(found: Mapping[str, Sequence[float]], above: str, below: str) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def median(values: Sequence[float]) -> float:
-    """Returns the median."""
-    return statistics.median(values)
+median = statistics.median
 
 
 def peak_bytes() -> int:

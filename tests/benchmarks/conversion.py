@@ -67,9 +67,7 @@ def write_npz(folder: Path, args: argparse.Namespace) -> None:
     """Writes a file per clip."""
     rng = np.random.default_rng(0)
     (folder / "train").mkdir(parents=True)
-    frames: dict[str, Any] = {
-        name: random_clip(rng, args.frames, 512).features for name in ("face", "head")
-    }
+    frames: Any = {n: random_clip(rng, args.frames, 512).features for n in ("face", "head")}
     for number in range(args.clips):
         np.savez(folder / "train" / f"clip_{number:06d}.npz", **frames)
 
@@ -111,13 +109,11 @@ def digest(cache: Path) -> str:
 
 
 ONE = "one process"
+BEAM = "direct_num_workers=2,direct_running_mode=multi_processing"
 ENGINES = {
     ONE: ["--workers=1"],
     "a pool of 2": ["--workers=2"],
-    "Beam": [
-        "--workers=2",
-        "--beam_options=direct_num_workers=2,direct_running_mode=multi_processing",
-    ],
+    "Beam": ["--workers=2", f"--beam_options={BEAM}"],
 }
 SOURCES = {
     "pickles": (write_pickles, "vidjax.data.iqiyi_vid"),
@@ -128,11 +124,8 @@ SOURCES = {
 
 def compare_engines(args: argparse.Namespace) -> None:
     """Prints the seconds of every engine, and how many times it is faster than one process."""
-    engines = {
-        name: words
-        for name, words in ENGINES.items()
-        if name != "Beam" or importlib.util.find_spec("apache_beam")
-    }
+    beam = importlib.util.find_spec("apache_beam")
+    engines = {name: words for name, words in ENGINES.items() if name != "Beam" or beam}
     rows: list[list[str]] = [[f"{name}, s"] for name in engines]
     rows += [[f"{name} is faster by"] for name in engines if name != ONE]
     for kind in SOURCES:
@@ -172,8 +165,7 @@ def loading_seconds(path: Path, rounds: int) -> dict[str, list[float]]:
     seconds = {how: [] for how in ("pickle", "sealed", "unpack")}
     for _ in range(rounds):
         for how, found in seconds.items():
-            command = [sys.executable, "-m", "tests.benchmarks.conversion", "--load", how, path]
-            found.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
+            found.append(float(common.run_again("conversion", "--load", how, str(path))))
     return seconds
 
 

@@ -8,7 +8,6 @@ files into memory, as the systems of the challenge did. They take turns. Our fir
 files and compiles; it is shown by itself, the ratio is that of later ones.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -24,20 +23,15 @@ import numpy as np
 from tests.benchmarks import common
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 
-ROOT = Path(__file__).parents[2]
-
 
 def write_files(
     directory: Path, counts: dict[str, int], num_identities: int, likeness: float = 0.0
 ) -> None:
-    """Writes made-up faces of some splits as official files; a third of val are distractors.
+    """Writes made-up faces as official files; a third of val are distractors.
 
-    Args:
-      directory: where to write.
-      counts: split -> number of clips.
-      num_identities: people, clip by clip in turn.
-      likeness: length of a person's own part of a face, relative to the rest of it; 0 for none.
-        Otherwise features have a standard deviation near 1, from which nets learn sooner.
+    `counts` are split -> number of clips, of one person after another. `likeness` is the length of
+    a person's own part of a face, relative to the rest of it; 0 for none. Otherwise features have a
+    standard deviation near 1, from which nets learn sooner.
     """
     rng = np.random.default_rng(0)
     frames = random_clip(rng, 4096, 512)
@@ -68,7 +62,7 @@ def run(words: Sequence[str], env: dict[str, str]) -> list[tuple[float, str]]:
     lines = []
     with subprocess.Popen(
         [sys.executable, "-m", *words],
-        cwd=ROOT,
+        cwd=common.ROOT,
         env=env,
         text=True,
         stdout=subprocess.PIPE,
@@ -82,21 +76,7 @@ def run(words: Sequence[str], env: dict[str, str]) -> list[tuple[float, str]]:
     return [*lines, (time.perf_counter() - began, "")]
 
 
-def first_step(lines: Sequence[tuple[float, str]]) -> float:
-    """Returns the seconds until a run of ours told of its first training step."""
-    return next(seconds for seconds, line in lines if line.startswith("train: "))
-
-
-def make_parser(rounds: int) -> argparse.ArgumentParser:
-    """Returns a parser of the sizes of whole runs."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--val_clips", type=int, default=5_000)
-    parser.add_argument("--num_identities", type=int, default=10_034)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=rounds)
-    return parser
+SIZES = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
 
 
 def our_words(folder: Path, epochs: int, batch_size: int) -> list[str]:
@@ -114,10 +94,7 @@ def their_words(folder: Path, epochs: int, batch_size: int) -> list[str]:
 
 def main() -> None:
     """Prints the seconds by round and the ratio."""
-    parser = make_parser(rounds=2)
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    args = parser.parse_args()
-
+    args = common.parse(__doc__, "--compile", **SIZES, batch_size=1024, rounds=2)
     folder = Path(tempfile.mkdtemp())
     env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
     counts = {"train": args.clips, "val": args.val_clips}
@@ -134,7 +111,7 @@ def main() -> None:
             workdir = folder / f"run{number}"
             lines = run([*ours, f"--workdir={workdir}"], env)
             whole = lines[-1][0]
-            starts.append(first_step(lines))
+            starts.append(next(at for at, line in lines if line.startswith("train: ")))
             metrics = json.loads((workdir / "metrics.json").read_text())
             waits.append(metrics["waited_seconds"] / whole)
             seconds["vidjax"].append(whole)

@@ -15,8 +15,6 @@ not counted: there large arrays are mapped by themselves.
 # pyright: reportMissingImports=false
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.benchmarks import common, training_step
-from vidjax import devices, ensemble, fusion
+from tests.benchmarks import common
+from vidjax import devices, ensemble
 from vidjax.batch import Batch
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import resident
@@ -79,27 +77,29 @@ class MadeUp:
             yield Batch(frames, clip_index, batch_mask)
 
 
+def make_model(
+    run: common.Run, num_identities: int, params: Any, model_state: Any
+) -> tuple[TrainedModel, MadeUp]:
+    """Returns a model with these weights that ranks a run's clips, and the clips."""
+    data, mesh = MadeUp(run, num_identities), devices.make_mesh(1)
+    sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
+    return TrainedModel.from_params("", run.system, mesh, params, model_state, sets, data), data
+
+
+def rank(model: TrainedModel, block_size: int = 256) -> dict[str, Any]:
+    """Returns the results of an evaluation."""
+    return scoring.score([model], "val", devices.make_mesh(1), block_size=block_size).results
+
+
 def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:
     """Returns the whole and the forward pass, as functions."""
-    spec, overrides, _ = training_step.NETS[args.net]
+    spec, overrides, _ = common.NETS[args.net]
     words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
-    run = common.make_run(
-        spec,
-        words,
-        batch_size=256,
-        num_identities=args.num_identities,
-        num_clips=args.clips,
-    )
-    mesh = devices.make_mesh(1)
-    data = MadeUp(run, args.num_identities)
-    training_sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
-    model = TrainedModel.from_params(
-        "", run.system, mesh, run.state.params, run.state.model_state, training_sets, data
-    )
-    params, model_state = ensemble.take((run.state.params, run.state.model_state), 0)
-
-    def whole() -> Any:
-        return scoring.score([model], "val", mesh, block_size=args.block_size).results
+    sizes = {"num_identities": args.num_identities, "num_clips": args.clips}
+    run = common.make_run(spec, words, batch_size=256, **sizes)
+    weights = run.state.params, run.state.model_state
+    model, data = make_model(run, args.num_identities, *weights)
+    params, model_state = ensemble.take(weights, 0)
 
     def forward() -> None:
         block = None
@@ -107,7 +107,7 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
             block = model.eval_step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(block)
 
-    return {"whole": whole, "forward": forward}, run
+    return {"whole": lambda: rank(model, args.block_size), "forward": forward}, run
 
 
 def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[[], Any]]:
@@ -116,29 +116,25 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
 
     from tests.benchmarks import peer
 
-    options = training_step.NETS[args.net][2]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     blocks = []
     for at in range(0, PEER_CLIPS, 1024):
         clip_index, mask = jnp.arange(at, at + 1024, dtype=jnp.int32), jnp.ones(1024, bool)
-        frames = {}
-        for name, packed in run.clips.items():
-            one = resident.frames_of(packed, clip_index, mask, common.PLACES[name])
-            fields = (fusion.read(one.features), one.quality, one.detection, one.mask)
-            frames[name] = tuple(np.array(x) for x in fields)
-        blocks.append(peer.make_batch(frames, np.zeros(1024, np.int64), device))
-    recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **options)
-    recipe.net.to(device).eval()
-    found = {}
-    for kind in ("eager", "compiled"):
-        score = peer.make_scorer(
-            recipe,
-            compile=kind == "compiled",
-            dtype=torch.bfloat16 if args.bfloat16 else torch.float32,
-            device=device,
-        )
-        found[kind] = lambda score=score: peer.rank(score, blocks)
-    return found
+        frames = {
+            name: resident.frames_of(packed, clip_index, mask, common.PLACES[name])
+            for name, packed in run.clips.items()
+        }
+        clips = common.for_torch(frames)
+        blocks.append(peer.make_batch(clips, np.zeros(1024, np.int64), options["device"]))
+    net = common.NETS[args.net]
+    recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **net[2])
+    options["dtype"] = torch.bfloat16 if args.bfloat16 else torch.float32
+    eager = peer.make_scorer(recipe, **options)
+    compiled = peer.make_scorer(recipe, compile=True, **options)
+    return {
+        "eager": lambda: peer.rank(eager, blocks),
+        "compiled": lambda: peer.rank(compiled, blocks),
+    }
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -174,10 +170,9 @@ def grow(args: argparse.Namespace) -> None:
     sizes += [(10_000, identities) for identities in (1_000, 10_000, 100_000)]
     for clips, identities in sizes:
         words = [f"--net={args.net}", f"--clips={clips}", f"--num_identities={identities}", "--one"]
-        command = [sys.executable, "-m", "tests.benchmarks.evaluation", *words]
-        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
-        seconds, before, added = map(float, done.stdout.split()[-3:])
+        variables = {"MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
+        said = common.run_again("evaluation", *words, **variables)
+        seconds, before, added = map(float, said.split()[-3:])
         expected = REST + HELD * scoring.WINDOW_ROWS * 4 * identities
         sizes_of = (f"{x / common.MIB:,.0f}" for x in (before, added, expected))
         rows.append([f"{clips:,}", f"{identities:,}", f"{1e6 * seconds / clips:.0f}", *sizes_of])
@@ -197,23 +192,10 @@ def measure_one(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--net", choices=tuple(training_step.NETS), default="mlp")
-    parser.add_argument("--clips", type=int, default=60_000)
-    parser.add_argument("--num_identities", type=int, default=10_034)
-    parser.add_argument("--block_size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", action="store_true", help="PyTorch, too")
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        measure_one(args)
-    elif args.growth:
-        grow(args)
-    else:
-        benchmark(args)
+    sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
+    flags = ("--peer", "--bfloat16", "--growth", "--one")
+    args = common.parse(__doc__, *flags, net="mlp", **sizes)
+    (measure_one if args.one else grow if args.growth else benchmark)(args)
 
 
 if __name__ == "__main__":

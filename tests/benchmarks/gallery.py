@@ -103,20 +103,15 @@ def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
     identify(0)
     found["identify"] = timed(identify, TRIES)
     found["brute_force"] = brute_force(num_people, num_parts, rng)
-    for sync in (False, True):
-        people = people if not sync else Gallery(folder, sync=True)
-        start = 2_000_000 + 1_000_000 * sync
-        some = make_clips(num_parts, TRIES, rng, start)
-        batch = make_clips(num_parts, 1000, rng, start + 500_000)
-        single = list(some.items())
-        key = "_sync" if sync else ""
-        found["enrol_1" + key] = timed(lambda n, p=people, s=single: p.add(dict([s[n]])), TRIES)
-        found["remove_1" + key] = timed(
-            lambda n, p=people, s=single: p.remove(identity=[str(s[n][1].identity)]), TRIES
-        )
-        found["enrol_1000" + key] = timed(lambda _, p=people, b=batch: p.add(b), 1)
-        gone = [str(clip.identity) for clip in batch.values()]
-        found["remove_1000" + key] = timed(lambda _, p=people, g=gone: p.remove(identity=g), 1)
+    for key, start in {"": 2_000_000, "_sync": 3_000_000}.items():
+        people = Gallery(folder, sync=bool(key))
+        for count, tries in ((1, TRIES), (1000, 1)):
+            clips = make_clips(num_parts, count * tries, rng, start + 500 * count)
+            turns = [dict(list(clips.items())[n * count :][:count]) for n in range(tries)]
+            gone = [[str(clip.identity) for clip in turn.values()] for turn in turns]
+            add = timed(lambda n, p=people, turns=turns: p.add(turns[n]), tries)
+            remove = timed(lambda n, p=people, gone=gone: p.remove(identity=gone[n]), tries)
+            found |= {f"enrol_{count}{key}": add, f"remove_{count}{key}": remove}
     return found
 
 

@@ -6,7 +6,6 @@ Four modalities (face, head and body of 20 to 30 frames, one audio vector; 512 f
 1024, 64 frames. The two are timed in turns in one process, because the machine drifts between runs.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.benchmarks import common
 from tests.helpers.batches import train_batches
 from tests.helpers.clip_files import random_clip, write_pickle
 from tests.helpers.datasets import load_dataset
@@ -58,10 +58,7 @@ def clips_per_second(batches: Iterator, num_batches: int) -> float:
 
 def main() -> None:
     """Prints clips per second of both and their ratio, by round and as median."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clips", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = common.parse(__doc__, clips=4096, rounds=5)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         source.mkdir()

@@ -7,7 +7,6 @@ Identities are drawn from populations whose mean is known. `held` is the share o
 is the mean width in widths of the t interval.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from tests.benchmarks import common
 from vidjax import significance
 
 DRAWS = 1000  # of each bootstrap, in place of the 10,000 of a report
@@ -73,16 +73,11 @@ GAPS: dict[str, list[Kind]] = {
 
 
 class Row(NamedTuple):
-    """What was measured of a population at a number of identities.
+    """What was measured of a population at a number of identities."""
 
-    Attributes:
-      held, t_held: shares of the samples whose interval holds the true mean.
-      width: the mean width in widths of the t interval.
-    """
-
-    held: float
-    t_held: float
-    width: float
+    held: float  # share of the samples whose interval holds the true mean
+    t_held: float  # the same of the t interval
+    width: float  # the mean width in widths of the t interval
 
 
 def measure(name: str, num: int, *, repetitions: int) -> Row:
@@ -96,10 +91,8 @@ def measure(name: str, num: int, *, repetitions: int) -> Row:
         counts = rng.multinomial(num, shares / shares.sum())
         drawn = [draw(rng, count) for (_, _, draw), count in zip(kinds, counts, strict=True)]
         values = np.concatenate(drawn)
-        found = (significance.gap_interval if gaps else significance.map_interval)(
-            values, draws=DRAWS
-        )
-        bounds.append(found[:2])
+        interval = significance.gap_interval if gaps else significance.map_interval
+        bounds.append(interval(values, draws=DRAWS)[:2])
         half = stats.t.ppf(0.975, num - 1) * values.std(ddof=1) / num**0.5
         t_bounds.append((max(values.mean() - half, -gaps), min(values.mean() + half, 1)))
     (low, high), (t_low, t_high) = np.transpose(bounds), np.transpose(t_bounds)
@@ -119,10 +112,8 @@ def write(cells: Sequence[str]) -> None:
 
 def main() -> None:
     """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--identities", default=",".join(map(str, IDENTITIES)))
-    args = parser.parse_args()
+    given = ",".join(map(str, IDENTITIES))
+    args = common.parse(__doc__, repetitions=1000, identities=given)
     numbers = [int(num) for num in args.identities.split(",")]
     write(["population", *(f"{num:,}" for num in numbers)])
     write(["---"] * (1 + len(numbers)))

@@ -22,34 +22,21 @@ ON_REAL = {
 
 
 class Row(NamedTuple):
-    """A configuration that is run once per seed and dataset, or a join of others.
+    """A configuration that is run once per seed and dataset, or a join of others."""
 
-    Attributes:
-      key: names the row; the folders of its runs begin with it.
-      config: file in `configs/` without its ending; empty for a join.
-      words: arguments of the configuration.
-      modalities: modalities; empty for those of the configuration, on real clips for those of
-        ON_REAL.
-      overrides: further words of the command.
-      joined: keys of the rows that are joined, instead of `config`.
-      absent: dataset -> why there is no run on it.
-    """
-
-    key: str
-    config: str = ""
-    words: str = ""
-    modalities: str = ""
-    overrides: str = ""
-    joined: tuple[str, ...] = ()
-    absent: Mapping[str, str] = MappingProxyType({})
+    key: str  # names the row; the folders of its runs begin with it
+    config: str = ""  # file in `configs/` without its ending; empty for a join
+    words: str = ""  # arguments of the configuration
+    modalities: str = ""  # empty for those of the configuration, on real clips of ON_REAL
+    overrides: str = ""  # further words of the command
+    joined: tuple[str, ...] = ()  # keys of the rows that are joined, instead of `config`
+    absent: Mapping[str, str] = MappingProxyType({})  # dataset -> why there is no run on it
 
     def command(self, dataset: str, seed: int, folder: str) -> list[str]:
         """Returns the words that train the row; a join has none.
 
-        Args:
-          dataset: SYNTHETIC or REAL.
-          seed: of the net; on the synthetic dataset also of the data.
-          folder: the real clips.
+        The seed is that of the net, on the synthetic dataset also of the data. `folder` holds the
+        real clips.
         """
         real = dataset == REAL
         modalities = self.modalities or (ON_REAL.get(self.config, "") if real else "")
@@ -82,35 +69,14 @@ class Row(NamedTuple):
 
 
 class Rung(NamedTuple):
-    """A comparison of two rows that differ in one thing.
+    """A comparison of two rows that differ in one thing."""
 
-    Attributes:
-      text: what the row has and its base has not.
-      key: the row.
-      base: the row that it is compared with; empty for the first of a ladder.
-      published: MAP of the row in the publication, or the difference from its base with a sign.
-      why: the reason for a result that differs from the publication's.
-      absent: dataset -> why nothing is compared on it.
-    """
-
-    text: str
+    text: str  # what the row has and its base has not
     key: str
-    base: str = ""
-    published: str = ""
-    why: str = ""
-    absent: Mapping[str, str] = MappingProxyType({})
-
-
-class Ladder(NamedTuple):
-    """The comparisons of one publication.
-
-    Attributes:
-      name: of its table.
-      rungs: in the order of the publication, then those that it leaves out.
-    """
-
-    name: str
-    rungs: tuple[Rung, ...]
+    base: str = ""  # the row that it is compared with; empty for the first of a ladder
+    published: str = ""  # MAP in the publication, or the difference from its base with a sign
+    why: str = ""  # the reason for a result that differs from the publication's
+    absent: Mapping[str, str] = MappingProxyType({})  # dataset -> why nothing is compared on it
 
 
 # Reasons for results that differ from a publication's.
@@ -296,184 +262,145 @@ def _knob(text: str, key: str, base: str, *knobs: str, why: str = "") -> tuple[R
     return Rung(text, key, base, why=why), *turned
 
 
-LADDERS = (
-    Ladder(
-        "residual_dense",
-        (
-            Rung("one net, single frames", "dense_one_single", published="0.875"),
-            Rung("three quality subsets", "dense_single", "dense_one_single", "0.889"),
-            Rung(
-                "frames merged in training and test", "dense_narrow", "dense_single", "0.9019",
-                f"{ONE_PHOTO}; with one net, synthetic clips gain: see below",
-            ),
-            Rung(
-                "joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035",
-                SMALL,
-            ),
-            Rung("frames merged, with one net", "dense_one", "dense_one_single"),
-            Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
-            Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
-            Rung(
-                "the head where a clip has no face", "dense_other", "dense_narrow", "no use",
-                "the base ranks a clip without a face last, wherever it could stand",
-            ),
-            Rung("1024 units instead of 256", "dense", "dense_narrow"),
-            *(Rung(f"{name} alone, one net, single frames", f"dense_{name}") for name in OTHERS),
+LADDERS: Mapping[str, tuple[Rung, ...]] = {
+    "residual_dense": (
+        Rung("one net, single frames", "dense_one_single", published="0.875"),
+        Rung("three quality subsets", "dense_single", "dense_one_single", "0.889"),
+        Rung(
+            "frames merged in training and test", "dense_narrow", "dense_single", "0.9019",
+            f"{ONE_PHOTO}; with one net, synthetic clips gain: see below",
+        ),
+        Rung("joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035", SMALL),
+        Rung("frames merged, with one net", "dense_one", "dense_one_single"),
+        Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
+        Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
+        Rung(
+            "the head where a clip has no face", "dense_other", "dense_narrow", "no use",
+            "the base ranks a clip without a face last, wherever it could stand",
+        ),
+        Rung("1024 units instead of 256", "dense", "dense_narrow"),
+        *(Rung(f"{name} alone, one net, single frames", f"dense_{name}") for name in OTHERS),
+    ),
+    "quality_fusion": (
+        Rung("every face scored by itself", "fusion_voting"),
+        Rung(
+            "one fused face in the test", "fusion", "fusion_voting", "+0.01",
+            "see the claims that need other data",
+        ),
+        Rung("faces filtered and fused in training", "fusion", "fusion_raw", "+0.02", SINGLE_FACES),
+        Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
+        Rung("five of these nets", "fusion_folds", "fusion_fold", "0.8955"),
+        Rung("five kinds of nets", "fusion_nets", "fusion_folds", "0.8983", SMALL),
+        *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS),
+    ),
+    "mma": (
+        Rung("head alone", "mma_head_mean", published="0.5432"),
+        Rung("audio alone", "mma_audio_mean", published="0.1179"),
+        Rung("body alone", "mma_body_mean", published="0.0514"),
+        Rung("face alone: averages, no attention", "mma_face_mean", published="0.8519"),
+        Rung("head", "mma_face_head_mean", "mma_face_mean", "0.8716"),
+        Rung("audio", "mma_face_head_audio_mean", "mma_face_head_mean", "0.8769", WEAK_AUDIO),
+        Rung(
+            "body", "mma_mean", "mma_face_head_audio_mean", "0.8780",
+            "a body tells little: see body alone", {REAL: NO_BODY},
+        ),
+        Rung(
+            "three nets on nine tenths of the clips", "mma_mean_nets", "mma_mean", "0.8924",
+            TENTH_LESS,
+        ),
+        Rung(
+            "NetVLAD instead of averages", "mma_netvlad_nets", "mma_mean_nets", "0.8946",
+            ONE_PHOTO,
+        ),
+        Rung("attention between modalities", "mma_nets", "mma_netvlad_nets", "0.8970", DROPOUT),
+        Rung("attention, in one net", "mma", "mma_concat", why=DROPOUT),
+        Rung("NetVLAD, in one net with attention", "mma", "mma_average", why=ONE_PHOTO),
+        Rung("the paper to the letter, one net", "mma_published"),
+        Rung("NetVLAD, to the letter", "mma_published", "mma_published_average"),
+        Rung("attention, to the letter", "mma_published", "mma_published_concat", why=IDENTITY),
+        Rung(
+            "missing modalities filled by attention", "mma_published", "mma_published_masked",
+            why=IDENTITY,
+        ),
+        Rung(
+            "one Gram matrix, not two projections", "mma_published", "mma_published_two", "better",
+            IDENTITY,
         ),
     ),
-    Ladder(
-        "quality_fusion",
-        (
-            Rung("every face scored by itself", "fusion_voting"),
-            Rung(
-                "one fused face in the test", "fusion", "fusion_voting", "+0.01",
-                "see the claims that need other data",
-            ),
-            Rung(
-                "faces filtered and fused in training", "fusion", "fusion_raw", "+0.02",
-                SINGLE_FACES,
-            ),
-            Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
-            Rung("five of these nets", "fusion_folds", "fusion_fold", "0.8955"),
-            Rung("five kinds of nets", "fusion_nets", "fusion_folds", "0.8983", SMALL),
-            *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS),
-        ),
+    "options": (
+        Rung("label smoothing of 0.1", "mma_smoothing", "mma"),
+        Rung("mixup of clips, alpha 0.2", "mma_mixup", "mma"),
+        Rung("sigmoid gates", "mma_gates", "mma"),
+        Rung("bfloat16", "mma_bfloat16", "mma"),
+        Rung("modality dropout", "mma", "mma_kept"),
+        Rung("LayerNorm after each map", "mma", "mma_lengths"),
+        Rung("weight decay", "mma", "mma_undecayed"),
+        Rung("a small scale of the Gram matrix", "mma", "mma_unscaled"),
+        Rung("ten times the attention", "mma_strong", "mma"),
     ),
-    Ladder(
-        "mma",
-        (
-            Rung("head alone", "mma_head_mean", published="0.5432"),
-            Rung("audio alone", "mma_audio_mean", published="0.1179"),
-            Rung("body alone", "mma_body_mean", published="0.0514"),
-            Rung("face alone: averages, no attention", "mma_face_mean", published="0.8519"),
-            Rung("head", "mma_face_head_mean", "mma_face_mean", "0.8716"),
-            Rung(
-                "audio", "mma_face_head_audio_mean", "mma_face_head_mean", "0.8769", WEAK_AUDIO,
-            ),
-            Rung(
-                "body", "mma_mean", "mma_face_head_audio_mean", "0.8780",
-                "a body tells little: see body alone", {REAL: NO_BODY},
-            ),
-            Rung(
-                "three nets on nine tenths of the clips", "mma_mean_nets", "mma_mean", "0.8924",
-                TENTH_LESS,
-            ),
-            Rung(
-                "NetVLAD instead of averages", "mma_netvlad_nets", "mma_mean_nets", "0.8946",
-                ONE_PHOTO,
-            ),
-            Rung(
-                "attention between modalities", "mma_nets", "mma_netvlad_nets", "0.8970",
-                DROPOUT,
-            ),
-            Rung("attention, in one net", "mma", "mma_concat", why=DROPOUT),
-            Rung("NetVLAD, in one net with attention", "mma", "mma_average", why=ONE_PHOTO),
-            Rung("the paper to the letter, one net", "mma_published"),
-            Rung("NetVLAD, to the letter", "mma_published", "mma_published_average"),
-            Rung("attention, to the letter", "mma_published", "mma_published_concat", why=IDENTITY),
-            Rung(
-                "missing modalities filled by attention", "mma_published", "mma_published_masked",
-                why=IDENTITY,
-            ),
-            Rung(
-                "one Gram matrix, not two projections", "mma_published", "mma_published_two",
-                "better", IDENTITY,
-            ),
-        ),
+    "recipe": (
+        Rung("one net, trained on train", "mma"),
+        Rung("three nets", "mma_seeds", "mma"),
+        Rung("five nets", "mma_five", "mma_seeds"),
+        Rung("five nets on folds of train and val, out of fold", "mma_folds"),
+        Rung("two nets per fold", "mma_folds_twice", "mma_folds"),
     ),
-    Ladder(
-        "options",
-        (
-            Rung("label smoothing of 0.1", "mma_smoothing", "mma"),
-            Rung("mixup of clips, alpha 0.2", "mma_mixup", "mma"),
-            Rung("sigmoid gates", "mma_gates", "mma"),
-            Rung("bfloat16", "mma_bfloat16", "mma"),
-            Rung("modality dropout", "mma", "mma_kept"),
-            Rung("LayerNorm after each map", "mma", "mma_lengths"),
-            Rung("weight decay", "mma", "mma_undecayed"),
-            Rung("a small scale of the Gram matrix", "mma", "mma_unscaled"),
-            Rung("ten times the attention", "mma_strong", "mma"),
+    "deepmef": (
+        Rung("face alone", "deepmef"),
+        Rung(
+            "learned weights of frames, not quality", "deepmef", "deepmef_mean", "better",
+            QUALITY_TELLS,
         ),
-    ),
-    Ladder(
-        "recipe",
-        (
-            Rung("one net, trained on train", "mma"),
-            Rung("three nets", "mma_seeds", "mma"),
-            Rung("five nets", "mma_five", "mma_seeds"),
-            Rung("five nets on folds of train and val, out of fold", "mma_folds"),
-            Rung("two nets per fold", "mma_folds_twice", "mma_folds"),
+        Rung("attention between frames", "deepmef", "deepmef_plain", why=FEW_CLIPS),
+        Rung("attention as in DANet, not ours", "deepmef_danet", "deepmef", why=FEW_CLIPS),
+        Rung("five nets", "deepmef_seeds", "deepmef"),
+        Rung(
+            "each lacks other features", "deepmef_views", "deepmef_seeds", "better",
+            "five nets of all features gain as much",
         ),
-    ),
-    Ladder(
-        "deepmef",
-        (
-            Rung("face alone", "deepmef"),
-            Rung(
-                "learned weights of frames, not quality", "deepmef", "deepmef_mean", "better",
-                QUALITY_TELLS,
-            ),
-            Rung("attention between frames", "deepmef", "deepmef_plain", why=FEW_CLIPS),
-            Rung("attention as in DANet, not ours", "deepmef_danet", "deepmef", why=FEW_CLIPS),
-            Rung("five nets", "deepmef_seeds", "deepmef"),
-            Rung(
-                "each lacks other features", "deepmef_views", "deepmef_seeds", "better",
-                "five nets of all features gain as much",
-            ),
-            Rung(
-                "each lacks other clips", "deepmef_bags", "deepmef_seeds", "worse",
-                "worse here, too, within the interval",
-            ),
-            Rung("the scene", "deepmef_scene", "deepmef"),
-            Rung("the scene for poor faces, too", "deepmef_scene", "deepmef_lacking"),
-            Rung("as published, one net", "deepmef_published"),
+        Rung(
+            "each lacks other clips", "deepmef_bags", "deepmef_seeds", "worse",
+            "worse here, too, within the interval",
         ),
+        Rung("the scene", "deepmef_scene", "deepmef"),
+        Rung("the scene for poor faces, too", "deepmef_scene", "deepmef_lacking"),
+        Rung("as published, one net", "deepmef_published"),
     ),
-    Ladder(
-        "noise_classes",
-        (
-            Rung("nearest neighbours", "knn_folds"),
-            Rung("a net", "leave_out", "knn_folds"),
-            Rung("noise classes", "noise", "leave_out"),
-            Rung("three seeds", "noise_seeds", "noise"),
-            Rung("noise classes, not one class", "noise", "other"),
-            Rung("one class of distractors", "other", "leave_out"),
-            Rung("the predicted class is taken", "noise_prediction", "noise"),
+    "noise_classes": (
+        Rung("nearest neighbours", "knn_folds"),
+        Rung("a net", "leave_out", "knn_folds"),
+        Rung("noise classes", "noise", "leave_out"),
+        Rung("three seeds", "noise_seeds", "noise"),
+        Rung("noise classes, not one class", "noise", "other"),
+        Rung("one class of distractors", "other", "leave_out"),
+        Rung("the predicted class is taken", "noise_prediction", "noise"),
+    ),
+    "closed_form": (
+        Rung("likelihood ratios in closed form, not the paper's net", "plda", "mma"),
+        Rung("the same, of faces alone", "plda_face", "mma_face"),
+        Rung("a cosine net with a margin, not the paper's net", "cosine", "mma"),
+        Rung("three of these nets", "cosine_seeds", "cosine"),
+        Rung("joined with the closed form", "cosine_plda", "cosine_seeds"),
+        Rung("the closed form, joined with three nets", "cosine_plda", "plda"),
+        Rung("folds of train and val, out of fold: closed form", "plda_folds"),
+        Rung("folds of train and val, out of fold: nets", "cosine_folds"),
+        Rung("both joined", "cosine_plda_folds", "cosine_folds"),
+        Rung("the paper's net, of 1,000 identities", "mma_standard"),
+        Rung("the closed form there", "plda_standard", "mma_standard"),
+        Rung("the cosine net there", "cosine_standard", "mma_standard"),
+        Rung("the paper's net with vectors of unit length", "mma_unit", "mma"),
+        Rung("the paper's net with a cosine classifier", "mma_head", "mma"),
+    ),
+    "knobs": (
+        *_knob("one fused face in the test", "fusion", "fusion_voting", "strangers", "blur"),
+        *_knob("faces filtered and fused", "fusion", "fusion_raw", "strangers", "blur"),
+        *_knob(
+            "learned weights of frames", "deepmef", "deepmef_mean", "strangers", why=QUALITY_TELLS,
         ),
+        *_knob("label smoothing", "mma_smoothing", "mma", "labels"),
+        *_knob("a class of distractors", "fusion", "fusion_unseen", "distractors"),
+        *_knob("attention between modalities", "mma", "mma_concat", "missing", why=DROPOUT),
+        *_knob("a small scale of the Gram matrix", "mma", "mma_unscaled", "missing"),
+        *_knob("missing modalities filled in", "mma_filled", "mma", "missing", why=DROPOUT),
     ),
-    Ladder(
-        "closed_form",
-        (
-            Rung("likelihood ratios in closed form, not the paper's net", "plda", "mma"),
-            Rung("the same, of faces alone", "plda_face", "mma_face"),
-            Rung("a cosine net with a margin, not the paper's net", "cosine", "mma"),
-            Rung("three of these nets", "cosine_seeds", "cosine"),
-            Rung("joined with the closed form", "cosine_plda", "cosine_seeds"),
-            Rung("the closed form, joined with three nets", "cosine_plda", "plda"),
-            Rung("folds of train and val, out of fold: closed form", "plda_folds"),
-            Rung("folds of train and val, out of fold: nets", "cosine_folds"),
-            Rung("both joined", "cosine_plda_folds", "cosine_folds"),
-            Rung("the paper's net, of 1,000 identities", "mma_standard"),
-            Rung("the closed form there", "plda_standard", "mma_standard"),
-            Rung("the cosine net there", "cosine_standard", "mma_standard"),
-            Rung("the paper's net with vectors of unit length", "mma_unit", "mma"),
-            Rung("the paper's net with a cosine classifier", "mma_head", "mma"),
-        ),
-    ),
-    Ladder(
-        "knobs",
-        (
-            *_knob("one fused face in the test", "fusion", "fusion_voting", "strangers", "blur"),
-            *_knob("faces filtered and fused", "fusion", "fusion_raw", "strangers", "blur"),
-            *_knob(
-                "learned weights of frames", "deepmef", "deepmef_mean", "strangers",
-                why=QUALITY_TELLS,
-            ),
-            *_knob("label smoothing", "mma_smoothing", "mma", "labels"),
-            *_knob("a class of distractors", "fusion", "fusion_unseen", "distractors"),
-            *_knob("attention between modalities", "mma", "mma_concat", "missing", why=DROPOUT),
-            *_knob("a small scale of the Gram matrix", "mma", "mma_unscaled", "missing"),
-            *_knob("missing modalities filled in", "mma_filled", "mma", "missing", why=DROPOUT),
-        ),
-    ),
-)  # fmt: skip
+}  # fmt: skip

@@ -20,7 +20,6 @@ them, and on a tenth.
 
 import argparse
 import functools
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,14 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.benchmarks import common, training_step
-from tests.benchmarks.evaluation import MadeUp
-from vidjax import devices, ensemble
-from vidjax.data import resident
-from vidjax.evaluation import scoring
-from vidjax.evaluation.scoring import TrainedModel
+from tests.benchmarks import common, evaluation
+from vidjax import devices
 from vidjax.run import checkpoint
-from vidjax.steps import class_sharding, train_step
+from vidjax.steps import class_sharding
 from vidjax.steps import state as state_lib
 from vidjax.steps.class_sharding import ScoreColumns
 
@@ -60,21 +55,17 @@ def make_run(args: argparse.Namespace) -> common.Run:
         "loss.schedule=((0.0,0.0),)",
         f"loss.sampled_classes={rate}",
     )
-    return common.make_run(
-        "quality_fusion.py:iqiyi_vid",
-        words,
-        batch_size=args.batch_size,
-        num_identities=args.num_identities,
-        num_clips=CLIPS,
-        abstract=args.stage != "sampled",
-    )
+    sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
+    abstract = args.stage != "sampled"
+    spec = "quality_fusion.py:iqiyi_vid"
+    return common.make_run(spec, words, num_clips=CLIPS, abstract=abstract, **sizes)
 
 
 def time_sampled() -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the times of steps on all classes and on a tenth of them."""
     functions = {}
     for name, rate in {"all": 1.0, "a tenth": 0.1}.items():
-        spec, overrides, _ = training_step.NETS["mlp"]
+        spec, overrides, _ = common.NETS["mlp"]
         words = [*overrides, f"loss.sampled_classes={rate}"]
         run = common.make_run(spec, words, batch_size=1024, num_identities=10_034)
         functions[name] = functools.partial(_go_on, make_loop(run), run, [run.state])
@@ -95,10 +86,9 @@ def _go_on(loop: Any, run: common.Run, state: list[Any]) -> Any:
 
 def make_loop(run: common.Run) -> Any:
     """Returns compiled steps, (state, tables, clips, count) -> (state, outcome)."""
-    mesh = devices.make_mesh(1)
-    axes = class_sharding.find_class_axes(run.system, dict.fromkeys(run.clips, common.DIM), mesh)
-    return train_step.make_train_loop(
-        run.system, mesh, lambda clips, step: resident.draw_batch(clips, run.plan, step), axes
+    widths = dict.fromkeys(run.clips, common.DIM)
+    return common.make_loop(
+        run, class_sharding.find_class_axes(run.system, widths, devices.make_mesh(1))
     )
 
 
@@ -136,13 +126,11 @@ def stage(args: argparse.Namespace) -> float:
         )
         del items
         return train(run, state, STAGES["full"])[1]
-    mesh, data = devices.make_mesh(1), MadeUp(run, args.num_identities)
-    training_sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
     saved = load(folder, {"params": run.state.params, "model_state": run.state.model_state})
     weights = saved["params"], saved["model_state"]
-    model = TrainedModel.from_params("", run.system, mesh, *weights, training_sets, data)
+    model, _ = evaluation.make_model(run, args.num_identities, *weights)
     began = time.perf_counter()
-    scoring.score([model], "val", mesh, block_size=256)
+    evaluation.rank(model)
     return time.perf_counter() - began
 
 
@@ -152,14 +140,8 @@ def formula(args: argparse.Namespace, name: str) -> int:
     kernel = 4 * count * WIDTH
     waiting = ScoreColumns(devices.make_mesh(1), count, 0, count)
     scores = 4 * count * min(waiting.max_pending_rows + waiting.max_block_rows, 2 * CLIPS)
-    return (
-        REST
-        + {
-            "sampled": 4 * kernel,
-            "full": 4 * kernel + 8 * size * count,
-            "rank": 2 * kernel + 800 * count + scores,
-        }[name]
-    )
+    full, rank = 4 * kernel + 8 * size * count, 2 * kernel + 800 * count + scores
+    return REST + {"sampled": 4 * kernel, "full": full, "rank": rank}[name]
 
 
 def paper() -> Iterator[tuple[list[str], list[list[str]]]]:
@@ -178,11 +160,9 @@ def paper() -> Iterator[tuple[list[str], list[list[str]]]]:
     rows = []
     for count in SIZES:
         for share in DEVICES:
-            lists, weights = 800 * count / share, 4 * count * WIDTH / share
-            work = [_short(2 * clips * count * WIDTH / share / 1e15) for clips in CLIPS_TO_RANK]
-            rows.append(
-                [f"{count:,}", str(share), _short(weights / 1e9), _short(lists / 1e9), *work]
-            )
+            numbers = [4e-9 * count * WIDTH / share, 8e-7 * count / share]
+            numbers += [2e-15 * clips * count * WIDTH / share for clips in CLIPS_TO_RANK]
+            rows.append([f"{count:,}", str(share), *map(_short, numbers)])
     header = ["identities", "devices", "weights, GB", "lists, GB"]
     yield [*header, *(f"{clips:.0e} clips, PFLOP" for clips in CLIPS_TO_RANK)], rows
 
@@ -194,15 +174,8 @@ def _short(number: float) -> str:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--num_identities", type=int, default=1_000_000)
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=0.01)
-    parser.add_argument("--sampled", action="store_true", help="time steps on some classes")
-    parser.add_argument("--paper", action="store_true", help="sizes that are not measured")
-    parser.add_argument("--stage", choices=STAGES)
-    parser.add_argument("--folder", default="")
-    args = parser.parse_args()
+    sizes = {"num_identities": 1_000_000, "batch_size": 256, "rate": 0.01}
+    args = common.parse(__doc__, "--sampled", "--paper", stage="", folder="", **sizes)
     if args.stage:
         seconds = stage(args)
         sys.stdout.write(f"{seconds} {common.peak_bytes()}\n")
@@ -216,9 +189,7 @@ def main() -> None:
         for name in STAGES:
             words = [f"--stage={name}", f"--folder={folder}", f"--rate={args.rate}"]
             words += [f"--num_identities={args.num_identities}", f"--batch_size={args.batch_size}"]
-            command = [sys.executable, "-m", "tests.benchmarks.large", *words]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            seconds, peak = map(float, done.stdout.split()[-2:])
+            seconds, peak = map(float, common.run_again("large", *words).split()[-2:])
             expected = formula(args, name)
             sizes = (f"{x / 1e9:.2f}" for x in (peak, expected))
             rows.append([name, f"{seconds:.2f}", *sizes, f"{peak / expected:.2f}"])

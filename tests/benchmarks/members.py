@@ -10,40 +10,27 @@ each a process: start, compilation, input, evaluation.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import devices, ensemble
-from vidjax.data import resident
+from vidjax import ensemble
 from vidjax.steps import state as state_lib
-from vidjax.steps import train_step
 
-ROOT = Path(__file__).parents[2]
 SPEC = "quality_fusion.py"
 
 
 def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) -> Any:
     """Returns a function that does a training step of `count` members, `size` in one program."""
-    run = common.make_run(
-        SPEC,
-        [f"ensemble.seeds={count}"],
-        batch_size=batch_size,
-        num_identities=args.num_identities,
-    )
-    loop = train_step.make_train_loop(
-        run.system,
-        devices.make_mesh(1),
-        lambda clips, step: resident.draw_batch(clips, run.plan, step),
-    )
+    sizes = {"batch_size": batch_size, "num_identities": args.num_identities}
+    run = common.make_run(SPEC, [f"ensemble.seeds={count}"], **sizes)
+    loop = common.make_loop(run)
     states = list(state_lib.split_state(run.state, size))
     tables = ensemble.split(run.tables, size)
 
@@ -70,54 +57,41 @@ def compare_steps(args: argparse.Namespace) -> None:
             seconds = common.in_turns(functions, args.rounds)
             seconds["one"] = [count * x for x in seconds["one"]]
             for name in ("map", "vmap"):
-                rate = count * batch_size / common.median(seconds[name])
-                rows.append(
-                    [batch_size, count, name, f"{rate:,.0f}", common.ratio(seconds, name, "one")]
-                )
+                rate = f"{count * batch_size / common.median(seconds[name]):,.0f}"
+                cost = common.ratio(seconds, name, "one")
+                rows.append([batch_size, count, name, rate, cost])
     sys.stdout.write(f"{common.describe()}, {1 + args.num_identities} classes\n\n")
-    common.write_table(
-        ["batch", "members", "how", "clips/s x members", "cost / single steps"], rows
-    )
+    header = ["batch", "members", "how", "clips/s x members", "cost / single steps"]
+    common.write_table(header, rows)
 
 
 def compare_runs(args: argparse.Namespace) -> None:
     """Writes the time of one run of five folds beside that of five runs, each a process."""
-    folder = Path(tempfile.mkdtemp())
-    env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
-    base = [sys.executable, "-m", "vidjax.main", f"--config={ROOT / 'configs' / SPEC}:folds"]
-    folds = 5
+    base = [sys.executable, "-m", "vidjax.main", f"--config={common.CONFIGS / SPEC}:folds"]
+    folds, seconds = 5, {"all": [], "apart": []}
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
 
-    def run(name: str, *words: str) -> float:
-        began = time.perf_counter()
-        command = [*base, f"--config.ensemble.folds={folds}", f"--workdir={folder / name}", *words]
-        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
-        return time.perf_counter() - began
+        def run(name: str, *words: str) -> float:
+            began = time.perf_counter()
+            own = [f"--config.ensemble.folds={folds}", f"--workdir={folder}/{name}", *words]
+            command = [*base, *own]
+            subprocess.run(command, cwd=common.ROOT, env=env, check=True, capture_output=True)
+            return time.perf_counter() - began
 
-    try:
         run("warm", "--config.num_epochs=1")  # makes the dataset
-        seconds: dict[str, list[float]] = {"all": [], "apart": []}
         for number in range(args.run_rounds):
             apart = [run(f"{number}-{i}", f"--config.ensemble.only={i}") for i in range(folds)]
             seconds["apart"].append(sum(apart))
             seconds["all"].append(run(f"{number}-all"))
-    finally:
-        shutil.rmtree(folder)
-    common.write_table(
-        ["run", "ratio"],
-        [[f"{folds} folds at once / {folds} runs", common.ratio(seconds, "all", "apart")]],
-    )
+    ratio = common.ratio(seconds, "all", "apart")
+    common.write_table(["run", "ratio"], [[f"{folds} folds at once / {folds} runs", ratio]])
 
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch_size", default="1024")
-    parser.add_argument("--num_identities", type=int, default=10_034)
-    parser.add_argument("--members", default="5")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", action="store_true", help="whole runs, too")
-    parser.add_argument("--run_rounds", type=int, default=3)
-    args = parser.parse_args()
+    sizes = {"num_identities": 10_034, "rounds": 5, "run_rounds": 3}
+    args = common.parse(__doc__, "--runs", batch_size="1024", members="5", **sizes)
     compare_steps(args)
     if args.runs:
         compare_runs(args)

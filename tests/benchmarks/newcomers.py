@@ -44,12 +44,7 @@ RUN = Origin("none: vectors of frames", "0" * 64, centred=False)
 
 
 class Dataset(NamedTuple):
-    """The labelled clips of two splits as vectors.
-
-    Attributes:
-      train: clips that are enrolled; those without a label are left out.
-      val: clips that are searched for.
-    """
+    """Clips as vectors: those to enrol, if they have a label, and those to search for."""
 
     train: Vectors
     val: Vectors
@@ -57,12 +52,10 @@ class Dataset(NamedTuple):
 
 def load(kind: str, seed: int, real: str | None) -> Dataset:
     """Loads a dataset and computes the mean frame of every clip and modality."""
-    words = ["--config.data.name=synthetic", f"--config.data.seed={seed}"]
-    spec = CONFIG
-    if kind == "real":
-        spec, words = f"{CONFIG}:iqiyi_vid,face,head,audio", [f"--config.data.dir={real}"]
-    else:
-        words.append(f"--config.data.size={kind}")
+    spec, words = f"{CONFIG}:iqiyi_vid,face,head,audio", [f"--config.data.dir={real}"]
+    if kind != "real":
+        words = ["name=synthetic", f"seed={seed}", f"size={kind}"]
+        spec, words = CONFIG, [f"--config.data.{word}" for word in words]
     config = config_io.override(config_io.load_file(spec), words)
     data = load_data(config)
     return Dataset(*(_vectors(config, data, split) for split in ("train", "val")))

@@ -11,6 +11,7 @@ parts of it that other benchmarks time one by one. Needs torch; knows nothing of
 # pyright: reportMissingImports=false
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -33,19 +34,12 @@ FRAME_STEP = 16  # padding is to a multiple of it, so that few shapes are compil
 
 
 class Frames(NamedTuple):
-    """The frames of one modality of B clips, padded to T.
+    """The frames of one modality of B clips, padded to T."""
 
-    Attributes:
-      features: [B, T, D], float16 as stored; 0 on padding.
-      quality: [B, T] float32; 0 where the modality has none.
-      detection: [B, T] float32; 1 where the modality has none.
-      mask: [B, T] bool, True for real frames.
-    """
-
-    features: Tensor
-    quality: Tensor
-    detection: Tensor
-    mask: Tensor
+    features: Tensor  # [B, T, D], float16 as stored; 0 on padding
+    quality: Tensor  # [B, T] float32; 0 where the modality has none
+    detection: Tensor  # [B, T] float32; 1 where the modality has none
+    mask: Tensor  # [B, T] bool, True for real frames
 
 
 class Batch(NamedTuple):
@@ -65,28 +59,19 @@ class Fused(NamedTuple):
 def make_batch(
     frames: Mapping[str, Sequence[Any]], labels: Any, device: str | torch.device = "cpu"
 ) -> Batch:
-    """Returns numpy arrays as a batch.
-
-    Args:
-      frames: modality -> (features, quality, detection, mask), as in Frames.
-      labels: [B] int.
-      device: where the batch shall lie.
-    """
-
-    def put(x: Any) -> Tensor:
-        return torch.from_numpy(np.array(x)).to(device)
-
-    return Batch(
-        {name: Frames(*(put(x) for x in arrays)) for name, arrays in frames.items()},
-        put(labels).long(),
-    )
+    """Returns numpy arrays, modality -> the fields of Frames, as a batch."""
+    frames = {
+        name: Frames(*(torch.from_numpy(np.array(x)) for x in arrays))
+        for name, arrays in frames.items()
+    }
+    return _to_device(Batch(frames, torch.from_numpy(np.array(labels)).long()), device)
 
 
 def _to_device(batch: Batch, device: str | torch.device) -> Batch:
     def put(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=True)
 
-    frames = {name: Frames(*(put(x) for x in one)) for name, one in batch.frames.items()}
+    frames = {name: Frames(*map(put, one)) for name, one in batch.frames.items()}
     return Batch(frames, put(batch.labels))
 
 
@@ -103,10 +88,8 @@ def filter_frames(frames: Frames, *, min_quality: float, min_detection: float) -
 def frame_weights(frames: Frames, weighting: str) -> Tensor:
     """Returns weights of frames [B, T] float32, 0 on padding and not all 0 in a clip with frames.
 
-    Args:
-      frames: Frames [B, T].
-      weighting: `uniform`; `quality`, quality x detection; or `graded`, W(x): that times 0, .2, .3,
-        .6 or 1 for a quality below 0, 20, 30, 40 or no less.
+    They are `uniform`; `quality`, quality x detection; or `graded`, W(x): that times 0, .2, .3, .6
+    or 1 for a quality below 0, 20, 30, 40 or no less.
     """
     uniform = frames.mask.float()
     if weighting == "uniform":
@@ -140,15 +123,8 @@ def random_fusion(
 ) -> Fused:
     """Returns `num_draws` vectors a clip, each the weighted mean of 1 to S frames at random.
 
-    Args:
-      frames: Frames [B, T].
-      num_draws: vectors a clip.
-      probs: S probabilities of fusing 1, 2, ... frames.
-      replacement: False: no frame twice in a vector, unless the clip has fewer than are wanted.
-      weighting: of the mean, as in `frame_weights`; every frame is as likely to be drawn.
-
-    Returns:
-      Fused [B, num_draws], float32.
+    `probs` are S probabilities of fusing 1, 2, ... frames, all as likely to be drawn. Without
+    `replacement` no frame comes twice in a vector, unless the clip has fewer than are wanted.
     """
     device, num_slots = frames.mask.device, len(probs)
     num_clips, num_frames = frames.mask.shape
@@ -250,12 +226,9 @@ class MLP(nn.Module):
     ):
         super().__init__()
         dims = (dim, *widths)
-        self.layers = nn.Sequential(
-            *(
-                DenseLayer(before, after, nn.SiLU(), False, dropout_rate)
-                for before, after in itertools.pairwise(dims)
-            )
-        )
+        pairs = itertools.pairwise(dims)
+        layers = [DenseLayer(*pair, nn.SiLU(), False, dropout_rate) for pair in pairs]
+        self.layers = nn.Sequential(*layers)
         self.classifier = nn.Linear(dims[-1], num_classes)
         _init_linear(self.classifier)
 
@@ -358,18 +331,8 @@ class MultimodalAttention(nn.Module):
 class MMA(nn.Module):
     """The iQIYI-VID paper's system: NetVLAD on the face, maps, attention, a classifier.
 
-    Args:
-      dims: modality -> feature width, in the order of the feature map.
-      num_classes: 1 + C.
-      num_clusters: K of NetVLAD.
-      netvlad_reduce: `mean`, or `sum` as published.
-      map_norm: LayerNorm after the maps; not as published.
-      dropout_rate: of the classifier's input; 0 as published.
-      modality_dropout_rate: with which a clip loses a modality in training, never all; 0 as
-        published.
-      embed_dim: width that every modality is mapped to.
-      num_face_vectors: vectors that come from the face.
-      gram_dim: width in which attention compares.
+    As published, `netvlad_reduce` is `sum`, `map_norm` False, and both dropout rates are 0. A clip
+    that loses modalities in training never loses all.
     """
 
     def __init__(
@@ -393,12 +356,8 @@ class MMA(nn.Module):
         self.maps = nn.ModuleDict(
             {name: nn.Linear(widths[name], n * embed_dim) for name, n in self.counts.items()}
         )
-        self.map_norms = nn.ModuleDict(
-            {
-                name: nn.LayerNorm(embed_dim, eps=1e-6) if map_norm else nn.Identity()
-                for name in dims
-            }
-        )
+        norms = {n: nn.LayerNorm(embed_dim, eps=1e-6) if map_norm else nn.Identity() for n in dims}
+        self.map_norms = nn.ModuleDict(norms)
         self.attention = MultimodalAttention(embed_dim, gram_dim)
         self.dropout = nn.Dropout(dropout_rate)
         self.classifier = nn.Linear(sum(self.counts.values()) * embed_dim, num_classes)
@@ -455,25 +414,13 @@ def mixed_loss(logits: Tensor, labels: Tensor, focal_weight: Tensor | float | No
 
 
 class Recipe(NamedTuple):
-    """A net and what goes with it.
+    """A net and what goes with it."""
 
-    Attributes:
-      net: the net, a function of modality -> Fused.
-      fuse_train: modality -> Frames to modality -> Fused, in training.
-      fuse_eval: the same, in evaluation.
-      score: logits to what clips are ranked by.
-      focal: True where the loss has a focal part.
-    """
-
-    net: nn.Module
+    net: nn.Module  # a function of modality -> Fused
     fuse_train: Callable[[Mapping[str, Frames]], dict[str, Fused]]
     fuse_eval: Callable[[Mapping[str, Frames]], dict[str, Fused]]
-    score: Callable[[Tensor], Tensor]
-    focal: bool
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.log_softmax(dim=-1)
+    score: Callable[[Tensor], Tensor] = functools.partial(F.log_softmax, dim=-1)  # to rank by
+    focal: bool = False  # whether the loss has a focal part
 
 
 def make_recipe(
@@ -484,24 +431,19 @@ def make_recipe(
     width: int = 8192,
     num_draws: int | None = None,
     published: bool = False,
-    num_clusters: int = 3,
 ) -> Recipe:
-    """Returns one of the three systems.
+    """Returns one of the three systems, `mlp`, `residual` or `mma`.
 
     Args:
-      net_name: `mlp`, `residual` or `mma`.
+      net_name: which.
       num_classes: 1 + C.
       dims: modality -> feature width; None: 512 for each modality of the net.
       width: of `residual`.
       num_draws: random fusions of a clip in a step; None: 1, 2 and 4.
       published: of `mma`: the paper to the letter, with the 32 best faces.
-      num_clusters: of `mma`.
-
-    Raises:
-      ValueError: an unknown name.
     """
+    dims = dims or dict.fromkeys(MMA_MODALITIES if net_name == "mma" else ("face",), 512)
     if net_name == "mlp":
-        dims = dims or {"face": 512}
 
         def fuse_mlp(frames: Mapping[str, Frames]) -> dict[str, Fused]:
             face = filter_frames(frames["face"], min_quality=25.0, min_detection=0.7)
@@ -517,7 +459,6 @@ def make_recipe(
             focal=True,
         )
     if net_name == "residual":
-        dims = dims or {"face": 512}
 
         def fuse_residual(frames: Mapping[str, Frames]) -> dict[str, Fused]:
             probs = (0.5, 0.125, 0.125, 0.125, 0.125)
@@ -529,12 +470,7 @@ def make_recipe(
             net=ResidualDense(dims["face"], num_classes, width),
             fuse_train=fuse_residual,
             fuse_eval=lambda frames: {"face": mean_frame(frames["face"], "quality")},
-            score=_log_softmax,
-            focal=False,
         )
-    if net_name != "mma":
-        raise ValueError(f"unknown net {net_name!r}; choose from mlp, mma, residual")
-    dims = dims or dict.fromkeys(MMA_MODALITIES, 512)
     others = [name for name in dims if name != "face"]
 
     def fuse_mma(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
@@ -546,24 +482,18 @@ def make_recipe(
             face = mean_frame(frames["face"], "quality")
         return {"face": face, **{name: mean_frame(frames[name]) for name in others}}
 
-    plain = {"netvlad_reduce": "sum", "map_norm": False}
+    plain: dict[str, Any] = {"netvlad_reduce": "sum", "map_norm": False}
     plain |= {"dropout_rate": 0.0, "modality_dropout_rate": 0.0}
     return Recipe(
-        net=MMA(dims, num_classes, num_clusters, **(plain if published else {})),
+        net=MMA(dims, num_classes, **(plain if published else {})),
         fuse_train=lambda frames: fuse_mma(frames, True),
         fuse_eval=lambda frames: fuse_mma(frames, False),
-        score=_log_softmax,
-        focal=False,
     )
 
 
 def _autocast(device: str | torch.device, dtype: torch.dtype) -> torch.autocast:
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype != torch.float32)
-
-
-def _compiled(function: Callable[..., Tensor], on: bool, mode: str | None) -> Callable[..., Tensor]:
-    return torch.compile(function, mode=mode) if on else function
 
 
 def _seen(frames: Mapping[str, Frames]) -> Tensor:
@@ -578,39 +508,25 @@ class Step:
         recipe: Recipe,
         *,
         compile: bool = False,
-        mode: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        focal_weight: float = 0.75,
         learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
     ):
         """Prepares it.
 
         Args:
           recipe: the net and its fusion.
           compile: whether fusion, net and loss are compiled, as one function.
-          mode: of torch.compile.
           dtype: of the computation, float32 or bfloat16; parameters are float32.
           device: where the net lies.
-          focal_weight: weight of the focal loss, in a recipe that has one; later `set_focal`.
           learning_rate: of Adam.
-          weight_decay: of matrices, decoupled from the gradient.
         """
         if torch.device(device).type == "cuda":
             torch.set_float32_matmul_precision("high")  # what jax does by default there
-        self.recipe = recipe
         self.net = recipe.net.to(device).train()
-        matrices = [x for x in self.net.parameters() if x.ndim > 1]
-        vectors = [x for x in self.net.parameters() if x.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
         # A tensor, so that another weight compiles nothing anew.
-        self.focal_weight = torch.tensor(focal_weight, device=device) if recipe.focal else None
+        self.focal_weight = torch.tensor(0.75, device=device) if recipe.focal else None
 
         def mean_loss(batch: Batch, focal_weight: Tensor | None) -> Tensor:
             with torch.no_grad():
@@ -623,7 +539,7 @@ class Step:
             seen = _seen(batch.frames).repeat_interleave(repeats)
             return (losses * seen).sum() / seen.sum().clamp(min=1)
 
-        self.mean_loss = _compiled(mean_loss, compile, mode)
+        self.mean_loss = torch.compile(mean_loss) if compile else mean_loss
 
     def set_focal(self, weight: float) -> None:
         """Changes the weight of the focal loss."""
@@ -642,39 +558,21 @@ class Step:
 def make_step(
     net_name: str,
     *,
-    num_classes: int,
     compile: bool = False,
-    mode: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    focal_weight: float = 0.75,
     learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
     **options: Any,
 ) -> Step:
-    """Returns a training step of one of the nets, called as step(batch) -> loss.
-
-    Args:
-      net_name, num_classes, options: as in `make_recipe`.
-      compile, mode, dtype, device, focal_weight, learning_rate, weight_decay: as in `Step`.
-    """
-    return Step(
-        make_recipe(net_name, num_classes=num_classes, **options),
-        compile=compile,
-        mode=mode,
-        dtype=dtype,
-        device=device,
-        focal_weight=focal_weight,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-    )
+    """Returns a training step of one of the nets; `options` go to `make_recipe`."""
+    recipe = make_recipe(net_name, **options)
+    return Step(recipe, compile=compile, dtype=dtype, device=device, learning_rate=learning_rate)
 
 
 def make_scorer(
     recipe: Recipe,
     *,
     compile: bool = False,
-    mode: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Callable[[Batch], Tensor]:
@@ -688,7 +586,7 @@ def make_scorer(
         scores = recipe.score(logits.float())[:, 1:]
         return scores.masked_fill(~_seen(batch.frames)[:, None], -torch.inf)
 
-    compiled = _compiled(scores, compile, mode)
+    compiled = torch.compile(scores) if compile else scores
 
     def score(batch: Batch) -> Tensor:
         net.eval()
@@ -703,10 +601,7 @@ def rank(
 ) -> tuple[Tensor, Tensor]:
     """Returns the best clips of every identity, best first: scores and rows, both [C, num_best].
 
-    Args:
-      score: of `make_scorer`.
-      blocks: the clips, in the order of their rows.
-      num_best: how many; places that no clip takes have a score of -inf.
+    `blocks` are the clips in the order of their rows. Places that no clip takes have -inf.
     """
     start, best, rows = 0, None, None
     with torch.inference_mode():
@@ -729,11 +624,8 @@ def mean_average_precision(
 ) -> float:
     """Returns MAP: the mean over identities with positives of the average precision.
 
-    Args:
-      rows: [C, 100] int, clips, best first.
-      scores: [C, 100] float; -inf where there is no clip.
-      labels: [N] int, 1 + identity, or 0.
-      positives: [C] int, ground-truth clips of every identity.
+    `rows` and `scores` are those of `rank`, `labels` [N] 1 + identity, or 0, and `positives` [C]
+    the numbers of clips in the ground truth.
     """
     hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(scores)
     precision = np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1])
@@ -794,10 +686,8 @@ def load_truth(directory: Path, split: str) -> dict[str, int]:
 class ClipDataset(Dataset):
     """The clips of one split in memory, as arrays per clip.
 
-    Attributes:
-      names: [N] clip names. In training, those with a label; in evaluation by length, so that
-        blocks are padded little.
-      labels: [N] int64, class columns; 0 for others.
+    In training, those with a label, of which longer ones are cut at random; in evaluation all, by
+    length, so that blocks are padded little. `labels` are class columns, 0 for others.
     """
 
     def __init__(
@@ -810,16 +700,7 @@ class ClipDataset(Dataset):
         train: bool,
         max_frames: int = 64,
     ):
-        """Loads the files.
-
-        Args:
-          directory: the folder of the official files.
-          split: train or val.
-          modalities: which to load.
-          columns: identity -> class column, from 1.
-          train: whether clips without a label are left out, and longer ones cut at random.
-          max_frames: of a clip in training.
-        """
+        """Loads the files; `columns` are identity -> class column, from 1."""
         clips = {name: load_clips(directory, name, split) for name in modalities}
         truth = load_truth(directory, split)
         names = sorted(set().union(*clips.values()))
@@ -929,14 +810,12 @@ def fit(
       directory: the folder of the official files.
       net_name, options: as in `make_recipe`.
       modalities: the inputs of `mma`, face among them; None: face, head, body and audio.
-      epochs: passes over the training clips.
-      batch_size: clips a step.
+      epochs, batch_size: passes over the training clips; clips a step.
       block_size: clips that are scored at a time.
       compile, dtype, device, learning_rate: as in `Step`.
       num_workers: processes that make batches; 0: none beside the main one.
       checkpoint: where to save; None: a temporary file.
-      each_epoch: True to write a line with the MAP after every epoch, too; its time is part of
-        `train`.
+      each_epoch: True to write the MAP after every epoch; its time is part of `train`.
       softmax: True for the softmax loss alone, without the focal loss.
 
     Returns:
@@ -1070,37 +949,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path, help="of official files")
     parser.add_argument("--net", choices=("mlp", "residual", "mma"), default="mlp")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--block_size", type=int, default=1024)
-    parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--width", type=int, default=8192, help="of the residual net")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--published", action="store_true", help="mma to the letter")
+    sizes = {"epochs": 10, "batch_size": 1024, "block_size": 1024, "num_workers": 0, "width": 8192}
+    for name, value in {**sizes, "learning_rate": 1e-3, "device": "cpu"}.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--each_epoch", action="store_true", help="evaluate after every epoch")
-    parser.add_argument("--softmax", action="store_true", help="no focal loss")
-    args = parser.parse_args()
-    result = fit(
-        args.directory,
-        net_name=args.net,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        block_size=args.block_size,
-        compile=args.compile,
-        dtype=torch.bfloat16 if args.bfloat16 else torch.float32,
-        device=args.device,
-        num_workers=args.num_workers,
-        learning_rate=args.learning_rate,
-        checkpoint=args.checkpoint,
-        each_epoch=args.each_epoch,
-        softmax=args.softmax,
-        width=args.width,
-        published=args.published,
-    )
+    for name in ("compile", "bfloat16", "published", "each_epoch", "softmax"):
+        parser.add_argument(f"--{name}", action="store_true")
+    words = vars(parser.parse_args())
+    words["dtype"] = torch.bfloat16 if words.pop("bfloat16") else torch.float32
+    result = fit(words.pop("directory"), net_name=words.pop("net"), **words)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -13,7 +13,6 @@ members. With `--peer`, PyTorch's (the extra `bench`). Forms with a star are tho
 
 # pyright: reportMissingImports=false
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -123,14 +122,8 @@ def make_peers(sizes: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Prints a table for every width."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--widths", default="1024,4096")
-    parser.add_argument("--classes", type=int, default=10_035)
-    parser.add_argument("--members", type=int, default=0)
-    parser.add_argument("--peer", action="store_true", help="PyTorch's, too")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    sizes = {"batch_size": 1024, "classes": 10_035, "members": 0, "rounds": 5}
+    args = common.parse(__doc__, "--peer", widths="1024,4096", **sizes)
     for width in map(int, args.widths.split(",")):
         sizes = (args.batch_size, width, args.classes)
         functions = make_functions(sizes, args.members)

@@ -7,7 +7,6 @@ number of a batch is read, and summed up. Beside the batches that training draws
 padded.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,16 +23,11 @@ BATCHES = 16  # a call
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--clips", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = common.parse(__doc__, batch_size=1024, clips=8192, rounds=5)
+    sizes = {"batch_size": args.batch_size, "num_identities": 10, "num_clips": args.clips}
 
     def make(spec: str, padded: bool = False) -> Callable[[], Any]:
-        run = common.make_run(
-            spec, batch_size=args.batch_size, num_identities=10, num_clips=args.clips
-        )
+        run = common.make_run(spec, **sizes)
         fuse = {name: lambda rng, x: x for name in run.clips} if padded else run.system.fuse_train
 
         @jax.jit

@@ -15,6 +15,7 @@ lists the runs and what is compared.
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -41,37 +42,23 @@ CONFIGS = ROOT / "configs"
 PAGES = {  # table -> the page that shows it
     "systems": ROOT / "README.md",
     "scores": HERE / "README.md",
-    **{ladder.name: HERE / "README.md" for ladder in LADDERS},
+    **dict.fromkeys(LADDERS, HERE / "README.md"),
 }
 RESULTS = HERE / "scores.json"
 DATASETS = (SYNTHETIC, REAL)
 
 
-class System(NamedTuple):
-    """A row of the short table in the main README.
-
-    Attributes:
-      key: names the row of `ROWS` with the scores.
-      text: describes the system.
-      paper: MAP of the publication at full size, or an empty string.
-    """
-
-    key: str
-    text: str
-    paper: str = ""
-
-
+# The short table in the main README: key of the row with the scores, what the system is, and MAP of
+# the publication at full size.
 SYSTEMS = (
-    System("knn", "nearest training clip, the baseline"),
-    System("fusion", "a few good faces fused by quality, and an MLP; 4th place 2019", "0.8983"),
-    System(
-        "deepmef", "DeepMEF: attention between frames, angular margin; 3rd place 2019", "0.8986"
-    ),
-    System("dense", "Residual Dense Net, three quality subsets; 2nd place 2019", "0.9035"),
-    System("noise", "noise classes: distractors clustered into classes; 5th place 2018", "0.8252"),
-    System("mma", "the iQIYI-VID paper: NetVLAD, attention between modalities", "0.8970"),
-    System("cosine", "ours: unit vectors of all modalities, a cosine classifier with a margin"),
-    System("plda", "ours: PLDA, likelihood ratios in closed form; nothing is trained"),
+    ("knn", "nearest training clip, the baseline", ""),
+    ("fusion", "a few good faces fused by quality, and an MLP; 4th place 2019", "0.8983"),
+    ("deepmef", "DeepMEF: attention between frames, angular margin; 3rd place 2019", "0.8986"),
+    ("dense", "Residual Dense Net, three quality subsets; 2nd place 2019", "0.9035"),
+    ("noise", "noise classes: distractors clustered into classes; 5th place 2018", "0.8252"),
+    ("mma", "the iQIYI-VID paper: NetVLAD, attention between modalities", "0.8970"),
+    ("cosine", "ours: unit vectors of all modalities, a cosine classifier with a margin", ""),
+    ("plda", "ours: PLDA, likelihood ratios in closed form; nothing is trained", ""),
 )
 # One row a configuration.
 HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma", "cosine", "plda")
@@ -87,21 +74,16 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
     evaluation and report.
     """
     seconds = {}
-    for key in dict.fromkeys((*(system.key for system in SYSTEMS), *HEADERS)):
+    for key in dict.fromkeys((*(key for key, *_ in SYSTEMS), *HEADERS)):
         if not is_chosen(key, only):
             continue
         with tempfile.TemporaryDirectory() as folder:
             spec, *overrides = ROWS[key].spec.split()
             words = [sys.executable, "-m", "vidjax.main", f"--config=configs/{spec}", *overrides]
+            words.append(f"--workdir={folder}/run")
             env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
             start = time.perf_counter()
-            subprocess.run(
-                [*words, f"--workdir={folder}/run"],
-                cwd=ROOT,
-                env=env,
-                check=True,
-                capture_output=True,
-            )
+            subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
             seconds[key] = time.perf_counter() - start
         sys.stdout.write(f"{key}: {seconds[key]:.0f} s\n")
     return seconds
@@ -160,10 +142,8 @@ def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
 def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) -> dict[str, Any]:
     """Returns the contents of `scores.json`, from the runs in a folder.
 
-    Args:
-      folder: holds the folders of runs.
-      old: the contents so far, kept for runs that the folder lacks.
-      load: loads the dataset of a configuration.
+    `old` are the contents so far, kept for runs that the folder lacks. `load` loads the dataset of
+    a configuration.
 
     Returns:
       `rows`: key -> dataset -> `map` and `top1` of each seed and the `commits` of the code;
@@ -190,9 +170,8 @@ def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) ->
 
 
 def all_rungs() -> Iterator[Rung]:
-    """Yields the rungs of all ladders."""
-    for ladder in LADDERS:
-        yield from ladder.rungs
+    """Returns the rungs of all ladders."""
+    return itertools.chain(*LADDERS.values())
 
 
 def pair_name(rung: Rung) -> str:
@@ -261,11 +240,7 @@ def paired(gaps: Sequence[np.ndarray], *, same_identities: bool) -> tuple[float,
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
-    """Returns name -> table in Markdown, for the pages of `PAGES`.
-
-    Args:
-      found: the contents of `scores.json`.
-    """
+    """Returns name -> table in Markdown, of the contents of `scores.json`."""
     rows = []
     for key, row in ROWS.items():
         scores = found["rows"].get(key, {})
@@ -279,12 +254,10 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
     head = ["`--config=configs/`"]
     for dataset in DATASETS:
         head += [f"{dataset}, seeds {seeds}", "mean"]
+    above = ["added", "`--config=configs/`", "to", "published", *DATASETS, "gain?", "why"]
     ladders = {
-        ladder.name: common.markdown(
-            ["added", "`--config=configs/`", "to", "published", *DATASETS, "gain?", "why"],
-            [_ladder_row(rung, found) for rung in ladder.rungs],
-        )
-        for ladder in LADDERS
+        name: common.markdown(above, [_ladder_row(rung, found) for rung in rungs])
+        for name, rungs in LADDERS.items()
     }
     return {"systems": _systems(found), "scores": common.markdown(head, rows), **ladders}
 
@@ -335,12 +308,11 @@ def verdict(difference: Mapping[str, float] | None) -> str:
 def _systems(found: Mapping[str, Any]) -> str:
     """Returns the short table of the main README."""
     rows = []
-    for system in SYSTEMS:
-        scores, seconds = found["rows"].get(system.key, {}), found.get("seconds", {})
-        time_taken = f"{seconds[system.key]:.0f} s" if system.key in seconds else ""
+    for key, text, paper in SYSTEMS:
+        scores, seconds = found["rows"].get(key, {}), found.get("seconds", {})
+        time_taken = f"{seconds[key]:.0f} s" if key in seconds else ""
         scored = [_mean(scores.get(name, {}).get("map", [])) for name in DATASETS]
-        spec = ROWS[system.key].spec
-        rows.append([f"`{spec}`", system.text, *scored, system.paper, time_taken])
+        rows.append([f"`{ROWS[key].spec}`", text, *scored, paper, time_taken])
     return common.markdown(["`--config=configs/`", "system", *DATASETS, "published", "time"], rows)
 
 
@@ -359,11 +331,7 @@ def _with_interval(difference: Mapping[str, float] | None) -> str:
 
 
 def replace(text: str, name: str, table: str) -> str:
-    """Returns a page with another table below `<!-- table: NAME -->`.
-
-    Raises:
-      ValueError: the page has no such table, or several.
-    """
+    """Returns a page with another table below `<!-- table: NAME -->`, of which it must have one."""
     pattern = rf"(<!-- table: {name} -->\n)(?:\|.*\n)+"
     if len(re.findall(pattern, text)) != 1:
         raise ValueError(f"wanted one table below `<!-- table: {name} -->`")
@@ -371,12 +339,7 @@ def replace(text: str, name: str, table: str) -> str:
 
 
 def header(row: Row, found: Mapping[str, Any]) -> str:
-    """Returns the lines of a configuration's docstring that tell time and score of a row.
-
-    Args:
-      row: what the lines are about.
-      found: the contents of `scores.json`.
-    """
+    """Returns the lines of a configuration's docstring that tell time and score of a row."""
     scores, seconds = found["rows"].get(row.key, {}), found["seconds"].get(row.key)
     arguments = " and ".join(f"`{word}`" for word in row.arguments.split(",") if word)
     spoken = f" with the argument {arguments}" if arguments else ""
@@ -394,11 +357,7 @@ def header(row: Row, found: Mapping[str, Any]) -> str:
 
 
 def replace_header(text: str, lines: str) -> str:
-    """Returns the text of a configuration with other lines of time and score.
-
-    Raises:
-      ValueError: the text has no paragraph that begins with `Time:`, or several.
-    """
+    """Returns the text of a configuration with other lines of time and score."""
     pattern = r"(?m)^Time: .*\n(?:.+\n)*"
     if len(re.findall(pattern, text)) != 1:
         raise ValueError("wanted one paragraph that begins with `Time:`")
@@ -430,12 +389,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(args.folder.absolute(), args.real, only)
     from vidjax.api import load_data
 
-    datasets: dict[str, Any] = {}
+    datasets: dict[str, Any] = {}  # once for all runs on it
 
     def load(config: Any) -> Any:
-        """Loads a dataset once for all runs on it."""
-        key = str(config.data)
-        if key not in datasets:
+        if (key := str(config.data)) not in datasets:
             datasets[key] = load_data(config)
         return datasets[key]
 

@@ -43,12 +43,8 @@ def measure(workdir: str) -> dict[str, Any]:
         for answer, label in zip(answers, found.labels, strict=True)
     ])  # fmt: skip
     strangers, num_people = score[~known], len(gallery.identities)
-    result: dict[str, Any] = {
-        "people": num_people,
-        "known": int(known.sum()),
-        "strangers": len(strangers),
-        "auroc": metrics.auroc(score, known),
-    }
+    result: dict[str, Any] = {"people": num_people, "known": int(known.sum())}
+    result |= {"strangers": len(strangers), "auroc": metrics.auroc(score, known)}
     rng = np.random.default_rng(0)
     for fpir in RATES:
         rows = []

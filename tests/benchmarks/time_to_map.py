@@ -19,7 +19,6 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
 
 from tests.benchmarks import common, end_to_end
 
@@ -36,29 +35,15 @@ RUNS = {
 }
 
 
-class Course(NamedTuple):
-    """The course of a run: MAP after every epoch.
+class Course:
+    """The course of a run: MAP after every epoch, by the seconds from the start of its process."""
 
-    Attributes:
-      found: (seconds from the start of the process, MAP), in order.
-      seconds: all seconds of the process.
-    """
-
-    found: list[tuple[float, float]]
-    seconds: float
-
-    @classmethod
-    def read(cls, lines: Sequence[tuple[float, str]]) -> Self:
-        """Returns the course that the lines of a process tell of."""
+    def __init__(self, lines: Sequence[tuple[float, str]]):
+        """Reads the lines of a process."""
         pattern = re.compile(r"(?:^step \d+.*: |\")map\"?:? ([\d.]+)")
         matches = [(seconds, pattern.search(line)) for seconds, line in lines]
-        found = [(seconds, float(match[1])) for seconds, match in matches if match]
-        return cls(found, lines[-1][0])
-
-    @property
-    def final(self) -> float:
-        """The last MAP."""
-        return self.found[-1][1]
+        self.found = [(seconds, float(match[1])) for seconds, match in matches if match]
+        self.seconds, self.final = lines[-1][0], self.found[-1][1]
 
     def until(self, value: float) -> float:
         """Returns the seconds until MAP is within NEAR of a value."""
@@ -67,7 +52,7 @@ class Course(NamedTuple):
 
 def main() -> None:
     """Measures, and prints the tables."""
-    args = end_to_end.make_parser(rounds=1).parse_args()
+    args = common.parse(__doc__, **end_to_end.SIZES, batch_size=1024, rounds=1)
     folder = Path(tempfile.mkdtemp())
     env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
     env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
@@ -93,7 +78,7 @@ def main() -> None:
             for number, name in enumerate(RUNS):
                 turn_number = len(RUNS) * (1 + turn) + number
                 lines = end_to_end.run(words(name, turn_number, args.epochs), env)
-                courses[name].append(Course.read(lines))
+                courses[name].append(Course(lines))
     finally:
         shutil.rmtree(folder)
     write_tables(courses)
@@ -109,14 +94,8 @@ def write_tables(courses: Mapping[str, Sequence[Course]]) -> None:
         columns = (to_final[name], to_lowest[name], [one.seconds for one in runs])
         final = statistics.median(one.final for one in runs)
         rows.append([name, *(f"{statistics.median(x):.0f}" for x in columns), f"{final:.3f}"])
-    header = (
-        "run",
-        "seconds to its MAP",
-        "seconds to the lowest MAP",
-        "seconds in all",
-        "final MAP",
-    )
-    common.write_table(header, rows)
+    header = ("run", *(f"seconds {to}" for to in ("to its MAP", "to the lowest MAP", "in all")))
+    common.write_table((*header, "final MAP"), rows)
     rows = []
     for title, seconds in {"its MAP": to_final, "the lowest MAP": to_lowest}.items():
         fastest = min((n for n in seconds if "PyTorch" in n), key=lambda n: sum(seconds[n]))

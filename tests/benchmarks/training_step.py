@@ -23,24 +23,14 @@ import jax
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import devices, fusion
 from vidjax.data import resident
 from vidjax.steps import train_step
 
-NETS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "mlp": ("quality_fusion.py:iqiyi_vid", (), {}),
-    "residual": (
-        "residual_dense.py:iqiyi_vid,face,one",
-        ("model.width=4096", "fusion.face.train.num_draws=1"),
-        {"width": 4096, "num_draws": 1},
-    ),
-    "mma": ("mma.py:iqiyi_vid", (), {}),
-}
 STEPS = 4  # a dispatch
 
 
 def make_peers(
-    name: str, run: common.Run, num_classes: int, options: dict[str, Any], bfloat16: bool
+    name: str, run: common.Run, args: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
     """Returns the steps of PyTorch, eager and compiled, on the first batch of a run."""
     import torch
@@ -48,41 +38,24 @@ def make_peers(
     from tests.benchmarks import peer
 
     batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
-    frames = {
-        modality: tuple(
-            np.array(x) for x in (fusion.read(one.features), one.quality, one.detection, one.mask)
-        )
-        for modality, one in batch.frames.items()
-    }
-    labels = np.random.default_rng(1).integers(0, num_classes, len(batch.clip_index))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_batch = peer.make_batch(frames, labels, device)
-    found = {}
-    for kind in ("eager", "compiled"):
-        step = peer.make_step(
-            name,
-            num_classes=num_classes,
-            compile=kind == "compiled",
-            dtype=torch.bfloat16 if bfloat16 else torch.float32,
-            device=device,
-            **options,
-        )
-        found[kind] = lambda step=step: float(step(torch_batch))
-    return found
+    options = {"num_classes": 1 + args.num_identities, **common.NETS[name][2]}
+    labels = np.random.default_rng(1).integers(0, options["num_classes"], len(batch.clip_index))
+    options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    options["dtype"] = torch.bfloat16 if args.bfloat16 else torch.float32
+    clips = peer.make_batch(common.for_torch(batch.frames), labels, options["device"])
+    eager = peer.make_step(name, **options)
+    compiled = peer.make_step(name, compile=True, **options)
+    return {"eager": lambda: float(eager(clips)), "compiled": lambda: float(compiled(clips))}
 
 
 def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     """Returns the row of a net."""
-    spec, overrides, options = NETS[name]
+    spec, overrides, _ = common.NETS[name]
     words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
     run = common.make_run(
         spec, words, batch_size=args.batch_size, num_identities=args.num_identities
     )
-    mesh = devices.make_mesh(1)
-    loop: Any = train_step.make_train_loop(  # it counts its compilations
-        run.system, mesh, lambda clips, step: resident.draw_batch(clips, run.plan, step)
-    )
-    state = run.state
+    loop, state = common.make_loop(run), run.state
 
     def step_alone(state: Any, clips: Any) -> Any:
         batch = resident.draw_batch(clips, run.plan, state.step)
@@ -104,9 +77,7 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
         "bare": common.make_bare(found, jax.random.key(1), STEPS),
         "copy": copy,
     }
-    if args.peer:
-        num_classes = 1 + args.num_identities
-        functions |= make_peers(name, run, num_classes, options, args.bfloat16)
+    functions |= make_peers(name, run, args) if args.peer else {}
     seconds = common.in_turns(functions, args.rounds)
     for name_of in ("step", "bare"):
         seconds[name_of] = [x / STEPS for x in seconds[name_of]]
@@ -142,15 +113,9 @@ def write_products(found: Sequence[common.Product]) -> None:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--num_identities", type=int, default=10_034)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer", action="store_true", help="PyTorch, too")
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--products", action="store_true", help="list the matrix products")
-    args = parser.parse_args()
+    sizes = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
+    flags = ("--peer", "--bfloat16", "--products")
+    args = common.parse(__doc__, *flags, nets=",".join(common.NETS), **sizes)
     sys.stdout.write(f"{common.describe()}, batch {args.batch_size}, ")
     sys.stdout.write(f"{1 + args.num_identities} classes\n\n")
     rows = [benchmark(name, args) for name in args.nets.split(",")]
