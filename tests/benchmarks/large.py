@@ -160,8 +160,8 @@ def paper() -> Iterator[tuple[list[str], list[list[str]]]]:
     rows = []
     for count in SIZES:
         for share in DEVICES:
-            numbers = [4e-9 * count * WIDTH / share, 8e-7 * count / share]
-            numbers += [2e-15 * clips * count * WIDTH / share for clips in CLIPS_TO_RANK]
+            numbers = [4 * count * WIDTH / share / 1e9, 800 * count / share / 1e9]
+            numbers += [2 * clips * count * WIDTH / share / 1e15 for clips in CLIPS_TO_RANK]
             rows.append([f"{count:,}", str(share), *map(_short, numbers)])
     header = ["identities", "devices", "weights, GB", "lists, GB"]
     yield [*header, *(f"{clips:.0e} clips, PFLOP" for clips in CLIPS_TO_RANK)], rows
