@@ -16,7 +16,7 @@ from vidjax.commands import evaluate
 from vidjax.run import checkpoint
 from vidjax.steps import class_sharding, eval_step, topk
 
-MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
+MESHES = {"1x1": (1, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
 STEPS = "--config.num_epochs=3.3"  # 10 of them
 
@@ -51,7 +51,7 @@ ENSEMBLE = ("--config.ensemble.seeds=2", "--config.data.mode=streaming")
     [
         ("mma", (*SGD, *ENSEMBLE), ("1x1", "4x2")),
         ("cosine", SGD, ("1x1", "4x2")),
-        ("plda", (), ("1x1", "1x2", "4x2")),
+        ("plda", (), ("1x1", "4x2")),
         ("quality_fusion", SGD, ("1x1", "4x2")),
         ("deepmef", SGD, ("1x1", "1x8")),
         ("residual_dense:face,head", SGD, ("1x1", "1x2")),
@@ -77,10 +77,9 @@ def test_training_does_not_depend_on_the_mesh(data, tmp_path, spec, words, meshe
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("words", "shapes", "most"),
-    [(SGD, [(2, 1), (1, 2), (4, 2), (1, 8)], 1e-12), ((), [(8, 1)], 1e-10)],
+    [(SGD, [(4, 2), (1, 8)], 1e-12), ((), [(8, 1)], 1e-10)],
     ids=["sgd", "adam"],
 )
 def test_steps_in_float64_do_not_depend_on_the_mesh(words, shapes, most):
@@ -163,7 +162,7 @@ def evaluate_on(name, folder, data, config):
 @pytest.mark.parametrize(
     ("spec", "words", "meshes"),
     [
-        ("mma", (), ("2x1", "1x2", "4x2", "1x8")),
+        ("mma", (), ("1x2", "4x2", "1x8")),
         ("quality_fusion", ("--config.after_fusion=examples",), ("4x2",)),
         ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5"), ("1x8",)),
         ("noise_classes:face", (), ("4x2",)),
@@ -171,7 +170,7 @@ def evaluate_on(name, folder, data, config):
     ],
 )
 def test_a_ranking_is_the_same_to_the_byte_on_every_mesh(data, tmp_path, spec, words, meshes):
-    config, num_devices = on_mesh("1x1", *words, "--config.num_epochs=1", spec=spec)
+    config, num_devices = on_mesh("1x1", *words, "--config.num_epochs=2", spec=spec)
     run(config, tmp_path, data, num_devices=num_devices)
     scores = ("map", "top1", "num_ties", "members")
     wanted, ranking = evaluate_on("1x1", tmp_path, data, config)
