@@ -2,7 +2,6 @@
 
 import csv
 import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from scipy import stats
 
 from tests.benchmarks import intervals
 from tests.helpers import made_runs
-from tests.helpers.datasets import load_dataset
+from tests.helpers.pages import Page
 from vidjax import ranking, significance
 from vidjax.commands import compare
 from vidjax.main import main
@@ -81,12 +80,9 @@ def test_one_large_difference_among_tiny_ones_keeps_the_interval_of_the_differen
     assert high - low < 2.5 * (t_high - t_low)
 
 
-def test_equal_runs_do_not_differ():
+def test_equal_runs_do_not_differ_and_an_improvement_of_every_identity_is_seen():
     low, high, p = significance.gap_interval(np.zeros(50))
     assert -0.04 < low < 0 < high < 0.04 and p > 0.9
-
-
-def test_an_improvement_of_every_identity_is_seen():
     low, high, p = significance.gap_interval(np.full(100, 0.1))
     assert 0.05 < low < high < 0.13 and p < 0.001
 
@@ -105,21 +101,15 @@ def test_holm_by_hand():
     assert significance.holm([]) == []
 
 
-class Page(HTMLParser):
-    """What a page refers to, its figures and its text."""
+def words_of(page):
+    return "".join(text for text, _ in page.texts)
 
-    def __init__(self, text):
-        super().__init__()
-        self.links, self.figures, self.described, self.words = [], 0, 0, ""
-        self.feed(text)
 
-    def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        self.figures += tag == "svg"
-        self.described += tag == "desc"
-
-    def handle_data(self, data):
-        self.words += data
+def compared(folder, *words, runs="ab", code=0):
+    """Compares runs in a folder by the command."""
+    folders = ",".join(str(folder / name) for name in runs)
+    assert main(["compare", f"--workdir={folder}/out", f"--runs={folders}", *words]) == code
+    return folder / "out"
 
 
 def test_the_command_writes_three_files_that_agree(tmp_path, capsys):
@@ -130,9 +120,7 @@ def test_the_command_writes_three_files_that_agree(tmp_path, capsys):
     worse = dict(reversed({name: 0.5 * value for name, value in first.items()}.items()))
     for name, values in {"a": first, "b<i>": better, "c": worse}.items():
         made_runs.write(tmp_path / name, values)
-    out = tmp_path / "out"
-    runs = ",".join(str(tmp_path / name) for name in ("a", "b<i>", "c"))
-    assert main(["--mode=compare", f"--workdir={out}", f"--runs={runs}"]) == 0
+    out = compared(tmp_path, runs=("a", "b<i>", "c"))
     said = capsys.readouterr().out
     gaps = [np.mean(list(values.values())) - np.mean(list(first.values())) for values in
             (better, worse)]  # fmt: skip
@@ -150,23 +138,13 @@ def test_the_command_writes_three_files_that_agree(tmp_path, capsys):
         assert [float(row[name]) for row in rows] == list(map(values.get, NAMES))
     assert float(rows[3]["c - a"]) == worse[NAMES[3]] - first[NAMES[3]]
     found = Page(page)
-    assert found.figures == found.described == 3
-    assert all(link.startswith(("#", "data:")) for link in found.links)
+    assert len(found.all("svg")) == len(found.all("desc")) == 3
+    links = [attrs[name] for _, attrs, _ in found.tags for name in ("src", "href") if name in attrs]
+    assert all(link.startswith(("#", "data:")) for link in links)
     assert "prefers-color-scheme: dark" in page
-    assert "b<i>" in found.words  # escaped
-    before = page
-    assert main(["--mode=compare", f"--workdir={out}", f"--runs={runs}"]) == 0
-    assert (out / "comparison.html").read_text() == before
-
-
-def test_a_pair_needs_no_correction(tmp_path, capsys):
-    rng = np.random.default_rng(1)
-    for name in "ab":
-        made_runs.write(tmp_path / name, averages(rng))
-    words = ["--mode=compare", f"--workdir={tmp_path}/out", f"--runs={tmp_path}/a,{tmp_path}/b"]
-    assert main(words) == 0
-    assert "Holm" not in capsys.readouterr().out
-    assert "Holm" not in (tmp_path / "out" / "comparison.html").read_text()
+    assert "b<i>" in words_of(found)  # escaped
+    compared(tmp_path, runs=("a", "b<i>", "c"))
+    assert (out / "comparison.html").read_text() == page
 
 
 def test_a_program_gets_the_numbers(tmp_path, capsys):
@@ -175,8 +153,7 @@ def test_a_program_gets_the_numbers(tmp_path, capsys):
     for name, values in found.items():
         made_runs.write(tmp_path / name, values)
     runs = [str(tmp_path / name) for name in "abc"]
-    words = ["--mode=compare", f"--workdir={tmp_path}/out", f"--runs={','.join(runs)}", "--json"]
-    assert main(words) == 0
+    compared(tmp_path, "--json", runs="abc")
     told = json.loads(capsys.readouterr().out)
     assert (told["split"], told["num_identities"], told["num_clips"]) == ("val", len(NAMES), 50)
     assert [row["run"] for row in told["runs"]] == runs
@@ -203,7 +180,7 @@ def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
     def page(*names):
         folders = [str(tmp_path / name) for name in names]
         compare.compare(folders, tmp_path / "out", lambda config: None)
-        return Page((tmp_path / "out" / "comparison.html").read_text()).words
+        return words_of(Page((tmp_path / "out" / "comparison.html").read_text()))
 
     assert "No run was trained on these clips." in page("a", "d")
     mixed = page("a", "b", "c")
@@ -212,29 +189,26 @@ def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
     assert f"In sample: {tmp_path / 'c'} was trained on these clips" in mixed
 
 
-def test_a_difference_that_rounds_to_0_has_no_minus(tmp_path, capsys):
+def test_a_difference_that_rounds_to_0_has_no_minus_and_a_pair_no_correction(tmp_path, capsys):
     values = averages(np.random.default_rng(6))
     made_runs.write(tmp_path / "a", values)
     made_runs.write(tmp_path / "b", {name: max(x - 1e-6, 0) for name, x in values.items()})
-    words = ["--mode=compare", f"--workdir={tmp_path}/out", f"--runs={tmp_path}/a,{tmp_path}/b"]
-    assert main(words) == 0
-    texts = [(tmp_path / "out" / f"comparison.{end}").read_text() for end in ("md", "html")]
+    out = compared(tmp_path)
+    texts = [(out / f"comparison.{end}").read_text() for end in ("md", "html")]
     for text in (capsys.readouterr().out, *texts):
-        assert "+0.0000" in text
+        assert "+0.0000" in text and "Holm" not in text
         assert "-0.0000" not in text and "-0.000 " not in text and "-0.000." not in text
 
 
-def test_another_split_that_both_have_ranked(tmp_path):
+def test_another_split_that_both_have_ranked(tmp_path, capsys):
     rng = np.random.default_rng(2)
     for name in "ab":
         made_runs.write(tmp_path / name, averages(rng))
         made_runs.write(tmp_path / name, averages(rng), split="test", suffix="_test")
-    (tmp_path / "out").mkdir()
-    folders = [str(tmp_path / name) for name in "ab"]
-    said, _ = compare.compare(folders, tmp_path / "out", lambda config: None, split="test")
-    assert "of test" in said
+    compared(tmp_path, "--config.eval.split=test")
+    said = capsys.readouterr().out
     value = json.loads((tmp_path / "b" / "metrics_test.json").read_text())["map"]
-    assert f"{value:.4f}" in said
+    assert "of test" in said and f"{value:.4f}" in said
 
 
 @pytest.mark.parametrize(
@@ -255,30 +229,15 @@ def test_only_runs_on_the_same_clips_are_compared(tmp_path, capsys, change, mess
     made_runs.write(tmp_path / "a", values)
     more = change.pop("averages", {})
     made_runs.write(tmp_path / "b", values | more, *change.pop("overrides", ()), **change)
-    words = ["--mode=compare", f"--workdir={tmp_path}/out", f"--runs={tmp_path}/a,{tmp_path}/b"]
-    assert main(words) == 2
+    out = compared(tmp_path, code=2)
     said = capsys.readouterr().err.strip()
     assert message in said
     assert len(said.splitlines()) <= 3
-    assert not (tmp_path / "out" / "comparison.md").exists()
+    assert not out.exists()
 
 
-def test_no_comparison_is_written_into_a_run(tmp_path, capsys):
-    runs = [made_runs.write(tmp_path / name, {"anna": 0.5, "ben": 0.7}) for name in "ab"]
-    before = sorted(runs[0].iterdir())
-    words = ["--mode=compare", f"--workdir={runs[0]}", f"--runs={runs[0]},{runs[1]}"]
-    assert main(words) == 2
-    assert "another folder" in capsys.readouterr().err
-    assert sorted(runs[0].iterdir()) == before
-    assert main([*words[:1], f"--workdir={tmp_path}/new", f"--runs={runs[0]},absent"]) == 2
-    assert not (tmp_path / "new").exists()
-
-
-def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(
-    tmp_path, official_dir, cache_dir
-):
+def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(tmp_path, data, official_dir):
     """The scorer of submissions is the oracle."""
-    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     split, rng = data.split("val"), np.random.default_rng(0)
     expected = {}
     for name in ("a", "b"):

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vidjax
 from tests.helpers import clip_files, made_runs, odd_names, small_runs
+from tests.helpers.pages import Page
 from vidjax import ranking, tables
 from vidjax.data.memory import load_clips
 from vidjax.main import main
@@ -191,18 +191,6 @@ def test_every_layout_without_labels_is_read(official_dir, tmp_path):
         load_clips(official_dir, {"voice": 3}, (), split="val")
 
 
-class _Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.text = set(), ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_odd_names_round_trip_through_a_comparison(tmp_path):
     rng = np.random.default_rng(0)
     runs = [
@@ -221,10 +209,10 @@ def test_odd_names_round_trip_through_a_comparison(tmp_path):
     assert "\\<b\\>" in text and "<b>" not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in tables[:3]}) == 1
-    page = _Tags()
-    page.feed((out / "comparison.html").read_text(encoding="utf-8"))
-    assert not page.tags & {"script", "b", "img"}
-    assert "<b>|*" in page.text and any(f"{name}" in page.text for name in NAMES[20:])
+    page = Page((out / "comparison.html").read_text(encoding="utf-8"))
+    assert not {tag for tag, _, _ in page.tags} & {"script", "b", "img"}
+    shown = "".join(text for text, _ in page.texts)
+    assert "<b>|*" in shown and any(name in shown for name in NAMES[20:])
 
 
 @pytest.mark.slow
