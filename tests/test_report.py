@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.helpers import made_runs
 from tests.helpers.browser import CHROMIUM, browse
-from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
@@ -22,6 +22,7 @@ from vidjax import config_io, metrics, significance
 from vidjax.commands import compare
 from vidjax.report import figures, run_page
 from vidjax.report import html as html_lib
+from vidjax.run import formats
 from vidjax.run import results as results_lib
 from vidjax.training import train
 
@@ -91,11 +92,6 @@ def check_page(text):
     return page
 
 
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
-
-
 @pytest.mark.slow
 def test_of_attention(data, tmp_path):
     config = shrunk("--config.num_epochs=2")
@@ -149,95 +145,36 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     check_numbers(tmp_path / "folds", text)
 
 
-def measure(number):
-    """Returns a value with its interval and its gap, other ones for every number."""
-    value = 0.5 + number / 64
-    bounds = {"low": value - 0.125, "high": value + 0.1875, "gap_low": -0.25, "gap_high": 0.0625}
-    return {"value": value, "gap": number / 128 - 0.25, **bounds}
-
-
-def errors(number):
-    return {"rate": 0.1, **measure(number + 11)}
-
-
-def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}", frames=6):
+def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}", frames=3):
     """Writes a run that nobody trained, of any size."""
     rng = np.random.default_rng(0)
     ap = np.clip(rng.beta(4, 1, identities), 0, 1)
     ap[rng.random(identities) < 0.3] = 1.0
     positives = rng.integers(1, 9, identities)
     results = {"map": float(ap.mean()), "map_kind": "val", "num_clips": clips}
-    worst = [
-        {
-            "identity": int(i),
-            "ap": float(ap[i]),
-            "clips": int(positives[i]),
-            "lost_to": [[1, 2], [-1, 1]],
-            "mixed_with": [[-1, 3], [2, 1]],
-        }
-        for i in np.argsort(ap)[:20]
-    ]
-    row = {"label": name.format("kind"), "map": 0.5, "identities": 3, "clips": 9}
-    groups = [row | {"low": None, "high": None}, row | {"low": 0.375, "high": 0.625}] * 4
-    wrong = {"clip": clip.format(1), "shows": -1, "identity": 2, "score": -0.25}
-    mistaken = [wrong | {"clip": clip.format(n), "shows": n} for n in range(1, 4)]
-    listed = [wrong | {"shows": n} for n in (-1, 1, 2)]
-    facts = {
+    texts = {"clip": clip, "label": name, "vectors": name}
+    facts = made_runs.example(formats.Analysis, texts)
+    facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
+    facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
+    for rows in (facts["wrong_clips"]["distractors"], facts["lists"][0]["rows"]):
+        rows[0]["shows"] = -1
+    enough = {"rate": 0.1, "fewest": 10, "threshold": -1.5, "fpir": 0.1, "fnir": 0.375}
+    enough |= {"fpir_low": 0.03125, "fpir_high": 0.25, "fnir_low": 0.25, "fnir_high": 0.5}
+    facts["open_set"]["rates"] = [{"rate": 0.01, "fewest": 100}, enough]
+    facts |= {
         "split": "val",
         "lead": "face",
         "modalities": ["face", "head"],
-        "logs": True,
         "results": results,
         "members": [{"member": n, "map": 0.5} for n in range(80)],
         "runs": [],
+        "gains": None,
+        "named": None,
         "num_others": 0,
-        "worst": worst,
-        "strata": [{"by": f"kind {n}", "rows": groups} for n in range(4)],
-        "calibration_error": 0.05,
-        "calibration_error_after": 0.025,
         "calibration_maps": [{"slope": 0.75, "offset": -0.5}, {"slope": 0.8, "offset": 0.25}],
-        "open_set": {
-            "num_identities": identities,
-            "num_known": clips,
-            "num_people": identities,
-            "num_strange": 40,
-            "resamples": 1000,
-            "rates": [
-                {"rate": 0.01, "fewest": 100},
-                {
-                    "rate": 0.1,
-                    "fewest": 10,
-                    "threshold": -1.5,
-                    "fpir": 0.1,
-                    "fpir_low": 0.03125,
-                    "fpir_high": 0.25,
-                    "fnir": 0.375,
-                    "fnir_low": 0.25,
-                    "fnir_high": 0.5,
-                },
-            ],
-        },
-        "fewest_identities": 10,
-        "wrong_clips": {"distractors": [wrong] * 5, "known": mistaken},
-        "lists": [{"identity": 1, "ap": float(ap[1]), "clips": int(positives[1]), "rows": listed}],
-        "assignment": {"face": [0.25] * 4},
-        "vectors": [name.format(i) for i in range(8)],
-        "num_sampled": 2000,
-        "robustness": [{"change": f"change {n}", "map": 0.5} for n in range(10)],
-        "frames": [
-            {
-                "clip": clip.format(n),
-                "identity": n,
-                "right": n < 3,
-                "modality": "face",
-                "numbers": list(range(32)),
-                "quality": rng.uniform(20, 90, 32).tolist(),
-                "falls": rng.normal(size=32).tolist(),
-            }
-            for n in range(frames)
-        ],
+        "frames": facts["frames"][:frames],
     }
-    matrix = rng.random((8, 8))
+    matrix = rng.random((3, 3))
     known = rng.integers(0, clips, 40)
     arrays = {
         "ap": ap,
@@ -254,13 +191,12 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
     }
     folder.mkdir(exist_ok=True)
     results_lib.save_analysis(folder / "analysis.npz", facts, arrays)
-    config = {"model": {"name": name.format("m")}, "modalities": ["face", "head"]}
     lines = [
         {"step": n, "epoch": n / 9, "learning_rate": 1e-3, "train_loss": 1 / n, "train_accuracy": 1}
         for n in range(1, 5000)
     ]
     for file, value in {
-        "config.json": config,
+        "config.json": {"model": {"name": name.format("m")}, "modalities": ["face", "head"]},
         "metrics.json": results,
         "identities.json": [name.format(i) for i in range(identities)],
         "metrics_test.json": {"num_clips": 4},
@@ -292,24 +228,12 @@ def spoilt(value):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The files of a made-up run that has every section."""
+    """The files of a made-up run that has every section, and a value at every key."""
     folder = made_up(tmp_path_factory.mktemp("full") / "run", frames=1)
-    counts = {"clips": 3, "frames": 9, "frames_per_clip": {"mean": 3.0}, "missing_rate": 0.25}
-    counts |= {"frames_skipped": {"not finite": 2}, "clips_skipped": {"empty": 1}}
-    modalities = {"face": counts, "head": counts}
-    split = {"clips": 3, "labelled": True, "identities": 2, "distractors": 1, "unknown_clips": 4}
-    cropped = {"face": {"frames": 5}}
-    data = {"splits": {"train": split | {"modalities": modalities}}, "cropped_in_an_epoch": cropped}
-    results = json.loads((folder / "metrics.json").read_text())
-    results |= {
-        "command": "vidjax --config=x",
-        "date": "2026-01-02 03:04:05 UTC",
-        "versions": {"vidjax": "0.1.0", "commit": "abc"},
-        "data": {"name": "iqiyi_vid", "dir": "somewhere", "digest": "0123abc"},
-        "runs": [{"name": f"runs/{n}", "weight": 0.5, "map": 0.25, "model": n} for n in "ab"],
-        "members": [{"member": 0, "map": 0.5, "fold": "first"}],
-        "weights_fitted_on": "val",
-    }
+    data = made_runs.example(formats.DataReport, {})
+    results = made_runs.example(formats.Metrics, {"command": "vidjax --config={}"})
+    results |= json.loads((folder / "metrics.json").read_text())
+    results |= {"members": [{"member": 0, "map": 0.5, "fold": "first"}]}
     config = json.loads(config_io.to_json(config_lib.default()))
     for name, value in {
         "metrics.json": results, "data_report.json": data, "config.json": config,
@@ -318,8 +242,14 @@ def full(tmp_path_factory):
     return run_page.load(folder)
 
 
-def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full):
-    text = section(run_page.render(full), "open_set")
+@pytest.fixture(scope="module")
+def page(full):
+    """The page of that run."""
+    return run_page.render(full)
+
+
+def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full, page):
+    text = section(page, "open_set")
     found = full.analysis.open_set
     few, enough = found.rates
     table = text[text.index("<table") : text.index("</table>")]
@@ -332,8 +262,8 @@ def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full):
         assert getattr(found, name) in values(text), name
 
 
-def test_calibration_before_and_after(full):
-    text = section(run_page.render(full), "open_set")
+def test_calibration_before_and_after(full, page):
+    text = section(page, "open_set")
     shown = values(text[text.index("Calibration:") :])
     analysis = full.analysis
     errors = [analysis.calibration_error, analysis.calibration_error_after]
@@ -343,16 +273,29 @@ def test_calibration_before_and_after(full):
     assert "slope 0.75 with offset -0.50, and slope 0.80 with offset 0.25." in words
 
 
-def test_a_run_of_an_earlier_version_has_a_report(full):
-    """Without the table of thresholds and without the second calibration."""
+OTHER_ANALYSIS = "belongs to another evaluation than this result"
+
+
+def test_what_another_run_lacks_is_left_out_and_another_analysis_is_told(full, page):
+    """Of an earlier version, that optimises nothing, and was evaluated again without an analysis.
+
+    It has no table of thresholds, no second calibration and no learning rates.
+    """
     new = {"open_set": None, "calibration_error_after": math.nan, "calibration_maps": None}
     analysis = msgspec.structs.replace(full.analysis, **new)
-    arrays = {name: x for name, x in full.arrays.items() if name != "calibration_after"}
-    text = run_page.render(full._replace(analysis=analysis, arrays=arrays))
+    other = full._replace(
+        analysis=analysis,
+        arrays={name: x for name, x in full.arrays.items() if name != "calibration_after"},
+        lines=[{k: v for k, v in line.items() if k != "learning_rate"} for line in full.lines],
+        metrics=msgspec.structs.replace(full.metrics, map=0.25),
+    )
+    text = run_page.render(other)
     check_page(text)
     shown = section(text, "open_set")
     assert "<table" not in shown and "cannot show" not in shown
     assert values(shown) == [analysis.calibration_error]
+    assert '<section id="learning"' in page and '<section id="learning"' not in text
+    assert OTHER_ANALYSIS not in page and OTHER_ANALYSIS in section(text, "summary")
 
 
 def test_no_text_of_a_file_is_an_element(full):
@@ -393,14 +336,13 @@ def test_another_split_has_its_page(tmp_path):
     assert "learning" not in [attrs["id"] for attrs in check_page(text).all("section")]
 
 
-def test_every_number_is_in_a_file(full):
-    text = run_page.render(full)
-    check_numbers(full.folder, text)
+def test_every_number_is_in_a_file(full, page):
+    check_numbers(full.folder, page)
     value = repr(full.metrics.map)
     with pytest.raises(AssertionError):
-        check_numbers(full.folder, text.replace(value, "0.123456"))
+        check_numbers(full.folder, page.replace(value, "0.123456"))
     with pytest.raises(AssertionError):
-        check_numbers(full.folder, text.replace("</main>", "<p>The MAP is 0.7777.</p></main>"))
+        check_numbers(full.folder, page.replace("</main>", "<p>The MAP is 0.7777.</p></main>"))
 
 
 def test_the_interval_is_that_of_the_mean():
@@ -427,16 +369,9 @@ def test_what_is_absent_is_explained(tmp_path):
         run_page.write(tmp_path)
 
 
-def test_a_model_that_optimises_nothing_has_no_learning_curves(full):
-    """Its lines have no learning rate."""
-    lines = [{k: v for k, v in line.items() if k != "learning_rate"} for line in full.lines]
-    assert '<section id="learning"' in run_page.render(full)
-    assert '<section id="learning"' not in run_page.render(full._replace(lines=lines))
-
-
 def test_names_from_right_to_left_are_kept_apart_from_what_follows(tmp_path):
     name = "Emmy \u0639\u0644\u064a {}"
-    folder = made_up(tmp_path / "run", name=name, clip="\u05d0 {}")
+    folder = made_up(tmp_path / "run", name=name, clip="\u05d0 {}", frames=1)
     page = check_page(run_page.write(folder).read_text())
     letters = re.compile("[\u0590-\u06ff]")
     shown = [
@@ -449,7 +384,7 @@ def test_names_from_right_to_left_are_kept_apart_from_what_follows(tmp_path):
     assert "bdi" not in {tag for tag, _, _ in Page(html_lib.name("Emmy (1)")).tags}
 
 
-def test_without_ground_truth_the_clips_have_the_names_that_the_run_gives(full, tmp_path):
+def test_without_ground_truth_the_clips_have_the_names_that_the_run_gives(page, tmp_path):
     rows = [{"clip": f"{n} {EVIL}", "identity": n % 3, "score": -n / 8} for n in range(5)]
     facts = {"split": "val", "modalities": ["face"], "logs": True, "results": {}, "members": []}
     for num in (5, 9):
@@ -468,7 +403,7 @@ def test_without_ground_truth_the_clips_have_the_names_that_the_run_gives(full, 
         words = " ".join(content for content, _ in Page(part).texts)
         assert words.count("Ada") == 2 and "ranking.txt" in words
         assert ("4  more clips" in words) == (num == 9)
-    assert '<section id="names"' not in run_page.render(full)
+    assert '<section id="names"' not in page
 
 
 def test_the_labels_of_an_axis_are_its_values():
@@ -476,16 +411,6 @@ def test_the_labels_of_an_axis_are_its_values():
     plot.axes.plot([0, 1, 2], [9.90353, 9.90353 + 1e-7, 9.90353])
     drawn = plot.html("loss", "loss", "loss")
     assert "9.903530" in drawn and "+" not in "".join(re.findall("<text[^>]*>([^<]*)<", drawn))
-
-
-OTHER_ANALYSIS = "belongs to another evaluation than this result"
-
-
-def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
-    folder = made_up(tmp_path / "run", frames=1)
-    assert OTHER_ANALYSIS not in section(run_page.write(folder).read_text(), "summary")
-    (folder / "metrics.json").write_text('{"map": 0.25, "map_kind": "val"}')
-    assert OTHER_ANALYSIS in section(run_page.write(folder).read_text(), "summary")
 
 
 @pytest.mark.slow

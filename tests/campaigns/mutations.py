@@ -93,10 +93,12 @@ def remove(path: Path, rng: random.Random) -> None:
     path.unlink()
 
 
-def replace(path: Path, rng: random.Random) -> None:
-    """Puts a pipe, a folder, a link or an endless file in the place of a file."""
-    path.unlink()
-    kind = rng.choice(("pipe", "folder", "link", "zero", "nothing", "sparse"))
+KINDS = ("pipe", "folder", "link", "zero", "nothing", "sparse")
+
+
+def put(path: Path, kind: str, target: Path) -> None:
+    """Puts one of KINDS in the place of a file, if there is one; a link leads to the target."""
+    path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -105,10 +107,13 @@ def replace(path: Path, rng: random.Random) -> None:
         path.touch()
         os.truncate(path, 30 << 30)
     else:
-        targets = {
-            "link": VICTIM[0], "zero": Path("/dev/zero"), "nothing": VICTIM[0].with_name("absent"),
-        }  # fmt: skip
-        path.symlink_to(targets[kind])
+        other = {"zero": Path("/dev/zero"), "nothing": target.with_name("absent")}
+        path.symlink_to(other.get(kind, target))
+
+
+def replace(path: Path, rng: random.Random) -> None:
+    """Puts something else in the place of a file."""
+    put(path, rng.choice(KINDS), VICTIM[0])
 
 
 VICTIM = [Path("/nonexistent")]  # the file outside of the run that links lead to

@@ -1,8 +1,10 @@
 """Run folders of strangers: links, pipes, bombs and paths in them end in an error and no harm."""
 
+import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ from vidjax.commands import check, evaluate, findings
 from vidjax.data import sources
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
 from vidjax.evaluation import restore
-from vidjax.run import checkpoint, parts, results, resume
+from vidjax.run import checkpoint, formats, parts, results, resume
 
 IMPORTED = (codec, findings, evaluate)  # so that a test measures the reading alone
 GB = 1 << 30
@@ -155,15 +157,12 @@ def test_a_pipe_or_a_link_in_place_of_a_file_is_refused(stranger, capsys, mode):
     for name in READ[mode]:
         path = stranger / name
         kept = path.rename(stranger / "kept")
-        os.mkfifo(path)
-        code, said = complaint(capsys, *words)
-        assert code in (2, 3) and f"{name}' is a pipe" in said, said
-        for target in ("/dev/zero", stranger / "kept", stranger / "absent"):
-            path.unlink()
-            path.symlink_to(target)
+        for kind in ("pipe", "zero", "link", "nothing"):
+            mutations.put(path, kind, kept)
             code, said = complaint(capsys, *words)
-            assert code in (2, 3) and f"{name}' is a link" in said, said
-            assert "put a copy of the file" in said
+            found = "a pipe" if kind == "pipe" else "a link"
+            assert code in (2, 3) and f"{name}' is {found}" in said, said
+            assert kind == "pipe" or "put a copy of the file" in said
         path.unlink()
         kept.rename(path)
 
@@ -175,8 +174,8 @@ def test_companions_that_are_pipes_or_links_are_refused(tmp_path):
         "members.npz": lambda: restore.load_training_sets(tmp_path, {}),
         "changes.jsonl": lambda: resume.record(tmp_path, 1, {"seed": (0, 1)}),
     }.items():
-        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
-            make(tmp_path / name)
+        for kind in ("pipe", "zero"):
+            mutations.put(tmp_path / name, kind, tmp_path)
             with (
                 warnings.catch_warnings(action="ignore"),
                 pytest.raises((ValueError, checkpoint.CheckpointError), match=name),
@@ -201,21 +200,21 @@ def test_json_nested_deeply_is_one_error(stranger, capsys, name):
     if name == "manifest":
         path = stranger / "checkpoints" / "1" / "manifest.json"
         path.parent.mkdir(parents=True)
-    for content in (DEEP, b"[" * 900 + b"]" * 900, b'{"a":' * 200_000):
+    (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
+    shallow = (b"[" * 900 + b"]" * 900, b'{"a":' * 200_000) if name == "metrics" else ()
+    for content in (DEEP, *shallow):
         path.write_bytes(content)
         for mode in ("check", "report", "evaluate", "compare"):
             code, said = complaint(capsys, *words_of(mode, stranger))
             if mode == "check" and name != "identities":
-                assert code in (2, 3) and path.name in said
-    (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
-    complaint(capsys, *words_of("check", stranger))
+                assert code in (2, 3) and path.name in said and "metrics.jsonl: line 1" in said
 
 
 def test_a_file_of_endless_size_is_not_read(stranger, capsys):
     for name in (*RESULTS, "ranking.txt", "config.json"):
         path = stranger / name
         content = path.read_bytes()
-        os.truncate(path, 30 * GB)
+        mutations.put(path, "sparse", path)
         for mode in ("check", "report", "compare", "evaluate"):
             complaint(capsys, *words_of(mode, stranger))
         with pytest.raises(ValueError, match="too large"):
@@ -248,10 +247,15 @@ def test_archives_that_lie_about_their_sizes_are_refused(tmp_path):
         ensemble.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\xff\xfe", b"[]", b'{"map": "<b>"}', b'{"map": 1e999}', b'{"members": 5}'],
-)
+def test_a_folder_in_place_of_a_file_is_named(stranger, capsys):
+    for name in RESULTS:
+        mutations.put(stranger / name, "folder", stranger)
+        code, said = complaint(capsys, *words_of("report", stranger))
+        assert code == 2 and name in said
+        (stranger / name).rmdir()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"map": 1e999}'])
 def test_damaged_metrics_are_named_with_a_remedy_before_data_is_read(stranger, capsys, content):
     (stranger / "metrics.json").write_bytes(content)
     for mode in ("check", "report", "compare"):
@@ -260,24 +264,55 @@ def test_damaged_metrics_are_named_with_a_remedy_before_data_is_read(stranger, c
         assert "metrics.json' is damaged" in said and "--mode=evaluate" in said
 
 
-def test_a_folder_in_place_of_a_file_is_named(stranger, capsys):
-    for name in RESULTS:
-        (stranger / name).unlink()
-        (stranger / name).mkdir()
-        code, said = complaint(capsys, *words_of("report", stranger))
-        assert code == 2 and name in said
-        (stranger / name).rmdir()
+def keys_of(value, path=()):
+    """Yields the path of everything in JSON; of a list, what the first item holds."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, item in items:
+        yield from keys_of(item if isinstance(item, (dict, list)) else {}, (*path, key))
+
+
+def alike(old, new):
+    """Whether JSON has a value of the same type, or none."""
+    kinds = [float if type(one) is int else type(one) for one in (old, new)]
+    return None in (old, new) or kinds[0] is kinds[1]
+
+
+# Keys at which a format takes values of any type, or of several.
+FREE = {"members", "size", "seed", "config", "changes", "settings"}
+
+
+@pytest.mark.parametrize(
+    "kind", [formats.Metrics, formats.Analysis, formats.DataReport, formats.Manifest]
+)
+def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_path, kind):
+    value = made_runs.example(kind, {})
+    formats.parse(tmp_path, value, kind, "REMEDY")
+    refused = 0
+    for path in keys_of(value):
+        holder = functools.reduce(operator.getitem, path[:-1], value)
+        old = holder[path[-1]]
+        for new in mutations.WEIRD:
+            holder[path[-1]] = new
+            try:
+                formats.parse(tmp_path, value, kind, "REMEDY")
+                assert FREE & {*path} or alike(old, new), (path, new)
+            except errors.UserError as error:
+                first, remedy = str(error).splitlines()
+                assert remedy == "REMEDY" and any(str(key) in first for key in path), first
+                refused += 1
+        holder[path[-1]] = old
+    assert refused > 100
 
 
 @pytest.mark.parametrize(
     ("values", "arrays"),
     [
-        ({"worst": [{"identity": "<script>"}]}, {}),
         (
             {"worst": [{"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}]},
             dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2)),
         ),
-        ({"strata": 5}, {}),
         ({"vectors": ["a"]}, {"attention": np.zeros((5000, 5000), np.float32)}),
         ({"vectors": []}, {"attention": np.zeros((2, 2))}),
         (
@@ -286,7 +321,6 @@ def test_a_folder_in_place_of_a_file_is_named(stranger, capsys):
         ),
         ({}, {"ap": np.array(["<b>"]), "positives": np.array([1])}),
         ({}, {"ap": np.array([0.5])}),
-        ({"robustness": [{"change": "x", "map": "y"}]}, {}),
         ({"frames": [{"clip": "x"}]}, {}),
     ],
 )
@@ -398,16 +432,11 @@ def test_a_checkpoint_holds_its_own_files_and_no_others(tmp_path):
     """Orbax would wait for a pipe, or read a device without an end."""
     state = save(tmp_path, 1, 2) / "state"
     assert load(tmp_path)[1]["step"] == 2
-    for make in (
-        lambda path: path.write_text("{}"),
-        os.mkfifo,
-        lambda path: path.symlink_to("/dev/zero"),
-        lambda path: path.symlink_to(tmp_path, target_is_directory=True),
-    ):
+    for kind in ("text", "pipe", "zero", "link"):
         for name in ("_CHECKPOINT_METADATA.2", "params/.zarray", "new/.zarray"):
             path = state / name
             path.parent.mkdir(exist_ok=True)
-            make(path)
+            path.write_text("{}") if kind == "text" else mutations.put(path, kind, tmp_path)
             with pytest.raises(checkpoint.DamagedError, match=path.name):
                 checkpoint.verify(state.parent)
             found = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
@@ -530,20 +559,12 @@ def test_a_shared_cache_is_opened_as_a_run_folder_is(tmp_path, converted):
     ]
     assert len(places) == 4
     for number, place in enumerate(places):
-        for kind in ("pipe", "device", "link", "folder", "holes", "{}", "[[["):
+        for kind in ("pipe", "zero", "link", "folder", "sparse", "{}", "[[["):
             cache = tmp_path / f"{number}{kind[0]}"
             shutil.copytree(converted[0], cache)
             path = cache / place
-            path.unlink()
-            if kind == "pipe":
-                os.mkfifo(path)
-            elif kind == "folder":
-                path.mkdir()
-            elif kind == "holes":
-                path.touch()
-                os.truncate(path, 500 * GB)
-            elif kind in ("device", "link"):
-                path.symlink_to("/dev/zero" if kind == "device" else converted[0] / place)
+            if kind in mutations.KINDS:
+                mutations.put(path, kind, converted[0] / place)
             else:
                 path.write_text(kind * 1000)
             with pytest.raises(errors.UserError) as caught:

@@ -1,11 +1,13 @@
 """Folders that look like those of evaluated runs, of any score that a test wants."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import inspect
 
 from vidjax import config as config_lib
 from vidjax import config_io
@@ -61,3 +63,38 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     _, arrays = results_lib.load_analysis(path)
     with np.load(path) as file:
         return json.loads(file["facts"].tobytes()), arrays
+
+
+def example(
+    kind: Any, texts: Mapping[str, str], key: str = "", counter: Iterator[int] | None = None
+) -> Any:
+    """Returns JSON of a format with a value at every key, another one each time.
+
+    Args:
+      kind: a type of `vidjax.run.formats`, or what msgspec knows of it.
+      texts: key -> its texts, with {} for a number.
+      key: that of the value.
+      counter: of the numbers.
+    """
+    counter = counter or itertools.count()
+    kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)
+    number = next(counter)
+    match kind:
+        case inspect.StructType():
+            fields = ((one.encode_name, one.type) for one in kind.fields)
+            return {name: example(one, texts, name, counter) for name, one in fields}
+        case inspect.UnionType():
+            return example(kind.types[0], texts, key, counter)
+        case inspect.DictType():
+            return {n: example(kind.value_type, texts, key, counter) for n in ("face", "head")}
+        case inspect.ListType():
+            return [example(kind.item_type, texts, key, counter) for _ in range(3)]
+        case inspect.TupleType():
+            return [example(one, texts, key, counter) for one in kind.item_types]
+        case inspect.BoolType():
+            return True
+        case inspect.IntType():
+            return 1 + number % 3
+        case inspect.FloatType():
+            return (1 + number % 63) / 64
+    return texts.get(key, f"{key} {{}}").format(number)
