@@ -226,11 +226,3 @@ def test_a_damaged_analysis_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read '.*analysis\.npz'"):
         results_lib.load_analysis(path)
-
-
-def test_what_is_written_is_read_back(tmp_path):
-    facts = {"split": "val", "name": "ü\u4e2d", "results": {"map": None}}
-    results_lib.save_analysis(tmp_path / "a.npz", facts, {"calibration": np.eye(3)})
-    read, arrays = made_runs.load_analysis(tmp_path / "a.npz")
-    assert read == facts
-    assert arrays["calibration"].tolist() == np.eye(3).tolist()
