@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -197,7 +198,7 @@ def test_the_range_of_a_field_is_that_of_its_row(name):
     for value in inside:
         config_lib.check_ranges({**config_lib.DEFAULTS, name: value})
     for value in outside:
-        values = {**config_lib.DEFAULTS, name: value}
+        values: Any = {**config_lib.DEFAULTS, name: value}  # as a configuration has them
         with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
             config_lib.check_ranges(values)
         (problem,) = config_lib.problems(values, fresh=False)  # in any run
