@@ -14,7 +14,7 @@ from tests.helpers import clip_files
 from tests.helpers.datasets import prepare
 from vidjax import api, config_io, ensemble, files, ranking
 from vidjax import config as config_lib
-from vidjax.evaluation import restore, run_data
+from vidjax.evaluation import restore
 from vidjax.main import main
 from vidjax.run import checkpoint, resume
 from vidjax.steps import topk
@@ -53,7 +53,7 @@ def finished(data, tmp_path_factory):
         info = {
             "map": step / 100,
             **restore.companion_digests(identities, training_sets),
-            "data": run_data.digests(config, api.load_data(config)),
+            "data": restore.data_digests(config, api.load_data(config)),
             "config": config.to_dict(),
         }
         checkpoint.save(workdir, step, items, info)

@@ -5,12 +5,11 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import embeddings, made_galleries
+from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import calibration
 from vidjax.gallery import gallery as gallery_lib
-from vidjax.gallery import index as index_lib
+from vidjax.gallery.backend import Index
 from vidjax.gallery.gallery import Gallery, fit_backend
-from vidjax.gallery.index import Index
 from vidjax.gallery.store import Clip
 
 # ---- probabilities
@@ -81,13 +80,13 @@ def test_log_softmax_is_exact_and_knows_no_order(spread):
     for size in (1, 2, 3, 50):
         logits = rng.normal(0, spread, size)
         wide = logits.astype(np.longdouble)
-        best, found = int(np.argmax(logits)), index_lib.log_softmax(logits)
+        best, found = int(np.argmax(logits)), backend_lib.log_softmax(logits)
         rest = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = wide - wide[best] - np.log1p(rest)
         np.testing.assert_allclose(found, wanted.astype(float), rtol=1e-10, atol=1e-300)
         for _ in range(5):
             order = rng.permutation(size)
-            assert (index_lib.log_softmax(logits[order]) == found[order]).all()
+            assert (backend_lib.log_softmax(logits[order]) == found[order]).all()
 
 
 def test_ties_go_by_name(tmp_path):
@@ -143,7 +142,7 @@ def test_a_row_of_numbers_does_not_depend_on_the_others():
 def test_threads_change_nothing(tmp_path, monkeypatch):
     people = made_galleries.make(tmp_path / "g")
     wanted = made_galleries.answers(people)
-    monkeypatch.setattr(index_lib, "MANY_BLOCKS", 1)
+    monkeypatch.setattr(backend_lib, "MANY_BLOCKS", 1)
     monkeypatch.setattr(backend_lib, "MANY", 1)
     assert made_galleries.answers(people) == wanted
     assert made_galleries.answers(Gallery(people.folder)) == wanted
@@ -160,7 +159,7 @@ def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
     rng = np.random.default_rng(0)
     inside, rates = [], []
     for _ in range(2000):
-        found = calibration.threshold(rng.random(strangers), fpir, 1)
+        found = answers_lib.threshold(rng.random(strangers), fpir, 1)
         rates.append(1 - found.score)
         inside.append(found.low <= rates[-1] <= found.high)
         assert found.num_alarms <= fpir * strangers < found.num_alarms + 1

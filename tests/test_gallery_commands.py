@@ -15,7 +15,8 @@ from tests.helpers import made_galleries
 from vidjax import files, ranking, tables
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
-from vidjax.gallery.gallery import Answer, Gallery
+from vidjax.gallery.answers import Answer
+from vidjax.gallery.gallery import Gallery
 from vidjax.main import main
 
 WIDTH = 24

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
+from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import gallery as gallery_lib
-from vidjax.gallery import index as index_lib
 from vidjax.gallery import store as store_lib
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip, Origin
@@ -82,8 +82,8 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
 
 
 def test_one_by_one_is_all_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_lib, "FEW_ROWS", 3)
-    monkeypatch.setattr(index_lib, "MOST_ROWS", 4)
+    monkeypatch.setattr(backend_lib, "FEW_ROWS", 3)
+    monkeypatch.setattr(backend_lib, "MOST_ROWS", 4)
     people = made_galleries.make(tmp_path / "g", {})
     for name in sorted(CLIPS, key=lambda name: name[::-1]):
         people.add({name: CLIPS[name]})
@@ -156,7 +156,7 @@ def test_no_byte_is_left_of_who_was_removed(gallery, by):
     numbers = [CLIPS[name].vector for name in gone]
     for block in gallery.index.blocks:
         row = block.names.index("person 7")
-        numbers += [x[row] for x in block.coefficients.linear]
+        numbers += [x[row] for x in block.linear]
     assert all(holds(gallery.folder, x) for x in pieces(numbers))
     for name in ["person 7"] if by == "identity" else gone:
         gallery.remove(**{by: [name]})

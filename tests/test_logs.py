@@ -17,7 +17,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from tests.helpers import made_runs
-from vidjax.analysis.outputs import log_results
+from vidjax.analysis.analysis import log_results
 from vidjax.run import terminal as terminal_lib
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import Progress

@@ -103,7 +103,7 @@ def make_poor(threshold, **options):
     config.model.update(options)
     settings = None if threshold is None else {"threshold": threshold}
     task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, settings)
-    return scoring.PoorClips(make_system(config.to_dict(), task).model)
+    return make_system(config.to_dict(), task).model
 
 
 def test_far_too_many_poor_clips_are_told():
@@ -111,19 +111,20 @@ def test_far_too_many_poor_clips_are_told():
     frames = make_frames(lengths, max_frames=5)
     norms = np.asarray(mean_measure(frames, "norm"))
     batch = Batch({"face": frames, "head": frames}, np.arange(4), np.array([True] * 3 + [False]))
-    counter = make_poor(float(np.median(norms[:2])))
-    counter.add([batch] * 10)
-    assert counter.share() == 0.5  # of the two real clips that have a face
-    counter.warn("val")  # 10 clips may be chance
-    counter.add([batch] * 10)
+
+    def counted(model, num_blocks):
+        counts = scoring.count_poor(model, batch.frames, batch.batch_mask)
+        return [num_blocks * count for count in counts.tolist()]
+
+    model = make_poor(float(np.median(norms[:2])))
+    assert counted(model, 10) == [10, 20]  # of the two real clips that have a face
+    scoring.warn_of_poor(model, [10, 20], "val")  # 10 clips may be chance
     with pytest.warns(UserWarning, match="(?s)50.0% of the clips of val.*threshold_share=0.01"):
-        counter.warn("val")
-    counter = make_poor(float(norms.max()) + 1, threshold_share=0.3)
-    counter.add([batch] * 10)
-    counter.warn("val")  # all are poor, but 5 x 0.3 is more than all
-    counter = make_poor(None)
-    counter.add([batch])
-    assert counter.share() == 0
+        scoring.warn_of_poor(model, counted(model, 20), "val")
+    model = make_poor(float(norms.max()) + 1, threshold_share=0.3)
+    # All are poor, but 5 x 0.3 is more than all.
+    scoring.warn_of_poor(model, counted(model, 10), "val")
+    assert counted(make_poor(None), 1) == [0, 0]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 import vidjax
 from vidjax import files
-from vidjax.evaluation import run_data
+from vidjax.evaluation import restore
 from vidjax.main import main
 from vidjax.run import checkpoint
 from vidjax.steps import feed
@@ -182,9 +182,9 @@ def test_digests_tell_features_and_labels_apart(tmp_path):
         for name, shift in (("one", 0), ("two", 1))
     )
     splits = {name: one["splits"][name]["sha256"] for name in ("train", "val")}
-    assert run_data.differences({"splits": splits}, one) == ""
-    assert run_data.differences({"splits": splits}, two) == "train has other labels"
-    assert run_data.differences({"splits": splits}, two, ("val",)) == ""
+    assert restore.data_differences({"splits": splits}, one) == ""
+    assert restore.data_differences({"splits": splits}, two) == "train has other labels"
+    assert restore.data_differences({"splits": splits}, two, ("val",)) == ""
 
 
 def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
@@ -227,7 +227,10 @@ def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
     digests = {"val": report["splits"]["val"]["sha256"]}
     more = {"val": {"sha256": digests["val"] | {"modalities": ["face", "head"], "features": "x"}}}
     with pytest.warns(UserWarning, match="other modalities"):
-        assert run_data.differences({"splits": digests}, {"splits": more}) == ""
+        assert restore.data_differences({"splits": digests}, {"splits": more}) == ""
     more["val"]["sha256"]["labels"] = "y"
     with pytest.warns(UserWarning, match="other modalities"):
-        assert run_data.differences({"splits": digests}, {"splits": more}) == "val has other labels"
+        assert (
+            restore.data_differences({"splits": digests}, {"splits": more})
+            == "val has other labels"
+        )

@@ -1,6 +1,6 @@
 """The command line: `vidjax COMMAND`, and `--mode=COMMAND`, which is the same.
 
-A command is a file in `vidjax/commands/` and a line of COMMANDS.
+A command is a line of COMMANDS, and lives in `vidjax/commands/`.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from typing import NoReturn
 from vidjax import config as config_lib
 from vidjax import config_io, machine, messages
 from vidjax.cluster import processes
-from vidjax.commands import check, compare, config, evaluate, merge, rank, report, train
+from vidjax.commands import check, compare, config, evaluate, rank, train
 from vidjax.errors import UserError
 
 COMMANDS = {
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
-    "merge": merge.COMMAND,
+    "merge": evaluate.MERGE,
     "rank": rank.COMMAND,
     "compare": compare.COMMAND,
-    "report": report.COMMAND,
+    "report": evaluate.REPORT,
     "check": check.COMMAND,
     "config": config.COMMAND,
 }

@@ -31,9 +31,8 @@ from vidjax import config_io, fusion, metrics
 from vidjax.api import load_data
 from vidjax.batch import Array, Frames
 from vidjax.data.clips import TrainingData
-from vidjax.gallery.gallery import Gallery, fit_backend
+from vidjax.gallery.gallery import Gallery, Vectors, fit_backend
 from vidjax.gallery.store import Clip, Origin
-from vidjax.gallery.vectors import Vectors
 from vidjax.models.layers import unit_vectors
 from vidjax.training.plan import values_of_clips
 

@@ -21,7 +21,7 @@ from scipy import stats
 
 from vidjax import metrics, predict
 from vidjax.api import load_data
-from vidjax.gallery import calibration
+from vidjax.gallery import answers as answers_lib
 from vidjax.gallery.gallery import Gallery
 
 HALVINGS = 200
@@ -51,7 +51,7 @@ def measure(workdir: str) -> dict[str, Any]:
         for _ in range(HALVINGS):
             order = rng.permutation(len(strangers))
             seen, unseen = np.split(strangers[order], [len(order) // 2])
-            limit = calibration.threshold(seen, fpir, num_people)
+            limit = answers_lib.threshold(seen, fpir, num_people)
             alarms = int(np.sum(unseen >= limit.score))
             missed = float(np.mean(~right[known] | (score[known] < limit.score)))
             least = stats.binom.ppf(0.025, len(unseen), limit.low)

@@ -1,11 +1,17 @@
-"""The analysis of an evaluation beyond MAP: the content of `analysis.npz`.
+"""The analysis of an evaluation beyond MAP, `analysis.npz`, and the writing of all results.
 
 Most of it covers the whole split, and is computed from the ranking or while the clips are scored.
 Scores of changed clips are measured on a sample that depends on the split alone.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +20,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble
+from vidjax import config_io, devices, ensemble, files, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
 from vidjax.analysis.strata import ScoredSplit
 from vidjax.batch import Array, Batch
+from vidjax.cluster import processes
 from vidjax.config import Config
-from vidjax.data.clips import Split
-from vidjax.evaluation.scoring import Evaluation, TrainedModel
+from vidjax.data.clips import ClipSource, Split
+from vidjax.evaluation.scoring import Evaluation, Scored, TrainedModel, conclude, score
 from vidjax.models.base import Identifier, ModelState, Params
+from vidjax.run import logs, results
+from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
 
@@ -118,7 +127,7 @@ class Observer:
             number of training clips per identity; splits that the data lacks are skipped.
           num_steps: number of optimiser steps whose learning rates are kept; 0 to keep none.
         """
-        model, results = self._model, evaluation.results
+        model, found = self._model, evaluation.results
         split = model.data.split(self._split_name)
         names = ("map", "map_kind", "num_clips", "num_distractors")
         values: Values = {
@@ -126,9 +135,9 @@ class Observer:
             "lead": self._primary,
             "modalities": list(model.modalities),
             "logs": model.system.scores_are_logs,
-            "results": {name: results.get(name) for name in names},
-            "members": results.get("members", []),
-            "runs": results.get("runs", []),
+            "results": {name: found.get(name) for name in names},
+            "members": found.get("members", []),
+            "runs": found.get("runs", []),
         }
         attention_values, arrays = attention(self.seen.attention, model.system.model)
         values |= attention_values
@@ -137,7 +146,7 @@ class Observer:
         scored = ScoredSplit(
             evaluation.top, split.labels, split.clips, evaluation.clips.pool, evaluation.positives
         )
-        if results.get("map") is None:
+        if found.get("map") is None:
             values["named"] = strata.named_clips(scored)
             return values, arrays
         train_clips = strata.count_train_clips(model, trained.train_splits)
@@ -153,14 +162,14 @@ class Observer:
             "fewest_identities": FEWEST_IDENTITIES,
             "strata": strata.strata(scored, split, model.modalities, quality, train_clips),
         }
-        found = open_set.measure(
+        measured = open_set.measure(
             evaluation.clips,
             split.labels,
             len(model.data.identities),
             logs=model.system.scores_are_logs,
         )
-        values |= found[0]
-        arrays |= found[1]
+        values |= measured[0]
+        arrays |= measured[1]
         if self._single:
             values |= self._measure_sample(evaluation, split)
         return values, arrays
@@ -180,6 +189,21 @@ class Observer:
             values["gains"] = gains
         values["frames"] = robustness.occlusion(scorer, evaluation.clips, modality, chosen)
         return values
+
+
+def score_observed(
+    models: Sequence[TrainedModel],
+    config: Config,
+    mesh: Mesh,
+    *,
+    analyse: bool,
+    **options: Any,  # noqa: ANN401
+) -> tuple[Scored, Observer | None]:
+    """Scores `config.eval.split`, see `scoring.score`; if `analyse`, an observer looks on."""
+    spec = config.eval
+    observer = Observer(models, spec.split, mesh) if analyse else None
+    options |= {"block_size": spec.block_size, "each_member": spec.members, "observe": observer}
+    return score(models, spec.split, mesh, **options), observer
 
 
 def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
@@ -242,3 +266,150 @@ def add_to(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
         units = devices.fetch(digits).astype(np.int64)
         units = sum(units[i] << i * _DIGITS for i in range(_NUM_DIGITS))
         totals[name] = totals.get(name, 0) + np.asarray(units)
+
+
+@functools.cache
+def import_report(*, wanted: bool) -> None:
+    """Imports the modules of a report in a thread if `wanted`; Matplotlib takes half a second."""
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):  # which `write_results` tells of
+            from vidjax.report import run_page as run_page
+
+    if wanted:
+        threading.Thread(target=load, daemon=True).start()
+
+
+def write_results(
+    workdir: Path,
+    data: ClipSource,
+    evaluation: Evaluation,
+    values: Mapping[str, Any],
+    *,
+    split: str,
+    own_split: str,
+    trained: Config,
+    observer: Observer | None = None,
+    ends_training: bool = False,
+) -> None:
+    """Writes ranking and metrics, with an observer also analysis and report, then events.
+
+    All processes measure for the analysis; the first one writes. Ranking and metrics come first: a
+    fault of analysis or report costs these alone. `finished` is set after the report, so that the
+    same command writes what a killed one did not.
+
+    Args:
+      values: content of `metrics.json`, see `run.formats`.
+      own_split: the split that training evaluates, `config.eval.split`.
+      trained: the group `data` of the configuration that the run was trained with.
+      observer: observer of the evaluation; None to write no analysis and no report.
+      ends_training: True if `values` are those of a training that ends here.
+    """
+    paths = results.paths(workdir, split, own_split)
+    clips = data.split(split).clips
+    if processes.is_first():
+        ranking.write_ranking(paths.ranking, data.identities, clips, evaluation.top)
+        pending = {"finished": False} if ends_training else {}
+        files.write_json(paths.metrics, {**values, **pending})
+    if observer:
+        steps = values.get("step", 0) if split == own_split else 0
+        with warning_of_faults(workdir, paths.analysis):
+            analysed = observer.finish(evaluation, trained, num_steps=steps)
+            if processes.is_first():
+                results.save_analysis(paths.analysis, *analysed)
+    if not processes.is_first():
+        return
+    if observer:
+        write_report(workdir)
+    if ends_training:
+        files.write_json(paths.metrics, values)
+    with warning_of_faults(workdir):
+        log_results(workdir, values, split)
+
+
+def write_report(workdir: Path) -> None:
+    """Writes the report of a run; warns if a fault prevents it."""
+    # Not at the top: not every run writes a report.
+    from vidjax.report import run_page
+
+    with warning_of_faults(workdir, workdir / results.REPORT):
+        run_page.write(workdir)
+
+
+@contextlib.contextmanager
+def warning_of_faults(workdir: Path, *outdated: Path) -> Iterator[None]:
+    """Turns an exception into a warning, since the results are written; deletes `outdated` files.
+
+    A failed write, a signal, and any exception where several processes run are raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, Interrupted)) or processes.process_count() > 1:
+            raise
+        for path in outdated:
+            path.unlink(missing_ok=True)
+        reason = (str(error) or "no reason given").splitlines()[0][:200]
+        warnings.warn(
+            f"a page or a part of it is not written: {type(error).__name__}: {reason}\n"
+            f"the results are in '{workdir}'; to try again: --mode=evaluate, with --debug for more",
+            stacklevel=3,
+        )
+
+
+def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
+    """Writes TensorBoard events of an evaluation: the attention matrix, and the end of the run.
+
+    For a blend, which no training has logged, also the start of the run and its scores.
+    """
+    config = files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)
+    own_split = config["eval"]["split"]
+    own = split == own_split
+    blend = own and bool(config["join"]["runs"])  # a blend has no training that logs its scores
+    path = results.paths(workdir, split, own_split).analysis
+    images = []
+    if path.exists():
+        analysis, arrays = results.load_analysis(path)
+        if "attention" in arrays:
+            from vidjax.report import figures
+
+            picture = figures.heat_map_png(arrays["attention"], analysis.vectors or ())
+            images.append(logs.Image(f"attention on {split}", *picture))
+    logs.write_results(
+        workdir,
+        values.get("step", 0),
+        scalars=metrics.logged(values) if blend else {},
+        images=images,
+        start=blend,
+        end=own,
+    )
+
+
+def write_evaluation(
+    workdir: Path,
+    data: ClipSource,
+    scored: Scored,
+    observer: Observer | None,
+    *,
+    described: Mapping[str, Any],
+    step: int,
+    began: float,
+) -> dict[str, Any]:
+    """Writes an evaluation and returns its metrics, in which `described` is the entry `data`.
+
+    It took the time since `began`, a `time.monotonic()`.
+    """
+    evaluation = conclude(scored)
+    values = evaluation.results | {
+        "data": described,
+        "step": step,
+        "eval_seconds": time.monotonic() - began,
+        "eval_date": results.now(),
+    }
+    trained = config_io.load_workdir(workdir)
+    write_results(
+        workdir, data, evaluation, results.training_metrics(workdir) | values,
+        split=scored.split.name, own_split=trained.eval.split,
+        trained=trained.data, observer=observer,
+    )  # fmt: skip
+    return values

@@ -14,14 +14,12 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import config_io, devices, files, metrics
 from vidjax.analysis import analysis
-from vidjax.analysis.outputs import write_results
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
 from vidjax.errors import UserError
-from vidjax.evaluation import run_data
-from vidjax.evaluation.restore import find_run, fit_data, make_model
-from vidjax.evaluation.scoring import TrainedModel, score
+from vidjax.evaluation import restore
+from vidjax.evaluation.scoring import TrainedModel, conclude, score
 from vidjax.messages import PROGRAM
 from vidjax.run import results as results_lib
 from vidjax.run import resume
@@ -141,16 +139,10 @@ def blend_runs(
     if spec.greedy:
         weights = fit_weights(models, config, mesh)
     models = [model._replace(weight=weight) for model, weight in zip(models, weights, strict=True)]
-    observer = analysis.Observer(models, split, mesh) if config.eval.report else None
-    evaluation = score(
-        models,
-        split,
-        mesh,
-        block_size=config.eval.block_size,
-        each_member=config.eval.members,
-        observe=observer,
-        logarithms=logarithms,
+    scored, observer = analysis.score_observed(
+        models, config, mesh, analyse=config.eval.report, logarithms=logarithms
     )
+    evaluation = conclude(scored)
     fitted_on = fitted_splits(config, workdir)
     kept = _keep_config(config, workdir, weights)
     results = evaluation.results | {
@@ -167,7 +159,7 @@ def blend_runs(
     }
     write_description(workdir, models[0], datasets)
     trained = config_io.load_workdir(Path(spec.runs[0])).data
-    write_results(
+    analysis.write_results(
         workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
         trained=trained, observer=observer,
     )  # fmt: skip
@@ -222,14 +214,14 @@ def _restore_all(
     for name in config.join.runs:
         run_config = _run_config(config, name)
         key = repr(run_config.data)
-        run = find_run(run_config, Path(name))
-        run_data.check_named(Path(name), run.manifest, run_config, by_user=bool(config.data.dir))
+        run = restore.find_run(run_config, Path(name))
+        restore.check_named(Path(name), run.manifest, run_config, by_user=bool(config.data.dir))
         if key not in datasets:
             datasets[key] = load(run_config)
-        models.append(make_model(run_config, Path(name), run, datasets[key], mesh))
+        models.append(restore.make_model(run_config, Path(name), run, datasets[key], mesh))
         if config.join.greedy:  # the clips that weights are fitted on are those of the run, too
             run_config.eval.split = config.join.split
-            fit_data(datasets[key], run_config, Path(name), run)
+            restore.fit_data(datasets[key], run_config, Path(name), run)
     return models
 
 
@@ -278,7 +270,7 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
             f"config.join.split={split_name}: it has no ground truth to fit weights on\n"
             "choose a labelled split with --config.join.split"
         )
-    first = score(models, split_name, mesh, block_size=block_size, each_member=False)
+    first = conclude(score(models, split_name, mesh, block_size=block_size, each_member=False))
     if first.results["map_kind"] == "in_sample":
         raise UserError(
             f"config.join.split={split_name}: a run was trained on it without folds\n"

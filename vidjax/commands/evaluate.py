@@ -1,4 +1,8 @@
-"""`vidjax evaluate`: ranks a split with one or several trained runs, or scores a part of it."""
+"""`vidjax evaluate`, `merge` and `report`: the results of a split.
+
+`evaluate` ranks a split with one or several trained runs, or scores a part of it. `merge` joins
+such parts. `report` writes the page of a run anew.
+"""
 
 import argparse
 import time
@@ -24,17 +28,15 @@ TRAINED = (
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
-    common.workdir_flag(parser)
-    common.definitions_flag(parser)
-    parser.fields()
+    """Adds the flags of `evaluate`."""
+    add_merge_flags(parser)
     parser.flag("--runs", "A,B", "folders of runs to join; --workdir is that of the results")
     parser.flag("--shard", "k/n", "scores one of n parts; k is from 1 to n; merge joins them")
     common.process_flags(parser)
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration of a run and its folder, for this command and for `merge`.
+    """Returns the configuration of a run and its folder, for `evaluate` and `merge`.
 
     With `--runs` the folder is that of the joined results, and the configuration names the runs.
     """
@@ -44,20 +46,19 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
                 f"{args.command} trains nothing: config.{name} has no effect\nleave it out"
             )
     common.load_definitions(args)
-    is_merge = args.command == "merge"
-    runs, shard = (None, None) if is_merge else (args.runs, args.shard)
+    runs, shard = getattr(args, "runs", None), getattr(args, "shard", None)
     if shard is not None:
         from vidjax.run.parts import Shard
 
         Shard.parse(shard)
-    if not is_merge and args.place and (shard is not None or runs is not None):
+    if args.place and (shard is not None or runs is not None):
         raise UserError(
             f"--coordinator does not go with {'--shard' if runs is None else '--runs'}: several "
             "processes evaluate one whole run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
     workdir = Path(args.workdir).expanduser()
-    in_parts = is_merge or shard is not None
+    in_parts = args.command == "merge" or shard is not None
     if in_parts and (runs is not None or api.run_config(workdir).join.runs):
         raise UserError(
             f"{f'--shard={shard}' if shard else 'merge'} takes one trained run, "
@@ -94,18 +95,18 @@ def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Ranks a split, or scores a part of it."""
+    """Ranks a split, scores a part of it, or joins its parts."""
     began = time.monotonic()
-    if args.shard is not None:
-        return _run_part(args, began)
     config, path = settings(args)
     from vidjax.training import together
 
     together.check_command(args, config)
     if args.overrides and not config.join.runs:
         common.dry_run(args, config)
+    if getattr(args, "shard", None):  # parts have no lock: processes may make them at once
+        return _run_part(args, config, path.absolute(), began)
     with common.locked_folder(path) as workdir:
-        from vidjax.commands import blend
+        from vidjax.commands import blend, parts
 
         common.set_up_devices(config)
         if config.join.runs:
@@ -114,39 +115,36 @@ def run(args: argparse.Namespace) -> Result:
             check_folder(config, workdir, config_io.override_names(args.overrides))
             data = api.load_data(config)
             together.check_data(data)
-            results = evaluate(config, workdir, data, analyse=config.eval.report)
+            if args.command == "merge":
+                results = parts.merge(config, workdir, data, overrides=args.overrides)
+            else:
+                results = evaluate(config, workdir, data, analyse=config.eval.report)
     return common.summary(config, workdir, results, time.monotonic() - began)
 
 
-def _run_part(args: argparse.Namespace, began: float) -> Result:
+def _run_part(args: argparse.Namespace, config: Config, workdir: Path, began: float) -> Result:
+    from vidjax.commands import parts
     from vidjax.run import parts as parts_lib
 
     which = parts_lib.Shard.parse(args.shard)
-    config, path = settings(args)
-    if args.overrides:
-        common.dry_run(args, config)
     common.end_on_signals()
-    from vidjax.commands import parts
-
-    workdir = path.absolute()
     common.set_up_devices(config)
     check_folder(config, workdir, config_io.override_names(args.overrides))
-    made = parts.evaluate_part(config, workdir, api.load_data(config), which)
-    num_clips, split = made.part.facts.num_clips, made.part.facts.split
-    found = parts_lib.find(workdir, split).items()
+    part, before = parts.evaluate_part(config, workdir, api.load_data(config), which)
+    found = parts_lib.find(workdir, part.facts.split).items()
     there = sum(o.total == which.total and isinstance(p, parts_lib.Part) for o, p in found)
     left = which.total - there
     rows = {
         "workdir": messages.shown(workdir),
-        "part": f"{which} of {split}",
-        "clips": f"{num_clips:,}",
+        "part": f"{which} of {part.facts.split}",
+        "clips": f"{part.facts.num_clips:,}",
         "time": f"{time.monotonic() - began:.1f} s",
-        "file": messages.shown(made.part.path),
+        "file": messages.shown(part.path),
         "next": f"{left} of {which.total} parts are to come" if left else "--mode=merge",
     }
-    content = {"workdir": str(workdir), "part": str(made.part.path), "shard": str(which)}
-    content |= {"num_clips": num_clips, "finished_before": made.before}
-    note = ": finished before, nothing was scored now" if made.before else ""
+    content = {"workdir": str(workdir), "part": str(part.path), "shard": str(which)}
+    content |= {"num_clips": part.facts.num_clips, "finished_before": before}
+    note = ": finished before, nothing was scored now" if before else ""
     return Result(content, rows, note=note)
 
 
@@ -155,12 +153,11 @@ def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> 
 
     `given` are the fields that the user sets: with `data.dir` a run need not record its data.
     """
-    from vidjax.evaluation import run_data
-    from vidjax.evaluation.restore import find_run
+    from vidjax.evaluation import restore
     from vidjax.run import results as results_lib
 
-    run = find_run(config, workdir)
-    run_data.check_named(workdir, run.manifest, config, by_user="data.dir" in given)
+    run = restore.find_run(config, workdir)
+    restore.check_named(workdir, run.manifest, config, by_user="data.dir" in given)
     results_lib.read_metrics(workdir)
     results_lib.read_data_report(workdir)
     if config.eval.report:
@@ -183,27 +180,33 @@ def evaluate(
     """
     from vidjax import devices
     from vidjax.analysis import analysis
-    from vidjax.analysis.outputs import write_evaluation
-    from vidjax.evaluation.restore import restore
-    from vidjax.evaluation.scoring import score
+    from vidjax.evaluation import restore
 
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices, config.mesh.model)
-    step, model = restore(config, workdir, data, mesh)
-    split = config.eval.split
-    observer = analysis.Observer([model], split, mesh) if analyse else None
-    evaluation = score(
-        [model],
-        split,
-        mesh,
-        block_size=config.eval.block_size,
-        each_member=config.eval.members,
-        observe=observer,
-    )
-    return write_evaluation(
-        workdir, model.data, split, evaluation, observer,
-        described=data.report["data"], step=step, seconds=time.monotonic() - began,
+    step, model = restore.restore(config, workdir, data, mesh)
+    scored, observer = analysis.score_observed([model], config, mesh, analyse=analyse)
+    return analysis.write_evaluation(
+        workdir, model.data, scored, observer,
+        described=data.report["data"], step=step, began=began,
     )  # fmt: skip
+
+
+def add_merge_flags(parser: Parser) -> None:
+    """Adds the flags of `merge`."""
+    common.workdir_flag(parser)
+    common.definitions_flag(parser)
+    parser.fields()
+
+
+def report(args: argparse.Namespace) -> Result:
+    """Writes `report.html`."""
+    workdir = Path(args.workdir).expanduser().absolute()
+    api.run_config(workdir)
+    from vidjax.report import run_page
+
+    page = run_page.write(workdir)
+    return Result({"workdir": str(workdir), "report": str(page)}, text=f"report: {page}")
 
 
 COMMAND = Command(
@@ -215,4 +218,16 @@ COMMAND = Command(
         "--workdir=runs/both --runs=runs/mma,runs/deepmef",
         "--workdir=runs/mma --shard=1/3",
     ),
+)
+MERGE = Command(
+    "joins the parts that evaluate --shard=k/n has scored",
+    add_merge_flags,
+    run,
+    ("--workdir=runs/mma",),
+)
+REPORT = Command(
+    "writes report.html anew, from the files of a run",
+    common.workdir_flag,
+    report,
+    ("--workdir=runs/mma",),
 )

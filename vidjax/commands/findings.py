@@ -23,7 +23,7 @@ from vidjax.data import resident, sources
 from vidjax.data.checks import misspelt, unusable
 from vidjax.data.clips import select_modalities
 from vidjax.data.frame_fields import RecordSource
-from vidjax.evaluation import restore, run_data
+from vidjax.evaluation import restore
 from vidjax.gallery.gallery import Gallery
 from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
@@ -440,7 +440,7 @@ def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
     if own is None:
         text = "it is of an earlier version, which did not record them"
         yield WARNING, f"data: whether they are those of '{run}' cannot be told: {text}"
-    elif different := run_data.differences(own, report):
+    elif different := restore.data_differences(own, report):
         yield FAULT, f"data: not those of '{run}', which was trained on others: now {different}"
     else:
         yield OK, "data: those of the run"

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,14 +21,13 @@ import numpy as np
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, files, messages
 from vidjax.analysis import analysis
-from vidjax.analysis.outputs import write_evaluation
 from vidjax.batch import Batch
 from vidjax.cluster.processes import WHOLE, Share
 from vidjax.config import Config
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import FoundRun, find_run, fit_data, make_model
-from vidjax.evaluation.scoring import ClipScores, ModelScores, Scored, collect, conclude, pool_of
+from vidjax.evaluation.scoring import ClipScores, ModelScores, Scored, pool_of
 from vidjax.messages import PROGRAM
 from vidjax.run import parts as parts_lib
 from vidjax.run import resume
@@ -43,13 +42,6 @@ _FREE = (*config_lib.MOVABLE, "resume.allow")
 ROWS = 4096  # identities whose lists are sorted at a time
 
 
-class Made(NamedTuple):
-    """A part; `before` is True if it was there already, so that nothing was scored now."""
-
-    part: Part
-    before: bool
-
-
 def evaluate_part(
     config: Config,
     workdir: Path,
@@ -57,8 +49,11 @@ def evaluate_part(
     shard: Shard,
     *,
     num_devices: int | None = None,
-) -> Made:
-    """Scores a part of a split with the weights of a run, and writes what a ranking needs of it."""
+) -> tuple[Part, bool]:
+    """Scores a part of a split with the weights of a run, and writes what a ranking needs of it.
+
+    Returns the part, and True if it was there already, so that nothing was scored now.
+    """
     began = time.monotonic()
     run = find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
@@ -71,21 +66,15 @@ def evaluate_part(
         workdir, name, shard, facts, parts_lib.most_bytes(len(run.identities), len(chosen))
     )
     if part and (part.facts.observed or not config.eval.report):
-        return Made(part, before=True)
+        return part, True
 
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     model = make_model(config, workdir, run, data, mesh)
     # Of the whole split: a part may rank nothing.
     pool_of([ensemble.scoring_members(run.training_sets, split.clips)[0]], name)
     model = model._replace(data=ClipSubset(data, name, chosen))
-    observer = analysis.Observer([model], name, mesh) if config.eval.report else None
-    scored = collect(
-        [model],
-        name,
-        mesh,
-        block_size=config.eval.block_size,
-        each_member=config.eval.members,
-        observe=observer,
+    scored, observer = analysis.score_observed(
+        [model], config, mesh, analyse=config.eval.report, part=True
     )
     clips = {
         "clip": chosen.astype(np.int32),
@@ -111,7 +100,7 @@ def evaluate_part(
         "versions": devices.versions(),
     }
     made = msgspec.convert(made, parts_lib.Facts)
-    return Made(parts_lib.write(workdir, made, {CLIPS: clips, **groups}), before=False)
+    return parts_lib.write(workdir, made, {CLIPS: clips, **groups}), False
 
 
 def describe(config: Config, run: FoundRun, data: TrainingData) -> dict[str, Any]:
@@ -277,7 +266,7 @@ def merge(
         ),
     )
     top = join_tops(read_tops(parts, TOP, owner, *sizes), sizes[0])
-    evaluation = conclude(split, Scored(top, clips, [model], sum(one.seconds for one in facts)))
+    scored = Scored(split, top, clips, [model], sum(one.seconds for one in facts))
     observer = None
     if config.eval.report and seen is None:
         warnings.warn(
@@ -291,11 +280,10 @@ def merge(
             config.eval.block_size, ScoreColumns.of(trained.system, mesh).max_block_rows
         )
         observer.take(seen, block_size * mesh.shape["data"])
-    before = sum(one.eval_seconds for one in facts)
-    return write_evaluation(
-        workdir, data, split.name, evaluation, observer,
+    return analysis.write_evaluation(
+        workdir, data, scored, observer,
         described=data.report["data"], step=run.manifest["step"],
-        seconds=before + time.monotonic() - began,
+        began=began - sum(one.eval_seconds for one in facts),
     )  # fmt: skip
 
 

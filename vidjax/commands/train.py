@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> Result:
         common.set_up_devices(config)
     with common.locked_folder(path) as workdir:
         from vidjax.cluster import processes
-        from vidjax.evaluation import run_data
+        from vidjax.evaluation import restore
         from vidjax.run import results as results_lib
         from vidjax.training import train
 
@@ -76,16 +76,16 @@ def run(args: argparse.Namespace) -> Result:
         data = api.load_data(config)
         together.check_data(data)
         if results is not None:
-            run_data.check_finished(workdir, results, config, data)
+            restore.check_finished(workdir, results, config, data)
         else:
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.line, began=began
             )
         is_lost = config.eval.report and not (workdir / results_lib.REPORT).exists()
         if finished_before and processes.is_first() and is_lost:
-            from vidjax.analysis import outputs
+            from vidjax.analysis import analysis
 
-            outputs.write_report(workdir)  # somebody deleted it
+            analysis.write_report(workdir)  # somebody deleted it
     seconds = None if finished_before else results["seconds"]
     return common.summary(config, workdir, results, seconds, finished_before=finished_before)
 

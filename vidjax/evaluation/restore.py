@@ -1,12 +1,18 @@
 """A trained run from its folder: the checkpoint, the files it depends on, and its weights.
 
 A manifest keeps the configuration and the sha256 of `identities.json` and `members.npz`, so that a
-file of another run is noticed.
+file of another run is noticed. It also has digests of the run's data, `data`, which are compared
+wherever the run meets data again; the `metrics.json` of a finished run has them as `trained_on`:
+
+    splits    split -> {clips: int, modalities: list, names, features, labels: sha256}, of those
+              that training reads; labels are null without ground truth
+    weights   sha256 of the file `config.data.weights`; null without one
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,18 +21,25 @@ from vidjax import devices, ensemble, files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError
-from vidjax.evaluation import run_data
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import class_sharding
+from vidjax.steps.eval_step import make_eval_step
 from vidjax.system import System, TaskSpec, make_system
 
+T = TypeVar("T")
+DataDigests = Mapping[str, Any]  # as above
 IDENTITIES, CONFIG = "identities.json", "config.json"
 MOST_DEVICES = 1 << 16  # that share the class columns: padding is less than one for each
-REMEDY = "delete it and metrics.json: the command that trained the run then rewrites both"
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
+REMEDY = REWRITE.replace("delete", "delete it and")
+
+ELSEWHERE = (
+    "train on these in another folder: --workdir=FOLDER\n"
+    "or go on with the data of the run: --config.data.dir=FOLDER"
+)
 
 
 class FoundRun(NamedTuple):
@@ -66,9 +79,8 @@ def make_model(
     data = fit_data(data, config, workdir, run)
     system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)
-    return TrainedModel.from_params(
-        str(workdir), system, mesh, params, model_state, run.training_sets, data
-    )
+    step = make_eval_step(system, mesh)
+    return TrainedModel(str(workdir), system, step, params, model_state, run.training_sets, data)
 
 
 def find_run(config: Config, workdir: Path) -> FoundRun:
@@ -129,7 +141,7 @@ def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -
     """Checks the data of an evaluation against a run, and labels them with its class columns."""
     split = config.eval.split
     check_widths(data, run.task.modalities)
-    run_data.check_evaluation(workdir, run.manifest, config, data)
+    check_evaluation(workdir, run.manifest, config, data)
     data = data.with_identities(run.identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise UserError(
@@ -223,30 +235,27 @@ def check_companions(
 
 def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """Reads the names of the class columns 1..C."""
-    path = workdir / IDENTITIES
-    try:
-        identities = tuple(results_lib.load_identities(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"'{path}' is missing\n{REWRITE}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{_first_line(error)}\n{REMEDY}") from error
-    if _digest(identities) != manifest.get("identities_sha256"):
-        raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
-    return identities
+    path, wanted = workdir / IDENTITIES, manifest.get("identities_sha256")
+    return _companion(path, lambda: tuple(results_lib.load_identities(path)), _digest, wanted)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
     """Reads the clips that each member was trained on."""
-    path = workdir / ensemble.FILE
+    path, wanted = workdir / ensemble.FILE, manifest.get("members_sha256")
+    return _companion(path, lambda: ensemble.load(workdir), ensemble.digest, wanted)
+
+
+def _companion(path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object) -> T:
+    """Reads a file that a checkpoint depends on, and compares its digest."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
-        training_sets = ensemble.load(workdir)
-    except ValueError as error:
-        raise CheckpointError(f"{_first_line(error)}\n{REMEDY}") from error
-    if ensemble.digest(training_sets) != manifest.get("members_sha256"):
+        found = read()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(error).splitlines()[0]}\n{REMEDY}") from error
+    if digest(found) != wanted:
         raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
-    return training_sets
+    return found
 
 
 def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
@@ -262,9 +271,127 @@ def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
 def _digest(identities: Sequence[str]) -> str:
     return files.sha256_json(list(identities))
+
+
+# The data of a run.
+
+
+def data_digests(config: Config, data: TrainingData) -> dict[str, Any]:
+    """Returns the digests of the data that a configuration trains on and evaluates."""
+    of_splits = data.report["splits"]
+    weights = config.data.weights
+    return {
+        "splits": {
+            name: of_splits[name]["sha256"]
+            for name in dict.fromkeys((*config.data.train_splits, config.eval.split))
+            if "sha256" in of_splits.get(name, {})
+        },
+        "weights": files.sha256_file(Path(weights).expanduser()) if weights else None,
+    }
+
+
+def data_differences(
+    own: DataDigests, report: Mapping[str, Any], splits: Collection[str] | None = None
+) -> str:
+    """Describes in a line how the data of a report differ from a run's `own`; '' if they do not."""
+    found, here = [], report["splits"]
+    for name, before in own["splits"].items():
+        now = here.get(name, {}).get("sha256")
+        if splits is not None and name not in splits:
+            continue
+        if now is None:
+            found.append(f"{name} is absent")
+        elif now["names"] != before["names"]:
+            found.append(f"{name} has {_other_clips(before['clips'], now['clips'])}")
+        else:
+            kinds = ["features", "labels"]
+            if now.get("modalities") != before.get("modalities"):  # in the same records
+                kinds.remove("features")
+                warnings.warn(
+                    f"{name}: other modalities lie beside those that the run reads: whether its "
+                    "features are as they were cannot be told",
+                    stacklevel=3,
+                )
+            what = [kind for kind in kinds if now[kind] != before[kind]]
+            found += [f"{name} has other {' and '.join(what)}"] if what else []
+    return ", ".join(found)
+
+
+def _other_clips(before: int, now: int) -> str:
+    if before == now:
+        return f"other clips, {now:,} as before"
+    return f"{abs(now - before):,} clips {'more' if now > before else 'fewer'}: {now:,}"
+
+
+def check_training(
+    workdir: Path, own: DataDigests | None, config: Config, data: TrainingData
+) -> None:
+    """Refuses to go on with a run on other data; only warns if the run is too old for digests."""
+    if own is None:
+        _warn_unknown(workdir)
+        return
+    different = data_differences(own, data.report)
+    if own.get("weights") != data_digests(config, data)["weights"]:
+        different = ", ".join(filter(None, (different, "config.data.weights are others")))
+    if different:
+        raise UserError(f"'{workdir}' holds a run on other data: now {different}\n{ELSEWHERE}")
+
+
+def check_finished(
+    workdir: Path, results: Mapping[str, Any], config: Config, data: TrainingData
+) -> None:
+    """Refuses a finished run, with `results` of its metrics.json, on other data than its own."""
+    own = results.get("trained_on")
+    before, now = (one.get("data", {}).get("digest") for one in (results, data.report))
+    if own is None and before is not None:  # an earlier version kept one digest of all splits
+        if before == now:
+            return
+        raise UserError(
+            f"'{workdir}' holds a run on other data, or on these as an earlier version read them\n"
+            f"{ELSEWHERE}"
+        )
+    check_training(workdir, own, config, data)
+
+
+def check_evaluation(
+    workdir: Path, manifest: Mapping[str, Any], config: Config, data: TrainingData
+) -> None:
+    """Refuses to evaluate a split that the run has read, if it now has other data under that name.
+
+    Another split may be of any data. But if the folder of data is the one in `config.json`, which a
+    stranger may have written, at least one split of the run must be as it was.
+    """
+    own, split = manifest.get("data"), config.eval.split
+    if own is None:
+        _warn_unknown(workdir)
+        return
+    different = data_differences(own, data.report, (split,))
+    if split not in own["splits"] and config.data.dir == manifest["config"]["data"].get("dir"):
+        each = [data_differences(own, data.report, (name,)) for name in own["splits"]]
+        different = ", ".join(each) if config.data.dir and all(each) else ""
+    if different:
+        raise UserError(
+            f"'{workdir}' was trained and measured on other data: now {different}\n"
+            "name the data of the run: --config.data.dir=FOLDER\n"
+            "or rank these clips: --mode=rank --input=FOLDER --out=FILE"
+        )
+
+
+def check_named(
+    workdir: Path, manifest: Mapping[str, Any], config: Config, *, by_user: bool
+) -> None:
+    """Refuses a data folder that no digest confirms, unless the user (`by_user`) has named it."""
+    if "data" not in manifest and config.data.dir and not by_user:
+        raise UserError(
+            f"'{workdir}' does not tell its training data: an earlier version of vidjax made it\n"
+            f"if they are these, confirm it: --config.data.dir={config.data.dir}"
+        )
+
+
+def _warn_unknown(workdir: Path) -> None:
+    warnings.warn(
+        f"'{workdir}' is a run of an earlier version: whether these are its data cannot be told",
+        stacklevel=3,
+    )

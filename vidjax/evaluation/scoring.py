@@ -5,7 +5,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,21 +126,6 @@ class TrainedModel(NamedTuple):
     training_sets: ensemble.TrainingSets
     data: ClipSource
     weight: float = 1.0
-
-    @classmethod
-    def from_params(
-        cls,
-        name: str,
-        system: System,
-        mesh: Mesh,
-        params: Params,
-        model_state: ModelState,
-        training_sets: ensemble.TrainingSets,
-        data: ClipSource,
-    ) -> Self:
-        """Compiles the evaluation step for a mesh."""
-        step = eval_step_lib.make_eval_step(system, mesh)
-        return cls(name, system, step, params, model_state, training_sets, data)
 
     @property
     def knows_strangers(self) -> bool:
@@ -327,7 +312,7 @@ class ModelScores(NamedTuple):
 
     Attributes:
       use, in_sample: as in `ModelScorer`.
-      poor: the number of its poor clips, and of clips that are judged, see `PoorClips.counts`.
+      poor: the number of its poor clips, and of clips that are judged, see `count_poor`.
       top: the best 100 clips of every identity by this model alone; None for the only model.
       member_tops: [E], the same by every single member; empty if members are not ranked.
     """
@@ -344,7 +329,7 @@ class ModelScores(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scores of all clips, as far as a ranking needs them.
+    """The scores of the clips of a split, as far as a ranking needs them.
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
@@ -352,6 +337,7 @@ class Scored(NamedTuple):
       seconds: time that scoring took, without compilation.
     """
 
+    split: Split
     top: topk.TopK
     clips: ClipScores
     models: Sequence[ModelScores]
@@ -390,8 +376,9 @@ def score(
     check: Callable[[], None] = lambda: None,
     observe: Observe | None = None,
     logarithms: bool = False,
-) -> Evaluation:
-    """Ranks all clips of a split by the scores of one model, or by a blend of several.
+    part: bool = False,
+) -> Scored:
+    """Scores the clips of a split by one model, or by a blend of several.
 
     Clips that no member may score are not ranked; see `ModelScorer`.
 
@@ -402,57 +389,16 @@ def score(
       check: function to call after every window; its exceptions end the evaluation.
       observe: function to call with the scores of every window.
       logarithms: True to join several models by the mean of their logarithms.
+      part: True for a part of a ranking, of which no clip may be ranked.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
-    split = models[0].data.split(split_name)
-    uses = [ensemble.scoring_members(model.training_sets, split.clips)[0] for model in models]
-    pool_of(uses, split_name)  # before anything is scored
-    scored = collect(
-        models,
-        split_name,
-        mesh,
-        block_size=block_size,
-        each_member=each_member,
-        check=check,
-        observe=observe,
-        logarithms=logarithms,
-    )
-    return conclude(split, scored)
-
-
-def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
-    """Returns [N] bool, the ranked clips: those that some member of every model may score.
-
-    `uses` has for each model [E, N] bool, the members that score a clip. An empty pool is an error.
-    """
-    pool = np.all([use.any(axis=0) for use in uses], axis=0)
-    if not pool.any():
-        raise UserError(
-            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
-            "choose another split with --config.eval.split"
-        )
-    return pool
-
-
-def collect(
-    models: Sequence[TrainedModel],
-    split_name: str,
-    mesh: Mesh,
-    *,
-    block_size: int,
-    each_member: bool,
-    check: Callable[[], None] = lambda: None,
-    observe: Observe | None = None,
-    logarithms: bool = False,
-) -> Scored:
-    """Scores the clips of a split, all of it or one part of a ranking; arguments as in `score`."""
     if block_size < 1:
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
     scorers = [ModelScorer(model, split.clips, mesh) for model in models]
     columns, several = scorers[0].columns, len(models) > 1
-    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
+    pool = pool_of([scorer.use for scorer in scorers], split_name, may_be_empty=part)
     ranking, clips = make_ranking(columns, pool), ClipScoreBuffer(split, pool, columns)
     alone = [make_ranking(columns, pool) for _ in models if several]
     by_member = [
@@ -461,7 +407,7 @@ def collect(
         else []
         for scorer in scorers
     ]
-    poor = [PoorClips(model.system.model) for model in models]
+    poor: list[Any] = [0] * len(models)  # `count_poor` of each
     voices = [(model.weight, model.knows_strangers) for model in models]  # in `blend`
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
@@ -474,7 +420,10 @@ def collect(
         for window in windows(models, split.name, block_size, mesh, rows):
             blocks, scores = window[0], []
             for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
-                poor[number].add(own)
+                for block in own:
+                    poor[number] += count_poor(
+                        scorer.model.system.model, block.frames, block.batch_mask
+                    )
                 scores.append(scorer.score(own, rankings=by_member[number]))
                 if several:
                     for block, block_scores in zip(own, scores[-1], strict=True):
@@ -501,24 +450,40 @@ def collect(
             members=model.training_sets.members,
             use=scorer.use,
             in_sample=scorer.in_sample,
-            poor=poor[number].counts(),
+            poor=tuple(devices.fetch(poor[number]).tolist()),
             top=alone[number].finish() if several else None,
             member_tops=[ranked.finish() for ranked in by_member[number]],
         )
         for number, (model, scorer) in enumerate(zip(models, scorers, strict=True))
     ]
-    return Scored(top, clips.clips, scored, seconds)
+    return Scored(split, top, clips.clips, scored, seconds)
 
 
-def conclude(split: Split, scored: Scored) -> Evaluation:
+def pool_of(
+    uses: Sequence[np.ndarray], split_name: str, *, may_be_empty: bool = False
+) -> np.ndarray:
+    """Returns [N] bool, the ranked clips: those that some member of every model may score.
+
+    `uses` has for each model [E, N] bool, the members that score a clip. An empty pool is an error.
+    """
+    pool = np.all([use.any(axis=0) for use in uses], axis=0)
+    if not pool.any() and not may_be_empty:
+        raise UserError(
+            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
+            "choose another split with --config.eval.split"
+        )
+    return pool
+
+
+def conclude(scored: Scored) -> Evaluation:
     """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
 
     It reads neither weights nor features, so `scored` may join the scores of several processes. It
     is an error if all scores are NaN.
     """
-    top, pool, models = scored.top, scored.clips.pool, scored.models
+    split, top, pool, models = scored.split, scored.top, scored.clips.pool, scored.models
     for model in models:
-        PoorClips(model.system.model, model.poor).warn(split.name)
+        warn_of_poor(model.system.model, model.poor, split.name)
     clips, num_nan = _without_nan(split, scored.clips)
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)
@@ -614,42 +579,18 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
 FEW = 10  # poor clips that may be chance
 
 
-class PoorClips:
-    """Counts the poor clips of an evaluation, and warns if they are far too many."""
-
-    def __init__(self, model: Identifier, counts: Sequence[int] = (0, 0)):
-        """Starts at the `counts` of another counter: poor clips, and clips that are judged."""
-        self._model, self._before = model, tuple(counts)
-        self._counts: Array | None = None
-
-    def counts(self) -> tuple[int, int]:
-        """Returns the number of poor clips, and of clips that are judged."""
-        poor, judged = (0, 0) if self._counts is None else devices.fetch(self._counts).tolist()
-        return self._before[0] + poor, self._before[1] + judged
-
-    def add(self, blocks: Sequence[Batch]) -> None:
-        """Counts the clips of some blocks, on the devices."""
-        for block in blocks:
-            if jax.eval_shape(self._model.clip_quality, block.frames) is None:
-                return
-            counts = _count(self._model, block.frames, block.batch_mask)
-            self._counts = counts if self._counts is None else self._counts + counts
-
-    def share(self) -> float:
-        """Returns the share of the judged clips that are poor."""
-        poor, judged = self.counts()
-        return poor / max(judged, 1)
-
-    def warn(self, split: str) -> None:
-        """Warns if more than `FEW` clips are poor, and far more than the model expects."""
-        if self.counts()[0] > FEW and (message := self._model.many_poor(self.share(), split)):
-            warnings.warn(message, stacklevel=3)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _count(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
-    """Returns the number of poor clips, and of judged clips, [2] int32."""
+def count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
+    """Returns the number of poor clips of a block, and of clips that are judged, [2] int32."""
     quality = model.clip_quality(frames)
-    assert quality is not None
+    if quality is None:
+        return jnp.zeros(2, jnp.int32)
     rows = (mask & quality.poor, mask & quality.judged)
     return jnp.stack([jnp.sum(row) for row in rows]).astype(jnp.int32)
+
+
+def warn_of_poor(model: Identifier, counts: Sequence[int], split: str) -> None:
+    """Warns if more than `FEW` clips are poor, and far more than the model expects."""
+    poor, judged = counts
+    if poor > FEW and (message := model.many_poor(poor / judged, split)):
+        warnings.warn(message, stacklevel=3)

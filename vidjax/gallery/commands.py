@@ -17,8 +17,7 @@ from vidjax.messages import Command, Parser, Result
 if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
-    from vidjax.gallery.gallery import Gallery
-    from vidjax.gallery.vectors import Vectors
+    from vidjax.gallery.gallery import Gallery, Vectors
     from vidjax.run.terminal import Progress
 
 CLIPS = ("run", "split", "input")
@@ -148,14 +147,14 @@ def _check(args: argparse.Namespace) -> None:
             "choose one of --fpir, a share of strangers, and --threshold, a probability"
         )
     if fpir is not None or threshold is not None:
-        from vidjax.gallery import calibration
+        from vidjax.gallery import answers as answers_lib
 
         if fpir is not None:
             args.fpir = _number(fpir, "fpir")
-            calibration.check_rate(args.fpir)
+            answers_lib.check_rate(args.fpir)
         else:
             args.threshold = _number(str(threshold), "threshold")
-            calibration.check_probability(args.threshold)
+            answers_lib.check_probability(args.threshold)
     if k is not None:
         if not k.isdecimal() or int(k) < 1:
             raise UserError(f"--k={k}: name 1 identity or more, a whole number")
@@ -385,9 +384,8 @@ def _list(args: argparse.Namespace) -> Result:
 
 def _threshold(args: argparse.Namespace) -> Result:
     from vidjax.gallery import answers as answers_lib
-    from vidjax.gallery.calibration import DEFAULT_FPIR
 
-    found = _opened(args).threshold(DEFAULT_FPIR if args.fpir is None else args.fpir)
+    found = _opened(args).threshold(answers_lib.DEFAULT_FPIR if args.fpir is None else args.fpir)
     return Result(found._asdict(), answers_lib.describe(found))
 
 

@@ -32,17 +32,24 @@ import numpy as np
 
 from vidjax import files, predict
 from vidjax.api import load_data
-from vidjax.data.clips import TrainingData
+from vidjax.data.clips import (
+    BUCKETS,
+    MAX_EVAL_FRAMES,
+    PAD_LENGTHS,
+    EvalPlan,
+    TrainingData,
+    longest,
+)
 from vidjax.data.labels import sort_identities
+from vidjax.data.memory import MemoryClips
+from vidjax.data.packing import Clips
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError, check_argument, closest
-from vidjax.evaluation import run_data
+from vidjax.evaluation import restore
+from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import calibration
-from vidjax.gallery import vectors as vectors_lib
-from vidjax.gallery.backend import Backend
-from vidjax.gallery.calibration import DEFAULT_FPIR, Rule, Threshold
-from vidjax.gallery.index import MOST_ROWS, Index, People
+from vidjax.gallery.answers import DEFAULT_FPIR, Answer, Rule, Threshold
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
 from vidjax.gallery.store import (
     MOST_LETTERS,
     MOST_WIDTH,
@@ -53,31 +60,17 @@ from vidjax.gallery.store import (
     Store,
     group,
 )
-from vidjax.gallery.vectors import AnyClips, Vectors
 from vidjax.models.plda import Settings
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 from vidjax.steps import topk
 
 T = TypeVar("T")
+AnyClips = Clips | TrainingData | MemoryClips
 RANK_ROWS = 256  # clips of a block of scores
+EMBED_ROWS = 32  # clips of a block of vectors
+EMBEDDING = "embedding"  # the one part of a run that is no PLDA
 MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
-
-
-class Answer(NamedTuple):
-    """Who a clip shows.
-
-    Attributes:
-      identity: the person; None for unknown.
-      probability: probability of the best identity; 0 for a clip without a usable frame.
-      score: logarithm of the probability; it still differs where probabilities round to 1.
-      best: the most probable identities with their probabilities, best first.
-    """
-
-    identity: str | None
-    probability: float
-    score: float
-    best: tuple[tuple[str, float], ...]
 
 
 class Enrolment(NamedTuple):
@@ -86,6 +79,17 @@ class Enrolment(NamedTuple):
     enrolled: int
     unchanged: int
     refused: tuple[str, ...]
+
+
+class Vectors(NamedTuple):
+    """The unit vectors of N clips: `parts` are name -> [N, D] float32, 0 for a clip that lacks one.
+
+    `labels` are the names of the people; None where the ground truth names nobody.
+    """
+
+    names: tuple[str, ...]
+    parts: dict[str, np.ndarray]
+    labels: tuple[str | None, ...]
 
 
 class Ranked(NamedTuple):
@@ -162,11 +166,11 @@ class Gallery:
         run = _restored(run)
         if data is None:
             data = load_data(run.config)
-            run_data.check_training(run.workdir, run.manifest.get("data"), run.config, data)
+            restore.check_training(run.workdir, run.manifest.get("data"), run.config, data)
         clips: dict[str, Clip] = {}
         labelled, widths = 0, {}
         for split in run.config.data.train_splits:
-            found = vectors_lib.embed(run, data, split)
+            found = embed(run, data, split)
             widths = {name: x.shape[1] for name, x in found.parts.items()}
             labelled += sum(label is not None for label in found.labels)
             for name, clip in _clips_of(found).items():
@@ -179,13 +183,13 @@ class Gallery:
                 f"the vectors of all {labelled:,} labelled training clips are 0: the run cannot "
                 "tell people apart\ntrain a run on clips with usable frames, of more people"
             )
-        origin = vectors_lib.origin_of(run)
+        origin = origin_of(run)
         settings = run.system.model.gallery_settings()
         backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
         chosen = strangers or run.config.eval.split
         kept = {} if empty else clips
         if strangers or data.split(chosen).labelled:
-            found = _clips_of(vectors_lib.embed(run, data, chosen))
+            found = _clips_of(embed(run, data, chosen))
             others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
             kept = others | kept
         return cls.of_clips(folder, origin, backend, kept, run=run, sync=sync)
@@ -299,7 +303,7 @@ class Gallery:
                     "say where it is: run=FOLDER, by command --run=FOLDER"
                 )
             run = _restored(place if self._run is None else self._run)
-            if vectors_lib.origin_of(run).digest != self.origin.digest:
+            if origin_of(run).digest != self.origin.digest:
                 raise UserError(
                     f"'{run.workdir}' is not the run that gallery '{self.folder}' was made "
                     f"with, which was at '{place}'\n"
@@ -314,8 +318,8 @@ class Gallery:
         split: str | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> Vectors:
-        """Returns the vectors of clips, see `vectors.embed`."""
-        return vectors_lib.embed(self.run, clips, split, advance)
+        """Returns the vectors of clips, see `embed`."""
+        return embed(self.run, clips, split, advance)
 
     # ---- changes
 
@@ -502,14 +506,14 @@ class Gallery:
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         state = self._anybody()
         strangers = state.groups.get(STRANGER, ())
-        calibration.check_strangers(len(strangers), fpir)
+        answers_lib.check_strangers(len(strangers), fpir)
         of, best = self._calibration or (None, np.zeros(0))
         if of is not state:
             vectors = np.stack([state.clips[name].vector for name in strangers])
             logs = state.index.search(state.index.backend.split(vectors))
             best = np.array([row[1:].max() for row in logs])
             self._calibration = state, best
-        return calibration.threshold(best, fpir, len(state.index.names))
+        return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
         """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
@@ -522,14 +526,14 @@ class Gallery:
                 "fpir is a share of strangers, threshold a probability"
             )
         if threshold is not None:
-            return calibration.rule_of_probability(threshold)
+            return answers_lib.rule_of_probability(threshold)
         if fpir is not None:
-            return calibration.rule_of_strangers(self.threshold(fpir))
+            return answers_lib.rule_of_strangers(self.threshold(fpir))
         self.refresh()
         strangers = len(self.strangers)
-        if strangers < calibration.needed(DEFAULT_FPIR):
-            return calibration.rule_of_new(strangers)
-        return calibration.rule_of_strangers(self.threshold(DEFAULT_FPIR), default=True)
+        if strangers < answers_lib.needed(DEFAULT_FPIR):
+            return answers_lib.rule_of_new(strangers)
+        return answers_lib.rule_of_strangers(self.threshold(DEFAULT_FPIR), default=True)
 
     def identify(
         self,
@@ -635,6 +639,59 @@ def _restored(run: Predictor | str | Path) -> Predictor:
     return run if isinstance(run, Predictor) else predict.restore(run)
 
 
+def origin_of(run: Predictor) -> Origin:
+    """Returns what a gallery keeps of its run, to find it again and to know its weights."""
+    digest = files.sha256_json(sorted(run.manifest["files"].items()))
+    return Origin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
+
+
+def embed(
+    run: Predictor,
+    clips: AnyClips,
+    split: str | None = None,
+    advance: Callable[[int], None] = uncounted,
+) -> Vectors:
+    """Returns the vectors of clips; in an ensemble of PLDA the first member makes them.
+
+    `clips` are a dataset, then with the name of a `split`, or clips in memory as `Predictor.embed`
+    takes them. `advance` is called with the number of clips of each finished block.
+    """
+    if split is None and hasattr(clips, "train_batches"):
+        raise UserError("name the split of the dataset: --split=S, or split=S")
+    source, split, places, names, _ = run.request(clips, split)
+    values: np.ndarray | None = None
+    lengths = longest(source.split(split), tuple(run.modalities))
+    pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
+    for number in np.unique(pad).tolist():
+        bucket = np.where(pad == number, 0, -1)
+        padded = dict.fromkeys(run.modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
+        plan = EvalPlan(split, tuple(run.modalities), bucket, padded)
+        for batch in source.eval_batches(plan, rows=EMBED_ROWS):
+            (block,) = run.embed_blocks([batch])
+            if values is None:
+                values = np.zeros((len(lengths), block.shape[1]), np.float32)
+            real = np.asarray(batch.batch_mask)
+            values[np.asarray(batch.clip_index)[real]] = block[real]
+            advance(int(real.sum()))
+    assert values is not None  # there is at least one clip
+    found = source.split(split)
+    known = (None, *source.identities) if found.labelled else (None,)
+    labels = tuple(known[label] for label in found.labels[places].tolist())
+    return Vectors(names, _parts(run, values[places]), labels)
+
+
+def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Splits embeddings [N, sum of D] into unit vectors: a part per modality for PLDA, else one."""
+    parts, at, model = {}, 0, run.system.model
+    plda = model.gallery_settings()
+    for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
+        x = values[:, at : at + width].astype(np.float64)
+        norm = np.sqrt(np.vecdot(x, x))[:, None]
+        parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
+        at += width
+    return parts
+
+
 def _clips_of(found: Vectors) -> dict[str, Clip]:
     rows = np.concatenate(list(found.parts.values()), axis=1)
     clips = zip(found.names, found.labels, rows, strict=True)
@@ -681,9 +738,8 @@ def _enrol(
     """Returns the people of `groups`, identity -> names of clips, which are added in this order."""
     names = [name for some in groups.values() for name in some]
     vectors = _stack(names, clips, sum(backend.widths.values()))
-    sizes = np.array([len(some) for some in groups.values()], int)
-    owner = np.repeat(np.arange(len(groups)), sizes)
-    return People(tuple(groups), backend.enrol(vectors, owner, len(groups)))
+    owner = np.array([number for number, some in enumerate(groups.values()) for _ in some], int)
+    return backend.enrol(tuple(groups), vectors, owner)
 
 
 def _with_clips(

@@ -36,8 +36,7 @@ from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.backend import Backend, Coefficients
-from vidjax.gallery.index import MOST_ROWS, Index, People
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
 from vidjax.models.plda import Settings
 from vidjax.run import formats
 
@@ -440,7 +439,7 @@ def _layout(widths: Iterable[int]) -> np.dtype:
 
 def _person_rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
     """Yields (name, coefficients in the layout of `_layout`, sha256) of people, sorted by name."""
-    linear, constant, count = people.coefficients
+    _, linear, constant, count = people
     rows = np.empty(len(people.names), _layout(x.shape[1] for x in linear))
     for field, x in zip(rows.dtype.names or (), (constant.T, count.T, *linear), strict=True):
         rows[field] = x.reshape(rows[field].shape)
@@ -563,6 +562,5 @@ def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> list[Peopl
             raise UserError("the coefficients of a person hold a number that is not finite")
         if (count < 0).any():
             raise UserError("a number of clips is below 0")
-        coefficients = Coefficients(tuple(linear), constant.T, count.T)
-        found.append(People(tuple(row[0] for row in rows), coefficients))
+        found.append(People(tuple(row[0] for row in rows), tuple(linear), constant.T, count.T))
     return found

@@ -75,7 +75,7 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """Digests of a run's data, see `evaluation.run_data`."""
+    """Digests of a run's data, see `evaluation.restore`."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
     weights: Text | None = None

@@ -8,8 +8,7 @@ from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import config_io, devices, metrics
-from vidjax.analysis import analysis
-from vidjax.analysis.outputs import import_report, write_results
+from vidjax.analysis.analysis import Observer, import_report, write_results
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation.scoring import Evaluation
@@ -93,7 +92,7 @@ def train(
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
 
-        def evaluate() -> tuple[Evaluation, analysis.Observer | None]:
+        def evaluate() -> tuple[Evaluation, Observer | None]:
             """Logs the scores, and adds them to the checkpoint of this step."""
             interruption.raise_if_asked(run.step)
             interruption.at_once = True

@@ -21,9 +21,8 @@ from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.errors import UserError
-from vidjax.evaluation import run_data
-from vidjax.evaluation.restore import check_digests, check_entries, companion_digests, task_of
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
+from vidjax.evaluation import restore
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, keep_until
@@ -68,11 +67,11 @@ def restore_or_init(
     found, items = checkpoint.find(workdir), {}
     manifest, changed = found.manifest if found else {}, resume.Changes()
     if found:
-        check_entries(workdir, manifest)
+        restore.check_entries(workdir, manifest)
         before = config_io.from_json(json.dumps(manifest["config"]))
         changed = resume.changes(workdir, before, config)
-        run_data.check_training(workdir, manifest.get("data"), config, data)
-        check_digests(workdir, manifest, digests)
+        restore.check_training(workdir, manifest.get("data"), config, data)
+        restore.check_digests(workdir, manifest, digests)
         if manifest["step"] > plan.task.total_steps:
             raise UserError(
                 f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
@@ -82,7 +81,7 @@ def restore_or_init(
         if manifest["step"] == plan.task.total_steps:
             resume.refuse_relabelling(workdir, changed)
         saved = abstract
-        if (number := task_of(manifest).num_model_columns) != system.model.num_classes:
+        if (number := restore.task_of(manifest).num_model_columns) != system.model.num_classes:
             saved = jax.eval_shape(functools.partial(init, number))
         fitting = class_sharding.fitting_layout(layout, saved)
         try:
@@ -197,10 +196,10 @@ class TrainingRun:
         self._system, self._mesh = system, mesh
         self._eval_step = eval_step.make_eval_step(system, mesh)
         self.num_members = len(plan.training_sets.members)
-        self.data_digests = run_data.digests(config, data)
+        self.data_digests = restore.data_digests(config, data)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **companion_digests(data.identities, plan.training_sets),
+            **restore.companion_digests(data.identities, plan.training_sets),
             "data": self.data_digests,
             "config": config.to_dict(),
         }
@@ -359,20 +358,11 @@ class TrainingRun:
 
         Returns also the observer; it is None unless `analyse` is True and this is the last step.
         """
-        model = self.trained_model()
-        observer = None
-        if analyse and self.step == self._plan.task.total_steps:
-            observer = analysis.Observer([model], self._config.eval.split, self._mesh)
-        evaluation = score(
-            [model],
-            self._config.eval.split,
-            self._mesh,
-            block_size=self._config.eval.block_size,
-            each_member=self._config.eval.members,
-            observe=observer,
-            check=check,
+        analyse = analyse and self.step == self._plan.task.total_steps
+        scored, observer = analysis.score_observed(
+            [self.trained_model()], self._config, self._mesh, analyse=analyse, check=check
         )
-        return evaluation, observer
+        return conclude(scored), observer
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the weights of this step."""
