@@ -12,7 +12,7 @@ from tests.helpers.pages import Page, check_numbers, section
 from vidjax import config as config_lib
 from vidjax import config_io, ensemble, ranking
 from vidjax.main import main
-from vidjax.report import sections
+from vidjax.report import run_page
 from vidjax.run import checkpoint, formats
 from vidjax.run import results as results_lib
 
@@ -121,7 +121,7 @@ def test_val_is_evaluated_in_sample_and_the_run_keeps_no_map(measured):
     assert "in sample" in line and "trained on these clips" in line
     assert "map" not in metrics_of(folder)
     page = (folder / "report_val.html").read_text()
-    assert sections.KINDS["in_sample"] in section(page, "summary")
+    assert run_page.KINDS["in_sample"] in section(page, "summary")
     assert "in_sample" in section((folder / "report.html").read_text(), "summary")
 
 

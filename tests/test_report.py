@@ -20,8 +20,8 @@ from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import config_io, metrics, significance
 from vidjax.commands import compare
-from vidjax.report import figures, run_page
 from vidjax.report import html as html_lib
+from vidjax.report import run_page
 from vidjax.run import formats
 from vidjax.run import results as results_lib
 from vidjax.training import train
@@ -407,7 +407,7 @@ def test_without_ground_truth_the_clips_have_the_names_that_the_run_gives(page, 
 
 
 def test_the_labels_of_an_axis_are_its_values():
-    plot = figures.Plot()
+    plot = html_lib.Plot()
     plot.axes.plot([0, 1, 2], [9.90353, 9.90353 + 1e-7, 9.90353])
     drawn = plot.html("loss", "loss", "loss")
     assert "9.903530" in drawn and "+" not in "".join(re.findall("<text[^>]*>([^<]*)<", drawn))

@@ -284,6 +284,12 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a line for every row of a table; the cells of a column begin below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def _print(text: str, stream: TextIO) -> None:
     """Prints text of any origin; characters that the stream cannot encode are escaped."""
     encoding = stream.encoding or "utf-8"

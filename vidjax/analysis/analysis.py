@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +22,20 @@ from jax.sharding import Mesh
 
 from vidjax import config_io, devices, ensemble, files, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
+from vidjax.analysis.open_set import Arrays, Values
 from vidjax.analysis.strata import ScoredSplit
 from vidjax.batch import Array, Batch
 from vidjax.cluster import processes
 from vidjax.config import Config
-from vidjax.data.clips import ClipSource, Split
+from vidjax.data.clips import ClipSource
 from vidjax.evaluation.scoring import Evaluation, Scored, TrainedModel, conclude, score
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run import logs, results
 from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps.columns import ScoreColumns
 
-Values = dict[str, Any]  # JSON
-Arrays = dict[str, np.ndarray]
 MAX_RATES = 200  # learning rates that the analysis keeps
 
 
@@ -58,28 +58,26 @@ class Observer:
     the folders of the runs have their own analyses.
     """
 
-    def __init__(self, models: Sequence[TrainedModel], split_name: str, mesh: Mesh):
-        self._model, self._single = models[0], len(models) == 1
-        self._split_name, self._mesh = split_name, mesh
-        self._primary = self._model.modalities[0]
+    def __init__(
+        self, models: Sequence[TrainedModel], split_name: str, mesh: Mesh, block_size: int
+    ):
+        self._model, self._single, self._mesh = models[0], len(models) == 1, mesh
+        self._split = self._model.data.split(split_name)
+        columns = ScoreColumns.of(self._model.system, mesh)
+        self._rows = min(block_size, columns.max_block_rows) * mesh.shape["data"]
         self._waiting: collections.deque[tuple[Array, Array, Array, Mapping[str, Array]]]
         self._waiting = collections.deque()
-        num_clips = len(self._model.data.split(split_name).clips)
-        self._seen = Seen(np.zeros(num_clips, np.float32), {})
-        self._look = None
-        self._rows = 0
+        self._seen = Seen(np.zeros(len(self._split.clips), np.float32), {})
+        self._look: Callable[[Batch], Mapping[str, Array]] | None = None
 
     def __call__(self, blocks: Sequence[Batch], scores: Sequence[Sequence[Array]]) -> None:
         """Keeps the mean quality of every clip, and sums of attention over every block."""
         del scores
-        if not self._rows:
-            self._rows = len(blocks[0].clip_index)
-            self._prepare(blocks[0])
+        look = self._look = self._look or self._attention_step(blocks[0])
         for block in blocks:
-            frames = block.frames[self._primary]
+            frames = block.frames[self._model.modalities[0]]
             quality = _mean_quality(frames.quality, frames.mask)
-            attention = self._look(*self._weights, self._view, block) if self._look else {}
-            self._waiting.append((quality, block.clip_index, block.batch_mask, attention))
+            self._waiting.append((quality, block.clip_index, block.batch_mask, look(block)))
         self._flush(keep=len(blocks))  # a window behind, so that the devices never wait
 
     def _flush(self, keep: int = 0) -> None:
@@ -96,17 +94,17 @@ class Observer:
         self._flush()
         return self._seen
 
-    def take(self, seen: Seen, rows: int) -> None:
-        """Sets the values of all clips, as joined from parts; `rows` is the clips of a block."""
-        self._seen, self._rows = seen, rows
+    def take(self, seen: Seen) -> None:
+        """Sets the values of all clips, as joined from parts."""
+        self._seen = seen
 
-    def _prepare(self, block: Batch) -> None:
-        """Compiles the step that computes attention for a block, if the model has any."""
+    def _attention_step(self, block: Batch) -> Callable[[Batch], Mapping[str, Array]]:
+        """Returns a function that sums the attention of a block; {} if the model has none."""
         model = self._model
         if not self._single or model.system.frame_is_example:
-            return
-        self._weights = ensemble.take((model.params, model.model_state), 0)
-        self._view = jnp.int32(model.training_sets.members[0].view)
+            return lambda block: {}
+        weights = ensemble.take((model.params, model.model_state), 0)
+        view = jnp.int32(model.training_sets.members[0].view)
 
         def look(
             params: Params, model_state: ModelState, view: Array, block: Batch
@@ -114,8 +112,8 @@ class Observer:
             found = eval_step_lib.attention_step(model.system, params, model_state, view, block)
             return {name: add_up(x, block.batch_mask) for name, x in found.items()}
 
-        if jax.eval_shape(look, *self._weights, self._view, block):
-            self._look = jax.jit(look)
+        step = functools.partial(jax.jit(look), *weights, view)
+        return step if jax.eval_shape(step, block) else lambda block: {}
 
     def finish(
         self, evaluation: Evaluation, trained: Config, *, num_steps: int = 0
@@ -128,11 +126,11 @@ class Observer:
           num_steps: number of optimiser steps whose learning rates are kept; 0 to keep none.
         """
         model, found = self._model, evaluation.results
-        split = model.data.split(self._split_name)
+        split = self._split
         names = ("map", "map_kind", "num_clips", "num_distractors")
         values: Values = {
-            "split": self._split_name,
-            "lead": self._primary,
+            "split": split.name,
+            "lead": model.modalities[0],
             "modalities": list(model.modalities),
             "logs": model.system.scores_are_logs,
             "results": {name: found.get(name) for name in names},
@@ -162,25 +160,21 @@ class Observer:
             "fewest_identities": FEWEST_IDENTITIES,
             "strata": strata.strata(scored, split, model.modalities, quality, train_clips),
         }
-        measured = open_set.measure(
-            evaluation.clips,
-            split.labels,
-            len(model.data.identities),
-            logs=model.system.scores_are_logs,
-        )
+        people, logs = len(model.data.identities), model.system.scores_are_logs
+        measured = open_set.measure(evaluation.clips, split.labels, people, logs=logs)
         values |= measured[0]
         arrays |= measured[1]
         if self._single:
-            values |= self._measure_sample(evaluation, split)
+            values |= self._measure_sample(evaluation)
         return values, arrays
 
-    def _measure_sample(self, evaluation: Evaluation, split: Split) -> Values:
-        scorer = robustness.SampleScorer(self._model, split, self._mesh, self._rows)
+    def _measure_sample(self, evaluation: Evaluation) -> Values:
+        scorer = robustness.SampleScorer(self._model, self._split, self._mesh, self._rows)
         rng = np.random.default_rng(0)
         num_members = scorer.scorer.num_members
         sample = robustness.choose_sample(evaluation.clips.pool, num_members, rng)
         values: Values = {"num_sampled": int(sample.sum())}
-        if not robustness.count_positives(split, sample).any():
+        if not robustness.count_positives(self._split, sample).any():
             return values
         modality, chosen = robustness.choose_clips(scorer, evaluation.clips, sample, rng)
         values["robustness"] = robustness.robustness(scorer, sample)
@@ -201,7 +195,7 @@ def score_observed(
 ) -> tuple[Scored, Observer | None]:
     """Scores `config.eval.split`, see `scoring.score`; if `analyse`, an observer looks on."""
     spec = config.eval
-    observer = Observer(models, spec.split, mesh) if analyse else None
+    observer = Observer(models, spec.split, mesh, spec.block_size) if analyse else None
     options |= {"block_size": spec.block_size, "each_member": spec.members, "observe": observer}
     return score(models, spec.split, mesh, **options), observer
 
@@ -371,9 +365,9 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
     if path.exists():
         analysis, arrays = results.load_analysis(path)
         if "attention" in arrays:
-            from vidjax.report import figures
+            from vidjax.report import html
 
-            picture = figures.heat_map_png(arrays["attention"], analysis.vectors or ())
+            picture = html.heat_map_png(arrays["attention"], analysis.vectors or ())
             images.append(logs.Image(f"attention on {split}", *picture))
     logs.write_results(
         workdir,

@@ -28,8 +28,7 @@ def measure(
     """
     arrays = score_histograms(clips, labels) | error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
-    calibrated = calibration(clips) if logs else None
-    if calibrated:
+    if logs and (calibrated := calibration(clips)):
         arrays["calibration"], values["calibration_error"] = calibrated
         if after := recalibration(clips, labels):
             arrays["calibration_after"] = after.bins

@@ -147,7 +147,7 @@ def blend_runs(
     kept = _keep_config(config, workdir, weights)
     results = evaluation.results | {
         "runs": [
-            row | describe_run(row["name"], _run_config(config, row["name"]))
+            row | describe_run(row["name"], run_config(config, row["name"]))
             for row in evaluation.results["runs"]
         ],
         "command": command(kept, workdir, split),
@@ -195,7 +195,7 @@ def _takes_logarithms(config: Config) -> bool:
             "--config.join.mean=probabilities, or give --config.join.weights"
         )
     for name in spec.runs if logarithms else ():
-        count = _run_config(config, name).eval.top_classes
+        count = run_config(config, name).eval.top_classes
         if count:
             raise UserError(
                 f"'{name}' scores {count} identities of a clip (config.eval.top_classes): one that "
@@ -212,38 +212,37 @@ def _restore_all(
 ) -> list[TrainedModel]:
     models = []
     for name in config.join.runs:
-        run_config = _run_config(config, name)
-        key = repr(run_config.data)
-        run = restore.find_run(run_config, Path(name))
-        restore.check_named(Path(name), run.manifest, run_config, by_user=bool(config.data.dir))
+        own = run_config(config, name)
+        key = repr(own.data)
+        run = restore.find_run(own, Path(name))
+        restore.check_named(Path(name), run.manifest, own, by_user=bool(config.data.dir))
         if key not in datasets:
-            datasets[key] = load(run_config)
-        models.append(restore.make_model(run_config, Path(name), run, datasets[key], mesh))
+            datasets[key] = load(own)
+        models.append(restore.make_model(own, Path(name), run, datasets[key], mesh))
         if config.join.greedy:  # the clips that weights are fitted on are those of the run, too
-            run_config.eval.split = config.join.split
-            restore.fit_data(datasets[key], run_config, Path(name), run)
+            own.eval.split = config.join.split
+            restore.fit_data(datasets[key], own, Path(name), run)
     return models
 
 
-def _run_config(config: Config, name: str) -> Config:
+def run_config(config: Config, name: str) -> Config:
     """Returns a run's configuration with the blend's `eval`, but for its own OWN_FIELDS."""
-    run_config = config_io.load_workdir(Path(name))
-    if run_config.join.runs:
+    found = config_io.load_workdir(Path(name))
+    if found.join.runs:
         raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
-    scores, defaults = run_config.eval.scores, config_lib.default().eval
+    scores, defaults = found.eval.scores, config_lib.default().eval
     kept = [field for field in OWN_FIELDS if config.eval[field] == defaults[field]]
-    own = {field: run_config.eval[field] for field in kept}
-    with run_config.unlocked():
-        run_config.eval.update(config.eval.to_dict())  # of its own: fields are shared otherwise
-        run_config.eval.update(own)
-        # Cosines of one run and probabilities of another cannot be added, and logarithms need
-        # probabilities that sum to at most 1.
-        softmax = scores == "logits" or config.join.mean == "logarithms"
-        run_config.eval.scores = "log_softmax" if softmax else scores
+    own = {field: found.eval[field] for field in kept}
+    # Cosines of one run and probabilities of another cannot be added, and logarithms need
+    # probabilities that sum to at most 1.
+    softmax = scores == "logits" or config.join.mean == "logarithms"
+    own["scores"] = "log_softmax" if softmax else scores
+    with found.unlocked():
+        found.eval.update(config.eval.to_dict() | own)  # of its own: fields are shared otherwise
         for field in ("dir", "cache_dir"):
             if config.data[field] is not None:
-                run_config.data[field] = config.data[field]
-    return run_config
+                found.data[field] = config.data[field]
+    return found
 
 
 def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Config:
@@ -302,11 +301,7 @@ def candidates(tops: Sequence[topk.TopK]) -> np.ndarray:
 
 
 def gather_scores(
-    models: Sequence[TrainedModel],
-    split_name: str,
-    mesh: Mesh,
-    block_size: int,
-    clips: np.ndarray,
+    models: Sequence[TrainedModel], split_name: str, mesh: Mesh, block_size: int, clips: np.ndarray
 ) -> np.ndarray:
     """Scores a split once more; returns R models' scores of `clips`, [R, C, n] float64 logarithms.
 
@@ -363,11 +358,7 @@ def greedy_weights(
 
 
 def blended_map(
-    scores: np.ndarray,
-    clips: np.ndarray,
-    split: Split,
-    positives: np.ndarray,
-    weights: np.ndarray,
+    scores: np.ndarray, clips: np.ndarray, split: Split, positives: np.ndarray, weights: np.ndarray
 ) -> float:
     """Returns the MAP of a blend among candidates [C, n]; weights [R] need not sum to 1."""
     used = weights > 0

@@ -71,13 +71,13 @@ def dry_run(args: argparse.Namespace, config: Config) -> None:
     from vidjax.training import dry_run as dry_run_lib
 
     training = args.command == "train"
-
-    def original() -> Config:
-        if training:
-            return api.load_config(args.config)
-        return api.run_config(Path(args.workdir).expanduser())
-
-    dry_run_lib.run(config, args.overrides, original, training=training)
+    workdir = Path(args.workdir or "").expanduser()
+    dry_run_lib.run(
+        config,
+        args.overrides,
+        lambda: api.load_config(args.config) if training else api.run_config(workdir),
+        training=training,
+    )
 
 
 @contextlib.contextmanager
@@ -122,12 +122,17 @@ def summary(
 
     `seconds` is None for a run that was finished before.
     """
-    found = _result_files(config, workdir)
+    from vidjax.run import results as results_lib
+
+    own_split = config_io.load_workdir(workdir).eval.split
+    paths = results_lib.paths(workdir, config.eval.split, own_split)
+    found = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
     rows = _rows(config, workdir, results, seconds)
-    rows |= {name: messages.shown(Path(path)) for name, path in found.items()}
-    content = {"workdir": str(workdir), **found, "finished_before": finished_before}
+    rows |= {name: messages.shown(path) for name, path in found.items()}
+    content = {"workdir": str(workdir), **{name: str(path) for name, path in found.items()}}
+    content |= {"finished_before": finished_before, "metrics": dict(results)}
     note = ": finished before, nothing was trained now" if finished_before else ""
-    return Result({**content, "metrics": dict(results)}, rows, note=note)
+    return Result(content, rows, note=note)
 
 
 def _rows(
@@ -160,12 +165,3 @@ def _rows(
     elif "seconds" in results:
         rows["trained in"] = f"{results['seconds']:.1f} s"
     return rows
-
-
-def _result_files(config: Config, workdir: Path) -> dict[str, str]:
-    from vidjax.run import results as results_lib
-
-    own_split = config_io.load_workdir(workdir).eval.split
-    paths = results_lib.paths(workdir, config.eval.split, own_split)
-    report = {"report": str(paths.report)} if paths.report.exists() else {}
-    return {"ranking": str(paths.ranking), **report}

@@ -72,11 +72,7 @@ def text(rows: Iterable[Row]) -> str:
     for row in rows:
         default = value_text(row.default) if row.field in DEFAULTS else ""
         table.append((row.field, value_text(row.value), default, row.origin))
-    widths = [max(len(row[i]) for row in table) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in table
-    )
+    return "\n".join(messages.aligned(table))
 
 
 def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ A check repairs nothing and takes no lock: a run may go on meanwhile, and a file
 has not finished writing is no fault. Data without records are converted into a temporary folder.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax import config as config_lib
 from vidjax import config_io, devices, files, messages, ranking
+from vidjax.commands import blend
 from vidjax.config import Config
 from vidjax.data import resident, sources
 from vidjax.data.checks import misspelt, unusable
@@ -76,19 +78,18 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
     yield _use(workdir)
     if config is None:
         yield _damaged_config(workdir)
-    for path in sorted(workdir.glob("*.json")):
-        if path.name not in ("config.json", "identities.json"):  # see `check_companions`
-            yield _results(path)
-    for path in sorted(workdir.glob("analysis*.npz")):
-        yield _analysis(path)
-    for path in sorted(workdir.glob("*.jsonl")):
-        yield _log(path)
+    for pattern, check_file in {
+        "*.json": _results,
+        "analysis*.npz": _analysis,
+        "*.jsonl": _log,
+        "ranking*.txt": _ranking,
+        f"{parts.FOLDER}/*": _parts_of_split,
+    }.items():
+        for path in sorted(workdir.glob(pattern)):
+            if path.name not in ("config.json", "identities.json"):  # see `check_companions`
+                yield check_file(path)
     if files.exists(workdir / "metrics.json") and not files.exists(workdir / "ranking.txt"):
         yield iter([(FAULT, "ranking.txt: missing, but metrics.json exists")])
-    for path in sorted(workdir.glob("ranking*.txt")):
-        yield _ranking(path)
-    for path in sorted((workdir / parts.FOLDER).glob("*")):
-        yield _part_folders(workdir, path.name)
 
 
 def _use(workdir: Path) -> Findings:
@@ -142,14 +143,14 @@ def _ranking(path: Path) -> Findings:
         yield OK, f"{path.name}: valid, {count} identities"
 
 
-def _part_folders(workdir: Path, split: str) -> Findings:
-    name, counts, faults = f"{parts.FOLDER}/{split}", Counter[int](), list[ValueError]()
-    for one, part in parts.find(workdir, split).items():
+def _parts_of_split(folder: Path) -> Findings:
+    name = f"{parts.FOLDER}/{folder.name}"
+    counts, faults = Counter[int](), list[ValueError]()
+    for one, part in parts.find(folder.parents[1], folder.name).items():
         try:
             if isinstance(part, ValueError):
                 raise part
-            limit = parts.most_bytes(files.MAX_ITEMS, part.facts.num_clips)
-            parts.verify(part, limit)
+            parts.verify(part, parts.most_bytes(files.MAX_ITEMS, part.facts.num_clips))
             counts[one.total] += 1
         except ValueError as error:
             faults.append(error)
@@ -233,10 +234,8 @@ def wrong_sums(report: formats.DataReport) -> Iterator[str]:
             ):
                 skipped = sum(reasons.values())
                 if seen is not None and loaded + skipped != seen:
-                    yield (
-                        f"data_report.json: {name}_{split}: {seen} {unit} seen, "
-                        f"but {loaded} loaded + {skipped} skipped"
-                    )
+                    text = f"{seen} {unit} seen, but {loaded} loaded + {skipped} skipped"
+                    yield f"data_report.json: {name}_{split}: {text}"
 
 
 def check(
@@ -274,7 +273,10 @@ def _parts(
         yield "run", _folder("workdir", workdir)
         yield from (("run", findings) for findings in check_run(config, workdir))
         if config is not None:
-            joined = {name: _config_of(name, config) for name in config.join.runs}
+            for name in config.join.runs:
+                joined[name] = None
+                with contextlib.suppress(ValueError):  # which `check_checkpoints` reports
+                    joined[name] = blend.run_config(config, name)
         if not joined:
             yield "checkpoints", check_checkpoints(config, workdir)
         for name, run_config in joined.items():
@@ -290,24 +292,11 @@ def _parts(
 
 
 def _values(config: Config) -> Findings:
-    problems = list(config_lib.problems(config))
-    if not problems:
-        dry_run.trace_model(config, dict.fromkeys(config.modalities, dry_run.WIDTH))
-    yield from ((FAULT, problem) for problem in problems)
-    if not problems:
-        yield OK, "config: every value is in its range and has an effect"
-
-
-def _config_of(run: str, config: Config) -> Config | None:
-    """Returns the configuration of a joined run, with the data folders of the blend."""
-    try:
-        run_config = config_io.load_workdir(Path(run))
-    except ValueError:
-        return None  # `check_checkpoints` reports it
-    for field in ("dir", "cache_dir"):
-        if config.data[field] is not None:
-            run_config.data[field] = config.data[field]
-    return run_config
+    if problems := list(config_lib.problems(config)):
+        yield from ((FAULT, problem) for problem in problems)
+        return
+    dry_run.trace_model(config, dict.fromkeys(config.modalities, dry_run.WIDTH))
+    yield OK, "config: every value is in its range and has an effect"
 
 
 def _packages() -> Findings:
@@ -327,11 +316,9 @@ def _tensorflow(*, needed: bool) -> Findings:
     try:
         from vidjax.data.records.codec import tf, tfds
     except ModuleNotFoundError as error:
-        yield (
-            FAULT if needed else WARNING,
-            f"'{error.name}' is not installed: new clips can be ranked and identified; to train "
-            "and to evaluate: pip install 'vidjax[train]'",
-        )
+        can = "new clips can be ranked and identified; to train and to evaluate"
+        text = f"'{error.name}' is not installed: {can}: pip install 'vidjax[train]'"
+        yield FAULT if needed else WARNING, text
     except Exception as error:  # a broken installation raises whatever its libraries raise
         yield FAULT, f"TensorFlow: no data can be read: {type(error).__name__}: {error}"
     else:
@@ -340,11 +327,8 @@ def _tensorflow(*, needed: bool) -> Findings:
 
 def _devices() -> Findings:
     mesh = devices.make_mesh()
-    kind = mesh.devices.flat[0].device_kind
-    yield (
-        OK,
-        f"devices: {mesh.size} x {kind}, {size_text(resident.free_bytes(mesh))} free on each",
-    )
+    kind, free = mesh.devices.flat[0].device_kind, size_text(resident.free_bytes(mesh))
+    yield OK, f"devices: {mesh.size} x {kind}, {free} free on each"
 
 
 def _cache(config: Config) -> Findings:
@@ -408,11 +392,8 @@ def _records(config: Config, source: RecordSource, folder: Path, runs: Sequence[
         yield FAULT, f"records: {problem}"
     shards = [shard for split in records.splits.values() for shard in split.shards]
     if not problems:
-        size = sum(shard.size for shard in shards)
-        yield (
-            OK,
-            f"records: '{folder}': {len(shards)} shards, {size_text(size)}, every sha256 agrees",
-        )
+        size = size_text(sum(shard.size for shard in shards))
+        yield OK, f"records: '{folder}': {len(shards)} shards, {size}, every sha256 agrees"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, _, report = label_records(records, source.truth(records.clips))
@@ -449,16 +430,13 @@ def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
 def _counts_text(split_report: Mapping[str, Any]) -> str:
     labels = "no ground truth"
     if split_report["labelled"]:
-        labels = (
-            f"{split_report['labelled_clips']} labelled, {split_report['identities']} identities"
-        )
+        known, identities = split_report["labelled_clips"], split_report["identities"]
+        labels = f"{known} labelled, {identities} identities"
     modalities = split_report["modalities"].values()
     seen = sum(modality["frames_seen"] for modality in modalities)
     skipped = sum(sum(modality["frames_skipped"].values()) for modality in modalities)
-    return (
-        f"{split_report['clips']} clips ({labels}); {seen} frames seen = "
-        f"{seen - skipped} loaded + {skipped} skipped"
-    )
+    frames = f"{seen} frames seen = {seen - skipped} loaded + {skipped} skipped"
+    return f"{split_report['clips']} clips ({labels}); {frames}"
 
 
 def _counts(records: "Records") -> Iterator[str]:
@@ -474,20 +452,16 @@ def _counts(records: "Records") -> Iterator[str]:
             numbers = ", ".join(f"{count} in {file}" for file, count in counts.items())
             yield f"{name}: clips: {numbers}"
         for modality, lengths in split.lengths.items():
-            loaded = report["modalities"][modality]["frames"]
-            if loaded != lengths.sum():
-                kept = lengths.sum()
+            loaded, kept = report["modalities"][modality]["frames"], lengths.sum()
+            if loaded != kept:
                 yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} in the index"
 
 
 def _gallery_people(folder: Path) -> Findings:
     gallery = Gallery(folder)  # every row matches its sha256
-    clips = sum(gallery.identities.values())
-    yield (
-        OK if gallery.identities else WARNING,
-        f"gallery: {len(gallery.identities):,} people by {clips:,} clips, "
-        f"{len(gallery.strangers):,} strangers, every sha256 agrees",
-    )
+    people, strangers = gallery.identities, len(gallery.strangers)
+    told = f"{len(people):,} people by {sum(people.values()):,} clips, {strangers:,} strangers"
+    yield OK if people else WARNING, f"gallery: {told}, every sha256 agrees"
     if not os.access(folder, os.W_OK | os.X_OK):
         yield WARNING, f"gallery: nobody can be enrolled or removed: cannot write in '{folder}'"
 

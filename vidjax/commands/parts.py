@@ -33,7 +33,6 @@ from vidjax.run import parts as parts_lib
 from vidjax.run import resume
 from vidjax.run.parts import ATTENTION, CLIPS, TOP, Part, Shard, member_group
 from vidjax.run.terminal import say
-from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.system import make_system
 
@@ -275,11 +274,8 @@ def merge(
     elif config.eval.report and seen is not None:
         mesh = devices.make_mesh(num_devices, config.mesh.model)
         trained = make_model(config, workdir, run, data, mesh)
-        observer = analysis.Observer([trained], split.name, mesh)
-        block_size = min(
-            config.eval.block_size, ScoreColumns.of(trained.system, mesh).max_block_rows
-        )
-        observer.take(seen, block_size * mesh.shape["data"])
+        observer = analysis.Observer([trained], split.name, mesh, config.eval.block_size)
+        observer.take(seen)
     return analysis.write_evaluation(
         workdir, data, scored, observer,
         described=data.report["data"], step=run.manifest["step"],

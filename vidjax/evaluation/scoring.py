@@ -257,9 +257,7 @@ def windows(
         _check_memory(model.system, plans[id(model.data)], block_size, mesh)
     streams = [
         data.eval_batches(
-            plans[key],
-            rows=block_size * mesh.shape["data"] // share.parts,
-            share=share,
+            plans[key], rows=block_size * mesh.shape["data"] // share.parts, share=share
         )
         for key, data in datasets.items()
     ]

@@ -10,14 +10,15 @@ without a usable frame it is -inf, in .jsonl null.
 
 import itertools
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vidjax import metrics, tables
-from vidjax.errors import UserError
+from vidjax import messages, metrics, tables
+from vidjax.errors import UserError, check_argument
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 NEW = "nobody new is more probable"
@@ -89,39 +90,19 @@ class Rule(NamedTuple):
         return passes if self.by == "threshold" else passes & (best >= new)
 
 
-def rule_of_probability(probability: float) -> Rule:
-    """Returns the rule that names a clip whose best identity has this probability or more."""
-    check_probability(probability)
-    about = f"the probability is {100 * probability:.3g} % or more"
-    return Rule("threshold", math.log(probability), False, None, about)
-
-
-def rule_of_strangers(found: Threshold, *, default: bool = False) -> Rule:
-    """Returns the rule of a threshold that was set on strangers."""
-    about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
-    return Rule("fpir", found.score, default, found, about)
-
-
-def rule_of_new(num_strangers: int) -> Rule:
-    """Returns the rule of a gallery that has too few strangers for the default rate."""
-    about = (
-        f"{NEW}; with {needed(DEFAULT_FPIR)} clips of strangers instead of {num_strangers} it "
-        f"would hold {100 * DEFAULT_FPIR:g} % of them"
-    )
-    return Rule("new", -math.inf, True, None, about)
-
-
-def check_probability(probability: float) -> None:
-    """Raises ValueError unless 0 < probability <= 1."""
-    if not 0 < probability <= 1:
+def check_choice(fpir: float | None, threshold: float | None) -> None:
+    """Refuses a rate or a probability by which no clip can get a name, and both together."""
+    for name, value in (("fpir", fpir), ("threshold", threshold)):
+        check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
+    if fpir is not None and threshold is not None:
         raise UserError(
-            f"threshold={probability:g}: name a probability above 0 and at most 1, e.g. 0.5"
+            "fpir and threshold: choose one\nfpir is a share of strangers, threshold a probability"
         )
-
-
-def check_rate(fpir: float) -> None:
-    """Raises ValueError unless 0 < fpir < 1."""
-    if not 0 < fpir < 1:
+    if threshold is not None and not 0 < threshold <= 1:
+        raise UserError(
+            f"threshold={threshold:g}: name a probability above 0 and at most 1, e.g. 0.5"
+        )
+    if fpir is not None and not 0 < fpir < 1:
         raise UserError(f"fpir={fpir:g}: name a rate above 0 and below 1, e.g. 0.01")
 
 
@@ -132,7 +113,7 @@ def needed(fpir: float) -> int:
 
 def check_strangers(count: int, fpir: float) -> None:
     """Raises ValueError unless `count` strangers are enough for a threshold of rate `fpir`."""
-    check_rate(fpir)
+    check_choice(fpir, None)
     if count < needed(fpir):
         raise UserError(
             f"fpir={fpir:g} needs {needed(fpir):,} clips of strangers or more, the gallery has "
@@ -162,8 +143,7 @@ def table(answers: Answers) -> list[str]:
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:SHOWN])
         rows.append((clip, answer.identity or "unknown", best or "no usable frame"))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
+    return [f"  {line}" for line in messages.aligned(rows)]
 
 
 def share(value: float) -> str:

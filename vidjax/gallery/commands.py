@@ -141,21 +141,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
         raise UserError("remove needs one of --identity=NAME and --clip=NAME")
-    fpir, threshold, k = (given.get(name) for name in ("fpir", "threshold", "k"))
-    if fpir is not None and threshold is not None:
-        raise UserError(
-            "choose one of --fpir, a share of strangers, and --threshold, a probability"
-        )
-    if fpir is not None or threshold is not None:
+    if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
         from vidjax.gallery import answers as answers_lib
 
-        if fpir is not None:
-            args.fpir = _number(fpir, "fpir")
-            answers_lib.check_rate(args.fpir)
-        else:
-            args.threshold = _number(str(threshold), "threshold")
-            answers_lib.check_probability(args.threshold)
-    if k is not None:
+        given |= {name: _number(text, name) for name, text in rule.items()}
+        answers_lib.check_choice(args.fpir, given.get("threshold"))
+    if (k := given.get("k")) is not None:
         if not k.isdecimal() or int(k) < 1:
             raise UserError(f"--k={k}: name 1 identity or more, a whole number")
         args.k = int(k)
@@ -370,16 +361,16 @@ def _list(args: argparse.Namespace) -> Result:
     if args.identity is not None:
         listed = {args.identity: known("identity", args.identity, listed)}
     content = {**result.content, "identities": listed}
-    width = max(map(len, listed), default=0)
-    lines = [f"  {name:{width}}  {count:,}" for name, count in listed.items()]
+    lines = [(name, f"{count:,}") for name, count in listed.items()]
     if args.clips:
         shown: dict[str, list[str]] = {name: [] for name in listed}
         for name, clip in sorted(gallery.clips.items()):
             if clip.identity in shown:
                 shown[clip.identity].append(name)
         content |= {"clips": shown}
-        lines = [f"  {name:{width}}  {clip}" for name, clips in shown.items() for clip in clips]
-    return result._replace(content=content, text="\n".join(lines))
+        lines = [(name, clip) for name, clips in shown.items() for clip in clips]
+    text = "\n".join(f"  {line}" for line in messages.aligned(lines))
+    return result._replace(content=content, text=text)
 
 
 def _threshold(args: argparse.Namespace) -> Result:

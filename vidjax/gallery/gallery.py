@@ -22,6 +22,7 @@ Only another training without the clips ends that.
 """
 
 import contextlib
+import math
 import numbers
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,14 +33,7 @@ import numpy as np
 
 from vidjax import files, predict
 from vidjax.api import load_data
-from vidjax.data.clips import (
-    BUCKETS,
-    MAX_EVAL_FRAMES,
-    PAD_LENGTHS,
-    EvalPlan,
-    TrainingData,
-    longest,
-)
+from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packing import Clips
@@ -48,7 +42,7 @@ from vidjax.errors import UserError, check_argument, closest
 from vidjax.evaluation import restore
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.answers import DEFAULT_FPIR, Answer, Rule, Threshold
+from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
 from vidjax.gallery.store import (
     MOST_LETTERS,
@@ -313,10 +307,7 @@ class Gallery:
         return self._checked
 
     def embed(
-        self,
-        clips: AnyClips,
-        split: str | None = None,
-        advance: Callable[[int], None] = uncounted,
+        self, clips: AnyClips, split: str | None = None, advance: Callable[[int], None] = uncounted
     ) -> Vectors:
         """Returns the vectors of clips, see `embed`."""
         return embed(self.run, clips, split, advance)
@@ -356,16 +347,13 @@ class Gallery:
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
         found = self.embed(clips, split)
         if isinstance(identities, str):
-            labels = (identities,) * len(found.names)
-        elif identities is not None:
+            identities = dict.fromkeys(found.names, identities)
+        if identities is not None:
             for name, identity in identities.items():
                 wanted = f"the name of a person for clip {name!r}"
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
-            labels = tuple(identities.get(name) for name in found.names)
-        else:
-            labels = found.labels
-        found = found._replace(labels=labels)
-        wanted = [n for n, label in zip(found.names, labels, strict=True)
+            found = found._replace(labels=tuple(map(identities.get, found.names)))
+        wanted = [n for n, label in zip(found.names, found.labels, strict=True)
                   if (label is None) == strangers]  # fmt: skip
         if not wanted:
             problem = "every clip has a label" if strangers else "no clip has a label"
@@ -420,12 +408,10 @@ class Gallery:
                 check_argument(f"remove: {kind}", name, str, "a name")
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
         with self._changing() as state:
-            gone: set[str] = set()
-            for name in people:
-                gone.update(known("identity", name, state.people))
+            gone = {clip for name in people for clip in known("identity", name, state.people)}
             for name in single:
                 known("clip", name, state.clips)
-                gone.add(name)
+            gone.update(single)
             if gone:
                 held = state.still_held + sum(state.clips[name].fitted for name in gone)
                 left = {name: clip for name, clip in state.clips.items() if name not in gone}
@@ -517,23 +503,18 @@ class Gallery:
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
         """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
-        for name, value in (("fpir", fpir), ("threshold", threshold)):
-            if value is not None:
-                check_argument(name, value, numbers.Real, "a number, or None")
-        if fpir is not None and threshold is not None:
-            raise UserError(
-                "fpir and threshold: choose one\n"
-                "fpir is a share of strangers, threshold a probability"
-            )
+        answers_lib.check_choice(fpir, threshold)
         if threshold is not None:
-            return answers_lib.rule_of_probability(threshold)
-        if fpir is not None:
-            return answers_lib.rule_of_strangers(self.threshold(fpir))
+            about = f"the probability is {100 * threshold:.3g} % or more"
+            return Rule("threshold", math.log(threshold), False, None, about)
         self.refresh()
-        strangers = len(self.strangers)
-        if strangers < answers_lib.needed(DEFAULT_FPIR):
-            return answers_lib.rule_of_new(strangers)
-        return answers_lib.rule_of_strangers(self.threshold(DEFAULT_FPIR), default=True)
+        wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(self.strangers)
+        if fpir is None and strangers < wanted:
+            about = f"{NEW}; with {wanted} clips of strangers instead of {strangers} it would hold "
+            return Rule("new", -math.inf, True, None, f"{about}{100 * DEFAULT_FPIR:g} % of them")
+        found = self.threshold(DEFAULT_FPIR if fpir is None else fpir)
+        about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
+        return Rule("fpir", found.score, fpir is None, found, about)
 
     def identify(
         self,
@@ -602,10 +583,7 @@ class Gallery:
         return self.top(self.embed(clips, split), rule).lists()
 
     def top(
-        self,
-        found: Vectors,
-        rule: Rule | None = None,
-        advance: Callable[[int], None] = uncounted,
+        self, found: Vectors, rule: Rule | None = None, advance: Callable[[int], None] = uncounted
     ) -> Ranked:
         """Ranks clips by their vectors for every person, without those that do not pass `rule`."""
         searched = self._anybody().index
@@ -766,19 +744,21 @@ def _is_new(state: State, name: str, clip: Clip) -> bool:
         return True
     if clip.identity is None and old.identity is not None:
         return False
-    remedy = "names of clips are unique: give the new clip another name"
-    if old.identity is not None and old.identity != clip.identity:
-        raise UserError(
-            f"clip '{show(name)}' is enrolled as '{show(old.identity)}', "
-            f"not '{show(str(clip.identity))}'\n{remedy}"
+    if old.identity is None and clip.identity is not None:
+        return True
+    problem = ""
+    if old.identity != clip.identity:
+        problem = f"as '{show(str(old.identity))}', not '{show(str(clip.identity))}'"
+    elif old.vector.tobytes() != clip.vector.tobytes():
+        problem = (
+            "with another vector: its features have changed, or it is another clip of this name"
         )
-    same = old.vector.tobytes() == clip.vector.tobytes()
-    if not same and old.identity == clip.identity:
+    if problem:
         raise UserError(
-            f"clip '{show(name)}' is enrolled with another vector: its features have changed, "
-            f"or it is another clip of this name\n{remedy}"
+            f"clip '{show(name)}' is enrolled {problem}\n"
+            "names of clips are unique: give the new clip another name"
         )
-    return not same or old.identity != clip.identity
+    return False
 
 
 def _check_clip(name: str, clip: Clip, width: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vidjax import metrics, significance, tables
-from vidjax.report import figures, html, sections
+from vidjax.report import html, run_page
 from vidjax.significance import Difference
 
 MAX_IDENTITIES = 20  # identities in a table of the page
@@ -104,14 +104,14 @@ def value_table(
 
 def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
-    every = [sections.own_fields(run.config) for run in runs]
+    every = [run_page.own_fields(run.config) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = []
     for name in names:
         used = [
             values.get(name, "")
             for run, values in zip(runs, every, strict=True)
-            if name in values or not sections.is_joined(run.config)
+            if name in values or not run_page.is_joined(run.config)
         ]
         if len(set(used)) > 1:
             rows.append([name, *(values.get(name, "") for values in every)])
@@ -259,7 +259,6 @@ def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
         _table("Other metrics", head, rows),
         _table("Size and time", *value_table(runs, COSTS)),
     ]
-    fields = config_table(runs)
     largest = {name: _largest_gaps(first, run, names[0], name) for run, name in others}
     parts = html.parts("comparison.html.j2")
     caption = f"MAP and its difference to {first.name}"
@@ -267,11 +266,11 @@ def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
         ("summary", "Summary", parts.summary(
             table=_table(caption, *difference_table(runs, differences)),
             sentences=sentences(runs),
-            parts=[_intervals(names, differences), *filter(None, tables)],
+            parts=[_intervals(names, differences), *tables],
             explained=" ".join(f"{metric.label}: {metric.about}." for metric in shown),
         )),
         ("configuration", "Configurations", parts.configuration(
-            html.table("Fields in which the configurations differ", *fields) if fields[1] else ""
+            html.table("Fields in which the configurations differ", *config_table(runs))
         )),
         ("identities", "Identities", parts.identities(
             drawn=[_sorted_gaps(f"sorted-{i}", run.ap - first.ap, names[0], name)
@@ -291,20 +290,18 @@ def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
 
 
 def _table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
-    if not rows:
-        return Markup()
-    cells = [[row[0], *map(html.Number.escape, row[1:])] for row in rows]
+    cells = ([row[0], *map(html.Number.escape, row[1:])] for row in rows)
     return html.table(caption, head, cells)
 
 
 def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
-    plot = figures.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
+    plot = html.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(differences))
     lows, highs = [gap.low for gap in differences], [gap.high for gap in differences]
-    plot.axes.axvline(0, color=figures.MUTED, linewidth=1)
-    plot.axes.hlines(places, lows, highs, color=figures.FIRST)
-    plot.axes.plot([gap.mean for gap in differences], places, "o", color=figures.FIRST)
-    plot.axes.set_yticks(places, [figures.short(name) for name in names[1:]])
+    plot.axes.axvline(0, color=html.MUTED, linewidth=1)
+    plot.axes.hlines(places, lows, highs, color=html.FIRST)
+    plot.axes.plot([gap.mean for gap in differences], places, "o", color=html.FIRST)
+    plot.axes.set_yticks(places, [html.short(name) for name in names[1:]])
     plot.axes.set_ylim(len(differences) - 0.5, -0.5)
     description = " ".join(
         f"{name}: {gap.mean:+z.4f}, from {gap.low:+z.4f} to {gap.high:+z.4f}."
@@ -315,8 +312,8 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Marku
 
 def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
     gaps = np.sort(gaps)[::-1]
-    plot = figures.Plot(x="share of the identities", y="difference of average precision")
-    plot.axes.axhline(0, color=figures.MUTED, linewidth=1)
+    plot = html.Plot(x="share of the identities", y="difference of average precision")
+    plot.axes.axhline(0, color=html.MUTED, linewidth=1)
     plot.curve(np.arange(1, len(gaps) + 1) / len(gaps), gaps)
     better = float(np.mean(gaps > significance.EQUAL))
     worse = float(np.mean(gaps < -significance.EQUAL))
@@ -343,4 +340,4 @@ def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Mar
     ]
     caption = f"The {len(rows)} identities with the largest difference for {other}"
     head = ("identity", "clips", own, other, "difference")
-    return html.table(caption, head, rows) if rows else Markup()
+    return html.table(caption, head, rows)
