@@ -116,13 +116,11 @@ def strata(
 
     tables = []
     if train_clips is not None:
-        groups = [
-            (label, chosen & (scored.positives > 0)) for label, chosen in by_count(train_clips)
-        ]
+        known = scored.positives > 0
         rows = [
-            _row(label, scored.averages[chosen], int(scored.positives[chosen].sum()))
-            for label, chosen in groups
-            if chosen.any()
+            _row(label, scored.averages[chosen & known], int(scored.positives[chosen].sum()))
+            for label, chosen in by_count(train_clips)
+            if (chosen & known).any()
         ]
         tables.append({"by": "training clips of the identity", "rows": rows})
     lengths = split.lengths[primary]
@@ -138,9 +136,8 @@ def strata(
 
 
 def _row(label: str, averages: np.ndarray, clips: int) -> Row:
-    low = high = None
-    if len(averages) >= FEWEST_IDENTITIES:
-        low, high = map_interval(averages, draws=DRAWS)
+    enough = len(averages) >= FEWEST_IDENTITIES
+    low, high = map_interval(averages, draws=DRAWS) if enough else (None, None)
     return {
         "label": label,
         "map": float(averages.mean()),
@@ -154,14 +151,11 @@ def _row(label: str, averages: np.ndarray, clips: int) -> Row:
 def by_count(counts: np.ndarray) -> Groups:
     """Groups clips or identities by `counts`, into the ranges that end at COUNTS."""
     groups, low = [], 0
-    for high in (*COUNTS, np.inf):
-        if high == np.inf:
-            label = f"over {low - 1}"
-        else:
-            label = str(high) if low == high else f"{low} to {high}"
+    for high in COUNTS:
+        label = str(high) if low == high else f"{low} to {high}"
         groups.append((label, (counts >= low) & (counts <= high)))
         low = high + 1
-    return groups
+    return [*groups, (f"over {COUNTS[-1]}", counts >= low)]
 
 
 def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax import api, config_io, files, messages
+from vidjax import api, config_io, files, messages, metrics
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
+from vidjax.run import results as results_lib
+from vidjax.run import signals
+from vidjax.run import workdir as workdir_lib
 
 RECORDED = "config.json"  # of a run's folder
 
@@ -83,7 +86,6 @@ def dry_run(args: argparse.Namespace, config: Config) -> None:
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock, for all processes of the run."""
-    from vidjax.run import workdir as workdir_lib
     from vidjax.training import together
 
     end_on_signals()
@@ -94,8 +96,6 @@ def locked_folder(path: Path) -> Iterator[Path]:
 
 def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     """Lets signals end the process of a command even while a program is compiled."""
-    from vidjax.run import signals
-
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals(tell)
 
@@ -122,8 +122,6 @@ def summary(
 
     `seconds` is None for a run that was finished before.
     """
-    from vidjax.run import results as results_lib
-
     own_split = config_io.load_workdir(workdir).eval.split
     paths = results_lib.paths(workdir, config.eval.split, own_split)
     found = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
@@ -138,9 +136,6 @@ def summary(
 def _rows(
     config: Config, workdir: Path, results: Mapping[str, Any], seconds: float | None
 ) -> dict[str, str]:
-    from vidjax import metrics
-    from vidjax.run import results as results_lib
-
     split = config.eval.split
     rows = {"workdir": messages.shown(workdir)}
     if "map" in results:

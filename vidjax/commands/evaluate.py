@@ -16,6 +16,8 @@ from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Command, Parser, Result
+from vidjax.run import parts as parts_lib
+from vidjax.run import results as results_lib
 
 if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
@@ -48,9 +50,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
     common.load_definitions(args)
     runs, shard = getattr(args, "runs", None), getattr(args, "shard", None)
     if shard is not None:
-        from vidjax.run.parts import Shard
-
-        Shard.parse(shard)
+        parts_lib.Shard.parse(shard)
     if args.place and (shard is not None or runs is not None):
         raise UserError(
             f"--coordinator does not go with {'--shard' if runs is None else '--runs'}: several "
@@ -124,7 +124,6 @@ def run(args: argparse.Namespace) -> Result:
 
 def _run_part(args: argparse.Namespace, config: Config, workdir: Path, began: float) -> Result:
     from vidjax.commands import parts
-    from vidjax.run import parts as parts_lib
 
     which = parts_lib.Shard.parse(args.shard)
     common.end_on_signals()
@@ -154,7 +153,6 @@ def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> 
     `given` are the fields that the user sets: with `data.dir` a run need not record its data.
     """
     from vidjax.evaluation import restore
-    from vidjax.run import results as results_lib
 
     run = restore.find_run(config, workdir)
     restore.check_named(workdir, run.manifest, config, by_user="data.dir" in given)

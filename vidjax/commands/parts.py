@@ -61,9 +61,8 @@ def evaluate_part(
     chosen = choose_clips(data, name, tuple(run.task.modalities), *shard)
     facts = describe(config, run, data)
     parts_lib.make_folder(workdir, name)
-    part = _there(
-        workdir, name, shard, facts, parts_lib.most_bytes(len(run.identities), len(chosen))
-    )
+    limit = parts_lib.most_bytes(len(run.identities), len(chosen))
+    part = _there(workdir, name, shard, facts, limit)
     if part and (part.facts.observed or not config.eval.report):
         return part, True
 
@@ -75,11 +74,8 @@ def evaluate_part(
     scored, observer = analysis.score_observed(
         [model], config, mesh, analyse=config.eval.report, part=True
     )
-    clips = {
-        "clip": chosen.astype(np.int32),
-        "best": scored.clips.best,
-        "right": scored.clips.right,
-    }
+    _, best, right = scored.clips
+    clips = {"clip": chosen.astype(np.int32), "best": best, "right": right}
     if observer:
         clips |= {"quality": observer.seen.quality}
         clips |= {ATTENTION + name: units for name, units in observer.seen.attention.items()}
@@ -105,9 +101,8 @@ def evaluate_part(
 def describe(config: Config, run: FoundRun, data: TrainingData) -> dict[str, Any]:
     """Returns the facts in which all parts of a ranking agree."""
     manifest = run.manifest
-    scored_by = {
-        name: manifest[name] for name in ("files", "identities_sha256", "members_sha256")
-    } | {"task": run.task._asdict()}
+    names = ("files", "identities_sha256", "members_sha256")
+    scored_by = {name: manifest[name] for name in names} | {"task": run.task._asdict()}
     return {
         "split": config.eval.split,
         "step": manifest["step"],
@@ -302,10 +297,8 @@ def join_clips(
             kinds |= {"quality": np.float32}
         shape = (part.facts.num_clips,)
         _check(part, all(_is(arrays.get(name), kind, shape) for name, kind in kinds.items()))
-        clip, starts = arrays["clip"], ATTENTION
-        attention = {
-            k.removeprefix(starts): arrays[k] for k in sorted(arrays) if k.startswith(starts)
-        }
+        clip, found = arrays["clip"], sorted(k for k in arrays if k.startswith(ATTENTION))
+        attention = {k.removeprefix(ATTENTION): arrays[k] for k in found}
         earlier = seen.attention or attention
         _check(part, clip[0] >= 0 and clip[-1] < count and (np.diff(clip) > 0).all())
         _check(part, (owner[clip] < 0).all() and attention.keys() == earlier.keys())
@@ -400,16 +393,13 @@ def choose_parts(
     """
     split = facts["split"]
     found = parts_lib.find(workdir, split)
-    faults = {
-        one: str(part).splitlines()[0]
-        if isinstance(part, ValueError)
-        else disagreement(part, facts)
-        for one, part in found.items()
-    }
-    good = {one: part for one, part in found.items() if isinstance(part, Part) and not faults[one]}
-    lacking = {one.total: one.total for one in found}
-    for one in good:
-        lacking[one.total] -= 1
+    good, faults, lacking = {}, {}, {one.total: one.total for one in found}
+    for one, part in found.items():
+        is_part = isinstance(part, Part)
+        faults[one] = disagreement(part, facts) if is_part else str(part).splitlines()[0]
+        if is_part and not faults[one]:
+            good[one] = part
+            lacking[one.total] -= 1
     command = ["--mode=evaluate", f"--workdir={messages.shown(workdir)}", *overrides]
     command = shlex.join([*PROGRAM.split(), *command])
     if not lacking:
@@ -445,9 +435,7 @@ def _tell_of_versions(parts: Sequence[Part]) -> None:
         for name, version in part.facts.versions.items():
             version = version.partition(" x ")[2] if name == "device" else version
             kinds.setdefault(name, {})[version] = None
-    differ = [
-        f"{name} {', '.join(versions)}" for name, versions in kinds.items() if len(versions) > 1
-    ]
+    differ = [f"{name} {', '.join(found)}" for name, found in kinds.items() if len(found) > 1]
     if differ:
         warnings.warn(
             f"parts were scored by different versions: {_plain('; '.join(differ))}\n"

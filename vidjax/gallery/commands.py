@@ -10,15 +10,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vidjax import messages, tables
+from vidjax import config_io, messages, tables
+from vidjax.api import load_data, run_config
 from vidjax.errors import UserError
+from vidjax.gallery import answers as answers_lib
 from vidjax.messages import Command, Parser, Result
+from vidjax.run import terminal
 
 if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
     from vidjax.gallery.gallery import Gallery, Vectors
-    from vidjax.run.terminal import Progress
 
 CLIPS = ("run", "split", "input")
 RULE = ("fpir", "threshold")
@@ -142,8 +144,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
         raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
-        from vidjax.gallery import answers as answers_lib
-
         given |= {name: _number(text, name) for name, text in rule.items()}
         answers_lib.check_choice(args.fpir, given.get("threshold"))
     if (k := given.get("k")) is not None:
@@ -164,13 +164,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _number(text: str, flag: str) -> float:
-    try:
+    hint = ""
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        hint = ""
-        with contextlib.suppress(ValueError):
-            hint = f": write --{flag}={float(text.removesuffix('%')) / 100:g}"
-        raise UserError(f"--{flag}={text}: not a number{hint}") from None
+    with contextlib.suppress(ValueError):
+        hint = f": write --{flag}={float(text.removesuffix('%')) / 100:g}"
+    raise UserError(f"--{flag}={text}: not a number{hint}")
 
 
 def _of(count: int, noun: str) -> str:
@@ -197,8 +196,7 @@ def _counts(
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax import config_io, predict
-    from vidjax.api import load_data, run_config
+    from vidjax import predict
     from vidjax.gallery.gallery import Gallery
 
     run_config(Path(args.run).expanduser())  # says where there is none
@@ -218,8 +216,6 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
-    from vidjax import config_io
-    from vidjax.api import load_data
     from vidjax.data.memory import load_clips
 
     run = gallery.run
@@ -228,10 +224,8 @@ def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Train
     return load_data(config_io.override(run.config, args.overrides))
 
 
-def _progress(label: str, total: int) -> "contextlib.closing[Progress]":
+def _progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
     """Returns a progress bar over `total` clips, which closes at the end of a `with` block."""
-    from vidjax.run import terminal
-
     return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
 
 
@@ -264,9 +258,6 @@ def _enrol(args: argparse.Namespace) -> Result:
 
 
 def _identify(args: argparse.Namespace) -> Result:
-    from vidjax.gallery import answers as answers_lib
-    from vidjax.run import terminal
-
     out = Path(args.out).expanduser() if args.out else None
     if out:
         tables.check_new(out)
@@ -294,8 +285,6 @@ def _identify(args: argparse.Namespace) -> Result:
 
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
-    from vidjax.gallery import answers as answers_lib
-    from vidjax.run import terminal
 
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
@@ -374,8 +363,6 @@ def _list(args: argparse.Namespace) -> Result:
 
 
 def _threshold(args: argparse.Namespace) -> Result:
-    from vidjax.gallery import answers as answers_lib
-
     found = _opened(args).threshold(answers_lib.DEFAULT_FPIR if args.fpir is None else args.fpir)
     return Result(found._asdict(), answers_lib.describe(found))
 

@@ -81,25 +81,20 @@ def difference_table(
 
 def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of CLIP_METRICS, to which a user's file may add."""
-    known = metrics.CLIP_METRICS.items()
-    return value_table(runs, [(name, metric.label, metric.digits) for name, metric in known])
+    return value_table(runs, [(k, m.label, m.digits) for k, m in metrics.CLIP_METRICS.items()])
 
 
 def value_table(
     runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
 ) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of `labels`, such as COSTS; empty if no run has any."""
-    known = [
-        label for label in labels if any(run.metrics.get(label[0]) is not None for run in runs)
-    ]
-    if not known:
-        return [], []
-    rows = []
-    for run in runs:
-        values = [(run.metrics.get(name), digits) for name, _, digits in known]
-        cells = ["none" if value is None else f"{value:z,.{digits}f}" for value, digits in values]
-        rows.append([run.name, *cells])
-    return ["run", *(label for _, label, _ in known)], rows
+    head, columns = ["run"], [[run.name for run in runs]]
+    for name, label, digits in labels:
+        values = [run.metrics.get(name) for run in runs]
+        if any(value is not None for value in values):
+            head.append(label)
+            columns.append(["none" if x is None else f"{x:z,.{digits}f}" for x in values])
+    return head, [list(row) for row in zip(*columns, strict=True)] if head[1:] else []
 
 
 def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
@@ -145,27 +140,21 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 def trained_on(runs: Sequence[RankedRun]) -> list[str]:
     """Returns sentences on whether the runs were trained on the clips that they are compared on."""
-    kinds = {run.map_kind for run in runs}
-    text = []
-    if not kinds & {"out_of_fold", "in_sample"}:
-        text.append("No run was trained on these clips.")
     folds = [run.name for run in runs if run.map_kind == "out_of_fold"]
+    known, text = in_sample(runs), []
+    if not folds and not known:
+        text.append("No run was trained on these clips.")
     if folds:
-        scores = "scores" if len(folds) == 1 else "score"
-        text.append(
-            f"Out of fold: {', '.join(folds)} {scores} every clip by members that were not trained "
-            "on it."
-        )
-    if "in_sample" in kinds:
-        text.append(in_sample(runs))
-    return text
+        score = f"{', '.join(folds)} {'scores' if len(folds) == 1 else 'score'}"
+        text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
+    return text + known
 
 
-def in_sample(runs: Sequence[RankedRun]) -> str:
-    """Returns a warning that names the runs that were trained on clips of the comparison."""
+def in_sample(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns a warning that names the runs that were trained on these clips; [] if none was."""
     known = [run.name for run in runs if run.map_kind == "in_sample"]
-    were = "was" if len(known) == 1 else "were"
-    return f"In sample: {', '.join(known)} {were} trained on these clips: the MAP is too high."
+    were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
+    return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
 
 
 def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
@@ -181,13 +170,9 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
         for row in [head, *rows]
     ]
     first = runs[0]
-    title = (
-        f"{len(first.identities):,} identities, {first.num_clips:,} clips of {first.split}; "
-        f"compared with {first.name}"
-    )
-    if any(run.map_kind == "in_sample" for run in runs):
-        lines.append(in_sample(runs))
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+    clips = f"{first.num_clips:,} clips of {first.split}"
+    title = f"{len(first.identities):,} identities, {clips}; compared with {first.name}"
+    return "\n".join([title, *(f"  {line}" for line in [*lines, *in_sample(runs)])])
 
 
 def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dict[str, Any]:
@@ -232,13 +217,10 @@ def _markdown_table(head: Sequence[str], rows: Rows) -> list[str]:
 def csv_text(runs: Sequence[RankedRun]) -> str:
     """Returns a CSV file with a row per identity: clips, average precisions, differences."""
     names = short_names(runs)
-    rows: list[list[object]] = [
-        ["identity", "clips", *names, *(f"{name} - {names[0]}" for name in names[1:])]
-    ]
-    for i, (identity, clips) in enumerate(
-        zip(runs[0].identities, runs[0].positives.tolist(), strict=True)
-    ):
-        values = [float(run.ap[i]) for run in runs]
+    gaps = [f"{name} - {names[0]}" for name in names[1:]]
+    rows: list[list[object]] = [["identity", "clips", *names, *gaps]]
+    columns = [runs[0].identities, runs[0].positives.tolist(), *(run.ap.tolist() for run in runs)]
+    for identity, clips, *values in zip(*columns, strict=True):
         rows.append([identity, clips, *values, *(value - values[0] for value in values[1:])])
     return tables.to_text(rows, ".csv")
 
@@ -315,11 +297,9 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
     plot = html.Plot(x="share of the identities", y="difference of average precision")
     plot.axes.axhline(0, color=html.MUTED, linewidth=1)
     plot.curve(np.arange(1, len(gaps) + 1) / len(gaps), gaps)
-    better = float(np.mean(gaps > significance.EQUAL))
-    worse = float(np.mean(gaps < -significance.EQUAL))
+    better, worse = (100 * np.mean(x > significance.EQUAL) for x in (gaps, -gaps))
     description = (
-        f"{100 * better:.1f} % of the identities are better with {name}, "
-        f"{100 * worse:.1f} % are worse. "
+        f"{better:.1f} % of the identities are better with {name}, {worse:.1f} % are worse. "
         f"The differences go from {gaps[0]:+z.3f} to {gaps[-1]:+z.3f}."
     )
     return plot.html(key, f"{name} minus {first}, identities in descending order", description)
@@ -328,16 +308,11 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
 def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
     gaps = run.ap - first.ap
     order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
-    rows = [
-        (
-            first.identities[i],
-            int(first.positives[i]),
-            html.bar(float(first.ap[i])),
-            html.bar(float(run.ap[i])),
-            html.signed(float(gaps[i])),
-        )
-        for i in order[np.abs(gaps[order]) >= significance.EQUAL]
-    ]
+    rows = []
+    for i in order[np.abs(gaps[order]) >= significance.EQUAL]:
+        both = html.bar(float(first.ap[i])), html.bar(float(run.ap[i]))
+        clips = int(first.positives[i])
+        rows.append((first.identities[i], clips, *both, html.signed(float(gaps[i]))))
     caption = f"The {len(rows)} identities with the largest difference for {other}"
     head = ("identity", "clips", own, other, "difference")
     return html.table(caption, head, rows)

@@ -28,6 +28,7 @@ Rows = list[tuple[object, ...]]
 
 MAX_MEMBERS = 60  # rows in the table of members
 IDENTITY_TOLERANCE = 0.005  # attention that differs less from the unit matrix is said in words
+MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 JOIN_FIELDS = ("join.", "eval.")  # starts of the names of fields that a joined run uses
 JOINED_HEAD = (
     "model", "data", "trained on", "modalities", "members", "parameters", "steps", "seed",
@@ -266,20 +267,17 @@ def learning(run: RunFiles) -> Facts | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    drawn = [_loss(train), _scores(train, run.lines)]
-    drawn.append(_learning_rate(train, run.arrays.get("schedule")))
-    return {"figures": drawn, "bad_steps": sum(line.get("bad_steps", 0) for line in train)}
+    rate = _learning_rate(train, run.arrays.get("schedule"))
+    bad_steps = sum(line.get("bad_steps", 0) for line in train)
+    return {"figures": [_loss(train), _scores(train, run.lines), rate], "bad_steps": bad_steps}
 
 
 def _loss(train: Sequence[Mapping[str, Any]]) -> Markup:
     x, loss = _column(train, "epoch"), _column(train, "train_loss")
     plot = html.Plot(x="epoch", y="training loss")
     plot.curve(x, loss, points=True)
-    description = (
-        f"The training loss goes from {loss[0]:.3f} at epoch {x[0]:.1f} to {loss[-1]:.3f} "
-        f"at epoch {x[-1]:.1f}."
-    )
-    return plot.html("loss", "Training loss", description)
+    ends = [f"{loss[i]:.3f} at epoch {x[i]:.1f}" for i in (0, -1)]
+    return plot.html("loss", "Training loss", f"The training loss goes from {' to '.join(ends)}.")
 
 
 def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
@@ -296,9 +294,8 @@ def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
         split = scored[-1].get("split", "")
         label = f"MAP@100 on {html.short(split)}"
         plot.axes.plot(places, values, "o-", color=html.SECOND, ms=4, label=label)
-        description += (
-            f" MAP@100 on {split} ends at {values[-1]:.4f}, after {len(values)} evaluations."
-        )
+        count = f"{len(values)} evaluations"
+        description += f" MAP@100 on {split} ends at {values[-1]:.4f}, after {count}."
     plot.axes.set_ylim(0, 1.04)
     plot.legend()
     heading = "Training accuracy and MAP" if scored else "Training accuracy"
@@ -313,10 +310,8 @@ def _learning_rate(train: Sequence[Mapping[str, Any]], schedule: np.ndarray | No
     plot = html.Plot(x="epoch", y="learning rate")
     plot.curve(x, rates, points=True)
     plot.axes.set_ylim(bottom=0)
-    description = (
-        f"The learning rate starts at {rates[0]:.3g}, peaks at {rates.max():.3g} and ends at "
-        f"{rates[-1]:.3g}."
-    )
+    first, peak, last = (f"{rate:.3g}" for rate in (rates[0], rates.max(), rates[-1]))
+    description = f"The learning rate starts at {first}, peaks at {peak} and ends at {last}."
     return plot.html("rate", "Learning rate of every step", description)
 
 
@@ -365,11 +360,11 @@ def _worst_identities(run: RunFiles) -> Markup:
 
     rows = []
     for row in run.analysis.worst or ():
-        counts = [row.clips] if trained is None else [row.clips, int(trained[row.identity])]
+        counts = () if trained is None else (int(trained[row.identity]),)
         others = named(row.lost_to, "no list"), named(row.mixed_with, "distractors")
-        rows.append((run.identity(row.identity), html.bar(row.ap), *counts, *others))
-    counts = ["clips"] if trained is None else ["clips", "trained on"]
-    head = ("identity", "average precision", *counts, "clips lost to", "mixed with")
+        rows.append((run.identity(row.identity), html.bar(row.ap), row.clips, *counts, *others))
+    known = () if trained is None else ("trained on",)
+    head = ("identity", "average precision", "clips", *known, "clips lost to", "mixed with")
     return html.table(f"The {len(rows)} identities with the lowest average precision", head, rows)
 
 
@@ -434,9 +429,8 @@ def open_set(run: RunFiles) -> Facts | None:
     """Returns histograms of scores, errors by threshold with a table, and the calibration."""
     if "score_edges" not in run.arrays:
         return None
-    drawn = [_score_histograms(run)]
-    drawn += [_errors(run)] if "fpir" in run.arrays else []
-    drawn += [_calibration(run)] if "calibration" in run.arrays else []
+    shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
+    drawn = [draw(run) for name, draw in shown.items() if name in run.arrays]
     found = run.analysis.open_set
     rates = found.rates if found else []
     rows = [
@@ -526,13 +520,13 @@ def _calibration(run: RunFiles) -> Markup:
     error, after = run.analysis.calibration_error, run.arrays.get("calibration_after")
     plot = html.Plot(x="probability of the best identity", y="share that is right")
     plot.axes.plot([0, 1], [0, 1], color=html.MUTED, linewidth=1, linestyle="--", label="perfect")
-    bins = {"this run" if after is None else "before": run.arrays["calibration"]}
-    bins |= {} if after is None else {"after": after}
-    for (label, (count, confidence, right)), colour in zip(
-        ((label, x.T) for label, x in bins.items()), (html.FIRST, html.SECOND), strict=False
+    for label, bins, colour in (
+        ("this run" if after is None else "before", run.arrays["calibration"], html.FIRST),
+        ("after", after, html.SECOND),
     ):
-        filled = count > 0
-        plot.axes.plot(confidence[filled], right[filled], "o-", color=colour, ms=4, label=label)
+        if bins is not None:
+            _, confidence, right = bins[bins[:, 0] > 0].T
+            plot.axes.plot(confidence, right, "o-", color=colour, ms=4, label=label)
     plot.legend()
     better = "" if after is None else f", and {run.analysis.calibration_error_after:.3f} after"
     description = f"The expected calibration error is {error:.3f}{better}."
@@ -591,14 +585,11 @@ def _frame_drops(key: str, run: RunFiles, clip: formats.FrameDrops) -> Markup:
         plot.legend()
     plot.axes.set_xlim(0.3, len(drops) + 0.7)
     most = int(np.argmax(drops))
-    description = (
-        f"Frame {most + 1} of {len(drops)} contributes most: hiding it lowers the score by "
-        f"{drops[most]:.3g}."
-    )
+    fall = f"hiding it lowers the score by {drops[most]:.3g}."
+    description = f"Frame {most + 1} of {len(drops)} contributes most: {fall}"
     state = "identified correctly" if clip.right else "not identified correctly"
-    caption = Markup("{}, identity {}, {}.").format(
-        html.name(clip.clip), html.name(run.identity(clip.identity)), state
-    )
+    person = html.name(run.identity(clip.identity))
+    caption = Markup("{}, identity {}, {}.").format(html.name(clip.clip), person, state)
     return plot.html(key, f"Frames of clip {clip.clip}", description, caption)
 
 
@@ -759,9 +750,8 @@ def write(workdir: Path) -> Path:
     for split in run.analysed:
         page = results_lib.paths(workdir, split, run.split).report
         files.write_text(page, _fitting(load(workdir, split)))
-    path = workdir / results_lib.REPORT
-    files.write_text(path, _fitting(run))
-    return path
+    files.write_text(workdir / results_lib.REPORT, _fitting(run))
+    return workdir / results_lib.REPORT
 
 
 def render(run: RunFiles) -> str:
@@ -786,14 +776,7 @@ def _fitting(run: RunFiles) -> str:
     """Returns `render(run)`; UserError if the files, each valid, are of different evaluations."""
     try:
         return render(run)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except MISFITS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"'{run.folder}': its results do not fit each other ({reason})\n"
