@@ -34,7 +34,7 @@ from vidjax.run import logs, results
 from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps.columns import ScoreColumns
+from vidjax.steps.class_sharding import ScoreColumns
 
 MAX_RATES = 200  # learning rates that the analysis keeps
 
