@@ -27,8 +27,7 @@ from vidjax.analysis.strata import ScoredSplit
 from vidjax.batch import Array, Batch
 from vidjax.cluster import processes
 from vidjax.config import Config
-from vidjax.data.clips import ClipSource
-from vidjax.evaluation.scoring import Evaluation, Scored, TrainedModel, conclude, score
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run import logs, results
 from vidjax.run.signals import Interrupted
@@ -126,7 +125,7 @@ class Observer:
           num_steps: number of optimiser steps whose learning rates are kept; 0 to keep none.
         """
         model, found = self._model, evaluation.results
-        split = self._split
+        split = evaluation.split
         names = ("map", "map_kind", "num_clips", "num_distractors")
         values: Values = {
             "split": split.name,
@@ -192,7 +191,7 @@ def score_observed(
     *,
     analyse: bool,
     **options: Any,  # noqa: ANN401
-) -> tuple[Scored, Observer | None]:
+) -> tuple[Evaluation, Observer | None]:
     """Scores `config.eval.split`, see `scoring.score`; if `analyse`, an observer looks on."""
     spec = config.eval
     observer = Observer(models, spec.split, mesh, spec.block_size) if analyse else None
@@ -276,11 +275,10 @@ def import_report(*, wanted: bool) -> None:
 
 def write_results(
     workdir: Path,
-    data: ClipSource,
+    identities: Sequence[str],
     evaluation: Evaluation,
     values: Mapping[str, Any],
     *,
-    split: str,
     own_split: str,
     trained: Config,
     observer: Observer | None = None,
@@ -299,10 +297,10 @@ def write_results(
       observer: observer of the evaluation; None to write no analysis and no report.
       ends_training: True if `values` are those of a training that ends here.
     """
+    split = evaluation.split.name
     paths = results.paths(workdir, split, own_split)
-    clips = data.split(split).clips
     if processes.is_first():
-        ranking.write_ranking(paths.ranking, data.identities, clips, evaluation.top)
+        ranking.write_ranking(paths.ranking, identities, evaluation.split.clips, evaluation.top)
         pending = {"finished": False} if ends_training else {}
         files.write_json(paths.metrics, {**values, **pending})
     if observer:
@@ -381,8 +379,8 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
 
 def write_evaluation(
     workdir: Path,
-    data: ClipSource,
-    scored: Scored,
+    identities: Sequence[str],
+    evaluation: Evaluation,
     observer: Observer | None,
     *,
     described: Mapping[str, Any],
@@ -393,7 +391,7 @@ def write_evaluation(
 
     It took the time since `began`, a `time.monotonic()`.
     """
-    evaluation = conclude(scored)
+    evaluation = conclude(evaluation)
     values = evaluation.results | {
         "data": described,
         "step": step,
@@ -402,8 +400,7 @@ def write_evaluation(
     }
     trained = config_io.load_workdir(workdir)
     write_results(
-        workdir, data, evaluation, results.training_metrics(workdir) | values,
-        split=scored.split.name, own_split=trained.eval.split,
-        trained=trained.data, observer=observer,
+        workdir, identities, evaluation, results.training_metrics(workdir) | values,
+        own_split=trained.eval.split, trained=trained.data, observer=observer,
     )  # fmt: skip
     return values

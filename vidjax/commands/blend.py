@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,13 @@ def describe_run(name: str, scored: Config) -> dict[str, Any]:
 
 def describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
-    different = list({entry["digest"]: entry for entry in entries}.values())
+    different = {entry["digest"]: entry for entry in entries}
     if len(different) == 1:
-        return different[0]
+        return entries[-1]
     return {
-        "name": ", ".join(entry["name"] for entry in different),
-        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
-        "digest": files.sha256_json([entry["digest"] for entry in different]),
+        "name": ", ".join(entry["name"] for entry in different.values()),
+        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different.values()),
+        "digest": files.sha256_json(list(different)),
     }
 
 
@@ -99,16 +99,6 @@ def command(config: Config, workdir: Path, split: str) -> str:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words.append(f"--config.{name}={text}")
     return shlex.join([*PROGRAM.split(), *words])
-
-
-def write_description(
-    workdir: Path, model: TrainedModel, datasets: Mapping[str, TrainingData]
-) -> None:
-    """Writes `identities.json`, and `data_report.json` if it is the same for all `datasets`."""
-    files.write_json(workdir / "identities.json", list(model.data.identities))
-    first, *others = [dict(data.report) for data in datasets.values()]
-    if all(report == first for report in others):
-        files.write_json(workdir / "data_report.json", first)
 
 
 ROUNDS = 30  # of the greedy search; weights are multiples of 1 / 30 or coarser
@@ -157,10 +147,13 @@ def blend_runs(
         "versions": devices.versions(),
         **({"weights_fitted_on": fitted_on} if fitted_on else {}),
     }
-    write_description(workdir, models[0], datasets)
+    files.write_json(workdir / "identities.json", list(models[0].data.identities))
+    first, *others = [dict(data.report) for data in datasets.values()]
+    if all(report == first for report in others):
+        files.write_json(workdir / "data_report.json", first)
     trained = config_io.load_workdir(Path(spec.runs[0])).data
     analysis.write_results(
-        workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
+        workdir, models[0].data.identities, evaluation, results, own_split=kept.eval.split,
         trained=trained, observer=observer,
     )  # fmt: skip
     return results
@@ -275,7 +268,7 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
             f"config.join.split={split_name}: a run was trained on it without folds\n"
             "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
         )
-    clips = candidates(first.model_tops)
+    clips = candidates([model.top for model in first.models if model.top is not None])
     scores = gather_scores(models, split_name, mesh, block_size, clips)
 
     def value_of(weights: np.ndarray) -> float:

@@ -61,8 +61,7 @@ def compare(
         "comparison.html": comparison_page.page(runs, differences),
     }.items():
         files.write_text(out / name, html.plain(content))
-    numbers = comparison_page.as_json(runs, differences)
-    return comparison_page.printed(runs, differences), numbers
+    return comparison_page.printed(runs, differences), comparison_page.as_json(runs, differences)
 
 
 def read(
@@ -83,7 +82,12 @@ def read(
     split = split or own_split
     paths = results_lib.paths(folder, split, own_split)
     metrics = _read_metrics(name, config, paths.metrics, split)
-    identities = _read_identities(folder, paths.ranking)
+    if files.exists(folder / "identities.json"):
+        identities = tuple(results_lib.load_identities(folder / "identities.json"))
+    else:
+        from vidjax.ranking import read_identities
+
+        identities = read_identities(paths.ranking)
     averages = _read_analysis(paths.analysis)
     source = paths.analysis if averages else paths.ranking
     if not averages:
@@ -93,18 +97,13 @@ def read(
         averages = _score_ranking(paths.ranking, identities, data, split, metrics)
     ap, positives, num_others = averages
     if len(identities) != len(ap):
-        raise UserError(
-            f"'{name}': identities.json lists {len(identities)} identities, {source.name} "
-            f"{len(ap)}\n"
-            f"{_evaluate_command(name, split)}"
-        )
+        counts = f"lists {len(identities)} identities, {source.name} {len(ap)}"
+        raise UserError(f"'{name}': identities.json {counts}\n{_evaluate_command(name, split)}")
     known = positives > 0
     value = ap[known].sum() / (known.sum() + num_others)
     if abs(value - metrics["map"]) > MAX_MISMATCH:
-        raise UserError(
-            f"'{name}': MAP is {value:.4f} in {source.name} and {metrics['map']:.4f} in "
-            f"{paths.metrics.name}\n{_evaluate_command(name, split)}"
-        )
+        both = f"{value:.4f} in {source.name} and {metrics['map']:.4f} in {paths.metrics.name}"
+        raise UserError(f"'{name}': MAP is {both}\n{_evaluate_command(name, split)}")
     from vidjax.report.comparison_page import RankedRun
 
     return RankedRun(
@@ -123,13 +122,12 @@ def read(
 
 
 def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str, Any]:
-    try:
-        metrics = results_lib.load_metrics(path)
-    except FileNotFoundError:
-        command = _evaluate_command(name, split)
+    if not files.exists(path):
         raise UserError(
-            f"'{name}' has no results on split '{split}' ({path.name})\n{command}"
-        ) from None
+            f"'{name}' has no results on split '{split}' ({path.name})\n"
+            f"{_evaluate_command(name, split)}"
+        )
+    metrics = results_lib.load_metrics(path)
     if metrics.get("map") is None:
         report = results_lib.read_data_report(path.parent)
         reason = results_lib.unmeasured(config.to_dict(), metrics, report)
@@ -176,23 +174,12 @@ def _check_data(
     name: str, metrics: Mapping[str, Any], config: Config, data: "TrainingData", *, by_user: bool
 ) -> None:
     """Refuses data other than a run was evaluated on, unless the user named their folder."""
-    if by_user or not config.data.dir:
-        return
-    if metrics.get("data", {}).get("digest") != data.report["data"]["digest"]:
+    evaluated = metrics.get("data", {}).get("digest")
+    if config.data.dir and not by_user and evaluated != data.report["data"]["digest"]:
         raise UserError(
             f"'{name}' was evaluated on other data than '{config.data.dir}' holds now\n"
             "say where they are: --config.data.dir=FOLDER"
         )
-
-
-def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
-    """Returns the names of the class columns, of the ranking if `identities.json` is missing."""
-    path = folder / "identities.json"
-    if files.exists(path):
-        return tuple(results_lib.load_identities(path))
-    from vidjax.ranking import read_identities
-
-    return read_identities(ranking)
 
 
 def _read_analysis(path: Path) -> Averages | None:
@@ -262,12 +249,11 @@ def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
         )
     order = np.array([places[name] for name in first.identities], int)
     positives = run.positives[order]
+    text = f"{first.num_clips} and {run.num_clips} clips"
     different = np.flatnonzero(positives != first.positives)
+    for i in different[:1]:
+        text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
     if len(different) or run.num_clips != first.num_clips:
-        text = f"{first.num_clips} and {run.num_clips} clips"
-        if len(different):
-            i = different[0]
-            text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
         raise UserError(
             f"{both} ranked different clips: {text}\n"
             "compare runs that were evaluated on the same clips"

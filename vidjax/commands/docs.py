@@ -22,15 +22,8 @@ from vidjax.models import identifier
 def documentation() -> Mapping[str, str]:
     """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
     known = _known_names()
-    words = {
-        path.name: getattr(config_io.load_module(path), "WORDS", {})
-        for path in sorted(config_io.shipped_folder().glob("*.py"))
-    }
-    return {
-        "arguments": _argument_table(words),
-        "fields": _field_tables(known),
-        "names": _name_tables(known),
-    }
+    tables = (_argument_table(), _field_tables(known), _name_tables(known))
+    return dict(zip(("arguments", "fields", "names"), tables, strict=True))
 
 
 def _known_names() -> Mapping[str, Mapping[str, str]]:
@@ -56,17 +49,17 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
 
 def _summary(function: Callable[..., Any]) -> str:
     doc = function.__doc__ or ""
-    if doc.startswith(f"{function.__name__}("):  # the signature of a dataclass
-        doc = ""
+    doc = "" if doc.startswith(f"{function.__name__}(") else doc  # the signature of a dataclass
     line = doc.strip().partition("\n")[0].rstrip(".").removeprefix("Returns ")
     return (line[:1].upper() + line[1:]).replace("|", "\\|")
 
 
-def _argument_table(experiments: Mapping[str, Mapping[str, str]]) -> str:
+def _argument_table() -> str:
     rows = [("all", f"`{word}`", meaning) for word, meaning in SCALE_WORDS.items()]
-    for name, words in experiments.items():
-        own = words.keys() - SCALE_WORDS.keys()
-        rows += [(f"`{name}`", f"`{word}`", words[word]) for word in words if word in own]
+    for path in sorted(config_io.shipped_folder().glob("*.py")):
+        words: Mapping[str, str] = getattr(config_io.load_module(path), "WORDS", {})
+        own = (word for word in words if word not in SCALE_WORDS)
+        rows += [(f"`{path.name}`", f"`{word}`", words[word]) for word in own]
     rows.append(("all", "names of modalities", "the modalities to use, e.g. `face,head`"))
     return _table(("configuration", "argument", "meaning"), rows)
 

@@ -185,7 +185,7 @@ def evaluate(
     step, model = restore.restore(config, workdir, data, mesh)
     scored, observer = analysis.score_observed([model], config, mesh, analyse=analyse)
     return analysis.write_evaluation(
-        workdir, model.data, scored, observer,
+        workdir, model.data.identities, scored, observer,
         described=data.report["data"], step=step, began=began,
     )  # fmt: skip
 

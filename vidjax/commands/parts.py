@@ -27,7 +27,7 @@ from vidjax.config import Config
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import FoundRun, find_run, fit_data, make_model
-from vidjax.evaluation.scoring import ClipScores, ModelScores, Scored, pool_of
+from vidjax.evaluation.scoring import ClipScores, Evaluation, ModelScores, pool_of
 from vidjax.messages import PROGRAM
 from vidjax.run import parts as parts_lib
 from vidjax.run import resume
@@ -260,7 +260,7 @@ def merge(
         ),
     )
     top = join_tops(read_tops(parts, TOP, owner, *sizes), sizes[0])
-    scored = Scored(split, top, clips, [model], sum(one.seconds for one in facts))
+    scored = Evaluation(split, top, clips, [model], sum(one.seconds for one in facts), {})
     observer = None
     if config.eval.report and seen is None:
         warnings.warn(
@@ -272,7 +272,7 @@ def merge(
         observer = analysis.Observer([trained], split.name, mesh, config.eval.block_size)
         observer.take(seen)
     return analysis.write_evaluation(
-        workdir, data, scored, observer,
+        workdir, data.identities, scored, observer,
         described=data.report["data"], step=run.manifest["step"],
         began=began - sum(one.eval_seconds for one in facts),
     )  # fmt: skip

@@ -326,13 +326,16 @@ class ModelScores(NamedTuple):
     member_tops: Iterable[topk.TopK]
 
 
-class Scored(NamedTuple):
+class Evaluation(NamedTuple):
     """The scores of the clips of a split, as far as a ranking needs them.
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
       clips: the best score of every clip; NaN where any of its scores is.
       seconds: time that scoring took, without compilation.
+      results: what `conclude` adds: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if
+        the split has a ground truth; counts; `eval_clips_per_second`; and the MAP of single models
+        and members.
     """
 
     split: Split
@@ -340,24 +343,12 @@ class Scored(NamedTuple):
     clips: ClipScores
     models: Sequence[ModelScores]
     seconds: float
-
-
-class Evaluation(NamedTuple):
-    """The ranking of one split and its metrics.
-
-    Attributes:
-      top: the best 100 clips of every identity, sorted.
-      model_tops: the best 100 clips by every single model of a blend; [] for one model.
-      positives: [C] int, number of ground-truth clips per identity among the ranked clips.
-      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
-        truth; counts; `eval_clips_per_second`; and the MAP of single models and members.
-    """
-
-    top: topk.TopK
-    model_tops: list[topk.TopK]
-    positives: np.ndarray
-    clips: ClipScores
     results: dict[str, Any]
+
+    @property
+    def positives(self) -> np.ndarray:
+        """[C] int, the number of ground-truth clips of every identity among the ranked clips."""
+        return positives_in(self.split, self.clips.pool)
 
 
 # (blocks of clips from the data of the first model, for each model the scores [B, C] of each block)
@@ -375,7 +366,7 @@ def score(
     observe: Observe | None = None,
     logarithms: bool = False,
     part: bool = False,
-) -> Scored:
+) -> Evaluation:
     """Scores the clips of a split by one model, or by a blend of several.
 
     Clips that no member may score are not ranked; see `ModelScorer`.
@@ -454,7 +445,7 @@ def score(
         )
         for number, (model, scorer) in enumerate(zip(models, scorers, strict=True))
     ]
-    return Scored(split, top, clips.clips, scored, seconds)
+    return Evaluation(split, top, clips.clips, scored, seconds, {})
 
 
 def pool_of(
@@ -473,8 +464,8 @@ def pool_of(
     return pool
 
 
-def conclude(scored: Scored) -> Evaluation:
-    """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
+def conclude(scored: Evaluation) -> Evaluation:
+    """Adds the results of a ranking; warns of clips that are poor or score NaN.
 
     It reads neither weights nor features, so `scored` may join the scores of several processes. It
     is an error if all scores are NaN.
@@ -489,11 +480,10 @@ def conclude(scored: Scored) -> Evaluation:
         results |= {"map": value, "map_kind": _map_kind(split.name, models)}
         for name, metric in metrics.CLIP_METRICS.items():
             results[name] = metric.fn(clips, split.labels)
-    num_distractors = int(np.sum(split.labels[pool] == 0)) if split.labelled else None
     results |= {
         "num_clips": int(np.sum(pool)),
         "num_identities": len(split.positives),
-        "num_distractors": num_distractors,
+        "num_distractors": int(np.sum(split.labels[pool] == 0)) if split.labelled else None,
         **num_nan,
         "num_ties": topk.count_ties(top),
         "eval_clips_per_second": len(split.clips) / max(scored.seconds, 1e-9),
@@ -505,13 +495,10 @@ def conclude(scored: Scored) -> Evaluation:
             row = {"name": model.name, "weight": model.weight, "map": value}
             results.setdefault("runs", []).append(row)
             run = {"run": model.name}
-        for member, used, member_top in zip(
-            model.members, model.use, model.member_tops, strict=False
-        ):
-            row = {**run, **_describe(member), "map": map_of(member_top, split, used & pool)}
+        for member, used, own in zip(model.members, model.use, model.member_tops, strict=False):
+            row = {**run, **_describe(member), "map": map_of(own, split, used & pool)}
             results.setdefault("members", []).append(row)
-    model_tops = [model.top for model in models if model.top is not None]
-    return Evaluation(top, model_tops, positives_in(split, pool), clips, results)
+    return scored._replace(clips=clips, results=results)
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
@@ -546,11 +533,9 @@ def _map_kind(split_name: str, models: Sequence[ModelScores]) -> str:
 
 def _describe(member: ensemble.Member) -> dict[str, Any]:
     """Returns the number of a member, and its fields that differ from their defaults."""
-    defaults = ensemble.Member._field_defaults
-    fields = member._asdict()
-    number = fields.pop("number")
-    changed = {name: value for name, value in fields.items() if value != defaults[name]}
-    return {"member": number, **changed}
+    fields, defaults = member._asdict(), ensemble.Member._field_defaults
+    number = {"member": fields.pop("number")}
+    return number | {name: value for name, value in fields.items() if value != defaults[name]}
 
 
 def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str) -> None:

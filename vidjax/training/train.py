@@ -138,7 +138,7 @@ def train(
     if command:
         results["command"] = command
     write_results(
-        workdir, data, evaluation, results, split=split, own_split=split,
+        workdir, data.identities, evaluation, results, own_split=split,
         trained=config.data, observer=observer, ends_training=True,
     )  # fmt: skip
     return results
