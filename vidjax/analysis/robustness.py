@@ -4,7 +4,7 @@ The sample depends on the split alone. Each change of a clip depends on the clip
 block that it is scored in.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,10 @@ NOISE = (0.5, 1.0)  # norm of the noise that is added to a frame, relative to th
 PLAIN = "nothing changed"
 
 
+# The variants of a block: for each a key, the changed block, and the member to leave out or None.
+Variants = Callable[[Batch], Iterable[tuple[Any, Batch, int | None]]]
+
+
 class SampleScorer:
     """Scores blocks of `rows` clips of a split; callers may change a block before it is scored."""
 
@@ -46,23 +50,23 @@ class SampleScorer:
         (scores,) = self.scorer.score([block], without=without)
         return scores, block
 
-    def make_ranking(self) -> RunningTopK:
-        """Returns an empty ranking of the sample."""
-        columns = self.scorer.columns
-        return RunningTopK(
-            columns.total, rows=self.rows, mesh=columns.mesh, identities=columns.identities
-        )
-
-    def add(self, ranking: RunningTopK, block: Batch, without: int | None = None) -> None:
-        """Scores a block without the member `without`, and adds it to a ranking."""
-        scores, block = self.score(block, without)
-        ranking.add((scores, block.clip_index, block.batch_mask))
-
-    def finish(self, ranking: RunningTopK, sample: np.ndarray) -> float:
-        """Returns the MAP of a ranking of the sample [N] bool."""
-        labels = self.split.labels
-        positives = count_positives(self.split, sample)
-        return metrics.mean_average_precision(ranking.finish().index, labels, positives)
+    def maps(self, sample: np.ndarray, variants: Variants) -> dict[Any, float]:
+        """Returns the MAP of a sample [N] bool for every variant of its blocks, in their order."""
+        columns, rankings = self.scorer.columns, dict[Any, RunningTopK]()
+        for block in self.blocks(sample):
+            for key, changed, without in variants(block):
+                scores, placed = self.score(changed, without)
+                if key not in rankings:
+                    rankings[key] = RunningTopK(
+                        columns.total, rows=self.rows, mesh=columns.mesh,
+                        identities=columns.identities,
+                    )  # fmt: skip
+                rankings[key].add((scores, placed.clip_index, placed.batch_mask))
+        truth = self.split.labels, count_positives(self.split, sample)
+        return {
+            key: metrics.mean_average_precision(ranking.finish().index, *truth)
+            for key, ranking in rankings.items()
+        }
 
 
 def choose_sample(pool: np.ndarray, num_members: int, rng: np.random.Generator) -> np.ndarray:
@@ -81,16 +85,11 @@ def count_positives(split: Split, sample: np.ndarray) -> np.ndarray:
 
 def robustness(scorer: SampleScorer, sample: np.ndarray) -> list[dict[str, Any]]:
     """Returns the MAP of a sample [N] bool under every change of its clips; PLAIN comes first."""
-    rankings: dict[str, RunningTopK] = {}
-    for block in scorer.blocks(sample):
-        for change, changed in changes(block, scorer.model.modalities):
-            if change not in rankings:
-                rankings[change] = scorer.make_ranking()
-            scorer.add(rankings[change], changed)
-    return [
-        {"change": change, "map": scorer.finish(ranking, sample)}
-        for change, ranking in rankings.items()
-    ]
+    names = scorer.model.modalities
+    maps = scorer.maps(
+        sample, lambda block: ((change, changed, None) for change, changed in changes(block, names))
+    )
+    return [{"change": change, "map": value} for change, value in maps.items()]
 
 
 def member_gains(scorer: SampleScorer, sample: np.ndarray, plain: float) -> list[float]:
@@ -102,11 +101,8 @@ def member_gains(scorer: SampleScorer, sample: np.ndarray, plain: float) -> list
     fewest = scorer.scorer.use[:, sample].sum(axis=0).min(initial=len(members))
     if fewest < 2 or len(members) > MOST_MEMBERS:
         return []
-    rankings = [scorer.make_ranking() for _ in members]
-    for block in scorer.blocks(sample):
-        for number in members:
-            scorer.add(rankings[number], block, without=number)
-    return [plain - scorer.finish(ranking, sample) for ranking in rankings]
+    maps = scorer.maps(sample, lambda block: ((number, block, number) for number in members))
+    return [plain - value for value in maps.values()]
 
 
 def changes(block: Batch, names: Sequence[str]) -> Iterator[tuple[str, Batch]]:
