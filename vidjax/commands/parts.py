@@ -7,7 +7,6 @@ To join the ranking, its metrics and those of the members, features and weights 
 the report reads them, to measure up to 2,000 changed clips, as at the end of any evaluation.
 """
 
-import dataclasses
 import shlex
 import time
 import warnings
@@ -21,10 +20,8 @@ import numpy as np
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, files, messages
 from vidjax.analysis import analysis
-from vidjax.batch import Batch
-from vidjax.cluster.processes import WHOLE, Share
 from vidjax.config import Config
-from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
+from vidjax.data.clips import BUCKETS, Split, TrainingData, make_eval_plan
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import FoundRun, find_run, fit_data, make_model
 from vidjax.evaluation.scoring import ClipScores, Evaluation, ModelScores, pool_of
@@ -57,7 +54,6 @@ def evaluate_part(
     run = find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
     name = config.eval.split
-    split = data.split(name)
     chosen = choose_clips(data, name, tuple(run.task.modalities), *shard)
     facts = describe(config, run, data)
     parts_lib.make_folder(workdir, name)
@@ -68,21 +64,23 @@ def evaluate_part(
 
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     model = make_model(config, workdir, run, data, mesh)
-    # Of the whole split: a part may rank nothing.
-    pool_of([ensemble.scoring_members(run.training_sets, split.clips)[0]], name)
-    model = model._replace(data=ClipSubset(data, name, chosen))
+    only = np.isin(np.arange(len(data.split(name).clips)), chosen)
     scored, observer = analysis.score_observed(
-        [model], config, mesh, analyse=config.eval.report, part=True
+        [model], config, mesh, analyse=config.eval.report, only=only
     )
     _, best, right = scored.clips
-    clips = {"clip": chosen.astype(np.int32), "best": best, "right": right}
+    clips = {"clip": chosen.astype(np.int32), "best": best[only], "right": right[only]}
     if observer:
-        clips |= {"quality": observer.seen.quality}
+        clips |= {"quality": observer.seen.quality[only]}
         clips |= {ATTENTION + name: units for name, units in observer.seen.attention.items()}
     (scores,) = scored.models
     tops = {TOP: scored.top}
     tops |= {member_group(i): top for i, top in enumerate(scores.member_tops)}
-    groups = {name: renumber(top, chosen)._asdict() for name, top in tops.items()}
+    width = min(len(chosen), MAX_NAMES)  # places behind it are empty for every identity
+    groups = {
+        name: {field: np.asarray(x)[:, :width] for field, x in top._asdict().items()}
+        for name, top in tops.items()
+    }
     made = facts | {
         "number": shard.number,
         "total": shard.total,
@@ -182,43 +180,6 @@ def choose_clips(
     plan, order = make_eval_plan(data.split(split), modalities), data.order(split)
     ends = bounds(np.array(BUCKETS)[plan.bucket[order]], count)
     return np.sort(order[ends[number - 1] : ends[number]])
-
-
-class ClipSubset:
-    """Some clips of a split as a source of their own; a `ClipSource` with one split.
-
-    In a block, `clip_index` counts these clips alone, in the order of the whole split: arrays over
-    clips are as long as the subset. Clips are padded as in the whole split.
-    """
-
-    def __init__(self, data: ClipSource, split: str, chosen: np.ndarray):
-        """Takes the clips `chosen` [n] int, in ascending order, of a split."""
-        self.identities = data.identities
-        self._data, self._chosen = data, chosen
-        self._whole = data.split(split)
-        self._split = dataclasses.replace(
-            self._whole,
-            clips=tuple(self._whole.clips[clip] for clip in chosen.tolist()),
-            labels=self._whole.labels[chosen],
-            lengths={name: lengths[chosen] for name, lengths in self._whole.lengths.items()},
-        )
-
-    def split(self, name: str) -> Split:
-        """Returns the clips of the part; ValueError for the name of another split."""
-        if name != self._split.name:
-            raise ValueError(f"no split {name!r} in a part of {self._split.name}")
-        return self._split
-
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
-        whole = make_eval_plan(self._whole, plan.modalities)
-        bucket = np.full_like(whole.bucket, -1)
-        bucket[self._chosen] = plan.bucket
-        plan = whole._replace(bucket=bucket)
-        for batch in self._data.eval_batches(plan, rows=rows, share=share):
-            # Rows without a clip have the index 0, which may be outside.
-            place = np.searchsorted(self._chosen, np.asarray(batch.clip_index))
-            yield batch._replace(clip_index=np.where(batch.batch_mask, place, 0).astype(np.int32))
 
 
 # Joining.
@@ -347,18 +308,6 @@ def _check(part: Part, fits: object) -> None:
         raise UserError(
             f"'{part.path}' is damaged: its arrays do not fit each other\n{part.shard.remedy}"
         )
-
-
-def renumber(top: TopK, chosen: np.ndarray) -> TopK:
-    """Returns the sorted top k of a part, its clips `chosen` [n] numbered as in the whole split.
-
-    Places that are empty for every identity, because the part has fewer clips, are left out.
-    """
-    width = min(len(chosen), np.shape(top.index)[1])
-    index = np.asarray(top.index)[:, :width]
-    filled = index != NO_CLIP
-    index = np.where(filled, chosen[np.where(filled, index, 0)], NO_CLIP)
-    return TopK(np.asarray(top.scores)[:, :width], index.astype(np.int32))
 
 
 def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> TopK:

@@ -235,10 +235,16 @@ def _add(
 
 
 def windows(
-    models: Sequence[TrainedModel], split_name: str, block_size: int, mesh: Mesh, rows: int
+    models: Sequence[TrainedModel],
+    split_name: str,
+    block_size: int,
+    mesh: Mesh,
+    rows: int,
+    only: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
     """Yields windows of a split: for every model a list of blocks, on the devices.
 
+    If `only` [N] bool is given, they hold these clips alone.
     A block has `block_size` clips per device; a window ends at `rows` clips or `WINDOW_BYTES`. A
     dataset that models share is read only once; different datasets must have the same clips.
     """
@@ -250,7 +256,7 @@ def windows(
     lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
     share = devices.share(mesh)
     plans = {
-        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths)
+        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths, only=only)
         for key in datasets
     }
     for model in models:
@@ -365,7 +371,7 @@ def score(
     check: Callable[[], None] = lambda: None,
     observe: Observe | None = None,
     logarithms: bool = False,
-    part: bool = False,
+    only: np.ndarray | None = None,
 ) -> Evaluation:
     """Scores the clips of a split by one model, or by a blend of several.
 
@@ -378,7 +384,7 @@ def score(
       check: function to call after every window; its exceptions end the evaluation.
       observe: function to call with the scores of every window.
       logarithms: True to join several models by the mean of their logarithms.
-      part: True for a part of a ranking, of which no clip may be ranked.
+      only: [N] bool, the clips to score for a part of a ranking; None for all.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -387,7 +393,8 @@ def score(
     split = models[0].data.split(split_name)
     scorers = [ModelScorer(model, split.clips, mesh) for model in models]
     columns, several = scorers[0].columns, len(models) > 1
-    pool = pool_of([scorer.use for scorer in scorers], split_name, may_be_empty=part)
+    wanted = np.ones(len(split.clips), bool) if only is None else only
+    pool = pool_of([scorer.use for scorer in scorers], split_name) & wanted
     ranking, clips = make_ranking(columns, pool), ClipScoreBuffer(split, pool, columns)
     alone = [make_ranking(columns, pool) for _ in models if several]
     by_member = [
@@ -405,8 +412,8 @@ def score(
 
     began = time.monotonic()
     with devices.CompileClock() as compiling:
-        progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
-        for window in windows(models, split.name, block_size, mesh, rows):
+        progress = Progress(int(wanted.sum()), unit="clip", label="evaluate", leave=False)
+        for window in windows(models, split.name, block_size, mesh, rows, wanted):
             blocks, scores = window[0], []
             for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
                 for block in own:
@@ -448,15 +455,13 @@ def score(
     return Evaluation(split, top, clips.clips, scored, seconds, {})
 
 
-def pool_of(
-    uses: Sequence[np.ndarray], split_name: str, *, may_be_empty: bool = False
-) -> np.ndarray:
+def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
     """Returns [N] bool, the ranked clips: those that some member of every model may score.
 
     `uses` has for each model [E, N] bool, the members that score a clip. An empty pool is an error.
     """
     pool = np.all([use.any(axis=0) for use in uses], axis=0)
-    if not pool.any() and not may_be_empty:
+    if not pool.any():
         raise UserError(
             f"config.eval.split={split_name}: all members were trained on all of its clips\n"
             "choose another split with --config.eval.split"
