@@ -1,9 +1,9 @@
 """`vidjax config`: every field of a configuration, its default, its value, and what set it."""
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vidjax import api, config_io, messages
 from vidjax import config as config_lib
@@ -34,52 +34,31 @@ def run(args: argparse.Namespace) -> Result:
         config, file = api.run_config(workdir), messages.shown(workdir / common.RECORDED)
     else:
         config, file = config_lib.default(), DEFAULT
-    found = list(rows(config, args.overrides, file))
-    return Result({"fields": as_json(found)}, text=text(found))
+    found = rows(config, args.overrides, file)
+    table = [("field", "value", "default", "from")]
+    for name, row in found.items():
+        default = value_text(row["default"]) if name in DEFAULTS else ""
+        table.append((name, value_text(row["value"]), default, row["from"]))
+    return Result({"fields": found}, text="\n".join(messages.aligned(table)))
 
 
-class Row(NamedTuple):
-    """One field; `default` is None if it has none, as `model.embed_dim`, which a file adds.
+def rows(config: Config, overrides: Sequence[str], file: str) -> dict[str, dict[str, Any]]:
+    """Returns field -> its value after `overrides`, its default, and what set it, `from`.
 
-    `origin` is what set the value: DEFAULT, the name of a file, or COMMAND_LINE.
-    """
-
-    field: str
-    value: Any
-    default: Any
-    origin: str
-
-
-def rows(config: Config, overrides: Sequence[str], file: str) -> Iterator[Row]:
-    """Yields every field of `config` after `overrides`: those with a default first, each by name.
-
-    `config` is without the overrides; `file` is the name of the file that it comes from.
+    Fields with a default come first, each by name; the default of others, such as
+    `model.embed_dim`, which a file adds, is None. `config` is without the overrides; `file` is the
+    name of the file that it comes from.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
-    typed = set(override_names(overrides))
+    typed, found = set(override_names(overrides)), {}
     for name in [*sorted(DEFAULTS), *sorted(values.keys() - DEFAULTS.keys())]:
         origin = DEFAULT
         if name in typed:
             origin = COMMAND_LINE
         elif name not in DEFAULTS or values[name] != DEFAULTS[name]:
             origin = file
-        yield Row(name, values[name], DEFAULTS.get(name), origin)
-
-
-def text(rows: Iterable[Row]) -> str:
-    """Returns the fields as an aligned table, one line for each."""
-    table = [("field", "value", "default", "from")]
-    for row in rows:
-        default = value_text(row.default) if row.field in DEFAULTS else ""
-        table.append((row.field, value_text(row.value), default, row.origin))
-    return "\n".join(messages.aligned(table))
-
-
-def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Returns field -> its value, default and origin."""
-    return {
-        row.field: {"value": row.value, "default": row.default, "from": row.origin} for row in rows
-    }
+        found[name] = {"value": values[name], "default": DEFAULTS.get(name), "from": origin}
+    return found
 
 
 COMMAND = Command(

@@ -103,12 +103,11 @@ def _flags(
     Of these, `needs` are required. The name `config` stands for `--config.data.FIELD`. `strangers`
     is the entry in FLAGS of `--strangers`, whose meaning depends on the command.
     """
-    flags = {**FLAGS, "strangers": strangers}
 
     def add_flags(parser: Parser) -> None:
         parser.add_argument("gallery", nargs="?", metavar="G", help="the folder of the gallery")
         for name in names:
-            metavar, about = flags.get(name, ("", ""))
+            metavar, about = strangers if name == "strangers" else FLAGS.get(name, ("", ""))
             if name == "config":
                 parser.fields("data.")
             elif metavar is None:
