@@ -1,1 +1,1 @@
-"""One file per command of the command line: what it reads, what it writes, what it says."""
+"""The commands of the command line: what each reads, what it writes, what it says."""

@@ -87,7 +87,7 @@ def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def value_table(
     runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
 ) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of `labels`, such as COSTS; empty if no run has any."""
+    """Returns head and rows of the table of `labels`, such as COSTS; no rows if no run has any."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, label, digits in labels:
         values = [run.metrics.get(name) for run in runs]
