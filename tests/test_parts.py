@@ -47,7 +47,7 @@ def in_parts(nearest, data, tmp_path_factory):
     def made(total):
         folder = shutil.copytree(nearest, place / str(total))
         found = make_all((folder, of(folder, NO_REPORT)), data, total)
-        assert not any(one.before for one in found)
+        assert not any(before for _, before in found)
         return folder
 
     return made
@@ -262,7 +262,7 @@ def test_a_part_that_is_there_is_not_made_again(parted, data):
     path = run[0] / "parts" / "val" / "2-of-3.npz"
     before = (path.read_bytes(), path.stat().st_mtime_ns)
     again = make(run, data, "2/3")
-    assert again.before and again.part.path == path
+    assert again[1] and again[0].path == path
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
@@ -272,7 +272,7 @@ def test_what_a_killed_process_leaves_is_no_part(parted, data):
     (place / "2-of-3.npz").rename(place / ".2-of-3.npz.0123abcd.partial")
     with pytest.raises(ValueError, match=r"of 3 parts: 2\n.*--mode=evaluate .*--shard=2/3"):
         parts.merge(config, folder, data)
-    assert not make(run, data, "2/3").before
+    assert not make(run, data, "2/3")[1]
     parts.merge(config, folder, data)
 
 
@@ -302,10 +302,10 @@ def test_parts_of_another_evaluation_are_not_joined(parted, data):
         parts.merge(other, folder, data, overrides=words)
     path = folder / "parts" / "val" / "1-of-3.npz"
     original = path.read_bytes()
-    assert not make((folder, other), data, "1/3").before
+    assert not make((folder, other), data, "1/3")[1]
     with pytest.raises(ValueError, match=r"of 3 parts: 1; part 1/3: .*eval\.members"):
         parts.merge(config, folder, data)
-    assert not make(run, data, "1/3").before
+    assert not make(run, data, "1/3")[1]
     for key, value, reason in (
         ("checkpoint", "0" * 64, "of the checkpoint of step"),
         ("data", {"digest": "0" * 64}, "of other data, sha256 0000"),
@@ -339,7 +339,7 @@ def test_damage_is_named_and_the_part_is_made_again(parted, data):
         assert str(path) in str(caught.value)
         assert len(str(caught.value).splitlines()) <= 3
     with pytest.warns(UserWarning, match="made again"):
-        assert not make(run, data, "2/3").before
+        assert not make(run, data, "2/3")[1]
     parts.merge(config, folder, data)
 
 
@@ -424,8 +424,8 @@ def test_parts_without_what_a_report_shows_merge_without_one(parted, data):
         parts.merge(of(folder), folder, data)
     assert not (folder / "analysis.npz").exists()
     made = make((folder, of(folder)), data, "1/3")
-    assert not made.before and made.part.facts.observed
-    assert make(run, data, "1/3").before  # more than a ranking needs
+    assert not made[1] and made[0].facts.observed
+    assert make(run, data, "1/3")[1]  # more than a ranking needs
     parts.merge(config, folder, data)
 
 

@@ -496,7 +496,7 @@ def test_chosen_clips_a_part_and_clips_in_memory_have_shares(dataset: Dataset) -
     sources: list[tuple[clips_lib.ClipSource, dict[str, Any]]] = [
         (dataset, {"only": only}),
         (dataset, {"only": np.zeros(45, bool)}),
-        (parts_lib.ClipSubset(dataset, "train", chosen), {}),
+        (dataset, {"only": np.isin(np.arange(45), chosen)}),
         (memory.MemoryClips.of(clips, {"face": 5}, ()), {}),
     ]
     for data, options in sources:
