@@ -32,6 +32,7 @@ from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
+from vidjax.steps import eval_step as eval_step_lib
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
@@ -83,12 +84,14 @@ def make_model(
     """Returns a model with these weights that ranks a run's clips, and the clips."""
     data, mesh = MadeUp(run, num_identities), devices.make_mesh(1)
     sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
-    return TrainedModel.from_params("", run.system, mesh, params, model_state, sets, data), data
+    step = eval_step_lib.make_eval_step(run.system, mesh)
+    return TrainedModel("", run.system, step, params, model_state, sets, data), data
 
 
 def rank(model: TrainedModel, block_size: int = 256) -> dict[str, Any]:
     """Returns the results of an evaluation."""
-    return scoring.score([model], "val", devices.make_mesh(1), block_size=block_size).results
+    mesh = devices.make_mesh(1)
+    return scoring.conclude(scoring.score([model], "val", mesh, block_size=block_size)).results
 
 
 def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:
