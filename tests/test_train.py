@@ -123,12 +123,12 @@ def test_another_configuration_is_refused(tmp_path):
     ],
 )
 def test_a_short_run_has_a_curve(total, logged):
-    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=total, num_clips=583), layout=None)
+    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=total, num_clips=583, layout=None))
     assert make_schedule(config_lib.default(), plan).log == logged
 
 
 def test_every_epoch_of_less_than_a_step_is_every_step():
-    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=4, num_clips=10), layout=True)
+    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=4, num_clips=10, layout=True))
     config = config_lib.default()
     config.batch_size, config.eval.every_epochs, config.noise.relabel_every_epochs = 64, 1.0, 0.5
     schedule = make_schedule(config, plan)
