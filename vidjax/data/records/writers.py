@@ -64,8 +64,8 @@ class ShardTask(NamedTuple):
     files: dict[str, list[FlatFiles]]
     clips: tuple[str, ...]
     order: Sequence[int] | np.ndarray
-    starts: dict[str, Sequence[int] | np.ndarray]
-    lengths: dict[str, Sequence[int] | np.ndarray]
+    starts: Mapping[str, Sequence[int] | np.ndarray]
+    lengths: Mapping[str, Sequence[int] | np.ndarray]
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Yields the fields of each record; its frames are views of mapped files.
