@@ -258,7 +258,8 @@ class _Packer:
         self, modality: str, writer: FlatWriter, non_finite: NonFinite, quality: Quality
     ) -> None:
         self._modality, self._writer = modality, writer
-        self._non_finite, self._quality = non_finite, quality
+        self._non_finite: NonFinite = non_finite
+        self._quality: Quality = quality
         self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
         self._kind: tuple[int, np.dtype] | None = None  # width and dtype, once they are decided
 

@@ -7,7 +7,7 @@ depth: a file can surprise neither this code nor the code that reads the flat fi
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def _clip_name(key: object) -> str:
         raise UnpickleError(str(error)) from None
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def _is_list(value: object) -> bool:
     return type(value) in (list, tuple)
 
 
@@ -238,7 +238,7 @@ class ClipWriter:
     def _write_block(self) -> None:
         width = self.width if self.total else 1
         features = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, width)
-        frames = {"features": features.astype(self.native, copy=False)}  # [F, D]
+        frames: dict[str, np.ndarray] = {"features": features.astype(self.native, copy=False)}
         for name, values in self.values.items():
             field = FRAME_FIELDS[name]
             frames[name] = field.default(len(features))
