@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.made_frames import make_frames
 from vidjax import config as config_lib
 from vidjax import fusion, losses, metrics
+from vidjax.batch import ClipInfo
 from vidjax.models import identifier
 
 torch = pytest.importorskip("torch")
@@ -104,13 +105,13 @@ def test_logits_are_those_of_vidjax(name, train):
         SPECS[name], modalities=dims, num_classes=CLASSES, num_clips=1
     )
     count = len(frames["face"].mask)
-    call: dict[str, Any] = {"clip_index": np.zeros(count, int), "labels": np.zeros(count, int)}
-    call["batch_mask"] = np.ones(count, bool)
-    variables = model.init(jax.random.key(0), frames, **call, train=False)
+    clips = ClipInfo(np.zeros(count, np.int32), np.ones(count, bool), np.zeros(count, np.int32))
+    variables: Any = model.init(jax.random.key(0), frames, clips, train=False)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: x + 0.3 * rng.random(x.shape, np.float32), variables)
-    apply = jax.jit(lambda v: model.apply(v, frames, **call, train=train, mutable=["batch_stats"]))
-    expected, new = apply(variables)
+    apply = jax.jit(lambda v: model.apply(v, frames, clips, train=train, mutable=["batch_stats"]))
+    output, new = apply(variables)
+    expected = output.logits[:, 0]
 
     net = make_net(name).train(train)
     copy_variables(variables, net)
