@@ -23,8 +23,11 @@ import numpy as np
 from tests.benchmarks import common, evaluation
 from vidjax import devices
 from vidjax.models import plda_fit
+from vidjax.models.plda import Settings
 
-SETTINGS = "within=0.8 between=0.75 scale=0.06 unenrolled=-2 stranger=2 centred=1"
+SETTINGS = Settings(
+    within=0.8, between=0.75, scale=0.06, unenrolled=-2.0, stranger=2.0, centred=1.0
+)
 
 
 def fit_settings(num_clips: int, num_identities: int) -> None:
@@ -39,9 +42,8 @@ def fit_settings(num_clips: int, num_identities: int) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Writes seconds, rates and memory."""
-    words = [f"model.{word}" for word in SETTINGS.split()]
     size = {"num_identities": args.num_identities, "num_clips": args.clips}
-    run = common.make_run("plda.py:face", words, batch_size=256, **size)
+    run = common.make_run("plda.py:face", batch_size=256, settings=SETTINGS._asdict(), **size)
     loop, mesh = common.make_loop(run), devices.make_mesh(1)
     seconds: dict[str, float] = {}
 

@@ -116,19 +116,20 @@ def make_run(
     batch_size: int,
     num_identities: int,
     num_clips: int | None = None,
+    settings: Mapping[str, float] | None = None,
     abstract: bool = False,
 ) -> Run:
     """Returns the system of a configuration on as many clips as there are in four batches.
 
-    `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE. `abstract` is True for
-    shapes and dtypes in place of the state.
+    `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE. `settings` are what
+    the model has fitted. `abstract` is True for shapes and dtypes in place of the state.
     """
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])
     num_clips = num_clips or 4 * batch_size
     modalities = dict.fromkeys(config.modalities, DIM)
-    sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)
+    sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True, settings)
     system = make_system(config.to_dict(), sizes)
     members = ensemble.make_members(config.ensemble.to_dict())
     labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
