@@ -200,11 +200,9 @@ def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, offici
 
 
 def test_another_run_is_refused(made, nearest_run, tmp_path):
-    for run, told in {
-        nearest_run: "is not the run that gallery",
-        predict.restore(nearest_run): "is not the run that gallery",
-        tmp_path: "",
-    }.items():
+    same = predict.restore(nearest_run)
+    other = "is not the run that gallery"
+    for run, told in ((nearest_run, other), (same, other), (tmp_path, "no run in")):
         gallery = vidjax.Gallery(made.folder, run=run)
         with pytest.raises(ValueError, match=told):
             gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
