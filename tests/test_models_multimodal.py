@@ -194,37 +194,6 @@ def test_published_is_the_paper_to_the_letter(words, parts):
         np.testing.assert_allclose(logits[clip], expected, atol=1e-3, rtol=1e-4)
 
 
-def test_shapes_of_published_at_full_size():
-    """Every parameter, from the paper's D = 512, D~ = 64 and 6 vectors; the official 10,034 ids."""
-    widths = dict.fromkeys(WIDTHS, 512)
-    model, fuse, config = published("iqiyi_vid,published", widths, 10_035)
-    assert config["model"]["gamma"] == 0.05 and config["model"]["gram_scale"] == 1.0
-    frames = {name: make_frames([2], max_frames=2, dim=512) for name in widths}
-    clips = ClipInfo(np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, bool))
-
-    def init():
-        fused = {name: fuse[name](None, frames[name]) for name in fuse}
-        assert fused["face"].mask.shape == (1, 32)
-        return model.init(jax.random.key(0), fused, clips, train=False)["params"]
-
-    shapes = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init))
-    clusters = config["model"]["num_clusters"]
-    linear_512 = {"kernel": (512, 512), "bias": (512,)}
-    assert shapes == {
-        "face_netvlad": {
-            "assignment": {"kernel": (512, clusters)},
-            "norm": {"scale": (clusters,), "bias": (clusters,)},
-            "centers": (clusters, 512),
-        },
-        "face_map": {"kernel": (512 * clusters, 3 * 512), "bias": (3 * 512,)},
-        "head_map": linear_512,
-        "body_map": linear_512,
-        "audio_map": linear_512,
-        "attention_map": {"w_f": {"kernel": (512, 64)}},
-        "classifier": {"logits": {"kernel": (6 * 512, 10_035), "bias": (10_035,)}},
-    }
-
-
 def test_rungs_of_table_3_differ_by_one_part():
     """Words add and remove NetVLAD and attention, and nothing else, with `published` or without."""
 
