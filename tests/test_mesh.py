@@ -77,6 +77,7 @@ def test_training_does_not_depend_on_the_mesh(data, tmp_path, spec, words, meshe
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # without, the tolerances are too narrow by a factor of 200
 @pytest.mark.parametrize(
     ("words", "shapes", "most"),
     [(SGD, [(4, 2), (1, 8)], 1e-12), ((), [(8, 1)], 1e-10)],
