@@ -89,7 +89,7 @@ def _expect(clips: Mapping[str, Any], modality: str) -> tuple[tuple[str, ...], i
     lengths, kinds = Counter(), Counter()
     for value in clips.values():
         # Only the first 200 entries of a clip are seen, unchecked.
-        entries = [value] if type(value) is Array else value[:200] if _is_list(value) else []
+        entries: Any = [value] if type(value) is Array else value[:200] if _is_list(value) else []
         for number, entry in enumerate(entries):
             feature = entry[-1] if _is_list(entry) and entry else entry
             if not number:
@@ -163,8 +163,8 @@ class ClipWriter:
     def add(self, name: str, value: Any) -> None:
         """Takes one clip's list of entries or array [D] or [T, D]; UnpickleError with its place."""
         place = f"clip {show(name)}, {self.modality}"
-        is_list = _is_list(value)
-        if not is_list and (type(value) is not Array or self.fields != _BARE):
+        is_list, is_array = _is_list(value), type(value) is Array
+        if not is_list and not (is_array and self.fields == _BARE):
             wanted = "array" if self.fields == _BARE else f"list of [{', '.join(self.fields)}]"
             raise UnpickleError(f"{place} is of type {_kind(value)}, wanted {wanted}")
         if not is_list and (value.shape[-1:] != (self.width,) or value.code != self.code):
