@@ -5,6 +5,7 @@ import importlib.util
 import pickle
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,9 @@ def official_arrays(official_dir):
     for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
         for name, entries in pickle.loads(path.read_bytes()).items():
             entries = [[entries]] if modality == "audio" else entries
-            fields = dict(zip(COLUMNS[modality], zip(*entries, strict=True), strict=False))
+            fields: dict[str, Any] = dict(
+                zip(COLUMNS[modality], zip(*entries, strict=True), strict=False)
+            )
             features = np.array(fields.get("features", ()), "f2")
             fields["features"] = features.reshape(len(entries), clip_files.WIDTHS[modality])
             fields["number"] = [int(number) for number in fields.get("number", [0] * len(entries))]

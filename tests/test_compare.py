@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def words_of(page):
     return "".join(text for text, _ in page.texts)
 
 
-def compared(folder, *words, runs="ab", code=0):
+def compared(folder, *words, runs: Sequence[str] = "ab", code=0):
     """Compares runs in a folder by the command."""
     folders = ",".join(str(folder / name) for name in runs)
     assert main(["compare", f"--workdir={folder}/out", f"--runs={folders}", *words]) == code

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkey
     ensemble.check_size(sets)
     ensemble.save(tmp_path, sets)
     monkeypatch.setattr(ensemble, "MOST_CLIPS", 2)
-    for use, of in ((ensemble.check_size, sets), (ensemble.load, tmp_path)):
+    used: Any = (ensemble.check_size, sets), (ensemble.load, tmp_path)
+    for use, of in used:
         with pytest.raises(ValueError, match="2"):
             use(of)
     names = [f"{'name' * 100}{number}" for number in range(50_000)]  # 20 MB
@@ -114,6 +116,7 @@ def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkey
     assert results.load_identities(tmp_path / "identities.json") == names
     monkeypatch.setattr(results, "IDENTITIES_BYTES", 1000)
     written = tmp_path / "identities.json"
-    for use, of in ((results.check_identities, names), (results.load_identities, written)):
+    used = (results.check_identities, names), (results.load_identities, written)
+    for use, of in used:
         with pytest.raises(ValueError, match="1,000"):
             use(of)

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +229,7 @@ def test_the_shipped_scale_lets_attention_mix_what_the_papers_scale_does_not():
         assert least < np.diag(y).min() and np.diag(y).max() <= most
 
 
-def evaluated(scale=1.0, **options):
+def evaluated(scale: Any = 1.0, **options):
     """Returns the output of a small net, its parameters, all at random, and clips."""
     frames, clips = make_batch()
     model = make_model(**options)

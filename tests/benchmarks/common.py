@@ -52,9 +52,7 @@ SECONDS = 0.25  # the least that is timed at once: a step of an accelerator take
 MIB = 1 << 20
 
 
-def parse(
-    doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
-) -> argparse.Namespace:
+def parse(doc: str | None, *flags: str, **options: Any) -> argparse.Namespace:
     """Returns the words of a command: flags, and options of the types of their defaults."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,7 +61,7 @@ def parse(
         parser.add_argument(f"--{name}", type=type(value), default=value, metavar=name[0].upper())
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def run_again(*words: str, **variables: str) -> str:
