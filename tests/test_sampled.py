@@ -34,11 +34,16 @@ LINEAR = (
 )
 
 
-def draw(seed, labels, mask, count, shape=(1, 1)):
+def drawer(labels, mask, count, shape=(1, 1)):
+    """Returns the function seed -> columns that are drawn."""
     mesh = devices.make_mesh(shape[0] * shape[1], shape[1])
-    rng, labels = jax.random.key(seed), jnp.asarray(labels, jnp.int32)
-    function = jax.jit(lambda rng: class_sharding.draw(rng, labels, jnp.asarray(mask), count, mesh))
-    return np.asarray(function(rng))
+    labels, mask = jnp.asarray(labels, jnp.int32), jnp.asarray(mask)
+
+    @jax.jit
+    def draw(seed):
+        return class_sharding.draw(jax.random.key(seed), labels, mask, count, mesh)
+
+    return lambda seed: np.asarray(draw(seed))
 
 
 @pytest.mark.parametrize(
@@ -46,9 +51,9 @@ def draw(seed, labels, mask, count, shape=(1, 1)):
 )
 def test_columns_of_labels_are_drawn_and_others_at_random(shape):
     mask, labels = np.arange(64) % 64 != 0, [5, 9, 9, 40, 63, 16]
-    seen = np.zeros(64)
+    seen, draw = np.zeros(64), drawer(labels, mask, 10, shape)
     for seed in range(60):
-        drawn = draw(seed, labels, mask, 10, shape)
+        drawn = draw(seed)
         assert {*labels} <= {*drawn.tolist()}
         assert np.all(np.diff(drawn) > 0) and len(drawn) == 10 * shape[1]
         own = drawn.reshape(shape[1], -1) // (64 // shape[1])
@@ -57,12 +62,11 @@ def test_columns_of_labels_are_drawn_and_others_at_random(shape):
     others = np.delete(seen, [0, *labels])
     assert seen[0] == 0  # nothing learns of a class outside of the mask
     assert others.min() > 0 and others.max() < 60
-    again = draw(3, labels, mask, 10, shape)
-    np.testing.assert_array_equal(draw(3, labels, mask, 10, shape), again)
+    np.testing.assert_array_equal(draw(3), draw(3))
 
 
 def test_a_label_outside_of_the_mask_is_drawn_too():
-    assert draw(0, [0, 3], np.arange(8) > 0, 3).tolist()[:1] == [0]
+    assert drawer([0, 3], np.arange(8) > 0, 3)(0).tolist()[:1] == [0]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -86,13 +90,17 @@ def test_a_step_changes_the_drawn_columns_as_a_smaller_classifier_would(name):
     np.testing.assert_array_equal(others, np.delete(old["kernel"][0], changed, axis=1))
 
 
-def drawn_at(made, step):
-    """Returns the columns [n] that a step of the only member draws."""
-    *_, rng = train_step.member_keys(made.state.rng[0], step)
+def drawn_at(made, steps):
+    """Returns the columns [n] that each of some steps of the only member draws."""
     labels, mask = made.state.labels[0], made.system.class_mask
     count = class_sharding.num_drawn(made.system, len(labels), made.mesh.shape["model"])
-    draw = jax.jit(lambda: class_sharding.draw(rng, labels, mask, count, made.mesh))
-    return np.asarray(draw())
+
+    @jax.jit
+    def draw(step):
+        *_, rng = train_step.member_keys(made.state.rng[0], step)
+        return class_sharding.draw(rng, labels, mask, count, made.mesh)
+
+    return [np.asarray(draw(step)) for step in range(steps)]
 
 
 def adam_oracle(weights, x, labels, draws, rate):
@@ -131,7 +139,7 @@ def test_second_moments_fade_between_two_draws(shape):
         made = made._replace(system=made.system._replace(fuse_train=fuse))
         frames = fuse["face"](jax.random.key(0), made.batch.frames["face"])
         x = np.pad(frames.features[:, 0], ((0, 0), (0, 1)), constant_values=1.0).astype(float)
-        draws = [drawn_at(made, step) for step in range(12)]
+        draws = drawn_at(made, 12)
         labels, rate = (
             np.asarray(made.state.labels[0]),
             float(np.asarray(made.system.lr_schedule(0))),
@@ -222,13 +230,12 @@ def test_a_loss_of_embeddings_reads_class_columns():
     spec = config_lib.default().loss.to_dict() | {"embedding": "triplet"}
     output = ModelOutput(jnp.zeros((6, 1, 10)), embedding)
     mask, step = jnp.ones(6, bool), jnp.zeros((), jnp.int32)
-    of_all = losses.make_objective(spec, None, 1.0, logit_scale=1.0)(
-        output, labels, mask, jnp.zeros(())
-    )
-    some = losses.make_objective(spec, None, 1.0, logit_scale=1.0, columns=drawn)
+    of_all = jax.jit(losses.make_objective(spec, None, 1.0, logit_scale=1.0))
+    some = jax.jit(losses.make_objective(spec, None, 1.0, logit_scale=1.0, columns=drawn))
     places = jnp.searchsorted(drawn, labels)
     narrow = some(output._replace(logits=jnp.zeros((6, 1, 3))), places, mask, step)
-    np.testing.assert_allclose(narrow - np.log(3), of_all - np.log(10), atol=1e-6)
+    wide = of_all(output, labels, mask, step)
+    np.testing.assert_allclose(narrow - np.log(3), wide - np.log(10), atol=1e-6)
 
 
 def test_moments_that_would_not_fade_are_refused():
