@@ -317,30 +317,24 @@ def test_changed_arrays_are_converted_anew_and_equal_ones_are_not(tmp_path, cach
     assert not set(first) & set(second)
 
 
-RAGGED = [[1.0, 2.0], [3.0]]
+def two_frames(**fields):
+    return {"features": np.zeros((2, DIM), np.float32), **fields}
+
+
 BAD = {
-    "wrong width": ({"face": np.zeros((2, DIM + 1))}, "features are 7 wide, others 6: "),
-    "ragged": ({"face": RAGGED}, "rows of different lengths"),
-    "objects": ({"face": np.array([None, "x"], object)}, "Python objects"),
-    "text": ({"face": np.array(["x"])}, "wanted numbers"),
-    "whole numbers": ({"face": np.zeros((2, DIM), int)}, "features are int64"),
-    "another dtype": ({"face": np.zeros((2, DIM), np.float16)}, "features are float16, others"),
-    "three axes": ({"face": np.zeros((1, 2, DIM))}, "wanted numbers [T, D]"),
-    "no width": ({"face": np.zeros((2, 0))}, "shape [2, 0]"),
-    "quality of another length": (
-        {"face": {"features": np.zeros((2, DIM), np.float32), "quality": [1.0]}},
-        "quality has shape [1], wanted [2]",
-    ),
-    "box of another shape": (
-        {"face": {"features": np.zeros((2, DIM), np.float32), "box": [1.0, 2.0]}},
-        "box has shape [2], wanted [2, 4]",
-    ),
-    "half a frame": (
-        {"face": {"features": np.zeros((1, DIM), np.float32), "number": [0.5]}},
-        "number 0.5",
-    ),
-    "quality of nothing": ({"face": {"quality": [1.0]}}, "no features"),
-    "unknown field": ({"face": {"feature": np.zeros((1, DIM))}}, "no field 'feature'"),
+    "wrong width": (np.zeros((2, DIM + 1)), "features are 7 wide, others 6: "),
+    "ragged": ([[1.0, 2.0], [3.0]], "rows of different lengths"),
+    "objects": (np.array([None, "x"], object), "Python objects"),
+    "text": (np.array(["x"]), "wanted numbers"),
+    "whole numbers": (np.zeros((2, DIM), int), "features are int64"),
+    "another dtype": (np.zeros((2, DIM), np.float16), "features are float16, others"),
+    "three axes": (np.zeros((1, 2, DIM)), "wanted numbers [T, D]"),
+    "no width": (np.zeros((2, 0)), "shape [2, 0]"),
+    "quality of another length": (two_frames(quality=[1.0]), "quality has shape [1], wanted [2]"),
+    "box of another shape": (two_frames(box=[1.0, 2.0]), "box has shape [2], wanted [2, 4]"),
+    "half a frame": (two_frames(number=[0.5, 1.0]), "number 0.5"),
+    "quality of nothing": ({"quality": [1.0]}, "no features"),
+    "unknown field": ({"feature": np.zeros((1, DIM))}, "no field 'feature'"),
 }
 
 
@@ -348,37 +342,34 @@ BAD = {
 def test_a_bad_clip_is_named(what, cache):
     value, message = BAD[what]
     splits = make_splits()
-    splits["val"] = {"odd": value, **splits["val"]}  # the first one, and still the odd one
+    splits["val"] = {"odd": {"face": value}} | splits["val"]  # the first one, and still the odd one
     said = refused("val: clip odd, face", message, source=splits, cache=cache)
     assert len(said.splitlines()) == 1
     assert not list(cache.rglob("*.partial"))
 
 
+ONE = {"f": [1.0]}
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (
-            {"clip": {"face": np.zeros((1, 2))}},
-            ("'clip' is not the name of a split", "{'train': {clip:"),
-        ),
+        ({"clip": ONE}, ("'clip' is not the name of a split", "{'train': {clip:")),
         ({"train": np.zeros(3)}, ("'train' is not the name of a split",)),
         ({"train": {"a": np.zeros((1, 2))}}, ("train: clip a is of type ndarray",)),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, ("clip a", "modality 'fa ce'")),
-        ({"train": {"a": {"f": [1.0]}, "a.mp4": {"f": [1.0]}}}, ("train: clip a comes twice",)),
-        ({"train": {"a\nb": {"f": [1.0]}}}, ("train: clip name 'a\\nb'", "rename it")),
-        ({"train": {7: {"f": [1.0]}}}, ("a clip name is text, not int",)),
+        ({"train": {"a": ONE, "a.mp4": ONE}}, ("train: clip a comes twice",)),
+        ({"train": {"a\nb": ONE}}, ("train: clip name 'a\\nb'", "rename it")),
+        ({"train": {7: ONE}}, ("a clip name is text, not int",)),
+        ({"train": {"a": ONE}, "val": {"a": ONE}}, ("in two splits", "a (train and val)")),
         (
-            {"train": {"a": {"f": [1.0]}}, "val": {"a": {"f": [1.0]}}},
-            ("1 clips are in two splits", "a (train and val)"),
-        ),
-        (
-            {"train": {"a": {"f": [1.0]}}, "val": {"b": {"f": [1.0, 2.0]}}},
+            {"train": {"a": ONE}, "val": {"b": {"f": [1.0, 2.0]}}},
             ("f: features are 1 wide in train", "2 wide in val"),
         ),
         ({"train": {}}, ("no clip has a single frame",)),
         ({}, ("no clip has a single frame",)),
         ({"train": {"a": {"f": []}}}, ("no clip has a single frame",)),
-        ({"train": {"a": {"f": [1.0]}}, "val": {}}, ("no clip in split 'val'",)),
+        ({"train": {"a": ONE}, "val": {}}, ("no clip in split 'val'",)),
     ],
 )
 def test_clips_that_do_not_fit_together_are_refused(source, words, cache):
@@ -395,29 +386,22 @@ def test_clips_that_do_not_fit_together_are_refused(source, words, cache):
         ({"train_01": 1.5}, ("clip train_01", "not float")),
         ({"train_01": -1}, ("clip train_01", "identity -1")),
         ({"train_01": 1, "train_01.mp4": 2}, ("clip train_01 is labelled 1 and 2",)),
+        (b"name,identity\na,1\n", ("line 1", "clip,identity", "name,identity")),
+        (b"", ("line 1",)),
+        (b"clip,identity\ntrain_01\n", ("line 2", "fewer fields")),
+        (b"clip,identity\ntrain_01,1\ntrain_01,2\n", ("line 3", "labelled 1 and 2")),
+        (b'clip,identity\n"train\n1",1\n', ("line 3", "rename it")),
+        (b"clip,identity\n\xff,1\n", ("UTF-8",)),
+        (None, ("no such file",)),
     ],
 )
-def test_bad_labels_are_refused(labels, words, cache):
-    refused(*words, source=make_splits(), labels=labels, cache=cache)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("name,identity\na,1\n", ("line 1", "clip,identity", "name,identity")),
-        ("", ("line 1",)),
-        ("clip,identity\ntrain_01\n", ("line 2", "fewer fields")),
-        ("clip,identity\ntrain_01,1\ntrain_01,2\n", ("line 3", "labelled 1 and 2")),
-        ('clip,identity\n"train\n1",1\n', ("line 3", "rename it")),
-    ],
-)
-def test_a_bad_table_of_labels_is_refused_with_its_line(text, words, tmp_path, cache):
+def test_bad_labels_are_refused_with_their_line(labels, words, tmp_path, cache):
     path = tmp_path / "labels.csv"
-    path.write_text(text)
-    refused(str(path), *words, source=make_splits(), labels=path, cache=cache)
-    path.write_bytes(b"clip,identity\n\xff,1\n")
-    refused(str(path), "UTF-8", source=make_splits(), labels=path, cache=cache)
-    refused("no such file", source=make_splits(), labels=tmp_path / "gone.csv", cache=cache)
+    if isinstance(labels, bytes):
+        path.write_bytes(labels)
+    if not isinstance(labels, dict):
+        labels, words = path, (str(path), *words)
+    refused(*words, source=make_splits(), labels=labels, cache=cache)
 
 
 def test_a_bad_folder_is_refused(tmp_path, cache):

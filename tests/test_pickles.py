@@ -224,52 +224,6 @@ def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path: Path) -> None:
         labels_lib.load_ground_truth(tmp_path / "none_gt.txt")
 
 
-EIGHT = "".join(f"c{i}.mp4 1\n" for i in range(8))
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("", "is empty; write one line per clip"),
-        ("\ufeff\n \n", "is empty; write one line per clip"),
-        (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
-        ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
-        ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
-        ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is in another column"),
-        ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
-        ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
-        ("a.mp4 1\nb.mp4 2\n\na.mp4 2\n", "line 4: clip a has label 2, but 1 in line 1"),
-        ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b has label 2, but 1 in line 1"),
-        ("a.mp4 1\nb.mp4 1\na 1\n", "duplicate clips: a (lines 1 and 3)"),
-        ("1 a.mp4 b.mp4 a.mp4\n", "duplicate clips: a (lines 1 and 1)"),
-        (2 * EIGHT, "duplicate clips: c0 (lines 1 and 9), "),
-        (2 * EIGHT, "c4 (lines 5 and 13) and 3 more"),
-        ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: label x is not a whole number, as others are"),
-        ("a.mp4 1\nb.mp4 1.0\nc.mp4 2\n", "line 2: label 1.0 is not a whole number"),
-        ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: label ² is not a whole number"),
-        ("a.mp4 1\nb.mp4 nan\nc.mp4 2\n", "line 2: label nan is not a whole number"),
-        ("a.mp4 1\nb.mp4 -1\n", "line 2: label -1 is out of range"),
-        ("0 b.mp4\n1 a.mp4\n", "line 1: label 0 is out of range"),
-        ("a.mp4 7\nb.mp4 007\n", "line 2: label 007 is elsewhere written 7"),
-        ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
-    ],
-)
-def test_mistakes_are_told_with_their_line(text: str | bytes, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as caught:
-        truth(tmp_path, text)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'gt.txt'}: ") and told in message
-    assert message.count("\n") < 3
-
-
-def test_identities_sort_by_number_or_else_by_name() -> None:
-    assert labels_lib.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
-    assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
-    assert labels_lib.sort_identities([]) == ()
-    with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use one"):
-        labels_lib.sort_identities(["7", "1", "007"])
-
-
 WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
 
 
@@ -281,45 +235,78 @@ def weights(folder: Path, text: str | bytes, clips: Sequence[str] = "abcde") -> 
     return got.tolist()
 
 
+EIGHT = "".join(f"c{i}.mp4 1\n" for i in range(8))
+WRONG_LABELS = (
+    ("", "is empty; write one line per clip"),
+    ("\ufeff\n \n", "is empty; write one line per clip"),
+    (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
+    ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
+    ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
+    ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is in another column"),
+    ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
+    ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
+    ("a.mp4 1\nb.mp4 2\n\na.mp4 2\n", "line 4: clip a has label 2, but 1 in line 1"),
+    ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b has label 2, but 1 in line 1"),
+    ("a.mp4 1\nb.mp4 1\na 1\n", "duplicate clips: a (lines 1 and 3)"),
+    ("1 a.mp4 b.mp4 a.mp4\n", "duplicate clips: a (lines 1 and 1)"),
+    (2 * EIGHT, "duplicate clips: c0 (lines 1 and 9), "),
+    (2 * EIGHT, "c4 (lines 5 and 13) and 3 more"),
+    ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: label x is not a whole number, as others are"),
+    ("a.mp4 1\nb.mp4 1.0\nc.mp4 2\n", "line 2: label 1.0 is not a whole number"),
+    ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: label ² is not a whole number"),
+    ("a.mp4 1\nb.mp4 nan\nc.mp4 2\n", "line 2: label nan is not a whole number"),
+    ("a.mp4 1\nb.mp4 -1\n", "line 2: label -1 is out of range"),
+    ("0 b.mp4\n1 a.mp4\n", "line 1: label 0 is out of range"),
+    ("a.mp4 7\nb.mp4 007\n", "line 2: label 007 is elsewhere written 7"),
+    ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
+)
+WRONG_WEIGHTS = (
+    ("\ufeff\n \n", "is empty; write one line per clip"),
+    (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
+    ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
+    ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its weight"),
+    ("a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
+    ("a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
+    ("a.mp4 nan\n", "line 1: weight nan is negative or not finite"),
+    ("a.mp4 inf\n", "line 1: weight inf is negative or not finite"),
+    ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
+    ("a.mp4 1\nb 1\na 1\n", "line 3: clip a is already in line 1: delete one"),
+    ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
+    ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, for example x\nat most 1%"),
+    ("a.avi 1\nb.avi 1\n", "none of its 2 clips is in a feature file\nit names a.avi, "),
+)
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "text", "told"),
+    [
+        *((truth, "gt.txt", *one) for one in WRONG_LABELS),
+        *((weights, "weights.txt", *one) for one in WRONG_WEIGHTS),
+    ],
+)
+def test_mistakes_are_told_with_their_line(
+    read: Callable[..., object], name: str, text: str | bytes, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        read(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ") and told in message
+    assert message.count("\n") < 3
+
+
+def test_identities_sort_by_number_or_else_by_name() -> None:
+    assert labels_lib.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
+    assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
+    assert labels_lib.sort_identities([]) == ()
+    with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use one"):
+        labels_lib.sort_identities(["7", "1", "007"])
+
+
 def test_clip_weights_are_read_whatever_the_editor_left(tmp_path: Path) -> None:
     expected = np.array([0.5, 2, 1, 1e-3, 0], np.float32).tolist()
     for edit in EDITORS:
         assert weights(tmp_path, edit(WEIGHTED)) == expected
     assert weights(tmp_path, WEIGHTED, "edcba") == expected[::-1]
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("\ufeff\n \n", "is empty; write one line per clip"),
-        (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
-        ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
-        ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its weight"),
-        ("a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
-        ("a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
-        ("a.mp4 nan\n", "line 1: weight nan is negative or not finite"),
-        ("a.mp4 inf\n", "line 1: weight inf is negative or not finite"),
-        ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
-        ("a.mp4 1\nb 1\na 1\n", "line 3: clip a is already in line 1: delete one"),
-        ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
-        (
-            "a.mp4 1\nx.mp4 1\n",
-            "1 of 2 clips are in no feature file, for example x\nat most 1%",
-        ),
-        (
-            "a.avi 1\nb.avi 1\n",
-            "none of its 2 clips is in a feature file\nit names a.avi, ",
-        ),
-    ],
-)
-def test_mistakes_in_clip_weights_are_told_with_their_line(
-    text: str | bytes, told: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError) as caught:
-        weights(tmp_path, text)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'weights.txt'}: ") and told in message
-    assert message.count("\n") < 3
 
 
 def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path: Path) -> None:

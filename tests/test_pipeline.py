@@ -196,6 +196,8 @@ def test_order_depends_on_seed_and_epoch_alone(dataset: Dataset) -> None:
     other_size = {**TRAIN, "batch_size": 32}
     assert order_of(take(train_batches(dataset, **other_size), 3)) == order
     assert order_of(take(train_batches(dataset, **{**TRAIN, "seed": 4}), 12)) != order
+    resumed = take(train_batches(dataset, **TRAIN, start=50), 5)  # not where a batch begins
+    assert order_of(resumed) == order[50:90]
 
 
 @pytest.mark.parametrize(("crop", "start_batch"), [("quality", 1), ("window", 6), ("window", 23)])
@@ -206,11 +208,6 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
     whole = take(train_batches(dataset, **arguments), start_batch + 9)
     resumed = take(train_batches(dataset, **arguments, start=9 * start_batch), 9)
     assert_equal(whole[start_batch:], resumed)
-
-
-def test_a_resume_need_not_stand_at_a_batch(dataset: Dataset) -> None:
-    order = order_of(take(train_batches(dataset, **TRAIN), 12))
-    assert order_of(take(train_batches(dataset, **TRAIN, start=50), 5)) == order[50:90]
 
 
 def test_clip_index_counts_through_the_splits(dataset: Dataset) -> None:
@@ -308,16 +305,6 @@ def test_evaluation_shows_every_frame_of_every_clip_once(
             assert within == sorted(within)
 
 
-def test_evaluation_pads_a_clip_alike_whatever_the_rows(dataset: Dataset) -> None:
-    arguments = {"split": "train", "modalities": ("body", "face")}
-    assert_equal(*(rows_of(list(eval_batches(dataset, **arguments, rows=n))) for n in (3, 50)))
-
-
-def test_one_modality_sets_the_length_of_its_own_blocks(dataset: Dataset) -> None:
-    (batch,) = eval_batches(dataset, split="val", modalities=("audio",), rows=26)
-    assert batch.frames["audio"].features.shape == (26, 1, 4)
-
-
 def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(
     dataset: Dataset,
 ) -> None:
@@ -342,15 +329,20 @@ def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_evaluation_of_chosen_clips_alone(dataset: Dataset, split: str) -> None:
-    arguments = {"split": split, "modalities": ("face", "audio"), "rows": 4}
+def test_evaluation_pads_a_clip_alike_whatever_the_rows_and_the_other_clips(
+    dataset: Dataset, split: str
+) -> None:
+    def shown(rows: int = 4, **chosen: Any) -> dict[int, Any]:
+        modalities = ("body", "face") if split == "train" else ("face", "audio")
+        blocks = eval_batches(dataset, split=split, modalities=modalities, rows=rows, **chosen)
+        return rows_of(list(blocks))
 
-    only = np.random.default_rng(0).random(len(dataset.split(split).clips)) < 0.4
-    every = rows_of(list(eval_batches(dataset, **arguments)))
-    some = rows_of(list(eval_batches(dataset, **arguments, only=only)))
-    assert sorted(some) == np.flatnonzero(only).tolist() and len(every) == len(only)
-    assert_equal(some, {index: every[index] for index in some})  # with the same T as among all
-    assert not list(eval_batches(dataset, **arguments, only=np.zeros(len(only), bool)))
+    every, only = shown(), np.random.default_rng(0).random(COUNTS[split]) < 0.4
+    assert sorted(every) == list(range(COUNTS[split]))
+    assert_equal(shown(rows=50), every)
+    some = {index: every[index] for index in np.flatnonzero(only).tolist()}
+    assert_equal(shown(only=only), some)
+    assert shown(only=np.zeros_like(only)) == {}
 
 
 @pytest.mark.parametrize(
@@ -382,35 +374,22 @@ def test_packed_clips_come_once_with_just_their_frames(
     assert sorted(seen) == list(range(len(dataset.split(split).clips)))
 
 
-def test_packing_names_mistakes_and_clips_that_do_not_come(
-    dataset: Dataset, found: manifest.Records, source: Path
-) -> None:
-    for split, modalities, message in (
-        ("test", ("face",), "no split 'test'"),
-        ("val", ("scene",), "no features of 'scene'"),
-        ("val", ("body",), "no features of 'body'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            next(dataset.packed(split=split, modalities=modalities))
-    val = found.splits["val"]
-    fewer = found._replace(splits={**found.splits, "val": val._replace(shards=val.shards[1:])})
-    damaged = label(fewer, source)
-    with pytest.raises(ValueError, match="did not come exactly once, such as val_0"):
-        list(damaged.packed(split="val", modalities=("face",)))
-
-
-def test_a_chosen_clip_that_does_not_come_is_an_error(
-    found: manifest.Records, source: Path
-) -> None:
-    order = found.splits["val"].order.copy()
+def test_clips_that_do_not_come_once_are_an_error(found: manifest.Records, source: Path) -> None:
+    val, order = found.splits["val"], found.splits["val"].order.copy()
     order[0] = order[1]  # the records no longer are what the index says
-    broken = found._replace(
-        splits={**found.splits, "val": found.splits["val"]._replace(order=order)}
+    options: dict[str, Any] = {"split": "val", "modalities": ("face",)}
+    message = "did not come exactly once, such as val_0"
+    twice, fewer = (
+        label(found._replace(splits={**found.splits, "val": broken}), source)
+        for broken in (val._replace(order=order), val._replace(shards=val.shards[1:]))
     )
-    dataset = label(broken, source)
-    only = np.arange(26) == 0
+    for dataset, share in itertools.product((twice, fewer), shares(3)):
+        with pytest.raises(ValueError, match=message):
+            eval_batches(dataset, **options, rows=4, share=share)
+    with pytest.raises(ValueError, match=message):
+        list(fewer.packed(**options))
     with pytest.raises(ValueError, match=r"1 of 1 clips did .* such as val_000"):
-        list(eval_batches(dataset, split="val", modalities=("face",), rows=4, only=only))
+        list(eval_batches(twice, **options, rows=4, only=np.arange(26) == 0))
 
 
 def test_mistakes_are_named_before_anything_is_read(dataset: Dataset) -> None:
@@ -444,6 +423,10 @@ def test_mistakes_are_named_before_anything_is_read(dataset: Dataset) -> None:
     plan = clips_lib.make_eval_plan(dataset.split("val"), ("face",))
     with pytest.raises(ValueError, match="'val' has no features of 'body'"):
         dataset.eval_batches(plan._replace(modalities=("body",)), rows=4)
+    with pytest.raises(ValueError, match="no split 'test'"):
+        next(dataset.packed(split="test", modalities=("face",)))
+    with pytest.raises(ValueError, match="no features of 'scene'"):
+        next(dataset.packed(split="val", modalities=("scene",)))
 
 
 # Shares of several processes: which clips and rows.
@@ -472,38 +455,29 @@ def test_processes_have_every_clip_once_in_blocks_of_one_bucket(
         assert own_places(bucket, rows, share).tolist() == read
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("count", "rows"), [(2, 1), (3, 4), (4, 3), (7, 8)])
 def test_blocks_of_all_processes_have_every_clip_once(
-    dataset: Dataset, split: str, count: int, rows: int
+    dataset: Dataset, count: int, rows: int
 ) -> None:
-    arguments = {"split": split, "modalities": ("face", "audio")}
-    whole = rows_of(list(eval_batches(dataset, **arguments, rows=rows)))
-    parts = [list(eval_batches(dataset, **arguments, rows=rows, share=s)) for s in shares(count)]
-    blocks = [joined(together) for together in zip(*parts, strict=True)]
-    assert all(len(block.clip_index) == rows * count for block in blocks)
-    assert {block.frames["face"].mask.shape[1] for block in blocks} == {32, 128, 512}
-    assert all(block.clip_index.dtype == np.int32 for block in blocks)
-    found = rows_of(blocks)
-    assert sorted(found) == list(range(COUNTS[split]))
-    assert_equal(found, {clip: whole[clip] for clip in found})
-
-
-def test_chosen_clips_a_part_and_clips_in_memory_have_shares(dataset: Dataset) -> None:
-    only = np.arange(45) % 3 == 0
-    chosen = parts_lib.choose_clips(dataset, "train", ("face",), 2, 3)
+    both, face = ("face", "audio"), ("face",)
+    chosen = parts_lib.choose_clips(dataset, "train", face, 2, 3)
     clips = {f"c{i}": {"face": np.full((i, 5), i, np.float16)} for i in range(1, 60, 4)}
     sources: list[tuple[clips_lib.ClipSource, dict[str, Any]]] = [
-        (dataset, {"only": only}),
-        (dataset, {"only": np.zeros(45, bool)}),
-        (dataset, {"only": np.isin(np.arange(45), chosen)}),
-        (memory.MemoryClips.of(clips, {"face": 5}, ()), {}),
+        (dataset, {"split": "train", "modalities": both}),
+        (dataset, {"split": "val", "modalities": both}),
+        (dataset, {"split": "train", "modalities": face, "only": np.arange(45) % 3 == 0}),
+        (dataset, {"split": "train", "modalities": face, "only": np.zeros(45, bool)}),
+        (dataset, {"split": "train", "modalities": face, "only": np.isin(np.arange(45), chosen)}),
+        (memory.MemoryClips.of(clips, {"face": 5}, ()), {"split": "any", "modalities": face}),
     ]
-    for data, options in sources:
-        arguments = {"split": "train", "modalities": ("face",), "rows": 2, **options}
-        parts = [list(eval_batches(data, **arguments, share=share)) for share in shares(3)]
+    for data, arguments in sources:
+        whole = rows_of(list(eval_batches(data, **arguments, rows=rows)))
+        parts = [list(eval_batches(data, **arguments, rows=rows, share=s)) for s in shares(count)]
         blocks = [joined(together) for together in zip(*parts, strict=True)]
-        whole = rows_of(list(eval_batches(data, **arguments)))
+        assert all(block.clip_index.shape == (rows * count,) for block in blocks)
+        assert all(block.clip_index.dtype == np.int32 for block in blocks)
+        if arguments["modalities"] == both:
+            assert {block.frames["face"].mask.shape[1] for block in blocks} == {32, 128, 512}
         found = rows_of(blocks)
         assert sorted(found) == sorted(whole)
         assert_equal(found, {clip: whole[clip] for clip in found})
@@ -538,19 +512,6 @@ def test_a_process_opens_the_files_of_its_ranges_alone(
         assert sorted(opened) == sorted(wanted)  # each once, though it has clips of all buckets
         for path in others:
             Path(f"{path}.away").rename(path)
-
-
-def test_an_index_that_names_a_clip_twice_is_refused_by_every_process(
-    found: manifest.Records, source: Path
-) -> None:
-    val = found.splits["val"]
-    order = val.order.copy()
-    order[0] = order[1]
-    for broken in (val._replace(order=order), val._replace(shards=val.shards[1:])):
-        dataset = label(found._replace(splits={**found.splits, "val": broken}), source)
-        for share in shares(3):
-            with pytest.raises(ValueError, match="did not come exactly once, such as val_0"):
-                eval_batches(dataset, split="val", modalities=("face",), rows=4, share=share)
 
 
 # Training.

@@ -3,7 +3,7 @@
 import io
 import pickle
 import struct
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,54 +28,26 @@ def refusal(data: bytes) -> str:
     return str(caught.value)
 
 
-PurePickler: Any = pickle._Pickler
-
-
-class OldNames(PurePickler):
-    """Writes the names that numpy 1.x gave to the same functions."""
-
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        module, name = obj.__module__.replace("numpy._core", "numpy.core"), obj.__name__
-        if module == "builtins" and self.proto < 3:
-            module = "__builtin__"
-        if self.proto >= 4:
-            self.save(module)
-            self.save(name)
-            self.write(pickle.STACK_GLOBAL)
-        else:
-            self.write(f"c{module}\n{name}\n".encode())
-        self.memoize(obj)
-
-    dispatch = PurePickler.dispatch | {type(textwrap.dedent): save_global}
-
-
-def old_names(value: Any, protocol: int) -> bytes:
-    file = io.BytesIO()
-    OldNames(file, protocol).dump(value)
-    return file.getvalue()
-
-
-WRITERS = (
-    [(f"python2-{p}", lambda value, p=p: python2.dumps(value, p)) for p in range(3)]
-    + [(f"python3-{p}", lambda value, p=p: pickle.dumps(value, p)) for p in range(6)]
-    + [(f"numpy1-{p}", lambda value, p=p: old_names(value, p)) for p in range(6)]
+@pytest.mark.parametrize(
+    ("dumps", "protocol"),
+    [*((python2.dumps, p) for p in range(3)), *((pickle.dumps, p) for p in range(6))],
 )
-
-
-@pytest.mark.parametrize("writer", [w for _, w in WRITERS], ids=[name for name, _ in WRITERS])
-def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes(writer: Any) -> None:
+def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes(
+    dumps: Callable[[Any, int], bytes], protocol: int
+) -> None:
+    """`faults/test_pickles.py` has files of older numpys."""
     rng = np.random.default_rng(0)
     for code in DTYPES:
         numbers = rng.integers(-100, 100, (6, 8)).astype(code)
         fortran = np.asfortranarray(numbers)
         for array in (numbers[0], numbers[1, ::2], numbers[2, ::-1], numbers, fortran, numbers[:0]):
-            got = load(writer({b"clip": [array, 1, 2.5, b"3"]}))[b"clip"]
+            got = load(dumps({b"clip": [array, 1, 2.5, b"3"]}, protocol))[b"clip"]
             assert got[1:] == [1, 2.5, b"3"]
             values = np.frombuffer(got[0].data, got[0].code).reshape(got[0].shape)
             assert values.dtype == array.dtype
             np.testing.assert_array_equal(values, array)
         scalar = numbers[3, 4]
-        assert load(writer([scalar, scalar])) == [scalar, scalar]
+        assert load(dumps([scalar, scalar], protocol)) == [scalar, scalar]
 
 
 def test_read_only_arrays_and_scalars_of_any_kind_load() -> None:
