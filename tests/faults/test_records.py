@@ -298,8 +298,14 @@ def test_whole_records_pass_and_a_shard_beside_them_is_named(
     assert len(manifest_lib.load_records(copied.folder).splits["train"].clips) == NUM_CLIPS
 
 
-def test_bytes_too_few_for_a_record_and_a_folder_are_named(copied: manifest_lib.Records) -> None:
+def test_what_readers_cannot_count_is_found_at_load(copied: manifest_lib.Records) -> None:
+    """Another shard of as many records, bytes too few for a record, and a folder."""
     path = shards_of(copied)[6].path
+    whole = path.read_bytes()
+    shutil.copyfile(shards_of(copied)[2].path, path)
+    wanted = f"{path}: not the file that was written (sha256)"
+    assert wanted in told(lambda: manifest_lib.load_records(copied.folder))
+    path.write_bytes(whole)
     path.write_bytes(path.read_bytes() + b"x")
     wanted = f"{path}: expected 30 records, found 30: record 31 is damaged"
     assert wanted in told(lambda: manifest_lib.load_records(copied.folder))
