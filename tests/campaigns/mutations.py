@@ -196,6 +196,7 @@ def change_array(path: Path, rng: random.Random) -> None:
         _change(value, rng)
         arrays[name] = np.frombuffer(json.dumps(value).encode(), np.uint8)
     else:
+        array = np.atleast_1d(array)
         arrays[name] = rng.choice(
             (
                 array[..., :0], np.repeat(array, 50, 0), array.astype(np.complex64),
