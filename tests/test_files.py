@@ -36,6 +36,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         files.write_text(tmp_path / "absent" / "x.txt", "text")
     with pytest.raises(TypeError, match="no JSON form"):
         files.write_json(tmp_path / "x.json", object())
+    with pytest.raises(KeyboardInterrupt), files.atomic_file(tmp_path / "x.txt") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
 
 

@@ -336,6 +336,12 @@ def test_impossible_values_are_refused(options, message):
         jax.eval_shape(fuse, jax.random.key(0), frames)
 
 
+def test_an_evaluation_draws_no_frames():
+    fuse = fusion.make_fusion({"name": "random", "num_draws": 1})
+    with pytest.raises(ValueError, match="evaluate with sample, top"):
+        fuse(None, make_frames([2], max_frames=2))
+
+
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):
     """Which frames of one clip pass, loop by loop."""
     real = [t for t in range(frames.mask.shape[1]) if frames.mask[clip, t]]

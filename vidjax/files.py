@@ -555,9 +555,10 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
 
 
 def append(file: io.FileIO, content: bytes) -> None:

@@ -254,7 +254,7 @@ _LEVELS = 4096
 
 
 def random_fusion(
-    rng: Array,
+    rng: Array | None,
     frames: Frames,
     *,
     num_draws: int,
@@ -288,6 +288,11 @@ def random_fusion(
     here within a clip, so that labels need no mixing. Ours: many draws at once; uniform weights if
     no frame of the clip has a positive, finite weight.
     """
+    if rng is None:
+        raise UserError(
+            "fusion 'random' draws frames, and an evaluation draws none: "
+            "evaluate with sample, top, windows, mean or all"
+        )
     if num_draws < 1 or max_frames < 1:
         raise UserError(
             f"random fusion needs num_draws and max_frames of 1 or more, got {num_draws} and "

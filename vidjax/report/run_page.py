@@ -543,7 +543,7 @@ def attention(run: RunFiles) -> Facts | None:
     if len(matrix) > 1 and np.abs(matrix - np.eye(len(matrix))).max() < IDENTITY_TOLERANCE:
         return {"beside": beside, "names": ", ".join(names), "figures": []}
     size = max(0.42 * len(matrix) + 1.0, 2.2)
-    plot = html.Plot(size, x="vector j (receives)", y="vector i (contributes)")
+    plot = html.Plot(size, x="vector j (takes)", y="vector i (gives)")
     html.draw_heat_map(plot.axes, matrix, names)
     most = [
         f"{name} takes most from {names[int(np.argmax(column))]}"
