@@ -107,7 +107,7 @@ def load_data(
         if value != default:
             raise UserError(f"{name}: a configuration decides it\nset config.data.{field} instead")
     data = cast(Config, source).data
-    cache = Path(data.cache_dir or files.default_cache_dir()).expanduser().absolute()
+    cache = files.cache_root(data.cache_dir).absolute()
     try:
         return sources.load(data)
     except OSError as error:
@@ -152,7 +152,7 @@ def train(
 
     if config.deterministic:
         devices.be_deterministic()
-    devices.keep_programs(Path(config.data.cache_dir or files.default_cache_dir()).expanduser())
+    devices.keep_programs(files.cache_root(config.data.cache_dir))
     with workdir_lib.locked(workdir) as folder:
         return train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report

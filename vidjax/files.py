@@ -390,10 +390,9 @@ def sha256_folder(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in paths}
 
 
-def default_cache_dir() -> Path:
-    """Returns the cache folder of a run that names none: `$VIDJAX_CACHE` or `~/.cache/vidjax`."""
-    given = os.environ.get("VIDJAX_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "vidjax"
+def cache_root(given: str | Path | None = None) -> Path:
+    """Returns the cache folder: `given`, else `$VIDJAX_CACHE`, else `~/.cache/vidjax`."""
+    return Path(given or os.environ.get("VIDJAX_CACHE") or "~/.cache/vidjax").expanduser()
 
 
 def foreign_part(folder: Path) -> Path | None:

@@ -20,7 +20,7 @@ from vidjax import files, messages
 from vidjax.data import cache
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
-from vidjax.files import default_cache_dir
+from vidjax.files import cache_root
 
 HELP = """\
 Every place of a person or a clip, and the deletion of what vidjax may delete.
@@ -273,7 +273,7 @@ def _main(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     if not args.identity and not args.clip:
         raise UserError("name somebody: --identity=NAME, or --clip=NAME")
-    cached = default_cache_dir()
+    cached = cache_root()
     usual = [Path(), *([cached] if cached.exists() else [])]
     found = forget(args.identity, args.clip, map(Path, args.places or usual), delete=args.delete)
     if args.json:

@@ -348,7 +348,7 @@ def restore(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
-    devices.keep_programs(files.default_cache_dir())
+    devices.keep_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, workdir)
     if "data" not in run.manifest:  # no digest confirms the folder, which may be a stranger's word
@@ -382,7 +382,7 @@ def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
 
 def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
     """Rebuilds a pickled predictor, on `num_devices` devices or as many as there are."""
-    devices.keep_programs(files.default_cache_dir())
+    devices.keep_programs(files.cache_root())
     mesh = devices.make_mesh(min(num_devices, jax.device_count()))
     task = task_of(state["manifest"])
     weights = {name: state[name] for name in ("params", "model_state")}

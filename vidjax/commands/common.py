@@ -106,7 +106,7 @@ def set_up_devices(config: Config) -> None:
 
     if config.deterministic:
         devices.be_deterministic()
-    devices.keep_programs(Path(config.data.cache_dir or files.default_cache_dir()).expanduser())
+    devices.keep_programs(files.cache_root(config.data.cache_dir))
     devices.make_mesh()
 
 

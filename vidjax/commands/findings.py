@@ -332,7 +332,7 @@ def _devices() -> Findings:
 
 
 def _cache(config: Config) -> Findings:
-    cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser()
+    cache = files.cache_root(config.data.cache_dir)
     yield from _folder("cache", cache)
     for partial in sorted(cache.glob("*/*.partial")):
         text = "conversion cut short or under way; the next conversion deletes it"
@@ -364,7 +364,7 @@ def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
     from vidjax.data.records.convert import convert, records_folder
 
     # On the disk on which a training would need the space, too.
-    cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser()
+    cache = files.cache_root(config.data.cache_dir)
     folder = records_folder(source, cache)
     if (folder / "manifest.json").exists():
         yield from _records(config, source, folder, runs)

@@ -30,11 +30,7 @@ TICK_NS = 2 * 10**9  # the coarsest clocks of file systems have two seconds
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
     """Returns the folder `cache_dir/kind/DIGEST`, where DIGEST is of `key`, any JSON value."""
-    return _root(cache_dir) / kind / files.sha256_json(key)[:20]
-
-
-def _root(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir or files.default_cache_dir()).expanduser()
+    return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
 class Digests(NamedTuple):
@@ -119,7 +115,7 @@ class Entry(NamedTuple):
 def entries(cache_dir: str | Path | None = None) -> list[Entry]:
     """Returns folders of records, synthetic data and broken-off conversions, latest use last."""
     found = []
-    for path in _root(cache_dir).glob("*/*"):
+    for path in files.cache_root(cache_dir).glob("*/*"):
         is_records = RECORDS.fullmatch(path.name) and (path / "manifest.json").is_file()
         is_made = path.parent.name == "synthetic" and any(path.glob("*.pickle"))
         is_left = LEFT.fullmatch(path.name) and path.is_dir()  # by a process that was killed
@@ -143,7 +139,7 @@ def prune(cache_dir: str | Path | None, days: float) -> list[Entry]:
         left = LEFT.fullmatch(one.folder.name)  # it bears the name of what it should become
         with exclusive(one.folder.with_name(left[1]) if left else one.folder):
             shutil.rmtree(one.folder, ignore_errors=True)
-    for path in _root(cache_dir).glob("digests/*"):
+    for path in files.cache_root(cache_dir).glob("digests/*"):
         if RECORDS.fullmatch(path.name) and path.lstat().st_mtime < oldest:
             path.unlink(missing_ok=True)
     return gone
@@ -169,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             place = "/".join(one.folder.parts[-2:])
             messages.say(f"{one.size / 1e6:>10,.1f} MB  used {age:.1f} days ago  {place}")
         total = f"{sum(one.size for one in found) / 1e6:,.1f} MB in {len(found)} folders"
-        messages.say(f"{total} of {_root(args.cache_dir)}" + ("" if days is None else " deleted"))
+        messages.say(
+            f"{total} of {files.cache_root(args.cache_dir)}" + ("" if days is None else " deleted")
+        )
         return 0
 
     return messages.guarded(command, words)

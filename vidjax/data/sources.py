@@ -42,7 +42,7 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
     options = _synthetic_options(data)
     # The source code of the generator is its version: a change cannot be forgotten.
     version = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
-    root = Path(digests.cache_dir or files.default_cache_dir()) / "synthetic"
+    root = files.cache_root(digests.cache_dir) / "synthetic"
     changed = "".join(f"-{name}={value:g}" for name, value in options.changed().items())
     folder = root / f"{data['size']}-{data['seed']}{changed}-{version}"
     if not folder.exists():
