@@ -233,7 +233,7 @@ def clips_of(data, *, devices=1, max_frames=7, crop="window", modalities=("face"
     plan = make_batch_plan(
         [data.split("train")], modalities, batch_size=8, max_frames=max_frames, crop=crop, seed=3
     )
-    layout = resident.make_layout(data, plan, "val")
+    layout = resident.plan_resident(data, plan, "val")
     return resident.Resident(data, layout, mesh), plan, layout
 
 
@@ -341,7 +341,7 @@ def test_several_splits_are_trained_on_in_the_order_of_their_tables(ragged):
     splits = ("val", "train")
     stream = {"batch_size": 53, "max_frames": 800, "crop": "window", "seed": 0}
     plan = make_batch_plan([ragged.split(name) for name in splits], ("face",), **stream)
-    layout = resident.make_layout(ragged, plan, "train")
+    layout = resident.plan_resident(ragged, plan, "train")
     assert layout.splits == splits
     clips = resident.Resident(ragged, layout, devices_lib.make_mesh(1))
     host = next(ragged.train_batches(plan))
@@ -423,7 +423,7 @@ class Setting:
         stream = {"max_frames": config.data.max_frames, "crop": "window", "seed": 0}
         train = data.split("train")
         self.plan = make_batch_plan([train], tuple(modalities), batch_size=32, **stream)
-        layout = resident.make_layout(data, self.plan, "val")
+        layout = resident.plan_resident(data, self.plan, "val")
         self.clips = resident.Resident(data, layout, self.mesh).train
         self.tables = devices_lib.replicate(
             self.mesh, state_lib.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
@@ -715,7 +715,7 @@ def layout_of(data, **changed):
         **changed,
     }
     plan = make_batch_plan([data.split("train")], **arguments)
-    return resident.make_layout(data, plan, "val")
+    return resident.plan_resident(data, plan, "val")
 
 
 @pytest.mark.parametrize("crop", ["window", "quality"])

@@ -1,7 +1,8 @@
 """Batches of clips, the inputs and outputs of models, and the conventions for axes and classes.
 
-Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities, D
-features, K clusters or class columns, C identities, E ensemble members, G branches of a model.
+Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities or the
+vectors that a model makes of them, D features, K clusters or class columns, C identities, E
+ensemble members, G branches of a model.
 
 Class columns in all modules: column 0 is "other" (distractors); columns 1..C are the identities in
 the order of `identities.json`. So logits and scores are [B, 1 + C]. Columns of noise classes follow

@@ -341,6 +341,8 @@ def load_workdir(workdir: Path) -> Config:
     try:
         config = from_json(content)
     except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
+        raise UserError(
+            f"'{path}' is damaged: {error}\nput back a copy of it, or train anew in another folder"
+        ) from error
     config.data.cache_dir = None
     return config

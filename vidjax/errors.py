@@ -28,7 +28,7 @@ class Expected(Exception):
 
 
 class UserError(Expected, ValueError):
-    """A mistake that a user can mend: its message names the place and the remedy in three lines."""
+    """A mistake that a user can mend; at most three lines name its place and its remedy."""
 
 
 class ArgumentError(UserError, TypeError):

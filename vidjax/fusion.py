@@ -135,8 +135,8 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
         return uniform
     if weighting not in ("quality", "graded"):
         raise UserError(
-            f"unknown weighting {weighting!r}; choose from graded, quality, uniform, and mixup in "
-            "random fusion"
+            f"fusion: {weighting!r} is no weighting; choose from graded, quality, uniform\n"
+            "only `weighting` of the fusion random may be mixup"
         )
     weights = frames.quality * frames.detection
     if weighting == "graded":
@@ -503,9 +503,9 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         f"fusion {name!r}",
         function,
         options,
-        f", and for every fusion {', '.join(filters)}, kept_share\n"
-        "a field of the command line keeps the options of the fusion before: "
-        "choose another one in a copy of the config file",
+        f", or from those of every fusion: {', '.join(filters)}, kept_share\n"
+        "--config.fusion.MODALITY.PHASE.name=NAME keeps the other options of the file: "
+        "write the fusion into a copy of it",
     )
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:

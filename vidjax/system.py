@@ -1,6 +1,6 @@
 """A system: the functions and numbers of a configuration that training and evaluation need.
 
-Modules that import this one pass configurations as ConfigDict; this one takes nested dicts.
+This module takes a configuration as nested dicts; callers have a ConfigDict and pass `to_dict()`.
 """
 
 import functools

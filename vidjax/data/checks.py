@@ -116,7 +116,7 @@ def _is_one_norm(facts: Mapping[str, Any]) -> bool:
     norm = facts["norm"]
     if facts["quality"] != norm or not norm["counts"] or not SHORTEST < norm["mean"] < LONGEST:
         return False
-    # A histogram of one value is wider than that: its first bin is empty.
+    # Bins of a constant norm reach beyond it on both sides, so that the first bin is empty.
     return not norm["counts"][0] or norm["edges"][-1] - norm["edges"][0] < EQUAL * norm["mean"]
 
 

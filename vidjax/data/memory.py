@@ -117,10 +117,10 @@ class MemoryClips:
         missing = [name for name in modalities if name not in packed]
         if missing and unread:
             meant = [closest(name.lower(), missing) for name in sorted(unread)]
-            hint = next((f": did you mean '{name}'?" for name in meant if name), "")
+            hint = next((f"; did you mean '{name}'?" for name in meant if name), "")
             warnings.warn(
                 f"no clip has {', '.join(missing)}, which the run reads; "
-                f"not read: {show(', '.join(sorted(unread)))}{hint}",
+                f"it does not read {show(', '.join(sorted(unread)))}{hint}",
                 stacklevel=4,
             )
         return cls(packed, names, modalities, identities)

@@ -82,7 +82,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
             if column is not None and np.size(column):
-                raise UserError(f"{place}: {name} of frames, but no features")
+                raise UserError(f"{place}: it has {name} of frames, but no 'features' [T, D]")
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:

@@ -93,7 +93,7 @@ def frames_of(
     return frames._replace(features=LazyFeatures(clips.features, index))
 
 
-class Layout(NamedTuple):
+class ResidentPlan(NamedTuple):
     """The clips and frames that are to be resident on the devices.
 
     Attributes:
@@ -113,7 +113,7 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
+def plan_resident(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
     """Plans which clips are resident, from the lengths of the clips alone."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
@@ -133,10 +133,10 @@ def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
     for name, count in num_frames.items():
         dim, dtype = data.modalities[name]
         nbytes += count * (dim * np.dtype(dtype).itemsize + SCALAR_BYTES)
-    return Layout(plan.splits, tuple(splits), plan.modalities, num_frames, best, nbytes)
+    return ResidentPlan(plan.splits, tuple(splits), plan.modalities, num_frames, best, nbytes)
 
 
-def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
+def choose_mode(mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int) -> str:
     """Returns `resident` or `streaming`; the free memory decides for `auto`.
 
     `num_drawn` counts the clips in all batches of the run. ValueError for an unknown mode, or
@@ -175,7 +175,7 @@ class Resident:
     `train` is modality -> Packed of the training clips, by `clip_index`; the last frame is zeros.
     """
 
-    def __init__(self, data: TrainingData, layout: Layout, mesh: Mesh):
+    def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
         """Reads every clip of the layout once; ValueError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities

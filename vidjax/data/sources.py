@@ -57,12 +57,12 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
 
 
 def open_iqiyi_vid(data: Section, digests: Digests) -> RecordSource:
-    """Returns a directory of official files."""
+    """Opens the official files in the folder `config.data.dir`."""
     return OfficialFiles(_directory(data, "official files"), digests=digests)
 
 
 def open_arrays(data: Section, digests: Digests) -> RecordSource:
-    """Returns a folder of your own features, as `vidjax.data.arrays` describes it."""
+    """Opens the folder `config.data.dir` of your own features, see `vidjax.data.arrays`."""
     return FeatureFolder(_directory(data, "features"), quality=data["quality"], digests=digests)
 
 

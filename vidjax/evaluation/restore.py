@@ -32,7 +32,7 @@ from vidjax.system import System, TaskSpec, make_system
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # as above
 IDENTITIES, CONFIG = "identities.json", "config.json"
-MOST_DEVICES = 1 << 16  # that share the class columns: padding is less than one for each
+MOST_PADDING = 1 << 17  # class columns; `padded_columns` adds at most lcm(128, devices) - 1
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 REMEDY = REWRITE.replace("delete", "delete it and")
 
@@ -108,7 +108,7 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
         )
     training_sets = load_training_sets(workdir, manifest)
     columns, clips = max(task.num_model_columns, task.num_columns), len(training_sets.clips)
-    if columns > 1 + len(identities) + clips + MOST_DEVICES:  # made before weights are compared
+    if columns > 1 + len(identities) + clips + MOST_PADDING:  # made before weights are compared
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
             f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"

@@ -89,7 +89,7 @@ class ClipScoreBuffer:
 
     def add(self, scores: Array, block: Batch) -> None:
         """Adds the scores [B, total] of a block."""
-        best, right = _best(scores, self._places, block.clip_index)
+        best, right = _best_of_clips(scores, self._places, block.clip_index)
         self._waiting.append((best, right, block.clip_index, block.batch_mask))
 
     def flush(self, keep: int = 0) -> None:
@@ -103,7 +103,7 @@ class ClipScoreBuffer:
 
 
 @jax.jit
-def _best(scores: Array, places: Array, clip_index: Array) -> tuple[Array, Array]:
+def _best_of_clips(scores: Array, places: Array, clip_index: Array) -> tuple[Array, Array]:
     """Returns [B], the best score of each clip, and [B] bool, True if its column is the label's."""
     return jnp.max(scores, axis=1), is_best(scores, places[clip_index])
 
@@ -176,7 +176,7 @@ class ModelScorer:
             params, model_state = self._single
             view = jnp.int32(self.model.training_sets.members[0].view)
             return [
-                self._best(self.model.eval_step(params, model_state, view, block))
+                self._keep_top_classes(self.model.eval_step(params, model_state, view, block))
                 for block in blocks
             ]
         logs = self.model.system.scores_are_logs
@@ -193,9 +193,9 @@ class ModelScorer:
                 totals[i] = _add(totals[i], scores, use, logs=logs)
             if rankings:
                 rankings[number].flush()  # frees the scores of this member
-        return [self._best(_mean(total)) for total in totals if total is not None]
+        return [self._keep_top_classes(_mean(total)) for total in totals if total is not None]
 
-    def _best(self, scores: Array) -> Array:
+    def _keep_top_classes(self, scores: Array) -> Array:
         """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
         count = self.model.system.config["eval"]["top_classes"]
         if not 0 < count < scores.shape[1]:
@@ -404,7 +404,8 @@ def score(
         for scorer in scorers
     ]
     poor: list[Any] = [0] * len(models)  # `count_poor` of each
-    voices = [(model.weight, model.knows_strangers) for model in models]  # in `blend`
+    # For `blend`: the weight, and True if a probability is left to somebody new.
+    voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
     rows = 1 if single else min(WINDOW_ROWS, columns.max_pending_rows)

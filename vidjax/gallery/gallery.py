@@ -356,8 +356,12 @@ class Gallery:
         wanted = [n for n, label in zip(found.names, found.labels, strict=True)
                   if (label is None) == strangers]  # fmt: skip
         if not wanted:
-            problem = "every clip has a label" if strangers else "no clip has a label"
-            raise UserError(f"{problem}: there is nobody to enrol\nsay who the clips show")
+            if strangers:
+                raise UserError(
+                    "every clip has a label: none shows a stranger\n"
+                    "leave out strangers=True, by command --strangers"
+                )
+            raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
         usable = _clips_of(found)
         chosen = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))

@@ -182,13 +182,11 @@ class Store:
                 f"'{self.folder}' is a gallery of an older version of vidjax\nmake it anew in "
                 "another folder: python -m vidjax.gallery create FOLDER --run=RUN, then enrol"
             )
-        make = f"python -m vidjax.gallery create {self.folder} --run=RUN"
+        command = "python -m vidjax.gallery create"
+        make = f"a gallery is made of a run: {command} {self.folder} --run=RUN"
         if files.exists(self.folder / "config.json"):
-            make = f"it is a run: python -m vidjax.gallery create NEW_FOLDER --run={self.folder}"
-        return UserError(
-            f"'{self.folder}' holds no gallery: is the path right?\n"
-            f"a gallery is made of a run: {make}"
-        )
+            make = f"it is a run: {command} NEW_FOLDER --run={self.folder} makes a gallery of it"
+        return UserError(f"'{self.folder}' holds no gallery: is the path right?\n{make}")
 
     # ---- opening
 

@@ -126,7 +126,7 @@ class MultimodalIdentifier(Identifier):
                 )(mapped)
             vectors.append(mapped * exists[..., None])
             vector_mask.append(jnp.repeat(exists, count, axis=1))
-        x = jnp.concatenate(vectors, axis=1)  # [B, M', embed_dim]
+        x = jnp.concatenate(vectors, axis=1)  # [B, M, embed_dim]
         if self.gate:
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:

@@ -55,9 +55,9 @@ class Feed(abc.ABC):
         self._step_seconds: float | None = None
 
     def run(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
-        """Does the training steps of about DISPATCH_SECONDS: 1 to `most`, after `step` steps.
+        """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
 
-        The `states` are donated.
+        `step` is the number of steps done before. The `states` are donated.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         count = processes.allgather_ints([max(1, min(most, count))])[0][0]  # that of process 0
@@ -78,8 +78,8 @@ class Feed(abc.ABC):
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         """Dispatches `count` steps, or fewer where one is bad.
 
-        Returns the states, and the outcomes, by group of members, of the last calls of the loop;
-        those before them were good.
+        Returns the states; and, for each of the last calls of the loop, the outcomes of all groups
+        of members. All calls before them were good.
         """
 
     @abc.abstractmethod
@@ -105,8 +105,8 @@ class StreamingFeed(Feed):
     The host reads the outcome of a step after it has dispatched the next one, so that the devices
     need not wait for the host between steps.
 
-    `waited` is an estimate: fetch time minus the fastest step so far, if the devices finished
-    before the fetch.
+    `waited` is an estimate: where the devices are ready before a fetch ends, the time of the fetch
+    minus that of the fastest step so far.
     """
 
     mode = "streaming"

@@ -113,10 +113,10 @@ class RunningTopK:
         identities: slice = slice(None),
         pool: np.ndarray | None = None,
     ):
-        """Starts an empty top k of `num_columns`, a multiple of the length of the axis `model`.
+        """Starts an empty top k; scores have `num_columns`, which the axis `model` splits evenly.
 
-        It merges after `rows` clips, in memory O(C x rows); the result does not depend on that. If
-        `pool` [N] bool is given, only its clips are ranked. `finish` returns only `identities`.
+        It merges after `rows` clips, which takes memory O(C x rows) and changes no result. Given
+        `pool` [N] bool, it ranks only its clips. `finish` returns only the rows `identities`.
         """
         mesh = mesh or devices.make_mesh(1)
         self._layout = NamedSharding(mesh, _SCORES), *[devices.by_rows(mesh)] * 2

@@ -70,7 +70,7 @@ def member_step(
         clips = transform(key, clips)
 
     whole, columns = learned, None
-    class_axes = _learned(axes.state) if axes else learned
+    class_axes = _learned(axes.state) if axes else learned  # not read without axes
     if axes and system.sampled_classes < 1:  # go on with some of the classes
         targets = jnp.concatenate([labels for labels, _ in clips.targets])
         count = class_sharding.num_drawn(system, len(targets), axes.mesh.shape["model"])
@@ -287,7 +287,7 @@ def make_train_loop(
             state, outcome = carry
             batch = devices.constrain_batch(mesh, draw(clips, state.step))
             new_state, losses = train_step(system, state, tables, batch, axes)
-            return new_state, watch(outcome, new_state, losses)
+            return new_state, add_to_outcome(outcome, new_state, losses)
 
         num_members = len(state.rng)
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
@@ -297,7 +297,7 @@ def make_train_loop(
     return jax.jit(loop, donate_argnums=0, out_shardings=layout)
 
 
-def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
+def add_to_outcome(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
     """Adds one step to the outcome, given the state after that step and its losses [E]."""
     is_first = (outcome.bad_step < 0) & jnp.any(state.bad_steps >= MAX_BAD_STEPS)
     bad_step = jnp.where(is_first, state.step - 1, outcome.bad_step)

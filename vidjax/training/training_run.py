@@ -143,7 +143,7 @@ def make_feed(
         crop=config.data.crop,
         seed=config.seed,
     )
-    layout = resident.make_layout(data, batches, config.eval.split)
+    layout = resident.plan_resident(data, batches, config.eval.split)
     num_drawn = plan.task.total_steps * config.batch_size
     mode = mode or processes.run_on_first(
         lambda: resident.choose_mode(config.data.mode, layout, mesh, num_drawn)

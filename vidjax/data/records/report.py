@@ -131,8 +131,8 @@ def label_records(
         )
         if positives[0]:
             warnings.warn(
-                f"the labels of {name} name identities without a class column: "
-                f"{positives[0]} clips",
+                f"{positives[0]} clips of {name} are labelled with identities that the system does "
+                "not know: they count as distractors",
                 stacklevel=2,
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
