@@ -380,7 +380,7 @@ def test_own_features_are_opened_before_they_are_called_good(capsys, tmp_path, s
 @pytest.mark.slow
 def test_the_core_alone_checks_a_run(run):
     """Without TensorFlow new clips can be ranked: to note, and no fault; training needs it."""
-    absent = ("tensorflow", "tensorflow_datasets")
+    absent = ("tensorflow", "tensorflow_datasets", "tensorboard", "matplotlib", "sklearn")
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
         "from vidjax.main import main\nsys.exit(main(sys.argv[1:]))"

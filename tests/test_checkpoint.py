@@ -1,5 +1,7 @@
 """Checkpoints: what is saved comes back, damage is found, latest and best are kept."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,22 @@ def test_what_macos_adds_where_somebody_looks_is_no_damage(tmp_path, items):
     (state / "more").touch()
     with pytest.raises(checkpoint.CheckpointError), pytest.warns(match="is not of this checkpoint"):
         checkpoint.find(tmp_path)
+
+
+def test_a_step_that_the_run_drops_meanwhile_is_passed_over(tmp_path, items, monkeypatch):
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, items, {})
+    survey = checkpoint.survey
+
+    def survey_and_drop(workdir):
+        found = survey(workdir)
+        shutil.rmtree(workdir / "checkpoints" / "3")
+        return found
+
+    monkeypatch.setattr(checkpoint, "survey", survey_and_drop)
+    with pytest.warns(match="checkpoint 3 is not used"):
+        found = checkpoint.find(tmp_path)
+    assert found and found.manifest["step"] == 2
 
 
 def test_two_latest_and_best_are_kept(tmp_path, items):

@@ -309,7 +309,10 @@ def test_all_frames_is_the_identity():
         ({"name": "random_fusion"}, "did you mean 'random'?"),
         ({"name": "blur"}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
         ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
-        ({"name": "top", "frames": 3}, "no option frames; choose from num_frames, or from those of every"),
+        (
+            {"name": "top", "frames": 3},
+            "choose from num_frames, or from those of every",
+        ),
         ({"name": "random"}, "needs num_draws"),
     ],
 )

@@ -315,7 +315,7 @@ MISTAKES = {
     "identify G --split=val --identity=x": "identify takes no --identity, but enrol, list",
     "identify G --split=val --fpri=0.1": "did you mean --fpir?",
     "identify G --split=val --fpir=1%": "write --fpir=0.01",
-    "identify G --split=val --threshold=0.5 --fpir=0.1": "choose one",
+    "identify G --split=val --threshold=0.5 --fpir=0.1": "choose one of --fpir, a share",
     "identify G --split=val --threshold=-3": "a probability above 0 and at most 1",
     "identify G --split=val --fpir=0.001": "needs 1,000 clips of strangers or more",
     "identify G new": "stray word 'new': did you mean --input=new?",

@@ -1,5 +1,7 @@
 """Poor clips: the share of the training clips that a threshold catches, and who is warned."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
 from vidjax.evaluation import restore as restore_lib
 from vidjax.evaluation import scoring
-from vidjax.models import fallback
+from vidjax.models import dense, fallback
 from vidjax.run import checkpoint
 from vidjax.system import TaskSpec, make_system
 from vidjax.training import plan as plan_lib
@@ -38,6 +40,19 @@ def measures(data, split, measure="norm"):
 
 def threshold(config, data):
     return (plan_lib.make_plan(config, data).task.settings or {}).get("threshold")
+
+
+def test_a_model_that_judges_no_clip_may_have_lists():
+    """A list cannot be hashed, and a compiled function would need that."""
+    layers: Any = [[8, "linear", False, 0.0]]
+    model = dense.DenseIdentifier({"face": 6}, 3, layers=layers)
+    found = scoring.count_poor(model, {"face": make_frames([2], max_frames=2)}, np.ones(1, bool))
+    assert found.tolist() == [0, 0]
+
+
+def test_no_clip_may_be_judged():
+    model = dense.DenseIdentifier({"face": 6}, 3)
+    scoring.warn_of_poor(model, (11, 0), "val")
 
 
 @pytest.mark.parametrize("measure", ["norm", "quality"])

@@ -60,7 +60,7 @@ def test_clips_are_scored_as_by_the_nearest_neighbour(data, train, clips):
     embedded = run.embed(clips["val"])
     for row, frames in zip(embedded, clips["val"].values(), strict=True):
         face = frames["face"]
-        weight = np.maximum(face["quality"] * face["detection"], 0)
+        weight = np.maximum(np.multiply(face["quality"], face.get("detection", ())), 0)
         mean = weight @ face["features"].astype(np.float64)
         length = np.linalg.norm(mean) or 1.0
         np.testing.assert_allclose(row, mean / length, atol=2e-6)

@@ -551,11 +551,8 @@ class Told:
     def __init__(self, value, tell: Any = str):
         self.value, self.tell = value, tell
 
-    def __ge__(self, other):
-        self.tell()
-        return self.value >= other
-
     def __array__(self, *args, **kwargs):
+        self.tell()
         return np.asarray(self.value)
 
     def is_ready(self):

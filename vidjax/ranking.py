@@ -81,7 +81,7 @@ def each_list(
     `identities` is a fault; None allows any.
 
     Raises:
-      ValueError: the file has a fault that `read_submission` lists; the message has the line.
+      ValueError: a line has a fault that `read_submission` lists; the message has its number.
     """
     known = None if identities is None else {escape(name) for name in identities}
     seen: set[str] = set()

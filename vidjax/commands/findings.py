@@ -4,7 +4,6 @@ A check repairs nothing and takes no lock: a run may go on meanwhile, and a file
 has not finished writing is no fault. Data without records are converted into a temporary folder.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax import config as config_lib
 from vidjax import config_io, devices, files, messages, ranking
-from vidjax.commands import blend
 from vidjax.config import Config
 from vidjax.data import resident, sources
 from vidjax.data.checks import misspelt, unusable
@@ -273,10 +271,7 @@ def _parts(
         yield "run", _folder("workdir", workdir)
         yield from (("run", findings) for findings in check_run(config, workdir))
         if config is not None:
-            for name in config.join.runs:
-                joined[name] = None
-                with contextlib.suppress(ValueError):  # which `check_checkpoints` reports
-                    joined[name] = blend.run_config(config, name)
+            joined = {name: _config_of(name, config) for name in config.join.runs}
         if not joined:
             yield "checkpoints", check_checkpoints(config, workdir)
         for name, run_config in joined.items():
@@ -289,6 +284,18 @@ def _parts(
     for names in runs_of.values():
         if (own := configs[names[0]]) is not None:
             yield "data", _data(own, [name for name in names if name])
+
+
+def _config_of(run: str, config: Config) -> Config | None:
+    """Returns the configuration of a joined run, with the data folders of the blend."""
+    try:
+        run_config = config_io.load_workdir(Path(run))
+    except ValueError:
+        return None  # `check_checkpoints` reports it
+    for field in ("dir", "cache_dir"):
+        if config.data[field] is not None:
+            run_config.data[field] = config.data[field]
+    return run_config
 
 
 def _values(config: Config) -> Findings:

@@ -568,12 +568,17 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
 FEW = 10  # poor clips that may be chance
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
     """Returns the number of poor clips of a block, and of clips that are judged, [2] int32."""
+    if jax.eval_shape(model.clip_quality, frames) is None:
+        return np.zeros(2, np.int32)
+    return _count_poor(model, frames, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
     quality = model.clip_quality(frames)
-    if quality is None:
-        return jnp.zeros(2, jnp.int32)
+    assert quality is not None
     rows = (mask & quality.poor, mask & quality.judged)
     return jnp.stack([jnp.sum(row) for row in rows]).astype(jnp.int32)
 
@@ -581,5 +586,5 @@ def count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> 
 def warn_of_poor(model: Identifier, counts: Sequence[int], split: str) -> None:
     """Warns if more than `FEW` clips are poor, and far more than the model expects."""
     poor, judged = counts
-    if poor > FEW and (message := model.many_poor(poor / judged, split)):
+    if poor > FEW and (message := model.many_poor(poor / max(judged, 1), split)):
         warnings.warn(message, stacklevel=3)

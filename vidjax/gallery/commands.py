@@ -143,6 +143,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
         raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
+        if len(rule) > 1:
+            raise UserError(
+                "choose one of --fpir, a share of strangers, and --threshold, a probability"
+            )
         given |= {name: _number(text, name) for name, text in rule.items()}
         answers_lib.check_choice(args.fpir, given.get("threshold"))
     if (k := given.get("k")) is not None:

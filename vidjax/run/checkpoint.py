@@ -142,13 +142,17 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     """
     if prefer not in ("latest", "best"):
         raise UserError(f"config.eval.checkpoint='{prefer}': must be latest or best")
-    step = processes.run_on_first(lambda: _find_step(workdir, prefer))
-    folder = workdir / "checkpoints" / str(step)
-    return None if step is None else Checkpoint(folder, read_manifest(folder))
+    steps = survey(workdir) if processes.is_first() else {}
+    step = processes.run_on_first(lambda: _find_step(workdir, prefer, steps))
+    if step is None:
+        return None
+    folder, manifest = workdir / "checkpoints" / str(step), steps.get(step)
+    return Checkpoint(folder, manifest if isinstance(manifest, dict) else read_manifest(folder))
 
 
-def _find_step(workdir: Path, prefer: str) -> int | None:
-    steps = survey(workdir)
+def _find_step(
+    workdir: Path, prefer: str, steps: Mapping[int, dict[str, Any] | DamagedError]
+) -> int | None:
     scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
     if prefer == "best" and steps and not scored and not damaged:
@@ -161,7 +165,7 @@ def _find_step(workdir: Path, prefer: str) -> int | None:
         order = sorted(order, key=lambda s: (s in damaged, scored.get(s, -1.0), s), reverse=True)
     for step in order:
         try:
-            verify(workdir / "checkpoints" / str(step))
+            verify(workdir / "checkpoints" / str(step), steps[step])
             return step
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
@@ -208,9 +212,11 @@ def set_aside_later(workdir: Path, step: int) -> None:
             set_aside(folder)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest; DamagedError if any file differs."""
-    manifest = read_manifest(folder)
+def verify(folder: Path, manifest: dict[str, Any] | DamagedError | None = None) -> dict[str, Any]:
+    """Returns a checkpoint's manifest, read unless given; DamagedError if any file differs."""
+    if isinstance(manifest, DamagedError):
+        raise manifest
+    manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name

@@ -62,7 +62,7 @@ _interruption: Interruption | None = None  # that of the running loop
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads after each step."""
+    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads between dispatches."""
     global _interruption
     interruption = _interruption = Interruption()
     signals = (signal.SIGINT, signal.SIGTERM)

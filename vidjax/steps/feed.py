@@ -52,7 +52,8 @@ class Feed(abc.ABC):
     def __init__(self, system: System):
         self._find = jax.jit(functools.partial(train_step.find_bad_clips, system))
         self._compiled = False
-        self._step_seconds: float | None = None
+        self._step_seconds: float | None = None  # of the last dispatch
+        self._fastest = float("inf")  # of all dispatches
 
     def run(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
         """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
@@ -67,6 +68,7 @@ class Feed(abc.ABC):
         count = int(states[0].step) - step
         if self._compiled:
             self._step_seconds = (time.monotonic() - began) / count
+            self._fastest = min(self._fastest, self._step_seconds)
         self._compiled = True
         bad_steps = [int(x.bad_step) for groups in outcomes for x in groups if x.bad_step >= 0]
         loss = float(np.mean([outcome.loss for outcome in outcomes[-1]]))
@@ -106,7 +108,7 @@ class StreamingFeed(Feed):
     need not wait for the host between steps.
 
     `waited` is an estimate: where the devices are ready before a fetch ends, the time of the fetch
-    minus that of the fastest step so far.
+    minus that of a step of the fastest dispatch so far.
     """
 
     mode = "streaming"
@@ -120,7 +122,6 @@ class StreamingFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch, axes)
         self._next: Batch | None = None
         self._latest: collections.deque[tuple[int, Batch]] = collections.deque(maxlen=2)
-        self._fastest = float("inf")
 
     def _fetch(self) -> Batch:
         return devices.shard_batch(self._mesh, next(self._batches), self._share)
@@ -129,21 +130,23 @@ class StreamingFeed(Feed):
         self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         found: list[list[Outcome]] = []
+        first, alone = time.monotonic(), self._share.parts == 1
         for number in range(step, step + count):
             batch = self._next or self._fetch()
             self._latest.append((number, batch))
             began = time.monotonic()
             pairs = zip(states, tables, strict=True)
-            results = [self._loop(*pair, batch, np.asarray(1, np.int32)) for pair in pairs]
+            results = [self._loop(*pair, batch, None) for pair in pairs]
             states = [state for state, _ in results]
             found = [*found[-1:], [outcome for _, outcome in results]]
             self._next = self._fetch()
             fetched = time.monotonic() - began
             if self._fastest < fetched and jax.tree.all(jax.tree.map(_is_ready, found[-1])):
                 self.waited += fetched - self._fastest
-            if len(found) > 1 and any(outcome.bad_step >= 0 for outcome in found[0]):
+            if len(found) > 1 and any(x.bad_step >= 0 for x in devices.fetch(found[0])):
                 break
-            self._fastest = min(self._fastest, time.monotonic() - began)
+            if alone and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # fetches have slowed
+                break
         return list(states), found
 
     def _batch_of(self, step: int) -> Batch:

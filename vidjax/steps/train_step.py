@@ -272,16 +272,17 @@ class Outcome(NamedTuple):
 
 def make_train_loop(
     system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch], axes: ClassAxes | None = None
-) -> Callable[[TrainState, Tables, Clips, Array], tuple[TrainState, Outcome]]:
+) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
-    The number of steps is an argument, so that the program is compiled once. The state is donated.
+    The number of steps is an argument, so that the program is compiled once; None is one step
+    without a loop, for which a GPU need not ask its host how often. The state is donated.
     Two calls give the same result as one call with the sum of both counts. `draw` maps (clips,
     step) to the batch of that step, on the devices; streamed clips are that batch.
     """
 
     def loop(
-        state: TrainState, tables: Tables, clips: Clips, count: Array
+        state: TrainState, tables: Tables, clips: Clips, count: Array | None
     ) -> tuple[TrainState, Outcome]:
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry
@@ -291,6 +292,8 @@ def make_train_loop(
 
         num_members = len(state.rng)
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
+        if count is None:
+            return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
     layout = class_sharding.state_layout(mesh, axes), devices.replicated(mesh)
