@@ -1,6 +1,7 @@
 """Clips to rank or to find: pipes, bombs and damaged files are named with a remedy."""
 
 import os
+import pickle
 import resource
 import warnings
 
@@ -134,6 +135,14 @@ def test_frames_that_are_not_finite_are_counted(tmp_path):
         "face: 2 of 4 frames are not read: their features are not finite; 1 clips have no other",
         "face: 1 of 4 frames have a quality that is not finite: 0 is used",
     ]
+    pickled = tmp_path / "official"
+    pickled.mkdir()
+    entries = [[n, (0.0, 0.0, 1.0, 1.0), 0.9, 50.0, row] for n, row in enumerate(face)]
+    (pickled / "face_val.pickle").write_bytes(pickle.dumps({b"a.mp4": entries}, 2))
+    with pytest.warns(match="1 of 3 frames are not read") as warned:
+        memory.load_clips(pickled, {"face": 4}, ())
+    # Commands show the warnings of vidjax alone, and whose one is depends on the stack.
+    assert {one.filename for one in (*caught, *warned)} == {__file__}
 
 
 # ---- a cache that others write, too

@@ -148,6 +148,9 @@ class MemoryClips:
         flat, lengths = self._packed[modality], self._split.lengths[modality][clips]
         first = self._starts[modality][clips] - (np.cumsum(lengths) - lengths)
         index = np.repeat(first, lengths) + np.arange(lengths.sum())
+        if (lengths > shape[1]).any():  # before features are gathered
+            kept = padding.best_of_clips(flat.frames["quality"][index], lengths, shape[1])
+            index, lengths = index[kept], np.minimum(lengths, shape[1])
         frames = {name: flat.frames[name][index] for name in padding.BATCHED}
         # Without a frame, the features have no width.
         kind = Modality(self._widths[modality], flat.features.dtype.name)
@@ -248,21 +251,30 @@ def load_clips(
             raise UserError(
                 f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(files))}"
             )
-        packed = {}
-        with tempfile.TemporaryDirectory() as scratch:  # the files outlive their names
-            for name in [name for name in files if name in modalities]:
-                flat = sandbox.unpack(files[name], name, Path(scratch, name))
-                frames = dict(flat.frames)
-                if quality == "norm":
-                    frames["quality"] = feature_norms(flat.features)
-                packed[name] = replace(flat, frames=frames)
-        names = {name: name for flat in packed.values() for name in flat.names}
-        return MemoryClips(packed, names, modalities, identities)
+        return _load_pickles(files, modalities, identities, quality)
     paths = [entry for entry in list_entries(path) if entry.suffix == ".npz"]
     if not paths:
         splits = files_by_split(path)
         paths = splits[_choose_split(path, splits, split)]
     return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
+
+
+def _load_pickles(
+    files: Mapping[str, Path],
+    modalities: Mapping[str, int],
+    identities: Sequence[str],
+    quality: Quality,
+) -> MemoryClips:
+    packed = {}
+    with tempfile.TemporaryDirectory() as scratch:  # the files outlive their names
+        for name in [name for name in files if name in modalities]:
+            flat = sandbox.unpack(files[name], name, Path(scratch, name))
+            frames = dict(flat.frames)
+            if quality == "norm":
+                frames["quality"] = feature_norms(flat.features)
+            packed[name] = replace(flat, frames=frames)
+    names = {name: name for flat in packed.values() for name in flat.names}
+    return MemoryClips(packed, names, modalities, identities)
 
 
 def load_people(

@@ -82,7 +82,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
             if column is not None and np.size(column):
-                raise UserError(f"{place}: it has {name} of frames, but no 'features' [T, D]")
+                raise UserError(f"{place}: it has {name} of frames, but no features [T, D]")
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
@@ -176,6 +176,11 @@ def pack(
                             f"'{show(str(modality))}': a name of letters, digits, '-' and '_' "
                             "is wanted"
                         )
+                    if modality.casefold() in map(str.casefold, packers):  # one folder on macOS
+                        raise UserError(
+                            f"{clip.place}: clip {show(clip.name)}: modality '{modality}' differs "
+                            "from that of another clip in the size of letters alone"
+                        )
                     writer = stack.enter_context(FlatWriter(out_dir and out_dir / modality))
                     packers[modality] = _Packer(modality, writer, non_finite, quality)
                 packers[modality].add(clip, value)
@@ -214,18 +219,19 @@ class FlatWriter:
         self,
         names: Sequence[str],
         lengths: Sequence[int],
-        frames: Mapping[str, np.ndarray],
-        keep: np.ndarray,
+        blocks: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray]],
     ) -> None:
-        """Adds n clips, and those of their frames, field -> [F, ...], that are in `keep` [F]."""
+        """Adds n clips. `blocks` of their frames are field -> [F, ...], and [F] bool to keep."""
         self._names += names
         self._seen += lengths
-        if keep.all():
-            self._kept += lengths
-        else:
-            owner = np.repeat(np.arange(len(lengths)), lengths)  # [F]
-            self._kept += np.bincount(owner[keep], minlength=len(lengths)).tolist()
-            frames = {name: column[keep] for name, column in frames.items()}
+        kept = [np.zeros(0, bool)]
+        for frames, keep in blocks:
+            self._write(frames if keep.all() else {k: x[keep] for k, x in frames.items()})
+            kept.append(keep)
+        owner = np.repeat(np.arange(len(lengths)), lengths)[np.concatenate(kept)]
+        self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
+
+    def _write(self, frames: Mapping[str, np.ndarray]) -> None:
         for name, column in frames.items():
             if name in FRAME_FIELDS and not (finite := np.isfinite(column)).all():
                 wrong = ~finite.reshape(len(column), -1).all(axis=1)
@@ -287,7 +293,7 @@ class _Packer:
         self, clip: Clip, frames: dict[str, np.ndarray], width: int, dtype: np.dtype
     ) -> None:
         if not frames:
-            self._writer.add([clip.name], [0], {}, np.ones(0, bool))
+            self._writer.add([clip.name], [0], [])
             return
         features, place = frames["features"], place_of(clip, self._modality)
         if features.shape[1] != width:
@@ -304,7 +310,7 @@ class _Packer:
         keep = usable_rows(features)
         if self._non_finite == "error" and not keep.all():
             raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
-        self._writer.add([clip.name], [len(features)], frames, keep)
+        self._writer.add([clip.name], [len(features)], [(frames, keep)])
 
     def finish(self) -> PackedClips:
         """Returns the clips."""

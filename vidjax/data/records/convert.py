@@ -224,7 +224,7 @@ def run_command(
     parser.add_argument(
         "--beam_options",
         metavar="O",
-        help="write by Apache writers.Beam, such as runner=FnApiRunner,direct_num_workers=0,"
+        help="write by Apache Beam, such as runner=FnApiRunner,direct_num_workers=0,"
         "direct_running_mode=multi_processing",
     )
     if quality:

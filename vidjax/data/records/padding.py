@@ -56,6 +56,17 @@ def batch_of(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) ->
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 
 
+def best_of_clips(quality: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    """Returns [F] bool, the frames of clips of `lengths` [n]: all, or the best `size` of a clip."""
+    kept = np.ones(len(quality), bool)
+    starts = np.cumsum(lengths) - lengths
+    for clip in np.flatnonzero(lengths > size).tolist():
+        own = slice(starts[clip], starts[clip] + lengths[clip])
+        kept[own] = False
+        kept[starts[clip] + best_frames(quality[own], size)] = True
+    return kept
+
+
 def pad(
     flat: Mapping[str, np.ndarray], lengths: np.ndarray, shape: tuple[int, int], modality: Modality
 ) -> Frames:
@@ -66,12 +77,7 @@ def pad(
     """
     size = shape[1]
     if (lengths > size).any():
-        kept = np.ones(len(flat["quality"]), bool)
-        starts = np.cumsum(lengths) - lengths
-        for clip in np.flatnonzero(lengths > size).tolist():
-            own = slice(starts[clip], starts[clip] + lengths[clip])
-            kept[own] = False
-            kept[starts[clip] + best_frames(flat["quality"][own], size)] = True
+        kept = best_of_clips(flat["quality"], lengths, size)
         flat = {field: values[kept] for field, values in flat.items()}
     mask = np.zeros(shape, bool)
     mask[: len(lengths)] = np.arange(size) < lengths[:, None]

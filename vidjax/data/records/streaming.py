@@ -48,9 +48,8 @@ class _Stream:
             self._shards += found.shards
             offsets += [num_clips] * len(found.shards)
             num_clips += len(found.clips)
-        self._offsets = np.array(
-            offsets, np.int32
-        )  # of shards: a record's clip_index counts from it
+        # Of shards: the clip_index of a record counts from it.
+        self._offsets = np.array(offsets, np.int32)
         self._counts = tf.constant([shard.records for shard in self._shards], tf.int64)
         self._num_clips, self._start = num_clips, start
         self._rows = own_rows(plan.batch_size, share)

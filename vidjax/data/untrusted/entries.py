@@ -6,7 +6,7 @@ depth: a file can surprise neither this code nor the code that reads the flat fi
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -236,28 +236,55 @@ class ClipWriter:
         return f"has shape {list(feature.shape)}, wanted [{self.width}]"
 
     def _write_block(self) -> None:
-        width = self.width if self.total else 1
-        features = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, width)
-        frames: dict[str, np.ndarray] = {"features": features.astype(self.native, copy=False)}
+        self.files.add(self.names, self.lengths, self._blocks())
+        self._start_block()
+
+    def _blocks(self) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Yields frames, field -> [F, ...], and [F] bool to keep; a long clip is several blocks."""
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        columns = {}
         for name, values in self.values.items():
             field = FRAME_FIELDS[name]
-            frames[name] = field.default(len(features))
+            columns[name] = field.default(len(owner))
             if values:
                 with np.errstate(over="ignore"):
                     column = np.array(values).astype(field.dtype)
-                frames[name] = column.reshape(field.shape(len(features)))
-        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)  # [F]
-        if ((np.diff(frames["number"]) < 0) & (np.diff(owner) == 0)).any():  # frames go by time
-            order = np.lexsort((frames["number"], owner))
-            frames = {name: column[order] for name, column in frames.items()}
-        keep = usable_rows(frames["features"])  # [F]
-        if not self.drop and not keep.all():
-            name = show(self.names[owner[np.argmin(keep)]])
-            raise UnpickleError(f"clip {name}, {self.modality} has a feature that is not finite")
-        self.files.add(self.names, self.lengths, frames, keep)
-        self._start_block()
+                columns[name] = column.reshape(field.shape(len(owner)))
+        chunks = self.chunks
+        if ((np.diff(columns["number"]) < 0) & (np.diff(owner) == 0)).any():  # frames go by time
+            order = np.lexsort((columns["number"], owner))
+            columns = {name: column[order] for name, column in columns.items()}
+            chunks = [chunks[i] for i in order.tolist()]  # a bare array is in order
+        begin = 0
+        for joined in _join(chunks):
+            features = np.frombuffer(joined, self.code).reshape(-1, self.width)
+            rows = slice(begin, begin + len(features))
+            frames = {name: column[rows] for name, column in columns.items()}
+            frames["features"] = features.astype(self.native, copy=False)
+            keep = usable_rows(frames["features"])
+            if not self.drop and not keep.all():
+                name = show(self.names[owner[begin + np.argmin(keep)]])
+                raise UnpickleError(
+                    f"clip {name}, {self.modality} has a feature that is not finite"
+                )
+            yield frames, keep
+            begin = rows.stop
 
     def finish(self) -> PackedClips:
         """Writes the last block and returns all clips."""
         self._write_block()
         return self.files.finish(self.width if self.total else 0, self.native)
+
+
+def _join(chunks: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Yields chunks joined to BLOCK_BYTES or a little more; a larger one is not copied."""
+    waiting: list[bytes | memoryview] = []
+    size = 0
+    for chunk in chunks:
+        waiting.append(chunk)
+        size += len(chunk)
+        if size >= BLOCK_BYTES:
+            yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
+            waiting, size = [], 0
+    if size:
+        yield b"".join(waiting)

@@ -36,7 +36,7 @@ READ_BYTES = MB // 16
 
 
 def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str, Any]:
-    """Writes the clips of one pickle to flat files in an existing folder and returns their summary.
+    """Writes the clips of one pickle to flat files in a folder and returns their summary.
 
     The summary is a dict for JSON: `names`, `lengths`, `width` and `dtype` of the features, and the
     counts of PackedClips. With `drop`, frames with a non-finite feature are left out; without it,
