@@ -350,7 +350,7 @@ def test_a_bad_clip_is_named(what, cache):
 
 def test_modalities_that_differ_in_the_size_of_letters_are_refused(cache):
     """On some disks they would be one file."""
-    splits = make_splits()
+    splits: Any = make_splits()
     splits["val"] = {"odd": {"Face": np.zeros((2, DIM)), "face": np.zeros((2, DIM))}}
     refused("val: clip odd", "'face' differs from that of another", source=splits, cache=cache)
 
