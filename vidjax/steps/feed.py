@@ -78,10 +78,9 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        """Dispatches `count` steps, or fewer where one is bad.
+        """Dispatches `count` steps or fewer; returns states, and outcomes of the last calls.
 
-        Returns the states; and, for each of the last calls of the loop, the outcomes of all groups
-        of members. All calls before them were good.
+        Outcomes are lists by call, of lists by group of members; all calls before were good.
         """
 
     @abc.abstractmethod
@@ -104,11 +103,9 @@ class Feed(abc.ABC):
 class StreamingFeed(Feed):
     """Streams one batch per step; the host fetches it while the devices work on the one before.
 
-    The host reads the outcome of a step after it has dispatched the next one, so that the devices
-    need not wait for the host between steps.
-
-    `waited` is an estimate: where the devices are ready before a fetch ends, the time of the fetch
-    minus that of a step of the fastest dispatch so far.
+    The host reads the outcome of a step after it has dispatched the next one: no device waits for
+    it. `waited` is an estimate: where the devices are ready before a fetch ends, the time of the
+    fetch minus that of a step of the fastest dispatch so far.
     """
 
     mode = "streaming"
