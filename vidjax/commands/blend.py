@@ -231,7 +231,8 @@ def run_config(config: Config, name: str) -> Config:
     softmax = scores == "logits" or config.join.mean == "logarithms"
     own["scores"] = "log_softmax" if softmax else scores
     with found.unlocked():
-        found.eval.update(config.eval.to_dict() | own)  # of its own: fields are shared otherwise
+        found.eval.update(config.eval.to_dict())  # of its own: fields are shared otherwise
+        found.eval.update(own)
         for field in ("dir", "cache_dir"):
             if config.data[field] is not None:
                 found.data[field] = config.data[field]
