@@ -57,12 +57,12 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
 
 
 def open_iqiyi_vid(data: Section, digests: Digests) -> RecordSource:
-    """Opens the official files in the folder `config.data.dir`."""
+    """Returns the official files in the folder `config.data.dir`."""
     return OfficialFiles(_directory(data, "official files"), digests=digests)
 
 
 def open_arrays(data: Section, digests: Digests) -> RecordSource:
-    """Opens the folder `config.data.dir` of your own features, see `vidjax.data.arrays`."""
+    """Returns your own features in the folder `config.data.dir`, see `vidjax.data.arrays`."""
     return FeatureFolder(_directory(data, "features"), quality=data["quality"], digests=digests)
 
 
