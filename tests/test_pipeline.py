@@ -706,6 +706,7 @@ def test_resident_memory_stays_flat_over_ten_epochs(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     peaks = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    # All records are 125 MB: epochs that were kept would show in every later one. One epoch has
-    # up to 50 MB more on a busy machine, where more batches wait.
-    assert min(peaks[5:]) - max(peaks[:2]) < 30e6, peaks
+    # All records are 125 MB: an epoch that was kept would show in every later one. One epoch has up
+    # to 50 MB more on a busy machine, where more batches wait; what grows slowly shows at the end.
+    assert min(peaks[5:]) - max(peaks[:2]) < 40e6, peaks
+    assert np.median(peaks[7:]) - np.median(peaks[2:5]) < 25e6, peaks
