@@ -132,7 +132,7 @@ def test_frames_that_are_not_finite_are_counted(tmp_path):
         memory.load_clips(tmp_path, {"face": 4}, ())
     said = [str(one.message) for one in caught]
     assert said == [
-        "face: 2 of 4 frames are not read: their features are not finite; 1 clips have no other",
+        "face: 2 of 4 frames are not read: their features are not finite; 1 clips lose all frames",
         "face: 1 of 4 frames have a quality that is not finite: 0 is used",
     ]
     pickled = tmp_path / "official"

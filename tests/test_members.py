@@ -45,7 +45,7 @@ def test_members_are_the_product_of_what_varies():
         ({"folds": 1}, "folds=1"),
         ({"views": 17}, "at most chunks=16"),
         ({"folds": 2, "bootstraps": 2}, "exclude"),
-        ({"only": (1,)}, "no member 1 of 1"),
+        ({"only": (1,)}, "only=1: choose from 0 to 0"),
     ],
 )
 def test_specifications_that_make_no_sense(change, message):

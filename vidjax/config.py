@@ -19,7 +19,7 @@ Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `d
 
 
 class ReadWhen(NamedTuple):
-    """A field is read if `condition` holds. `field` decides that; flags `remedy` make it hold."""
+    """A field is read if `condition` of another, `field`, holds; flags `remedy` make it hold."""
 
     field: str
     condition: Callable[[Values], bool]

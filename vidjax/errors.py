@@ -13,12 +13,13 @@ A UserError never passes on an error of a library as it is: whoever calls the li
 error, and says which file, clip or field is wrong.
 """
 
+import contextlib
 import difflib
 import errno
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class Expected(Exception):
@@ -41,6 +42,15 @@ class NoFileError(UserError, FileNotFoundError):
 
 class DiskError(UserError, OSError):
     """A file could not be written, by this process or by one that it started."""
+
+
+@contextlib.contextmanager
+def named(place: str) -> Iterator[None]:
+    """Puts `place`, such as a field, before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def check_argument(

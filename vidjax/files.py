@@ -309,7 +309,7 @@ def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str,
     content = io.BufferedReader(file)
     try:
         if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
-            raise UserError("one array, as .npy files hold: use numpy.savez")
+            raise UserError("an .npy file, which does not name its array: use numpy.savez")
         start = "" if group is None else f"{group}/"
         with zipfile.ZipFile(content) as archive:
             _check_sizes(archive, limit, start)

@@ -40,7 +40,7 @@ def filter_frames(
     by quality from Residual Dense Net (2nd place 2019). Ours: no clip loses all frames.
     """
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share must be above 0 and at most 1, got {top_share}")
+        raise UserError(f"top_share or kept_share: {top_share} must be above 0 and at most 1")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -290,8 +290,8 @@ def random_fusion(
     """
     if rng is None:
         raise UserError(
-            "fusion 'random' draws frames, and an evaluation draws none: "
-            "evaluate with sample, top, windows, mean or all"
+            "the fusion 'random' is for training: evaluate with sample, top, windows, crops, mean "
+            "or all"
         )
     if num_draws < 1 or max_frames < 1:
         raise UserError(

@@ -67,7 +67,8 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale has no value here
     if not 0 <= margin <= np.pi / 2 or not fixed > 0:
         raise UserError(
-            f"angular margin needs 0 <= margin <= pi/2 and scale > 0, got {margin} and {scale}"
+            f"config.loss.margin={margin}: must be from 0 to pi/2, with a config.model.logit_scale "
+            f"above 0, not {scale}"
         )
     if margin == 0:
         return logits

@@ -192,8 +192,9 @@ def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
       ranking_path: the submission.
 
     Raises:
-      ValueError: the ground truth has an empty line, an identity with two lines or no clip, a clip
-        that is listed twice, or lines of neither form. The message has the line's number.
+      ValueError: the ground truth has an empty line, a second `ID NAME ...` line of an identity, an
+        identity without a clip, a clip that is listed twice, or lines of neither form. The message
+        has the line's number.
     """
     positives = _read_ground_truth(Path(gt_path))
     return _score(positives, read_submission(ranking_path).ranking)

@@ -16,7 +16,7 @@ from vidjax import augment, config_io, ensemble, fusion, logit_ops, losses, opti
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, named, suggest
 from vidjax.models import identifier
 from vidjax.models.base import Identifier
 
@@ -267,8 +267,20 @@ def fused_widths(specs: Mapping[str, Any], modality: str) -> int:
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds modality -> fusion for a phase, `train` or `evaluate`."""
-    return {name: fusion.make_fusion(_fusion_spec(specs, name, phase)) for name in modalities}
+    """Builds modality -> fusion for a phase, `train` or `evaluate`; its errors name the field."""
+
+    def make(name: str) -> FuseFn:
+        field = f"config.fusion.{name}.{phase}"
+        with named(field):
+            fuse = fusion.make_fusion(_fusion_spec(specs, name, phase))
+
+        def fuse_named(rng: Array | None, frames: Frames) -> Frames:
+            with named(field):
+                return fuse(rng, frames)
+
+        return fuse_named
+
+    return {name: make(name) for name in modalities}
 
 
 def _make_column_weight(

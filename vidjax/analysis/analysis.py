@@ -343,8 +343,8 @@ def warning_of_faults(workdir: Path, *outdated: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
         reason = (str(error) or "no reason given").splitlines()[0][:200]
         warnings.warn(
-            f"a page or a part of it is not written: {type(error).__name__}: {reason}\n"
-            f"the results are in '{workdir}'; to try again: --mode=evaluate, with --debug for more",
+            f"analysis, report or events are not written: {type(error).__name__}: {reason}\n"
+            f"the results are in '{workdir}'; to try again: --mode=evaluate --workdir={workdir}",
             stacklevel=3,
         )
 

@@ -177,7 +177,7 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         table, clips = folder / f"{split}.parquet", folder / split
         check_file(table)
         if os.path.lexists(clips) and not clips.is_dir():
-            raise UserError(f"{clips}: not a folder of CLIP.npz: rename it, or put the clips there")
+            raise UserError(f"{clips}: a file, not a folder of CLIP.npz: rename it")
         if table.is_file() and clips.is_dir():
             raise UserError(f"{folder}: {split}.parquet and a folder {split}: keep one")
         if table.is_file():

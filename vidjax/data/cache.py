@@ -49,10 +49,10 @@ IN_DEFAULT = Digests()
 
 
 def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = None) -> str:
-    """Returns the sha256 of the names and contents of files; reads only files that have changed.
+    """Returns the sha256 of the names and contents of files; reads them only if one has changed.
 
-    The cache keeps the digest under the paths and the `_state` of the files. It keeps none of files
-    that changed less than TICK_NS ago: another change in the same tick of the clock would not show.
+    The cache finds the digest by the paths and the `_state` of the files. If a file changed less
+    than TICK_NS ago, nothing is kept: another change in the same tick would not show.
     """
     states = [_state(path) for path in paths]
     place = cache_folder(kept.cache_dir, "digests", [list(map(str, paths)), states])

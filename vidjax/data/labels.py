@@ -246,7 +246,10 @@ def _is_inverted(
     ]
     if direct and inverted:
         number = max(direct[0], inverted[0])
-        raise UserError(f"{path}: line {number}: the clip is in another column than before")
+        raise UserError(
+            f"{path}: line {number}: the clip is not in the same column as in other lines\n"
+            "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all"
+        )
     if direct or inverted:
         return bool(inverted)
     known = frozenset(known_clips or ())

@@ -198,7 +198,7 @@ def _tell_of_skipped(modality: str, flat: PackedClips) -> None:
     """Warns of frames that are not read, and of values that are not used."""
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
-        without = f"; {clips:,} clips have no other" if clips else ""
+        without = f"; {clips:,} clips lose all frames" if clips else ""
         warnings.warn(
             f"{modality}: {frames:,} of {flat.seen:,} frames are not read: their features are not "
             f"finite{without}",

@@ -445,12 +445,12 @@ def _resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
 
 
 def _orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
-    """Orthonormal rows [rank, dim] float32."""
+    """Returns orthonormal rows [rank, dim] float32."""
     return np.linalg.qr(rng.standard_normal((dim, rank)))[0].T.astype(np.float32)
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Strangers [count] int from 0: some appear once, the others about five times."""
+    """Returns the stranger of each clip, [count] int: some have one clip, others about five."""
     singles = round(count * _SINGLETON_RATE)
     sizes = [1] * singles
     while sum(sizes) < count:

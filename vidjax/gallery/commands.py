@@ -151,7 +151,7 @@ def _check(args: argparse.Namespace) -> None:
         answers_lib.check_choice(args.fpir, given.get("threshold"))
     if (k := given.get("k")) is not None:
         if not k.isdecimal() or int(k) < 1:
-            raise UserError(f"--k={k}: name 1 identity or more, a whole number")
+            raise UserError(f"--k={k}: wants a whole number of identities, 1 or more")
         args.k = int(k)
     if given.get("input"):
         from vidjax.data.memory import check_path

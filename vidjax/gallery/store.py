@@ -107,7 +107,7 @@ class _Facts(Struct):
 class Clip(NamedTuple):
     """A clip of a person, or of a stranger, whose identity is None.
 
-    `vector` [sum of D] float32 has the parts one after another, 0 in each that the clip lacks.
+    `vector` [sum of D] float32 joins the vectors of all parts of the back end, 0 where it has none.
     `fitted` is True if the back end was fitted to this clip, among others.
     """
 

@@ -236,7 +236,7 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mixed_by_maps(self, rows: Array, mask: Array | None) -> Array:
-        """Returns out(A g(x)) of the other forms; `channels` has rows [B, D, T] and no mask."""
+        """Returns out(A g(x)) of `features`, or of `channels`: rows [B, D, T], no mask."""
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=rows.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width = max(rows.shape[-1] // 2, 1)

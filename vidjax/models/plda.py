@@ -61,8 +61,8 @@ class PLDAIdentifier(Identifier):
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
-                f"model 'plda' lacks {', '.join(missing)}: an earlier version trained it, whose "
-                "settings mean something else\ntrain it anew in another folder, by the same command"
+                f"model 'plda' lacks {', '.join(missing)}: an earlier version, with other "
+                "settings, trained it\ntrain it anew: the same command, with another --workdir"
             )
         chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
         return Settings(**chosen)

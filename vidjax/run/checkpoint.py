@@ -322,7 +322,7 @@ def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Removes all checkpoints but the latest, the one before it and the best."""
+    """Keeps the latest checkpoint, the one evaluated (else made) last before it, and the best."""
     partial, dropped = (workdir / "checkpoints" / name for name in (".partial", ".dropped"))
     files.remove_tree(partial)
     if dropped.is_symlink():

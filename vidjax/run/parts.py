@@ -54,7 +54,7 @@ class Facts(Struct, kw_only=True):
     num_clips: formats.Size
     num_members: formats.Count  # whose rankings it holds
     observed: bool  # holds what a report shows
-    poor: Annotated[list[formats.Count], Meta(min_length=2, max_length=2)]
+    poor: Annotated[list[formats.Count], Meta(min_length=2, max_length=2)]  # poor, judged clips
     seconds: float  # of scoring
     eval_seconds: float  # of the command
     versions: Annotated[dict[str, formats.Text], formats.FEW]

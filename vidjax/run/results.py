@@ -222,5 +222,7 @@ def load_analysis(path: Path) -> tuple[formats.Analysis, dict[str, np.ndarray]]:
     analysis = formats.parse(path, values, formats.Analysis, REMEDY)
     formats.check_arrays(path, arrays, REMEDY)
     if "attention" in arrays and len(analysis.vectors or ()) != len(arrays["attention"]):
-        raise UserError(f"'{path}' is damaged: vectors does not name 'attention'\n{REMEDY}")
+        raise UserError(
+            f"'{path}' is damaged: `vectors` and `attention` differ in length\n{REMEDY}"
+        )
     return analysis, arrays

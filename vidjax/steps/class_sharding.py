@@ -322,7 +322,7 @@ def _decay_moments(
 
 
 def _without_members(state_axes: Tree) -> Tree:
-    """Returns the axes in arrays without the leading axis E."""
+    """Returns the numbers of axes less 1, for arrays without the leading axis E."""
     return jax.tree.map(lambda axis: axis if axis == NO_AXIS else axis - 1, state_axes)
 
 

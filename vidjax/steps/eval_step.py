@@ -125,7 +125,8 @@ def _over_examples(
     """Reduces the values of the T' examples of every clip to one row per clip, [B, K].
 
     `values_of` maps one example per clip and a mask [B] to values [B, K]; one example at a time
-    saves memory. With `logs`, the exponentials of values are averaged. `reduce` is `mean` or `max`.
+    saves memory. The mean of `logs` is the logarithm of the mean exponential. `reduce` is `mean` or
+    `max`.
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):

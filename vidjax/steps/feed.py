@@ -30,7 +30,7 @@ AllTables = Sequence[Tables]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch: steps that the host starts at once, and then waits for."""
+    """The result of a dispatch: steps that the host starts together, and then waits for."""
 
     states: list[TrainState]  # of every group of members
     num_steps: int

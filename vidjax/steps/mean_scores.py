@@ -14,7 +14,7 @@ LOG_2 = math.log(2.0)
 
 
 class MeanScores(NamedTuple):
-    """A running weighted mean of scores.
+    """A running weighted mean of scores; of logarithms, the log of the mean of exponentials.
 
     Log-probabilities near 0 lose their digits when their exponentials are added. So the
     complements, 1 less each probability, are averaged beside the probabilities.
@@ -47,7 +47,7 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
 
 
 def mean_scores(mean: MeanScores) -> Array:
-    """Returns the weighted mean of scores, [B, K]; -inf for clips of weight 0."""
+    """Returns the mean [B, K] as `MeanScores` defines it; -inf for clips of weight 0."""
     column = mean.weight[:, None]
     safe = jnp.where(column > 0, column, 1.0)
     if mean.rest is None:
@@ -58,7 +58,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of scores, [B, K]; weights may add up to less than 1."""
+    """Returns the sum [B, K], as `mean_scores` before it divides; weights add up to at most 1."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

@@ -57,14 +57,10 @@ def init_state(
     `rngs` [E] has one key per member, for its parameters and draws. Labels are [E, N] int32.
     """
 
-    def frames(dim: int) -> Frames:  # one clip of one frame: shapes depend on widths alone
-        row = jnp.zeros((1, 1))
-        return Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
-
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
-        blank = {name: frames(dim) for name, dim in modalities.items()}
-        fused, exists = system.to_examples(system.fuse(fuse_rng, blank, jnp.int32(0)))
+        fused = system.fuse(fuse_rng, blank_clip(modalities), jnp.int32(0))
+        fused, exists = system.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
         variables = dict(system.model.init(init_rng, fused, clips, train=False))
@@ -85,6 +81,15 @@ def init_state(
         sums=zero_sums(len(labels)),
         updated=updated,
     )
+
+
+def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
+    """Returns one clip of one frame: the shapes of parameters depend on widths alone."""
+    row = jnp.zeros((1, 1))
+    return {
+        name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
+        for name, dim in modalities.items()
+    }
 
 
 def make_state(

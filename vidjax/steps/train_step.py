@@ -30,8 +30,8 @@ def train_step(
 ) -> tuple[TrainState, jax.Array]:
     """Takes one optimiser step of every member; returns the new state and the losses [E].
 
-    A member whose loss or gradient is not finite keeps its state; the sum `bad_steps` counts it.
-    Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect. `axes`
+    A member whose loss or gradient is not finite keeps its parameters; `sums["bad_steps"]` counts
+    it. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect. `axes`
     is None for a step that neither splits nor samples the class columns.
     """
 

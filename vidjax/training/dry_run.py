@@ -98,6 +98,7 @@ def trace_model(config: Config, widths: Mapping[str, int]) -> None:
     def init() -> state_lib.TrainState:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
+        system.fuse(None, state_lib.blank_clip(widths), jnp.int32(0))  # as an evaluation does
         return state_lib.init_state(system, widths, rngs, jnp.zeros((1, CLIPS), jnp.int32))
 
     try:

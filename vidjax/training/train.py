@@ -59,7 +59,7 @@ def train(
       num_devices: number of devices to use; None for all.
       analyse: True to write `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
-      began: value of `time.monotonic()` when this process started; None for now.
+      began: value of `time.monotonic()` when this process started; None: this call.
 
     Raises:
       ValueError: The configuration does not fit the data or the run in the folder.

@@ -46,11 +46,13 @@ def _report_modality(
     seen, stored = sum(part.seen for part in parts), sum(len(part.features) for part in parts)
     loaded, skipped = int(lengths.sum()), sum(frames_skipped.values())
     if loaded + skipped != seen or loaded != stored:
-        raise UserError(f"{path}: {seen} frames seen, {loaded} loaded, {skipped} skipped")
+        raise UserError(
+            f"{path}: {loaded} loaded + {skipped} skipped frames are not the {seen} seen"
+        )
     names = sum(len(part.names) for part in parts)
     clips, empty = int((lengths > 0).sum()), sum(clips_skipped.values())
     if clips + empty != names:
-        raise UserError(f"{path}: {names} clips seen, {clips} loaded, {empty} skipped")
+        raise UserError(f"{path}: {clips} loaded + {empty} skipped clips are not the {names} seen")
     return {
         "file": path.name,
         "clips_seen": names,
@@ -131,8 +133,8 @@ def label_records(
         )
         if positives[0]:
             warnings.warn(
-                f"{positives[0]} clips of {name} are labelled with identities that the system does "
-                "not know: they count as distractors",
+                f"{positives[0]} clips of {name} show identities that are no class of the training "
+                "data: they rank as distractors, and MAP counts each such identity as 0",
                 stacklevel=2,
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
