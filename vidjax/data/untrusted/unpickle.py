@@ -36,6 +36,9 @@ _OTHER_FILES = {
 }
 
 
+START = 64  # bytes
+
+
 class UnpickleError(UserError):
     """A pickle is damaged or refused; the message is one line."""
 
@@ -230,10 +233,7 @@ def load(file: BinaryIO, size: int) -> Any:
         return content
     # The first pass reads ahead: only a second one knows where it stopped.
     file.seek(0)
-    start = file.read(64).lstrip()
-    for magic, kind in _OTHER_FILES.items():
-        if start[: len(magic)].lower() == magic.lower():
-            raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
+    refuse_others(file.read(START))
     file.seek(0)
     with contextlib.suppress(Exception):
         _Unpickler(_UnbufferedFile(file), encoding="bytes").load()
@@ -241,6 +241,13 @@ def load(file: BinaryIO, size: int) -> Any:
     if ended and at == size:
         raise UnpickleError(f"the pickle is truncated: the file ends at byte {at}")
     raise UnpickleError(f"{reason} (at byte {max(at - 1, 0)})")
+
+
+def refuse_others(start: bytes) -> None:
+    """Raises UnpickleError if the first START bytes of a file are those of another kind."""
+    for magic, kind in _OTHER_FILES.items():
+        if start.lstrip()[: len(magic)].lower() == magic.lower():
+            raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
 
 
 def _reason(error: Exception) -> str:
