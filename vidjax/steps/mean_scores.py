@@ -58,12 +58,13 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of scores, [B, K]; weights may add up to less than 1."""
+    """Returns the weighted sum of scores, [B, K]; weights need not add up to 1."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]
-    rest = jnp.logaddexp(mean.rest, lack)
-    return jnp.where(rest < -LOG_2, log_complement(rest), mean.total)
+    excess = jnp.log(jnp.maximum(mean.weight, 1.0))[:, None]
+    rest = jnp.logaddexp(mean.rest, lack) - excess
+    return jnp.where(rest < -LOG_2, log_complement(rest) + excess, mean.total)
 
 
 def log_complement(logs: Array) -> Array:
