@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vidjax import files
 from vidjax.data.frame_fields import STORED, NonFinite, PackedClips
 from vidjax.data.packing import FlatWriter
 from vidjax.data.processes import Children
-from vidjax.data.untrusted import unpickle
 from vidjax.data.untrusted.entries import MB, ClipWriter, clips_of, refuse_empty
 from vidjax.data.untrusted.names import show
+from vidjax.data.untrusted.unpickle import UnpickleError, load
 from vidjax.errors import DiskError, NoFileError, UserError
 
 EXIT_REFUSED = 2
@@ -45,23 +44,14 @@ def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str
     """
     with path.open("rb", buffering=READ_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
-        content = unpickle.load(file, size)
+        content = load(file, size)
     refuse_empty(content, size)
     clips = clips_of(content)
-    with FlatWriter(out_dir) as flat:
-        writer = ClipWriter(clips, modality, flat, size=size, drop=drop)
+    with FlatWriter(out_dir) as files:
+        writer = ClipWriter(clips, modality, files, size=size, drop=drop)
         for name in list(clips):
             writer.add(name, clips.pop(name))
         return writer.finish().summary()
-
-
-def refuse_others(path: Path) -> None:
-    """Raises UserError if a file begins as no pickle does; reads START bytes, in this process."""
-    with files.open_input(path) as file:
-        try:
-            unpickle.refuse_others(file.read(unpickle.START))
-        except unpickle.UnpickleError as error:
-            raise UserError(f"{path}: {error}") from None
 
 
 def memory_limit(size: int) -> int:
@@ -96,7 +86,7 @@ def main(argv: list[str]) -> int:
     try:
         _limit_resources(Path(path).stat().st_size)
         answer = convert(Path(path), modality, Path(out_dir), drop=non_finite == "drop")
-    except unpickle.UnpickleError as error:
+    except UnpickleError as error:
         answer = {"error": str(error)}
     except MemoryError:
         answer = {"error": "the pickle asks for more memory than a file of its size may: refused"}

@@ -36,9 +36,6 @@ _OTHER_FILES = {
 }
 
 
-START = 64  # bytes
-
-
 class UnpickleError(UserError):
     """A pickle is damaged or refused; the message is one line."""
 
@@ -233,7 +230,7 @@ def load(file: BinaryIO, size: int) -> Any:
         return content
     # The first pass reads ahead: only a second one knows where it stopped.
     file.seek(0)
-    refuse_others(file.read(START))
+    refuse_others(file)
     file.seek(0)
     with contextlib.suppress(Exception):
         _Unpickler(_UnbufferedFile(file), encoding="bytes").load()
@@ -243,10 +240,11 @@ def load(file: BinaryIO, size: int) -> Any:
     raise UnpickleError(f"{reason} (at byte {max(at - 1, 0)})")
 
 
-def refuse_others(start: bytes) -> None:
-    """Raises UnpickleError if the first START bytes of a file are those of another kind."""
+def refuse_others(file: BinaryIO) -> None:
+    """Raises UnpickleError if the first bytes of a file are those of another kind."""
+    start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
-        if start.lstrip()[: len(magic)].lower() == magic.lower():
+        if start[: len(magic)].lower() == magic.lower():
             raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
 
 
