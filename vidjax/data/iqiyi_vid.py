@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.unpickle import UnpickleError, refuse_others
+from vidjax.data.untrusted.unpickle import refuse_others
 from vidjax.errors import NoFileError, UserError
 from vidjax.machine import memory_bytes, num_cores
 
@@ -127,11 +127,8 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
         check_file(path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", match[1]):
             raise UserError(f"{path}: a modality is named by letters, digits, '-' and '_'")
-        try:
-            with path.open("rb", buffering=0) as file:
-                refuse_others(file)
-        except UnpickleError as error:
-            raise UserError(f"{path}: {error}") from None
+        with path.open("rb", buffering=0) as file:
+            refuse_others(file, f"{path}: ")
         files[match[1], match[2]] = path
     for path in entries:
         if match := re.fullmatch(r"(\w+)_([A-Za-z]+?)(_v2)?\.pickle", path.name):

@@ -240,12 +240,12 @@ def load(file: BinaryIO, size: int) -> Any:
     raise UnpickleError(f"{reason} (at byte {max(at - 1, 0)})")
 
 
-def refuse_others(file: BinaryIO) -> None:
-    """Raises UnpickleError if the first bytes of a file are those of another kind."""
+def refuse_others(file: BinaryIO, place: str = "") -> None:
+    """Raises UnpickleError, after `place`, if a file begins as one of _OTHER_FILES does."""
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
-            raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
+            raise UnpickleError(f"{place}not a pickle (at byte 0): the file is {kind}")
 
 
 def _reason(error: Exception) -> str:
