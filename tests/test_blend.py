@@ -99,7 +99,8 @@ def probabilities(folder, load, split, *, softmax=False):
     if softmax or config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     mesh = devices.make_mesh(1)
-    _, one = restore.restore(config, folder, load(config), mesh)
+    found = restore.find_run(config, folder)
+    one = restore.make_model(config, folder, found, load(config), mesh)
     found = scoring.score([one], split, mesh, block_size=32, each_member=False)
     clips = one.data.split(split).clips
     logs = ranked_scores(found.top, len(clips)).astype(np.float64)
@@ -199,7 +200,8 @@ def test_every_score_equals_the_loop(runs, load):
     models = []
     for folder, weight in zip(runs, (0.3, 0.9), strict=True):
         config = config_io.load_workdir(folder)
-        _, one = restore.restore(config, folder, load(config), mesh)
+        found = restore.find_run(config, folder)
+        one = restore.make_model(config, folder, found, load(config), mesh)
         models.append(one._replace(weight=weight))
     found = scoring.score(models, "val", mesh, block_size=32, each_member=False)
     wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))

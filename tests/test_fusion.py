@@ -404,6 +404,13 @@ def test_a_quality_that_is_no_number_is_the_lowest():
     }
     np.testing.assert_array_equal(masks[-np.inf], frames.mask)
     np.testing.assert_array_equal(masks[20.0], [[False, True, False, True], frames.mask[1]])
+    frames.detection[:] = [[np.nan, 1, 1, 0], [1, np.nan, 0, 0]]
+    masks = {
+        least: fusion.filter_frames(frames, min_detection=least).mask for least in (-np.inf, 0.5)
+    }
+    np.testing.assert_array_equal(masks[-np.inf], frames.mask)
+    kept = [[False, True, True, False], [True, False, False, False]]
+    np.testing.assert_array_equal(masks[0.5], kept)
 
 
 def test_top_frames_keeps_the_best_in_time_order():

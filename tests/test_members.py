@@ -205,6 +205,16 @@ def test_a_weighted_sum_counts_what_lacks_to_one_as_probability_zero():
     np.testing.assert_allclose(found, [0.75, 1.0], rtol=1e-6)
 
 
+def test_a_sum_of_weights_above_one_rises_with_every_probability():
+    """Two branches of weight 1 each, from unlikely to nearly sure."""
+    p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
+    total = mean_scores.no_scores(jnp.zeros((6, 1)), logs=True)
+    for _ in range(2):
+        total = mean_scores.add_scores(total, jnp.log(jnp.asarray(p[:, None])), jnp.ones(6))
+    found = np.asarray(mean_scores.sum_scores(total), np.float64)[:, 0]
+    np.testing.assert_allclose(found, np.log(2 * p), rtol=1e-6, atol=1e-6)
+
+
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=2")
 SPLITS = "--config.data.train_splits=train,val"
@@ -243,7 +253,9 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
 def test_scores_of_all_members_never_exist_at_once(data, everyone):
     folder, _ = everyone
     mesh = devices.make_mesh(1)
-    _, one = restore.restore(config_io.load_workdir(folder), folder, data, mesh)
+    config = config_io.load_workdir(folder)
+    found = restore.find_run(config, folder)
+    one = restore.make_model(config, folder, found, data, mesh)
     twice = one._replace(
         params=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.params),
         model_state=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.model_state),

@@ -146,6 +146,8 @@ def test_piecewise_is_linear_between_its_points_and_constant_outside():
     epochs = np.asarray(list(expected), np.float32)
     np.testing.assert_allclose(jax.jit(value)(epochs), list(expected.values()), rtol=1e-6)
     assert float(optim.make_piecewise([(3, 0.5)])(jnp.int32(1))) == 0.5
+    jump = optim.make_piecewise(((0, 0.25), (8, 0.75), (8, 0.5)))
+    np.testing.assert_array_equal(jump(jnp.array([-1.0, 4, 8, 9])), [0.25, 0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("points", [(), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)])

@@ -128,7 +128,9 @@ def test_scores_are_those_of_evaluation(name, data, train, clips):
     folder = train(name)
     config = config_io.load_workdir(folder)
     mesh = devices.make_mesh(1)
-    step, model = restore.restore(config, folder, data, mesh)
+    found = restore.find_run(config, folder)
+    model = restore.make_model(config, folder, found, data, mesh)
+    step = found.manifest["step"]
     top = scoring.score([model], "val", mesh, block_size=config.eval.block_size).top
     wanted = small_runs.ranked_scores(top, len(clips["val"]))
     run = predict.restore(folder, num_devices=1)

@@ -169,7 +169,8 @@ def test_shipped_configurations_run(data, tmp_path, spec):
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
     mesh = devices_lib.make_mesh(num_devices)
-    _, one = restore.restore(config, workdir, data, mesh)
+    found = restore.find_run(config, workdir)
+    one = restore.make_model(config, workdir, found, data, mesh)
     found = scoring.score([one], "val", mesh, block_size=config.eval.block_size)
     return ranked_scores(found.top, len(data.split("val").clips))
 

@@ -83,7 +83,7 @@ def load_file(spec: str) -> Config:
             "begin get_config with config = vidjax.config.default(), and change that"
         )
     if _adds_definitions(module):
-        config.definitions = f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        config.definitions = f"{path.name}:{files.sha256_file(path)[:16]}"
         _defined.setdefault(path.name, set()).add(config.definitions)
     return config
 

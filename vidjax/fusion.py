@@ -45,7 +45,7 @@ def filter_frames(
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
     if min_detection is not None:
-        kept = kept & (frames.detection >= min_detection)
+        kept = kept & (ordered_quality(frames.detection) >= min_detection)
     if top_share < 1:
         # The table is exact. In float32, 0.1 x 30 would be slightly more than 3.
         counts = np.ceil(top_share * np.arange(kept.shape[1] + 1) * (1 - 1e-12)).astype(np.int32)

@@ -23,8 +23,8 @@ def make_piecewise(
 
     Args:
       points: finite (epoch, value) pairs with increasing epochs. Two pairs of one epoch are a jump,
-        with the second value at the epoch itself, but the first if these pairs are the last. The
-        function is constant before the first and after the last pair.
+        with the second value at the epoch itself. The function is constant before the first and
+        after the last pair.
       name: name of the points in error messages.
 
     Returns:
@@ -42,6 +42,8 @@ def make_piecewise(
     epochs, values = table.T
     if not np.all(np.diff(epochs) >= 0):
         raise UserError(f"{name} must be (epoch, value) pairs in order, got {points}")
+    # Without a point behind it, a jump at the end would have its first value.
+    epochs, values = np.append(epochs, np.inf), np.append(values, values[-1])
     return lambda epoch: jnp.interp(epoch, epochs, values)
 
 

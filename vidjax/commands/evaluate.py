@@ -21,6 +21,7 @@ from vidjax.run import results as results_lib
 
 if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
+    from vidjax.evaluation.restore import FoundRun
 
 # Fields and groups that training alone reads.
 TRAINED = (
@@ -112,13 +113,13 @@ def run(args: argparse.Namespace) -> Result:
         if config.join.runs:
             results = blend.blend_runs(config, workdir, api.load_data)
         else:
-            check_folder(config, workdir, config_io.override_names(args.overrides))
+            found = find_run(config, workdir, config_io.override_names(args.overrides))
             data = api.load_data(config)
             together.check_data(data)
             if args.command == "merge":
-                results = parts.merge(config, workdir, data, overrides=args.overrides)
+                results = parts.merge(config, workdir, data, found, overrides=args.overrides)
             else:
-                results = evaluate(config, workdir, data, analyse=config.eval.report)
+                results = evaluate(config, workdir, data, found, analyse=config.eval.report)
     return common.summary(config, workdir, results, time.monotonic() - began)
 
 
@@ -128,8 +129,8 @@ def _run_part(args: argparse.Namespace, config: Config, workdir: Path, began: fl
     which = parts_lib.Shard.parse(args.shard)
     common.end_on_signals()
     common.set_up_devices(config)
-    check_folder(config, workdir, config_io.override_names(args.overrides))
-    part, before = parts.evaluate_part(config, workdir, api.load_data(config), which)
+    run = find_run(config, workdir, config_io.override_names(args.overrides))
+    part, before = parts.evaluate_part(config, workdir, api.load_data(config), which, run)
     found = parts_lib.find(workdir, part.facts.split).items()
     there = sum(o.total == which.total and isinstance(p, parts_lib.Part) for o, p in found)
     left = which.total - there
@@ -147,8 +148,8 @@ def _run_part(args: argparse.Namespace, config: Config, workdir: Path, began: fl
     return Result(content, rows, note=note)
 
 
-def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
-    """Reads, before data are loaded, the files that an evaluation needs, for errors in them.
+def find_run(config: Config, workdir: Path, given: Collection[str]) -> "FoundRun":
+    """Returns the run in a folder; also reads other files of an evaluation, for errors in them.
 
     `given` are the fields that the user sets: with `data.dir` a run need not record its data.
     """
@@ -160,21 +161,23 @@ def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> 
     results_lib.read_data_report(workdir)
     if config.eval.report:
         results_lib.read_other_metrics(workdir)
+    return run
 
 
 def evaluate(
     config: Config,
     workdir: Path,
     data: "TrainingData",
+    run: "FoundRun | None" = None,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
 ) -> dict[str, Any]:
     """Ranks a split with the weights of a run; writes the results into its folder and returns them.
 
-    The clips of `data` need not be those of the training, nor have a ground truth. `analyse` also
-    writes the analysis and the report. Scores do not depend on `num_devices`; None uses all.
-    `metrics.json` keeps the metrics of the training, too.
+    The clips of `data` need not be those of the training, nor have a ground truth. `run` is that in
+    the folder, None to find it. `analyse` also writes the analysis and the report. Scores do not
+    depend on `num_devices`; None uses all. `metrics.json` keeps the metrics of the training, too.
     """
     from vidjax import devices
     from vidjax.analysis import analysis
@@ -182,11 +185,12 @@ def evaluate(
 
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices, config.mesh.model)
-    step, model = restore.restore(config, workdir, data, mesh)
+    run = run or restore.find_run(config, workdir)
+    model = restore.make_model(config, workdir, run, data, mesh)
     scored, observer = analysis.score_observed([model], config, mesh, analyse=analyse)
     return analysis.write_evaluation(
         workdir, model.data.identities, scored, observer,
-        described=data.report["data"], step=step, began=began,
+        described=data.report["data"], step=run.manifest["step"], began=began,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def evaluate_part(
     workdir: Path,
     data: TrainingData,
     shard: Shard,
+    run: FoundRun | None = None,
     *,
     num_devices: int | None = None,
 ) -> tuple[Part, bool]:
@@ -51,7 +52,7 @@ def evaluate_part(
     Returns the part, and True if it was there already, so that nothing was scored now.
     """
     began = time.monotonic()
-    run = find_run(config, workdir)
+    run = run or find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
     name = config.eval.split
     chosen = choose_clips(data, name, tuple(run.task.modalities), *shard)
@@ -189,6 +190,7 @@ def merge(
     config: Config,
     workdir: Path,
     data: TrainingData,
+    run: FoundRun | None = None,
     *,
     overrides: Sequence[str] = (),
     num_devices: int | None = None,
@@ -198,7 +200,7 @@ def merge(
     `overrides` are repeated in the commands that errors suggest. Times are sums over the parts.
     """
     began = time.monotonic()
-    run = find_run(config, workdir)
+    run = run or find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
     parts = choose_parts(workdir, describe(config, run, data), overrides)
     split, sets = data.split(config.eval.split), run.training_sets

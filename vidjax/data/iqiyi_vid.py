@@ -19,9 +19,10 @@ from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
-from vidjax.data.labels import load_official_truth
+from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted import sandbox
+from vidjax.data.untrusted.unpickle import refuse_others
 from vidjax.errors import NoFileError, UserError
 from vidjax.machine import memory_bytes, num_cores
 
@@ -52,6 +53,7 @@ class OfficialFiles:
                 "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
                 + _hint(self._directory)
             )
+        find_ground_truth(self._directory)  # wrong names are told before anything is read
         self._workers, self._kept = workers, digests
         self.origin = origin or Origin.of_folder("iqiyi_vid", directory)
         self.place = str(self._directory)
@@ -125,6 +127,8 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
         check_file(path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", match[1]):
             raise UserError(f"{path}: a modality is named by letters, digits, '-' and '_'")
+        with path.open("rb", buffering=0) as file:
+            refuse_others(file, f"{path}: ")
         files[match[1], match[2]] = path
     for path in entries:
         if match := re.fullmatch(r"(\w+)_([A-Za-z]+?)(_v2)?\.pickle", path.name):

@@ -154,14 +154,19 @@ MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature fi
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Returns split -> `{split}_gt.txt` of a directory, in the order train, val, test."""
+    entries = list_entries(directory)
     words = {
-        path.name.removesuffix("_gt.txt"): path
-        for path in list_entries(directory)
-        if path.name.endswith("_gt.txt")
+        path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")
     }
     found = {split: words.pop(split) for split in SPLITS if split in words}
     for path in found.values():
         check_file(path)
+    for path in entries:
+        if path.stem in {f"{split}_gt" for split in {*SPLITS} - {*found}}:
+            raise UserError(
+                f"{path}: ground truth is read from {path.stem}.txt, of lines 'NAME.mp4 IDENTITY'\n"
+                "write it so, or move this file away"
+            )
     for word, path in words.items():
         refuse_split(path, word, found)
     return found

@@ -1,6 +1,5 @@
 """Sources of features: what `config.data` names, a folder, or a dict of arrays."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -41,7 +40,7 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
         )
     options = _synthetic_options(data)
     # The source code of the generator is its version: a change cannot be forgotten.
-    version = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
+    version = files.sha256_file(Path(synthetic.__file__))[:12]
     root = files.cache_root(digests.cache_dir) / "synthetic"
     changed = "".join(f"-{name}={value:g}" for name, value in options.changed().items())
     folder = root / f"{data['size']}-{data['seed']}{changed}-{version}"

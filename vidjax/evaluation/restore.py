@@ -61,21 +61,13 @@ class FoundRun(NamedTuple):
         return self.checkpoint.manifest
 
 
-def restore(
-    config: Config, workdir: Path, data: TrainingData, mesh: Mesh
-) -> tuple[int, TrainedModel]:
-    """Restores a trained run on a dataset; returns its optimiser step and the model.
-
-    Here and below, `config` is that of the run, with the overrides of this evaluation.
-    """
-    run = find_run(config, workdir)
-    return run.manifest["step"], make_model(config, workdir, run, data, mesh)
-
-
 def make_model(
     config: Config, workdir: Path, run: FoundRun, data: TrainingData, mesh: Mesh
 ) -> TrainedModel:
-    """Returns the model of a run, with its weights, on a dataset."""
+    """Returns the model of a run, with its weights, on a dataset.
+
+    Here and below, `config` is that of the run, with the overrides of this evaluation.
+    """
     data = fit_data(data, config, workdir, run)
     system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)

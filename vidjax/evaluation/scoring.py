@@ -172,28 +172,24 @@ class ModelScorer:
         The columns are those of `ScoreColumns`. `without` is the position of a member to leave out.
         `rankings` has one ranking per member, to which the member's own scores are added.
         """
-        if self._single:
-            params, model_state = self._single
-            view = jnp.int32(self.model.training_sets.members[0].view)
-            return [
-                self._keep_top_classes(self.model.eval_step(params, model_state, view, block))
-                for block in blocks
-            ]
         logs = self.model.system.scores_are_logs
-        totals: list[mean_scores.MeanScores | None] = [None] * len(blocks)
+        totals: list[Any] = [None] * len(blocks)
         for number, member in enumerate(self.model.training_sets.members):
             if number == without:
                 continue
-            params, model_state = _take(self._weights, number)
+            params, model_state = self._single or _take(self._weights, number)
             for i, block in enumerate(blocks):
                 scores = self.model.eval_step(params, model_state, jnp.int32(member.view), block)
                 if rankings:
                     rankings[number].add((scores, block.clip_index, block.batch_mask))
-                use = _rows(self._use, number, block.clip_index)
-                totals[i] = _add(totals[i], scores, use, logs=logs)
+                if not self._single:
+                    use = _rows(self._use, number, block.clip_index)
+                    scores = _add(totals[i], scores, use, logs=logs)
+                totals[i] = scores
             if rankings:
                 rankings[number].flush()  # frees the scores of this member
-        return [self._keep_top_classes(_mean(total)) for total in totals if total is not None]
+        means = totals if self._single else map(_mean, totals)
+        return [self._keep_top_classes(mean) for mean in means if mean is not None]
 
     def _keep_top_classes(self, scores: Array) -> Array:
         """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
@@ -570,7 +566,7 @@ FEW = 10  # poor clips that may be chance
 
 def count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
     """Returns the number of poor clips of a block, and of clips that are judged, [2] int32."""
-    if jax.eval_shape(model.clip_quality, frames) is None:
+    if type(model).clip_quality is Identifier.clip_quality:  # it judges no clip
         return np.zeros(2, np.int32)
     return _count_poor(model, frames, mask)
 
@@ -578,8 +574,7 @@ def count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def _count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
     quality = model.clip_quality(frames)
-    assert quality is not None
-    rows = (mask & quality.poor, mask & quality.judged)
+    rows = (mask & quality.poor, mask & quality.judged) if quality else (False, False)
     return jnp.stack([jnp.sum(row) for row in rows]).astype(jnp.int32)
 
 

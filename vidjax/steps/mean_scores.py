@@ -58,12 +58,13 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the sum [B, K], as `mean_scores` before it divides; weights add up to at most 1."""
+    """Returns the sum [B, K], as `mean_scores` before it divides; weights may exceed 1 in sum."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]
-    rest = jnp.logaddexp(mean.rest, lack)
-    return jnp.where(rest < -LOG_2, log_complement(rest), mean.total)
+    excess = jnp.log(jnp.maximum(mean.weight, 1.0))[:, None]
+    rest = jnp.logaddexp(mean.rest, lack) - excess
+    return jnp.where(rest < -LOG_2, log_complement(rest) + excess, mean.total)
 
 
 def log_complement(logs: Array) -> Array:

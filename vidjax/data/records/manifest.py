@@ -78,8 +78,7 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
             for name, split in records.splits.items()
         },
     }
-    digest = hashlib.sha256(_json(manifest)).hexdigest()
-    files.write_bytes(folder / "manifest.json", _json({**manifest, "manifest_sha256": digest}))
+    files.write_bytes(folder / "manifest.json", _signed(manifest))
 
 
 def load_records(folder: Path) -> Records:
@@ -121,9 +120,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     content = files.read_bytes(path, MANIFEST_BYTES, below=path.parents[2])
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         manifest: Any = files.parse_json(content)
-        digest = manifest.pop("manifest_sha256")
-        same = _json({**manifest, "manifest_sha256": digest}) == content
-        if same and hashlib.sha256(_json(manifest)).hexdigest() == digest:
+        del manifest["manifest_sha256"]
+        if _signed(manifest) == content:  # byte for byte
             return manifest
     raise UserError(f"{path.name} does not match its sha256")
 
@@ -209,6 +207,12 @@ def verify(records: Records) -> list[str]:
         if path not in named
     ]
     return problems
+
+
+def _signed(manifest: Mapping[str, Any]) -> bytes:
+    """Returns the text of a manifest, with the sha256 of what it says."""
+    digest = hashlib.sha256(_json(manifest)).hexdigest()
+    return _json({**manifest, "manifest_sha256": digest})
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

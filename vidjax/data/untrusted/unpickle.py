@@ -230,10 +230,7 @@ def load(file: BinaryIO, size: int) -> Any:
         return content
     # The first pass reads ahead: only a second one knows where it stopped.
     file.seek(0)
-    start = file.read(64).lstrip()
-    for magic, kind in _OTHER_FILES.items():
-        if start[: len(magic)].lower() == magic.lower():
-            raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
+    refuse_others(file)
     file.seek(0)
     with contextlib.suppress(Exception):
         _Unpickler(_UnbufferedFile(file), encoding="bytes").load()
@@ -241,6 +238,14 @@ def load(file: BinaryIO, size: int) -> Any:
     if ended and at == size:
         raise UnpickleError(f"the pickle is truncated: the file ends at byte {at}")
     raise UnpickleError(f"{reason} (at byte {max(at - 1, 0)})")
+
+
+def refuse_others(file: BinaryIO, place: str = "") -> None:
+    """Raises UnpickleError, after `place`, if a file begins as one of _OTHER_FILES does."""
+    start = file.read(64).lstrip()
+    for magic, kind in _OTHER_FILES.items():
+        if start[: len(magic)].lower() == magic.lower():
+            raise UnpickleError(f"{place}not a pickle (at byte 0): the file is {kind}")
 
 
 def _reason(error: Exception) -> str:
