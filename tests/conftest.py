@@ -64,11 +64,12 @@ def fault_seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(pytestconfig: pytest.Config) -> None:
+def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs are compiled once by all processes and later runs; `--cache-clear` forgets them."""
     from vidjax import devices
 
-    devices.keep_programs(pytestconfig.cache.mkdir("xla"))
+    kept = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
+    devices.keep_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
