@@ -18,10 +18,18 @@ from vidjax.run import results as results_lib
 from vidjax.steps import topk
 from vidjax.training import train
 
-pytestmark = pytest.mark.slow
+NETS = [pytest.param("net", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
+def neighbours(data, nearest_run, tmp_path_factory):
+    """A run of nearest neighbours, analysed."""
+    folder = shutil.copytree(nearest_run, tmp_path_factory.mktemp("neighbours") / "run")
+    analysed(folder, data)
+    return folder
+
+
+@pytest.fixture(scope="module", params=NETS)
 def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mma")
     train.train(shrunk(), folder, data, num_devices=1, analyse=True)
@@ -76,6 +84,21 @@ def test_strata_cover_every_clip(workdir):
     for by, rows in tables.items():
         assert sum(row["clips"] for row in rows) == 40, by
         assert all(0 <= row["map"] <= 1 for row in rows)
+
+
+def test_an_analysis_of_neighbours_agrees_with_their_map(neighbours):
+    facts, arrays = made_runs.load_analysis(neighbours / "analysis.npz")
+    results = json.loads((neighbours / "metrics.json").read_text())
+    assert arrays["ap"][arrays["positives"] > 0].mean() == pytest.approx(results["map"])
+    for table in facts["strata"]:
+        assert sum(row["clips"] for row in table["rows"]) == 40, table["by"]
+    values = {row["change"]: row["map"] for row in facts["robustness"]}
+    assert values.pop(robustness.PLAIN) == facts["results"]["map"] >= min(values.values())
+    worst = [row["ap"] for row in facts["worst"]]
+    assert worst == sorted(worst) == sorted(arrays["ap"])[: len(worst)]
+    for kind, clips in facts["wrong_clips"].items():
+        assert all((one["shows"] < 0) == (kind == "distractors") for one in clips)
+        assert all(one["shows"] != one["identity"] for one in clips)
 
 
 def test_nothing_changed_is_plain_map(workdir):
@@ -164,6 +187,7 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
         assert f"{row['clip']}.mp4" in lists[data.identities[row["identity"]]]
 
 
+@pytest.mark.slow
 def test_members_gain_is_what_map_loses_without_them(data, tmp_path):
     config = shrunk("--config.ensemble.seeds=2", spec="configs/quality_fusion.py:iqiyi_vid")
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True)
