@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 # Fewer programs in flight, and no memory of several.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 LINUX = sys.platform == "linux"
+MOST_RESIDENT = [2 << 30]  # bytes of this process above which programs are forgotten
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which nothing frees
 
 
@@ -79,21 +80,15 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.fixture(scope="session")
-def most_resident() -> list[int]:
-    """The bytes of this process above which programs are forgotten."""
-    return [2 << 30]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs(most_resident: list[int]) -> Iterator[None]:
+def forget_programs() -> Iterator[None]:
     """Compiled programs of many modules fill several GiB of memory, which other tests need."""
     yield
-    if resident() > most_resident[0]:
+    if resident() > MOST_RESIDENT[0]:
         jax.clear_caches()
         gc.collect()
         # What is free is not always given back, and another look would find as much.
-        most_resident[0] = max(most_resident[0], resident() + (1 << 29))
+        MOST_RESIDENT[0] = max(MOST_RESIDENT[0], resident() + (1 << 29))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
+from tests.helpers.embeddings import unit
 from tests.helpers.made_models import init_identifier
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
@@ -71,10 +72,6 @@ def train(model, frames, labels, batches):
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
         state = apply(model, state, take(frames, rows), clips, train=True)[1]
     return state
-
-
-def unit(x):
-    return x / np.linalg.norm(x)
 
 
 def oracle(frames, labels, name, used):
