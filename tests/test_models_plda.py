@@ -140,7 +140,7 @@ def test_logits_are_those_of_the_equations():
             part = frames[name]
             shown = np.flatnonzero(part.mask.any(axis=1))
             means = [unit(part.features[clip][part.mask[clip]].mean(axis=0)) for clip in shown]
-            x = jnp.stack([unit(mean - centre) for mean in means])
+            x = jnp.stack([unit(np.asarray(mean - centre)) for mean in means])
             ratios = np.asarray(log_ratios(space, enrolled, x))
             wanted[shown] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
         wanted[:, 0] = 0.5 + np.log(4)

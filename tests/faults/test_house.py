@@ -93,6 +93,7 @@ def test_the_core_without_what_is_optional(without, tmp_path):
 
 def test_tensorflow_is_missing(without, official_dir, tmp_path):
     data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
+    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # records need none
     words, check = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
     (said, of_check), printed = complaints(words, check, env=without("tensorflow"))
     check_text(said)
