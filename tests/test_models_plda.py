@@ -12,7 +12,6 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
-from tests.helpers.embeddings import unit
 from tests.helpers.made_models import init_identifier
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
@@ -72,6 +71,10 @@ def train(model, frames, labels, batches):
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
         state = apply(model, state, take(frames, rows), clips, train=True)[1]
     return state
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
 
 
 def oracle(frames, labels, name, used):
@@ -140,7 +143,7 @@ def test_logits_are_those_of_the_equations():
             part = frames[name]
             shown = np.flatnonzero(part.mask.any(axis=1))
             means = [unit(part.features[clip][part.mask[clip]].mean(axis=0)) for clip in shown]
-            x = jnp.stack([unit(np.asarray(mean - centre)) for mean in means])
+            x = jnp.stack([unit(mean - centre) for mean in means])
             ratios = np.asarray(log_ratios(space, enrolled, x))
             wanted[shown] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
         wanted[:, 0] = 0.5 + np.log(4)
