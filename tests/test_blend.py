@@ -18,8 +18,7 @@ from vidjax.commands import blend
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
 
-pytestmark = pytest.mark.slow  # several trainings
-
+TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
 FOLDS = "--config.ensemble.folds=2"
 SHORT = ("--config.num_epochs=3", "--config.eval.block_size=32", "--config.eval.members=false")
 
@@ -69,7 +68,7 @@ def train(load, tmp_path_factory):
     return train
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=TRAINED)
 def runs(train, folders):
     """Two runs with folds, of other nets on other modalities in other folders."""
     dense = train("dense", "quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS)
@@ -141,6 +140,22 @@ def check_ranking(path, scores):
         assert sorted(names) == sorted(scores)
         values = np.array([scores[name][identity] for name in names])
         assert (values[1:] <= values[:-1] * (1 + 1e-5) + 1e-30).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        (("--config.join.greedy=true", "--config.join.split=val"), (1.0, 0.0)),
+        (("--config.join.mean=logarithms", "--config.join.weights=(1,3)"), (1.0, 3.0)),
+    ],
+)
+def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, tmp_path, words, weights):
+    runs = nearest_run, shutil.copytree(nearest_run, tmp_path / "copy")
+    results = blend.blend_runs(joining(runs, *words), tmp_path, lambda _: data, num_devices=1)
+    wanted, split = probabilities(nearest_run, lambda _: data, "val")
+    check_ranking(tmp_path / "ranking.txt", wanted)
+    assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
+    assert config_io.load_workdir(tmp_path).join.weights == weights
 
 
 @pytest.mark.parametrize("weights", [(), (3.0, 0.0)], ids=["equal", "one"])

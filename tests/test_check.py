@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import clip_files
 from tests.helpers.datasets import prepare
+from tests.helpers.made_runs import snapshot
 from vidjax import api, config_io, ensemble, files, ranking
 from vidjax import config as config_lib
 from vidjax.evaluation import restore
@@ -94,14 +95,6 @@ def checked(capsys):
 def states(lines, state):
     """Returns the texts of the lines in a state."""
     return [line[11:] for line in lines if line.startswith(f"  {state:7}  ")]
-
-
-def snapshot(folder):
-    """Returns path -> bytes and time of change of all that lies in a folder."""
-    return {
-        path: (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
-    }
 
 
 def biggest(run, pattern):

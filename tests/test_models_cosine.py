@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.embeddings import unit
 from tests.helpers.made_models import (
     DIMS,
     eval_output,
@@ -22,10 +23,6 @@ from vidjax import config as config_lib
 from vidjax import losses
 
 SPEC = {"name": "cosine", "embed_dim": 7}
-
-
-def unit(x):
-    return x / np.linalg.norm(x)
 
 
 def means(frames, clips):

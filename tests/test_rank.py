@@ -1,7 +1,6 @@
 """New clips by command: the ranking of `predict`, in files of three formats, under odd names."""
 
 import csv
-import hashlib
 import html
 import json
 import os
@@ -79,17 +78,6 @@ def rows_of(ranked):
         for identity, clips in ranked.items()
         for place, (clip, score) in enumerate(clips, 1)
     ]
-
-
-def snapshot(folder):
-    """Returns path -> time and content of all that a folder holds."""
-    return {
-        path: (
-            path.stat().st_mtime_ns,
-            path.is_file() and hashlib.sha256(path.read_bytes()).digest(),
-        )
-        for path in (folder, *folder.rglob("*"))
-    }
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +227,7 @@ def test_odd_names_round_trip_through_a_run(run_dir):
 def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, capsys, suffix):
     clips = make_clips("new", 5)
     table = write_parquet(tmp_path / "new.parquet", clips)
-    before = snapshot(run_dir)
+    before = made_runs.snapshot(run_dir)
     out = tmp_path / f"out{suffix}"
     words = ["--mode=rank", f"--workdir={run_dir}", f"--input={table}", f"--out={out}"]
     assert main([*words, "--json"]) == 0
@@ -249,7 +237,7 @@ def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, capsys, suffix
     assert f"rank: {len(clips)} of {len(clips)} clips" in said.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
-    assert snapshot(run_dir) == before
+    assert made_runs.snapshot(run_dir) == before
     assert main(words) == 2
     assert "name another file, or delete it" in capsys.readouterr().err
     assert main([*words[:3], f"--out={tmp_path}/b.tsv", "--config.seed=1"]) == 2

@@ -91,9 +91,10 @@ def test_the_core_without_what_is_optional(without, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_tensorflow_is_missing(without, tmp_path):
-    words = ["--config=configs/mma.py", f"--workdir={tmp_path}/w"]
-    check = ["--mode=check", "--config=configs/mma.py"]
+def test_tensorflow_is_missing(without, official_dir, tmp_path):
+    data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
+    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # records need none
+    words, check = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
     (said, of_check), printed = complaints(words, check, env=without("tensorflow"))
     check_text(said)
     assert "the package 'tensorflow' is missing" in said and "pip install" in said

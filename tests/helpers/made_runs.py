@@ -58,6 +58,14 @@ def write(
     return folder
 
 
+def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Returns path -> content and time of change of a folder and all that lies in it."""
+    return {
+        path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
 def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the values of an `analysis.npz` as they were written, and its arrays."""
     _, arrays = results_lib.load_analysis(path)
