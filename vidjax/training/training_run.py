@@ -150,8 +150,7 @@ def make_feed(
     )
     if mode == "streaming":
         say("clips are streamed from the records")
-        start, share = step * config.batch_size, devices.share(mesh)
-        stream = data.train_batches(batches, start=start, share=share)
+        stream = data.train_batches(batches, step=step, share=devices.share(mesh))
         return feed_lib.StreamingFeed(system, mesh, stream, axes), data
     began = time.monotonic()
     clips = resident.Resident(data, layout, mesh)
