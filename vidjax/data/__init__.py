@@ -1,1 +1,1 @@
-"""Clips, labels and datasets in numpy (jax in `resident`): no TensorFlow, no unpickling here."""
+"""Clips, labels and datasets in numpy (`order`, `resident`: jax); no TensorFlow, no unpickling."""

@@ -19,7 +19,7 @@ from vidjax.data import order
 from vidjax.data.clips import BatchPlan
 from vidjax.data.records.codec import decode_batch, parse_batch, record_sizes, tf, windows
 from vidjax.data.records.manifest import Records
-from vidjax.data.records.shard_files import DEPTH, FRAMING, Shard, check_changed, check_shard
+from vidjax.data.records.shard_files import FRAMING, Shard, check_changed, check_shard
 from vidjax.errors import UserError
 
 AHEAD = 4  # batches that are known to tf.data before they are asked for
@@ -38,9 +38,9 @@ def train_batches(
     batches = _pipeline(records, plan, shards, queue).as_numpy_iterator()
     places = _places(records, plan, shards, step)
     for added in itertools.chain([AHEAD], itertools.repeat(1)):
-        for values in itertools.islice(places, added):
-            queue.enqueue([value[..., rows] for value in values])
         try:
+            for values in itertools.islice(places, added):
+                queue.enqueue([value[..., rows] for value in values])
             decoded, clip_index = next(batches)
         except (tf.errors.OpError, ValueError) as error:
             for shard in shards:
@@ -87,11 +87,8 @@ def _places(
         epoch, place = (part.astype(np.int32) for part in np.divmod(position, plan.num_clips))
         with jax.default_device(_host()):
             clip_index, first = jax.device_get(draw(np.int32(number), epoch, place))
-        yield (
-            shard[clip_index],
-            start[clip_index],
-            np.array(first, np.int32).reshape(-1, len(place)),
-        )
+        first = np.array(first, np.int32).reshape(-1, len(place))
+        yield shard[clip_index], start[clip_index], first
 
 
 def _host() -> jax.Device:
@@ -114,33 +111,30 @@ def _find_records(
         split = records.splits[name]
         clips.append(split.order + sum(map(len, clips)))
         sizes.append(FRAMING + record_sizes(split, records.modalities)[split.order])
-    size = np.concatenate(sizes)
+    size, found = np.concatenate(sizes), [one.size for one in shards]
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [one.records for one in shards])
-    ends = np.cumsum([one.size for one in shards])
-    start = np.cumsum(size) - size
-    if (
-        not np.array_equal(np.searchsorted(ends, start, side="right"), shard)
-        or size.sum() != ends[-1]
-    ):
-        raise UserError(
-            f"{shards[0].path.parent}: records of another layout\n"
-            f"delete {shards[0].path.parents[DEPTH - 1]} to convert again"
-        )
+    if not np.array_equal(np.bincount(shard, size), found):
+        raise UserError("their sizes do not follow from the lengths of clips")
+    begins = np.cumsum(found) - found
+    start = np.cumsum(size) - size - begins[shard]
     place = np.argsort(np.concatenate(clips))
-    return shard[place], (start - (ends - [one.size for one in shards])[shard])[place]
+    return shard[place], start[place]
 
 
 def _pipeline(records: Records, plan: BatchPlan, shards: Sequence[Shard], queue: Any) -> Any:
     """Returns a tf.data dataset of decoded batches of the clips in `queue`, and clip_index [B]."""
     paths = tf.constant([str(shard.path) for shard in shards])
     # Of shards: the clip_index of a record counts from it.
-    counts = [len(records.splits[split].shards) for split in plan.splits]
-    before = np.cumsum([0, *(len(records.splits[split].clips) for split in plan.splits)])[:-1]
-    offsets = tf.constant(np.repeat(before, counts), tf.int32)
+    splits = [records.splits[name] for name in plan.splits]
+    before = np.cumsum([0, *(len(split.clips) for split in splits[:-1])])
+    offsets = tf.constant(np.repeat(before, [len(split.shards) for split in splits]), tf.int32)
 
     def read(shard: Any, start: Any) -> Any:
         found = tf.raw_ops.TFRecordDatasetV2(
-            filenames=paths[shard][None], compression_type="", buffer_size=0, byte_offsets=start[None]
+            filenames=paths[shard][None],
+            compression_type="",
+            buffer_size=0,
+            byte_offsets=start[None],
         )
         record = tf.data.experimental.from_variant(found, tf.TensorSpec([], tf.string))
         return record.take(1).get_single_element()
