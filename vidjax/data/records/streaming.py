@@ -91,7 +91,7 @@ def _places(
         yield shard[clip_index], start[clip_index], first
 
 
-def _host() -> jax.Device:
+def _host() -> Any:
     """Returns the processor of this machine, or an accelerator if jax may use nothing else."""
     try:
         return jax.local_devices(backend="cpu")[0]
