@@ -23,7 +23,7 @@ from vidjax.data.records.shard_files import FRAMING, Shard, check_changed, check
 from vidjax.errors import UserError
 
 AHEAD = 4  # batches that are known to tf.data before they are asked for
-READERS = 4  # records of a batch that are read at once
+READERS = 16  # records of a batch that are read at once: most wait for a file, not for a core
 
 
 def train_batches(
