@@ -18,9 +18,9 @@ from vidjax.data.records.codec import (
     PackedFrames,
     decode_batch,
     parse_batch,
-    random_window,
     tf,
     tfds,
+    windows,
 )
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import ShardReader, describe_shard
@@ -144,29 +144,14 @@ def test_packed_frames_refuse_what_they_cannot_hold_exactly() -> None:
         packed.encode_example({**clip, "features": clip["features"].astype(np.float32)})
 
 
-def test_windows_start_anywhere_and_alike_whatever_the_batch() -> None:
-    frames = np.arange(10, dtype=np.int32)
-    strings = tf.constant([frames.tobytes()] * 4000)
-    fields: dict[str, Any] = dict.fromkeys(DECODED, strings)
-    modality = Modality(2, "int16")
-
-    def first_frames(positions: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
-        rows = {field: value[: len(positions)] for field, value in fields.items()}
-        windows = random_window(rows, modality, 7, tf.constant(positions), seed)
-        numbers = decode_batch(windows, modality, 7, best=False)["number"]
-        decoded = np.array(numbers)
-        np.testing.assert_array_equal(np.diff(decoded, axis=1), 1)
-        return decoded[:, 0]
-
-    positions = np.arange(4000, dtype=np.int64)
-    drawn = first_frames(positions, (3, 0))
-    counts = np.bincount(drawn, minlength=4)
-    assert np.abs(counts - 1000).max() < 4 * np.sqrt(1000 * 0.75)
-    pairs = np.bincount(4 * drawn[:-1] + drawn[1:], minlength=16)  # neighbours are independent
-    assert np.abs(pairs - 250).max() < 5 * np.sqrt(250)
-    np.testing.assert_array_equal(first_frames(positions[100:132], (3, 0)), drawn[100:132])
-    for other in ((4, 0), (3, 1), (-3, 0)):
-        assert 0.6 < (first_frames(positions, other) != drawn).mean() < 0.9
+def test_a_window_is_the_frames_from_its_first_one_on() -> None:
+    frames = [np.arange(length, dtype=np.int32) for length in (10, 10, 7, 3, 0)]
+    strings = tf.constant([one.tobytes() for one in frames])
+    first = np.array([0, 3, 0, 0, 0], np.int32)
+    cut = windows(dict.fromkeys(DECODED, strings), Modality(2, "int16"), 7, tf.constant(first))
+    for strings in cut.values():
+        for shown, at, one in zip(strings.numpy(), first, frames, strict=True):
+            np.testing.assert_array_equal(np.frombuffer(shown, np.int32), one[at : at + 7])
 
 
 def example(**fields: list[Any]) -> bytes:

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ from vidjax.cluster.processes import Share, own_blocks, own_places
 from vidjax.commands import parts as parts_lib
 from vidjax.data import clips as clips_lib
 from vidjax.data import memory
-from vidjax.data.records import manifest, padding, shard_files
-from vidjax.data.records.codec import tf
+from vidjax.data.records import manifest, padding, shard_files, streaming
 from vidjax.data.records.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
@@ -196,8 +196,8 @@ def test_order_depends_on_seed_and_epoch_alone(dataset: Dataset) -> None:
     other_size = {**TRAIN, "batch_size": 32}
     assert order_of(take(train_batches(dataset, **other_size), 3)) == order
     assert order_of(take(train_batches(dataset, **{**TRAIN, "seed": 4}), 12)) != order
-    resumed = take(train_batches(dataset, **TRAIN, start=50), 5)  # not where a batch begins
-    assert order_of(resumed) == order[50:90]
+    resumed = take(train_batches(dataset, **TRAIN, step=6), 5)
+    assert order_of(resumed) == order[48:88]
 
 
 @pytest.mark.parametrize(("crop", "start_batch"), [("quality", 1), ("window", 6), ("window", 23)])
@@ -206,7 +206,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
 ) -> None:
     arguments = {**TRAIN, "crop": crop, "splits": ("train", "val"), "batch_size": 9}
     whole = take(train_batches(dataset, **arguments), start_batch + 9)
-    resumed = take(train_batches(dataset, **arguments, start=9 * start_batch), 9)
+    resumed = take(train_batches(dataset, **arguments, step=start_batch), 9)
     assert_equal(whole[start_batch:], resumed)
 
 
@@ -418,8 +418,8 @@ def test_mistakes_are_named_before_anything_is_read(dataset: Dataset) -> None:
     for table, message in tables:
         with pytest.raises(ValueError, match=message):
             eval_batches(dataset, split="val", modalities=("face",), rows=4, **table)
-    with pytest.raises(ValueError, match="start=-1: must be 0 or more"):
-        train_batches(dataset, **TRAIN, start=-1)
+    with pytest.raises(ValueError, match="step=-1: must be 0 or more"):
+        train_batches(dataset, **TRAIN, step=-1)
     plan = clips_lib.make_eval_plan(dataset.split("val"), ("face",))
     with pytest.raises(ValueError, match="'val' has no features of 'body'"):
         dataset.eval_batches(plan._replace(modalities=("body",)), rows=4)
@@ -518,18 +518,18 @@ def test_a_process_opens_the_files_of_its_ranges_alone(
 
 
 @pytest.mark.parametrize(
-    ("count", "start", "crop"),
+    ("count", "step", "crop"),
     [
-        (2, 149, "window"),
-        (3, 36, "quality"),
+        (2, 12, "window"),
+        (3, 3, "quality"),
         pytest.param(4, 0, "window", marks=pytest.mark.slow),
-        pytest.param(12, 12, "quality", marks=pytest.mark.slow),
+        pytest.param(12, 1, "quality", marks=pytest.mark.slow),
     ],
 )
 def test_rows_of_all_processes_are_the_batch_of_one(
-    dataset: Dataset, crop: str, count: int, start: int
+    dataset: Dataset, crop: str, count: int, step: int
 ) -> None:
-    arguments = {**BOTH, "crop": crop, "start": start}
+    arguments = {**BOTH, "crop": crop, "step": step}
     num_batches = 2 * sum(COUNTS.values()) // 12
     whole = take(train_batches(dataset, **arguments), num_batches)
     parts = [
@@ -555,6 +555,16 @@ def location(data: Dataset, records: manifest.SplitRecords, clip: int) -> tuple[
     return shard, place - int(ends[shard]) + records.shards[shard].records
 
 
+def places(shard: shard_files.Shard) -> list[tuple[int, int]]:
+    """Returns first and last + 1 byte of every record of a file, by the lengths in it."""
+    content, found, at = shard.path.read_bytes(), [], 0
+    while at < len(content):
+        (size,) = struct.unpack_from("<Q", content, at)
+        found.append((at, at + size + shard_files.FRAMING))
+        at = found[-1][1]
+    return found
+
+
 def damage(shard: shard_files.Shard, at: int) -> None:
     """Changes a byte of a file, and neither its size nor its time."""
     stat = shard.path.stat()
@@ -572,8 +582,8 @@ def test_a_damaged_record_is_refused_by_the_process_that_reads_it(
     read = [take(train_batches(copied, **arguments, share=share), 1)[0] for share in shares(2)]
     assert not set(read[0].clip_index) & set(read[1].clip_index)
     shard, number = location(copied, records, int(read[1].clip_index[3]))
-    places = shard_files.find_records(records.shards[shard])
-    damage(records.shards[shard], int(places.start[number] + places.size[number] // 2))
+    first, end = places(records.shards[shard])[number]
+    damage(records.shards[shard], (first + end) // 2)
     (again,) = take(train_batches(copied, **arguments, share=Share(0, 2)), 1)
     assert_equal(again, read[0])
     with pytest.raises(ValueError, match=rf"record {number + 1} is damaged") as error:
@@ -593,87 +603,60 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(copied: Dataset, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_process_ends_while_batches_are_read_ahead(source: Path, found: manifest.Records) -> None:
+@pytest.mark.parametrize("share", [Share(), Share(0, 2)])
+@pytest.mark.parametrize("end", ["", "raise KeyError", "os.kill(os.getpid(), 2)", "sys.exit(3)"])
+def test_a_process_ends_while_batches_are_read_ahead(
+    source: Path, found: manifest.Records, share: Share, end: str
+) -> None:
     code = (
+        "import os, sys, time\n"
         "from tests.helpers.batches import train_batches\n"
         "from vidjax.data.clips import Share\n"
         "from tests.helpers.datasets import load_dataset\n"
         f"cache = {str(found.folder.parents[1])!r}\n"
         f"data = load_dataset('iqiyi_vid', directory={str(source)!r}, cache_dir=cache)\n"
-        f"batches = train_batches(data, **{BOTH | {'batch_size': 690}!r}, share=Share(0, 2))\n"
-        "print(len(next(batches).clip_index))\n"
+        f"batches = train_batches(data, **{BOTH | {'batch_size': 690}!r}, share={share!r})\n"
+        "print(len(next(batches).clip_index), flush=True)\n"
+        "print(time.time(), flush=True)\n"
+        f"{end}\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (0, "345\n"), done.stderr
-    assert "Exception" not in done.stderr, done.stderr
+    rows, began = done.stdout.split()
+    assert int(rows) == 690 // share.parts
+    assert time.time() - float(began) < 20, "it waited for what was read ahead"
+    wanted = {"": 0, "raise KeyError": 1, "sys.exit(3)": 3}
+    assert done.returncode == wanted.get(end, -2), done.stderr
+    assert done.stderr.count("Traceback") == (done.returncode in (1, -2)), done.stderr
 
 
-# Single records.
+def test_places_of_records_follow_from_lengths_of_clips(dataset: Dataset) -> None:
+    plan = clips_lib.make_batch_plan(
+        [dataset.split(name) for name in ("val", "train")],
+        **{key: value for key, value in BOTH.items() if key not in ("splits", "modalities")},
+        modalities=("face",),
+    )
+    shards = [one for name in plan.splits for one in dataset._records.splits[name].shards]
+    shard, start = streaming._find_records(dataset._records, plan, shards)
+    orders = dataset.order("val"), 26 + dataset.order("train")
+    wanted = [(number, at) for number, one in enumerate(shards) for at, _ in places(one)]
+    for clip, place in zip(np.concatenate(orders).tolist(), wanted, strict=True):
+        assert (shard[clip], start[clip]) == place
 
 
-def test_nothing_but_the_lengths_is_read_of_other_records(
-    found: manifest.Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, original = [], shard_files._read
-
-    def spy(file: Any, start: int, size: int) -> bytes:
-        read.append((Path(file.name), start, size))
-        return original(file, start, size)
-
-    monkeypatch.setattr(shard_files, "_read", spy)
-    shards = found.splits["train"].shards
-    files = shard_files.RecordFiles(shards)
-    assert not read
-    content = files.read(np.array([3, 0, 3]), np.array([2, 1, 0]))
-    assert {path for path, _, size in read if size == 12} == {shards[0].path, shards[3].path}
-    own = [(path, size - 4) for path, _, size in read if size != 12]
-    assert own == [
-        (shards[0].path, len(content[1])),
-        (shards[3].path, len(content[0])),
-        (shards[3].path, len(content[2])),
-    ]
-    for row, (shard, number) in enumerate(((3, 2), (0, 1), (3, 0))):
-        wanted = list(tf.data.TFRecordDataset(str(shards[shard].path)).as_numpy_iterator())
-        assert content[row] == wanted[number]
-    read.clear()
-    files.read(np.array([3]), np.array([1]))
-    assert len(read) == 1  # where records lie is found once
-
-
-def test_any_damaged_byte_of_a_record_is_found(found: manifest.Records, tmp_path: Path) -> None:
-    (shard,) = [
-        shard for shard in found.splits["train"].shards if shard.path.name.count("00003-of")
-    ]
-    shard = shard._replace(path=Path(shutil.copy(shard.path, tmp_path / "shard")))
-    start, size = shard_files.find_records(shard)
-    first, last = int(start[2]), int(start[2] + size[2]) + shard_files.SUM
-    files = shard_files.RecordFiles([shard])
-    rng = np.random.default_rng(0)
-    assert len(files.read(np.zeros(5, int), np.arange(5))) == 5
-    for at in {first, last - 1, *rng.integers(first, last, 30).tolist()}:
-        damage(shard, at)
-        with pytest.raises(ValueError, match=r"shard: record 3 is damaged$"):
-            files.read(np.zeros(5, int), np.arange(5))
-        files.read(np.zeros(4, int), np.array([0, 1, 3, 4]))
-        damage(shard, at)
-    for at in range(first - shard_files.HEADER, first):
-        damage(shard, at)
-        with pytest.raises(ValueError, match=r"shard: (record 3 is damaged|ends before byte)"):
-            shard_files.find_records(shard)
-        damage(shard, at)
-
-
-def test_a_file_of_another_length_is_refused(found: manifest.Records, tmp_path: Path) -> None:
-    shard = found.splits["val"].shards[0]
-    content = shard.path.read_bytes()
-    shard = shard._replace(path=tmp_path / "shard")
-    (size,) = struct.unpack_from("<Q", content)
-    for changed in (b"", content[: size + 16], content[:-1], content + b"x", content[: size + 20]):
-        shard.path.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"shard: (\d+ bytes, expected|ends before byte)"):
-            shard_files.RecordFiles([shard]).read(np.array([0]), np.array([0]))
+@pytest.mark.parametrize("part", ["length", "sum of the length", "content", "sum of the content"])
+def test_any_damaged_part_of_a_record_is_found(copied: Dataset, part: str) -> None:
+    shard = copied._records.splits["train"].shards[3]
+    first, end = places(shard)[2]
+    damage(
+        shard,
+        {"length": first, "sum of the length": first + 9, "content": first + 40}.get(part, end - 1),
+    )
+    batches = train_batches(copied, **{**TRAIN, "batch_size": 45})
+    with pytest.raises(ValueError, match=r"found 2: record 3 is damaged") as error:
+        next(batches)
+    assert str(shard.path) in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
 # Memory.

@@ -29,7 +29,9 @@ from tests.helpers.small_runs import (
 from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
+from vidjax.cluster.processes import Share
 from vidjax.commands import evaluate
+from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.run import signals
@@ -45,7 +47,7 @@ PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
-shuffled = jax.jit(resident.shuffled, static_argnums=3)
+shuffled = jax.jit(order_lib.shuffled, static_argnums=3)
 
 
 def order_of(num_clips, epochs, seed=0, first=0, shuffled=shuffled):
@@ -96,9 +98,9 @@ def test_orders_are_even(num_clips):
 
 
 def test_unevenness_of_too_few_rounds_would_show(monkeypatch):
-    monkeypatch.setattr(resident, "ROUNDS", 3)
+    monkeypatch.setattr(order_lib, "ROUNDS", 3)
     # A function of its own, so that no program for other rounds is used again.
-    few_rounds = jax.jit(lambda *values: resident.shuffled(*values), static_argnums=3)
+    few_rounds = jax.jit(lambda *values: order_lib.shuffled(*values), static_argnums=3)
     assert min(p_values(order_of(7, 3000, shuffled=few_rounds))) < 1e-9
 
 
@@ -311,41 +313,38 @@ def test_a_split_that_is_not_resident_is_streamed(ragged, held):
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.mark.parametrize("crop", [pytest.param("window", marks=pytest.mark.slow), "quality"])
-def test_training_sees_the_clips_that_streaming_shows(ragged, crop):
-    """Apart from windows of longer ones, which are drawn otherwise."""
-    modalities = ("face", "audio", "body")
-    clips, plan, _ = clips_of(ragged, crop=crop)
-    assert plan.windowed == (("face", "body") if crop == "window" else ())
-    stream = train_batches(
-        ragged,
-        splits=("train",),
-        modalities=modalities,
-        batch_size=33,
+@pytest.mark.parametrize(
+    ("splits", "modalities", "crop", "first"),
+    [
+        (("train",), ("face", "audio", "body"), "window", 0),
+        (("val", "train"), ("body", "face"), "quality", 3),
+        pytest.param(("train", "val"), ("face",), "window", 9, marks=pytest.mark.slow),
+        pytest.param(("val",), ("audio", "face"), "quality", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first):
+    """In every step of several epochs, whether one or several processes read them."""
+    plan = make_batch_plan(
+        [ragged.split(name) for name in splits],
+        modalities,
+        batch_size=12,
         max_frames=7,
         crop=crop,
-        seed=0,
+        seed=3,
     )
-    wanted = shown([next(stream)])
-    found = shown([drawer(clips.train, plan._replace(batch_size=33))(0)])
-    if crop == "window":
-        longer = longest(ragged.split("train"), modalities) > 7
-        assert longer.sum() > 5
-        for clip in np.flatnonzero(longer).tolist():
-            del found[clip], wanted[clip]
-    assert_same_clips(found, wanted)
-
-
-@pytest.mark.slow
-def test_several_splits_are_trained_on_in_the_order_of_their_tables(ragged):
-    splits = ("val", "train")
-    stream = {"batch_size": 53, "max_frames": 800, "crop": "window", "seed": 0}
-    plan = make_batch_plan([ragged.split(name) for name in splits], ("face",), **stream)
-    layout = resident.plan_resident(ragged, plan, "train")
-    assert layout.splits == splits
-    clips = resident.Resident(ragged, layout, devices_lib.make_mesh(1))
-    host = next(ragged.train_batches(plan))
-    assert_same_clips(shown([drawer(clips.train, plan)(2)]), shown([host]))
+    layout = resident.plan_resident(ragged, plan, "val")
+    draw = drawer(resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train, plan)
+    streams = [
+        [ragged.train_batches(plan, step=first, share=Share(number, parts))
+         for number in range(parts)]
+        for parts in (1, 3)
+    ]  # fmt: skip
+    for step in range(first, first + 3 * plan.num_clips // 12):
+        wanted = draw(step)
+        for stream in streams:
+            parts = [next(part) for part in stream]
+            found = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 FUSIONS = [
@@ -675,6 +674,21 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
     run(config, tmp_path, data)
     assert_same_runs(tmp_path, whole)
     assert {one["mode"] for one in manifests(tmp_path).values()} == {"resident"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [MLP, MMA])
+def test_both_feeds_train_the_same_weights(data, tmp_path, spec):
+    """Runs of several epochs, with windows of longer clips.
+
+    The batches are the same bits, but the two are programs of their own, which round otherwise.
+    """
+    words = ("--config.num_epochs=2", "--config.data.max_frames=6", "--config.eval.every_epochs=0")
+    for mode in ("resident", "streaming"):
+        run(shrunk(*words, f"--config.data.mode={mode}", spec=spec), tmp_path / mode, data)
+    found, wanted = (weights(tmp_path / mode) for mode in ("streaming", "resident"))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.slow

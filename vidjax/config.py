@@ -183,8 +183,8 @@ TABLE: tuple[Field | Group, ...] = (
           "in the file, or the L2 norm of the feature for clips without one; `norm`: always the L2 "
           "norm of the feature", choices=("given", "norm"), read_when=OWN_FEATURES),
     Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: clips "
-          "are read from the records; `auto`: resident if the clips take at most half of the free "
-          "memory", choices=("auto", "resident", "streaming")),
+          "are read from the records, in the same order; `auto`: resident if the clips take at "
+          "most half of the free memory", choices=("auto", "resident", "streaming")),
     Field("data.max_frames", 64, "maximum number of frames that training reads from a clip", low=1,
           high=2**20),
     Field("data.crop", "window", "frames of a longer clip in training: a random `window`, or the "

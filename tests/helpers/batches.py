@@ -36,10 +36,10 @@ def train_batches(
     *,
     splits: Sequence[str],
     modalities: Sequence[str],
-    start: int = 0,
+    step: int = 0,
     share: Share = WHOLE,
     **options: Any,
 ) -> Iterator[Batch]:
     """Yields the batches of training; `options` go to `make_batch_plan`."""
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
-    return data.train_batches(plan, start=start, share=share)
+    return data.train_batches(plan, step=step, share=share)

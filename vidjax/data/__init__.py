@@ -1,1 +1,1 @@
-"""Clips, labels and datasets in numpy; TensorFlow is in `records/`, unpickling in `untrusted/`."""
+"""Clips, labels and datasets in numpy (`order`, `resident`: jax); TensorFlow is in `records/`."""

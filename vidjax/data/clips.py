@@ -156,17 +156,13 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def train_batches(
-        self, plan: BatchPlan, *, start: int = 0, share: Share = WHOLE
+        self, plan: BatchPlan, *, step: int = 0, share: Share = WHOLE
     ) -> "Iterator[Batch]":
-        """Yields batches without end; every clip comes once per epoch.
-
-        Batches run on across epochs: none is short and no clip is dropped. The order of clips
-        depends on the plan's seed and the epoch alone.
+        """Yields the batches of all steps, with the clips and windows of `order.draw`.
 
         Args:
           plan: the batches, from `make_batch_plan`.
-          start: number of clips that all processes together have drawn so far; the stream
-            continues after them.
+          step: the first step, from 0.
           share: which rows of every batch this process reads. Concatenated, the rows of all
             processes are the batch that a single process would read.
         """

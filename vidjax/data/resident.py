@@ -7,7 +7,6 @@ but its step.
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from vidjax.data.clips import (
     make_eval_plan,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.order import draw, first_frame
 from vidjax.errors import UserError
 
 MODES = ("auto", "resident", "streaming")
@@ -38,34 +38,27 @@ MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
 FIELDS = tuple(name for name in Packed._fields if name in STORED)
 SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in FIELDS[1:])
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
-_ORDER = np.uint32(2**32 - 1)  # folded into the seed; no member has this number
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the batch of a training step: B clips, features as LazyFeatures.
-
-    Every clip comes once per epoch. Batches run on across epochs: none is short and no clip is
-    dropped.
+    """Returns the batch of a training step: the B clips of `order.draw`, features as LazyFeatures.
 
     Args:
       clips: modality -> Packed of N clips; the last frame is zeros and stands for padding.
       step: [] int32, number of the step, from 0.
     """
-    order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
-    epoch, place = position // plan.num_clips, position % plan.num_clips
-    clip_index = shuffled(order_rng, epoch, place, plan.num_clips)
-    window_rng = jax.random.fold_in(window_rng, step)
+    drawn = draw(plan, step, position // plan.num_clips, position % plan.num_clips)
     batch_mask = jnp.ones(plan.batch_size, bool)
-    frames = {}
-    for number, (name, size) in enumerate(plan.padded_lengths.items()):
-        rng = jax.random.fold_in(window_rng, number) if name in plan.windowed else None
-        frames[name] = frames_of(clips[name], clip_index, batch_mask, size, rng)
-    return Batch(frames, clip_index, batch_mask)
+    frames = {
+        name: frames_of(clips[name], drawn.clip_index, batch_mask, size, drawn.windows.get(name))
+        for name, size in plan.padded_lengths.items()
+    }
+    return Batch(frames, drawn.clip_index, batch_mask)
 
 
 def frames_of(
-    clips: Packed, clip_index: Array, batch_mask: Array, size: int, rng: Array | None = None
+    clips: Packed, clip_index: Array, batch_mask: Array, size: int, drawn: Array | None = None
 ) -> Frames:
     """Returns Frames [B, size] of B clips, features as LazyFeatures.
 
@@ -74,13 +67,11 @@ def frames_of(
       clip_index: [B] int32, the clips to take.
       batch_mask: [B] bool; a clip where it is False has no frames.
       size: T.
-      rng: key of the random window of T frames in a longer clip; None takes the first T frames.
+      drawn: [B] float32, see `first_frame` of a window; None takes the first T frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
-    if rng is not None:
-        places = jnp.maximum(length - size, 0) + 1
-        drawn = jax.random.uniform(rng, places.shape, jnp.float32)
-        first += jnp.minimum((drawn * places).astype(jnp.int32), places - 1)
+    if drawn is not None:
+        first += first_frame(drawn, length, size)
     length = jnp.where(batch_mask, jnp.minimum(length, size), 0)
     place = jnp.arange(size, dtype=jnp.int32)
     mask = place < length[:, None]  # [B, T]
@@ -321,51 +312,3 @@ def _put(arrays: Sequence[Array], part: Sequence[Array], at: Array) -> list[Arra
         jax.lax.dynamic_update_slice_in_dim(whole, piece, at, axis=0)
         for whole, piece in zip(arrays, part, strict=True)
     ]
-
-
-ROUNDS = 16  # with 8, the orders of six clips would not all be equally likely
-
-
-def shuffled(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns [B] int32: the clip at position `place[i]` in the random order of epoch `epoch[i]`.
-
-    Args:
-      rng: key of all orders.
-      epoch: [B] int32.
-      place: [B] int32, position in the epoch, 0 to num_clips - 1; all positions of an epoch
-        together give every clip once.
-      num_clips: N.
-
-    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a generalised Feistel
-    network on the smallest rectangle of N or more places, repeated for places mapped beyond N.
-    Ours: the round function, a hash (the finaliser of MurmurHash3). It costs O(B), where sorting N
-    random numbers would cost as much as many steps.
-    """
-    rows = math.isqrt(num_clips - 1) + 1
-    columns = -(-num_clips // rows)
-    keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (ROUNDS,)))(epoch)
-
-    def permute(x: Array) -> Array:
-        row, column = x % rows, x // rows
-        for i in range(ROUNDS):
-            if i % 2:
-                column = (column + _hash(row, keys[:, i]) % columns) % columns
-            else:
-                row = (row + _hash(column, keys[:, i]) % rows) % rows
-        return column * rows + row
-
-    def beyond(x: Array) -> Array:
-        return jnp.any(x >= num_clips)
-
-    def walk(x: Array) -> Array:
-        return jnp.where(x < num_clips, x, permute(x))
-
-    return jax.lax.while_loop(beyond, walk, permute(place.astype(jnp.uint32))).astype(jnp.int32)
-
-
-def _hash(x: Array, key: Array) -> Array:
-    """Returns [B] uint32, a hash of x and a key."""
-    x = (x * np.uint32(0x9E3779B9)) ^ key
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * np.uint32(factor)
-    return x ^ (x >> 16)

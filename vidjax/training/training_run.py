@@ -132,8 +132,8 @@ def make_feed(
 ) -> tuple[feed_lib.Feed, ClipSource]:
     """Builds the feed of training clips from a step on, and the source of clips to evaluate.
 
-    A resumed run keeps its mode, `streaming` or `resident`, since the order of clips depends on it;
-    `mode` is None for a new run.
+    Both feeds give the same batches, but their compiled steps round otherwise: so a resumed run
+    keeps its mode, `streaming` or `resident`; `mode` is None for a new run.
     """
     batches = make_batch_plan(
         [data.split(name) for name in config.data.train_splits],
@@ -150,8 +150,7 @@ def make_feed(
     )
     if mode == "streaming":
         say("clips are streamed from the records")
-        start, share = step * config.batch_size, devices.share(mesh)
-        stream = data.train_batches(batches, start=start, share=share)
+        stream = data.train_batches(batches, step=step, share=devices.share(mesh))
         return feed_lib.StreamingFeed(system, mesh, stream, axes), data
     began = time.monotonic()
     clips = resident.Resident(data, layout, mesh)

@@ -17,8 +17,8 @@ from vidjax import files
 from vidjax.batch import Frames
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
-from vidjax.data.records.manifest import NAME, VERSION
-from vidjax.data.records.shard_files import Shard
+from vidjax.data.records.manifest import NAME, VERSION, SplitRecords
+from vidjax.data.records.shard_files import Shard, encoded_size, varint_size
 from vidjax.errors import UserError
 
 # TensorFlow reads both variables when it is imported. It only moves records here, without need of
@@ -148,39 +148,26 @@ def _num_frames(fields: Mapping[str, Any]) -> Any:
     return tf.strings.length(fields["number"]) // np.dtype(FRAME_FIELDS["number"].dtype).itemsize
 
 
-def random_window(
-    fields: Mapping[str, Any], modality: Modality, size: int, positions: Any, seed: tuple[int, int]
-) -> dict[str, Any]:
-    """Returns field -> [B] strings of at most `size` consecutive frames, from a random start.
+def record_sizes(split: SplitRecords, modalities: Mapping[str, Modality]) -> np.ndarray:
+    """Returns [N] int64, the bytes of the record of each clip of a split, by clip index."""
+    count = len(split.clips)
+    names = [len(clip.encode("utf-8", "surrogateescape")) for clip in split.clips]
+    sizes = {"clip": np.array(names), "clip_index": varint_size(np.arange(count))}
+    for name, modality in modalities.items():
+        length = split.lengths.get(name, np.zeros(count)).astype(np.int64)
+        for field, (_, frame_bytes) in _kinds(modality).items():
+            sizes[f"frames/{name}/{field}"] = length * frame_bytes
+    return encoded_size(sizes)
 
-    A window depends only on `seed`, of which each modality has its own, and on `positions` [B]
-    int64 of the clips in the endless stream. So it is the same after a resume.
-    """
-    places = tf.maximum(_num_frames(fields) - size, 0) + 1  # [B]
-    drawn = _uniform(positions, seed)
-    first = tf.cast(drawn * tf.cast(places, tf.float64), tf.int32)
+
+def windows(fields: Mapping[str, Any], modality: Modality, size: int, first: Any) -> dict[str, Any]:
+    """Returns field -> [B] strings of at most `size` frames, from frame `first` [B] int32 on."""
     count = tf.fill(tf.shape(first), size)
     return {
         field: tf.strings.substr(fields[field], first * frame_bytes, count * frame_bytes)
         for field, (_, frame_bytes) in _kinds(modality).items()
         if field in fields
     }
-
-
-def _uniform(positions: Any, seed: tuple[int, int]) -> Any:
-    """Returns [B] float64 in [0, 1): a hash of each position.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014, the
-    finaliser of SplitMix64. `index_shuffle` of TensorFlow leaves neighbouring positions alike.
-    """
-    words = [word % 2**64 for word in seed]
-    key = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-    mixed = tf.cast(positions, tf.uint64) * tf.constant(0x9E3779B97F4A7C15, tf.uint64) + key
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        shifted = tf.bitwise.right_shift(mixed, tf.constant(shift, tf.uint64))
-        mixed = tf.bitwise.bitwise_xor(mixed, shifted) * tf.constant(factor, tf.uint64)
-    high = tf.bitwise.right_shift(mixed, tf.constant(11, tf.uint64))
-    return tf.cast(high, tf.float64) / 2**53
 
 
 def decode_batch(

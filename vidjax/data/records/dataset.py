@@ -87,22 +87,22 @@ class Dataset:
         return self._records.splits[self.split(split).name].order
 
     def train_batches(
-        self, plan: BatchPlan, *, start: int = 0, share: Share = WHOLE
+        self, plan: BatchPlan, *, step: int = 0, share: Share = WHOLE
     ) -> Iterator[Batch]:
         """Yields batches without end; every clip comes once per epoch, see `TrainingData`.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, a negative `start`, a
+          ValueError: an unknown split, a split without one of the modalities, a negative `step`, a
             batch that cannot be split evenly, or, while reading, damaged records.
         """
-        if start < 0:
-            raise UserError(f"start={start}: must be 0 or more")
+        if step < 0:
+            raise UserError(f"step={step}: must be 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         own_rows(plan.batch_size, share)  # refuses what cannot be split, before anything is read
         from vidjax.data.records import streaming
 
-        return streaming.train_batches(self._records, plan, start, share)
+        return streaming.train_batches(self._records, plan, step, share)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows, see `ClipSource`.

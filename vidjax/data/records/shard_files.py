@@ -259,73 +259,6 @@ HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
 SUM = 4  # bytes behind it: its checksum
 
 
-class RecordFiles:
-    """Shards of which single records are read; none stays open or mapped, see `ShardReader`."""
-
-    def __init__(self, shards: Sequence[Shard]):
-        """Takes the shards, which `read` names by their positions; reads none of them."""
-        self._shards = tuple(shards)
-        self._places = functools.cache(lambda number: find_records(self._shards[number]))
-
-    def read(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Returns the content of some records, [n] of bytes; threads may call it at once.
-
-        `shards` and `numbers`, [n] int, are the shard of each record and its number there, from 0.
-        A record that is damaged or cut raises ValueError.
-        """
-        content = np.empty(len(shards), object)
-        sums = [b""] * len(shards)
-        for shard in np.unique(shards).tolist():
-            start, size = self._places(shard)
-            with _open(self._shards[shard]) as file:
-                for row in np.flatnonzero(shards == shard).tolist():
-                    number = numbers[row]
-                    read = _read(file, int(start[number]), int(size[number]) + SUM)
-                    content[row], sums[row] = read[:-SUM], read[-SUM:]
-        wrong = _first_wrong(content.tolist(), sums)
-        if wrong is not None:
-            path = self._shards[shards[wrong]].path
-            raise UserError(f"{path}: record {numbers[wrong] + 1} is damaged")
-        return content
-
-
-def find_records(shard: Shard) -> Spans:
-    """Returns where records lie, from lengths alone; ValueError if one, or the size, is wrong."""
-    starts, lengths, sums, at = [], [], [], 0
-    with _open(shard) as file:
-        while len(starts) < shard.records and at < shard.size:
-            header = _read(file, at, HEADER)
-            lengths.append(header[:8])
-            sums.append(header[8:])
-            starts.append(at + HEADER)
-            at += HEADER + struct.unpack("<Q", header[:8])[0] + SUM
-        actual = os.fstat(file.fileno()).st_size
-    wrong = _first_wrong(lengths, sums)
-    if wrong is not None:
-        raise UserError(f"{shard.path}: record {wrong + 1} is damaged")
-    # A file that was cut between two records has no damaged one.
-    if not (len(starts) == shard.records and at == shard.size == actual):
-        raise UserError(f"{shard.path}: {actual} bytes, expected {shard.size}")
-    size = np.frombuffer(b"".join(lengths), "<u8").astype(np.int64)
-    return Spans(np.array(starts, np.int64), size)
-
-
-def _open(shard: Shard) -> io.FileIO:
-    """Opens a shard to read parts of it."""
-    file = files.open_regular(shard.path)
-    if hasattr(os, "posix_fadvise"):  # the system would read on behind each part
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return file
-
-
-def _read(file: io.FileIO, start: int, size: int) -> bytes:
-    """Returns `size` bytes of a file; ValueError if it ends before."""
-    content = os.pread(file.fileno(), size, start)
-    if len(content) < size:
-        raise UserError(f"{file.name}: ends before byte {start + size}")
-    return content
-
-
 def _first_wrong(messages: Sequence[bytes], sums: Sequence[bytes]) -> int | None:
     """Returns the position of the first message whose checksum is wrong; None if all are right."""
     first = 0
@@ -382,6 +315,25 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
         parts += (_entry(key, kind, len(content)), content)
     features = b"".join(parts)
     return FIRST_TAG + _varint(len(features)) + features
+
+
+def encoded_size(sizes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns [N] int64, the bytes of messages by `encode`; `sizes` [N] are those of the values."""
+    entries = []
+    for key, size in sizes.items():
+        value = _field_size(_field_size(_field_size(size)))  # in a list, in a feature, in its entry
+        entries.append(_field_size(_field_size(np.array(len(key.encode()))) + value))
+    return _field_size(np.sum(entries, axis=0))
+
+
+def _field_size(size: np.ndarray) -> np.ndarray:
+    """Returns [N] int64, the bytes of fields of a message, of `size` [N] bytes of content each."""
+    return 1 + varint_size(size) + size
+
+
+def varint_size(numbers: np.ndarray) -> np.ndarray:
+    """Returns [N] int64, the bytes of whole numbers below 2**63 as varints."""
+    return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 
 @functools.lru_cache(1 << 14)  # most clips have as many frames as others
