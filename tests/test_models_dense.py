@@ -113,7 +113,7 @@ def test_a_gate_multiplies_the_output_of_its_layer():
         y = y / (1 + np.exp(-(y @ np.asarray(branch["kernel"]) + np.asarray(branch["bias"]))))
         expected = y + expected if i else y
     found = gated.apply({**variables, "params": params}, x, mask, train=False)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
     names = set(init(plain, x, mask, train=False)["params"])
     assert names == {"layer_0", "layer_1"}  # as without the option
 

@@ -1,8 +1,8 @@
 """What the authors ran: their numbers, against what `CONFIG:published` computes."""
 
 import functools
+import itertools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tests.helpers import made_steps
 from tests.helpers.made_frames import make_frames
 from vidjax import config_io, ensemble, fusion
 from vidjax.augment import MemberClips
-from vidjax.batch import Frames
+from vidjax.batch import ClipInfo, ModelOutput
 from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
@@ -129,14 +129,14 @@ def test_each_example_of_a_batch_counts_alike():
     rng = train_step.member_keys(run.state.rng[0], run.state.step)[0]
     fused = run.system.fuse(rng, clips.frames, jnp.int32(-1))
     examples, exists = run.system.to_examples(fused)
-    info: Any = type("Info", (), {"mask": exists.reshape(-1), "labels": None, "index": None})
+    labels = jnp.repeat(run.state.labels[0], exists.shape[1])
+    info = ClipInfo(jnp.zeros_like(labels), exists.reshape(-1))
     variables = {"params": jax.tree.map(lambda x: x[0], run.state.params)}
     variables |= jax.tree.map(lambda x: x[0], run.state.model_state)
     output, _ = run.system.model.apply(
         variables, examples, info, train=True, rngs={"dropout": rng}, mutable=["batch_stats"]
     )
-    labels = jnp.repeat(run.state.labels[0], exists.shape[1])
-    of_each = run.system.objective(output, labels, exists.reshape(-1), 0)
+    of_each = run.system.objective(output, labels, exists.reshape(-1), jnp.int32(0))
     wanted = np.asarray(of_each)[np.asarray(exists).reshape(-1)].mean()
     np.testing.assert_allclose(losses[0], wanted, rtol=1e-5)
 
@@ -155,7 +155,9 @@ def test_residual_dense_has_shortcuts_batch_norm_and_a_classifier_of_everybody()
     found = shapes("residual_dense", "face")
     layers = {f"backbone/layer_{i}/dense/kernel": (512 if i == 0 else 8192, 8192) for i in range(3)}
     norms = {f"backbone/layer_{i}/norm/scale": (8192,) for i in range(3)}
-    kernels = layers | norms | {"classifier/kernel": (8192, 10_035)}  # L14: 10,034, and nobody
+    kernels = (
+        layers | norms | {"classifier/logits/kernel": (8192, 10_035)}
+    )  # L14: 10,034, and nobody
     assert {name: found[name] for name in kernels} == kernels
     products = sum(2 * np.prod(shape) for name, shape in found.items() if "kernel" in name)
     assert 0.4e9 < products < 0.5e9  # L5: about 0.5 GFLOP
@@ -203,7 +205,7 @@ def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
     objective = system.make_objective(None)
     for epoch, share in ((0, 0.75), (23.9, 0.75), (24.1, 1), (98.9, 1), (99.1, 0.98), (199, 0.98)):
         step = jnp.int32(round(epoch * CLIPS / config.batch_size))
-        output: Any = type("Output", (), {"logits": logits[:, None], "embedding": None})
+        output = ModelOutput(jnp.asarray(logits)[:, None], jnp.zeros((1, 4)))
         loss = objective(output, jnp.array([1]), jnp.ones(1, bool), step)
         wanted = share * focal + (1 - share) * softmax  # :294, 306, 325-331
         np.testing.assert_allclose(loss, [wanted], rtol=1e-4, err_msg=str(epoch))
@@ -257,8 +259,8 @@ def test_quality_fusion_weighs_the_faces_of_the_test():
 def test_quality_fusion_has_the_nets_of_its_code(net, widths, norms):
     found = shapes("quality_fusion", net)  # inference.py:201-259
     kernels = [shape for name, shape in sorted(found.items()) if name.endswith("dense/kernel")]
-    assert kernels == list(zip(widths, widths[1:], strict=False))
-    assert found["classifier/kernel"] == (1024, 10_035)  # L22
+    assert kernels == list(itertools.pairwise(widths))
+    assert found["classifier/logits/kernel"] == (1024, 10_035)  # L22
     assert any("norm" in name for name in found) == norms
 
 

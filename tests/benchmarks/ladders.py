@@ -314,7 +314,9 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
         Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
         Rung("shortcuts", "dense_narrow", "dense_plain", "better"),
         Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
-        Rung("the body where a clip has no face", "dense_fallback", "dense_narrow", why=RANKED_LAST),
+        Rung(
+            "the body where a clip has no face", "dense_fallback", "dense_narrow", why=RANKED_LAST,
+        ),
         Rung("the head beside this body", "dense_fallbacks", "dense_fallback", "no use"),
         Rung("the head where a clip has no face", "dense_other", "dense_narrow", why=RANKED_LAST),
         Rung("1024 units instead of 256", "dense", "dense_narrow"),
