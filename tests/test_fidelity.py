@@ -34,10 +34,7 @@ def rows():
     found = re.findall(r"^\| ([A-Z]\d+) \| (.*) \|$", PAGE.read_text(), re.M)
     split = [(number, *cells.split(" | ")) for number, cells in found]
     assert not [cells[0] for cells in split if len(cells) != 5], "a row has five columns"
-    return [
-        Row(number, statement, quote, *answer.partition(": ")[::2], place)
-        for number, statement, quote, answer, place in split
-    ]
+    return [Row._make((*cells[:3], *cells[3].partition(": ")[::2], cells[4])) for cells in split]
 
 
 def sections():
