@@ -122,7 +122,8 @@ def test_each_example_of_a_batch_counts_alike():
     mask[::2, 1:] = False
     frames = run.batch.frames["face"]._replace(mask=mask)
     batch = run.batch._replace(frames={"face": frames})
-    _, losses = train_step.train_step(run.system, run.state, run.tables, batch)
+    step = jax.jit(functools.partial(train_step.train_step, run.system))
+    _, losses = step(run.state, run.tables, batch)
     clips = MemberClips(
         {"face": frames}, run.state.labels[0], jnp.ones(len(mask)), jnp.float32(-1e9), ()
     )
@@ -174,11 +175,10 @@ def test_merged_frames_vary_less_within_a_class():
     assert np.mean(merged**2) < 0.5 * np.mean(own**2)
 
 
-@pytest.mark.parametrize(
-    "word", ["model.gate=True", "loss.label_smoothing=0.1", "mixup=0.2"]
-)  # L40
-def test_what_the_article_proposes_trains_on_its_net(word):
-    words = ("--config.model.width=8", f"--config.{word}")
+def test_what_the_article_proposes_trains_on_its_net():
+    """L40: gates by a sigmoid, label smoothing and MixUp."""
+    words = ("model.width=8", "model.gate=True", "loss.label_smoothing=0.1", "mixup=0.2")
+    words = [f"--config.{word}" for word in words]
     _, losses = made_steps.make("residual_dense:published,face,one", *words).train(3)
     assert np.isfinite(losses).all()
 
@@ -228,13 +228,14 @@ def test_a_clip_without_a_good_face_changes_nothing():
     face = run.batch.frames["face"]
     quality = np.asarray(face.quality).copy()
     quality[3] = 10
+    step = jax.jit(functools.partial(train_step.train_step, run.system))
     found = []
     for scale in (1, 7):
         features = np.asarray(face.features).copy()
         features[3] *= scale
         frames = face._replace(features=features, quality=quality)
         batch = run.batch._replace(frames={"face": frames})
-        state, loss = train_step.train_step(run.system, run.state, run.tables, batch)
+        state, loss = step(run.state, run.tables, batch)
         found.append((jax.device_get(state.params), np.asarray(loss)))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
