@@ -53,7 +53,7 @@ CHANGES = {
     },
     "quality_fusion": {
         "iqiyi_vid": {"data", "passes"},
-        "published": {"passes"},
+        "published": {"passes", "rate", "what is dropped"},
         "folds": {"members"},
         "trainval": {"members", "splits"},
         "raw": {"training frames"},
@@ -67,7 +67,10 @@ CHANGES = {
     },
     "residual_dense": {
         "iqiyi_vid": {"data", "passes", "parameters"},
-        "published": {"evaluation frames", "what is dropped"},
+        "published": {
+            *("members", "passes", "rate", "training frames", "evaluation frames"),
+            "what is dropped",
+        },
         "trainval": {"members", "splits"},
         "plain": {"shortcut"},
         "one": {"members"},
@@ -151,7 +154,11 @@ def settings(config):
         "mirrors": config.noise.mirror_weight,
         "splits": (config.data.train_splits, config.eval.split),
         "samples": config.ensemble.resample,
-        "what is dropped": (config.ensemble.poor_clips, config.eval.top_classes),
+        "what is dropped": (
+            *(_find(config.to_dict(), name) for name in ("poor_clips", "top_classes")),
+            _find(config.fusion.to_dict(), "poor_clips"),
+        ),
+        "rate": {name: config.optim[name] for name in ("learning_rate", "decay", "points")},
         "shortcut": _find(config.model.to_dict(), "shortcut"),
         "modalities": config.modalities,
         "data": (config.data.name, config.data.size),

@@ -103,6 +103,7 @@ UNREAD = {
     "optim.momentum": ("0.5", ["optim.name=sgd"]),
     "optim.decay_factor": ("0.5", ["optim.decay=steps"]),
     "optim.decay_every_epochs": ("2", ["optim.decay=steps"]),
+    "optim.points": ("((0,1),(2,0.5))", ["optim.decay=piecewise"]),
     "ensemble.chunks": ("8", ["ensemble.views=2"]),
     "noise.method": ("hdbscan", ["data.distractors=noise"]),
     "noise.eps": ("0.5", ["data.distractors=noise"]),

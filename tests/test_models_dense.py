@@ -96,6 +96,28 @@ def test_mlp_matches_a_loop(norm_first, gradients):
             check_gradients(forward, params, x, modes=("rev",))
 
 
+def test_a_gate_multiplies_the_output_of_its_layer():
+    """The layer times its sigmoid branch, written out; a shortcut adds what came before."""
+    x = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
+    mask = np.ones(3, bool)
+    plain, gated = (ResidualDenseNet(4, 2, "relu", 0.0, gate=gate) for gate in (False, True))
+    variables = init(gated, x, mask, train=False)
+    params = randomised(variables["params"])
+    expected, norms = x, variables["batch_stats"]
+    for i in range(2):
+        one = ResidualDenseNet(4, 1, "relu", 0.0)
+        layer = {"params": {"layer_0": params[f"layer_{i}"]}}
+        layer["batch_stats"] = {"layer_0": norms[f"layer_{i}"]}
+        y = np.asarray(one.apply(layer, expected, mask, train=False))
+        branch = params[f"gate_{i}"]
+        y = y / (1 + np.exp(-(y @ np.asarray(branch["kernel"]) + np.asarray(branch["bias"]))))
+        expected = y + expected if i else y
+    found = gated.apply({**variables, "params": params}, x, mask, train=False)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
+    names = set(init(plain, x, mask, train=False)["params"])
+    assert names == {"layer_0", "layer_1"}  # as without the option
+
+
 SHORTCUTS = ("add", "concat", "none")
 
 

@@ -68,6 +68,20 @@ def test_warmup_goes_before_the_other_decays_too():
     np.testing.assert_allclose(steps(np.arange(20)), halved, rtol=1e-5)
 
 
+def test_factors_by_the_epoch_jump_and_run_in_lines():
+    points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))
+    options: Any = {"decay": "piecewise", "points": points, "warmup": 0.0}
+    schedule = make_schedule(learning_rate=0.1, total_steps=60, steps_per_epoch=10, **options)
+    epochs = (np.arange(60) + 0.5) / 10
+    line = np.where(epochs < 4, 1 - 0.4 * (epochs - 2), 0.2)
+    np.testing.assert_allclose(
+        schedule(np.arange(60)), 0.1 * np.where(epochs < 2, 0.5, line), rtol=1e-5
+    )
+    for wrong in (((0, 1), (-1, 1)), ((0,),), ()):
+        with pytest.raises(ValueError, match=r"config\.optim\.points"):
+            make_schedule(total_steps=9, steps_per_epoch=1, **options | {"points": wrong})
+
+
 @pytest.mark.parametrize("decay", ["cosine", "steps", "constant"])
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
 def test_short_runs_have_finite_positive_rates(total_steps, decay):
@@ -160,7 +174,7 @@ def test_impossible_points_are_refused(points):
     ("spec", "message"),
     [
         ({"name": "lion"}, "choose from adam, sgd"),
-        ({"decay": "linear"}, "choose from constant, cosine, steps"),
+        ({"decay": "linear"}, "choose from constant, cosine, piecewise, steps"),
         ({"decay": "steps"}, "needs steps_per_epoch"),
     ],
 )

@@ -172,7 +172,7 @@ def test_means_and_weights_are_those_of_vidjax(weighting):
 
 def test_filter_and_best_frames_are_those_of_vidjax():
     frames = uneven_frames()
-    options = {"min_quality": 25.0, "min_detection": 0.7}
+    options: Any = {"min_quality": 25.0, "min_detection": 0.7}
     kept = peer.filter_frames(to_torch(frames), **options)
     np.testing.assert_array_equal(kept.mask, fusion.filter_frames(frames, **options).mask)
     for count in (3, 12):

@@ -117,6 +117,7 @@ EMBEDDING = _is_not("loss.embedding", "", "triplet")
 SGD = _is("optim.name", "sgd")
 WARMUP = _is_not("optim.warmup", 0, 0.1)
 COSINE, STEPS = _is("optim.decay", "cosine"), _is("optim.decay", "steps")
+PIECEWISE = _is("optim.decay", "piecewise")
 JOINED = ReadWhen(
     "join.runs",
     lambda values: bool(values["join.runs"]),
@@ -302,6 +303,8 @@ TABLE: tuple[Field | Group, ...] = (
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two steps of the stairs; a fraction is "
           "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
+    Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
+          "linear between them. With `optim.decay=piecewise`", read_when=PIECEWISE),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient"),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "

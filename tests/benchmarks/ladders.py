@@ -85,7 +85,8 @@ WEAK_AUDIO = "synthetic voices tell little: see audio alone"
 TENTH_LESS = "each net lacks a tenth of few clips; nets of all clips: see the recipe"
 IDENTITY = "at the paper's scale, the matrix is the identity"
 DROPOUT = "perhaps: modality dropout trains for missing modalities already"
-SINGLE_FACES = "perhaps: single faces are more examples to learn from, where clips are few"
+OTHER_DATA = "see the claims that need other data"
+RANKED_LAST = "the base ranks a clip without a face last, wherever it could stand"
 QUALITY_TELLS = (
     "quality foretells the noise of synthetic frames; weights have to be learned from few clips"
 )
@@ -112,7 +113,15 @@ KNOBS = {
     ),
 }
 OTHERS = ("head", "body", "audio")
-NARROW = "--config.model.width=256"
+# Modality, key of its row, published accuracy.
+ACCURACIES = (
+    ("face", "one_single", "0.81 to 0.88"),
+    ("head", "head", "0.60"),
+    ("body", "body", "0.35"),
+    ("audio", "audio", "0.25"),
+)
+NARROW, NARROW_MAIN = "--config.model.width=256", "--config.model.main.width=256"
+FALLBACKS = {"dense_other": "head", "dense_fallback": "body", "dense_fallbacks": "body,head"}
 DENSE = {
     "dense_one_single": "one,single",
     "dense_single": "single",
@@ -120,6 +129,23 @@ DENSE = {
     "dense_plain": "plain",
     "dense_one": "one",
     "dense_one_fused": "one,fused",
+}
+DENSE_OPTIONS = {
+    "gates": "--config.model.gate=True",
+    "smoothing": "--config.loss.label_smoothing=0.1",
+    "mixup": "--config.mixup=0.2",
+}
+# What quality fusion adds to training, each left out.
+FUSION_OPTIONS = {
+    "filtered": "--config.fusion.face.train.probs=1,0,0,0,0",
+    "fused": (
+        "--config.fusion.face.train.min_quality=-1000 --config.fusion.face.train.min_detection=0"
+    ),
+    "softmax": "--config.loss.schedule=((0,0),)",
+    "focal": "--config.loss.schedule=((0,1),)",
+    "mixed": "--config.loss.schedule=((0,0.75),)",
+    "unwarmed": "--config.optim.warmup=0 --config.optim.warmup_scale=0",
+    "constant": "--config.optim.decay=constant",
 }
 MMA_OPTIONS = {
     "smoothing": "--config.loss.label_smoothing=0.1",
@@ -156,6 +182,11 @@ _ROWS = (
         "fusion_unseen", "quality_fusion", overrides="--config.data.distractors=leave_out",
         absent={REAL: NO_STRANGERS},
     ),
+    *(
+        Row(f"fusion_{name}", "quality_fusion", overrides=overrides)
+        for name, overrides in FUSION_OPTIONS.items()
+    ),
+    Row("fusion_published", "quality_fusion", "published"),
     Row("fusion_fold", "quality_fusion", "folds", overrides=FIRST_FOLD),
     Row("fusion_folds", "quality_fusion", "folds"),
     *(Row(f"fusion_{net}", "quality_fusion", net) for net in MLPS),
@@ -181,10 +212,18 @@ _ROWS = (
     # Residual Dense Net (2nd place 2019).
     Row("dense", "residual_dense", "", "face"),
     *(Row(key, "residual_dense", words, "face", overrides=NARROW) for key, words in DENSE.items()),
+    *(
+        Row(f"dense_{name}", "residual_dense", "", "face", overrides=f"{NARROW} {overrides}")
+        for name, overrides in DENSE_OPTIONS.items()
+    ),
+    Row("dense_published", "residual_dense", "published", "face"),
     Row("dense_both", joined=("dense_narrow", "dense_plain")),
-    Row(
-        "dense_other", "residual_dense", "", "face,head",
-        overrides="--config.model.main.width=256",
+    *(
+        Row(
+            key, "residual_dense", "", f"face,{others}", overrides=NARROW_MAIN,
+            absent={REAL: NO_BODY} if "body" in others else {},
+        )
+        for key, others in FALLBACKS.items()
     ),
     *(
         Row(
@@ -273,24 +312,44 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
         Rung("joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035", SMALL),
         Rung("frames merged, with one net", "dense_one", "dense_one_single"),
         Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
+        Rung("shortcuts", "dense_narrow", "dense_plain", "better"),
         Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
         Rung(
-            "the head where a clip has no face", "dense_other", "dense_narrow", "no use",
-            "the base ranks a clip without a face last, wherever it could stand",
+            "the body where a clip has no face", "dense_fallback", "dense_narrow", why=RANKED_LAST,
         ),
+        Rung("the head beside this body", "dense_fallbacks", "dense_fallback", "no use"),
+        Rung("the head where a clip has no face", "dense_other", "dense_narrow", why=RANKED_LAST),
         Rung("1024 units instead of 256", "dense", "dense_narrow"),
-        *(Rung(f"{name} alone, one net, single frames", f"dense_{name}") for name in OTHERS),
+        Rung("sigmoid gates after the layers", "dense_gates", "dense_narrow"),
+        Rung("label smoothing of 0.1", "dense_smoothing", "dense_narrow"),
+        Rung("mixup of clips, alpha 0.2", "dense_mixup", "dense_narrow"),
+        *(
+            Rung(f"{name} alone, one net, single frames", f"dense_{key}", published=f"top1 {top1}")
+            for name, key, top1 in ACCURACIES
+        ),
+        Rung("as published, all frames and merged ones", "dense_published"),
     ),
     "quality_fusion": (
         Rung("every face scored by itself", "fusion_voting"),
         Rung(
             "one fused face in the test", "fusion", "fusion_voting", "+0.01",
-            "see the claims that need other data",
+            OTHER_DATA,
         ),
-        Rung("faces filtered and fused in training", "fusion", "fusion_raw", "+0.02", SINGLE_FACES),
+        Rung("faces filtered and fused in training", "fusion", "fusion_raw", "+0.02", OTHER_DATA),
+        Rung("faces fused, where they are filtered", "fusion", "fusion_filtered"),
+        Rung("faces filtered, where they are fused", "fusion", "fusion_fused"),
+        Rung("focal and softmax loss, not softmax alone", "fusion_mixed", "fusion_softmax"),
+        Rung("focal and softmax loss, not focal alone", "fusion_mixed", "fusion_focal"),
+        Rung("stages of this mixture", "fusion", "fusion_mixed"),
+        Rung("warm-up of the learning rate", "fusion", "fusion_unwarmed"),
+        Rung("cosine annealing", "fusion", "fusion_constant"),
+        Rung("as published, one net", "fusion_published"),
         Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
         Rung("five of these nets", "fusion_folds", "fusion_fold", "0.8955"),
-        Rung("five kinds of nets", "fusion_nets", "fusion_folds", "0.8983", SMALL),
+        Rung(
+            "five kinds of nets (theirs: partially completed)", "fusion_nets", "fusion_folds",
+            "0.8983", SMALL,
+        ),
         *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS),
     ),
     "mma": (

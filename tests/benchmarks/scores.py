@@ -268,6 +268,8 @@ def _ladder_row(rung: Rung, found: Mapping[str, Any]) -> list[str]:
     cells = []
     for dataset in DATASETS:
         score = _mean(scores.get(dataset, {}).get("map", []))
+        if score and rung.published.startswith("top1"):  # an accuracy, beside which stands ours
+            score += f", top1 {_mean(scores[dataset]['top1'])}"
         reason = {**ROWS[rung.key].absent, **rung.absent}.get(dataset, "")
         gain = _with_interval(differences.get(dataset)) or _no_base(rung, dataset)
         cells.append(reason or f"{score} {gain}".strip())

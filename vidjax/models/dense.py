@@ -22,7 +22,7 @@ from vidjax.models.mlp import MLP, Layer, ResidualBlock, ResidualDenseNet
 # Backbone -> the attributes that it alone reads.
 _OPTIONS = {
     "mlp": ("layers",),
-    "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut"),
+    "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut", "gate"),
     "block": ("dropout_rate",),
 }
 
@@ -39,6 +39,7 @@ class DenseIdentifier(Identifier):
       activation: for `residual`, activation of every layer, as in DenseLayer.
       dropout_rate: for `residual` and `block`, dropout rate of every layer but the last of a block.
       shortcut: for `residual`, add | concat | none.
+      gate: for `residual`, True for a sigmoid gate after every layer.
       norm_first: for `mlp` and `residual`, True for BatchNorm before the activations.
       head: linear | cosine.
       logit_scale: for the cosine head, factor on the cosines.
@@ -61,6 +62,7 @@ class DenseIdentifier(Identifier):
     activation: str = "relu"
     dropout_rate: float = 0.5
     shortcut: str = "add"
+    gate: bool = False
     norm_first: bool = False
     head: str = "linear"
     logit_scale: float = 1.0
@@ -110,6 +112,7 @@ class DenseIdentifier(Identifier):
                 self.activation,
                 self.dropout_rate,
                 self.shortcut,
+                self.gate,
                 self.norm_first,
                 self.dtype,
                 name="backbone",

@@ -157,11 +157,13 @@ class ResidualDenseNet(nn.Module):
       num_layers: number of layers, not counting the classifier.
       activation: activation of every layer, as in DenseLayer.
       shortcut: add | concat | none (the plain net of the same size).
+      gate: True to multiply the output y of each layer by sigmoid(W y + b), number by number.
       norm_first: True for BatchNorm before the activations, False for after.
 
     Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
-    fully connected net, BatchNorm, dropout. All else is ours; the article leaves it open. No
-    shortcut bypasses the first layer, since input and output widths differ.
+    fully connected net, BatchNorm, dropout; attention with sigmoid branches as future work. All
+    else is ours; the article leaves it open. No shortcut bypasses the first layer, since input and
+    output widths differ. The weights of a gate start at 0.
     """
 
     width: int = 4096
@@ -169,6 +171,7 @@ class ResidualDenseNet(nn.Module):
     activation: str = "relu"
     dropout_rate: float = 0.5
     shortcut: str = "add"
+    gate: bool = False
     norm_first: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -195,6 +198,14 @@ class ResidualDenseNet(nn.Module):
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )(x, mask, train=train)
+            if self.gate:
+                branch = Linear(
+                    self.width,
+                    dtype=self.dtype,
+                    kernel_init=nn.initializers.zeros,
+                    name=f"gate_{i}",
+                )
+                new = new * jax.nn.sigmoid(branch(new))
             x = x + new if connected and self.shortcut == "add" else new
             seen.append(new)
         return x

@@ -181,7 +181,7 @@ def _draw_clips(
         number -= 1
         clips = transform(jax.random.fold_in(rng, number), clips)
     fused = system.fuse(rng, clips.frames, view)
-    return clips._replace(frames=fused)
+    return clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
 
 
 def _model_input(
