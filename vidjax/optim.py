@@ -125,6 +125,7 @@ def make_schedule(
         warmup_scale: rate at the first step relative to the peak, at most 1; 0 for one over the
           number of warm-up steps, so that the first step is not wasted.
         decay: a key of DECAYS.
+        by_epoch: True for a rate that stays the same within each epoch, that of its first step.
       total_steps: steps of the whole run, warm-up included.
       steps_per_epoch: optimiser steps per epoch, for the decay `steps`; may be a fraction.
 
@@ -141,7 +142,14 @@ def make_schedule(
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     rise = Rise(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
-    return DECAYS[decay](rise, **_options(DECAYS[decay], spec))
+    schedule = DECAYS[decay](rise, **_options(DECAYS[decay], spec))
+    if not spec["by_epoch"]:
+        return schedule
+    if not steps_per_epoch:
+        raise ValueError(f"config.optim.by_epoch needs steps_per_epoch, got {steps_per_epoch}")
+    first = np.ceil(np.arange(total_steps // steps_per_epoch + 2) * steps_per_epoch * (1 - 1e-12))
+    starts = jnp.asarray(first, jnp.int32)  # tables of the host, as in `stairs`
+    return lambda step: schedule(starts[jnp.searchsorted(starts, step, side="right") - 1])
 
 
 def adam() -> optax.GradientTransformation:
@@ -166,7 +174,7 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds an optimiser and its learning-rate schedule.
 
-    There are two weight decays; both apply to matrices only.
+    There are two weight decays; both apply to matrices only, unless `decay_all`.
 
     - `total_decay` is decoupled from the gradient and holds for the whole run: it equals the
       decoupled weight decay times the sum of all learning rates. Without gradients, a matrix
@@ -176,21 +184,23 @@ def make_optimizer(
 
     Args:
       spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the decays;
-        `clip_norm` (largest global norm of the gradient; 0: no limit); those of `make_schedule`.
+        `clip_norm` (largest global norm of the gradient; 0: no limit); `decay_all`; those of
+        `make_schedule`.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
       ValueError: the name or the decay is unknown; `total_decay` without a learning rate above 0.
 
-    Ours: no decay of biases and normalisation parameters.
+    Ours: no decay of biases and normalisation parameters. torch.optim decays all.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
     if name not in OPTIMIZERS:
         raise UserError(f"config.optim.name='{name}': {suggest(name, OPTIMIZERS)}")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
+    decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:
-        parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
+        parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
     parts.append(OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec)))
     if spec["total_decay"]:
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
@@ -200,7 +210,7 @@ def make_optimizer(
                 "change config.optim.learning_rate, or --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates
-        parts.append(optax.add_decayed_weights(decay, mask=_is_matrix))
+        parts.append(optax.add_decayed_weights(decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts), schedule
 
