@@ -19,13 +19,15 @@ of one frame per clip from a SE-ResNeXt that it had trained for 20 epochs to nam
 Every value names its source: `paper` (the team's article), `code` (the team's) or `ours`.
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from vidjax import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "the net, training and test of the authors' code; one scene frame, as in the article",
+    "published": "net, training and test of the authors' code; one frame of the scene (article)",
     "danet": "channel attention as in DANet's code",
     "average": "mean weighted by quality and detection, instead of learned aggregation",
     "views": "eleven members; each omits a different sixteenth of the features",
@@ -143,8 +145,9 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.warmup = 0.0  # code
     config.optim.decay = "cosine"  # code
     if published:
-        config.optim.by_epoch = True  # code
-        config.optim.final_scale = 0.0  # code
+        config.optim.decay = "piecewise"  # code: CosineAnnealingLR, one rate for each epoch
+        factors = [(1 + math.cos(math.pi * epoch / 100)) / 2 for epoch in range(100)]
+        config.optim.points = tuple((i + end, x) for i, x in enumerate(factors) for end in (0, 1))
         config.optim.decay_all = True  # code
         config.eval.temperature = 30.0  # code: the test's logits are cosines, without their factor
     return config

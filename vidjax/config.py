@@ -112,12 +112,15 @@ DISTRACTORS = _is_not("data.distractors", "leave_out", "noise")
 CLASSIFICATION = _by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
 FOCAL = _by_schedule(lambda values: any(_focal_weights(values)), 1)
 GAMMA = _by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
-SMOOTHING = _by_schedule(lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0)
+SMOOTHING = _by_schedule(
+    lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
+)
 MARGIN = _is_not("loss.margin", 0, 0.5)
 EMBEDDING = _is_not("loss.embedding", "", "triplet")
 SGD = _is("optim.name", "sgd")
 WARMUP = _is_not("optim.warmup", 0, 0.1)
 COSINE, STEPS = _is("optim.decay", "cosine"), _is("optim.decay", "steps")
+PIECEWISE = _is("optim.decay", "piecewise")
 JOINED = ReadWhen(
     "join.runs",
     lambda values: bool(values["join.runs"]),
@@ -316,7 +319,8 @@ TABLE: tuple[Field | Group, ...] = (
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two steps of the stairs; a fraction is "
           "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
-    Field("optim.by_epoch", False, "keep the learning rate the same within each epoch"),
+    Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
+          "linear between them. With `optim.decay=piecewise`", read_when=PIECEWISE),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient"),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "

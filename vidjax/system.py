@@ -184,7 +184,15 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
     `fusion` may contain modalities that are not configured.
     """
-    groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "eval.temperature", "loss", "optim")
+    groups = (
+        "after_fusion",
+        "dtype",
+        "ensemble",
+        "eval.reduce",
+        "eval.temperature",
+        "loss",
+        "optim",
+    )
     config_lib.check_ranges(config, groups)  # those that are read here
     config_io.check_definitions(config)
     _check_precision(config["matmul_precision"])

@@ -56,8 +56,9 @@ class DeepMEF(Identifier):
       dtype: dtype of the matrix products; parameters, softmax and head are at least float32.
 
     Layers `published`: Linear-BatchNorm-PReLU-dropout, with normal weights of Kaiming; the last
-    layer of f and of each other modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-dropout; the last layer of f is a
-    bare linear map that starts at 0, so that the net starts as the cosine of aggregated features.
+    layer of f and of each other modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-
+    dropout; the last layer of f is a bare linear map that starts at 0, so that the net starts as
+    the cosine of aggregated features.
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
