@@ -295,7 +295,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         lambda config, words: recorded_config.record(override(config, words), reads),
     )
     runs = {}
-    for name in ("a", "b"):
+    for name in ("a", "b", "d"):
         runs[name] = f"{tmp_path}/{name}"
         words = [
             "--config=configs/noise_classes.py:iqiyi_vid,few",
@@ -311,6 +311,8 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         if name == "b":
             words += ["--config.optim.name=sgd", "--config.optim.decay=steps"]
             words += ["--config.ensemble.min_quality=(0.0,)"]
+        if name == "d":
+            words += ["--config.optim.decay=piecewise", "--config.ensemble.views=2"]
         assert main(words) == 0, capsys.readouterr().err
     assert main(words) == 0  # again: a finished run
     assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0

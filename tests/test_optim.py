@@ -158,7 +158,7 @@ def test_impossible_points_are_refused(points):
     ("spec", "message"),
     [
         ({"name": "lion"}, "choose from adam, sgd"),
-        ({"decay": "linear"}, "choose from constant, cosine, steps"),
+        ({"decay": "linear"}, "choose from constant, cosine, piecewise, steps"),
         ({"decay": "steps"}, "needs steps_per_epoch"),
     ],
 )
