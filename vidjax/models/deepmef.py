@@ -66,9 +66,8 @@ class DeepMEF(Identifier):
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
     margin loss discards the magnitude of features, so quality is joined to normalised ones. Ours:
     the root mean square of 1, which gives features the order of magnitude of quality / 100 (code:
-    features as they are); logits of 30 times the cosine also in evaluation (code: softmax of the
-    cosines themselves, whose mean over members weights all members more alike); masks; the vector
-    of a missing modality is 0, also after its layers; modality dropout.
+    features as they are); masks; the vector of a missing modality is 0, also after its layers;
+    modality dropout.
     """
 
     modalities: Mapping[str, int]
