@@ -16,7 +16,12 @@ pickles of your own beside the official ones, `scene_{train,val,test}.pickle`, i
 has a list of (frame, feature), and name both: `iqiyi_vid,face,scene`. The team took 2048 features
 of one frame per clip from a SE-ResNeXt that it had trained for 20 epochs to name the person.
 
-Every value names its source: `paper` (the team's article), `code` (the team's) or `ours`.
+`published` is what the team ran: net, frames, training and test of its code, where the article is
+silent or contradicts it. With `views` it has the eleven nets by their numbers, with `trainval` the
+clips. The batch of 4096 needs as many clips: with `few`, or synthetic clips, one of 128 is ours.
+
+Every value names its source: `paper` (the team's article), `code` (the team's,
+github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
 """
 
 import math

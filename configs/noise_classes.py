@@ -12,7 +12,11 @@ distractors of all folds.
 
 Arguments: the words of WORDS below, in any combination, and one modality to use instead of `face`.
 
-Every value names its source: `paper` (the author's article), `code` (the author's) or `ours`.
+`published` is what the author ran: training, frames and test as in his code, where the article is
+silent. The batch of 10,240 needs as many clips: with `few`, or synthetic clips, one of 256 is ours.
+
+Every value names its source: `paper` (the author's article), `code` (the author's,
+github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
 """
 
 from ml_collections import ConfigDict
