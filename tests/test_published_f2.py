@@ -23,6 +23,7 @@ from vidjax import augment, config_io, ensemble, fusion, losses, optim
 from vidjax.batch import Frames, ModelOutput
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.mlp import ResidualBlock
+from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 from vidjax.system import System, TaskSpec, make_system
 
@@ -349,11 +350,19 @@ def test_the_focal_factor_is_that_of_the_mean():
 
 def test_scores_are_the_softmax_of_cosines():
     """demo_test_face_scene_multi_view.py: Softmax of the net's output, without the factor of 30."""
-    system = official(DEEPMEF)
-    cosines = np.random.default_rng(0).uniform(-1, 1, (3, 10_035)).astype(np.float32)
-    scores = np.exp(np.asarray(system.score_fn(30 * cosines, system.class_mask)))
-    known = np.exp(cosines[:, 1:].astype(np.float64))
-    np.testing.assert_allclose(scores[:, 1:], known / known.sum(1, keepdims=True), rtol=1e-5)
+    found = {}
+    for temperature in (1, 30):
+        made = make(
+            "deepmef:published,face", f"--config.eval.temperature={temperature}",
+            num_identities=9, batch_size=4,
+        )  # fmt: skip
+        assert config_of(DEEPMEF).eval.temperature == 30 == made.system.model.logit_scale
+        params, model_state = ensemble.take((made.state.params, made.state.model_state), 0)
+        scores = eval_step.eval_step(made.system, params, model_state, jnp.int32(0), made.batch)
+        found[temperature] = np.asarray(scores)[:, 1:].astype(np.float64)
+    softmax = np.exp(found[1] / 30)
+    softmax /= softmax.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(found[30]), softmax, rtol=1e-5)
 
 
 # ---- noise classes, fifth place of 2018

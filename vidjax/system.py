@@ -184,15 +184,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
     `fusion` may contain modalities that are not configured.
     """
-    groups = (
-        "after_fusion",
-        "dtype",
-        "ensemble",
-        "eval.reduce",
-        "eval.temperature",
-        "loss",
-        "optim",
-    )
+    groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
     config_io.check_definitions(config)
     _check_precision(config["matmul_precision"])
@@ -215,8 +207,6 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     if (scores := config["eval"]["scores"]) not in SCORES:
         raise UserError(f"config.eval.scores='{scores}': {suggest(scores, SCORES)}")
     score_fn, scores_are_logs = SCORES[scores]
-    if (temperature := config["eval"]["temperature"]) != 1:
-        score_fn = functools.partial(_of_divided, score_fn, temperature)
     clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
     return System(
         config=config,
@@ -333,13 +323,6 @@ def _logits(logits: Array, class_mask: Array) -> Array:
     """Returns the logits themselves."""
     del class_mask
     return logits
-
-
-def _of_divided(
-    score_fn: Callable[[Array, Array], Array], temperature: float, logits: Array, class_mask: Array
-) -> Array:
-    """Returns the scores of the logits divided by a temperature."""
-    return score_fn(logits / temperature, class_mask)
 
 
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
