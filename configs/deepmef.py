@@ -120,9 +120,10 @@ def get_config(args: str = "") -> config_lib.Config:
         config.ensemble.views = config.ensemble.chunks = chunks  # code
         config.ensemble.only = views  # code
         if "face" in config.modalities and others:  # the nets of the scene alone have other views
-            hidden = dict(zip(VIEWS, SCENE_VIEWS, strict=True))
-            table = tuple(hidden.get(view, view) for view in range(chunks))
-            alone = tuple((f"{name}_alone", name, 32, table) for name in others)
+            table = list(range(chunks))
+            for view, hidden in zip(VIEWS, SCENE_VIEWS, strict=True):
+                table[view] = hidden
+            alone = tuple((f"{name}_alone", name, 32, tuple(table)) for name in others)
             config.ensemble.more_views = alone  # code
             model["main_modalities"] = config.modalities
             model["other_modalities"] = tuple(name for name, *_ in alone)

@@ -190,7 +190,7 @@ def batch_norm(rows):
 def test_channel_attention_is_that_of_the_code():
     """Maps of 4 frames without bias, BatchNorm after theta, phi and out, softmax over channels."""
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
-    layer = ChannelAttention("channels", 4, norm=True)
+    layer: Any = ChannelAttention("channels", 4, norm=True)
     variables = init(layer, frames.features, frames.mask)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -227,7 +227,7 @@ def test_channel_attention_is_that_of_the_code():
 def test_theta_and_phi_of_the_code_never_move():
     """Both are 0, and the gradient of each is a product with the other, BatchNorm or not."""
     frames = make_frames([40] * 3, max_frames=40, dtype="float32")
-    layer = ChannelAttention("channels", 40, norm=True)
+    layer: Any = ChannelAttention("channels", 40, norm=True)
     variables = init(layer, frames.features, frames.mask)
     params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
     for name in ("theta", "phi", "out"):
@@ -390,7 +390,9 @@ def test_the_weight_of_mirrors_climbs_ten_stairs():
     system = official(NOISE)
     mirror = jnp.array([10_034 + 3691 + 1])
     epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)
-    found = [float(system.column_weight(mirror, 14.125 * epoch)[0]) for epoch in epochs]
+    found = [
+        float(system.column_weight(mirror, jnp.float32(14.125 * epoch))[0]) for epoch in epochs
+    ]
     assert found == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6, 0.6])
 
 

@@ -117,7 +117,7 @@ def piecewise(rise: Rise, *, points: Sequence[Sequence[float]]) -> optax.Schedul
     """
     factor = make_piecewise(points, name="config.optim.points")
     # At the middle of a step: rounding cannot move a jump by a step.
-    return rise.then(lambda step: factor((step + 0.5) / rise.epoch_steps))
+    return rise.then(lambda step: factor((jnp.asarray(step) + 0.5) / rise.epoch_steps))
 
 
 # name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of

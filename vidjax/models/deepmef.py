@@ -257,11 +257,12 @@ class ChannelAttention(nn.Module):
             x = nn.Dense(to, not self.norm, self.dtype, rows.dtype, kernel_init=init, name=name)(x)
             if not self.norm or name == "g":
                 return x
-            seen = mask.any(axis=1)  # else the mean would be 0 / 0
+            seen = jnp.any(mask, axis=1)
             norm = nn.BatchNorm(
                 not train, momentum=0.9, param_dtype=rows.dtype, name=f"{name}_norm"
             )
-            return norm(x, mask=(seen | ~seen.any())[:, None, None])
+            # Without any frame the mean would be 0 / 0.
+            return norm(x, mask=jnp.logical_or(seen, ~jnp.any(seen))[:, None, None])
 
         first = zeros if self.norm else default
         theta, phi = (mapped(name, rows, width, first) for name in ("theta", "phi"))
