@@ -358,7 +358,8 @@ def make_loss(
         if np.all(weights == 1):
             return focal(*given)
         weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
-        return weight * focal(*given) + (1 - weight) * classification(*given)
+        rest = (1 - weight) * classification(*given)
+        return weight * focal(*given) + rest
 
     return loss_fn
 
