@@ -16,8 +16,15 @@ pickles of your own beside the official ones, `scene_{train,val,test}.pickle`, i
 has a list of (frame, feature), and name both: `iqiyi_vid,face,scene`. The team took 2048 features
 of one frame per clip from a SE-ResNeXt that it had trained for 20 epochs to name the person.
 
-Every value names its source: `paper` (the team's article), `code` (the team's) or `ours`.
+`published` is what the team ran: net, frames, training and test of its code, where the article is
+silent or contradicts it. With `views` it has the eleven nets by their numbers, with `trainval` the
+clips. The batch of 4096 needs as many clips: with `few`, or synthetic clips, one of 128 is ours.
+
+Every value names its source: `paper` (the team's article), `code` (the team's,
+github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
 """
+
+import math
 
 from ml_collections import ConfigDict
 
@@ -25,13 +32,18 @@ from vidjax import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "the authors' layers, channel attention over 40 unordered frames, one scene frame",
+    "published": "net, training and test of the authors' code; one frame of the scene (article)",
     "danet": "channel attention as in DANet's code",
     "average": "mean weighted by quality and detection, instead of learned aggregation",
     "views": "eleven members; each omits a different sixteenth of the features",
     "bagging": "eleven bootstrap samples of the clips, in place of `views`",
     "trainval": "trains on train and val, without distractors, and ranks test",
 }
+
+
+# Code, scripts/main.sh: chunks that the eleven nets leave out, of 16; those of the scene's, of 32.
+VIEWS = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15)
+SCENE_VIEWS = (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 
 
 def get_config(args: str = "") -> config_lib.Config:
@@ -44,7 +56,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.modalities = modalities or (("face",) if "iqiyi_vid" in words else ("face", "scene"))
     others = tuple(name for name in config.modalities if name != "face")
     config.batch_size = 4096 if full else 128  # code; ours on few clips
-    config.num_epochs = 100.0 if full else 30.0  # code; ours
+    config.num_epochs = 100.0 if full or published else 30.0  # code; ours
     config.data.distractors = "leave_out"  # code
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # code
@@ -78,6 +90,8 @@ def get_config(args: str = "") -> config_lib.Config:
     }
     if published:
         model["channel_attention"] = "channels"  # code
+        model["channel_norm"] = "danet" not in words  # code
+        model["rms_norm"] = False  # code
         model["num_frames"] = 40  # code
         model["layer_form"] = "published"  # code
         model["modality_dropout_rate"] = 0.0  # paper
@@ -101,26 +115,45 @@ def get_config(args: str = "") -> config_lib.Config:
             "main_share": 0.2,  # code
             "other_share": 0.8,  # code
         }
+    if published and "views" in words:
+        chunks, views = (16, VIEWS) if "face" in config.modalities else (32, SCENE_VIEWS)
+        config.ensemble.views = config.ensemble.chunks = chunks  # code
+        config.ensemble.only = views  # code
+        if "face" in config.modalities and others:  # the nets of the scene alone have other views
+            table = list(range(chunks))
+            for view, hidden in zip(VIEWS, SCENE_VIEWS, strict=True):
+                table[view] = hidden
+            alone = tuple((f"{name}_alone", name, 32, tuple(table)) for name in others)
+            config.ensemble.more_views = alone  # code
+            model["main_modalities"] = config.modalities
+            model["other_modalities"] = tuple(name for name, *_ in alone)
     config.model = ConfigDict(model)
     sample = {"name": "sample", "num_frames": 40 if full or published else 12}  # code; ours
     evaluate = {"name": "all"}  # ours
     if published:
-        sample["order"] = "random"  # code
+        sample |= {"order": "random", "replacement": True}  # code
         evaluate = sample  # code
+        config.data.max_frames = 4096  # code: draws from all frames
         for name in others:
             one = {"name": "sample", "num_frames": 1}  # paper
             config.fusion[name] = ConfigDict({"train": one, "evaluate": one})
     config.fusion.face = ConfigDict({"train": sample, "evaluate": evaluate})
 
     config.loss.margin = 0.5  # code
-    config.loss.focal = "multiclass"  # paper; code: of the mean over the batch
+    config.loss.focal = "batch" if published else "multiclass"  # code; ours
     config.loss.gamma = 2.0  # code
     config.loss.schedule = ((0.0, 1.0),)  # code
     config.optim.name = "sgd"  # code
     config.optim.momentum = 0.9  # code
-    config.optim.learning_rate = 0.1 if full else 0.02  # code; ours on few clips
-    config.optim.weight_decay = 1e-5 if full else 0.0  # code; ours
-    config.optim.total_decay = 0.0 if full else 2.0  # ours
+    config.optim.learning_rate = 0.1 if full or published else 0.02  # code; ours on few clips
+    config.optim.weight_decay = 1e-5 if full or published else 0.0  # code; ours
+    config.optim.total_decay = 0.0 if full or published else 2.0  # ours
     config.optim.warmup = 0.0  # code
     config.optim.decay = "cosine"  # code
+    if published:
+        config.optim.decay = "piecewise"  # code: CosineAnnealingLR, one rate for each epoch
+        factors = [(1 + math.cos(math.pi * epoch / 100)) / 2 for epoch in range(100)]
+        config.optim.points = tuple((i + end, x) for i, x in enumerate(factors) for end in (0, 1))
+        config.optim.decay_all = True  # code
+        config.eval.temperature = 30.0  # code: the test's logits are cosines, without their factor
     return config

@@ -104,6 +104,7 @@ UNREAD = {
     "optim.decay_factor": ("0.5", ["optim.decay=steps"]),
     "optim.decay_every_epochs": ("2", ["optim.decay=steps"]),
     "optim.points": ("((0,1),(2,0.5))", ["optim.decay=piecewise"]),
+    "ensemble.more_views": ("(('b','face',2,(0,)),)", ["ensemble.views=1"]),
     "ensemble.chunks": ("8", ["ensemble.views=2"]),
     "noise.method": ("hdbscan", ["data.distractors=noise"]),
     "noise.eps": ("0.5", ["data.distractors=noise"]),
@@ -112,6 +113,8 @@ UNREAD = {
     "noise.relabel_every_epochs": ("2", ["data.distractors=noise"]),
     "ensemble.resample": ("all", ["ensemble.bootstraps=2"]),
     "ensemble.poor_clips": ("drop", ["ensemble.min_quality=0,20"]),
+    "noise.relabel_by": ("train", ["data.distractors=noise"]),
+    "noise.pieces": ("random", ["noise.join=true"]),
     "noise.keep": ("prediction", ["data.distractors=noise"]),
     "noise.mirror_weight": ("((0,0.5),)", ["data.distractors=noise"]),
     "eval.reduce": ("max", ["after_fusion=examples"]),
@@ -292,7 +295,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         lambda config, words: recorded_config.record(override(config, words), reads),
     )
     runs = {}
-    for name in ("a", "b"):
+    for name in ("a", "b", "d"):
         runs[name] = f"{tmp_path}/{name}"
         words = [
             "--config=configs/noise_classes.py:iqiyi_vid,few",
@@ -308,6 +311,8 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         if name == "b":
             words += ["--config.optim.name=sgd", "--config.optim.decay=steps"]
             words += ["--config.ensemble.min_quality=(0.0,)"]
+        if name == "d":
+            words += ["--config.optim.decay=piecewise", "--config.ensemble.views=2"]
         assert main(words) == 0, capsys.readouterr().err
     assert main(words) == 0  # again: a finished run
     assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0

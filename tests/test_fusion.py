@@ -327,7 +327,7 @@ def test_unknown_specs_are_refused(spec, message):
         ({"num_draws": 0}, "1 or more"),
         ({"probs": (1, 2)}, "probs must be 5 finite"),
         ({"max_frames": 2, "probs": (1, -1)}, "probs must be 2 finite"),
-        ({"weighting": "norm"}, "choose from graded, quality, uniform"),
+        ({"weighting": "norm"}, "choose from graded, quality, score, squared, uniform"),
         ({"top_share": 0.0}, "above 0 and at most 1"),
         ({"kept_share": 1.5}, "above 0 and at most 1"),
     ],

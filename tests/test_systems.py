@@ -137,17 +137,18 @@ def parameters_by_hand():
     main = deepmef(482, attention(482), 482 + 120)
     sizes[f"{with_scene},views"] = main + 2 * view + 120 * classes
 
-    def as_published(face, scene):  # the authors' layers, of the face's and the scene's width
+    def as_published(face, scene, alone=0):  # the authors' layers; widths that the nets see
         hidden, joint = 2 * face, face + scene // 16
         branch = prelu(scene, scene // 4) + prelu(scene // 4, scene // 16)
-        main = attention(40) + face + prelu(joint, hidden) + prelu(hidden, joint) + joint * classes
+        frames = 4 * 40 * 20 + 2 * (20 + 20 + 40)  # maps without bias, three BatchNorms
+        main = frames + face + prelu(joint, hidden) + prelu(hidden, joint) + joint * classes
         if not scene:
             return main
-        return main + branch + prelu(scene, 2 * scene) + prelu(2 * scene, scene) + scene * classes
+        return main + branch + prelu(alone, 2 * alone) + prelu(2 * alone, alone) + alone * classes
 
     sizes["deepmef:iqiyi_vid,published"] = as_published(514, 0)
-    sizes[f"{with_scene},published"] = as_published(514, scene)
-    sizes[f"{with_scene},published,views"] = as_published(482, scene - 128)
+    sizes[f"{with_scene},published"] = as_published(514, scene, scene)
+    sizes[f"{with_scene},published,views"] = as_published(482, scene - 128, scene - 64)
     columns = 1 + 2 * 10_034 + NUM_CLUSTERS
     sizes["noise_classes:iqiyi_vid"] = dense(face, 512) + 512 * columns
     for name in ("noise_classes:iqiyi_vid", "quality_fusion:iqiyi_vid"):  # other numbers, one net

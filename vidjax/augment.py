@@ -63,7 +63,9 @@ def keep_quality(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") ->
     return clips._replace(frames=frames, weight=weight)
 
 
-def concat_noise(rng: Array, clips: MemberClips, *, num_identities: int) -> MemberClips:
+def concat_noise(
+    rng: Array, clips: MemberClips, *, num_identities: int, pieces: str = "equal"
+) -> MemberClips:
     """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
 
     Distractors have labels of 0 or above `num_identities`.
@@ -76,14 +78,20 @@ def concat_noise(rng: Array, clips: MemberClips, *, num_identities: int) -> Memb
     counts = jnp.sum(next(iter(clips.frames.values())).mask, axis=1)
     short = (counts > 0) & (counts < NOISE_FRAMES)
     frames = {
-        name: concat_clips(rng, frames, is_noise, short, max_frames=NOISE_FRAMES)
+        name: concat_clips(rng, frames, is_noise, short, max_frames=NOISE_FRAMES, pieces=pieces)
         for name, frames in clips.frames.items()
     }
     return clips._replace(frames=frames)
 
 
 def concat_clips(
-    rng: Array, frames: Frames, chosen: Array, short: Array, *, max_frames: int = 50
+    rng: Array,
+    frames: Frames,
+    chosen: Array,
+    short: Array,
+    *,
+    max_frames: int = 50,
+    pieces: str = "equal",
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long ones.
 
@@ -97,12 +105,14 @@ def concat_clips(
     Args:
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
       short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
+      pieces: `equal`: a long clip keeps `max_frames` frames, as above. `random`: its piece begins
+        at any frame, and ends at or after it, each with equal probability.
 
     Returns:
       Frames [B, 2 T] in the stored dtype.
 
-    Source: noise augmentation of the 5th-place system of 2018. Ours: the probability, and the
-    length of the pieces.
+    Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. Ours: the
+    probability, and `equal` pieces.
     """
     partner_rng, join_rng, cut_rng = jax.random.split(rng, 3)
     num_clips = len(chosen)
@@ -115,10 +125,14 @@ def concat_clips(
     second = fusion.map_fields(lambda x: jnp.take(x, partner, axis=0, mode="clip"), frames)
 
     rank = jnp.cumsum(frames.mask, axis=1) - 1
-    spare = jnp.maximum(rank[:, -1:] + 1 - max_frames, 0)
-    start = jax.random.uniform(cut_rng, (num_clips,))[:, None] * (spare + 1)
-    start = start.astype(jnp.int32)
-    piece = (rank >= start) & (rank < start + max_frames)
+    count = rank[:, -1:] + 1
+    starts = count if pieces == "random" else jnp.maximum(count - max_frames, 0) + 1
+    start = (jax.random.uniform(cut_rng, (num_clips,))[:, None] * starts).astype(jnp.int32)
+    length = max_frames
+    if pieces == "random":
+        uniforms = jax.random.uniform(jax.random.fold_in(cut_rng, 1), (num_clips,))[:, None]
+        length = 1 + (uniforms * (count - start)).astype(jnp.int32)
+    piece = (rank >= start) & (rank < start + length)
     cut = (chosen & ~short)[:, None]
     last = jnp.max(jnp.where(frames.mask, frames.number, -1), axis=1, keepdims=True)
     first = frames._replace(mask=frames.mask & (piece | ~cut))
@@ -220,7 +234,8 @@ def make_transforms(
         poor_clips = config["ensemble"]["poor_clips"]
         before.append(functools.partial(keep_quality, poor_clips=poor_clips))
     if config["noise"]["join"]:
-        before.append(functools.partial(concat_noise, num_identities=num_identities))
+        pieces = config["noise"]["pieces"]
+        before.append(functools.partial(concat_noise, num_identities=num_identities, pieces=pieces))
     if config["mixup"]:
         after.append(functools.partial(mix_up, alpha=config["mixup"]))
     for spec in config["transforms"]:

@@ -107,11 +107,14 @@ BOOTSTRAPS = _is_not("ensemble.bootstraps", 0, 11)
 VIEWS = _is_not("ensemble.views", 0, 2)
 MIN_QUALITY = _is_not("ensemble.min_quality", (), "0,20,40")
 NOISE_CLASSES = _is("data.distractors", "noise")
+JOIN = _is_not("noise.join", False, True)
 DISTRACTORS = _is_not("data.distractors", "leave_out", "noise")
 CLASSIFICATION = _by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
 FOCAL = _by_schedule(lambda values: any(_focal_weights(values)), 1)
 GAMMA = _by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
-SMOOTHING = _by_schedule(lambda values: bool(_logit_losses(values) - {"binary", "multiclass"}), 0)
+SMOOTHING = _by_schedule(
+    lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
+)
 MARGIN = _is_not("loss.margin", 0, 0.5)
 EMBEDDING = _is_not("loss.embedding", "", "triplet")
 SGD = _is("optim.name", "sgd")
@@ -211,6 +214,9 @@ TABLE: tuple[Field | Group, ...] = (
           "features; 0: none", low=0),
     Field("ensemble.chunks", 16, "number of equal chunks that a feature vector is cut into for "
           "`ensemble.views`, 2 or more", low=2, read_when=VIEWS),
+    Field("ensemble.more_views", (), "further modalities, the features of others without another "
+          "chunk: tuples of name, modality, number of chunks, and the chunk that each of the views "
+          "leaves out. With `ensemble.views`", read_when=VIEWS),
     Field("ensemble.min_quality", (), "least quality of the frames that a member is trained on, "
           "one value per member, e.g. `0,20,40`"),
     Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
@@ -240,8 +246,13 @@ TABLE: tuple[Field | Group, ...] = (
           choices=("label", "prediction"), read_when=NOISE_CLASSES),
     Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
           "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
+    Field("noise.relabel_by", "evaluate", "fused frames that the model then predicts from: those "
+          "of `evaluate` or of `train`, which must draw nothing",
+          choices=("evaluate", "train"), read_when=NOISE_CLASSES),
     Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
           "`data.distractors` `noise` or `other`", read_when=DISTRACTORS),
+    Field("noise.pieces", "equal", "pieces that long ones are cut into: `equal`, of 50 frames, or "
+          "of `random` length. With `noise.join`", choices=("equal", "random"), read_when=JOIN),
 
     Group("eval", "evaluation and ranking", changeable=True),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
@@ -250,6 +261,8 @@ TABLE: tuple[Field | Group, ...] = (
           low=0, high=1e6),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
+    Field("eval.temperature", 1.0, "divides the logits, above 0; it changes the ranks of clips by "
+          "probabilities, and the mean over members", above=0),
     Field("eval.top_classes", 0, "rank each clip only for this many identities, those with its "
           "highest scores; 0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
@@ -270,7 +283,10 @@ TABLE: tuple[Field | Group, ...] = (
           "of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
     Field("loss.focal", "binary", "second loss of the logits, weighted by `loss.schedule`: "
           "`binary`: the focal loss of each class against the rest, summed over classes; "
-          "`multiclass`: the focal loss of the softmax", read_when=FOCAL),
+          "`multiclass`: the focal loss of the softmax; `batch`: the same with the focal factor of "
+          "the mean over the batch", read_when=FOCAL),
+    Field("loss.mean_over", "weights", "the loss of a batch is the sum over its clips, divided by "
+          "the sum of their `weights` or the number of `clips`", choices=("weights", "clips")),
     Field("loss.gamma", 2.0, "focusing exponent of the focal loss, 0 or more; 0: cross-entropy",
           low=0, read_when=GAMMA),
     Field("loss.schedule", ((0.0, 0.0),), "weight of the loss `loss.focal`, 0 to 1: pairs (epoch, "
@@ -309,6 +325,8 @@ TABLE: tuple[Field | Group, ...] = (
           "its gradient"),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
           "a weight matrix would shrink by exp(-total_decay)"),
+    Field("optim.decay_all", False, "let both decays act on biases and on the parameters of "
+          "normalisations, too"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=SGD),
     Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "

@@ -81,30 +81,41 @@ def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Fr
 
 
 def sample_frames(
-    rng: Array | None, frames: Frames, *, num_frames: int = 40, order: str = "time"
+    rng: Array | None,
+    frames: Frames,
+    *,
+    num_frames: int = 40,
+    order: str = "time",
+    replacement: bool = False,
 ) -> Frames:
     """Selects `num_frames` frames of every clip independently of quality.
 
     If `rng` is a key, frames are drawn at random without replacement; shorter clips keep all frames
-    and repeat random ones. If it is None, the frames are evenly spaced over the clip. `order` is
-    `time`, or `random`: independent of time, and without a key the same for all clips.
+    and repeat random ones. If it is None, the frames are evenly spaced over the clip.
+
+    Args:
+      order: `time`, or `random`: independent of time, and without a key the same for all clips.
+      replacement: True to draw all frames of shorter clips with replacement, and to draw without a
+        key, too: the same places in all clips of one length.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
-    Source: DeepMEF (3rd place 2019), whose code draws frames without order, and draws the frames of
-    shorter clips with replacement. Ours: short clips keep all frames before they repeat one; the
-    order of time; evenly spaced frames without a key, for evaluation.
+    Source: DeepMEF (3rd place 2019), whose code draws without order and with `replacement`, in the
+    test as in training. Ours: short clips that keep all frames before they repeat one; the order of
+    time; evenly spaced frames without a key, for evaluation.
     """
     if num_frames < 1:
         raise UserError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
     if order not in ("time", "random"):
         raise UserError(f"unknown order {order!r}; choose from random, time")
     slots = jnp.ones((len(frames.mask), num_frames), bool)
-    if rng is not None:
-        shuffle_rng, repeat_rng = jax.random.split(rng)
-        chosen = _first_frames(repeat_rng, frames, shuffle(shuffle_rng, frames.mask), num_frames)
-        order_rng = jax.random.fold_in(repeat_rng, 1)
+    if rng is not None or replacement:
+        shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
+        chosen = _first_frames(
+            repeat_rng, frames, shuffle(shuffle_rng, frames.mask), num_frames, replacement
+        )
+        order_rng = None if repeat_rng is None else jax.random.fold_in(repeat_rng, 1)
     else:
         in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames first
         count = jnp.sum(frames.mask, axis=1, keepdims=True, dtype=jnp.int32)
@@ -127,25 +138,29 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     """Returns the weight of every frame.
 
     Args:
-      weighting: `uniform`: 1. `quality`: quality x detection. `graded`: quality x detection x g,
-        where g is 0, 0.2, 0.3, 0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
+      weighting: `uniform`: 1. `quality`: quality x detection. `score`: quality. `squared`: quality
+        x quality, also of negative ones. `graded`: quality x detection x g, where g is 0, 0.2, 0.3,
+        0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
 
     Returns:
       [B, T] float32; 0 on padding, and for weights that are negative or not finite. If all weights
         of a clip would be 0, they are uniform.
 
-    Source: `graded` is W(x) of quality fusion (4th place 2019). Ours: uniform weights where W(x)
-    would divide 0 by 0.
+    Source: `graded` is W(x) of quality fusion (4th place 2019), `squared` the code of noise classes
+    (5th place 2018). Ours: uniform weights where W(x) would divide 0 by 0.
     """
     uniform = frames.mask.astype(jnp.float32)
     if weighting == "uniform":
         return uniform
-    if weighting not in ("quality", "graded"):
+    factors = {"quality": frames.detection, "graded": frames.detection, "score": 1.0}
+    factors["squared"] = frames.quality
+    if weighting not in factors:
         raise UserError(
-            f"fusion: {weighting!r} is no weighting; choose from graded, quality, uniform\n"
+            f"fusion: {weighting!r} is no weighting; choose from "
+            f"{', '.join(sorted([*factors, 'uniform']))}\n"
             "only `weighting` of the fusion random may be mixup"
         )
-    weights = frames.quality * frames.detection
+    weights = frames.quality * factors[weighting]
     if weighting == "graded":
         below = [frames.quality < least for least in (0, 20, 30, 40)]
         weights = weights * jnp.select(below, [0.0, 0.2, 0.3, 0.6], 1.0)
@@ -234,17 +249,23 @@ def _best_first(quality: Array, mask: Array) -> Array:
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
 
 
-def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: int) -> Frames:
-    """Selects the first `num_frames` real frames of `order` [B, T], by time; may repeat frames."""
+def _first_frames(
+    rng: Array | None, frames: Frames, order: Array, num_frames: int, replacement: bool = False
+) -> Frames:
+    """Selects the first `num_frames` real frames of `order` [B, T], by time; may repeat frames.
+
+    With `replacement`, clips with fewer frames draw all of them anew.
+    """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
     slot = jnp.arange(num_frames, dtype=jnp.int32)[None, :]
-    if rng is None:
+    if rng is None and not replacement:
         again = slot % jnp.maximum(count, 1)
     else:
-        uniforms = jax.random.uniform(rng, (len(count), num_frames), jnp.float32)
+        key, rows = (jax.random.key(0), 1) if rng is None else (rng, len(count))
+        uniforms = jax.random.uniform(key, (rows, num_frames), jnp.float32)
         again = jnp.minimum((uniforms * count).astype(jnp.int32), count - 1)
-    rank = jnp.where(slot < count, slot, again)
+    rank = jnp.where(count >= num_frames if replacement else slot < count, slot, again)
     return _frames_at(frames, jnp.sort(take(order, jnp.clip(rank, 0, order.shape[1] - 1)), axis=1))
 
 
@@ -410,19 +431,24 @@ def _mean_over_frames(
     return jax.lax.fori_loop(0, end, add, zeros.astype(_at_least_float32(zeros)))
 
 
-def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
+def crop_means(
+    frames: Frames, *, weighting: str = "quality", always_shorter: bool = False
+) -> Frames:
     """Returns the mean frames of four temporal crops of every clip.
 
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth, each rounded down: no crop of a clip with frames is empty.
+    With `always_shorter`, a third or sixth is at least one frame, if another frame is left.
 
     Returns Frames [B, 4], see `mean_frame`; `weighting` is one of `frame_weights`.
 
-    Source: test-time crops of the 5th-place system of 2018.
+    Source: test-time crops of the 5th-place system of 2018, whose code is `always_shorter`.
     """
     rank = jnp.cumsum(frames.mask, axis=1) - 1
     count = rank[:, -1:] + 1
     third, sixth = count // 3, count // 6
+    if always_shorter:
+        third, sixth = jnp.maximum(third, count > 1), jnp.maximum(sixth, count > 2)
     crops = [
         frames.mask,
         frames.mask & (rank >= third),

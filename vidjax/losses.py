@@ -152,6 +152,34 @@ def multiclass_focal(
     return jnp.maximum(-jnp.expm1(-cross_entropy), tiny) ** gamma * cross_entropy
 
 
+def batch_focal(
+    logits: Array,
+    labels: Array,
+    gamma: float = 2.0,
+    class_mask: Array | None = None,
+    counted: Array | None = None,
+) -> Array:
+    """Returns cross-entropies times (1 - p)^gamma, where -log p is their mean over the batch.
+
+    Args:
+      logits, labels, gamma, class_mask: as in `multiclass_focal`, of B G examples.
+      counted: [B, G] float, weights of the B examples in the mean of each branch; None for all 1.
+
+    Returns:
+      [...] float.
+
+    Source: models/losses.py of the code of DeepMEF (3rd place 2019), whose focal factor is that of
+    the mean.
+    """
+    cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
+    rows = cross_entropy.reshape(-1, 1 if counted is None else counted.shape[1])
+    weight = jnp.ones_like(rows) if counted is None else counted
+    total = jnp.sum(jnp.where(weight > 0, rows * weight, 0.0), axis=0)
+    mean = total / jnp.maximum(jnp.sum(weight, axis=0), 1e-6)  # [G]
+    tiny = jnp.finfo(mean.dtype).tiny
+    return (jnp.maximum(-jnp.expm1(-mean), tiny) ** gamma * rows).reshape(cross_entropy.shape)
+
+
 def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
     """Returns the soft-margin triplet loss with the hardest positive and the hardest negative.
 
@@ -184,12 +212,13 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
 
 
 # name -> loss (logits, labels, **options) -> [...]. Options with the name of a field of config.loss
-# get its value; `class_mask` and `logit_scale` come from the system. A loss with the option
-# `margin` adds the margin itself; the others get logits that already contain it.
+# get its value; `class_mask`, `logit_scale` and `counted` come from the system. A loss with the
+# option `margin` adds the margin itself; the others get logits that already contain it.
 CLASSIFICATION: dict[str, Callable[..., Array]] = {
     "softmax": softmax_cross_entropy,
     "binary": binary_focal,
     "multiclass": multiclass_focal,
+    "batch": batch_focal,
 }
 
 # name -> margin of a cosine classifier: (logits, labels, *, margin, scale) -> logits
@@ -241,7 +270,8 @@ def make_objective(
         scale = output.logit_scale
         if scale is not None:
             scale = jnp.tile(scale, len(logits))
-        per_branch = loss_fn(rows, repeated, step, scale).reshape(logits.shape[:2])
+        counted = train_weight * mask[:, None]
+        per_branch = loss_fn(rows, repeated, step, scale, counted).reshape(logits.shape[:2])
         loss = jnp.sum(per_branch * train_weight, axis=1)
         if not name:
             return loss
@@ -265,9 +295,9 @@ def make_loss(
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
 
     Returns:
-      Function (logits [..., K], labels [...] int32, step [] int32, scale) -> loss [...] float. The
-        step may be traced. A learned scale, which broadcasts to [...], replaces `logit_scale`; None
-        if there is none.
+      Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
+        float. The step may be traced. A learned scale, which broadcasts to [...], replaces
+        `logit_scale`; None if there is none. For `counted` see `batch_focal`.
 
     Raises:
       ValueError: a name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
@@ -295,6 +325,7 @@ def make_loss(
         "gamma": float(spec["gamma"]),
         "label_smoothing": float(spec["label_smoothing"]),
         "margin": margin,
+        "counted": None,
     }
     # Not copied: a field is read where a loss takes it, and nowhere else.
     options = ChainMap(values, cast(MutableMapping[str, Any], spec))
@@ -302,25 +333,34 @@ def make_loss(
     def with_margin(name: str) -> Callable[..., Array]:
         loss = _with_options(CLASSIFICATION[name], options)
 
-        def margin_loss(logits: Array, labels: Array, scale: Array | None) -> Array:
-            learned = {} if scale is None else {"logit_scale": scale}
+        def margin_loss(
+            logits: Array, labels: Array, scale: Array | None, counted: Array | None
+        ) -> Array:
+            factor = logit_scale if scale is None else scale
             if margin and "margin" not in loss.keywords:  # else the loss adds the margin itself
-                factor = learned.get("logit_scale", logit_scale)
                 logits = margin_fn(logits, labels, margin=margin, scale=factor)
-            return loss(logits, labels, **(learned if "logit_scale" in loss.keywords else {}))
+            given = {"logit_scale": factor, "counted": counted}
+            return loss(logits, labels, **{n: x for n, x in given.items() if n in loss.keywords})
 
         return margin_loss
 
     classification, focal = with_margin(spec["classification"]), with_margin(spec["focal"])
 
-    def loss_fn(logits: Array, labels: Array, step: Array, scale: Array | None = None) -> Array:
+    def loss_fn(
+        logits: Array,
+        labels: Array,
+        step: Array,
+        scale: Array | None = None,
+        counted: Array | None = None,
+    ) -> Array:
+        given = (logits, labels, scale, counted)
         if not weights.any():
-            return classification(logits, labels, scale)
+            return classification(*given)
         if np.all(weights == 1):
-            return focal(logits, labels, scale)
+            return focal(*given)
         weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
-        rest = (1 - weight) * classification(logits, labels, scale)
-        return weight * focal(logits, labels, scale) + rest
+        rest = (1 - weight) * classification(*given)
+        return weight * focal(*given) + rest
 
     return loss_fn
 

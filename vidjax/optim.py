@@ -184,7 +184,7 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds an optimiser and its learning-rate schedule.
 
-    There are two weight decays; both apply to matrices only.
+    There are two weight decays; both apply to matrices only, unless `decay_all`.
 
     - `total_decay` is decoupled from the gradient and holds for the whole run: it equals the
       decoupled weight decay times the sum of all learning rates. Without gradients, a matrix
@@ -194,21 +194,23 @@ def make_optimizer(
 
     Args:
       spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the decays;
-        `clip_norm` (largest global norm of the gradient; 0: no limit); those of `make_schedule`.
+        `clip_norm` (largest global norm of the gradient; 0: no limit); `decay_all`; those of
+        `make_schedule`.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
       ValueError: the name or the decay is unknown; `total_decay` without a learning rate above 0.
 
-    Ours: no decay of biases and normalisation parameters.
+    Ours: no decay of biases and normalisation parameters. torch.optim decays all.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
     if name not in OPTIMIZERS:
         raise UserError(f"config.optim.name='{name}': {suggest(name, OPTIMIZERS)}")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
+    decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:
-        parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
+        parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
     parts.append(OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec)))
     if spec["total_decay"]:
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
@@ -218,7 +220,7 @@ def make_optimizer(
                 "change config.optim.learning_rate, or --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates
-        parts.append(optax.add_decayed_weights(decay, mask=_is_matrix))
+        parts.append(optax.add_decayed_weights(decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts), schedule
 

@@ -5,7 +5,7 @@ This module takes a configuration as nested dicts; callers have a ConfigDict and
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,10 +91,10 @@ class System(NamedTuple):
         for i, (name, fuse) in enumerate(fusions.items()):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
-            if self.config["ensemble"]["views"]:
-                chunks = self.config["ensemble"]["chunks"]
-                features = ensemble.drop_chunk(features, view, num_chunks=chunks)
             fused[name] = result._replace(features=features)
+            for seen, chunks, hidden in _views_of(self.config["ensemble"], name):
+                seen_by = ensemble.drop_chunk(features, jnp.asarray(hidden)[view], chunks)
+                fused[seen] = result._replace(features=seen_by)
         return fused
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
@@ -184,7 +184,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
     `fusion` may contain modalities that are not configured.
     """
-    groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "loss", "optim")
+    groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
     config_io.check_definitions(config)
     _check_precision(config["matmul_precision"])
@@ -228,16 +228,34 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     )
 
 
+def _views_of(spec: Mapping[str, Any], modality: str) -> list[tuple[str, int, Sequence[int]]]:
+    """Returns (name, chunks, hidden) of the forms in which models see a modality; [] without views.
+
+    The member `view` sees all chunks but `hidden[view]`.
+    """
+    if not spec["views"]:
+        return []
+    for name, _, chunks, hidden in spec["more_views"]:
+        if len(hidden) != spec["views"] or not all(0 <= one < chunks for one in hidden):
+            raise UserError(
+                f"config.ensemble.more_views: '{name}' hides {hidden}: name a chunk from 0 to "
+                f"{chunks - 1}\nfor each of config.ensemble.views={spec['views']}"
+            )
+    more = [(name, *rest) for name, of, *rest in spec["more_views"] if of == modality]
+    return [(modality, spec["chunks"], range(spec["chunks"])), *more]
+
+
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     """Builds the model of a configuration, for fused frames without the hidden chunk, if any."""
-    spec, ensemble_spec = config["model"], config["ensemble"]
+    spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
     modalities = {}
     for name, width in task.modalities.items():
         fused = width * fused_widths(config["fusion"], name)
-        dropped = fused // ensemble_spec["chunks"] if ensemble_spec["views"] else 0
-        modalities[name] = fused - dropped
+        modalities[name] = fused
+        for seen, chunks, _ in _views_of(config["ensemble"], name):
+            modalities[seen] = fused - fused // chunks
     return identifier.make_identifier(
         spec,
         modalities=modalities,

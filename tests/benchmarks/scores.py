@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import common
-from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
+from tests.benchmarks.ladders import LADDERS, OPEN_SET, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
 from vidjax.commands import compare
 from vidjax.report.comparison_page import RankedRun
 
@@ -146,7 +146,8 @@ def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) ->
     a configuration.
 
     Returns:
-      `rows`: key -> dataset -> `map` and `top1` of each seed and the `commits` of the code;
+      `rows`: key -> dataset -> `map`, `top1` and `fnir` (at an FPIR of 1 %) of each seed and the
+        `commits` of the code;
       `rungs`: key and base -> dataset -> `mean` and `error` of the difference; `seconds`.
     """
     rows: dict[str, Any] = {}
@@ -194,6 +195,7 @@ def _scores(folder: Path, row: Row, dataset: str) -> dict[str, Any] | None:
     return {
         "map": [one["map"] for one in metrics],
         "top1": [one["top1"] for one in metrics],
+        "fnir": [one.get("fnir_at_fpir_0.01") for one in metrics],
         "commits": sorted(commits),
     }
 
@@ -256,13 +258,15 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
         head += [f"{dataset}, seeds {seeds}", "mean"]
     above = ["added", "`--config=configs/`", "to", "published", *DATASETS, "gain?", "why"]
     ladders = {
-        name: common.markdown(above, [_ladder_row(rung, found) for rung in rungs])
+        name: common.markdown(
+            above, [_ladder_row(rung, found, strangers=name in OPEN_SET) for rung in rungs]
+        )
         for name, rungs in LADDERS.items()
     }
     return {"systems": _systems(found), "scores": common.markdown(head, rows), **ladders}
 
 
-def _ladder_row(rung: Rung, found: Mapping[str, Any]) -> list[str]:
+def _ladder_row(rung: Rung, found: Mapping[str, Any], *, strangers: bool) -> list[str]:
     scores = found["rows"].get(rung.key, {})
     differences = found["rungs"].get(pair_name(rung), {})
     cells = []
@@ -272,7 +276,9 @@ def _ladder_row(rung: Rung, found: Mapping[str, Any]) -> list[str]:
             score += f", top1 {_mean(scores[dataset]['top1'])}"
         reason = {**ROWS[rung.key].absent, **rung.absent}.get(dataset, "")
         gain = _with_interval(differences.get(dataset)) or _no_base(rung, dataset)
-        cells.append(reason or f"{score} {gain}".strip())
+        missed = scores.get(dataset, {}).get("fnir", []) if strangers else []
+        missed = _mean([share for share in missed if share is not None])
+        cells.append(reason or f"{score} {gain}".strip() + f", FNIR {missed}" * bool(missed))
     published = rung.published
     if rung.base and (gain := published_gain(rung)) is not None:
         published = f"{published} ({gain:+.4f})"

@@ -18,8 +18,9 @@ from vidjax.models.layers import (
     real_frames,
     unit_vectors,
 )
-from vidjax.models.mlp import DenseLayer, ResidualBlock
+from vidjax.models.mlp import KAIMING, DenseLayer, ResidualBlock
 
+TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 CHANNEL_ATTENTIONS = ("channels", "danet", "features")
 _CHOICES = {
     "channel_attention": (*CHANNEL_ATTENTIONS, "none"),
@@ -41,6 +42,7 @@ class DeepMEF(Identifier):
       modalities: name -> feature width: `modality` and any others (as published: `scene`).
       modality: modality with attention over its frames.
       channel_attention: features | channels | danet | none, as in ChannelAttention.
+      channel_norm: True for BatchNorm in that attention, as published.
       num_frames: T that the form `channels` of the attention is built for.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
@@ -53,9 +55,10 @@ class DeepMEF(Identifier):
       logit_scale: factor on the cosines.
       dtype: dtype of the matrix products; parameters, softmax and head are at least float32.
 
-    Layers `published`: Linear-BatchNorm-PReLU-dropout; the last layer of f and of each other
-    modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-dropout; the last layer of f is a
-    bare linear map that starts at 0, so that the net starts as the cosine of aggregated features.
+    Layers `published`: Linear-BatchNorm-PReLU-dropout, with normal weights of Kaiming; the last
+    layer of f and of each other modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-
+    dropout; the last layer of f is a bare linear map that starts at 0, so that the net starts as
+    the cosine of aggregated features.
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
@@ -63,15 +66,15 @@ class DeepMEF(Identifier):
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
     margin loss discards the magnitude of features, so quality is joined to normalised ones. Ours:
     the root mean square of 1, which gives features the order of magnitude of quality / 100 (code:
-    features as they are); logits of 30 times the cosine also in evaluation (code: softmax of the
-    cosines themselves, whose mean over members weights all members more alike); masks; the vector
-    of a missing modality is 0, also after its layers; modality dropout.
+    features as they are); masks; the vector of a missing modality is 0, also after its layers;
+    modality dropout.
     """
 
     modalities: Mapping[str, int]
     num_classes: int
     modality: str = "face"
     channel_attention: str = "features"
+    channel_norm: bool = False
     num_frames: int = 40
     aggregation: str = "attention"
     rms_norm: bool = True
@@ -114,14 +117,15 @@ class DeepMEF(Identifier):
         for position, (name, real) in enumerate(frames.items()):
             exists = present[:, position]
             if name == self.modality:
-                vector = self._aggregated(real)
+                vector = self._aggregated(real, train=train)
             else:
                 vector = fusion.mean_frame(real).features[:, 0] * self.feature_scale
+                own = {"norm_first": True, "kernel_init": KAIMING} if published else {}
                 for i, width in enumerate(self.branch_dims):
                     last = published and i == len(self.branch_dims) - 1
                     rate = 0.0 if last else self.dropout_rate
                     vector = DenseLayer(
-                        width, "prelu", True, rate, published, self.dtype, name=f"{name}_{i}"
+                        width, "prelu", True, rate, dtype=self.dtype, name=f"{name}_{i}", **own
                     )(vector, exists, train=train)
             vectors.append(vector * exists[:, None])
         x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for every other modality]
@@ -144,7 +148,7 @@ class DeepMEF(Identifier):
         )(hidden)
         return x + added
 
-    def _aggregated(self, real: Frames) -> Array:
+    def _aggregated(self, real: Frames, *, train: bool) -> Array:
         """Returns the vector of `modality` for every clip, [B, D + 2]; 0 without frames."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
@@ -153,9 +157,8 @@ class DeepMEF(Identifier):
         beside = jnp.where(jnp.isfinite(beside), beside, 0.0).astype(x.dtype)
         x = jnp.concatenate([x * self.feature_scale, beside], axis=-1)  # [B, T, D + 2]
         if self.channel_attention != "none":
-            x = ChannelAttention(
-                self.channel_attention, self.num_frames, self.dtype, name="channel_attention"
-            )(x, real.mask)
+            form = (self.channel_attention, self.num_frames, self.dtype, self.channel_norm)
+            x = ChannelAttention(*form, name="channel_attention")(x, real.mask, train=train)
         if self.aggregation == "attention":
             return AttentionAggregation(name="aggregation")(x, real.mask)
         weighting = "quality" if self.aggregation == "quality" else "uniform"
@@ -168,7 +171,10 @@ class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
     Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
-    The map out and gamma start at 0, so the block starts as the identity.
+    The map out and gamma start at 0, so the block starts as the identity. With `norm`, maps have no
+    bias, BatchNorm follows theta, phi and out, and theta and phi start at 0, too: each then has
+    gradients of 0 for ever, since those of one are products with the other. So A stays 1 / its
+    width, and out(A g(x)) maps the mean of g(x).
 
     Form `features` (ours): the maps act on the features, D -> D/2. With the attention
     A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T], the output is
@@ -186,20 +192,21 @@ class ChannelAttention(nn.Module):
       form: features | channels | danet.
       num_frames: T that the form `channels` is built for.
       dtype: dtype of the matrix products; parameters and softmax are at least float32.
+      norm: True for BatchNorm, of the form `channels` alone.
 
     Source: channel attention of DANet (Fu et al., CVPR 2019, whose article has the softmax of E
-    itself); DeepMEF (3rd place 2019) names it and builds `channels`. DeepMEF's code initialises
-    theta and phi with 0, so that the gradients of both stay 0; here neither starts at 0. It has
-    BatchNorm after theta, phi and out in place of biases. Ours: masks, and the form `features` with
-    its scaled products.
+    itself); DeepMEF (3rd place 2019) names it and builds `channels` with `norm`, in
+    channel_attention_layer.py of its code. Ours: masks, `channels` without `norm`, and the form
+    `features` with its scaled products.
     """
 
     form: str = "features"
     num_frames: int = 40
     dtype: jnp.dtype = jnp.float32
+    norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
         """Returns the frames after attention, [B, T, D] float32, 0 on padding.
 
         The form `channels` needs T = `num_frames`, and reads padded frames as 0.
@@ -208,6 +215,11 @@ class ChannelAttention(nn.Module):
             raise UserError(
                 f"unknown channel attention {self.form!r}; choose from "
                 f"{', '.join(CHANNEL_ATTENTIONS)}"
+            )
+        if self.norm and self.form != "channels":
+            raise UserError(
+                f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
+                "\n--config.model.channel_attention=channels, or leave it False"
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise UserError(
@@ -221,9 +233,9 @@ class ChannelAttention(nn.Module):
             added = gamma * self._mixed_by_energy(x, mask)
         elif self.form == "channels":
             columns = jnp.swapaxes(x, 1, 2)  # [B, D, T]
-            added = jnp.swapaxes(self._mixed_by_maps(columns, None), 1, 2)
+            added = jnp.swapaxes(self._mixed_by_maps(columns, mask, train=train), 1, 2)
         else:
-            added = self._mixed_by_maps(x, mask)
+            added = self._mixed_by_maps(x, mask, train=train)
         return jnp.where(mask[..., None], x + added, 0.0)
 
     def _mixed_by_energy(self, x: Array, mask: Array) -> Array:
@@ -235,13 +247,27 @@ class ChannelAttention(nn.Module):
         scores = jnp.where(mask[:, None, :], -energy, jnp.finfo(energy.dtype).min)
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
-    def _mixed_by_maps(self, rows: Array, mask: Array | None) -> Array:
-        """Returns out(A g(x)) of `features`, or of `channels`: rows [B, D, T], no mask."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=rows.dtype)
+    def _mixed_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
+        """Returns out(A g(x)) of `features`, or of `channels`: rows [B, D, T], features first."""
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
-        width = max(rows.shape[-1] // 2, 1)
-        theta, phi, g = (dense(width, name=name)(rows) for name in ("theta", "phi", "g"))
-        if mask is None:
+        width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
+        default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init
+
+        def mapped(name: str, x: Array, to: int, init: nn.initializers.Initializer) -> Array:
+            x = nn.Dense(to, not self.norm, self.dtype, rows.dtype, kernel_init=init, name=name)(x)
+            if not self.norm or name == "g":
+                return x
+            seen = jnp.any(mask, axis=1)
+            norm = nn.BatchNorm(
+                not train, momentum=0.9, param_dtype=rows.dtype, name=f"{name}_norm"
+            )
+            # Without any frame the mean would be 0 / 0.
+            return norm(x, mask=jnp.logical_or(seen, ~jnp.any(seen))[:, None, None])
+
+        first = zeros if self.norm else default
+        theta, phi = (mapped(name, rows, width, first) for name in ("theta", "phi"))
+        g = mapped("g", rows, width, default)
+        if self.form == "channels":
             affinity = jax.nn.softmax(product("bdi,bdj->bij", theta, phi), axis=-1)
             mixed = product("bij,bdj->bdi", affinity.astype(self.dtype), g)  # [B, D, T/2]
         else:
@@ -249,7 +275,7 @@ class ChannelAttention(nn.Module):
             scores = jnp.where(mask[:, None, :], scores, jnp.finfo(scores.dtype).min)
             affinity = jax.nn.softmax(scores, axis=-1)  # [B, T, T]
             mixed = product("bts,bsi->bti", affinity.astype(self.dtype), g)  # [B, T, D/2]
-        return dense(rows.shape[-1], kernel_init=nn.initializers.zeros, name="out")(mixed)
+        return mapped("out", mixed, rows.shape[-1], zeros)
 
 
 class AttentionAggregation(nn.Module):

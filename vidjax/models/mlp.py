@@ -1,5 +1,6 @@
 """Fully connected nets: plain ones, residual blocks, and Residual Dense Net."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 # (width, activation, batch_norm, dropout_rate)
 Layer = tuple[int, str, bool, float]
+KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class DenseLayer(nn.Module):
@@ -28,6 +30,7 @@ class DenseLayer(nn.Module):
       activation: linear | relu | sigmoid | swish | prelu, whose one slope starts at 0.25 (PyTorch).
       norm_first: True for BatchNorm before the activation, False for after.
       dtype: dtype of the matrix product; parameters and everything else are at least float32.
+      kernel_init: first weights, by default Xavier-uniform.
 
     Source: quality fusion (4th place 2019): BatchNorm after the activation (its authors report that
     BatchNorm before it is worse), Xavier-uniform weights, biases of 0. Ours: masks; BatchNorm
@@ -40,6 +43,7 @@ class DenseLayer(nn.Module):
     dropout_rate: float = 0.0
     norm_first: bool = False
     dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
@@ -55,9 +59,7 @@ class DenseLayer(nn.Module):
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
             raise UserError(f"unknown activation {self.activation!r}; choose from {known}")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        x = Linear(
-            self.width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="dense"
-        )(x)
+        x = Linear(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="dense")(x)
         if self.norm_first:
             x = self._normalised(x, mask, train)
         if self.activation == "prelu":
@@ -90,8 +92,8 @@ class ResidualBlock(nn.Module):
     f is Linear-BatchNorm-PReLU-dropout, then Linear-BatchNorm-PReLU back to the width of x. The
     first layer has the width `hidden_dim`, or twice that of x if 0.
 
-    Source: DeepMEF (3rd place 2019), authors' code, whose nets all end in this block. Ours: masks;
-    Xavier instead of Kaiming weights.
+    Source: DeepMEF (3rd place 2019), authors' code, whose nets all end in this block; normal
+    weights of Kaiming (He et al. 2015), biases of 0. Ours: masks.
     """
 
     hidden_dim: int = 0
@@ -102,10 +104,13 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Returns x + f(x), [B, D] float32, for arguments as in DenseLayer."""
         hidden_dim = self.hidden_dim or 2 * x.shape[-1]
-        hidden = DenseLayer(
-            hidden_dim, "prelu", True, self.dropout_rate, True, self.dtype, name="hidden"
-        )(x, mask, train=train)
-        back = DenseLayer(x.shape[-1], "prelu", True, 0.0, True, self.dtype, name="back")
+        layer = functools.partial(
+            DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING
+        )
+        hidden = layer(hidden_dim, "prelu", True, self.dropout_rate, name="hidden")(
+            x, mask, train=train
+        )
+        back = layer(x.shape[-1], "prelu", name="back")
         return x + back(hidden, mask, train=train)
 
 

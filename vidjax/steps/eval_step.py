@@ -31,12 +31,13 @@ def eval_step(
 
     def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
         output = _apply(system, params, model_state, frames, clips._replace(mask=clip_mask))
-        if output.eval_weight is None and output.logits.shape[1] == 1:
-            return system.score_fn(output.logits[:, 0], system.class_mask)
-        scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
+        logits = output.logits / system.config["eval"]["temperature"]
+        if output.eval_weight is None and logits.shape[1] == 1:
+            return system.score_fn(logits[:, 0], system.class_mask)
+        scores = system.score_fn(logits, system.class_mask)  # [B, G, K]
         weight = output.eval_weight  # [B, G]
         if weight is None:
-            weight = jnp.ones(output.logits.shape[:2], output.logits.dtype)
+            weight = jnp.ones(logits.shape[:2], logits.dtype)
         total = mean_scores.no_scores(scores[:, 0], logs=system.scores_are_logs)
         for branch in range(scores.shape[1]):
             total = mean_scores.add_scores(total, scores[:, branch], weight[:, branch])

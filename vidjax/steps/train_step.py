@@ -83,6 +83,7 @@ def member_step(
 
     frames, exists, info = _model_input(system, batch, clips)
     assert info.labels is not None
+    by_clips = system.config["loss"]["mean_over"] == "clips"
 
     def mean_loss(params: Params) -> tuple[Array, tuple[Array, ModelState]]:
         output, model_state = system.model.apply(
@@ -97,7 +98,8 @@ def member_step(
             share * _loss_by_clip(system, step, output, labels, exists, compared=exists)
             for labels, share in clips.targets
         )
-        loss = jnp.sum(per_clip * clips.weight) / jnp.maximum(jnp.sum(clips.weight), 1e-6)
+        counted = clips.weight > 0 if by_clips else clips.weight
+        loss = jnp.sum(per_clip * clips.weight) / jnp.maximum(jnp.sum(counted), 1e-6)
         return loss, (output.logits[:, 0], model_state)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)

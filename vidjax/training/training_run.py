@@ -229,13 +229,15 @@ class TrainingRun:
             log = workdir / noise_classes.FILE
             if processes.is_first():
                 keep_until(log, self.step)
-            modalities = tuple(system.fuse_eval)
+            modalities, predicting = tuple(system.fuse_eval), system
+            if config.noise.relabel_by == "train":
+                predicting = system._replace(fuse_eval=system.fuse_train)
             self._relabeller = noise_classes.make_relabeller(
                 config,
                 log,
                 data.identities,
                 functools.partial(values_of_clips, config, self._clips, modalities, mesh=mesh),
-                eval_step.make_predict_step(system, mesh),
+                eval_step.make_predict_step(predicting, mesh),
                 plan.task.layout,
                 plan.labels,
                 plan.training_sets,

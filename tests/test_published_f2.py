@@ -1,0 +1,509 @@
+"""`published` of DeepMEF and of noise classes: the numbers of their articles and of their code.
+
+Code of DeepMEF: github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92; of noise classes:
+github.com/luckycallor/IQIYI_VID_5th at 72a2368.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.made_frames import make_frames, pad
+from tests.helpers.made_models import init
+from tests.helpers.made_steps import make
+from tests.helpers.small_runs import run, shrunk
+from vidjax import augment, config_io, ensemble, fusion, losses, optim
+from vidjax.batch import Frames, ModelOutput
+from vidjax.models.deepmef import ChannelAttention
+from vidjax.models.mlp import ResidualBlock
+from vidjax.steps import eval_step
+from vidjax.steps import state as state_lib
+from vidjax.system import System, TaskSpec, make_system
+
+ROOT = Path(__file__).parent.parent
+DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
+NOISE = "noise_classes:iqiyi_vid,published"
+
+
+def config_of(spec: str) -> Any:
+    name, _, words = spec.partition(":")
+    return config_io.load_file(f"{ROOT}/configs/{name}.py:{words}")
+
+
+@functools.cache
+def official(spec: str) -> System:
+    """The system of a configuration at 10,034 identities, with 14.125 steps an epoch."""
+    config = config_of(spec)
+    widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
+    clusters = 3691 if config.data.distractors == "noise" else None
+    clips = round(14.125 * config.batch_size)
+    steps = math.ceil(14.125 * config.num_epochs)
+    return make_system(
+        config.to_dict(), TaskSpec(widths, 10_034, clusters, clips, steps, train_other=False)
+    )
+
+
+def rates(spec: str, *epochs: float) -> list[float]:
+    schedule = official(spec).lr_schedule
+    return [float(jnp.asarray(schedule(jnp.int32(np.ceil(14.125 * epoch))))) for epoch in epochs]
+
+
+def shapes(spec: str) -> dict[str, tuple[int, ...]]:
+    """Name of each parameter of one member -> its shape."""
+    system = official(spec)
+    rngs = ensemble.make_rngs((ensemble.Member(),), 0)
+    modalities, labels = system.task.modalities, jnp.zeros((1, 2), jnp.int32)
+    state = jax.eval_shape(lambda: state_lib.init_state(system, modalities, rngs, labels))
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    return {"/".join(part.key for part in path): leaf.shape[1:] for path, leaf in leaves}
+
+
+# ---- DeepMEF, third place of 2019
+
+
+def test_deepmef_trains_as_its_code_does():
+    """demo_train_face_scene_multi_view.py: its default arguments, its optimiser and its loss."""
+    config = config_of(DEEPMEF)
+    assert (config.batch_size, config.num_epochs) == (4096, 100)
+    assert (config.optim.name, config.optim.momentum, config.optim.clip_norm) == ("sgd", 0.9, 0)
+    assert (config.loss.margin, config.loss.gamma, config.data.distractors) == (0.5, 2, "leave_out")
+    assert official(DEEPMEF).model.logit_scale == 30
+    assert (config.mixup, config.transforms, config.model.main.modality_dropout_rate) == (0, (), 0)
+    assert config_of(f"{DEEPMEF},trainval").data.train_splits == ("train", "val")
+
+
+def test_the_rate_falls_once_an_epoch_and_to_nothing():
+    """CosineAnnealingLR of 100 epochs, whose step follows each epoch."""
+    expected = [0.1 * (1 + np.cos(np.pi * epoch / 100)) / 2 for epoch in (0, 1, 10, 50, 99)]
+    np.testing.assert_allclose(rates(DEEPMEF, 0, 1, 10, 50, 99), expected, rtol=1e-5)
+    np.testing.assert_allclose(rates(DEEPMEF, 99), 2.467e-5, rtol=1e-3)
+    schedule = official(DEEPMEF).lr_schedule
+    steps = np.asarray(schedule(jnp.arange(42)))  # epochs of 14.125 steps
+    np.testing.assert_array_equal(steps, np.repeat(steps[[0, 14, 28]], 14))
+    assert steps[0] > steps[14] > steps[28]
+
+
+def test_every_parameter_decays():
+    """SGD(momentum=0.9, weight_decay=1e-5) of all parameters, two steps by hand."""
+    spec = config_of(DEEPMEF).optim.to_dict()
+    tx, schedule = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -5.0), "slope": jnp.float32(7)}
+    grads = jax.tree.map(lambda x: 0.25 * jnp.ones_like(x), params)
+    state = tx.init(params)
+    for name, start in params.items():
+        first = 0.25 + 1e-5 * start
+        moved = start - 0.1 * first
+        second = 0.9 * first + 0.25 + 1e-5 * moved
+        params = {**params, name: (start, moved, moved - 0.1 * second)}
+    now = {name: values[0] for name, values in params.items()}
+    for step in (1, 2):
+        updates, state = tx.update(grads, state, now)
+        now = jax.tree.map(jnp.add, now, updates)
+        for name, values in params.items():
+            np.testing.assert_allclose(now[name], values[step], rtol=1e-6)
+    assert float(jnp.asarray(schedule(0))) == pytest.approx(0.1)
+
+
+def test_nets_and_their_views_have_the_numbers_of_the_code():
+    """scripts/main.sh; get_mask_index of 16 chunks, and of 32 for the nets of the scene alone."""
+    config = config_of(f"{DEEPMEF},views")
+    members = ensemble.make_members(config.ensemble.to_dict())
+    assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
+    system = official(f"{DEEPMEF},views")
+    columns = jnp.arange(2048.0)
+    one = jnp.ones((1, 1))
+    frames = {
+        name: Frames(columns[None, None, :width], one, one, one.astype(jnp.int32), one == 1)
+        for name, width in (("face", 512), ("scene", 2048))
+    }
+    hidden = []
+    for member in members:
+        seen = system.fuse(None, frames, jnp.int32(member.view))
+        kept = {name: set(np.asarray(x.features[0, 0]).astype(int)) for name, x in seen.items()}
+        face = set(range(512)) - kept["face"]
+        assert face == set(range(32 * member.view, 32 * member.view + 32))
+        scene = set(range(2048)) - kept["scene"]
+        assert scene == set(range(128 * member.view, 128 * member.view + 128))
+        alone = sorted(set(range(2048)) - kept["scene_alone"])
+        assert alone == list(range(alone[0], alone[0] + 64))
+        hidden.append(alone[0] // 64)
+    assert hidden == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
+    alone = ensemble.make_members(config_of("deepmef:scene,published,views").ensemble.to_dict())
+    assert [member.view for member in alone] == hidden
+
+
+def test_views_that_no_chunk_answers_are_refused():
+    words = ("--config.ensemble.views=2", "--config.ensemble.more_views=(('b','face',4,(0,)),)")
+    config = config_io.override(config_of("deepmef:face"), words)
+    task = TaskSpec({"face": 512}, 10, None, 100, 10, train_other=False)
+    with pytest.raises(ValueError, match=r"for each of config\.ensemble\.views=2"):
+        make_system(config.to_dict(), task)
+
+
+def test_parameters_have_the_names_and_shapes_of_the_code():
+    """models/models.py, ArcFaceSceneModel and ArcSceneFeatModel; channel_attention_layer.py."""
+    found = shapes(f"{DEEPMEF},views")
+    attention = {
+        name.removeprefix("main/channel_attention/"): shape
+        for name, shape in found.items()
+        if "channel_attention" in name
+    }
+    sizes = {"theta": 20, "phi": 20, "out": 40}
+    norms = {f"{name}_norm/{part}": (n,) for name, n in sizes.items() for part in ("scale", "bias")}
+    maps = {f"{name}/kernel": (40, 20) for name in ("theta", "phi", "g")}
+    assert attention == {**norms, **maps, "out/kernel": (20, 40)}  # no bias anywhere
+    assert found["main/aggregation/query"] == (482,)
+    assert found["main/scene_0/dense/kernel"] == (1920, 480)
+    assert found["main/scene_1/dense/kernel"] == (480, 120)
+    assert found["main/block/hidden/dense/kernel"] == (602, 964)
+    assert found["main/block/back/dense/kernel"] == (964, 602)
+    assert found["main/classifier/kernel"] == (602, 10_035)
+    assert found["other/backbone/hidden/dense/kernel"] == (1984, 3968)
+    assert found["other/classifier/kernel"] == (1984, 10_035)
+
+
+def test_dense_layers_start_with_normal_weights_of_kaiming():
+    """nn.init.kaiming_normal_ and biases of 0; a truncated normal would end at 2.3 deviations."""
+    block = ResidualBlock(1024)
+    params = jax.jit(functools.partial(block.init, train=False))(
+        jax.random.key(0), jnp.ones((2, 512)), jnp.ones(2, bool)
+    )["params"]
+    for name, inputs in (("hidden", 512), ("back", 1024)):
+        weights = np.asarray(params[name]["dense"]["kernel"]) / np.sqrt(2 / inputs)
+        assert weights.std() == pytest.approx(1, rel=0.01)
+        assert np.abs(weights).max() > 4
+        np.testing.assert_array_equal(params[name]["dense"]["bias"], 0)
+
+
+def batch_norm(rows):
+    """[B, D, T] by the mean and variance of each of the T channels."""
+    return (rows - rows.mean((0, 1))) / np.sqrt(rows.var((0, 1)) + 1e-5)
+
+
+def test_channel_attention_is_that_of_the_code():
+    """Maps of 4 frames without bias, BatchNorm after theta, phi and out, softmax over channels."""
+    frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
+    layer: Any = ChannelAttention("channels", 4, norm=True)
+    variables = init(layer, frames.features, frames.mask)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), variables["params"]
+    )
+    out, new = layer.apply(
+        {**variables, "params": params}, frames.features, frames.mask, train=True,
+        mutable=["batch_stats"],
+    )  # fmt: skip
+    real = [0, 1, 3]
+    rows = np.swapaxes(frames.features[real], 1, 2).astype(np.float64)  # [B, D, T]
+
+    def mapped(name, x):
+        y = x @ params[name]["kernel"].astype(np.float64)
+        norm = params.get(f"{name}_norm")
+        return y if norm is None else batch_norm(y) * norm["scale"] + norm["bias"]
+
+    theta, phi, g = (mapped(name, rows) for name in ("theta", "phi", "g"))
+    energy = np.einsum("bdi,bdj->bij", theta, phi)
+    affinity = np.exp(energy - energy.max(-1, keepdims=True))
+    affinity /= affinity.sum(-1, keepdims=True)
+    added = mapped("out", np.einsum("bij,bdj->bdi", affinity, g))
+    expected = frames.features[real] + np.swapaxes(added, 1, 2)
+    np.testing.assert_allclose(out[np.array(real)], expected, atol=1e-4)
+    np.testing.assert_array_equal(out[2], 0)
+    means = new["batch_stats"]["theta_norm"]["mean"]  # of torch's momentum, 0.1
+    np.testing.assert_allclose(
+        means, 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1)), atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"config.model.channel_attention=channels"):
+        init(ChannelAttention("features", 4, norm=True), frames.features, frames.mask)
+
+
+def test_theta_and_phi_of_the_code_never_move():
+    """Both are 0, and the gradient of each is a product with the other, BatchNorm or not."""
+    frames = make_frames([40] * 3, max_frames=40, dtype="float32")
+    layer: Any = ChannelAttention("channels", 40, norm=True)
+    variables = init(layer, frames.features, frames.mask)
+    params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+    for name in ("theta", "phi", "out"):
+        np.testing.assert_array_equal(params[name]["kernel"], 0)
+        np.testing.assert_array_equal(params[f"{name}_norm"]["scale"], 1)
+    start = np.abs(np.asarray(params["g"]["kernel"]))
+    assert 0.9 / np.sqrt(40) < start.max() <= 1 / np.sqrt(40)  # the default of nn.Conv1d
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        out, _ = layer.apply(
+            {"params": params, **rest}, frames.features, frames.mask, train=True,
+            mutable=["batch_stats"],
+        )  # fmt: skip
+        return jnp.mean((out - jnp.cos(jnp.arange(out.size).reshape(out.shape))) ** 2)
+
+    for _ in range(5):
+        grads = gradient(params)
+        for name in ("theta", "phi", "theta_norm", "phi_norm"):
+            for leaf in jax.tree.leaves(grads[name]):
+                np.testing.assert_array_equal(leaf, 0)
+        assert np.abs(grads["out"]["kernel"]).max() > 0
+        params = jax.tree.map(lambda x, g: x - 0.1 * g, params, grads)
+    assert np.abs(gradient(params)["g"]["kernel"]).max() > 0  # once out is not 0
+
+
+def test_features_are_taken_as_they_are():
+    """sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection."""
+    main = official(DEEPMEF).model.main
+    assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
+    assert (main.channel_attention, main.channel_norm, main.layer_form) == (
+        "channels", True, "published",
+    )  # fmt: skip
+
+
+def drawn(frames, keys):
+    spec = config_of(DEEPMEF).fusion.face.train.to_dict()
+    sample = fusion.make_fusion(spec)
+    return np.asarray(jax.jit(jax.vmap(lambda key: sample(key, frames).number))(keys)) // 10
+
+
+def test_forty_frames_are_drawn_and_short_clips_draw_with_replacement():
+    """np.random.choice(frames, 40, replace=len(frames) < 40)."""
+    frames = make_frames([50, 40, 5, 1, 0], max_frames=50)
+    number = drawn(frames, jax.random.split(jax.random.key(0), 400))  # [400, 5, 40]
+    assert all(len(set(row)) == 40 for row in number[:, 0].tolist())
+    share = np.bincount(number[:, 0].ravel(), minlength=50) / 400
+    np.testing.assert_allclose(share, 0.8, atol=0.08)
+    np.testing.assert_array_equal(np.sort(number[:, 1]), [np.arange(40)] * 400)
+    counts = np.stack([np.sum(number[:, 2] == t, axis=1) for t in range(5)])
+    np.testing.assert_allclose(counts.mean(axis=1), 8, atol=0.4)
+    np.testing.assert_allclose(counts.var(axis=1), 40 * 0.2 * 0.8, rtol=0.25)  # binomial
+    np.testing.assert_array_equal(number[:, 3], 0)
+    place = np.argmax(number[:, 1] == 7, axis=1)  # the order is random, too
+    assert 17 < place.mean() < 22
+
+
+def test_the_test_draws_too_and_repeatably():
+    """The code draws in the test, too; here the same places in all clips of one length."""
+    spec = config_of(DEEPMEF).fusion.face.evaluate.to_dict()
+    assert spec == config_of(DEEPMEF).fusion.face.train.to_dict()
+    sample = fusion.make_fusion(spec)
+    frames = make_frames([50, 5, 5, 0], max_frames=50)
+    first = sample(None, frames)
+    number = np.asarray(first.number) // 10
+    assert len(set(number[0].tolist())) == 40
+    assert (np.diff(number[0]) < 0).any()
+    np.testing.assert_array_equal(number[1], number[2])
+    counts = np.bincount(number[1], minlength=5)
+    assert counts.sum() == 40 and len(set(counts.tolist())) > 1
+    alone = sample(None, jax.tree.map(lambda x: x[1:2], frames))
+    np.testing.assert_array_equal(alone.features[0], first.features[1])
+    np.testing.assert_array_equal(sample(None, pad(frames, 7)).features, first.features)
+
+
+def test_the_focal_factor_is_that_of_the_mean():
+    """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean."""
+    config = config_of(DEEPMEF)
+    rng = np.random.default_rng(1)
+    cosines = rng.uniform(-0.9, 0.9, (6, 2, 5))
+    labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
+    mask = np.array([1, 1, 1, 1, 1, 0], bool)
+    sees = np.array([[1, 1], [1, 1], [0, 1], [1, 1], [1, 1], [1, 1]], np.float32)  # [B, G]
+    objective = losses.make_objective(config.loss.to_dict(), None, 14.125, logit_scale=30.0)
+
+    def total(cosines):
+        output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
+        return jnp.sum(jnp.where(mask, objective(output, labels, mask, jnp.int32(0)), 0))
+
+    def by_hand(cosines):
+        loss = 0.0
+        for branch in range(2):
+            entropies = []
+            for row in np.flatnonzero(mask & (sees[:, branch] > 0)):
+                logits = 30 * cosines[row, branch]
+                angle = np.arccos(logits[labels[row]] / 30)
+                hard = np.cos(angle + 0.5) if angle < np.pi - 0.5 else None
+                hard = np.cos(angle) - 0.5 * np.sin(0.5) if hard is None else hard
+                logits = np.where(np.arange(5) == labels[row], 30 * hard, logits)
+                entropies.append(np.log(np.sum(np.exp(logits))) - logits[labels[row]])
+            mean = np.mean(entropies)
+            loss += len(entropies) * (1 - np.exp(-mean)) ** 2 * mean
+        return loss
+
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(total(cosines), by_hand(cosines), rtol=1e-6)
+        slope = jax.grad(total)(jnp.asarray(cosines))
+        for place in ((0, 0, 3), (3, 1, 4)):
+            step = np.zeros_like(cosines)
+            step[place] = 1e-5
+            expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
+            np.testing.assert_allclose(slope[place], expected, rtol=1e-4)
+        # A clip that is not finite is found, whatever the others are.
+        alone = losses.batch_focal(
+            jnp.full((1, 3), jnp.nan), jnp.ones(1, int), counted=jnp.zeros((1, 1))
+        )
+        assert np.isnan(alone).all()
+
+
+def test_scores_are_the_softmax_of_cosines():
+    """demo_test_face_scene_multi_view.py: Softmax of the net's output, without the factor of 30."""
+    found = {}
+    for temperature in (1, 30):
+        made = make(
+            "deepmef:published,face", f"--config.eval.temperature={temperature}",
+            num_identities=9, batch_size=4,
+        )  # fmt: skip
+        assert config_of(DEEPMEF).eval.temperature == 30 == made.system.model.logit_scale
+        params, model_state = ensemble.take((made.state.params, made.state.model_state), 0)
+        scores = eval_step.eval_step(made.system, params, model_state, jnp.int32(0), made.batch)
+        found[temperature] = np.asarray(scores)[:, 1:].astype(np.float64)
+    softmax = np.exp(found[1] / 30)
+    softmax /= softmax.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(found[30]), softmax, rtol=1e-5)
+
+
+# ---- noise classes, fifth place of 2018
+
+
+def test_noise_classes_train_as_their_code_does():
+    """parse_args and the main program of fn_weightedMean_v2_multiModel_refuse_v4.py."""
+    config = config_of(NOISE)
+    assert (config.batch_size, config.num_epochs, config.ensemble.folds) == (10_240, 200, 10)
+    assert (config.optim.name, config.optim.weight_decay, config.optim.total_decay) == (
+        "adam",
+        0,
+        0,
+    )
+    assert rates(NOISE, 0, 10, 20, 100, 199) == pytest.approx([1e-3] * 5)
+    assert (config.loss.margin, official(NOISE).model.logit_scale) == (0.5, 64)
+    assert config.noise.relabel_every_epochs == 1
+    found = shapes(NOISE)
+    assert found["classifier/kernel"] == (512, 1 + 2 * 10_034 + 3691)
+    assert found["backbone/layer_0/dense/kernel"] == (512, 512)
+
+
+def test_the_weight_of_mirrors_climbs_ten_stairs():
+    """noise_weight = [0.1, ..., 0.6], each for a tenth of 200 epochs."""
+    system = official(NOISE)
+    mirror = jnp.array([10_034 + 3691 + 1])
+    epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)
+    found = [
+        float(system.column_weight(mirror, jnp.float32(14.125 * epoch))[0]) for epoch in epochs
+    ]
+    assert found == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6, 0.6])
+
+
+def vector_of(spec, quality, detection):
+    """The first fused frame of one clip whose features are one-hot: the share of each frame."""
+    count = len(quality)
+    frames = Frames(
+        np.eye(count, dtype=np.float32)[None],
+        np.array([quality], np.float32),
+        np.array([detection], np.float32),
+        np.arange(count, dtype=np.int32)[None],
+        np.ones((1, count), bool),
+    )
+    return np.asarray(fusion.make_fusion(spec)(None, frames).features[0])
+
+
+def test_frames_weigh_the_square_of_their_quality():
+    """feat_weighted_mean: the sum of f q x q / sum(q), from frames of quality and score 0 on."""
+    spec = config_of(NOISE).fusion.face
+    train, test = spec.train.to_dict(), spec.evaluate.to_dict()
+    ones = [1.0, 1.0, 1.0]
+    np.testing.assert_allclose(vector_of(train, [1, 2, 3], ones)[0], np.array([1, 4, 9]) / 14, 1e-6)
+    np.testing.assert_allclose(vector_of(train, [-5, 2, 4], ones)[0], [0, 0.2, 0.8], rtol=1e-6)
+    low = vector_of(train, [1, 2, 3], [-0.1, 1, 1])[0]
+    np.testing.assert_allclose(low, np.array([0, 4, 9]) / 13, rtol=1e-6)
+    none = vector_of(train, [-1, -2, -3], ones)[0]  # no frame passes: all count
+    np.testing.assert_allclose(none, np.array([1, 4, 9]) / 14, rtol=1e-6)
+    # The program of the test filters nothing.
+    np.testing.assert_allclose(vector_of(test, [-1, 2, 3], ones)[0], np.array([1, 4, 9]) / 14, 1e-6)
+
+
+def test_the_reading_of_the_article_is_a_weighting_too():
+    """L18: "a weighted average of face quality scores"."""
+    found = vector_of({"name": "mean", "weighting": "score"}, [1, -2, 3], [0.5, 0.9, 0.7])[0]
+    np.testing.assert_allclose(found, [0.25, 0, 0.75], rtol=1e-6)
+
+
+CROPS = {  # frames -> the four crops of load_data in ..._predict_v2.py
+    1: ["0", "0", "0", "0"],
+    2: ["01", "1", "0", "01"],
+    3: ["012", "12", "01", "1"],
+    4: ["0123", "123", "012", "12"],
+    5: ["01234", "1234", "0123", "123"],
+    6: ["012345", "2345", "0123", "1234"],
+    7: ["0123456", "23456", "01234", "12345"],
+}
+
+
+@pytest.mark.parametrize("count", CROPS)
+def test_crops_of_short_clips_are_those_of_the_code(count):
+    spec = config_of(NOISE).fusion.face.evaluate.to_dict()
+    crops = vector_of(spec, [50.0] * count, [1.0] * count)
+    assert ["".join(map(str, np.flatnonzero(row > 0))) for row in crops] == CROPS[count]
+
+
+def test_long_noise_is_cut_to_pieces_of_any_length():
+    """random_split: a start from 0 to n - 1, then an end from start + 1 to n."""
+    frames = make_frames([60, 60, 3], max_frames=60)
+    chosen, short = np.array([True, False, False]), np.array([False, False, True])
+    cut = functools.partial(
+        augment.concat_clips, frames=frames, chosen=chosen, short=short, pieces="random"
+    )
+    masks = jax.jit(jax.vmap(lambda key: cut(key).mask))(jax.random.split(jax.random.key(0), 4000))
+    masks = np.asarray(masks)
+    assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000
+    first, last = masks[:, 0].argmax(axis=1), 119 - masks[:, 0, ::-1].argmax(axis=1)
+    np.testing.assert_array_equal(masks[:, 0].sum(axis=1), last - first + 1)  # without gaps
+    assert (first.min(), first.max(), last.max()) == (0, 59, 59)
+    assert first.mean() == pytest.approx(29.5, abs=1.2)
+    late = (last - first)[first == 50]  # 10 frames are left: 1 to 10 of them
+    assert set(late.tolist()) <= set(range(10)) and len(set(late.tolist())) > 6
+
+
+def test_a_batch_is_divided_by_its_clips():
+    """reduce_mean(cross-entropy x weight): clips of weight 0.5 do not count half below the line."""
+    words = ("--config.loss.mean_over=clips", "--config.ensemble.folds=0")
+    found = {}
+    for mean_over in ("weights", "clips"):
+        made = make(
+            "noise_classes:leave_out", *words[1:], f"--config.loss.mean_over={mean_over}",
+            num_identities=5,
+        )  # fmt: skip
+        weight = jnp.where(jnp.arange(32) < 8, 0.5, 1.0).at[31].set(0.0)
+        made = made._replace(tables=made.tables._replace(weight=weight[None]))
+        _, loss = made.train(1)
+        found[mean_over] = float(loss[0, 0])
+    assert found["clips"] == pytest.approx(found["weights"] * (4 + 23) / 31, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
+    """run_val of train_X_noise, after each epoch."""
+    words = ("--config.num_epochs=3", "--config.eval.members=false")
+    spec = "configs/noise_classes.py:iqiyi_vid,published"
+    seen = {}
+    for phase in ("train", "evaluate"):
+        config = shrunk(*words, f"--config.noise.relabel_by={phase}", spec=spec)
+        run(config, tmp_path / phase, data)
+        log = (tmp_path / phase / "noise.jsonl").read_text().splitlines()
+        seen[phase] = [json.loads(line) for line in log]
+        assert sum(line["moved"] for line in seen[phase]) > 0
+    assert seen["train"] != seen["evaluate"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["published", "published,views"])
+def test_deepmef_as_published_trains(data, tmp_path, words):
+    config = shrunk(
+        "--config.num_epochs=2", "--config.optim.learning_rate=0.02",
+        "--config.modalities=face,head",
+        spec=f"configs/deepmef.py:iqiyi_vid,{words},face,head",
+    )  # fmt: skip
+    metrics = run(config, tmp_path, data)
+    assert metrics["num_members" if "num_members" in metrics else "map"] is not None
