@@ -474,7 +474,7 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
 
 # A factor that has several fields -> a pattern of them; every other field is a factor of its own.
 FACTORS = {
-    "which frames count": r"fusion\.\w+\.train\.(min_\w+|top_share)",
+    "which frames count": r"fusion\.\w+\.train\.(min_\w+|top_share|poor_clips)",
     "the frames of training": r"fusion\.\w+\.train\.\w+",
     "the frames of the test": r"after_fusion|eval\.reduce|fusion\.\w+\.evaluate\.\w+",
     "the members": r"ensemble\.\w+",
