@@ -440,6 +440,22 @@ def test_top_frames_repeats_what_there_is():
     assert counts.std() > 1
 
 
+def test_random_repeats_without_a_key_are_those_of_the_clip_alone():
+    frames = make_frames([3, 1, 0, 3, 40], max_frames=40)
+    top = fuse("top", None, frames, num_frames=32, repeats="random")
+    counts = np.bincount(np.asarray(top.number[0]) // 10, minlength=3)
+    assert counts.min() >= 1 and counts.sum() == 32 and counts.max() > 11  # not in turn
+    alone = jax.tree.map(lambda x: x[3:4, :7], frames)
+    np.testing.assert_array_equal(
+        fuse("top", None, alone, num_frames=32, repeats="random").features[0], top.features[3]
+    )
+    turns = fuse("top", None, frames, num_frames=32)
+    np.testing.assert_array_equal(top.number[4], turns.number[4])  # nothing to repeat
+    assert np.array_equal(top.mask.sum(axis=1), [32, 32, 0, 32, 32])
+    with pytest.raises(ValueError, match="random or turn"):
+        fusion.top_frames(None, frames, repeats="seldom")
+
+
 def test_samples_are_different_frames_in_time_order():
     frames = make_frames([12, 5, 2, 0], max_frames=12)
     frames.mask[0, [0, 7]] = False

@@ -24,11 +24,11 @@ from vidjax.models.layers import NetVLAD, drop_modalities
 from vidjax.models.multimodal import SigmoidGate
 
 
-def netvlad_oracle(params, features, mask, reduce):
+def netvlad_oracle(params, features, mask, reduce, norms):
     """Section 5.2 of the paper frame by frame, BatchNorm by the statistics of the real frames."""
-    kernel = params["assignment"]["kernel"]
+    kernel, bias = params["assignment"]["kernel"], params["assignment"].get("bias", 0)
     scores = [
-        [x @ kernel if real else None for x, real in zip(clip, flags, strict=True)]
+        [x @ kernel + bias if real else None for x, real in zip(clip, flags, strict=True)]
         for clip, flags in zip(features, mask, strict=True)
     ]
     real_scores = np.stack([s for clip in scores for s in clip if s is not None])
@@ -38,20 +38,36 @@ def netvlad_oracle(params, features, mask, reduce):
         for t, score in enumerate(clip):
             if score is None:
                 continue
-            z = (score - mean) / np.sqrt(var + 1e-5)
-            z = np.exp(z * params["norm"]["scale"] + params["norm"]["bias"])
+            z = score
+            if "batch" in norms:
+                z = (score - mean) / np.sqrt(var + 1e-5)
+                z = z * params["norm"]["scale"] + params["norm"]["bias"]
+            z = np.exp(z)
             for k, center in enumerate(params["centers"]):
                 out[b, k] += z[k] / z.sum() * (features[b, t] - center)
         if reduce == "mean":
             out[b] /= max(sum(mask[b]), 1)
+        if "l2" in norms and any(mask[b]):
+            out[b] /= np.linalg.norm(out[b], axis=1, keepdims=True)
+            out[b] /= np.linalg.norm(out[b])
     return out
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean"])
-def test_netvlad_matches_the_paper(reduce):
+@pytest.mark.parametrize(
+    ("reduce", "norms"),
+    [
+        ("sum", ("batch",)),
+        ("mean", ("batch",)),
+        ("sum", ("l2",)),
+        ("sum", ()),
+        ("sum", ("l2", "batch")),
+    ],
+)
+def test_netvlad_matches_the_papers(reduce, norms):
+    """The paper's, and the original of Arandjelovic et al. without BatchNorm and with L2 norms."""
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
-        model = NetVLAD(3, reduce=reduce, dtype=jnp.dtype("float64"))
+        model = NetVLAD(3, reduce=reduce, norms=norms, dtype=jnp.dtype("float64"))
         variables = init(model, frames.features, frames.mask, train=False)
         params = randomised(variables["params"])
 
@@ -62,10 +78,11 @@ def test_netvlad_matches_the_paper(reduce):
                 collections, features, frames.mask, train=True, mutable=["batch_stats"]
             )[0][0]
 
-        expected = netvlad_oracle(params, frames.features, frames.mask, reduce)
+        assert ("bias" in params["assignment"]) == ("norm" not in params) == ("batch" not in norms)
+        expected = netvlad_oracle(params, frames.features, frames.mask, reduce, norms)
         np.testing.assert_allclose(forward(params, frames.features), expected, atol=1e-6)
         np.testing.assert_array_equal(forward(params, frames.features)[2], 0)
-        if reduce == "sum":
+        if reduce == "sum" and len(norms) < 2:
             check_gradients(forward, params, frames.features, modes=("rev",))
 
 

@@ -110,10 +110,12 @@ def made_up_clips():
 
 
 def best_faces(frames, clip):
-    """The paper's 32 faces of highest quality; a shorter clip repeats its own in turn."""
+    """The paper's 32 faces of highest quality; a shorter clip repeats random ones of its own."""
     features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
     order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
-    return np.array([features[order[t % len(order)]] for t in range(32)])
+    draws = np.asarray(jax.random.uniform(jax.random.key(0), (1, 32)))[0]  # the same for all clips
+    again = (draws * len(order)).astype(int)
+    return np.array([features[order[t if t < len(order) else again[t]]] for t in range(32)])
 
 
 def linear(params, x):
@@ -138,7 +140,7 @@ def video_level(params, name, frames, clip, *, netvlad):
     return out.reshape(-1)
 
 
-def logits_of_the_paper(params, frames, clip, modalities, *, netvlad, attention):
+def logits_of_the_paper(params, frames, clip, modalities, *, netvlad, attention, pooled=False):
     """Figure 3 from the frames of one clip to its logits."""
     columns, exists = [], []
     for name in modalities:
@@ -152,7 +154,8 @@ def logits_of_the_paper(params, frames, clip, modalities, *, netvlad, attention)
     if attention:
         w_f = np.asarray(params["attention_map"]["w_f"]["kernel"], np.float64).T
         x, _ = attention_oracle(x, exists, w_f, w_f, 0.05, fill=True)
-    return linear(params["classifier"]["logits"], x.T.reshape(-1))
+    vectors = x[:, exists].mean(axis=1) if pooled else x.T.reshape(-1)
+    return linear(params["classifier"]["logits"], vectors)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,7 @@ def logits_of_the_paper(params, frames, clip, modalities, *, netvlad, attention)
     [
         ("published", {"netvlad": True, "attention": True}),
         ("published,average,concat,face", {"netvlad": False, "attention": False}),
+        ("published,pooled", {"netvlad": True, "attention": False, "pooled": True}),
     ],
 )
 def test_published_is_the_paper_to_the_letter(words, parts):
@@ -209,6 +213,8 @@ def test_rungs_of_table_3_differ_by_one_part():
     for first in ("", "published,"):
         assert changed(f"{first}average,concat", f"{first}concat") == {"model.netvlad"}
         assert changed(f"{first}concat", first) == {"model.attention"}
+        assert changed(f"{first}pooled", f"{first}concat") == {"model.joined"}
+        assert changed(f"{first}unit", first) == {"model.unit_length"}
         floor = f"{first}average,concat,"
         for modality in WIDTHS:
             assert changed(floor + modality, floor) == {"modalities"}

@@ -228,6 +228,28 @@ def test_missing_rate_empties_modalities_and_leaves_the_rest_alone(make):
     assert not changed_files(plain, sparse) & same
 
 
+def test_a_false_modality_shows_somebody_else_and_leaves_the_rest_alone(make):
+    plain, false = make(), make(false_modality=1.0)
+    files = {_pickle_path(plain, m, split).name for m in ("face", "audio") for split in SPLITS}
+    assert changed_files(plain, false) == files
+    faces = [_clips(one, "face", "val") for one in (plain, false)]
+    voices = [_clips(one, "audio", "val") for one in (plain, false)]
+    other = {}
+    for name, frames in faces[0].items():
+        if not frames or name not in voices[0]:
+            continue
+        now = faces[1][name]
+        assert [frame[:4] for frame in frames] == [frame[:4] for frame in now]
+        same = [
+            np.mean([np.array_equal(a[4], b[4]) for a, b in zip(frames, now, strict=True)]) > 0.2,
+            np.array_equal(voices[0][name], voices[1][name]),
+        ]
+        other[name] = same
+    whose = np.array(list(other.values()))
+    # At even odds; a frame of a passer-by, or a voice of nobody in particular, was false before.
+    assert 0.4 < whose[:, 0].mean() < 0.62 and not (~whose).all(axis=1).any()
+
+
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(path, clips, *, inverted):
         raise OSError("disk full")

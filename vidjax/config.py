@@ -180,6 +180,8 @@ TABLE: tuple[Field | Group, ...] = (
           read_when=SYNTHETIC),
     Field("data.missing_rate", 0.0, "share of synthetic clips that lack face, head, body or audio, "
           "beyond what all sets lack", low=0, high=LARGEST.missing_rate, read_when=SYNTHETIC),
+    Field("data.false_modality", 0.0, "share of synthetic clips whose face or voice is somebody "
+          "else's throughout", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
     Field("data.non_finite", "drop", "frames whose feature holds a NaN or an infinity: `drop` "
           "leaves them out and counts them, `error` refuses the file", choices=("drop", "error")),

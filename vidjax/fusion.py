@@ -63,21 +63,28 @@ def filter_frames(
     return frames._replace(mask=kept)
 
 
-def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Frames:
+def top_frames(
+    rng: Array | None, frames: Frames, *, num_frames: int = 32, repeats: str = "turn"
+) -> Frames:
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
-    Shorter clips keep all frames and repeat some: random ones if `rng` is a key; if it is None, all
-    in turn, starting with the best. Among equal qualities the earlier frame is better; NaN is the
+    Shorter clips keep all frames and repeat some: random ones if `rng` is a key. If it is None,
+    `repeats` is `turn` for all in turn, starting with the best, or `random` for draws that are the
+    same for all clips of one length. Among equal qualities the earlier frame is better; NaN is the
     lowest quality.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
-    Source: iQIYI-VID paper, section 5.1. Ours: repeats in turn without a key, for evaluation.
+    Source: iQIYI-VID paper, section 5.1. Ours: `turn`.
     """
-    if num_frames < 1:
-        raise UserError(f"top frames needs num_frames of 1 or more, got {num_frames}")
-    return _first_frames(rng, frames, _best_first(frames.quality, frames.mask), num_frames)
+    if num_frames < 1 or repeats not in ("turn", "random"):
+        raise UserError(
+            f"top frames needs num_frames of 1 or more, and repeats of random or turn: got "
+            f"{num_frames} and {repeats!r}"
+        )
+    order = _best_first(frames.quality, frames.mask)
+    return _first_frames(rng, frames, order, num_frames, fixed_draws=repeats == "random")
 
 
 def sample_frames(
@@ -250,16 +257,23 @@ def _best_first(quality: Array, mask: Array) -> Array:
 
 
 def _first_frames(
-    rng: Array | None, frames: Frames, order: Array, num_frames: int, replacement: bool = False
+    rng: Array | None,
+    frames: Frames,
+    order: Array,
+    num_frames: int,
+    *,
+    replacement: bool = False,
+    fixed_draws: bool = False,
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T], by time; may repeat frames.
 
-    With `replacement`, clips with fewer frames draw all of them anew.
+    With `replacement`, clips with fewer frames draw all of them anew. Without a key repeats are in
+    turn, or by `fixed_draws` of their own, one for all clips.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
     slot = jnp.arange(num_frames, dtype=jnp.int32)[None, :]
-    if rng is None and not replacement:
+    if rng is None and not (replacement or fixed_draws):
         again = slot % jnp.maximum(count, 1)
     else:
         key, rows = (jax.random.key(0), 1) if rng is None else (rng, len(count))

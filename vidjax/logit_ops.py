@@ -63,20 +63,6 @@ def leave_out(logits: Array, class_mask: Array | None) -> Array:
     return jnp.where(jnp.asarray(class_mask), logits, jnp.finfo(logits.dtype).min / 2)
 
 
-@jax.custom_jvp
-def logsumexp(logits: Array) -> Array:
-    """Returns the logarithm of the sum of exp(logits) over the last axis."""
-    return jax.nn.logsumexp(logits, axis=-1)
-
-
-@logsumexp.defjvp
-def _logsumexp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (logits,), (tangent,) = primals, tangents
-    total = logsumexp(logits)
-    shares = jnp.exp(_again(logits) - total[..., None])
-    return total, jnp.sum(shares * tangent, axis=-1)
-
-
 def sum_of_shares(shares: Array) -> Array:
     """Returns the sum of numbers from 0 to 1 over the last axis, which is kept with length 1.
 

@@ -42,6 +42,7 @@ def make_piecewise(
     epochs, values = table.T
     if not np.all(np.diff(epochs) >= 0):
         raise UserError(f"{name} must be (epoch, value) pairs in order, got {points}")
+    # `optax.piecewise_interpolate_schedule` multiplies scales: it never leaves 0, and has no jumps.
     # Without a point behind it, a jump at the end would have its first value.
     epochs, values = np.append(epochs, np.inf), np.append(values, values[-1])
     return lambda epoch: jnp.interp(epoch, epochs, values)
@@ -105,7 +106,8 @@ def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> opt
     """
     width = decay_every_epochs * rise.epoch_steps  # width of a stair in steps
     num_stairs = math.ceil(rise.total_steps / width) + 1
-    # Tables computed on the host, where rounding cannot move an edge by a step as in float32.
+    # Tables computed on the host: in float32, as by `optax.exponential_decay`, rounding could move
+    # an edge by a step.
     edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
     return rise.then(lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")])

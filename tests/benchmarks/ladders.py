@@ -1,6 +1,7 @@
 """The runs behind the tables of scores, and the comparisons that the publications made.
 
-A rung compares two runs that differ in one thing. `scores` trains the runs and writes the tables.
+A rung compares two runs that differ in one thing, which `tests/test_ladders.py` checks field by
+field. `scores` trains the runs and writes the tables.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,7 +70,7 @@ class Row(NamedTuple):
 
 
 class Rung(NamedTuple):
-    """A comparison of two rows that differ in one thing."""
+    """A comparison of two rows that differ in one thing, but for those of TOGETHER."""
 
     text: str  # what the row has and its base has not
     key: str
@@ -79,25 +80,21 @@ class Rung(NamedTuple):
     absent: Mapping[str, str] = MappingProxyType({})  # dataset -> why nothing is compared on it
 
 
-# Reasons for results that differ from a publication's.
+# Reasons for results that differ from a publication's, where rows show them.
+UNKNOWN = "not known"
 ONE_PHOTO = "a real clip is one photo, so that its frames are alike"
-WEAK_AUDIO = "synthetic voices tell little: see audio alone"
 TENTH_LESS = "each net lacks a tenth of few clips; nets of all clips: see the recipe"
-IDENTITY = "at the paper's scale, the matrix is the identity"
-DROPOUT = "perhaps: modality dropout trains for missing modalities already"
 OTHER_DATA = "see the claims that need other data"
 RANKED_LAST = "the base ranks a clip without a face last, wherever it could stand"
-QUALITY_TELLS = (
-    "quality foretells the noise of synthetic frames; weights have to be learned from few clips"
-)
+QUALITY_TELLS = "quality foretells the noise of synthetic frames"
 SMALL = "the published gain is smaller than these sets can tell"
-FEW_CLIPS = "perhaps: few clips to learn it from"
 THREE = "--config.ensemble.seeds=3"
 FIVE = "--config.ensemble.seeds=5"
 HELD_OUT = "--config.data.train_splits=train,val --config.ensemble.folds=5"
 FIRST_FOLD = "--config.ensemble.only=0"
 MLPS = ("mlp1", "mlp2", "mlp3", "mlp4")  # beside mlp5, the shipped one
 PLAIN = "average,concat"
+PAPER_NETS = ("mma_published", "mma_published_concat", "mma_published_pooled")
 # Knobs of the synthetic dataset: name -> (what turns it, keys of the rows that run with it).
 KNOBS = {
     "strangers": (
@@ -109,9 +106,29 @@ KNOBS = {
     "distractors": ("--config.data.train_distractors=0.375", ("fusion", "fusion_unseen")),
     "missing": (
         "--config.data.missing_rate=0.3",
-        ("mma", "mma_unscaled", "mma_filled", "mma_concat"),
+        ("mma", "mma_unscaled", "mma_filled", "mma_concat", "mma_pooled", *PAPER_NETS),
+    ),
+    "false": (
+        "--config.data.false_modality=0.3",
+        ("mma", "mma_concat", "mma_pooled", *PAPER_NETS),
+    ),
+    "standard": (
+        "--config.data.size=standard",
+        ("fusion", "fusion_raw", "deepmef", "deepmef_mean", "deepmef_plain"),
     ),
 }
+# The paper's table 3: end of a key -> words and modalities of `mma.py`.
+TABLE_3 = {
+    **{f"{name}_mean": (PLAIN, name) for name in ("face", "head", "audio", "body")},
+    "face_head_mean": (PLAIN, "face,head"),
+    "face_head_audio_mean": (PLAIN, "face,head,audio"),
+    "mean": (PLAIN, ""),
+    "mean_nets": (f"{PLAIN},ensemble", ""),
+    "netvlad_nets": ("concat,ensemble", ""),
+    "nets": ("ensemble", ""),
+}
+# Nets that climb table 3: begin of their keys -> words of `mma.py`.
+MMA_NETS = {"mma": "", "mma_published": "published", "mma_unit_published": "published,unit"}
 OTHERS = ("head", "body", "audio")
 # Modality, key of its row, published accuracy.
 ACCURACIES = (
@@ -241,18 +258,16 @@ _ROWS = (
         for name in OTHERS
     ),
     # The iQIYI-VID paper.
-    Row("mma_face_mean", "mma", PLAIN, "face"),
-    Row("mma_head_mean", "mma", PLAIN, "head"),
-    Row("mma_audio_mean", "mma", PLAIN, "audio"),
-    Row("mma_body_mean", "mma", PLAIN, "body", absent={REAL: NO_BODY}),
-    Row("mma_face_head_mean", "mma", PLAIN, "face,head"),
-    Row("mma_face_head_audio_mean", "mma", PLAIN, "face,head,audio"),
-    Row("mma_mean", "mma", PLAIN),
-    Row("mma_mean_nets", "mma", f"{PLAIN},ensemble"),
-    Row("mma_netvlad_nets", "mma", "concat,ensemble"),
-    Row("mma_nets", "mma", "ensemble"),
+    *(
+        Row(
+            f"{first}_{name}", "mma", ",".join(filter(None, (net, words))), modalities,
+            absent={REAL: NO_BODY} if modalities == "body" else {},
+        )
+        for first, net in MMA_NETS.items() for name, (words, modalities) in TABLE_3.items()
+    ),
     Row("mma_face", "mma", "", "face"),
     Row("mma_concat", "mma", "concat"),
+    Row("mma_pooled", "mma", "pooled"),
     Row("mma_average", "mma", "average"),
     Row("mma", "mma", ""),
     Row("mma_seeds", "mma", "", overrides=THREE),
@@ -263,6 +278,16 @@ _ROWS = (
     Row("mma_published", "mma", "published"),
     Row("mma_published_average", "mma", "published,average"),
     Row("mma_published_concat", "mma", "published,concat"),
+    Row("mma_published_pooled", "mma", "published,pooled"),
+    Row("mma_unit_published", "mma", "published,unit"),
+    Row("mma_unit_published_concat", "mma", "published,unit,concat"),
+    Row(
+        "mma_published_slow", "mma", "published", overrides="--config.model.netvlad_norms=()",
+    ),
+    Row(
+        "mma_published_l2", "mma", "published",
+        overrides="--config.model.netvlad_norms=batch,l2",
+    ),
     Row(
         "mma_published_masked", "mma", "published",
         overrides="--config.model.fill_missing=False",
@@ -311,6 +336,34 @@ def _knob(text: str, key: str, base: str, *knobs: str, why: str = "") -> tuple[R
 
 # Ladders that tell the share of known clips missed where 1 % of the distractors pass, too.
 OPEN_SET = ("noise_classes",)
+
+
+def _table_3(first: str, nets: str, why_nets: str) -> tuple[Rung, ...]:
+    """Returns the paper's table 3, climbed by the rows whose keys begin with `first`."""
+    alone = {"head": "0.5432", "audio": "0.1179", "body": "0.0514"}
+    return (
+        *(Rung(f"{name} alone", f"{first}_{name}_mean", "", x) for name, x in alone.items()),
+        Rung("face alone: averages, no attention", f"{first}_face_mean", published="0.8519"),
+        Rung("head", f"{first}_face_head_mean", f"{first}_face_mean", "0.8716"),
+        Rung(
+            "audio", f"{first}_face_head_audio_mean", f"{first}_face_head_mean", "0.8769", UNKNOWN,
+        ),
+        Rung(
+            "body", f"{first}_mean", f"{first}_face_head_audio_mean", "0.8780",
+            "a body tells little: see body alone", {REAL: NO_BODY},
+        ),
+        Rung(nets, f"{first}_mean_nets", f"{first}_mean", "0.8924", why_nets),
+        Rung(
+            "NetVLAD instead of averages", f"{first}_netvlad_nets", f"{first}_mean_nets",
+            "0.8946", UNKNOWN,
+        ),
+        Rung(
+            "attention between modalities", f"{first}_nets", f"{first}_netvlad_nets", "0.8970",
+            UNKNOWN,
+        ),
+    )  # fmt: skip
+
+
 LADDERS: Mapping[str, tuple[Rung, ...]] = {
     "residual_dense": (
         Rung("one net, single frames", "dense_one_single", published="0.875"),
@@ -363,37 +416,38 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
         *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS),
     ),
     "mma": (
-        Rung("head alone", "mma_head_mean", published="0.5432"),
-        Rung("audio alone", "mma_audio_mean", published="0.1179"),
-        Rung("body alone", "mma_body_mean", published="0.0514"),
-        Rung("face alone: averages, no attention", "mma_face_mean", published="0.8519"),
-        Rung("head", "mma_face_head_mean", "mma_face_mean", "0.8716"),
-        Rung("audio", "mma_face_head_audio_mean", "mma_face_head_mean", "0.8769", WEAK_AUDIO),
+        *_table_3("mma", "three nets on nine tenths of the clips", TENTH_LESS),
+        Rung("attention, in one net", "mma", "mma_concat", why=UNKNOWN),
+        Rung("concatenation, not average pooling, in one net", "mma_concat", "mma_pooled"),
+        Rung("NetVLAD, in one net with attention", "mma", "mma_average", why=UNKNOWN),
+    ),
+    "mma_published": (
+        *_table_3("mma_published", "three nets on two thirds of the clips", UNKNOWN),
+        Rung("the paper's net, alone", "mma_published"),
+        Rung("NetVLAD, in one net", "mma_published", "mma_published_average", why=UNKNOWN),
         Rung(
-            "body", "mma_mean", "mma_face_head_audio_mean", "0.8780",
-            "a body tells little: see body alone", {REAL: NO_BODY},
+            "NetVLAD with BatchNorm", "mma_published", "mma_published_slow", "faster", UNKNOWN,
         ),
+        Rung("NetVLAD without L2 norms", "mma_published", "mma_published_l2", "better", UNKNOWN),
+        Rung("attention, in one net", "mma_published", "mma_published_concat", why=UNKNOWN),
         Rung(
-            "three nets on nine tenths of the clips", "mma_mean_nets", "mma_mean", "0.8924",
-            TENTH_LESS,
+            "concatenation, not average pooling", "mma_published_concat", "mma_published_pooled",
         ),
-        Rung(
-            "NetVLAD instead of averages", "mma_netvlad_nets", "mma_mean_nets", "0.8946",
-            ONE_PHOTO,
-        ),
-        Rung("attention between modalities", "mma_nets", "mma_netvlad_nets", "0.8970", DROPOUT),
-        Rung("attention, in one net", "mma", "mma_concat", why=DROPOUT),
-        Rung("NetVLAD, in one net with attention", "mma", "mma_average", why=ONE_PHOTO),
-        Rung("the paper to the letter, one net", "mma_published"),
-        Rung("NetVLAD, to the letter", "mma_published", "mma_published_average"),
-        Rung("attention, to the letter", "mma_published", "mma_published_concat", why=IDENTITY),
         Rung(
             "missing modalities filled by attention", "mma_published", "mma_published_masked",
-            why=IDENTITY,
+            why=UNKNOWN,
         ),
         Rung(
             "one Gram matrix, not two projections", "mma_published", "mma_published_two", "better",
-            IDENTITY,
+            UNKNOWN,
+        ),
+    ),
+    "mma_unit_published": (
+        *_table_3("mma_unit_published", "three nets on two thirds of the clips", UNKNOWN),
+        Rung("features of unit length, in one net", "mma_unit_published", "mma_published"),
+        Rung(
+            "attention, in one net", "mma_unit_published", "mma_unit_published_concat",
+            why=UNKNOWN,
         ),
     ),
     "options": (
@@ -420,8 +474,8 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
             "learned weights of frames, not quality", "deepmef", "deepmef_mean", "better",
             QUALITY_TELLS,
         ),
-        Rung("attention between frames", "deepmef", "deepmef_plain", why=FEW_CLIPS),
-        Rung("attention as in DANet, not ours", "deepmef_danet", "deepmef", why=FEW_CLIPS),
+        Rung("attention between frames", "deepmef", "deepmef_plain", why=UNKNOWN),
+        Rung("attention as in DANet, not ours", "deepmef_danet", "deepmef", why=UNKNOWN),
         Rung("five nets", "deepmef_seeds", "deepmef"),
         Rung(
             "each lacks other features", "deepmef_views", "deepmef_seeds", "better",
@@ -470,14 +524,47 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
     ),
     "knobs": (
         *_knob("one fused face in the test", "fusion", "fusion_voting", "strangers", "blur"),
-        *_knob("faces filtered and fused", "fusion", "fusion_raw", "strangers", "blur"),
+        *_knob("faces filtered and fused", "fusion", "fusion_raw", "strangers", "blur", "standard"),
         *_knob(
-            "learned weights of frames", "deepmef", "deepmef_mean", "strangers", why=QUALITY_TELLS,
+            "learned weights of frames", "deepmef", "deepmef_mean", "strangers", "standard",
+            why=QUALITY_TELLS,
         ),
+        *_knob("attention between frames", "deepmef", "deepmef_plain", "standard", why=UNKNOWN),
         *_knob("label smoothing", "mma_smoothing", "mma", "labels"),
         *_knob("a class of distractors", "fusion", "fusion_unseen", "distractors"),
-        *_knob("attention between modalities", "mma", "mma_concat", "missing", why=DROPOUT),
+        *_knob(
+            "attention between modalities", "mma", "mma_concat", "missing", "false", why=UNKNOWN,
+        ),
+        *_knob(
+            "concatenation, not average pooling", "mma_concat", "mma_pooled", "missing", "false",
+        ),
+        *_knob(
+            "attention, the paper's net", "mma_published", "mma_published_concat", "missing",
+            "false", why=UNKNOWN,
+        ),
+        *_knob(
+            "concatenation, not average pooling, the paper's net", "mma_published_concat",
+            "mma_published_pooled", "missing", "false",
+        ),
         *_knob("a small scale of the Gram matrix", "mma", "mma_unscaled", "missing"),
-        *_knob("missing modalities filled in", "mma_filled", "mma", "missing", why=DROPOUT),
+        *_knob("missing modalities filled in", "mma_filled", "mma", "missing", why=UNKNOWN),
     ),
 }  # fmt: skip
+
+# A factor that has several fields -> a pattern of them; every other field is a factor of its own.
+FACTORS = {
+    "which frames count": r"fusion\.\w+\.train\.(min_\w+|top_share|poor_clips)",
+    "the frames of training": r"fusion\.\w+\.train\.\w+",
+    "the frames of the test": r"after_fusion|eval\.reduce|fusion\.\w+\.evaluate\.\w+",
+    "the members": r"ensemble\.\w+",
+    "the classifier": r"model\.(head|logit_scale)",
+    "the warm-up": r"optim\.warmup(_scale)?",
+    "noise classes": r"data\.distractors|noise\.mirror_weight",
+}
+# What is compared -> the words of the publication, where it changes several factors at once.
+TOGETHER = {
+    "dense_narrow against dense_single": "augmented in the same way as training data (L36)",
+    "dense_one against dense_one_single": "augmented in the same way as training data (L36)",
+    "fusion against fusion_raw": "filtered by detection score and quality ... fused (L20)",
+    "noise against leave_out": "training with the added noise data (L32), which the code joins",
+}

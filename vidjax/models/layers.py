@@ -241,15 +241,19 @@ class NetVLAD(nn.Module):
       num_clusters: number of clusters, K.
       reduce: `sum`, as published, for a fixed number of frames; `mean` (ours) divides by the number
         of real frames, so that the scale does not depend on it.
+      norms: `batch` for BatchNorm after the fully connected layer, which has a bias without it;
+        `l2` to scale each descriptor, then all of a clip together, to length 1. The paper has
+        `batch` alone, the original NetVLAD `l2` alone.
       dtype: dtype of the matrix products; parameters, sums and softmax are at least float32.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
-    over the clusters, and the VLAD core; no L2 normalisation. Ours: masks; the fully connected
-    layer has no bias, since BatchNorm has one; BatchNorm momentum 0.9.
+    over the clusters, and the VLAD core. `l2`: Arandjelovic et al., NetVLAD, section 3.1. Ours:
+    masks; BatchNorm momentum 0.9.
     """
 
     num_clusters: int
     reduce: str = "sum"
+    norms: tuple[str, ...] = ("batch",)
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -268,20 +272,22 @@ class NetVLAD(nn.Module):
         """
         if self.reduce not in ("sum", "mean"):
             raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
+        if not {*self.norms} <= {"batch", "l2"}:
+            raise UserError(f"unknown NetVLAD norms {self.norms}; choose from batch, l2")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
-        scores = Linear(self.num_clusters, use_bias=False, dtype=self.dtype, name="assignment")(
-            features
-        )  # [B, T, K]
-        # Without any real frame the mean would be 0 / 0, and the running statistics would stay NaN.
-        counted = jnp.logical_or(mask, ~mask.any())
-        scores = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            dtype=param_dtype,
-            param_dtype=param_dtype,
-            name="norm",
-        )(scores, mask=counted[..., None])
+        has_bias = "batch" not in self.norms  # BatchNorm has one
+        scores = Linear(self.num_clusters, self.dtype, has_bias, name="assignment")(features)
+        if "batch" in self.norms:
+            # Without any real frame the mean would be 0 / 0: running statistics would stay NaN.
+            counted = jnp.logical_or(mask, ~mask.any())
+            scores = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                dtype=param_dtype,
+                param_dtype=param_dtype,
+                name="norm",
+            )(scores, mask=counted[..., None])
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
 
         dim = features.shape[-1]
@@ -298,4 +304,7 @@ class NetVLAD(nn.Module):
         if self.reduce == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1), 1)
             descriptors = descriptors / count[:, None, None]
+        if "l2" in self.norms:
+            flat = unit_vectors(descriptors).reshape(len(descriptors), -1)
+            descriptors = unit_vectors(flat).reshape(descriptors.shape)
         return descriptors, assignment

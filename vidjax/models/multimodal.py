@@ -34,10 +34,10 @@ class MultimodalIdentifier(Identifier):
       netvlad: modalities that NetVLAD pools; the others use the mean frame. Modalities that are not
         configured are ignored.
       num_clusters: number of clusters of NetVLAD, K.
-      netvlad_reduce: `sum` (as published) or `mean`.
+      netvlad_reduce, netvlad_norms: `reduce` and `norms` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
       num_face_vectors: number of vectors that `face` contributes, each by a linear map of its own.
-      attention: False to concatenate the feature map without attention (table 3 of the paper).
+      attention: False to leave out the attention (table 3 of the paper).
       gram_dim: width in which the attention computes correlations, D~.
       gram_scale: factor on the Gram matrix of the attention (ours).
       gamma: strength of the attention.
@@ -45,6 +45,8 @@ class MultimodalIdentifier(Identifier):
       attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
       fill_missing: True, as published, for attention that fills the vectors of a missing modality
         with gamma times a mean of the others. False (ours) leaves them 0.
+      joined: `concat`, as published, to classify all vectors of the feature map side by side;
+        `mean` to classify the mean of those that a clip has, average pooling of modalities.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
       unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
@@ -69,6 +71,7 @@ class MultimodalIdentifier(Identifier):
     netvlad: tuple[str, ...] = ("face",)
     num_clusters: int = 8
     netvlad_reduce: str = "sum"
+    netvlad_norms: tuple[str, ...] = ("batch",)
     embed_dim: int = 512
     num_face_vectors: int = 3
     attention: bool = True
@@ -78,6 +81,7 @@ class MultimodalIdentifier(Identifier):
     train_gamma: bool = False
     attention_form: str = "gram"
     fill_missing: bool = False
+    joined: str = "concat"
     gate: bool = False
     feature_scale: float = 0.1
     unit_length: bool = False
@@ -91,6 +95,8 @@ class MultimodalIdentifier(Identifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_head(self.head, self.logit_scale)
+        if self.joined not in ("concat", "mean"):
+            raise UserError(f"unknown joined {self.joined!r}; choose from concat, mean")
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -127,6 +133,7 @@ class MultimodalIdentifier(Identifier):
             vectors.append(mapped * exists[..., None])
             vector_mask.append(jnp.repeat(exists, count, axis=1))
         x = jnp.concatenate(vectors, axis=1)  # [B, M, embed_dim]
+        exists = jnp.concatenate(vector_mask, axis=1)
         if self.gate:
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
@@ -139,7 +146,9 @@ class MultimodalIdentifier(Identifier):
                 self.fill_missing,
                 self.dtype,
                 name="attention_map",
-            )(x, jnp.concatenate(vector_mask, axis=1))
+            )(x, exists)
+        if self.joined == "mean":
+            x = x.sum(axis=1) / jnp.maximum(exists.sum(axis=1, keepdims=True), 1).astype(x.dtype)
         x = x.reshape(x.shape[0], -1)
         if self.head == "cosine":
             head = CosineClassifier(
@@ -159,7 +168,11 @@ class MultimodalIdentifier(Identifier):
             if self.unit_length:
                 features = unit_vectors(features)
             video, shares[f"assignment/{name}"] = NetVLAD(
-                self.num_clusters, self.netvlad_reduce, self.dtype, name=f"{name}_netvlad"
+                self.num_clusters,
+                self.netvlad_reduce,
+                self.netvlad_norms,
+                self.dtype,
+                name=f"{name}_netvlad",
             )(features * self.feature_scale, real.mask, train=train)
         else:
             video = fusion.mean_frame(real).features * self.feature_scale

@@ -1,0 +1,191 @@
+"""What `CONFIG:published` computes, beside numbers of the publications and their code."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.made_frames import make_frames
+from vidjax import config_io, ensemble, fusion, metrics
+from vidjax.batch import ClipInfo, Frames
+from vidjax.data.frame_fields import PackedClips
+from vidjax.data.records.report import has_one_person
+from vidjax.models import identifier
+
+ROOT = Path(__file__).parent.parent
+IDENTITIES = 10_034
+
+# The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).
+
+
+def of_the_paper(words=""):
+    """Returns `mma.py:published` at its full size, as nested dicts."""
+    spec = ",".join(filter(None, ("published,iqiyi_vid", words)))
+    return config_io.load_file(f"{ROOT}/configs/mma.py:{spec}").to_dict()
+
+
+def fused(phase, rng, frames):
+    return fusion.make_fusion(of_the_paper()["fusion"]["face"][phase])(rng, frames)
+
+
+@functools.cache
+def parameters(words):
+    """Returns name -> shape of every parameter, for features of width 512."""
+    config = of_the_paper(words)
+    model: Any = identifier.make_identifier(
+        config["model"],
+        modalities=dict.fromkeys(config["modalities"], 512),
+        num_classes=1 + IDENTITIES,
+        num_clips=8,
+    )
+    frames = {name: make_frames([2, 1], max_frames=2, dim=512) for name in config["modalities"]}
+    clips = ClipInfo(np.arange(2, dtype=np.int32), np.ones(2, bool))
+    made = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
+    paths = jax.tree_util.tree_leaves_with_path(made["params"])
+    return {"/".join(part.key for part in path): leaf.shape for path, leaf in paths}
+
+
+def test_mma_parameters():
+    shapes = parameters("")
+    assert shapes["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
+    assert not [name for name in shapes if name.startswith("attention_map") and "w_f/k" not in name]
+    # "3 of the 6 features come from face" (L170), "squeezed into a vector" (L184)
+    assert shapes["classifier/logits/kernel"] == (6 * 512, 1 + IDENTITIES)
+    assert shapes["face_map/kernel"][1] == 3 * 512
+    for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (L254)
+        assert shapes[f"{name}_map/kernel"] == (512, 512)
+    # "a Batch-normalization (BN) layer after the Fully-connected (FC) layer" (L159)
+    clusters = shapes["face_netvlad/centers"][0]
+    assert shapes["face_netvlad/assignment/kernel"] == (512, clusters)
+    assert shapes["face_netvlad/norm/scale"] == (clusters,)
+    assert {name.split("/")[0] for name in shapes} == {
+        "attention_map", "classifier", "face_netvlad",
+        *(f"{name}_map" for name in ("face", "head", "body", "audio")),
+    }  # fmt: skip
+
+
+def test_mma_values():
+    model = of_the_paper()["model"]
+    assert model["gamma"] == 0.05 and not model["train_gamma"]  # L215
+    assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (L159)
+    assert (model["attention_form"], model["gram_scale"]) == ("gram", 1.0)  # equation 2 (L176)
+    assert model["netvlad_reduce"] == "sum"  # "a weighted sum" (L153)
+
+
+def test_mma_metric():
+    """Hits at ranks 1 and 3 of four positives: (1/1 + 2/3) / 4, equation 4 (L221)."""
+    found = metrics.average_precision(np.array([[True, False, True]]), np.array([4]))
+    assert found == pytest.approx((1 + 2 / 3) / 4)
+
+
+def test_mma_faces():
+    """The 32 best of a clip; random ones again where there are fewer (L142)."""
+    frames = make_frames([40, 5, 32, 0], max_frames=40)
+    draws = [fused("train", jax.random.key(seed), frames) for seed in (0, 1)]
+    test = fused("evaluate", None, frames)
+    best = np.sort(np.argsort(-frames.quality[0])[:32])
+    for found in (*draws, test):
+        assert found.features.shape[1] == 32
+        np.testing.assert_array_equal(found.number[0], 10 * best)
+        np.testing.assert_array_equal(found.number[2], 10 * np.arange(32))
+        times = np.bincount(np.asarray(found.number[1]) // 10, minlength=5)
+        assert times.min() >= 1 and times.max() > 7  # in turn, none is there more than 7 times
+        assert not found.mask[3].any()
+    assert (np.asarray(draws[0].number[1]) != draws[1].number[1]).any()
+    np.testing.assert_array_equal(test.number, fused("evaluate", None, frames).number)
+    assert of_the_paper()["data"]["crop"] == "quality"  # of the clip, not of a window
+
+
+def test_mma_ensemble():
+    """Three models "trained on different partition of the training set" (L252)."""
+    spec = of_the_paper("ensemble")["ensemble"]
+    members = ensemble.make_members(spec)
+    assert len(members) == 3
+    labels = np.repeat(np.arange(1, 21), 6)
+    uses = ensemble.partition(members, labels, spec["folds"], seed=0)
+    np.testing.assert_array_equal(uses.sum(axis=0), 2)  # every clip is left out by one
+    np.testing.assert_array_equal(uses.sum(axis=1), 80)
+
+
+# Words of a row of table 3 -> (modalities, NetVLAD, attention, members); L198-207.
+TABLE_3 = {
+    "average,concat,face": (("face",), False, False, 1),
+    "average,concat,head": (("head",), False, False, 1),
+    "average,concat,audio": (("audio",), False, False, 1),
+    "average,concat,body": (("body",), False, False, 1),
+    "average,concat,face,head": (("face", "head"), False, False, 1),
+    "average,concat,face,head,audio": (("face", "head", "audio"), False, False, 1),
+    "average,concat": (("face", "head", "body", "audio"), False, False, 1),
+    "average,concat,ensemble": (("face", "head", "body", "audio"), False, False, 3),
+    "concat,ensemble": (("face", "head", "body", "audio"), True, False, 3),
+    "ensemble": (("face", "head", "body", "audio"), True, True, 3),
+}
+
+
+@pytest.mark.parametrize("length", ["", "unit,"])
+@pytest.mark.parametrize("words", TABLE_3)
+def test_mma_table_3(words, length):
+    config = of_the_paper(f"{length}{words}")
+    model = config["model"]
+    assert model["unit_length"] == bool(length)
+    assert not (model["map_norm"] or model["dropout_rate"] or model["modality_dropout_rate"])
+    found = bool(model["netvlad"]), model["attention"]
+    members = len(ensemble.make_members(config["ensemble"]))
+    assert (config["modalities"], *found, members) == TABLE_3[words]
+
+
+def heads(*clips):
+    """Returns clips of heads: for each clip, for each frame the areas of its heads."""
+    rows = [(number, area) for clip in clips for number, frame in enumerate(clip) for area in frame]
+    number = np.array([row[0] for row in rows], np.int32)
+    side = np.sqrt(np.array([row[1] for row in rows], np.float64))
+    box = np.stack([0 * side + 5, 0 * side, side + 5, side], axis=1).astype(np.float32)
+    return PackedClips(
+        names=tuple(f"clip{i}" for i in range(len(clips))),
+        lengths=np.array([sum(map(len, clip)) for clip in clips], np.int32),
+        frames={"number": number, "box": box},
+        seen=len(rows),
+        skipped={},
+        skipped_clips={},
+        warnings={},
+    )
+
+
+def test_mma_clips_of_one_person():
+    """One head, or "three times larger than the other heads", in over 30 % of the frames (L87)."""
+    found = has_one_person(
+        heads(
+            [[9.0]] * 3,
+            [[100.0, 301.0, 50.0]],
+            [[100.0, 290.0]],
+            [[1.0]] * 4 + [[1.0, 1.0]] * 6,  # 40 %
+            [[1.0]] * 3 + [[1.0, 1.0]] * 7,  # 30 %: not "exceed"
+            [],
+            [[0.0], [0.0, 0.0]],  # a file without boxes
+        )
+    )
+    np.testing.assert_array_equal(found, [True, True, False, True, False, False, True])
+
+
+def test_mma_pooling_takes_a_share_of_a_false_vector():
+    """Average pooling takes a quarter of one of four (L47); concatenation takes all of it."""
+    frames = {"face": make_frames([1], max_frames=1), "head": make_frames([1], max_frames=1)}
+    clips = ClipInfo(np.zeros(1, np.int32), np.ones(1, bool))
+    false = {**frames, "head": jax.tree.map(jnp.asarray, frames["head"])}
+    false["head"] = Frames(-false["head"].features, *false["head"][1:])
+    moved = {}
+    for joined in ("concat", "mean"):
+        spec = {"name": "mma", "embed_dim": 4, "attention": False, "netvlad": (), "joined": joined}
+        model: Any = identifier.make_identifier(
+            spec, modalities={"face": 6, "head": 6}, num_classes=3, num_clips=1
+        )
+        variables = model.init(jax.random.key(0), frames, clips, train=False)
+        one, other = (
+            model.apply(variables, given, clips, train=False).embedding for given in (frames, false)
+        )
+        moved[joined] = float(jnp.linalg.norm(one - other))
+    assert moved["mean"] == pytest.approx(moved["concat"] / 4, rel=1e-5)
