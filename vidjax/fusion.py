@@ -119,8 +119,9 @@ def sample_frames(
     slots = jnp.ones((len(frames.mask), num_frames), bool)
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
+        order_of_draws = shuffle(shuffle_rng, frames.mask)
         chosen = _first_frames(
-            repeat_rng, frames, shuffle(shuffle_rng, frames.mask), num_frames, replacement
+            repeat_rng, frames, order_of_draws, num_frames, replacement=replacement
         )
         order_rng = None if repeat_rng is None else jax.random.fold_in(repeat_rng, 1)
     else:

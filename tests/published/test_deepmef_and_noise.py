@@ -27,7 +27,7 @@ from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 from vidjax.system import System, TaskSpec, make_system
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
 

@@ -16,7 +16,7 @@ from vidjax.data.frame_fields import PackedClips
 from vidjax.data.records.report import has_one_person
 from vidjax.models import identifier
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IDENTITIES = 10_034
 
 # The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).
