@@ -311,7 +311,7 @@ def test_all_frames_is_the_identity():
         ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
         (
             {"name": "top", "frames": 3},
-            "no option frames; choose from num_frames, or from those of every",
+            "no option frames; choose from num_frames, repeats, or from those of every",
         ),
         ({"name": "random"}, "needs num_draws"),
     ],

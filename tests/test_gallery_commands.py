@@ -171,7 +171,7 @@ def test_a_mistake_is_told_before_the_run_is_restored(say, folder, monkeypatch, 
     for words, told in {
         "--input=nosuch": "nosuch: no such file",
         f"--input={tmp_path / 'x.npy'}": "numpy.savez('x.npz', face=numpy.load('x.npy'))",
-        "--split=val --k=0": "name 1 identity or more",
+        "--split=val --k=0": "a whole number of identities, 1 or more",
         "--split=val --fpir=1%": "write --fpir=0.01",
     }.items():
         assert told in say("identify", folder, *words.split(), code=2)
@@ -331,7 +331,7 @@ MISTAKES = {
     "identify G --split=val --fpir=0": "above 0 and below 1",
     **dict.fromkeys(
         (f"identify G --split=val --k={k}" for k in ("0", "inf", "nan", "2.7", "1e400", "-1")),
-        "name 1 identity or more, a whole number",
+        "a whole number of identities, 1 or more",
     ),
     "identify G --input=/absent": "/absent",
     "identify G --split=val --run=/absent": "/absent",

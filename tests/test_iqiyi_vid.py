@@ -162,7 +162,7 @@ def test_splits_without_ground_truth_and_identities_that_only_one_has(
     )
     records = found._replace(splits=splits, report={**found.report, "splits": counts})
     truth = load_official_truth(tmp_path, records.clips)
-    with pytest.warns(UserWarning, match="1 clips of test are labelled"):
+    with pytest.warns(UserWarning, match="1 clips of test show identities that are no class"):
         identities, labels, report = label_records(records, truth)
     assert identities == ("4", "6")
     assert labels["test"].labels.tolist() == [2, *[0] * 20]

@@ -242,7 +242,7 @@ WRONG_LABELS = (
     (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
     ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
     ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
-    ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is in another column"),
+    ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
     ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
     ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
     ("a.mp4 1\nb.mp4 2\n\na.mp4 2\n", "line 4: clip a has label 2, but 1 in line 1"),

@@ -281,7 +281,7 @@ def test_what_bears_the_name_of_a_file_and_is_none_is_refused(
         ("validation/a.npz", "rename it to val"),
         ("Testing.parquet", "rename it to test"),
         ("val.parquet/", "val.parquet: a folder"),
-        ("val", "val: not a folder"),
+        ("val", "val: a file, not a folder"),
     ],
 )
 def test_misspelt_splits_of_own_features_are_refused(

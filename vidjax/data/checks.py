@@ -15,7 +15,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """Returns all paths in a directory but hidden ones, sorted; OSError if it does not exist."""
     directory = Path(directory)
     if not directory.exists():
-        raise NoFileError(f"{directory}: no such directory; is the path right?")
+        raise NoFileError(f"{directory}: no such directory; is the path (config.data.dir) right?")
     if not directory.is_dir():
         raise NoFileError(f"{directory}: not a directory; name the folder that holds the files")
     return sorted(path for path in directory.iterdir() if path.name[0] != ".")
