@@ -13,6 +13,7 @@ device.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,11 @@ class Backend:
     def widths(self) -> dict[str, int]:
         """Name -> D of every part."""
         return {part.name: len(part.centre) for part in self.parts}
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The sha256 of `numbers`, as hex digits."""
+        return hashlib.sha256(self.numbers().tobytes()).hexdigest()
 
     @functools.cached_property
     def _axes(self) -> list[np.ndarray]:

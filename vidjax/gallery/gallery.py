@@ -24,6 +24,7 @@ Only another training without the clips ends that.
 import contextlib
 import math
 import numbers
+import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -733,7 +734,7 @@ def _with_clips(
     names = {*changed, *(name for one in touched for name in state.groups.get(one, ()))}
     own = group({name: clips[name] for name in names if name in clips})
     others = {name: some for name, some in state.groups.items() if name not in touched}
-    groups = dict(sorted((others | own).items()))
+    groups = dict(sorted((others | own).items(), key=operator.itemgetter(0)))
     shown = {name: some for name, some in own.items() if name != STRANGER}
     people = _enrol(state.index.backend, shown, clips)
     index = state.index.replaced(touched, people)

@@ -394,7 +394,7 @@ def _facts(state: State) -> tuple[str, bytes]:
         run=state.run,
         parts=[_Part(name, width) for name, width in backend.widths.items()],
         settings={name: float(x) for name, x in backend.settings._asdict().items()},
-        backend=hashlib.sha256(backend.numbers().tobytes()).hexdigest(),
+        backend=backend.sha256,
         clips=len(state.clips),
         people=len(state.index.names),
         still_held=state.still_held,
@@ -426,7 +426,9 @@ def _clip_rows(clips: Mapping[str, Clip]) -> Iterator[tuple[str, str, int, bytes
 
 
 def _row_sha256(content: bytes, *words: str | int) -> bytes:
-    return hashlib.sha256("".join(f"{word}\n" for word in words).encode() + content).digest()
+    found = hashlib.sha256("".join(f"{word}\n" for word in words).encode())
+    found.update(content)  # not joined: the content is long
+    return found.digest()
 
 
 def _layout(widths: Iterable[int]) -> np.dtype:
