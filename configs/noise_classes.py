@@ -48,7 +48,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.ensemble.folds = 8 if full else 5  # ours
     if published:
         config.data.max_frames = 4096  # code: all frames
-        config.ensemble.folds = 10  # code
+        config.ensemble.folds = 8  # README of the code; its program's default is 10
     if "everything" in words:
         config.ensemble.folds = 0  # ours: no clip of val is scored
     config.data.distractors = "noise"  # paper
@@ -88,7 +88,7 @@ def get_config(args: str = "") -> config_lib.Config:
     )
     mean = {"name": "mean", "weighting": "quality"}  # ours: quality x detection
     crops = {"name": "crops", "weighting": "quality"}  # code: the crops; ours: the weights
-    if published:  # paper: weights of quality; code: of its square
+    if published:  # paper: weighted by quality, without a formula; code: by its square
         mean |= {"weighting": "squared", "min_quality": 0.0, "min_detection": 0.0}  # code
         crops |= {"weighting": "squared", "always_shorter": True}  # code
     config.fusion = ConfigDict({modality: {"train": mean, "evaluate": crops}})

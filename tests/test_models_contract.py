@@ -298,8 +298,8 @@ BRANCHES = "other_modalities must name modalities beside 'face', got"
         ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
         (FALLBACK, {"measure": "size"}, "unknown measure 'size'"),
         (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
-        (FALLBACK, {"modality": "scene"}, "main_modalities must contain 'scene'"),
-        (FALLBACK, {"main_modalities": ("head",)}, "main_modalities must contain 'face'"),
+        (FALLBACK, {"modality": "scene"}, "modality='scene' is not among the main"),
+        (FALLBACK, {"main_modalities": ("head",)}, "modality='face' is not among the main"),
         (FALLBACK, {"other_modalities": ()}, f"{BRANCHES} none"),
         (FALLBACK, {"other_modalities": ("face",)}, f"{BRANCHES} face"),
         (

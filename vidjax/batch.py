@@ -104,7 +104,7 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """What a model is told of B clips beside their frames.
+    """What a model is told of B clips beside their frames; or of B examples, if frames are those.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.

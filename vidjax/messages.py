@@ -27,7 +27,11 @@ QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 class Result(NamedTuple):
     """The result of a command, with its exit code.
 
-    With `--json` it prints `content`; else `text`, then `rows` below the command's name and `note`.
+    Attributes:
+      content: what `--json` prints, instead of the rest.
+      rows: label -> text, a line each below a heading: the command's name and `note`. Without rows
+        there is no heading.
+      text: what is printed before the rows.
     """
 
     content: Mapping[str, Any]

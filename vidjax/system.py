@@ -81,10 +81,11 @@ class System(NamedTuple):
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], view: Array
     ) -> dict[str, Frames]:
-        """Fuses the frames of all modalities to Frames [B, T'], with what one member sees of them.
+        """Fuses the frames of all modalities to Frames [B, T'], as one member sees them.
 
-        The position of a modality is folded into `rng`; without a key it fuses for evaluation. The
-        member does not see the chunk `view`, [] int32, of the features; -1 for none.
+        The position of a modality is folded into `rng`; without a key it fuses for evaluation. Of
+        the features, the chunk `view` [] int32 is left out, which is hidden from the member; -1 for
+        none.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train

@@ -371,7 +371,7 @@ def test_scores_are_the_softmax_of_cosines():
 def test_noise_classes_train_as_their_code_does():
     """parse_args and the main program of fn_weightedMean_v2_multiModel_refuse_v4.py."""
     config = config_of(NOISE)
-    assert (config.batch_size, config.num_epochs, config.ensemble.folds) == (10_240, 200, 10)
+    assert (config.batch_size, config.num_epochs, config.ensemble.folds) == (10_240, 200, 8)
     assert (config.optim.name, config.optim.weight_decay, config.optim.total_decay) == (
         "adam",
         0,

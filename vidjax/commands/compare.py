@@ -43,9 +43,14 @@ def compare(
 ) -> tuple[str, dict[str, Any]]:
     """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
 
-    Returns a table for the terminal, and the numbers of `comparison_page.as_json`. `load` returns
-    the dataset of a configuration. `split` is by default each run's `eval.split`, and `directory`,
-    where the data lie now, its `data.dir`.
+    Returns a table for the terminal, and the numbers of `comparison_page.as_json`.
+
+    Args:
+      folders: the folders of two runs or more.
+      out: the folder for the files.
+      load: function that returns the dataset of a configuration.
+      split: the split to compare on; None for each run's `eval.split`.
+      directory: the folder that holds the data now; None for each run's `data.dir`.
     """
     from vidjax import significance
     from vidjax.report import comparison_page, html
@@ -178,7 +183,8 @@ def _check_data(
     if config.data.dir and not by_user and evaluated != data.report["data"]["digest"]:
         raise UserError(
             f"'{name}' was evaluated on other data than '{config.data.dir}' holds now\n"
-            "say where they are: --config.data.dir=FOLDER"
+            "name the folder of those data: --config.data.dir=FOLDER; or, for the new ones, "
+            f"--mode=evaluate --workdir={name}"
         )
 
 
@@ -200,8 +206,8 @@ def _score_ranking(
 ) -> Averages:
     if metrics["map_kind"] == "out_of_fold":
         raise UserError(
-            f"'{path.parent}': an out-of-fold MAP does not follow from '{path.name}' alone\n"
-            "--mode=evaluate of that folder writes the analysis.npz that is needed"
+            f"'{path.parent}' has no analysis.npz, which an out-of-fold MAP needs\n"
+            f"{_evaluate_command(str(path.parent), split_name)}"
         )
     from vidjax import metrics as metrics_lib
     from vidjax import ranking

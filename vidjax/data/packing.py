@@ -37,7 +37,7 @@ class Clip(NamedTuple):
       name: its name without `.mp4`, see `clean_name`.
       place: file or split, the start of an error message.
       modalities: modality -> frames, as `read_frames` takes them.
-      given: its name as the source writes it, with `.mp4` or without; empty for `name`.
+      given: its name as the source writes it, with `.mp4` or without; empty if it is `name`.
     """
 
     name: str

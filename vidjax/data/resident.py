@@ -80,8 +80,8 @@ def frames_of(
         jnp.asarray(values).at[index].get(mode="promise_in_bounds")
         for values in (clips.quality, clips.detection, clips.number)
     )
-    frames = Frames(clips.features, quality, detection, number, mask)
-    return frames._replace(features=LazyFeatures(clips.features, index))
+    features = LazyFeatures(clips.features, index)  # gathered once a fusion has chosen frames
+    return Frames(features, quality, detection, number, mask)  # pyright: ignore[reportArgumentType]
 
 
 class ResidentPlan(NamedTuple):

@@ -400,7 +400,8 @@ def score(
         for scorer in scorers
     ]
     poor: list[Any] = [0] * len(models)  # `count_poor` of each
-    # For `blend`: the weight, and True if a probability is left to somebody new.
+    # What `blend` knows of each model: its weight, and True if it leaves a probability to people
+    # whom it was not trained on.
     voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1

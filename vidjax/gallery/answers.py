@@ -91,7 +91,7 @@ class Rule(NamedTuple):
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Refuses a rate or a probability by which no clip can get a name, and both together."""
+    """Refuses a `fpir` that is not in (0, 1), a `threshold` not in (0, 1], and both together."""
     for name, value in (("fpir", fpir), ("threshold", threshold)):
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:

@@ -590,7 +590,10 @@ class Gallery:
     def top(
         self, found: Vectors, rule: Rule | None = None, advance: Callable[[int], None] = uncounted
     ) -> Ranked:
-        """Ranks clips by their vectors for every person, without those that do not pass `rule`."""
+        """Ranks, for every person, the clips of `found` that pass `rule`.
+
+        `advance` is called with the number of clips of each finished block.
+        """
         searched = self._anybody().index
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}

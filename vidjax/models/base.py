@@ -115,7 +115,7 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in found.items() if spec.get(name) is None}}
 
     def solve(self, params: Params, model_state: ModelState) -> ModelState:
-        """Computes the collections that evaluation reads from those after training, [E, ...]."""
+        """Returns the collections that evaluation reads, given those after training, [E, ...]."""
         del params
         return model_state
 

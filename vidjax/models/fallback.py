@@ -70,7 +70,11 @@ class FallbackIdentifier(Identifier):
         if not 0 <= self.threshold_share < 1:
             raise UserError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
         if self.modality not in (self.main_modalities or self.modalities):
-            raise UserError(f"model 'fallback': main_modalities must contain {self.modality!r}")
+            main = ", ".join(self.main_modalities or self.modalities)
+            raise UserError(
+                f"model 'fallback': modality={self.modality!r} is not among the main modalities "
+                f"({main})\nadd it to main_modalities, or choose another modality"
+            )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
                 f"model 'fallback': other_modalities must name modalities beside "

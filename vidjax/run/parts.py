@@ -165,7 +165,10 @@ def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
 
 
 def load(part: Part, group: str, limit: int) -> dict[str, np.ndarray]:
-    """Returns name -> array of one group of a part; ValueError for more than `limit` bytes."""
+    """Reads the arrays of a group, see above, from the file of a part: name -> array.
+
+    ValueError for more than `limit` bytes.
+    """
     try:
         return _load(part.path, part.shard, group, limit)
     except FileNotFoundError as error:

@@ -24,7 +24,7 @@ from vidjax.steps.train_step import Outcome
 from vidjax.system import System
 
 DISPATCH_SECONDS = 1.0  # duration of a dispatch of steps
-# One for each group of members.
+# One for each group of members, that is, for those that one program trains.
 States = Sequence[TrainState]
 AllTables = Sequence[Tables]
 
@@ -78,9 +78,10 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        """Dispatches `count` steps or fewer; returns states, and outcomes of the last calls.
+        """Dispatches `count` steps or fewer; returns states, and the outcomes of one or two calls.
 
-        Outcomes are lists by call, of lists by group of members; all calls before were good.
+        These calls are the last; in all calls before, losses and gradients were finite. Outcomes
+        are lists by call, of lists by group of members.
         """
 
     @abc.abstractmethod

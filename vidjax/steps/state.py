@@ -18,7 +18,8 @@ from vidjax.system import System
 class TrainState(struct.PyTreeNode):
     """The state of training; every field except `step` has a leading axis E.
 
-    `updated` has for each class column the value of `step` after the step that last drew it.
+    `updated` has, for each class column, how many steps were done when a step last drew it; it
+    exists only where steps sample the classes.
     """
 
     step: Array  # [] int32, number of optimiser steps done

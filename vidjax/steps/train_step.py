@@ -70,7 +70,8 @@ def member_step(
         clips = transform(key, clips)
 
     whole, columns = learned, None
-    class_axes = _learned(axes.state) if axes else learned  # not read without axes
+    # For each array of `learned`, the number of its class axis; not read without `axes`.
+    class_axes = _learned(axes.state) if axes else learned
     if axes and system.sampled_classes < 1:  # go on with some of the classes
         targets = jnp.concatenate([labels for labels, _ in clips.targets])
         count = class_sharding.num_drawn(system, len(targets), axes.mesh.shape["model"])
@@ -277,8 +278,8 @@ def make_train_loop(
 ) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
-    The number of steps is an argument, so that the program is compiled once; None is one step
-    without a loop, for which a GPU need not ask its host how often. The state is donated.
+    The number of steps is an argument, so that the program is compiled once. None takes one step
+    without a loop: a GPU asks its host after each step of a loop if it ends. The state is donated.
     Two calls give the same result as one call with the sum of both counts. `draw` maps (clips,
     step) to the batch of that step, on the devices; streamed clips are that batch.
     """

@@ -105,7 +105,7 @@ def write_records(
         codec = start(_import_codec)
         unpacked = source.read(staging, non_finite)
         staged = {split: writers.stage(split, parts) for split, parts in unpacked.items()}
-        modalities = _common_modalities(staged, source)
+        modalities = _joined_modalities(staged, source)
         _refuse_empty_splits(staged, source)
         _refuse_shared_clips(staged, source.place)
         codec.result()  # without TensorFlow, nothing is written
@@ -156,10 +156,13 @@ def _refuse_empty_splits(staged: Mapping[str, writers.StagedSplit], source: Reco
             raise UserError(f"{paths or source.place}: no clip in split {name!r}")
 
 
-def _common_modalities(
+def _joined_modalities(
     staged: Mapping[str, writers.StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns width and dtype of each modality; the dtype holds values of all splits exactly."""
+    """Returns width and dtype of each modality of any split; the dtype holds all values exactly.
+
+    UserError if the width of a modality differs between splits.
+    """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     dropped = 0

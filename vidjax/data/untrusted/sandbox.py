@@ -128,7 +128,7 @@ def unpack(
     if not path.exists():
         raise NoFileError(f"{path}: no such file")
     if not path.is_file():
-        raise UserError(f"{path}: not a regular file")
+        raise UserError(f"{path}: not a regular file: put the file there, or rename what is there")
     out_dir.mkdir(parents=True, exist_ok=True)
     with cleared_on_error(out_dir):
         arguments = (path.absolute(), modality, out_dir.absolute(), non_finite)
