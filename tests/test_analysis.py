@@ -26,6 +26,7 @@ def workdir(request, data, nearest_run, tmp_path_factory):
     """An analysed run: a net, which takes a training, or nearest neighbours."""
     folder = tmp_path_factory.mktemp("analysed") / "run"
     if request.param == "net":
+        folder.mkdir()
         train.train(shrunk(), folder, data, num_devices=1, analyse=True)
     else:
         analysed(shutil.copytree(nearest_run, folder), data)
