@@ -23,13 +23,14 @@ PACKAGES = sorted(
 
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
-    "__main__", "main", "forget", "commands", "gallery", "api", "predict", "training", "analysis",
-    "evaluation", "report", "significance", "ranking", "steps", "system", "models", "losses",
-    "logit_ops", "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io",
-    "config", "data", "devices", "cluster", "batch",
+    "__main__", "main", "forget", "commands", "gallery", "extract", "api", "predict", "training",
+    "analysis", "evaluation", "report", "significance", "ranking", "steps", "system", "models",
+    "losses", "logit_ops", "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run",
+    "config_io", "config", "data", "devices", "cluster", "batch",
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
+    "extract": {"errors", "files", "messages", "run"},  # no JAX
     # Plain arguments, no config objects.
     "models": {"batch", "devices", "ensemble", "errors", "fusion", "logit_ops", "machine"},
     "report": {"config", "config_io", "data", "errors", "files", "metrics", "run", "significance",
@@ -44,6 +45,7 @@ JAX = {"flax", "jax", "optax", "orbax"}
 # Libraries that a folder may not import, neither itself nor by what it imports.
 WITHOUT = {
     "vidjax.data.untrusted": {*JAX, *TENSORFLOW, "ml_collections", "sklearn"},
+    "vidjax.extract": {*JAX, *TENSORFLOW},
     "vidjax.models": {*TENSORFLOW, "ml_collections", "matplotlib", "orbax"},
     "vidjax.report": {*JAX, *TENSORFLOW},
 }

