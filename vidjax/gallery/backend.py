@@ -17,7 +17,7 @@ import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from vidjax.models.plda import Settings, blank_space
 from vidjax.models.plda_fit import fit_settings, some_identities, tell_of_few
 from vidjax.models.two_covariance import Space
 from vidjax.run.terminal import say
+
+if TYPE_CHECKING:
+    from vidjax.extract.cards import BackEnd
 
 MANY = 32  # vectors from which on threads are worth starting
 MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
@@ -39,13 +42,30 @@ FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 mill
 class Part(NamedTuple):
     """A modality, or `embedding`, and the float64 space in which its vectors are compared.
 
-    `centre` [D] is subtracted from unit vectors, which are then scaled to unit length again. It is
-    0 where the run has subtracted its own.
+    Attributes:
+      name: its name.
+      centre: [D] float64, subtracted from unit vectors, which are then scaled to unit length again;
+        0 where the run has subtracted its own.
+      space: the coordinates.
+      scale: factor on the log-likelihood ratios of this part, beside that of the settings.
+      by_distance: True if nobody knows the mean of all vectors, see
+        `two_covariance.distance_coefficients`.
     """
 
     name: str
     centre: np.ndarray
     space: Space
+    scale: float = 1.0
+    by_distance: bool = False
+
+    def coefficients(self, count: np.ndarray, sums: np.ndarray) -> two_covariance.Enrolled:
+        """Returns the classes with `count` [K] clips and coordinates of sum `sums` [K, D]."""
+        found = (
+            two_covariance.distance_coefficients
+            if self.by_distance
+            else (two_covariance.coefficients)
+        )
+        return found(self.space, count.astype(np.float64), sums)
 
 
 class People(NamedTuple):
@@ -136,7 +156,7 @@ class Backend:
             total = np.zeros((len(names), x.shape[1]))
             np.add.at(total, owner, unit(part, x))
             sums = self._turn(number, total - count[:, None] * part.space.mean)
-            enrolled = two_covariance.coefficients(part.space, count.astype(np.float64), sums)
+            enrolled = part.coefficients(count, sums)
             linear.append(np.asarray(enrolled.linear, np.float32))
             constants.append(np.asarray(enrolled.constant))
             counts.append(count.astype(np.int32))
@@ -184,6 +204,29 @@ def fit(
             part = part._replace(space=plda.fit(sums._asdict(), settings))
         parts.append(part)
     return Backend(tuple(parts), settings)
+
+
+def of_cards(back_ends: "Mapping[str, BackEnd]") -> Backend:
+    """Returns the back end that cards of models give, part -> `cards.BackEnd`, without any clip.
+
+    A vector less the centre, scaled to unit length, is y + e with covariances that are multiples of
+    the identity. Cosines of pairs of one person have the mean 1 - W, those of two people 1 - W - B,
+    in variances that are summed over all dimensions. If vectors had so many independent dimensions
+    as they have numbers, cosines would differ less than the card says. The scale corrects that: the
+    squared distance has the relative spread of n = 2 (mean / deviation)^2 such dimensions, and the
+    smaller n of both kinds of pairs counts. A face is as probably somebody new as somebody known.
+    """
+    parts = []
+    for name, found in back_ends.items():
+        width = len(found.centre)
+        within, total = 1 - found.same[0], 1 - found.different[0]
+        spreads = ((within, found.same[1]), (total, found.different[1]))
+        scale = min(1.0, *(2 * (mean / deviation) ** 2 / width for mean, deviation in spreads))
+        axes = np.eye(width) / np.sqrt(within / width)
+        space = Space(np.zeros(width), axes, np.full(width, (total - within) / within))
+        parts.append(Part(name, np.array(found.centre, np.float64), space, scale, True))
+    even = Settings(within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=0.0, centred=1.0)
+    return Backend(tuple(parts), even)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
@@ -249,7 +292,7 @@ class Index:
         for part, counts in zip(self.backend.parts, self.counts, strict=True):
             values, inverse = np.unique(counts, return_inverse=True)
             none = np.zeros((len(values), len(part.centre)))
-            found = two_covariance.coefficients(part.space, values.astype(np.float64), none)
+            found = part.coefficients(values, none)
             curves.append(np.pad(np.asarray(found.curve), ((1, 0), (0, 0))))
             kinds.append(np.where(counts > 0, inverse + 1, 0).astype(np.int32))
         return curves, np.stack(kinds)
@@ -305,7 +348,8 @@ class Index:
         for n in present:
             squares = np.vecdot(curves[n], clip[n] * clip[n])
             ratio = ratios[n] + self._constant[n] + squares[kind[n]]
-            logits[1:] += np.where(kind[n] > 0, settings.scale * ratio, settings.unenrolled)
+            scale = settings.scale * self.backend.parts[n].scale
+            logits[1:] += np.where(kind[n] > 0, scale * ratio, settings.unenrolled)
         return log_softmax(logits)
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:

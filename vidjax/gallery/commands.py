@@ -27,6 +27,7 @@ RULE = ("fpir", "threshold")
 # Flag -> the word for its value (None: it has none), its help.
 FLAGS: Mapping[str, tuple[str | None, str]] = {
     "run": ("W", "the folder of the run (default: the gallery's own)"),
+    "models": ("DIR", "instead: a folder of models with cards, see vidjax extract"),
     "split": ("S", "the split of the dataset with the clips"),
     "input": ("PATH", "instead: a folder, .parquet table or .npz of clips without labels"),
     "identity": ("NAME", "the person"),
@@ -138,6 +139,8 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.command} {lead}: --input=PATH, a folder, .parquet table or .npz,\n"
             "or --split=S of the dataset of --config.data.name and --config.data.dir"
         )
+    if args.command == "create" and bool(args.run) == bool(args.models):
+        raise UserError("create needs one of --run=RUN and --models=DIR: what makes the vectors")
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
@@ -202,6 +205,8 @@ def _create(args: argparse.Namespace) -> Result:
     from vidjax import predict
     from vidjax.gallery.gallery import Gallery
 
+    if args.models:
+        return _counts(Gallery.of_models(args.gallery, args.models, sync=True))
     run_config(Path(args.run).expanduser())  # says where there is none
     run = predict.restore(args.run)
     config = config_io.override(run.config, args.overrides)
@@ -221,10 +226,19 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
     from vidjax.data.memory import load_clips
 
-    run = gallery.run
     if args.input:
-        return load_clips(args.input, run.modalities, (), quality=run.config.data.quality)
-    return load_data(config_io.override(run.config, args.overrides))
+        widths, quality = gallery.reads
+        _check_models(args, gallery)
+        return load_clips(args.input, widths, (), quality=quality)
+    return load_data(config_io.override(gallery.run.config, args.overrides))
+
+
+def _check_models(args: argparse.Namespace, gallery: "Gallery") -> None:
+    """Refuses features of other models than the gallery's."""
+    if gallery.origin.cards:
+        from vidjax.extract import folder
+
+        folder.check_models(Path(args.input).expanduser(), gallery.origin.cards)
 
 
 def _progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
@@ -245,8 +259,9 @@ def _enrol(args: argparse.Namespace) -> Result:
 
     gallery, strangers = _opened(args), args.strangers
     if args.input and not args.identity and not strangers:
-        quality = gallery.run.config.data.quality
-        clips, identity = load_people(args.input, gallery.run.modalities, quality=quality)
+        widths, quality = gallery.reads
+        _check_models(args, gallery)
+        clips, identity = load_people(args.input, widths, quality=quality)
     else:
         clips, identity = _clips(args, gallery), args.identity
     done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
@@ -379,12 +394,12 @@ def _export(args: argparse.Namespace) -> Result:
 
 COMMANDS: Mapping[str, Command] = {
     "create": Command(
-        "makes a gallery of the training clips of a run",
+        "makes a gallery of the training clips of a run, or an empty one of models",
         _flags(
-            "run", "empty", "config", "strangers", needs=("run",),
+            "run", "models", "empty", "config", "strangers",
             strangers=("S", "the split whose clips without a label are strangers"),
         ),
-        _create, ("G --run=runs/plda",),
+        _create, ("G --run=runs/plda", "G --models=models"),
     ),
     "enrol": Command(
         "adds clips of people who are there, or new",

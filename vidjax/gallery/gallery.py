@@ -35,6 +35,7 @@ import numpy as np
 from vidjax import files, predict
 from vidjax.api import load_data
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
+from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packing import Clips
@@ -65,6 +66,7 @@ AnyClips = Clips | TrainingData | MemoryClips
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
+FEW_TO_FIT = 50  # people from whom on a back end of their own beats that of a card
 MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
 
@@ -190,6 +192,34 @@ class Gallery:
         return cls.of_clips(folder, origin, backend, kept, run=run, sync=sync)
 
     @classmethod
+    def of_models(cls, folder: str | Path, models: str | Path, *, sync: bool = False) -> "Gallery":
+        """Makes a gallery without a run and without anybody: cards of models say what is like.
+
+        Clips are then features that `vidjax extract` made with the same models.
+
+        Args:
+          folder: a folder that is new, or empty.
+          models: the folder of models, with a card each; see `vidjax.extract.cards`.
+          sync: as in the constructor.
+
+        Raises:
+          ValueError: no card of a model that makes vectors has a back end.
+        """
+        from vidjax.extract import cards as cards_lib
+
+        path = Path(models).expanduser().absolute()
+        usable = cards_lib.embedders(cards_lib.load(path))
+        back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
+        if not back_ends:
+            raise UserError(
+                f"'{path}' holds no model of faces or voices whose card has a back end\n"
+                f"{cards_lib.HOW_TO_GET['face_embedder']}"
+            )
+        digests = {part: usable[part].digest for part in back_ends}
+        origin = Origin(str(path), files.sha256_json(digests), True, digests)
+        return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends), {}, sync=sync)
+
+    @classmethod
     def of_clips(
         cls,
         folder: str | Path,
@@ -290,6 +320,11 @@ class Gallery:
     @property
     def run(self) -> Predictor:
         """The run that makes the vectors; ValueError if it is missing or has other weights."""
+        if self.origin.cards:
+            raise UserError(
+                f"gallery '{self.folder}' was made of models, not of a run\n"
+                "its clips are features that vidjax extract made: --input=FOLDER"
+            )
         if self._checked is None:
             place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
@@ -310,8 +345,23 @@ class Gallery:
     def embed(
         self, clips: AnyClips, split: str | None = None, advance: Callable[[int], None] = uncounted
     ) -> Vectors:
-        """Returns the vectors of clips, see `embed`."""
-        return embed(self.run, clips, split, advance)
+        """Returns the vectors of clips, see `embed`; by cards, the mean frames of each part."""
+        if not self.origin.cards:
+            return embed(self.run, clips, split, advance)
+        if hasattr(clips, "train_batches"):
+            raise UserError("a gallery of models takes clips in memory, not a split of a dataset")
+        widths = self.backend.widths
+        found = clips if isinstance(clips, MemoryClips) else MemoryClips.of(clips, widths, ())
+        parts = {part: found.mean_vectors(part) for part in widths}
+        advance(len(found.names))
+        return Vectors(found.names, parts, (None,) * len(found.names))
+
+    @property
+    def reads(self) -> tuple[dict[str, int], Quality]:
+        """Modality -> width of the clips that it takes, and the quality of their frames."""
+        if self.origin.cards:
+            return self.backend.widths, "given"
+        return dict(self.run.modalities), self.run.config.data.quality
 
     # ---- changes
 
@@ -466,6 +516,11 @@ class Gallery:
         with self._changing() as state:
             if not state.still_held:
                 self._anybody()
+            if state.run.cards and len(state.people) < FEW_TO_FIT:
+                raise UserError(
+                    f"the gallery compares by the cards of its models, and has {len(state.people)} "
+                    f"people: {FEW_TO_FIT} are the fewest that tell more than a card\nenrol more"
+                )
             self._write(state._replace(version=state.version + 1), refit=True)
 
     def _write(self, state: State, *, refit: bool) -> None:

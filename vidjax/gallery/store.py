@@ -74,17 +74,27 @@ LIMITS = {
 }
 
 
-class Origin(Struct, frozen=True):
-    """The run that makes vectors: folder, sha256 of the weights, and if it centres its vectors."""
+class Origin(Struct, frozen=True, omit_defaults=True):
+    """What makes the vectors of clips: a run, or models with cards.
+
+    Attributes:
+      workdir: the folder of the run, or of the models.
+      digest: sha256 of the run's weights, or of all cards.
+      centred: True if the run centres its vectors.
+      cards: part -> `Card.digest` of the model that makes its vectors; empty for a run.
+    """
 
     workdir: formats.Text
     digest: formats.Sha256
     centred: bool
+    cards: Annotated[dict[str, formats.Sha256], Meta(max_length=MOST_PARTS)] = {}
 
 
-class _Part(Struct):
+class _Part(Struct, omit_defaults=True):
     name: formats.Text
     width: formats.Size
+    scale: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    by_distance: bool = False
 
 
 class _Facts(Struct):
@@ -392,7 +402,10 @@ def _facts(state: State) -> tuple[str, bytes]:
         token=secrets.token_hex(16),
         version=state.version,
         run=state.run,
-        parts=[_Part(name, width) for name, width in backend.widths.items()],
+        parts=[
+            _Part(part.name, len(part.centre), part.scale, part.by_distance)
+            for part in backend.parts
+        ],
         settings={name: float(x) for name, x in backend.settings._asdict().items()},
         backend=backend.sha256,
         clips=len(state.clips),
@@ -518,6 +531,9 @@ def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> Backend:
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
         raise UserError("its back end holds a number that is not finite")
     backend = backend_lib.from_numbers(facts.widths, settings, numbers)
+    told = zip(backend.parts, facts.parts, strict=True)
+    parts = (part._replace(scale=x.scale, by_distance=x.by_distance) for part, x in told)
+    backend = Backend(tuple(parts), settings)
     if any(np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("a variance is below 0")
     return backend

@@ -147,6 +147,29 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     )
 
 
+def distance_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
+    """Returns what `coefficients` does where nobody knows the mean of all vectors.
+
+    The prior of the mean is flat: a class is all that is known of it. A new clip of the class then
+    has the mean z of its k clips and variance 1 + 1 / k, and somebody else's the same mean and
+    variance 2 psi + 1 + 1 / k: the ratio depends on the distance to that mean alone.
+    """
+    kinds, kind = np.unique(count, return_inverse=True)  # [U]
+    own = 1 + 1 / np.maximum(kinds, 1)[:, None]  # [U, 1]
+    other = 2 * space.ratio + own  # [U, D]
+    precision = 1 / own - 1 / other
+    mean = sums / np.maximum(count, 1)[:, None]
+    spread = np.sum(np.log(other / own), axis=1)
+    squares = np.sum(mean * mean * precision[kind], axis=1)
+    return Enrolled(
+        linear=mean * precision[kind],
+        constant=(spread[kind] - squares) / 2,
+        curve=-precision / 2,
+        kind=kind.astype(np.int32),
+        known=count > 0,
+    )
+
+
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Returns log(p(x | clip of the class) / p(x | clip of somebody new)), [B, K].
 
