@@ -1,0 +1,126 @@
+"""The folder of features that `vidjax extract` writes, and what its files say.
+
+    OUT/STEM.s003.t01.npz   a clip: one track of a face; a photo is STEM.npz, or STEM.f01.npz ...
+    OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
+    OUT/extract.json        the nets and settings of all
+
+The clips are what `vidjax.data.arrays` reads. A video without its `.json` was cut off, and is
+extracted anew.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vidjax import files
+from vidjax.errors import UserError
+from vidjax.run import formats
+from vidjax.run.formats import Count, Sha256, Size, Text
+
+NAME = "extract.json"
+VIDEOS = "videos"
+FILE_BYTES = 256 * files.MB
+REMEDY = "delete the folder, and extract anew"
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class Settings(Struct, kw_only=True, frozen=True):
+    """How features are extracted.
+
+    Attributes:
+      fps: frames of a second in which faces are looked for.
+      size: the longer side, in pixels, to which they are shrunk for that.
+      most_frames: the best faces of a track that are kept.
+    """
+
+    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
+    size: Annotated[int, Meta(ge=32, le=8192)] = 640
+    most_frames: Size = 32
+
+
+class Extraction(Struct, kw_only=True):
+    """`extract.json`: the digests of the cards by role, and the settings."""
+
+    format: Literal[1] = 1
+    models: Annotated[dict[str, Sha256], Meta(max_length=100)]
+    settings: Settings
+
+
+class Track(Struct, kw_only=True):
+    """A face in one shot: its clip, seconds of its first and last sighting, and their number."""
+
+    clip: Text
+    shot: Count
+    start_s: Seconds
+    end_s: Seconds
+    seen: Size
+
+
+class Film(Struct, kw_only=True):
+    """`videos/STEM.json`: a video or a photo.
+
+    `shots` are seconds of begin and end. `corrupt`, `refused` and `repaired` count frames, packets
+    and time stamps, and `damaged` tells if it ended early; see `decode.Found`.
+    """
+
+    format: Literal[1] = 1
+    video: Text  # the name of the file, without folders
+    sha256: Sha256
+    photo: bool
+    seconds: Seconds
+    shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
+    tracks: Annotated[list[Track], Meta(max_length=files.MAX_ITEMS)]
+    frames: Count
+    corrupt: Count = 0
+    refused: Count = 0
+    repaired: Count = 0
+    damaged: bool = False
+
+
+def read_extraction(folder: Path) -> Extraction | None:
+    """Returns what `extract.json` of a folder says; None if there is none."""
+    path = folder / NAME
+    if not files.exists(path):
+        return None
+    return formats.parse(path, _json(path), Extraction, REMEDY)
+
+
+def read_film(path: Path) -> Film:
+    """Returns what a file of `videos/` says."""
+    return formats.parse(path, _json(path), Film, REMEDY)
+
+
+def read_films(folder: Path) -> list[Film]:
+    """Returns what a folder says of its videos, by name; those that are not finished are absent."""
+    return [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+
+
+def write(path: Path, value: Struct) -> None:
+    """Writes a file of the folder; it appears whole."""
+    files.write_json(path, msgspec.to_builtins(value))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return files.parse_json(files.read_bytes(path, FILE_BYTES))
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
+
+
+def check_models(path: Path, cards: Mapping[str, str]) -> None:
+    """Refuses features that other models made than a gallery's; `cards` are part -> digest.
+
+    Features that do not tell their models are taken as they are, such as those of another program.
+    """
+    folder = path if path.is_dir() else path.parent
+    found = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
+    for part, digest in cards.items():
+        other = found and found.models.get(f"{part}_embedder")
+        if other and other != digest:
+            raise UserError(
+                f"{path}: its {part} vectors are of another model than the gallery's\n"
+                "extract with the gallery's models, or create a gallery of these: --models=DIR"
+            )
