@@ -135,8 +135,7 @@ def _photo(
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     faces = nets.detect(frame.rgb)
-    owners = np.arange(len(faces.scores))
-    tracker.update(0.0, faces.boxes, faces.scores, faces.points)
+    owners = tracker.update(0.0, faces.boxes, faces.scores, faces.points)
     clips.add(0, owners, faces, frame.rgb)
     tracks = tracker.finish()
     for place, track in enumerate(tracks):
