@@ -37,6 +37,8 @@ every identity.
 commands:
 {commands}
   gallery    people who are enrolled, found and deleted without training
+  extract    makes features of the faces in videos and photos
+  who        says who appears when in videos, by a few photos of people
   forget     names all places of a person, and deletes what may be deleted
 
 Without a command vidjax trains, and --mode=COMMAND is the same as COMMAND.
@@ -70,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vidjax.gallery import commands
 
         return commands.main(words[1:])
+    if words[:1] in (["extract"], ["who"]):
+        from vidjax.extract import commands as extract_commands
+
+        return extract_commands.main(words[1:], words[0])
     if words[:1] == ["forget"]:
         from vidjax import forget
 

@@ -186,4 +186,6 @@ HOW_TO_GET: dict[Role, str] = {
 def embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
     """Returns part, such as `face`, -> card of the net that makes its vectors."""
     ending = "_embedder"
-    return {role.removesuffix(ending): card for role, card in cards.items() if role.endswith(ending)}
+    return {
+        role.removesuffix(ending): card for role, card in cards.items() if role.endswith(ending)
+    }

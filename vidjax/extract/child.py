@@ -16,7 +16,10 @@ from vidjax.extract import cards, film, folder
 from vidjax.extract.models import Detector, Embedder
 
 MEMORY_BYTES = 4 << 30  # of address space; half of it is reserved by libraries and never used
-CPU_SECONDS, CPU_BYTES_PER_SECOND = 600, 20_000  # a film of 160 kbit a second takes as long as it is
+CPU_SECONDS, CPU_BYTES_PER_SECOND = (
+    600,
+    20_000,
+)  # a film of 160 kbit a second takes as long as it is
 REFUSED = 2
 
 
@@ -41,7 +44,9 @@ def limit(size: int) -> None:
         limits.append((resource.RLIMIT_AS, MEMORY_BYTES))
     for kind, wanted in limits:
         _, hard = resource.getrlimit(kind)
-        resource.setrlimit(kind, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(
+            kind, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def main() -> int:

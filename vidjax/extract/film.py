@@ -4,7 +4,7 @@ import heapq
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def extract(
             clips.end(track)
         found = video.found
         shots = [(shot.start_s, shot.end_s) for shot in cuts.shots(found.seconds)]
-        return _film(path.name, sha256, clips, found, shots=shots, photo=False)
+        return _film(path.name, sha256, clips, found, shots, photo=False)
 
 
 def _end(tracker: Tracker, clips: Clips) -> None:
@@ -140,15 +140,28 @@ def _photo(
     tracks = tracker.finish()
     for place, track in enumerate(tracks):
         clips.end(track, stem if len(tracks) == 1 else f"{stem}.f{place + 1:02}")
-    return _film(name, sha256, clips, video.found, shots=[(0.0, 0.0)], photo=True)
+    return _film(name, sha256, clips, video.found, [(0.0, 0.0)], photo=True)
 
 
 def _film(
-    name: str, sha256: str, clips: Clips, found: decode.Found, **facts: Any
+    name: str,
+    sha256: str,
+    clips: Clips,
+    found: decode.Found,
+    shots: list[tuple[float, float]],
+    *,
+    photo: bool,
 ) -> folder.Film:
-    tracks = sorted(clips.tracks, key=lambda track: (track.start_s, track.clip))
     return folder.Film(
-        video=name, sha256=sha256, seconds=found.seconds, tracks=tracks, frames=found.frames,
-        corrupt=found.corrupt, refused=found.refused, repaired=found.repaired,
-        damaged=found.damaged, **facts,
-    )  # fmt: skip
+        video=name,
+        sha256=sha256,
+        photo=photo,
+        seconds=found.seconds,
+        shots=shots,
+        tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
+        frames=found.frames,
+        corrupt=found.corrupt,
+        refused=found.refused,
+        repaired=found.repaired,
+        damaged=found.damaged,
+    )

@@ -10,7 +10,7 @@ extracted anew.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -103,7 +103,7 @@ def write(path: Path, value: Struct) -> None:
     files.write_json(path, msgspec.to_builtins(value))
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> object:
     try:
         return files.parse_json(files.read_bytes(path, FILE_BYTES))
     except ValueError as error:

@@ -76,7 +76,7 @@ def extract(
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files that paths name, each once; those of folders sorted, without hidden ones."""
+    """Returns the files that paths name, each once; of folders all that are not hidden, sorted."""
     found: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
@@ -95,14 +95,16 @@ def _same_extraction(
     before = folder.read_extraction(out)
     if before is None:
         if foreign := next((one for one in out.iterdir() if one.suffix == ".npz"), None):
-            raise UserError(f"'{out}' has clips that nobody extracted, as {foreign.name}: name a new folder")
+            raise UserError(
+                f"'{out}' has clips that nobody extracted, as {foreign.name}: name a new folder"
+            )
         made = folder.Extraction(models=digests, settings=settings or folder.Settings())
         folder.write(out / folder.NAME, made)
         return made.settings
     for role, digest in digests.items():
         if before.models.get(role) != digest:
             raise UserError(
-                f"'{out}' has features of another {role}\nname a new folder, or the models of before"
+                f"'{out}' has features of another {role}\nname a new folder, or the same models"
             )
     if settings and settings != before.settings:
         changed = [
@@ -175,7 +177,12 @@ def _in_child(
     settings: folder.Settings,
 ) -> folder.Film:
     task = child.Task(
-        str(path.absolute()), sha256, stem, str(partial.absolute()), str(models.absolute()), settings
+        str(path.absolute()),
+        sha256,
+        stem,
+        str(partial.absolute()),
+        str(models.absolute()),
+        settings,
     )
     ended = children.run(child.__name__, given=msgspec.json.encode(task))
     if ended.returncode == 0:

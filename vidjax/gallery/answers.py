@@ -11,7 +11,7 @@ without a usable frame it is -inf, in .jsonl null.
 import itertools
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from vidjax.errors import UserError, check_argument
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 NEW = "nobody new is more probable"
+UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
 SHOWN = 3  # identities of a line of the table
 
 
@@ -135,6 +136,27 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     alarms = int(np.sum(best >= score))
     low, high = metrics.fpir_interval(alarms, len(best))
     return Threshold(fpir, score, num_identities, len(best), alarms, low, high)
+
+
+def name_groups(clips: Sequence[str], odds: np.ndarray) -> dict[str, str]:
+    """Returns clip -> name of its group, by average linkage while the odds are above even.
+
+    `odds` [Q, Q] float64 are symmetric logarithms. Larger groups have lower numbers.
+    """
+    if not len(clips):
+        return {}
+    from scipy.cluster import hierarchy
+    from scipy.spatial import distance
+
+    labels = np.ones(1, int)
+    if len(clips) > 1:
+        apart = odds.max() - odds
+        np.fill_diagonal(apart, 0.0)
+        tree = hierarchy.linkage(distance.squareform(apart, checks=False), "average")
+        labels = hierarchy.fcluster(tree, odds.max(), "distance")
+    order = sorted({*labels}, key=lambda label: (-int(np.sum(labels == label)), int(label)))
+    number = {label: place + 1 for place, label in enumerate(order)}
+    return {clip: f"{UNKNOWN}{number[label]}" for clip, label in zip(clips, labels, strict=True)}
 
 
 def table(answers: Answers) -> list[str]:

@@ -162,6 +162,18 @@ class Backend:
             counts.append(count.astype(np.int32))
         return People(tuple(names), tuple(linear), np.stack(constants), np.stack(counts))
 
+    def odds(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns [Q, Q] float64, the log odds that two clips show one person, not somebody new.
+
+        `parts` are the vectors of Q clips, M arrays [Q, D] float32, 0 where a clip lacks a part.
+        Each clip in turn is the only one of a person beside Q - 1 others.
+        """
+        names, owner = [str(row) for row in range(len(parts[0]))], np.arange(len(parts[0]))
+        index = Index(self, [self.enrol(names, np.concatenate(parts, axis=1), owner)])
+        rows = [logs[1:] - logs[0] for logs in index.search(parts)]
+        odds = np.array(rows).reshape(len(names), len(names))
+        return (odds + odds.T) / 2
+
     def numbers(self) -> np.ndarray:
         """Returns the arrays of all parts, flattened and joined, [num_numbers] float64."""
         return np.concatenate(

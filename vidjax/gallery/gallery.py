@@ -28,7 +28,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -61,12 +61,16 @@ from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 from vidjax.steps import topk
 
+if TYPE_CHECKING:
+    from vidjax.extract.cards import BackEnd
+
 T = TypeVar("T")
 AnyClips = Clips | TrainingData | MemoryClips
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
 FEW_TO_FIT = 50  # people from whom on a back end of their own beats that of a card
+MOST_GROUPED = 8000  # clips, of which all pairs are compared
 MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
 
@@ -205,18 +209,7 @@ class Gallery:
         Raises:
           ValueError: no card of a model that makes vectors has a back end.
         """
-        from vidjax.extract import cards as cards_lib
-
-        path = Path(models).expanduser().absolute()
-        usable = cards_lib.embedders(cards_lib.load(path))
-        back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
-        if not back_ends:
-            raise UserError(
-                f"'{path}' holds no model of faces or voices whose card has a back end\n"
-                f"{cards_lib.HOW_TO_GET['face_embedder']}"
-            )
-        digests = {part: usable[part].digest for part in back_ends}
-        origin = Origin(str(path), files.sha256_json(digests), True, digests)
+        origin, back_ends = origin_of_models(models)
         return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends), {}, sync=sync)
 
     @classmethod
@@ -413,6 +406,13 @@ class Gallery:
                     "leave out strangers=True, by command --strangers"
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
+        return self._enrol(found, wanted)
+
+    def enrol_vectors(self, found: Vectors) -> Enrolment:
+        """Enrols clips given as vectors with labels; see `enrol`."""
+        return self._enrol(found, [n for n, x in zip(found.names, found.labels, strict=True) if x])
+
+    def _enrol(self, found: Vectors, wanted: Sequence[str]) -> Enrolment:
         usable = _clips_of(found)
         chosen = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
@@ -535,6 +535,23 @@ class Gallery:
         self._state = state._replace(sha256=self._store.replace(state))
 
     # ---- answers
+
+    def group(self, found: Vectors) -> dict[str, str]:
+        """Groups clips of people who are not enrolled; returns clip -> `unknown 1`, and so on.
+
+        Two clips are as alike as the probability that the other shows the person of the one, beside
+        all N clips, by the back end; groups join while they are so on average (average linkage).
+        The largest group is the first. Clips without a usable frame are in none.
+        """
+        usable = np.flatnonzero(np.any([x.any(axis=1) for x in found.parts.values()], axis=0))
+        if len(usable) > MOST_GROUPED:
+            raise UserError(
+                f"{len(usable):,} clips are too many to group: {MOST_GROUPED:,} are the most\n"
+                "give fewer videos at once"
+            )
+        names = [found.names[place] for place in usable.tolist()]
+        parts = [x[usable] for x in found.parts.values()]
+        return answers_lib.name_groups(names, self.backend.odds(parts))
 
     def _anybody(self) -> State:
         """Returns the state of the folder; ValueError if nobody is enrolled."""
@@ -684,6 +701,22 @@ def origin_of(run: Predictor) -> Origin:
     """Returns what a gallery keeps of its run, to find it again and to know its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return Origin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
+
+
+def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
+    """Returns what a gallery keeps of models, to know them again, and part -> their back ends."""
+    from vidjax.extract import cards
+
+    path = Path(models).expanduser().absolute()
+    usable = cards.embedders(cards.load(path))
+    back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
+    if not back_ends:
+        raise UserError(
+            f"'{path}' holds no net of faces or voices whose card has a back end\n"
+            f"{cards.HOW_TO_GET['face_embedder']}"
+        )
+    digests = {part: usable[part].digest for part in back_ends}
+    return Origin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
 def embed(

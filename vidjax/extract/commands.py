@@ -1,0 +1,161 @@
+"""`vidjax extract` and `vidjax who`: from videos and photos to features, and to names."""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vidjax import messages
+from vidjax.errors import UserError
+from vidjax.extract import folder, pipeline
+from vidjax.machine import num_cores
+from vidjax.messages import Command, Parser, Result
+from vidjax.run.terminal import say
+
+
+def main(argv: Sequence[str] | None = None, name: str = "extract") -> int:
+    """Runs a command of COMMANDS with `argv`, by default `sys.argv[1:]`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        args = messages.parse("vidjax", COMMANDS, name, words)
+        if not args.files:
+            raise UserError(f"{name} needs videos: vidjax {name} FILE ... --out=DIR --models=DIR")
+        args.files = [Path(word).expanduser() for word in args.files]
+        with messages.quietly() if args.quiet else contextlib.nullcontext():
+            result = COMMANDS[name].run(args)
+            messages.show(result, name, as_json=args.json)
+        return result.code
+
+    return messages.guarded(command, words)
+
+
+def whole(text: str | None, flag: str, default: int) -> int:
+    """Returns the number of a flag, which is 1 or more."""
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--{flag}={text}: wants a whole number, 1 or more")
+    return int(text)
+
+
+def settings_of(args: argparse.Namespace) -> folder.Settings | None:
+    """Returns the settings that flags name; None if they name none."""
+    given: dict[str, float] = {}
+    if args.fps is not None:
+        try:
+            given["fps"] = float(args.fps)
+        except ValueError:
+            raise UserError(f"--fps={args.fps}: wants a number of frames a second") from None
+        if not 0 < given["fps"] <= 1000:
+            raise UserError(f"--fps={args.fps}: must be above 0, at most 1000")
+    if args.size is not None:
+        given["size"] = whole(args.size, "size", 0)
+        if not 32 <= given["size"] <= 8192:
+            raise UserError(f"--size={args.size}: must be from 32 to 8192 pixels")
+    return folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
+
+
+def tell(outcome: pipeline.Outcome) -> None:
+    """Prints a line of a file that is done, and what was found wrong with it."""
+    film = outcome.film
+    if film is None:
+        say(outcome.error)
+        return
+    faces = f"{len(film.tracks):,} face{'' if len(film.tracks) == 1 else 's'}"
+    about = "photo" if film.photo else f"{film.seconds:.1f} s, {len(film.shots):,} shots"
+    say(f"{outcome.path.name}: {about}, {faces}{', as before' if outcome.kept else ''}")
+    wrong = {
+        "frames were damaged, and are left out": film.corrupt,
+        "packets could not be decoded": film.refused,
+        "time stamps were wrong, and are estimated": film.repaired,
+    }
+    for what, count in wrong.items():
+        if count:
+            say(f"  {count:,} {what}")
+    if film.damaged:
+        say(f"  it ends at {film.seconds:.1f} s, before the end that it declares: is it cut off?")
+
+
+def run_extract(args: argparse.Namespace) -> Result:
+    """Extracts files; the exit code is 1 if one of them could not be read."""
+    began = time.monotonic()
+    workers = whole(args.workers, "workers", num_cores())
+    outcomes = pipeline.extract(
+        args.files, Path(args.out).expanduser(), Path(args.models).expanduser(),
+        settings_of(args), workers=workers, done=tell,
+    )  # fmt: skip
+    films = [outcome.film for outcome in outcomes if outcome.film]
+    failed = [str(outcome.path) for outcome in outcomes if not outcome.film]
+    minutes = sum(o.film.seconds for o in outcomes if o.film and not o.kept) / 60
+    rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
+    content = {
+        "out": args.out,
+        "files": len(films),
+        "failed": failed,
+        "clips": sum(len(film.tracks) for film in films),
+    }
+    rows = {
+        "features": str(args.out),
+        "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
+        "clips": f"{content['clips']:,}",
+        "speed": f"{rate:.3g} minutes of film a minute",
+    }
+    return Result(content, rows, code=1 if failed else 0)
+
+
+def run_who(args: argparse.Namespace) -> Result:
+    """Names the people of films, see `vidjax.who`."""
+    from vidjax import who
+
+    films, out = args.files, Path(args.out).expanduser()
+    workers = whole(args.workers, "workers", num_cores())
+    done = who.who(
+        films, Path(args.people).expanduser() if args.people else None, out,
+        Path(args.models).expanduser(), settings_of(args), workers=workers, done=tell,
+    )  # fmt: skip
+    content = {
+        "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
+        "failed": done.failed,
+    }  # fmt: skip
+    rows = {
+        "people": f"{len(done.people):,}: {', '.join(sorted(done.people)[:5])}"
+        if done.people
+        else "none",
+        "appearances": f"{done.named:,} of people with a name, {done.groups:,} people unknown",
+        "page": str(out / who.PAGE),
+        "table": str(out / who.TABLE),
+    }
+    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
+    return Result(content, rows, text, code=1 if done.failed else 0)
+
+
+def _flags(*, people: bool) -> Callable[[Parser], None]:
+    def add_flags(parser: Parser) -> None:
+        about = "videos and photos, or folders of them"
+        parser.add_argument("files", nargs="*", metavar="FILE", help=about)
+        parser.flag("--out", "DIR", "the folder for results", needed=True)
+        parser.flag("--models", "DIR", "the folder of nets with cards", needed=True)
+        if people:
+            parser.flag("--people", "DIR", "photos of people: a folder for each, with the name")
+        parser.flag("--fps", "N", "frames of a second in which faces are looked for (default: 5)")
+        parser.flag("--size", "N", "longer side in pixels, to which they are shrunk (default: 640)")
+        parser.flag("--workers", "N", "processes at once (default: one a core)")
+
+    return add_flags
+
+
+COMMANDS = {
+    "extract": Command(
+        "makes features of the faces in videos and photos",
+        _flags(people=False), run_extract,
+        ("holiday.mp4 party.mkv --out=features --models=models",),
+    ),
+    "who": Command(
+        "says who appears when in videos, by a few photos of people",
+        _flags(people=True), run_who,
+        ("holiday.mp4 --people=friends --models=models --out=names",),
+    ),
+}  # fmt: skip

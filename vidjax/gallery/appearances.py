@@ -1,0 +1,148 @@
+"""Who appears when: answers of a gallery for the tracks of videos, joined in time.
+
+A .vtt file holds subtitles (WebVTT) of one video, a .rttm file the times of all in the format of
+speaker diarisation: video, begin and duration in seconds, person.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vidjax import tables
+from vidjax.errors import UserError
+from vidjax.extract.folder import Film, Track
+from vidjax.gallery.answers import Answer
+
+GAP_SECONDS = 2.0  # between two sightings of a person that are one appearance
+FORMATS = (".vtt", ".rttm")
+NOBODY = Answer(None, 0.0, float("-inf"), ())  # where nobody is enrolled
+COLUMNS = {
+    "video": "string", "start": "float64", "end": "float64", "identity": "string",
+    "probability": "float64", "clips": "string",
+}  # fmt: skip
+
+
+class Appearance(NamedTuple):
+    """A person in a video, from `start_s` to `end_s`, by the tracks `clips`.
+
+    `probability` is the highest of the tracks'; None for an unknown person, whose `identity` is
+    the name of a group, or None.
+    """
+
+    video: str
+    start_s: float
+    end_s: float
+    identity: str | None
+    probability: float | None
+    clips: tuple[str, ...]
+
+
+def find(
+    answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
+) -> list[Appearance]:
+    """Returns the appearances in videos, in order of time, of the people whom answers name.
+
+    `groups` are clip -> name of unknown people; without a name they are one appearance a track.
+    """
+    found = []
+    for film in films:
+        by_name: dict[tuple[bool, str | None], list[Track]] = {}
+        for track in sorted(film.tracks, key=lambda track: track.start_s):
+            if (answer := answers.get(track.clip)) is None:
+                continue
+            if answer.identity is not None:
+                by_name.setdefault((True, answer.identity), []).append(track)
+            elif group := (groups or {}).get(track.clip):
+                by_name.setdefault((False, group), []).append(track)
+            else:
+                found.append(_appearance(film, None, None, [track]))
+        for (known, name), tracks in by_name.items():
+            for run in _joined(tracks):
+                best = max(answers[track.clip].probability for track in run)
+                found.append(_appearance(film, name, best if known else None, run))
+    return sorted(found, key=lambda one: (one.video, one.start_s, one.identity or ""))
+
+
+def _appearance(
+    film: Film, name: str | None, probability: float | None, tracks: Sequence[Track]
+) -> Appearance:
+    end = max(track.end_s for track in tracks)
+    clips = tuple(track.clip for track in tracks)
+    return Appearance(film.video, tracks[0].start_s, end, name, probability, clips)
+
+
+def _joined(tracks: Iterable[Track]) -> Iterator[list[Track]]:
+    """Yields runs of tracks, sorted by begin, between which are at most GAP_SECONDS."""
+    run: list[Track] = []
+    end = 0.0
+    for track in tracks:
+        if run and track.start_s - end > GAP_SECONDS:
+            yield run
+            run = []
+        end = max(end, track.end_s) if run else track.end_s
+        run.append(track)
+    if run:
+        yield run
+
+
+def write(path: Path, found: Sequence[Appearance]) -> None:
+    """Writes appearances to a new file, in the format that its ending names."""
+    if path.suffix == ".vtt":
+        tables.write_new(path, to_vtt(found).encode())
+    elif path.suffix == ".rttm":
+        tables.write_new(path, to_rttm(found).encode())
+    else:
+        tables.write(path, COLUMNS, map(_row, found), map(as_json, found))
+
+
+def as_json(one: Appearance) -> dict[str, object]:
+    """Returns an appearance as plain values for JSON."""
+    values = one._asdict() | {"clips": list(one.clips)}
+    return {name.removesuffix("_s"): value for name, value in values.items()}
+
+
+def _row(one: Appearance) -> tuple[object, ...]:
+    return (
+        one.video, round(one.start_s, 3), round(one.end_s, 3), one.identity, one.probability,
+        " ".join(one.clips),
+    )  # fmt: skip
+
+
+def to_vtt(found: Sequence[Appearance]) -> str:
+    """Returns subtitles of one video that name the known people; UserError for several videos."""
+    if len(videos := {one.video for one in found}) > 1:
+        raise UserError(
+            f"subtitles are of one video, not of {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
+            "write a table of all: --out=names.tsv"
+        )
+    lines = ["WEBVTT"]
+    for one in found:
+        if one.probability is not None:
+            name = str(one.identity).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->")
+            lines += ["", f"{clock(one.start_s)} --> {clock(one.end_s)}", name]
+    return "\n".join(lines) + "\n"
+
+
+def to_rttm(found: Iterable[Appearance]) -> str:
+    """Returns a line for each appearance that has a name, of a person or of a group."""
+    return "".join(
+        f"SPEAKER {_word(one.video)} 1 {one.start_s:.3f} {one.end_s - one.start_s:.3f} <NA> <NA> "
+        f"{_word(one.identity)} <NA> <NA>\n"
+        for one in found
+        if one.identity is not None
+    )
+
+
+def _word(text: str) -> str:
+    return "_".join(text.split())
+
+
+def clock(seconds: float, *, short: bool = False) -> str:
+    """Returns a time as 00:03:12.500, or `short` as 3:12."""
+    thousandths = round(seconds * 1000)
+    whole, rest = divmod(thousandths, 1000)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    if short:
+        return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"

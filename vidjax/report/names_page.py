@@ -1,0 +1,73 @@
+"""The page that shows who appears when: a timeline for each video. It loads no file or script."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jinja2
+
+from vidjax.gallery.appearances import Appearance, clock
+
+if TYPE_CHECKING:
+    from vidjax.extract.folder import Film
+
+LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
+
+
+class Piece(NamedTuple):
+    """A piece of a timeline: begin and width in per cent, and the text that describes it."""
+
+    left: float
+    width: float
+    about: str
+
+
+class Row(NamedTuple):
+    """A person in a video: name, if it is known, pieces, total seconds as text."""
+
+    name: str
+    known: bool
+    pieces: list[Piece]
+    total: str
+
+
+def page(found: Sequence[Appearance], films: "Sequence[Film]", people: Sequence[str]) -> str:
+    """Returns the page of the appearances in films; `people` are all who are enrolled."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    videos = [
+        (film.video, clock(film.seconds, short=True), _rows(found, film), film.damaged)
+        for film in films
+    ]
+    seen: dict[str, set[str]] = {name: set() for name in people}
+    for one in found:
+        if one.probability is not None:
+            seen.setdefault(str(one.identity), set()).add(one.video)
+    table = [(name, sorted(videos_of)) for name, videos_of in sorted(seen.items())]
+    return environment.get_template("names.html.j2").render(videos=videos, people=table)
+
+
+def _rows(found: Sequence[Appearance], film: "Film") -> list[Row]:
+    """Returns a row for each person of a video: known ones first, by time on screen."""
+    own: dict[tuple[bool, str], list[Appearance]] = {}
+    for one in found:
+        if one.video == film.video:
+            own.setdefault((one.probability is None, one.identity or "unknown"), []).append(one)
+    total = {key: sum(one.end_s - one.start_s for one in some) for key, some in own.items()}
+    return [
+        Row(key[1], not key[0], [_piece(one, film.seconds) for one in own[key]],
+            clock(total[key], short=True))
+        for key in sorted(own, key=lambda key: (key[0], -total[key], key[1]))
+    ]  # fmt: skip
+
+
+def _piece(one: Appearance, seconds: float) -> Piece:
+    length = max(seconds, 1e-3)
+    left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
+    width = max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH)
+    about = f"{clock(one.start_s, short=True)} to {clock(one.end_s, short=True)}"
+    if one.probability is not None:
+        about += f", {one.probability:.0%}"
+    return Piece(round(left, 3), round(min(width, 100 - left), 3), about)

@@ -1,0 +1,186 @@
+"""Who appears when in videos, by a few photos of people: extract, enrol, identify, group, a page.
+
+    OUT/people/NAME/   features of the photos of a person
+    OUT/features/      features of the videos
+    OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
+    OUT/names.tsv      video, begin, end, person, probability, clips; OUT/names.html shows it
+    OUT/subtitles/     a .vtt for each video
+
+Everything but features and the gallery is written anew by each call.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vidjax import files
+from vidjax.data.memory import load_clips
+from vidjax.data.untrusted.names import check_identity, show
+from vidjax.errors import UserError
+from vidjax.extract import folder, pipeline
+from vidjax.extract.pipeline import Outcome
+from vidjax.gallery import appearances
+from vidjax.gallery.appearances import Appearance, clock
+from vidjax.gallery.gallery import Gallery, Vectors, origin_of_models
+from vidjax.run.terminal import say
+
+PAGE, TABLE, SUBTITLES = "names.html", "names.tsv", "subtitles"
+
+
+class Done(NamedTuple):
+    """People -> number of their photos, numbers of appearances and groups, files that failed."""
+
+    people: dict[str, int]
+    named: int
+    groups: int
+    failed: list[str]
+    lines: list[tuple[str, str, str]]
+
+
+def who(
+    films: Sequence[Path],
+    people: Path | None,
+    out: Path,
+    models: Path,
+    settings: folder.Settings | None = None,
+    *,
+    workers: int = 1,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> Done:
+    """Names the people in films, and writes the files of the module's docstring.
+
+    Args:
+      films: videos, or folders of them; photos, too.
+      people: a folder with a folder of photos for each person, or with photos NAME.jpg; None to
+        name nobody who is not in the gallery of an earlier call.
+      out: the folder for results; it is made, and readable by its owner alone.
+      models, settings, workers, done: as of `pipeline.extract`.
+
+    Raises:
+      UserError: there is no film or no usable photo of anybody, or a net is missing.
+    """
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.make_folder(out, "out")
+    gallery = _gallery(out / "gallery", models)
+    failed: list[str] = []
+    if people is not None:
+        for name, photos in _photos(people).items():
+            failed += _enrol(gallery, name, photos, out / "people" / name, models, workers)
+    features = out / "features"
+    outcomes = pipeline.extract(films, features, models, settings, workers=workers, done=done)
+    failed += [str(outcome.path) for outcome in outcomes if outcome.film is None]
+    shown = [outcome.film for outcome in outcomes if outcome.film]
+    found, groups = _name(gallery, features, shown)
+    _write(out, found, shown, gallery)
+    lines = [
+        (
+            one.video,
+            f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}",
+            _told(one),
+        )
+        for one in found
+    ]
+    named = sum(one.probability is not None for one in found)
+    return Done(gallery.identities, named, groups, failed, lines)
+
+
+def _gallery(path: Path, models: Path) -> Gallery:
+    if not files.exists(path):
+        return Gallery.of_models(path, models, sync=True)
+    gallery = Gallery(path, sync=True)
+    if gallery.origin.digest != origin_of_models(models)[0].digest:
+        raise UserError(f"'{path}' was made with other models\nname a new folder: --out=DIR")
+    return gallery
+
+
+def _photos(people: Path) -> dict[str, list[Path]]:
+    """Returns person -> photos, of folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
+    if not people.is_dir():
+        raise UserError(f"'{people}' is no folder: wanted {people}/NAME/PHOTO.jpg for each person")
+    found: dict[str, list[Path]] = {}
+    for one in sorted(people.iterdir()):
+        if one.name.startswith("."):
+            continue
+        inside = [p for p in sorted(one.iterdir()) if p.is_file()] if one.is_dir() else [one]
+        photos = [photo for photo in inside if not photo.name.startswith(".")]
+        if photos:
+            name = one.name if one.is_dir() else one.stem
+            check_identity(name)
+            found.setdefault(name, []).extend(photos)
+    if not found:
+        raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
+    return found
+
+
+def _enrol(
+    gallery: Gallery, name: str, photos: Sequence[Path], out: Path, models: Path, workers: int
+) -> list[str]:
+    """Enrols a person by the photos that show one face; returns the photos that did not help."""
+    outcomes = pipeline.extract(photos, out, models, workers=workers)
+    unfit, usable = [], []
+    for outcome in outcomes:
+        faces = len(outcome.film.tracks) if outcome.film else 0
+        if faces == 1 and outcome.film:
+            usable.append(outcome.film.tracks[0].clip)
+            continue
+        reason = outcome.error or f"{faces or 'no'} faces: give a photo of {show(name)} alone"
+        say(f"{outcome.path}: {reason}")
+        unfit.append(str(outcome.path))
+    if not usable:
+        raise UserError(f"no photo of '{show(name)}' shows one face: there is nobody to look for")
+    clips = {clip: load_clips(out / f"{clip}.npz", gallery.reads[0], ()) for clip in usable}
+    for clip, loaded in clips.items():
+        vectors = gallery.embed(loaded)
+        gallery.enrol_vectors(vectors._replace(names=(f"{name}/{clip}",), labels=(name,)))
+    return unfit
+
+
+def _name(
+    gallery: Gallery, features: Path, films: Sequence[folder.Film]
+) -> tuple[list[Appearance], int]:
+    """Returns the appearances of all people, and the number of groups of unknown ones."""
+    if not any(film.tracks for film in films):
+        return [], 0
+    vectors = gallery.embed(load_clips(features, gallery.reads[0], ()))
+    own = {track.clip for film in films for track in film.tracks}
+    answers = {}
+    if gallery.identities:
+        found = gallery.answers(list(vectors.parts.values()))
+        answers = {n: x for n, x in zip(vectors.names, found, strict=True) if n in own}
+    else:
+        answers = {name: appearances.NOBODY for name in vectors.names if name in own}
+    places = [
+        place for place, name in enumerate(vectors.names)
+        if name in answers and answers[name].identity is None
+    ]  # fmt: skip
+    unknown = Vectors(
+        tuple(vectors.names[place] for place in places),
+        {part: x[places] for part, x in vectors.parts.items()},
+        (None,) * len(places),
+    )
+    groups = gallery.group(unknown)
+    return appearances.find(answers, films, groups), len({*groups.values()})
+
+
+def _told(one: Appearance) -> str:
+    return f"{one.identity or 'unknown'}{f', {one.probability:.0%}' if one.probability else ''}"
+
+
+def _write(
+    out: Path, found: Sequence[Appearance], films: Sequence[folder.Film], gallery: Gallery
+) -> None:
+    from vidjax.report import names_page
+
+    for name in (TABLE, "names.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            (out / name).unlink()
+        appearances.write(out / name, found)
+    subtitles = out / SUBTITLES
+    files.remove_tree(subtitles)
+    subtitles.mkdir(mode=0o700)
+    for film in films:
+        own = [one for one in found if one.video == film.video]
+        if not film.photo:
+            files.write_text(subtitles / f"{Path(film.video).stem}.vtt", appearances.to_vtt(own))
+    files.write_text(out / PAGE, names_page.page(found, films, sorted(gallery.identities)))
