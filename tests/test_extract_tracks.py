@@ -81,7 +81,7 @@ def test_embeddings_tell_who_is_who() -> None:
         def box(self, time_s: float) -> np.ndarray:
             return super().box(min(time_s, 4.8 - time_s))
 
-    people = [Turns((100, 100), (40, 0)), Turns((300, 100), (-40, 0))]
+    people: list[Walk] = [Turns((100, 100), (40, 0)), Turns((300, 100), (-40, 0))]
     _, owners = follow(people, 4.8, vectors=np.eye(2), noise=0.5)
     assert all(len(one) == 1 for one in owners)
 

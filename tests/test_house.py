@@ -23,14 +23,14 @@ PACKAGES = sorted(
 
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
-    "__main__", "main", "forget", "commands", "gallery", "extract", "api", "predict", "training",
-    "analysis", "evaluation", "report", "significance", "ranking", "steps", "system", "models",
-    "losses", "logit_ops", "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run",
-    "config_io", "config", "data", "devices", "cluster", "batch",
+    "__main__", "main", "who", "forget", "commands", "gallery", "extract", "api", "predict",
+    "training", "analysis", "evaluation", "report", "significance", "ranking", "steps",
+    "system", "models", "losses", "logit_ops", "optim", "metrics", "augment", "fusion",
+    "ensemble", "tables", "run", "config_io", "config", "data", "devices", "cluster", "batch",
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
-    "extract": {"errors", "files", "messages", "run"},  # no JAX
+    "extract": {"data", "errors", "files", "machine", "messages", "run"},  # no JAX
     # Plain arguments, no config objects.
     "models": {"batch", "devices", "ensemble", "errors", "fusion", "logit_ops", "machine"},
     "report": {"config", "config_io", "data", "errors", "files", "metrics", "run", "significance",
@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "data": {"batch", "cluster", "devices", "errors", "files", "machine", "messages"},
     "data/records": {"batch", "cluster", "data", "errors", "files", "machine", "messages"},
     "data/untrusted": {"errors"},
-    "extract": {"data", "errors", "files", "machine", "messages"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

@@ -72,10 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vidjax.gallery import commands
 
         return commands.main(words[1:])
-    if words[:1] in (["extract"], ["who"]):
-        from vidjax.extract import commands as extract_commands
+    if words[:1] == ["extract"]:
+        from vidjax.extract import commands
 
-        return extract_commands.main(words[1:], words[0])
+        return commands.main(words[1:])
+    if words[:1] == ["who"]:
+        from vidjax import who
+
+        return who.main(words[1:])
     if words[:1] == ["forget"]:
         from vidjax import forget
 

@@ -9,20 +9,23 @@
 Everything but features and the gallery is written anew by each call.
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax import files
+from vidjax import files, messages
 from vidjax.data.memory import load_clips
 from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError
-from vidjax.extract import folder, pipeline
+from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import appearances
 from vidjax.gallery.appearances import Appearance, clock
-from vidjax.gallery.gallery import Gallery, Vectors, origin_of_models
+from vidjax.gallery.gallery import Gallery, origin_of_models
+from vidjax.machine import num_cores
+from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
 PAGE, TABLE, SUBTITLES = "names.html", "names.tsv", "subtitles"
@@ -150,15 +153,7 @@ def _name(
         answers = {n: x for n, x in zip(vectors.names, found, strict=True) if n in own}
     else:
         answers = {name: appearances.NOBODY for name in vectors.names if name in own}
-    places = [
-        place for place, name in enumerate(vectors.names)
-        if name in answers and answers[name].identity is None
-    ]  # fmt: skip
-    unknown = Vectors(
-        tuple(vectors.names[place] for place in places),
-        {part: x[places] for part, x in vectors.parts.items()},
-        (None,) * len(places),
-    )
+    unknown = vectors.only({name for name, answer in answers.items() if answer.identity is None})
     groups = gallery.group(unknown)
     return appearances.find(answers, films, groups), len({*groups.values()})
 
@@ -170,7 +165,7 @@ def _told(one: Appearance) -> str:
 def _write(
     out: Path, found: Sequence[Appearance], films: Sequence[folder.Film], gallery: Gallery
 ) -> None:
-    from vidjax.report import names_page
+    from vidjax.gallery import names_page
 
     for name in (TABLE, "names.jsonl"):
         with contextlib.suppress(FileNotFoundError):
@@ -184,3 +179,48 @@ def _write(
         if not film.photo:
             files.write_text(subtitles / f"{Path(film.video).stem}.vtt", appearances.to_vtt(own))
     files.write_text(out / PAGE, names_page.page(found, films, sorted(gallery.identities)))
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Names the people of films, see `who`."""
+    films, out = args.files, Path(args.out).expanduser()
+    workers = commands.whole(args.workers, "workers", num_cores())
+    done = who(
+        films, Path(args.people).expanduser() if args.people else None, out,
+        Path(args.models).expanduser(), commands.settings_of(args),
+        workers=workers, done=commands.tell,
+    )  # fmt: skip
+    content = {
+        "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
+        "failed": done.failed,
+    }  # fmt: skip
+    few = ", ".join(sorted(done.people)[:5])
+    rows = {
+        "people": f"{len(done.people):,}: {few}" if few else "none",
+        "appearances": f"{done.named:,} of people with a name, {done.groups:,} people unknown",
+        "page": str(out / PAGE),
+        "table": str(out / TABLE),
+    }
+    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
+    return Result(content, rows, text, code=1 if done.failed else 0)
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax who`."""
+    commands.add_flags(parser)
+    parser.flag("--people", "DIR", "photos of people: a folder for each, with the name")
+
+
+COMMAND = Command(
+    "says who appears when in videos, by a few photos of people", add_flags, run,
+    ("holiday.mp4 --people=friends --models=models --out=names",),
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vidjax who` with `argv`, by default `sys.argv[1:]`; returns the exit code."""
+    return commands.run_one("who", COMMAND, argv)
+
+
+if __name__ == "__main__":
+    messages.run(main)

@@ -24,9 +24,14 @@ def embedder_weights():
     return np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, WIDTH)).astype(np.float32)
 
 
-def embedder(layout="NCHW"):
+def colours():
+    """Returns the matrix [8 * 8 * 3, 5] of an embedder that averages each colour of a crop."""
+    return np.tile(np.eye(3, WIDTH, dtype=np.float32), (SIDE * SIDE, 1)) / SIDE**2
+
+
+def embedder(layout="NCHW", weights=None):
     """Returns the net x -> x W, with W for the order of numbers in the net's layout."""
-    weights, shape = embedder_weights(), [SIDE, SIDE, 3]
+    weights, shape = embedder_weights() if weights is None else weights, [SIDE, SIDE, 3]
     if layout == "NCHW":
         weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
         shape = [3, SIDE, SIDE]
@@ -46,7 +51,7 @@ def detector():
         "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
         "points": POINTS[:, ::-1].ravel(),
     }
-    weights = {"kernel": kernel, "gain": np.float32([1 / 255])}
+    weights = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}
     nodes = [
         helper.make_node("Conv", ["x", "kernel"], ["mean"], strides=[4, 4], pads=[8, 8, 4, 4]),
         helper.make_node("Mul", ["mean", "gain"], ["heat"]),

@@ -1,10 +1,10 @@
-"""`vidjax extract` and `vidjax who`: from videos and photos to features, and to names."""
+"""`vidjax extract`: from videos and photos to features."""
 
 import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vidjax import messages
@@ -15,21 +15,26 @@ from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
 
-def main(argv: Sequence[str] | None = None, name: str = "extract") -> int:
-    """Runs a command of COMMANDS with `argv`, by default `sys.argv[1:]`; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vidjax extract` with `argv`, by default `sys.argv[1:]`; returns the exit code."""
+    return run_one("extract", COMMAND, argv)
+
+
+def run_one(name: str, command: Command, argv: Sequence[str] | None) -> int:
+    """Runs a command of files, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
-    def command() -> int:
-        args = messages.parse("vidjax", COMMANDS, name, words)
+    def run() -> int:
+        args = messages.parse("vidjax", {name: command}, name, words)
         if not args.files:
             raise UserError(f"{name} needs videos: vidjax {name} FILE ... --out=DIR --models=DIR")
         args.files = [Path(word).expanduser() for word in args.files]
         with messages.quietly() if args.quiet else contextlib.nullcontext():
-            result = COMMANDS[name].run(args)
+            result = command.run(args)
             messages.show(result, name, as_json=args.json)
         return result.code
 
-    return messages.guarded(command, words)
+    return messages.guarded(run, words)
 
 
 def whole(text: str | None, flag: str, default: int) -> int:
@@ -106,56 +111,18 @@ def run_extract(args: argparse.Namespace) -> Result:
     return Result(content, rows, code=1 if failed else 0)
 
 
-def run_who(args: argparse.Namespace) -> Result:
-    """Names the people of films, see `vidjax.who`."""
-    from vidjax import who
-
-    films, out = args.files, Path(args.out).expanduser()
-    workers = whole(args.workers, "workers", num_cores())
-    done = who.who(
-        films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), settings_of(args), workers=workers, done=tell,
-    )  # fmt: skip
-    content = {
-        "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
-        "failed": done.failed,
-    }  # fmt: skip
-    rows = {
-        "people": f"{len(done.people):,}: {', '.join(sorted(done.people)[:5])}"
-        if done.people
-        else "none",
-        "appearances": f"{done.named:,} of people with a name, {done.groups:,} people unknown",
-        "page": str(out / who.PAGE),
-        "table": str(out / who.TABLE),
-    }
-    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
-    return Result(content, rows, text, code=1 if done.failed else 0)
+def add_flags(parser: Parser) -> None:
+    """Adds the files, and the flags that `vidjax extract` and `vidjax who` share."""
+    about = "videos and photos, or folders of them"
+    parser.add_argument("files", nargs="*", metavar="FILE", help=about)
+    parser.flag("--out", "DIR", "the folder for results", needed=True)
+    parser.flag("--models", "DIR", "the folder of nets with cards", needed=True)
+    parser.flag("--fps", "N", "frames of a second in which faces are looked for (default: 5)")
+    parser.flag("--size", "N", "longer side in pixels, to which they are shrunk (default: 640)")
+    parser.flag("--workers", "N", "processes at once (default: one a core)")
 
 
-def _flags(*, people: bool) -> Callable[[Parser], None]:
-    def add_flags(parser: Parser) -> None:
-        about = "videos and photos, or folders of them"
-        parser.add_argument("files", nargs="*", metavar="FILE", help=about)
-        parser.flag("--out", "DIR", "the folder for results", needed=True)
-        parser.flag("--models", "DIR", "the folder of nets with cards", needed=True)
-        if people:
-            parser.flag("--people", "DIR", "photos of people: a folder for each, with the name")
-        parser.flag("--fps", "N", "frames of a second in which faces are looked for (default: 5)")
-        parser.flag("--size", "N", "longer side in pixels, to which they are shrunk (default: 640)")
-        parser.flag("--workers", "N", "processes at once (default: one a core)")
-
-    return add_flags
-
-
-COMMANDS = {
-    "extract": Command(
-        "makes features of the faces in videos and photos",
-        _flags(people=False), run_extract,
-        ("holiday.mp4 party.mkv --out=features --models=models",),
-    ),
-    "who": Command(
-        "says who appears when in videos, by a few photos of people",
-        _flags(people=True), run_who,
-        ("holiday.mp4 --people=friends --models=models --out=names",),
-    ),
-}  # fmt: skip
+COMMAND = Command(
+    "makes features of the faces in videos and photos", add_flags, run_extract,
+    ("holiday.mp4 party.mkv --out=features --models=models",),
+)  # fmt: skip

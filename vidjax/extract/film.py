@@ -96,9 +96,11 @@ def extract(
     A photo has a clip for each face. Memory does not grow with the length of the video, but for the
     list of its tracks.
     """
+    # A stem with `~` tells two files of one name apart.
+    name = f"{stem}{path.suffix}" if "~" in stem else path.name
     with decode.open_video(path) as video:
         if video.info.photo:
-            return _photo(video, out, stem, nets, settings, sha256, path.name)
+            return _photo(video, out, stem, nets, name, sha256)
         clips, cuts, tracker = Clips(nets, out, stem, settings.most_frames), Cuts(), Tracker()
         for number, frame in enumerate(video.frames(settings.fps)):
             if cuts.update(frame.time_s, frame.small) and number:
@@ -113,7 +115,7 @@ def extract(
             clips.end(track)
         found = video.found
         shots = [(shot.start_s, shot.end_s) for shot in cuts.shots(found.seconds)]
-        return _film(path.name, sha256, clips, found, shots, photo=False)
+        return _film(name, sha256, clips, found, shots, photo=False)
 
 
 def _end(tracker: Tracker, clips: Clips) -> None:
@@ -123,13 +125,7 @@ def _end(tracker: Tracker, clips: Clips) -> None:
 
 
 def _photo(
-    video: decode.Video,
-    out: Path,
-    stem: str,
-    nets: Nets,
-    settings: folder.Settings,
-    sha256: str,
-    name: str,
+    video: decode.Video, out: Path, stem: str, nets: Nets, name: str, sha256: str
 ) -> folder.Film:
     clips, tracker = Clips(nets, out, stem, 1), Tracker(least=1)
     frame = next(video.frames(1.0))

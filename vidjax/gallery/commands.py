@@ -14,12 +14,14 @@ from vidjax import config_io, messages, tables
 from vidjax.api import load_data, run_config
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
+from vidjax.gallery import appearances
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
 if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
+    from vidjax.extract.folder import Film
     from vidjax.gallery.gallery import Gallery, Vectors
 
 CLIPS = ("run", "split", "input")
@@ -31,6 +33,7 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "split": ("S", "the split of the dataset with the clips"),
     "input": ("PATH", "instead: a folder, .parquet table or .npz of clips without labels"),
     "identity": ("NAME", "the person"),
+    "labels": ("FILE", "instead of a name: a table of clip and identity, as `group` writes it"),
     "clip": ("NAME", "the clip"),
     "to": ("NAME", "the new name"),
     "merge": (None, "two people are the same: makes one of them"),
@@ -40,7 +43,11 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "fpir": ("R", "share of strangers who may get a name, e.g. 0.01"),
     "threshold": ("P", "instead: the lowest probability of a name, e.g. 0.5"),
     "k": ("K", "names per clip in a file (default: 5)"),
-    "out": ("FILE", "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt"),
+    "out": (
+        "FILE",
+        "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
+        ".vtt and .rttm, by time",
+    ),
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "the new collection"),
 }
@@ -140,7 +147,9 @@ def _check(args: argparse.Namespace) -> None:
             "or --split=S of the dataset of --config.data.name and --config.data.dir"
         )
     if args.command == "create" and bool(args.run) == bool(args.models):
-        raise UserError("create needs one of --run=RUN and --models=DIR: what makes the vectors")
+        raise UserError(
+            "create needs --run=W or --models=DIR, and not both: what makes the vectors"
+        )
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
@@ -161,7 +170,8 @@ def _check(args: argparse.Namespace) -> None:
 
         path = Path(args.input).expanduser()
         check_path(path)
-        nobody = args.command == "enrol" and not args.identity and not args.strangers
+        named = given.get("identity") or given.get("labels")
+        nobody = args.command == "enrol" and not named and not args.strangers
         if nobody and (path.is_file() or any(path.glob("*.npz"))):
             raise UserError(
                 "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
@@ -258,7 +268,9 @@ def _enrol(args: argparse.Namespace) -> Result:
     from vidjax.data.memory import load_people
 
     gallery, strangers = _opened(args), args.strangers
-    if args.input and not args.identity and not strangers:
+    if args.labels:
+        clips, identity = _clips(args, gallery), _read_labels(Path(args.labels).expanduser())
+    elif args.input and not args.identity and not strangers:
         widths, quality = gallery.reads
         _check_models(args, gallery)
         clips, identity = load_people(args.input, widths, quality=quality)
@@ -275,10 +287,60 @@ def _enrol(args: argparse.Namespace) -> Result:
     return _counts(gallery, {"enrolled": told}, done._asdict())
 
 
+def _read_labels(path: Path) -> dict[str, str]:
+    """Returns clip -> person of a table; leaves out people who are still `unknown 1`."""
+    labels: dict[str, str] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        clip, _, identity = line.partition("\t")
+        if line == "clip\tidentity" or not line.strip():
+            continue
+        if not identity:
+            raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
+        if not identity.startswith(answers_lib.UNKNOWN):
+            labels[clip] = identity
+    if not labels:
+        raise UserError(
+            f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
+        )
+    return labels
+
+
+def _group(args: argparse.Namespace) -> Result:
+    out = Path(args.out).expanduser()
+    tables.check_new(out, (".tsv",))
+    gallery = _opened(args)
+    _, vectors = _embed(args, gallery)
+    unknown = set(vectors.names)
+    if gallery.identities:
+        answers = gallery.answers(list(vectors.parts.values()))
+        unknown = {n for n, x in zip(vectors.names, answers, strict=True) if x.identity is None}
+    groups = gallery.group(vectors.only(unknown))
+    rows = sorted(groups.items(), key=lambda pair: (int(pair[1].rpartition(" ")[2]), pair[0]))
+    tables.write(out, {"clip": "string", "identity": "string"}, rows, ())
+    count = len({*groups.values()})
+    told = {"clips": f"{len(vectors.names):,}, of which {len(unknown):,} show nobody known"}
+    told |= {"people": f"{count:,} unknown", "groups": f"{out}: write names, then enrol --labels"}
+    return Result({"groups": str(out), "people": count, "clips": len(groups)}, told)
+
+
+def _films(args: argparse.Namespace) -> "list[Film]":
+    from vidjax.extract import folder
+
+    films = folder.read_films(Path(args.input).expanduser()) if args.input else []
+    if not films:
+        raise UserError(
+            f"--out={args.out} tells times, which only features of vidjax extract have\n"
+            "write a table of clips instead: --out=answers.tsv"
+        )
+    return films
+
+
 def _identify(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser() if args.out else None
+    films = None
     if out:
-        tables.check_new(out)
+        tables.check_new(out, (*tables.ENDINGS, ".vtt", ".rttm"))
+        films = _films(args) if out.suffix in (".vtt", ".rttm") else None
     gallery = _opened(args)
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
     (began, vectors), found = _embed(args, gallery), {}
@@ -295,7 +357,10 @@ def _identify(args: argparse.Namespace) -> Result:
     content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
     content |= {"threshold": rule.found._asdict() if rule.found else None} | timed[1]
     if out:
-        answers_lib.write(out, found)
+        if films:
+            appearances.write(out, appearances.find(found, films))
+        else:
+            answers_lib.write(out, found)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in found.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
@@ -404,7 +469,7 @@ COMMANDS: Mapping[str, Command] = {
     "enrol": Command(
         "adds clips of people who are there, or new",
         _flags(
-            *CLIPS, "identity", "config", "strangers",
+            *CLIPS, "identity", "labels", "config", "strangers",
             strangers=(None, "adds clips of strangers, not of people"),
         ),
         _enrol, ("G --input=PATH --identity=Ada", "G --split=val --strangers"),
@@ -413,6 +478,11 @@ COMMANDS: Mapping[str, Command] = {
         "says whom clips show, or unknown",
         _flags(*CLIPS, *RULE, "k", "out", "config"), _identify,
         ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
+    ),
+    "group": Command(
+        "groups clips of people who are not enrolled, to be named",
+        _flags(*CLIPS, "out", "config", needs=("out",)), _group,
+        ("G --input=features --out=groups.tsv",),
     ),
     "rank": Command(
         "ranks clips for every person, into a file",

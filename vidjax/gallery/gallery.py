@@ -92,6 +92,14 @@ class Vectors(NamedTuple):
     parts: dict[str, np.ndarray]
     labels: tuple[str | None, ...]
 
+    def only(self, names: Collection[str]) -> "Vectors":
+        """Returns the vectors of some clips, in the same order."""
+        rows = [row for row, name in enumerate(self.names) if name in names]
+        parts = {part: x[rows] for part, x in self.parts.items()}
+        return Vectors(
+            tuple(self.names[row] for row in rows), parts, tuple(self.labels[row] for row in rows)
+        )
+
 
 class Ranked(NamedTuple):
     """The best of N clips for each of C people.
@@ -341,10 +349,15 @@ class Gallery:
         """Returns the vectors of clips, see `embed`; by cards, the mean frames of each part."""
         if not self.origin.cards:
             return embed(self.run, clips, split, advance)
-        if hasattr(clips, "train_batches"):
-            raise UserError("a gallery of models takes clips in memory, not a split of a dataset")
         widths = self.backend.widths
-        found = clips if isinstance(clips, MemoryClips) else MemoryClips.of(clips, widths, ())
+        if not isinstance(clips, MemoryClips):
+            if not isinstance(clips, Mapping):
+                raise UserError(
+                    "a gallery of models takes clips in memory, not a split of a dataset\n"
+                    "give {clip: {modality: features}}, by command --input=FOLDER"
+                )
+            clips = MemoryClips.of(clips, widths, ())
+        found = clips
         parts = {part: found.mean_vectors(part) for part in widths}
         advance(len(found.names))
         return Vectors(found.names, parts, (None,) * len(found.names))

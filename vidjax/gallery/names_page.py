@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 
+from vidjax import report
 from vidjax.gallery.appearances import Appearance, clock
 
 if TYPE_CHECKING:
     from vidjax.extract.folder import Film
 
+TEMPLATES = Path(report.__file__).parent
 LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
 
 
@@ -33,7 +35,7 @@ class Row(NamedTuple):
 
 def page(found: Sequence[Appearance], films: "Sequence[Film]", people: Sequence[str]) -> str:
     """Returns the page of the appearances in films; `people` are all who are enrolled."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

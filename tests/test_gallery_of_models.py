@@ -1,0 +1,213 @@
+"""Galleries that cards of models make, without a run: friends, strangers, groups, times."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.helpers import made_nets
+from vidjax import main as main_lib
+from vidjax.extract import cards
+from vidjax.extract.folder import Film, Track
+from vidjax.gallery import appearances, backend
+from vidjax.gallery.answers import Answer
+from vidjax.gallery.gallery import Gallery
+from vidjax.models import two_covariance
+
+# Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
+SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
+WIDTH, INDEPENDENT = 128, 23  # numbers of a vector, and independent dimensions among them
+
+
+def like_dlib(width=WIDTH):
+    """Returns a back end of a card with the cosines of dlib's net."""
+    return cards.BackEnd(
+        centre=[0.0] * width, same=SAME, different=DIFFERENT, pairs=(134, 5119), data="made"
+    )
+
+
+def draw(rng, people, clips):
+    """Draws unit vectors [people, clips, 128] whose cosines have about the means of the card."""
+    fixed = np.random.default_rng(7)
+    axes = np.linalg.qr(fixed.normal(size=(WIDTH, INDEPENDENT)))[0].T
+    centre = fixed.normal(size=WIDTH)
+    centre *= np.sqrt(DIFFERENT[0]) / np.linalg.norm(centre)
+    within, between = 1 - SAME[0], SAME[0] - DIFFERENT[0]
+    person = rng.normal(size=(people, 1, INDEPENDENT)) * np.sqrt(between / INDEPENDENT)
+    clip = rng.normal(size=(people, clips, INDEPENDENT)) * np.sqrt(within / INDEPENDENT)
+    found = (person + clip) @ axes + centre
+    return (found / np.linalg.norm(found, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_drawn_vectors_have_the_cosines_of_the_card():
+    vectors = draw(np.random.default_rng(0), 300, 2)
+    same = np.vecdot(vectors[:, 0], vectors[:, 1])
+    different = (vectors[:, 0] @ vectors[:, 0].T)[np.triu_indices(300, 1)]
+    np.testing.assert_allclose((same.mean(), different.mean()), (SAME[0], DIFFERENT[0]), atol=0.01)
+    np.testing.assert_allclose(same.std(), SAME[1], rtol=0.3)
+    np.testing.assert_allclose(different.std(), DIFFERENT[1], rtol=0.4)
+
+
+@pytest.mark.parametrize(("photos", "least"), [(3, 0.93), (1, 0.85)])
+def test_five_friends_are_named_and_strangers_are_not(photos, least):
+    right = named = wrong = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1).reshape(-1, WIDTH)
+        found = backend.of_cards({"face": like_dlib()})
+        people = found.enrol(
+            [f"friend {n}" for n in range(5)],
+            friends[:, :photos].reshape(-1, WIDTH),
+            np.repeat(np.arange(5), photos),
+        )
+        index = backend.Index(found, [people])
+        logs = np.array(list(index.search([friends[:, photos:].reshape(-1, WIDTH)])))
+        best, sure = logs[:, 1:].argmax(1), logs[:, 1:].max(1) >= logs[:, 0]
+        truth = np.repeat(np.arange(5), 6)
+        right += np.sum(sure & (best == truth))
+        wrong += np.sum(sure & (best != truth))
+        logs = np.array(list(index.search([strangers])))
+        named += np.sum(logs[:, 1:].max(1) >= logs[:, 0])
+    assert right / (30 * 30) >= least
+    assert named / (30 * 60) <= 0.02
+    assert wrong / (30 * 30) <= 0.01
+
+
+def test_distances_alone_decide_where_the_mean_is_unknown():
+    """Against the definition: both densities of a new clip, where the prior of the mean is flat."""
+    rng = np.random.default_rng(0)
+    space = two_covariance.Space(np.zeros(4), np.eye(4), rng.uniform(0.5, 4, 4))
+    count, clips = np.array([1.0, 3.0]), rng.normal(size=(2, 3, 4))
+    sums = np.stack([clips[0, 0], clips[1].sum(0)])
+    z = rng.normal(size=(5, 4))
+    found = two_covariance.distance_coefficients(space, count, sums)
+    ratios = two_covariance.log_ratios(space, found, z)
+
+    def density(x, mean, variance):
+        return np.sum(-0.5 * (x - mean) ** 2 / variance - 0.5 * np.log(variance), axis=-1)
+
+    for person, k in enumerate(count):
+        mean = sums[person] / k
+        own = density(z, mean, np.full(4, 1 + 1 / k))
+        other = density(z, mean, 2 * space.ratio + 1 + 1 / k)
+        np.testing.assert_allclose(ratios[:, person], own - other, rtol=1e-5, atol=1e-5)
+    moved = two_covariance.distance_coefficients(space, count, sums + 7 * count[:, None])
+    np.testing.assert_allclose(two_covariance.log_ratios(space, moved, z + 7), ratios, atol=1e-4)
+
+
+def test_mean_vectors_weigh_frames_by_quality(tmp_path):
+    from vidjax.data.memory import MemoryClips
+
+    rng = np.random.default_rng(0)
+    features, quality = rng.normal(size=(4, 3)).astype(np.float32), np.float32([1, 0, 3, -2])
+    clips = {
+        "b": {"face": {"features": features, "quality": quality}},
+        "none": {"face": None},
+        "a": {"face": {"features": features[:2], "quality": np.zeros(2, np.float32)}},
+    }
+    loaded = MemoryClips.of(clips, {"face": 3, "audio": 2}, ())
+    found = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
+    np.testing.assert_allclose(found["b"], (features[0] + 3 * features[2]) / 4, rtol=1e-6)
+    np.testing.assert_allclose(found["a"], features[:2].mean(0), rtol=1e-6)
+    assert not found["none"].any() and loaded.mean_vectors("audio").shape == (3, 2)
+
+
+@pytest.fixture
+def models(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    back_end = json.loads(json.dumps({
+        "centre": [0.0] * WIDTH, "same": SAME, "different": DIFFERENT, "pairs": [134, 5119],
+        "data": "made",
+    }))  # fmt: skip
+    made_nets.write(folder, "embed", width=WIDTH, back_end=back_end)
+    return folder
+
+
+def test_a_gallery_of_models_lives_without_them(tmp_path, models):
+    rng = np.random.default_rng(1)
+    friends = draw(rng, 3, 4)
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    assert not gallery.identities and gallery.origin.cards.keys() == {"face"}
+    for number, clips in enumerate(friends):
+        photos = {f"{number}/{n}": {"face": x[None]} for n, x in enumerate(clips[:3])}
+        gallery.enrol(photos, f"friend {number}")
+    (models / "embed.onnx").unlink()
+    again = Gallery(tmp_path / "g")
+    answers = again.identify({f"q{n}": {"face": x[3:]} for n, x in enumerate(friends)})
+    assert [one.identity for one in answers.values()] == [f"friend {n}" for n in range(3)]
+    with pytest.raises(ValueError, match="50 are the fewest"):
+        again.refit()
+    assert again.remove(identity="friend 1") == 3 and again.still_held == 0
+    with pytest.raises(ValueError, match="made of models, not of a run"):
+        _ = again.run
+
+
+def test_unknown_people_are_grouped_and_named(tmp_path, models, capsys):
+    rng = np.random.default_rng(2)
+    people = draw(rng, 6, 5)
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for number, clips in enumerate(people):
+        for n, x in enumerate(clips):
+            np.savez(folder / f"p{number}_{n}.npz", face=x[None])
+    g, groups = tmp_path / "g", tmp_path / "groups.tsv"
+    gallery = Gallery.of_models(g, models)
+    gallery.enrol({"photo": {"face": people[0, :2]}}, "Ada")
+    assert main_lib.main(["gallery", "group", str(g), f"--input={folder}", f"--out={groups}"]) == 0
+    rows = [line.split("\t") for line in groups.read_text().splitlines()[1:]]
+    named: dict[str, set[str]] = {}
+    for clip, name in rows:
+        named.setdefault(name, set()).add(clip[:2])
+    assert all(len(some) == 1 for some in named.values())  # no group of two people
+    assert 5 <= len(named) <= 6 and "p0" not in named["unknown 1"]
+    text = groups.read_text().replace("unknown 1", "Bob")
+    groups.write_text(text)
+    words = ["gallery", "enrol", str(g), f"--input={folder}", f"--labels={groups}"]
+    assert main_lib.main(words) == 0
+    assert Gallery(g).identities.keys() == {"Ada", "Bob"}
+
+
+def film(*tracks, video="a.mp4"):
+    made = [
+        Track(clip=clip, shot=0, start_s=start, end_s=end, seen=2) for clip, start, end in tracks
+    ]
+    return Film(
+        video=video, sha256="0" * 64, photo=False, seconds=99, shots=[], tracks=made, frames=1
+    )
+
+
+def answer(identity, probability=0.9):
+    return Answer(identity, probability, np.log(probability), ())
+
+
+def test_tracks_of_one_person_are_joined_over_gaps():
+    shown = film(("1", 0, 3), ("2", 4.5, 6), ("3", 8.5, 9), ("4", 1, 2), ("5", 30, 31))
+    answers = {
+        "1": answer("Ada", 0.8), "2": answer("Ada"), "3": answer("Ada"), "4": answer(None),
+        "5": answer("B<o>b"),
+    }  # fmt: skip
+    found = appearances.find(answers, [shown], {"4": "unknown 1"})
+    assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
+        ("Ada", 0, 6, 0.9, ("1", "2")),
+        ("unknown 1", 1, 2, None, ("4",)),
+        ("Ada", 8.5, 9, 0.9, ("3",)),
+        ("B<o>b", 30, 31, 0.9, ("5",)),
+    ]
+    vtt = appearances.to_vtt(found)
+    assert "00:00:00.000 --> 00:00:06.000\nAda\n" in vtt and "B&lt;o>b" in vtt
+    assert "unknown" not in vtt
+    rttm = appearances.to_rttm(found).splitlines()
+    assert rttm[1] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
+    with pytest.raises(ValueError, match="subtitles are of one video"):
+        appearances.to_vtt([*found, found[0]._replace(video="b.mp4")])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "long", "short"),
+    [(0.0, "00:00:00.000", "0:00"), (192.4996, "00:03:12.500", "3:12"),
+     (3725.0, "01:02:05.000", "1:02:05"), (59.9996, "00:01:00.000", "1:00")],
+)  # fmt: skip
+def test_times_as_text(seconds, long, short):
+    assert appearances.clock(seconds) == long
+    assert appearances.clock(seconds, short=True) == short

@@ -1,0 +1,218 @@
+"""From films and photos to names, with drawn people and nets that are made here."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import made_nets
+from vidjax import main as main_lib
+from vidjax.extract import folder, pipeline
+
+av = pytest.importorskip("av")
+pytest.importorskip("onnxruntime")
+
+SIDE = made_nets.FACE
+# A net that tells people apart by the colour of their faces.
+EMBED = {
+    "content": made_nets.embedder(weights=made_nets.colours()),
+    "input": {"mean": [170.0] * 3},
+}
+COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
+
+
+def picture(faces, brightness=20):
+    """Returns a dark, striped picture with a square of a colour for each (name, left, top)."""
+    drawn = np.full((96, 128, 3), 20, np.uint8)
+    drawn[:: 5 + brightness % 7] = brightness
+    for name, left, top in faces:
+        drawn[top : top + SIDE, left : left + SIDE] = COLOURS[name]
+    return drawn
+
+
+def write_photo(path, *faces):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="image2") as file:
+        stream = file.add_stream("png", rate=1)
+        rgb = picture(faces)
+        stream.height, stream.width, stream.pix_fmt = *rgb.shape[:2], "rgb24"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def write_film(path, *shots, fps=10):
+    """Writes a film without loss; each shot is (seconds, brightness, faces)."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("ffv1", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "bgr0"
+        for seconds, brightness, faces in shots:
+            for number in range(round(seconds * fps)):
+                moved = [(name, left + number // 2, top) for name, left, top in faces]
+                rgb = picture(moved, brightness)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.fixture
+def models(tmp_path):
+    made = tmp_path / "models"
+    made.mkdir()
+    made_nets.write(made, "find", "face_detector")
+    back_end = {
+        "centre": [0.0] * made_nets.WIDTH, "same": [0.95, 0.05], "different": [-0.4, 0.2],
+        "pairs": [10, 10], "data": "drawn",
+    }  # fmt: skip
+    made_nets.write(made, "embed", back_end=back_end, **EMBED)
+    return made
+
+
+@pytest.fixture
+def film(tmp_path):
+    path = tmp_path / "party.mkv"
+    write_film(
+        path,
+        (2, 20, [("Ada", 20, 30)]),
+        (2, 60, [("Eve", 80, 50)]),
+        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
+    )
+    return path
+
+
+def run(capsys, *words):
+    code = main_lib.main([*map(str, words), "--json"])
+    said = capsys.readouterr()
+    return code, json.loads(said.out) if code in (0, 1) else None, said.err
+
+
+def test_who_appears_when(tmp_path, models, film, capsys):
+    for name in ("Ada", "Bob"):
+        write_photo(tmp_path / "friends" / name / "1.png", (name, 40, 40))
+    out = tmp_path / "out"
+    flags = (f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={out}")
+    code, content, _ = run(capsys, "who", film, *flags, "--workers=1")
+    assert code == 0 and content["people"] == {"Ada": 1, "Bob": 1}
+    rows = [json.loads(line) for line in (out / "names.jsonl").read_text().splitlines()]
+    shown = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
+    assert shown == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
+    assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
+    subtitles = (out / "subtitles" / "party.vtt").read_text()
+    assert subtitles.startswith("WEBVTT\n") and subtitles.count("-->") == 3
+    page = (out / "names.html").read_text()
+    assert "party.mkv" in page and "<script" not in page and page.count('class="line') == 3
+    assert os.stat(out).st_mode & 0o077 == 0
+
+
+def test_a_second_call_reads_no_video_again(tmp_path, models, film, capsys, monkeypatch):
+    write_photo(tmp_path / "friends" / "Ada.png", ("Ada", 40, 40))
+    flags = (f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={tmp_path / 'out'}")
+    _, first, _ = run(capsys, "who", film, *flags)
+    before = (tmp_path / "out" / "names.tsv").read_bytes()
+    monkeypatch.setattr(pipeline, "_in_child", None)
+    _, second, said = run(capsys, "who", film, *flags)
+    assert first == second and "as before" in said
+    assert (tmp_path / "out" / "names.tsv").read_bytes() == before
+
+
+def test_photos_that_do_not_show_one_face_are_named(tmp_path, models, film, capsys):
+    people = tmp_path / "friends" / "Ada"
+    write_photo(people / "none.png")
+    write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    flags = (f"--people={people.parent}", f"--models={models}", f"--out={tmp_path / 'out'}")
+    code, _, said = run(capsys, "who", film, *flags)
+    assert code == 2
+    assert "no faces" in said and "2 faces" in said and "no photo of 'Ada'" in said
+    write_photo(people / "one.png", ("Ada", 20, 20))
+    code, content, said = run(capsys, "who", film, *flags)
+    assert code == 1 and content["people"] == {"Ada": 1} and len(content["failed"]) == 2
+
+
+def test_a_file_that_cannot_be_read_costs_itself_alone(tmp_path, models, film, capsys):
+    (tmp_path / "bad.mp4").write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
+    out = tmp_path / "features"
+    code, content, said = run(
+        capsys, "extract", tmp_path / "bad.mp4", film, f"--out={out}", f"--models={models}"
+    )
+    assert code == 1 and content["failed"] == [str(tmp_path / "bad.mp4")] and content["files"] == 1
+    assert "bad.mp4' is no video" in said
+    assert [one.video for one in folder.read_films(out)] == ["party.mkv"]
+
+
+def test_one_and_two_processes_write_the_same_bytes(tmp_path, models, film):
+    other = tmp_path / "other.mkv"
+    write_film(other, (1.5, 40, [("Bob", 30, 30)]))
+    for workers in (1, 2):
+        pipeline.extract([film, other], tmp_path / f"by{workers}", models, workers=workers)
+    one, two = (
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (tmp_path / "by1", tmp_path / "by2")
+    )
+    assert {path: one[path] for path in one if path.name != ".lock"} == {
+        path: two[path] for path in two if path.name != ".lock"
+    }
+
+
+def test_a_cut_off_extraction_goes_on(tmp_path, models, film):
+    out = tmp_path / "out"
+    pipeline.extract([film], out, models)
+    whole = {path.name: path.read_bytes() for path in out.glob("*.npz")}
+    (out / "videos" / "party.json").unlink()  # written last
+    (out / "party.s000.t00.npz").unlink()
+    (out / "party.s007.t00.npz").write_bytes(b"of a cut-off call")
+    (out / ".extract-0badc0de").mkdir()
+    pipeline.extract([film], out, models)
+    assert {path.name: path.read_bytes() for path in out.glob("*.npz")} == whole
+    assert not (out / ".extract-0badc0de").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": folder.Settings(fps=2.0)}, "other settings .fps: 5.0, not 2.0"),
+        ({"models": "other"}, "features of another face_embedder"),
+    ],
+)
+def test_a_folder_has_one_kind_of_features(tmp_path, models, film, change, message):
+    pipeline.extract([film], tmp_path / "out", models)
+    if "models" in change:
+        made_nets.write(models, "embed", notes="another card", **EMBED)
+        change = {}
+    with pytest.raises(ValueError, match=message):
+        pipeline.extract([film], tmp_path / "out", models, **change)
+
+
+def test_features_of_another_net_are_refused_by_a_gallery(tmp_path, models, film, capsys):
+    pipeline.extract([film], tmp_path / "features", models)
+    card = json.loads((models / "embed.json").read_text())
+    made_nets.write(models, "embed", back_end=card["back_end"], **EMBED, notes="another")
+    assert main_lib.main(["gallery", "create", str(tmp_path / "g"), f"--models={models}"]) == 0
+    words = ["gallery", "enrol", str(tmp_path / "g"), f"--input={tmp_path / 'features'}"]
+    assert main_lib.main([*words, "--identity=Ada"]) == 2
+    assert "of another model than the gallery's" in capsys.readouterr().err
+
+
+def test_files_of_one_name_keep_apart(tmp_path, models, film):
+    twin = tmp_path / "elsewhere" / "party.mkv"
+    twin.parent.mkdir()
+    write_film(twin, (1.5, 40, [("Bob", 30, 30)]))
+    outcomes = pipeline.extract([film, twin], tmp_path / "out", models)
+    videos = [outcome.film.video for outcome in outcomes if outcome.film]
+    assert videos[0] == "party.mkv" and videos[1].startswith("party~")
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 5
+    again = pipeline.extract([film, twin], tmp_path / "out", models)
+    assert all(outcome.kept for outcome in again)
+
+
+def test_commands_tell_mistakes(tmp_path, models, capsys):
+    for words, message in {
+        ("who",): "who needs",
+        ("extract", "--out=x", f"--models={models}"): "extract needs videos",
+        ("extract", "none.mp4", "--out=x", f"--models={models}"): "no such file",
+        ("extract", str(Path(__file__)), "--out=x", "--models=none"): "no folder of nets",
+        ("extract", str(Path(__file__)), f"--models={models}", "--out=x", "--fps=0"): "above 0",
+        ("extract", str(Path(__file__)), f"--models={models}", "--out=x", "--size=1"): "32 to 8192",
+    }.items():
+        assert main_lib.main([*words]) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) <= 3, said
