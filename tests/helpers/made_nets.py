@@ -46,7 +46,7 @@ def detector():
         "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
         "points": POINTS[:, ::-1].ravel(),
     }
-    weights = {"kernel": kernel, "gain": np.float32([1 / 255])}
+    weights = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}
     nodes = [
         helper.make_node("Conv", ["x", "kernel"], ["mean"], strides=[4, 4], pads=[8, 8, 4, 4]),
         helper.make_node("Mul", ["mean", "gain"], ["heat"]),

@@ -158,11 +158,7 @@ def read(path: Path) -> Card:
         value = files.parse_json(content)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
-    return place(formats.parse(path, value, Written, REMEDY), path, content)
-
-
-def place(written: Written, path: Path, content: bytes = b"") -> Card:
-    """Returns a card that lies, or will, at `path` with the text `content`."""
+    written = formats.parse(path, value, Written, REMEDY)
     fields = {name: getattr(written, name) for name in written.__struct_fields__}
     return Card(**fields, path=path, digest=hashlib.sha256(content).hexdigest())
 
