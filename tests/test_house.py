@@ -30,7 +30,7 @@ LAYERS = (
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
-    "extract": {"errors", "files", "messages", "run"},  # no JAX
+    "extract": {"data", "errors", "files", "machine", "messages", "run"},  # no JAX
     # Plain arguments, no config objects.
     "models": {"batch", "devices", "ensemble", "errors", "fusion", "logit_ops", "machine"},
     "report": {"config", "config_io", "data", "errors", "files", "metrics", "run", "significance",
@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "data": {"batch", "cluster", "devices", "errors", "files", "machine", "messages"},
     "data/records": {"batch", "cluster", "data", "errors", "files", "machine", "messages"},
     "data/untrusted": {"errors"},
-    "extract": {"data", "errors", "files", "machine", "messages"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

