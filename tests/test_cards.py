@@ -5,10 +5,12 @@ import os
 
 import pytest
 
-from tests.helpers import made_nets
 from vidjax.errors import UserError
 from vidjax.extract import cards
 
+made_nets = pytest.importorskip("tests.helpers.made_nets")
+
+IMAGE = {"layout": "NCHW", "colour": "rgb"}
 BACK_END = {"centre": [0.0] * 5, "same": [0.9, 0.1], "different": [0.1, 0.1], "pairs": [1, 1],
             "data": "none"}  # fmt: skip
 
@@ -68,6 +70,11 @@ def test_another_net_than_the_cards_is_refused(tmp_path):
         ({"file": "../face.onnx"}, "file"),
         ({"sha256": "0"}, "sha256"),
         ({"decoder": "yunet"}, "yunet"),
+        ({"decoder": "silero"}, "silero"),
+        ({"role": "voice_embedder", "input": IMAGE}, "NCHW"),
+        ({"input": {"layout": "mels"}}, "colour"),
+        ({"input": {"layout": "mels", "colour": None}}, "mels"),
+        ({"input": {"colour": None}}, "colour"),
         ({"width": None}, "width"),
         ({"width": 0}, "width"),
         ({"template": None}, "template"),

@@ -9,6 +9,13 @@ from onnx import TensorProto, helper, numpy_helper
 SIDE, WIDTH = 8, 5  # of the embedder's crops and vectors
 FACE = 16  # side in pixels of the squares that the detector finds
 POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
+IMAGE = {
+    "layout": "NCHW",
+    "colour": "rgb",
+    "size": None,
+    "mean": [0.0, 0.0, 0.0],
+    "scale": [1.0, 1.0, 1.0],
+}
 CARD = {
     "format": 1,
     "norm_is_quality": False,
@@ -64,39 +71,65 @@ def detector():
     return model(nodes, weights, [3, "H", "W"], ["heat", *constants])
 
 
-def model(nodes, weights, shape, outputs):
-    def value(name, dims):
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+def voice_weights():
+    """Returns the matrix [40, 5] of the voice embedder, for the mean of each mel band."""
+    return np.random.default_rng(1).normal(size=(40, WIDTH)).astype(np.float32)
+
+
+def voice_embedder():
+    """Returns the net that multiplies the mean mel bands of a window by a matrix."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["mean", "w"], ["vector"]),
+    ]
+    return model(nodes, {"w": voice_weights()}, ["T", 40], ["vector"])
+
+
+def voice_activity():
+    """Returns a net like Silero's that adds the mean of its samples to its state and answers it."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=1),
+        helper.make_node("Add", ["state", "mean"], ["stateN"]),
+        helper.make_node("ReduceMean", ["stateN"], ["all"], axes=[0], keepdims=0),
+        helper.make_node("ReduceMean", ["all"], ["output"], axes=[1], keepdims=1),
+    ]
+    more = {"state": (TensorProto.FLOAT, [2, "B", 128]), "sr": (TensorProto.INT64, [])}
+    return model(nodes, {}, ["T"], ["output", "stateN"], more)
+
+
+def model(nodes, weights, shape, outputs, more=None):
+    def value(name, dims, kind=TensorProto.FLOAT):
+        return helper.make_tensor_value_info(name, kind, dims)
 
     named = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     outs = [value(name, None) for name in outputs]
-    graph = helper.make_graph(nodes, "made", [value("x", ["B", *shape])], outs, named)
+    ins = [value("x", ["B", *shape])]
+    ins += [value(name, dims, kind) for name, (kind, dims) in (more or {}).items()]
+    graph = helper.make_graph(nodes, "made", ins, outs, named)
     opsets = [helper.make_opsetid("", 17)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
 def write(folder, name="face", role="face_embedder", content=None, **fields):
     """Writes a net and its card, with `fields` in place of the card's; returns the card's path."""
-    detects = role.endswith("_detector")
-    content = content or (detector() if detects else embedder())
+    make, decoder, input_ = {
+        "voice_embedder": (voice_embedder, "vectors", {"layout": "mels"}),
+        "voice_activity": (voice_activity, "silero", {"layout": "samples"}),
+        "face_embedder": (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}),
+        "face_detector": (detector, "centerface", IMAGE),
+    }.get(role, (embedder, "vectors", IMAGE))
+    content = content or make()
     (folder / f"{name}.onnx").write_bytes(content)
-    input_ = {
-        "name": "x",
-        "layout": "NCHW",
-        "colour": "rgb",
-        "size": None if detects else [SIDE, SIDE],
-        "mean": [0.0, 0.0, 0.0],
-        "scale": [1.0, 1.0, 1.0],
-    }
     card = {
         **CARD,
         "role": role,
         "file": f"{name}.onnx",
         "sha256": hashlib.sha256(content).hexdigest(),
-        "decoder": "centerface" if detects else "vectors",
-        "input": input_ | fields.pop("input", {}),
+        "decoder": decoder,
+        "input": {"name": "x", **input_, **fields.pop("input", {})},
         "test": {"seed": 0, "output": [0, 0, 0, 0], "tolerance": 1e9},
-        **({} if detects else {"width": WIDTH, "template": (POINTS * SIDE).tolist()}),
+        **({"width": WIDTH} if decoder == "vectors" else {}),
+        **({"template": (POINTS * SIDE).tolist()} if role == "face_embedder" else {}),
         **fields,
     }
     path = folder / f"{name}.json"

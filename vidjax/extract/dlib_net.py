@@ -4,6 +4,7 @@ The file is a fixed sequence of layers, each a name, its numbers, and tensors. A
 takes what that sequence has, in its order, and refuses everything else.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +68,7 @@ class Reader:
     def tensor(self, *shape: int) -> np.ndarray:
         """Reads a tensor of four axes, float32, which must have a shape."""
         self.wholes(2, *shape)
-        return np.frombuffer(self.take(4 * int(np.prod(shape))), "<f4").reshape(shape)
+        return np.frombuffer(self.take(4 * math.prod(shape)), "<f4").reshape(shape)
 
     def end(self) -> None:
         """Reads what ends a layer: flags, and gradients and outputs, which are empty."""
@@ -112,7 +113,7 @@ class Graph:
     def convolve(self, channels: int, kernel: int, stride: int) -> None:
         """Reads a convolution and the affine layer behind it, and adds both as one node."""
         read, shape = self.reader, (channels, self.shape[0], kernel, kernel)
-        size, padding = int(np.prod(shape)), 0 if stride > 1 else kernel // 2
+        size, padding = math.prod(shape), 0 if stride > 1 else kernel // 2
         read.name("con_4")
         numbers = read.tensor(size + channels, 1, 1, 1).ravel().astype(np.float64)
         read.wholes(channels, kernel, kernel, stride, stride, padding, padding)

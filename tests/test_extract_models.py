@@ -1,0 +1,353 @@
+"""What stands around a net: images in, faces and vectors out, against slow float64 oracles."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from vidjax.errors import ArgumentError, UserError
+from vidjax.extract import cards, models
+from vidjax.extract.models import Faces
+
+pytest.importorskip("onnxruntime")
+made_nets = pytest.importorskip("tests.helpers.made_nets")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def assert_faces(found, wanted):
+    """Compares faces, in order, with rows of (score, box, points)."""
+    assert len(found.scores) == len(wanted) > 0
+    for place, (score, box, points) in enumerate(wanted):
+        np.testing.assert_allclose(found.scores[place], score, rtol=1e-5)
+        np.testing.assert_allclose(found.boxes[place], box, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found.points[place], points, rtol=1e-4, atol=1e-3)
+
+
+def test_centerface_is_decoded_as_its_paper_says():
+    """Sec. 3: a centre is 4 (cell + offset + 1/2), sizes are exponentials, points lie in boxes."""
+    height, width = 7, 11
+    heat = rng(1).uniform(size=(height, width)).astype(np.float32)
+    scale, offset = (
+        rng(seed).normal(size=(2, height, width)).astype(np.float32) for seed in (2, 3)
+    )
+    marks = rng(4).normal(size=(10, height, width)).astype(np.float32)
+    wanted = []
+    for row in range(height):
+        for column in range(width):
+            if heat[row, column] > 0.7:
+                tall, wide = (4 * math.exp(scale[axis, row, column]) for axis in (0, 1))
+                left = (column + offset[1, row, column] + 0.5) * 4 - wide / 2
+                top = (row + offset[0, row, column] + 0.5) * 4 - tall / 2
+                points = [
+                    (
+                        left + marks[2 * i + 1, row, column] * wide,
+                        top + marks[2 * i, row, column] * tall,
+                    )
+                    for i in range(5)
+                ]
+                wanted.append((heat[row, column], (left, top, left + wide, top + tall), points))
+    assert_faces(models.decode_centerface(heat, scale, offset, marks, 0.7), wanted)
+
+
+def test_yunet_is_decoded_as_opencv_does():
+    """OpenCV's face_detect.cpp: the score is the geometric mean of two, each cut to 0 to 1."""
+    width, stride, cells = 5, 16, 20
+    classes, objects = (rng(seed).uniform(-0.2, 1.2, cells).astype(np.float32) for seed in (1, 2))
+    boxes = rng(3).normal(size=(cells, 4)).astype(np.float32)
+    marks = rng(4).normal(size=(cells, 10)).astype(np.float32)
+    wanted = []
+    for cell in range(cells):
+        one, two = (min(max(float(values[cell]), 0), 1) for values in (classes, objects))
+        row, column = divmod(cell, width)
+        x, y = (column + boxes[cell, 0]) * stride, (row + boxes[cell, 1]) * stride
+        wide, tall = (math.exp(boxes[cell, i]) * stride for i in (2, 3))
+        points = [
+            ((column + marks[cell, 2 * i]) * stride, (row + marks[cell, 2 * i + 1]) * stride)
+            for i in range(5)
+        ]
+        box = (x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2)
+        if (score := math.sqrt(one * two)) > 0.5:
+            wanted.append((score, box, points))
+    found = models.decode_yunet(classes, objects, boxes, marks, stride, width, 0.5)
+    assert_faces(found, wanted)
+
+
+def test_scrfd_is_decoded_as_its_authors_do():
+    """Its distance2bbox and distance2kps, with two anchors at the corner of each cell."""
+    width, stride, cells = 4, 8, 12
+    scores = rng(1).uniform(size=2 * cells).astype(np.float32)
+    boxes = rng(2).uniform(0, 3, (2 * cells, 4)).astype(np.float32)
+    marks = rng(3).normal(size=(2 * cells, 10)).astype(np.float32)
+    wanted = []
+    for anchor in range(2 * cells):
+        row, column = divmod(anchor // 2, width)
+        x, y = column * stride, row * stride
+        left, top, right, bottom = (float(value) * stride for value in boxes[anchor])
+        points = [
+            (x + marks[anchor, 2 * i] * stride, y + marks[anchor, 2 * i + 1] * stride)
+            for i in range(5)
+        ]
+        if scores[anchor] > 0.6:
+            box = (x - left, y - top, x + right, y + bottom)
+            wanted.append((scores[anchor], box, points))
+    assert_faces(models.decode_scrfd(scores, boxes, marks, stride, width, 0.6), wanted)
+
+
+STRIDES = (8, 16, 32)
+
+
+def outputs_of(kinds, anchors, height=64, width=96):
+    """Returns (kind, stride) -> zeros for each cell of an image of 64 x 96 pixels, or anchor."""
+    cells = {stride: height * width // stride**2 * anchors for stride in STRIDES}
+    return {
+        (kind, stride): np.zeros((cells[stride], numbers), np.float32)
+        for kind, numbers in kinds.items()
+        for stride in STRIDES
+    }
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_outputs_of_yunet_are_taken_by_name(stride):
+    outputs = outputs_of({"cls": 1, "obj": 1, "bbox": 4, "kps": 10}, 1)
+    cell = 96 // stride + 2  # the second row, the third column
+    outputs["cls", stride][cell] = outputs["obj", stride][cell] = 0.8
+    outputs["bbox", stride][cell] = 0.5, 0.25, math.log(2), 0
+    outputs["kps", stride][cell] = 1
+    named = {f"{kind}_{step}": output[None] for (kind, step), output in outputs.items()}
+    found = models.DECODERS["yunet"](named, 96, 0.5)
+    box = np.array([1.5, 0.75, 3.5, 1.75]) * stride
+    assert_faces(found, [(0.8, box, [(3 * stride, 2 * stride)] * 5)])
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_outputs_of_scrfd_are_taken_in_their_order(stride):
+    outputs = outputs_of({"score": 1, "bbox": 4, "kps": 10}, 2)
+    anchor = 2 * (96 // stride + 2) + 1
+    outputs["score", stride][anchor] = 0.8
+    outputs["bbox", stride][anchor] = 1, 0.5, 2, 1
+    outputs["kps", stride][anchor] = 1
+    numbered = {str(400 + place): output for place, output in enumerate(outputs.values())}
+    found = models.DECODERS["scrfd"](numbered, 96, 0.5)
+    box = np.array([1, 0.5, 4, 2]) * stride
+    assert_faces(found, [(0.8, box, [(3 * stride, 2 * stride)] * 5)])
+
+
+def random_faces(count, seed=0):
+    corner, size = rng(seed).uniform(0, 60, (count, 2)), rng(seed + 1).uniform(5, 40, (count, 2))
+    boxes = np.concatenate([corner, corner + size], axis=1).astype(np.float32)
+    scores = rng(seed + 2).permutation(count).astype(np.float32) / count
+    return Faces(boxes, scores, rng(seed + 3).normal(size=(count, 5, 2)).astype(np.float32))
+
+
+def overlap(a, b):
+    wide = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    tall = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return wide * tall / (sum(areas) - wide * tall)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_better_of_two_overlapping_faces_is_kept(seed):
+    faces, kept = random_faces(60, seed), []
+    boxes = faces.boxes.astype(float)
+    for face in sorted(range(60), key=lambda i: -faces.scores[i]):
+        if all(overlap(boxes[face], boxes[other]) <= 0.3 for other in kept):
+            kept.append(face)
+    found = models.suppress(faces, 0.3)
+    assert 1 < len(kept) < 60
+    for part, whole in zip(found, faces, strict=True):
+        np.testing.assert_array_equal(part, whole[kept])
+
+
+def test_no_face_stays_no_face():
+    found = models.suppress(random_faces(0), 0.3)
+    assert [part.shape for part in found] == [(0, 4), (0,), (0, 5, 2)]
+
+
+def interpolated(image, height, width):
+    """Bilinear interpolation between centres of pixels, one pixel after another."""
+    out = np.zeros((height, width, 3))
+    for row in range(height):
+        for column in range(width):
+            y = min(max((row + 0.5) * image.shape[0] / height - 0.5, 0), image.shape[0] - 1)
+            x = min(max((column + 0.5) * image.shape[1] / width - 0.5, 0), image.shape[1] - 1)
+            for i in {math.floor(y), math.ceil(y)}:
+                for j in {math.floor(x), math.ceil(x)}:
+                    out[row, column] += image[i, j] * (1 - abs(y - i)) * (1 - abs(x - j))
+    return out
+
+
+@pytest.mark.parametrize("size", [(9, 14), (12, 20), (13, 21), (30, 31), (1, 1), (12, 11), (1, 40)])
+def test_images_are_resized_linearly(size):
+    image = rng().integers(0, 256, (12, 20, 3), np.uint8)
+    step = min(12 // size[0], 20 // size[1])  # from 2 on, blocks are averaged first
+    means = image.astype(float)
+    if step > 1:
+        height, width = 12 // step, 20 // step
+        means = means[: height * step, : width * step]
+        means = means.reshape(height, step, width, step, 3).mean((1, 3))
+    found = models.resize(image, *size)
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found, interpolated(means, *size), atol=0.501)
+
+
+def test_an_image_of_its_size_stays_as_it_is():
+    image = rng().integers(0, 256, (12, 20, 3), np.uint8)
+    np.testing.assert_array_equal(models.resize(image, 12, 20), image)
+
+
+def test_one_row_is_resized():
+    assert models.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("colour", ["rgb", "bgr"])
+def test_vectors_are_those_of_the_pixels_as_the_card_says(tmp_path, layout, colour):
+    mean, scale = [10.0, 20.0, 30.0], [0.1, 0.2, 0.4]
+    made_nets.write(
+        tmp_path,
+        content=made_nets.embedder(layout),
+        input={"layout": layout, "colour": colour, "mean": mean, "scale": scale},
+    )
+    embedder = models.Embedder(cards.load(tmp_path)["face_embedder"])
+    crops = rng().integers(0, 256, (3, 8, 8, 3), np.uint8)
+    order = [0, 1, 2] if colour == "rgb" else [2, 1, 0]
+    x = (crops.astype(float)[..., order] - mean) * scale
+    wanted = x.reshape(3, -1) @ made_nets.embedder_weights().astype(float)
+    found = embedder(crops)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_vectors_do_not_depend_on_the_block(tmp_path):
+    made_nets.write(tmp_path)
+    embedder = models.Embedder(cards.load(tmp_path)["face_embedder"])
+    crops = rng().integers(0, 256, (2 * models.BLOCK + 3, 8, 8, 3), np.uint8)
+    alone = np.concatenate([embedder(crop[None]) for crop in crops])
+    np.testing.assert_allclose(embedder(crops), alone, rtol=1e-4, atol=1e-2)
+    assert embedder(crops[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9, 3), (2, 8, 8), (8, 8, 3), (2, 8, 8, 4)])
+def test_crops_of_another_shape_are_refused(tmp_path, shape):
+    made_nets.write(tmp_path)
+    embedder = models.Embedder(cards.load(tmp_path)["face_embedder"])
+    with pytest.raises(ArgumentError, match=r"uint8 .*8, 8, 3"):
+        embedder(np.zeros(shape, np.uint8))
+    with pytest.raises(ArgumentError, match="float"):
+        embedder(np.zeros((1, 8, 8, 3)))
+
+
+def picture(height, width, places, side):
+    """Returns a black image with white squares whose corners are at `places`, x and y."""
+    image = np.zeros((height, width, 3), np.uint8)
+    for x, y in places:
+        image[y : y + side, x : x + side] = 255
+    return image
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [(96, 128, 1), (97, 130, 1), (50, 71, 1), (192, 256, 2), (388, 520, 4)],
+)
+def test_faces_are_where_they_are_in_the_image(tmp_path, height, width, factor):
+    made_nets.write(tmp_path, "find", "face_detector")
+    card = cards.load(tmp_path)["face_detector"]
+    detector = models.Detector(card, size=max(height, width) // factor, least_score=0.9)
+    side, places = made_nets.FACE * factor, [(8, 16), (40, 28)]
+    found = detector(picture(height, width, [(x * factor, y * factor) for x, y in places], side))
+    assert len(found.scores) == 2
+    order = np.argsort(found.boxes[:, 0])
+    for face, (x, y) in zip(order, places, strict=True):
+        box = np.array([x, y, x + made_nets.FACE, y + made_nets.FACE]) * factor
+        np.testing.assert_allclose(found.boxes[face], box, rtol=0.02, atol=0.6 * factor)
+        points = box[:2] + made_nets.POINTS * side
+        np.testing.assert_allclose(found.points[face], points, rtol=0.02, atol=0.6 * factor)
+
+
+def test_a_fixed_input_is_filled_up(tmp_path):
+    made_nets.write(tmp_path, "find", "face_detector", input={"size": [64, 96]})
+    detector = models.Detector(cards.load(tmp_path)["face_detector"], size=1)
+    found = detector(picture(40, 60, [(8, 16)], made_nets.FACE))
+    np.testing.assert_allclose(found.boxes[:1], [[8, 16, 24, 32]], atol=1e-3)
+
+
+def test_an_image_without_faces_gives_none(tmp_path):
+    made_nets.write(tmp_path, "find", "face_detector")
+    detector = models.Detector(cards.load(tmp_path)["face_detector"])
+    found = detector(np.zeros((33, 1, 3), np.uint8))
+    assert [part.shape for part in found] == [(0, 4), (0,), (0, 5, 2)]
+
+
+def answers(folder, **fields):
+    """Returns the answer that the card of a made net should record."""
+    card = cards.read(made_nets.write(folder, **fields))
+    return models.answer_to_formula(card, models.open_session(card), 7)
+
+
+def test_the_tests_image_follows_its_formula():
+    image = models.formula_image((5, 4), 7)
+    for row in range(5):
+        for column in range(4):
+            for channel in range(3):
+                number = (row * 4 + column) * 3 + channel
+                assert image[row, column, channel] == (number * 7919 + 7) % 256
+
+
+def test_a_net_answers_as_its_card_says(tmp_path):
+    image = models.formula_image((8, 8), 7).astype(float)
+    vector = image.ravel() @ made_nets.embedder_weights().astype(float)
+    np.testing.assert_allclose(answers(tmp_path), vector[0:4], rtol=1e-4)
+    test = {"seed": 7, "output": answers(tmp_path).tolist(), "tolerance": 1e-4}
+    models.open_session(cards.read(made_nets.write(tmp_path, test=test)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"input": {"colour": "bgr"}}, {"input": {"mean": [1.0, 0.0, 0.0]}},
+     {"input": {"scale": [1.0, 1.0, 1.1]}}],
+)  # fmt: skip
+def test_a_wrong_card_is_found_by_its_test(tmp_path, wrong):
+    test = {"seed": 7, "output": answers(tmp_path).tolist(), "tolerance": 1e-2}
+    card = cards.read(made_nets.write(tmp_path, test=test, **wrong))
+    with pytest.raises(UserError) as error:
+        models.open_session(card)
+    assert "face.json" in str(error.value) and "convert" in str(error.value)
+    assert str(error.value).count("\n") < 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"layout": "NHWC"}},
+     {"input": {"size": [9, 8]}}],
+)  # fmt: skip
+def test_a_net_that_does_not_run_is_named(tmp_path, wrong):
+    with pytest.raises(UserError) as error:
+        models.Embedder(cards.read(made_nets.write(tmp_path, **wrong)))
+    assert "face.onnx" in str(error.value) and "convert" in str(error.value)
+    assert str(error.value).count("\n") < 3
+
+
+def test_a_wrong_width_is_named(tmp_path):
+    embedder = models.Embedder(cards.read(made_nets.write(tmp_path, width=6)))
+    with pytest.raises(UserError, match=r"face.json[\s\S]*width"):
+        embedder(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("decoder", ["yunet", "scrfd"])
+def test_a_wrong_decoder_is_named(tmp_path, decoder):
+    made_nets.write(tmp_path, "find", "face_detector", decoder=decoder)
+    detector = models.Detector(cards.load(tmp_path)["face_detector"])
+    with pytest.raises(UserError, match=r"find.onnx"):
+        detector(np.zeros((32, 32, 3), np.uint8))
+
+
+def test_without_the_runtime_an_error_names_the_extra(tmp_path, monkeypatch):
+    card = cards.read(made_nets.write(tmp_path))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"vidjax\[video\]"):
+        models.Embedder(card)

@@ -1,0 +1,118 @@
+"""Sound in, probabilities of speech and vectors out, against slow float64 oracles."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vidjax.errors import ArgumentError, UserError
+from vidjax.extract import cards, models, voices
+
+pytest.importorskip("onnxruntime")
+made_nets = pytest.importorskip("tests.helpers.made_nets")
+
+# Numbers 0, 8, 16, ... of the third frame of librosa 0.11's `melspectrogram` of sin(i^2 / 3000).
+LIBROSA = (0.0027344, 30.6711316, 0.0000065, 0.0, 0.0)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
+
+
+def embedder(folder):
+    made_nets.write(folder, "voice", "voice_embedder")
+    return voices.VoiceEmbedder(cards.load(folder)["voice_embedder"])
+
+
+def listener(folder):
+    made_nets.write(folder, "speech", "voice_activity")
+    return voices.VoiceActivity(cards.load(folder)["voice_activity"])
+
+
+def hz(mel):
+    return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+
+
+def test_mel_bands_are_triangles_of_equal_area():
+    top = 15 + 27 * math.log(8) / math.log(6.4)
+    edges = [hz(top * band / 41) for band in range(42)]
+    assert edges[-1] == pytest.approx(8000)
+    for band, row in enumerate(voices.filters()):
+        low, middle, high = edges[band : band + 3]
+        for bin_, weight in enumerate(row):
+            up, down = (bin_ * 40 - low) / (middle - low), (high - bin_ * 40) / (high - middle)
+            assert weight == pytest.approx(max(0, min(up, down)) * 2 / (high - low), abs=1e-12)
+
+
+def test_mels_are_powers_of_frames_about_each_10_ms():
+    samples = noise(1, 1600)
+    found = voices.mels(samples)
+    assert found.shape == (1, 10, 40) and found.dtype == np.float32
+    for frame in range(10):
+        power = np.zeros(201)
+        for bin_ in range(201):
+            total = 0j
+            for i in range(400):
+                at = frame * 160 - 200 + i
+                value = float(samples[0, at]) if 0 <= at < 1600 else 0.0
+                window = 0.5 - 0.5 * math.cos(2 * math.pi * i / 400)
+                total += value * window * np.exp(-2j * np.pi * bin_ * i / 400)
+            power[bin_] = abs(total) ** 2
+        np.testing.assert_allclose(found[0, frame], voices.filters() @ power, rtol=1e-5)
+
+
+def test_mels_are_those_of_librosa():
+    found = voices.mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
+    np.testing.assert_allclose(found, LIBROSA, rtol=1e-6, atol=1e-7)
+
+
+def test_faint_windows_are_raised_to_a_level_and_loud_ones_stay():
+    windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)
+    found = voices.raise_level(windows)
+    level = np.sqrt((found.astype(float) ** 2).mean(axis=1))
+    np.testing.assert_allclose(20 * np.log10(level[0]), -30, atol=1e-4)
+    np.testing.assert_array_equal(found[1:], windows[1:])
+
+
+def test_vectors_are_those_of_the_mels(tmp_path):
+    windows = noise(models.BLOCK + 3, voices.WINDOW)
+    found = embedder(tmp_path)(windows)
+    wanted = voices.mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    assert embedder(tmp_path)(windows[:0]).shape == (0, made_nets.WIDTH)
+
+
+@pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 5000])
+def test_each_probability_hears_what_came_before(tmp_path, count):
+    """The made net adds the mean of its 576 samples to its state, and answers with the state."""
+    samples = noise(count) + np.float32(0.2)
+    found, state = listener(tmp_path)(samples), 0.0
+    assert found.shape == (math.ceil(count / 512),)
+    for place, probability in enumerate(found):
+        heard = [
+            float(samples[i]) if 0 <= i < count else 0.0
+            for i in range(place * 512 - 64, place * 512 + 512)
+        ]
+        state += sum(heard) / 576
+        assert probability == pytest.approx(state, rel=1e-4)
+
+
+def test_other_sound_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"float32 \[N, 25600\]"):
+        embedder(tmp_path)(noise(2, 100))
+    with pytest.raises(ArgumentError, match="float64"):
+        listener(tmp_path)(np.zeros(100))
+
+
+def test_a_wrong_width_of_voices_is_named(tmp_path):
+    card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
+    with pytest.raises(UserError, match=r"voice.json[\s\S]*width"):
+        voices.VoiceEmbedder(card)(noise(1, voices.WINDOW))
+
+
+def test_a_voice_answers_to_the_formula(tmp_path):
+    card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
+    numbers = models.formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
+    wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
+    found = models.answer_to_formula(card, models.open_session(card), 7)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
