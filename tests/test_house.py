@@ -26,7 +26,7 @@ LAYERS = (
     "__main__", "main", "forget", "commands", "gallery", "api", "predict", "training", "analysis",
     "evaluation", "report", "significance", "ranking", "steps", "system", "models", "losses",
     "logit_ops", "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io",
-    "config", "data", "devices", "cluster", "batch",
+    "config", "extract", "data", "devices", "cluster", "batch",
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
@@ -38,12 +38,14 @@ MAY_IMPORT = {
     "data": {"batch", "cluster", "devices", "errors", "files", "machine", "messages"},
     "data/records": {"batch", "cluster", "data", "errors", "files", "machine", "messages"},
     "data/untrusted": {"errors"},
+    "extract": {"data", "errors", "files", "machine", "messages"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}
 # Libraries that a folder may not import, neither itself nor by what it imports.
 WITHOUT = {
     "vidjax.data.untrusted": {*JAX, *TENSORFLOW, "ml_collections", "sklearn"},
+    "vidjax.extract": {*JAX, *TENSORFLOW, "torch"},
     "vidjax.models": {*TENSORFLOW, "ml_collections", "matplotlib", "orbax"},
     "vidjax.report": {*JAX, *TENSORFLOW},
 }

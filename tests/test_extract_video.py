@@ -1,0 +1,241 @@
+"""decode: times, turned pictures, damaged and hostile files. Films are made by the tests."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="needs the extra [video]")
+
+from tests.helpers import films
+from vidjax.errors import UserError
+from vidjax.extract import decode
+
+
+def corner() -> np.ndarray:
+    """Returns a picture of 120 x 160 pixels, grey with a red corner at its top left."""
+    picture = np.full((120, 160, 3), 90, np.uint8)
+    picture[:40, :50] = (250, 0, 0)
+    return picture
+
+
+def red(rgb: np.ndarray) -> tuple[bool, ...]:
+    """Returns for each corner, from top left with the clock, whether it is red."""
+    corners = rgb[[10, 10, -10, -10], [10, -10, -10, 10]].astype(int)
+    return tuple((corners[:, 0] - corners[:, 1] > 80).tolist())
+
+
+def read(path: Path, fps: float = 5) -> tuple[list[decode.Frame], decode.Video]:
+    with decode.open_video(path) as video:
+        return list(video.frames(fps)), video
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    films.write(tmp_path / "film.mkv", [films.scene(n) for n in range(60)], "ffv1")
+    return tmp_path / "film.mkv"
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mov", "mpeg4"), ("a.mkv", "ffv1"), ("a.webm", "libvpx-vp9"),
+     ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video")],
+)  # fmt: skip
+def test_formats_give_the_same_times_and_pictures(tmp_path: Path, name: str, codec: str) -> None:
+    path = tmp_path / name
+    films.write(path, [corner()] * 30, codec)
+    frames, video = read(path)
+    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(30) / 25, atol=0.002)
+    sampled = [n for n, frame in enumerate(frames) if frame.rgb is not None]
+    assert sampled == [0, 5, 10, 15, 20, 25]
+    for frame in frames:
+        assert frame.small.shape == (36, 64, 3) and frame.small.dtype == np.uint8
+        if frame.rgb is not None:
+            assert red(frame.rgb) == (True, False, False, False)
+    assert (video.found.frames, video.found.corrupt, video.found.damaged) == (30, 0, False)
+    assert video.found.seconds == pytest.approx(1.2, abs=0.002)
+
+
+@pytest.mark.parametrize(("degrees", "place"), [(0, 0), (90, 3), (180, 2), (-90, 1)])
+def test_a_turned_film_is_shown_upright(tmp_path: Path, degrees: int, place: int) -> None:
+    films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
+    frame = read(tmp_path / "phone.mp4")[0][0]
+    assert frame.rgb is not None and red(frame.rgb).index(True) == place
+    assert frame.rgb.shape[0] == (160 if degrees % 180 else 120)
+
+
+def as_exif_says(picture: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns the picture that EXIF describes: where the first row and first column are seen."""
+    shown = picture if orientation < 5 else picture.swapaxes(0, 1)
+    down, across = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1),
+                    8: (1, 0)}[orientation]  # fmt: skip
+    return shown[:: -1 if down else 1, :: -1 if across else 1]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_shown_upright(tmp_path: Path, orientation: int) -> None:
+    path = tmp_path / "photo.jpg"
+    picture = films.scene(3)
+    path.write_bytes(films.photo(picture, "mjpeg", orientation))
+    rgb = decode.read_photo(path)
+    np.testing.assert_allclose(
+        rgb.astype(int).mean((0, 1)), picture.astype(int).mean((0, 1)), atol=3
+    )
+    wanted = as_exif_says(picture, orientation)
+    assert rgb.shape == wanted.shape
+    assert np.abs(rgb.astype(int) - wanted).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.png", "png"), ("a.webp", "libwebp"), ("a.bmp", "bmp")]
+)
+def test_photos_of_other_formats_are_read(tmp_path: Path, name: str, codec: str) -> None:
+    (tmp_path / name).write_bytes(films.photo(corner(), codec))
+    assert red(decode.read_photo(tmp_path / name)) == (True, False, False, False)
+    frames, video = read(tmp_path / name)
+    assert len(frames) == 1 and video.info.photo and not video.found.damaged
+
+
+def test_a_film_is_no_photo(film: Path) -> None:
+    with pytest.raises(UserError, match="PNG"):
+        decode.read_photo(film)
+
+
+def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path: Path) -> None:
+    stamps = [0, 10, 20, 30, 500, 510, 1000, 1900, 1910, 2000]
+    films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
+    frames, video = read(tmp_path / "uneven.mkv", fps=2)
+    np.testing.assert_allclose([frame.time_s * 1000 for frame in frames], stamps, atol=1e-3)
+    sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
+    assert sampled == [0, 500, 1000, 1900, 2000]
+    assert video.found.repaired == 0
+
+
+def test_equal_times_are_replaced_by_numbers(tmp_path: Path) -> None:
+    films.write(tmp_path / "equal.mkv", [films.scene(0)] * 30, "ffv1", stamps=[0] * 30)
+    frames, video = read(tmp_path / "equal.mkv")
+    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(30) / 25)
+    assert video.found.repaired == 29
+
+
+@pytest.mark.parametrize(
+    ("stamps", "times", "repaired"),
+    [
+        ([0.0, 0.1, 0.5], [0.0, 0.1, 0.5], 0),
+        ([None, None, None], [0.0, 0.1, 0.2], 3),
+        ([0.0, 0.1, 0.1, 0.3], [0.0, 0.1, 0.2, 0.4], 1),
+        ([5.0, 5.1, 0.0, 0.1], [5.0, 5.1, 5.2, 5.3], 1),  # two films, one after the other
+        ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),
+    ],
+)
+def test_bad_time_stamps_are_repaired(
+    stamps: list[float | None], times: list[float], repaired: int
+) -> None:
+    clock = decode.Clock(step_s=0.1, latest_s=10.0)
+    np.testing.assert_allclose([clock.time(stamp) for stamp in stamps], times, atol=1e-6)
+    assert clock.repaired == repaired
+
+
+def test_times_count_from_the_first_moment_of_the_file(tmp_path: Path) -> None:
+    stamps = [60_000 + 40 * n for n in range(10)]
+    films.write(tmp_path / "late.ts", [films.scene(0)] * 10, stamps=stamps)
+    frames, _ = read(tmp_path / "late.ts")
+    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
+
+
+def test_a_film_that_was_cut_off_is_called_damaged(film: Path) -> None:
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
+    frames, video = read(film)
+    assert 0 < len(frames) < 30 and video.found.damaged
+    assert video.info.seconds == pytest.approx(2.4, abs=0.05)
+
+
+def test_flipped_bits_cost_frames_and_not_the_film(tmp_path: Path) -> None:
+    film = tmp_path / "film.mkv"
+    films.write(film, [films.scene(n) for n in range(60)])
+    content = bytearray(film.read_bytes())
+    rng = np.random.default_rng(0)
+    for place in rng.integers(2000, len(content) - 2000, 15):
+        content[place] ^= 1 << rng.integers(8)
+    film.write_bytes(content)
+    frames, video = read(film)
+    found = video.found
+    assert len(frames) == found.frames > 20
+    assert found.corrupt + found.refused > 0
+    assert 50 <= found.frames + found.corrupt + found.refused <= 62
+
+
+def half_a_film(folder: Path) -> bytes:
+    films.write(folder / "whole.mp4", [films.scene(n) for n in range(20)])
+    return (folder / "whole.mp4").read_bytes()[:800]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 5000,
+        np.random.default_rng(0).bytes(5000),
+        half_a_film,
+        b"ffconcat version 1.0\nfile secret.mkv\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.mkv\n#EXT-X-ENDLIST\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        b"GIF89a\1\0\1\0\0\0\0;",
+    ],
+    ids=["empty", "zeros", "noise", "half", "ffconcat", "m3u8", "http", "svg", "gif"],
+)
+def test_what_is_no_film_is_refused(tmp_path: Path, content: object, film: Path) -> None:
+    film.rename(tmp_path / "secret.mkv")  # which no list may open
+    path = tmp_path / "film.mp4"
+    data = content(tmp_path) if callable(content) else content
+    assert isinstance(data, bytes)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="MP4") as caught:
+        read(path)
+    assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+def test_names_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
+    for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
+        with pytest.raises(FileNotFoundError):
+            decode.open_video(name)
+    (tmp_path / "%d.png").write_bytes(films.photo(films.scene(0), "png"))
+    assert red(decode.read_photo("%d.png")) == (False,) * 4
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "device.mp4").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.mp4", tmp_path / "device.mp4", tmp_path):
+        with pytest.raises(UserError, match="not opened"):
+            decode.open_video(path)
+
+
+def test_sound_without_pictures_is_refused(tmp_path: Path) -> None:
+    films.write_sound(tmp_path / "voice.m4a", 0.5)
+    with pytest.raises(UserError, match="give a video"):
+        decode.open_video(tmp_path / "voice.m4a")
+
+
+def test_size_is_checked_before_anything_is_decoded(tmp_path: Path, film: Path) -> None:
+    with pytest.raises(UserError, match="smaller"):
+        decode.open_video(film, most_pixels=160 * 120 - 1)
+    with decode.open_video(film, most_pixels=160 * 120) as video:
+        assert video.info.width == 160
+    picture = np.zeros((10, 10, 3), np.uint8)
+    data = bytearray(films.photo(picture, "bmp"))
+    data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
+    (tmp_path / "huge.bmp").write_bytes(data)
+    with pytest.raises(UserError):
+        decode.read_photo(tmp_path / "huge.bmp")
+
+
+def test_resizing_keeps_the_mean() -> None:
+    picture = films.scene(5, 240, 320)
+    small = decode.resized(picture, 64, 48)
+    assert small.shape == (48, 64, 3) and small.dtype == np.uint8
+    np.testing.assert_allclose(small.mean((0, 1)), picture.mean((0, 1)), atol=1.5)

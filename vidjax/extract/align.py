@@ -1,0 +1,171 @@
+"""Crops of faces in the place of a template, and how good each is.
+
+Coordinates are (x, y) in pixels, and (0, 0) is the middle of the top left pixel. The five points of
+a face are its right eye (left in the picture), left eye, nose, and both corners of the mouth.
+"""
+
+import numpy as np
+
+SHRINK = 2.0  # pixels of the source on one of the crop from which areas are averaged first
+FULL_SIZE = 80.0  # pixels: twice the distance between the eyes of a face that counts as large
+HALF_SHARP = 100.0  # variance of the Laplacian, of grey levels 0 to 255, that counts as half sharp
+PROFILE = 0.5  # distance of the nose from the middle line, in distances of the eyes, of a profile
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
+
+
+def similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """Returns the turn, scale and shift that bring points closest to a template, in least squares.
+
+    Args:
+      points: [N, P, 2], (x, y) in the picture.
+      template: [P, 2], (x, y) in the crop.
+
+    Returns:
+      [N, 2, 3] float64: M of crop (x', y') = M (x, y, 1). Points that coincide are only shifted.
+
+    Source: Umeyama 1991, "Least-squares estimation of transformation parameters between two point
+    patterns", equations 40 to 42. In the plane without mirroring they need no singular values: with
+    both centred, scale times cosine and scale times sine are two quotients of sums.
+    """
+    points, template = np.asarray(points, np.float64), np.asarray(template, np.float64)
+    middle, target = points.mean(1), template.mean(0)
+    x, y = np.moveaxis(points - middle[:, None], -1, 0)
+    u, v = (template - target).T
+    spread = (x * x + y * y).sum(1)
+    alone = spread < 1e-12
+    spread = np.where(alone, 1.0, spread)
+    cosine = np.where(alone, 1.0, (x @ u + y @ v) / spread)
+    sine = np.where(alone, 0.0, (x @ v - y @ u) / spread)
+    linear = np.stack([cosine, -sine, sine, cosine], 1).reshape(-1, 2, 2)
+    shift = target - np.einsum("nij,nj->ni", linear, middle)
+    return np.concatenate([linear, shift[..., None]], 2)
+
+
+def warp(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
+    """Returns crops of a picture, interpolated linearly; black outside of it.
+
+    Args:
+      rgb: [H, W, 3] uint8.
+      matrices: [N, 2, 3], from the picture to the crop, as of `similarity`.
+      size: pixels of a side of the crop.
+
+    Returns:
+      [N, size, size, 3] uint8. Where a crop shrinks by more than SHRINK, squares of pixels are
+      averaged first, so that it shows no patterns that the picture has not.
+    """
+    crops = np.zeros((len(matrices), size, size, 3), np.uint8)
+    for crop, matrix in zip(crops, np.asarray(matrices, np.float64), strict=True):
+        scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+        if not np.isfinite(scale) or scale < 1e-6:
+            continue
+        x, y = _sources(matrix, size)
+        factor = int(1.0 / scale) if scale * SHRINK < 1.0 else 1
+        source, left, top = _region(rgb, x, y, factor)
+        if source.size:
+            crop[:] = _bilinear(source, _reduced(x, left, factor), _reduced(y, top, factor))
+    return crops
+
+
+def _sources(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x and y in the picture, each [size, size], of every pixel of a crop."""
+    inverse = np.linalg.inv(matrix[:, :2])
+    across = np.arange(size)
+    u, v = across - matrix[0, 2], (across - matrix[1, 2])[:, None]
+    return inverse[0, 0] * u + inverse[0, 1] * v, inverse[1, 0] * u + inverse[1, 1] * v
+
+
+def _region(
+    rgb: np.ndarray, x: np.ndarray, y: np.ndarray, factor: int
+) -> tuple[np.ndarray, int, int]:
+    """Returns the part of a picture around some pixels, shrunk by `factor`, and its left and top.
+
+    Squares that reach over the border are filled with black, as all outside of the picture.
+    """
+    height, width = rgb.shape[:2]
+    # Whole squares, counted from the corner of the picture, so that they do not depend on the crop.
+    left, right = _span(x, width, factor)
+    top, bottom = _span(y, height, factor)
+    part = rgb[top * factor : bottom * factor, left * factor : right * factor]
+    if factor == 1 or not part.size:
+        return part, left * factor, top * factor
+    rows, columns = bottom - top, right - left
+    square = np.zeros((rows * factor, columns * factor, 3), np.float32)
+    square[: part.shape[0], : part.shape[1]] = part
+    means = square.reshape(rows, factor, columns, factor, 3).mean((1, 3))
+    return means, left * factor, top * factor
+
+
+def _span(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
+    """Returns the first and the last but one square that pixels at these positions may touch."""
+    last = -(-length // factor)
+    low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
+    high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)
+    return int(low), int(high)
+
+
+def _reduced(positions: np.ndarray, start: int, factor: int) -> np.ndarray:
+    """Returns positions in a part that begins at `start` and is shrunk by `factor`."""
+    return (positions - start - (factor - 1) / 2) / factor
+
+
+def _bilinear(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns a picture [H, W, 3] at positions [S, S] as uint8 [S, S, 3]; black outside of it."""
+    height, width = source.shape[:2]
+    # A border of black on each side, into which all positions outside are moved.
+    framed = np.zeros((height + 3, width + 3, 3), np.float32)
+    framed[1:-2, 1:-2] = source
+    x, y = np.clip(x, -1, width) + 1, np.clip(y, -1, height) + 1
+    column, row = x.astype(np.int64), y.astype(np.int64)
+    right = (x - column).astype(np.float32)[..., None]
+    below = (y - row).astype(np.float32)[..., None]
+    flat, at = framed.reshape(-1, 3), row * (width + 3) + column
+    upper = flat[at] * (1 - right) + flat[at + 1] * right
+    lower = flat[at + width + 3] * (1 - right) + flat[at + width + 4] * right
+    return (upper * (1 - below) + lower * below + 0.5).astype(np.uint8)
+
+
+def quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    """Returns how useful each face is to recognise a person, float32 [N], 0 to 1.
+
+    Args:
+      scores: [N], of the detector, 0 to 1.
+      points: [N, 5, 2] in the picture.
+      crops: [N, S, S, 3] uint8, as of `warp`.
+
+    It is the product of score, size, sharpness and frontality. The product is a choice, not
+    measured against errors of recognition.
+    """
+    parts = np.clip(scores, 0, 1) * size(points) * sharpness(crops) * frontality(points)
+    return parts.astype(np.float32)
+
+
+def size(points: np.ndarray) -> np.ndarray:
+    """Returns twice the distance between the eyes over FULL_SIZE, at most 1: [N]."""
+    return np.minimum(1.0, 2.0 * _eye_distance(points) / FULL_SIZE)
+
+
+def sharpness(crops: np.ndarray) -> np.ndarray:
+    """Returns v / (v + HALF_SHARP) of the variance v of each crop's Laplacian: [N], 0 to 1."""
+    grey = crops.astype(np.float32) @ GREY
+    inner = grey[:, 1:-1, 1:-1]
+    around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
+    variance = (around - 4.0 * inner).var((1, 2))
+    return variance / (variance + HALF_SHARP)
+
+
+def frontality(points: np.ndarray) -> np.ndarray:
+    """Returns 1 for a nose on the middle line of eyes and mouth, 0 from PROFILE off it on: [N].
+
+    A turn of the head to the side moves the nose; its tilt in the picture does not count.
+    """
+    points = np.asarray(points, np.float64)
+    eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)
+    line, nose = mouth - eyes, points[:, 2] - eyes
+    length = np.maximum(np.hypot(*line.T), 1e-6)
+    off = np.abs(line[:, 0] * nose[:, 1] - line[:, 1] * nose[:, 0]) / length
+    return np.clip(1.0 - off / (PROFILE * np.maximum(_eye_distance(points), 1e-6)), 0.0, 1.0)
+
+
+def _eye_distance(points: np.ndarray) -> np.ndarray:
+    """Returns the distance between the eyes in pixels: [N]."""
+    return np.hypot(*(points[:, 1] - points[:, 0]).astype(np.float64).T)

@@ -1,0 +1,405 @@
+"""Pictures of a video or photo of unknown origin; call it in a process with limits, as of `child`.
+
+FFmpeg gets bytes of one open regular file and can open nothing else: no playlist, no network. Times
+are seconds since the first moment of the file, picture or sound, as players show them.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from vidjax import files
+from vidjax.errors import UserError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg")
+PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe")
+# Brands of photos in the container of MP4. FFmpeg shows their tiles as videos.
+PHOTO_BRANDS = ("heic", "heix", "hevc", "hevx", "heim", "heis", "mif1", "msf1", "avif", "avis")
+MOST_PIXELS = 50_000_000  # of a picture; 8K video has 33 million
+SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
+USUAL_RATE = 25.0  # frames per second, where a file does not tell
+READ_BYTES = 1 << 18
+# A video is damaged that ends so much before its declared end, in seconds and as a part of it.
+MISSING_SECONDS = 0.5
+MISSING_PART = 0.05
+
+# (a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y).
+Turn = tuple[int, int, int, int]
+# Degrees against the clock -> how a picture is turned.
+TURNS: dict[int, Turn] = {
+    0: (1, 0, 0, 1),
+    90: (0, -1, 1, 0),
+    180: (-1, 0, 0, -1),
+    270: (0, 1, -1, 0),
+}
+MIRRORED = (2, 4, 5, 7)  # orientations of EXIF
+# The tag 0x0112 of a TIFF header, a short number, with either order of bytes.
+ORIENTATION = re.compile(
+    rb"(?:MM\0\*|II\*\0).{0,65535}?(?:\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0)",
+    re.DOTALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a file declares of itself; any of it may be wrong.
+
+    `width` and `height` are pixels as stored, before the picture is turned upright. `seconds`:
+    declared duration, None if unknown. `rate`: frames per second on average. `start_s`: time stamp
+    of the first moment, which all times leave out. `photo`: a file of a single picture.
+    """
+
+    width: int
+    height: int
+    seconds: float | None
+    rate: float
+    start_s: float
+    codec: str
+    photo: bool
+    sound: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One picture: `time_s` seconds, `small` uint8 [36, 64, 3] as stored, squeezed.
+
+    `rgb`: uint8 [H, W, 3], upright; None for frames between two samples.
+    """
+
+    time_s: float
+    small: np.ndarray
+    rgb: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Found:
+    """What was found until now: counts of frames and packets, and seconds until the end.
+
+    `corrupt`: frames that the decoder marked and that were skipped. `refused`: packets that it did
+    not take. `repaired`: time stamps that were absent, equal, or went back. `damaged`: whether the
+    video ended long before its declared end, or could not be read to its end.
+    """
+
+    frames: int = 0
+    corrupt: int = 0
+    refused: int = 0
+    repaired: int = 0
+    seconds: float = 0.0
+    damaged: bool = False
+
+
+class Clock:
+    """Times that only grow, from time stamps that may be absent, equal, or go back.
+
+    A bad stamp is put one average frame after the last one, and later stamps count from there.
+    """
+
+    def __init__(self, step_s: float, latest_s: float | None):
+        self._step = step_s
+        self._latest = np.inf if latest_s is None else latest_s + 10.0
+        self._shift = 0.0
+        self._last: float | None = None
+        self.repaired = 0
+
+    def time(self, stamp_s: float | None) -> float:
+        """Returns the time of the next frame, in seconds, from its time stamp."""
+        after = 0.0 if self._last is None else self._last + self._step
+        time = after if stamp_s is None else stamp_s + self._shift
+        bad = stamp_s is None or (self._last is not None and time <= self._last)
+        if bad or time > self._latest:
+            self.repaired += 1
+            self._shift += 0.0 if stamp_s is None else after - time
+            time = after
+        self._last = time
+        return time
+
+
+class Video:
+    """An open video or photo, a context manager; `info` tells what it declares.
+
+    `found` is complete when `frames` has ended.
+    """
+
+    def __init__(self, path: str | Path, *, most_pixels: int = MOST_PIXELS):
+        self._path = Path(path)
+        self._most_pixels = most_pixels
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(files.open_input(self._path))
+            self._container = stack.enter_context(
+                _open_container(self._path, self._file, most_pixels)
+            )
+            self._stream = _video_stream(self._path, self._container)
+            self.info = _info(self._container, self._stream)
+            _check_size(self._path, self.info, most_pixels)
+            self._stack = stack.pop_all()
+        self.found = Found()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def frames(self, fps: float) -> Iterator[Frame]:
+        """Yields every sound frame in order of time, `fps` of them a second with `rgb`.
+
+        Sampled is the first frame at or after each multiple of 1 / `fps` seconds, so a video of
+        fewer frames has all of them sampled.
+
+        Raises:
+          UserError: no frame can be decoded.
+        """
+        clock = Clock(1.0 / self.info.rate, self.info.seconds)
+        shrink, convert = _Resizer(), _Resizer()
+        sample = 0
+        for decoded in self._decoded():
+            stamp = decoded.time
+            time_s = clock.time(None if stamp is None else stamp - self.info.start_s)
+            rgb = None
+            # A thousandth of a sample: stamps are rounded to milliseconds.
+            if time_s * fps >= sample - 1e-3:
+                sample = int(time_s * fps + 1e-3) + 1
+                rgb = self._upright(convert(decoded, decoded.width, decoded.height), decoded)
+            self.found.frames += 1
+            self.found.repaired = clock.repaired
+            self.found.seconds = time_s + 1.0 / self.info.rate
+            yield Frame(time_s, shrink(decoded, SMALL[1], SMALL[0]), rgb)
+        if not self.found.frames:
+            raise UserError(
+                f"'{self._path}': none of its frames can be decoded: it is damaged\n"
+                "copy it again, or leave it out"
+            )
+        self.found.damaged |= ends_early(self.found.seconds, self.info)
+
+    def _decoded(self) -> "Iterator[VideoFrame]":
+        """Yields the frames that the decoder does not mark as corrupt."""
+        from av.error import FFmpegError
+        from av.video.frame import VideoFrame
+
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except FFmpegError:
+                self.found.damaged = True
+                return
+            try:
+                frames = packet.decode()
+            except MemoryError:
+                raise
+            except FFmpegError:
+                self.found.refused += 1
+                continue
+            for frame in frames:
+                assert isinstance(frame, VideoFrame)
+                if frame.is_corrupt:
+                    self.found.corrupt += 1
+                else:
+                    yield frame
+
+    def _upright(self, rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
+        """Returns a picture as a player shows it."""
+        try:
+            entry = frame.side_data.get("DISPLAYMATRIX")
+        except ValueError:  # the library has no name for the type of another entry, as of EXIF
+            return turned(rgb, self._turn_of_exif(frame.rotation))
+        if entry is None:
+            return rgb
+        a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
+        return turned(rgb, (a, b, c, d))
+
+    def _turn_of_exif(self, degrees: int) -> Turn:
+        """Returns the turn of a photo; the library tells its degrees, but not if it is mirrored."""
+        a, b, c, d = TURNS[round(degrees / 90) * 90 % 360]
+        if exif_orientation(self._file) in MIRRORED:
+            return a, b, -c, -d
+        return a, b, c, d
+
+
+def open_video(path: str | Path, *, most_pixels: int = MOST_PIXELS) -> Video:
+    """Opens a video, or a photo as a video of one frame, for a `with` block.
+
+    Args:
+      path: a regular file: MP4, QuickTime, Matroska, WebM, AVI, MPEG; PNG, JPEG, WebP or BMP.
+      most_pixels: the largest picture that is decoded, width times height.
+
+    Raises:
+      UserError: no such file or format, no picture in it, too large, or the extra is missing.
+    """
+    return Video(path, most_pixels=most_pixels)
+
+
+def read_photo(path: str | Path, *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """Returns the picture of a photo, upright, uint8 [H, W, 3]; errors as of `open_video`."""
+    with open_video(path, most_pixels=most_pixels) as video:
+        if not video.info.photo:
+            raise UserError(f"'{path}' is a video, no photo: give a PNG, JPEG, WebP or BMP file")
+        rgb = next(video.frames(fps=1.0)).rgb
+    assert rgb is not None  # the first frame is a sample
+    return rgb
+
+
+def resized(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Returns a picture uint8 [H, W, 3] as [height, width, 3]; each pixel is a mean of an area."""
+    from av import VideoFrame
+
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+    return _Resizer()(frame, width, height)
+
+
+def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
+    """Returns a picture [H, W, 3] turned to the nearest multiple of 90 degrees, and mirrored."""
+    a, b, c, d = turn
+    across, down = a, d
+    if abs(b) > abs(a):
+        rgb = rgb.swapaxes(0, 1)
+        across, down = c, b
+    return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+
+
+def exif_orientation(file: io.FileIO) -> int:
+    """Returns the orientation that the EXIF of a photo tells, 1 to 8; 1 if it tells none."""
+    file.seek(0)
+    found = ORIENTATION.search(file.read())
+    return (found[1] or found[2])[0] if found else 1
+
+
+def ends_early(seconds: float, info: Info) -> bool:
+    """Returns whether a video of this length ended long before the end that it declares."""
+    if info.seconds is None or info.photo:
+        return False
+    return info.seconds - seconds > max(MISSING_SECONDS, MISSING_PART * info.seconds)
+
+
+class _Bytes:
+    """The bytes of an open file without its name, from which FFmpeg would guess a format."""
+
+    def __init__(self, file: io.FileIO):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _open_container(path: Path, file: io.FileIO, most_pixels: int) -> "InputContainer":
+    try:
+        import av
+        from av.error import FFmpegError
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"'{path}': videos and photos are read by the package av, which is not installed\n"
+            "install it with vidjax's extra [video]: pip install 'vidjax[video]'"
+        ) from error
+    # What FFmpeg decodes while it opens a file obeys the limit, too.
+    options = {"max_pixels": str(most_pixels)}
+    lists = {
+        "format_whitelist": ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS)),
+        "protocol_whitelist": "none",
+    }
+    try:
+        return av.open(
+            _Bytes(file), mode="r", options=options, container_options=lists, buffer_size=READ_BYTES
+        )
+    except MemoryError:
+        raise
+    except (FFmpegError, UnicodeDecodeError) as error:
+        reason = "it is empty" if not file.seek(0, io.SEEK_END) else _reason(error)
+        raise UserError(
+            f"'{path}' is no video or photo of a format that is read, or damaged: {reason}\n"
+            "give MP4, MKV, WebM, MOV, AVI, MPEG, JPEG, PNG, WebP or BMP: ffmpeg converts others"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)[:100]
+
+
+def _video_stream(path: Path, container: "InputContainer") -> "VideoStream":
+    """Returns the first stream of pictures that is no cover."""
+    from av.stream import Disposition
+
+    covers = Disposition.attached_pic | Disposition.timed_thumbnails
+    if container.metadata.get("major_brand", "").strip() in PHOTO_BRANDS:
+        raise UserError(f"'{path}': HEIC and AVIF are not read: convert it to JPEG or PNG")
+    for stream in container.streams.video:
+        if not stream.disposition & covers:
+            if stream.codec_context is None:
+                raise UserError(f"'{path}': no decoder for its pictures: convert it to H.264")
+            stream.codec_context.thread_count = 1  # one process a core
+            return stream
+    raise UserError(f"'{path}' has no pictures, at most sound or a cover: give a video or a photo")
+
+
+def _info(container: "InputContainer", stream: "VideoStream") -> Info:
+    import av
+
+    context = stream.codec_context
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    base = stream.time_base or Fraction(0)
+    seconds = float(stream.duration * base) if stream.duration else None
+    if seconds is None:
+        seconds = _tagged_seconds(stream.metadata.get("DURATION", ""))
+    if seconds is None and container.duration:
+        seconds = container.duration / av.time_base
+    return Info(
+        width=context.width,
+        height=context.height,
+        seconds=seconds if seconds and seconds > 0 else None,
+        rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
+        start_s=(container.start_time or 0) / av.time_base,
+        codec=context.name,
+        photo=container.format.name in PHOTO_FORMATS,
+        sound=bool(container.streams.audio),
+    )
+
+
+def _tagged_seconds(text: str) -> float | None:
+    """Returns the seconds of `00:01:02.500000000`, as Matroska tells the duration of a stream."""
+    found = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,9})?)", text)
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else None
+
+
+def _check_size(path: Path, info: Info, most_pixels: int) -> None:
+    if info.width < 1 or info.height < 1:
+        # FFmpeg tells no size that is above its limit.
+        raise UserError(
+            f"'{path}' does not tell the size of its pictures, or they have more than "
+            f"{most_pixels:,} pixels\nmake it smaller, or raise the limit on pixels"
+        )
+    if info.width * info.height > most_pixels:
+        raise UserError(
+            f"'{path}': pictures of {info.width} x {info.height} pixels are more than the most, "
+            f"{most_pixels:,}\nmake it smaller, or raise the limit on pixels"
+        )
+
+
+class _Resizer:
+    """Pictures as RGB of another size; keeps the plan that FFmpeg makes for sizes and formats."""
+
+    def __init__(self) -> None:
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self._reformat = VideoReformatter().reformat
+        self._area = Interpolation.AREA
+
+    def __call__(self, frame: "VideoFrame", width: int, height: int) -> np.ndarray:
+        """Returns uint8 [height, width, 3]."""
+        made = self._reformat(frame, width, height, "rgb24", interpolation=self._area)
+        return made.to_ndarray()
