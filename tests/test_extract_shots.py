@@ -1,0 +1,157 @@
+"""shots: cuts in made films, by what the camera does."""
+
+import numpy as np
+import pytest
+
+from vidjax.extract import shots
+
+RATE = 25
+
+
+def landscape(rng: np.random.Generator, bright: float) -> np.ndarray:
+    """Returns a large picture with detail of every size, float [240, 420, 3]."""
+    picture = np.zeros((240, 420, 3))
+    for cells, strength in ((4, 1.0), (9, 0.6), (25, 0.4), (60, 0.25)):
+        coarse = rng.normal(0, 1, (cells, 2 * cells, 1)) + rng.normal(0, 0.5, (cells, 2 * cells, 3))
+        fine = coarse.repeat(-(-240 // cells), 0).repeat(-(-420 // (2 * cells)), 1)
+        picture += strength * fine[:240, :420]
+    picture *= rng.uniform(30, 60) / picture.std()
+    return np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright
+
+
+def seen(picture: np.ndarray, x: float, y: float, zoom: float) -> np.ndarray:
+    """Returns what a camera sees of it around (x, y), float [36, 64, 3]."""
+    rows = np.clip(y + np.linspace(-70, 70, 72) * zoom, 0, 239).astype(int)
+    columns = np.clip(x + np.linspace(-125, 125, 128) * zoom, 0, 419).astype(int)
+    return picture[rows][:, columns].reshape(36, 2, 64, 2, 3).mean((1, 3))
+
+
+def shot(rng: np.random.Generator, camera: str, frames: int, bright: float) -> np.ndarray:
+    """Returns a shot with a head that walks through it, float [frames, 36, 64, 3]."""
+    background, colour = landscape(rng, bright), rng.uniform(0, 255, 3) * bright
+    x, y, zoom = 210.0, 120.0, 0.85
+    head, walk = rng.uniform(80, 340), rng.uniform(-5, 5)
+    step = rng.uniform(-6, 6, 2)
+    made = []
+    for n in range(frames):
+        picture = background.copy()
+        head = np.clip(head + walk, 30, 390)
+        picture[95:145, int(head) - 18 : int(head) + 18] = colour
+        if camera == "pan":
+            step[0] *= 1 if 100 < x + step[0] < 320 else -1
+            x, y = x + step[0], y + 0.3 * step[1]
+        elif camera == "hand":
+            x, y = x + rng.normal(0, 1.5), y + rng.normal(0, 1)
+        elif camera == "zoom":
+            zoom *= 1 + 0.01 * np.sin(n / 10)
+        made.append(seen(picture, x, y, zoom))
+    return np.array(made)
+
+
+def filmed(rng: np.random.Generator, *parts: np.ndarray) -> np.ndarray:
+    """Returns parts one after the other with noise, uint8."""
+    frames = np.concatenate(parts)
+    return np.clip(frames + rng.normal(0, 1.5, frames.shape), 0, 255).astype(np.uint8)
+
+
+def cuts(film: np.ndarray) -> list[int]:
+    """Returns the numbers of the frames that begin a shot, but the first."""
+    found = shots.Cuts()
+    return [n for n, small in enumerate(film) if found.update(n / RATE, small)][1:]
+
+
+def fade(start: np.ndarray, steps: int) -> np.ndarray:
+    return start * np.linspace(1, 0, steps)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "bright", [(0.6, 1.0), (0.08, 0.15), (0.1, 1.0)], ids=["day", "night", "both"]
+)
+def test_cuts_are_found_and_motion_is_none(bright: tuple[float, float]) -> None:
+    right = wrong = count = 0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(20, 60, 10)
+        cameras = rng.choice(["still", "pan", "hand", "zoom"], 10)
+        parts = [
+            shot(rng, camera, length, rng.uniform(*bright))
+            for camera, length in zip(cameras, lengths, strict=True)
+        ]
+        wanted = set(np.cumsum(lengths)[:-1].tolist())
+        got = set(cuts(filmed(rng, *parts)))
+        right, wrong, count = (
+            right + len(got & wanted),
+            wrong + len(got - wanted),
+            count + len(wanted),
+        )
+    assert right >= 0.98 * count and wrong <= 0.02 * count
+
+
+@pytest.mark.parametrize("camera", ["still", "pan", "hand", "zoom"])
+def test_one_shot_is_one_shot(camera: str) -> None:
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        assert cuts(filmed(rng, shot(rng, camera, 75, 1.0))) == []
+
+
+@pytest.mark.parametrize("steps", [6, 15, 40])
+def test_a_fade_through_black_is_one_cut_where_the_next_shot_appears(steps: int) -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
+        out, back = fade(one[-1:], steps), fade(two[:1], steps)[::-1]
+        found = cuts(filmed(rng, one, out, back, two))
+        assert len(found) == 1 and abs(found[0] - 40 - steps) <= max(3, steps / 4)
+
+
+def test_a_fade_out_at_the_end_and_black_frames_are_no_shots() -> None:
+    rng = np.random.default_rng(0)
+    one = shot(rng, "hand", 40, 0.8)
+    assert cuts(filmed(rng, one, fade(one[-1:], 20), np.zeros((30, 36, 64, 3)))) == []
+    assert cuts(filmed(rng, np.zeros((30, 36, 64, 3)), one)) == [30]
+
+
+@pytest.mark.parametrize("steps", [8, 15, 25])
+def test_a_dissolve_is_one_cut_when_it_is_over(steps: int) -> None:
+    found = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
+        mixed = fade(one[-1:], steps) + two[:1] - fade(two[:1], steps)
+        found += cuts(filmed(rng, one[:1].repeat(40, 0), mixed, two[:1].repeat(60, 0)))
+    assert len(found) == 5 and all(40 < n <= 40 + steps + 15 for n in found)
+
+
+def test_a_flash_ends_no_shot_twice() -> None:
+    rng = np.random.default_rng(1)
+    film = filmed(rng, shot(rng, "hand", 60, 0.7))
+    film[30] = 250
+    assert cuts(film) in ([], [30])
+
+
+def test_a_brighter_lamp_is_no_cut() -> None:
+    rng = np.random.default_rng(2)
+    film = shot(rng, "hand", 60, 0.5)
+    film[30:] *= 1.6
+    assert cuts(filmed(rng, film)) == []
+
+
+def test_shots_tell_their_times() -> None:
+    rng = np.random.default_rng(3)
+    film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
+    found = shots.Cuts()
+    numbers = []
+    for n, small in enumerate(film):
+        found.update(n / RATE, small)
+        numbers.append(found.shot)
+    assert numbers == [0] * 30 + [1] * 20
+    assert found.shots(2.0) == [shots.Shot(0, 0.0, 1.2), shots.Shot(1, 1.2, 2.0)]
+    assert shots.Cuts().shots(0.0) == []
+
+
+def test_memory_does_not_grow_with_the_film() -> None:
+    found = shots.Cuts()
+    picture = np.random.default_rng(0).integers(0, 256, (36, 64, 3), np.uint8)
+    for n in range(500):
+        found.update(n / RATE, picture)
+    assert len(found._differences) <= 15 and len(found._dissolve._kept) < 30

@@ -1,0 +1,149 @@
+"""tracks: heads that walk, cross, hide and leave."""
+
+import numpy as np
+import pytest
+
+from vidjax.extract import tracks
+
+
+class Walk:
+    """Boxes of one head: where it is at a time."""
+
+    def __init__(self, start: tuple[float, float], speed: tuple[float, float], size: float = 60):
+        self.start, self.speed, self.size = np.array(start, float), np.array(speed, float), size
+
+    def box(self, time_s: float) -> np.ndarray:
+        middle = self.start + time_s * self.speed
+        half = np.array([self.size * 0.4, self.size * 0.5])
+        return np.concatenate([middle - half, middle + half])
+
+
+def follow(
+    people: list[Walk],
+    seconds: float,
+    *,
+    fps: float = 5,
+    noise: float = 1.0,
+    unseen: object = lambda person, time_s: False,
+    vectors: np.ndarray | None = None,
+    seed: int = 0,
+) -> tuple[list[tracks.Track], list[list[int]]]:
+    """Returns the tracks, and of each track the people whose detections it holds."""
+    rng = np.random.default_rng(seed)
+    similar = None if vectors is None else lambda one, two: 2 * (one @ two.T) - 1
+    tracker = tracks.Tracker(similar=similar)
+    owners: list[int] = []
+    for time_s in np.arange(0, seconds, 1 / fps):
+        here = [n for n in rng.permutation(len(people)) if not unseen(n, time_s)]  # type: ignore[operator]
+        boxes = np.array([people[n].box(time_s) for n in here]).reshape(-1, 4)
+        boxes += rng.normal(0, noise, boxes.shape)
+        given = None if vectors is None else vectors[here]
+        tracker.update(time_s, boxes, np.ones(len(here)), np.zeros((len(here), 5, 2)), given)
+        owners += here
+    found = tracker.finish()
+    return found, [sorted({owners[n] for n in track.detections}) for track in found]
+
+
+def test_one_head_is_one_track() -> None:
+    found, people = follow([Walk((100, 100), (80, 10))], 5)
+    assert people == [[0]] and len(found[0].times) == 25
+    np.testing.assert_allclose(found[0].times, np.arange(25) / 5)
+    assert found[0].detections == list(range(25))
+    assert len(found[0].boxes) == len(found[0].points) == len(found[0].scores) == 25
+
+
+@pytest.mark.parametrize("fps", [2, 5, 10])
+@pytest.mark.parametrize("below", [0, 10, 25])
+def test_two_heads_that_cross_keep_their_tracks(fps: float, below: float) -> None:
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        speed = rng.uniform(15, 25) * fps / 5 + 10
+        people = [Walk((100, 100), (speed, 0)), Walk((100 + 6 * speed, 100 + below), (-speed, 0))]
+        found, owners = follow(people, 6, fps=fps, seed=seed)
+        assert sorted(owners) == [[0], [1]], (seed, owners)
+        assert all(len(track.times) >= 6 * fps - 2 for track in found)
+
+
+@pytest.mark.parametrize("fps", [5, 10])
+def test_a_head_that_passes_behind_another_is_not_switched(fps: float) -> None:
+    for seed in range(10):
+        people = [Walk((100, 100), (40, 0)), Walk((300, 105), (-40, 0))]
+        hidden = lambda n, t: n == 1 and abs(t - 2.5) < 0.45  # noqa: E731
+        _, owners = follow(people, 5, fps=fps, unseen=hidden, seed=seed)
+        assert all(len(one) == 1 for one in owners), (seed, owners)
+        assert len(owners) <= 4
+
+
+def test_embeddings_tell_who_is_who() -> None:
+    """Both turn back where they meet, so their motion says that they crossed."""
+
+    class Turns(Walk):
+        def box(self, time_s: float) -> np.ndarray:
+            return super().box(min(time_s, 4.8 - time_s))
+
+    people = [Turns((100, 100), (40, 0)), Turns((300, 100), (-40, 0))]
+    _, owners = follow(people, 4.8, vectors=np.eye(2), noise=0.5)
+    assert all(len(one) == 1 for one in owners)
+
+
+def test_a_short_gap_is_bridged_and_a_long_one_is_not() -> None:
+    person = [Walk((100, 100), (20, 0))]
+    short, _ = follow(person, 6, unseen=lambda n, t: 2 < t < 2.7)
+    long, _ = follow(person, 6, unseen=lambda n, t: 2 < t < 3.9)
+    assert len(short) == 1 and len(long) == 2
+    assert [track.number for track in long] == [0, 1]
+
+
+def test_no_track_goes_over_a_cut() -> None:
+    tracker = tracks.Tracker()
+    box, one, points = np.array([[10, 10, 60, 70]]), np.ones(1), np.zeros((1, 5, 2))
+    for n in range(20):
+        if n == 10:
+            tracker.cut()
+            assert [len(track.times) for track in tracker.take_ended()] == [10]
+            assert tracker.take_ended() == []
+        numbers = tracker.update(n / 5, box, one, points)
+        assert numbers.tolist() == [n // 10]
+    (last,) = tracker.finish()
+    assert (last.shot, last.number, last.detections) == (1, 1, list(range(10, 20)))
+
+
+def test_single_detections_are_dropped_but_in_photos() -> None:
+    box, one, points = np.array([[10, 10, 60, 70]]), np.ones(1), np.zeros((1, 5, 2))
+    for least, count in ((2, 0), (1, 1)):
+        tracker = tracks.Tracker(least=least)
+        tracker.update(0.0, box, one, points)
+        assert len(tracker.finish()) == count
+
+
+def test_frames_without_detections() -> None:
+    tracker = tracks.Tracker()
+    for n in range(5):
+        assert tracker.update(n / 5, np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))).shape == (
+            0,
+        )
+    assert tracker.finish() == []
+
+
+def test_a_crowd_keeps_its_tracks() -> None:
+    rng = np.random.default_rng(0)
+    people = [
+        Walk((100 + 90 * n, 100 + 150 * row), (float(rng.uniform(-3, 3)), 0.0))
+        for row in range(3)
+        for n in range(8)
+    ]
+    _, owners = follow(people, 8, noise=2)
+    assert sorted(owners) == [[n] for n in range(24)]
+
+
+def test_overlap_is_intersection_over_union() -> None:
+    rng = np.random.default_rng(1)
+    corners = rng.integers(0, 12, (2, 9, 2, 2))
+    boxes = np.concatenate([corners.min(2), corners.max(2) + 1], -1).astype(float)
+    pixels = np.zeros((2, 9, 13, 13), bool)
+    for side in range(2):
+        for n, (left, top, right, bottom) in enumerate(boxes[side].astype(int)):
+            pixels[side, n, top:bottom, left:right] = True
+    both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
+    either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
+    np.testing.assert_allclose(tracks.overlaps(boxes[0], boxes[1]), both / either)
