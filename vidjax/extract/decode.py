@@ -1,7 +1,8 @@
-"""Pictures of a video or photo of unknown origin; call it in a process with limits, as of `child`.
+"""Pictures of a video or photo of unknown origin; to be called in a process with limits.
 
-FFmpeg gets bytes of one open regular file and can open nothing else: no playlist, no network. Times
-are seconds since the first moment of the file, picture or sound, as players show them.
+`vidjax.data.untrusted.limits` starts such processes. FFmpeg gets the bytes of one open regular file
+and can open nothing else: no playlist, no network. Times are seconds since the first moment of the
+file, picture or sound, as players show them.
 """
 
 import contextlib
@@ -46,11 +47,10 @@ TURNS: dict[int, Turn] = {
     270: (0, 1, -1, 0),
 }
 MIRRORED = (2, 4, 5, 7)  # orientations of EXIF
-# The tag 0x0112 of a TIFF header, a short number, with either order of bytes.
-ORIENTATION = re.compile(
-    rb"(?:MM\0\*|II\*\0).{0,65535}?(?:\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0)",
-    re.DOTALL,
-)
+TIFF = re.compile(rb"MM\0\*|II\*\0")  # the header of EXIF, with either order of bytes
+# The tag 0x0112, a short number.
+ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
+EXIF_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +280,11 @@ def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 def exif_orientation(file: io.FileIO) -> int:
     """Returns the orientation that the EXIF of a photo tells, 1 to 8; 1 if it tells none."""
     file.seek(0)
-    found = ORIENTATION.search(file.read())
+    content = file.read()
+    header = TIFF.search(content)
+    if header is None:
+        return 1
+    found = ORIENTATION.search(content, header.start(), header.start() + EXIF_BYTES)
     return (found[1] or found[2])[0] if found else 1
 
 
