@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from vidjax import files
 from vidjax.errors import UserError
 
 if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -33,10 +35,12 @@ MOST_PIXELS = 50_000_000  # of a picture; 8K video has 33 million
 SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
 USUAL_RATE = 25.0  # frames per second, where a file does not tell
 READ_BYTES = 1 << 18
+ROUNDED_SECONDS = 0.02  # how far a time stamp of sound may be off
 # A video is damaged that ends so much before its declared end, in seconds and as a part of it.
 MISSING_SECONDS = 0.5
 MISSING_PART = 0.05
 
+Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y).
 Turn = tuple[int, int, int, int]
 # Degrees against the clock -> how a picture is turned.
@@ -130,7 +134,7 @@ class Clock:
 class Video:
     """An open video or photo, a context manager; `info` tells what it declares.
 
-    `found` is complete when `frames` has ended.
+    It is read once: call `frames` or `sound`. `found` is complete when that has ended.
     """
 
     def __init__(self, path: str | Path, *, most_pixels: int = MOST_PIXELS):
@@ -142,6 +146,7 @@ class Video:
                 _open_container(self._path, self._file, most_pixels)
             )
             self._stream = _video_stream(self._path, self._container)
+            self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
             self.info = _info(self._container, self._stream)
             _check_size(self._path, self.info, most_pixels)
             self._stack = stack.pop_all()
@@ -167,10 +172,12 @@ class Video:
         Raises:
           UserError: no frame can be decoded.
         """
+        from av.video.frame import VideoFrame
+
         clock = Clock(1.0 / self.info.rate, self.info.seconds)
         shrink, convert = _Resizer(), _Resizer()
         sample = 0
-        for decoded in self._decoded():
+        for decoded in self._decoded(self._stream, VideoFrame):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s)
             rgb = None
@@ -189,12 +196,37 @@ class Video:
             )
         self.found.damaged |= ends_early(self.found.seconds, self.info)
 
-    def _decoded(self) -> "Iterator[VideoFrame]":
-        """Yields the frames that the decoder does not mark as corrupt."""
-        from av.error import FFmpegError
-        from av.video.frame import VideoFrame
+    def sound(self, rate: int = 16_000) -> Iterator[tuple[float, np.ndarray]]:
+        """Yields (seconds, samples) of the first sound track, none if there is none.
 
-        packets = self._container.demux(self._stream)
+        The samples are float32 [n], -1 to 1, all channels as one, `rate` a second. Seconds are
+        those of the first of them, on the same clock as frames; between blocks may be gaps.
+        """
+        from av.audio.frame import AudioFrame
+        from av.audio.resampler import AudioResampler
+
+        for stream in self._container.streams.audio[:1]:
+            stream.codec_context.thread_count = 1
+            resampler, source = AudioResampler("flt", "mono", rate), None
+            time_s = 0.0
+            for decoded in self._decoded(stream, AudioFrame):
+                form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
+                if form != source:  # a broadcast changes it where another programme begins
+                    resampler, source = AudioResampler("flt", "mono", rate), form
+                for made in resampler.resample(decoded):
+                    # Stamps of some formats are rounded; blocks without a gap are to fit together.
+                    if made.time is not None:
+                        stamp_s = made.time - self.info.start_s
+                        time_s = stamp_s if abs(stamp_s - time_s) > ROUNDED_SECONDS else time_s
+                    samples = made.to_ndarray()[0]
+                    yield time_s, samples
+                    time_s += len(samples) / rate
+
+    def _decoded(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
+        """Yields what the decoder of a stream does not mark as corrupt."""
+        from av.error import FFmpegError
+
+        packets = self._container.demux(stream)
         while True:
             try:
                 packet = next(packets)
@@ -211,7 +243,7 @@ class Video:
                 self.found.refused += 1
                 continue
             for frame in frames:
-                assert isinstance(frame, VideoFrame)
+                assert isinstance(frame, kind)
                 if frame.is_corrupt:
                     self.found.corrupt += 1
                 else:
