@@ -97,6 +97,15 @@ def test_photos_of_other_formats_are_read(tmp_path: Path, name: str, codec: str)
     assert len(frames) == 1 and video.info.photo and not video.found.damaged
 
 
+def test_photos_in_the_container_of_films_are_refused(tmp_path: Path) -> None:
+    """Their tiles would pass for the frames of a film."""
+    films.write(tmp_path / "film.mp4", [corner()])
+    content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
+    (tmp_path / "photo.heic").write_bytes(content)
+    with pytest.raises(UserError, match="convert it to JPEG"):
+        decode.read_photo(tmp_path / "photo.heic")
+
+
 def test_a_film_is_no_photo(film: Path) -> None:
     with pytest.raises(UserError, match="PNG"):
         decode.read_photo(film)

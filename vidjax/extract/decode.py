@@ -54,7 +54,7 @@ MIRRORED = (2, 4, 5, 7)  # orientations of EXIF
 TIFF = re.compile(rb"MM\0\*|II\*\0")  # the header of EXIF, with either order of bytes
 # The tag 0x0112, a short number.
 ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
-EXIF_BYTES = 1 << 16
+EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Video:
         self._stack.close()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """Yields every sound frame in order of time, `fps` of them a second with `rgb`.
+        """Yields every frame that is not corrupt, `fps` of them a second with `rgb`.
 
         Sampled is the first frame at or after each multiple of 1 / `fps` seconds, so a video of
         fewer frames has all of them sampled.
@@ -172,6 +172,7 @@ class Video:
         Raises:
           UserError: no frame can be decoded.
         """
+        from av.error import FFmpegError
         from av.video.frame import VideoFrame
 
         clock = Clock(1.0 / self.info.rate, self.info.seconds)
@@ -180,15 +181,21 @@ class Video:
         for decoded in self._decoded(self._stream, VideoFrame):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s)
-            rgb = None
             # A thousandth of a sample: stamps are rounded to milliseconds.
-            if time_s * fps >= sample - 1e-3:
+            sampled = time_s * fps >= sample - 1e-3
+            try:
+                small = shrink(decoded, SMALL[1], SMALL[0])
+                rgb = convert(decoded, decoded.width, decoded.height) if sampled else None
+            except (FFmpegError, ValueError):  # a format of pixels that cannot be converted
+                self.found.refused += 1
+                continue
+            if rgb is not None:
                 sample = int(time_s * fps + 1e-3) + 1
-                rgb = self._upright(convert(decoded, decoded.width, decoded.height), decoded)
+                rgb = self._upright(rgb, decoded)
             self.found.frames += 1
             self.found.repaired = clock.repaired
             self.found.seconds = time_s + 1.0 / self.info.rate
-            yield Frame(time_s, shrink(decoded, SMALL[1], SMALL[0]), rgb)
+            yield Frame(time_s, small, rgb)
         if not self.found.frames:
             raise UserError(
                 f"'{self._path}': none of its frames can be decoded: it is damaged\n"
@@ -205,7 +212,7 @@ class Video:
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
 
-        for stream in self._container.streams.audio[:1]:
+        for stream in _sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
             resampler, source = AudioResampler("flt", "mono", rate), None
             time_s = 0.0
@@ -254,16 +261,16 @@ class Video:
         try:
             entry = frame.side_data.get("DISPLAYMATRIX")
         except ValueError:  # the library has no name for the type of another entry, as of EXIF
-            return turned(rgb, self._turn_of_exif(frame.rotation))
+            return turned(rgb, self._turn(frame.rotation))
         if entry is None:
             return rgb
         a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
         return turned(rgb, (a, b, c, d))
 
-    def _turn_of_exif(self, degrees: int) -> Turn:
-        """Returns the turn of a photo; the library tells its degrees, but not if it is mirrored."""
+    def _turn(self, degrees: int) -> Turn:
+        """Returns the turn by these degrees; of a photo also mirrored, if its EXIF says so."""
         a, b, c, d = TURNS[round(degrees / 90) * 90 % 360]
-        if exif_orientation(self._file) in MIRRORED:
+        if self.info.photo and exif_orientation(self._file) in MIRRORED:
             return a, b, -c, -d
         return a, b, c, d
 
@@ -311,8 +318,10 @@ def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 def exif_orientation(file: io.FileIO) -> int:
     """Returns the orientation that the EXIF of a photo tells, 1 to 8; 1 if it tells none."""
+    place = file.tell()
     file.seek(0)
-    content = file.read()
+    content = file.read(PHOTO_BYTES)
+    file.seek(place)
     header = TIFF.search(content)
     if header is None:
         return 1
@@ -383,6 +392,11 @@ def _video_stream(path: Path, container: "InputContainer") -> "VideoStream":
     raise UserError(f"'{path}' has no pictures, at most sound or a cover: give a video or a photo")
 
 
+def _sound_streams(container: "InputContainer") -> "list[AudioStream]":
+    """Returns the streams of sound that can be decoded."""
+    return [stream for stream in container.streams.audio if stream.codec_context is not None]
+
+
 def _info(container: "InputContainer", stream: "VideoStream") -> Info:
     import av
 
@@ -402,7 +416,7 @@ def _info(container: "InputContainer", stream: "VideoStream") -> Info:
         start_s=(container.start_time or 0) / av.time_base,
         codec=context.name,
         photo=container.format.name in PHOTO_FORMATS,
-        sound=bool(container.streams.audio),
+        sound=bool(_sound_streams(container)),
     )
 
 
