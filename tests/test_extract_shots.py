@@ -9,21 +9,22 @@ RATE = 25
 
 
 def landscape(rng: np.random.Generator, bright: float) -> np.ndarray:
-    """Returns a large picture with detail of every size, float [240, 420, 3]."""
+    """Returns a large picture with detail of every size, float32 [240, 420, 3]."""
     picture = np.zeros((240, 420, 3))
     for cells, strength in ((4, 1.0), (9, 0.6), (25, 0.4), (60, 0.25)):
         coarse = rng.normal(0, 1, (cells, 2 * cells, 1)) + rng.normal(0, 0.5, (cells, 2 * cells, 3))
         fine = coarse.repeat(-(-240 // cells), 0).repeat(-(-420 // (2 * cells)), 1)
         picture += strength * fine[:240, :420]
     picture *= rng.uniform(30, 60) / picture.std()
-    return np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright
+    return (np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright).astype(np.float32)
 
 
 def seen(picture: np.ndarray, x: float, y: float, zoom: float) -> np.ndarray:
     """Returns what a camera sees of it around (x, y), float [36, 64, 3]."""
     rows = np.clip(y + np.linspace(-70, 70, 72) * zoom, 0, 239).astype(int)
     columns = np.clip(x + np.linspace(-125, 125, 128) * zoom, 0, 419).astype(int)
-    return picture[rows][:, columns].reshape(36, 2, 64, 2, 3).mean((1, 3))
+    parts = [picture[rows[n // 2 :: 2]][:, columns[n % 2 :: 2]] for n in range(4)]
+    return (parts[0] + parts[1] + parts[2] + parts[3]) / np.float32(4)
 
 
 def shot(rng: np.random.Generator, camera: str, frames: int, bright: float) -> np.ndarray:
@@ -34,9 +35,10 @@ def shot(rng: np.random.Generator, camera: str, frames: int, bright: float) -> n
     step = rng.uniform(-6, 6, 2)
     made = []
     for n in range(frames):
-        picture = background.copy()
         head = np.clip(head + walk, 30, 390)
-        picture[95:145, int(head) - 18 : int(head) + 18] = colour
+        covered = np.s_[95:145, int(head) - 18 : int(head) + 18]
+        behind = background[covered].copy()
+        background[covered] = colour
         if camera == "pan":
             step[0] *= 1 if 100 < x + step[0] < 320 else -1
             x, y = x + step[0], y + 0.3 * step[1]
@@ -44,14 +46,16 @@ def shot(rng: np.random.Generator, camera: str, frames: int, bright: float) -> n
             x, y = x + rng.normal(0, 1.5), y + rng.normal(0, 1)
         elif camera == "zoom":
             zoom *= 1 + 0.01 * np.sin(n / 10)
-        made.append(seen(picture, x, y, zoom))
+        made.append(seen(background, x, y, zoom))
+        background[covered] = behind
     return np.array(made)
 
 
 def filmed(rng: np.random.Generator, *parts: np.ndarray) -> np.ndarray:
     """Returns parts one after the other with noise, uint8."""
     frames = np.concatenate(parts)
-    return np.clip(frames + rng.normal(0, 1.5, frames.shape), 0, 255).astype(np.uint8)
+    noise = rng.standard_normal(frames.shape, np.float32) * 1.5
+    return np.clip(frames + noise, 0, 255).astype(np.uint8)
 
 
 def cuts(film: np.ndarray) -> list[int]:
@@ -101,7 +105,7 @@ def test_a_fade_through_black_is_one_cut_where_the_next_shot_appears(steps: int)
         one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
         out, back = fade(one[-1:], steps), fade(two[:1], steps)[::-1]
         found = cuts(filmed(rng, one, out, back, two))
-        assert len(found) == 1 and abs(found[0] - 40 - steps) <= max(3, steps / 4)
+        assert len(found) == 1 and abs(found[0] - 40 - steps) <= 3 + steps / 3
 
 
 def test_a_fade_out_at_the_end_and_black_frames_are_no_shots() -> None:
@@ -118,15 +122,15 @@ def test_a_dissolve_is_one_cut_when_it_is_over(steps: int) -> None:
         rng = np.random.default_rng(seed)
         one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
         mixed = fade(one[-1:], steps) + two[:1] - fade(two[:1], steps)
-        found += cuts(filmed(rng, one[:1].repeat(40, 0), mixed, two[:1].repeat(60, 0)))
+        found += cuts(filmed(rng, one[-1:].repeat(40, 0), mixed, two[:1].repeat(60, 0)))
     assert len(found) == 5 and all(40 < n <= 40 + steps + 15 for n in found)
 
 
-def test_a_flash_ends_no_shot_twice() -> None:
+def test_a_flash_is_no_cut() -> None:
     rng = np.random.default_rng(1)
     film = filmed(rng, shot(rng, "hand", 60, 0.7))
     film[30] = 250
-    assert cuts(film) in ([], [30])
+    assert cuts(film) == []
 
 
 def test_a_brighter_lamp_is_no_cut() -> None:
@@ -154,4 +158,4 @@ def test_memory_does_not_grow_with_the_film() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (36, 64, 3), np.uint8)
     for n in range(500):
         found.update(n / RATE, picture)
-    assert len(found._differences) <= 15 and len(found._dissolve._kept) < 30
+    assert len(found._changes) <= 15 and len(found._dissolve._kept) < 30

@@ -97,6 +97,15 @@ def test_photos_of_other_formats_are_read(tmp_path: Path, name: str, codec: str)
     assert len(frames) == 1 and video.info.photo and not video.found.damaged
 
 
+def test_photos_in_the_container_of_films_are_refused(tmp_path: Path) -> None:
+    """Their tiles would pass for the frames of a film."""
+    films.write(tmp_path / "film.mp4", [corner()])
+    content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
+    (tmp_path / "photo.heic").write_bytes(content)
+    with pytest.raises(UserError, match="convert it to JPEG"):
+        decode.read_photo(tmp_path / "photo.heic")
+
+
 def test_a_film_is_no_photo(film: Path) -> None:
     with pytest.raises(UserError, match="PNG"):
         decode.read_photo(film)
@@ -216,9 +225,34 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_sound_without_pictures_is_refused(tmp_path: Path) -> None:
-    films.write_sound(tmp_path / "voice.m4a", 0.5)
+    films.write_sound(tmp_path / "voice.m4a", np.zeros(8000))
     with pytest.raises(UserError, match="give a video"):
         decode.open_video(tmp_path / "voice.m4a")
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_sound_is_placed_by_its_time_stamps(tmp_path: Path, rate: int) -> None:
+    """A tone sounds from 0.85 s, where the sound track begins, to 1.35 s."""
+    samples = np.sin(np.arange(rate) / rate * 2 * np.pi * 440) * 0.5
+    samples[rate // 2 :] = 0
+    path = tmp_path / "film.mkv"
+    films.write_sound(path, samples, rate=rate, start_s=0.85, pictures=[films.scene(0)] * 50)
+    heard = np.zeros(32_000, np.float32)
+    with decode.open_video(path) as video:
+        assert video.info.sound
+        for time_s, block in video.sound(16_000):
+            assert block.dtype == np.float32 and block.ndim == 1
+            start = round(time_s * 16_000)
+            heard[start : start + len(block)] = block
+    times = np.flatnonzero(np.abs(heard) > 0.2) / 16_000
+    np.testing.assert_allclose(times[[0, -1]], [0.85, 1.35], atol=0.003)
+    wanted = 0.5 * np.sin((np.arange(14_000, 20_000) / 16_000 - 0.85) * 2 * np.pi * 440)
+    np.testing.assert_allclose(heard[14_000:20_000], wanted, atol=0.1)
+
+
+def test_a_film_without_sound_has_none(film: Path) -> None:
+    with decode.open_video(film) as video:
+        assert not video.info.sound and list(video.sound()) == []
 
 
 def test_size_is_checked_before_anything_is_decoded(tmp_path: Path, film: Path) -> None:
@@ -232,6 +266,21 @@ def test_size_is_checked_before_anything_is_decoded(tmp_path: Path, film: Path) 
     (tmp_path / "huge.bmp").write_bytes(data)
     with pytest.raises(UserError):
         decode.read_photo(tmp_path / "huge.bmp")
+
+
+def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path: Path) -> None:
+    """Two streams of MPEG, one after the other, are one film."""
+    for name, size in (("a", 1), ("b", 4)):
+        films.write(tmp_path / f"{name}.ts", [films.scene(0, 120 * size, 160 * size)] * 10)
+    joined = (tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes()
+    (tmp_path / "grows.ts").write_bytes(joined)
+    shapes = {
+        frame.rgb.shape for frame in read(tmp_path / "grows.ts", 25)[0] if frame.rgb is not None
+    }
+    assert shapes == {(120, 160, 3), (480, 640, 3)}
+    with decode.open_video(tmp_path / "grows.ts", most_pixels=200 * 200) as video:
+        shapes = {frame.rgb.shape for frame in video.frames(25) if frame.rgb is not None}
+        assert shapes == {(120, 160, 3)} and video.found.refused > 0
 
 
 def test_resizing_keeps_the_mean() -> None:

@@ -39,13 +39,14 @@ MAY_IMPORT = {
     "data": {"batch", "cluster", "devices", "errors", "files", "machine", "messages"},
     "data/records": {"batch", "cluster", "data", "errors", "files", "machine", "messages"},
     "data/untrusted": {"errors"},
+    "extract": {"data", "errors", "files", "machine", "messages"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}
 # Libraries that a folder may not import, neither itself nor by what it imports.
 WITHOUT = {
     "vidjax.data.untrusted": {*JAX, *TENSORFLOW, "ml_collections", "sklearn"},
-    "vidjax.extract": {*JAX, *TENSORFLOW},
+    "vidjax.extract": {*JAX, *TENSORFLOW, "torch"},
     "vidjax.models": {*TENSORFLOW, "ml_collections", "matplotlib", "orbax"},
     "vidjax.report": {*JAX, *TENSORFLOW},
 }

@@ -109,7 +109,7 @@ def test_a_second_call_reads_no_video_again(tmp_path, models, film, capsys, monk
     flags = (f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={tmp_path / 'out'}")
     _, first, _ = run(capsys, "who", film, *flags)
     before = (tmp_path / "out" / "names.tsv").read_bytes()
-    monkeypatch.setattr(pipeline, "_in_child", None)
+    monkeypatch.setattr(pipeline, "child", None)
     _, second, said = run(capsys, "who", film, *flags)
     assert first == second and "as before" in said
     assert (tmp_path / "out" / "names.tsv").read_bytes() == before

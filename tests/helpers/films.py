@@ -49,17 +49,35 @@ def write(
         container.mux(stream.encode(None))
 
 
-def write_sound(path: Path, seconds: float) -> None:
-    """Writes a file of sound alone."""
+def write_sound(
+    path: Path,
+    samples: np.ndarray,
+    *,
+    rate: int = 16_000,
+    start_s: float = 0.0,
+    pictures: Sequence[np.ndarray] = (),
+) -> None:
+    """Writes sound, float32 [n], that begins at `start_s`, beside pictures or alone."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        assert isinstance(stream, av.AudioStream)
-        stream.layout = "mono"
-        samples = np.zeros((1, int(16000 * seconds)), np.float32)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-        frame.rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        sound = container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=rate)
+        assert isinstance(sound, av.AudioStream)
+        sound.layout = "mono"
+        sound.time_base = Fraction(1, rate)
+        packets = []
+        if len(pictures):
+            stream = container.add_stream("libx264", rate=25)
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width = pictures[0].shape[:2]
+            frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures]
+            packets += [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        whole = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+        for start in range(0, len(whole), 1024):
+            frame = av.AudioFrame.from_ndarray(whole[None, start : start + 1024], "s16", "mono")
+            frame.rate, frame.pts = rate, round(start_s * rate) + start
+            frame.time_base = Fraction(1, rate)
+            packets += sound.encode(frame)
+        for packet in [*packets, *sound.encode(None)]:
+            container.mux(packet)
 
 
 def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:

@@ -1,7 +1,8 @@
-"""Pictures of a video or photo of unknown origin; call it in a process with limits, as of `child`.
+"""Pictures of a video or photo of unknown origin; to be called in a process with limits.
 
-FFmpeg gets bytes of one open regular file and can open nothing else: no playlist, no network. Times
-are seconds since the first moment of the file, picture or sound, as players show them.
+`vidjax.data.untrusted.limits` starts such processes. FFmpeg gets the bytes of one open regular file
+and can open nothing else: no playlist, no network. Times are seconds since the first moment of the
+file, picture or sound, as players show them.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from vidjax import files
 from vidjax.errors import UserError
 
 if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -32,10 +35,12 @@ MOST_PIXELS = 50_000_000  # of a picture; 8K video has 33 million
 SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
 USUAL_RATE = 25.0  # frames per second, where a file does not tell
 READ_BYTES = 1 << 18
+ROUNDED_SECONDS = 0.02  # how far a time stamp of sound may be off
 # A video is damaged that ends so much before its declared end, in seconds and as a part of it.
 MISSING_SECONDS = 0.5
 MISSING_PART = 0.05
 
+Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y).
 Turn = tuple[int, int, int, int]
 # Degrees against the clock -> how a picture is turned.
@@ -46,11 +51,10 @@ TURNS: dict[int, Turn] = {
     270: (0, 1, -1, 0),
 }
 MIRRORED = (2, 4, 5, 7)  # orientations of EXIF
-# The tag 0x0112 of a TIFF header, a short number, with either order of bytes.
-ORIENTATION = re.compile(
-    rb"(?:MM\0\*|II\*\0).{0,65535}?(?:\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0)",
-    re.DOTALL,
-)
+TIFF = re.compile(rb"MM\0\*|II\*\0")  # the header of EXIF, with either order of bytes
+# The tag 0x0112, a short number.
+ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
+EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Clock:
 class Video:
     """An open video or photo, a context manager; `info` tells what it declares.
 
-    `found` is complete when `frames` has ended.
+    It is read once: call `frames` or `sound`. `found` is complete when that has ended.
     """
 
     def __init__(self, path: str | Path, *, most_pixels: int = MOST_PIXELS):
@@ -142,6 +146,7 @@ class Video:
                 _open_container(self._path, self._file, most_pixels)
             )
             self._stream = _video_stream(self._path, self._container)
+            self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
             self.info = _info(self._container, self._stream)
             _check_size(self._path, self.info, most_pixels)
             self._stack = stack.pop_all()
@@ -159,7 +164,7 @@ class Video:
         self._stack.close()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """Yields every sound frame in order of time, `fps` of them a second with `rgb`.
+        """Yields every frame that is not corrupt, `fps` of them a second with `rgb`.
 
         Sampled is the first frame at or after each multiple of 1 / `fps` seconds, so a video of
         fewer frames has all of them sampled.
@@ -167,21 +172,30 @@ class Video:
         Raises:
           UserError: no frame can be decoded.
         """
+        from av.error import FFmpegError
+        from av.video.frame import VideoFrame
+
         clock = Clock(1.0 / self.info.rate, self.info.seconds)
         shrink, convert = _Resizer(), _Resizer()
         sample = 0
-        for decoded in self._decoded():
+        for decoded in self._decoded(self._stream, VideoFrame):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s)
-            rgb = None
             # A thousandth of a sample: stamps are rounded to milliseconds.
-            if time_s * fps >= sample - 1e-3:
+            sampled = time_s * fps >= sample - 1e-3
+            try:
+                small = shrink(decoded, SMALL[1], SMALL[0])
+                rgb = convert(decoded, decoded.width, decoded.height) if sampled else None
+            except (FFmpegError, ValueError):  # a format of pixels that cannot be converted
+                self.found.refused += 1
+                continue
+            if rgb is not None:
                 sample = int(time_s * fps + 1e-3) + 1
-                rgb = self._upright(convert(decoded, decoded.width, decoded.height), decoded)
+                rgb = self._upright(rgb, decoded)
             self.found.frames += 1
             self.found.repaired = clock.repaired
             self.found.seconds = time_s + 1.0 / self.info.rate
-            yield Frame(time_s, shrink(decoded, SMALL[1], SMALL[0]), rgb)
+            yield Frame(time_s, small, rgb)
         if not self.found.frames:
             raise UserError(
                 f"'{self._path}': none of its frames can be decoded: it is damaged\n"
@@ -189,12 +203,37 @@ class Video:
             )
         self.found.damaged |= ends_early(self.found.seconds, self.info)
 
-    def _decoded(self) -> "Iterator[VideoFrame]":
-        """Yields the frames that the decoder does not mark as corrupt."""
-        from av.error import FFmpegError
-        from av.video.frame import VideoFrame
+    def sound(self, rate: int = 16_000) -> Iterator[tuple[float, np.ndarray]]:
+        """Yields (seconds, samples) of the first sound track, none if there is none.
 
-        packets = self._container.demux(self._stream)
+        The samples are float32 [n], -1 to 1, all channels as one, `rate` a second. Seconds are
+        those of the first of them, on the same clock as frames; between blocks may be gaps.
+        """
+        from av.audio.frame import AudioFrame
+        from av.audio.resampler import AudioResampler
+
+        for stream in _sound_streams(self._container)[:1]:
+            stream.codec_context.thread_count = 1
+            resampler, source = AudioResampler("flt", "mono", rate), None
+            time_s = 0.0
+            for decoded in self._decoded(stream, AudioFrame):
+                form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
+                if form != source:  # a broadcast changes it where another programme begins
+                    resampler, source = AudioResampler("flt", "mono", rate), form
+                for made in resampler.resample(decoded):
+                    # Stamps of some formats are rounded; blocks without a gap are to fit together.
+                    if made.time is not None:
+                        stamp_s = made.time - self.info.start_s
+                        time_s = stamp_s if abs(stamp_s - time_s) > ROUNDED_SECONDS else time_s
+                    samples = made.to_ndarray()[0]
+                    yield time_s, samples
+                    time_s += len(samples) / rate
+
+    def _decoded(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
+        """Yields what the decoder of a stream does not mark as corrupt."""
+        from av.error import FFmpegError
+
+        packets = self._container.demux(stream)
         while True:
             try:
                 packet = next(packets)
@@ -211,7 +250,7 @@ class Video:
                 self.found.refused += 1
                 continue
             for frame in frames:
-                assert isinstance(frame, VideoFrame)
+                assert isinstance(frame, kind)
                 if frame.is_corrupt:
                     self.found.corrupt += 1
                 else:
@@ -222,16 +261,16 @@ class Video:
         try:
             entry = frame.side_data.get("DISPLAYMATRIX")
         except ValueError:  # the library has no name for the type of another entry, as of EXIF
-            return turned(rgb, self._turn_of_exif(frame.rotation))
+            return turned(rgb, self._turn(frame.rotation))
         if entry is None:
             return rgb
         a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
         return turned(rgb, (a, b, c, d))
 
-    def _turn_of_exif(self, degrees: int) -> Turn:
-        """Returns the turn of a photo; the library tells its degrees, but not if it is mirrored."""
+    def _turn(self, degrees: int) -> Turn:
+        """Returns the turn by these degrees; of a photo also mirrored, if its EXIF says so."""
         a, b, c, d = TURNS[round(degrees / 90) * 90 % 360]
-        if exif_orientation(self._file) in MIRRORED:
+        if self.info.photo and exif_orientation(self._file) in MIRRORED:
             return a, b, -c, -d
         return a, b, c, d
 
@@ -279,8 +318,14 @@ def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 def exif_orientation(file: io.FileIO) -> int:
     """Returns the orientation that the EXIF of a photo tells, 1 to 8; 1 if it tells none."""
+    place = file.tell()
     file.seek(0)
-    found = ORIENTATION.search(file.read())
+    content = file.read(PHOTO_BYTES)
+    file.seek(place)
+    header = TIFF.search(content)
+    if header is None:
+        return 1
+    found = ORIENTATION.search(content, header.start(), header.start() + EXIF_BYTES)
     return (found[1] or found[2])[0] if found else 1
 
 
@@ -347,6 +392,11 @@ def _video_stream(path: Path, container: "InputContainer") -> "VideoStream":
     raise UserError(f"'{path}' has no pictures, at most sound or a cover: give a video or a photo")
 
 
+def _sound_streams(container: "InputContainer") -> "list[AudioStream]":
+    """Returns the streams of sound that can be decoded."""
+    return [stream for stream in container.streams.audio if stream.codec_context is not None]
+
+
 def _info(container: "InputContainer", stream: "VideoStream") -> Info:
     import av
 
@@ -366,7 +416,7 @@ def _info(container: "InputContainer", stream: "VideoStream") -> Info:
         start_s=(container.start_time or 0) / av.time_base,
         codec=context.name,
         photo=container.format.name in PHOTO_FORMATS,
-        sound=bool(container.streams.audio),
+        sound=bool(_sound_streams(container)),
     )
 
 

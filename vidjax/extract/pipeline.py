@@ -1,15 +1,11 @@
 """Extraction of many videos and photos, several at once; what is there already is kept."""
 
-import json
 import os
 import re
 import secrets
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import msgspec
 
 from vidjax import files
 from vidjax.data.processes import Children, map_children
@@ -148,7 +144,7 @@ def _one(
         partial = out / f".extract-{secrets.token_hex(4)}"
         partial.mkdir(mode=0o700)
         try:
-            film = _in_child(children, path, sha256, stem, partial, models, settings)
+            film = child.extract(path, partial, stem, models, settings, sha256, children)
             for track in film.tracks:
                 os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
         finally:
@@ -165,31 +161,3 @@ def _remove_clips(out: Path, stem: str) -> None:
     for entry in list(os.scandir(out)):
         if own.fullmatch(entry.name):
             os.unlink(entry.path)
-
-
-def _in_child(
-    children: Children,
-    path: Path,
-    sha256: str,
-    stem: str,
-    partial: Path,
-    models: Path,
-    settings: folder.Settings,
-) -> folder.Film:
-    task = child.Task(
-        str(path.absolute()),
-        sha256,
-        stem,
-        str(partial.absolute()),
-        str(models.absolute()),
-        settings,
-    )
-    ended = children.run(child.__name__, given=msgspec.json.encode(task))
-    if ended.returncode == 0:
-        return msgspec.json.decode(ended.stdout, type=folder.Film)
-    if ended.returncode == child.REFUSED:
-        raise UserError(json.loads(ended.stdout)["error"])
-    if ended.returncode == -signal.SIGXCPU:
-        raise UserError(f"'{path}' needs more time than a file of its size may: refused")
-    last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    raise UserError(f"'{path}' cannot be read: its process ended with {ended.returncode}: {last}")

@@ -1,7 +1,8 @@
 """Shots of a film: where one camera's picture ends, found frame by frame in small pictures.
 
 A cut is a change that stands out from the motion before it. Blank pictures between two shots, as of
-a fade, make one cut, at their end. A dissolve makes one when it is over.
+a fade, make one cut, at their end; between like pictures, as of a flash, none. A dissolve makes one
+when it is over.
 """
 
 import collections
@@ -16,16 +17,16 @@ UNLIKE = 0.5  # likeness below which a change is a cut that stands out by CLEAR
 LIKE = 0.9  # likeness above which no change is a cut
 LARGE = 18.0  # difference that is a cut, if it stands out by LIKELY
 COLOURS = 0.5  # part of the pixels of another colour that is one, too
-# How a difference stands out: times the median of the last ones, and times the last one, so that
-# the begin of a fast pan is one cut at most.
+# How a change stands out: times the median of the last ones, and times the last one, so that the
+# begin of a fast pan is one cut at most. CLEAR is meant of likeness, LIKELY of differences.
 CLEAR = (2.0, 1.5)
 LIKELY = (3.0, 2.0)
-REMEMBERED = 15  # differences
+REMEMBERED = 15  # changes
 COMPARED = 3  # pictures before, to one of which the end of a flash is alike
 BLANK, NOT_BLANK = 2.0, 3.5  # standard deviations of the grey levels of a picture
 STILL = 2.5  # difference of two pictures at both ends of a dissolve, at most
 DISSOLVE_SECONDS = 1.6  # the longest, with the still pictures at its ends
-DISSOLVE_STEPS = 20  # pictures kept of it
+DISSOLVE_STEPS = 25  # pictures kept of it
 MIXED = 0.35  # rest of a picture that is not the sum of both ends, in standard deviations
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
@@ -49,9 +50,10 @@ class Cuts:
 
     def __init__(self) -> None:
         self.starts: list[float] = []
-        self._blank = False
-        self._last = 0.0
-        self._differences: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
+        self._before_blank: np.ndarray | None = None
+        # Of each frame, the difference and the unlikeness to the one before.
+        self._last = np.zeros(2)
+        self._changes: collections.deque[np.ndarray] = collections.deque(maxlen=REMEMBERED)
         self._pictures: collections.deque[np.ndarray] = collections.deque(maxlen=COMPARED)
         self._colours: np.ndarray | None = None
         self._dissolve = _Dissolve()
@@ -78,41 +80,48 @@ class Cuts:
 
     def shots(self, end_s: float) -> list[Shot]:
         """Returns the shots until now; the last one ends at `end_s` seconds."""
-        ends = [*self.starts[1:], max(end_s, *self.starts[-1:], 0.0)]
+        ends = [*self.starts[1:], end_s][: len(self.starts)]
         return [Shot(n, *both) for n, both in enumerate(zip(self.starts, ends, strict=True))]
 
     def _is_cut(self, time_s: float, grey: np.ndarray, colours: np.ndarray) -> bool:
-        difference = _difference(grey, self._pictures[-1])
-        sudden = self._is_sudden(difference, grey, colours)
-        self._last = difference
+        change = np.array([_difference(grey, self._pictures[-1]), self._unlikeness(grey, 1)])
+        sudden = self._is_sudden(change, grey, colours)
+        self._last = change
         if not sudden:
-            self._differences.append(difference)
-        deviation = float(grey.std())
-        if self._blank:
-            self._blank = deviation < NOT_BLANK
-            return not self._blank
-        self._blank = deviation < BLANK
-        if self._blank:
+            self._changes.append(change)
+        deviation, before = float(grey.std()), self._before_blank
+        if before is not None:
+            if deviation < NOT_BLANK:
+                return False
+            self._before_blank = None
+            return _likeness(grey, before) < UNLIKE
+        if deviation < BLANK:
+            self._before_blank = self._pictures[-1]
             return False  # the cut comes where the blank pictures end
-        return sudden or self._dissolve.ended(time_s, grey, difference)
+        return sudden or self._dissolve.ended(time_s, grey, change[0])
 
-    def _is_sudden(self, difference: float, grey: np.ndarray, colours: np.ndarray) -> bool:
+    def _is_sudden(self, change: np.ndarray, grey: np.ndarray, colours: np.ndarray) -> bool:
         """Returns whether a picture shows something else than each of the last ones."""
-        if difference < LEAST or not self._stands_out(difference, *CLEAR):
+        if change[0] < LEAST or not self._stands_out(change, *CLEAR)[1]:
             return False
-        likeness = max(_likeness(grey, picture) for picture in self._pictures)
-        if likeness < UNLIKE:
+        unlikeness = self._unlikeness(grey, COMPARED)
+        if unlikeness > 1 - UNLIKE:
             return True
-        known = len(self._differences) >= COMPARED  # else the motion may have begun just now
-        if likeness > LIKE or not known or not self._stands_out(difference, *LIKELY):
+        known = len(self._changes) >= COMPARED  # else the motion may have begun just now
+        if unlikeness < 1 - LIKE or not known or not self._stands_out(change, *LIKELY)[0]:
             return False
         assert self._colours is not None
         recoloured = float(np.abs(colours - self._colours).sum()) / 2
-        return difference > LARGE or recoloured > COLOURS
+        return change[0] > LARGE or recoloured > COLOURS
 
-    def _stands_out(self, difference: float, times_usual: float, times_last: float) -> bool:
-        usual = float(np.median(self._differences)) if self._differences else 0.0
-        return difference > max(times_usual * usual, times_last * self._last)
+    def _unlikeness(self, grey: np.ndarray, count: int) -> float:
+        """Returns 1 - likeness to the likest of the last `count` pictures."""
+        return 1.0 - max(_likeness(grey, picture) for picture in list(self._pictures)[-count:])
+
+    def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
+        """Returns for difference and unlikeness whether each stands out: bool [2]."""
+        usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
+        return change > np.maximum(times_usual * usual, times_last * self._last)
 
 
 class _Dissolve:
@@ -144,7 +153,7 @@ def _is_mixed(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) -> 
     middle = np.stack([_centred(picture) for picture in between], 1)
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # they are unlike: not singular
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
-    return int(((parts.min(0) > 0.2) & (rest < MIXED)).sum()) >= 2
+    return int(((parts.min(0) > 0.15) & (rest < MIXED)).sum()) >= 2
 
 
 def _centred(picture: np.ndarray) -> np.ndarray:

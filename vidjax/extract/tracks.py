@@ -10,8 +10,8 @@ import numpy as np
 
 LEAST_OVERLAP = 0.3  # intersection over union
 GAP_SECONDS = 1.0
-FAR_SECONDS = 0.5  # how far ahead a motion is believed
-KEPT = 0.5  # part of the old motion, and of the old embedding, after a detection
+PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # of what a detection differs from the expected box
+KEPT = 0.7  # part of the old embedding after a detection
 CROWDED = 0.4  # overlap of two tracks of which one may hide the other
 
 # (embeddings [L, D] of tracks, [N, D] of detections) -> [L, N], above 0 for the same person.
@@ -37,24 +37,33 @@ class Track:
 
 
 class _Motion:
-    """The box of a live track, which moves and grows at a constant speed."""
+    """Where a live track is expected: a filter of its sides, which move at a constant speed.
 
-    def __init__(self, track: Track, embedding: np.ndarray | None):
+    Source: the alpha-beta filter, as in Bar-Shalom et al. 2001, "Estimation with Applications to
+    Tracking and Navigation", section 6.5, with fixed gains.
+    """
+
+    def __init__(self, track: Track, time_s: float, box: np.ndarray, embedding: np.ndarray | None):
         self.track = track
         self.embedding = embedding
-        self._speed = np.zeros(4)  # pixels a second of each side
+        self._time, self._box = time_s, box
+        self._speed: np.ndarray | None = None  # pixels a second of each side
 
     def box(self, time_s: float) -> np.ndarray:
         """Returns the box [4] that is expected at a time."""
-        ahead = min(time_s - self.track.times[-1], FAR_SECONDS)
-        return self.track.boxes[-1] + ahead * self._speed
+        if self._speed is None:
+            return self._box
+        return self._box + (time_s - self._time) * self._speed
 
     def add(self, time_s: float, box: np.ndarray, embedding: np.ndarray | None) -> None:
-        """Learns from a detection before it is appended to the track."""
-        ahead = max(time_s - self.track.times[-1], 1e-3)
-        kept = KEPT if len(self.track.times) > 1 else 0.0
-        seen = (box - self.track.boxes[-1]) / ahead
-        self._speed = kept * self._speed + (1 - kept) * seen
+        """Learns from a detection."""
+        expected, step = self.box(time_s), max(time_s - self._time, 1e-3)
+        if self._speed is None:
+            self._speed, self._box = (box - self._box) / step, box
+        else:
+            self._speed = self._speed + SPEED_GAIN * (box - expected) / step
+            self._box = expected + PLACE_GAIN * (box - expected)
+        self._time = time_s
         if embedding is not None and self.embedding is not None:
             self.embedding = KEPT * self.embedding + (1 - KEPT) * embedding
 
@@ -112,7 +121,7 @@ class Tracker:
             if n not in dropped:
                 motion = owners.get(n)
                 if motion is None:
-                    motion = self._start(vector)
+                    motion = self._start(time_s, box, vector)
                 else:
                     motion.add(time_s, box, vector)
                 track = motion.track
@@ -132,6 +141,11 @@ class Tracker:
 
     @property
     def live(self) -> set[int]:
+        """The numbers of the tracks that have not ended; one that ends may be dropped as short."""
+        return {motion.track.number for motion in self._live}
+
+    @property
+    def live(self) -> set[int]:
         """The numbers of the tracks that may go on."""
         return {motion.track.number for motion in self._live}
 
@@ -145,8 +159,8 @@ class Tracker:
         self._end_if(lambda motion: True)
         return self.take_ended()
 
-    def _start(self, embedding: np.ndarray | None) -> _Motion:
-        motion = _Motion(Track(self._tracks, self._shot), embedding)
+    def _start(self, time_s: float, box: np.ndarray, embedding: np.ndarray | None) -> _Motion:
+        motion = _Motion(Track(self._tracks, self._shot), time_s, box, embedding)
         self._tracks += 1
         self._live.append(motion)
         return motion

@@ -12,10 +12,8 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from typing import Any
 from vidjax.data.frame_fields import STORED, NonFinite, PackedClips
 from vidjax.data.packing import FlatWriter
 from vidjax.data.processes import Children
+from vidjax.data.untrusted import limits
 from vidjax.data.untrusted.entries import MB, ClipWriter, clips_of, refuse_empty
-from vidjax.data.untrusted.names import show
 from vidjax.data.untrusted.unpickle import UnpickleError, load
 from vidjax.errors import DiskError, NoFileError, UserError
 
-EXIT_REFUSED = 2
 # Honest files load at tens of MB per CPU second, so a machine may be 30 times slower.
 CPU_SECONDS = 2
 CPU_BYTES_PER_SECOND = 2 * MB
@@ -64,27 +61,14 @@ def cpu_limit(size: int) -> int:
     return CPU_SECONDS + size // CPU_BYTES_PER_SECOND
 
 
-def _limit_resources(size: int) -> None:
-    """Sets the limits of this process, for a file of `size` bytes."""
-    import resource
-
-    cpu = int(time.process_time()) + cpu_limit(size)
-    limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, cpu)]
-    if sys.platform == "linux":
-        limits.append((resource.RLIMIT_AS, memory_limit(size)))
-    for kind, wanted in limits:
-        _, hard = resource.getrlimit(kind)
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(kind, (soft, hard))
-
-
 def main(argv: list[str]) -> int:
     """Prints the summary or the error as one JSON object and returns the exit status."""
     path, modality, out_dir, non_finite = argv
     # Nothing here forms reference cycles, and collecting among millions of lists costs a third.
     gc.disable()
     try:
-        _limit_resources(Path(path).stat().st_size)
+        size = Path(path).stat().st_size
+        limits.limit_resources(memory_limit(size), cpu_limit(size))
         answer = convert(Path(path), modality, Path(out_dir), drop=non_finite == "drop")
     except UnpickleError as error:
         answer = {"error": str(error)}
@@ -93,7 +77,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         answer = {"os_error": error.strerror or str(error)}
     sys.stdout.write(json.dumps(answer))
-    return EXIT_REFUSED if "error" in answer or "os_error" in answer else 0
+    return limits.EXIT_REFUSED if "error" in answer or "os_error" in answer else 0
 
 
 # Wall-clock limit of the child: long enough for a slow disk, and an end for a hung one.
@@ -156,21 +140,7 @@ def load_flat_files(
     path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]
 ) -> PackedClips:
     """Returns the clips that an ended child wrote to `out_dir`; raises its error, as `unpack`."""
-    if child.returncode == -signal.SIGXCPU:
-        seconds = cpu_limit(path.stat().st_size)
-        raise UserError(f"{path}: refused: reading it needs more than {seconds} s of CPU time")
-    if child.returncode == -signal.SIGKILL:
-        raise UserError(f"{path}: its reader was killed from outside: is memory short?")
-    if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        raise UserError(f"{path}: damaged or hostile: its reader ended with {name}")
-    if child.returncode not in (0, EXIT_REFUSED):
-        last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise UserError(
-            f"{path}: the process that reads it failed: {show(last)}\n"
-            "install vidjax again; if that does not help, report it"
-        )
-    answer = json.loads(child.stdout)
+    answer = limits.answer_of(path, child, cpu_limit(path.stat().st_size))
     if "os_error" in answer:
         raise DiskError(
             f"{path}: cannot be read, or not written to {out_dir}: {answer['os_error']}"
