@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "data": {"batch", "cluster", "devices", "errors", "files", "machine", "messages"},
     "data/records": {"batch", "cluster", "data", "errors", "files", "machine", "messages"},
     "data/untrusted": {"errors"},
-    "extract": {"data", "errors", "files", "machine", "messages"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

@@ -144,11 +144,6 @@ class Tracker:
         """The numbers of the tracks that have not ended; one that ends may be dropped as short."""
         return {motion.track.number for motion in self._live}
 
-    @property
-    def live(self) -> set[int]:
-        """The numbers of the tracks that may go on."""
-        return {motion.track.number for motion in self._live}
-
     def take_ended(self) -> list[Track]:
         """Returns, once, the tracks that have ended since the last call."""
         ended, self._ended = self._ended, []
