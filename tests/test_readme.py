@@ -25,16 +25,20 @@ from vidjax import config as config_lib
 from vidjax import devices, fusion, main, messages, ranking
 from vidjax.commands import train
 from vidjax.data import arrays, iqiyi_vid, synthetic
+from vidjax.extract import convert
 from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-FOLDERS = ("configs", "vidjax/data", "vidjax/gallery", "vidjax/run", "tests/benchmarks", "tests")
+FOLDERS = (
+    "configs", "vidjax/data", "vidjax/extract", "vidjax/gallery", "vidjax/run", "tests/benchmarks", "tests",
+)  # fmt: skip
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
     "vidjax.gallery": commands_of_galleries.main,
+    "vidjax.extract.convert": convert.main,
     "vidjax.main": main.main,
     "vidjax.ranking": ranking.main,
     "vidjax.data.arrays": arrays.main,
@@ -217,6 +221,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     for module, *words in found:
         if words == ["--config=configs/mine.py"]:
             continue  # above
+        if module == "vidjax.extract.convert":
+            continue  # needs packages that are downloaded; see test_convert
         if "--mode=" not in " ".join(words) and module == "vidjax.main":
             _, workdir = train.settings(main.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
