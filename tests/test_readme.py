@@ -21,10 +21,12 @@ import vidjax
 from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, mutations, numbers, processes, same_bytes, surroundings
+from tests.helpers import drawn_people
 from vidjax import config as config_lib
-from vidjax import devices, fusion, main, messages, ranking
+from vidjax import devices, fusion, main, messages, ranking, who
 from vidjax.commands import train
 from vidjax.data import arrays, iqiyi_vid, synthetic
+from vidjax.extract import commands as extract_commands
 from vidjax.extract import convert
 from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
@@ -32,18 +34,21 @@ from vidjax.models import identifier
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FOLDERS = (
-    "configs", "vidjax/data", "vidjax/extract", "vidjax/gallery", "vidjax/run", "tests/benchmarks", "tests",
+    "configs", "vidjax/data", "vidjax/extract", "vidjax/gallery", "vidjax/run", "tests/benchmarks",
+    "tests",
 )  # fmt: skip
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
     "vidjax.gallery": commands_of_galleries.main,
+    "vidjax.extract": extract_commands.main,
     "vidjax.extract.convert": convert.main,
     "vidjax.main": main.main,
     "vidjax.ranking": ranking.main,
     "vidjax.data.arrays": arrays.main,
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
+    "vidjax.who": who.main,
 }
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org")
 NO_REPORT = "--config.eval.report=False"
@@ -205,6 +210,16 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     assert int(done.stdout) == 12 and "'mine.py' is not as it was" in done.stderr
 
 
+def make_films():
+    """Writes the films, photos and nets of the READMEs into the current folder."""
+    drawn_people.write_models(Path("models"))
+    shots = (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)])
+    for film in ("holiday.mp4", "party.mkv"):
+        drawn_people.write_film(Path(film), *shots)
+    for folder in ("friends/Ada", "photos_of_ada"):
+        drawn_people.write_photo(Path(folder, "1.png"), ("Ada", 40, 40))
+
+
 @pytest.mark.slow
 def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "_devices", lambda: jax.devices()[:1])  # as readers have
@@ -216,6 +231,7 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     runpy.run_path("titles.py")
     Path("ada").mkdir()
     shutil.copy("features/val/val_7.npz", "ada/clip.npz")
+    make_films()
     found = [words for words in commands() if words[0].startswith("vidjax.")]
     assert len(found) > 15
     for module, *words in found:
@@ -234,6 +250,10 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
                 words += FEW[:1]
         elif "--mode=evaluate" in words:
             words.append(NO_REPORT)
+        elif "--labels=groups.tsv" in words:  # somebody writes a name
+            Path("groups.tsv").write_text(
+                Path("groups.tsv").read_text().replace("unknown 1", "Eve")
+            )
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
     assert {path.name for path in Path("runs").iterdir()} >= {"mma", "iqiyi", "own", "both", "best"}
 
