@@ -459,7 +459,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 COMMANDS: Mapping[str, Command] = {
     "create": Command(
-        "makes a gallery of the training clips of a run, or an empty one of models",
+        "makes a gallery of a run's training clips, or of models",
         _flags(
             "run", "models", "empty", "config", "strangers",
             strangers=("S", "the split whose clips without a label are strangers"),
