@@ -14,6 +14,8 @@ from vidjax.machine import num_cores
 from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
+MOST = 10_000  # of a flag that is a whole number
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `vidjax extract` with `argv`, by default `sys.argv[1:]`; returns the exit code."""
@@ -41,9 +43,14 @@ def whole(text: str | None, flag: str, default: int) -> int:
     """Returns the number of a flag, which is 1 or more."""
     if text is None:
         return default
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--{flag}={text}: wants a whole number, 1 or more")
+    if not text.isdecimal() or not 1 <= int(text[:10]) < MOST:
+        raise UserError(f"--{flag}={text[:20]}: wants a whole number, 1 or more, below {MOST:,}")
     return int(text)
+
+
+def workers_of(args: argparse.Namespace) -> int:
+    """Returns the number of processes, at most four a core: each has nets in memory."""
+    return min(whole(args.workers, "workers", num_cores()), 4 * num_cores())
 
 
 def settings_of(args: argparse.Namespace) -> folder.Settings | None:
@@ -87,7 +94,7 @@ def tell(outcome: pipeline.Outcome) -> None:
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts files; the exit code is 1 if one of them could not be read."""
     began = time.monotonic()
-    workers = whole(args.workers, "workers", num_cores())
+    workers = workers_of(args)
     outcomes = pipeline.extract(
         args.files, Path(args.out).expanduser(), Path(args.models).expanduser(),
         settings_of(args), workers=workers, done=tell,

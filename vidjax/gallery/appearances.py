@@ -4,6 +4,7 @@ A .vtt file holds subtitles (WebVTT) of one video, a .rttm file the times of all
 speaker diarisation: video, begin and duration in seconds, person.
 """
 
+import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -118,7 +119,7 @@ def to_vtt(found: Sequence[Appearance]) -> str:
     lines = ["WEBVTT"]
     for one in found:
         if one.probability is not None:
-            name = str(one.identity).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->")
+            name = html.escape(str(one.identity), quote=False)
             lines += ["", f"{clock(one.start_s)} --> {clock(one.end_s)}", name]
     return "\n".join(lines) + "\n"
 
@@ -134,7 +135,7 @@ def to_rttm(found: Iterable[Appearance]) -> str:
 
 
 def _word(text: str) -> str:
-    return "_".join(text.split())
+    return "_".join(text.split()) or "_"
 
 
 def clock(seconds: float, *, short: bool = False) -> str:
