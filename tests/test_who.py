@@ -4,80 +4,27 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.helpers import made_nets
 from vidjax import main as main_lib
 from vidjax.extract import folder, pipeline
 
-av = pytest.importorskip("av")
+pytest.importorskip("av")
 pytest.importorskip("onnxruntime")
 
-SIDE = made_nets.FACE
-# A net that tells people apart by the colour of their faces.
-EMBED = {
-    "content": made_nets.embedder(weights=made_nets.colours()),
-    "input": {"mean": [170.0] * 3},
-}
-COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
-
-
-def picture(faces, brightness=20):
-    """Returns a dark, striped picture with a square of a colour for each (name, left, top)."""
-    drawn = np.full((96, 128, 3), 20, np.uint8)
-    drawn[:: 5 + brightness % 7] = brightness
-    for name, left, top in faces:
-        drawn[top : top + SIDE, left : left + SIDE] = COLOURS[name]
-    return drawn
-
-
-def write_photo(path, *faces):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="image2") as file:
-        stream = file.add_stream("png", rate=1)
-        rgb = picture(faces)
-        stream.height, stream.width, stream.pix_fmt = *rgb.shape[:2], "rgb24"
-        file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
-        file.mux(stream.encode())
-
-
-def write_film(path, *shots, fps=10):
-    """Writes a film without loss; each shot is (seconds, brightness, faces)."""
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("ffv1", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = 96, 128, "bgr0"
-        for seconds, brightness, faces in shots:
-            for number in range(round(seconds * fps)):
-                moved = [(name, left + number // 2, top) for name, left, top in faces]
-                rgb = picture(moved, brightness)
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
-        file.mux(stream.encode())
+from tests.helpers import drawn
+from tests.helpers.drawn import EMBED, write_film, write_photo
 
 
 @pytest.fixture
 def models(tmp_path):
-    made = tmp_path / "models"
-    made.mkdir()
-    made_nets.write(made, "find", "face_detector")
-    back_end = {
-        "centre": [0.0] * made_nets.WIDTH, "same": [0.95, 0.05], "different": [-0.4, 0.2],
-        "pairs": [10, 10], "data": "drawn",
-    }  # fmt: skip
-    made_nets.write(made, "embed", back_end=back_end, **EMBED)
-    return made
+    return drawn.write_models(tmp_path / "models")
 
 
 @pytest.fixture
 def film(tmp_path):
-    path = tmp_path / "party.mkv"
-    write_film(
-        path,
-        (2, 20, [("Ada", 20, 30)]),
-        (2, 60, [("Eve", 80, 50)]),
-        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
-    )
-    return path
+    return drawn.write_party(tmp_path / "party.mkv")
 
 
 def run(capsys, *words):

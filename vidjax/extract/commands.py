@@ -60,9 +60,9 @@ def settings_of(args: argparse.Namespace) -> folder.Settings | None:
         try:
             given["fps"] = float(args.fps)
         except ValueError:
-            raise UserError(f"--fps={args.fps}: wants a number of frames a second") from None
+            raise UserError(f"--fps={args.fps[:20]}: wants a number of frames a second") from None
         if not 0 < given["fps"] <= 1000:
-            raise UserError(f"--fps={args.fps}: must be above 0, at most 1000")
+            raise UserError(f"--fps={args.fps[:20]}: must be above 0, at most 1000")
     if args.size is not None:
         given["size"] = whole(args.size, "size", 0)
         if not 32 <= given["size"] <= 8192:
@@ -78,7 +78,10 @@ def tell(outcome: pipeline.Outcome) -> None:
         return
     faces = f"{len(film.tracks):,} face{'' if len(film.tracks) == 1 else 's'}"
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {len(film.shots):,} shots"
-    say(f"{outcome.path.name}: {about}, {faces}{', as before' if outcome.kept else ''}")
+    before = ", as before" if outcome.kept else ""
+    if outcome.replaced:
+        before = ", in place of another file of this name"
+    say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{before}")
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
         "packets could not be decoded": film.refused,

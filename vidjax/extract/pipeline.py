@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vidjax import files
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError
+from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
 from vidjax.extract import child, folder
 
@@ -22,12 +22,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file 
 
 
 class Outcome(NamedTuple):
-    """What became of a file: its `film`, or an `error`; `kept` if it had been extracted before."""
+    """What became of a file: its `film`, or an `error`.
+
+    `kept` if it had been extracted before, `replaced` if another file of its name had been.
+    """
 
     path: Path
     film: folder.Film | None
     error: str = ""
     kept: bool = False
+    replaced: bool = False
 
 
 def extract(
@@ -143,10 +147,11 @@ def _stems(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     for path in paths:
         named.setdefault(folder.stem_of(path).lower(), []).append(path)
     there = {path.stem for path in (out / folder.VIDEOS).glob("*.json")}
+    written = {stem.lower(): stem for stem in there}
     with_twins = {stem.partition("~")[0].lower() for stem in there if "~" in stem}
     stems: dict[str, Path] = {}
     for word, twins in named.items():
-        plain = folder.stem_of(twins[0])
+        plain = written.get(word, folder.stem_of(twins[0]))
         if len(twins) == 1 and word not in with_twins:
             stems[plain] = twins[0]
             continue
@@ -216,8 +221,9 @@ def _one(
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        return Outcome(path, None, str(error))
-    return Outcome(path, film)
+        text = of_the_system(error) or str(error)
+        return Outcome(path, None, text if str(path) in text else f"'{path}': {text}")
+    return Outcome(path, film, replaced=before is not None)
 
 
 def _remove(out: Path, stem: str) -> None:

@@ -1,0 +1,72 @@
+"""Films and photos of drawn people, and nets that tell these by the colours of their faces."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from tests.helpers import made_nets
+
+SIDE = made_nets.FACE
+# A net that tells people apart by the colour of their faces.
+EMBED = {
+    "content": made_nets.embedder(weights=made_nets.colours()),
+    "input": {"mean": [170.0] * 3},
+}
+COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
+
+
+def picture(faces, brightness=20, size=(96, 128)):
+    """Returns a dark, striped picture with a square of a colour for each (name, left, top)."""
+    drawn = np.full((*size, 3), 20, np.uint8)
+    drawn[:: 5 + brightness % 7] = brightness
+    for name, left, top in faces:
+        drawn[top : top + SIDE, left : left + SIDE] = COLOURS[name]
+    return drawn
+
+
+def write_photo(path, *faces, size=(96, 128)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = av.VideoCodecContext.create("png", "w")
+    rgb = picture(faces, size=size)
+    context.height, context.width, context.pix_fmt = *size, "rgb24"
+    context.time_base = Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+    path.write_bytes(b"".join(map(bytes, [*context.encode(frame), *context.encode(None)])))
+
+
+def write_film(path, *shots, fps=10, codec="ffv1"):
+    """Writes a film, by default without loss; each shot is (seconds, brightness, faces)."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=fps)
+        stream.height, stream.width = 96, 128
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        for seconds, brightness, faces in shots:
+            for number in range(round(seconds * fps)):
+                moved = [(name, left + number // 2, top) for name, left, top in faces]
+                rgb = picture(moved, brightness)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def write_models(folder):
+    """Makes a folder of nets with their cards."""
+    folder.mkdir()
+    made_nets.write(folder, "find", "face_detector")
+    back_end = {
+        "centre": [0.0] * made_nets.WIDTH, "same": [0.95, 0.05], "different": [-0.4, 0.2],
+        "pairs": [10, 10], "data": "drawn",
+    }  # fmt: skip
+    made_nets.write(folder, "embed", back_end=back_end, **EMBED)
+    return folder
+
+
+def write_party(path):
+    """Writes a film of three shots with four faces."""
+    write_film(
+        path,
+        (2, 20, [("Ada", 20, 30)]),
+        (2, 60, [("Eve", 80, 50)]),
+        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
+    )
+    return path
