@@ -19,6 +19,7 @@ pytest.importorskip("av", reason="needs the extra [video]")
 pytest.importorskip("onnxruntime", reason="needs the extra [video]")
 pytest.importorskip("onnx")
 
+from tests.benchmarks import extract
 from tests.helpers import drawn, films
 from tests.helpers.limits import ROOT, file_limit
 from vidjax import main as main_lib
@@ -287,6 +288,15 @@ def test_odd_names_of_files_are_kept_apart_and_printable(tmp_path, models, capsy
     assert run(capsys, "who", *words)[2].count("in place of another file of this name") == 1
 
 
+def test_a_copy_of_a_file_is_extracted_once(tmp_path, models):
+    paths = [tmp_path / place / "photo.png" for place in "abc"]
+    for path, name in zip(paths, ("Ada", "Ada", "Bob"), strict=True):
+        drawn.write_photo(path, (name, 20, 20))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2)):
+        found = pipeline.extract([paths[n] for n in order], tmp_path / "out", models)
+        assert len(found) == 2 == len(folder.read_films(tmp_path / "out"))
+
+
 def test_names_of_people_are_escaped_in_every_format(tmp_path, models, capsys):
     friends = tmp_path / "friends"
     people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
@@ -513,3 +523,29 @@ def test_a_folder_of_a_thousand_photos(tmp_path, models, capsys):
         assert time.process_time() - began < 10
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed):
+    words = [sys.executable, "-m", "tests.campaigns.films", str(tmp_path), f"--seed={fault_seed}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert {*counts} >= {"a.mp4", "a.mkv", "a.avi", "a.png", "a.jpg"}
+    for count in counts.values():
+        assert sum(count.values()) == 200 and count["refused"] > 5 and count["whole"] > 5
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path, models):
+    shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
+    drawn.write_film(tmp_path / "minute.mp4", *shots, codec="libx264")
+    peaks = {}
+    for minutes in (3, 30):
+        path = extract.repeated(tmp_path / f"{minutes}.mp4", tmp_path / "minute.mp4", minutes)
+        peaks[minutes] = extract.peak(path, tmp_path / f"out{minutes}", models)
+        (found,) = folder.read_films(tmp_path / f"out{minutes}")
+        assert found.seconds == pytest.approx(60 * minutes, rel=0.01)
+        assert len(found.tracks) >= 25 * minutes
+    assert peaks[30] < 1 << 30, peaks
+    assert peaks[30] - peaks[3] < 30 << 20, peaks

@@ -156,17 +156,17 @@ def _stems(paths: Sequence[Path], out: Path) -> dict[Path, str]:
             stems[plain] = twins[0]
             continue
         owner = _film(out, plain)
-        free = []
+        free: dict[str, Path] = {}
         for path in twins:
             sha256 = _sha256_or_of_name(path)
             own = f"{plain}~{sha256[:8]}"
             if owner and owner.sha256 == sha256:
-                stems[plain] = path
+                stems.setdefault(plain, path)
             elif own in there:
                 stems.setdefault(own, path)
             else:
-                free.append((own, path))
-        for own, path in free:
+                free.setdefault(own, path)
+        for own, path in free.items():
             stems.setdefault(own if plain in stems else plain, path)
     return {path: stem for stem, path in stems.items()}
 
