@@ -397,6 +397,39 @@ def test_nothing_outside_of_a_folder_of_strangers_is_touched(tmp_path, models, f
     }  # fmt: skip
 
 
+def test_tables_of_names_that_spreadsheets_wrote_are_read(tmp_path, models, film, capsys):
+    drawn.write_photo(tmp_path / "in" / "--1.png", ("Bob", 20, 20))
+    drawn.write_photo(tmp_path / "in" / "-2.png", ("Ada", 20, 20))
+    features, gallery, groups = tmp_path / "f", tmp_path / "g", tmp_path / "groups.tsv"
+    assert pipeline.extract([tmp_path / "in", film], features, models)
+    for clip in features.glob("video*.npz"):
+        clip.rename(features / f"-{clip.name}")
+    assert run(capsys, "gallery", "create", gallery, f"--models={models}")[0] == 0
+    words = ["gallery", "group", gallery, f"--input={features}", f"--out={groups}"]
+    assert run(capsys, *words)[0] == 0
+    text = groups.read_text()
+    assert "'-" in text  # guarded against formulas
+    for number in range(1, text.count("\n")):
+        text = text.replace(f"\tunknown {number}\n", f"\tPerson {number}\r\n")
+    groups.write_text("\ufeff" + text.replace("\tPerson 1\r", '\t"Zoë ""Z"" K"\r'))
+    words = ["gallery", "enrol", gallery, f"--input={features}", f"--labels={groups}"]
+    code, content, said = run(capsys, *words)
+    assert code == 0 and content["enrolled"] == len(text.splitlines()) - 1, said
+    assert run(capsys, "gallery", "list", gallery, '--identity=Zoë "Z" K')[0] == 0
+    os.mkfifo(tmp_path / "pipe.tsv")
+    wrong = {
+        "utf16": "a\tb\n".encode("utf-16"), "three": b"a\tb\tc\n", "one": b"a\n", "no": b"",
+        "long": b"a\t" + b"b" * 200_000, "two": b"a\tb\na\tc\n",
+    }  # fmt: skip
+    for name, content in wrong.items():
+        (tmp_path / f"{name}.tsv").write_bytes(content)
+    for name in (*wrong, "pipe", "absent"):
+        labels = f"--labels={tmp_path / name}.tsv"
+        code, _, said = run(capsys, *words[:-1], labels)
+        assert code == 2 and len(said.splitlines()) <= 3 and f"{name}.tsv" in said, said
+        assert len(said) < 1000
+
+
 def test_subtitles_hold_no_second_arrow():
     one = appearances.Appearance("x.mp4", 0, 1, "---->\n", 0.9, ("x",))
     assert appearances.to_vtt([one]).count("-->") == 1

@@ -4,7 +4,6 @@ A .vtt file holds subtitles (WebVTT) of one video, a .rttm file the times of all
 speaker diarisation: video, begin and duration in seconds, person.
 """
 
-import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +118,8 @@ def to_vtt(found: Sequence[Appearance]) -> str:
     lines = ["WEBVTT"]
     for one in found:
         if one.probability is not None:
-            name = html.escape(str(one.identity), quote=False)
+            name = str(one.identity).replace("&", "&amp;").replace("<", "&lt;")
+            name = name.replace("-->", "--&gt;")
             lines += ["", f"{clock(one.start_s)} --> {clock(one.end_s)}", name]
     return "\n".join(lines) + "\n"
 
