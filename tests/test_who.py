@@ -30,7 +30,7 @@ def film(tmp_path):
 def run(capsys, *words):
     code = main_lib.main([*map(str, words), "--json"])
     said = capsys.readouterr()
-    return code, json.loads(said.out) if code in (0, 1) else None, said.err
+    return code, json.loads(said.out) if code in (0, 1) else {}, said.err
 
 
 def test_who_appears_when(tmp_path, models, film, capsys):

@@ -39,6 +39,7 @@ def write_film(path, *shots, fps=10, codec="ffv1"):
     """Writes a film, by default without loss; each shot is (seconds, brightness, faces)."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=fps)
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = 96, 128
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         for seconds, brightness, faces in shots:
