@@ -99,7 +99,10 @@ def test_mean_vectors_weigh_frames_by_quality(tmp_path):
     from vidjax.data.memory import MemoryClips
 
     rng = np.random.default_rng(0)
-    features, quality = rng.normal(size=(4, 3)).astype(np.float32), np.float32([1, 0, 3, -2])
+    features, quality = (
+        rng.normal(size=(4, 3)).astype(np.float32),
+        np.array([1, 0, 3, -2], np.float32),
+    )
     clips = {
         "b": {"face": {"features": features, "quality": quality}},
         "none": {"face": None},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import made_nets
-from tests.helpers.drawn_people import EMBED, write_film, write_models, write_photo
+from tests.helpers.drawn_people import EMBED, write_film, write_models, write_party, write_photo
 from vidjax import main as main_lib
 from vidjax.extract import folder, pipeline
 
@@ -22,14 +22,7 @@ def models(tmp_path):
 
 @pytest.fixture
 def film(tmp_path):
-    path = tmp_path / "party.mkv"
-    write_film(
-        path,
-        (2, 20, [("Ada", 20, 30)]),
-        (2, 60, [("Eve", 80, 50)]),
-        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
-    )
-    return path
+    return write_party(tmp_path / "party.mkv")
 
 
 def run(capsys, *words):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from vidjax.errors import UserError
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # a spreadsheet runs what begins so, but for '
+MOST_BYTES = 64 * files.MB  # of a table that is read
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -93,6 +94,21 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
     writer = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
     writer.writerows([_guarded(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of line, cells) of a .tsv as `to_text` writes it, also after a spreadsheet."""
+    with files.open_input(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise UserError(f"'{path}' is too large: {MOST_BYTES:,} bytes are the most")
+        content = file.read()
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter="\t")
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield reader.line_num, [cell.removeprefix("'") for cell in cells]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' is no .tsv of UTF-8: {error}\nsave it as such") from error
 
 
 def _guarded(cell: object) -> object:

@@ -6,29 +6,32 @@
     OUT/names.tsv      video, begin, end, person, probability, clips; OUT/names.html shows it
     OUT/subtitles/     a .vtt for each video
 
-Everything but features and the gallery is written anew by each call.
+Everything but features and the gallery is written anew by each call. People and photos that
+`people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
 """
 
 import argparse
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from vidjax import files, messages
-from vidjax.data.memory import load_clips
+from vidjax.data.clip_files import read_clips
+from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
-from vidjax.gallery import appearances
+from vidjax.gallery import appearances, store
 from vidjax.gallery.appearances import Appearance, clock
-from vidjax.gallery.gallery import Gallery, origin_of_models
-from vidjax.machine import num_cores
+from vidjax.gallery.gallery import Gallery, Vectors, origin_of_models
 from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
-PAGE, TABLE, SUBTITLES = "names.html", "names.tsv", "subtitles"
+PAGE, TABLE, SUBTITLES, PEOPLE = "names.html", "names.tsv", "subtitles", "people"
 
 
 class Done(NamedTuple):
@@ -63,13 +66,26 @@ def who(
     Raises:
       UserError: there is no film or no usable photo of anybody, or a net is missing.
     """
+    pipeline.check_apart(pipeline.list_files(films), out)
+    photos = {} if people is None else _photos(people)
+    if people and out.resolve().parent == people.resolve():
+        raise UserError(f"--out={out} would pass for a person of '{people}': name another folder")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    files.make_folder(out, "out")
-    gallery = _gallery(out / "gallery", models)
-    failed: list[str] = []
-    if people is not None:
-        for name, photos in _photos(people).items():
-            failed += _enrol(gallery, name, photos, out / "people" / name, models, workers)
+    with files.lock(files.make_folder(out, "out"), "out"):
+        gallery = _gallery(out, models)
+        failed: list[str] = []
+        for name, own in photos.items():
+            failed += _enrol(gallery, name, own, out / PEOPLE / name, models, workers)
+        if people is not None:
+            _forget(gallery, {*photos}, out / PEOPLE)
+        return _look(gallery, failed, films, out, models, settings, workers, done)
+
+
+def _look(
+    gallery: Gallery, failed: list[str], films: Sequence[Path], out: Path, models: Path,
+    settings: folder.Settings | None, workers: int, done: Callable[[Outcome], None],
+) -> Done:  # fmt: skip
+    """Finds the people of the gallery in films, and writes the results."""
     features = out / "features"
     outcomes = pipeline.extract(films, features, models, settings, workers=workers, done=done)
     failed += [str(outcome.path) for outcome in outcomes if outcome.film is None]
@@ -88,8 +104,17 @@ def who(
     return Done(gallery.identities, named, groups, failed, lines)
 
 
-def _gallery(path: Path, models: Path) -> Gallery:
-    if not files.exists(path):
+def _gallery(out: Path, models: Path) -> Gallery:
+    """Returns the gallery of an earlier call, or a new one; refuses a folder with other things."""
+    path = out / "gallery"
+    if not files.exists(path) and (
+        foreign := next((one.name for one in out.iterdir() if one.name[0] != "."), None)
+    ):
+        raise UserError(
+            f"--out={out}: it holds '{show(foreign)}', which no earlier call wrote\n"
+            "name a new folder"
+        )
+    if not files.exists(path / store.NAME):
         return Gallery.of_models(path, models, sync=True)
     gallery = Gallery(path, sync=True)
     if gallery.origin.digest != origin_of_models(models)[0].digest:
@@ -119,8 +144,11 @@ def _photos(people: Path) -> dict[str, list[Path]]:
 def _enrol(
     gallery: Gallery, name: str, photos: Sequence[Path], out: Path, models: Path, workers: int
 ) -> list[str]:
-    """Enrols a person by the photos that show one face; returns the photos that did not help."""
-    outcomes = pipeline.extract(photos, out, models, workers=workers)
+    """Enrols a person by the photos that show one face; returns the photos that did not help.
+
+    A clip is enrolled as `people/NAME/CLIP`; whoever was renamed in the gallery keeps that name.
+    """
+    outcomes = pipeline.extract(photos, out, models, workers=workers, alone=True)
     unfit, usable = [], []
     for outcome in outcomes:
         faces = len(outcome.film.tracks) if outcome.film else 0
@@ -132,11 +160,34 @@ def _enrol(
         unfit.append(str(outcome.path))
     if not usable:
         raise UserError(f"no photo of '{show(name)}' shows one face: there is nobody to look for")
-    clips = {clip: load_clips(out / f"{clip}.npz", gallery.reads[0], ()) for clip in usable}
-    for clip, loaded in clips.items():
-        vectors = gallery.embed(loaded)
-        gallery.enrol_vectors(vectors._replace(names=(f"{name}/{clip}",), labels=(name,)))
+    vectors = _embed(gallery, out, usable)
+    prefix = f"{PEOPLE}/{name}/"
+    before = {clip: old for clip, old in gallery.clips.items() if clip.startswith(prefix)}
+    label = next((old.identity for old in before.values()), None) or name
+    names = tuple(f"{prefix}{clip}" for clip in vectors.names)
+    rows = np.concatenate(list(vectors.parts.values()), 1)
+    same = {clip for clip, row in zip(names, rows, strict=True)
+            if clip in before and np.array_equal(before[clip].vector, row)}  # fmt: skip
+    gallery.remove(clip=before.keys() - same)
+    gallery.enrol_vectors(vectors._replace(names=names, labels=(label,) * len(names)))
     return unfit
+
+
+def _forget(gallery: Gallery, names: set[str], people: Path) -> None:
+    """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk."""
+    gone = {clip for clip in gallery.clips
+            if clip.startswith(f"{PEOPLE}/") and clip.split("/")[1] not in names}  # fmt: skip
+    for name in sorted({str(gallery.clips[clip].identity) for clip in gone}):
+        say(f"{name} is no longer among the people: forgotten")
+    gallery.remove(clip=gone)
+    for one in people.iterdir():
+        if one.name not in names:
+            files.remove_tree(one)
+
+
+def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
+    paths = [features / f"{clip}.npz" for clip in sorted(clips)]
+    return gallery.embed(MemoryClips.pack(read_clips(paths), gallery.reads[0], ()))
 
 
 def _name(
@@ -145,14 +196,11 @@ def _name(
     """Returns the appearances of all people, and the number of groups of unknown ones."""
     if not any(film.tracks for film in films):
         return [], 0
-    vectors = gallery.embed(load_clips(features, gallery.reads[0], ()))
-    own = {track.clip for film in films for track in film.tracks}
-    answers = {}
+    vectors = _embed(gallery, features, {track.clip for film in films for track in film.tracks})
+    answers = dict.fromkeys(vectors.names, appearances.NOBODY)
     if gallery.identities:
         found = gallery.answers(list(vectors.parts.values()))
-        answers = {n: x for n, x in zip(vectors.names, found, strict=True) if n in own}
-    else:
-        answers = {name: appearances.NOBODY for name in vectors.names if name in own}
+        answers = dict(zip(vectors.names, found, strict=True))
     unknown = vectors.only({name for name, answer in answers.items() if answer.identity is None})
     groups = gallery.group(unknown)
     return appearances.find(answers, films, groups), len({*groups.values()})
@@ -177,14 +225,16 @@ def _write(
     for film in films:
         own = [one for one in found if one.video == film.video]
         if not film.photo:
-            files.write_text(subtitles / f"{Path(film.video).stem}.vtt", appearances.to_vtt(own))
+            # Names of files have 255 bytes at most, also while they are written.
+            name = Path(film.video).stem.encode()[:200].decode(errors="ignore")
+            files.write_text(subtitles / f"{name}.vtt", appearances.to_vtt(own))
     files.write_text(out / PAGE, names_page.page(found, films, sorted(gallery.identities)))
 
 
 def run(args: argparse.Namespace) -> Result:
     """Names the people of films, see `who`."""
     films, out = args.files, Path(args.out).expanduser()
-    workers = commands.whole(args.workers, "workers", num_cores())
+    workers = commands.workers_of(args)
     done = who(
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), commands.settings_of(args),

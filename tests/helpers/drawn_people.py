@@ -1,4 +1,6 @@
-"""Films and photos of drawn people: squares of a colour each, and nets that know them."""
+"""Films and photos of drawn people, and nets that tell these by the colours of their faces."""
+
+from fractions import Fraction
 
 import numpy as np
 
@@ -13,35 +15,37 @@ EMBED = {
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
 
 
-def picture(faces, brightness=20):
+def picture(faces, brightness=20, size=(96, 128)):
     """Returns a dark, striped picture with a square of a colour for each (name, left, top)."""
-    drawn = np.full((96, 128, 3), 20, np.uint8)
+    drawn = np.full((*size, 3), 20, np.uint8)
     drawn[:: 5 + brightness % 7] = brightness
     for name, left, top in faces:
         drawn[top : top + SIDE, left : left + SIDE] = COLOURS[name]
     return drawn
 
 
-def write_photo(path, *faces):
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_photo(path, *faces, size=(96, 128)):
     import av
 
-    with av.open(str(path), "w", format="image2") as file:
-        stream = file.add_stream("png", rate=1)
-        rgb = picture(faces)
-        stream.height, stream.width, stream.pix_fmt = *rgb.shape[:2], "rgb24"
-        file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
-        file.mux(stream.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = av.VideoCodecContext.create("png", "w")
+    rgb = picture(faces, size=size)
+    context.height, context.width, context.pix_fmt = *size, "rgb24"
+    context.time_base = Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+    path.write_bytes(b"".join(map(bytes, [*context.encode(frame), *context.encode(None)])))
 
 
-def write_film(path, *shots, fps=10):
+def write_film(path, *shots, fps=10, codec=None):
     """Writes a film, .mkv without loss; each shot is (seconds, brightness, faces)."""
     import av
 
+    codec = codec or ("ffv1" if path.suffix == ".mkv" else "mpeg4")
     with av.open(str(path), "w") as file:
-        lossless = path.suffix == ".mkv"
-        stream = file.add_stream("ffv1" if lossless else "mpeg4", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = 96, 128, "bgr0" if lossless else "yuv420p"
+        stream = file.add_stream(codec, rate=fps)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = 96, 128
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         stream.bit_rate = 2_000_000
         for seconds, brightness, faces in shots:
             for number in range(round(seconds * fps)):
@@ -61,3 +65,14 @@ def write_models(folder):
     }  # fmt: skip
     made_nets.write(folder, "embed", back_end=back_end, **EMBED)
     return folder
+
+
+def write_party(path):
+    """Writes a film of three shots with four faces."""
+    write_film(
+        path,
+        (2, 20, [("Ada", 20, 30)]),
+        (2, 60, [("Eve", 80, 50)]),
+        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
+    )
+    return path

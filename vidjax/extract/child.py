@@ -13,6 +13,7 @@ from vidjax.data.processes import Children
 from vidjax.data.untrusted import limits
 from vidjax.extract import cards, film, folder
 from vidjax.extract.models import Detector, Embedder
+from vidjax.run import formats
 
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS, CPU_BYTES_PER_SECOND = (
@@ -44,7 +45,7 @@ def extract(
         __name__, path, arguments,
         memory_bytes=MEMORY_BYTES, cpu_seconds=seconds, children=children,
     )  # fmt: skip
-    return msgspec.convert(found, folder.Film)
+    return formats.parse(path, found, folder.Film, "leave it out")
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from vidjax.machine import num_cores
 from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
+MOST = 10_000  # of a flag that is a whole number
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `vidjax extract` with `argv`, by default `sys.argv[1:]`; returns the exit code."""
@@ -41,9 +43,14 @@ def whole(text: str | None, flag: str, default: int) -> int:
     """Returns the number of a flag, which is 1 or more."""
     if text is None:
         return default
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--{flag}={text}: wants a whole number, 1 or more")
+    if not text.isdecimal() or not 1 <= int(text[:10]) < MOST:
+        raise UserError(f"--{flag}={text[:20]}: wants a whole number, 1 or more, below {MOST:,}")
     return int(text)
+
+
+def workers_of(args: argparse.Namespace) -> int:
+    """Returns the number of processes, at most four a core: each has nets in memory."""
+    return min(whole(args.workers, "workers", num_cores()), 4 * num_cores())
 
 
 def settings_of(args: argparse.Namespace) -> folder.Settings | None:
@@ -53,9 +60,9 @@ def settings_of(args: argparse.Namespace) -> folder.Settings | None:
         try:
             given["fps"] = float(args.fps)
         except ValueError:
-            raise UserError(f"--fps={args.fps}: wants a number of frames a second") from None
+            raise UserError(f"--fps={args.fps[:20]}: wants a number of frames a second") from None
         if not 0 < given["fps"] <= 1000:
-            raise UserError(f"--fps={args.fps}: must be above 0, at most 1000")
+            raise UserError(f"--fps={args.fps[:20]}: must be above 0, at most 1000")
     if args.size is not None:
         given["size"] = whole(args.size, "size", 0)
         if not 32 <= given["size"] <= 8192:
@@ -71,7 +78,10 @@ def tell(outcome: pipeline.Outcome) -> None:
         return
     faces = f"{len(film.tracks):,} face{'' if len(film.tracks) == 1 else 's'}"
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {len(film.shots):,} shots"
-    say(f"{outcome.path.name}: {about}, {faces}{', as before' if outcome.kept else ''}")
+    before = ", as before" if outcome.kept else ""
+    if outcome.replaced:
+        before = ", in place of another file of this name"
+    say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{before}")
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
         "packets could not be decoded": film.refused,
@@ -87,7 +97,7 @@ def tell(outcome: pipeline.Outcome) -> None:
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts files; the exit code is 1 if one of them could not be read."""
     began = time.monotonic()
-    workers = whole(args.workers, "workers", num_cores())
+    workers = workers_of(args)
     outcomes = pipeline.extract(
         args.files, Path(args.out).expanduser(), Path(args.models).expanduser(),
         settings_of(args), workers=workers, done=tell,

@@ -74,7 +74,7 @@ class Clips:
             "face_number": np.array([seen.frame for seen in best], np.int32),
             "face_box": np.stack([seen.box for seen in best]).astype(np.float32),
         }
-        with files.atomic_file(self._out / f"{name}.npz", sync=False) as file:
+        with files.atomic_file(self._out / f"{name}.npz") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
         times = track.times
         self.tracks.append(
@@ -96,8 +96,7 @@ def extract(
     A photo has a clip for each face. Memory does not grow with the length of the video, but for the
     list of its tracks.
     """
-    # A stem with `~` tells two files of one name apart.
-    name = f"{stem}{path.suffix}" if "~" in stem else path.name
+    name = folder.video_name(path, stem)
     with decode.open_video(path) as video:
         if video.info.photo:
             return _photo(video, out, stem, nets, name, sha256)

@@ -5,9 +5,10 @@
     OUT/extract.json        the nets and settings of all
 
 The clips are what `vidjax.data.arrays` reads. A video without its `.json` was cut off, and is
-extracted anew.
+extracted anew. STEM is the name of the file without its ending, and without dots.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax import files
+from vidjax.data.untrusted.names import check_name
 from vidjax.errors import UserError
 from vidjax.run import formats
 from vidjax.run.formats import Count, Sha256, Size, Text
@@ -23,6 +25,7 @@ from vidjax.run.formats import Count, Sha256, Size, Text
 NAME = "extract.json"
 VIDEOS = "videos"
 FILE_BYTES = 256 * files.MB
+MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
 REMEDY = "delete the folder, and extract anew"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -58,6 +61,11 @@ class Track(Struct, kw_only=True):
     end_s: Seconds
     seen: Size
 
+    def __post_init__(self) -> None:
+        _check_file_name(self.clip)
+        if self.end_s < self.start_s:
+            raise ValueError(f"it ends at {self.end_s} s, before its begin")
+
 
 class Film(Struct, kw_only=True):
     """`videos/STEM.json`: a video or a photo.
@@ -78,6 +86,27 @@ class Film(Struct, kw_only=True):
     refused: Count = 0
     repaired: Count = 0
     damaged: bool = False
+
+    def __post_init__(self) -> None:
+        _check_file_name(self.video)
+
+
+def _check_file_name(name: str) -> None:
+    check_name(name, "name of a file")
+    if "/" in name or len(name) > 255:
+        raise ValueError(f"'{name[:100]}' is no name of a file")
+
+
+def stem_of(path: Path) -> str:
+    """Returns the begin of the clips' names of a file: letters, digits, `_` and `-`."""
+    word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
+    return word.encode()[:MOST_BYTES].decode(errors="ignore") or "video"
+
+
+def video_name(path: Path, stem: str) -> str:
+    """Returns the name by which people know a file: its own, unless `stem` has `~` for a twin."""
+    name = f"{stem}{path.suffix}" if "~" in stem else path.name
+    return "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
 def read_extraction(folder: Path) -> Extraction | None:

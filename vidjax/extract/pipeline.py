@@ -1,5 +1,6 @@
 """Extraction of many videos and photos, several at once; what is there already is kept."""
 
+import errno
 import os
 import re
 import secrets
@@ -9,21 +10,28 @@ from typing import NamedTuple
 
 from vidjax import files
 from vidjax.data.processes import Children, map_children
-from vidjax.errors import UserError
+from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
 from vidjax.extract import child, folder
 
 ROLES = ("face_detector", "face_embedder")
-PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}")
+# What a killed call leaves in the folder, and in that of the videos.
+PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial|\.write-test-[0-9a-f]{8}")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file would fail, too
 
 
 class Outcome(NamedTuple):
-    """What became of a file: its `film`, or an `error`; `kept` if it had been extracted before."""
+    """What became of a file: its `film`, or an `error`.
+
+    `kept` if it had been extracted before, `replaced` if another file of its name had been.
+    """
 
     path: Path
     film: folder.Film | None
     error: str = ""
     kept: bool = False
+    replaced: bool = False
 
 
 def extract(
@@ -33,6 +41,7 @@ def extract(
     settings: folder.Settings | None = None,
     *,
     workers: int = 1,
+    alone: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Extracts the faces of videos and photos into the folder `out`, see `folder`.
@@ -46,29 +55,32 @@ def extract(
       models: the folder of nets with cards.
       settings: None for those of the folder, or else the defaults.
       workers: processes at once.
+      alone: removes from the folder the features of all other files.
       done: called with each outcome, in any order.
 
     Raises:
       UserError: a net is missing, or the folder has features of other nets or settings.
+      DiskError: the disk is full.
     """
     known = cards_lib.load(models)
     digests = {role: cards_lib.require(known, role, models).digest for role in ROLES}
     listed = list_files(paths)
+    check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "features"):
         wanted = _same_extraction(out, digests, settings)
-        for entry in out.iterdir():
-            if PARTIAL.fullmatch(entry.name):
-                files.remove_tree(entry)
+        if (out / folder.VIDEOS).is_symlink():
+            raise UserError(f"'{out / folder.VIDEOS}' is a link: {folder.REMEDY}")
         (out / folder.VIDEOS).mkdir(exist_ok=True)
         stems = _stems(listed, out)
+        _remove_leftovers(out, set(stems.values()) if alone else None)
 
         def one(children: Children, path: Path) -> Outcome:
             outcome = _one(children, path, stems[path], out, models, wanted)
             done(outcome)
             return outcome
 
-        return map_children(one, listed, workers)
+        return map_children(one, [*stems], workers)
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
@@ -77,11 +89,23 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not files.exists(path):
             raise UserError(f"'{path}': no such file or folder")
-        inside = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-        found |= {one.absolute(): one for one in inside if not one.name.startswith(".")}
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] != ".")
+        for one in inside:
+            found.setdefault(Path(os.path.realpath(one)), one)
     if not found:
         raise UserError(f"'{paths[0]}' holds no file\nname videos, photos, or folders of them")
     return list(found.values())
+
+
+def check_apart(listed: Sequence[Path], out: Path) -> None:
+    """Refuses a folder for results that holds files to be read: the next call would read both."""
+    inner = next((one for one in listed if one.parent.resolve() == out.resolve()), None)
+    if inner:
+        raise UserError(
+            f"--out={out}: it holds '{inner.name}', which is to be read\nname another folder"
+        )
 
 
 def _same_extraction(
@@ -90,9 +114,9 @@ def _same_extraction(
     """Returns the settings of a folder, which it gets if it has none; refuses other ones."""
     before = folder.read_extraction(out)
     if before is None:
-        if foreign := next((one for one in out.iterdir() if one.suffix == ".npz"), None):
+        if foreign := next((one.name for one in out.iterdir() if one.name[0] != "."), None):
             raise UserError(
-                f"'{out}' has clips that nobody extracted, as {foreign.name}: name a new folder"
+                f"'{out}' is no folder of features: it holds '{show(foreign)}'\nname a new folder"
             )
         made = folder.Extraction(models=digests, settings=settings or folder.Settings())
         folder.write(out / folder.NAME, made)
@@ -115,16 +139,61 @@ def _same_extraction(
 
 
 def _stems(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """Returns path -> begin of its clips' names: that of the file; `~` and more if it is taken."""
-    stems: dict[Path, str] = {}
-    taken: set[str] = set()
+    """Returns path -> stem, see `folder.stem_of`; a copy of another file of its name is left out.
+
+    Of files of one name, all but one get `~` and digits of their content, whatever their order.
+    """
+    named: dict[str, list[Path]] = {}
     for path in paths:
-        stem = re.sub(r"[^\w.-]+", "_", path.stem).strip("._")[:100] or "video"
-        if stem.lower() in taken:
-            stem += f"~{files.sha256_json(str(path.absolute()))[:8]}"
-        taken.add(stem.lower())
-        stems[path] = stem
-    return stems
+        named.setdefault(folder.stem_of(path).lower(), []).append(path)
+    there = {path.stem for path in (out / folder.VIDEOS).glob("*.json")}
+    written = {stem.lower(): stem for stem in there}
+    with_twins = {stem.partition("~")[0].lower() for stem in there if "~" in stem}
+    stems: dict[str, Path] = {}
+    for word, twins in named.items():
+        plain = written.get(word, folder.stem_of(twins[0]))
+        if len(twins) == 1 and word not in with_twins:
+            stems[plain] = twins[0]
+            continue
+        owner = _film(out, plain)
+        free: dict[str, Path] = {}
+        for path in twins:
+            sha256 = _sha256_or_of_name(path)
+            own = f"{plain}~{sha256[:8]}"
+            if owner and owner.sha256 == sha256:
+                stems.setdefault(plain, path)
+            elif own in there:
+                stems.setdefault(own, path)
+            else:
+                free.setdefault(own, path)
+        for own, path in free.items():
+            stems.setdefault(own if plain in stems else plain, path)
+    return {path: stem for stem, path in stems.items()}
+
+
+def _sha256_or_of_name(path: Path) -> str:
+    try:
+        return _sha256(path)
+    except (UserError, OSError):  # which `_one` will tell
+        return files.sha256_json(str(path.absolute()))
+
+
+def _sha256(path: Path) -> str:
+    with files.open_input(path) as file:
+        return files.sha256_opened(file)
+
+
+def _film(out: Path, stem: str) -> folder.Film | None:
+    """Returns what the folder says of a video; None if it is not finished, or damaged."""
+    path = out / folder.VIDEOS / f"{stem}.json"
+    if not files.exists(path):
+        return None
+    try:
+        film = folder.read_film(path)
+    except UserError:
+        return None
+    whole = all(files.exists(out / f"{track.clip}.npz") for track in film.tracks)
+    return film if whole else None
 
 
 def _one(
@@ -132,32 +201,47 @@ def _one(
 ) -> Outcome:
     """Extracts one file, unless it was extracted before."""
     try:
-        with files.open_input(path) as file:
-            sha256 = files.sha256_opened(file)
-        told = out / folder.VIDEOS / f"{stem}.json"
-        if files.exists(told):
-            before = folder.read_film(told)
-            if before.sha256 == sha256:
-                return Outcome(path, before, kept=True)
-            told.unlink()
-        _remove_clips(out, stem)
+        sha256 = _sha256(path)
+        before = _film(out, stem)
+        if before and before.sha256 == sha256:
+            return Outcome(path, before, kept=True)
+        _remove(out, stem)
         partial = out / f".extract-{secrets.token_hex(4)}"
         partial.mkdir(mode=0o700)
         try:
             film = child.extract(path, partial, stem, models, settings, sha256, children)
             for track in film.tracks:
                 os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
+            folder.write(out / folder.VIDEOS / f"{stem}.json", film)
+        except BaseException:
+            _remove(out, stem)
+            raise
         finally:
             files.remove_tree(partial)
-        folder.write(told, film)
     except (UserError, OSError) as error:
-        return Outcome(path, None, str(error))
-    return Outcome(path, film)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        text = of_the_system(error) or str(error)
+        return Outcome(path, None, text if str(path) in text else f"'{path}': {text}")
+    return Outcome(path, film, replaced=before is not None)
 
 
-def _remove_clips(out: Path, stem: str) -> None:
-    """Removes the clips of an extraction of this stem that was cut off, or of another file."""
-    own = re.compile(re.escape(stem) + r"(\.s\d{3,}\.t\d{2,}|\.f\d{2,})?\.npz")
+def _remove(out: Path, stem: str) -> None:
+    """Removes a video and its clips; first what tells that they are whole."""
+    (out / folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     for entry in list(os.scandir(out)):
-        if own.fullmatch(entry.name):
+        if entry.name.endswith(".npz") and entry.name.partition(".")[0] == stem:
             os.unlink(entry.path)
+
+
+def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
+    """Removes what killed calls left; with `stems` also all videos but these."""
+    for entry in [*out.iterdir(), *(out / folder.VIDEOS).iterdir()]:
+        if PARTIAL.fullmatch(entry.name):
+            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
+    there = {path.stem for path in (out / folder.VIDEOS).glob("*.json")}
+    # A clip without its video; one without a part after the stem may be of another program.
+    clips = [name for name in os.listdir(out) if re.fullmatch(r"[^.]+\..+\.npz", name)]
+    unfinished = {name.partition(".")[0] for name in clips} - there
+    for stem in unfinished | (set() if stems is None else there - stems):
+        _remove(out, stem)

@@ -118,7 +118,8 @@ def to_vtt(found: Sequence[Appearance]) -> str:
     lines = ["WEBVTT"]
     for one in found:
         if one.probability is not None:
-            name = str(one.identity).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "->")
+            name = str(one.identity).replace("&", "&amp;").replace("<", "&lt;")
+            name = name.replace("-->", "--&gt;")
             lines += ["", f"{clock(one.start_s)} --> {clock(one.end_s)}", name]
     return "\n".join(lines) + "\n"
 
@@ -134,7 +135,7 @@ def to_rttm(found: Iterable[Appearance]) -> str:
 
 
 def _word(text: str) -> str:
-    return "_".join(text.split())
+    return "_".join(text.split()) or "_"
 
 
 def clock(seconds: float, *, short: bool = False) -> str:

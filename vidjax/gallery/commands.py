@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vidjax import config_io, messages, tables
 from vidjax.api import load_data, run_config
+from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances
@@ -290,12 +291,14 @@ def _enrol(args: argparse.Namespace) -> Result:
 def _read_labels(path: Path) -> dict[str, str]:
     """Returns clip -> person of a table; leaves out people who are still `unknown 1`."""
     labels: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        clip, _, identity = line.partition("\t")
-        if line == "clip\tidentity" or not line.strip():
+    for number, cells in tables.read_tsv(path):
+        if cells == ["clip", "identity"]:
             continue
-        if not identity:
+        if len(cells) != 2 or not all(cells):
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
+        clip, identity = cells
+        if labels.get(clip, identity) != identity:
+            raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
         if not identity.startswith(answers_lib.UNKNOWN):
             labels[clip] = identity
     if not labels:

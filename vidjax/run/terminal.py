@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from vidjax.cluster import processes
+from vidjax.errors import printable
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 LINE_SECONDS = 10  # between two lines of progress where standard error is no terminal
@@ -21,7 +22,7 @@ def is_quiet() -> bool:
 def say(text: str) -> None:
     """Prints one line to standard error, above a progress bar if there is one, unless quiet."""
     if not is_quiet():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
         sys.stderr.flush()
 
 

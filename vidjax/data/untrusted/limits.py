@@ -3,7 +3,7 @@
 A job is a module of this package that ends with `sys.exit(limits.serve(work))`. `run_limited`
 starts it, gives `work` its arguments, and returns its answer, both as JSON; arrays go through
 files. A job has three limits: address space (on Linux), CPU time, and that it may open no
-connection and start no program (on Linux).
+connection and start no program (on Linux). There it also ends with the process that started it.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _CALLS = {
     "x86_64": (0xC000003E, (41, 59, 322, 101, 425)),
     "aarch64": (0xC00000B7, (198, 221, 281, 117, 425)),
 }
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
+_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _PARENT_DEATH = 38, 22, 2, 1
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050001  # EPERM
 _OTHER_CALLS = 0x40000000  # x86_64 has a second list of the same calls from here on
@@ -85,12 +85,19 @@ def forbid_connections() -> bool:
     )
 
 
+def end_with_parent() -> None:
+    """Lets this process be killed when the one that started it ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
+
+
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Does the job on standard input under its limits, prints the answer, returns the exit status.
 
     `work` gets the arguments and returns the answer, both for JSON. What libraries print goes to
     standard error.
     """
+    end_with_parent()
     job = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -102,9 +109,10 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
         most = f"{job['memory_bytes'] // MB:,} MB"
         answer = {"error": f"'{job['path']}': refused: reading it needs more memory than {most}"}
     except UserError as error:
-        answer = {"os_error" if isinstance(error, OSError) else "error": str(error)}
+        kind = "os_error" if isinstance(error, OSError) else "error"
+        answer = {kind: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
-        answer = {"os_error": of_the_system(error) or str(error)}
+        answer = {"os_error": of_the_system(error) or str(error), "errno": error.errno}
     with answers:
         json.dump(answer, answers)
     return 0 if "found" in answer else EXIT_REFUSED
@@ -141,7 +149,9 @@ def run_limited(
         raise UserError(f"{path}: refused: reading it needs more than {seconds} s") from None
     answer = answer_of(path, child, cpu_seconds)
     if "os_error" in answer:
-        raise DiskError(answer["os_error"])
+        failed = DiskError(answer["os_error"])
+        failed.errno = answer.get("errno")
+        raise failed
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["found"]

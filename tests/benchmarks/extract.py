@@ -1,0 +1,136 @@
+"""Speed and memory of `vidjax extract`, on made films of moving patches or of a photo.
+
+    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--photo=FILE] [--seconds=60]
+
+A film of 25 frames a second, in H.264, is extracted in one process with one thread, at each size:
+minutes of film per minute of a core, above 1 faster than real time. `decoding` is pictures and cuts
+alone. Then the most memory that the command holds for a film of 3 and one of 30 minutes.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+
+from tests.helpers import films, limits
+from vidjax.extract import cards, decode, film, folder
+from vidjax.extract.models import Detector, Embedder
+from vidjax.extract.shots import Cuts
+
+SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
+FPS = 25
+
+
+def pictures(photo: Path | None, height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
+    """Yields frames of shots of 4 s: a window that moves over a larger picture."""
+    for shot in range(-(-seconds // 4)):
+        if photo:
+            whole = decode.resized(decode.read_photo(photo), width * 5 // 4, height * 5 // 4)
+            whole = whole[:, :: -1 if shot % 2 else 1]
+        else:
+            whole = films.scene(shot, height * 5 // 4, width * 5 // 4)
+        for number in range(4 * FPS):
+            top, left = number * height // 4 // 100, number * width // 4 // 100
+            yield np.ascontiguousarray(whole[top : top + height, left : left + width])
+
+
+def write(path: Path, frames: Iterator[np.ndarray], fps: int = FPS) -> None:
+    """Writes a film, frame by frame."""
+    first = next(frames)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast"})
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = first.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for picture in itertools.chain([first], frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def repeated(path: Path, source: Path, times: int) -> Path:
+    """Writes a film that shows another one so many times, without coding it anew."""
+    with av.open(str(source)) as one, av.open(str(path), "w") as made:
+        stream = one.streams.video[0]
+        copy = made.add_stream_from_template(stream)
+        length = 0
+        for turn in range(times):
+            one.seek(0)
+            for packet in one.demux(stream):
+                if packet.dts is None or packet.pts is None:
+                    continue
+                if not turn:
+                    length = max(length, packet.pts + (packet.duration or 1))
+                packet.pts += turn * length
+                packet.dts += turn * length
+                packet.stream = copy
+                made.mux(packet)
+    return path
+
+
+def peak(path: Path, out: Path, models: Path) -> int:
+    """Returns the most bytes that the command and its child hold at once."""
+    words = [sys.executable, "-m", "vidjax.extract", path, f"--out={out}", f"--models={models}"]
+    done = limits.run([*words, "--workers=1"])
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.peak
+
+
+def speed(path: Path, out: Path, nets: film.Nets) -> dict[str, float]:
+    """Returns minutes of a film per minute of a core, and the clips that were found."""
+    began = time.process_time()
+    with decode.open_video(path) as video:
+        cuts = Cuts()
+        for frame in video.frames(5.0):
+            cuts.update(frame.time_s, frame.small)
+        seconds = video.found.seconds
+    decoded = time.process_time()
+    found = film.extract(path, out, path.stem, nets, folder.Settings(), "0" * 64)
+    ended = time.process_time()
+    return {
+        "decoding": round(seconds / (decoded - began), 2),
+        "all": round(seconds / (ended - decoded), 2),
+        "clips": len(found.tracks),
+        "sightings": sum(track.seen for track in found.tracks),
+    }
+
+
+def main() -> None:
+    """Prints the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--photo", type=Path)
+    parser.add_argument("--seconds", type=int, default=60)
+    args = parser.parse_args()
+    models = Path(os.environ["VIDJAX_MODELS"])
+    known = cards.load(models)
+    nets = film.Nets(Detector(known["face_detector"], 640), Embedder(known["face_embedder"]))
+    results: dict[str, object] = {}
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, (height, width) in SIZES.items():
+        path = args.folder / f"{name}.mp4"
+        write(path, pictures(args.photo, height, width, args.seconds))
+        results[name] = speed(path, args.folder, nets)
+        sys.stdout.write(json.dumps({name: results[name]}) + "\n")
+        sys.stdout.flush()
+    minute = args.folder / "minute.mp4"
+    write(minute, pictures(args.photo, 180, 320, 60))
+    for minutes in (3, 30):
+        path = repeated(args.folder / f"{minutes}.mp4", minute, minutes)
+        began = time.monotonic()
+        held = peak(path, args.folder / f"out{minutes}", models)
+        took = time.monotonic() - began
+        told = {"peak_mb": held >> 20, "times_real_time": round(minutes * 60 / took, 2)}
+        sys.stdout.write(json.dumps({f"{minutes} min of 180p": told}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Random mutations of films and photos: each is decoded, and its faces are extracted.
+
+    python -m tests.campaigns.films FOLDER --count=200 [--seed=N]
+
+Everything runs in this process, without the limits of a child: what is wrong is any exception but a
+UserError, more than SECONDS of processor time, and a crash, which ends the campaign. The last line
+counts, in JSON, for each kind of file, what was read whole, read as damaged, and refused.
+"""
+
+import argparse
+import faulthandler
+import json
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.campaigns.mutations import cut, flip, insert, repeat
+from tests.helpers import drawn_people, films
+from vidjax.errors import UserError
+from vidjax.extract import cards, film, folder
+from vidjax.extract.models import Detector, Embedder
+
+SECONDS = 10
+MUTATIONS = (flip, cut, insert, repeat)
+
+
+def originals(place: Path) -> dict[str, bytes]:
+    """Returns the bytes of a file of each kind: drawn people, and pictures of patches."""
+    faces = [("Ada", 20, 30), ("Bob", 80, 50)]
+    found = {}
+    for name, codec in {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4"}.items():
+        drawn_people.write_film(place / name, (1, 20, faces), (1, 60, faces[:1]), codec=codec)
+        found[name] = (place / name).read_bytes()
+    for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
+        found[name] = films.photo(drawn_people.picture(faces), codec, orientation=6)
+    return found
+
+
+def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
+    """Returns what became of a file, and what is wrong with that."""
+    began = time.process_time()
+    wrong = ""
+    try:
+        found = film.extract(path, path.parent, "x", nets, folder.Settings(), "0" * 64)
+        became = "damaged" if found.damaged or found.corrupt or found.refused else "whole"
+    except MemoryError:  # a size that a mutation made: the child would tell
+        became = "refused"
+    except UserError as error:
+        became = "refused"
+        if len(str(error).splitlines()) > 3:
+            wrong = "more than three lines"
+    except Exception as error:
+        became, wrong = "error", f"{type(error).__name__}: {error}"
+    if time.process_time() - began > SECONDS:
+        wrong += f" took {time.process_time() - began:.0f} s"
+    return became, wrong
+
+
+def main() -> int:
+    """Runs the campaign; the exit code is 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    faulthandler.enable()
+    known = cards.load(drawn_people.write_models(args.folder / "models"))
+    nets = film.Nets(Detector(known["face_detector"], 640), Embedder(known["face_embedder"]))
+    counts: dict[str, Counter[str]] = {}
+    failed = 0
+    for name, content in originals(args.folder).items():
+        for number in range(args.count):
+            rng = random.Random(f"{args.seed} {name} {number}")
+            path = args.folder / name
+            path.write_bytes(content)
+            mutation = rng.choice(MUTATIONS)
+            mutation(path, rng)
+            sys.stderr.write(f"{name} {number} {mutation.__name__}\n")  # the last one, of a crash
+            became, wrong = trial(path, nets)
+            counts.setdefault(name, Counter())[became] += 1
+            if wrong:
+                failed += 1
+                kept = path.with_name(f"wrong-{number}-{name}")
+                path.rename(kept)
+                sys.stdout.write(f"{kept}: {mutation.__name__}: {wrong}\n")
+    sys.stdout.write(json.dumps(counts) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

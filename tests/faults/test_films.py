@@ -1,0 +1,584 @@
+"""Faults of `vidjax extract`, `who` and galleries of films: kills, full disks, hostile files."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="needs the extra [video]")
+pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+pytest.importorskip("onnx")
+
+from tests.benchmarks import extract
+from tests.helpers import drawn_people, films
+from tests.helpers.limits import ROOT, file_limit
+from vidjax import main as main_lib
+from vidjax.errors import UserError
+from vidjax.extract import folder, pipeline
+from vidjax.gallery import appearances
+
+
+@pytest.fixture
+def models(tmp_path):
+    return drawn_people.write_models(tmp_path / "models")
+
+
+@pytest.fixture
+def film(tmp_path):
+    return drawn_people.write_party(tmp_path / "party.mkv")
+
+
+def run(capsys, *words):
+    """Runs a command in this process; returns its exit code, result and complaints."""
+    code = main_lib.main([*map(str, words), "--json"])
+    said = capsys.readouterr()
+    return code, json.loads(said.out) if said.out else {}, said.err
+
+
+def contents(out):
+    """Returns path -> bytes of all files below a folder but locks, which name processes."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def start(*words):
+    words = [sys.executable, "-m", "vidjax.extract", *map(str, words)]
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(*words):
+    with start(*words) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+
+
+def children_of(pid):
+    """Returns the processes that one started, in whichever of its threads."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+        return [int(word) for text in tasks for word in text.split()]
+    return []
+
+
+def check_whole(out, like):
+    """Checks that clips of every video that is called finished are those of `like`, a folder."""
+    for told in (out / "videos").glob("[!.]*.json"):
+        film = folder.read_film(told)
+        assert film == folder.read_film(like / "videos" / told.name)
+        for track in film.tracks:
+            clip = f"{track.clip}.npz"
+            assert (out / clip).read_bytes() == (like / clip).read_bytes()
+
+
+def kill_extractions(tmp_path, models, film, rng, count):
+    """Kills the command at random moments, and its children; it ends with the same bytes."""
+    drawn_people.write_photo(tmp_path / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    inputs = [film, tmp_path / "photo.png"]
+    like, out = tmp_path / "like", tmp_path / "out"
+    words = [*inputs, f"--out={out}", f"--models={models}", "--workers=2"]
+    began = time.monotonic()
+    finish(*inputs, f"--out={like}", f"--models={models}", "--workers=2")
+    longest = time.monotonic() - began
+    for number in range(count):
+        process = start(*words)
+        if rng.random() < 0.5:  # while clips are written and moved
+            while process.poll() is None and not [*out.glob("**/*.npz")]:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.05)
+        else:
+            time.sleep(rng.random() * longest)
+        started = children_of(process.pid)
+        process.kill()
+        process.communicate()
+        check_whole(out, like)
+        for child in started:
+            assert ended(child), "a child goes on without its parent"
+        if number % 3 == 2 and count > 3:  # begin anew
+            for path in (out / "videos").glob("*.json"):
+                path.unlink()
+    finish(*words)
+    assert contents(out) == contents(like)
+
+
+def ended(pid, seconds=5):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_extractions_end_with_the_same_bytes(tmp_path, models, film, fault_seed):
+    kill_extractions(tmp_path, models, film, random.Random(fault_seed), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_fifty_killed_extractions_end_with_the_same_bytes(tmp_path, models, film, fault_seed):
+    kill_extractions(tmp_path, models, film, random.Random(fault_seed + 1), 50)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_child_costs_its_file_and_two_at_once_are_refused(tmp_path, models, film, capsys):
+    out = tmp_path / "out"
+    words = [film, f"--out={out}", f"--models={models}", "--workers=1"]
+    process = start(*words)
+    while not (children := children_of(process.pid)) and process.poll() is None:
+        time.sleep(0.005)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)  # it holds the folder until it is killed
+    code, content, said = run(capsys, "extract", *words)
+    assert code == 2 and f"in use by process {process.pid} on {socket.gethostname()}" in said
+    assert len(said.splitlines()) <= 3
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "killed from outside" in said
+    assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
+    code, content, _ = run(capsys, "extract", *words)
+    assert code == 0 and content["clips"] == 4
+
+
+@pytest.mark.parametrize("limit", [400, 1500])  # of the size of a file: extract.json fits
+def test_a_full_disk_ends_it_and_leaves_nothing_half(tmp_path, models, film, capsys, limit):
+    drawn_people.write_photo(tmp_path / "photo.png", ("Ada", 20, 20))
+    out = tmp_path / "out"
+    inputs = [tmp_path / "photo.png", film, tmp_path / "photo.png"]
+    words = ["extract", *inputs, f"--out={out}", f"--models={models}", "--workers=1"]
+    with file_limit(limit):
+        code, _, said = run(capsys, *words)
+    told = [line for line in said.splitlines() if not line.startswith("photo.png: photo")]
+    assert code == 2 and "File too large" in said and len(told) <= 3, said
+    assert not [*out.glob("party*.npz")] and not [*out.glob(".extract-*")]
+    assert not [*out.rglob("*.partial")]
+    assert run(capsys, *words)[0] == 0
+    assert len([*out.glob("*.npz")]) == 5
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_ends_it_and_leaves_nothing_half(mounted, models, film, capsys):
+    disk = mounted("size=64k")
+    if disk is None:
+        pytest.skip("may not mount")
+    out = disk / "out"
+    words = ["extract", film, f"--out={out}", f"--models={models}"]
+    for size in range(0, 65_000, 4096):
+        with contextlib.suppress(OSError):
+            (disk / "ballast").write_bytes(b"x" * size)
+        code, _, said = run(capsys, *words)
+        if code:
+            assert code == 2 and "No space left" in said and len(said.splitlines()) <= 3
+            assert not [*out.glob("videos/*.json")] and not [*out.glob("*.npz")]
+        for path in [*out.glob("videos/*.json")]:
+            path.unlink()
+    (disk / "ballast").unlink()
+    assert run(capsys, *words)[0] == 0
+
+
+def bad_inputs(where, film):
+    """Writes a file of each kind that is no film or a damaged one; returns those that fail."""
+    where.mkdir()
+    whole = film.read_bytes()
+    rng = np.random.default_rng(0)
+    films.write(where / "whole.mp4", [films.scene(n) for n in range(20)])
+    half = (where / "whole.mp4").read_bytes()
+    (where / "whole.mp4").unlink()
+    (where / "secret.mkv").write_bytes(whole)
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
+    bmp = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
+    bmp[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
+    bad = {
+        "empty.mp4": b"", "noise.mp4": rng.bytes(5000), "half.mp4": half[: len(half) // 2],
+        "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
+        "list.mp4": playlist.format("secret.mkv").encode(),
+        "http.m3u8": playlist.format(address).encode(),
+        "huge.bmp": bytes(bmp), "text.txt": b"notes\n",
+        "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='secret.mkv'/></svg>",
+    }  # fmt: skip
+    for name, content in bad.items():
+        (where / name).write_bytes(content)
+    os.mkfifo(where / "pipe.mp4")
+    (where / "device.mp4").symlink_to("/dev/zero")
+    (where / "nowhere.mp4").symlink_to(where / "absent")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(where / "socket.mp4"))
+    films.write_sound(where / "voice.m4a", np.zeros(8000))
+    failing = [*bad, "pipe.mp4", "device.mp4", "nowhere.mp4", "socket.mp4", "voice.m4a"]
+    (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray(whole)
+    for place in rng.integers(3000, len(whole) - 10, 10):
+        flipped[place] ^= 1 << int(rng.integers(8))
+    (where / "flipped.mkv").write_bytes(flipped)
+    return server, failing
+
+
+def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(tmp_path, models, film, capsys):
+    server, failing = bad_inputs(tmp_path / "in", film)
+    names = [*failing, "cut.mkv", "flipped.mkv", "secret.mkv"]
+    words = [tmp_path / "in" / name for name in names]
+    out = tmp_path / "out"
+    code, content, said = run(
+        capsys, "extract", *words, f"--out={out}", f"--models={models}", "--workers=4"
+    )
+    assert code == 1 and content["files"] == 3
+    assert sorted(map(os.path.basename, content["failed"])) == sorted(failing)
+    for name in failing:
+        assert said.count(f"/{name}'") >= 1, name
+    assert "Traceback" not in said and len(said.splitlines()) <= 3 * len(names)
+    found = {film.video: film for film in folder.read_films(out)}
+    assert found["cut.mkv"].damaged and not found["secret.mkv"].damaged
+    assert len(found["secret.mkv"].tracks) == 4
+    server.settimeout(0)
+    with server, pytest.raises(BlockingIOError):
+        server.accept()
+
+
+def odd_names():
+    return [
+        b"blank name.png", b"x..png", b"=cmd().png", b"new\nline.png", b"\x1b[2J.png",
+        b"not \xff utf-8.png", b"<script>.png", b"x" * 251 + b".png", "字".encode() * 83 + b".png",
+        b"a.s000.t00.png", b"a.png", b"A.png", b"a.PNG", b"--.png", b"\xe2\x80\xaetxt.png",
+    ]  # fmt: skip
+
+
+def test_odd_names_of_files_are_kept_apart_and_printable(tmp_path, models, capsys):
+    place = tmp_path / "in"
+    drawn_people.write_photo(tmp_path / "one.png", ("Ada", 20, 20))
+    content = (tmp_path / "one.png").read_bytes()
+    place.mkdir()
+    for number, name in enumerate(odd_names()):
+        (place / os.fsdecode(name)).write_bytes(content + bytes([number]))
+    film = drawn_people.write_party(place / "a.mkv")
+    out = tmp_path / "out"
+    words = [place, f"--models={models}", f"--out={out}", "--workers=4"]
+    code, content, said = run(capsys, "who", *words)
+    assert code == 0 and content["groups"] >= 1, said
+    assert "\x1b" not in said and "\u202e" not in said
+    told = folder.read_films(out / "features")
+    assert len(told) == len(odd_names()) + 1
+    clips = [track.clip for film in told for track in film.tracks]
+    assert len({*clips}) == len(clips) == len([*(out / "features").glob("*.npz")])
+    assert all("/" not in clip and clip.isprintable() for clip in clips)
+    assert len((out / "names.jsonl").read_text().splitlines()) >= len(odd_names())
+    again = pipeline.extract([film, *reversed(sorted(place.iterdir()))], out / "features", models)
+    assert all(outcome.kept for outcome in again), "another order of the files"
+    drawn_people.write_photo(place / "blank name.png", ("Bob", 20, 20))
+    assert run(capsys, "who", *words)[2].count("in place of another file of this name") == 1
+
+
+def test_a_copy_of_a_file_is_extracted_once(tmp_path, models):
+    paths = [tmp_path / place / "photo.png" for place in "abc"]
+    for path, name in zip(paths, ("Ada", "Ada", "Bob"), strict=True):
+        drawn_people.write_photo(path, (name, 20, 20))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2)):
+        found = pipeline.extract([paths[n] for n in order], tmp_path / "out", models)
+        assert len(found) == 2 == len(folder.read_films(tmp_path / "out"))
+
+
+def test_names_of_people_are_escaped_in_every_format(tmp_path, models, capsys):
+    friends = tmp_path / "friends"
+    people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
+    for name, colour in people.items():
+        drawn_people.write_photo(friends / name / "1.png", (colour, 40, 40))
+    film, out = drawn_people.write_party(tmp_path / "party.mkv"), tmp_path / "out"
+    words = [film, f"--people={friends}", f"--models={models}", f"--out={out}"]
+    code, content, said = run(capsys, "who", *words)
+    assert code == 0 and {*content["people"]} == {*people}, said
+    page, table = (out / "names.html").read_text(), (out / "names.tsv").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "\t'=cmd()\t" in table
+    text = (out / "subtitles" / "party.vtt").read_text()
+    assert all(line.count("-->") == (":" in line) for line in text.splitlines())
+    assert "<" not in text and "--&gt;" in text and "&amp;" in text
+    gallery = ["gallery", "identify", out / "gallery", f"--input={out / 'features'}"]
+    assert run(capsys, *gallery, f"--out={tmp_path / 'x.rttm'}")[0] == 0
+    lines = (tmp_path / "x.rttm").read_text().splitlines()
+    assert len(lines) == 4 and all(len(line.split()) == 10 for line in lines)
+
+
+@pytest.mark.parametrize("name", [" Ann", "a\nb", os.fsdecode(b"\xff")])
+def test_names_of_people_that_no_file_can_hold_are_refused(tmp_path, models, film, capsys, name):
+    drawn_people.write_photo(tmp_path / "friends" / name / "1.png", ("Ada", 40, 40))
+    words = [film, f"--people={tmp_path / 'friends'}", f"--models={models}"]
+    code, _, said = run(capsys, "who", *words, f"--out={tmp_path / 'out'}")
+    assert code == 2 and len(said.splitlines()) <= 3 and not (tmp_path / "out").exists()
+
+
+FILM = {
+    "format": 1, "video": "x.mp4", "sha256": "0" * 64, "photo": False, "seconds": 5.0,
+    "shots": [[0, 5]], "frames": 5,
+    "tracks": [{"clip": "x.s000.t00", "shot": 0, "start_s": 0, "end_s": 1, "seen": 2}],
+}  # fmt: skip
+
+
+def hostile_films():
+    track = FILM["tracks"][0]
+    for clip in ("../../x", "/etc/passwd", "a\nb", "", "\ud800", "x" * 5000, 5, None):
+        yield json.dumps({**FILM, "tracks": [{**track, "clip": clip}]})
+    for video in ("../x.mp4", "..\n", "\x1b[2J", "\ud800", "x" * 5000, " ", []):
+        yield json.dumps({**FILM, "video": video})
+    for start_s, end_s in ((2, 1), (-1, 1), (0, 1e300), (0, "1"), (float("nan"), 1)):
+        yield json.dumps({**FILM, "tracks": [{**track, "start_s": start_s, "end_s": end_s}]})
+    yield from ("", "null", "[]", "{}", "[" * 200_000, json.dumps({**FILM, "seconds": 10**400}))
+    yield json.dumps({**FILM, "tracks": [[[[]]]]})
+    yield json.dumps({**FILM, "shots": [[0, 1]] * 10 + [[1]]})
+    yield '{"video": "' + "x" * 1_000_000
+
+
+def test_folders_of_strangers_end_in_errors_of_a_line(tmp_path):
+    place = tmp_path / "features"
+    (place / "videos").mkdir(parents=True)
+    for text in hostile_films():
+        (place / "videos" / "x.json").write_text(text, errors="surrogatepass")
+        with pytest.raises(UserError) as caught:
+            folder.read_films(place)
+        assert len(str(caught.value).splitlines()) <= 3 and len(str(caught.value)) < 1000
+    (place / "videos" / "x.json").unlink()
+    (place / "videos" / "x.json").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="link"):
+        folder.read_films(place)
+    for text in ("", "[]", '{"format": 1, "models": {"face_embedder": "x"}}', "[" * 100_000):
+        (place / "extract.json").write_text(text)
+        with pytest.raises(UserError):
+            folder.read_extraction(place)
+
+
+def test_nothing_outside_of_a_folder_of_strangers_is_touched(tmp_path, models, film, capsys):
+    """Their links and names lead out of it; the same call mends what it can."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "party.json").write_text("mine")
+    (mine / "x.npz").write_bytes(b"mine")
+    out = tmp_path / "out"
+    words = ["extract", film, f"--out={out}", f"--models={models}"]
+    assert run(capsys, *words)[0] == 0
+    like = contents(out)
+    told = out / "videos" / "party.json"
+    film_json = json.loads(told.read_text())
+    film_json["tracks"][0]["clip"] = "../mine/x"
+    for damage in (json.dumps(film_json), "[" * 1000, None):
+        told.unlink()
+        told.write_text(damage) if damage else told.symlink_to(mine / "party.json")
+        clip = out / "party.s000.t00.npz"
+        clip.unlink()
+        clip.symlink_to(mine / "x.npz")
+        assert run(capsys, *words)[0] == 0
+        assert contents(out) == like and not clip.is_symlink()
+    for path in (out / "videos").iterdir():
+        path.unlink()
+    (out / "videos").rmdir()
+    (out / "videos").symlink_to(mine)
+    code, _, said = run(capsys, *words)
+    assert code == 2 and "is a link" in said
+    assert {p.name: p.read_bytes() for p in mine.iterdir()} == {
+        "party.json": b"mine", "x.npz": b"mine"
+    }  # fmt: skip
+
+
+def test_tables_of_names_that_spreadsheets_wrote_are_read(tmp_path, models, film, capsys):
+    drawn_people.write_photo(tmp_path / "in" / "--1.png", ("Bob", 20, 20))
+    drawn_people.write_photo(tmp_path / "in" / "-2.png", ("Ada", 20, 20))
+    features, gallery, groups = tmp_path / "f", tmp_path / "g", tmp_path / "groups.tsv"
+    assert pipeline.extract([tmp_path / "in", film], features, models)
+    for clip in features.glob("video*.npz"):
+        clip.rename(features / f"-{clip.name}")
+    assert run(capsys, "gallery", "create", gallery, f"--models={models}")[0] == 0
+    words = ["gallery", "group", gallery, f"--input={features}", f"--out={groups}"]
+    assert run(capsys, *words)[0] == 0
+    text = groups.read_text()
+    assert "'-" in text  # guarded against formulas
+    for number in range(1, text.count("\n")):
+        text = text.replace(f"\tunknown {number}\n", f"\tPerson {number}\r\n")
+    groups.write_text("\ufeff" + text.replace("\tPerson 1\r", '\t"Zoë ""Z"" K"\r'))
+    words = ["gallery", "enrol", gallery, f"--input={features}", f"--labels={groups}"]
+    code, content, said = run(capsys, *words)
+    assert code == 0 and content["enrolled"] == len(text.splitlines()) - 1, said
+    assert run(capsys, "gallery", "list", gallery, '--identity=Zoë "Z" K')[0] == 0
+    os.mkfifo(tmp_path / "pipe.tsv")
+    wrong = {
+        "utf16": "a\tb\n".encode("utf-16"), "three": b"a\tb\tc\n", "one": b"a\n", "no": b"",
+        "long": b"a\t" + b"b" * 200_000, "two": b"a\tb\na\tc\n",
+    }  # fmt: skip
+    for name, content in wrong.items():
+        (tmp_path / f"{name}.tsv").write_bytes(content)
+    for name in (*wrong, "pipe", "absent"):
+        labels = f"--labels={tmp_path / name}.tsv"
+        code, _, said = run(capsys, *words[:-1], labels)
+        assert code == 2 and len(said.splitlines()) <= 3 and f"{name}.tsv" in said, said
+        assert len(said) < 1000
+
+
+def test_subtitles_hold_no_second_arrow():
+    one = appearances.Appearance("x.mp4", 0, 1, "---->\n", 0.9, ("x",))
+    assert appearances.to_vtt([one]).count("-->") == 1
+
+
+def test_absurd_settings_are_told_and_harmless(tmp_path, models, capsys):
+    drawn_people.write_photo(tmp_path / "in" / "photo.png", ("Ada", 20, 20))
+    film = tmp_path / "in" / "film.mkv"
+    drawn_people.write_film(film, (1, 20, []))
+    flags = [tmp_path / "in", f"--models={models}"]
+    for wrong in ("--fps=nan", "--fps=inf", "--fps=-1", "--fps=" + "9" * 9999, "--size=31",
+                  "--size=" + "9" * 9999, "--workers=0", "--workers=" + "9" * 9999,
+                  "--workers=1.5", f"--out={tmp_path / 'in'}"):  # fmt: skip
+        words = [*flags, wrong] if "out" in wrong else [*flags, f"--out={tmp_path / 'out'}", wrong]
+        code, _, said = run(capsys, "extract", *words)
+        assert code == 2 and len(said.splitlines()) <= 3 and len(said) < 1000, wrong[:20]
+    assert not (tmp_path / "out").exists()
+    for number, fine in enumerate((["--fps=1e-300"], ["--fps=1000", "--workers=9999"])):
+        out = tmp_path / f"out{number}"
+        twice = [film, tmp_path / "in" / ".." / "in" / "film.mkv"]
+        words = [*twice, *flags, f"--out={out}", *fine]
+        code, content, said = run(capsys, "extract", *words)
+        assert code == 0 and content["files"] == 2, said  # each once
+        assert content["clips"] == 1, "a film without a face has no clip"
+
+
+def test_a_photo_with_fifty_faces(tmp_path, models):
+    names, size = ["Ada", "Bob", "Eve"], (200, 400)
+    faces = [(names[n % 3], 8 + 40 * (n % 10), 8 + 40 * (n // 10)) for n in range(50)]
+    drawn_people.write_photo(tmp_path / "crowd.png", *faces, size=size)
+    (outcome,) = pipeline.extract([tmp_path / "crowd.png"], tmp_path / "out", models)
+    assert outcome.film and len(outcome.film.tracks) == 50
+    assert len([*(tmp_path / "out").glob("crowd.f??.npz")]) == 50
+
+
+def test_who_follows_what_its_folders_hold_now(tmp_path, models, film, capsys):
+    friends, out = tmp_path / "friends", tmp_path / "out"
+    for name in ("Ada", "Bob"):
+        drawn_people.write_photo(friends / name / "1.png", (name, 40, 40))
+    other = tmp_path / "other.mkv"
+    drawn_people.write_film(other, (2, 40, [("Eve", 30, 30)]))
+    flags = [f"--people={friends}", f"--models={models}", f"--out={out}"]
+
+    def shown(*words):
+        code, content, said = run(capsys, "who", *words)
+        assert code == 0, said
+        rows = [json.loads(line) for line in (out / "names.jsonl").read_text().splitlines()]
+        return content["people"], {(row["video"], row["identity"]) for row in rows}
+
+    assert shown(film, other, *flags)[0] == {"Ada": 1, "Bob": 1}
+    # A photo more, a film less.
+    drawn_people.write_photo(friends / "Ada" / "2.png", ("Ada", 60, 20))
+    people, seen = shown(film, *flags)
+    assert people == {"Ada": 2, "Bob": 1} and {video for video, _ in seen} == {"party.mkv"}
+    assert "other.mkv" not in (out / "names.html").read_text()
+    assert not (out / "subtitles" / "other.vtt").exists()
+    # Another picture under the same name: it shows Eve, who is called Ada from now on.
+    drawn_people.write_photo(friends / "Ada" / "1.png", ("Eve", 40, 40))
+    (friends / "Ada" / "2.png").unlink()
+    people, seen = shown(film, *flags)
+    assert people == {"Ada": 1, "Bob": 1}
+    # A person less, and another one more.
+    (friends / "Bob" / "1.png").unlink()
+    (friends / "Bob").rmdir()
+    drawn_people.write_photo(friends / "Zoe.png", ("Ada", 40, 40))
+    people, seen = shown(film, *flags)
+    assert people == {"Ada": 1, "Zoe": 1} and "Bob" not in (out / "names.html").read_text()
+    assert not (out / "people" / "Bob").exists()
+    # A name given in the gallery stays; without --people everybody does.
+    words = ["gallery", "rename", out / "gallery", "--identity=Zoe", "--to=Zoë K"]
+    assert run(capsys, *words)[0] == 0
+    assert shown(film, *flags)[0] == shown(film, *flags[1:])[0] == {"Ada": 1, "Zoë K": 1}
+    code, _, said = run(capsys, "who", film, *flags, "--fps=2")
+    assert code == 2 and "fps: 5.0, not 2.0" in said and "new folder" in said
+
+
+def test_who_writes_into_no_folder_of_other_things(tmp_path, models, film, capsys):
+    drawn_people.write_photo(tmp_path / "friends" / "Ada" / "1.png", ("Ada", 40, 40))
+    mine = tmp_path / "mine"
+    (mine / "subtitles").mkdir(parents=True)
+    (mine / "subtitles" / "own.vtt").write_text("mine")
+    before = contents(tmp_path)
+    for out in (mine, tmp_path, tmp_path / "friends", tmp_path / "friends" / "out"):
+        words = [film, f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={out}"]
+        code, _, said = run(capsys, "who", *words)
+        assert (code == 2 and "another folder" in said) or "new folder" in said, said
+        assert len(said.splitlines()) <= 3
+    assert contents(tmp_path) == before
+
+
+def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(tmp_path, models, film, capsys):
+    out = tmp_path / "out"
+    (out / "gallery").mkdir(parents=True)
+    (out / "gallery" / ".gallery.sqlite.0badc0de.partial").write_bytes(b"half")
+    code, content, said = run(capsys, "who", film, f"--models={models}", f"--out={out}")
+    assert code == 0 and content["groups"] == 3, said
+
+
+def test_a_clip_that_is_gone_is_made_again(tmp_path, models, film, capsys):
+    words = [film, f"--models={models}", f"--out={tmp_path / 'out'}"]
+    assert run(capsys, "who", *words)[0] == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "features" / "party.s000.t00.npz").unlink()
+    assert run(capsys, "who", *words)[0] == 0
+    after = contents(tmp_path / "out")
+    assert {name: after[name] for name in before if "gallery" not in name} == {
+        name: content for name, content in before.items() if "gallery" not in name
+    }
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_thousand_photos(tmp_path, models, capsys):
+    """A second call reads them alone; open files do not grow with their number."""
+    for number in range(1000):
+        drawn_people.write_photo(tmp_path / "in" / f"{number}.png", ("Ada", 20 + number % 60, 20))
+    words = ["extract", tmp_path / "in", f"--models={models}", f"--out={tmp_path / 'out'}"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        code, content, _ = run(capsys, *words)
+        assert code == 0 and content["clips"] == 1000
+        began = time.process_time()
+        assert run(capsys, *words)[0] == 0
+        assert time.process_time() - began < 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed):
+    words = [sys.executable, "-m", "tests.campaigns.films", str(tmp_path), f"--seed={fault_seed}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert {*counts} >= {"a.mp4", "a.mkv", "a.avi", "a.png", "a.jpg"}
+    for count in counts.values():
+        assert sum(count.values()) == 200 and count["refused"] > 5 and count["whole"] > 5
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path, models):
+    shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
+    drawn_people.write_film(tmp_path / "minute.mp4", *shots, codec="libx264")
+    peaks = {}
+    for minutes in (3, 30):
+        path = extract.repeated(tmp_path / f"{minutes}.mp4", tmp_path / "minute.mp4", minutes)
+        peaks[minutes] = extract.peak(path, tmp_path / f"out{minutes}", models)
+        (found,) = folder.read_films(tmp_path / f"out{minutes}")
+        assert found.seconds == pytest.approx(60 * minutes, rel=0.01)
+        assert len(found.tracks) >= 25 * minutes
+    assert peaks[30] < 1 << 30, peaks
+    assert peaks[30] - peaks[3] < 30 << 20, peaks
