@@ -19,8 +19,7 @@ from pathlib import Path
 from tests.campaigns.mutations import cut, flip, insert, repeat
 from tests.helpers import drawn_people, films
 from vidjax.errors import UserError
-from vidjax.extract import cards, film, folder
-from vidjax.extract.models import Detector, Embedder
+from vidjax.extract import cards, figures, film, folder
 
 SECONDS = 10
 MUTATIONS = (flip, cut, insert, repeat)
@@ -38,7 +37,7 @@ def originals(place: Path) -> dict[str, bytes]:
     return found
 
 
-def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
+def trial(path: Path, nets: figures.Nets) -> tuple[str, str]:
     """Returns what became of a file, and what is wrong with that."""
     began = time.process_time()
     wrong = ""
@@ -67,7 +66,7 @@ def main() -> int:
     args = parser.parse_args()
     faulthandler.enable()
     known = cards.load(drawn_people.write_models(args.folder / "models"))
-    nets = film.Nets(Detector(known["face_detector"], 640), Embedder(known["face_embedder"]))
+    nets = figures.load(known, 640)
     counts: dict[str, Counter[str]] = {}
     failed = 0
     for name, content in originals(args.folder).items():

@@ -49,9 +49,13 @@ def embedder(layout="NCHW", weights=None):
     return model(nodes, {"w": np.ascontiguousarray(weights)}, shape, ["vector"])
 
 
-def detector():
-    """Returns a net with outputs like CenterFace's: its faces are bright squares of FACE pixels."""
-    kernel = np.full((1, 3, FACE, FACE), 1 / (3 * FACE * FACE), np.float32)
+def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
+    """Returns a net with outputs like CenterFace's: its faces are bright squares of FACE pixels.
+
+    `channels` are the weights of red, green and blue in a square's score.
+    """
+    weights = np.array(channels, np.float32) / FACE**2
+    kernel = np.tile(weights[None, :, None, None], (1, 1, FACE, FACE))
     zero = np.zeros((1, 3, 1, 1), np.float32)
     constants = {
         "scale": np.log([FACE / 4, FACE / 4]),
@@ -116,8 +120,10 @@ def write(folder, name="face", role="face_embedder", content=None, **fields):
         "voice_embedder": (voice_embedder, "vectors", {"layout": "mels"}),
         "voice_activity": (voice_activity, "silero", {"layout": "samples"}),
         "face_embedder": (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}),
-        "face_detector": (detector, "centerface", IMAGE),
-    }.get(role, (embedder, "vectors", IMAGE))
+        **{
+            f"{part}_detector": (detector, "centerface", IMAGE) for part in ("face", "head", "body")
+        },
+    }.get(role, (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}))
     content = content or make()
     (folder / f"{name}.onnx").write_bytes(content)
     card = {

@@ -103,6 +103,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
     template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
+    around: tuple[Finite, Finite, Finite, Finite] | None = None  # of a head or body, see `figures`
     width: Size | None = None  # of a vector
     norm_is_quality: bool
     back_end: BackEnd | None = None
@@ -122,8 +123,13 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"a {self.role} does not take {self.input.layout}")
         if self.role.endswith("_embedder") and self.width is None:
             raise ValueError("an embedder needs the width of its vectors")
-        if self.role == "face_embedder" and (self.template is None or self.input.size is None):
-            raise ValueError("a face_embedder needs the template and the size of its input")
+        if self.role == "face_embedder" and self.template is None:
+            raise ValueError("a face_embedder needs the template")
+        if self.role.endswith("_embedder") and not (self.input.size or self.input.layout in SOUND):
+            raise ValueError(f"a {self.role} needs the size of its input")
+        left, top, right, bottom = self.around or (0, 0, 1, 1)
+        if left >= right or top >= bottom:
+            raise ValueError("around is left, top, right and bottom, where the face is 0, 0, 1, 1")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
             raise ValueError(f"sides of a detector's input are multiples of {STRIDE}")
         if self.back_end and len(self.back_end.centre) != self.width:

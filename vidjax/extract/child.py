@@ -11,8 +11,7 @@ import msgspec
 
 from vidjax.data.processes import Children
 from vidjax.data.untrusted import limits
-from vidjax.extract import cards, film, folder
-from vidjax.extract.models import Detector, Embedder
+from vidjax.extract import cards, figures, film, folder
 from vidjax.run import formats
 
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
@@ -51,10 +50,7 @@ def extract(
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Extracts the file that `arguments` name, in this process."""
     settings = msgspec.convert(arguments["settings"], folder.Settings)
-    known = cards.load(Path(arguments["models"]))
-    nets = film.Nets(
-        Detector(known["face_detector"], settings.size), Embedder(known["face_embedder"])
-    )
+    nets = figures.load(cards.load(Path(arguments["models"])), settings.size)
     found = film.extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
         arguments["sha256"],

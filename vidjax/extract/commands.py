@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vidjax import messages
+from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.machine import num_cores
@@ -55,18 +56,22 @@ def workers_of(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> folder.Settings | None:
     """Returns the settings that flags name; None if they name none."""
-    given: dict[str, float] = {}
+    given: dict[str, float | str] = {}
     if args.fps is not None:
         try:
             given["fps"] = float(args.fps)
         except ValueError:
             raise UserError(f"--fps={args.fps[:20]}: wants a number of frames a second") from None
-        if not 0 < given["fps"] <= 1000:
+        if not 0 < float(args.fps) <= 1000:
             raise UserError(f"--fps={args.fps[:20]}: must be above 0, at most 1000")
     if args.size is not None:
-        given["size"] = whole(args.size, "size", 0)
-        if not 32 <= given["size"] <= 8192:
+        given["size"] = size = whole(args.size, "size", 0)
+        if not 32 <= size <= 8192:
             raise UserError(f"--size={args.size}: must be from 32 to 8192 pixels")
+    if (unit := getattr(args, "unit", None)) is not None:
+        if unit not in ("track", "shot"):
+            raise UserError(f"--unit={show(unit)}: must be track or shot")
+        given["unit"] = unit
     return folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
 
 
@@ -132,7 +137,13 @@ def add_flags(parser: Parser) -> None:
     parser.flag("--workers", "N", "processes at once (default: one a core)")
 
 
+def add_extract_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax extract`."""
+    add_flags(parser)
+    parser.flag("--unit", "U", "what a clip is: a track, or a shot with one main figure")
+
+
 COMMAND = Command(
-    "makes features of the faces in videos and photos", add_flags, run_extract,
+    "makes features of the faces in videos and photos", add_extract_flags, run_extract,
     ("holiday.mp4 party.mkv --out=features --models=models",),
 )  # fmt: skip

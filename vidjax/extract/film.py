@@ -1,4 +1,4 @@
-"""The faces of one video or photo: found, followed within a shot, aligned and made vectors."""
+"""The people of one video or photo: found, followed within a shot, cut out and made vectors."""
 
 import heapq
 import itertools
@@ -9,71 +9,70 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax import files
-from vidjax.extract import align, decode, folder
-from vidjax.extract.models import Detector, Embedder, Faces
+from vidjax.extract import align, decode, figures, folder
+from vidjax.extract.figures import Figures, Nets
+from vidjax.extract.models import Embedder
 from vidjax.extract.shots import Cuts
-from vidjax.extract.tracks import Track, Tracker
-
-
-class Nets(NamedTuple):
-    """The nets that find faces and make vectors of them."""
-
-    detect: Detector
-    embed: Embedder
+from vidjax.extract.tracks import MainFigures, Track, Tracker
 
 
 class Sighting(NamedTuple):
-    """A face in a frame: `quality`, then its number among all, which makes the order total."""
+    """A person in a frame: `quality`, then a number of its own, which makes the order total.
+
+    `quality` is that of the face, and below 0 without one. `boxes` and `crops` are by part.
+    """
 
     quality: float
     number: int
     frame: int
     detection: float
-    box: np.ndarray
-    crop: np.ndarray
+    boxes: dict[str, np.ndarray]
+    crops: dict[str, np.ndarray]
 
 
 class Clips:
     """Writes a clip of each track that ends; keeps the best faces of those that have not."""
 
-    def __init__(self, nets: Nets, out: Path, stem: str, most_frames: int):
-        self._nets, self._out, self._stem, self._most = nets, out, stem, most_frames
+    def __init__(self, nets: Nets, out: Path, stem: str, settings: folder.Settings):
+        self._nets, self._out, self._stem, self._settings = nets, out, stem, settings
         self._best: dict[int, list[Sighting]] = {}
         self._numbers = itertools.count()
         self._of_shot: dict[int, Iterator[int]] = {}
         self.tracks: list[folder.Track] = []
 
-    def add(self, frame: int, owners: np.ndarray, faces: Faces, rgb: np.ndarray) -> None:
-        """Takes the faces of a frame; `owners` [F] are their tracks, -1 for none."""
+    def add(self, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray) -> None:
+        """Takes the people in a frame; `owners` [N] are their tracks, -1 for none."""
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
-        template = np.array(self._nets.embed.card.template)
-        (side, _) = self._nets.embed.card.input.size or (0, 0)
-        points = faces.points[chosen]
-        crops = align.warp(rgb, align.similarity(points, template), side)
-        quality = align.quality(faces.scores[chosen], points, crops)
-        for place, face in enumerate(chosen.tolist()):
+        found = found.of(chosen)
+        crops = {part: figures.crops(self._nets, part, found, rgb) for part in self._nets.embed}
+        quality = found.scores - 1.0
+        faces = {place: crop for place, crop in enumerate(crops["face"]) if crop is not None}
+        if faces:
+            at, cut = [*faces], np.stack([*faces.values()])
+            quality[at] = align.quality(found.scores[at], found.points[at], cut)
+        for place, track in enumerate(owners[chosen].tolist()):
+            own = {part: crop for part, each in crops.items() if (crop := each[place]) is not None}
             seen = Sighting(
-                float(quality[place]), next(self._numbers), frame, float(faces.scores[face]),
-                faces.boxes[face], crops[place],
+                float(quality[place]), next(self._numbers), frame, float(found.scores[place]),
+                {part: found.parts[part][place] for part in own}, own,
             )  # fmt: skip
-            best = self._best.setdefault(int(owners[face]), [])
-            keep = heapq.heappush if len(best) < self._most else heapq.heappushpop
-            keep(best, seen)
+            best = self._best.setdefault(track, [])
+            full = len(best) >= self._settings.most_frames
+            (heapq.heappushpop if full else heapq.heappush)(best, seen)
 
     def end(self, track: Track, name: str | None = None) -> None:
         """Writes the clip of a track that has ended, `name` instead of STEM.sNNN.tNN."""
         best = sorted(self._best.pop(track.number), key=lambda seen: (seen.frame, seen.number))
         number = next(self._of_shot.setdefault(track.shot, itertools.count()))
-        name = name or f"{self._stem}.s{track.shot:03}.t{number:02}"
-        arrays = {
-            "face": self._nets.embed(np.stack([seen.crop for seen in best])),
-            "face_quality": np.array([seen.quality for seen in best], np.float32),
-            "face_detection": np.array([seen.detection for seen in best], np.float32),
-            "face_number": np.array([seen.frame for seen in best], np.int32),
-            "face_box": np.stack([seen.box for seen in best]).astype(np.float32),
-        }
+        of_track = "" if self._settings.unit == "shot" else f".t{number:02}"
+        name = name or f"{self._stem}.s{track.shot:03}{of_track}"
+        arrays: dict[str, np.ndarray] = {}
+        for part, embed in self._nets.embed.items():
+            seen = [one for one in best if part in one.crops]
+            # Without a face a clip tells so: a gallery of faces refuses clips of other modalities.
+            arrays |= _arrays(part, seen, embed) if seen else {part: embed.nothing}
         with files.atomic_file(self._out / f"{name}.npz") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
         times = track.times
@@ -84,7 +83,7 @@ class Clips:
         )
 
     def forget(self, live: set[int]) -> None:
-        """Drops the faces of tracks that ended too short to be clips."""
+        """Drops the people of tracks that ended too short to be clips."""
         self._best = {number: best for number, best in self._best.items() if number in live}
 
 
@@ -99,16 +98,17 @@ def extract(
     name = folder.video_name(path, stem)
     with decode.open_video(path) as video:
         if video.info.photo:
-            return _photo(video, out, stem, nets, name, sha256)
-        clips, cuts, tracker = Clips(nets, out, stem, settings.most_frames), Cuts(), Tracker()
+            return _photo(video, out, stem, nets, settings, name, sha256)
+        clips, cuts = Clips(nets, out, stem, settings), Cuts()
+        tracker = MainFigures() if settings.unit == "shot" else Tracker()
         for number, frame in enumerate(video.frames(settings.fps)):
             if cuts.update(frame.time_s, frame.small) and number:
                 tracker.cut()
                 _end(tracker, clips)
             if frame.rgb is not None:
-                faces = nets.detect(frame.rgb)
-                owners = tracker.update(frame.time_s, faces.boxes, faces.scores, faces.points)
-                clips.add(number, owners, faces, frame.rgb)
+                people = figures.find(nets, frame.rgb)
+                owners = tracker.update(frame.time_s, people.boxes, people.scores, people.points)
+                clips.add(number, owners, people, frame.rgb)
                 _end(tracker, clips)
         for track in tracker.finish():
             clips.end(track)
@@ -117,21 +117,37 @@ def extract(
         return _film(name, sha256, clips, found, shots, photo=False)
 
 
-def _end(tracker: Tracker, clips: Clips) -> None:
+def _arrays(part: str, seen: list[Sighting], embed: Embedder) -> dict[str, np.ndarray]:
+    """Returns the arrays of a clip for one part, in the order of frames."""
+    arrays = {
+        part: embed(np.stack([one.crops[part] for one in seen])),
+        f"{part}_number": np.array([one.frame for one in seen], np.int32),
+    }
+    if part != "scene":
+        arrays[f"{part}_detection"] = np.array([one.detection for one in seen], np.float32)
+        arrays[f"{part}_box"] = np.stack([one.boxes[part] for one in seen]).astype(np.float32)
+    if part == "face":
+        arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
+    return arrays
+
+
+def _end(tracker: Tracker | MainFigures, clips: Clips) -> None:
     for track in tracker.take_ended():
         clips.end(track)
     clips.forget(tracker.live)
 
 
 def _photo(
-    video: decode.Video, out: Path, stem: str, nets: Nets, name: str, sha256: str
-) -> folder.Film:
-    clips, tracker = Clips(nets, out, stem, 1), Tracker(least=1)
+    video: decode.Video, out: Path, stem: str, nets: Nets, settings: folder.Settings, name: str,
+    sha256: str,
+) -> folder.Film:  # fmt: skip
+    clips, tracker = Clips(nets, out, stem, settings), Tracker(least=1)
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
-    faces = nets.detect(frame.rgb)
-    owners = tracker.update(0.0, faces.boxes, faces.scores, faces.points)
-    clips.add(0, owners, faces, frame.rgb)
+    people = figures.find(nets, frame.rgb)
+    people = people.of(~np.isnan(people.parts["face"][:, 0]))
+    owners = tracker.update(0.0, people.boxes, people.scores, people.points)
+    clips.add(0, owners, people, frame.rgb)
     tracks = tracker.finish()
     for place, track in enumerate(tracks):
         clips.end(track, stem if len(tracks) == 1 else f"{stem}.f{place + 1:02}")

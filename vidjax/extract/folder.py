@@ -1,6 +1,7 @@
 """The folder of features that `vidjax extract` writes, and what its files say.
 
     OUT/STEM.s003.t01.npz   a clip: one track of a face; a photo is STEM.npz, or STEM.f01.npz ...
+    OUT/STEM.s003.npz       a clip of a whole shot, by --unit=shot
     OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
     OUT/extract.json        the nets and settings of all
 
@@ -37,11 +38,14 @@ class Settings(Struct, kw_only=True, frozen=True):
       fps: frames of a second in which faces are looked for.
       size: the longer side, in pixels, to which they are shrunk for that.
       most_frames: the best faces of a track that are kept.
+      unit: what a clip is: a "track", one person in a shot; or a "shot" with one main figure, as in
+        iQIYI-VID, see `tracks.MainFigures`.
     """
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
     size: Annotated[int, Meta(ge=32, le=8192)] = 640
     most_frames: Size = 32
+    unit: Literal["track", "shot"] = "track"
 
 
 class Extraction(Struct, kw_only=True):

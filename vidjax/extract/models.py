@@ -74,6 +74,11 @@ class Embedder:
         self.card = card
         self.session = open_session(card, threads)
 
+    @property
+    def nothing(self) -> np.ndarray:
+        """The vectors of no crop, float32 [0, width]."""
+        return np.zeros((0, self.card.width or 0), np.float32)
+
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         """Returns vectors float32 [N, width] of crops, uint8 [N, S, S, 3] rgb."""
         _check_images(crops, self.card.input.size)

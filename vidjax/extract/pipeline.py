@@ -63,7 +63,9 @@ def extract(
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
-    digests = {role: cards_lib.require(known, role, models).digest for role in ROLES}
+    for role in ROLES:
+        cards_lib.require(known, role, models)
+    digests = {role: card.digest for role, card in known.items() if not role.startswith("voice_")}
     listed = list_files(paths)
     check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,8 +123,8 @@ def _same_extraction(
         made = folder.Extraction(models=digests, settings=settings or folder.Settings())
         folder.write(out / folder.NAME, made)
         return made.settings
-    for role, digest in digests.items():
-        if before.models.get(role) != digest:
+    for role in sorted(before.models.keys() | digests.keys()):
+        if before.models.get(role) != digests.get(role):
             raise UserError(
                 f"'{out}' has features of another {role}\nname a new folder, or the same models"
             )

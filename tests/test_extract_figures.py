@@ -1,0 +1,166 @@
+"""Heads, bodies and the scene beside faces, and shots as clips. Films and nets are made here."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("onnxruntime")
+
+from tests.helpers import drawn_people, made_nets
+from tests.helpers.drawn_people import write_film, write_models, write_photo
+from vidjax.errors import UserError
+from vidjax.extract import cards, figures, film, folder, pipeline
+
+RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
+BACK = ("Back", 100, 60)
+SETTINGS = folder.Settings()
+BOTH = [("Ada", 20, 30), BACK]
+
+
+@pytest.fixture(autouse=True)
+def _back(monkeypatch):
+    monkeypatch.setitem(drawn_people.COLOURS, "Back", (255, 60, 0))
+
+
+def add(models, role, **fields):
+    weights = made_nets.embedder(weights=made_nets.colours())
+    content = {} if role.endswith("detector") else {"content": weights}
+    made_nets.write(models, role, role, **(content | fields))
+
+
+def extract(path, out, models, settings=SETTINGS):
+    nets = figures.load(cards.load(models), settings.size)
+    out.mkdir(exist_ok=True)
+    found = film.extract(path, out, path.stem, nets, settings, "0" * 64)
+    return found, {track.clip: dict(np.load(out / f"{track.clip}.npz")) for track in found.tracks}
+
+
+@pytest.fixture
+def models(tmp_path):
+    return write_models(tmp_path / "models")
+
+
+def test_parts_are_boxes_around_the_face(tmp_path, models):
+    """A body is below the face, the head around it, and the scene is the whole picture."""
+    add(models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
+    add(models, "body_embedder", around=[0, 1, 1, 3])
+    add(models, "scene_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30)]))
+    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
+    (clip,) = clips.values()
+    left, top, right, bottom = clip["face_box"].T
+    side = right - left
+    np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
+    np.testing.assert_allclose(clip["body_box"].T, [left, bottom, right, top + 3 * side], atol=1e-4)
+    assert np.all(clip["body"][:, :3] < 40), "the picture is dark below the face"
+    mean = drawn_people.EMBED["input"]["mean"][0]
+    assert np.all(clip["face"][:, 0] + mean > clip["head"][:, 0] + 20)
+    assert np.all(clip["head"][:, 0] > clip["scene"][:, 0] + 20)
+    assert not {"scene_box", "head_quality"} & clip.keys()
+    for part in ("head", "body", "scene"):
+        np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
+
+
+def test_a_head_without_a_face_is_followed(tmp_path, models):
+    """A track of it has no face; and a face whose head is not found is a person as before."""
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, [*BOTH, ("Eve", 60, 10)]))
+    found, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
+    assert len(found.tracks) == 3
+    has = sorted((len(clip["face"]) > 0, len(clip["head"]) > 0) for clip in clips.values())
+    assert has == [(False, True), (True, False), (True, True)]
+
+
+def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
+    """Of two detected bodies each has its own person, and none is given to two."""
+    small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
+    large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
+    np.testing.assert_array_equal(figures._inside(small, large), [0, 1, -1])
+    add(models, "body_detector", **RED)
+    add(models, "body_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30), ("Eve", 60, 10)]))
+    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
+    assert sorted(len(clip["body"]) > 0 for clip in clips.values()) == [False, True]
+
+
+def test_a_body_that_nothing_finds_is_refused(models):
+    add(models, "body_embedder")
+    with pytest.raises(UserError, match=r'"around".*body_detector') as refused:
+        figures.load(cards.load(models), 640)
+    assert len(str(refused.value).splitlines()) <= 3
+    card = made_nets.write(models, "body_embedder", "body_embedder", around=[0, 1, 0, 2])
+    with pytest.raises(UserError, match=r"body_embedder.*around"):
+        cards.read(card)
+
+
+def test_a_photo_counts_faces_alone(tmp_path, models):
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    write_photo(tmp_path / "photo.png", *BOTH)
+    found, clips = extract(tmp_path / "photo.png", tmp_path / "out", models)
+    assert [track.clip for track in found.tracks] == ["photo"] and "face" in clips["photo"]
+
+
+def test_a_folder_keeps_to_its_nets(tmp_path, models):
+    write_photo(tmp_path / "photos" / "photo.png", ("Ada", 20, 30))
+    pipeline.extract([tmp_path / "photos"], tmp_path / "out", models)
+    add(models, "scene_embedder")
+    with pytest.raises(UserError, match="another scene_embedder"):
+        pipeline.extract([tmp_path / "photos"], tmp_path / "out", models)
+
+
+def test_a_shot_is_a_clip_of_its_main_figure(tmp_path, models):
+    """Alone; beside somebody as large, in too few frames, and too short: no clip."""
+    write_film(
+        tmp_path / "film.mkv",
+        (2, 20, [("Ada", 20, 30)]),
+        (2, 60, [("Bob", 10, 60), ("Eve", 90, 20)]),
+        (2, 35, []),
+        (0.6, 70, [("Eve", 80, 50)]),
+        (2, 25, [("Bob", 10, 20)]),
+    )
+    settings = folder.Settings(unit="shot")
+    found, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models, settings)
+    assert sorted(clips) == ["film.s000", "film.s004"]
+    assert [track.shot for track in found.tracks] == [0, 4]
+    assert all(len(clip["face"]) == track.seen for clip, track in zip(
+        (clips[track.clip] for track in found.tracks), found.tracks, strict=True))  # fmt: skip
+
+
+def test_the_main_figure_by_its_definition():
+    """Against the paper, section 3.2: alone, or three times larger; in more than 30 % of frames."""
+    from vidjax.extract.tracks import MainFigures
+
+    def boxes(*sides):
+        return np.array([[0, 0, side, 1] for side in sides], np.float32).reshape(-1, 4)
+
+    def seen(frames, fps=5):
+        shots = MainFigures()
+        for number, sides in enumerate(frames):
+            shots.update(
+                number / fps, boxes(*sides), np.ones(len(sides)), np.zeros((len(sides), 5, 2))
+            )
+        return [len(track.times) for track in shots.finish()]
+
+    assert seen([[3, 1]] * 10) == [10] and seen([[2.9, 1]] * 10) == []
+    assert seen([[1]] * 3 + [[]] * 7) == [] and seen([[1]] * 4 + [[]] * 6) == [4]
+    assert seen([[1]] * 5) == [] and seen([[1]] * 6) == [6]
+    assert seen([[1]] * 151) == [151] and seen([[1]] * 152) == []
+
+
+def test_who_has_no_face_is_no_one(tmp_path, models, capsys):
+    """A clip without a vector that the gallery knows has no name, and is in no group."""
+    from vidjax import main as main_lib
+
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    write_photo(tmp_path / "people" / "Ada" / "photo.png", ("Ada", 20, 30))
+    (tmp_path / "films").mkdir()
+    write_film(tmp_path / "films" / "film.mkv", (2, 20, [*BOTH, ("Eve", 60, 10)]))
+    words = ["who", tmp_path / "films", f"--people={tmp_path / 'people'}"]
+    words += [f"--models={models}", f"--out={tmp_path / 'out'}"]
+    code = main_lib.main([*map(str, words), "--json"])
+    assert code == 0, capsys.readouterr().err
+    rows = (tmp_path / "out" / "names.tsv").read_text().splitlines()
+    assert sorted(row.split("\t")[3] for row in rows[1:]) == ["Ada", "unknown 1"]
