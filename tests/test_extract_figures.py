@@ -163,4 +163,4 @@ def test_who_has_no_face_is_no_one(tmp_path, models, capsys):
     code = main_lib.main([*map(str, words), "--json"])
     assert code == 0, capsys.readouterr().err
     rows = (tmp_path / "out" / "names.tsv").read_text().splitlines()
-    assert sorted(row.split("\t")[3] for row in rows[1:]) == ["Ada", "unknown 1"]
+    assert sorted(row.split("\t")[3] for row in rows[1:]) == ["", "Ada", "unknown 1"]
