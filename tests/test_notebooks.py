@@ -120,10 +120,11 @@ def test_what_it_uses_of_vidjax_exists(name):
                 if isinstance(owner, types.ModuleType):
                     used.append(f"{owner.__name__}.{node.attr}")
                     assert hasattr(owner, node.attr), used[-1]
-    assert "vidjax.restore" in used
+    films = "who" in names  # which needs no run, and no config
+    assert films or "vidjax.restore" in used
     text = "\n".join(cell.source for cell in read(name).cells)
     paths = re.findall(r"configs/\w+\.py", text)
-    assert paths and all((ROOT / path).is_file() for path in paths)
+    assert (paths or films) and all((ROOT / path).is_file() for path in paths)
 
 
 @notebooks

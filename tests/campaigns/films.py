@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     faulthandler.enable()
     known = cards.load(drawn_people.write_models(args.folder / "models"))
     nets = figures.load(known, 640)
