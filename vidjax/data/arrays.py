@@ -164,6 +164,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
+EXTRACTED = ("extract.json", "videos")  # see `vidjax.extract.folder`
 NO_NPY = "\na clip is made by numpy.savez('CLIP.npz', face=array): an .npy file names no modality"
 
 
@@ -197,9 +198,11 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _npz_files(folder: Path) -> list[Path]:
-    """Returns the files of one split; its folder may hold nothing else."""
+    """Returns the files of one split; its folder may hold nothing else, but what extract writes."""
     with os.scandir(folder) as found:  # a split may have a hundred thousand clips
         entries = sorted((one for one in found if one.name[0] != "."), key=lambda one: one.name)
+    if any(entry.name == EXTRACTED[0] for entry in entries):
+        entries = [entry for entry in entries if entry.name not in EXTRACTED]
     for entry in entries:
         if not entry.name.endswith(".npz") or not entry.is_file():
             hint = NO_NPY if entry.name.endswith(".npy") else ""

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vidjax import config_io, messages, tables
 from vidjax.api import load_data, run_config
 from vidjax.data.untrusted.names import show
@@ -141,7 +143,7 @@ def _check(args: argparse.Namespace) -> None:
     for word in args.overrides:
         if not word.startswith("--config.data."):
             raise UserError(f"{word}: a gallery takes fields of config.data alone")
-    if "input" in given and bool(args.split) == bool(args.input):
+    if "split" in given and bool(args.split) == bool(args.input):
         lead = "takes one of two flags" if args.split else "needs clips"
         raise UserError(
             f"{args.command} {lead}: --input=PATH, a folder, .parquet table or .npz,\n"
@@ -261,8 +263,9 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
     """Returns the time just before embedding, in seconds, and the vectors of the flags' clips."""
     clips = _clips(args, gallery)
     began = time.monotonic()
-    with _progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
-        return began, gallery.embed(clips, args.split, advance=bar.advance)
+    split = getattr(args, "split", None)
+    with _progress("vectors", len(clips.split(split or "clips").clips)) as bar:
+        return began, gallery.embed(clips, split, advance=bar.advance)
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -332,8 +335,8 @@ def _films(args: argparse.Namespace) -> "list[Film]":
     films = folder.read_films(Path(args.input).expanduser()) if args.input else []
     if not films:
         raise UserError(
-            f"--out={args.out} tells times, which only features of vidjax extract have\n"
-            "write a table of clips instead: --out=answers.tsv"
+            f"--out={args.out}: {args.command} needs times, which only features of vidjax extract "
+            "have\nidentify writes a table of clips instead: --out=answers.tsv"
         )
     return films
 
@@ -367,6 +370,43 @@ def _identify(args: argparse.Namespace) -> Result:
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in found.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
+
+
+def _label(args: argparse.Namespace) -> Result:
+    from vidjax.gallery import clothes
+
+    out = Path(args.out).expanduser()
+    tables.check_new(out, (".csv",))
+    doubts = out.with_name(f"{out.stem}_doubts.tsv")
+    tables.check_new(doubts, (".tsv",))
+    films, features = _films(args), Path(args.input).expanduser()
+    gallery = _opened(args)
+    if not gallery.origin.cards:
+        raise UserError("label needs a gallery of models: vidjax gallery create G --models=DIR")
+    groups = clothes.group(features, Path(args.models or gallery.origin.workdir), films)
+    _, vectors = _embed(args, gallery)
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)
+    answers = gallery.answers(list(vectors.parts.values()), rule=rule)
+    named = {n: x.identity for n, x in zip(vectors.names, answers, strict=True)}
+    blank = ~np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0)
+    faceless = np.array(vectors.names, object)[blank].tolist()
+    found = clothes.label(named, groups, films, faceless)
+    columns = {"clip": "string", "identity": "string"}
+    tables.write(out, columns, sorted(found.identities.items()), ())
+    rows = [(clip, found.identities[clip], why) for clip, why in sorted(found.doubts.items())]
+    tables.write(doubts, columns | {"doubt": "string"}, rows, ())
+    by_clothes = f"{len(found.inherited):,} by clothes" if groups else "no bodies among features"
+    told = {
+        "clips": f"{len(named):,}",
+        "labelled": f"{len(found.identities):,}, {by_clothes}",
+        "labels": str(out),
+        "doubts": f"{len(rows):,}: {doubts}",
+    }
+    content = {
+        "labels": str(out), "clips": len(named), "labelled": len(found.identities),
+        "by_clothes": len(found.inherited), "doubts": str(doubts), "doubted": len(rows),
+    }  # fmt: skip
+    return Result(content, told)
 
 
 def _rank(args: argparse.Namespace) -> Result:
@@ -486,6 +526,11 @@ COMMANDS: Mapping[str, Command] = {
         "groups clips of people who are not enrolled, to be named",
         _flags(*CLIPS, "out", "config", needs=("out",)), _group,
         ("G --input=features --out=groups.tsv",),
+    ),
+    "label": Command(
+        "writes labels.csv for training: by faces, and by clothes where a face does not tell",
+        _flags("input", "models", *RULE, "out", needs=("input", "out")), _label,
+        ("G --input=features --out=features/labels.csv",),
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
