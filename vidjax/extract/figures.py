@@ -12,17 +12,19 @@ import numpy as np
 
 from vidjax.errors import UserError
 from vidjax.extract import align
-from vidjax.extract.cards import Card, Role
+from vidjax.extract.cards import VOICES, Card, Role
 from vidjax.extract.models import Detector, Embedder, resize
+from vidjax.extract.voices import Listener
 
 PARTS = ("face", "head", "body", "scene")
 
 
 class Nets(NamedTuple):
-    """Part -> the net that finds it, and the one that makes vectors of it."""
+    """Part -> the net that finds it, and the one that makes vectors of it; and those of voices."""
 
     detect: dict[str, Detector]
     embed: dict[str, Embedder]
+    listen: Listener | None = None
 
 
 class Figures(NamedTuple):
@@ -63,7 +65,7 @@ def load(cards: Mapping[Role, Card], size: int) -> Nets:
                 f'give it "around": [LEFT, TOP, RIGHT, BOTTOM] in sides of a face, '
                 f"or add a {part}_detector"
             )
-    return Nets(detect, embed)
+    return Nets(detect, embed, Listener(cards) if cards.keys() >= {*VOICES} else None)
 
 
 def find(nets: Nets, rgb: np.ndarray) -> Figures:

@@ -1,8 +1,11 @@
-"""The people of one video or photo: found, followed within a shot, cut out and made vectors."""
+"""The people of one video or photo: found, followed within a shot, cut out and made vectors.
+
+A voice goes with the one track that is seen alone meanwhile. It may be of somebody off screen.
+"""
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +17,7 @@ from vidjax.extract.figures import Figures, Nets
 from vidjax.extract.models import Embedder
 from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker
+from vidjax.extract.voices import RATE, alone, listen
 
 
 class Sighting(NamedTuple):
@@ -73,14 +77,45 @@ class Clips:
             seen = [one for one in best if part in one.crops]
             # Without a face a clip tells so: a gallery of faces refuses clips of other modalities.
             arrays |= _arrays(part, seen, embed) if seen else {part: embed.nothing}
-        with files.atomic_file(self._out / f"{name}.npz") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        self._write(name, arrays)
         times = track.times
         self.tracks.append(
             folder.Track(
                 clip=name, shot=track.shot, start_s=times[0], end_s=times[-1], seen=len(times)
             )
         )
+
+    def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        with files.atomic_file(self._out / f"{name}.npz") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+    def hear(self, sound: Iterable[tuple[float, np.ndarray]]) -> int:
+        """Adds voices to the clips whose face is seen alone; returns how many have one.
+
+        The best windows of a clip are kept; `audio_number` is the millisecond of their begin.
+        """
+        assert self._nets.listen
+        heard: set[str] = set()
+        for span, samples in listen(sound, alone(self.tracks)):
+            voice = self._nets.listen(samples)
+            if not len(voice.begin):
+                continue
+            milliseconds = (span.start_s + voice.begin / RATE) * 1000
+            new = {
+                "audio": voice.vectors,
+                "audio_quality": voice.quality,
+                "audio_number": np.minimum(milliseconds, np.iinfo(np.int32).max).astype(np.int32),
+            }
+            with np.load(self._out / f"{span.clip}.npz") as file:
+                arrays = {field: file[field] for field in file}
+            if span.clip in heard:
+                new = {field: np.concatenate([arrays[field], x]) for field, x in new.items()}
+            best = np.sort(
+                np.argsort(-new["audio_quality"], kind="stable")[: self._settings.most_frames]
+            )
+            self._write(span.clip, arrays | {field: x[best] for field, x in new.items()})
+            heard.add(span.clip)
+        return len(heard)
 
     def forget(self, live: set[int]) -> None:
         """Drops the people of tracks that ended too short to be clips."""
@@ -92,8 +127,8 @@ def extract(
 ) -> folder.Film:
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
-    A photo has a clip for each face. Memory does not grow with the length of the video, but for the
-    list of its tracks.
+    A photo has a clip for each face, and no voice. Memory does not grow with the length of the
+    video, but for the list of its tracks.
     """
     name = folder.video_name(path, stem)
     with decode.open_video(path) as video:
@@ -114,7 +149,13 @@ def extract(
             clips.end(track)
         found = video.found
         shots = [(shot.start_s, shot.end_s) for shot in cuts.shots(found.seconds)]
-        return _film(name, sha256, clips, found, shots, photo=False)
+    film = _film(name, sha256, clips, found, shots, photo=False)
+    if nets.listen and video.info.sound and settings.unit == "track":
+        with decode.open_video(path) as video:
+            film.voices = clips.hear(video.sound(RATE))
+            lost = video.found
+            film.lost_sound = lost.corrupt + lost.refused + lost.damaged
+    return film
 
 
 def _arrays(part: str, seen: list[Sighting], embed: Embedder) -> dict[str, np.ndarray]:

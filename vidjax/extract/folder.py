@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from vidjax import files
 from vidjax.data.untrusted.names import check_name
 from vidjax.errors import UserError
+from vidjax.extract.cards import PARTS
 from vidjax.run import formats
 from vidjax.run.formats import Count, Sha256, Size, Text
 
@@ -75,7 +76,8 @@ class Film(Struct, kw_only=True):
     """`videos/STEM.json`: a video or a photo.
 
     `shots` are seconds of begin and end. `corrupt`, `refused` and `repaired` count frames, packets
-    and time stamps, and `damaged` tells if it ended early; see `decode.Found`.
+    and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `voices` are the
+    tracks with a voice, and `lost_sound` counts frames and packets of sound that were not decoded.
     """
 
     format: Literal[1] = 1
@@ -90,6 +92,8 @@ class Film(Struct, kw_only=True):
     refused: Count = 0
     repaired: Count = 0
     damaged: bool = False
+    voices: Count = 0
+    lost_sound: Count = 0
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
@@ -151,7 +155,7 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
     folder = path if path.is_dir() else path.parent
     found = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
     for part, digest in cards.items():
-        other = found and found.models.get(f"{part}_embedder")
+        other = found and found.models.get(PARTS.get(part, part))
         if other and other != digest:
             raise UserError(
                 f"{path}: its {part} vectors are of another model than the gallery's\n"

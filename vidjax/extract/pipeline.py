@@ -15,7 +15,7 @@ from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
 from vidjax.extract import child, folder
 
-ROLES = ("face_detector", "face_embedder")
+ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # What a killed call leaves in the folder, and in that of the videos.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial|\.write-test-[0-9a-f]{8}")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file would fail, too
@@ -44,7 +44,7 @@ def extract(
     alone: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Extracts the faces of videos and photos into the folder `out`, see `folder`.
+    """Extracts the faces of videos and photos into the folder `out`, see `folder`; voices, too.
 
     A file that cannot be read costs its own outcome alone. A cut-off call goes on where it was: a
     video counts as done if its bytes, the nets and the settings are the same.
@@ -52,7 +52,7 @@ def extract(
     Args:
       paths: the videos and photos; folders stand for the files in them.
       out: the folder; it is made, and readable by its owner alone.
-      models: the folder of nets with cards.
+      models: the folder of nets with cards; voices need the two of `cards.VOICES`.
       settings: None for those of the folder, or else the defaults.
       workers: processes at once.
       alone: removes from the folder the features of all other files.
@@ -63,9 +63,10 @@ def extract(
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
-    for role in ROLES:
+    voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
+    for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    digests = {role: card.digest for role, card in known.items() if not role.startswith("voice_")}
+    digests: dict[str, str] = {role: card.digest for role, card in known.items()}
     listed = list_files(paths)
     check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -3,19 +3,29 @@
 Voices of two people who speak at once, or over music, are not told apart.
 """
 
+import collections
 import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from vidjax.errors import ArgumentError
 from vidjax.extract import models
-from vidjax.extract.cards import Card
+from vidjax.extract.cards import Card, Role
+
+if TYPE_CHECKING:
+    from vidjax.extract.folder import Track
 
 RATE = 16_000  # samples a second
 STEP = 512  # samples, 32 ms, of one probability of speech
 CONTEXT = 64  # samples before these, which the net hears again
 WINDOW = 25_600  # samples, 1.6 s, of one vector
 FRAME, HOP, BANDS = 400, 160, 40  # samples of a frame, and between two; mel bands
+WINDOW_STEP = WINDOW // 2  # samples between the begins of two windows
+SPEECH, LEAST_STEPS = 0.5, 25  # probability of speech, in so many steps (0.8 s) of a window
+PIECE_WINDOWS = 74  # that are heard at once, 60 s
 LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square that fainter windows are raised to
 
 
@@ -57,6 +67,92 @@ class VoiceEmbedder:
                 self.session, self.card, inputs, len(block)
             )
         return vectors
+
+
+class Span(NamedTuple):
+    """A piece of a film, in seconds, in which the face of one clip alone is seen."""
+
+    clip: str
+    start_s: float
+    end_s: float
+
+
+class Voice(NamedTuple):
+    """Windows of speech: `begin` [n] int, in samples; `vectors` [n, D]; `quality` [n], see below.
+
+    The quality is the part of the window in which somebody speaks, 0.5 to 1.
+    """
+
+    begin: np.ndarray
+    vectors: np.ndarray
+    quality: np.ndarray
+
+
+class Listener:
+    """Finds speech, and makes vectors of it."""
+
+    def __init__(self, cards: Mapping[Role, Card]):
+        self._hears = VoiceActivity(cards["voice_activity"])
+        self._embeds = VoiceEmbedder(cards["voice_embedder"])
+
+    def __call__(self, samples: np.ndarray) -> Voice:
+        """Returns the windows of samples [N], N >= WINDOW, that have enough speech."""
+        speech = self._hears(samples) > SPEECH
+        begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
+        steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
+        begin, steps = begin[steps >= LEAST_STEPS], steps[steps >= LEAST_STEPS]
+        windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[begin]
+        quality = (steps * STEP / WINDOW).astype(np.float32)
+        return Voice(begin, self._embeds(np.ascontiguousarray(windows)), quality)
+
+
+def alone(tracks: "Iterable[Track]") -> Iterator[Span]:
+    """Yields when exactly one face is seen, in order of time, in pieces of PIECE_WINDOWS.
+
+    A face counts as seen from its first sighting to its last.
+    """
+    tracks = list(tracks)
+    ends = [(seconds, n) for n, one in enumerate(tracks) for seconds in (one.start_s, one.end_s)]
+    seen: set[int] = set()
+    window, step = WINDOW / RATE, WINDOW_STEP / RATE
+    for (begin, number), (end, _) in itertools.pairwise(sorted(ends)):
+        seen ^= {number}
+        if len(seen) == 1:
+            (only,) = seen
+            count = int((end - begin - window) / step + 1e-6) + 1 if end - begin >= window else 0
+            for first in range(0, count, PIECE_WINDOWS):
+                last = min(first + PIECE_WINDOWS, count) - 1
+                piece = begin + first * step, begin + last * step + window
+                yield Span(tracks[only].clip, *piece)
+
+
+def listen(
+    sound: Iterable[tuple[float, np.ndarray]], spans: Iterable[Span]
+) -> Iterator[tuple[Span, np.ndarray]]:
+    """Yields the samples of each span, zeros where no sound is; spans without any are left out.
+
+    `sound` are (seconds, samples) in order of time, with gaps; two spans are in memory at most.
+    """
+    waiting, heard = collections.deque(spans), collections.deque[tuple[Span, int, np.ndarray]]()
+    for seconds, samples in sound:
+        first = round(seconds * RATE)
+        last = first + len(samples)
+        while waiting and waiting[0].start_s * RATE < last:
+            span = waiting.popleft()
+            count = round((span.end_s - span.start_s) * RATE)
+            if (begin := round(span.start_s * RATE)) + count > first:
+                heard.append((span, begin, np.zeros(count, np.float32)))
+        for _, begin, found in heard:
+            low, high = max(first, begin), min(last, begin + len(found))
+            if low < high:
+                found[low - begin : high - begin] = samples[low - first : high - first]
+        while heard and heard[0][1] + len(heard[0][2]) <= last:
+            span, _, found = heard.popleft()
+            yield span, found
+        if not waiting and not heard:
+            return
+    for span, _, found in heard:
+        yield span, found
 
 
 def _check(samples: np.ndarray, axes: int) -> None:

@@ -34,12 +34,14 @@ class Answer(NamedTuple):
       probability: probability of the best identity; 0 for a clip without a usable frame.
       score: logarithm of the probability; it still differs where probabilities round to 1.
       best: the most probable identities with their probabilities, best first.
+      evidence: the parts, as face and audio, in which the clip was compared with that person.
     """
 
     identity: str | None
     probability: float
     score: float
     best: tuple[tuple[str, float], ...]
+    evidence: tuple[str, ...] = ()
 
 
 Answers = Mapping[str, Answer]  # clip -> answer

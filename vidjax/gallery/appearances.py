@@ -18,7 +18,7 @@ FORMATS = (".vtt", ".rttm")
 NOBODY = Answer(None, 0.0, float("-inf"), ())  # where nobody is enrolled
 COLUMNS = {
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
-    "probability": "float64", "clips": "string",
+    "probability": "float64", "clips": "string", "evidence": "string",
 }  # fmt: skip
 
 
@@ -26,7 +26,7 @@ class Appearance(NamedTuple):
     """A person in a video, from `start_s` to `end_s`, by the tracks `clips`.
 
     `probability` is the highest of the tracks'; None for an unknown person, whose `identity` is
-    the name of a group, or None.
+    the name of a group, or None. `evidence` are the parts by which a known one was found.
     """
 
     video: str
@@ -35,6 +35,7 @@ class Appearance(NamedTuple):
     identity: str | None
     probability: float | None
     clips: tuple[str, ...]
+    evidence: tuple[str, ...] = ()
 
 
 def find(
@@ -59,7 +60,9 @@ def find(
         for (known, name), tracks in by_name.items():
             for run in _joined(tracks):
                 best = max(answers[track.clip].probability for track in run)
-                found.append(_appearance(film, name, best if known else None, run))
+                one = _appearance(film, name, best if known else None, run)
+                parts = dict.fromkeys(p for track in run for p in answers[track.clip].evidence)
+                found.append(one._replace(evidence=tuple(parts)))
     return sorted(found, key=lambda one: (one.video, one.start_s, one.identity or ""))
 
 
@@ -97,14 +100,14 @@ def write(path: Path, found: Sequence[Appearance]) -> None:
 
 def as_json(one: Appearance) -> dict[str, object]:
     """Returns an appearance as plain values for JSON."""
-    values = one._asdict() | {"clips": list(one.clips)}
+    values = one._asdict() | {"clips": list(one.clips), "evidence": list(one.evidence)}
     return {name.removesuffix("_s"): value for name, value in values.items()}
 
 
 def _row(one: Appearance) -> tuple[object, ...]:
     return (
         one.video, round(one.start_s, 3), round(one.end_s, 3), one.identity, one.probability,
-        " ".join(one.clips),
+        " ".join(one.clips), " ".join(one.evidence),
     )  # fmt: skip
 
 

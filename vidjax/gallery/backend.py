@@ -36,6 +36,8 @@ MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
 MANY_BLOCKS = 48  # from which on threads are worth starting
+# One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
+MOST_OF_VOICE = np.log(9)
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
 
 
@@ -57,6 +59,11 @@ class Part(NamedTuple):
     space: Space
     scale: float = 1.0
     by_distance: bool = False
+
+    @property
+    def hearsay(self) -> bool:
+        """True for voices that cards compare: that of a clip may be of somebody off screen."""
+        return self.by_distance and self.name == "audio"
 
     def coefficients(self, count: np.ndarray, sums: np.ndarray) -> two_covariance.Enrolled:
         """Returns the classes with `count` [K] clips and coordinates of sum `sums` [K, D]."""
@@ -360,9 +367,18 @@ class Index:
         for n in present:
             squares = np.vecdot(curves[n], clip[n] * clip[n])
             ratio = ratios[n] + self._constant[n] + squares[kind[n]]
-            scale = settings.scale * self.backend.parts[n].scale
-            logits[1:] += np.where(kind[n] > 0, scale * ratio, settings.unenrolled)
+            part = self.backend.parts[n]
+            ratio = settings.scale * part.scale * ratio
+            if part.hearsay and len(present) > 1:
+                ratio = np.clip(ratio, -MOST_OF_VOICE, MOST_OF_VOICE)
+            logits[1:] += np.where(kind[n] > 0, ratio, settings.unenrolled)
         return log_softmax(logits)
+
+    def compared(self, name: str, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
+        """Returns the parts that a person and a clip, M vectors [D], have both."""
+        counts = self.counts[:, self.names.index(name)]
+        both = zip(self.backend.parts, counts, clip, strict=True)
+        return tuple(part.name for part, count, x in both if count and x.any())
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:
         """Returns the k >= 1 most probable identities as (name, log p), best first, ties by name.

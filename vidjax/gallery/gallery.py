@@ -648,12 +648,13 @@ class Gallery:
         self._anybody()
         rule = self.rule() if rule is None else rule
         index = self.index
-        for logs in index.search(parts):
+        for row, logs in enumerate(index.search(parts)):
             best = index.best(logs, k)
             score = best[0][1] if best else -np.inf
             identity = best[0][0] if best and rule.names(score, logs[0]) else None
             shown = tuple((name, float(np.exp(log))) for name, log in best)
-            yield Answer(identity, float(np.exp(score)), score, shown)
+            compared = index.compared(identity, [x[row] for x in parts]) if identity else ()
+            yield Answer(identity, float(np.exp(score)), score, shown, compared)
 
     def rank(
         self,
