@@ -101,6 +101,18 @@ def voice_activity():
     return model(nodes, {}, ["T"], ["output", "stateN"], more)
 
 
+def loudness():
+    """Returns a net like Silero's that answers five times the mean size of its samples."""
+    nodes = [
+        helper.make_node("Abs", ["x"], ["size"]),
+        helper.make_node("ReduceMean", ["size"], ["mean"], axes=[1], keepdims=1),
+        helper.make_node("Mul", ["mean", "gain"], ["output"]),
+        helper.make_node("Identity", ["state"], ["stateN"]),
+    ]
+    more = {"state": (TensorProto.FLOAT, [2, "B", 128]), "sr": (TensorProto.INT64, [])}
+    return model(nodes, {"gain": np.array([5], np.float32)}, ["T"], ["output", "stateN"], more)
+
+
 def model(nodes, weights, shape, outputs, more=None):
     def value(name, dims, kind=TensorProto.FLOAT):
         return helper.make_tensor_value_info(name, kind, dims)
