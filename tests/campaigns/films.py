@@ -32,6 +32,10 @@ def originals(place: Path) -> dict[str, bytes]:
     for name, codec in {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4"}.items():
         drawn_people.write_film(place / name, (1, 20, faces), (1, 60, faces[:1]), codec=codec)
         found[name] = (place / name).read_bytes()
+    for name in ("sound.mkv", "sound.mp4"):
+        shot, sound = (3, 20, faces[:1]), drawn_people.tone(440, 3)
+        drawn_people.write_film(place / name, shot, codec="libx264", sound=sound)
+        found[name] = (place / name).read_bytes()
     for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
         found[name] = films.photo(drawn_people.picture(faces), codec, orientation=6)
     return found
@@ -43,7 +47,8 @@ def trial(path: Path, nets: figures.Nets) -> tuple[str, str]:
     wrong = ""
     try:
         found = film.extract(path, path.parent, "x", nets, folder.Settings(), "0" * 64)
-        became = "damaged" if found.damaged or found.corrupt or found.refused else "whole"
+        lost = found.corrupt or found.refused or found.lost_sound
+        became = "damaged" if found.damaged or lost else "whole"
     except MemoryError:  # a size that a mutation made: the child would tell
         became = "refused"
     except UserError as error:
@@ -66,8 +71,8 @@ def main() -> int:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     faulthandler.enable()
-    known = cards.load(drawn_people.write_models(args.folder / "models"))
-    nets = figures.load(known, 640)
+    models = drawn_people.write_voices(drawn_people.write_models(args.folder / "models"))
+    nets = figures.load(cards.load(models), 640)
     counts: dict[str, Counter[str]] = {}
     failed = 0
     for name, content in originals(args.folder).items():
