@@ -31,6 +31,7 @@ def extract(path, models, out=None):
     """Returns clip -> its arrays, and what is told of the film."""
     out = out or path.with_suffix("")
     (outcome,) = pipeline.extract([path], out, models)
+    assert outcome.film
     clips = {file.stem: dict(np.load(file)) for file in sorted(out.glob("*.npz"))}
     return clips, outcome.film
 
@@ -223,8 +224,8 @@ def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, mod
         "hoarse": speak(tmp_path / "hoarse", models, name="Ada", hertz=3000),
         "dubbed": speak(tmp_path / "dubbed", models, name="Bob", hertz=440),
     }
-    clips = {name: modalities(path) for name, path in asked.items()}
-    clips["mute"] = {"face": clips["both"]["face"], "audio": None}
+    heard = {name: modalities(path) for name, path in asked.items()}
+    clips = {**heard, "mute": {"face": heard["both"]["face"], "audio": None}}
     answers = Gallery(g).identify(clips)
     assert [answers[name].identity for name in ("both", "mute", "dubbed")] == ["Ada", "Ada", None]
     assert answers["both"].evidence == ("face", "audio") and answers["mute"].evidence == ("face",)

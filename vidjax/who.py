@@ -3,7 +3,8 @@
     OUT/people/NAME/   features of the photos of a person
     OUT/features/      features of the videos
     OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
-    OUT/names.tsv      video, begin, end, person, probability, clips; OUT/names.html shows it
+    OUT/names.tsv      video, begin, end, person, probability, clips, evidence
+    OUT/names.html     shows it
     OUT/subtitles/     a .vtt for each video
 
 Everything but features and the gallery is written anew by each call. People and photos that

@@ -36,7 +36,7 @@ def write_photo(path, *faces, size=(96, 128)):
     path.write_bytes(b"".join(map(bytes, [*context.encode(frame), *context.encode(None)])))
 
 
-def write_film(path, *shots, fps=10, codec=None, sound=None, start_s=0, broken=0):
+def write_film(path, *shots, fps=10, codec=None, sound=None, start_s=0.0, broken=0.0):
     """Writes a film, .mkv without loss; each shot is (seconds, brightness, faces).
 
     `sound` are samples of 16 kHz from `start_s` on; `broken` is the part of its packets, from the
