@@ -415,6 +415,7 @@ def test_speakers_are_named_and_the_card_tells_their_cosines(voice_nets):
     assert found["by_card"]["right"] >= 0.8
     assert found["by_card"]["strangers"] <= 0.01 and found["by_card"]["wrong"] == 0
     back_end = cards.load(voice_nets)["voice_embedder"].back_end
+    assert back_end
     told = {"same": back_end.same, "different": back_end.different}
     for number, (name, (mean, deviation, count)) in enumerate(found["cosines"].items()):
         np.testing.assert_allclose((mean, deviation), told[name], atol=0.001)

@@ -73,7 +73,8 @@ def test_without_nets_of_voices_nothing_changes(tmp_path, models):
     assert {*two} - {*one} == {"audio", "audio_quality", "audio_number"}
     for field, array in one.items():
         np.testing.assert_array_equal(array, two[field])
-    assert {*folder.read_extraction(tmp_path / "faces").models} == {*pipeline.ROLES}
+    told = folder.read_extraction(tmp_path / "faces")
+    assert told and {*told.models} == {*pipeline.ROLES}
 
 
 def test_a_film_without_sound_and_a_photo_have_no_voice(tmp_path, models):
@@ -110,6 +111,13 @@ def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, capsys):
     assert len(clips) == 2 and film.voices == 0 and film.lost_sound > 20
 
 
+def test_a_main_figure_beside_whom_others_are_seen_has_no_voice(tmp_path, models):
+    path, settings = tmp_path / "film.mkv", folder.Settings(unit="shot")
+    write_film(path, (4, 20, [ADA]), sound=tone(440, 4))
+    (outcome,) = pipeline.extract([path], tmp_path / "out", models, settings)
+    assert outcome.film and len(outcome.film.tracks) == 1 and outcome.film.voices == 0
+
+
 def test_one_and_two_processes_write_the_same_voices(tmp_path, models):
     paths = [tmp_path / "a.mkv", tmp_path / "b.mkv"]
     for path, hertz in zip(paths, (440, 3000), strict=True):
@@ -123,8 +131,8 @@ def test_one_and_two_processes_write_the_same_voices(tmp_path, models):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("another", "of another voice_embedder"), ("none", "need the voice_activity"),
-     ("first", "without a voice_activity"), ("half", "no net for the role voice_activity")],
+    [("another", "another voice_embedder"), ("none", "another voice_activity"),
+     ("first", "another voice_activity"), ("half", "no net for the role voice_activity")],
 )  # fmt: skip
 def test_a_folder_has_one_kind_of_voices(tmp_path, models, change, message):
     path = tmp_path / "film.mkv"

@@ -110,9 +110,8 @@ class Clips:
                 arrays = {field: file[field] for field in file}
             if span.clip in heard:
                 new = {field: np.concatenate([arrays[field], x]) for field, x in new.items()}
-            best = np.sort(
-                np.argsort(-new["audio_quality"], kind="stable")[: self._settings.most_frames]
-            )
+            order = np.argsort(-new["audio_quality"], kind="stable")
+            best = np.sort(order[: self._settings.most_frames])
             self._write(span.clip, arrays | {field: x[best] for field, x in new.items()})
             heard.add(span.clip)
         return len(heard)
@@ -127,7 +126,8 @@ def extract(
 ) -> folder.Film:
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
-    A photo has a clip for each face, and no voice. Memory does not grow with the length of the
+    A photo has a clip for each face, and no voice; nor has a clip of a shot with one main figure,
+    beside which others may be seen. Memory does not grow with the length of the
     video, but for the list of its tracks.
     """
     name = folder.video_name(path, stem)
