@@ -250,6 +250,18 @@ def test_sound_is_placed_by_its_time_stamps(tmp_path: Path, rate: int) -> None:
     np.testing.assert_allclose(heard[14_000:20_000], wanted, atol=0.1)
 
 
+def test_sound_ends_where_its_time_stamps_go_back(tmp_path: Path) -> None:
+    """Of two films, one after the other, the second one's sound belongs to unknown frames."""
+    samples = np.sin(np.arange(48_000) / 5) * 0.5
+    films.write_sound(tmp_path / "a.ts", samples, pictures=[films.scene(0)] * 75)
+    (tmp_path / "two.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    for name, damaged in (("a.ts", False), ("two.ts", True)):
+        with decode.open_video(tmp_path / name) as video:
+            ends = [time_s + len(block) / 16_000 for time_s, block in video.sound()]
+            assert ends == sorted(ends) and 2.9 < ends[-1] < 3.3
+            assert video.found.damaged == damaged
+
+
 def test_a_film_without_sound_has_none(film: Path) -> None:
     with decode.open_video(film) as video:
         assert not video.info.sound and list(video.sound()) == []
