@@ -374,9 +374,13 @@ class Index:
             logits[1:] += np.where(kind[n] > 0, ratio, settings.unenrolled)
         return log_softmax(logits)
 
-    def compared(self, name: str, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
-        """Returns the parts that a person and a clip, M vectors [D], have both."""
-        counts = self.counts[:, self.names.index(name)]
+    def compared(self, name: str, logs: np.ndarray, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
+        """Returns the parts that the most probable person and a clip, M vectors [D], have both.
+
+        `logs` [1 + N] are the clip's log probabilities, of which the best of all people is `name`'s.
+        """
+        rows = np.flatnonzero(logs[1:] == logs[1:].max()).tolist()
+        counts = self.counts[:, next(row for row in rows if self.names[row] == name)]
         both = zip(self.backend.parts, counts, clip, strict=True)
         return tuple(part.name for part, count, x in both if count and x.any())
 

@@ -653,7 +653,8 @@ class Gallery:
             score = best[0][1] if best else -np.inf
             identity = best[0][0] if best and rule.names(score, logs[0]) else None
             shown = tuple((name, float(np.exp(log))) for name, log in best)
-            compared = index.compared(identity, [x[row] for x in parts]) if identity else ()
+            clip = [x[row] for x in parts]
+            compared = index.compared(identity, logs, clip) if identity else ()
             yield Answer(identity, float(np.exp(score)), score, shown, compared)
 
     def rank(
