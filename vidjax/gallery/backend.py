@@ -377,7 +377,7 @@ class Index:
     def compared(self, name: str, logs: np.ndarray, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
         """Returns the parts that the most probable person and a clip, M vectors [D], have both.
 
-        `logs` [1 + N] are the clip's log probabilities, of which the best of all people is `name`'s.
+        `logs` [1 + N] are the clip's log probabilities; the best of all people is that of `name`.
         """
         rows = np.flatnonzero(logs[1:] == logs[1:].max()).tolist()
         counts = self.counts[:, next(row for row in rows if self.names[row] == name)]
