@@ -32,10 +32,10 @@ def originals(place: Path) -> dict[str, bytes]:
     for name, codec in {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4"}.items():
         drawn_people.write_film(place / name, (1, 20, faces), (1, 60, faces[:1]), codec=codec)
         found[name] = (place / name).read_bytes()
-    for name in ("sound.mkv", "sound.mp4"):
-        shot, sound = (3, 20, faces[:1]), drawn_people.tone(440, 3)
-        drawn_people.write_film(place / name, shot, codec="libx264", sound=sound)
-        found[name] = (place / name).read_bytes()
+    spoken = place / "sound.mp4"
+    shot, sound = (3, 20, faces[:1]), drawn_people.tone(440, 3)
+    drawn_people.write_film(spoken, shot, codec="libx264", sound=sound)
+    found[spoken.name] = spoken.read_bytes()
     for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
         found[name] = films.photo(drawn_people.picture(faces), codec, orientation=6)
     return found
