@@ -224,6 +224,14 @@ def test_rename_and_relabel(say, folder, tmp_path):
     assert "one person of two" in said and "--merge" in said
     say("rename", folder, "--identity=Grace", "--to=Ada", "--merge")
     assert json.loads(say("list", folder, "--json"))["identities"]["Ada"] == 2
+    strangers = json.loads(say("list", folder, "--json"))["strangers"]
+    said = say("relabel", folder, "--clip=Ada 1", "--strangers")
+    assert "Ada 1 showed Ada; it shows a stranger" in said
+    assert f"strangers   {strangers + 1}\n" in said
+    listed = json.loads(say("list", folder, "--clips", "--json"))
+    assert listed["clips"]["Ada"] == ["Ada 0"]
+    said = say("relabel", folder, "--clip=Ada 1", "--strangers", code=2)
+    assert "shows a stranger already" in said
 
 
 def test_progress_is_shown(folder, nearest_run, tmp_path):
@@ -323,7 +331,9 @@ MISTAKES = {
     "remove G p1": "did you mean --identity=p1 or --clip=p1?",
     "add G": "choose from create, enrol",
     "rename G --identity=1": "rename needs --to=NAME",
-    "relabel G --clip=x": "relabel needs --identity=NAME",
+    "relabel G --clip=x": "relabel needs one of --identity=NAME and --strangers",
+    "relabel G --clip=x --identity=a --strangers": "one of --identity=NAME and --strangers",
+    "relabel G --strangers": "relabel needs --clip=NAME",
     "rnak G": "did you mean 'rank'?",
     "remote G": "remove deletes a person, or a clip, and cannot be undone",
     "identify G --split=val --config.model.name=x": "fields of config.data alone",

@@ -110,7 +110,9 @@ def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_p
     relabel(["stranger 1"], "Ada")
     assert people.rename("person 1", "person 2", merge=True) > 0
     relabel([c for c, clip in CLIPS.items() if clip.identity == "person 1"], "person 2")
-    assert people.version == 5
+    assert people.relabel("clip 90", None) == "person 9"
+    relabel(["clip 90"], None)
+    assert people.version == 6
     at_once = made_galleries.make(tmp_path / "once", wanted)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(tmp_path / "once")
     for opened in (people, Gallery(tmp_path / "g")):
@@ -128,6 +130,19 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
     refused(lambda: gallery.relabel("clip 30", "person 3"), "shows 'person 3' already")
     refused(lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'")
     assert made_galleries.contents(gallery.folder) == before and gallery.version == 1
+
+
+def test_a_fitted_clip_stays_one_as_a_stranger(gallery):
+    """Its back end must be fitted anew when the clip goes, whoever the clip shows by then."""
+    gallery.refit()
+    gallery.relabel("clip 30", None)
+    assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
+    clip = CLIPS["clip 30"]._replace(identity="Ada")
+    other = clip._replace(vector=-clip.vector)
+    refused(lambda: gallery.add({"clip 30": other}), "another vector")
+    assert gallery.add({"clip 30": clip}) == 1
+    gallery.remove(identity="Ada", refit=False)
+    assert gallery.still_held == 1
 
 
 def test_nobody_else_may_read_it(gallery):

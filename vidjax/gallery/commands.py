@@ -155,6 +155,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
+    if args.command == "relabel" and bool(args.identity) == args.strangers:
+        raise UserError("relabel needs one of --identity=NAME and --strangers: whom it shows")
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
         raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
@@ -452,12 +454,12 @@ def _rename(args: argparse.Namespace) -> Result:
 
 
 def _relabel(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
-    new = args.identity not in gallery.identities
-    before = gallery.relabel(args.clip, args.identity)
+    gallery, identity = _opened(args), args.identity or None
+    new = identity is not None and identity not in gallery.identities
+    before = gallery.relabel(args.clip, identity)
     gone = before is not None and before not in gallery.identities
-    told = f"{args.clip} showed {'a stranger' if before is None else before}"
-    told += f"{', of whom no clip is left' * gone}; it shows {args.identity}{', who is new' * new}"
+    told = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
+    told += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
     return _counts(gallery, {"relabelled": told}, {"clip": args.clip, "before": before})
 
 
@@ -548,8 +550,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "relabel": Command(
         "says that a clip shows somebody else",
-        _flags("clip", "identity", needs=("clip", "identity")), _relabel,
-        ("G --clip=NAME --identity=Ada",),
+        _flags(
+            "clip", "identity", "strangers", needs=("clip",),
+            strangers=(None, "instead: it shows nobody of the gallery"),
+        ),
+        _relabel, ("G --clip=NAME --identity=Ada", "G --clip=NAME --strangers"),
     ),
     "remove": Command(
         "deletes a person, or a clip, and cannot be undone",

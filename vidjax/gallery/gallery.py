@@ -444,7 +444,11 @@ class Gallery:
         for name, clip in clips.items():
             _check_clip(name, clip, sum(self.backend.widths.values()))
         with self._changing() as state:
-            new = {name: clip for name, clip in clips.items() if _is_new(state, name, clip)}
+            new = {
+                name: state.clips.get(name, clip)._replace(identity=clip.identity)
+                for name, clip in clips.items()
+                if _is_new(state, name, clip)
+            }
             if new:
                 state, people = _with_clips(state, {**state.clips, **new}, new)
                 self._state = state._replace(sha256=self._store.insert(state, new, people))
@@ -505,17 +509,19 @@ class Gallery:
             self._relabel(state, names, to)
             return len(names)
 
-    def relabel(self, clip: str, identity: str) -> str | None:
-        """Gives a clip another identity; returns the one it had, None for a stranger."""
-        _check_word("identity", identity)
+    def relabel(self, clip: str, identity: str | None) -> str | None:
+        """Gives a clip another identity; returns the one it had; None is a stranger's."""
+        check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
+        if identity is not None:
+            _check_word("identity", identity)
         with self._changing() as state:
             before = known("clip", clip, state.clips).identity
             if before == identity:
-                raise UserError(f"clip '{show(clip)}' shows '{show(identity)}' already")
+                raise UserError(f"clip '{show(clip)}' shows {_shown(identity)} already")
             self._relabel(state, [clip], identity)
             return before
 
-    def _relabel(self, state: State, names: Iterable[str], identity: str) -> None:
+    def _relabel(self, state: State, names: Iterable[str], identity: str | None) -> None:
         """Gives the clips `names` another identity; the back end stays as it is until `refit`."""
         new = {name: state.clips[name]._replace(identity=identity) for name in names}
         self._write(_with_clips(state, {**state.clips, **new}, new)[0], refit=False)
@@ -857,11 +863,9 @@ def _is_new(state: State, name: str, clip: Clip) -> bool:
         return True
     if clip.identity is None and old.identity is not None:
         return False
-    if old.identity is None and clip.identity is not None:
-        return True
     problem = ""
-    if old.identity != clip.identity:
-        problem = f"as '{show(str(old.identity))}', not '{show(str(clip.identity))}'"
+    if old.identity not in (None, clip.identity):
+        problem = f"as {_shown(old.identity)}, not {_shown(clip.identity)}"
     elif old.vector.tobytes() != clip.vector.tobytes():
         problem = (
             "with another vector: its features have changed, or it is another clip of this name"
@@ -871,7 +875,11 @@ def _is_new(state: State, name: str, clip: Clip) -> bool:
             f"clip '{show(name)}' is enrolled {problem}\n"
             "names of clips are unique: give the new clip another name"
         )
-    return False
+    return old.identity != clip.identity
+
+
+def _shown(identity: str | None) -> str:
+    return "a stranger" if identity is None else f"'{show(identity)}'"
 
 
 def _check_clip(name: str, clip: Clip, width: int) -> None:
