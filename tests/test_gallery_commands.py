@@ -234,6 +234,21 @@ def test_rename_and_relabel(say, folder, tmp_path):
     assert "shows a stranger already" in said
 
 
+def test_undo(say, folder, tmp_path):
+    write_clips(tmp_path / "ada", ["Ada"])
+    before = made_galleries.contents(folder)
+    assert "no change" in say("undo", folder, code=2)
+    say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Ada")
+    said = say("undo", folder)
+    assert "undone      the last change, of 2 clips" in said and "people      12" in said
+    assert made_galleries.contents(folder) == before
+    assert "taken back already" in say("undo", folder, code=2)
+    say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Ada")
+    say("remove", folder, "--identity=Ada")
+    said = say("undo", folder, code=2)
+    assert "removed clips for good: enrol them again" in said and len(said.splitlines()) == 1
+
+
 def test_progress_is_shown(folder, nearest_run, tmp_path):
     """Of two passes, one line at least each, also where nobody watches."""
     shutil.copytree(nearest_run, tmp_path / "moved")

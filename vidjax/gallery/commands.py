@@ -463,6 +463,14 @@ def _relabel(args: argparse.Namespace) -> Result:
     return _counts(gallery, {"relabelled": told}, {"clip": args.clip, "before": before})
 
 
+def _undo(args: argparse.Namespace) -> Result:
+    gallery = _opened(args)
+    count = gallery.undo()
+    return _counts(
+        gallery, {"undone": f"the last change, of {_of(count, 'clip')}"}, {"undone": count}
+    )
+
+
 def _refit(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
     gallery.refit()
@@ -470,7 +478,7 @@ def _refit(args: argparse.Namespace) -> Result:
 
 
 def _list(args: argparse.Namespace) -> Result:
-    from vidjax.gallery.gallery import known
+    from vidjax.gallery.changes import known
 
     gallery = _opened(args)
     result = _counts(gallery)
@@ -559,6 +567,9 @@ COMMANDS: Mapping[str, Command] = {
     "remove": Command(
         "deletes a person, or a clip, and cannot be undone",
         _flags("identity", "clip", "later"), _remove, ("G --identity=Ada",),
+    ),
+    "undo": Command(
+        "takes the last change back, unless it removed somebody", _flags(), _undo, ("G",)
     ),
     "threshold": Command(
         "says from which probability on a share of strangers gets a name",

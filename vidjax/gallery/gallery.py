@@ -24,11 +24,10 @@ Only another training without the clips ends that.
 import contextlib
 import math
 import numbers
-import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -39,23 +38,15 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packing import Clips
-from vidjax.data.untrusted.names import check_identity, check_name, show
-from vidjax.errors import UserError, check_argument, closest
+from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError, check_argument
 from vidjax.evaluation import restore
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
-from vidjax.gallery.store import (
-    MOST_LETTERS,
-    MOST_WIDTH,
-    STRANGER,
-    Clip,
-    Origin,
-    State,
-    Store,
-    group,
-)
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index
+from vidjax.gallery.changes import Draft, check_clip, enrol, stack
+from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Last, Origin, State, Store, group
 from vidjax.models.plda import Settings
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
@@ -64,14 +55,12 @@ from vidjax.steps import topk
 if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
-T = TypeVar("T")
 AnyClips = Clips | TrainingData | MemoryClips
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
 FEW_TO_FIT = 50  # people from whom on a back end of their own beats that of a card
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
-MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
 
 class Enrolment(NamedTuple):
@@ -240,7 +229,7 @@ class Gallery:
                 "most\nmake it with fewer members, or with a narrower net"
             )
         for name, clip in clips.items():
-            _check_clip(name, clip, width)
+            check_clip(name, clip, width)
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
@@ -306,6 +295,11 @@ class Gallery:
     def still_held(self) -> int:
         """Number of removed clips that the back end is still fitted to; 0 after `refit`."""
         return self._state.still_held
+
+    @property
+    def former(self) -> set[str]:
+        """Names that nobody has any more, which are kept for `undo` until the next change."""
+        return {*filter(None, self._state.last.before.values())} - self._state.groups.keys()
 
     @property
     def identities(self) -> dict[str, int]:
@@ -379,6 +373,28 @@ class Gallery:
             self.refresh()
             yield self._state
 
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Draft]:
+        """Yields a draft with the methods `add`, `remove`, `rename` and `relabel` of this class.
+
+        What is done to it is written at the end, in one; after an error, nothing is. Nobody else
+        can change the gallery meanwhile.
+        """
+        with self._changing() as state:
+            draft = Draft(state)
+            yield draft
+            if not draft:
+                return
+            state, people = draft.state()
+            new = draft.inserted
+            if draft.refits and state.still_held:
+                state = _refitted(state)
+            if new is None:
+                sha256 = self._store.replace(state)
+            else:
+                sha256 = self._store.insert(state, new, people)
+            self._state = state._replace(sha256=sha256)
+
     def enrol(
         self,
         clips: AnyClips,
@@ -441,18 +457,8 @@ class Gallery:
         clip that comes as a stranger is skipped, too. ValueError for a malformed clip, or one
         enrolled already for another person or with another vector.
         """
-        for name, clip in clips.items():
-            _check_clip(name, clip, sum(self.backend.widths.values()))
-        with self._changing() as state:
-            new = {
-                name: state.clips.get(name, clip)._replace(identity=clip.identity)
-                for name, clip in clips.items()
-                if _is_new(state, name, clip)
-            }
-            if new:
-                state, people = _with_clips(state, {**state.clips, **new}, new)
-                self._state = state._replace(sha256=self._store.insert(state, new, people))
-            return len(new)
+        with self.change() as draft:
+            return draft.add(clips)
 
     def remove(
         self,
@@ -472,59 +478,31 @@ class Gallery:
         Raises:
           ValueError: there is no such name.
         """
-        if (identity is None) == (clip is None):
-            raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
-        for kind, value in (("identity", identity), ("clip", clip)):
-            check_argument(f"remove: {kind}", value, (str, Collection, type(None)), "a name")
-            for name in [] if isinstance(value, str) else value or ():
-                check_argument(f"remove: {kind}", name, str, "a name")
-        people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
-        with self._changing() as state:
-            gone = {clip for name in people for clip in known("identity", name, state.people)}
-            for name in single:
-                known("clip", name, state.clips)
-            gone.update(single)
-            if gone:
-                held = state.still_held + sum(state.clips[name].fitted for name in gone)
-                left = {name: clip for name, clip in state.clips.items() if name not in gone}
-                state = _with_clips(state, left, gone)[0]._replace(still_held=held)
-                self._write(state, refit=refit and held > 0)
-            return len(gone)
+        with self.change() as draft:
+            return draft.remove(identity=identity, clip=clip, refit=refit)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips.
 
-        With `merge`, `to` may be another enrolled person: the two become one. Else ValueError.
+        With `merge`, `to` may be another enrolled person: the two become one. Else ValueError. The
+        back end stays as it is until `refit`.
         """
-        _check_word("identity", to)
-        with self._changing() as state:
-            names = known("identity", identity, state.people)
-            if to == identity:
-                raise UserError(f"'{show(to)}' has this name already")
-            if to in state.groups and not merge:
-                raise UserError(
-                    f"'{show(to)}' is enrolled, too: this would make one person of two\n"
-                    "if they are the same: merge=True, by command --merge; it cannot be undone"
-                )
-            self._relabel(state, names, to)
-            return len(names)
+        with self.change() as draft:
+            return draft.rename(identity, to, merge=merge)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
         """Gives a clip another identity; returns the one it had; None is a stranger's."""
-        check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
-        if identity is not None:
-            _check_word("identity", identity)
-        with self._changing() as state:
-            before = known("clip", clip, state.clips).identity
-            if before == identity:
-                raise UserError(f"clip '{show(clip)}' shows {_shown(identity)} already")
-            self._relabel(state, [clip], identity)
-            return before
+        with self.change() as draft:
+            return draft.relabel(clip, identity)
 
-    def _relabel(self, state: State, names: Iterable[str], identity: str | None) -> None:
-        """Gives the clips `names` another identity; the back end stays as it is until `refit`."""
-        new = {name: state.clips[name]._replace(identity=identity) for name in names}
-        self._write(_with_clips(state, {**state.clips, **new}, new)[0], refit=False)
+    def undo(self) -> int:
+        """Takes the last change back; returns the number of its clips.
+
+        Answers are then, to the bit, those of before. ValueError where it removed clips or fitted
+        the back end anew: of both nothing is kept.
+        """
+        with self.change() as draft:
+            return draft.undo()
 
     def refit(self) -> None:
         """Fits coordinates and settings to the clips that are enrolled now.
@@ -540,18 +518,8 @@ class Gallery:
                     f"the gallery compares by the cards of its models, and has {len(state.people)} "
                     f"people: {FEW_TO_FIT} are the fewest that tell more than a card\nenrol more"
                 )
-            self._write(state._replace(version=state.version + 1), refit=True)
-
-    def _write(self, state: State, *, refit: bool) -> None:
-        if refit:
-            widths = state.index.backend.widths
-            backend = fit_backend(state.clips, widths, centred=state.run.centred)
-            clips = {
-                name: clip._replace(fitted=clip.identity is not None)
-                for name, clip in state.clips.items()
-            }
-            state = _state(state.version, state.run, backend, clips)
-        self._state = state._replace(sha256=self._store.replace(state))
+            state = _refitted(state)._replace(version=state.version + 1, last=Last("refit"))
+            self._state = state._replace(sha256=self._store.replace(state))
 
     # ---- answers
 
@@ -806,109 +774,26 @@ def fit_backend(
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     people = [clips[name].identity for name in names]
     labels = 1 + np.unique(np.array(people, object), return_inverse=True)[1]
-    stacked = _stack(names, clips, sum(widths.values()))
+    stacked = stack(names, clips, sum(widths.values()))
     parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
     vectors = dict(zip(widths, parts, strict=True))
     return backend_lib.fit(vectors, labels, centred=centred, settings=settings)
 
 
-def _stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:
-    vectors = np.zeros((len(names), width), np.float32)
-    for row, name in enumerate(names):
-        vectors[row] = clips[name].vector
-    return vectors
+def _refitted(state: State) -> State:
+    """Returns the state with a back end fitted to its own clips."""
+    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
+    clips = {
+        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
+    }
+    return _state(state.version, state.run, backend, clips)._replace(last=state.last)
 
 
 def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:
     groups = group(clips)
     names = sorted(groups.keys() - {STRANGER})
     blocks = (
-        _enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
+        enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
         for at in range(0, len(names), MOST_ROWS)
     )
     return State(version, run, Index(backend, blocks), clips, groups)
-
-
-def _enrol(
-    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
-) -> People:
-    """Returns the people of `groups`, identity -> names of clips, which are added in this order."""
-    names = [name for some in groups.values() for name in some]
-    vectors = _stack(names, clips, sum(backend.widths.values()))
-    owner = np.array([number for number, some in enumerate(groups.values()) for _ in some], int)
-    return backend.enrol(tuple(groups), vectors, owner)
-
-
-def _with_clips(
-    state: State, clips: Mapping[str, Clip], changed: Iterable[str]
-) -> tuple[State, People]:
-    """Returns the next state, with these `clips`, and the people of the `changed` ones, by name."""
-    both = [some[name] for name in changed for some in (state.clips, clips) if name in some]
-    touched = {clip.identity or STRANGER for clip in both}
-    names = {*changed, *(name for one in touched for name in state.groups.get(one, ()))}
-    own = group({name: clips[name] for name in names if name in clips})
-    others = {name: some for name, some in state.groups.items() if name not in touched}
-    groups = dict(sorted((others | own).items(), key=operator.itemgetter(0)))
-    shown = {name: some for name, some in own.items() if name != STRANGER}
-    people = _enrol(state.index.backend, shown, clips)
-    index = state.index.replaced(touched, people)
-    version = state.version + 1
-    return state._replace(version=version, index=index, clips=clips, groups=groups), people
-
-
-def _is_new(state: State, name: str, clip: Clip) -> bool:
-    """Returns False for a clip that the gallery has; refuses another clip of the same name."""
-    old = state.clips.get(name)
-    if old is None:
-        return True
-    if clip.identity is None and old.identity is not None:
-        return False
-    problem = ""
-    if old.identity not in (None, clip.identity):
-        problem = f"as {_shown(old.identity)}, not {_shown(clip.identity)}"
-    elif old.vector.tobytes() != clip.vector.tobytes():
-        problem = (
-            "with another vector: its features have changed, or it is another clip of this name"
-        )
-    if problem:
-        raise UserError(
-            f"clip '{show(name)}' is enrolled {problem}\n"
-            "names of clips are unique: give the new clip another name"
-        )
-    return old.identity != clip.identity
-
-
-def _shown(identity: str | None) -> str:
-    return "a stranger" if identity is None else f"'{show(identity)}'"
-
-
-def _check_clip(name: str, clip: Clip, width: int) -> None:
-    _check_word("clip name", name)
-    if clip.identity is not None:
-        _check_word("identity", clip.identity)
-    if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
-        raise UserError(
-            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
-            f"wanted float32 ({width},)"
-        )
-    if not np.isfinite(clip.vector).all():
-        raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
-    if not clip.vector.any():
-        raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
-
-
-def _check_word(kind: Literal["clip name", "identity"], word: str) -> None:
-    check_identity(word) if kind == "identity" else check_name(word)
-    if len(word) > MOST_LETTERS:
-        raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
-
-
-def known(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`; the UserError of a missing name suggests a similar one."""
-    if name in among:
-        return among[name]
-    close = closest(name, among) if len(among) <= MOST_SUGGESTED else None
-    hint = f": did you mean '{show(close)}'?" if close else ""
-    raise UserError(
-        f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
-    )
