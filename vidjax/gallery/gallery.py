@@ -418,6 +418,19 @@ class Gallery:
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
+        shown, refused = self.to_enrol(clips, identities, split=split, strangers=strangers)
+        new = self.add(shown)
+        return Enrolment(new, len(shown) - new, refused)
+
+    def to_enrol(
+        self,
+        clips: AnyClips,
+        identities: str | Mapping[str, str] | None = None,
+        *,
+        split: str | None = None,
+        strangers: bool = False,
+    ) -> tuple[dict[str, Clip], tuple[str, ...]]:
+        """Returns the clips that `enrol` would add, and the names of those without a frame."""
         found = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(found.names, identities)
@@ -435,20 +448,14 @@ class Gallery:
                     "leave out strangers=True, by command --strangers"
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
-        return self._enrol(found, wanted)
+        return _usable(found, wanted)
 
     def enrol_vectors(self, found: Vectors) -> Enrolment:
         """Enrols clips given as vectors with labels; see `enrol`."""
-        return self._enrol(found, [n for n, x in zip(found.names, found.labels, strict=True) if x])
-
-    def _enrol(self, found: Vectors, wanted: Sequence[str]) -> Enrolment:
-        usable = _clips_of(found)
-        chosen = {name: usable[name] for name in wanted if name in usable}
-        refused = tuple(sorted(name for name in wanted if name not in usable))
-        if not chosen:
-            raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
-        new = self.add(chosen)
-        return Enrolment(new, len(chosen) - new, refused)
+        wanted = [name for name, x in zip(found.names, found.labels, strict=True) if x]
+        shown, refused = _usable(found, wanted)
+        new = self.add(shown)
+        return Enrolment(new, len(shown) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors, all or none; returns how many are new.
@@ -761,6 +768,15 @@ def _clips_of(found: Vectors) -> dict[str, Clip]:
     rows = np.concatenate(list(found.parts.values()), axis=1)
     clips = zip(found.names, found.labels, rows, strict=True)
     return {name: Clip(label, row) for name, label, row in clips if row.any()}
+
+
+def _usable(found: Vectors, wanted: Sequence[str]) -> tuple[dict[str, Clip], tuple[str, ...]]:
+    usable = _clips_of(found)
+    chosen = {name: usable[name] for name in wanted if name in usable}
+    refused = tuple(sorted(name for name in wanted if name not in usable))
+    if not chosen:
+        raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
+    return chosen, refused
 
 
 def fit_backend(
