@@ -75,6 +75,9 @@ class Clips:
             arrays |= _arrays(part, seen, embed) if seen else {part: embed.nothing}
         with files.atomic_file(self._out / f"{name}.npz") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        if (thumbnails := self._out / folder.THUMBNAILS).is_dir():
+            crop = max(best, key=lambda seen: (seen.quality, seen.number)).crop
+            files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
         times = track.times
         self.tracks.append(
             folder.Track(
@@ -92,7 +95,8 @@ def extract(
 ) -> folder.Film:
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
-    A photo has a clip for each face. Memory does not grow with the length of the video, but for the
+    A photo has a clip for each face. If `out` has a folder for thumbnails, these are written, too.
+    Memory does not grow with the length of the video, but for the
     list of its tracks.
     """
     name = folder.video_name(path, stem)

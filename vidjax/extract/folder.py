@@ -4,6 +4,7 @@
     OUT/STEM.s003.npz       a clip of a whole shot, by --unit=shot
     OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
     OUT/extract.json        the nets and settings of all
+    OUT/thumbnails/STEM/    only where asked for: the best face of each clip, CLIP.png
 
 The clips are what `vidjax.data.arrays` reads. A video without its `.json` was cut off, and is
 extracted anew. STEM is the name of the file without its ending, and without dots.
@@ -25,6 +26,7 @@ from vidjax.run.formats import Count, Sha256, Size, Text
 
 NAME = "extract.json"
 VIDEOS = "videos"
+THUMBNAILS = "thumbnails"
 FILE_BYTES = 256 * files.MB
 MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
 REMEDY = "delete the folder, and extract anew"
@@ -111,6 +113,11 @@ def video_name(path: Path, stem: str) -> str:
     """Returns the name by which people know a file: its own, unless `stem` has `~` for a twin."""
     name = f"{stem}{path.suffix}" if "~" in stem else path.name
     return "".join(letter if letter.isprintable() else "_" for letter in name)
+
+
+def thumbnail(folder: Path, clip: str) -> Path:
+    """Returns the path of a clip's thumbnail, which exists if it was asked for."""
+    return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
 
 
 def read_extraction(folder: Path) -> Extraction | None:
