@@ -22,6 +22,7 @@ from tests.helpers.drawn_people import (
 )
 from vidjax import main as main_lib
 from vidjax.extract import folder, pipeline
+from vidjax.gallery.gallery import Gallery
 
 pytest.importorskip("av")
 pytest.importorskip("onnxruntime")
@@ -81,8 +82,39 @@ def test_photos_that_do_not_show_one_face_are_named(tmp_path, models, film, caps
     assert code == 2
     assert "no faces" in said and "2 faces" in said and "no photo of 'Ada'" in said
     write_photo(people / "one.png", ("Ada", 20, 20))
+    write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)
     code, content, said = run(capsys, "who", film, *flags)
-    assert code == 1 and content["people"] == {"Ada": 1} and len(content["failed"]) == 2
+    assert code == 1 and content["people"] == {"Ada": 2} and len(content["failed"]) == 2
+    assert f"{people / 'poor.png'}: a poor face, quality 0.02 of 1" in said
+    assert len([line for line in said.splitlines() if str(people) in line]) == 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_enrol_tells_photos_that_do_not_help(tmp_path, models, capsys, whole):
+    photos, people = tmp_path / "photos", tmp_path / "people"
+    write_photo(photos / "none.png")
+    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    write_photo(photos / "one.png", ("Ada", 20, 20))
+    write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
+    pipeline.extract([photos], people / "Ada", models)
+    g = str(tmp_path / "g")
+    assert main_lib.main(["gallery", "create", g, f"--models={models}"]) == 0
+    words = (f"--input={people}",) if whole else (f"--input={people / 'Ada'}", "--identity=Ada")
+    with pytest.warns(UserWarning, match="one person alone") as told:
+        assert main_lib.main(["gallery", "enrol", g, *words]) == 0
+    assert [str(one.message) for one in told] == [
+        f"{people / 'Ada' / name}.png: {problem}"
+        for name, problem in {
+            "none": "no faces: give a photo of one person alone",
+            "poor": "a poor face, quality 0.02 of 1: a larger or sharper one from the front helps",
+            "two": "2 faces: give a photo of one person alone",
+        }.items()
+    ]
+    prefix = "Ada/" if whole else ""
+    assert {*Gallery(g).clips} == {f"{prefix}one", f"{prefix}poor"}
+    words = (f"--input={people / 'Ada' / 'two.f02.npz'}", "--identity=Bob")
+    assert main_lib.main(["gallery", "enrol", g, *words]) == 0  # one of two faces, by its name
+    assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
 
 
 def pictures_of(page):
@@ -93,7 +125,7 @@ def pictures_of(page):
     for source, words in re.findall(
         r'<img src="data:image/png;base64,([^"]+)" alt="([^"]*)"', page
     ):
-        with av.open(io.BytesIO(base64.b64decode(source))) as file:
+        with av.open(io.BytesIO(base64.b64decode(source)), "r") as file:
             (frame,) = file.decode(video=0)
         found.setdefault(words, []).append(frame.to_ndarray(format="rgb24"))
     assert page.count("<img") == sum(map(len, found.values()))

@@ -162,13 +162,13 @@ def _enrol(
     outcomes = extract(photos, out, alone=True)
     unfit, usable = [], []
     for outcome in outcomes:
-        faces = len(outcome.film.tracks) if outcome.film else 0
-        if faces == 1 and outcome.film:
-            usable.append(outcome.film.tracks[0].clip)
-            continue
-        reason = outcome.error or f"{faces or 'no'} faces: give a photo of {show(name)} alone"
-        say(f"{outcome.path}: {reason}")
-        unfit.append(str(outcome.path))
+        film = outcome.film
+        if problem := folder.judge_photo(out, film) if film else outcome.error:
+            say(f"{outcome.path}: {problem}")
+        if film and len(film.tracks) == 1:
+            usable.append(film.tracks[0].clip)
+        else:
+            unfit.append(str(outcome.path))
     if not usable:
         raise UserError(f"no photo of '{show(name)}' shows one face: there is nobody to look for")
     vectors = _embed(gallery, out, usable)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax import files
@@ -28,6 +29,7 @@ NAME = "extract.json"
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
 FILE_BYTES = 256 * files.MB
+POOR = 0.05  # quality of a face; far below that of photos of a face from the front
 MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
 REMEDY = "delete the folder, and extract anew"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -136,6 +138,20 @@ def read_film(path: Path) -> Film:
 def read_films(folder: Path) -> list[Film]:
     """Returns what a folder says of its videos, by name; those that are not finished are absent."""
     return [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+
+
+def judge_photo(folder: Path, film: Film) -> str:
+    """Returns what is wrong with a photo that shall show one person, empty if nothing is.
+
+    One face that is merely poor is usable.
+    """
+    if len(film.tracks) != 1:
+        return f"{len(film.tracks) or 'no'} faces: give a photo of one person alone"
+    arrays = files.read_npz(folder / f"{film.tracks[0].clip}.npz")
+    best = float(np.max(arrays.get("face_quality", 1.0), initial=0.0))
+    if best < POOR:
+        return f"a poor face, quality {best:.2f} of 1: a larger or sharper one from the front helps"
+    return ""
 
 
 def write(path: Path, value: Struct) -> None:

@@ -280,7 +280,7 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
 
 
 def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
-    from vidjax.data.memory import load_people
+    from vidjax.data.memory import MemoryClips, load_people
 
     strangers = args.strangers
     if args.labels:
@@ -291,6 +291,8 @@ def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
         clips, identity = load_people(args.input, widths, quality=quality)
     else:
         clips, identity = _clips(args, gallery), args.identity
+    if isinstance(clips, MemoryClips) and not args.labels and not strangers:
+        identity = _without_crowds(Path(args.input).expanduser(), clips.names, identity)
     shown, refused = gallery.to_enrol(clips, identity, split=args.split, strangers=strangers)
     if refused:
         named = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
@@ -305,6 +307,29 @@ def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
         return f"{_of(new, 'clip')}, {len(shown) - new:,} were there", counts
 
     return change
+
+
+def _without_crowds(
+    path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
+) -> dict[str, str]:
+    """Returns clip -> person, without photos of several people; warns of photos that do not help.
+
+    Only `vidjax extract` tells photos from other clips. A clip named alone is taken as it is.
+    """
+    from vidjax.extract import folder
+
+    people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
+    places = [path] if isinstance(identity, str) else sorted(path.iterdir())
+    for place in (place for place in places if (place / folder.VIDEOS).is_dir()):
+        prefix = "" if place == path else f"{place.name}/"
+        for film in folder.read_films(place):
+            if not film.photo or not (problem := folder.judge_photo(place, film)):
+                continue
+            if len(film.tracks) > 1:
+                for track in film.tracks:
+                    people.pop(f"{prefix}{track.clip}", None)
+            warnings.warn(f"{place / film.video}: {problem}", stacklevel=2)
+    return people
 
 
 def _read_labels(path: Path) -> dict[str, str]:
