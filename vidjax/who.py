@@ -163,12 +163,11 @@ def _enrol(
     unfit, usable = [], []
     for outcome in outcomes:
         film = outcome.film
-        if problem := folder.judge_photo(out, film) if film else outcome.error:
+        clip, problem = folder.judge_photo(out, film) if film else (None, outcome.error)
+        if problem:
             say(f"{outcome.path}: {problem}")
-        if film and len(film.tracks) == 1:
-            usable.append(film.tracks[0].clip)
-        else:
-            unfit.append(str(outcome.path))
+        usable += [clip] if clip else []
+        unfit += [] if clip else [str(outcome.path)]
     if not usable:
         raise UserError(f"no photo of '{show(name)}' shows one face: there is nobody to look for")
     vectors = _embed(gallery, out, usable)

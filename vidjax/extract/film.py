@@ -75,8 +75,9 @@ class Clips:
             arrays |= _arrays(part, seen, embed) if seen else {part: embed.nothing}
         with files.atomic_file(self._out / f"{name}.npz") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        if (thumbnails := self._out / folder.THUMBNAILS).is_dir():
-            crop = max(best, key=lambda seen: (seen.quality, seen.number)).crop
+        faces = [seen for seen in best if "face" in seen.crops]
+        if faces and (thumbnails := self._out / folder.THUMBNAILS).is_dir():
+            crop = max(faces, key=lambda seen: (seen.quality, seen.number)).crops["face"]
             files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
         times = track.times
         self.tracks.append(
@@ -96,8 +97,7 @@ def extract(
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
     A photo has a clip for each face. If `out` has a folder for thumbnails, these are written, too.
-    Memory does not grow with the length of the video, but for the
-    list of its tracks.
+    Memory does not grow with the length of the video, but for the list of its tracks.
     """
     name = folder.video_name(path, stem)
     with decode.open_video(path) as video:

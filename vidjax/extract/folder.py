@@ -140,18 +140,19 @@ def read_films(folder: Path) -> list[Film]:
     return [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
 
 
-def judge_photo(folder: Path, film: Film) -> str:
-    """Returns what is wrong with a photo that shall show one person, empty if nothing is.
+def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
+    """Returns the clip of the one face in a photo, None for none or several, and what is wrong.
 
-    One face that is merely poor is usable.
+    The clip of a poor face is usable, so that both may be there.
     """
-    if len(film.tracks) != 1:
-        return f"{len(film.tracks) or 'no'} faces: give a photo of one person alone"
-    arrays = files.read_npz(folder / f"{film.tracks[0].clip}.npz")
-    best = float(np.max(arrays.get("face_quality", 1.0), initial=0.0))
-    if best < POOR:
-        return f"a poor face, quality {best:.2f} of 1: a larger or sharper one from the front helps"
-    return ""
+    arrays = {one.clip: files.read_npz(folder / f"{one.clip}.npz") for one in film.tracks}
+    # Somebody without a face has an empty array; features of heads alone have none.
+    faces = [clip for clip, own in arrays.items() if len(own.get("face", clip))]
+    if len(faces) != 1:
+        return None, f"{len(faces) or 'no'} faces: give a photo of one person alone"
+    best = float(np.max(arrays[faces[0]].get("face_quality", 1.0)))
+    about = f"a poor face, quality {best:.2f} of 1: a larger or sharper one from the front helps"
+    return faces[0], about if best < POOR else ""
 
 
 def write(path: Path, value: Struct) -> None:

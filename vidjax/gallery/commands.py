@@ -323,12 +323,11 @@ def _without_crowds(
     for place in (place for place in places if (place / folder.VIDEOS).is_dir()):
         prefix = "" if place == path else f"{place.name}/"
         for film in folder.read_films(place):
-            if not film.photo or not (problem := folder.judge_photo(place, film)):
-                continue
-            if len(film.tracks) > 1:
-                for track in film.tracks:
-                    people.pop(f"{prefix}{track.clip}", None)
-            warnings.warn(f"{place / film.video}: {problem}", stacklevel=2)
+            alone, problem = folder.judge_photo(place, film) if film.photo else ("", "")
+            for track in film.tracks if alone is None else ():
+                people.pop(f"{prefix}{track.clip}", None)
+            if problem:
+                warnings.warn(f"{place / film.video}: {problem}", stacklevel=2)
     return people
 
 
