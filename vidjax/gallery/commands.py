@@ -602,8 +602,10 @@ def _undo(args: argparse.Namespace) -> Result:
 
 def _refit(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
-    gallery.refit()
-    return _counts(gallery)
+    if (trial := gallery.refit()) is None:
+        return _counts(gallery)
+    told = f"{trial.own:.3g} nats per clip of people left out, by the cards {trial.card:.3g}"
+    return _counts(gallery, {"cost": told}, {"cost": trial._asdict()})
 
 
 def _list(args: argparse.Namespace) -> Result:

@@ -43,10 +43,12 @@ from vidjax.errors import UserError, check_argument
 from vidjax.evaluation import restore
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
+from vidjax.gallery import trial as trial_lib
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, check_clip, enrol, stack
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Last, Origin, State, Store, group
+from vidjax.gallery.trial import Trial
 from vidjax.models.plda import Settings
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
@@ -59,7 +61,7 @@ AnyClips = Clips | TrainingData | MemoryClips
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
-FEW_TO_FIT = 50  # people from whom on a back end of their own beats that of a card
+FEW_TO_FIT = 50  # people from whom on a back end of their own may beat that of a card
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
 
 
@@ -511,22 +513,42 @@ class Gallery:
         with self.change() as draft:
             return draft.undo()
 
-    def refit(self) -> None:
+    def refit(self) -> Trial | None:
         """Fits coordinates and settings to the clips that are enrolled now.
 
         With nobody enrolled: a back end still fitted to removed clips is replaced by one fitted to
-        none; otherwise ValueError.
+        none; otherwise ValueError. A gallery that compares by cards goes on so, ValueError, unless
+        the new back end is better for people left out of it; then returns by how much.
         """
         with self._changing() as state:
             if not state.still_held:
                 self._anybody()
-            if state.run.cards and len(state.people) < FEW_TO_FIT:
-                raise UserError(
-                    f"the gallery compares by the cards of its models, and has {len(state.people)} "
-                    f"people: {FEW_TO_FIT} are the fewest that tell more than a card\nenrol more"
-                )
+            by_cards = any(part.by_distance for part in state.index.backend.parts)
+            trial = self._trial(state) if by_cards else None
             state = _refitted(state)._replace(version=state.version + 1, last=Last("refit"))
             self._state = state._replace(sha256=self._store.replace(state))
+            return trial
+
+    def _trial(self, state: State) -> Trial:
+        kept = f"gallery '{self.folder}' goes on comparing by the cards of its models"
+        people = len(trial_lib.repeated(state.clips))
+        if people < FEW_TO_FIT:
+            raise UserError(
+                f"{kept}: {people} people have two clips or more, and {FEW_TO_FIT} are the fewest "
+                "that tell more than a card\nenrol more"
+            )
+        backend = state.index.backend
+        found = trial_lib.run(
+            backend,
+            state.clips,
+            lambda clips: fit_backend(clips, backend.widths, centred=state.run.centred),
+        )
+        if not found.better:
+            raise UserError(
+                f"{kept}: fitted to {people} people it would cost {found.own:.3g} nats per clip of "
+                f"others, by the cards {found.card:.3g} (+- {found.error:.2g})"
+            )
+        return found
 
     # ---- answers
 
