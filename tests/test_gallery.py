@@ -7,7 +7,7 @@ from scipy import special, stats
 from tests.helpers import embeddings, made_galleries
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import gallery as gallery_lib
+from vidjax.gallery import changes
 from vidjax.gallery.backend import Index
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip
@@ -115,7 +115,7 @@ def test_a_row_of_numbers_does_not_depend_on_the_others():
 
     def enrolled(people):
         some = {name: [n for n in clips if clips[n].identity == name] for name in people}
-        return gallery_lib._enrol(backend, some, clips)
+        return changes.enrol(backend, some, clips)
 
     def scores(groups, changed=()):
         """Returns the answers where the people of a group lie together, some exchanged."""

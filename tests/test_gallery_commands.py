@@ -224,6 +224,99 @@ def test_rename_and_relabel(say, folder, tmp_path):
     assert "one person of two" in said and "--merge" in said
     say("rename", folder, "--identity=Grace", "--to=Ada", "--merge")
     assert json.loads(say("list", folder, "--json"))["identities"]["Ada"] == 2
+    strangers = json.loads(say("list", folder, "--json"))["strangers"]
+    said = say("relabel", folder, "--clip=Ada 1", "--strangers")
+    assert "Ada 1 showed Ada; it shows a stranger" in said
+    assert f"strangers   {strangers + 1}\n" in said
+    listed = json.loads(say("list", folder, "--clips", "--json"))
+    assert listed["clips"]["Ada"] == ["Ada 0"]
+    said = say("relabel", folder, "--clip=Ada 1", "--strangers", code=2)
+    assert "shows a stranger already" in said
+
+
+def test_undo(say, folder, tmp_path):
+    write_clips(tmp_path / "ada", ["Ada"])
+    before = made_galleries.contents(folder)
+    assert "no change" in say("undo", folder, code=2)
+    say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Ada")
+    said = say("undo", folder)
+    assert "undone      the last change, of 2 clips" in said and "people      12" in said
+    assert made_galleries.contents(folder) == before
+    assert "taken back already" in say("undo", folder, code=2)
+    say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Ada")
+    say("remove", folder, "--identity=Ada")
+    said = say("undo", folder, code=2)
+    assert "removed clips for good: enrol them again" in said and len(said.splitlines()) == 1
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_many_changes_in_one_start(say, folder, tmp_path, monkeypatch):
+    write_clips(tmp_path / "ada", ["Ada"])
+    write_clips(tmp_path / "photos" / "Bob", ["Bob"])
+    write_clips(tmp_path / "others", ["Eve"])
+    before, version = made_galleries.contents(folder), Gallery(folder).version
+    lines = [
+        {"op": "enrol", "input": str(tmp_path / "ada"), "identity": "Adda"},
+        {"op": "enrol", "input": str(tmp_path / "photos")},
+        {"op": "enrol", "input": str(tmp_path / "others"), "strangers": True},
+        {"op": "rename", "identity": "Adda", "to": "Ada", "merge": False},
+        {"op": "relabel", "clip": "Ada 1", "identity": "Bob"},
+        {"op": "relabel", "clip": "Bob/Bob 0", "strangers": True},
+        {"op": "remove", "clip": "Eve 0"},
+    ]
+    said = say("apply", folder, write_lines(tmp_path / "changes.jsonl", *lines))
+    assert "applied     7 lines: 3 enrol, 1 remove, 1 rename, 2 relabel" in said
+    assert f"version     {version + 1}" in said
+    listed = json.loads(say("list", folder, "--clips", "--json"))["clips"]
+    assert listed["Ada"] == ["Ada 0"] and listed["Bob"] == ["Ada 1", "Bob/Bob 1"]
+    assert {"Bob/Bob 0", "Eve 1"} < {*Gallery(folder).strangers} and "Eve 0" not in str(listed)
+    say("undo", folder)
+    assert made_galleries.contents(folder) == before
+    text = io.TextIOWrapper(io.BytesIO(json.dumps(lines[0]).encode()))
+    monkeypatch.setattr("sys.stdin", text)
+    assert "applied     1 line: 1 enrol" in say("apply", folder, "-")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ({"op": "rename", "identity": "Adda"}, "rename needs --to=NAME"),
+        ({"op": "rename", "identity": "nobody", "to": "Ada"}, "no identity 'nobody'"),
+        ({"op": "rename", "identity": ["x"], "to": "Ada"}, "'identity' needs text in quotes"),
+        ({"op": "rename", "identity": "x", "to": "y", "merge": 1}, "'merge' is true or false"),
+        ({"op": "rename", "identity": "x", "too": "y"}, "no 'too': it takes identity, to, merge"),
+        ({"op": "rename", "help": True}, "takes no 'help'"),
+        ({"op": "refit"}, "no op 'refit': choose from enrol, remove, rename, relabel"),
+        ({"op": 1}, "wanted an object with an op"),
+        (["remove", "x"], "wanted an object with an op"),
+        ({"op": "enrol", "input": "/absent", "identity": "Ada"}, "/absent"),
+        ({"op": "enrol", "input": ".", "config.model.name": "x"}, "takes no 'config.model.name'"),
+        ({"op": "remove"}, "one of --identity=NAME and --clip=NAME"),
+        ({"op": "remove", "identity": "Ada", "run": "x"}, "takes no 'run'"),
+    ],
+    ids=str,
+)
+def test_one_wrong_line_of_many_and_nothing_is_changed(say, folder, tmp_path, line, told):
+    before = made_galleries.contents(folder)
+    (first, *_) = Gallery(folder).clips
+    good = {"op": "remove", "clip": first}
+    path = write_lines(tmp_path / "changes.jsonl", good, line)
+    said = say("apply", folder, path, code=2)
+    assert f"{path}: line 2: " in said and told in said
+    assert made_galleries.contents(folder) == before
+
+
+def test_a_file_of_changes_that_is_none(say, folder, tmp_path):
+    path = tmp_path / "changes.jsonl"
+    for content, told in {b"": "nothing to change", b"\n\xff": "line 2 is no JSON"}.items():
+        path.write_bytes(content)
+        assert told in say("apply", folder, path, code=2)
+    assert "absent" in say("apply", folder, tmp_path / "absent", code=2)
+    assert "- for standard input" in say("apply", folder, code=2)
 
 
 def test_progress_is_shown(folder, nearest_run, tmp_path):
@@ -323,7 +416,9 @@ MISTAKES = {
     "remove G p1": "did you mean --identity=p1 or --clip=p1?",
     "add G": "choose from create, enrol",
     "rename G --identity=1": "rename needs --to=NAME",
-    "relabel G --clip=x": "relabel needs --identity=NAME",
+    "relabel G --clip=x": "relabel needs one of --identity=NAME and --strangers",
+    "relabel G --clip=x --identity=a --strangers": "one of --identity=NAME and --strangers",
+    "relabel G --strangers": "relabel needs --clip=NAME",
     "rnak G": "did you mean 'rank'?",
     "remote G": "remove deletes a person, or a clip, and cannot be undone",
     "identify G --split=val --config.model.name=x": "fields of config.data alone",

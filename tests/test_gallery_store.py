@@ -103,14 +103,16 @@ def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_p
     shown = {n: [c for c, clip in CLIPS.items() if clip.identity == f"person {n}"] for n in (3, 7)}
     assert people.rename("person 3", "Ada") == len(shown[3])
     relabel(shown[3], "Ada")
-    assert not holds(tmp_path / "g", b"person 3")
     assert people.relabel(shown[7][0], "Grace") == "person 7"
+    assert not holds(tmp_path / "g", b"person 3")  # which `undo` needed until then
     relabel(shown[7][:1], "Grace")
     assert people.relabel("stranger 1", "Ada") is None
     relabel(["stranger 1"], "Ada")
     assert people.rename("person 1", "person 2", merge=True) > 0
     relabel([c for c, clip in CLIPS.items() if clip.identity == "person 1"], "person 2")
-    assert people.version == 5
+    assert people.relabel("clip 90", None) == "person 9"
+    relabel(["clip 90"], None)
+    assert people.version == 6
     at_once = made_galleries.make(tmp_path / "once", wanted)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(tmp_path / "once")
     for opened in (people, Gallery(tmp_path / "g")):
@@ -128,6 +130,104 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
     refused(lambda: gallery.relabel("clip 30", "person 3"), "shows 'person 3' already")
     refused(lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'")
     assert made_galleries.contents(gallery.folder) == before and gallery.version == 1
+
+
+def test_a_fitted_clip_stays_one_as_a_stranger(gallery):
+    """Its back end must be fitted anew when the clip goes, whoever the clip shows by then."""
+    gallery.refit()
+    gallery.relabel("clip 30", None)
+    assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
+    clip = CLIPS["clip 30"]._replace(identity="Ada")
+    other = clip._replace(vector=-clip.vector)
+    refused(lambda: gallery.add({"clip 30": other}), "another vector")
+    assert gallery.add({"clip 30": clip}) == 1
+    gallery.remove(identity="Ada", refit=False)
+    assert gallery.still_held == 1
+
+
+CHANGES = {
+    "a new person": lambda g: g.add({"new": made_galleries.make_clip(7777, "new")}),
+    "a clip of a person": lambda g: g.add({"new": made_galleries.make_clip(7777, "person 3")}),
+    "a stranger": lambda g: g.add({"new": made_galleries.make_clip(7777, None)}),
+    "a stranger is somebody": lambda g: g.add({
+        "stranger 3": CLIPS["stranger 3"]._replace(identity="Ada")
+    }),
+    "another name": lambda g: g.rename("person 3", "Ada"),
+    "two are one": lambda g: g.rename("person 3", "person 1", merge=True),
+    "another person": lambda g: g.relabel("clip 30", "person 1"),
+    "the last clip of a person": lambda g: g.relabel("clip 0", "Ada"),
+    "nobody known": lambda g: g.relabel("clip 30", None),
+    "several": lambda g: several(g),
+}  # fmt: skip
+
+
+def several(people):
+    with people.change() as draft:
+        draft.add(
+            {f"new {n}": made_galleries.make_clip(7777 + n, f"new {n % 2}") for n in range(5)}
+        )
+        draft.rename("person 3", "new 0", merge=True)
+        draft.relabel("new 0", "person 3")
+        draft.remove(clip="new 2")
+        draft.relabel("stranger 1", "new 1")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("reopened", [False, True])
+def test_the_last_change_is_taken_back(gallery, change, reopened):
+    before, answers = made_galleries.contents(gallery.folder), made_galleries.answers(gallery)
+    CHANGES[change](gallery)
+    assert made_galleries.contents(gallery.folder) != before
+    people = Gallery(gallery.folder) if reopened else gallery
+    assert people.undo() > 0
+    assert made_galleries.contents(gallery.folder) == before
+    for opened in (people, Gallery(gallery.folder)):
+        assert made_galleries.answers(opened) == answers and opened.version == 3
+    assert not holds(gallery.folder, b"Ada") and not holds(gallery.folder, b"new")
+    refused(people.undo, "taken back already")
+    assert made_galleries.contents(gallery.folder) == before and people.version == 3
+
+
+def test_what_is_deleted_stays_so(gallery):
+    refused(gallery.undo, "no change")
+    gallery.rename("person 7", "Ada")
+    gallery.remove(identity="Ada")
+    assert not holds(gallery.folder, b"person 7") and not holds(gallery.folder, b"Ada")
+    refused(gallery.undo, "removed clips for good", "enrol them again")
+    with gallery.change() as draft:  # of several changes, too
+        draft.rename("person 3", "Ada")
+        draft.remove(clip="clip 10")
+    refused(gallery.undo, "removed clips for good")
+    gallery.refit()
+    refused(Gallery(gallery.folder).undo, "cannot be taken back")
+    assert "Ada" in gallery.identities
+
+
+def test_an_old_name_is_kept_until_the_next_change(gallery):
+    gallery.rename("person 7", "Ada")
+    assert holds(gallery.folder, b"person 7")
+    gallery.add({"new": made_galleries.make_clip(7777, "new")})
+    assert not holds(gallery.folder, b"person 7")
+    gallery.undo()
+    assert "Ada" in gallery.identities and "new" not in gallery.identities
+
+
+def test_several_changes_are_written_together_or_not_at_all(gallery):
+    before = made_galleries.contents(gallery.folder)
+
+    def change():
+        with gallery.change() as draft:
+            draft.rename("person 3", "Ada")
+            draft.remove(identity="person 3")
+
+    refused(change, "no identity 'person 3'")
+    assert made_galleries.contents(gallery.folder) == before and gallery.version == 1
+    several(gallery)
+    assert gallery.version == 2
+    wanted = made_galleries.make(gallery.folder.parent / "once", gallery.clips)
+    contents = made_galleries.contents
+    assert contents(gallery.folder) == contents(wanted.folder)
+    assert made_galleries.answers(gallery) == made_galleries.answers(wanted)
 
 
 def test_nobody_else_may_read_it(gallery):
@@ -582,6 +682,13 @@ NAN = f"UPDATE clip SET vector = x'{'0000c07f' * 13}'"  # noqa: S608
         ("INSERT INTO backend VALUES (1, zeroblob(8))",),
         ("DELETE FROM backend",),
         ("DELETE FROM gallery",),
+        ("DELETE FROM last",),
+        ("UPDATE last SET person = 'Ada'",),
+        ("UPDATE last SET clip = 'absent', sha256 = sha256('absent', person, x'')",),
+        ("UPDATE last SET person = x'37'",),
+        ("UPDATE last SET person = ' ', sha256 = sha256(clip, ' ', x'')",),
+        ("UPDATE last SET clip = zeroblob(9)",),
+        ("DROP TABLE last",),
         ("INSERT INTO gallery SELECT * FROM gallery",),
         ("UPDATE gallery SET facts = zeroblob(9)",),
         ("UPDATE clip SET name = zeroblob(900000) WHERE name = 'clip 30'",),
@@ -589,6 +696,7 @@ NAN = f"UPDATE clip SET vector = x'{'0000c07f' * 13}'"  # noqa: S608
     ids=str,
 )
 def test_forged_tables_are_refused(gallery, sql):
+    gallery.relabel("clip 31", "Eve")
     forged(gallery.folder, *sql)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
@@ -611,6 +719,8 @@ def test_forged_tables_are_refused(gallery, sql):
         {"clips": 2**31 - 1},
         {"people": 3},
         {"still_held": -1},
+        {"last": "all"},
+        {"last": "change", "last_clips": 3},
         {"format": 3},
     ],
     ids=str,

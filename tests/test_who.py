@@ -1,15 +1,28 @@
 """From films and photos to names, with drawn people and nets that are made here."""
 
+import base64
+import io
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers import made_nets
-from tests.helpers.drawn_people import EMBED, write_film, write_models, write_party, write_photo
+from tests.helpers.drawn_people import (
+    COLOURS,
+    EMBED,
+    write_film,
+    write_models,
+    write_party,
+    write_photo,
+)
 from vidjax import main as main_lib
 from vidjax.extract import folder, pipeline
+from vidjax.gallery.gallery import Gallery
 
 pytest.importorskip("av")
 pytest.importorskip("onnxruntime")
@@ -69,8 +82,118 @@ def test_photos_that_do_not_show_one_face_are_named(tmp_path, models, film, caps
     assert code == 2
     assert "no faces" in said and "2 faces" in said and "no photo of 'Ada'" in said
     write_photo(people / "one.png", ("Ada", 20, 20))
+    write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)
     code, content, said = run(capsys, "who", film, *flags)
-    assert code == 1 and content["people"] == {"Ada": 1} and len(content["failed"]) == 2
+    assert code == 1 and content["people"] == {"Ada": 2} and len(content["failed"]) == 2
+    assert f"{people / 'poor.png'}: a poor face, quality 0.02 of 1" in said
+    assert len([line for line in said.splitlines() if str(people) in line]) == 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_enrol_tells_photos_that_do_not_help(tmp_path, models, capsys, whole):
+    photos, people = tmp_path / "photos", tmp_path / "people"
+    write_photo(photos / "none.png")
+    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    write_photo(photos / "one.png", ("Ada", 20, 20))
+    write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
+    pipeline.extract([photos], people / "Ada", models)
+    g = str(tmp_path / "g")
+    assert main_lib.main(["gallery", "create", g, f"--models={models}"]) == 0
+    words = (f"--input={people}",) if whole else (f"--input={people / 'Ada'}", "--identity=Ada")
+    with pytest.warns(UserWarning, match="face") as told:
+        assert main_lib.main(["gallery", "enrol", g, *words]) == 0
+    assert [str(one.message) for one in told] == [
+        f"{people / 'Ada' / name}.png: {problem}"
+        for name, problem in {
+            "none": "no faces: give a photo of one person alone",
+            "poor": "a poor face, quality 0.02 of 1: a larger or sharper one from the front helps",
+            "two": "2 faces: give a photo of one person alone",
+        }.items()
+    ]
+    prefix = "Ada/" if whole else ""
+    assert {*Gallery(g).clips} == {f"{prefix}one", f"{prefix}poor"}
+    words = (f"--input={people / 'Ada' / 'two.f02.npz'}", "--identity=Bob")
+    assert main_lib.main(["gallery", "enrol", g, *words]) == 0  # one of two faces, by its name
+    assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
+
+
+def pictures_of(page):
+    """Returns the pictures of a page by the words for them, as [H, W, 3] in the order shown."""
+    import av
+
+    found = {}
+    for source, words in re.findall(
+        r'<img src="data:image/png;base64,([^"]+)" alt="([^"]*)"', page
+    ):
+        with av.open(io.BytesIO(base64.b64decode(source)), "r") as file:
+            (frame,) = file.decode(video=0)
+        found.setdefault(words, []).append(frame.to_ndarray(format="rgb24"))
+    assert page.count("<img") == sum(map(len, found.values()))
+    return found
+
+
+def shows(picture):
+    """Returns whose face a picture shows, by the colour of its middle."""
+    height, width = picture.shape[:2]
+    middle = picture[height // 3 : -height // 3, width // 3 : -width // 3].mean((0, 1))
+    return min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
+
+
+def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(
+    tmp_path, models, film, capsys
+):
+    people, out = tmp_path / "friends", tmp_path / "out"
+    for name in ("Ada", "Bob"):
+        write_photo(people / name / "1.png", (name, 40, 40))
+    flags = (f"--people={people}", f"--models={models}", f"--out={out}")
+
+    def pictures():
+        return sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+
+    run(capsys, "who", film, *flags)
+    assert not pictures() and "<img" not in (out / "names.html").read_text()
+    features = {path.name: path.read_bytes() for path in (out / "features").glob("*.npz")}
+
+    code, _, said = run(capsys, "who", film, *flags, "--thumbnails")
+    assert code == 0 and "as before" not in said
+    found = [f"features/thumbnails/party/{name[:-4]}.png" for name in sorted(features)]
+    assert pictures() == [*found, *(f"people/{n}/thumbnails/1/1.png" for n in ("Ada", "Bob"))]
+    assert {path.name: path.read_bytes() for path in (out / "features").glob("*.npz")} == features
+    for path in out.rglob("thumbnails"):
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert all(one.stat().st_mode & 0o777 == 0o700 for one in path.iterdir())
+        assert all(one.stat().st_mode & 0o777 == 0o600 for one in path.rglob("*.png"))
+    page = out / "names.html"
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page.read_text()
+    found = pictures_of(page.read_text())
+    assert {words: sorted(map(shows, some)) for words, some in found.items()} == {
+        "0:00": ["Ada"], "0:02": ["Eve"], "0:04": ["Ada", "Bob"], "Ada": ["Ada"], "Bob": ["Bob"],
+    }  # fmt: skip
+    before = page.read_bytes()
+    _, _, said = run(capsys, "who", film, *flags, "--thumbnails")
+    assert "party.mkv: 6.0 s, 3 shots, 4 faces, as before" in said and page.read_bytes() == before
+
+    shutil.rmtree(people / "Ada")
+    run(capsys, "who", film, *flags, "--thumbnails")
+    assert not [path for path in pictures() if path.startswith("people/Ada")]
+    assert {*pictures_of(page.read_text())} == {"0:00", "0:02", "0:04", "Bob"}
+    run(capsys, "who", film, *flags)
+    assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
+
+
+def test_a_page_does_not_outlive_a_person_in_a_call_that_fails(tmp_path, models, film, capsys):
+    people, out = tmp_path / "friends", tmp_path / "out"
+    for name in ("Ada", "Bob"):
+        write_photo(people / name / "1.png", (name, 40, 40))
+    flags = (f"--people={people}", f"--models={models}", f"--out={out}")
+    run(capsys, "who", film, *flags, "--thumbnails")
+    shutil.rmtree(people / "Ada")
+    (out / "features" / "extract.json").write_text("damaged")
+    code, _, _ = run(capsys, "who", film, *flags)
+    assert code == 2
+    named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
+    assert not named and not list(out.rglob("names.*"))
 
 
 def test_a_file_that_cannot_be_read_costs_itself_alone(tmp_path, models, film, capsys):
@@ -100,14 +223,24 @@ def test_one_and_two_processes_write_the_same_bytes(tmp_path, models, film):
 
 def test_a_cut_off_extraction_goes_on(tmp_path, models, film):
     out = tmp_path / "out"
-    pipeline.extract([film], out, models)
-    whole = {path.name: path.read_bytes() for path in out.glob("*.npz")}
+    pipeline.extract([film], out, models, thumbnails=True)
+
+    def written():
+        paths = [*out.glob("*.npz"), *out.rglob("*.png")]
+        return {str(path): path.read_bytes() for path in paths}
+
+    whole = written()
+    assert len(whole) == 8
+    (out / "thumbnails" / "party" / "of a cut-off call.png").write_bytes(b"")
     (out / "videos" / "party.json").unlink()  # written last
     (out / "party.s000.t00.npz").unlink()
     (out / "party.s007.t00.npz").write_bytes(b"of a cut-off call")
     (out / ".extract-0badc0de").mkdir()
-    pipeline.extract([film], out, models)
-    assert {path.name: path.read_bytes() for path in out.glob("*.npz")} == whole
+    pipeline.extract([film], out, models, thumbnails=True)
+    assert written() == whole
+    shutil.rmtree(out / "thumbnails" / "party")
+    pipeline.extract([film], out, models, thumbnails=True)
+    assert written() == whole
     assert not (out / ".extract-0badc0de").exists()
 
 

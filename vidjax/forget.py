@@ -114,16 +114,18 @@ def _from_gallery(
         enrolled = gallery.identities
         known = [name for name in identities if name in enrolled]
         shown = {n for n, clip in gallery.clips.items() if clip.identity in known or n in clips}
-        held = gallery.still_held
-        if not shown and not held:
+        held, former = gallery.still_held, gallery.former.intersection(identities)
+        if not shown and not held and not former:
             return [], shown
-        about = (
-            f"{len(shown):,} of its clips" if shown else f"{held:,} removed clips, by its centre"
-        )
+        about = f"{len(shown):,} of its clips" if shown else "the name, for `gallery undo`"
+        about = f"{held:,} removed clips, by its centre" if held and not shown else about
         if delete and shown:
             gallery.remove(clip=shown)
-        elif delete:
+        elif delete and held:
             gallery.refit()
+        elif delete:
+            with gallery.change() as draft:
+                draft.keep()
         return [Found("gallery", folder, about, "deleted" if delete else "--delete")], shown
     except UserError as error:
         return [Found("unread", folder, str(error).splitlines()[0], "search it yourself")], set()

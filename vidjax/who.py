@@ -3,6 +3,7 @@
     OUT/people/NAME/   features of the photos of a person
     OUT/features/      features of the videos
     OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
+    OUT/*/thumbnails/  only with --thumbnails: a small picture of each face
     OUT/names.tsv      video, begin, end, person, probability, clips, evidence
     OUT/names.html     shows it
     OUT/subtitles/     a .vtt for each video
@@ -12,7 +13,7 @@ Everything but features and the gallery is written anew by each call. People and
 """
 
 import argparse
-import contextlib
+import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,8 @@ from vidjax.gallery.gallery import Gallery, Vectors, origin_of_models
 from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
-PAGE, TABLE, SUBTITLES, PEOPLE = "names.html", "names.tsv", "subtitles", "people"
+PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
+TABLES = ("names.tsv", "names.jsonl")
 
 
 class Done(NamedTuple):
@@ -53,6 +55,7 @@ def who(
     settings: folder.Settings | None = None,
     *,
     workers: int = 1,
+    thumbnails: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Done:
     """Names the people in films, and writes the files of the module's docstring.
@@ -62,6 +65,7 @@ def who(
       people: a folder with a folder of photos for each person, or with photos NAME.jpg; None to
         name nobody who is not in the gallery of an earlier call.
       out: the folder for results; it is made, and readable by its owner alone.
+      thumbnails: shows the face beside each name; False deletes pictures of earlier calls.
       models, settings, workers, done: as of `pipeline.extract`.
 
     Raises:
@@ -75,20 +79,23 @@ def who(
     with files.lock(files.make_folder(out, "out"), "out"):
         gallery = _gallery(out, models)
         failed: list[str] = []
+        extract = functools.partial(
+            pipeline.extract, models=models, workers=workers, thumbnails=thumbnails
+        )
         for name, own in photos.items():
-            failed += _enrol(gallery, name, own, out / PEOPLE / name, models, workers)
+            failed += _enrol(gallery, name, own, out / PEOPLE / name, extract)
         if people is not None:
-            _forget(gallery, {*photos}, out / PEOPLE)
-        return _look(gallery, failed, films, out, models, settings, workers, done)
+            _forget(gallery, {*photos}, out)
+        if not thumbnails and (out / PEOPLE).exists():
+            for one in (out / PEOPLE).iterdir():
+                files.remove_tree(one / folder.THUMBNAILS)
+        outcomes = extract(films, out / FEATURES, settings=settings, done=done)
+        return _look(gallery, failed, outcomes, out)
 
 
-def _look(
-    gallery: Gallery, failed: list[str], films: Sequence[Path], out: Path, models: Path,
-    settings: folder.Settings | None, workers: int, done: Callable[[Outcome], None],
-) -> Done:  # fmt: skip
+def _look(gallery: Gallery, failed: list[str], outcomes: Sequence[Outcome], out: Path) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
-    features = out / "features"
-    outcomes = pipeline.extract(films, features, models, settings, workers=workers, done=done)
+    features = out / FEATURES
     failed += [str(outcome.path) for outcome in outcomes if outcome.film is None]
     shown = [outcome.film for outcome in outcomes if outcome.film]
     found, groups = _name(gallery, features, shown)
@@ -143,22 +150,25 @@ def _photos(people: Path) -> dict[str, list[Path]]:
 
 
 def _enrol(
-    gallery: Gallery, name: str, photos: Sequence[Path], out: Path, models: Path, workers: int
+    gallery: Gallery,
+    name: str,
+    photos: Sequence[Path],
+    out: Path,
+    extract: Callable[..., list[Outcome]],
 ) -> list[str]:
     """Enrols a person by the photos that show one face; returns the photos that did not help.
 
     A clip is enrolled as `people/NAME/CLIP`; whoever was renamed in the gallery keeps that name.
     """
-    outcomes = pipeline.extract(photos, out, models, workers=workers, alone=True)
+    outcomes = extract(photos, out, alone=True)
     unfit, usable = [], []
     for outcome in outcomes:
-        faces = len(outcome.film.tracks) if outcome.film else 0
-        if faces == 1 and outcome.film:
-            usable.append(outcome.film.tracks[0].clip)
-            continue
-        reason = outcome.error or f"{faces or 'no'} faces: give a photo of {show(name)} alone"
-        say(f"{outcome.path}: {reason}")
-        unfit.append(str(outcome.path))
+        film = outcome.film
+        clip, problem = folder.judge_photo(out, film) if film else (None, outcome.error)
+        if problem:
+            say(f"{outcome.path}: {problem}")
+        usable += [clip] if clip else []
+        unfit += [] if clip else [str(outcome.path)]
     if not usable:
         raise UserError(f"no photo of '{show(name)}' shows one face: there is nobody to look for")
     vectors = _embed(gallery, out, usable)
@@ -174,16 +184,21 @@ def _enrol(
     return unfit
 
 
-def _forget(gallery: Gallery, names: set[str], people: Path) -> None:
-    """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk."""
+def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
+    """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk.
+
+    So are the page and tables of the earlier call, which name them, even if this call fails.
+    """
     gone = {clip for clip in gallery.clips
             if clip.startswith(f"{PEOPLE}/") and clip.split("/")[1] not in names}  # fmt: skip
     for name in sorted({str(gallery.clips[clip].identity) for clip in gone}):
         say(f"{name} is no longer among the people: forgotten")
     gallery.remove(clip=gone)
-    for one in people.iterdir():
+    for one in (out / PEOPLE).iterdir():
         if one.name not in names:
             files.remove_tree(one)
+    if gone:
+        _remove_results(out)
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
@@ -216,12 +231,10 @@ def _write(
 ) -> None:
     from vidjax.gallery import names_page
 
-    for name in (TABLE, "names.jsonl"):
-        with contextlib.suppress(FileNotFoundError):
-            (out / name).unlink()
+    _remove_results(out)
+    for name in TABLES:
         appearances.write(out / name, found)
     subtitles = out / SUBTITLES
-    files.remove_tree(subtitles)
     subtitles.mkdir(mode=0o700)
     for film in films:
         own = [one for one in found if one.video == film.video]
@@ -229,7 +242,22 @@ def _write(
             # Names of files have 255 bytes at most, also while they are written.
             name = Path(film.video).stem.encode()[:200].decode(errors="ignore")
             files.write_text(subtitles / f"{name}.vtt", appearances.to_vtt(own))
-    files.write_text(out / PAGE, names_page.page(found, films, sorted(gallery.identities)))
+    people = {name: [] for name in gallery.identities}
+    for clip, shown in sorted(gallery.clips.items()):
+        if clip.startswith(f"{PEOPLE}/") and shown.identity:
+            place, _, photo = clip.rpartition("/")
+            people[shown.identity].append(folder.thumbnail(out / place, photo))
+    text = names_page.page(
+        found, films, people, functools.partial(folder.thumbnail, out / FEATURES)
+    )
+    files.write_text(out / PAGE, text)
+    (out / PAGE).chmod(0o600)
+
+
+def _remove_results(out: Path) -> None:
+    for name in (PAGE, *TABLES):
+        (out / name).unlink(missing_ok=True)
+    files.remove_tree(out / SUBTITLES)
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -239,7 +267,7 @@ def run(args: argparse.Namespace) -> Result:
     done = who(
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), commands.settings_of(args),
-        workers=workers, done=commands.tell,
+        workers=workers, thumbnails=args.thumbnails, done=commands.tell,
     )  # fmt: skip
     content = {
         "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
@@ -250,7 +278,7 @@ def run(args: argparse.Namespace) -> Result:
         "people": f"{len(done.people):,}: {few}" if few else "none",
         "appearances": f"{done.named:,} of people with a name, {done.groups:,} people unknown",
         "page": str(out / PAGE),
-        "table": str(out / TABLE),
+        "table": str(out / TABLES[0]),
     }
     text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
@@ -260,6 +288,7 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
     commands.add_flags(parser)
     parser.flag("--people", "DIR", "photos of people: a folder for each, with the name")
+    parser.switch("--thumbnails", "shows faces on the page; without, those of earlier calls go")
 
 
 COMMAND = Command(

@@ -16,6 +16,8 @@ WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
 RUN = Origin("somewhere", "0" * 64, centred=False)
 
+OF_THE_WAY = {"version": 0, "token": "", "last": "", "last_clips": 0}  # facts, of how it came
+
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> Clip:
     """Returns a clip near others of the person, which lacks a part."""
@@ -75,11 +77,11 @@ def search(gallery: Gallery, parts):
 
 
 def contents(folder) -> dict[str, list]:
-    """Returns the rows of all tables, but for the version, the token and the sha256 with them."""
+    """Returns all rows but the version, the token, the sha256 with them, and the last change."""
     with contextlib.closing(sqlite3.connect(folder / store.NAME)) as connection:
         found = {
             table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
             for table in store.SCHEMA
         }
     ((facts, _),) = found["gallery"]
-    return found | {"gallery": [json.loads(facts) | {"version": 0, "token": ""}]}
+    return found | {"gallery": [json.loads(facts) | OF_THE_WAY]}

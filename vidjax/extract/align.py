@@ -4,12 +4,16 @@ Coordinates are (x, y) in pixels, and (0, 0) is the middle of the top left pixel
 a face are its right eye (left in the picture), left eye, nose, and both corners of the mouth.
 """
 
+import struct
+import zlib
+
 import numpy as np
 
 SHRINK = 2.0  # pixels of the source on one of the crop from which areas are averaged first
 FULL_SIZE = 80.0  # pixels: twice the distance between the eyes of a face that counts as large
 HALF_SHARP = 100.0  # variance of the Laplacian, of grey levels 0 to 255, that counts as half sharp
 PROFILE = 0.5  # distance of the nose from the middle line, in distances of the eyes, of a profile
+SMALL = 80  # pixels of a side of a thumbnail, at most
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
@@ -125,6 +129,21 @@ def _bilinear(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     upper = flat[at] * (1 - right) + flat[at + 1] * right
     lower = flat[at + width + 3] * (1 - right) + flat[at + width + 4] * right
     return (upper * (1 - below) + lower * below + 0.5).astype(np.uint8)
+
+
+def thumbnail(crop: np.ndarray) -> bytes:
+    """Returns a crop [S, S, 3] uint8, shrunk to SMALL pixels or less, as a file of format PNG."""
+    step = -(-len(crop) // SMALL)
+    side = len(crop) // step
+    squares = crop[: side * step, : side * step].reshape(side, step, side, step, 3)
+    small = squares.mean((1, 3)).round().astype(np.uint8).reshape(side, -1)
+    rows = np.pad(small, ((0, 0), (1, 0))).tobytes()  # each row begins with its filter: none
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -> np.ndarray:

@@ -78,6 +78,10 @@ class Clips:
             # Without a face a clip tells so: a gallery of faces refuses clips of other modalities.
             arrays |= _arrays(part, seen, embed) if seen else {part: embed.nothing}
         self._write(name, arrays)
+        faces = [seen for seen in best if "face" in seen.crops]
+        if faces and (thumbnails := self._out / folder.THUMBNAILS).is_dir():
+            crop = max(faces, key=lambda seen: (seen.quality, seen.number)).crops["face"]
+            files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
         times = track.times
         self.tracks.append(
             folder.Track(
@@ -127,8 +131,8 @@ def extract(
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
     A photo has a clip for each face, and no voice; nor has a clip of a shot with one main figure,
-    beside which others may be seen. Memory does not grow with the length of the
-    video, but for the list of its tracks.
+    beside which others may be seen. If `out` has a folder for thumbnails, these are written, too.
+    Memory does not grow with the length of the video, but for the list of its tracks.
     """
     name = folder.video_name(path, stem)
     with decode.open_video(path) as video:

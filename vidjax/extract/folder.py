@@ -4,6 +4,7 @@
     OUT/STEM.s003.npz       a clip of a whole shot, by --unit=shot
     OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
     OUT/extract.json        the nets and settings of all
+    OUT/thumbnails/STEM/    only where asked for: the best face of each clip, CLIP.png
 
 The clips are what `vidjax.data.arrays` reads. A video without its `.json` was cut off, and is
 extracted anew. STEM is the name of the file without its ending, and without dots.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax import files
@@ -26,7 +28,9 @@ from vidjax.run.formats import Count, Sha256, Size, Text
 
 NAME = "extract.json"
 VIDEOS = "videos"
+THUMBNAILS = "thumbnails"
 FILE_BYTES = 256 * files.MB
+POOR = 0.05  # quality of a face; far below that of photos of a face from the front
 MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
 REMEDY = "delete the folder, and extract anew"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -117,6 +121,11 @@ def video_name(path: Path, stem: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
+def thumbnail(folder: Path, clip: str) -> Path:
+    """Returns the path of a clip's thumbnail, which exists if it was asked for."""
+    return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
+
+
 def read_extraction(folder: Path) -> Extraction | None:
     """Returns what `extract.json` of a folder says; None if there is none."""
     path = folder / NAME
@@ -133,6 +142,21 @@ def read_film(path: Path) -> Film:
 def read_films(folder: Path) -> list[Film]:
     """Returns what a folder says of its videos, by name; those that are not finished are absent."""
     return [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+
+
+def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
+    """Returns the clip of the one face in a photo, None for none or several, and what is wrong.
+
+    The clip of a poor face is usable, so that both may be there.
+    """
+    arrays = {one.clip: files.read_npz(folder / f"{one.clip}.npz") for one in film.tracks}
+    # Somebody without a face has an empty array; features of heads alone have none.
+    faces = [clip for clip, own in arrays.items() if len(own.get("face", clip))]
+    if len(faces) != 1:
+        return None, f"{len(faces) or 'no'} faces: give a photo of one person alone"
+    best = float(np.max(arrays[faces[0]].get("face_quality", 1.0)))
+    about = f"a poor face, quality {best:.2f} of 1: a larger or sharper one from the front helps"
+    return faces[0], about if best < POOR else ""
 
 
 def write(path: Path, value: Struct) -> None:

@@ -42,6 +42,7 @@ def extract(
     *,
     workers: int = 1,
     alone: bool = False,
+    thumbnails: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Extracts the faces of videos and photos into the folder `out`, see `folder`; voices, too.
@@ -56,6 +57,7 @@ def extract(
       settings: None for those of the folder, or else the defaults.
       workers: processes at once.
       alone: removes from the folder the features of all other files.
+      thumbnails: keeps a picture of the best face of each clip; False removes those of all.
       done: called with each outcome, in any order.
 
     Raises:
@@ -72,9 +74,14 @@ def extract(
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "features"):
         wanted = _same_extraction(out, digests, settings)
-        if (out / folder.VIDEOS).is_symlink():
-            raise UserError(f"'{out / folder.VIDEOS}' is a link: {folder.REMEDY}")
+        for inner in (out / folder.VIDEOS, out / folder.THUMBNAILS):
+            if inner.is_symlink():
+                raise UserError(f"'{inner}' is a link: {folder.REMEDY}")
         (out / folder.VIDEOS).mkdir(exist_ok=True)
+        if thumbnails:
+            (out / folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
+        else:
+            files.remove_tree(out / folder.THUMBNAILS)
         stems = _stems(listed, out)
         _remove_leftovers(out, set(stems.values()) if alone else None)
 
@@ -196,6 +203,8 @@ def _film(out: Path, stem: str) -> folder.Film | None:
     except UserError:
         return None
     whole = all(files.exists(out / f"{track.clip}.npz") for track in film.tracks)
+    thumbnails = out / folder.THUMBNAILS
+    whole &= not thumbnails.exists() or (thumbnails / stem).exists()
     return film if whole else None
 
 
@@ -211,10 +220,17 @@ def _one(
         _remove(out, stem)
         partial = out / f".extract-{secrets.token_hex(4)}"
         partial.mkdir(mode=0o700)
+        thumbnails = [one / folder.THUMBNAILS for one in (partial, out)]
         try:
+            if thumbnails[1].exists():
+                thumbnails[0].mkdir(mode=0o700)
             film = child.extract(path, partial, stem, models, settings, sha256, children)
             for track in film.tracks:
                 os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
+            if thumbnails[0].exists():
+                for picture in thumbnails[0].iterdir():
+                    picture.chmod(0o600)
+                os.replace(thumbnails[0], thumbnails[1] / stem)
             folder.write(out / folder.VIDEOS / f"{stem}.json", film)
         except BaseException:
             _remove(out, stem)
@@ -232,6 +248,7 @@ def _one(
 def _remove(out: Path, stem: str) -> None:
     """Removes a video and its clips; first what tells that they are whole."""
     (out / folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
+    files.remove_tree(out / folder.THUMBNAILS / stem)
     for entry in list(os.scandir(out)):
         if entry.name.endswith(".npz") and entry.name.partition(".")[0] == stem:
             os.unlink(entry.path)

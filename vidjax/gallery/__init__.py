@@ -1,6 +1,6 @@
 """The gallery: people who are enrolled, found and deleted without training; see `gallery`.
 
 `gallery` is what a user calls from Python, `commands` what a user types. `backend` whitens vectors
-and compares them with enrolled people. `answers` sets thresholds and shows answers, `store` reads
-and writes the file, `qdrant` exports.
+and compares them with enrolled people. `answers` sets thresholds and shows answers, `changes` edits
+what is held, `store` reads and writes the file, `trial` compares back ends, `qdrant` exports.
 """

@@ -5,7 +5,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
     from vidjax.extract.folder import Film
+    from vidjax.gallery.changes import Draft
     from vidjax.gallery.gallery import Gallery, Vectors
 
+Done = tuple[str, Mapping[str, object]]  # what a change did, in words and for --json
+Change = Callable[["Draft"], Done]
 CLIPS = ("run", "split", "input")
 RULE = ("fpir", "threshold")
 # Flag -> the word for its value (None: it has none), its help.
@@ -54,6 +57,8 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "the new collection"),
 }
+CHANGES_HELP = """a line for each change, with the words of the flags of enrol, remove, rename and
+relabel, as {"op": "rename", "identity": "Adda", "to": "Ada"}; - for standard input"""
 HELP = """\
 A gallery knows people who are enrolled, found and deleted without training.
 
@@ -121,6 +126,8 @@ def _flags(
             metavar, about = strangers if name == "strangers" else FLAGS.get(name, ("", ""))
             if name == "config":
                 parser.fields("data.")
+            elif name == "changes":
+                parser.add_argument(name, nargs="?", metavar="FILE", help=CHANGES_HELP)
             elif metavar is None:
                 parser.switch(f"--{name}", about)
             else:
@@ -153,8 +160,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "create needs --run=W or --models=DIR, and not both: what makes the vectors"
         )
+    if args.command == "apply" and not args.changes:
+        raise UserError("apply needs a file of changes: apply FOLDER FILE, or - for standard input")
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
+    if args.command == "relabel" and bool(args.identity) == args.strangers:
+        raise UserError("relabel needs one of --identity=NAME and --strangers: whom it shows")
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
         raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
@@ -268,10 +279,10 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
         return began, gallery.embed(clips, split, advance=bar.advance)
 
 
-def _enrol(args: argparse.Namespace) -> Result:
-    from vidjax.data.memory import load_people
+def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
+    from vidjax.data.memory import MemoryClips, load_people
 
-    gallery, strangers = _opened(args), args.strangers
+    strangers = args.strangers
     if args.labels:
         clips, identity = _clips(args, gallery), _read_labels(Path(args.labels).expanduser())
     elif args.input and not args.identity and not strangers:
@@ -280,15 +291,44 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, identity = load_people(args.input, widths, quality=quality)
     else:
         clips, identity = _clips(args, gallery), args.identity
-    done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
-    if done.refused:
-        named = ", ".join(done.refused[:3]) + (" ..." if len(done.refused) > 3 else "")
+    if isinstance(clips, MemoryClips) and not args.labels and not strangers:
+        identity = _without_crowds(Path(args.input).expanduser(), clips.names, identity)
+    shown, refused = gallery.to_enrol(clips, identity, split=args.split, strangers=strangers)
+    if refused:
+        named = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
         warnings.warn(
-            f"{_of(len(done.refused), 'clip')} without a usable frame: not enrolled: {named}",
+            f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {named}",
             stacklevel=2,
         )
-    told = f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"
-    return _counts(gallery, {"enrolled": told}, done._asdict())
+
+    def change(draft: "Draft") -> Done:
+        new = draft.add(shown)
+        counts = {"enrolled": new, "unchanged": len(shown) - new, "refused": refused}
+        return f"{_of(new, 'clip')}, {len(shown) - new:,} were there", counts
+
+    return change
+
+
+def _without_crowds(
+    path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
+) -> dict[str, str]:
+    """Returns clip -> person, without photos of several people; warns of photos that do not help.
+
+    Only `vidjax extract` tells photos from other clips. A clip named alone is taken as it is.
+    """
+    from vidjax.extract import folder
+
+    people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
+    places = [path] if isinstance(identity, str) else sorted(path.iterdir())
+    for place in (place for place in places if (place / folder.VIDEOS).is_dir()):
+        prefix = "" if place == path else f"{place.name}/"
+        for film in folder.read_films(place):
+            alone, problem = folder.judge_photo(place, film) if film.photo else ("", "")
+            for track in film.tracks if alone is None else ():
+                people.pop(f"{prefix}{track.clip}", None)
+            if problem:
+                warnings.warn(f"{place / film.video}: {problem}", stacklevel=2)
+    return people
 
 
 def _read_labels(path: Path) -> dict[str, str]:
@@ -438,37 +478,138 @@ def _rank(args: argparse.Namespace) -> Result:
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
 
 
-def _remove(args: argparse.Namespace) -> Result:
+def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
+    del gallery
+
+    def change(draft: "Draft") -> Done:
+        count = draft.remove(
+            identity=args.identity or None, clip=args.clip or None, refit=not args.later
+        )
+        return _of(count, "clip"), {"removed": count}
+
+    return change
+
+
+def _rename(args: argparse.Namespace, gallery: "Gallery") -> Change:
+    del gallery
+
+    def change(draft: "Draft") -> Done:
+        count = draft.rename(args.identity, args.to, merge=args.merge)
+        told = f"{args.identity} is {args.to}, with {_of(len(draft.groups[args.to]), 'clip')}"
+        return told, {"renamed": count}
+
+    return change
+
+
+def _relabel(args: argparse.Namespace, gallery: "Gallery") -> Change:
+    del gallery
+    identity = args.identity or None
+
+    def change(draft: "Draft") -> Done:
+        new = identity is not None and identity not in draft.groups
+        before = draft.relabel(args.clip, identity)
+        gone = before is not None and before not in draft.groups
+        told = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
+        told += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
+        return told, {"clip": args.clip, "before": before}
+
+    return change
+
+
+# Command -> a function that reads what it needs, and returns what changes a draft; the word for it.
+CHANGES: Mapping[str, tuple[Callable[[argparse.Namespace, "Gallery"], Change], str]] = {
+    "enrol": (_enrol, "enrolled"),
+    "remove": (_remove, "removed"),
+    "rename": (_rename, "renamed"),
+    "relabel": (_relabel, "relabelled"),
+}
+
+
+def _change(args: argparse.Namespace) -> Result:
+    gallery, (prepare, word) = _opened(args), CHANGES[args.command]
+    change = prepare(args, gallery)
+    with gallery.change() as draft:
+        told, content = change(draft)
+    return _counts(gallery, {word: told}, content)
+
+
+def _apply(args: argparse.Namespace) -> Result:
+    path = None if args.changes == "-" else Path(args.changes).expanduser()
+    place = "standard input" if path is None else str(path)
+    gallery, changes, counts = _opened(args), [], dict.fromkeys(CHANGES, 0)
+    lines = []
+    for number, value in tables.read_jsonl(path):
+        with _placed(place, number):
+            lines.append((number, _as_flags(value, args)))
+    if not lines:
+        raise UserError(f"{place} has no line: there is nothing to change")
+    for number, line in lines:
+        with _placed(place, number):
+            changes.append((number, CHANGES[line.command][0](line, gallery)))
+            counts[line.command] += 1
+    with gallery.change() as draft:
+        for number, change in changes:
+            with _placed(place, number):
+                change(draft)
+    told = ", ".join(f"{count:,} {op}" for op, count in counts.items() if count)
+    return _counts(
+        gallery, {"applied": f"{_of(len(changes), 'line')}: {told}"}, {"applied": counts}
+    )
+
+
+@contextlib.contextmanager
+def _placed(path: str, number: int) -> Iterator[None]:
+    """Names the line in the error of a change of many."""
+    try:
+        yield
+    except UserError as error:
+        lines = str(error).splitlines()
+        raise UserError("\n".join([f"{path}: line {number}: {lines[0]}", *lines[1:2]])) from error
+
+
+def _as_flags(value: object, args: argparse.Namespace) -> argparse.Namespace:
+    """Returns the flags of a line, `{"op": COMMAND, FLAG: VALUE, ...}`; a switch is true."""
+    example = '{"op": "rename", "identity": "Adda", "to": "Ada"}'
+    if not isinstance(value, dict) or not isinstance(value.get("op"), str):
+        raise UserError(f"wanted an object with an op, as {example}")
+    name, given = value["op"], {word: x for word, x in value.items() if word != "op"}
+    if name not in CHANGES:
+        raise UserError(f"no op '{show(name)}': choose from {', '.join(CHANGES)}")
+    own = [flag.removeprefix("--") for flag in messages.make_parser("", name, COMMANDS[name]).flags]
+    takes = [flag for flag in own if (flag in FLAGS and flag != "run") or flag == "strangers"]
+    words = [f"--run={args.run}"] if args.run and "run" in own else []
+    for flag, x in given.items():
+        if flag not in takes and not (flag.startswith("config.data.") and "run" in own):
+            raise UserError(f"{name} takes no '{show(flag)}': it takes {', '.join(takes)}")
+        if flag == "strangers" or FLAGS.get(flag, ("",))[0] is None:
+            if not isinstance(x, bool):
+                raise UserError(f"'{flag}' is true or false")
+            words += [f"--{flag}"] * x
+        elif isinstance(x, str):
+            words.append(f"--{flag}={x}")
+        else:
+            raise UserError(f"'{show(flag)}' needs text in quotes")
+    return parse([name, args.gallery, *words])
+
+
+def _undo(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
-    count = gallery.remove(identity=args.identity, clip=args.clip, refit=not args.later)
-    return _counts(gallery, {"removed": _of(count, "clip")}, {"removed": count})
-
-
-def _rename(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
-    count = gallery.rename(args.identity, args.to, merge=args.merge)
-    told = f"{args.identity} is {args.to}, with {_of(gallery.identities[args.to], 'clip')}"
-    return _counts(gallery, {"renamed": told}, {"renamed": count})
-
-
-def _relabel(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
-    new = args.identity not in gallery.identities
-    before = gallery.relabel(args.clip, args.identity)
-    gone = before is not None and before not in gallery.identities
-    told = f"{args.clip} showed {'a stranger' if before is None else before}"
-    told += f"{', of whom no clip is left' * gone}; it shows {args.identity}{', who is new' * new}"
-    return _counts(gallery, {"relabelled": told}, {"clip": args.clip, "before": before})
+    count = gallery.undo()
+    return _counts(
+        gallery, {"undone": f"the last change, of {_of(count, 'clip')}"}, {"undone": count}
+    )
 
 
 def _refit(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
-    gallery.refit()
-    return _counts(gallery)
+    if (trial := gallery.refit()) is None:
+        return _counts(gallery)
+    told = f"{trial.own:.3g} nats per clip of people left out, by the cards {trial.card:.3g}"
+    return _counts(gallery, {"cost": told}, {"cost": trial._asdict()})
 
 
 def _list(args: argparse.Namespace) -> Result:
-    from vidjax.gallery.gallery import known
+    from vidjax.gallery.changes import known
 
     gallery = _opened(args)
     result = _counts(gallery)
@@ -515,7 +656,7 @@ COMMANDS: Mapping[str, Command] = {
             *CLIPS, "identity", "labels", "config", "strangers",
             strangers=(None, "adds clips of strangers, not of people"),
         ),
-        _enrol, ("G --input=PATH --identity=Ada", "G --split=val --strangers"),
+        _change, ("G --input=PATH --identity=Ada", "G --split=val --strangers"),
     ),
     "identify": Command(
         "says whom clips show, or unknown",
@@ -543,17 +684,27 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "rename": Command(
         "gives a person another name",
-        _flags("identity", "to", "merge", needs=("identity", "to")), _rename,
+        _flags("identity", "to", "merge", needs=("identity", "to")), _change,
         ("G --identity=Adda --to=Ada",),
     ),
     "relabel": Command(
         "says that a clip shows somebody else",
-        _flags("clip", "identity", needs=("clip", "identity")), _relabel,
-        ("G --clip=NAME --identity=Ada",),
+        _flags(
+            "clip", "identity", "strangers", needs=("clip",),
+            strangers=(None, "instead: it shows nobody of the gallery"),
+        ),
+        _change, ("G --clip=NAME --identity=Ada", "G --clip=NAME --strangers"),
     ),
     "remove": Command(
         "deletes a person, or a clip, and cannot be undone",
-        _flags("identity", "clip", "later"), _remove, ("G --identity=Ada",),
+        _flags("identity", "clip", "later"), _change, ("G --identity=Ada",),
+    ),
+    "apply": Command(
+        "makes many changes, a JSON object in each line, all or none",
+        _flags("changes", "run"), _apply, ("G changes.jsonl", "G -"),
+    ),
+    "undo": Command(
+        "takes the last change back, unless it removed somebody", _flags(), _undo, ("G",)
     ),
     "threshold": Command(
         "says from which probability on a share of strangers gets a name",

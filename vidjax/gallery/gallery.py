@@ -24,11 +24,10 @@ Only another training without the clips ends that.
 import contextlib
 import math
 import numbers
-import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -39,23 +38,17 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packing import Clips
-from vidjax.data.untrusted.names import check_identity, check_name, show
-from vidjax.errors import UserError, check_argument, closest
+from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError, check_argument
 from vidjax.evaluation import restore
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
+from vidjax.gallery import trial as trial_lib
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
-from vidjax.gallery.store import (
-    MOST_LETTERS,
-    MOST_WIDTH,
-    STRANGER,
-    Clip,
-    Origin,
-    State,
-    Store,
-    group,
-)
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index
+from vidjax.gallery.changes import Draft, check_clip, enrol, stack
+from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Last, Origin, State, Store, group
+from vidjax.gallery.trial import Trial
 from vidjax.models.plda import Settings
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
@@ -64,14 +57,12 @@ from vidjax.steps import topk
 if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
-T = TypeVar("T")
 AnyClips = Clips | TrainingData | MemoryClips
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
-FEW_TO_FIT = 50  # people from whom on a back end of their own beats that of a card
+FEW_TO_FIT = 50  # people from whom on a back end of their own may beat that of a card
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
-MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
 
 class Enrolment(NamedTuple):
@@ -240,7 +231,7 @@ class Gallery:
                 "most\nmake it with fewer members, or with a narrower net"
             )
         for name, clip in clips.items():
-            _check_clip(name, clip, width)
+            check_clip(name, clip, width)
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
@@ -306,6 +297,11 @@ class Gallery:
     def still_held(self) -> int:
         """Number of removed clips that the back end is still fitted to; 0 after `refit`."""
         return self._state.still_held
+
+    @property
+    def former(self) -> set[str]:
+        """Names that nobody has any more, which are kept for `undo` until the next change."""
+        return {*filter(None, self._state.last.before.values())} - self._state.groups.keys()
 
     @property
     def identities(self) -> dict[str, int]:
@@ -379,6 +375,28 @@ class Gallery:
             self.refresh()
             yield self._state
 
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Draft]:
+        """Yields a draft with the methods `add`, `remove`, `rename` and `relabel` of this class.
+
+        What is done to it is written at the end, in one; after an error, nothing is. Nobody else
+        can change the gallery meanwhile.
+        """
+        with self._changing() as state:
+            draft = Draft(state)
+            yield draft
+            if not draft:
+                return
+            state, people = draft.state()
+            new = draft.inserted
+            if draft.refits and state.still_held:
+                state = _refitted(state)
+            if new is None:
+                sha256 = self._store.replace(state)
+            else:
+                sha256 = self._store.insert(state, new, people)
+            self._state = state._replace(sha256=sha256)
+
     def enrol(
         self,
         clips: AnyClips,
@@ -402,6 +420,19 @@ class Gallery:
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
+        shown, refused = self.to_enrol(clips, identities, split=split, strangers=strangers)
+        new = self.add(shown)
+        return Enrolment(new, len(shown) - new, refused)
+
+    def to_enrol(
+        self,
+        clips: AnyClips,
+        identities: str | Mapping[str, str] | None = None,
+        *,
+        split: str | None = None,
+        strangers: bool = False,
+    ) -> tuple[dict[str, Clip], tuple[str, ...]]:
+        """Returns the clips that `enrol` would add, and the names of those without a frame."""
         found = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(found.names, identities)
@@ -419,20 +450,14 @@ class Gallery:
                     "leave out strangers=True, by command --strangers"
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
-        return self._enrol(found, wanted)
+        return _usable(found, wanted)
 
     def enrol_vectors(self, found: Vectors) -> Enrolment:
         """Enrols clips given as vectors with labels; see `enrol`."""
-        return self._enrol(found, [n for n, x in zip(found.names, found.labels, strict=True) if x])
-
-    def _enrol(self, found: Vectors, wanted: Sequence[str]) -> Enrolment:
-        usable = _clips_of(found)
-        chosen = {name: usable[name] for name in wanted if name in usable}
-        refused = tuple(sorted(name for name in wanted if name not in usable))
-        if not chosen:
-            raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
-        new = self.add(chosen)
-        return Enrolment(new, len(chosen) - new, refused)
+        wanted = [name for name, x in zip(found.names, found.labels, strict=True) if x]
+        shown, refused = _usable(found, wanted)
+        new = self.add(shown)
+        return Enrolment(new, len(shown) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors, all or none; returns how many are new.
@@ -441,14 +466,8 @@ class Gallery:
         clip that comes as a stranger is skipped, too. ValueError for a malformed clip, or one
         enrolled already for another person or with another vector.
         """
-        for name, clip in clips.items():
-            _check_clip(name, clip, sum(self.backend.widths.values()))
-        with self._changing() as state:
-            new = {name: clip for name, clip in clips.items() if _is_new(state, name, clip)}
-            if new:
-                state, people = _with_clips(state, {**state.clips, **new}, new)
-                self._state = state._replace(sha256=self._store.insert(state, new, people))
-            return len(new)
+        with self.change() as draft:
+            return draft.add(clips)
 
     def remove(
         self,
@@ -468,84 +487,68 @@ class Gallery:
         Raises:
           ValueError: there is no such name.
         """
-        if (identity is None) == (clip is None):
-            raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
-        for kind, value in (("identity", identity), ("clip", clip)):
-            check_argument(f"remove: {kind}", value, (str, Collection, type(None)), "a name")
-            for name in [] if isinstance(value, str) else value or ():
-                check_argument(f"remove: {kind}", name, str, "a name")
-        people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
-        with self._changing() as state:
-            gone = {clip for name in people for clip in known("identity", name, state.people)}
-            for name in single:
-                known("clip", name, state.clips)
-            gone.update(single)
-            if gone:
-                held = state.still_held + sum(state.clips[name].fitted for name in gone)
-                left = {name: clip for name, clip in state.clips.items() if name not in gone}
-                state = _with_clips(state, left, gone)[0]._replace(still_held=held)
-                self._write(state, refit=refit and held > 0)
-            return len(gone)
+        with self.change() as draft:
+            return draft.remove(identity=identity, clip=clip, refit=refit)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips.
 
-        With `merge`, `to` may be another enrolled person: the two become one. Else ValueError.
+        With `merge`, `to` may be another enrolled person: the two become one. Else ValueError. The
+        back end stays as it is until `refit`.
         """
-        _check_word("identity", to)
-        with self._changing() as state:
-            names = known("identity", identity, state.people)
-            if to == identity:
-                raise UserError(f"'{show(to)}' has this name already")
-            if to in state.groups and not merge:
-                raise UserError(
-                    f"'{show(to)}' is enrolled, too: this would make one person of two\n"
-                    "if they are the same: merge=True, by command --merge; it cannot be undone"
-                )
-            self._relabel(state, names, to)
-            return len(names)
+        with self.change() as draft:
+            return draft.rename(identity, to, merge=merge)
 
-    def relabel(self, clip: str, identity: str) -> str | None:
-        """Gives a clip another identity; returns the one it had, None for a stranger."""
-        _check_word("identity", identity)
-        with self._changing() as state:
-            before = known("clip", clip, state.clips).identity
-            if before == identity:
-                raise UserError(f"clip '{show(clip)}' shows '{show(identity)}' already")
-            self._relabel(state, [clip], identity)
-            return before
+    def relabel(self, clip: str, identity: str | None) -> str | None:
+        """Gives a clip another identity; returns the one it had; None is a stranger's."""
+        with self.change() as draft:
+            return draft.relabel(clip, identity)
 
-    def _relabel(self, state: State, names: Iterable[str], identity: str) -> None:
-        """Gives the clips `names` another identity; the back end stays as it is until `refit`."""
-        new = {name: state.clips[name]._replace(identity=identity) for name in names}
-        self._write(_with_clips(state, {**state.clips, **new}, new)[0], refit=False)
+    def undo(self) -> int:
+        """Takes the last change back; returns the number of its clips.
 
-    def refit(self) -> None:
+        Answers are then, to the bit, those of before. ValueError where it removed clips or fitted
+        the back end anew: of both nothing is kept.
+        """
+        with self.change() as draft:
+            return draft.undo()
+
+    def refit(self) -> Trial | None:
         """Fits coordinates and settings to the clips that are enrolled now.
 
         With nobody enrolled: a back end still fitted to removed clips is replaced by one fitted to
-        none; otherwise ValueError.
+        none; otherwise ValueError. A gallery that compares by cards goes on so, ValueError, unless
+        the new back end is better for people left out of it; then returns by how much.
         """
         with self._changing() as state:
             if not state.still_held:
                 self._anybody()
-            if state.run.cards and len(state.people) < FEW_TO_FIT:
-                raise UserError(
-                    f"the gallery compares by the cards of its models, and has {len(state.people)} "
-                    f"people: {FEW_TO_FIT} are the fewest that tell more than a card\nenrol more"
-                )
-            self._write(state._replace(version=state.version + 1), refit=True)
+            by_cards = any(part.by_distance for part in state.index.backend.parts)
+            trial = self._trial(state) if by_cards else None
+            state = _refitted(state)._replace(version=state.version + 1, last=Last("refit"))
+            self._state = state._replace(sha256=self._store.replace(state))
+            return trial
 
-    def _write(self, state: State, *, refit: bool) -> None:
-        if refit:
-            widths = state.index.backend.widths
-            backend = fit_backend(state.clips, widths, centred=state.run.centred)
-            clips = {
-                name: clip._replace(fitted=clip.identity is not None)
-                for name, clip in state.clips.items()
-            }
-            state = _state(state.version, state.run, backend, clips)
-        self._state = state._replace(sha256=self._store.replace(state))
+    def _trial(self, state: State) -> Trial:
+        kept = f"gallery '{self.folder}' goes on comparing by the cards of its models"
+        people = len(trial_lib.repeated(state.clips))
+        if people < FEW_TO_FIT:
+            raise UserError(
+                f"{kept}: {people} people have two clips or more, and {FEW_TO_FIT} are the fewest "
+                "that tell more than a card\nenrol more"
+            )
+        backend = state.index.backend
+        found = trial_lib.run(
+            backend,
+            state.clips,
+            lambda clips: fit_backend(clips, backend.widths, centred=state.run.centred),
+        )
+        if not found.better:
+            raise UserError(
+                f"{kept}: fitted to {people} people it would cost {found.own:.3g} nats per clip of "
+                f"others, by the cards {found.card:.3g} (+- {found.error:.2g})"
+            )
+        return found
 
     # ---- answers
 
@@ -791,6 +794,15 @@ def _clips_of(found: Vectors) -> dict[str, Clip]:
     return {name: Clip(label, row) for name, label, row in clips if row.any()}
 
 
+def _usable(found: Vectors, wanted: Sequence[str]) -> tuple[dict[str, Clip], tuple[str, ...]]:
+    usable = _clips_of(found)
+    chosen = {name: usable[name] for name in wanted if name in usable}
+    refused = tuple(sorted(name for name in wanted if name not in usable))
+    if not chosen:
+        raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
+    return chosen, refused
+
+
 def fit_backend(
     clips: Mapping[str, Clip],
     widths: Mapping[str, int],
@@ -802,107 +814,26 @@ def fit_backend(
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     people = [clips[name].identity for name in names]
     labels = 1 + np.unique(np.array(people, object), return_inverse=True)[1]
-    stacked = _stack(names, clips, sum(widths.values()))
+    stacked = stack(names, clips, sum(widths.values()))
     parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
     vectors = dict(zip(widths, parts, strict=True))
     return backend_lib.fit(vectors, labels, centred=centred, settings=settings)
 
 
-def _stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:
-    vectors = np.zeros((len(names), width), np.float32)
-    for row, name in enumerate(names):
-        vectors[row] = clips[name].vector
-    return vectors
+def _refitted(state: State) -> State:
+    """Returns the state with a back end fitted to its own clips."""
+    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
+    clips = {
+        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
+    }
+    return _state(state.version, state.run, backend, clips)._replace(last=state.last)
 
 
 def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:
     groups = group(clips)
     names = sorted(groups.keys() - {STRANGER})
     blocks = (
-        _enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
+        enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
         for at in range(0, len(names), MOST_ROWS)
     )
     return State(version, run, Index(backend, blocks), clips, groups)
-
-
-def _enrol(
-    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
-) -> People:
-    """Returns the people of `groups`, identity -> names of clips, which are added in this order."""
-    names = [name for some in groups.values() for name in some]
-    vectors = _stack(names, clips, sum(backend.widths.values()))
-    owner = np.array([number for number, some in enumerate(groups.values()) for _ in some], int)
-    return backend.enrol(tuple(groups), vectors, owner)
-
-
-def _with_clips(
-    state: State, clips: Mapping[str, Clip], changed: Iterable[str]
-) -> tuple[State, People]:
-    """Returns the next state, with these `clips`, and the people of the `changed` ones, by name."""
-    both = [some[name] for name in changed for some in (state.clips, clips) if name in some]
-    touched = {clip.identity or STRANGER for clip in both}
-    names = {*changed, *(name for one in touched for name in state.groups.get(one, ()))}
-    own = group({name: clips[name] for name in names if name in clips})
-    others = {name: some for name, some in state.groups.items() if name not in touched}
-    groups = dict(sorted((others | own).items(), key=operator.itemgetter(0)))
-    shown = {name: some for name, some in own.items() if name != STRANGER}
-    people = _enrol(state.index.backend, shown, clips)
-    index = state.index.replaced(touched, people)
-    version = state.version + 1
-    return state._replace(version=version, index=index, clips=clips, groups=groups), people
-
-
-def _is_new(state: State, name: str, clip: Clip) -> bool:
-    """Returns False for a clip that the gallery has; refuses another clip of the same name."""
-    old = state.clips.get(name)
-    if old is None:
-        return True
-    if clip.identity is None and old.identity is not None:
-        return False
-    if old.identity is None and clip.identity is not None:
-        return True
-    problem = ""
-    if old.identity != clip.identity:
-        problem = f"as '{show(str(old.identity))}', not '{show(str(clip.identity))}'"
-    elif old.vector.tobytes() != clip.vector.tobytes():
-        problem = (
-            "with another vector: its features have changed, or it is another clip of this name"
-        )
-    if problem:
-        raise UserError(
-            f"clip '{show(name)}' is enrolled {problem}\n"
-            "names of clips are unique: give the new clip another name"
-        )
-    return False
-
-
-def _check_clip(name: str, clip: Clip, width: int) -> None:
-    _check_word("clip name", name)
-    if clip.identity is not None:
-        _check_word("identity", clip.identity)
-    if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
-        raise UserError(
-            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
-            f"wanted float32 ({width},)"
-        )
-    if not np.isfinite(clip.vector).all():
-        raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
-    if not clip.vector.any():
-        raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
-
-
-def _check_word(kind: Literal["clip name", "identity"], word: str) -> None:
-    check_identity(word) if kind == "identity" else check_name(word)
-    if len(word) > MOST_LETTERS:
-        raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
-
-
-def known(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`; the UserError of a missing name suggests a similar one."""
-    if name in among:
-        return among[name]
-    close = closest(name, among) if len(among) <= MOST_SUGGESTED else None
-    hint = f": did you mean '{show(close)}'?" if close else ""
-    raise UserError(
-        f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
-    )

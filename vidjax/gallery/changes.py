@@ -1,0 +1,269 @@
+"""Changes of a gallery: made to a draft, and written together, all or none.
+
+The last change can be taken back, as long as nothing was deleted by it: the gallery keeps, of each
+clip that it changed, whom the clip showed before. Deleted clips are gone for good, and so is a back
+end that was fitted anew.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from vidjax.data.untrusted.names import check_identity, check_name, show
+from vidjax.errors import UserError, check_argument, closest
+from vidjax.gallery.backend import Backend, People
+from vidjax.gallery.store import MOST_LETTERS, STRANGER, Clip, Last, State
+
+T = TypeVar("T")
+MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
+FINAL = {
+    "": "no change of this gallery can be taken back",
+    "remove": "the last change removed clips for good: enrol them again",
+    "refit": "the last change fitted the back end anew, which cannot be taken back",
+    "undo": "the last change was taken back already: only one is kept",
+}
+
+
+class Draft:
+    """What a gallery will hold after some changes; see the methods of `Gallery` for each of them.
+
+    Attributes:
+      clips: name -> clip, strangers included.
+      groups: identity -> the sorted names of its clips; those of strangers are under STRANGER.
+      refits: True if the back end is to be fitted anew.
+    """
+
+    def __init__(self, state: State):
+        self._state = state
+        self.clips, self.groups = dict(state.clips), dict(state.groups)
+        self.refits = False
+        self._final: Literal["", "remove", "undo"] = ""
+        self._changed: set[str] = set()  # names of clips
+        self._touched: set[str] = set()  # identities
+
+    def __bool__(self) -> bool:
+        """Returns True if there is something to write."""
+        return bool(self._changed) or self._final != ""
+
+    def add(self, clips: Mapping[str, Clip]) -> int:
+        """Adds clips given as vectors; returns how many are new."""
+        for name, clip in clips.items():
+            check_clip(name, clip, sum(self._state.index.backend.widths.values()))
+        new = {
+            name: self.clips.get(name, clip)._replace(identity=clip.identity)
+            for name, clip in clips.items()
+            if self._is_new(name, clip)
+        }
+        self._edit(new)
+        return len(new)
+
+    def remove(
+        self,
+        *,
+        identity: str | Collection[str] | None = None,
+        clip: str | Collection[str] | None = None,
+        refit: bool = True,
+    ) -> int:
+        """Removes people with all their clips, or single clips; returns the number of clips."""
+        if (identity is None) == (clip is None):
+            raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
+        for kind, value in (("identity", identity), ("clip", clip)):
+            check_argument(f"remove: {kind}", value, (str, Collection, type(None)), "a name")
+            for name in [] if isinstance(value, str) else value or ():
+                check_argument(f"remove: {kind}", name, str, "a name")
+        people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
+        gone = {clip for name in people for clip in self._shown_by(name)}
+        for name in single:
+            known("clip", name, self.clips)
+        gone.update(single)
+        self._edit(dict.fromkeys(gone))
+        self.refits |= refit and bool(gone)
+        return len(gone)
+
+    def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
+        """Gives a person another name; returns the number of clips."""
+        check_word("identity", to)
+        names = self._shown_by(identity)
+        if to == identity:
+            raise UserError(f"'{show(to)}' has this name already")
+        if to in self.groups and not merge:
+            raise UserError(
+                f"'{show(to)}' is enrolled, too: this would make one person of two\n"
+                "if they are the same: merge=True, by command --merge"
+            )
+        self._edit({name: self.clips[name]._replace(identity=to) for name in names})
+        return len(names)
+
+    def relabel(self, clip: str, identity: str | None) -> str | None:
+        """Gives a clip another identity; returns the one it had; None is a stranger's."""
+        check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
+        if identity is not None:
+            check_word("identity", identity)
+        old = known("clip", clip, self.clips)
+        if old.identity == identity:
+            raise UserError(f"clip '{show(clip)}' shows {_whom(identity)} already")
+        self._edit({clip: old._replace(identity=identity)})
+        return old.identity
+
+    def undo(self) -> int:
+        """Takes the last change back; returns the number of its clips."""
+        last = self._state.last
+        if last.what != "change":
+            raise UserError(FINAL[last.what])
+        self._edit({
+            name: None if before is None else self.clips[name]._replace(identity=before or None)
+            for name, before in last.before.items()
+        })  # fmt: skip
+        self._final = "undo"
+        return len(last.before)
+
+    def keep(self) -> None:
+        """Lets no change be taken back any more: the names that undo would need are deleted."""
+        self._final = "remove"
+
+    def _shown_by(self, identity: str) -> tuple[str, ...]:
+        if identity == STRANGER:
+            raise no_such("identity", identity, None)
+        return known("identity", identity, self.groups)
+
+    def _edit(self, clips: Mapping[str, Clip | None]) -> None:
+        """Replaces clips by name; None removes one."""
+        away: dict[str, set[str]] = {}
+        into: dict[str, set[str]] = {}
+        for name, clip in clips.items():
+            if old := self.clips.pop(name, None):
+                away.setdefault(old.identity or STRANGER, set()).add(name)
+            if clip is not None:
+                into.setdefault(clip.identity or STRANGER, set()).add(name)
+                self.clips[name] = clip
+        for one in away.keys() | into.keys():
+            names = ({*self.groups.pop(one, ())} - away.get(one, set())) | into.get(one, set())
+            if names:
+                self.groups[one] = tuple(sorted(names))
+        self._changed |= clips.keys()
+        self._touched |= away.keys() | into.keys()
+
+    def _is_new(self, name: str, clip: Clip) -> bool:
+        """Returns False for a clip that the gallery has; refuses another clip of the same name."""
+        old = self.clips.get(name)
+        if old is None:
+            return True
+        if clip.identity is None and old.identity is not None:
+            return False
+        problem = ""
+        if old.identity not in (None, clip.identity):
+            problem = f"as {_whom(old.identity)}, not {_whom(clip.identity)}"
+        elif old.vector.tobytes() != clip.vector.tobytes():
+            problem = (
+                "with another vector: its features have changed, or it is another clip of this name"
+            )
+        if problem:
+            raise UserError(
+                f"clip '{show(name)}' is enrolled {problem}\n"
+                "names of clips are unique: give the new clip another name"
+            )
+        return old.identity != clip.identity
+
+    # ---- what is written
+
+    @property
+    def inserted(self) -> dict[str, Clip] | None:
+        """The new clips and strangers' that show people now; None if anything else has changed.
+
+        None, too, where the last change has names of people, of which no byte may be left.
+        """
+        if self._final or any(self._state.last.before.values()):
+            return None
+        new = {name: self.clips.get(name) for name in self._changed}
+        olds = (self._state.clips.get(name) for name in new)
+        if None in new.values() or any(old and old.identity for old in olds):
+            return None
+        return {name: clip for name, clip in new.items() if clip is not None}
+
+    def state(self) -> tuple[State, People]:
+        """Returns the next state, by the back end as it is, and its changed people, by name."""
+        old = self._state
+        before = {name: _label(old.clips.get(name)) for name in sorted(self._changed)}
+        after = {name: _label(self.clips.get(name)) for name in before}
+        gone = [name for name in before if after[name] is None and before[name] is not None]
+        final = self._final or ("remove" if gone else "")
+        changed = {n: label for n, label in before.items() if label != after[n] and not final}
+        groups = dict(sorted(self.groups.items()))
+        shown = {
+            name: groups[name] for name in sorted(self._touched - {STRANGER}) if name in groups
+        }
+        people = enrol(old.index.backend, shown, self.clips)
+        state = old._replace(
+            version=old.version + 1,
+            index=old.index.replaced(self._touched, people),
+            clips=self.clips,
+            groups=groups,
+            still_held=old.still_held + sum(old.clips[name].fitted for name in gone),
+            last=Last(final or "change", changed),
+        )
+        return state, people
+
+
+def _label(clip: Clip | None) -> str | None:
+    return None if clip is None else clip.identity or STRANGER
+
+
+def _whom(identity: str | None) -> str:
+    return "a stranger" if identity is None else f"'{show(identity)}'"
+
+
+def enrol(
+    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
+) -> People:
+    """Returns the people of `groups`, identity -> names of clips, which are added in this order."""
+    names = [name for some in groups.values() for name in some]
+    vectors = stack(names, clips, sum(backend.widths.values()))
+    owner = np.array([number for number, some in enumerate(groups.values()) for _ in some], int)
+    return backend.enrol(tuple(groups), vectors, owner)
+
+
+def stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:
+    """Returns the vectors of clips, [N, width] float32."""
+    vectors = np.zeros((len(names), width), np.float32)
+    for row, name in enumerate(names):
+        vectors[row] = clips[name].vector
+    return vectors
+
+
+def check_clip(name: str, clip: Clip, width: int) -> None:
+    """Refuses a clip with a malformed name, or a vector that shows nobody."""
+    check_word("clip name", name)
+    if clip.identity is not None:
+        check_word("identity", clip.identity)
+    if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
+        raise UserError(
+            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
+            f"wanted float32 ({width},)"
+        )
+    if not np.isfinite(clip.vector).all():
+        raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
+    if not clip.vector.any():
+        raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
+
+
+def check_word(kind: Literal["clip name", "identity"], word: str) -> None:
+    """Refuses a name that a gallery could not write."""
+    check_identity(word) if kind == "identity" else check_name(word)
+    if len(word) > MOST_LETTERS:
+        raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
+
+
+def known(kind: str, name: str, among: Mapping[str, T]) -> T:
+    """Returns `among[name]`; the UserError of a missing name suggests a similar one."""
+    if name in among:
+        return among[name]
+    raise no_such(kind, name, closest(name, among) if len(among) <= MOST_SUGGESTED else None)
+
+
+def no_such(kind: str, name: str, close: str | None) -> UserError:
+    """Returns the error of a missing name; `close` is a similar one that is there."""
+    hint = f": did you mean '{show(close)}'?" if close else ""
+    return UserError(
+        f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
+    )
