@@ -80,13 +80,60 @@ def test_photos_that_do_not_show_one_face_are_named(tmp_path, models, film, caps
     flags = (f"--people={people.parent}", f"--models={models}", f"--out={tmp_path / 'out'}")
     code, _, said = run(capsys, "who", film, *flags)
     assert code == 2
-    assert "no faces" in said and "2 faces" in said and "no photo of 'Ada'" in said
+    assert "no face is found" in said and "2 faces are found" in said
+    assert "Ada is not looked for" in said and "nobody to look for" in said
+    write_photo(people.parent / "Bob.png", ("Bob", 20, 20))
+    code, content, _ = run(capsys, "who", film, *flags)
+    assert code == 1 and content["people"] == {"Bob": 1}
+    (people.parent / "Bob.png").unlink()
     write_photo(people / "one.png", ("Ada", 20, 20))
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)
     code, content, said = run(capsys, "who", film, *flags)
     assert code == 1 and content["people"] == {"Ada": 2} and len(content["failed"]) == 2
     assert f"{people / 'poor.png'}: a poor face, quality 0.02 of 1" in said
     assert len([line for line in said.splitlines() if str(people) in line]) == 3
+
+
+def test_what_a_person_says_of_a_clip_counts(tmp_path, models, film, capsys):
+    """A clip that was enrolled shows whom its label says; a relabelled photo keeps its label."""
+    for name in ("Ada", "Bob"):
+        for place in (30, 50):
+            write_photo(tmp_path / "friends" / name / f"{place}.png", (name, place, 40))
+    out = tmp_path / "out"
+    flags = (f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={out}")
+
+    def who():
+        code, _, said = run(capsys, "who", film, *flags)
+        assert code == 0, said
+        rows = map(json.loads, (out / "names.jsonl").read_text().splitlines())
+        return {clip: (row["identity"], row["evidence"]) for row in rows for clip in row["clips"]}
+
+    def say(command, *words):
+        assert main_lib.main(["gallery", command, str(out / "gallery"), *words]) == 0
+        capsys.readouterr()
+
+    before = who()
+    assert before["party.s000.t00"] == ("Ada", ["face"])
+    clip = f"--input={out / 'features' / 'party.s000.t00.npz'}"
+    say("enrol", clip, "--identity=Bob")
+    assert who()["party.s000.t00"] == ("Bob", ["told"])
+    say("undo")
+    assert who() == before
+    say("enrol", clip, "--strangers")
+    assert who()["party.s000.t00"] == (None, [])
+    say("relabel", "--clip=party.s000.t00", "--identity=Ada")
+    assert who()["party.s000.t00"] == ("Ada", ["told"])
+    say("relabel", "--clip=people/Bob/30", "--identity=Ada")
+    who()
+    shown = {name: one.identity for name, one in Gallery(out / "gallery").clips.items()}
+    assert shown.pop("people/Bob/30") == "Ada" and shown["people/Bob/50"] == "Bob"
+    shutil.rmtree(tmp_path / "friends" / "Bob")
+    who()
+    assert {*Gallery(out / "gallery").identities} == {"Ada"}
+    shutil.rmtree(tmp_path / "friends" / "Ada")
+    write_photo(tmp_path / "friends" / "Bob.png", ("Bob", 30, 40))
+    who()
+    assert {*Gallery(out / "gallery").identities} == {"Bob"}, "with the clip that was told"
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -105,9 +152,9 @@ def test_enrol_tells_photos_that_do_not_help(tmp_path, models, capsys, whole):
     assert [str(one.message) for one in told] == [
         f"{people / 'Ada' / name}.png: {problem}"
         for name, problem in {
-            "none": "no faces: give a photo of one person alone",
+            "none": "no face is found: give a photo of one person alone",
             "poor": "a poor face, quality 0.02 of 1: a larger or sharper one from the front helps",
-            "two": "2 faces: give a photo of one person alone",
+            "two": "2 faces are found: give a photo of one person alone",
         }.items()
     ]
     prefix = "Ada/" if whole else ""
@@ -287,7 +334,7 @@ def test_commands_tell_mistakes(tmp_path, models, capsys):
         ("who",): "who needs",
         ("extract", "--out=x", f"--models={models}"): "extract needs videos",
         ("extract", "none.mp4", "--out=x", f"--models={models}"): "no such file",
-        ("extract", str(Path(__file__)), "--out=x", "--models=none"): "no folder of nets",
+        ("extract", str(Path(__file__)), "--out=x", "--models=none"): "no such folder of nets",
         ("extract", str(Path(__file__)), f"--models={models}", "--out=x", "--fps=0"): "above 0",
         ("extract", str(Path(__file__)), f"--models={models}", "--out=x", "--size=1"): "32 to 8192",
     }.items():

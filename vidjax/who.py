@@ -28,19 +28,26 @@ from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import appearances, store
-from vidjax.gallery.appearances import Appearance, clock
+from vidjax.gallery.answers import Answer
+from vidjax.gallery.appearances import NOBODY, Appearance, clock
 from vidjax.gallery.gallery import Gallery, Vectors, origin_of_models
 from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
+TOLD = "told"  # the evidence of a clip that was itself enrolled
 PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
 TABLES = ("names.tsv", "names.jsonl")
 
 
 class Done(NamedTuple):
-    """People -> number of their photos, numbers of appearances and groups, files that failed."""
+    """People -> number of their clips; who of them was `found`, in `named` appearances.
+
+    `groups` is the number of unknown people; `failed` are files that could not be read or do not
+    help; `lines` are video, time and name of each appearance.
+    """
 
     people: dict[str, int]
+    found: set[str]
     named: int
     groups: int
     failed: list[str]
@@ -86,6 +93,10 @@ def who(
             failed += _enrol(gallery, name, own, out / PEOPLE / name, extract)
         if people is not None:
             _forget(gallery, {*photos}, out)
+            if not gallery.identities:
+                raise UserError(
+                    f"no photo in '{people}' shows one face: there is nobody to look for"
+                )
         if not thumbnails and (out / PEOPLE).exists():
             for one in (out / PEOPLE).iterdir():
                 files.remove_tree(one / folder.THUMBNAILS)
@@ -108,8 +119,8 @@ def _look(gallery: Gallery, failed: list[str], outcomes: Sequence[Outcome], out:
         )
         for one in found
     ]
-    named = sum(one.probability is not None for one in found)
-    return Done(gallery.identities, named, groups, failed, lines)
+    named = [str(one.identity) for one in found if one.probability is not None]
+    return Done(gallery.identities, {*named}, len(named), groups, failed, lines)
 
 
 def _gallery(out: Path, models: Path) -> Gallery:
@@ -125,8 +136,14 @@ def _gallery(out: Path, models: Path) -> Gallery:
     if not files.exists(path / store.NAME):
         return Gallery.of_models(path, models, sync=True)
     gallery = Gallery(path, sync=True)
-    if gallery.origin.digest != origin_of_models(models)[0].digest:
-        raise UserError(f"'{path}' was made with other models\nname a new folder: --out=DIR")
+    origin = origin_of_models(models)[0]
+    if gallery.origin.digest != origin.digest:
+        was, now = gallery.origin.cards, origin.cards
+        parts = sorted(part for part in was.keys() | now.keys() if was.get(part) != now.get(part))
+        raise UserError(
+            f"'{path}' was made with other models of {', '.join(parts)}\n"
+            "take the same models, or name a new folder: --out=DIR"
+        )
     return gallery
 
 
@@ -158,7 +175,8 @@ def _enrol(
 ) -> list[str]:
     """Enrols a person by the photos that show one face; returns the photos that did not help.
 
-    A clip is enrolled as `people/NAME/CLIP`; whoever was renamed in the gallery keeps that name.
+    A clip is enrolled as `people/NAME/CLIP`. Whoever was renamed in the gallery keeps that name,
+    and a photo that was relabelled there keeps its label.
     """
     outcomes = extract(photos, out, alone=True)
     unfit, usable = [], []
@@ -166,34 +184,49 @@ def _enrol(
         film = outcome.film
         clip, problem = folder.judge_photo(out, film) if film else (None, outcome.error)
         if problem:
-            say(f"{outcome.path}: {problem}")
+            say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
         usable += [clip] if clip else []
         unfit += [] if clip else [str(outcome.path)]
-    if not usable:
-        raise UserError(f"no photo of '{show(name)}' shows one face: there is nobody to look for")
-    vectors = _embed(gallery, out, usable)
     prefix = f"{PEOPLE}/{name}/"
     before = {clip: old for clip, old in gallery.clips.items() if clip.startswith(prefix)}
-    label = next((old.identity for old in before.values()), None) or name
-    names = tuple(f"{prefix}{clip}" for clip in vectors.names)
-    rows = np.concatenate(list(vectors.parts.values()), 1)
-    same = {clip for clip, row in zip(names, rows, strict=True)
-            if clip in before and np.array_equal(before[clip].vector, row)}  # fmt: skip
+    if not usable:
+        say(f"no photo of {show(name)} shows one face: {show(name)} is not looked for")
+        gallery.remove(clip=before)
+        return unfit
+    vectors = _embed(gallery, out, usable)
+    vectors = vectors._replace(names=tuple(f"{prefix}{clip}" for clip in vectors.names))
+    same = _unchanged(gallery, vectors)
     gallery.remove(clip=before.keys() - same)
-    gallery.enrol_vectors(vectors._replace(names=names, labels=(label,) * len(names)))
+    labels = {old.identity for old in before.values()}
+    label = labels.pop() if len(labels) == 1 else None
+    new = vectors.only({*vectors.names} - same)
+    if new.names:
+        gallery.enrol_vectors(new._replace(labels=(label or name,) * len(new.names)))
     return unfit
+
+
+def _unchanged(gallery: Gallery, vectors: Vectors) -> set[str]:
+    """Returns the clips that are enrolled with the same vectors."""
+    rows = np.concatenate(list(vectors.parts.values()), 1)
+    return {
+        clip for clip, row in zip(vectors.names, rows, strict=True)
+        if (old := gallery.clips.get(clip)) and np.array_equal(old.vector, row)
+    }  # fmt: skip
 
 
 def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
     """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk.
 
-    So are the page and tables of the earlier call, which name them, even if this call fails.
+    So are clips of films by which they were enrolled, and the page and tables of the earlier call,
+    which name them, even if this call fails.
     """
-    gone = {clip for clip in gallery.clips
-            if clip.startswith(f"{PEOPLE}/") and clip.split("/")[1] not in names}  # fmt: skip
-    for name in sorted({str(gallery.clips[clip].identity) for clip in gone}):
-        say(f"{name} is no longer among the people: forgotten")
-    gallery.remove(clip=gone)
+    photos = {clip: one for clip, one in gallery.clips.items() if clip.startswith(f"{PEOPLE}/")}
+    gone = {clip for clip in photos if clip.split("/")[1] not in names}
+    kept = {photos[clip].identity for clip in photos.keys() - gone}
+    people = {photos[clip].identity for clip in gone} - kept - {None}
+    for name in sorted(map(str, people)):
+        say(f"{show(name)} is no longer among the people: forgotten")
+    gallery.remove(clip=gone | {c for c, one in gallery.clips.items() if one.identity in people})
     for one in (out / PEOPLE).iterdir():
         if one.name not in names:
             files.remove_tree(one)
@@ -209,15 +242,21 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 def _name(
     gallery: Gallery, features: Path, films: Sequence[folder.Film]
 ) -> tuple[list[Appearance], int]:
-    """Returns the appearances of all people, and the number of groups of unknown ones."""
+    """Returns the appearances of all people, and the number of groups of unknown ones.
+
+    A clip that was itself enrolled shows whom its label says.
+    """
     if not any(film.tracks for film in films):
         return [], 0
     vectors = _embed(gallery, features, {track.clip for film in films for track in film.tracks})
-    answers = dict.fromkeys(vectors.names, appearances.NOBODY)
+    answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
         found = gallery.answers(list(vectors.parts.values()))
         answers = dict(zip(vectors.names, found, strict=True))
-    unknown = vectors.only({name for name, answer in answers.items() if answer.identity is None})
+    told = {clip: gallery.clips[clip].identity for clip in _unchanged(gallery, vectors)}
+    for clip, name in told.items():
+        answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
+    unknown = vectors.only({n for n, x in answers.items() if x.identity is None and n not in told})
     groups = gallery.group(unknown)
     return appearances.find(answers, films, groups), len({*groups.values()})
 
@@ -276,10 +315,17 @@ def run(args: argparse.Namespace) -> Result:
     few = ", ".join(sorted(done.people)[:5])
     rows = {
         "people": f"{len(done.people):,}: {few}" if few else "none",
-        "appearances": f"{done.named:,} of people with a name, {done.groups:,} people unknown",
+        "found": f"{len(done.found):,} of them, in {done.named:,} appearances",
+        "unknown": f"{done.groups:,} people",
         "page": str(out / PAGE),
         "table": str(out / TABLES[0]),
     }
+    if done.failed:
+        rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
+    if done.groups:
+        rows["to name them"] = (
+            f"vidjax gallery group {out / 'gallery'} --input={out / FEATURES} --out=groups.tsv"
+        )
     text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 

@@ -156,7 +156,9 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 def load(folder: Path) -> dict[Role, Card]:
     """Returns role -> card of a folder's nets, whose sha256 are compared."""
     if not folder.is_dir():
-        raise UserError(f"'{folder}' is no folder of nets\n{REMEDY}")
+        raise UserError(
+            f"'{folder}': no such folder of nets\nmake one: python -m vidjax.extract.convert --help"
+        )
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)

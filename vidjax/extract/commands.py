@@ -123,8 +123,9 @@ def run_extract(args: argparse.Namespace) -> Result:
         "features": str(args.out),
         "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
         "clips": f"{content['clips']:,}",
-        "speed": f"{rate:.3g} minutes of film a minute",
     }
+    if minutes:
+        rows["speed"] = f"{rate:.3g} minutes of film a minute"
     return Result(content, rows, code=1 if failed else 0)
 
 

@@ -376,9 +376,11 @@ def _open_container(path: Path, file: io.FileIO, most_pixels: int) -> "InputCont
     except MemoryError:
         raise
     except (FFmpegError, UnicodeDecodeError) as error:
-        reason = "it is empty" if not file.seek(0, io.SEEK_END) else _reason(error)
+        if not file.seek(0, io.SEEK_END):
+            raise UserError(f"'{path}' is an empty file") from error
         raise UserError(
-            f"'{path}' is no video or photo of a format that is read, or damaged: {reason}\n"
+            f"'{path}' is no video or photo of a format that is read, or damaged: "
+            f"{_reason(error)}\n"
             "give MP4, MKV, WebM, MOV, AVI, MPEG, JPEG, PNG, WebP or BMP: ffmpeg converts others"
         ) from error
 

@@ -153,7 +153,8 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
     # Somebody without a face has an empty array; features of heads alone have none.
     faces = [clip for clip, own in arrays.items() if len(own.get("face", clip))]
     if len(faces) != 1:
-        return None, f"{len(faces) or 'no'} faces: give a photo of one person alone"
+        found = f"{len(faces)} faces are" if faces else "no face is"
+        return None, f"{found} found: give a photo of one person alone"
     best = float(np.max(arrays[faces[0]].get("face_quality", 1.0)))
     about = f"a poor face, quality {best:.2f} of 1: a larger or sharper one from the front helps"
     return faces[0], about if best < POOR else ""

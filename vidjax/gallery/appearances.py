@@ -142,8 +142,8 @@ def _word(text: str) -> str:
 
 
 def clock(seconds: float, *, short: bool = False) -> str:
-    """Returns a time as 00:03:12.500, or `short` as 3:12."""
-    thousandths = round(seconds * 1000)
+    """Returns a time as 00:03:12.500, or `short` as 3:12, to the nearest second."""
+    thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
     whole, rest = divmod(thousandths, 1000)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)

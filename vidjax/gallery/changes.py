@@ -100,7 +100,12 @@ class Draft:
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         if identity is not None:
             check_word("identity", identity)
-        old = known("clip", clip, self.clips)
+        old = self.clips.get(clip)
+        if old is None:  # one that looks alike is a clip of somebody else
+            raise UserError(
+                f"no clip '{show(clip)}' is enrolled: enrol it with its identity, or --strangers\n"
+                "list --clips names all people and clips"
+            )
         if old.identity == identity:
             raise UserError(f"clip '{show(clip)}' shows {_whom(identity)} already")
         self._edit({clip: old._replace(identity=identity)})

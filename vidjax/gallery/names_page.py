@@ -60,9 +60,10 @@ def page(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     videos = [
-        (film.video, clock(film.seconds, short=True), _rows(found, film, thumbnail), film.damaged)
+        (film.video, "photo" if film.photo else clock(film.seconds, short=True),
+         _rows(found, film, thumbnail), film.damaged)
         for film in films
-    ]
+    ]  # fmt: skip
     seen: dict[str, set[str]] = {name: set() for name in people}
     for one in found:
         if one.probability is not None:
@@ -80,11 +81,13 @@ def _rows(found: Sequence[Appearance], film: "Film", thumbnail: Callable[[str], 
     for one in found:
         if one.video == film.video:
             own.setdefault((one.probability is None, one.identity or "unknown"), []).append(one)
-    total = {key: sum(one.end_s - one.start_s for one in some) for key, some in own.items()}
+    total = {
+        key: round(sum(one.end_s - one.start_s for one in some), 3) for key, some in own.items()
+    }
     return [
-        Row(key[1], not key[0], [_piece(one, film.seconds) for one in own[key]],
-            clock(total[key], short=True), _faces(own[key], thumbnail))
-        for key in sorted(own, key=lambda key: (key[0], -total[key], key[1]))
+        Row(key[1], not key[0], [_piece(one, film) for one in own[key]],
+            "" if film.photo else clock(total[key], short=True), _faces(own[key], thumbnail))
+        for key in sorted(own, key=lambda key: (key[0], -total[key], len(key[1]), key[1]))
     ]  # fmt: skip
 
 
@@ -106,11 +109,13 @@ def _pictures(paths: Iterable[tuple[Path, str]]) -> list[Picture]:
     ]
 
 
-def _piece(one: Appearance, seconds: float) -> Piece:
-    length = max(seconds, 1e-3)
+def _piece(one: Appearance, film: "Film") -> Piece:
+    sure = "" if one.probability is None else f"{one.probability:.0%}"
+    if film.photo:
+        return Piece(0.0, 100.0, sure)
+    length = max(film.seconds, 1e-3)
     left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
     width = max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH)
     about = f"{clock(one.start_s, short=True)} to {clock(one.end_s, short=True)}"
-    if one.probability is not None:
-        about += f", {one.probability:.0%}"
+    about += f", {sure}" if sure else ""
     return Piece(round(left, 3), round(min(width, 100 - left), 3), about)
