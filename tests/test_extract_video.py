@@ -201,7 +201,7 @@ def test_what_is_no_film_is_refused(tmp_path: Path, content: object, film: Path)
     data = content(tmp_path) if callable(content) else content
     assert isinstance(data, bytes)
     path.write_bytes(data)
-    with pytest.raises(UserError, match="MP4|an empty file") as caught:
+    with pytest.raises(UserError, match=r"MP4|an empty file") as caught:
         read(path)
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 

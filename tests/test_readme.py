@@ -251,7 +251,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         elif "--mode=evaluate" in words:
             words.append(NO_REPORT)
         for table in [Path(word[9:]) for word in words if word.startswith("--labels=")]:
-            table.write_text(table.read_text().replace("unknown 1", "Eve"))  # somebody writes a name
+            # Somebody writes a name.
+            table.write_text(table.read_text().replace("unknown 1", "Eve"))
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
     assert {path.name for path in Path("runs").iterdir()} >= {"mma", "iqiyi", "own", "both", "best"}
 
