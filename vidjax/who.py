@@ -14,6 +14,7 @@ Everything but features and the gallery is written anew by each call. People and
 
 import argparse
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +91,8 @@ def who(
             pipeline.extract, models=models, workers=workers, thumbnails=thumbnails
         )
         for name, own in photos.items():
-            failed += _enrol(gallery, name, own, out / PEOPLE / name, extract)
+            others = photos.keys() - {name}
+            failed += _enrol(gallery, name, own, others, out / PEOPLE / name, extract)
         if people is not None:
             _forget(gallery, {*photos}, out)
             if not gallery.identities:
@@ -170,13 +172,14 @@ def _enrol(
     gallery: Gallery,
     name: str,
     photos: Sequence[Path],
+    others: Collection[str],
     out: Path,
     extract: Callable[..., list[Outcome]],
 ) -> list[str]:
     """Enrols a person by the photos that show one face; returns the photos that did not help.
 
-    A clip is enrolled as `people/NAME/CLIP`. Whoever was renamed in the gallery keeps that name,
-    and a photo that was relabelled there keeps its label.
+    A clip is enrolled as `people/NAME/CLIP`. A photo that was renamed or relabelled in the gallery
+    keeps that name. New photos get it, too, but a name of the `others` only if all have such names.
     """
     outcomes = extract(photos, out, alone=True)
     unfit, usable = [], []
@@ -188,6 +191,7 @@ def _enrol(
         usable += [clip] if clip else []
         unfit += [] if clip else [str(outcome.path)]
     prefix = f"{PEOPLE}/{name}/"
+    gallery.refresh()
     before = {clip: old for clip, old in gallery.clips.items() if clip.startswith(prefix)}
     if not usable:
         say(f"no photo of {show(name)} shows one face: {show(name)} is not looked for")
@@ -197,11 +201,11 @@ def _enrol(
     vectors = vectors._replace(names=tuple(f"{prefix}{clip}" for clip in vectors.names))
     same = _unchanged(gallery, vectors)
     gallery.remove(clip=before.keys() - same)
-    labels = {old.identity for old in before.values()}
-    label = labels.pop() if len(labels) == 1 else None
+    labels = Counter(old.identity for old in before.values() if old.identity)
+    label = min(labels, key=lambda one: (one in others, -labels[one], one), default=name)
     new = vectors.only({*vectors.names} - same)
     if new.names:
-        gallery.enrol_vectors(new._replace(labels=(label or name,) * len(new.names)))
+        gallery.enrol_vectors(new._replace(labels=(label,) * len(new.names)))
     return unfit
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from vidjax import main as main_lib
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.gallery import appearances
+from vidjax.gallery.gallery import Gallery
 
 
 @pytest.fixture
@@ -504,6 +506,41 @@ def test_who_follows_what_its_folders_hold_now(tmp_path, models, film, capsys):
     assert shown(film, *flags)[0] == shown(film, *flags[1:])[0] == {"Ada": 1, "Zoë K": 1}
     code, _, said = run(capsys, "who", film, *flags, "--fps=2")
     assert code == 2 and "fps: 5.0, not 2.0" in said and "new folder" in said
+
+
+def test_who_keeps_photos_that_were_relabelled_in_its_gallery(tmp_path, models, film, capsys):
+    friends, out = tmp_path / "friends", tmp_path / "out"
+    for name, number in (("Ada", 1), ("Ada", 2), ("Bob", 1)):
+        drawn_people.write_photo(friends / name / f"{number}.png", (name, 30 + number, 40))
+    words = ["who", film, f"--people={friends}", f"--models={models}", f"--out={out}"]
+    place = out / "gallery"
+
+    def shown():
+        code, _, said = run(capsys, *words)
+        assert code == 0, said
+        clips = Gallery(place).clips.items()
+        return {name.removeprefix("people/"): clip.identity for name, clip in clips}, said
+
+    assert shown()[0] == {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob"}
+    for change in (
+        ["rename", place, "--identity=Ada", "--to=Ada L"],
+        ["relabel", place, "--clip=people/Ada/1", "--strangers"],
+    ):
+        assert run(capsys, "gallery", *change)[0] == 0
+    assert shown()[0] == {"Ada/1": None, "Ada/2": "Ada L", "Bob/1": "Bob"}
+    assert run(capsys, "gallery", "relabel", place, "--clip=people/Ada/1", "--identity=Bob")[0] == 0
+    drawn_people.write_photo(friends / "Ada" / "3.png", ("Ada", 50, 40))
+    assert shown()[0] == {"Ada/1": "Bob", "Ada/2": "Ada L", "Ada/3": "Ada L", "Bob/1": "Bob"}
+    # A name of somebody else's folder is no new photo's, and whoever has a photo is not forgotten.
+    for number in (2, 3):
+        (friends / "Ada" / f"{number}.png").unlink()
+    drawn_people.write_photo(friends / "Ada" / "4.png", ("Ada", 52, 40))
+    found, said = shown()
+    assert found == {"Ada/1": "Bob", "Ada/4": "Ada L", "Bob/1": "Bob"} and "forgotten" not in said
+    shutil.rmtree(friends / "Ada")
+    found, said = shown()
+    assert found == {"Bob/1": "Bob"}
+    assert "Ada L is no longer" in said and "Bob is no longer" not in said
 
 
 def test_who_writes_into_no_folder_of_other_things(tmp_path, models, film, capsys):
