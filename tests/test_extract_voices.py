@@ -245,6 +245,17 @@ def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, mod
     assert answers["mute"].score == pytest.approx(alone.score, rel=1e-6)
 
 
+def test_a_voice_alone_does_not_name_whose_voice_nobody_knows(tmp_path, models):
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    clip = modalities(speak(tmp_path / "ada", models, name="Ada", hertz=440))
+    gallery.enrol({"photo": {"face": clip["face"]}}, "Ada")
+    heard = {"voice": {"face": None, "audio": clip["audio"]}}
+    for threshold in (None, 0.4):
+        answer = gallery.identify(heard, threshold=threshold)["voice"]
+        assert answer.identity is None and answer.evidence == ()
+        assert gallery.identify({"seen": clip}, threshold=threshold)["seen"].identity == "Ada"
+
+
 def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     """Whatever the voice says; a voice alone, and parts of a run, are as they were."""
     card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),

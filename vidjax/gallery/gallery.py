@@ -646,7 +646,8 @@ class Gallery:
     ) -> Iterator[Answer]:
         """Yields who each of Q clips shows; `parts` are their vectors, M arrays [Q, D] float32.
 
-        `k` is as in `identify`. `rule` says when a clip gets a name; None for `self.rule()`.
+        `k` is as in `identify`. `rule` says when a clip gets a name; None for `self.rule()`. By
+        cards, nobody is named who has no part in common with the clip.
         """
         self._anybody()
         rule = self.rule() if rule is None else rule
@@ -654,10 +655,12 @@ class Gallery:
         for row, logs in enumerate(index.search(parts)):
             best = index.best(logs, k)
             score = best[0][1] if best else -np.inf
-            identity = best[0][0] if best and rule.names(score, logs[0]) else None
             shown = tuple((name, float(np.exp(log))) for name, log in best)
-            clip = [x[row] for x in parts]
-            compared = index.compared(identity, logs, clip) if identity else ()
+            passes = bool(best) and rule.names(score, logs[0])
+            compared = index.compared(best[0][0], logs, [x[row] for x in parts]) if passes else ()
+            # By cards, a lone person of other parts is as probable as somebody new.
+            known = passes and (compared or not self.origin.cards)
+            identity = best[0][0] if known else None
             yield Answer(identity, float(np.exp(score)), score, shown, compared)
 
     def rank(
