@@ -119,16 +119,21 @@ def test_films_become_labelled_clips(features, tmp_path, capsys):
     assert (tmp_path / "labels_doubts.tsv").read_text() == "clip\tidentity\tdoubt\n"
     code, said = run(capsys, *words)
     assert code == 2 and "labels.csv" in said
+    # A clip that is no longer there has no label.
+    (features / "film.s002.t00.npz").unlink()
+    code, told = run(capsys, *words[:-1], "--out=fewer.csv")
+    assert code == 0 and (told["clips"], told["labelled"], told["by_clothes"]) == (3, 2, 1), told
 
 
 def test_extracted_folders_are_splits_to_train_on(features, tmp_path, capsys):
     for split in ("train", "val"):
         shutil.copytree(features, tmp_path / "data" / split)
+        (tmp_path / "data" / split / "thumbnails").mkdir()
     found = arrays.files_by_split(tmp_path / "data")
     assert {split: len(paths) for split, paths in found.items()} == {"train": 4, "val": 4}
     assert {path.suffix for paths in found.values() for path in paths} == {".npz"}
     (tmp_path / "data" / "val" / "extract.json").unlink()
-    with pytest.raises(UserError, match="videos: not a clip"):
+    with pytest.raises(UserError, match="thumbnails: not a clip"):
         arrays.files_by_split(tmp_path / "data")
 
 

@@ -164,7 +164,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
-EXTRACTED = ("extract.json", "videos")  # see `vidjax.extract.folder`
+EXTRACTED = ("extract.json", "thumbnails", "videos")  # see `vidjax.extract.folder`
 NO_NPY = "\na clip is made by numpy.savez('CLIP.npz', face=array): an .npy file names no modality"
 
 

@@ -55,7 +55,7 @@ def group(features: Path, models: Path, films: Iterable[Film]) -> dict[str, str]
     found: dict[str, str] = {}
     alike = backend.of_cards({BODY: card.back_end})
     for number, film in enumerate(films):
-        clips = [track.clip for track in film.tracks if vectors[track.clip].any()]
+        clips = [track.clip for track in film.tracks if np.any(vectors.get(track.clip, 0))]
         if clips:
             odds = alike.odds([np.stack([vectors[clip] for clip in clips])])
             named = answers.name_groups(clips, odds)

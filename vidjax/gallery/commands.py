@@ -671,7 +671,7 @@ COMMANDS: Mapping[str, Command] = {
     "label": Command(
         "writes labels.csv for training: by faces, and by clothes where a face does not tell",
         _flags("input", "models", *RULE, "out", needs=("input", "out")), _label,
-        ("G --input=features --out=features/labels.csv",),
+        ("G --input=features --out=labels.csv",),
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
