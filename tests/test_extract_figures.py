@@ -10,6 +10,7 @@ from tests.helpers import drawn_people, made_nets
 from tests.helpers.drawn_people import write_film, write_models, write_photo
 from vidjax.errors import UserError
 from vidjax.extract import cards, figures, film, folder, pipeline
+from vidjax.extract.models import Faces
 
 RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
 BACK = ("Back", 100, 60)
@@ -70,6 +71,19 @@ def test_a_head_without_a_face_is_followed(tmp_path, models):
     assert len(found.tracks) == 3
     has = sorted((len(clip["face"]) > 0, len(clip["head"]) > 0) for clip in clips.values())
     assert has == [(False, True), (True, False), (True, True)]
+
+
+def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
+    """The large one's middle is in the small one, and nearer to its top than the small one's."""
+    add(models, "head_detector")
+    add(models, "head_embedder")
+    nets = figures.load(cards.load(models), SETTINGS.size)
+    boxes = np.array([[14, 1, 38, 25], [20, 10, 30, 20]], np.float32)
+    none = Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2)))
+    heads = Faces(boxes, np.ones(2, np.float32), np.zeros((2, 5, 2), np.float32))
+    detect = {"face": lambda rgb: none, "head": lambda rgb: heads}
+    found = figures.find(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
+    np.testing.assert_array_equal(found.parts["head"], found.boxes)
 
 
 def test_bodies_belong_to_the_heads_in_them(tmp_path, models):

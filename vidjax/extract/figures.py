@@ -86,9 +86,12 @@ def find(nets: Nets, rgb: np.ndarray) -> Figures:
         if part not in nets.detect:
             parts[part] = _around(parts["face"], nets.embed[part].card.around)
             continue
-        found = heads if part == "head" else nets.detect[part](rgb)
-        owner = _inside(boxes, found.boxes)
         parts[part] = np.full((len(boxes), 4), np.nan, np.float32)
+        if part == "head":
+            parts[part][: len(heads.boxes)] = heads.boxes
+            continue
+        found = nets.detect[part](rgb)
+        owner = _inside(boxes, found.boxes)
         parts[part][owner[owner >= 0]] = found.boxes[owner >= 0]
     if "scene" in nets.embed:
         parts["scene"] = np.tile([0.0, 0.0, rgb.shape[1], rgb.shape[0]], (len(boxes), 1))
@@ -106,6 +109,8 @@ def crops(nets: Nets, part: str, figures: Figures, rgb: np.ndarray) -> list[np.n
         for place, crop in zip(has.tolist(), align.warp(rgb, turns, height), strict=True):
             found[place] = crop
         return found
+    if part == "scene":
+        return [resize(rgb, height, width)] * len(figures.boxes)  # one in memory for all
     for place, box in enumerate(figures.parts[part]):
         if not np.isnan(box[0]):
             left, top = np.maximum(np.floor(box[:2]).astype(int), 0)
