@@ -565,6 +565,21 @@ def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(tmp_path, model
     assert code == 0 and content["groups"] == 3, said
 
 
+def test_a_photo_of_a_killed_call_goes_with_the_photo(tmp_path, models, film, capsys):
+    """It was killed after the clip was there, and before the file that tells of it."""
+    for number in (1, 2):
+        drawn_people.write_photo(tmp_path / "friends" / "Ada" / f"{number}.png", ("Ada", 40, 30))
+    words = [film, f"--models={models}", f"--out={tmp_path / 'out'}"]
+    words += [f"--people={tmp_path / 'friends'}", "--thumbnails"]
+    assert run(capsys, "who", *words)[0] == 0
+    features = tmp_path / "out" / "people" / "Ada"
+    (features / "videos" / "2.json").unlink()
+    (tmp_path / "friends" / "Ada" / "2.png").unlink()
+    assert run(capsys, "who", *words)[0] == 0
+    assert [path.stem for path in features.glob("*.npz")] == ["1"]
+    assert [path.name for path in (features / "thumbnails").iterdir()] == ["1"]
+
+
 def test_a_clip_that_is_gone_is_made_again(tmp_path, models, film, capsys):
     words = [film, f"--models={models}", f"--out={tmp_path / 'out'}"]
     assert run(capsys, "who", *words)[0] == 0

@@ -260,8 +260,10 @@ def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()
     there = {path.stem for path in (out / folder.VIDEOS).glob("*.json")}
-    # A clip without its video; one without a part after the stem may be of another program.
-    clips = [name for name in os.listdir(out) if re.fullmatch(r"[^.]+\..+\.npz", name)]
+    # A clip without its video; one without a part after the stem may be of another program,
+    # unless the folder is to hold nothing else.
+    ours = r"[^.]+\..+\.npz" if stems is None else r"[^.]+(\..+)?\.npz"
+    clips = [name for name in os.listdir(out) if re.fullmatch(ours, name)]
     unfinished = {name.partition(".")[0] for name in clips} - there
     for stem in unfinished | (set() if stems is None else there - stems):
         _remove(out, stem)
