@@ -164,6 +164,24 @@ def test_enrol_tells_photos_that_do_not_help(tmp_path, models, capsys, whole):
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
 
 
+def test_enrol_judges_only_clips_that_it_was_given(tmp_path, models, capsys):
+    """One of two faces was deleted; a strangers' folder names a file that is no clip of it."""
+    photos, made, g = tmp_path / "photos", tmp_path / "made", str(tmp_path / "g")
+    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    write_photo(photos / "odd.png", ("Ada", 20, 20))
+    pipeline.extract([photos], made, models)
+    (made / "two.f02.npz").unlink()
+    np.savez(made / ".x.npz", face=np.ones((1, made_nets.WIDTH)), face_quality=np.zeros(0))
+    told = made / "videos" / "odd.json"
+    odd = json.loads(told.read_text())
+    odd["tracks"][0]["clip"] = ".x"
+    told.write_text(json.dumps(odd))
+    assert main_lib.main(["gallery", "create", g, f"--models={models}"]) == 0
+    with pytest.warns(UserWarning, match=r"odd\.png: no faces"):
+        assert main_lib.main(["gallery", "enrol", g, f"--input={made}", "--identity=Ada"]) == 0
+    assert {*Gallery(g).clips} == {"odd", "two.f01"}
+
+
 def pictures_of(page):
     """Returns the pictures of a page by the words for them, as [H, W, 3] in the order shown."""
     import av

@@ -151,7 +151,7 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
     """
     arrays = {one.clip: files.read_npz(folder / f"{one.clip}.npz") for one in film.tracks}
     # Somebody without a face has an empty array; features of heads alone have none.
-    faces = [clip for clip, own in arrays.items() if len(own.get("face", clip))]
+    faces = [clip for clip, own in arrays.items() if np.size(own.get("face", 1))]
     if len(faces) != 1:
         found = f"{len(faces)} faces are" if faces else "no face is"
         return None, f"{found} found: give a photo of one person alone"

@@ -323,6 +323,7 @@ def _without_crowds(
     for place in (place for place in places if (place / folder.VIDEOS).is_dir()):
         prefix = "" if place == path else f"{place.name}/"
         for film in folder.read_films(place):
+            film.tracks = [one for one in film.tracks if f"{prefix}{one.clip}" in people]
             alone, problem = folder.judge_photo(place, film) if film.photo else ("", "")
             for track in film.tracks if alone is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
