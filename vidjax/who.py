@@ -239,8 +239,12 @@ def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    paths = [features / f"{clip}.npz" for clip in sorted(clips)]
-    return gallery.embed(MemoryClips.pack(read_clips(paths), gallery.reads[0], ()))
+    paths, reads = [features / f"{clip}.npz" for clip in sorted(clips)], gallery.reads[0]
+    known = (
+        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
+        for clip in read_clips(paths)
+    )
+    return gallery.embed(MemoryClips.pack(known, reads, ()))
 
 
 def _name(
