@@ -11,8 +11,9 @@ from tests.helpers import drawn_people, made_nets
 from vidjax import main as main_lib
 from vidjax.data import arrays
 from vidjax.errors import UserError
+from vidjax.extract import cards
 from vidjax.extract.folder import Film, Track
-from vidjax.gallery import clothes
+from vidjax.gallery import backend, clothes
 
 
 def film(*clips, name="film.mp4"):
@@ -53,6 +54,16 @@ def test_nobody_is_twice_in_a_picture():
     named = {"a": "Ada", "beside": None, "after": None, "other_shot": None}
     found = clothes.label(named, dict.fromkeys(named, "1"), [film(*tracks)], list(named))
     assert found.inherited == {"after", "other_shot"}
+    twins = film(("a", 0, 0, 5), ("left", 1, 0, 5), ("right", 1, 2, 5), ("later", 1, 6, 9))
+    named = {"a": "Ada", "left": None, "right": None, "later": None}
+    found = clothes.label(named, dict.fromkeys(named, "1"), [twins], list(named))
+    assert found.inherited == {"later"}
+    # Ada has two dresses, and is seen from behind in one of them only.
+    dressed = {"a": "1", "left": "1", "b": "2", "right": "2"}
+    named = {"a": "Ada", "left": None, "b": "Ada", "right": None}
+    twins = film(("a", 0, 0, 5), ("left", 1, 0, 5), ("right", 1, 2, 5), ("b", 2, 0, 5))
+    found = clothes.label(named, dressed, [twins], list(named))
+    assert found.inherited == {"left"}
 
 
 def test_little_evidence_is_in_doubt():
@@ -146,3 +157,10 @@ def test_clothes_of_another_net_are_refused(features, capsys):
     (features.parent / "models" / "clothes.json").write_text(json.dumps(card | {"back_end": None}))
     code, said = run(capsys, "gallery", "label", "g", "--input=features", "--out=labels.csv")
     assert code == 2 and len(said.splitlines()) <= 3
+
+
+def test_more_clips_than_all_pairs_can_be_compared_of_are_refused():
+    card = cards.BackEnd(centre=[0.0], same=(0.9, 0.1), different=(0.0, 0.1), pairs=(1, 1),
+                         data="made")  # fmt: skip
+    with pytest.raises(UserError, match=r"8,001 clips(.|\n)*fewer"):
+        backend.of_cards({"body": card}).odds([np.ones((8001, 1), np.float32)])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vidjax.errors import UserError
 from vidjax.machine import num_cores
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings, blank_space
@@ -36,6 +37,7 @@ MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
 MANY_BLOCKS = 48  # from which on threads are worth starting
+MOST_GROUPED = 8000  # clips, of which all pairs are compared
 # One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
 MOST_OF_VOICE = np.log(9)
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
@@ -175,6 +177,11 @@ class Backend:
         `parts` are the vectors of Q clips, M arrays [Q, D] float32, 0 where a clip lacks a part.
         Each clip in turn is the only one of a person beside Q - 1 others.
         """
+        if len(parts[0]) > MOST_GROUPED:
+            raise UserError(
+                f"{len(parts[0]):,} clips are too many to group: {MOST_GROUPED:,} are the most\n"
+                "give fewer, or shorter, videos at once"
+            )
         names, owner = [str(row) for row in range(len(parts[0]))], np.arange(len(parts[0]))
         index = Index(self, [self.enrol(names, np.concatenate(parts, axis=1), owner)])
         rows = [logs[1:] - logs[0] for logs in index.search(parts)]

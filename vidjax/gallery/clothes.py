@@ -72,7 +72,7 @@ def label(
     """Returns the labels of the clips of films.
 
     A clip inherits the name that more than half of the named clips of its group have, unless it is
-    seen at one time with somebody of that name.
+    seen at one time with somebody of that name, or with another clip that would inherit it.
 
     Args:
       named: clip -> the person whom its face shows, None for nobody.
@@ -104,24 +104,30 @@ def _vote(
 ) -> None:  # fmt: skip
     """Gives clips of one group the name with the most votes, and doubts what contradicts it."""
     ((winner, count),) = votes.most_common(1)
-    shown = [track for track in film.tracks if named.get(track.clip) == winner]
+    shown = [track for track in film.tracks if found.identities.get(track.clip) == winner]
     for track in tracks:
         own = named.get(track.clip)
-        if own is None and not any(_together(track, other) for other in shown):
+        if own is not None and own != winner:
+            found.doubts[track.clip] = f"its clothes are {winner}'s, by {count} of {votes.total()}"
+    free = [track for track in tracks if named.get(track.clip) is None and _alone(track, shown)]
+    for track in free:
+        if _alone(track, free):
             found.identities[track.clip] = winner
             found.inherited.add(track.clip)
             if track.clip not in faceless:
                 found.doubts[track.clip] = f"its face is nobody's, its clothes are {winner}'s"
             elif count == 1:
                 found.doubts[track.clip] = "one clip alone is dressed so"
-        elif own is not None and own != winner:
-            found.doubts[track.clip] = f"its clothes are {winner}'s, by {count} of {votes.total()}"
 
 
 def _told(votes: Counter[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in votes.most_common(3))
 
 
-def _together(one: Track, other: Track) -> bool:
-    """Returns whether two tracks are seen at one time."""
-    return one.shot == other.shot and one.start_s <= other.end_s and other.start_s <= one.end_s
+def _alone(one: Track, others: Iterable[Track]) -> bool:
+    """Returns whether none of the other tracks is seen at one time with this one."""
+    return not any(
+        one.shot == other.shot and one.start_s <= other.end_s and other.start_s <= one.end_s
+        for other in others
+        if other is not one
+    )

@@ -62,7 +62,6 @@ RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
 FEW_TO_FIT = 50  # people from whom on a back end of their own may beat that of a card
-MOST_GROUPED = 8000  # clips, of which all pairs are compared
 
 
 class Enrolment(NamedTuple):
@@ -560,11 +559,6 @@ class Gallery:
         The largest group is the first. Clips without a usable frame are in none.
         """
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in found.parts.values()], axis=0))
-        if len(usable) > MOST_GROUPED:
-            raise UserError(
-                f"{len(usable):,} clips are too many to group: {MOST_GROUPED:,} are the most\n"
-                "give fewer videos at once"
-            )
         names = [found.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in found.parts.values()]
         return answers_lib.name_groups(names, self.backend.odds(parts))
