@@ -73,6 +73,17 @@ def test_a_head_without_a_face_is_followed(tmp_path, models):
     assert has == [(False, True), (True, False), (True, True)]
 
 
+def test_a_net_for_heads_changes_nothing_of_faces(tmp_path, models):
+    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30)]))
+    _, before = extract(tmp_path / "film.mkv", tmp_path / "before", models)
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    _, after = extract(tmp_path / "film.mkv", tmp_path / "after", models)
+    for name, arrays in before.items():
+        for field, values in arrays.items():
+            np.testing.assert_array_equal(after[name][field], values)
+
+
 def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
     """The large one's middle is in the small one, and nearer to its top than the small one's."""
     add(models, "head_detector")

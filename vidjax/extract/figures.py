@@ -30,8 +30,9 @@ class Nets(NamedTuple):
 class Figures(NamedTuple):
     """The people in a picture.
 
-    boxes: [N, 4] of heads where these are detected, or else of faces; scores: [N] of the detector;
-    points: [N, 5, 2] of faces, NaN without a face; parts: part -> [N, 4] boxes, NaN for none.
+    boxes: [N, 4] of heads where these are detected, or else of faces; scores: [N] of faces, or else
+    of heads; points: [N, 5, 2] of faces, NaN without a face; parts: part -> [N, 4] boxes, NaN for
+    none.
     """
 
     boxes: np.ndarray
@@ -79,6 +80,7 @@ def find(nets: Nets, rgb: np.ndarray) -> Figures:
         boxes = np.concatenate([heads.boxes, faces.boxes[alone]])
         scores = np.concatenate([heads.scores, faces.scores[alone]])
         face = np.concatenate([of_head, alone])
+        scores = np.where(face >= 0, np.append(faces.scores, 0.0)[face], scores)
     blank = np.full((1, 4), np.nan, np.float32)
     parts = {"face": np.concatenate([faces.boxes, blank])[face]}
     points = np.concatenate([faces.points, np.full((1, 5, 2), np.nan, np.float32)])[face]
