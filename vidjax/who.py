@@ -10,6 +10,7 @@
 
 Everything but features and the gallery is written anew by each call. People and photos that
 `people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
+Names that `vidjax gallery rename` and `relabel` changed stay as they are.
 """
 
 import argparse

@@ -15,10 +15,8 @@ from vidjax.extract import cards, figures, film, folder
 from vidjax.run import formats
 
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
-CPU_SECONDS, CPU_BYTES_PER_SECOND = (
-    600,
-    20_000,
-)  # a film of 160 kbit a second takes as long as it is
+CPU_SECONDS = 600
+CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
 
 
 def extract(

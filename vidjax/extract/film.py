@@ -35,7 +35,7 @@ class Sighting(NamedTuple):
 
 
 class Clips:
-    """Writes a clip of each track that ends; keeps the best faces of those that have not."""
+    """Writes a clip of each track that ends; keeps the best pictures of those that have not."""
 
     def __init__(self, nets: Nets, out: Path, stem: str, settings: folder.Settings):
         self._nets, self._out, self._stem, self._settings = nets, out, stem, settings
@@ -94,7 +94,7 @@ class Clips:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]]) -> int:
-        """Adds voices to the clips whose face is seen alone; returns how many have one.
+        """Adds voices to the clips whose person is seen alone; returns how many have one.
 
         The best windows of a clip are kept; `audio_number` is the millisecond of their begin.
         """

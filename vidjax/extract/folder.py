@@ -1,6 +1,6 @@
 """The folder of features that `vidjax extract` writes, and what its files say.
 
-    OUT/STEM.s003.t01.npz   a clip: one track of a face; a photo is STEM.npz, or STEM.f01.npz ...
+    OUT/STEM.s003.t01.npz   a clip: one track of a person; a photo is STEM.npz, or STEM.f01.npz
     OUT/STEM.s003.npz       a clip of a whole shot, by --unit=shot
     OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
     OUT/extract.json        the nets and settings of all
@@ -62,7 +62,7 @@ class Extraction(Struct, kw_only=True):
 
 
 class Track(Struct, kw_only=True):
-    """A face in one shot: its clip, seconds of its first and last sighting, and their number."""
+    """A person in one shot: the clip, seconds of first and last sighting, and their number."""
 
     clip: Text
     shot: Count

@@ -70,7 +70,7 @@ class VoiceEmbedder:
 
 
 class Span(NamedTuple):
-    """A piece of a film, in seconds, in which the face of one clip alone is seen."""
+    """A piece of a film, in seconds, in which the person of one clip alone is seen."""
 
     clip: str
     start_s: float
@@ -107,9 +107,9 @@ class Listener:
 
 
 def alone(tracks: "Iterable[Track]") -> Iterator[Span]:
-    """Yields when exactly one face is seen, in order of time, in pieces of PIECE_WINDOWS.
+    """Yields when exactly one person is seen, in order of time, in pieces of PIECE_WINDOWS.
 
-    A face counts as seen from its first sighting to its last.
+    A person counts as seen from the first sighting of a track to the last, also without a face.
     """
     tracks = list(tracks)
     ends = [(seconds, n) for n, one in enumerate(tracks) for seconds in (one.start_s, one.end_s)]
