@@ -177,7 +177,7 @@ def test_enrol_judges_only_clips_that_it_was_given(tmp_path, models, capsys):
     odd["tracks"][0]["clip"] = ".x"
     told.write_text(json.dumps(odd))
     assert main_lib.main(["gallery", "create", g, f"--models={models}"]) == 0
-    with pytest.warns(UserWarning, match=r"odd\.png: no faces"):
+    with pytest.warns(UserWarning, match=r"odd\.png: no face"):
         assert main_lib.main(["gallery", "enrol", g, f"--input={made}", "--identity=Ada"]) == 0
     assert {*Gallery(g).clips} == {"odd", "two.f01"}
 
