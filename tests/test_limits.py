@@ -85,7 +85,7 @@ def test_films_are_decoded_within_the_limits(tmp_path: Path) -> None:
     found = run("frames", memory_bytes=1 << 30, path=str(path))
     assert found == {"frames": 50, "sampled": 10}
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="it is empty"):
+    with pytest.raises(UserError, match="is an empty file"):
         run("frames", path=str(path))
 
 

@@ -670,7 +670,7 @@ COMMANDS: Mapping[str, Command] = {
         ("G --input=features --out=groups.tsv",),
     ),
     "label": Command(
-        "writes labels.csv for training: by faces, and by clothes where a face does not tell",
+        "labels clips for training, by faces and by clothes",
         _flags("input", "models", *RULE, "out", needs=("input", "out")), _label,
         ("G --input=features --out=labels.csv",),
     ),
