@@ -8,6 +8,7 @@ import pytest
 import vidjax
 from tests.helpers import embeddings, made_galleries, small_runs
 from vidjax import config_io, metrics, predict
+from vidjax.gallery.answers import Answer
 from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow  # trains
@@ -172,7 +173,7 @@ def test_clips_without_a_usable_frame(gallery):
     alive = {"alive": {"face": np.ones((1, widths["face"]), np.float16)}}
     assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"))
     for fpir in (None, 0.5):
-        assert gallery.identify(clips, fpir=fpir)["dead"] == (None, 0.0, -np.inf, ())
+        assert gallery.identify(clips, fpir=fpir)["dead"] == Answer(None, 0.0, -np.inf, ())
     assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"
 
 
