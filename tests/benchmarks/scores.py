@@ -1,6 +1,6 @@
 """MAP and time of every configuration, and the tables of the READMEs that show them.
 
-    python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=TEXT] [--collect] [--time]
+    python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=KEYS] [--collect] [--time]
 
 trains every run that FOLDER lacks, one after the other (hours). It then writes the results into
 `scores.json` beside this file, the tables into the pages of `PAGES`, below the comments
@@ -9,11 +9,13 @@ lists the runs and what is compared.
 
 - `--collect` trains nothing. Runs that FOLDER lacks keep the figures of `scores.json`.
 - `--real` names a folder of official files, for the columns of real clips.
-- `--only` names the rows to train or to time: parts of their keys, separated by commas.
+- `--only` names the rows to train or to time: their keys, separated by commas; `*` stands for any
+  text.
 - `--time` measures the commands of the main README instead (minutes, on an idle machine).
 """
 
 import argparse
+import fnmatch
 import functools
 import itertools
 import json
@@ -90,8 +92,8 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
 
 
 def is_chosen(key: str, only: Sequence[str]) -> bool:
-    """Returns True if a key contains one of some texts, or there are none."""
-    return not only or any(text in key for text in only)
+    """Returns True if a key matches one of some patterns, or there are none."""
+    return not only or any(fnmatch.fnmatchcase(key, pattern) for pattern in only)
 
 
 def folder_name(row: Row, dataset: str, seed: int) -> str:
@@ -387,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--real", help="a folder of official files")
-    parser.add_argument("--only", default="", help="rows whose key contains one of these texts")
+    parser.add_argument("--only", default="", help="keys of rows; * stands for any text")
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--time", action="store_true", help="time the commands of README.md")
     args = parser.parse_args(argv)
