@@ -1,7 +1,7 @@
 """Rate of an evaluation: forward pass over all clips and the exact top 100 of every identity.
 
     python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
-        [--peer] [--rounds=3] [--growth]
+        [--peer] [--rounds=3] [--growth] [--published]
 
 Clips are made up and resident. The whole is `vidjax.evaluation.scoring.score`, with MAP and the
 open-set figures; the forward pass is the same blocks without a ranking. With `--peer` the same net
@@ -10,6 +10,10 @@ blocks that lie in memory. All take turns in one process. `--growth` shows time 
 numbers of clips and identities, each in a process of its own, beside the memory that is expected:
 that of the scores of HELD windows and REST. What glibc keeps besides, as it breaks up its heap, is
 not counted: there large arrays are mapped by themselves.
+
+`--published` times the nets of the two publications that tell how long their test takes, at the
+official number of identities, on a sample of clips of 30 frames on average. `--clips` should be
+many times `--block_size`, since the last block of each length is filled up.
 """
 
 # pyright: reportMissingImports=false
@@ -36,6 +40,12 @@ from vidjax.steps import eval_step as eval_step_lib
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
+TESTED = 80_000  # clips of the official test, of which a publication speaks
+TESTS = {  # what a publication times -> one of its nets, and how many there are
+    "R31: merged frames": ("residual_dense.py:published,iqiyi_vid,face,one", 3),
+    "Q11: a fused face": ("quality_fusion.py:published,iqiyi_vid", 1),
+    "Q11: every face": ("quality_fusion.py:published,voting,iqiyi_vid", 1),
+}
 PEER_CLIPS = 8192  # that PyTorch ranks: padded ones of all would not fit into memory
 
 
@@ -96,7 +106,7 @@ def rank(model: TrainedModel, block_size: int = 256) -> dict[str, Any]:
 
 def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:
     """Returns the whole and the forward pass, as functions."""
-    spec, overrides, _ = common.NETS[args.net]
+    spec, overrides, _ = common.NETS.get(args.net, (args.net, (), {}))
     words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
     sizes = {"num_identities": args.num_identities, "num_clips": args.clips}
     run = common.make_run(spec, words, batch_size=256, **sizes)
@@ -184,6 +194,25 @@ def grow(args: argparse.Namespace) -> None:
     common.write_table(header, rows)
 
 
+def time_tests(args: argparse.Namespace) -> None:
+    """Writes how long the published nets take for the official test, from a sample of it."""
+    functions, counts = {}, {}
+    for name, (spec, nets) in TESTS.items():
+        args.net, counts[name] = spec, nets
+        functions[name] = make_functions(args)[0]["whole"]
+    seconds = common.in_turns(functions, args.rounds)
+    minutes = {
+        name: [x * counts[name] / args.clips * TESTED / 60 for x in values]
+        for name, values in seconds.items()
+    }
+    sys.stdout.write(f"{common.describe()}, {args.clips:,} clips, {args.num_identities:,} ")
+    sys.stdout.write("identities\n\n")
+    rows = [[k, str(counts[k]), f"{common.median(x):,.1f}"] for k, x in minutes.items()]
+    common.write_table(["", "nets", f"minutes for {TESTED:,} clips"], rows)
+    every, fused = list(TESTS)[2], list(TESTS)[1]
+    common.write_table(["", "ratio"], [[f"{every} / fused", common.ratio(minutes, every, fused)]])
+
+
 def measure_one(args: argparse.Namespace) -> None:
     """Writes the seconds of an evaluation, the memory before it and what it adds."""
     functions, _ = make_functions(args)
@@ -196,9 +225,10 @@ def measure_one(args: argparse.Namespace) -> None:
 def main() -> None:
     """Prints the tables."""
     sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
-    flags = ("--peer", "--bfloat16", "--growth", "--one")
+    flags = ("--peer", "--bfloat16", "--growth", "--one", "--published")
     args = common.parse(__doc__, *flags, net="mlp", **sizes)
-    (measure_one if args.one else grow if args.growth else benchmark)(args)
+    chosen = {measure_one: args.one, grow: args.growth, time_tests: args.published, benchmark: True}
+    next(function for function, asked in chosen.items() if asked)(args)
 
 
 if __name__ == "__main__":

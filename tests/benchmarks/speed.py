@@ -28,6 +28,7 @@ BENCHMARKS = {
     "training_step": ["training_step", "--peer"],
     "training_step_bfloat16": ["training_step", "--peer", "--bfloat16"],
     "evaluation": ["evaluation", "--peer"],
+    "published_tests": ["evaluation", "--published", "--clips=256", "--block_size=32"],
     "end_to_end": ["end_to_end"],
     "end_to_end_compiled": ["end_to_end", "--compile"],
     "time_to_map": ["time_to_map"],
