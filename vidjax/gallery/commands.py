@@ -55,7 +55,8 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
         ".vtt and .rttm, by time",
     ),
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
-    "collection": ("NAME", "the new collection"),
+    "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
+    "parquet": ("FILE", "instead: a table of names and vectors"),
 }
 CHANGES_HELP = """a line for each change, with the words of the flags of enrol, remove, rename and
 relabel, as {"op": "rename", "identity": "Adda", "to": "Ada"}; - for standard input"""
@@ -166,6 +167,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
     if args.command == "relabel" and bool(args.identity) == args.strangers:
         raise UserError("relabel needs one of --identity=NAME and --strangers: whom it shows")
+    if args.command == "export" and bool(args.qdrant) == bool(args.parquet):
+        raise UserError("export needs one of --qdrant=PLACE and --parquet=FILE")
+    if args.command == "export" and bool(args.qdrant) != bool(args.collection):
+        raise UserError("export to Qdrant needs --qdrant=PLACE and --collection=NAME")
     if args.command == "remove" and bool(args.identity) == bool(args.clip):
         raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
@@ -636,10 +641,21 @@ def _threshold(args: argparse.Namespace) -> Result:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    from vidjax.gallery import qdrant
+    gallery = _opened(args)
+    if args.parquet:
+        from vidjax.gallery import copies
 
-    count = qdrant.export(_opened(args), args.qdrant, args.collection)
-    return Result({"exported": count}, {"exported": f"{_of(count, 'clip')} to {args.collection}"})
+        done, place = copies.to_parquet(gallery, args.parquet), args.parquet
+    else:
+        from vidjax.gallery import qdrant
+
+        done, place = qdrant.export(gallery, args.qdrant, args.collection), args.collection
+    rows = {
+        "copied": f"{_of(done.clips, 'clip')} to {place}",
+        "changed": f"{done.written:,} written, {done.deleted:,} deleted",
+        "digest": f"{done.digest[:16]}, of gallery and copy",
+    }
+    return Result(done._asdict(), rows)
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -715,8 +731,8 @@ COMMANDS: Mapping[str, Command] = {
         "fits the coordinates to the clips that are enrolled now", _flags(), _refit, ("G",)
     ),
     "export": Command(
-        "copies vectors and names to a Qdrant database",
-        _flags("qdrant", "collection", needs=("qdrant", "collection")), _export,
-        ("G --qdrant=./people.db --collection=people",),
+        "copies vectors and names to a Qdrant database or a table, and keeps them equal",
+        _flags("qdrant", "collection", "parquet"), _export,
+        ("G --qdrant=./people.db --collection=people", "G --parquet=people.parquet"),
     ),
 }  # fmt: skip

@@ -1,41 +1,37 @@
 """Export to Qdrant, a vector database whose client writes to a folder, a server or a cloud.
 
-A point is an enrolled clip. Its id is `point_id`, its payload the clip's name and identity. Its
-vectors are those of the parts, in the coordinates of the gallery and of unit length: a dot product
-is a cosine. A clip removed from the gallery stays in the database until it is deleted there, too.
-A folder is readable by its user alone.
+A point is a row of `copies`: its payload has the clip's name, the identity, and the digest of the
+row. An export to a collection of before writes the points that are new or differ, and deletes those
+of clips that are no longer enrolled. A folder is readable by its user alone.
 """
 
 import contextlib
 import importlib.util
 import os
 import urllib.parse
-import uuid
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vidjax import files
 from vidjax.errors import UserError
+from vidjax.gallery import copies
+from vidjax.gallery.copies import Copied, Row, point_id
 from vidjax.gallery.gallery import Gallery
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
+    from qdrant_client.models import PointStruct
 
-BATCH = 256  # points of one request
 KEY = "QDRANT_API_KEY"  # the variable with the key of a server
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def point_id(clip: str) -> str:
-    """Returns the id of a clip's point: a UUID that its name determines."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"vidjax:{clip}"))
-
-
-def export(gallery: Gallery, place: str, collection: str) -> int:
-    """Copies all enrolled clips to a new collection and returns their number.
+def export(gallery: Gallery, place: str, collection: str) -> Copied:
+    """Makes a collection equal to the enrolled clips, and proves it.
 
     `place` is the address of a server, `http://...`; a folder, `./...` or `/...`; or `:memory:`.
     """
@@ -82,38 +78,108 @@ def _check_place(place: str, address: urllib.parse.SplitResult | None) -> None:
         )
 
 
-def write(client: "QdrantClient", gallery: Gallery, collection: str) -> int:
-    """Copies all enrolled clips to a new collection of an open database; see `export`."""
+def write(client: "QdrantClient", gallery: Gallery, collection: str) -> Copied:
+    """Makes a collection of an open database equal to the enrolled clips; see `export`.
+
+    Which points are written follows from the digests in their payloads. Then all points are read.
+    Where one is not what its payload says, as after a change by hand, it is written, too.
+    """
+    _make_collection(client, gallery, collection)
+    held = {
+        point.id: bytes.fromhex(payload.get("digest", ""))
+        for point, payload in _points(client, collection)
+    }
+    written = deleted = 0
+    for _ in range(2):
+        expected, changed, gone = _update(client, gallery, collection, held)
+        written, deleted = written + changed, deleted + gone
+        held = _read(client, collection)
+        if held == expected:
+            return Copied(len(expected), written, deleted, copies.digest_of(expected))
+    raise UserError(
+        f"Qdrant's collection '{collection}' differs from the gallery after it was written\n"
+        "does another program write to it? end that, and export again"
+    )
+
+
+def _update(
+    client: "QdrantClient", gallery: Gallery, collection: str, held: Mapping[str, bytes]
+) -> tuple[dict[str, bytes], int, int]:
+    """Writes rows whose digest is not held, deletes points without a row.
+
+    Returns id -> digest of all rows, and the numbers of points written and deleted.
+    """
     from qdrant_client import models
 
-    if client.collection_exists(collection):
-        raise UserError(
-            f"Qdrant has a collection '{collection}', which is not overwritten\n"
-            "name another one: --collection=NAME"
+    expected, written = {}, 0
+    for rows in copies.blocks(gallery):
+        digests = {row.id: row.digest() for row in rows}
+        expected |= digests
+        changed = [row for row in rows if held.get(row.id) != digests[row.id]]
+        if changed:
+            client.upsert(collection, [_to_point(row, digests[row.id]) for row in changed])
+        written += len(changed)
+    gone = sorted({*held} - {*expected})
+    for at in range(0, len(gone), copies.ROWS):
+        client.delete(collection, models.PointIdsList(points=[*gone[at : at + copies.ROWS]]))
+    return expected, written, len(gone)
+
+
+def _make_collection(client: "QdrantClient", gallery: Gallery, collection: str) -> None:
+    """Creates a collection, or checks that its vectors are those of the gallery's parts."""
+    from qdrant_client import models
+
+    widths, distance = gallery.backend.widths, models.Distance.DOT
+    if not client.collection_exists(collection):
+        client.create_collection(
+            collection,
+            {n: models.VectorParams(size=size, distance=distance) for n, size in widths.items()},
         )
-    distance = models.Distance.DOT
-    widths = gallery.backend.widths
-    client.create_collection(
-        collection,
-        {name: models.VectorParams(size=size, distance=distance) for name, size in widths.items()},
-    )
-    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
-    for at in range(0, len(names), BATCH):
-        some = names[at : at + BATCH]
-        vectors = np.stack([gallery.clips[name].vector for name in some])
-        parts = gallery.backend.whiten(gallery.backend.split(vectors))
-        units = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in parts]
-        points = [
-            models.PointStruct(
-                id=point_id(name),
-                vector={
-                    part: z[row].tolist()
-                    for part, z in zip(widths, units, strict=True)
-                    if not np.isnan(z[row, 0])
-                },
-                payload={"clip": name, "identity": gallery.clips[name].identity},
-            )
-            for row, name in enumerate(some)
-        ]
-        client.upsert(collection, points)
-    return len(names)
+        return
+    vectors = client.get_collection(collection).config.params.vectors
+    held = vectors if isinstance(vectors, dict) else {}
+    if {name: (x.size, x.distance) for name, x in held.items()} != {
+        name: (size, distance) for name, size in widths.items()
+    }:
+        raise UserError(
+            f"Qdrant's collection '{collection}' has other vectors than the gallery, and stays as "
+            "it is\nname another one: --collection=NAME"
+        )
+
+
+def _to_point(row: Row, digest: bytes) -> "PointStruct":
+    from qdrant_client import models
+
+    vectors = {part: x.tolist() for part, x in row.vectors.items()}
+    payload = {"clip": row.clip, "identity": row.identity, "digest": digest.hex()}
+    return models.PointStruct(id=row.id, vector=vectors, payload=payload)
+
+
+def _read(client: "QdrantClient", collection: str) -> dict[str, bytes]:
+    """Returns id -> digest of every point, computed from what the collection holds."""
+    found = {}
+    for point, payload in _points(client, collection, vectors=True):
+        vectors = {part: np.asarray(x, np.float32) for part, x in point.vector.items()}
+        found[point.id] = Row(point.id, payload["clip"], payload["identity"], vectors).digest()
+    return found
+
+
+def _points(
+    client: "QdrantClient", collection: str, *, vectors: bool = False
+) -> "Iterator[tuple[Any, dict[str, Any]]]":
+    """Yields (point, payload) of a collection; refuses points that vidjax did not write."""
+    place = None
+    while True:
+        some, place = client.scroll(
+            collection, limit=copies.ROWS, offset=place, with_vectors=vectors, with_payload=True
+        )
+        for point in some:
+            payload = point.payload or {}
+            if point.id != point_id(str(payload.get("clip"))):
+                raise UserError(
+                    f"Qdrant's collection '{collection}' has points that vidjax did not write, and "
+                    "stays as it is\nname another one: --collection=NAME"
+                )
+            yield point, payload
+        if place is None:
+            return
