@@ -731,7 +731,7 @@ COMMANDS: Mapping[str, Command] = {
         "fits the coordinates to the clips that are enrolled now", _flags(), _refit, ("G",)
     ),
     "export": Command(
-        "copies vectors and names to a Qdrant database or a table, and keeps them equal",
+        "keeps a copy in Qdrant, or in a parquet table, equal to the gallery",
         _flags("qdrant", "collection", "parquet"), _export,
         ("G --qdrant=./people.db --collection=people", "G --parquet=people.parquet"),
     ),
