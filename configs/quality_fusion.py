@@ -109,7 +109,9 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.warmup = 0.045  # code: 9 epochs of 200, at a constant rate
     config.optim.warmup_scale = 0.13  # code: 2e-5
     config.optim.decay = "cosine"  # paper
-    if to_the_letter:  # code: 2e-5 for nine epochs, then 1.5e-4, halved every 50
+    if to_the_letter:
+        config.data.max_frames = 4096  # code: draws from all faces of a clip
+        # Code: 2e-5 for nine epochs, then 1.5e-4, halved every 50
         config.optim.warmup = config.optim.warmup_scale = 0.0
         config.optim.decay = "piecewise"
         halved = [(9.0 + 50 * i + end, 0.5**i) for i in range(4) for end in (0, 50)]

@@ -116,7 +116,7 @@ def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> opt
 def piecewise(rise: Rise, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
     """Returns factors on the rate by the epoch: pairs (epoch, factor), as in `make_piecewise`.
 
-    Source: quality fusion (4th place 2019), whose code (training.py:312-329 at 60f5127) holds a low
+    Source: quality fusion (4th place 2019), whose code (training.py:314-331 at 60f5127) holds a low
     rate, jumps to the peak and halves it every 50 epochs.
     """
     factor = make_piecewise(points, name="config.optim.points")

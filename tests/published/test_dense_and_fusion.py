@@ -188,10 +188,10 @@ def test_what_the_article_proposes_trains_on_its_net():
 
 def test_quality_fusion_holds_a_low_rate_jumps_and_halves():
     config, _ = published("quality_fusion")
-    assert (config.batch_size, config.optim.name) == (512, "adam")  # training.py:215, 312
+    assert (config.batch_size, config.optim.name) == (512, "adam")  # training.py:215, 314
     epochs = [0, 4, 8.9, 9, 58.9, 59, 108.9, 109, 158.9, 159, 199]
     wanted = [2e-5] * 3 + [1.5e-4] * 2 + [7.5e-5] * 2 + [3.75e-5] * 2 + [1.875e-5] * 2
-    np.testing.assert_allclose(rates("quality_fusion", epochs), wanted, rtol=1e-5)  # :312-329
+    np.testing.assert_allclose(rates("quality_fusion", epochs), wanted, rtol=1e-5)  # :314-331
 
 
 def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
@@ -207,12 +207,13 @@ def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
         step = jnp.int32(round(epoch * CLIPS / config.batch_size))
         output = ModelOutput(jnp.asarray(logits)[:, None], jnp.zeros((1, 4)))
         loss = objective(output, jnp.array([1]), jnp.ones(1, bool), step)
-        wanted = share * focal + (1 - share) * softmax  # :294, 306, 325-331
+        wanted = share * focal + (1 - share) * softmax  # :295, 308, 327-333
         np.testing.assert_allclose(loss, [wanted], rtol=1e-4, err_msg=str(epoch))
 
 
 def test_quality_fusion_drops_clips_without_a_good_face():
     config, system = published("quality_fusion")
+    assert config.data.max_frames == 4096  # training.py:84, 144: of all faces of a clip
     quality = ([25.0, 24.9, 80.0], [24.9, 3.0, -1.0])
     weights = [trained_on(system, one_clip(own))[1][0] for own in quality]
     assert weights == [1, 0]  # training.py:94, 98
@@ -258,7 +259,7 @@ def test_quality_fusion_weighs_the_faces_of_the_test():
     ],
 )
 def test_quality_fusion_has_the_nets_of_its_code(net, widths, norms):
-    found = shapes("quality_fusion", net)  # inference.py:201-259
+    found = shapes("quality_fusion", net)  # inference.py:200-256
     kernels = [shape for name, shape in sorted(found.items()) if name.endswith("dense/kernel")]
     assert kernels == list(itertools.pairwise(widths))
     assert found["classifier/logits/kernel"] == (1024, 10_035)  # L22
@@ -270,5 +271,5 @@ def test_quality_fusion_joins_five_folds_by_sums_of_sigmoids():
     assert len(ensemble.make_members(config.ensemble.to_dict())) == 5  # training.py:112
     assert config.data.train_splits == ("train", "val")  # training.py:70
     scores = system.score_fn(jnp.array([0.0, 2.0]), jnp.ones(2, bool))
-    np.testing.assert_allclose(np.exp(scores), [0.5, 0.880797], rtol=1e-5)  # inference.py:170
+    np.testing.assert_allclose(np.exp(scores), [0.5, 0.880797], rtol=1e-5)  # inference.py:169
     assert system.scores_are_logs
