@@ -256,13 +256,45 @@ def test_tracks_of_one_person_are_joined_over_gaps():
         ("Ada", 8.5, 9, 0.9, ("3",)),
         ("B<o>b", 30, 31, 0.9, ("5",)),
     ]
-    vtt = appearances.to_vtt(found)
+    vtt = appearances.to_subtitles(found, ".vtt")
     assert "00:00:00.000 --> 00:00:06.000\nAda\n" in vtt and "B&lt;o>b" in vtt
     assert "unknown" not in vtt
     rttm = appearances.to_rttm(found).splitlines()
     assert rttm[1] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
     with pytest.raises(ValueError, match="subtitles are of one video"):
-        appearances.to_vtt([*found, found[0]._replace(video="b.mp4")])
+        appearances.to_subtitles([*found, found[0]._replace(video="b.mp4")], ".srt")
+
+
+def seen(name, start, end):
+    return appearances.Appearance("a.mp4", start, end, name, 0.9, (name,))
+
+
+def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
+    """Many players show one subtitle at a time."""
+    found = [seen("Eve", 0, 9.5), seen("Bob {x}", 3.25, 4), seen("<i>Ada", 4, 9.5), seen("A", 5, 5)]
+    appearances.write(tmp_path / "a.srt", found)
+    assert (tmp_path / "a.srt").read_text() == (
+        "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
+        "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
+        "3\n00:00:04,000 --> 00:00:05,000\n‹i›Ada\nEve\n\n"
+        "4\n00:00:05,000 --> 00:00:09,500\n‹i›Ada\nEve\n"
+    )
+    vtt = appearances.to_subtitles(found, ".vtt")
+    assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
+    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt
+    assert appearances.to_subtitles([], ".vtt") == "WEBVTT\n"
+    assert appearances.to_subtitles([], ".srt") == ""
+
+
+def test_subtitles_are_read_by_ffmpeg(tmp_path):
+    av = pytest.importorskip("av")
+    found = [seen("Eve", 0, 9.5), seen("Bob", 3.25, 4)]
+    for ending in appearances.SUBTITLES:
+        appearances.write(tmp_path / f"a{ending}", found)
+        with av.open(str(tmp_path / f"a{ending}")) as file:
+            cues = [packet for packet in file.demux() if packet.size]
+        times = [(float(one.pts * one.time_base), bytes(one).decode()) for one in cues]
+        assert times == [(0, "Eve"), (3.25, "Bob\nEve"), (4, "Eve")]
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ def test_who_appears_when(tmp_path, models, film, capsys):
     shown = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
     assert shown == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
-    subtitles = (out / "subtitles" / "party.vtt").read_text()
-    assert subtitles.startswith("WEBVTT\n") and subtitles.count("-->") == 3
+    vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
+    assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:01,")
+    assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
     page = (out / "names.html").read_text()
     assert "party.mkv" in page and "<script" not in page and page.count('class="line') == 3
     assert os.stat(out).st_mode & 0o077 == 0

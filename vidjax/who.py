@@ -6,7 +6,7 @@
     OUT/*/thumbnails/  only with --thumbnails: a small picture of each face
     OUT/names.tsv      video, begin, end, person, probability, clips, evidence
     OUT/names.html     shows it
-    OUT/subtitles/     a .vtt for each video
+    OUT/subtitles/     a .vtt and a .srt for each video
 
 Everything but features and the gallery is written anew by each call. People and photos that
 `people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
@@ -289,7 +289,9 @@ def _write(
         if not film.photo:
             # Names of files have 255 bytes at most, also while they are written.
             name = Path(film.video).stem.encode()[:200].decode(errors="ignore")
-            files.write_text(subtitles / f"{name}.vtt", appearances.to_vtt(own))
+            for ending in appearances.SUBTITLES:
+                text = appearances.to_subtitles(own, ending)
+                files.write_text(subtitles / f"{name}{ending}", text)
     people = {name: [] for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
         if clip.startswith(f"{PEOPLE}/") and shown.identity:

@@ -52,7 +52,7 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "out": (
         "FILE",
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
-        ".vtt and .rttm, by time",
+        ".vtt, .srt and .rttm, by time",
     ),
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
@@ -391,8 +391,8 @@ def _identify(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
-        tables.check_new(out, (*tables.ENDINGS, ".vtt", ".rttm"))
-        films = _films(args) if out.suffix in (".vtt", ".rttm") else None
+        tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
+        films = _films(args) if out.suffix in appearances.FORMATS else None
     gallery = _opened(args)
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
     (began, vectors), found = _embed(args, gallery), {}
