@@ -276,8 +276,8 @@ def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
     assert (tmp_path / "a.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
-        "3\n00:00:04,000 --> 00:00:05,000\n‹i›Ada\nEve\n\n"
-        "4\n00:00:05,000 --> 00:00:09,500\n‹i›Ada\nEve\n"
+        "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aAda\nEve\n\n"
+        "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
     vtt = appearances.to_subtitles(found, ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")

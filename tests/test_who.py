@@ -269,7 +269,15 @@ def test_a_file_that_cannot_be_read_costs_itself_alone(tmp_path, models, film, c
         capsys, "extract", tmp_path / "bad.mp4", film, f"--out={out}", f"--models={models}"
     )
     assert code == 1 and content["failed"] == [str(tmp_path / "bad.mp4")] and content["files"] == 1
-    assert "bad.mp4' is no video" in said
+    assert (
+        len([line for line in said.splitlines() if "bad.mp4" in line]) == 1
+        and "is no video" in said
+    )
+    (tmp_path / "worse.mp4").write_text("no film")
+    words = [tmp_path / "bad.mp4", tmp_path / "worse.mp4", f"--out={out}", f"--models={models}"]
+    assert main_lib.main(["extract", *map(str, words)]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 2 and said.out.count("give MP4, MKV") == 1
     assert [one.video for one in folder.read_films(out)] == ["party.mkv"]
 
 

@@ -45,14 +45,15 @@ class Done(NamedTuple):
     """People -> number of their clips; who of them was `found`, in `named` appearances.
 
     `groups` is the number of unknown people; `failed` are files that could not be read or do not
-    help; `lines` are video, time and name of each appearance.
+    help, each with a remedy that was not told yet, or ""; `lines` are video, time and name of each
+    appearance.
     """
 
     people: dict[str, int]
     found: set[str]
     named: int
     groups: int
-    failed: list[str]
+    failed: dict[str, str]
     lines: list[tuple[str, str, str]]
 
 
@@ -87,13 +88,13 @@ def who(
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         gallery = _gallery(out, models)
-        failed: list[str] = []
+        failed: dict[str, str] = {}
         extract = functools.partial(
             pipeline.extract, models=models, workers=workers, thumbnails=thumbnails
         )
         for name, own in photos.items():
             others = photos.keys() - {name}
-            failed += _enrol(gallery, name, own, others, out / PEOPLE / name, extract)
+            failed |= _enrol(gallery, name, own, others, out / PEOPLE / name, extract)
         if people is not None:
             _forget(gallery, {*photos}, out)
             if not gallery.identities:
@@ -107,10 +108,10 @@ def who(
         return _look(gallery, failed, outcomes, out)
 
 
-def _look(gallery: Gallery, failed: list[str], outcomes: Sequence[Outcome], out: Path) -> Done:
+def _look(gallery: Gallery, failed: dict[str, str], outcomes: Sequence[Outcome], out: Path) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
     features = out / FEATURES
-    failed += [str(outcome.path) for outcome in outcomes if outcome.film is None]
+    failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     shown = [outcome.film for outcome in outcomes if outcome.film]
     found, groups = _name(gallery, features, shown)
     _write(out, found, shown, gallery)
@@ -176,21 +177,22 @@ def _enrol(
     others: Collection[str],
     out: Path,
     extract: Callable[..., list[Outcome]],
-) -> list[str]:
-    """Enrols a person by the photos that show one face; returns the photos that did not help.
+) -> dict[str, str]:
+    """Enrols a person by the photos that show one face; returns those that did not help.
 
     A clip is enrolled as `people/NAME/CLIP`. A photo that was renamed or relabelled in the gallery
     keeps that name. New photos get it, too, but a name of the `others` only if all have such names.
     """
     outcomes = extract(photos, out, alone=True)
-    unfit, usable = [], []
+    unfit: dict[str, str] = {}
+    usable = []
     for outcome in outcomes:
         film = outcome.film
         clip, problem = folder.judge_photo(out, film) if film else (None, outcome.error)
         if problem:
             say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
         usable += [clip] if clip else []
-        unfit += [] if clip else [str(outcome.path)]
+        unfit |= {} if clip else {str(outcome.path): outcome.remedy}
     prefix = f"{PEOPLE}/{name}/"
     gallery.refresh()
     before = {clip: old for clip, old in gallery.clips.items() if clip.startswith(prefix)}
@@ -321,7 +323,7 @@ def run(args: argparse.Namespace) -> Result:
     )  # fmt: skip
     content = {
         "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
-        "failed": done.failed,
+        "failed": [*done.failed],
     }  # fmt: skip
     few = ", ".join(sorted(done.people)[:5])
     rows = {
@@ -333,6 +335,7 @@ def run(args: argparse.Namespace) -> Result:
     }
     if done.failed:
         rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
+        rows |= commands.to_mend(done.failed.values())
     if done.groups:
         rows["to name them"] = (
             f"vidjax gallery group {out / 'gallery'} --input={out / FEATURES} --out=groups.tsv"

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vidjax import messages
@@ -101,6 +101,12 @@ def tell(outcome: pipeline.Outcome) -> None:
         say(f"  it ends at {film.seconds:.1f} s, before the end that it declares: is it cut off?")
 
 
+def to_mend(remedies: Iterable[str]) -> dict[str, str]:
+    """Returns the row that tells each remedy of files that failed, once; none without any."""
+    told = [*dict.fromkeys(filter(None, remedies))]
+    return {"to mend": "; ".join(told[:3])} if told else {}
+
+
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts files; the exit code is 1 if one of them could not be read."""
     began = time.monotonic()
@@ -110,19 +116,20 @@ def run_extract(args: argparse.Namespace) -> Result:
         settings_of(args), workers=workers, done=tell,
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
-    failed = [str(outcome.path) for outcome in outcomes if not outcome.film]
+    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
     minutes = sum(o.film.seconds for o in outcomes if o.film and not o.kept) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     content = {
         "out": args.out,
         "files": len(films),
-        "failed": failed,
+        "failed": [*failed],
         "clips": sum(len(film.tracks) for film in films),
     }
     rows = {
         "features": str(args.out),
         "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
         "clips": f"{content['clips']:,}",
+        **to_mend(failed.values()),
     }
     if minutes:
         rows["speed"] = f"{rate:.3g} minutes of film a minute"

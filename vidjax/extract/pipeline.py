@@ -22,7 +22,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file 
 
 
 class Outcome(NamedTuple):
-    """What became of a file: its `film`, or an `error`.
+    """What became of a file: its `film`, or an `error` of one line and its `remedy`.
 
     `kept` if it had been extracted before, `replaced` if another file of its name had been.
     """
@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
     error: str = ""
     kept: bool = False
     replaced: bool = False
+    remedy: str = ""
 
 
 def extract(
@@ -240,8 +241,9 @@ def _one(
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        text = of_the_system(error) or str(error)
-        return Outcome(path, None, text if str(path) in text else f"'{path}': {text}")
+        text, _, remedy = (of_the_system(error) or str(error)).partition("\n")
+        text = text if str(path) in text else f"'{path}': {text}"
+        return Outcome(path, None, text, remedy=remedy)
     return Outcome(path, film, replaced=before is not None)
 
 
