@@ -44,6 +44,7 @@ def extract(
     workers: int = 1,
     alone: bool = False,
     thumbnails: bool = False,
+    anew: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Extracts the faces of videos and photos into the folder `out`, see `folder`; voices, too.
@@ -59,6 +60,8 @@ def extract(
       workers: processes at once.
       alone: removes from the folder the features of all other files.
       thumbnails: keeps a picture of the best face of each clip; False removes those of all.
+      anew: where `models` has nets more than made the folder's features, these are removed, and
+        those of `paths` made by all nets; False refuses such a folder.
       done: called with each outcome, in any order.
 
     Raises:
@@ -74,6 +77,8 @@ def extract(
     check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "features"):
+        if anew:
+            _remove_outgrown(out, digests)
         wanted = _same_extraction(out, digests, settings)
         for inner in (out / folder.VIDEOS, out / folder.THUMBNAILS):
             if inner.is_symlink():
@@ -117,6 +122,15 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
         raise UserError(
             f"--out={out}: it holds '{inner.name}', which is to be read\nname another folder"
         )
+
+
+def _remove_outgrown(out: Path, digests: dict[str, str]) -> None:
+    """Removes all features if nets have come to those that made them; settings stay."""
+    before = folder.read_extraction(out)
+    if before and before.models.items() < digests.items():
+        for path in (out / folder.VIDEOS).glob("*.json"):
+            _remove(out, path.stem)
+        folder.write(out / folder.NAME, folder.Extraction(models=digests, settings=before.settings))
 
 
 def _same_extraction(

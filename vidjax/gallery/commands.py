@@ -17,7 +17,7 @@ from vidjax.api import load_data, run_config
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances
+from vidjax.gallery import appearances, unknown
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -338,23 +338,12 @@ def _without_crowds(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Returns clip -> person of a table; leaves out people who are still `unknown 1`."""
-    labels: dict[str, str] = {}
-    for number, cells in tables.read_tsv(path):
-        if cells == ["clip", "identity"]:
-            continue
-        if len(cells) != 2 or not all(cells):
-            raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
-        clip, identity = cells
-        if labels.get(clip, identity) != identity:
-            raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
-        if not identity.startswith(answers_lib.UNKNOWN):
-            labels[clip] = identity
-    if not labels:
-        raise UserError(
-            f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
-        )
-    return labels
+    """Returns clip -> person of a table of groups; one that names nobody is a UserError."""
+    if labels := unknown.read_names(path):
+        return labels
+    raise UserError(
+        f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
+    )
 
 
 def _group(args: argparse.Namespace) -> Result:
@@ -362,15 +351,14 @@ def _group(args: argparse.Namespace) -> Result:
     tables.check_new(out, (".tsv",))
     gallery = _opened(args)
     _, vectors = _embed(args, gallery)
-    unknown = set(vectors.names)
+    nobody = set(vectors.names)
     if gallery.identities:
         answers = gallery.answers(list(vectors.parts.values()))
-        unknown = {n for n, x in zip(vectors.names, answers, strict=True) if x.identity is None}
-    groups = gallery.group(vectors.only(unknown))
-    rows = sorted(groups.items(), key=lambda pair: (int(pair[1].rpartition(" ")[2]), pair[0]))
-    tables.write(out, {"clip": "string", "identity": "string"}, rows, ())
+        nobody = {n for n, x in zip(vectors.names, answers, strict=True) if x.identity is None}
+    groups = gallery.group(vectors.only(nobody))
+    tables.write(out, {"clip": "string", "identity": "string"}, unknown.rows(groups), ())
     count = len({*groups.values()})
-    told = {"clips": f"{len(vectors.names):,}, of which {len(unknown):,} show nobody known"}
+    told = {"clips": f"{len(vectors.names):,}, of which {len(nobody):,} show nobody known"}
     told |= {"people": f"{count:,} unknown", "groups": f"{out}: write names, then enrol --labels"}
     return Result({"groups": str(out), "people": count, "clips": len(groups)}, told)
 
