@@ -193,7 +193,7 @@ def test_photos_that_do_not_show_one_face_are_named(tmp_path, models, film, caps
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)
     code, content, said = run(capsys, "who", film, *flags)
     assert code == 1 and content["people"] == {"Ada": 2} and len(content["failed"]) == 2
-    assert f"{people / 'poor.png'}: a poor face, quality 0.02 of 1" in said
+    assert f"{people / 'poor.png'}: a poor face, quality 0.003 of 1" in said
     assert len([line for line in said.splitlines() if str(people) in line]) == 3
 
 
@@ -256,7 +256,7 @@ def test_enrol_tells_photos_that_do_not_help(tmp_path, models, capsys, whole):
         f"{people / 'Ada' / name}.png: {problem}"
         for name, problem in {
             "none": "no face is found: give a photo of one person alone",
-            "poor": "a poor face, quality 0.02 of 1: a larger or sharper one from the front helps",
+            "poor": "a poor face, quality 0.003 of 1: a larger or sharper one from the front helps",
             "two": "2 faces are found: give a photo of one person alone",
         }.items()
     ]

@@ -32,7 +32,8 @@ def write_photo(path, *faces, size=(96, 128), dim=False):
     context = av.VideoCodecContext.create("png", "w")
     rgb = picture(faces, size=size)
     if dim:
-        rgb = np.where(rgb < 21, 120, rgb // 3 * 2).astype(np.uint8)
+        around = np.array(COLOURS[faces[0][0]]) // 3 * 2 * 0.9
+        rgb = np.where(rgb.max(-1, keepdims=True) < 21, around, rgb // 3 * 2).astype(np.uint8)
     context.height, context.width, context.pix_fmt = *size, "rgb24"
     context.time_base = Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")

@@ -31,7 +31,7 @@ NAME = "extract.json"
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
 FILE_BYTES = 256 * files.MB
-POOR = 0.05  # quality of a face; far below that of photos of a face from the front
+POOR = 0.01  # quality of a face, that best tells whom it does not name: benchmark photo_quality
 MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
 REMEDY = "delete the folder, and extract anew"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -163,7 +163,7 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
         found = f"{len(faces)} faces are" if faces else "no face is"
         return None, f"{found} found: give a photo of one person alone"
     best = float(np.max(arrays[faces[0]].get("face_quality", 1.0)))
-    about = f"a poor face, quality {best:.2f} of 1: a larger or sharper one from the front helps"
+    about = f"a poor face, quality {best:.3f} of 1: a larger or sharper one from the front helps"
     return faces[0], about if best < POOR else ""
 
 
