@@ -151,6 +151,37 @@ def test_a_gallery_of_models_lives_without_them(tmp_path, models):
         _ = again.run
 
 
+def test_a_gallery_that_is_widened_keeps_clips_and_undo(tmp_path, models):
+    """A part that comes later changes no answer until clips have it; then it is a clip's own."""
+    rng = np.random.default_rng(4)
+    ada, bob = draw(rng, 2, 3)
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    gallery.enrol({"a": {"face": ada[:1]}}, "Ada")
+    gallery.enrol({"b": {"face": bob[:1]}}, "Bob")
+    asked = {"q": {"face": ada[1:2]}}
+    before = gallery.identify(asked)["q"]
+    assert gallery.widen(models) == ()
+    back_end = {"centre": [0.0] * made_nets.WIDTH, "same": [0.9, 0.1], "different": [0.1, 0.2],
+                "pairs": [9, 9], "data": "made"}  # fmt: skip
+    made_nets.write(models, "voice", "voice_embedder", back_end=back_end)
+    assert gallery.widen(models) == ("audio",)
+    after = Gallery(gallery.folder).identify(asked)["q"]
+    assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
+    voice = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
+    full = gallery.embed({
+        "a": {"face": ada[:1], "audio": voice}, "b": {"face": ada[:1]}, "c": {"face": ada[2:]},
+    })  # fmt: skip
+    version = gallery.version
+    assert gallery.complete(full) == {"a"}  # b is another vector, and c not enrolled
+    assert gallery.complete(full) == {"a"} and gallery.version == version + 1
+    assert gallery.clips["a"].vector[WIDTH:].tolist() == voice[0].tolist()
+    assert gallery.undo() == 1 and gallery.identities == {"Ada": 1}
+    made_nets.write(models, "embed", width=WIDTH, notes="another", back_end=back_end | {
+        "centre": [0.0] * WIDTH})  # fmt: skip
+    with pytest.raises(ValueError, match="other models of face"):
+        gallery.widen(models)
+
+
 def enrolled(folder, models, vectors):
     gallery = Gallery.of_models(folder, models)
     for number, clips in enumerate(vectors):

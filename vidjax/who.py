@@ -357,7 +357,7 @@ def run(args: argparse.Namespace) -> Result:
     rows = {
         "people": f"{len(done.people):,}: {few}" if few else "none",
         "found": f"{len(done.found):,} of them, in {done.named:,} appearances",
-        "unknown": f"{done.groups:,} people",
+        "unknown": f"{done.groups:,} {'person' if done.groups == 1 else 'people'}",
         "page": str(out / PAGE),
         "table": str(out / TABLES[0]),
     }

@@ -125,9 +125,9 @@ def _read(path: Path) -> Iterator[tuple[str, str]]:
     for number, cells in tables.read_tsv(path):
         if cells == ["clip", "identity"]:
             continue
-        if len(cells) != 2 or not all(cells):
+        if len(cells) != 2 or not all(map(str.strip, cells)):
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
-        clip, identity = cells
+        clip, identity = (cell.strip() for cell in cells)
         if found.setdefault(clip, identity) != identity:
             raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
         yield clip, identity
