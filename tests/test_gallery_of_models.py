@@ -151,6 +151,37 @@ def test_a_gallery_of_models_lives_without_them(tmp_path, models):
         _ = again.run
 
 
+def test_a_gallery_that_is_widened_keeps_clips_and_undo(tmp_path, models):
+    """A part that comes later changes no answer until clips have it; then it is a clip's own."""
+    rng = np.random.default_rng(4)
+    ada, bob = draw(rng, 2, 3)
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    gallery.enrol({"a": {"face": ada[:1]}}, "Ada")
+    gallery.enrol({"b": {"face": bob[:1]}}, "Bob")
+    asked = {"q": {"face": ada[1:2]}}
+    before = gallery.identify(asked)["q"]
+    assert gallery.widen(models) == ()
+    back_end = {"centre": [0.0] * made_nets.WIDTH, "same": [0.9, 0.1], "different": [0.1, 0.2],
+                "pairs": [9, 9], "data": "made"}  # fmt: skip
+    made_nets.write(models, "voice", "voice_embedder", back_end=back_end)
+    assert gallery.widen(models) == ("audio",)
+    after = Gallery(gallery.folder).identify(asked)["q"]
+    assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
+    voice = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
+    full = gallery.embed({
+        "a": {"face": ada[:1], "audio": voice}, "b": {"face": ada[:1]}, "c": {"face": ada[2:]},
+    })  # fmt: skip
+    version = gallery.version
+    assert gallery.complete(full) == {"a"}  # b is another vector, and c not enrolled
+    assert gallery.complete(full) == {"a"} and gallery.version == version + 1
+    assert gallery.clips["a"].vector[WIDTH:].tolist() == voice[0].tolist()
+    assert gallery.undo() == 1 and gallery.identities == {"Ada": 1}
+    made_nets.write(models, "embed", width=WIDTH, notes="another", back_end=back_end | {
+        "centre": [0.0] * WIDTH})  # fmt: skip
+    with pytest.raises(ValueError, match="other models of face"):
+        gallery.widen(models)
+
+
 def enrolled(folder, models, vectors):
     gallery = Gallery.of_models(folder, models)
     for number, clips in enumerate(vectors):
@@ -256,13 +287,45 @@ def test_tracks_of_one_person_are_joined_over_gaps():
         ("Ada", 8.5, 9, 0.9, ("3",)),
         ("B<o>b", 30, 31, 0.9, ("5",)),
     ]
-    vtt = appearances.to_vtt(found)
+    vtt = appearances.to_subtitles(found, ".vtt")
     assert "00:00:00.000 --> 00:00:06.000\nAda\n" in vtt and "B&lt;o>b" in vtt
     assert "unknown" not in vtt
     rttm = appearances.to_rttm(found).splitlines()
     assert rttm[1] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
     with pytest.raises(ValueError, match="subtitles are of one video"):
-        appearances.to_vtt([*found, found[0]._replace(video="b.mp4")])
+        appearances.to_subtitles([*found, found[0]._replace(video="b.mp4")], ".srt")
+
+
+def seen(name, start, end):
+    return appearances.Appearance("a.mp4", start, end, name, 0.9, (name,))
+
+
+def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
+    """Many players show one subtitle at a time."""
+    found = [seen("Eve", 0, 9.5), seen("Bob {x}", 3.25, 4), seen("<i>Ada", 4, 9.5), seen("A", 5, 5)]
+    appearances.write(tmp_path / "a.srt", found)
+    assert (tmp_path / "a.srt").read_text() == (
+        "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
+        "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
+        "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aAda\nEve\n\n"
+        "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
+    )
+    vtt = appearances.to_subtitles(found, ".vtt")
+    assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
+    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt
+    assert appearances.to_subtitles([], ".vtt") == "WEBVTT\n"
+    assert appearances.to_subtitles([], ".srt") == ""
+
+
+def test_subtitles_are_read_by_ffmpeg(tmp_path):
+    av = pytest.importorskip("av")
+    found = [seen("Eve", 0, 9.5), seen("Bob", 3.25, 4)]
+    for ending in appearances.SUBTITLES:
+        appearances.write(tmp_path / f"a{ending}", found)
+        with av.open(str(tmp_path / f"a{ending}")) as file:
+            cues = [packet for packet in file.demux() if packet.size]
+        times = [(float(one.pts * one.time_base), bytes(one).decode()) for one in cues]
+        assert times == [(0, "Eve"), (3.25, "Bob\nEve"), (4, "Eve")]
 
 
 @pytest.mark.parametrize(

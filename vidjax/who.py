@@ -6,53 +6,57 @@
     OUT/*/thumbnails/  only with --thumbnails: a small picture of each face
     OUT/names.tsv      video, begin, end, person, probability, clips, evidence
     OUT/names.html     shows it
-    OUT/subtitles/     a .vtt for each video
+    OUT/unknown.tsv    clips of people without a name: write names in it, and call again
+    OUT/unknown.json   the numbers of unknown people, which they keep while their films stay
+    OUT/subtitles/     a .vtt and a .srt for each video
 
-Everything but features and the gallery is written anew by each call. People and photos that
-`people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
-Names that `vidjax gallery rename` and `relabel` changed stay as they are.
+Everything but features, numbers and the gallery is written anew by each call. People and photos
+that `people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
+Names that `vidjax gallery rename` and `relabel` changed stay as they are, also where nets are added
+to the models, for which all films and photos are read once more.
 """
 
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from vidjax import files, messages
+from vidjax import files, messages, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
-from vidjax.gallery import appearances, store
+from vidjax.gallery import appearances, store, unknown
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.appearances import NOBODY, Appearance, clock
-from vidjax.gallery.gallery import Gallery, Vectors, origin_of_models
+from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.messages import Command, Parser, Result
 from vidjax.run.terminal import say
 
 TOLD = "told"  # the evidence of a clip that was itself enrolled
 PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
 TABLES = ("names.tsv", "names.jsonl")
+UNKNOWN, NUMBERS = "unknown.tsv", "unknown.json"
+GROUPS = {"clip": "string", "identity": "string"}
 
 
 class Done(NamedTuple):
     """People -> number of their clips; who of them was `found`, in `named` appearances.
 
     `groups` is the number of unknown people; `failed` are files that could not be read or do not
-    help; `lines` are video, time and name of each appearance.
+    help, each with a remedy that was not told yet, or ""; `lines` are video, time and name of each
+    appearance.
     """
 
     people: dict[str, int]
     found: set[str]
     named: int
     groups: int
-    failed: list[str]
+    failed: dict[str, str]
     lines: list[tuple[str, str, str]]
 
 
@@ -87,33 +91,40 @@ def who(
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         gallery = _gallery(out, models)
-        failed: list[str] = []
+        failed: dict[str, str] = {}
         extract = functools.partial(
-            pipeline.extract, models=models, workers=workers, thumbnails=thumbnails
+            pipeline.extract, models=models, workers=workers, thumbnails=thumbnails, anew=True
         )
         for name, own in photos.items():
             others = photos.keys() - {name}
-            failed += _enrol(gallery, name, own, others, out / PEOPLE / name, extract)
+            failed |= _enrol(gallery, name, own, others, out / PEOPLE / name, extract)
         if people is not None:
             _forget(gallery, {*photos}, out)
-            if not gallery.identities:
-                raise UserError(
-                    f"no photo in '{people}' shows one face: there is nobody to look for"
-                )
+        _enrol_named(gallery, out)
+        if people is not None and not gallery.identities:
+            raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
         if not thumbnails and (out / PEOPLE).exists():
             for one in (out / PEOPLE).iterdir():
                 files.remove_tree(one / folder.THUMBNAILS)
+        before = unknown.read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
         outcomes = extract(films, out / FEATURES, settings=settings, done=done)
-        return _look(gallery, failed, outcomes, out)
+        return _look(gallery, failed, outcomes, before, out)
 
 
-def _look(gallery: Gallery, failed: list[str], outcomes: Sequence[Outcome], out: Path) -> Done:
+def _look(
+    gallery: Gallery,
+    failed: dict[str, str],
+    outcomes: Sequence[Outcome],
+    before: unknown.Numbers,
+    out: Path,
+) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
     features = out / FEATURES
-    failed += [str(outcome.path) for outcome in outcomes if outcome.film is None]
+    failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     shown = [outcome.film for outcome in outcomes if outcome.film]
-    found, groups = _name(gallery, features, shown)
-    _write(out, found, shown, gallery)
+    found, groups = _name(gallery, features, shown, before.of(shown), before.highest)
+    _write(out, found, groups, shown, gallery)
+    unknown.write_numbers(out / NUMBERS, before.updated(shown, groups))
     lines = [
         (
             one.video,
@@ -123,7 +134,7 @@ def _look(gallery: Gallery, failed: list[str], outcomes: Sequence[Outcome], out:
         for one in found
     ]
     named = [str(one.identity) for one in found if one.probability is not None]
-    return Done(gallery.identities, {*named}, len(named), groups, failed, lines)
+    return Done(gallery.identities, {*named}, len(named), len({*groups.values()}), failed, lines)
 
 
 def _gallery(out: Path, models: Path) -> Gallery:
@@ -139,15 +150,31 @@ def _gallery(out: Path, models: Path) -> Gallery:
     if not files.exists(path / store.NAME):
         return Gallery.of_models(path, models, sync=True)
     gallery = Gallery(path, sync=True)
-    origin = origin_of_models(models)[0]
-    if gallery.origin.digest != origin.digest:
-        was, now = gallery.origin.cards, origin.cards
-        parts = sorted(part for part in was.keys() | now.keys() if was.get(part) != now.get(part))
-        raise UserError(
-            f"'{path}' was made with other models of {', '.join(parts)}\n"
-            "take the same models, or name a new folder: --out=DIR"
-        )
+    if new := gallery.widen(models):
+        say(f"new in the models: {', '.join(new)}: names stay, films and photos are read once more")
     return gallery
+
+
+def _enrol_named(gallery: Gallery, out: Path) -> None:
+    """Enrols the clips of films to which somebody wrote names in the table of the unknown."""
+    path, features = out / UNKNOWN, out / FEATURES
+    names = unknown.read_names(path) if files.exists(path) else {}
+    if not names:
+        return
+    there = {track.clip for film in folder.read_films(features) for track in film.tracks}
+    known = {clip: name for clip, name in names.items() if clip in there}
+    if len(known) < len(names):
+        away = show(min(names.keys() - there))
+        say(f"{path}: {len(names) - len(known):,} clips are not there any more, such as {away}")
+    if not known:
+        return
+    vectors = _embed(gallery, features, known)
+    try:
+        gallery.enrol_vectors(vectors._replace(labels=tuple(known[n] for n in vectors.names)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, count in sorted(Counter(known.values()).items()):
+        say(f"{show(name)}: named in {path.name}, {count:,} clip{'' if count == 1 else 's'}")
 
 
 def _photos(people: Path) -> dict[str, list[Path]]:
@@ -176,21 +203,22 @@ def _enrol(
     others: Collection[str],
     out: Path,
     extract: Callable[..., list[Outcome]],
-) -> list[str]:
-    """Enrols a person by the photos that show one face; returns the photos that did not help.
+) -> dict[str, str]:
+    """Enrols a person by the photos that show one face; returns those that did not help.
 
     A clip is enrolled as `people/NAME/CLIP`. A photo that was renamed or relabelled in the gallery
     keeps that name. New photos get it, too, but a name of the `others` only if all have such names.
     """
     outcomes = extract(photos, out, alone=True)
-    unfit, usable = [], []
+    unfit: dict[str, str] = {}
+    usable = []
     for outcome in outcomes:
         film = outcome.film
         clip, problem = folder.judge_photo(out, film) if film else (None, outcome.error)
         if problem:
             say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
         usable += [clip] if clip else []
-        unfit += [] if clip else [str(outcome.path)]
+        unfit |= {} if clip else {str(outcome.path): outcome.remedy}
     prefix = f"{PEOPLE}/{name}/"
     gallery.refresh()
     before = {clip: old for clip, old in gallery.clips.items() if clip.startswith(prefix)}
@@ -200,7 +228,7 @@ def _enrol(
         return unfit
     vectors = _embed(gallery, out, usable)
     vectors = vectors._replace(names=tuple(f"{prefix}{clip}" for clip in vectors.names))
-    same = _unchanged(gallery, vectors)
+    same = gallery.complete(vectors)
     gallery.remove(clip=before.keys() - same)
     labels = Counter(old.identity for old in before.values() if old.identity)
     label = min(labels, key=lambda one: (one in others, -labels[one], one), default=name)
@@ -208,15 +236,6 @@ def _enrol(
     if new.names:
         gallery.enrol_vectors(new._replace(labels=(label,) * len(new.names)))
     return unfit
-
-
-def _unchanged(gallery: Gallery, vectors: Vectors) -> set[str]:
-    """Returns the clips that are enrolled with the same vectors."""
-    rows = np.concatenate(list(vectors.parts.values()), 1)
-    return {
-        clip for clip, row in zip(vectors.names, rows, strict=True)
-        if (old := gallery.clips.get(clip)) and np.array_equal(old.vector, row)
-    }  # fmt: skip
 
 
 def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
@@ -249,25 +268,30 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 
 
 def _name(
-    gallery: Gallery, features: Path, films: Sequence[folder.Film]
-) -> tuple[list[Appearance], int]:
-    """Returns the appearances of all people, and the number of groups of unknown ones.
+    gallery: Gallery,
+    features: Path,
+    films: Sequence[folder.Film],
+    before: Mapping[str, int],
+    highest: int,
+) -> tuple[list[Appearance], dict[str, str]]:
+    """Returns the appearances of all people, and clip -> name of a group of unknown ones.
 
-    A clip that was itself enrolled shows whom its label says.
+    Groups keep the numbers that their clips had `before`, or else get one above the `highest`. A
+    clip that was itself enrolled shows whom its label says.
     """
     if not any(film.tracks for film in films):
-        return [], 0
+        return [], {}
     vectors = _embed(gallery, features, {track.clip for film in films for track in film.tracks})
+    told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
     answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
         found = gallery.answers(list(vectors.parts.values()))
         answers = dict(zip(vectors.names, found, strict=True))
-    told = {clip: gallery.clips[clip].identity for clip in _unchanged(gallery, vectors)}
     for clip, name in told.items():
         answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
-    unknown = vectors.only({n for n, x in answers.items() if x.identity is None and n not in told})
-    groups = gallery.group(unknown)
-    return appearances.find(answers, films, groups), len({*groups.values()})
+    nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
+    groups = unknown.keep_numbers(gallery.group(vectors.only(nobody)), before, highest)
+    return appearances.find(answers, films, groups), groups
 
 
 def _told(one: Appearance) -> str:
@@ -275,13 +299,19 @@ def _told(one: Appearance) -> str:
 
 
 def _write(
-    out: Path, found: Sequence[Appearance], films: Sequence[folder.Film], gallery: Gallery
+    out: Path,
+    found: Sequence[Appearance],
+    groups: Mapping[str, str],
+    films: Sequence[folder.Film],
+    gallery: Gallery,
 ) -> None:
     from vidjax.gallery import names_page
 
     _remove_results(out)
+    (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
         appearances.write(out / name, found)
+    tables.write(out / UNKNOWN, GROUPS, unknown.rows(groups), ())
     subtitles = out / SUBTITLES
     subtitles.mkdir(mode=0o700)
     for film in films:
@@ -289,7 +319,9 @@ def _write(
         if not film.photo:
             # Names of files have 255 bytes at most, also while they are written.
             name = Path(film.video).stem.encode()[:200].decode(errors="ignore")
-            files.write_text(subtitles / f"{name}.vtt", appearances.to_vtt(own))
+            for ending in appearances.SUBTITLES:
+                text = appearances.to_subtitles(own, ending)
+                files.write_text(subtitles / f"{name}{ending}", text)
     people = {name: [] for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
         if clip.startswith(f"{PEOPLE}/") and shown.identity:
@@ -319,22 +351,21 @@ def run(args: argparse.Namespace) -> Result:
     )  # fmt: skip
     content = {
         "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
-        "failed": done.failed,
+        "failed": [*done.failed],
     }  # fmt: skip
     few = ", ".join(sorted(done.people)[:5])
     rows = {
         "people": f"{len(done.people):,}: {few}" if few else "none",
         "found": f"{len(done.found):,} of them, in {done.named:,} appearances",
-        "unknown": f"{done.groups:,} people",
+        "unknown": f"{done.groups:,} {'person' if done.groups == 1 else 'people'}",
         "page": str(out / PAGE),
         "table": str(out / TABLES[0]),
     }
     if done.failed:
         rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
+        rows |= commands.to_mend(done.failed.values())
     if done.groups:
-        rows["to name them"] = (
-            f"vidjax gallery group {out / 'gallery'} --input={out / FEATURES} --out=groups.tsv"
-        )
+        rows["to name them"] = f"write names into {out / UNKNOWN}, and call again"
     text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 

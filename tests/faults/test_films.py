@@ -434,7 +434,8 @@ def test_tables_of_names_that_spreadsheets_wrote_are_read(tmp_path, models, film
 
 def test_subtitles_hold_no_second_arrow():
     one = appearances.Appearance("x.mp4", 0, 1, "---->\n", 0.9, ("x",))
-    assert appearances.to_vtt([one]).count("-->") == 1
+    for ending in appearances.SUBTITLES:
+        assert appearances.to_subtitles([one], ending).count("-->") == 1
 
 
 def test_absurd_settings_are_told_and_harmless(tmp_path, models, capsys):

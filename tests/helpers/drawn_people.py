@@ -32,14 +32,17 @@ def write_photo(path, *faces, size=(96, 128), dim=False):
     context = av.VideoCodecContext.create("png", "w")
     rgb = picture(faces, size=size)
     if dim:
-        rgb = np.where(rgb < 21, 120, rgb // 3 * 2).astype(np.uint8)
+        around = np.array(COLOURS[faces[0][0]]) // 3 * 2 * 0.9
+        rgb = np.where(rgb.max(-1, keepdims=True) < 21, around, rgb // 3 * 2).astype(np.uint8)
     context.height, context.width, context.pix_fmt = *size, "rgb24"
     context.time_base = Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
     path.write_bytes(b"".join(map(bytes, [*context.encode(frame), *context.encode(None)])))
 
 
-def write_film(path, *shots, fps=10, codec=None, sound=None, start_s=0.0, broken=0.0):
+def write_film(
+    path, *shots, fps=10, codec=None, sound=None, start_s=0.0, broken=0.0, size=(96, 128)
+):
     """Writes a film, .mkv without loss; each shot is (seconds, brightness, faces).
 
     `sound` are samples of 16 kHz from `start_s` on; `broken` is the part of its packets, from the
@@ -51,14 +54,14 @@ def write_film(path, *shots, fps=10, codec=None, sound=None, start_s=0.0, broken
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=fps)
         assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = 96, 128
+        stream.height, stream.width = size
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         stream.bit_rate = 2_000_000
         packets = [] if sound is None else sound_packets(file, sound, start_s, broken)
         for seconds, brightness, faces in shots:
             for number in range(round(seconds * fps)):
                 moved = [(name, left + number // 2, top) for name, left, top in faces]
-                rgb = picture(moved, brightness)
+                rgb = picture(moved, brightness, size)
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         for packet in [*stream.encode(), *packets]:
             file.mux(packet)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vidjax import messages
@@ -56,7 +56,7 @@ def workers_of(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> folder.Settings | None:
     """Returns the settings that flags name; None if they name none."""
-    given: dict[str, float | str] = {}
+    given: dict[str, float | str | bool] = {}
     if args.fps is not None:
         try:
             given["fps"] = float(args.fps)
@@ -72,6 +72,8 @@ def settings_of(args: argparse.Namespace) -> folder.Settings | None:
         if unit not in ("track", "shot"):
             raise UserError(f"--unit={show(unit)}: must be track or shot")
         given["unit"] = unit
+    if getattr(args, "off_screen", False):
+        given["off_screen"] = True
     return folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
 
 
@@ -81,12 +83,15 @@ def tell(outcome: pipeline.Outcome) -> None:
     if film is None:
         say(outcome.error)
         return
-    faces = f"{len(film.tracks):,} face{'' if len(film.tracks) == 1 else 's'}"
+    off_screen = sum(track.off_screen for track in film.tracks)
+    count, voices = len(film.tracks) - off_screen, film.voices - off_screen
+    faces = f"{count:,} face{'' if count == 1 else 's'}"
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {len(film.shots):,} shots"
     before = ", as before" if outcome.kept else ""
     if outcome.replaced:
         before = ", in place of another file of this name"
-    heard = f", {film.voices:,} with a voice" if film.voices else ""
+    heard = f", {voices:,} with a voice" if voices else ""
+    heard += f", {off_screen:,} heard off screen" if off_screen else ""
     say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{heard}{before}")
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
@@ -101,6 +106,12 @@ def tell(outcome: pipeline.Outcome) -> None:
         say(f"  it ends at {film.seconds:.1f} s, before the end that it declares: is it cut off?")
 
 
+def to_mend(remedies: Iterable[str]) -> dict[str, str]:
+    """Returns the row that tells each remedy of files that failed, once; none without any."""
+    told = [*dict.fromkeys(filter(None, remedies))]
+    return {"to mend": "; ".join(told[:3])} if told else {}
+
+
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts files; the exit code is 1 if one of them could not be read."""
     began = time.monotonic()
@@ -110,19 +121,20 @@ def run_extract(args: argparse.Namespace) -> Result:
         settings_of(args), workers=workers, done=tell,
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
-    failed = [str(outcome.path) for outcome in outcomes if not outcome.film]
+    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
     minutes = sum(o.film.seconds for o in outcomes if o.film and not o.kept) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     content = {
         "out": args.out,
         "files": len(films),
-        "failed": failed,
+        "failed": [*failed],
         "clips": sum(len(film.tracks) for film in films),
     }
     rows = {
         "features": str(args.out),
         "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
         "clips": f"{content['clips']:,}",
+        **to_mend(failed.values()),
     }
     if minutes:
         rows["speed"] = f"{rate:.3g} minutes of film a minute"
@@ -144,6 +156,7 @@ def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_flags(parser)
     parser.flag("--unit", "U", "what a clip is: a track, or a shot with one main figure")
+    parser.switch("--off-screen", "also clips of voices, while no face is seen")
 
 
 COMMAND = Command(

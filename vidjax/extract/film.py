@@ -1,11 +1,12 @@
 """The people of one video or photo: found, followed within a shot, cut out and made vectors.
 
-A voice goes with the one track that is seen alone meanwhile. It may be of somebody off screen.
+A voice goes with the one face that is seen alone meanwhile. It may be of somebody off screen. In a
+shot with one main figure that is this figure's, and so it has no voice while others are seen, too.
 """
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from vidjax.extract.figures import Figures, Nets
 from vidjax.extract.models import Embedder
 from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker
-from vidjax.extract.voices import RATE, alone, listen
+from vidjax.extract.voices import RATE, WINDOW, Voice, alone, listen, unseen
 
 
 class Sighting(NamedTuple):
@@ -71,7 +72,7 @@ class Clips:
         best = sorted(self._best.pop(track.number), key=lambda seen: (seen.frame, seen.number))
         number = next(self._of_shot.setdefault(track.shot, itertools.count()))
         of_track = "" if self._settings.unit == "shot" else f".t{number:02}"
-        name = name or f"{self._stem}.s{track.shot:03}{of_track}"
+        name = name or f"{self.of_shot(track.shot)}{of_track}"
         arrays: dict[str, np.ndarray] = {}
         for part, embed in self._nets.embed.items():
             seen = [one for one in best if part in one.crops]
@@ -89,40 +90,103 @@ class Clips:
             )
         )
 
+    def of_shot(self, shot: int) -> str:
+        """Returns the name of the clip of a whole shot."""
+        return f"{self._stem}.s{shot:03}"
+
     def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         with files.atomic_file(self._out / f"{name}.npz") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
-    def hear(self, sound: Iterable[tuple[float, np.ndarray]]) -> int:
+    def hear(
+        self,
+        sound: Iterable[tuple[float, np.ndarray]],
+        seen: Sequence[folder.Track],
+        shots: Sequence[tuple[float, float]],
+    ) -> int:
         """Adds voices to the clips whose person is seen alone; returns how many have one.
 
-        The best windows of a clip are kept; `audio_number` is the millisecond of their begin.
+        The best windows of a clip are kept; `audio_number` is the millisecond of their begin. So
+        are voices while nobody is seen, as clips of their own, where the settings want them.
+
+        Args:
+          seen: all who are seen, with the clips that their voices go with.
+          shots: their begins and ends in seconds.
         """
         assert self._nets.listen
+        clips = {track.clip for track in self.tracks}
+        spans = [span for span in alone(seen) if span.clip in clips]
+        if self._settings.off_screen:
+            spans = sorted([*spans, *unseen(seen, shots, self._stem)], key=lambda x: x.start_s)
         heard: set[str] = set()
-        for span, samples in listen(sound, alone(self.tracks)):
+        off_screen: dict[str, folder.Track] = {}
+        for span, samples in listen(sound, spans):
             voice = self._nets.listen(samples)
             if not len(voice.begin):
                 continue
-            milliseconds = (span.start_s + voice.begin / RATE) * 1000
-            new = {
-                "audio": voice.vectors,
-                "audio_quality": voice.quality,
-                "audio_number": np.minimum(milliseconds, np.iinfo(np.int32).max).astype(np.int32),
-            }
-            with np.load(self._out / f"{span.clip}.npz") as file:
-                arrays = {field: file[field] for field in file}
-            if span.clip in heard:
-                new = {field: np.concatenate([arrays[field], x]) for field, x in new.items()}
-            order = np.argsort(-new["audio_quality"], kind="stable")
-            best = np.sort(order[: self._settings.most_frames])
-            self._write(span.clip, arrays | {field: x[best] for field, x in new.items()})
+            begin = span.start_s + voice.begin / RATE
+            self._add_voice(span.clip, begin, voice)
             heard.add(span.clip)
+            if span.shot is not None:
+                before = off_screen.get(span.clip)
+                off_screen[span.clip] = folder.Track(
+                    clip=span.clip, shot=span.shot, off_screen=True,
+                    start_s=before.start_s if before else float(begin[0]),
+                    end_s=float(begin[-1]) + WINDOW / RATE,
+                    seen=len(begin) + (before.seen if before else 0),
+                )  # fmt: skip
+        self.tracks += off_screen.values()
         return len(heard)
+
+    def _add_voice(self, clip: str, begin: np.ndarray, voice: Voice) -> None:
+        """Adds windows of speech to a clip, or makes one; `begin` [n] are their seconds."""
+        path = self._out / f"{clip}.npz"
+        # Without a face a clip tells so, as in `end`.
+        arrays = {part: embed.nothing for part, embed in self._nets.embed.items()}
+        if path.exists():
+            with np.load(path) as file:
+                arrays = {field: file[field] for field in file}
+        new = {
+            "audio": voice.vectors,
+            "audio_quality": voice.quality,
+            "audio_number": np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32),
+        }
+        if "audio" in arrays:
+            new = {field: np.concatenate([arrays[field], x]) for field, x in new.items()}
+        order = np.argsort(-new["audio_quality"], kind="stable")
+        best = np.sort(order[: self._settings.most_frames])
+        self._write(clip, arrays | {field: x[best] for field, x in new.items()})
 
     def forget(self, live: set[int]) -> None:
         """Drops the people of tracks that ended too short to be clips."""
         self._best = {number: best for number, best in self._best.items() if number in live}
+
+
+class Everybody:
+    """Follows all who are seen in shots, each of which has a clip of its main figure alone."""
+
+    def __init__(self, clips: Clips):
+        self.tracker, self._clips = Tracker(), clips
+        self._tracks: list[folder.Track] = []
+
+    def update(self, time_s: float, people: Figures) -> None:
+        """Takes the people of the next frame."""
+        self.tracker.update(time_s, people.boxes, people.scores, people.points)
+        self._keep(self.tracker.take_ended())
+
+    def finish(self) -> list[folder.Track]:
+        """Returns when each of them is seen, with the clip of the shot."""
+        self._keep(self.tracker.finish())
+        return self._tracks
+
+    def _keep(self, ended: Iterable[Track]) -> None:
+        self._tracks += [
+            folder.Track(
+                clip=self._clips.of_shot(track.shot), shot=track.shot, start_s=track.times[0],
+                end_s=track.times[-1], seen=len(track.times),
+            )
+            for track in ended
+        ]  # fmt: skip
 
 
 def extract(
@@ -130,9 +194,8 @@ def extract(
 ) -> folder.Film:
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
-    A photo has a clip for each face, and no voice; nor has a clip of a shot with one main figure,
-    beside which others may be seen. If `out` has a folder for thumbnails, these are written, too.
-    Memory does not grow with the length of the video, but for the list of its tracks.
+    A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
+    written, too. Memory does not grow with the length of the video, but for the list of its tracks.
     """
     name = folder.video_name(path, stem)
     with decode.open_video(path) as video:
@@ -140,25 +203,32 @@ def extract(
             return _photo(video, out, stem, nets, settings, name, sha256)
         clips, cuts = Clips(nets, out, stem, settings), Cuts()
         tracker = MainFigures() if settings.unit == "shot" else Tracker()
+        everybody = Everybody(clips)  # whom a clip of a shot may leave out
         for number, frame in enumerate(video.frames(settings.fps)):
             if cuts.update(frame.time_s, frame.small) and number:
                 tracker.cut()
+                everybody.tracker.cut()
                 _end(tracker, clips)
             if frame.rgb is not None:
                 people = figures.find(nets, frame.rgb)
                 owners = tracker.update(frame.time_s, people.boxes, people.scores, people.points)
                 clips.add(number, owners, people, frame.rgb)
                 _end(tracker, clips)
+                if settings.unit == "shot":
+                    everybody.update(frame.time_s, people)
         for track in tracker.finish():
             clips.end(track)
         found = video.found
         shots = [(shot.start_s, shot.end_s) for shot in cuts.shots(found.seconds)]
-    film = _film(name, sha256, clips, found, shots, photo=False)
-    if nets.listen and video.info.sound and settings.unit == "track":
+    voices = lost_sound = 0
+    if nets.listen and video.info.sound:
+        seen = everybody.finish() if settings.unit == "shot" else [*clips.tracks]
         with decode.open_video(path) as video:
-            film.voices = clips.hear(video.sound(RATE))
+            voices = clips.hear(video.sound(RATE), seen, shots)
             lost = video.found
-            film.lost_sound = lost.corrupt + lost.refused + lost.damaged
+            lost_sound = lost.corrupt + lost.refused + lost.damaged
+    film = _film(name, sha256, clips, found, shots, photo=False)
+    film.voices, film.lost_sound = voices, lost_sound
     return film
 
 

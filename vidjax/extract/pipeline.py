@@ -22,7 +22,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file 
 
 
 class Outcome(NamedTuple):
-    """What became of a file: its `film`, or an `error`.
+    """What became of a file: its `film`, or an `error` of one line and its `remedy`.
 
     `kept` if it had been extracted before, `replaced` if another file of its name had been.
     """
@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
     error: str = ""
     kept: bool = False
     replaced: bool = False
+    remedy: str = ""
 
 
 def extract(
@@ -43,6 +44,7 @@ def extract(
     workers: int = 1,
     alone: bool = False,
     thumbnails: bool = False,
+    anew: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Extracts the faces of videos and photos into the folder `out`, see `folder`; voices, too.
@@ -58,6 +60,8 @@ def extract(
       workers: processes at once.
       alone: removes from the folder the features of all other files.
       thumbnails: keeps a picture of the best face of each clip; False removes those of all.
+      anew: where `models` has nets more than made the folder's features, these are removed, and
+        those of `paths` made by all nets; False refuses such a folder.
       done: called with each outcome, in any order.
 
     Raises:
@@ -65,7 +69,8 @@ def extract(
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
-    voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
+    wanted_voices = known.keys() & {*cards_lib.VOICES} or (settings and settings.off_screen)
+    voices = cards_lib.VOICES if wanted_voices else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}
@@ -73,6 +78,8 @@ def extract(
     check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "features"):
+        if anew:
+            _remove_outgrown(out, digests)
         wanted = _same_extraction(out, digests, settings)
         for inner in (out / folder.VIDEOS, out / folder.THUMBNAILS):
             if inner.is_symlink():
@@ -116,6 +123,15 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
         raise UserError(
             f"--out={out}: it holds '{inner.name}', which is to be read\nname another folder"
         )
+
+
+def _remove_outgrown(out: Path, digests: dict[str, str]) -> None:
+    """Removes all features if nets have come to those that made them; settings stay."""
+    before = folder.read_extraction(out)
+    if before and before.models.items() < digests.items():
+        for path in (out / folder.VIDEOS).glob("*.json"):
+            _remove(out, path.stem)
+        folder.write(out / folder.NAME, folder.Extraction(models=digests, settings=before.settings))
 
 
 def _same_extraction(
@@ -240,8 +256,9 @@ def _one(
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        text = of_the_system(error) or str(error)
-        return Outcome(path, None, text if str(path) in text else f"'{path}': {text}")
+        text, _, remedy = (of_the_system(error) or str(error)).partition("\n")
+        text = text if str(path) in text else f"'{path}': {text}"
+        return Outcome(path, None, text, remedy=remedy)
     return Outcome(path, film, replaced=before is not None)
 
 

@@ -1,9 +1,11 @@
 """Who appears when: answers of a gallery for the tracks of videos, joined in time.
 
-A .vtt file holds subtitles (WebVTT) of one video, a .rttm file the times of all in the format of
-speaker diarisation: video, begin and duration in seconds, person.
+A .vtt (WebVTT) or .srt file (SubRip) holds subtitles of one video, a .rttm file the times of all in
+the format of speaker diarisation: video, begin and duration in seconds, person.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,13 @@ from vidjax.extract.folder import Film, Track
 from vidjax.gallery.answers import Answer
 
 GAP_SECONDS = 2.0  # between two sightings of a person that are one appearance
-FORMATS = (".vtt", ".rttm")
+SUBTITLES = (".vtt", ".srt")
+FORMATS = (*SUBTITLES, ".rttm")
+# What a player would take for markup; SubRip has no escapes, so others stand in.
+MARKUP = {
+    ".vtt": {"&": "&amp;", "<": "&lt;", "-->": "--&gt;"},
+    ".srt": {"<": "\u2039", ">": "\u203a", "{": "(", "}": ")"},
+}
 NOBODY = Answer(None, 0.0, float("-inf"), ())  # where nobody is enrolled
 COLUMNS = {
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
@@ -90,8 +98,8 @@ def _joined(tracks: Iterable[Track]) -> Iterator[list[Track]]:
 
 def write(path: Path, found: Sequence[Appearance]) -> None:
     """Writes appearances to a new file, in the format that its ending names."""
-    if path.suffix == ".vtt":
-        tables.write_new(path, to_vtt(found).encode())
+    if path.suffix in SUBTITLES:
+        tables.write_new(path, to_subtitles(found, path.suffix).encode())
     elif path.suffix == ".rttm":
         tables.write_new(path, to_rttm(found).encode())
     else:
@@ -111,20 +119,42 @@ def _row(one: Appearance) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def to_vtt(found: Sequence[Appearance]) -> str:
-    """Returns subtitles of one video that name the known people; UserError for several videos."""
+def to_subtitles(found: Sequence[Appearance], ending: str) -> str:
+    """Returns subtitles of one video, of a kind of SUBTITLES; UserError for several videos.
+
+    They name the known people who are seen, a line each. Many players show one subtitle at a time,
+    so no two of them overlap.
+    """
     if len(videos := {one.video for one in found}) > 1:
         raise UserError(
             f"subtitles are of one video, not of {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
             "write a table of all: --out=names.tsv"
         )
-    lines = ["WEBVTT"]
+    blocks = ["WEBVTT\n"] if ending == ".vtt" else []
+    for number, (start, end, names) in enumerate(_cues(found), 1):
+        times = f"{clock(start)} --> {clock(end)}"
+        lines = [times] if ending == ".vtt" else [str(number), times.replace(".", ",")]
+        for name in names:
+            for mark, instead in MARKUP[ending].items():
+                name = name.replace(mark, instead)
+            lines.append(name)
+        blocks.append("".join(f"{line}\n" for line in lines))
+    return "\n".join(blocks)
+
+
+def _cues(found: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
+    """Yields begin, end and sorted names while the same known people are seen, in order of time."""
+    changes: dict[float, list[tuple[str, int]]] = {}
     for one in found:
         if one.probability is not None:
-            name = str(one.identity).replace("&", "&amp;").replace("<", "&lt;")
-            name = name.replace("-->", "--&gt;")
-            lines += ["", f"{clock(one.start_s)} --> {clock(one.end_s)}", name]
-    return "\n".join(lines) + "\n"
+            for seconds, change in ((one.start_s, 1), (one.end_s, -1)):
+                changes.setdefault(round(seconds, 3), []).append((str(one.identity), change))
+    seen = Counter[str]()
+    for begin, end in itertools.pairwise(sorted(changes)):
+        for name, change in changes[begin]:
+            seen[name] += change
+        if names := sorted((+seen).keys()):
+            yield begin, end, names
 
 
 def to_rttm(found: Iterable[Appearance]) -> str:

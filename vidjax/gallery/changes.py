@@ -39,6 +39,7 @@ class Draft:
         self.clips, self.groups = dict(state.clips), dict(state.groups)
         self.refits = False
         self._final: Literal["", "remove", "undo"] = ""
+        self._completed = False  # clips have new vectors
         self._changed: set[str] = set()  # names of clips
         self._touched: set[str] = set()  # identities
 
@@ -56,6 +57,17 @@ class Draft:
             if self._is_new(name, clip)
         }
         self._edit(new)
+        return len(new)
+
+    def complete(self, vectors: Mapping[str, np.ndarray]) -> int:
+        """Gives clips the vectors that have more parts; returns for how many that is new."""
+        new = {
+            name: self.clips[name]._replace(vector=vector)
+            for name, vector in vectors.items()
+            if not np.array_equal(self.clips[name].vector, vector)
+        }
+        self._edit(new)
+        self._completed |= bool(new)
         return len(new)
 
     def remove(
@@ -178,7 +190,7 @@ class Draft:
 
         None, too, where the last change has names of people, of which no byte may be left.
         """
-        if self._final or any(self._state.last.before.values()):
+        if self._final or self._completed or any(self._state.last.before.values()):
             return None
         new = {name: self.clips.get(name) for name in self._changed}
         olds = (self._state.clips.get(name) for name in new)
@@ -205,7 +217,7 @@ class Draft:
             clips=self.clips,
             groups=groups,
             still_held=old.still_held + sum(old.clips[name].fitted for name in gone),
-            last=Last(final or "change", changed),
+            last=Last(final or "change", changed) if final or changed else old.last,
         )
         return state, people
 

@@ -17,7 +17,7 @@ from vidjax.api import load_data, run_config
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances
+from vidjax.gallery import appearances, unknown
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -52,7 +52,7 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "out": (
         "FILE",
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
-        ".vtt and .rttm, by time",
+        ".vtt, .srt and .rttm, by time",
     ),
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
@@ -338,23 +338,12 @@ def _without_crowds(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Returns clip -> person of a table; leaves out people who are still `unknown 1`."""
-    labels: dict[str, str] = {}
-    for number, cells in tables.read_tsv(path):
-        if cells == ["clip", "identity"]:
-            continue
-        if len(cells) != 2 or not all(cells):
-            raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
-        clip, identity = cells
-        if labels.get(clip, identity) != identity:
-            raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
-        if not identity.startswith(answers_lib.UNKNOWN):
-            labels[clip] = identity
-    if not labels:
-        raise UserError(
-            f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
-        )
-    return labels
+    """Returns clip -> person of a table of groups; one that names nobody is a UserError."""
+    if labels := unknown.read_names(path):
+        return labels
+    raise UserError(
+        f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
+    )
 
 
 def _group(args: argparse.Namespace) -> Result:
@@ -362,15 +351,14 @@ def _group(args: argparse.Namespace) -> Result:
     tables.check_new(out, (".tsv",))
     gallery = _opened(args)
     _, vectors = _embed(args, gallery)
-    unknown = set(vectors.names)
+    nobody = set(vectors.names)
     if gallery.identities:
         answers = gallery.answers(list(vectors.parts.values()))
-        unknown = {n for n, x in zip(vectors.names, answers, strict=True) if x.identity is None}
-    groups = gallery.group(vectors.only(unknown))
-    rows = sorted(groups.items(), key=lambda pair: (int(pair[1].rpartition(" ")[2]), pair[0]))
-    tables.write(out, {"clip": "string", "identity": "string"}, rows, ())
+        nobody = {n for n, x in zip(vectors.names, answers, strict=True) if x.identity is None}
+    groups = gallery.group(vectors.only(nobody))
+    tables.write(out, {"clip": "string", "identity": "string"}, unknown.rows(groups), ())
     count = len({*groups.values()})
-    told = {"clips": f"{len(vectors.names):,}, of which {len(unknown):,} show nobody known"}
+    told = {"clips": f"{len(vectors.names):,}, of which {len(nobody):,} show nobody known"}
     told |= {"people": f"{count:,} unknown", "groups": f"{out}: write names, then enrol --labels"}
     return Result({"groups": str(out), "people": count, "clips": len(groups)}, told)
 
@@ -391,8 +379,8 @@ def _identify(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
-        tables.check_new(out, (*tables.ENDINGS, ".vtt", ".rttm"))
-        films = _films(args) if out.suffix in (".vtt", ".rttm") else None
+        tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
+        films = _films(args) if out.suffix in appearances.FORMATS else None
     gallery = _opened(args)
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
     (began, vectors), found = _embed(args, gallery), {}

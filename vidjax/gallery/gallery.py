@@ -223,12 +223,7 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery of clips given as vectors, which `origin` made; see `create`."""
         path = Path(folder).expanduser().absolute()
-        width = sum(backend.widths.values())
-        if width > MOST_WIDTH:
-            raise UserError(
-                f"vectors of {width:,} numbers are too wide for a gallery: {MOST_WIDTH:,} are the "
-                "most\nmake it with fewer members, or with a narrower net"
-            )
+        width = _check_width(backend)
         for name, clip in clips.items():
             check_clip(name, clip, width)
         with contextlib.suppress(FileExistsError):
@@ -503,6 +498,63 @@ class Gallery:
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
+    def widen(self, models: str | Path) -> tuple[str, ...]:
+        """Takes over the parts of models that are new beside the gallery's own; returns them.
+
+        Enrolled clips keep their vectors, and have none of the new parts until `complete`.
+
+        Raises:
+          ValueError: a model of the gallery is missing or another one, or it compares by a back end
+            that was fitted.
+        """
+        origin, back_ends = origin_of_models(models)
+        with self._changing() as state:
+            was, now = state.run.cards, origin.cards
+            changed = sorted(part for part in was if was[part] != now.get(part))
+            if changed or not was:
+                raise UserError(
+                    f"'{self.folder}' was made with other models of {', '.join(changed) or 'a run'}"
+                    "\ntake the same models, or name a new folder: --out=DIR"
+                )
+            if was == now:
+                return ()
+            backend = state.index.backend
+            if not all(part.by_distance for part in backend.parts):
+                raise UserError(
+                    f"'{self.folder}' compares by a back end that `refit` fitted, without "
+                    f"{', '.join(sorted(now.keys() - was.keys()))}\nname a new folder: --out=DIR"
+                )
+            wide = backend_lib.of_cards(back_ends)
+            _check_width(wide)
+            clips = {
+                name: clip._replace(vector=_widened(clip.vector, backend, wide))
+                for name, clip in state.clips.items()
+            }
+            state = _state(state.version + 1, origin, wide, clips)._replace(last=state.last)
+            self._state = state._replace(sha256=self._store.replace(state))
+        return tuple(part for part in now if part not in was)
+
+    def complete(self, found: Vectors) -> set[str]:
+        """Returns the clips that are enrolled with these vectors; they get parts that they lack."""
+        self.refresh()
+        rows = {
+            name: np.concatenate([x[row] for x in found.parts.values()])
+            for row, name in enumerate(found.names)
+            if name in self.clips
+        }
+        same = {}
+        for name, vector in rows.items():
+            old = self.clips[name].vector
+            parts = zip(
+                self.backend.split(old[None]), self.backend.split(vector[None]), strict=True
+            )
+            if all(np.array_equal(x, y) for x, y in parts if x.any()):
+                same[name] = vector
+        if any(not np.array_equal(self.clips[name].vector, x) for name, x in same.items()):
+            with self.change() as draft:
+                draft.complete(same)
+        return {*same}
+
     def undo(self) -> int:
         """Takes the last change back; returns the number of its clips.
 
@@ -706,6 +758,25 @@ class Gallery:
             listed = np.minimum(index, len(order) - 1)  # NO_CLIP is beyond the last one
             index = np.where(rule.names(scores, new[listed]), index, topk.NO_CLIP)
         return Ranked(identities, clips, topk.TopK(scores, index))
+
+
+def _check_width(backend: Backend) -> int:
+    """Returns the width of the vectors of a back end; refuses those that no gallery can hold."""
+    width = sum(backend.widths.values())
+    if width > MOST_WIDTH:
+        raise UserError(
+            f"vectors of {width:,} numbers are too wide for a gallery: {MOST_WIDTH:,} are the "
+            "most\nmake it with fewer members, or with a narrower net"
+        )
+    return width
+
+
+def _widened(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
+    """Returns the vector of a clip with zeros for the parts that only `wide` has."""
+    parts = {name: np.zeros(width, np.float32) for name, width in wide.widths.items()} | {
+        name: x[0] for name, x in zip(backend.widths, backend.split(vector[None]), strict=True)
+    }
+    return np.concatenate([parts[name] for name in wide.widths])
 
 
 def _restored(run: Predictor | str | Path) -> Predictor:
