@@ -22,6 +22,7 @@ from vidjax.data.records import padding
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
 from vidjax.run.parts import Shard
+from vidjax.steps import topk
 
 COUNTS = (1, 3, 7)
 TIMES = ("eval_seconds", "eval_date", "eval_clips_per_second")
@@ -220,7 +221,7 @@ def test_lists_of_parts_join_to_those_of_all_clips():
             top = full_sort(scores[ranked], ranked, k)
             width = min(k, np.sum(owner == part))
             tops.append(top._replace(scores=top.scores[:, :width], index=top.index[:, :width]))
-        found = parts.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
+        found = topk.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
         np.testing.assert_array_equal(found.index, wanted.index)
         assert found.scores.tobytes() == wanted.scores.tobytes()
         assert found.index.dtype == wanted.index.dtype

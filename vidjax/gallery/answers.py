@@ -203,10 +203,24 @@ def describe(found: Threshold) -> dict[str, str]:
 def write(path: Path, answers: Answers) -> None:
     """Writes answers to a new file, see `vidjax.tables.write`."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
-    columns = {"clip": "string", "identity": "string", "probability": "float64", "score": "float64"}
+    objects = itertools.starmap(as_json, answers.items())
+    tables.write(path, _kinds(most), _rows(answers, most), objects)
+
+
+def columns(answers: Answers, most: int) -> tables.Columns:
+    """Returns the columns of a table of answers, with places for `most` identities."""
+    rows = list(_rows(answers, most))
+    return {
+        name: (kind, [row[i] for row in rows])
+        for i, (name, kind) in enumerate(_kinds(most).items())
+    }
+
+
+def _kinds(most: int) -> dict[str, str]:
+    kinds = {"clip": "string", "identity": "string", "probability": "float64", "score": "float64"}
     for place in range(1, most + 1):
-        columns |= {f"best_{place}": "string", f"probability_{place}": "float64"}
-    tables.write(path, columns, _rows(answers, most), itertools.starmap(as_json, answers.items()))
+        kinds |= {f"best_{place}": "string", f"probability_{place}": "float64"}
+    return kinds
 
 
 def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:

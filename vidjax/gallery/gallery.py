@@ -268,6 +268,12 @@ class Gallery:
         return self._state.version
 
     @property
+    def digest(self) -> str:
+        """The sha256, in hexadecimal, of what the folder holds now; no other state has it."""
+        self.refresh()
+        return self._state.sha256.hex()
+
+    @property
     def origin(self) -> Origin:
         """The folder and the digest of the run that makes the vectors."""
         return self._state.run
