@@ -279,9 +279,10 @@ def test_lines_are_answered_in_order_and_bad_ones_told(people, made, monkeypatch
 
 def test_a_line_is_answered_before_the_next_one_comes(people):
     words = [sys.executable, "-m", "vidjax.gallery", "identify", str(people), "--input=-"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
-    with subprocess.Popen(words, **pipes, env=env) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, env=env) as process:
+        assert process.stdin and process.stdout
         for name in ("a", "b"):
             line = json.dumps({"clip": name, "face": [0.5] * WIDTH}) + "\n"
             process.stdin.write(line.encode())
@@ -295,3 +296,96 @@ def test_a_line_is_answered_before_the_next_one_comes(people):
             if process.poll() is not None:
                 break
         assert process.wait(30) == 0
+
+
+def test_the_joined_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path):
+    """Also for clips of equal scores, whose order is that of their names."""
+    same = clip_rows(0)[0][2]
+    twins = [(f"twin {n % 2}{n}{'.mp4' * (n == 3)}", "face", same) for n in range(90)]
+    write_table(day / "part-4.parquet", twins[0::2])
+    write_table(day / "part-5.parquet", twins[1::2])
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}")
+    first = say(*words, f"--out={tmp_path / 'shared'}", "--shard=2/2")
+    assert first["ranking"] is None and not (tmp_path / "shared" / "ranking.parquet").exists()
+    last = say(*words, f"--out={tmp_path / 'shared'}", "--shard=1/2")
+    whole = say(*words, f"--out={tmp_path / 'whole'}")
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+    assert whole["clips"] == 105 and last["ranking"]
+
+    every = parquet.ParquetWriter(
+        tmp_path / "all.parquet", parquet.read_schema(day / "part-0.parquet")
+    )
+    with every:
+        for table in in_parts.tables_of(day):
+            every.write_table(parquet.read_table(table))
+    ranked = tmp_path / "all_ranked.parquet"
+    say(*words[:2], f"--input={tmp_path / 'all.parquet'}", f"--out={ranked}")
+    wanted, found = parquet.read_table(ranked), parquet.read_table(last["ranking"])
+    for name in ("identity", "rank"):
+        assert found[name].to_pylist() == wanted[name].to_pylist()
+    scores = found["score"].to_numpy()
+    assert scores == pytest.approx(wanted["score"].to_numpy(), abs=1e-5)
+    assert len(scores) == 100 * len(vidjax.restore(nearest_run).identities)
+    assert found["clip"].to_pylist() == wanted["clip"].to_pylist()
+    parts = [row["score"] for row in rows_of(tmp_path / "whole" / "parts")]
+    assert {*scores.tolist()} <= {*parts}  # to the bit those of the tables
+
+
+def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp_path):
+    write_table(day / "part-9.parquet", clip_rows(1)[:1])
+    words = (
+        "rank",
+        f"--workdir={nearest_run}",
+        f"--input={day}",
+        f"--out={tmp_path / 'r'}",
+    )
+    said = say(*words, code=2)
+    assert "clip 'clip 1-0' is in two tables, part-1.parquet and part-9.parquet" in said
+    (day / "part-9.parquet").unlink()
+    part = tmp_path / "r" / "parts" / "part-3.parquet"
+    assert say(*words)["ranking"] and part.exists()
+
+
+def test_vectors_of_tables_are_those_of_each_clip(say, nearest_run, day, tmp_path):
+    out = tmp_path / "vectors"
+    words = ("embed", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
+    assert say(*words, "--shard=1/2")["clips"] == 6
+    assert say(*words)["skipped"] == 2
+    assert len({str(parquet.read_schema(x).remove_metadata()) for x in out.iterdir()}) == 1
+    rows = rows_of(out)
+    clips = {}
+    for number in (0, 1, 3):
+        for clip, _, features in clip_rows(number, 3 if number == 3 else 6):
+            clips.setdefault(clip, []).append(features)
+    wanted = vidjax.restore(nearest_run).embed(
+        {name: {"face": np.stack(x)} for name, x in clips.items()}
+    )
+    assert [row["clip"] for row in rows] == list(clips)
+    assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
+    alone = tmp_path / "alone.parquet"
+    one = say(
+        "embed",
+        f"--workdir={nearest_run}",
+        f"--input={day}/part-3.parquet",
+        f"--out={alone}",
+    )
+    assert one["num_clips"] == 3 and one["width"] == wanted.shape[1]
+    assert "--out=" in say(*words[:3], f"--out={tmp_path / 'x.csv'}", code=2)
+    said = say(*words[:2], f"--input={day}/part-3.parquet", "--out=x.npy", code=2)
+    assert ".parquet" in said
+
+
+def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, tmp_path):
+    out = tmp_path / "out"
+    done = say("gallery", "rank", people, f"--input={day}", f"--out={out}")
+    clips = {}
+    for number in (0, 1, 3):
+        for clip, _, features in clip_rows(number, 3 if number == 3 else 6):
+            clips.setdefault(clip, []).append(features)
+    wanted = made.rank({name: {"face": np.stack(x)} for name, x in clips.items()})
+    found = {}
+    for row in parquet.read_table(done["ranking"]).to_pylist():
+        found.setdefault(row["identity"], []).append((row["clip"], row["score"]))
+    assert found == wanted
+    said = say("gallery", "rank", people, f"--input={day}", f"--out={out}", "--fpir=0.1", code=2)
+    assert "leave out --fpir" in said
