@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.test_topk import full_sort
 from vidjax import config_io
 from vidjax.analysis import analysis
-from vidjax.commands import evaluate, parts
+from vidjax.commands import parts
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.records import padding
 from vidjax.main import main
@@ -70,7 +70,7 @@ def whole(nearest, data, tmp_path_factory):
     """What one process writes of that run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(nearest, folder)
-    evaluate.evaluate(of(folder, NO_REPORT), folder, data, num_devices=1)
+    analysis.evaluate(of(folder, NO_REPORT), folder, data, num_devices=1)
     return results_of(folder)
 
 
@@ -104,7 +104,7 @@ def check_parts(folder, tmp_path, data, *overrides, analyse=True, split="val", t
     words = [*overrides, *([] if analyse else [NO_REPORT])]
     whole, config = tmp_path / "whole", of(folder, *words)
     shutil.copytree(folder, whole)
-    evaluate.evaluate(config, whole, data, num_devices=1, analyse=analyse)
+    analysis.evaluate(config, whole, data, num_devices=1, analyse=analyse)
     wanted = results_of(whole, split)
     for total in totals:
         copy = tmp_path / f"of{total}"
