@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def shown(gallery):
 
 def module_of(name, gallery, monkeypatch):
     monkeypatch.setenv("GALLERY", str(gallery.folder))
-    found = {"__name__": "people"}
+    found: dict[str, Any] = {"__name__": "people"}
     exec(compile(RECIPES[name], str(PAGE), "exec"), found)  # noqa: S102
     return found
 

@@ -136,7 +136,7 @@ def run(found: Sequence[Path], out: Path, shard: Shard, task: Task) -> Done:
         could not be read.
     """
     files.make_folder(out, "--out")
-    mine, counts, began = found[shard.number - 1 :: shard.total], Counter(), time.monotonic()
+    mine, counts, began = _share(found, shard), Counter(), time.monotonic()
     left: list[Path] = []
     for table in mine:
         facts = _done(table, out / table.name, task.means)
@@ -170,6 +170,10 @@ def run(found: Sequence[Path], out: Path, shard: Shard, task: Task) -> Done:
         others = f"{len(failed):,} of {len(mine):,} tables failed, the others are done"
         raise UserError("\n".join([*lines, others]))
     return Done(len(mine), len(mine) - len(left), counts + fresh, fresh, began)
+
+
+def _share(found: Sequence[Path], shard: Shard) -> Sequence[Path]:
+    return found[shard.number - 1 :: shard.total]
 
 
 def _done(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None:
@@ -245,8 +249,11 @@ def rank(
     task = Task({**means, "identities": files.sha256_json(list(identities))}, work, "rank")
     done = run(found, out / PARTS, shard, task)
     parts = [out / PARTS / table.name for table in found]
-    facts = [_done(table, part, task.means) for table, part in zip(found, parts, strict=True)]
-    if None in facts:
+    if not all(part.is_file() for part in parts):
+        return done, None
+    own = {*_share(found, shard)}  # just looked at
+    others = [pair for pair in zip(found, parts, strict=True) if pair[0] not in own]
+    if any(_done(table, part, task.means) is None for table, part in others):
         return done, None
     names, top = join(parts, identities)
     content = tables.to_parquet(list_columns(identities, names, top))
