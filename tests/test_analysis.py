@@ -11,8 +11,7 @@ import pytest
 from tests.helpers import made_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, metrics, ranking
-from vidjax.analysis import open_set, robustness, strata
-from vidjax.commands import evaluate
+from vidjax.analysis import analysis, open_set, robustness, strata
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.steps import topk
@@ -36,7 +35,7 @@ def workdir(request, data, nearest_run, tmp_path_factory):
 def analysed(workdir, data, *overrides):
     """Evaluates a run with overrides and an analysis; returns metrics, values and arrays."""
     config = config_io.override(config_io.load_workdir(workdir), overrides)
-    results = evaluate.evaluate(config, workdir, data, num_devices=1, analyse=True)
+    results = analysis.evaluate(config, workdir, data, num_devices=1, analyse=True)
     split = config.eval.split
     suffix = "" if split == "val" else f"_{split}"
     return results, *made_runs.load_analysis(workdir / f"analysis{suffix}.npz")
@@ -125,7 +124,7 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     config = config_io.load_workdir(folder)
     monkeypatch.setattr(module, "open_set" if module is open_set else "render", fail)
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        results = evaluate.evaluate(config, folder, data, num_devices=1, analyse=True)
+        results = analysis.evaluate(config, folder, data, num_devices=1, analyse=True)
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results

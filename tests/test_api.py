@@ -54,6 +54,12 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
     again = vidjax.train(config, folder, data, num_devices=1)
     assert again["map"] == results["map"]
 
+    tested = vidjax.evaluate(folder, data, split="train", num_devices=1)
+    assert tested["map_kind"] == "in_sample" and (folder / "ranking_train.txt").exists()
+    assert vidjax.evaluate(folder, data, num_devices=1)["map"] == results["map"]
+    with pytest.raises(ValueError, match="no run"):
+        vidjax.evaluate(folder.parent / "none")
+
     run = vidjax.restore(folder, num_devices=1)
     public: Any = vidjax  # wrong types are meant
     answers: Any = run

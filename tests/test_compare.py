@@ -2,17 +2,18 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import vidjax
 from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from tests.helpers.pages import Page
-from vidjax import ranking, significance
-from vidjax.commands import compare
+from vidjax import comparison, ranking, significance
 from vidjax.main import main
 from vidjax.steps import topk
 
@@ -170,6 +171,85 @@ def test_a_program_gets_the_numbers(tmp_path, capsys):
         assert [row["better"], row["worse"], row["equal"]] == counts
 
 
+def groups_of(tmp_path, rng):
+    """Writes three seeds of two systems; returns group -> their average precisions [3, C]."""
+    people = rng.beta(4, 1, len(NAMES))
+    found = {}
+    for group, shift in (("a", -0.1), ("b", 0.0)):
+        seeds = np.clip(people + shift + 0.02 * rng.normal(size=(3, len(NAMES))), 0, 1)
+        found[group] = seeds
+        for number, ap in enumerate(seeds, 1):
+            values = dict(zip(NAMES, ap, strict=True))
+            made_runs.write(tmp_path / f"{group}{number}", values, f"--config.seed={number}")
+    return found
+
+
+def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, capsys):
+    found = groups_of(tmp_path, np.random.default_rng(8))
+    runs = ["+".join(str(tmp_path / f"{group}{n}") for n in (1, 2, 3)) for group in "ab"]
+    words = ["compare", f"--workdir={tmp_path}/out", f"--runs={','.join(runs)}"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    gaps = found["b"] - found["a"]
+    over_identities = np.mean(gaps, axis=0).var(ddof=1) / len(NAMES)
+    error = (over_identities + gaps.mean(axis=1).var(ddof=1) / 3) ** 0.5
+    first, second = told["runs"]
+    assert [one["map"] for one in first["seeds"]] == pytest.approx(found["a"].mean(axis=1))
+    assert second["map"] == pytest.approx(found["b"].mean())
+    assert second["difference"] == pytest.approx(gaps.mean())
+    assert second["error"] == pytest.approx(error)
+    assert [second["low"], second["high"]] == pytest.approx(
+        [gaps.mean() - 2 * error, gaps.mean() + 2 * error]
+    )
+    assert second["p"] is None and "seeds" in told["method"]
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"] == told["runs"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    for text in (said, page, (tmp_path / "out" / "comparison.md").read_text()):
+        assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
+    assert "mean of 3 seeds" in page
+
+    short = ",".join([runs[0], str(tmp_path / "b1")])
+    assert main([*words[:2], f"--runs={short}"]) == 2
+    assert "--runs=A1+A2+A3,B1+B2+B3" in capsys.readouterr().err
+    twice = f"{runs[0]},{tmp_path / 'a1'}+{tmp_path / 'b2'}+{tmp_path / 'b3'}"
+    assert main([*words[:2], f"--runs={twice}"]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_python_compares_runs_and_groups_as_the_command_does(tmp_path):
+    found = groups_of(tmp_path, np.random.default_rng(9))
+    pair = vidjax.compare([tmp_path / "a1", str(tmp_path / "b1")])
+    low, high, p = significance.gap_interval(found["b"][0] - found["a"][0])
+    assert pair.to_dict()["runs"][1]["p"] == p
+    assert (pair.differences[0].low, pair.differences[0].high) == (low, high)
+    assert str(pair) == pair.text()
+    groups = [[tmp_path / f"{group}{n}" for n in (1, 2, 3)] for group in "ab"]
+    seeds = vidjax.compare(groups, out=tmp_path / "out")
+    assert seeds.differences[0].mean == pytest.approx((found["b"] - found["a"]).mean())
+    assert (tmp_path / "out" / "comparison.tex").read_text() == seeds.to_latex()
+    for runs in ([tmp_path / "a1"], [[], [tmp_path / "a1"]]):
+        with pytest.raises(ValueError, match="two runs or more"):
+            vidjax.compare(runs)
+    with pytest.raises(TypeError, match="a list of folders"):
+        vidjax.compare(str(tmp_path / "a1"))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_table_for_latex_escapes_names(tmp_path):
+    rng = np.random.default_rng(10)
+    for name in ("a_1", "50% & {more}"):
+        made_runs.write(tmp_path / name, averages(rng))
+    table = vidjax.compare([tmp_path / "a_1", tmp_path / "50% & {more}"]).to_latex()
+    lines = [line for line in table.splitlines() if not line.startswith("%")]
+    assert lines[0] == r"\begin{tabular}{lrrrrrrr}" and lines[-1] == r"\end{tabular}"
+    assert r"50\% \& \{more\}" in table and r"a\_1 & 0." in table
+    assert lines[2].startswith("run & MAP@100 & difference") and lines[2].endswith(r" \\")
+    rows = [line for line in lines if " & " in line]
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {7}
+    assert re.search(r"& \$[+-]0\.\d{4}\$ & \$[+-]0\.\d{4}\$ to \$[+-]0\.\d{4}\$ &", table)
+
+
 def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
     rng = np.random.default_rng(5)
     kinds = {"a": "val", "b": "out_of_fold", "c": "in_sample"}
@@ -180,7 +260,8 @@ def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
 
     def page(*names):
         folders = [str(tmp_path / name) for name in names]
-        compare.compare(folders, tmp_path / "out", lambda config: None)
+        found = comparison.compare([[name] for name in folders], lambda config: None)
+        found.write(tmp_path / "out")
         return words_of(Page((tmp_path / "out" / "comparison.html").read_text()))
 
     assert "No run was trained on these clips." in page("a", "d")
@@ -251,11 +332,11 @@ def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(tmp_path, d
         (folder / "analysis.npz").unlink()
         results = {"map": expected[name], "map_kind": "val", "num_clips": len(split.clips)}
         (folder / "metrics.json").write_text(json.dumps(results))
-    runs = [compare.read(str(tmp_path / name), lambda config: data) for name in ("a", "b")]
+    runs = [comparison.read(str(tmp_path / name), lambda config: data) for name in ("a", "b")]
     assert [run.ap.mean() for run in runs] == pytest.approx(list(expected.values()), abs=1e-12)
     (found,) = significance.differences([run.ap for run in runs])
     assert found.mean == pytest.approx(expected["b"] - expected["a"], abs=1e-12)
     results["map_kind"] = "out_of_fold"
     (folder / "metrics.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="--mode=evaluate"):
-        compare.read(str(folder), lambda config: data)
+        comparison.read(str(folder), lambda config: data)

@@ -1,5 +1,7 @@
 """The gallery's answers: probabilities from the equations, and thresholds."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -8,6 +10,7 @@ from tests.helpers import embeddings, made_galleries
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import changes
+from vidjax.gallery.answers import Answer
 from vidjax.gallery.backend import Index
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip
@@ -270,3 +273,19 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, count,
     assert np.mean([x.identity == y for x, y in zip(found, wanted, strict=True)]) >= 0.9
     new = gallery.answers([strangers], 1)
     assert np.mean([answer.identity is not None for answer in new]) <= 0.02
+
+
+def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_path):
+    people = made_galleries.make(tmp_path / "g")
+    assert len(people) == 12 and list(people) == list(people.identities)
+    assert "person 3" in people and "Ada" not in people
+    people.remove(identity="person 3")
+    assert len(people) == 11 and "person 3" not in people
+    shown = made_galleries.make_clip(700, "person 5")
+    (answer,) = people.answers(people.backend.split(shown.vector[None]), k=2)
+    told = json.loads(json.dumps(answer.to_dict()))
+    assert told["identity"] == answer.identity and told["score"] == answer.score
+    assert [one["identity"] for one in told["best"]] == [name for name, _ in answer.best]
+    assert Answer(None, 0.0, -np.inf, ()).to_dict()["score"] is None
+    nobody = made_galleries.make(tmp_path / "none", {})
+    assert len(nobody) == 0 and nobody

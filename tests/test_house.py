@@ -24,9 +24,10 @@ PACKAGES = sorted(
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
     "__main__", "main", "who", "forget", "commands", "gallery", "extract", "api", "predict",
-    "training", "analysis", "evaluation", "report", "significance", "ranking", "steps",
-    "system", "models", "losses", "logit_ops", "optim", "metrics", "augment", "fusion",
-    "ensemble", "tables", "run", "config_io", "config", "data", "devices", "cluster", "batch",
+    "in_parts", "comparison", "training", "analysis", "evaluation", "report", "significance",
+    "ranking", "steps", "system", "models", "losses", "logit_ops", "optim", "metrics", "augment",
+    "fusion", "ensemble", "tables", "run", "config_io", "config", "data", "devices", "cluster",
+    "batch",
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import config_io, devices
-from vidjax.commands import evaluate
+from vidjax.analysis import analysis
 from vidjax.run import checkpoint
 from vidjax.steps import class_sharding, eval_step, topk
 
@@ -155,7 +155,7 @@ def evaluate_on(name, folder, data, config):
     """Evaluates a run on a mesh; returns its results and its ranking."""
     num_devices, model = MESHES[name]
     config = config_io.override(config, [f"--config.mesh.model={model}"])
-    results = evaluate.evaluate(config, folder, data, num_devices=num_devices)
+    results = analysis.evaluate(config, folder, data, num_devices=num_devices)
     return results, (folder / "ranking.txt").read_bytes()
 
 

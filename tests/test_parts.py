@@ -16,12 +16,13 @@ from tests.conftest import ROOT
 from tests.test_topk import full_sort
 from vidjax import config_io
 from vidjax.analysis import analysis
-from vidjax.commands import evaluate, parts
+from vidjax.commands import parts
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.records import padding
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
 from vidjax.run.parts import Shard
+from vidjax.steps import topk
 
 COUNTS = (1, 3, 7)
 TIMES = ("eval_seconds", "eval_date", "eval_clips_per_second")
@@ -69,7 +70,7 @@ def whole(nearest, data, tmp_path_factory):
     """What one process writes of that run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(nearest, folder)
-    evaluate.evaluate(of(folder, NO_REPORT), folder, data, num_devices=1)
+    analysis.evaluate(of(folder, NO_REPORT), folder, data, num_devices=1)
     return results_of(folder)
 
 
@@ -103,7 +104,7 @@ def check_parts(folder, tmp_path, data, *overrides, analyse=True, split="val", t
     words = [*overrides, *([] if analyse else [NO_REPORT])]
     whole, config = tmp_path / "whole", of(folder, *words)
     shutil.copytree(folder, whole)
-    evaluate.evaluate(config, whole, data, num_devices=1, analyse=analyse)
+    analysis.evaluate(config, whole, data, num_devices=1, analyse=analyse)
     wanted = results_of(whole, split)
     for total in totals:
         copy = tmp_path / f"of{total}"
@@ -220,7 +221,7 @@ def test_lists_of_parts_join_to_those_of_all_clips():
             top = full_sort(scores[ranked], ranked, k)
             width = min(k, np.sum(owner == part))
             tops.append(top._replace(scores=top.scores[:, :width], index=top.index[:, :width]))
-        found = parts.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
+        found = topk.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
         np.testing.assert_array_equal(found.index, wanted.index)
         assert found.scores.tobytes() == wanted.scores.tobytes()
         assert found.index.dtype == wanted.index.dtype

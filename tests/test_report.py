@@ -17,9 +17,8 @@ from tests.helpers import made_runs
 from tests.helpers.browser import CHROMIUM, browse
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
+from vidjax import comparison, config_io, metrics, significance
 from vidjax import config as config_lib
-from vidjax import config_io, metrics, significance
-from vidjax.commands import compare
 from vidjax.report import html as html_lib
 from vidjax.report import run_page
 from vidjax.run import formats
@@ -461,7 +460,8 @@ def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
         text = section(run_page.write(folder).read_text(), "summary")
         assert "median score: half of the clips are below" in text
         assert 0.123 in values(text)
-    compare.compare([str(folder) for folder in folders], tmp_path, lambda config: None)
+    groups = [[str(folder)] for folder in folders]
+    comparison.compare(groups, lambda config: None).write(tmp_path)
     assert "| run | median score |" in (tmp_path / "comparison.md").read_text()
     assert "median score" in (tmp_path / "comparison.html").read_text()
     results = {"map": 0.5, "median_score": 0.123}

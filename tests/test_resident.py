@@ -28,9 +28,9 @@ from tests.helpers.small_runs import (
 )
 from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine
+from vidjax.analysis import analysis
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.cluster.processes import Share
-from vidjax.commands import evaluate
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
@@ -710,7 +710,7 @@ def test_rankings_of_folds_from_resident_clips_are_those_of_the_records(data, tm
     )
     results = run(config, tmp_path, data, num_devices=2)
     rankings = {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
-    found = evaluate.evaluate(config, tmp_path, data, num_devices=2)
+    found = analysis.evaluate(config, tmp_path, data, num_devices=2)
     assert rankings == {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
     for name in ("map", "members", "top1", "auroc", "num_clips"):
         assert found[name] == results[name]

@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks import scores
 from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Rung
 from tests.helpers import made_runs
-from vidjax import config_io
+from vidjax import config_io, significance
 
 
 def test_readmes_show_what_was_collected():
@@ -110,7 +110,7 @@ def test_an_error_holds_identities_and_seeds():
     identities = 0.1 * rng.normal(size=(2000, 1, 400))
     seeds = 0.02 * rng.normal(size=(2000, 3, 1))
     found = [
-        scores.paired(list(own + gaps), same_identities=True)
+        significance.paired(list(own + gaps), same_identities=True)
         for own, gaps in zip(identities, seeds, strict=True)
     ]
     means, errors = np.array(found).T

@@ -22,7 +22,7 @@ from tests.helpers.small_runs import (
 from vidjax import config as config_lib
 from vidjax import config_io, ensemble
 from vidjax import devices as devices_lib
-from vidjax.commands import evaluate
+from vidjax.analysis import analysis
 from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint, signals
 from vidjax.steps import state as state_lib
@@ -78,11 +78,11 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
             run(config, parts, Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
         assert train.finished(parts, config) is None
-    evaluate.evaluate(config, parts, data, num_devices=1)
+    analysis.evaluate(config, parts, data, num_devices=1)
     assert train.finished(parts, config) is None
     other = config_io.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
-        evaluate.evaluate(other, parts, data, num_devices=1)
+        analysis.evaluate(other, parts, data, num_devices=1)
     run(config, parts, data)
     for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -190,13 +190,13 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, on_eight):
 def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, on_eight, tmp_path):
     config, done, first = on_eight
     folder = shutil.copytree(done, tmp_path / "run")
-    again = evaluate.evaluate(config, folder, data, num_devices=1)
+    again = analysis.evaluate(config, folder, data, num_devices=1)
     assert again["map"] == first["map"]
     assert (folder / "ranking.txt").read_bytes() == (done / "ranking.txt").read_bytes()
     kept = json.loads((folder / "metrics.json").read_text())
     assert kept["train_clips_per_second"] == first["train_clips_per_second"]
     on_train = config_io.override(config, ["--config.eval.split=train"])
-    assert evaluate.evaluate(on_train, folder, data)["map_kind"] == "in_sample"
+    assert analysis.evaluate(on_train, folder, data)["map_kind"] == "in_sample"
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@
     data = vidjax.load_data(clips, labels="features/labels.csv")
     config = vidjax.load_config("mma:face", "--config.data.name=arrays")
     vidjax.train(config, "runs/memory", data)
+    vidjax.evaluate("runs/memory", split="test")
+    vidjax.compare(["runs/memory", "runs/other"]).to_dict()
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)
 
@@ -21,11 +23,11 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vidjax.api import load_config, load_data, restore, train
+    from vidjax.api import compare, evaluate, load_config, load_data, restore, train
     from vidjax.gallery.gallery import Gallery
 
 __version__ = "0.1.0"
-__all__ = ["Gallery", "load_config", "load_data", "restore", "train"]
+__all__ = ["Gallery", "compare", "evaluate", "load_config", "load_data", "restore", "train"]
 
 
 def __getattr__(name: str) -> object:

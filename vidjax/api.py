@@ -4,7 +4,7 @@ Each does what the command line does, and imports JAX or TensorFlow only when it
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +15,7 @@ from vidjax.config import Config
 from vidjax.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
+    from vidjax.comparison import Comparison
     from vidjax.data.clips import TrainingData
     from vidjax.data.frame_fields import NonFinite, Quality
     from vidjax.data.labels import LabelSource
@@ -157,6 +158,97 @@ def train(
         return train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report
         )
+
+
+def evaluate(
+    workdir: str | Path,
+    data: "TrainingData | None" = None,
+    *,
+    split: str | None = None,
+    num_devices: int | None = None,
+) -> dict[str, Any]:
+    """Ranks a split with a trained run, and returns the metrics that `train` returns, too.
+
+    Results and report are written into the run's folder, which is locked until the end.
+
+    Args:
+      workdir: the folder of a run.
+      data: from `load_data`; None for the dataset of the run.
+      split: the split to rank, such as `test`; None for that which training evaluated. A split
+        without a labelled clip is ranked, not scored: the metrics have no `map`.
+      num_devices: the number of devices to use; None for all. Scores do not depend on it.
+
+    Raises:
+      ValueError: the folder holds no run or one that joins others, or the data do not fit the run.
+      CheckpointError: no checkpoint is usable.
+    """
+    check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
+    check_argument("evaluate: split", split, (str, type(None)), "the name of a split, or None")
+    path = Path(workdir).expanduser().absolute()
+    config = run_config(path)
+    if config.join.runs:
+        raise UserError(
+            f"'{path}' joins other runs: evaluate one of them, {', '.join(config.join.runs)},\n"
+            "or all by command: vidjax evaluate --workdir=FOLDER"
+        )
+    config.eval.split = split or config.eval.split
+    from vidjax import devices
+    from vidjax.analysis import analysis
+    from vidjax.evaluation import restore
+    from vidjax.run import workdir as workdir_lib
+
+    if config.deterministic:
+        devices.be_deterministic()
+    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    with workdir_lib.locked(path) as folder:
+        run = restore.find_run(config, folder)
+        if data is None:
+            restore.check_named(folder, run.manifest, config, by_user=False)
+            data = load_data(config)
+        return analysis.evaluate(
+            config, folder, data, run, num_devices=num_devices, analyse=config.eval.report
+        )
+
+
+def compare(
+    runs: Sequence[str | Path | Sequence[str | Path]],
+    *,
+    out: str | Path | None = None,
+    split: str | None = None,
+    data_dir: str | Path | None = None,
+) -> "Comparison":
+    """Compares runs on the same clips: differences of MAP from the first, with 95 % intervals.
+
+    Nothing is computed by a model: the rankings in the folders are read. Print the result, or take
+    its `to_dict`, `to_latex` or `differences`.
+
+    Args:
+      runs: folders of two runs or more; or groups of as many runs each, which differ in their seeds
+        alone: `[["a1", "a2", "a3"], ["b1", "b2", "b3"]]`. Their interval includes the seeds.
+      out: a folder for `comparison.html`, `.md`, `.csv`, `.json` and `.tex`; None for no files.
+      split: the split to compare on; None for that which each run evaluated.
+      data_dir: the folder that holds the data now; None for that of each run.
+
+    Raises:
+      ValueError: fewer than two runs, groups of different sizes, or runs on different clips.
+    """
+    check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
+    groups = [
+        [os.fspath(run)] if isinstance(run, (str, os.PathLike)) else [os.fspath(one) for one in run]
+        for run in runs
+    ]
+    if len(groups) < 2 or not all(groups):
+        raise UserError("compare: runs needs two runs or more, or two groups of runs")
+    from vidjax import comparison
+
+    directory = None if data_dir is None else os.fspath(data_dir)
+    found = comparison.compare(groups, load_data, split=split, directory=directory)
+    if out is not None:
+        from vidjax.run import workdir as workdir_lib
+
+        with workdir_lib.locked(out) as folder:
+            found.write(folder)
+    return found
 
 
 def restore(

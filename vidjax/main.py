@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": evaluate.COMMAND,
     "merge": evaluate.MERGE,
     "rank": rank.COMMAND,
+    "embed": rank.EMBED,
     "compare": compare.COMMAND,
     "report": evaluate.REPORT,
     "check": check.COMMAND,

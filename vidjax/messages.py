@@ -202,7 +202,8 @@ def show(result: Result, name: str, *, as_json: bool, named: bool = True) -> Non
         return
     rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
     heading = [name + result.note] if rows else []
-    say("\n".join([*([result.text] if result.text else []), *heading, *rows]))
+    if lines := [*([result.text] if result.text else []), *heading, *rows]:
+        say("\n".join(lines))
 
 
 def _plain(value: object) -> object:
@@ -271,9 +272,9 @@ def quietly() -> Iterator[None]:
             os.environ[QUIET] = before
 
 
-def say(text: str) -> None:
-    """Prints the result of a command."""
-    _print(text, sys.stdout)
+def say(text: str) -> bool:
+    """Prints the result of a command; returns False if nobody reads it any more."""
+    return _print(text, sys.stdout)
 
 
 def complain(text: str) -> None:
@@ -294,14 +295,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _print(text: str, stream: TextIO) -> None:
-    """Prints text of any origin; characters that the stream cannot encode are escaped."""
+def _print(text: str, stream: TextIO) -> bool:
+    """Prints text of any origin; characters that the stream cannot encode are escaped.
+
+    Returns False if the other end of a pipe was closed.
+    """
     encoding = stream.encoding or "utf-8"
     text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # the reader has seen enough, as `| head -1` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 class _Printable(logging.Formatter):

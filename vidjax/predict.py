@@ -211,17 +211,39 @@ class Predictor(NamedTuple):
           clips, split: N clips, see the class.
           advance: called with the number of rows of each finished block, padding included.
         """
-        request = self.request(clips, split)
-        small = len(request.clip_index) <= SMALL_REQUEST
+        names, top = self.top(clips, split=split, advance=advance)
+        return as_lists(self.identities, dict(enumerate(names)), top)
+
+    def top(
+        self,
+        clips: Clips | TrainingData | MemoryClips,
+        *,
+        split: str | None = None,
+        large: bool = False,
+        advance: Callable[[int], None] = uncounted,
+    ) -> tuple[tuple[str, ...], topk.TopK]:
+        """Returns the names of N clips in the order of ties, and the best of each identity.
+
+        The arrays of the top are [C, k], with indices of these names. `clips`, `split` and
+        `advance` are as in `rank`. `large` scores few clips as a large request does.
+        """
+        request = self.request(clips, split, large=large)
+        small = not large and len(request.clip_index) <= SMALL_REQUEST
         k = SMALL_REQUEST if small else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
         blocks = counted(self._score_blocks(request), advance)
         top = topk.rank(blocks, len(self.identities), k, rows=rows, mesh=self.mesh)
-        names = dict(zip(request.clip_index.tolist(), request.names, strict=True))
-        return as_lists(self.identities, names, top)
+        order = np.argsort(request.clip_index)
+        names = tuple(request.names[row] for row in order.tolist())
+        return names, top
 
     def embed(
-        self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
+        self,
+        clips: Clips | TrainingData | MemoryClips,
+        *,
+        split: str | None = None,
+        large: bool = False,
+        advance: Callable[[int], None] = uncounted,
     ) -> np.ndarray:
         """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
 
@@ -234,12 +256,14 @@ class Predictor(NamedTuple):
 
         Args:
           clips, split: N clips, see the class.
+          large: makes the vectors of few clips as those of a large request.
+          advance: called with the number of rows of each finished block, padding included.
 
         Raises:
           ValueError: clips do not fit the run, or the model has no classifier of
             `vidjax.models.layers`.
         """
-        request = self.request(clips, split)
+        request = self.request(clips, split, large=large)
         vectors: np.ndarray | None = None
         for blocks in self._windows(request):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
@@ -250,11 +274,28 @@ class Predictor(NamedTuple):
                 norms = np.linalg.norm(block_vectors[rows], axis=1, keepdims=True)
                 unit = block_vectors[rows] / np.where(norms > 0, norms, 1.0)
                 vectors[np.asarray(block.clip_index)[rows]] = unit
+                advance(len(rows))
         assert vectors is not None  # there is at least one clip
         return vectors[request.clip_index]
 
-    def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
-        """Checks the clips of a call, see the class, and returns them as a Request."""
+    @property
+    def digest(self) -> str:
+        """The sha256, in hexadecimal, of all that scores and embeddings depend on but the clips."""
+        names = ("files", "identities_sha256", "members_sha256")
+        found = {name: self.manifest[name] for name in names}
+        return files.sha256_json([found, config_io.to_json(self.config)])
+
+    def request(
+        self,
+        clips: Clips | TrainingData | MemoryClips,
+        split: str | None,
+        *,
+        large: bool = False,
+    ) -> Request:
+        """Checks the clips of a call, see the class, and returns them as a Request.
+
+        A request of few clips has small blocks, unless `large`.
+        """
         size = cast(int, self.config.eval.block_size)
         if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
@@ -269,7 +310,7 @@ class Predictor(NamedTuple):
             check_argument("clips", clips, Mapping, wanted)
             quality = cast(Quality, self.config.data.quality)
             clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
-        if len(clips.names) <= SMALL_REQUEST:
+        if len(clips.names) <= SMALL_REQUEST and not large:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)
 

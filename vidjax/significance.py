@@ -11,6 +11,7 @@ Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interv
 binomial proportion.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ LEVEL = 0.95
 FEWEST_IDENTITIES = 20  # in the simulations of the intervals
 EQUAL = 1e-9  # average precisions closer than this count as equal
 METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"  # for a page
+METHOD_OF_SEEDS = "two standard errors, over identities and seeds"
 UNSEEN = {0.0: 0.5, 1.0: 0.5}  # average precision -> weight in identities
 UNSEEN_GAP = {-1.0: 0.25, 0.0: 0.5, 1.0: 0.25}
 
@@ -32,18 +34,21 @@ class Difference(NamedTuple):
     Attributes:
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
-      p, p_holm: two-sided p-value of a difference of 0, and after Holm's correction for all runs.
+      p, p_holm: two-sided p-value of a difference of 0, and after Holm's correction for all runs;
+        None of groups of seeds.
       better, worse, equal: numbers of identities whose average precision rises, falls or stays.
+      error: of groups of seeds, the standard error of `mean`; None of single runs.
     """
 
     mean: float
     low: float
     high: float
-    p: float
-    p_holm: float
+    p: float | None
+    p_holm: float | None
     better: int
     worse: int
     equal: int
+    error: float | None = None
 
 
 def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float]:
@@ -91,26 +96,61 @@ def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
     """Returns how every other run differs from the first, given average precisions [C] per run."""
-    first, results = averages[0], []
+    first, results, ps = averages[0], [], []
     for own in averages[1:]:
-        gaps = own - first
-        gaps = np.where(np.abs(gaps) < EQUAL, 0.0, gaps)
+        gaps = _gaps(own, first)
         low, high, p = gap_interval(gaps)
-        better, worse = int(np.sum(gaps > 0)), int(np.sum(gaps < 0))
-        results.append(
-            Difference(
-                mean=float(own.mean() - first.mean()),
-                low=low,
-                high=high,
-                p=p,
-                p_holm=1.0,
-                better=better,
-                worse=worse,
-                equal=len(gaps) - better - worse,
-            )
-        )
-    corrected = holm([result.p for result in results])
-    return [result._replace(p_holm=p) for result, p in zip(results, corrected, strict=True)]
+        mean = float(own.mean() - first.mean())
+        results.append(Difference(mean, low, high, p, 1.0, *_counts(gaps)))
+        ps.append(p)
+    return [result._replace(p_holm=p) for result, p in zip(results, holm(ps), strict=True)]
+
+
+def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Difference]:
+    """Returns how the mean of every other group of seeds differs from that of the first group.
+
+    `groups` are [C] average precisions of each of two seeds or more, of the same identities. Seeds
+    are paired in their order. The interval is two standard errors wide to either side, see
+    `paired`.
+    """
+    first, results = groups[0], []
+    for own in groups[1:]:
+        gaps = [new - old for new, old in zip(own, first, strict=True)]
+        mean, error = paired(gaps, same_identities=True)
+        low, high = max(mean - 2 * error, -1.0), min(mean + 2 * error, 1.0)
+        counts = _counts(_gaps(np.mean(own, axis=0), np.mean(first, axis=0)))
+        results.append(Difference(mean, low, high, None, None, *counts, error))
+    return results
+
+
+def _gaps(own: np.ndarray, first: np.ndarray) -> np.ndarray:
+    gaps = own - first
+    return np.where(np.abs(gaps) < EQUAL, 0.0, gaps)
+
+
+def _counts(gaps: np.ndarray) -> tuple[int, int, int]:
+    better, worse = int(np.sum(gaps > 0)), int(np.sum(gaps < 0))
+    return better, worse, len(gaps) - better - worse
+
+
+def paired(gaps: Sequence[np.ndarray], *, same_identities: bool) -> tuple[float, float]:
+    """Returns the mean difference in AP and its standard error.
+
+    The squared error is the sum of two: that of the mean over identities, and that of the mean over
+    seeds. So it is not too small where the nets of two seeds differ more than the identities do.
+
+    Args:
+      gaps: for each seed [C], the difference in AP of each identity.
+      same_identities: True if all seeds rank the same identities; False if each has its own.
+    """
+    means = np.array([gap.mean() for gap in gaps])
+    if same_identities:
+        averaged = np.mean(gaps, axis=0)
+        identities = averaged.var(ddof=1) / len(averaged)
+    else:
+        identities = sum(gap.var(ddof=1) / len(gap) for gap in gaps) / len(gaps) ** 2
+    seeds = means.var(ddof=1) / len(means)
+    return float(means.mean()), math.sqrt(identities + seeds)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -23,6 +23,9 @@ import numpy as np
 from vidjax import files
 from vidjax.errors import UserError
 
+# The values of a column with their type in Apache Arrow, such as `float32`; [N, D] are N lists.
+Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
+RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # a spreadsheet runs what begins so, but for '
 MOST_BYTES = 64 * files.MB  # of a table that is read
@@ -73,7 +76,6 @@ def write_ranking(path: Path, ranking: Mapping[str, Sequence[tuple[str, float]]]
     An object of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. Scores have
     all digits of float32; that of a clip without a usable frame is -inf, or null.
     """
-    columns = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
     rows = (
         (identity, rank, clip, np.float32(score))
         for identity, clips in ranking.items()
@@ -83,7 +85,7 @@ def write_ranking(path: Path, ranking: Mapping[str, Sequence[tuple[str, float]]]
         {"identity": identity, "clips": [{"clip": c, "score": _digits(x)} for c, x in clips]}
         for identity, clips in ranking.items()
     )
-    write(path, columns, rows, objects)
+    write(path, RANKING, rows, objects)
 
 
 def _digits(score: float) -> float | None:
@@ -134,15 +136,26 @@ def _guarded(cell: object) -> object:
 
 
 def _to_parquet(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> bytes:
+    return to_parquet(
+        {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(columns.items())}
+    )
+
+
+def to_parquet(columns: Columns, note: Mapping[bytes, bytes] | None = None) -> bytes:
+    """Returns the content of a parquet table; `note` are its metadata."""
     import pyarrow
     from pyarrow import parquet
 
-    arrays = [
-        pyarrow.array([row[i] for row in rows], getattr(pyarrow, kind)())
-        for i, kind in enumerate(columns.values())
-    ]
+    arrays = []
+    for kind, values in columns.values():
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            flat = pyarrow.array(values.ravel(), getattr(pyarrow, kind)())
+            arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1]))
+        else:
+            arrays.append(pyarrow.array(values, getattr(pyarrow, kind)()))
+    table = pyarrow.table(arrays, list(columns)).replace_schema_metadata(note)
     content = io.BytesIO()
-    parquet.write_table(pyarrow.table(arrays, list(columns)), content)
+    parquet.write_table(table, content, write_page_checksum=True)
     return content.getvalue()
 
 

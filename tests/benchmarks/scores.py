@@ -19,7 +19,6 @@ import fnmatch
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -35,8 +34,9 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.benchmarks.ladders import LADDERS, OPEN_SET, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
-from vidjax.commands import compare
+from vidjax import comparison
 from vidjax.report.comparison_page import RankedRun
+from vidjax.significance import paired
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -160,7 +160,7 @@ def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) ->
 
     @functools.cache
     def read(path: Path) -> RankedRun:
-        return compare.read(str(path), load)
+        return comparison.read(str(path), load)
 
     rungs: dict[str, Any] = {}
     for rung in filter(lambda rung: rung.base, all_rungs()):
@@ -212,32 +212,12 @@ def _difference(
     gaps = []
     for first_folder, folder_of_new in zip(base, new, strict=False):
         first = read(first_folder)
-        other = compare.align(first, read(folder_of_new))
+        other = comparison.align(first, read(folder_of_new))
         gaps.append(other.ap - first.ap)
     if not gaps:
         return None
     mean, error = paired(gaps, same_identities=dataset == REAL)
     return {"mean": mean, "error": error}
-
-
-def paired(gaps: Sequence[np.ndarray], *, same_identities: bool) -> tuple[float, float]:
-    """Returns the mean difference in AP and its standard error.
-
-    The squared error is the sum of two: that of the mean over identities, and that of the mean over
-    seeds. So it is not too small where the nets of two seeds differ more than the identities do.
-
-    Args:
-      gaps: for each seed [C], the difference in AP of each identity.
-      same_identities: True if all seeds rank the same identities; False if each has its own.
-    """
-    means = np.array([gap.mean() for gap in gaps])
-    if same_identities:
-        averaged = np.mean(gaps, axis=0)
-        identities = averaged.var(ddof=1) / len(averaged)
-    else:
-        identities = sum(gap.var(ddof=1) / len(gap) for gap in gaps) / len(gaps) ** 2
-    seeds = means.var(ddof=1) / len(means)
-    return float(means.mean()), math.sqrt(identities + seeds)
 
 
 # Tables.

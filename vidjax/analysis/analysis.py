@@ -27,6 +27,8 @@ from vidjax.analysis.strata import ScoredSplit
 from vidjax.batch import Array, Batch
 from vidjax.cluster import processes
 from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+from vidjax.evaluation.restore import FoundRun, find_run, make_model
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run import logs, results
@@ -375,6 +377,32 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
         start=blend,
         end=own,
     )
+
+
+def evaluate(
+    config: Config,
+    workdir: Path,
+    data: TrainingData,
+    run: FoundRun | None = None,
+    *,
+    num_devices: int | None = None,
+    analyse: bool = False,
+) -> dict[str, Any]:
+    """Ranks a split with the weights of a run; writes the results into its folder and returns them.
+
+    The clips of `data` need not be those of the training, nor have a ground truth. `run` is that in
+    the folder, None to find it. `analyse` also writes the analysis and the report. Scores do not
+    depend on `num_devices`; None uses all. `metrics.json` keeps the metrics of the training, too.
+    """
+    began = time.monotonic()
+    mesh = devices.make_mesh(num_devices, config.mesh.model)
+    run = run or find_run(config, workdir)
+    model = make_model(config, workdir, run, data, mesh)
+    scored, observer = score_observed([model], config, mesh, analyse=analyse)
+    return write_evaluation(
+        workdir, model.data.identities, scored, observer,
+        described=data.report["data"], step=run.manifest["step"], began=began,
+    )  # fmt: skip
 
 
 def write_evaluation(

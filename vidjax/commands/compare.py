@@ -1,276 +1,28 @@
-"""`vidjax compare`: runs on the same clips, with intervals for the differences of their MAP.
-
-No model is run: average precisions come from `analysis.npz`, or `ranking.txt` and ground truth.
-"""
+"""`vidjax compare`: runs, or groups of seeds, on the same clips; see `vidjax.comparison`."""
 
 import argparse
-import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vidjax import api, config_io, files, messages
+from vidjax import api, comparison, config_io, files, messages
 from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
-from vidjax.data.sources import describe, is_generated
 from vidjax.errors import UserError
 from vidjax.messages import Command, Parser, Result
-from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 
 if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
-    from vidjax.report.comparison_page import RankedRun
 
-# Average precisions [C], positives [C], number of identities in the ground truth without a column.
-Averages = tuple[np.ndarray, np.ndarray, int]
 READ = ("eval.split", "data.dir", "data.cache_dir")  # fields
-UNKNOWN = "unknown data"
-MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
-
-
-def compare(
-    folders: Sequence[str],
-    out: Path,
-    load: Callable[[Config], Any],
-    *,
-    split: str | None = None,
-    directory: str | None = None,
-) -> tuple[str, dict[str, Any]]:
-    """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
-
-    Returns a table for the terminal, and the numbers of `comparison_page.as_json`.
-
-    Args:
-      folders: the folders of two runs or more.
-      out: the folder for the files.
-      load: function that returns the dataset of a configuration.
-      split: the split to compare on; None for each run's `eval.split`.
-      directory: the folder that holds the data now; None for each run's `data.dir`.
-    """
-    from vidjax import significance
-    from vidjax.report import comparison_page, html
-
-    if len({Path(name).resolve() for name in folders}) < len(folders):
-        raise UserError(f"--runs={','.join(folders)}: a run is named twice")
-    runs = [read(name, load, split=split, directory=directory) for name in folders]
-    runs = [runs[0], *(align(runs[0], run) for run in runs[1:])]
-    differences = significance.differences([run.ap for run in runs])
-    for name, content in {
-        "comparison.md": comparison_page.markdown(runs, differences),
-        "comparison.csv": comparison_page.csv_text(runs),
-        "comparison.html": comparison_page.page(runs, differences),
-    }.items():
-        files.write_text(out / name, html.plain(content))
-    return comparison_page.printed(runs, differences), comparison_page.as_json(runs, differences)
-
-
-def read(
-    name: str,
-    load: Callable[[Config], Any],
-    *,
-    split: str | None = None,
-    directory: str | None = None,
-) -> "RankedRun":
-    """Reads the results of the run in a folder; the arguments are those of `compare`."""
-    folder = Path(name).expanduser().absolute()
-    if not files.exists(folder / "config.json"):
-        raise UserError(
-            f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
-        )
-    config = config_io.load_workdir(folder)
-    own_split: str = config.eval.split
-    split = split or own_split
-    paths = results_lib.paths(folder, split, own_split)
-    metrics = _read_metrics(name, config, paths.metrics, split)
-    if files.exists(folder / "identities.json"):
-        identities = tuple(results_lib.load_identities(folder / "identities.json"))
-    else:
-        from vidjax.ranking import read_identities
-
-        identities = read_identities(paths.ranking)
-    averages = _read_analysis(paths.analysis)
-    source = paths.analysis if averages else paths.ranking
-    if not averages:
-        data_config = _data_config(config, directory)
-        data = load(data_config)
-        _check_data(name, metrics, data_config, data, by_user=directory is not None)
-        averages = _score_ranking(paths.ranking, identities, data, split, metrics)
-    ap, positives, num_others = averages
-    if len(identities) != len(ap):
-        counts = f"lists {len(identities)} identities, {source.name} {len(ap)}"
-        raise UserError(f"'{name}': identities.json {counts}\n{_evaluate_command(name, split)}")
-    known = positives > 0
-    value = ap[known].sum() / (known.sum() + num_others)
-    if abs(value - metrics["map"]) > MAX_MISMATCH:
-        both = f"{value:.4f} in {source.name} and {metrics['map']:.4f} in {paths.metrics.name}"
-        raise UserError(f"'{name}': MAP is {both}\n{_evaluate_command(name, split)}")
-    from vidjax.report.comparison_page import RankedRun
-
-    return RankedRun(
-        name=name,
-        split=split,
-        identities=tuple(itertools.compress(identities, known)),
-        ap=np.asarray(ap[known], np.float64),
-        positives=np.asarray(positives[known], np.int64),
-        num_others=num_others,
-        map_kind=metrics["map_kind"],
-        num_clips=metrics["num_clips"],
-        generated=_generated(config),
-        metrics=metrics,
-        config=config.to_dict(),
-    )
-
-
-def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str, Any]:
-    if not files.exists(path):
-        raise UserError(
-            f"'{name}' has no results on split '{split}' ({path.name})\n"
-            f"{_evaluate_command(name, split)}"
-        )
-    metrics = results_lib.load_metrics(path)
-    if metrics.get("map") is None:
-        report = results_lib.read_data_report(path.parent)
-        reason = results_lib.unmeasured(config.to_dict(), metrics, report)
-        raise UserError(
-            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
-            f"{reason or 'compare on another: --config.eval.split=val'}"
-        )
-    for key in ("map_kind", "num_clips"):
-        if metrics.get(key) is None:
-            raise UserError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
-    return metrics
-
-
-def _evaluate_command(name: str, split: str) -> str:
-    return (
-        "to evaluate it: python -m vidjax.main --mode=evaluate "
-        f"--workdir={name} --config.eval.split={split}"
-    )
-
-
-def _generated(config: Config) -> str:
-    """Describes a generated dataset: "" if it is none, UNKNOWN if the joined runs are gone."""
-    own = config
-    if config.join.runs:
-        try:
-            own = config_io.load_workdir(Path(config.join.runs[0]))
-        except ValueError:
-            return UNKNOWN
-    return describe(own.data.to_dict()) if is_generated(own.data.name) else ""
-
-
-def _data_config(config: Config, directory: str | None) -> Config:
-    """Returns a configuration with the `data` of an evaluation: for a blend, of its first run."""
-    own = copy.deepcopy(config)
-    if config.join.runs:
-        own = config_io.load_workdir(Path(config.join.runs[0]))
-        own.data.dir = config.data.dir or own.data.dir
-    if directory is not None:
-        own.data.dir = directory
-    return own
-
-
-def _check_data(
-    name: str, metrics: Mapping[str, Any], config: Config, data: "TrainingData", *, by_user: bool
-) -> None:
-    """Refuses data other than a run was evaluated on, unless the user named their folder."""
-    evaluated = metrics.get("data", {}).get("digest")
-    if config.data.dir and not by_user and evaluated != data.report["data"]["digest"]:
-        raise UserError(
-            f"'{name}' was evaluated on other data than '{config.data.dir}' holds now\n"
-            "name the folder of those data: --config.data.dir=FOLDER; or, for the new ones, "
-            f"--mode=evaluate --workdir={name}"
-        )
-
-
-def _read_analysis(path: Path) -> Averages | None:
-    if not files.exists(path):
-        return None
-    analysis, arrays = results_lib.load_analysis(path)
-    if "ap" not in arrays:
-        return None
-    return arrays["ap"], arrays["positives"], analysis.num_others or 0
-
-
-def _score_ranking(
-    path: Path,
-    names: Sequence[str],
-    data: "TrainingData",
-    split_name: str,
-    metrics: Mapping[str, Any],
-) -> Averages:
-    if metrics["map_kind"] == "out_of_fold":
-        raise UserError(
-            f"'{path.parent}' has no analysis.npz, which an out-of-fold MAP needs\n"
-            f"{_evaluate_command(str(path.parent), split_name)}"
-        )
-    from vidjax import metrics as metrics_lib
-    from vidjax import ranking
-
-    split = data.with_identities(names).split(split_name)
-    rows = {clip.removesuffix(".mp4") + ".mp4": i for i, clip in enumerate(split.clips)}
-    hits = np.zeros((len(names), ranking.MAX_NAMES), bool)
-    columns = {name: column for column, name in enumerate(names)}
-    for name, ranked in ranking.each_list(path, names):
-        column = columns[name]
-        for place, clip in enumerate(ranked):
-            if clip not in rows:
-                raise UserError(
-                    f"'{path}': clip {clip!r} is not in the data\n"
-                    "name the folder that was evaluated: --config.data.dir=FOLDER"
-                )
-            hits[column, place] = split.labels[rows[clip]] == column + 1
-    averages = metrics_lib.average_precision(hits, split.positives)
-    return averages, np.asarray(split.positives), split.num_others
-
-
-def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
-    """Returns a run with identities in the order of the first run's; refuses one on other clips."""
-    both = f"'{first.name}' and '{run.name}'"
-    if run.split != first.split:
-        raise UserError(
-            f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
-            "compare on one that both have ranked: --config.eval.split=val"
-        )
-    if run.generated != first.generated and UNKNOWN not in (run.generated, first.generated):
-        names = [run.generated or "files" for run in (first, run)]
-        raise UserError(
-            f"{both} ranked different data: {' and '.join(names)}\n"
-            "compare runs that were evaluated on the same clips"
-        )
-    places = {name: i for i, name in enumerate(run.identities)}
-    missing = [name for name in first.identities if name not in places]
-    extra = sorted(places.keys() - set(first.identities))
-    if missing or extra:
-        example = (missing or extra)[0]
-        raise UserError(
-            f"{both} ranked different identities: {len(first.identities)} and "
-            f"{len(run.identities)}\n{len(missing) + len(extra)} are in one run only, such as "
-            f"'{example}', which is missing in '{run.name if missing else first.name}'"
-        )
-    order = np.array([places[name] for name in first.identities], int)
-    positives = run.positives[order]
-    text = f"{first.num_clips} and {run.num_clips} clips"
-    different = np.flatnonzero(positives != first.positives)
-    for i in different[:1]:
-        text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
-    if len(different) or run.num_clips != first.num_clips:
-        raise UserError(
-            f"{both} ranked different clips: {text}\n"
-            "compare runs that were evaluated on the same clips"
-        )
-    return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.workdir_flag(parser, "where the comparison is written")
-    parser.flag("--runs", "A,B", "folders of two runs or more; the first is the base", needed=True)
+    about = "two runs or more; the first is the base; groups of seeds: A1+A2+A3,B1+B2+B3"
+    parser.flag("--runs", "A,B", about, needed=True)
     parser.fields()
 
 
@@ -293,17 +45,29 @@ def run(args: argparse.Namespace) -> Result:
         own.data.cache_dir = config.data.cache_dir or own.data.cache_dir
         return api.load_data(own)
 
+    split = config.eval.split if "eval.split" in given else None
+    groups = [_seeds(name) for name in folders]
     with workdir_lib.locked(args.workdir) as workdir:
-        split = config.eval.split if "eval.split" in given else None
-        table, numbers = compare(folders, workdir, load, split=split, directory=config.data.dir)
+        found = comparison.compare(groups, load, split=split, directory=config.data.dir)
+        found.write(workdir)
     page = f"{messages.shown(workdir)}/comparison.html"
-    text = f"{table}\ncomparison: {page}, .md, .csv"
-    return Result({"comparison": page, "table": table, **numbers}, text=text)
+    text = f"{found.text()}\ncomparison: {page}, .md, .csv, .json, .tex"
+    return Result({"comparison": page, "table": found.text(), **found.to_dict()}, text=text)
+
+
+def _seeds(name: str) -> list[str]:
+    """Returns the folders of `A1+A2+A3`; a folder may bear a + in its name."""
+    if Path(name).expanduser().exists():
+        return [name]
+    return [one.strip() for one in name.split("+") if one.strip()]
 
 
 COMMAND = Command(
     "says how far apart runs are, and how sure that is",
     add_flags,
     run,
-    ("--workdir=runs/two --runs=runs/mma,runs/deepmef",),
+    (
+        "--workdir=runs/two --runs=runs/mma,runs/deepmef",
+        "--workdir=runs/seeds --runs=runs/a1+runs/a2,runs/b1+runs/b2",
+    ),
 )

@@ -8,7 +8,7 @@ import argparse
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vidjax import api, config_io, messages
 from vidjax import config as config_lib
@@ -20,7 +20,6 @@ from vidjax.run import parts as parts_lib
 from vidjax.run import results as results_lib
 
 if TYPE_CHECKING:
-    from vidjax.data.clips import TrainingData
     from vidjax.evaluation.restore import FoundRun
 
 # Fields and groups that training alone reads.
@@ -107,6 +106,7 @@ def run(args: argparse.Namespace) -> Result:
     if getattr(args, "shard", None):  # parts have no lock: processes may make them at once
         return _run_part(args, config, path.absolute(), began)
     with common.locked_folder(path) as workdir:
+        from vidjax.analysis import analysis
         from vidjax.commands import blend, parts
 
         common.set_up_devices(config)
@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> Result:
             if args.command == "merge":
                 results = parts.merge(config, workdir, data, found, overrides=args.overrides)
             else:
-                results = evaluate(config, workdir, data, found, analyse=config.eval.report)
+                results = analysis.evaluate(
+                    config, workdir, data, found, analyse=config.eval.report
+                )
     return common.summary(config, workdir, results, time.monotonic() - began)
 
 
@@ -162,36 +164,6 @@ def find_run(config: Config, workdir: Path, given: Collection[str]) -> "FoundRun
     if config.eval.report:
         results_lib.read_other_metrics(workdir)
     return run
-
-
-def evaluate(
-    config: Config,
-    workdir: Path,
-    data: "TrainingData",
-    run: "FoundRun | None" = None,
-    *,
-    num_devices: int | None = None,
-    analyse: bool = False,
-) -> dict[str, Any]:
-    """Ranks a split with the weights of a run; writes the results into its folder and returns them.
-
-    The clips of `data` need not be those of the training, nor have a ground truth. `run` is that in
-    the folder, None to find it. `analyse` also writes the analysis and the report. Scores do not
-    depend on `num_devices`; None uses all. `metrics.json` keeps the metrics of the training, too.
-    """
-    from vidjax import devices
-    from vidjax.analysis import analysis
-    from vidjax.evaluation import restore
-
-    began = time.monotonic()
-    mesh = devices.make_mesh(num_devices, config.mesh.model)
-    run = run or restore.find_run(config, workdir)
-    model = restore.make_model(config, workdir, run, data, mesh)
-    scored, observer = analysis.score_observed([model], config, mesh, analyse=analyse)
-    return analysis.write_evaluation(
-        workdir, model.data.identities, scored, observer,
-        described=data.report["data"], step=run.manifest["step"], began=began,
-    )  # fmt: skip
 
 
 def add_merge_flags(parser: Parser) -> None:

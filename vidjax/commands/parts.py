@@ -10,7 +10,7 @@ the report reads them, to measure up to 2,000 changed clips, as at the end of an
 import shlex
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,11 @@ from vidjax.run import parts as parts_lib
 from vidjax.run import resume
 from vidjax.run.parts import ATTENTION, CLIPS, TOP, Part, Shard, member_group
 from vidjax.run.terminal import say
-from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
+from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK, join_tops
 from vidjax.system import make_system
 
 # Fields that change no score. Data in another folder has to have the same digest.
 _FREE = (*config_lib.MOVABLE, "resume.allow")
-ROWS = 4096  # identities whose lists are sorted at a time
 
 
 def evaluate_part(
@@ -310,29 +309,6 @@ def _check(part: Part, fits: object) -> None:
         raise UserError(
             f"'{part.path}' is damaged: its arrays do not fit each other\n{part.shard.remedy}"
         )
-
-
-def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the sorted top k of all clips, from those of parts that have no clip in common.
-
-    The best k of the union are the best k of all clips, bit for bit. No score is NaN.
-    """
-    best = TopK(
-        np.full((num_identities, k), -np.inf, np.float32),
-        np.full((num_identities, k), NO_CLIP, np.int32),
-    )
-    for top in tops:
-        for at in range(0, num_identities, ROWS):
-            rows = slice(at, at + ROWS)
-            scores, index = (
-                np.concatenate([old[rows], new[rows]], axis=1)
-                for old, new in zip(best, top, strict=True)
-            )
-            scores += np.float32(0)  # -0 becomes 0
-            order = np.lexsort((index, -scores), axis=1)[:, :k]
-            for old, new in zip(best, (scores, index), strict=True):
-                old[rows] = np.take_along_axis(new, order, axis=1)
-    return best
 
 
 def choose_parts(

@@ -3,9 +3,9 @@
 A clip gets a name from a chosen probability on, or from one that few strangers reach.
 
 The columns of .tsv and .csv are clip, identity, probability, score, best_1, probability_1, ... A
-line of .jsonl is {"clip", "identity", "probability", "score", "best": [...]}. The identity of an
-unknown person is null, or an empty cell. The score is the logarithm of the probability; for a clip
-without a usable frame it is -inf, in .jsonl null.
+line of .jsonl is {"clip", "identity", "probability", "score", "best": [...], "evidence": [...]}.
+The identity of an unknown person is null, or an empty cell. The score is the logarithm of the
+probability; for a clip without a usable frame it is -inf, in .jsonl null.
 """
 
 import itertools
@@ -43,6 +43,16 @@ class Answer(NamedTuple):
     best: tuple[tuple[str, float], ...]
     evidence: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, object]:
+        """Returns the answer as plain values for JSON; a score of -inf is None."""
+        return {
+            "identity": self.identity,
+            "probability": self.probability,
+            "score": self.score if math.isfinite(self.score) else None,
+            "best": [{"identity": name, "probability": p} for name, p in self.best],
+            "evidence": list(self.evidence),
+        }
+
 
 Answers = Mapping[str, Answer]  # clip -> answer
 
@@ -65,6 +75,10 @@ class Threshold(NamedTuple):
     num_alarms: int
     low: float
     high: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the threshold as plain values for JSON."""
+        return self._asdict()
 
 
 class Rule(NamedTuple):
@@ -203,10 +217,24 @@ def describe(found: Threshold) -> dict[str, str]:
 def write(path: Path, answers: Answers) -> None:
     """Writes answers to a new file, see `vidjax.tables.write`."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
-    columns = {"clip": "string", "identity": "string", "probability": "float64", "score": "float64"}
+    objects = itertools.starmap(as_json, answers.items())
+    tables.write(path, _kinds(most), _rows(answers, most), objects)
+
+
+def columns(answers: Answers, most: int) -> tables.Columns:
+    """Returns the columns of a table of answers, with places for `most` identities."""
+    rows = list(_rows(answers, most))
+    return {
+        name: (kind, [row[i] for row in rows])
+        for i, (name, kind) in enumerate(_kinds(most).items())
+    }
+
+
+def _kinds(most: int) -> dict[str, str]:
+    kinds = {"clip": "string", "identity": "string", "probability": "float64", "score": "float64"}
     for place in range(1, most + 1):
-        columns |= {f"best_{place}": "string", f"probability_{place}": "float64"}
-    tables.write(path, columns, _rows(answers, most), itertools.starmap(as_json, answers.items()))
+        kinds |= {f"best_{place}": "string", f"probability_{place}": "float64"}
+    return kinds
 
 
 def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:
@@ -218,10 +246,4 @@ def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:
 
 def as_json(clip: str, answer: Answer) -> dict[str, object]:
     """Returns an answer as plain values for JSON."""
-    return {
-        "clip": clip,
-        "identity": answer.identity,
-        "probability": answer.probability,
-        "score": answer.score if math.isfinite(answer.score) else None,
-        "best": [{"identity": name, "probability": p} for name, p in answer.best],
-    }
+    return {"clip": clip, **answer.to_dict()}

@@ -2,22 +2,26 @@
 
 import argparse
 import contextlib
+import io
+import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidjax import config_io, messages, tables
+from vidjax import config_io, files, in_parts, messages, tables
 from vidjax.api import load_data, run_config
+from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
+from vidjax.gallery.answers import Answer, Rule
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -27,17 +31,23 @@ if TYPE_CHECKING:
     from vidjax.extract.folder import Film
     from vidjax.gallery.changes import Draft
     from vidjax.gallery.gallery import Gallery, Vectors
+    from vidjax.steps.topk import TopK
 
 Done = tuple[str, Mapping[str, object]]  # what a change did, in words and for --json
 Change = Callable[["Draft"], Done]
 CLIPS = ("run", "split", "input")
 RULE = ("fpir", "threshold")
+STREAM = "-"  # in place of a path: standard input
 # Flag -> the word for its value (None: it has none), its help.
 FLAGS: Mapping[str, tuple[str | None, str]] = {
     "run": ("W", "the folder of the run (default: the gallery's own)"),
     "models": ("DIR", "instead: a folder of models with cards, see vidjax extract"),
     "split": ("S", "the split of the dataset with the clips"),
-    "input": ("PATH", "instead: a folder, .parquet table or .npz of clips without labels"),
+    "input": (
+        "PATH",
+        "instead: a folder, .parquet table or .npz of clips without labels; identify: - for "
+        "lines of JSON",
+    ),
     "identity": ("NAME", "the person"),
     "labels": ("FILE", "instead of a name: a table of clip and identity, as `group` writes it"),
     "clip": ("NAME", "the clip"),
@@ -52,8 +62,9 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "out": (
         "FILE",
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
-        ".vtt, .srt and .rttm, by time",
+        ".vtt, .srt and .rttm, by time; a folder for a folder of parquet tables",
     ),
+    "shard": ("K/N", "one of N shares of a folder of parquet tables; K is from 1 to N"),
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
     "parquet": ("FILE", "instead: a table of names and vectors"),
@@ -184,7 +195,7 @@ def _check(args: argparse.Namespace) -> None:
         if not k.isdecimal() or int(k) < 1:
             raise UserError(f"--k={k}: wants a whole number of identities, 1 or more")
         args.k = int(k)
-    if given.get("input"):
+    if given.get("input") and not (args.command == "identify" and args.input == STREAM):
         from vidjax.data.memory import check_path
 
         path = Path(args.input).expanduser()
@@ -376,6 +387,11 @@ def _films(args: argparse.Namespace) -> "list[Film]":
 
 
 def _identify(args: argparse.Namespace) -> Result:
+    if args.input == STREAM:
+        return _identify_lines(args)
+    if args.input and (found := in_parts.tables_of(Path(args.input).expanduser())):
+        return _identify_tables(args, found)
+    in_parts.no_shard(args.shard)
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
@@ -404,6 +420,116 @@ def _identify(args: argparse.Namespace) -> Result:
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in found.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
+
+
+def _identify_tables(args: argparse.Namespace, found: Sequence[Path]) -> Result:
+    """Answers the clips of every table of a folder in a table of another folder."""
+    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
+    gallery = _opened(args)
+    rule, digest = gallery.rule(fpir=args.fpir, threshold=args.threshold), gallery.digest
+    widths, quality = gallery.reads
+    most = min(args.k or 5, len(gallery.identities))
+
+    def work(table: Path) -> tuple[tables.Columns, Mapping[str, int]]:
+        clips = in_parts.load(table, widths, (), quality)
+        answers = _answers(gallery, clips, most, rule) if clips else {}
+        _unchanged(gallery, digest)
+        named = sum(answer.identity is not None for answer in answers.values())
+        return answers_lib.columns(answers, most), {"clips": len(answers), "named": named}
+
+    means = {"gallery": digest, "rule": answers_lib.rule_as_json(rule), "k": most}
+    done = in_parts.run(found, out, shard, in_parts.Task(means, work, "identify"))
+    rows, content = in_parts.describe(done, shard)
+    named = done.counts.get("named", 0)
+    rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
+    rows |= {**answers_lib.describe_rule(rule), "answers": str(out)}
+    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(out)}
+    return Result(content, rows)
+
+
+def _unchanged(gallery: "Gallery", digest: str) -> None:
+    """Refuses to go on with a gallery that was changed: all parts are answers of one state."""
+    if gallery.digest != digest:
+        raise in_parts.Stopped(
+            f"gallery '{gallery.folder}' was changed meanwhile: its answers are others now\n"
+            "give the same command again with another folder, --out=FOLDER"
+        )
+
+
+def _identify_lines(args: argparse.Namespace) -> Result:
+    """Answers clips that come on standard input as lines of JSON, each by a line of JSON.
+
+    The lines that have come are answered together, so that one does not wait for the next. A line
+    that holds no clip is answered by {"line", "error"}, and the others go on.
+    """
+    if args.out or args.json or args.shard:
+        raise UserError(
+            "--input=- writes its answers to standard output, a line for each clip\n"
+            "leave out --out, --json and --shard: identify G --input=- > answers.jsonl"
+        )
+    gallery = _opened(args)
+    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told before lines come
+    counts = dict.fromkeys(("clips", "named", "errors"), 0)
+    began = time.monotonic()
+    lines = cast(io.BufferedReader, sys.stdin.buffer)
+    for block in in_parts.blocks_of_lines(lines):
+        rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
+        answers = list(_answer_lines(gallery, block, args.k or 5, rule))
+        for answer in answers:
+            counts["errors" if "error" in answer else "clips"] += 1
+            counts["named"] += answer.get("identity") is not None
+        if answers and not messages.say("\n".join(map(json.dumps, answers))):
+            break  # nobody reads on
+    rate = terminal.timing(began, counts["clips"])[0][0][1]
+    terminal.say(
+        f"identify: {counts['clips']:,} clips, {counts['named']:,} named, {counts['errors']:,} "
+        f"lines without a clip; {rate}"
+    )
+    return Result({}, code=2 if counts["errors"] else 0)
+
+
+def _answer_lines(
+    gallery: "Gallery", block: Sequence[tuple[int, bytes]], k: int, rule: Rule
+) -> Iterator[Mapping[str, object]]:
+    """Yields the answers to lines, (number, JSON); if one holds no clip, each is read alone."""
+    from vidjax.data import clip_files
+    from vidjax.data.memory import MemoryClips
+
+    widths, quality = gallery.reads
+    try:
+        read = [
+            clip_files.read_json(_parsed(line), f"line {number}")
+            for number, line in block
+            if line.strip()
+        ]
+        # Lines may name a clip twice; each has an answer of its own.
+        own = [clip._replace(name=clip.place, given="") for clip in read]
+        clips = MemoryClips.pack(own, widths, (), quality) if own else None
+    except UserError as error:
+        if len(block) > 1:
+            for line in block:
+                yield from _answer_lines(gallery, [line], k, rule)
+        else:
+            yield {"line": block[0][0], "error": str(error).replace("\n", "; ")}
+        return
+    answers = _answers(gallery, clips, k, rule).values() if clips else ()
+    for clip, answer in zip(read, answers, strict=True):
+        yield answers_lib.as_json(clip.given or clip.name, answer)
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return files.parse_json(line)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"no JSON: {error}") from error
+
+
+def _answers(gallery: "Gallery", clips: "MemoryClips", k: int, rule: Rule) -> dict[str, Answer]:
+    found = gallery.embed(clips)
+    answers = gallery.answers(list(found.parts.values()), k, rule)
+    return dict(zip(found.names, answers, strict=True))
 
 
 def _label(args: argparse.Namespace) -> Result:
@@ -446,6 +572,9 @@ def _label(args: argparse.Namespace) -> Result:
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
 
+    if args.input and (found := in_parts.tables_of(Path(args.input).expanduser())):
+        return _rank_tables(args, found)
+    in_parts.no_shard(args.shard)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
@@ -470,6 +599,28 @@ def _rank(args: argparse.Namespace) -> Result:
     }
     content = {"ranking": str(out), "clips": len(ranked.clips), **timed[1]}
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
+
+
+def _rank_tables(args: argparse.Namespace, found: Sequence[Path]) -> Result:
+    """Ranks the clips of all tables of a folder, part by part."""
+    if args.fpir is not None or args.threshold is not None:
+        raise UserError(
+            "rank of a folder of tables lists the best 100 clips, whatever their probability\n"
+            "leave out --fpir and --threshold: a score is the logarithm of a probability"
+        )
+    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
+    gallery = _opened(args)
+    digest, (widths, quality) = gallery.digest, gallery.reads
+
+    def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
+        clips = in_parts.load(table, widths, (), quality)
+        ranked = gallery.top(gallery.embed(clips)) if clips else None
+        _unchanged(gallery, digest)
+        return (ranked.clips, ranked.top) if ranked else None
+
+    identities = sort_identities(list(gallery.identities))
+    ranked = in_parts.rank(found, out, shard, {"gallery": digest}, identities, top_of)
+    return in_parts.ranked_result(*ranked, shard)
 
 
 def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
@@ -665,7 +816,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "identify": Command(
         "says whom clips show, or unknown",
-        _flags(*CLIPS, *RULE, "k", "out", "config"), _identify,
+        _flags(*CLIPS, *RULE, "k", "out", "shard", "config"), _identify,
         ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
     ),
     "group": Command(
@@ -680,7 +831,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
-        _flags(*CLIPS, *RULE, "out", "config", needs=("out",)), _rank,
+        _flags(*CLIPS, *RULE, "out", "shard", "config", needs=("out",)), _rank,
         ("G --split=val --out=ranking.txt",),
     ),
     "list": Command(

@@ -71,6 +71,10 @@ class Enrolment(NamedTuple):
     unchanged: int
     refused: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, object]:
+        """Returns the counts and names as plain values for JSON."""
+        return {**self._asdict(), "refused": list(self.refused)}
+
 
 class Vectors(NamedTuple):
     """The unit vectors of N clips: `parts` are name -> [N, D] float32, 0 for a clip that lacks one.
@@ -108,7 +112,7 @@ class Ranked(NamedTuple):
 
 
 class Gallery:
-    """A gallery in a folder.
+    """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
 
     Methods take `clips` as a dataset, then with the name of a `split`, or as clips in memory, see
     `Predictor.embed`. A change raises ValueError while another process changes the gallery, and
@@ -250,6 +254,18 @@ class Gallery:
             + (f", {held} removed clips still in the back end>" if held else ">")
         )
 
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def __bool__(self) -> bool:
+        return True  # also of a gallery of nobody
+
+    def __contains__(self, identity: object) -> bool:
+        return identity in self.identities
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.identities)
+
     # ---- what the gallery holds, as it was read last
 
     @property
@@ -261,6 +277,12 @@ class Gallery:
     def version(self) -> int:
         """Number of changes of the folder, creation included."""
         return self._state.version
+
+    @property
+    def digest(self) -> str:
+        """The sha256, in hexadecimal, of what the folder holds now; no other state has it."""
+        self.refresh()
+        return self._state.sha256.hex()
 
     @property
     def origin(self) -> Origin:

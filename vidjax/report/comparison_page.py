@@ -26,6 +26,7 @@ class RankedRun(NamedTuple):
       num_others: identities of the ground truth that the run does not know.
       map_kind: the key `map_kind` of `metrics.json`: `val`, `out_of_fold` or `in_sample`.
       generated: name, size and seed of a generated dataset, empty for any other.
+      seeds: of a group, the name and the MAP of each of its runs.
     """
 
     name: str
@@ -39,6 +40,25 @@ class RankedRun(NamedTuple):
     generated: str
     metrics: Mapping[str, Any]
     config: Mapping[str, Any]
+    seeds: tuple[tuple[str, float], ...] = ()
+
+
+def mean_of(seeds: Sequence[RankedRun]) -> RankedRun:
+    """Returns a group of seeds as one run: with the means of all that is measured."""
+    first, kinds = seeds[0], [run.map_kind for run in seeds]
+    measured: dict[str, Any] = {}
+    for key in first.metrics:
+        values = [run.metrics.get(key) for run in seeds]
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        if len(numbers) == len(values):
+            measured[key] = float(np.mean(numbers))
+    return first._replace(
+        name="+".join(run.name for run in seeds),
+        ap=np.mean([run.ap for run in seeds], axis=0),
+        map_kind="in_sample" if "in_sample" in kinds else kinds[0],
+        metrics={**first.metrics, **measured},
+        seeds=tuple((run.name, float(run.ap.mean())) for run in seeds),
+    )
 
 
 Rows = list[list[str]]
@@ -57,13 +77,14 @@ def difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of MAP and its differences, as plain text."""
-    head = ["run", "MAP@100", "difference", "95 % interval", "p"]
-    if len(differences) > 1:
-        head.append(HOLM)
+    head = ["run", "MAP@100", "difference", "95 % interval"]
+    if not runs[0].seeds:
+        head += ["p", HOLM] if len(differences) > 1 else ["p"]
     head += ["better", "worse", "equal"]
     rows = [[runs[0].name, f"{runs[0].ap.mean():.4f}", *[""] * (len(head) - 2)]]
     for run, gap in zip(runs[1:], differences, strict=True):
         ps = [gap.p] if len(differences) == 1 else [gap.p, gap.p_holm]
+        ps = [p for p in ps if p is not None]
         rows.append(
             [
                 run.name,
@@ -119,10 +140,15 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     text = [
         f"{len(first.identities):,} identities and {first.num_clips:,} clips of {first.split}. "
         f"Every run is compared with {first.name}.",
-        f"Interval and p: {significance.METHOD}, paired. "
+        f"{_method(runs)}, paired. "
         "Better, worse, equal: the number of identities by average precision.",
     ]
-    if len(runs) > 2:
+    if first.seeds:
+        text.append(
+            f"A run is the mean of {len(first.seeds)} seeds, paired in the order given. "
+            "The intervals are not corrected for the number of comparisons."
+        )
+    elif len(runs) > 2:
         text.append(
             f"{HOLM} is corrected for the number of comparisons. The intervals are not corrected."
         )
@@ -136,6 +162,12 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
             f"{first.num_others:,} identities of the ground truth that no run knows are left out."
         )
     return text + trained_on(runs)
+
+
+def _method(runs: Sequence[RankedRun]) -> str:
+    if runs[0].seeds:
+        return f"Interval: {significance.METHOD_OF_SEEDS}"
+    return f"Interval and p: {significance.METHOD}"
 
 
 def trained_on(runs: Sequence[RankedRun]) -> list[str]:
@@ -181,6 +213,9 @@ def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dic
     rows: list[dict[str, Any]] = [
         {"run": run.name, "map": float(run.ap.mean()), "map_kind": run.map_kind} for run in runs
     ]
+    for row, run in zip(rows, runs, strict=True):
+        if run.seeds:
+            row["seeds"] = [{"run": name, "map": value} for name, value in run.seeds]
     for row, gap in zip(rows[1:], differences, strict=True):
         numbers = gap._asdict()
         row |= {"difference": numbers.pop("mean"), **numbers}
@@ -189,7 +224,7 @@ def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dic
         "num_identities": len(first.identities),
         "num_clips": first.num_clips,
         "level": significance.LEVEL,
-        "method": significance.METHOD,
+        "method": significance.METHOD_OF_SEEDS if first.seeds else significance.METHOD,
         "runs": rows,
     }
 
@@ -201,6 +236,35 @@ def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> st
         if rows:
             parts += ["", *_markdown_table(head, rows)]
     return "\n".join([*parts, "", *map(markdown_text, sentences(runs)), ""])
+
+
+LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+)
+
+
+def latex(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
+    """Returns the table of MAP and its differences for LaTeX with the package booktabs."""
+    head, rows = difference_table([run._replace(name=n) for run, n in _by_name(runs)], differences)
+    lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]]
+    body = "\n".join(lines[1:])
+    note = "".join(f"% {line}\n" for text in sentences(runs) for line in text.splitlines())
+    return (
+        f"{note}\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
+        f"{lines[0]}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
+def _by_name(runs: Sequence[RankedRun]) -> list[tuple[RankedRun, str]]:
+    return list(zip(runs, short_names(runs), strict=True))
+
+
+def _latex_cell(text: str) -> str:
+    """Returns text for LaTeX; a signed number gets a real minus."""
+    if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
+        return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
+    return html.plain(text).translate(LATEX).replace("<", r"$<$")
 
 
 def markdown_text(text: str) -> str:
@@ -227,7 +291,7 @@ def csv_text(runs: Sequence[RankedRun]) -> str:
 
 def short_names(runs: Sequence[RankedRun]) -> list[str]:
     """Returns the last part of every run's path, or the whole paths where these are ambiguous."""
-    last = [Path(run.name).absolute().name for run in runs]
+    last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
 
