@@ -104,7 +104,7 @@ def test_recipes_are_short():
 @pytest.mark.parametrize("frames", [1, 3])
 def test_mlserver_answers_as_the_gallery(gallery, shown, monkeypatch, frames):
     mlserver = pytest.importorskip("mlserver")
-    from mlserver import codecs, types
+    codecs, types = mlserver.codecs, mlserver.types
 
     model = module_of("mlserver", gallery, monkeypatch)["People"](
         mlserver.ModelSettings(name="people", implementation=mlserver.MLModel)
