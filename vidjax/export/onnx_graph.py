@@ -189,7 +189,9 @@ class Graph:
     def reshape(self, x: str, dims: Sequence[Any]) -> str:
         """Returns x in another shape; one unknown size is left to the runtime."""
         unknown = [axis for axis, dim in enumerate(dims) if not isinstance(dim, int)]
-        if len(unknown) == 1 and all(dims[axis] for axis in range(len(dims)) if axis not in unknown):
+        if len(unknown) == 1 and all(
+            dims[axis] for axis in range(len(dims)) if axis not in unknown
+        ):
             dims = [-1 if axis in unknown else dim for axis, dim in enumerate(dims)]
         return self.node("Reshape", x, self.shape(dims))
 
@@ -249,7 +251,9 @@ def _is_foldable(eqn: Eqn) -> bool:
     """Returns True if an equation can be computed here: all its results have known sizes."""
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
-    return all(isinstance(dim, int) for var in eqn.outvars for dim in getattr(var.aval, "shape", ()))
+    return all(
+        isinstance(dim, int) for var in eqn.outvars for dim in getattr(var.aval, "shape", ())
+    )
 
 
 def emits(*names: str) -> Callable[[Emit], Emit]:
@@ -402,7 +406,9 @@ def _broadcast(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     for axis, place in enumerate(eqn.params["broadcast_dimensions"]):
         inner[place] = before[axis]
     value = x[0] if tuple(inner) == tuple(before) else graph.reshape(x[0], inner)
-    return value if tuple(inner) == tuple(after) else graph.node("Expand", value, graph.shape(after))
+    return (
+        value if tuple(inner) == tuple(after) else graph.node("Expand", value, graph.shape(after))
+    )
 
 
 @emits("iota")
@@ -444,6 +450,13 @@ def _slice(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Slice", x[0], *bounds, axes, graph.shape(steps))
 
 
+@emits("rev")
+def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
+    axes = list(eqn.params["dimensions"])
+    ends = [[-1] * len(axes), [np.iinfo(np.int64).min] * len(axes), axes, [-1] * len(axes)]
+    return graph.node("Slice", x[0], *(graph.constant(one, np.int64) for one in ends))
+
+
 def _windowed(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
     """Returns x within windows, axis -> (start, size); starts are moved so that windows fit."""
@@ -478,9 +491,13 @@ def _reduce(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 @emits("reduce_or", "reduce_and")
 def _reduce_logic(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     name = "ReduceMax" if eqn.primitive.name == "reduce_or" else "ReduceMin"
-    axes = graph.constant(list(eqn.params["axes"]), np.int64)
-    found = graph.node(name, graph.cast(x[0], np.int32), axes, keepdims=0)
-    return graph.cast(found, np.bool_)
+    return _reduced(graph, name, x[0], eqn.params["axes"])
+
+
+def _reduced(graph: Graph, name: str, x: str, axes: Sequence[int]) -> str:
+    """Returns a reduction of bools over some axes."""
+    places = graph.constant(list(axes), np.int64)
+    return graph.cast(graph.node(name, graph.cast(x, np.int32), places, keepdims=0), np.bool_)
 
 
 @emits("argmax", "argmin")
@@ -528,9 +545,7 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
         key = graph.cast(key, np.int32)
     names = [graph.fresh(), graph.fresh()]
     size = graph.vector(graph.size(aval.shape[axis]))
-    graph.nodes.append(
-        helper.make_node("TopK", [key, size], names, axis=axis, largest=0, sorted=1)
-    )
+    graph.nodes.append(helper.make_node("TopK", [key, size], names, axis=axis, largest=0, sorted=1))
     return [graph.node("GatherElements", one, names[1], axis=axis) for one in x]
 
 
@@ -643,6 +658,12 @@ def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     return graph.run(closed, (), x)
 
 
+def _as_column(graph: Graph, flags: str, rank: int, aval: Any) -> str:
+    """Returns flags of the first `rank` axes, for a choice between values of more axes."""
+    axes = list(range(rank, len(aval.shape)))
+    return graph.node("Unsqueeze", flags, graph.constant(axes, np.int64)) if axes else flags
+
+
 @emits("while")
 def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     """Emits a Loop, whose condition for the first round is computed before it."""
@@ -655,7 +676,18 @@ def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     inner = Graph(graph)
     names = [inner.fresh() for _ in carried]
     after = inner.run(body.jaxpr, body.consts, [*body_consts, *names])
+    if several := len(cond.out_avals[0].shape):  # of vmap: some go on while others have ended
+        (goes_on,) = inner.run(cond.jaxpr, cond.consts, [*cond_consts, *names])
+        after = [
+            inner.select(_as_column(inner, goes_on, several, var.aval), new, old, var.aval)
+            for new, old, var in zip(after, names, carried, strict=True)
+        ]
     (again,) = inner.run(cond.jaxpr, cond.consts, [*cond_consts, *after])
+    if several:
+        start, again = (
+            _reduced(one, "ReduceMax", flags, range(several))
+            for one, flags in ((graph, start), (inner, again))
+        )
     ends = [inner.node("Identity", value) for value in (again, *after)]
     count, going = inner.fresh(), inner.fresh()
 
