@@ -167,14 +167,14 @@ def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
 
 
 def difference(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
-    """Returns the largest difference of two sets of outputs, inf if they differ in kind.
+    """Returns the largest difference of the outputs in `found`, inf if they differ in kind.
 
     A difference is a part of the value, or absolute for values below 1. Infinite values are equal
     or not.
     """
     worst = 0.0
-    for name, wanted in expected.items():
-        value = np.asarray(found[name], np.float64)
+    for name, given in found.items():
+        value, wanted = np.asarray(given, np.float64), np.asarray(expected[name], np.float64)
         if value.shape != wanted.shape or np.isnan(value).any():
             return float("inf")
         finite = np.isfinite(wanted)
@@ -202,9 +202,14 @@ def check(
         single = {name: value[2:3] for name, value in made.inputs.items()}
         wanted = {name: value[2:3] for name, value in made.expected.items()}
         worst = max(worst, difference(answer(single), wanted))
+    check_tolerance(what, worst)
+    return worst
+
+
+def check_tolerance(what: str, worst: float) -> None:
+    """Raises UserError if a difference is larger than TOLERANCE."""
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{what}: its scores differ from those of the run by {worst:.1e}, more than "
-            f"{TOLERANCE:.0e}\nnothing was written: choose another format"
+            f"{what}: its scores differ from ours by {worst:.1e}, more than {TOLERANCE:.0e}\n"
+            "nothing was written: choose another format"
         )
-    return worst

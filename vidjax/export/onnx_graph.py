@@ -9,9 +9,8 @@ uint32 is int64 modulo 2**32.
 """
 
 import ast
-import operator
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,12 +57,13 @@ def to_model(
     results = dict(zip(sorted(outputs), found, strict=True))
     ends = [graph.node("Identity", results[name], name=name) for name in outputs]
     avals = dict(zip(sorted(outputs), traced.out_avals, strict=True))
+    used = _used(graph.nodes)
     proto = helper.make_graph(
         graph.nodes,
         "vidjax",
         [_info(name, inputs[name]) for name in inputs],
         [_info(name, avals[name]) for name in ends],
-        graph.constants,
+        [one for one in graph.constants if one.name in used],
     )
     made = helper.make_opsetid("", OPSET)
     model = helper.make_model(proto, opset_imports=[made], ir_version=IR_VERSION)
@@ -71,6 +71,17 @@ def to_model(
         raise UserError("onnx: the weights are larger than the 2 GB of a file: use stablehlo")
     onnx.checker.check_model(model)
     return model
+
+
+def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Returns the names of the values that nodes and the bodies of their loops read."""
+    names = set()
+    for node in nodes:
+        names.update(node.input)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                names |= _used(attribute.g.node) | {one.name for one in attribute.g.output}
+    return names
 
 
 def _info(name: str, aval: Any) -> onnx.ValueInfoProto:

@@ -24,7 +24,9 @@ def log_probabilities(arrays, vectors):
             ratio = z @ get[f"{part}/linear"].T + z**2 @ curve.T + get[f"{part}/constant"]
             ratio = ratio * get["scale"] * get[f"{part}/scale"]
             limit = np.where(seen > 1, get[f"{part}/limit"], np.inf)[:, None]
-            ratio = np.where(get[f"{part}/known"] > 0, np.clip(ratio, -limit, limit), get["unenrolled"])
+            ratio = np.where(
+                get[f"{part}/known"] > 0, np.clip(ratio, -limit, limit), get["unenrolled"]
+            )
             logits += np.where(there, ratio, 0)
         stranger = get["stranger"] + np.log(max(known.sum(), 1))
         logits = np.where(known, logits, -np.inf)
