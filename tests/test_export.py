@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -326,3 +328,52 @@ def test_an_operation_without_a_form_is_named():
     inputs = {"x": jax.ShapeDtypeStruct((3,), np.float32)}
     with pytest.raises(ValueError, match="no form is known of the operation 'lgamma'"):
         graph.to_model(lambda x: {"y": jax.lax.lgamma(x["x"])}, inputs, ["y"])
+
+
+# ---- the page
+
+
+def snippet(name):
+    """Returns the block of code of the page below `<!-- NAME -->`."""
+    (found,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "onnx",
+        "numpy",
+        "safetensors",
+        pytest.param("stablehlo", marks=pytest.mark.slow),
+        pytest.param("saved_model", marks=pytest.mark.slow),
+    ],
+)
+def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, capsys, monkeypatch):
+    if missing(name):
+        pytest.skip("the extra is not installed")
+    assert export(capsys, plda_run, tmp_path / "exported", name)[0] == 0
+    (tmp_path / "snippet.py").write_text(snippet("inputs") + "\n" + snippet(name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in ("exported", "exported.reader"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    found = runpy.run_path(str(tmp_path / "snippet.py"))
+    if name == "safetensors":
+        assert found["sizes"]["model_state/sums/sums/face/scatter"] == (1, 24, 24)
+        return
+    inputs = {n: x for n, x in found["inputs"].items() if not n.endswith("_mask")}
+    run = predict.restore(plda_run, num_devices=1)
+    clips = {
+        str(row): {
+            part: {
+                field: inputs[f"{part}_{field}"][row]
+                for field in function.FIELDS
+                if field != "mask"
+            }
+            for part in run.modalities
+        }
+        for row in range(3)
+    }
+    scores = {"scores": np.asarray(found["outputs"]["scores"])}
+    assert function.difference(scores, {"scores": run.scores(clips)}) <= function.TOLERANCE

@@ -20,14 +20,12 @@ def log_probabilities(arrays, vectors):
             u = vectors[part] - get[f"{part}/centre"]
             u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
             z = (u - get[f"{part}/mean"]) @ get[f"{part}/transform"]
-            curve = get[f"{part}/curve"][get[f"{part}/kind"].astype(int)]
-            ratio = z @ get[f"{part}/linear"].T + z**2 @ curve.T + get[f"{part}/constant"]
-            ratio = ratio * get["scale"] * get[f"{part}/scale"]
+            squares = (z**2 @ get[f"{part}/curve"].T)[:, get[f"{part}/kind"].astype(int)]
+            ratio = z @ get[f"{part}/linear"].T + squares + get[f"{part}/constant"]
             limit = np.where(seen > 1, get[f"{part}/limit"], np.inf)[:, None]
-            ratio = np.where(
-                get[f"{part}/known"] > 0, np.clip(ratio, -limit, limit), get["unenrolled"]
-            )
-            logits += np.where(there, ratio, 0)
+            ratio = np.clip(get["scale"] * get[f"{part}/scale"] * ratio, -limit, limit)
+            own = np.where(get[f"{part}/known"] > 0, ratio, get["unenrolled"])
+            logits += np.where(there, own, 0)
         stranger = get["stranger"] + np.log(max(known.sum(), 1))
         logits = np.where(known, logits, -np.inf)
         logits = np.insert(logits, 0, stranger, axis=1) / get["temperature"]
