@@ -85,13 +85,28 @@ def test_every_system_leaves_in_every_format_or_says_why_not(name, trained, tmp_
         )
 
 
-@pytest.mark.parametrize("name", ["onnx", "numpy"])
-def test_a_run_leaves_and_its_file_takes_any_number_of_clips_and_frames(
-    name, plda_run, tmp_path, capsys
-):
-    if missing(name):
-        pytest.skip("the extra is not installed")
-    code, told, complaint = export(capsys, plda_run, tmp_path / "out", name)
+def random_inputs(shapes, lengths):
+    """Returns inputs of 9 random clips, and the same clips as a run takes them."""
+    rng, inputs = np.random.default_rng(1), {}
+    clips = {str(row): {} for row in range(9)}
+    for part, length in lengths.items():
+        width = shapes[f"{part}_features"]["shape"][-1]
+        real = rng.random((9, length)) < 0.8
+        own = {
+            "features": rng.normal(size=(9, length, width)).astype(np.float32),
+            "quality": rng.uniform(0, 100, (9, length)).astype(np.float32),
+            "detection": rng.uniform(0, 1, (9, length)).astype(np.float32),
+        }
+        inputs |= {f"{part}_{field}": value for field, value in own.items()}
+        inputs[f"{part}_mask"] = real
+        for row in range(9):
+            clips[str(row)][part] = {field: x[row][real[row]] for field, x in own.items()}
+    return inputs, clips
+
+
+def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, told, complaint = export(capsys, nearest_run, tmp_path / "out", "onnx")
     assert code == 0, complaint
     assert told["difference"] <= function.TOLERANCE
     assert told["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
@@ -99,35 +114,17 @@ def test_a_run_leaves_and_its_file_takes_any_number_of_clips_and_frames(
     assert len(identities) == told["num_identities"]
     for file, digest in told["files"].items():
         assert len(digest) == 64 and (tmp_path / "out" / file).is_file()
-    if name != "onnx":
-        return
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
-    rng, given = np.random.default_rng(1), {}
-    for modality, length in {"face": 23, "head": 4, "audio": 1}.items():
-        width = told["inputs"][f"{modality}_features"]["shape"][-1]
-        given[f"{modality}_features"] = rng.normal(size=(9, length, width)).astype(np.float32)
-        for field in ("quality", "detection"):
-            given[f"{modality}_{field}"] = np.ones((9, length), np.float32)
-        given[f"{modality}_mask"] = rng.random((9, length)) < 0.8
-    wanted = {one.name for one in session.get_inputs()}
-    scores, vectors = session.run(
-        ["scores", "embeddings"], {n: x for n, x in given.items() if n in wanted}
-    )
-    run = predict.restore(plda_run, num_devices=1)
-    clips = {
-        str(row): {
-            modality: given[f"{modality}_features"][row][given[f"{modality}_mask"][row]]
-            for modality in run.modalities
-        }
-        for row in range(9)
-    }
-    found = {"scores": scores, "embeddings": vectors}
+    inputs, clips = random_inputs(told["inputs"], {"face": 23})
+    wanted = [one.name for one in session.get_inputs()]
+    found = session.run(list(function.OUTPUTS), {name: inputs[name] for name in wanted})
+    run = predict.restore(nearest_run, num_devices=1)
     expected = {"scores": run.scores(clips), "embeddings": run.embed(clips)}
-    assert function.difference(found, expected) <= function.TOLERANCE
+    answers = dict(zip(function.OUTPUTS, found, strict=True))
+    assert function.difference(answers, expected) <= function.TOLERANCE
 
 
+@pytest.mark.slow
 def test_an_imported_run_evaluates_equal_to_the_bit(plda_run, official_data, tmp_path, capsys):
     code, _, complaint = export(capsys, plda_run, tmp_path / "out", "safetensors")
     assert code == 0, complaint
@@ -143,6 +140,7 @@ def test_an_imported_run_evaluates_equal_to_the_bit(plda_run, official_data, tmp
     small_runs.assert_equal_weights(plda_run, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, capsys):
     export(capsys, plda_run, tmp_path / "out", "safetensors")
     found = load_file(tmp_path / "out" / weights.WEIGHTS)
@@ -157,19 +155,31 @@ def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, capsys):
         np.testing.assert_array_equal(found[name], value)
 
 
-def test_a_file_that_answers_otherwise_leaves_no_folder(plda_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reader, "log_probabilities", lambda arrays, vectors: np.zeros((4, 13)))
-    monkeypatch.setattr(function, "LENGTHS", (2, 1, 3, 1))
-    code, told, complaint = export(capsys, plda_run, tmp_path / "out", "numpy")
-    assert code == 2 and "differ from ours" in complaint and "differ" in told["error"]
+def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
+    code, told, complaint = export(capsys, nearest_run, tmp_path / "out", "safetensors")
+    assert code == 2 and "its scores differ from ours by 2.0e-05" in complaint
+    assert "differ" in told["error"]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_spoilt_weight_is_noticed(plda_run, tmp_path, capsys):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.00002])
+def test_other_values_are_a_difference(value):
+    wanted = {"scores": np.array([[1.0, -np.inf]], np.float32)}
+    assert function.difference(wanted, wanted) == 0
+    assert function.difference({"scores": [[value, -np.inf]]}, wanted) > function.TOLERANCE
+    assert function.difference({"scores": [[1.0, value]]}, wanted) > function.TOLERANCE or (
+        value == -np.inf
+    )
+    assert function.difference({"scores": [[1.0]]}, wanted) == np.inf
+
+
+def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
-    export(capsys, plda_run, out, "safetensors")
+    out.mkdir()
+    weights.write(nearest_run, out, "latest")
     good = load_file(out / weights.WEIGHTS)
-    name = "model_state/sums/sums/face/total"
+    name = "model_state/memory/neighbours/vectors"
 
     def complaint():
         capsys.readouterr()
@@ -339,16 +349,8 @@ def snippet(name):
     return found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "onnx",
-        "numpy",
-        "safetensors",
-        pytest.param("stablehlo", marks=pytest.mark.slow),
-        pytest.param("saved_model", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
 def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, capsys, monkeypatch):
     if missing(name):
         pytest.skip("the extra is not installed")
