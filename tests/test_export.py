@@ -1,6 +1,7 @@
 """Export and import: other runtimes answer as we do, and a failed export leaves nothing."""
 
 import importlib
+import importlib.util
 import json
 import re
 import runpy

@@ -13,6 +13,7 @@ float64, but `kind` and `known`, which are int32.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,7 +76,7 @@ def of_gallery(gallery: Gallery) -> Arrays:
     for number, part in enumerate(backend.parts):
         counts, none = np.unique(index.counts[number], return_inverse=True)
         blank = part.coefficients(counts, np.zeros((len(counts), len(part.centre))))
-        arrays |= {
+        own: dict[str, Any] = {
             f"{part.name}/centre": part.centre,
             f"{part.name}/mean": part.space.mean,
             f"{part.name}/transform": part.space.transform,
@@ -87,6 +88,7 @@ def of_gallery(gallery: Gallery) -> Arrays:
             f"{part.name}/scale": np.asarray(part.scale),
             f"{part.name}/limit": np.asarray(MOST_OF_VOICE if part.hearsay else np.inf),
         }
+        arrays |= own
     return {name: np.ascontiguousarray(value)[None] for name, value in arrays.items()}
 
 

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -90,8 +90,7 @@ def safetensors(run: Predictor, exported: Exported, folder: Path) -> Answer:
 def numpy(run: Predictor, exported: Exported, folder: Path) -> Answer:
     """Writes the arrays of a PLDA run, and the reader."""
     del exported
-    np.savez(folder / "arrays.npz", **arrays_lib.of_run(run))
-    read = _reader(folder)
+    read = _with_reader(folder, arrays_lib.of_run(run))
 
     def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         vectors = arrays_lib.unit_means(run, inputs)
@@ -102,8 +101,11 @@ def numpy(run: Predictor, exported: Exported, folder: Path) -> Answer:
     return answer
 
 
-def _reader(folder: Path) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Copies the reader beside the arrays, and reads these back."""
+def _with_reader(
+    folder: Path, arrays: Mapping[str, Any]
+) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """Writes arrays with the reader beside them, and returns what it answers from the file."""
+    np.savez(folder / "arrays.npz", **arrays)
     shutil.copyfile(reader.__file__, folder / "reader.py")
     with np.load(folder / "arrays.npz") as loaded:
         found = dict(loaded)
@@ -112,8 +114,8 @@ def _reader(folder: Path) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
 
 def gallery_numpy(gallery: Gallery, folder: Path) -> float:
     """Writes the arrays of a gallery, and the reader."""
-    np.savez(folder / "arrays.npz", **arrays_lib.of_gallery(gallery))
-    return arrays_lib.check_gallery(gallery, _reader(folder))
+    read = _with_reader(folder, arrays_lib.of_gallery(gallery))
+    return arrays_lib.check_gallery(gallery, read)
 
 
 def gallery_safetensors(gallery: Gallery, folder: Path) -> float:

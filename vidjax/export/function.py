@@ -11,6 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vidjax import ensemble
 from vidjax.batch import Array, Batch, Frames
@@ -22,7 +23,7 @@ from vidjax.steps import eval_step, mean_scores
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.
 FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}
 BATCH = "B"
-OUTPUTS = ("scores", "embeddings")  # [B, C] and [B, D], float32
+OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
 TOLERANCE = 1e-5  # of a difference, as a part of the largest of 1 and the value
 LENGTHS = (5, 1, 9, 3)  # frames of the made-up clips
 
@@ -89,7 +90,7 @@ def as_batch(run: Predictor, inputs: Inputs) -> Batch:
             quality = jnp.linalg.norm(features, axis=-1)
         number = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
         frames[name] = Frames(features, quality, detection, number, mask)
-    rows = mask.shape[0]
+    rows = next(iter(frames.values())).mask.shape[0]
     return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
 
 
@@ -166,7 +167,7 @@ def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
     return MadeUp(inputs, expected)
 
 
-def difference(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+def difference(found: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
     """Returns the largest difference of the outputs in `found`, inf if they differ in kind.
 
     A difference is a part of the value, or absolute for values below 1. Infinite values are equal

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnx
 from jax.extend import core
@@ -26,7 +27,7 @@ LARGEST = 1 << 31  # bytes that protocol buffers hold
 _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": np.float32,
            "float16": np.float32}  # fmt: skip
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a derivative of their own
-Eqn = core.JaxprEqn
+Eqn = Any  # a JaxprEqn, whose types lack the shapes of its values
 Emit = Callable[["Graph", Any, Sequence[str]], Any]
 _EMITTERS: dict[str, Emit] = {}
 
@@ -139,7 +140,7 @@ class Graph:
     def constant(self, value: Any, dtype: Any = None) -> str:
         """Returns the name of a constant; small equal ones are stored once."""
         name = self.fresh()
-        if jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key):
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             self.known[name] = value  # only what is drawn by it can be stored
             return name
         given = np.asarray(value, dtype)
@@ -235,7 +236,8 @@ class Graph:
 
         def read(x: Any) -> str:
             if isinstance(x, core.Literal):
-                return self.constant(x.val, x.aval.dtype)
+                aval: Any = x.aval
+                return self.constant(x.val, aval.dtype)
             return values[x]
 
         values |= {var: self.constant(x) for var, x in zip(jaxpr.constvars, consts, strict=True)}

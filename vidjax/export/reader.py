@@ -13,7 +13,7 @@ def log_probabilities(arrays, vectors):
     for member in range(len(arrays["scale"])):
         get = {name: np.asarray(arrays[name][member], np.float64) for name in arrays}
         known = np.stack([get[f"{part}/known"] for part in parts]).any(axis=0)
-        logits = np.zeros((len(vectors[parts[0]]), len(known)))
+        logits = np.zeros((len(vectors[parts[0]]), known.size))
         seen = sum(np.any(vectors[part] != 0, axis=1).astype(int) for part in parts)
         for part in parts:
             there = np.any(vectors[part] != 0, axis=1)[:, None]
@@ -29,7 +29,7 @@ def log_probabilities(arrays, vectors):
         stranger = get["stranger"] + np.log(max(known.sum(), 1))
         logits = np.where(known, logits, -np.inf)
         logits = np.insert(logits, 0, stranger, axis=1) / get["temperature"]
-        logits[seen == 0] = np.where(np.arange(1 + len(known)) == 0, 0, -np.inf)
+        logits[seen == 0] = np.where(np.arange(1 + known.size) == 0, 0, -np.inf)
         top = logits.max(axis=1, keepdims=True)
         shares = np.exp(logits - top)
         total = total + shares / shares.sum(axis=1, keepdims=True)

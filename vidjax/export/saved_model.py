@@ -21,7 +21,7 @@ def write(
     import tensorflow as tf
     from jax.experimental import jax2tf
 
-    shapes = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
+    shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
     converted = jax2tf.convert(
         function,
         polymorphic_shapes=[shapes],
@@ -34,7 +34,7 @@ def write(
         )
         for name, one in inputs.items()
     }
-    module = tf.Module()
+    module: Any = tf.Module()
     module.call = tf.function(
         lambda **arrays: converted(arrays), autograph=False, input_signature=None
     )
