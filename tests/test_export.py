@@ -60,8 +60,10 @@ def missing(name):
 
 
 def make_run(trained, name):
-    """Returns a run of a system; closed forms need two passes."""
-    return trained(SYSTEMS[name], *(("--config.num_epochs=2",) if name == "plda" else ()))
+    """Returns a run of a system."""
+    # Closed forms need two passes; two of the eleven nets with views are enough.
+    more = {"plda": "--config.num_epochs=2", "views": "--config.ensemble.only=(0,4)"}
+    return trained(SYSTEMS[name], *([more[name]] if name in more else []))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +86,7 @@ def test_every_system_leaves_in_every_format_or_says_why_not(name, trained, tmp_
         assert told["difference"] <= function.TOLERANCE
         assert (tmp_path / chosen / FORMATS[chosen].file).exists()
         assert (tmp_path / chosen / weights.WEIGHTS).exists()
-        assert sorted(one.name for one in tmp_path.iterdir()) == sorted(
-            one.name for one in tmp_path.iterdir() if "partial" not in one.name
-        )
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def random_inputs(shapes, lengths):
