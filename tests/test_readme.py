@@ -34,8 +34,8 @@ from vidjax.models import identifier
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FOLDERS = (
-    "configs", "vidjax/data", "vidjax/extract", "vidjax/gallery", "vidjax/run", "tests/benchmarks",
-    "tests",
+    "configs", "vidjax/data", "vidjax/export", "vidjax/extract", "vidjax/gallery", "vidjax/run",
+    "tests/benchmarks", "tests",
 )  # fmt: skip
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 

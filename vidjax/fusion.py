@@ -6,6 +6,7 @@ rows are read. False may come before True in a mask, as after `filter_frames`. A
 unknown, missing or out of range raises ValueError.
 """
 
+import fractions
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -53,9 +54,10 @@ def filter_frames(
     if min_detection is not None:
         kept = kept & (ordered_quality(frames.detection) >= min_detection)
     if top_share < 1:
-        # The table is exact. In float32, 0.1 x 30 would be slightly more than 3.
-        counts = np.ceil(top_share * np.arange(kept.shape[1] + 1) * (1 - 1e-12)).astype(np.int32)
-        count = jnp.asarray(counts)[jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)]
+        # Whole numbers are exact. In float32, 0.1 x 30 would be slightly more than 3.
+        share = fractions.Fraction(top_share).limit_denominator(10_000)
+        count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+        count = -(-count * share.numerator // share.denominator)
         place = jnp.argsort(_best_first(frames.quality, kept), axis=1)
         kept = kept & (place < count)
     if poor_clips == "keep":
@@ -116,7 +118,7 @@ def sample_frames(
         raise UserError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
     if order not in ("time", "random"):
         raise UserError(f"unknown order {order!r}; choose from random, time")
-    slots = jnp.ones((len(frames.mask), num_frames), bool)
+    slots = jnp.ones((frames.mask.shape[0], num_frames), bool)
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
         order_of_draws = shuffle(shuffle_rng, frames.mask)
@@ -277,7 +279,7 @@ def _first_frames(
     if rng is None and not (replacement or fixed_draws):
         again = slot % jnp.maximum(count, 1)
     else:
-        key, rows = (jax.random.key(0), 1) if rng is None else (rng, len(count))
+        key, rows = (jax.random.key(0), 1) if rng is None else (rng, count.shape[0])
         uniforms = jax.random.uniform(key, (rows, num_frames), jnp.float32)
         again = jnp.minimum((uniforms * count).astype(jnp.int32), count - 1)
     rank = jnp.where(count >= num_frames if replacement else slot < count, slot, again)

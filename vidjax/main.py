@@ -40,6 +40,8 @@ commands:
   gallery    people who are enrolled, found and deleted without training
   extract    makes features of the faces in videos and photos
   who        says who appears when in videos, by a few photos of people
+  export     writes a run or a gallery in the format of another runtime
+  import     makes a run of an exported folder, by its weights
   forget     names all places of a person, and deletes what may be deleted
 
 Without a command vidjax trains, and --mode=COMMAND is the same as COMMAND.
@@ -77,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vidjax.extract import commands
 
         return commands.main(words[1:])
+    if words[:1] in (["export"], ["import"]):
+        from vidjax.export import commands
+
+        return commands.main(words)
     if words[:1] == ["who"]:
         from vidjax import who
 
@@ -194,7 +200,8 @@ def _about_stray(word: str, words: Sequence[str]) -> str | None:
     name = word.partition(":")[0]
     if name.endswith(".py") or (config_io.shipped_folder() / f"{name}.py").is_file():
         return f"did you mean --config={word}?"
-    if match := messages.closest(word, [*COMMANDS, "gallery", "forget"], cutoff=0.7):
+    others = ("gallery", "export", "import", "forget")
+    if match := messages.closest(word, [*COMMANDS, *others], cutoff=0.7):
         return f"did you mean the command {match}?"
     return None
 

@@ -305,6 +305,6 @@ class NetVLAD(nn.Module):
             count = jnp.maximum(jnp.sum(mask, axis=1), 1)
             descriptors = descriptors / count[:, None, None]
         if "l2" in self.norms:
-            flat = unit_vectors(descriptors).reshape(len(descriptors), -1)
+            flat = unit_vectors(descriptors).reshape(descriptors.shape[0], -1)
             descriptors = unit_vectors(flat).reshape(descriptors.shape)
         return descriptors, assignment

@@ -1,4 +1,6 @@
-"""Records on disk: the only folder with TensorFlow, which is imported where it is needed.
+"""Records on disk: with TensorFlow, which is imported where it is needed.
+
+Beside this folder only `vidjax.export.saved_model` imports it.
 
 `convert` writes any source of frames to the cache, by `writers` and `codec`; `manifest` and
 `report` describe what was written. `dataset` reads records as `TrainingData`: by `streaming` to

@@ -1,0 +1,402 @@
+"""Export and import: other runtimes answer as we do, and a failed export leaves nothing."""
+
+import importlib
+import importlib.util
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.helpers import made_galleries, small_runs
+from vidjax import fusion, main, predict
+from vidjax.export import arrays, commands, function, reader, weights
+from vidjax.export.formats import FORMATS
+from vidjax.extract.cards import BackEnd
+from vidjax.gallery import backend as backend_lib
+from vidjax.gallery import store
+from vidjax.gallery.gallery import Gallery
+
+PAGE = Path(__file__).parent.parent / "vidjax/export/README.md"
+SYSTEMS = {
+    "knn": "configs/knn.py:iqiyi_vid,face",
+    "quality_fusion": "configs/quality_fusion.py:iqiyi_vid,folds",
+    "deepmef": "configs/deepmef.py:iqiyi_vid,face,head",
+    "residual_dense": "configs/residual_dense.py:iqiyi_vid,face,head",
+    "noise_classes": "configs/noise_classes.py:iqiyi_vid",
+    "mma": "configs/mma.py:iqiyi_vid",
+    "cosine": "configs/cosine.py:iqiyi_vid",
+    "plda": "configs/plda.py:iqiyi_vid",
+    "views": "configs/deepmef.py:iqiyi_vid,published,views",
+}
+# What a format cannot hold, and says in one line. All else it holds.
+CANNOT = {
+    (name, "numpy"): f"--format=numpy {arrays.ONLY}, not '{model}'"
+    for name, model in {
+        "knn": "knn", "quality_fusion": "dense", "deepmef": "fallback",
+        "residual_dense": "fallback", "noise_classes": "dense", "mma": "mma", "cosine": "cosine",
+        "views": "deepmef",
+    }.items()
+}  # fmt: skip
+
+
+def export(capsys, run, to, name, *words):
+    """Exports by the command; returns its exit code, what it told as JSON, and its complaint."""
+    capsys.readouterr()
+    code = main.main(["export", str(run), f"--to={to}", f"--format={name}", "--json", *words])
+    said = capsys.readouterr()
+    return code, json.loads(said.out.splitlines()[-1]), said.err
+
+
+def missing(name):
+    """Returns the packages of a format that are not installed."""
+    return [one for one in FORMATS[name].packages if not importlib.util.find_spec(one)]
+
+
+def make_run(trained, name):
+    """Returns a run of a system."""
+    # Closed forms need two passes; two of the eleven nets with views are enough.
+    more = {"plda": "--config.num_epochs=2", "views": "--config.ensemble.only=(0,4)"}
+    return trained(SYSTEMS[name], *([more[name]] if name in more else []))
+
+
+@pytest.fixture(scope="module")
+def plda_run(trained):
+    return make_run(trained, "plda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_leaves_in_every_format_or_says_why_not(name, trained, tmp_path, capsys):
+    run = make_run(trained, name)
+    for chosen in FORMATS:
+        if missing(chosen):
+            continue
+        code, told, complaint = export(capsys, run, tmp_path / chosen, chosen)
+        if reason := CANNOT.get((name, chosen)):
+            assert code == 2 and reason in complaint and not (tmp_path / chosen).exists()
+            continue
+        assert code == 0, complaint
+        assert told["difference"] <= function.TOLERANCE
+        assert (tmp_path / chosen / FORMATS[chosen].file).exists()
+        assert (tmp_path / chosen / weights.WEIGHTS).exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def random_inputs(shapes, lengths):
+    """Returns inputs of 9 random clips, and the same clips as a run takes them."""
+    rng, inputs = np.random.default_rng(1), {}
+    clips = {str(row): {} for row in range(9)}
+    for part, length in lengths.items():
+        width = shapes[f"{part}_features"]["shape"][-1]
+        real = rng.random((9, length)) < 0.8
+        own = {
+            "features": rng.normal(size=(9, length, width)).astype(np.float32),
+            "quality": rng.uniform(0, 100, (9, length)).astype(np.float32),
+            "detection": rng.uniform(0, 1, (9, length)).astype(np.float32),
+        }
+        inputs |= {f"{part}_{field}": value for field, value in own.items()}
+        inputs[f"{part}_mask"] = real
+        for row in range(9):
+            clips[str(row)][part] = {field: x[row][real[row]] for field, x in own.items()}
+    return inputs, clips
+
+
+def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, told, complaint = export(capsys, nearest_run, tmp_path / "out", "onnx")
+    assert code == 0, complaint
+    assert told["difference"] <= function.TOLERANCE
+    assert told["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
+    identities = json.loads((tmp_path / "out" / "identities.json").read_text())
+    assert len(identities) == told["num_identities"]
+    for file, digest in told["files"].items():
+        assert len(digest) == 64 and (tmp_path / "out" / file).is_file()
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    inputs, clips = random_inputs(told["inputs"], {"face": 23})
+    wanted = [one.name for one in session.get_inputs()]
+    found = session.run(list(function.OUTPUTS), {name: inputs[name] for name in wanted})
+    run = predict.restore(nearest_run, num_devices=1)
+    expected = {"scores": run.scores(clips), "embeddings": run.embed(clips)}
+    answers = dict(zip(function.OUTPUTS, found, strict=True))
+    assert function.difference(answers, expected) <= function.TOLERANCE
+
+
+@pytest.mark.slow
+def test_an_imported_run_evaluates_equal_to_the_bit(plda_run, official_data, tmp_path, capsys):
+    code, _, complaint = export(capsys, plda_run, tmp_path / "out", "safetensors")
+    assert code == 0, complaint
+    assert main.main(["import", str(tmp_path / "out"), f"--to={tmp_path / 'again'}"]) == 0
+    before, after = (
+        predict.restore(folder, num_devices=1) for folder in (plda_run, tmp_path / "again")
+    )
+    assert after.step == before.step and after.identities == before.identities
+    assert after.threshold == before.threshold
+    for call in ("scores", "embed"):
+        left, right = (getattr(run, call)(official_data, split="val") for run in (before, after))
+        np.testing.assert_array_equal(left, right)
+    small_runs.assert_equal_weights(plda_run, tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, capsys):
+    export(capsys, plda_run, tmp_path / "out", "safetensors")
+    found = load_file(tmp_path / "out" / weights.WEIGHTS)
+    saved = {
+        name: tree
+        for name, tree in small_runs.saved(plda_run).items()
+        if name in ("params", "model_state")
+    }
+    wanted = weights.by_path(saved)
+    assert found.keys() == wanted.keys() and "model_state/sums/sums/face/total" in found
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
+    code, told, complaint = export(capsys, nearest_run, tmp_path / "out", "safetensors")
+    assert code == 2 and "its scores differ from ours by 2.0e-05" in complaint
+    assert "differ" in told["error"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.00002])
+def test_other_values_are_a_difference(value):
+    wanted = {"scores": np.array([[1.0, -np.inf]], np.float32)}
+    assert function.difference(wanted, wanted) == 0
+    assert function.difference({"scores": [[value, -np.inf]]}, wanted) > function.TOLERANCE
+    assert function.difference({"scores": [[1.0, value]]}, wanted) > function.TOLERANCE or (
+        value == -np.inf
+    )
+    assert function.difference({"scores": [[1.0]]}, wanted) == np.inf
+
+
+def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, capsys):
+    out, again = tmp_path / "out", tmp_path / "again"
+    out.mkdir()
+    weights.write(nearest_run, out, "latest")
+    good = load_file(out / weights.WEIGHTS)
+    name = "model_state/memory/neighbours/vectors"
+
+    def complaint():
+        capsys.readouterr()
+        assert main.main(["import", str(out), f"--to={again}"]) == 2
+        assert not again.exists()
+        return capsys.readouterr().err
+
+    save_file({**good, name: good[name][:, :-1].copy()}, out / weights.WEIGHTS)
+    assert f"is of another model: {name}" in complaint()
+    save_file({n: x for n, x in good.items() if n != name}, out / weights.WEIGHTS)
+    assert "is absent, not float32[1, " in complaint()
+    save_file({**good, "more": good[name]}, out / weights.WEIGHTS)
+    assert "it has more besides" in complaint()
+    (out / weights.WEIGHTS).write_bytes(b"\xff" * 100)
+    assert "is damaged" in complaint()
+    (out / weights.WEIGHTS).unlink()
+    assert "has no weights.safetensors: name a folder that vidjax export has made" in complaint()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "{run}", "--to={new}", "--format=onx"], "did you mean 'onnx'"),
+        (["export", "{run}", "--to={new}"], "--format=F"),
+        (["export", "{run}", "--format=numpy"], "--to=DIR"),
+        (["export", "--to={new}", "--format=numpy"], "export needs a folder"),
+        (["export", "{run}", "--to={run}", "--format=numpy"], "name a new folder"),
+        (["export", "{empty}", "--to={new}", "--format=numpy"], "no run in"),
+        (["export", "{run}", "--to={new}", "--format=numpy", "--checkpoint=x"], "latest and best"),
+        (["export", "{run}", "--to={new}", "--format=numpy", "--k=1"], "no flag --k"),
+        (["import", "{empty}", "--to={new}"], "has no config.json"),
+        (["import", "{run}", "--to={new}"], "has no checkpoint.json"),
+        (["import", "{run}"], "--to=RUN"),
+    ],
+)
+def test_a_mistake_is_told_with_its_remedy(words, said, nearest_run, tmp_path, capsys):
+    places = {"run": nearest_run, "new": tmp_path / "new", "empty": tmp_path / "empty"}
+    (tmp_path / "empty").mkdir()
+    assert main.main([word.format(**places) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert said in told and len(told.splitlines()) <= 3
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_format_names_the_extra_that_it_needs(nearest_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    code, _, complaint = export(capsys, nearest_run, tmp_path / "out", "onnx")
+    assert code == 2 and "needs onnx and onnxruntime" in complaint
+    assert "pip install 'vidjax[onnx]'" in complaint
+
+
+def make_gallery(folder, kind):
+    """Makes a gallery of a run, or one of cards, whose voices are of people off screen at times."""
+    if kind == "run":
+        made_galleries.make(folder)
+        return
+    cards = {
+        part: BackEnd(
+            centre=[0.1] * width, same=(0.6, 0.2), different=(0.0, 0.2), pairs=(9, 9), data="made"
+        )
+        for part, width in made_galleries.WIDTHS.items()
+    }
+    origin = store.Origin("models", "0" * 64, centred=False, cards=dict.fromkeys(cards, "0" * 64))
+    clips = made_galleries.make_clips()
+    Gallery.of_clips(folder, origin, backend_lib.of_cards(cards), clips)
+
+
+@pytest.mark.parametrize("kind", ["run", "cards"])
+@pytest.mark.parametrize("name", ["numpy", "safetensors"])
+def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, capsys):
+    make_gallery(tmp_path / "people", kind)
+    code, told, complaint = export(capsys, tmp_path / "people", tmp_path / "out", name)
+    assert code == 0, complaint
+    assert told["difference"] <= 1e-6 and told["parts"] == made_galleries.WIDTHS
+    gallery = Gallery(tmp_path / "people")
+    names = json.loads((tmp_path / "out" / "identities.json").read_text())
+    assert names == list(gallery.index.names)
+    path = tmp_path / "out" / FORMATS[name].file if name == "numpy" else None
+    found = dict(np.load(path)) if path else load_file(tmp_path / "out" / "arrays.safetensors")
+    clips = [clip.vector for clip in gallery.clips.values()]
+    parts = dict(zip(told["parts"], gallery.backend.split(np.stack(clips)), strict=True))
+    wanted = np.stack(list(gallery.index.search(list(parts.values()))))
+    answers = reader.log_probabilities(found, parts)
+    np.testing.assert_allclose(answers, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gallery_has_no_net(tmp_path, capsys):
+    made_galleries.make(tmp_path / "people")
+    code, _, complaint = export(capsys, tmp_path / "people", tmp_path / "out", "stablehlo")
+    assert code == 2 and "a gallery has none: choose safetensors or numpy" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_shows_the_reader_as_it_is():
+    shown = re.search(r"<!-- reader -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = Path(reader.__file__).read_text()
+    assert shown and shown[1] == code
+    assert len([line for line in code.split('"""\n')[-1].splitlines() if line.strip()]) <= 30
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 1 / 3, 0.3, 0.57, 0.7, 0.9, 0.999])
+def test_the_best_share_of_frames_is_rounded_up_exactly(share):
+    lengths = np.arange(1, 200)
+    mask = np.arange(199) < lengths[:, None]
+    zeros = np.zeros(mask.shape, np.float32)
+    frames = fusion.Frames(zeros[..., None], zeros, zeros, zeros.astype(np.int32), mask)
+    kept = fusion.filter_frames(frames, top_share=share).mask.sum(axis=1)
+    wanted = np.ceil(share * lengths * (1 - 1e-12))  # exact in float64
+    np.testing.assert_array_equal(kept, wanted)
+
+
+# ---- the operations of an ONNX graph
+
+TINY = np.array([0.0, 1e-9, -1e-9, 3e-5, 0.5, 20.0, -0.9, 1e10], np.float32)
+FLOATS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
+
+
+def loop(x):
+    """Sums the first rows, as many as the largest entry of each of two columns says."""
+
+    def column(values, last):
+        return jax.lax.fori_loop(0, last, lambda t, total: total + values[t], jnp.float32(0))
+
+    return jax.vmap(column, in_axes=(1, 0))(x, jnp.array([1, 3, 0, 2, 3]))
+
+
+OPERATIONS = {
+    "log1p": (jnp.log1p, TINY),
+    "expm1": (jnp.expm1, np.minimum(TINY, 50)),
+    "log_sigmoid": (jax.nn.log_sigmoid, np.linspace(-100, 100, 41, dtype=np.float32)),
+    "softmax": (lambda x: jax.nn.softmax(x, axis=-1), FLOATS),
+    "stable sort": (lambda x: jnp.argsort(x, axis=1, stable=True), WHOLE),
+    "descending": (lambda x: jnp.argsort(x, axis=1, stable=True, descending=True), WHOLE),
+    "sort of bools": (lambda x: jnp.argsort(x > 2, axis=1, stable=True), WHOLE),
+    "rows": (lambda x: x[jnp.array([2, 0, 0])], FLOATS),
+    "along an axis": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1), FLOATS),
+    "columns": (lambda x: jnp.take(x, jnp.array([4, 1]), axis=1, mode="clip"), FLOATS),
+    "beyond the end": (lambda x: jax.lax.dynamic_slice(x, (x[0, 0].astype(int) + 9, 0), (2, 5)),
+                       FLOATS),
+    "replace": (lambda x: x.at[:, 2].set(7.0), FLOATS),
+    "segments": (lambda x: jax.ops.segment_max(x, jnp.array([1, 9, 1]), num_segments=3), FLOATS),
+    "batched product": (lambda x: jnp.einsum("btd,bsd->bts", x[:, None], x[:, None]), FLOATS),
+    "uint32": (lambda x: (x.astype(jnp.uint32) * jnp.uint32(2654435769) >> 1).astype(int), WHOLE),
+    "choices": (lambda x: jnp.select([x < 1, x < 3], [x, 2 * x], -x), WHOLE),
+    "bools": (lambda x: jnp.where(x > 2, x > 0, x == 0), WHOLE),
+    "loops of vmap": (loop, FLOATS),
+    "draws": (lambda x: x + jax.random.uniform(jax.random.key(3), (3, 5)), FLOATS),
+    "reversed": (lambda x: x[:, ::-1], FLOATS),
+    "best": (lambda x: jax.lax.top_k(x, 2)[0], FLOATS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_onnx_computes_what_jax_does(name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    graph = importlib.import_module("vidjax.export.onnx_graph")
+    compute, x = OPERATIONS[name]
+    dims = jax.export.symbolic_shape("B") + x.shape[1:] if x.shape[0] > 8 else x.shape
+    model = graph.to_model(
+        lambda inputs: {"y": compute(inputs["x"])},
+        {"x": jax.ShapeDtypeStruct(dims, x.dtype)},
+        ["y"],
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(["y"], {"x": x})
+    np.testing.assert_allclose(found, np.asarray(compute(jnp.asarray(x))), rtol=2e-6, atol=1e-30)
+
+
+def test_an_operation_without_a_form_is_named():
+    pytest.importorskip("onnxruntime")
+    graph = importlib.import_module("vidjax.export.onnx_graph")
+    inputs = {"x": jax.ShapeDtypeStruct((3,), np.float32)}
+    with pytest.raises(ValueError, match="no form is known of the operation 'lgamma'"):
+        graph.to_model(lambda x: {"y": jax.lax.lgamma(x["x"])}, inputs, ["y"])
+
+
+# ---- the page
+
+
+def snippet(name):
+    """Returns the block of code of the page below `<!-- NAME -->`."""
+    (found,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, capsys, monkeypatch):
+    if missing(name):
+        pytest.skip("the extra is not installed")
+    assert export(capsys, plda_run, tmp_path / "exported", name)[0] == 0
+    (tmp_path / "snippet.py").write_text(snippet("inputs") + "\n" + snippet(name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in ("exported", "exported.reader"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    found = runpy.run_path(str(tmp_path / "snippet.py"))
+    if name == "safetensors":
+        assert found["sizes"]["model_state/sums/sums/face/scatter"] == (1, 24, 24)
+        return
+    inputs = {n: x for n, x in found["inputs"].items() if not n.endswith("_mask")}
+    run = predict.restore(plda_run, num_devices=1)
+    clips = {
+        str(row): {
+            part: {
+                field: inputs[f"{part}_{field}"][row]
+                for field in function.FIELDS
+                if field != "mask"
+            }
+            for part in run.modalities
+        }
+        for row in range(3)
+    }
+    scores = {"scores": np.asarray(found["outputs"]["scores"])}
+    assert function.difference(scores, {"scores": run.scores(clips)}) <= function.TOLERANCE

@@ -1,0 +1,185 @@
+"""`vidjax export` and `vidjax import`: runs and galleries in the formats of other runtimes."""
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidjax import files, messages
+from vidjax.errors import UserError, suggest
+from vidjax.messages import Command, Parser, Result
+
+if TYPE_CHECKING:
+    from vidjax.export.formats import Format
+
+NAMES = ("stablehlo", "saved_model", "onnx", "safetensors", "numpy")
+MANIFEST = "export.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `export` or `import`, the first word of `argv`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        args = parse(words)
+        with messages.quietly() if args.quiet else contextlib.nullcontext():
+            result = COMMANDS[args.command].run(args)
+            messages.show(result, args.command, as_json=args.json)
+        return result.code
+
+    return messages.guarded(command, words)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Returns the flags of a command, which is the first word."""
+    prog = "vidjax" if Path(sys.argv[0]).name == "vidjax" else messages.PROGRAM
+    name, *rest = words
+    args = messages.parse(prog, COMMANDS, name, rest)
+    if not args.folder:
+        raise UserError(f"{name} needs a folder: {COMMANDS[name].example[0]}")
+    args.to = Path(args.to).expanduser().absolute()
+    if files.exists(args.to):
+        raise UserError(f"--to={args.to}: there is something already: name a new folder")
+    return args
+
+
+def _export_flags(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="the folder of a run or a gallery")
+    parser.flag("--to", "DIR", "the new folder", needed=True)
+    parser.flag("--format", "F", ", ".join(NAMES), needed=True)
+    parser.flag("--checkpoint", "C", "latest (the default), or best by MAP")
+
+
+def _import_flags(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="a folder that export has made")
+    parser.flag("--to", "RUN", "the new folder of the run", needed=True)
+
+
+def _check_format(name: str) -> None:
+    """Refuses an unknown format, and one whose packages are not installed."""
+    if name not in NAMES:
+        raise UserError(f"--format={name}: {suggest(name, NAMES)}")
+    from vidjax.export.formats import FORMATS
+
+    found = FORMATS[name]
+    if missing := [one for one in found.packages if not importlib.util.find_spec(one)]:
+        raise UserError(
+            f"--format={name} needs {' and '.join(missing)}\n"
+            f"pip install 'vidjax[{found.extra}]' installs what it needs"
+        )
+
+
+def _export(args: argparse.Namespace) -> Result:
+    """Writes a run or a gallery into a new folder, once it has answered as we do."""
+    source, began = Path(args.folder).expanduser().absolute(), time.monotonic()
+    step = args.checkpoint or "latest"
+    if step not in ("latest", "best"):
+        raise UserError(f"--checkpoint={step}: choose from latest and best")
+    _check_format(args.format)
+    from vidjax.export.formats import FORMATS
+    from vidjax.gallery.store import NAME
+
+    chosen = FORMATS[args.format]
+    with _new_folder(args.to) as folder:
+        is_gallery = files.exists(source / NAME)
+        write = _write_gallery if is_gallery else _write_run
+        found = write(source, folder, chosen, args.format, step)
+        written = {"format": args.format, **found, "files": files.sha256_folder(folder)}
+        files.write_manifest(folder / MANIFEST, written)
+    size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file())
+    rows = {
+        "folder": messages.shown(args.to),
+        "holds": chosen.file or ("arrays.safetensors" if is_gallery else "weights.safetensors"),
+        "compared": f"largest difference {found['difference']:.1e}, of 1e-05 allowed",
+        "size": f"{size / 1e6:,.1f} MB",
+        "time": f"{time.monotonic() - began:.1f} s",
+    }
+    return Result({"folder": str(args.to), **written, "bytes": size}, rows)
+
+
+def _write_run(
+    source: Path, folder: Path, chosen: "Format", name: str, step: str
+) -> dict[str, Any]:
+    from vidjax import api, devices, predict
+    from vidjax.export import function, weights
+
+    api.run_config(source)  # says what to do where there is no run
+    run = predict.restore(source, step="best" if step == "best" else "latest", num_devices=1)
+    exported = function.export(run)
+    weights.write(run.workdir, folder, step)
+    answer = chosen.write(run, exported, folder)
+    return {
+        "step": run.step,
+        "inputs": exported.describe(),
+        "outputs": list(chosen.outputs),
+        "num_identities": len(run.identities),
+        "scores": run.config.eval.scores,
+        "difference": function.check(name, run, answer),
+        "versions": devices.versions(),
+    }
+
+
+def _write_gallery(
+    source: Path, folder: Path, chosen: "Format", name: str, step: str
+) -> dict[str, Any]:
+    del step
+    from vidjax import devices
+    from vidjax.gallery.gallery import Gallery
+
+    if chosen.gallery is None:
+        raise UserError(
+            f"--format={name} holds a net, and a gallery has none: choose safetensors or numpy\n"
+            "to export what makes its vectors, name the run of the gallery"
+        )
+    gallery = Gallery(source)
+    difference = chosen.gallery(gallery, folder)
+    files.write_json(folder / "identities.json", list(gallery.index.names))
+    return {
+        "version": gallery.version,
+        "parts": gallery.backend.widths,
+        "num_identities": len(gallery.index.names),
+        "difference": difference,
+        "versions": devices.versions(),
+    }
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `path` at the end; after an error there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_folder(path) as folder:
+        yield folder
+
+
+def _import(args: argparse.Namespace) -> Result:
+    """Makes a run of the weights beside any exported model."""
+    from vidjax import predict
+    from vidjax.export import weights
+
+    source = Path(args.folder).expanduser().absolute()
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    weights.read(source, args.to)
+    run = predict.restore(args.to)
+    rows = {"workdir": messages.shown(args.to), "step": f"{run.step:,}"}
+    rows |= {"identities": f"{len(run.identities):,}", "modalities": ", ".join(run.modalities)}
+    return Result({"workdir": str(args.to), "step": run.step}, rows)
+
+
+COMMANDS: Mapping[str, Command] = {
+    "export": Command(
+        "writes a run or a gallery in the format of another runtime",
+        _export_flags,
+        _export,
+        ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy"),
+    ),
+    "import": Command(
+        "makes a run of an exported folder, by its weights",
+        _import_flags,
+        _import,
+        ("exported --to=runs/copy",),
+    ),
+}

@@ -1,0 +1,216 @@
+"""A run as one function of arrays, frames in and scores out, and made-up frames to compare it by.
+
+The function is what a file of another runtime holds: fusion, net, all members and their mean. Its
+inputs are float32 or bool arrays named MODALITY_FIELD, B clips padded to T frames, see `FIELDS`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vidjax import ensemble
+from vidjax.batch import Array, Batch, Frames
+from vidjax.errors import UserError
+from vidjax.evaluation.scoring import keep_best
+from vidjax.predict import Predictor
+from vidjax.steps import eval_step, mean_scores
+
+# Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.
+FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}
+BATCH = "B"
+OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
+TOLERANCE = 1e-5  # of a difference, as a part of the largest of 1 and the value
+LENGTHS = (5, 1, 9, 3)  # frames of the made-up clips
+
+Inputs = Mapping[str, Array]
+Outputs = dict[str, Array]
+
+
+class Exported(NamedTuple):
+    """A run as a function of arrays.
+
+    Attributes:
+      function: inputs -> {"scores": [B, C], "embeddings": [B, D]}, both float32.
+      inputs: name -> shape and dtype of every input, with the symbols B and T_MODALITY.
+      modalities: name -> feature width.
+    """
+
+    function: Callable[[Inputs], Outputs]
+    inputs: Mapping[str, jax.ShapeDtypeStruct]
+    modalities: Mapping[str, int]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Returns name -> {shape, dtype} of the inputs, as JSON types."""
+        return {
+            name: {"shape": [x if isinstance(x, int) else str(x) for x in one.shape],
+                   "dtype": one.dtype.name}
+            for name, one in self.inputs.items()
+        }  # fmt: skip
+
+
+def export(run: Predictor) -> Exported:
+    """Returns a run, all its members included, as a function of arrays of any size.
+
+    A clip's frames of a modality are T_MODALITY long. Runs that judge frames one by one, with
+    `after_fusion=examples`, want one length T for all modalities.
+    """
+    one_length = run.system.frame_is_example
+    scope = jax.export.SymbolicScope()
+    shapes = {}
+    for name, width in run.modalities.items():
+        frames = "T" if one_length else f"T_{symbol(name)}"
+        dims = jax.export.symbolic_shape(f"{BATCH}, {frames}", scope=scope)
+        for field, dtype in FIELDS.items():
+            shape = (*dims, width) if field == "features" else dims
+            shapes[f"{name}_{field}"] = jax.ShapeDtypeStruct(shape, dtype)
+
+    def function(inputs: Inputs) -> Outputs:
+        batch = as_batch(run, inputs)
+        return {"scores": _scores(run, batch), "embeddings": _embeddings(run, batch)}
+
+    return Exported(function, shapes, run.modalities)
+
+
+def symbol(name: str) -> str:
+    """Returns the name of a modality with only letters, digits and _."""
+    return "".join(x if x.isascii() and x.isalnum() else "_" for x in name)
+
+
+def as_batch(run: Predictor, inputs: Inputs) -> Batch:
+    """Returns the batch of the inputs, B clips that all exist."""
+    frames = {}
+    for name in run.modalities:
+        features, quality, detection, mask = (inputs[f"{name}_{field}"] for field in FIELDS)
+        if run.config.data.quality == "norm":
+            quality = jnp.linalg.norm(features, axis=-1)
+        number = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
+        frames[name] = Frames(features, quality, detection, number, mask)
+    rows = next(iter(frames.values())).mask.shape[0]
+    return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
+
+
+def _members(run: Predictor) -> Iterable[tuple[Any, Any, Array]]:
+    """Yields parameters, other collections and view of each member."""
+    for number, member in enumerate(run.training_sets.members):
+        weights = jax.device_get(ensemble.take((run.params, run.model_state), number))
+        yield *weights, jnp.int32(member.view)
+
+
+def _scores(run: Predictor, batch: Batch) -> Array:
+    """Returns the mean scores of all members, [B, C], as `ModelScorer` computes them."""
+    system, count = run.system, len(run.identities)
+    each = [
+        eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
+        for params, state, view in _members(run)
+    ]
+    scores = each[0]
+    if len(each) > 1:
+        total = mean_scores.no_scores(scores, logs=system.scores_are_logs)
+        for one in each:
+            total = mean_scores.add_scores(total, one, jnp.ones(scores.shape[0], scores.dtype))
+        scores = mean_scores.mean_scores(total)
+    top = cast(int, run.config.eval.top_classes)
+    return keep_best(scores, top) if 0 < top < count else scores
+
+
+def _embeddings(run: Predictor, batch: Batch) -> Array:
+    """Returns the unit vectors [B, D] of `Predictor.embed`."""
+    parts = [
+        eval_step.embed_step(run.system, params, state, view, batch)
+        for params, state, view in _members(run)
+    ]
+    vectors = jnp.concatenate(parts, axis=1)
+    norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / jnp.where(norms > 0, norms, 1.0)
+
+
+class MadeUp(NamedTuple):
+    """Made-up clips, as inputs of the function and as a run takes them, and the run's answers."""
+
+    inputs: dict[str, np.ndarray]
+    expected: dict[str, np.ndarray]
+
+
+def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
+    """Returns random clips of LENGTHS frames: the second one lacks all modalities but the last.
+
+    Args:
+      run: the run whose answers are returned.
+      seed: of the random numbers.
+      padding: number of frames by which arrays are longer than the longest clip.
+    """
+    rng, inputs = np.random.default_rng(seed), {}
+    clips: dict[str, dict[str, Any]] = {str(row): {} for row in range(len(LENGTHS))}
+    names, longest = list(run.modalities), max(LENGTHS) + padding
+    for name, width in run.modalities.items():
+        shape = (len(LENGTHS), longest)
+        real = np.arange(longest) < np.array(LENGTHS)[:, None]
+        real[1] &= name == names[-1]
+        values = {
+            "features": rng.normal(size=(*shape, width)).astype(np.float32),
+            "quality": rng.uniform(0, 100, shape).astype(np.float32),
+            "detection": rng.uniform(0.5, 1, shape).astype(np.float32),
+        }
+        for field, value in values.items():
+            value[~real] = 0
+            inputs[f"{name}_{field}"] = value
+        inputs[f"{name}_mask"] = real
+        for row in np.flatnonzero(real.any(axis=1)):
+            own = {field: value[row][real[row]] for field, value in values.items()}
+            clips[str(row)][name] = own
+    expected = {"scores": run.scores(clips), "embeddings": run.embed(clips)}
+    return MadeUp(inputs, expected)
+
+
+def difference(found: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
+    """Returns the largest difference of the outputs in `found`, inf if they differ in kind.
+
+    A difference is a part of the value, or absolute for values below 1. Infinite values are equal
+    or not.
+    """
+    worst = 0.0
+    for name, given in found.items():
+        value, wanted = np.asarray(given, np.float64), np.asarray(expected[name], np.float64)
+        if value.shape != wanted.shape or np.isnan(value).any():
+            return float("inf")
+        finite = np.isfinite(wanted)
+        if not np.array_equal(value[~finite], wanted[~finite]):
+            return float("inf")
+        gap = np.abs(value[finite] - wanted[finite])
+        worst = max(worst, float(np.max(gap / np.maximum(1, np.abs(wanted[finite])), initial=0.0)))
+    return worst
+
+
+def check(
+    what: str, run: Predictor, answer: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+) -> float:
+    """Compares a loaded model with the run on made-up clips; returns the largest difference.
+
+    Batches of one and of several clips, of two lengths, are compared.
+
+    Raises:
+      UserError: they differ by more than TOLERANCE.
+    """
+    worst = 0.0
+    for seed, padding in enumerate((2, 0)):
+        made = made_up(run, seed, padding)
+        worst = max(worst, difference(answer(made.inputs), made.expected))
+        single = {name: value[2:3] for name, value in made.inputs.items()}
+        wanted = {name: value[2:3] for name, value in made.expected.items()}
+        worst = max(worst, difference(answer(single), wanted))
+    check_tolerance(what, worst)
+    return worst
+
+
+def check_tolerance(what: str, worst: float) -> None:
+    """Raises UserError if a difference is larger than TOLERANCE."""
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"{what}: its scores differ from ours by {worst:.1e}, more than {TOLERANCE:.0e}\n"
+            "nothing was written: choose another format"
+        )

@@ -1,0 +1,37 @@
+"""Scores of a PLDA run or a gallery from plain arrays, by numpy alone."""
+
+import numpy as np
+
+
+def log_probabilities(arrays, vectors):
+    """Returns [Q, 1 + N]: column 0 is somebody new, column 1 + n the identity n.
+
+    `arrays` is what np.load or safetensors.numpy.load_file reads; `vectors` is part -> [Q, D], the
+    vectors of Q clips, 0 where a clip lacks the part.
+    """
+    total, parts = 0, [name[:-7] for name in arrays if name.endswith("/centre")]
+    for member in range(len(arrays["scale"])):
+        get = {name: np.asarray(arrays[name][member], np.float64) for name in arrays}
+        known = np.stack([get[f"{part}/known"] for part in parts]).any(axis=0)
+        logits = np.zeros((len(vectors[parts[0]]), known.size))
+        seen = sum(np.any(vectors[part] != 0, axis=1).astype(int) for part in parts)
+        for part in parts:
+            there = np.any(vectors[part] != 0, axis=1)[:, None]
+            u = vectors[part] - get[f"{part}/centre"]
+            u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
+            z = (u - get[f"{part}/mean"]) @ get[f"{part}/transform"]
+            squares = (z**2 @ get[f"{part}/curve"].T)[:, get[f"{part}/kind"].astype(int)]
+            ratio = z @ get[f"{part}/linear"].T + squares + get[f"{part}/constant"]
+            limit = np.where(seen > 1, get[f"{part}/limit"], np.inf)[:, None]
+            ratio = np.clip(get["scale"] * get[f"{part}/scale"] * ratio, -limit, limit)
+            own = np.where(get[f"{part}/known"] > 0, ratio, get["unenrolled"])
+            logits += np.where(there, own, 0)
+        stranger = get["stranger"] + np.log(max(known.sum(), 1))
+        logits = np.where(known, logits, -np.inf)
+        logits = np.insert(logits, 0, stranger, axis=1) / get["temperature"]
+        logits[seen == 0] = np.where(np.arange(1 + known.size) == 0, 0, -np.inf)
+        top = logits.max(axis=1, keepdims=True)
+        shares = np.exp(logits - top)
+        total = total + shares / shares.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return np.log(total / len(arrays["scale"]))

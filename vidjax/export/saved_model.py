@@ -1,0 +1,55 @@
+"""TensorFlow's SavedModel: the one file beside `vidjax.data.records` that may import TensorFlow.
+
+The file holds the compiled form of the function, as one operation that XLA inside of TensorFlow
+runs: TensorFlow and TF Serving load it, TensorFlow Lite and runtimes without XLA do not.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def write(
+    path: Path,
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Writes a function of named arrays, whose sizes may be symbols, as the folder `path`."""
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
+    converted = jax2tf.convert(
+        function,
+        polymorphic_shapes=[shapes],
+        with_gradient=False,
+        native_serialization_platforms=("cpu", "cuda"),
+    )
+    given = {
+        name: tf.TensorSpec(
+            [x if isinstance(x, int) else None for x in one.shape], one.dtype.name, name
+        )
+        for name, one in inputs.items()
+    }
+    module: Any = tf.Module()
+    module.call = tf.function(
+        lambda **arrays: converted(arrays), autograph=False, input_signature=None
+    )
+    serving = module.call.get_concrete_function(**given)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": serving})
+
+
+def load(path: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Returns the function of the folder `path`, as TensorFlow loads it."""
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path)).signatures["serving_default"]
+
+    def call(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = {name: tf.constant(value) for name, value in inputs.items()}
+        return {name: value.numpy() for name, value in loaded(**tensors).items()}
+
+    return call

@@ -1,0 +1,121 @@
+"""Weights as safetensors, both ways: a run becomes a folder of plain files, and a run again.
+
+    config.json, identities.json, members.npz, metrics.json   as in the folder of the run
+    checkpoint.json      the manifest of the checkpoint, without its list of files
+    weights.safetensors  every array of it by its path: params/... and model_state/..., [E, ...]
+
+The state of the optimiser stays behind: an imported run evaluates and ranks, and cannot train on.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vidjax import config_io, devices, files
+from vidjax.config import Config
+from vidjax.ensemble import FILE as MEMBERS
+from vidjax.errors import UserError
+from vidjax.evaluation import restore
+from vidjax.run import checkpoint, formats
+from vidjax.steps import class_sharding
+from vidjax.system import make_system
+
+WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
+NEEDED = (restore.CONFIG, restore.IDENTITIES, MEMBERS)
+COPIED = (*NEEDED, "metrics.json")
+ITEMS = ("params", "model_state")
+OWN = ("step", "files", "arrays", "sha256")  # entries of a manifest that each checkpoint has anew
+
+
+def write(workdir: Path, folder: Path, step: str) -> None:
+    """Writes the files above into a folder; `step` is `latest` or `best`."""
+    from safetensors.numpy import save_file
+
+    config = config_io.load_workdir(workdir)
+    config.eval.checkpoint = step
+    run = restore.find_run(config, workdir)
+    wanted = _abstract(config, run.manifest, len(run.training_sets.members))
+    items = checkpoint.load(run.checkpoint, wanted, devices.replicated(devices.make_mesh(1)))
+    save_file(by_path(items), folder / WEIGHTS)
+    files.write_manifest(folder / CHECKPOINT, {**_kept(run.manifest), "files": {}})
+    for name in COPIED:
+        if (workdir / name).exists():
+            shutil.copyfile(workdir / name, folder / name)
+
+
+def read(folder: Path, workdir: Path) -> None:
+    """Makes the run `workdir`, a new folder, of the files in `folder`.
+
+    Raises:
+      UserError: a file is missing or damaged, or the weights are of another model.
+    """
+    for name in (*NEEDED, CHECKPOINT, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"'{folder}' has no {name}: name a folder that vidjax export has made")
+    path = folder / CHECKPOINT
+    manifest = files.read_manifest(path)
+    formats.parse(path, manifest, formats.Manifest, "export the run again")
+    restore.check_entries(folder, manifest)
+    with files.atomic_folder(workdir) as partial:
+        for name in COPIED:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, partial / name)
+        config = config_io.load_workdir(partial)
+        sets = restore.load_training_sets(partial, manifest)
+        items = _items(folder / WEIGHTS, _abstract(config, manifest, len(sets.members)))
+        checkpoint.save(partial, manifest["step"], items, _kept(manifest, without_step=True))
+        restore.find_run(config, partial)  # its files belong together
+
+
+def by_path(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the path of every array in nested dicts, such as params/net/kernel -> array."""
+    leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
+    return {_path(keys): np.ascontiguousarray(jax.device_get(leaf)) for keys, leaf in leaves}
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _kept(manifest: Mapping[str, Any], *, without_step: bool = False) -> dict[str, Any]:
+    """Returns the entries of a manifest that do not depend on how its arrays are stored."""
+    left_out = OWN if without_step else OWN[1:]
+    arrays = {} if without_step else {"arrays": manifest["arrays"]}
+    return {name: value for name, value in manifest.items() if name not in left_out} | arrays
+
+
+def _abstract(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
+    """Returns the shapes and dtypes of the weights that a configuration and a manifest want."""
+    task = restore.task_of(manifest)
+    system = make_system(config.to_dict(), task)
+    state = class_sharding.abstract_state(system, task.modalities, task.num_model_columns, members)
+    return {name: getattr(state, name) for name in ITEMS}
+
+
+def _items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads weights, structured like `wanted`; UserError if they are others."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    files.open_regular(path).close()
+    try:
+        found = load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"'{path}' is damaged: {error}\nexport the run again") from error
+
+    def take(keys: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
+        name, kind = _path(keys), f"{like.dtype}{list(like.shape)}"
+        value = found.pop(name, None)
+        if value is None or (value.dtype, value.shape) != (like.dtype, like.shape):
+            here = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
+            raise UserError(f"'{path}' is of another model: {name}\nis {here}, not {kind}")
+        return value
+
+    items = jax.tree_util.tree_map_with_path(take, dict(wanted))
+    if found:
+        raise UserError(f"'{path}' is of another model: it has {min(found)} besides")
+    return jax.tree.map(jax.numpy.asarray, items)
