@@ -41,6 +41,42 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
         yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
 
 
+def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
+    """Returns the clip of an `.npz` file in memory, whose arrays take `limit` bytes at most."""
+    clean = clean_name_at("clip:", name)
+    try:
+        arrays = files.load_npz(io.BytesIO(content), limit)
+    except ValueError as error:
+        raise UserError(f"clip {show(clean)}: {error}") from error
+    return Clip(clean, "npz", _by_modality(arrays, "npz"), name)
+
+
+def read_json(value: object, place: str) -> Clip:
+    """Returns a clip of JSON: {"clip": NAME, "face": [T lists of D numbers], ...}.
+
+    The other keys are those of an `.npz` file, `face`, `face_quality` and so on; a single frame may
+    be one list. ValueError names `place` and the key.
+    """
+    if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
+        raise UserError(f'{place}: no clip: wanted {{"clip": "NAME", "face": [[...], ...]}}')
+    name = clean_name_at(f"{place}:", given)
+    arrays = {}
+    for key, numbers in value.items():
+        if key != "clip":
+            try:
+                array = np.asarray(numbers)
+            except ValueError:  # lists of several lengths
+                array = np.asarray(None)
+            if array.dtype.kind not in "iuf" or not array.ndim:
+                raise UserError(
+                    f"{place}: clip {show(name)}: '{show(key)}' is no list of numbers, and no list "
+                    "of lists of one length"
+                )
+            with np.errstate(over="ignore"):  # infinite: the frame is left out, and told
+                arrays[key] = array.astype(np.float32)
+    return Clip(name, place, _by_modality(arrays, place), given)
+
+
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
     """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
 
