@@ -10,7 +10,7 @@ when the disk has it and no answer under way can name the person any more.
 import asyncio
 import contextlib
 import importlib.metadata
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple
 
@@ -325,7 +325,7 @@ class Application:
                 raise unprocessable("an .npz needs the name of its clip: ?clip=NAME")
             asked = _of_words({"clips": [{"clip": name}], **words}, kind)
             read = lambda: [clip_files.read_npz_bytes(body, name, self.limits.body_bytes)]  # noqa: E731
-            return _by_name(await _parsed(read, LARGE + 1)), asked
+            return _by_name(await _parsed(read, LARGE + 1), self.people.widths), asked
         if sent != "application/json":
             status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
             raise Refused(status, "wanted Content-Type: application/json, or application/x-npz")
@@ -336,7 +336,7 @@ class Application:
         read = lambda: [  # noqa: E731
             clip_files.read_json(one, f"clips[{place}]") for place, one in enumerate(asked.clips)
         ]
-        return _by_name(await _parsed(read, len(body))), asked
+        return _by_name(await _parsed(read, len(body)), self.people.widths), asked
 
 
 def _of_words(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of that kind)
@@ -347,14 +347,21 @@ def _of_words(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (o
         raise unprocessable(show(str(error))) from None
 
 
-def _by_name(clips: Sequence[Clip]) -> dict[str, Any]:
-    """Returns given name -> modality -> field -> frames; Refused for NaN, and for a name twice."""
+def _by_name(clips: Sequence[Clip], known: Collection[str]) -> dict[str, Any]:
+    """Returns given name -> modality -> field -> frames, without modalities that are not `known`.
+
+    Refused for a NaN, a name that comes twice, and a clip that has only others.
+    """
     found: dict[str, Any] = {}
     for clip in clips:
         name = clip.given or clip.name
         if name in found:
             raise unprocessable(f"clip '{show(name)}' comes twice")
-        for modality, fields in clip.modalities.items():
+        own = {key: dict(fields) for key, fields in clip.modalities.items() if key in known}
+        if clip.modalities and not own:
+            others = show(", ".join(map(str, clip.modalities)))
+            raise unprocessable(f"clip '{show(name)}' has {others}, wanted {', '.join(known)}")
+        for modality, fields in own.items():
             for field, array in fields.items():
                 place = f"clip '{show(name)}', {show(modality)}"
                 if array.dtype.kind not in "fiu":
@@ -363,7 +370,7 @@ def _by_name(clips: Sequence[Clip]) -> dict[str, Any]:
                     raise unprocessable(f"{place}: {field} hold a number that is not finite")
                 with np.errstate(over="ignore"):
                     fields[field] = array.astype(np.float32) if field == "features" else array
-        found[name] = clip.modalities
+        found[name] = own
     return found
 
 
