@@ -60,6 +60,7 @@ class _Served(NamedTuple):
 
     model: Model
     batcher: Batcher[Question, Any]
+    inputs: list[protocol.Spec]
 
 
 class Application:
@@ -70,7 +71,8 @@ class Application:
         self.people = GalleryModel(gallery)
         models: list[Model] = [self.people, *([RunModel(run)] if run else [])]
         self.served = {
-            one.name: _Served(one, Batcher(one.answer, limits, metrics)) for one in models
+            one.name: _Served(one, Batcher(one.answer, limits, metrics), inputs_of(one.widths))
+            for one in models
         }
         self.asked = self.served[self.people.name].batcher
         self.changes = Changes(limits)
@@ -80,6 +82,8 @@ class Application:
         """Returns method and path of every answer."""
         version, infer = "/v2/models/{name}/versions/{version}", self.infer
         table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+            ("POST", "/v2/models/{name}/infer", infer),  # the first that is looked at
+            ("POST", f"{version}/infer", infer),
             ("GET", "/v2", self.server),
             ("GET", "/v2/health/live", self.live),
             ("GET", "/v2/health/ready", self.is_ready),
@@ -87,8 +91,6 @@ class Application:
             ("GET", version, self.metadata),
             ("GET", "/v2/models/{name}/ready", self.is_ready),
             ("GET", f"{version}/ready", self.is_ready),
-            ("POST", "/v2/models/{name}/infer", infer),
-            ("POST", f"{version}/infer", infer),
             ("POST", "/identify", self.identify),
             ("POST", "/enrol", self.enrol),
             ("GET", "/identities", self.identities),
@@ -136,7 +138,7 @@ class Application:
             await asyncio.to_thread(thread.stop)
 
     async def _warm(self) -> None:
-        for model, batcher in self.served.values():
+        for model, batcher, _ in self.served.values():
             await batcher.run(model.warm)
         self.ready = True
         LOG.info("ready")
@@ -171,9 +173,9 @@ class Application:
 
     async def metadata(self, request: Request) -> Response:
         """Describes a model's tensors."""
-        model = self._model(request).model
+        model, _, inputs = self._model(request)
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        for kind, specs in (("inputs", inputs_of(model.widths)), ("outputs", model.outputs)):
+        for kind, specs in (("inputs", inputs), ("outputs", model.outputs)):
             content[kind] = [
                 {"name": one.name, "datatype": one.datatype, "shape": one.shape} for one in specs
             ]
@@ -181,12 +183,12 @@ class Application:
 
     async def infer(self, request: Request) -> Response:
         """Answers tensors by tensors."""
-        model, batcher = self._model(request)
+        model, batcher, inputs = self._model(request)
         body = await read_body(request.scope, self.limits.body_bytes)
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.Ask, Question]:
-            asked = protocol.parse(body, length, inputs_of(model.widths), self.limits)
+            asked = protocol.parse(body, length, inputs, self.limits)
             return asked, question_of(asked.tensors, model.widths, asked.parameters, self.limits)
 
         asked, question = await _parsed(read, len(body))
