@@ -1,11 +1,16 @@
 """The server: answers equal to Python's, by name and by tensors; who may ask, and how much."""
 
+import argparse
 import asyncio
 import io
 import json
+import re
+import shlex
 import socket
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +41,7 @@ class Inside(servers.Served):
     """A server in a thread of this process."""
 
     def __init__(self, gallery, run=None, limits=SMALL, token=None):
+        self.gallery = gallery
         self.app = app_lib.make_app(gallery, run, limits, token)
         self.listener = server.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
@@ -120,7 +126,7 @@ def test_identify_says_what_python_says(inside, people):
 
 def test_an_npz_is_answered_like_json(inside, people):
     content = io.BytesIO()
-    np.savez(content, **CLIPS["query 3"])
+    np.savez(content, face=CLIPS["query 3"]["face"], audio=CLIPS["query 3"]["audio"])
     headers = {"Content-Type": "application/x-npz"}
     path = "/identify?clip=query%203&k=2&threshold=0.2"
     status, found = inside.ask("POST", path, content.getvalue(), headers)
@@ -198,9 +204,11 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
     model = models.GalleryModel(people)
     right = models.Question([{k: {"features": x} for k, x in CLIPS["query 1"].items()}])
     wrong = models.Question([{"face": {"features": np.ones((1, 3), np.float32)}}])
-    found = model.answer([right, wrong, right])
-    assert isinstance(found[1], UserError)
-    assert found[0].answers == found[2].answers == model.answer([right])[0].answers
+    first, error, last = model.answer([right, wrong, right])
+    (alone,) = model.answer([right])
+    assert isinstance(error, UserError)
+    assert all(isinstance(one, models.Identified) for one in (first, last, alone))
+    np.testing.assert_equal([first, last], [alone, alone])
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
@@ -243,6 +251,71 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
         one.close()
 
 
+# ---- the README
+
+
+def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "vidjax/serve/README.md").read_text()
+    front = made_galleries.backend_lib
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2))
+    unit = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    labels = np.repeat(np.arange(1, 31), 2)
+    backend = front.fit({"face": unit}, labels, centred=False, settings=made_galleries.SETTINGS)
+    origin = servers.Origin("/models", "0" * 64, True, {"face": "0" * 64})
+    clips = {f"s{n}": made_galleries.Clip(None, one) for n, one in enumerate(unit)} | {
+        "p1": made_galleries.Clip("Bo", unit[0])
+    }
+    clips |= {f"t{n}": made_galleries.Clip(None, one) for n, one in enumerate(unit[:45])}
+    one = Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips))
+    one.wait()
+    monkeypatch.chdir(tmp_path)
+    np.savez("c1.npz", face=unit[:3])
+    try:
+        block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0]
+        asked = [
+            shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()
+        ]
+        assert len(asked) == 6
+        for words in asked:
+            found = argparse.ArgumentParser()
+            for flag in ("-X", "-d", "-H", "--data-binary"):
+                found.add_argument(flag)
+            found.add_argument("-s", action="store_true")
+            found.add_argument("address")
+            args = found.parse_args(words[1:])
+            given = args.data_binary
+            body = Path(given[1:]).read_bytes() if given else (args.d or "").encode() or None
+            headers = dict([args.H.split(": ")]) if args.H else None
+            method = args.X or ("POST" if body else "GET")
+            status, answer = one.ask(
+                method, args.address.removeprefix("localhost:8080"), body, headers
+            )
+            assert status == 200, (words, answer)
+    finally:
+        one.close()
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert program
+    for name in re.findall(r'as_numpy\("(\w+)"\)', program[1]):
+        assert name in [spec.name for spec in models.GalleryModel(one.gallery).outputs]
+
+
+def test_the_readme_tells_the_limits():
+    page = (Path(__file__).parent.parent / "vidjax/serve/README.md").read_text()
+    limits = Limits()
+    told = page.split("## Limits")[1]
+    for text in (
+        f"| {limits.body_bytes >> 20} MiB |", f"| {limits.json_bytes >> 20} MiB |",
+        f"| {limits.held_bytes >> 20} MiB |", f"| {limits.clips} |",
+        f"| {limits.waiting_clips:,}; {limits.waiting_changes} |", f"| {limits.connections} |",
+        f"| {limits.header_bytes >> 10} KiB, {limits.header_seconds:g} s |",
+        f"| {limits.body_seconds:g} s |", f"| {limits.idle_seconds:g} s |",
+        f"| {limits.answer_seconds:g} s; {limits.change_seconds:g} s |",
+        f"for {limits.drain_seconds:g} s at most",
+    ):  # fmt: skip
+        assert text in told, text
+
+
 # ---- changes
 
 
@@ -276,6 +349,28 @@ def test_people_are_enrolled_listed_and_never_named_again_once_removed(tmp_path)
         body = {"clips": servers.as_json(strangers), "strangers": True}
         assert one.ask("POST", "/enrol", body)[1]["enrolled"] == 20
         assert one.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 26
+    finally:
+        one.close()
+
+
+def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, caplog):
+    folder = tmp_path / "g"
+    people = servers.make_gallery(folder)
+    one = Inside(people)
+    one.wait()
+    body = {"clips": servers.as_json({"q": CLIPS["query 1"]})}
+    try:
+        with people._store.lock():
+            status, answer = one.ask("DELETE", "/clips/x")
+        assert status == 503 and "another process" in answer["error"]
+        people.remove(identity=list(people.identities))
+        assert one.ask("POST", "/identify", body)[0] == 409
+        (folder / "gallery.sqlite").write_bytes(b"SQLite format 3\0" * 99)
+        status, answer = one.ask("POST", "/identify", body)
+        assert status == 503 and str(tmp_path) not in answer["error"]
+        assert str(folder) in caplog.text
+        (folder / "gallery.sqlite").unlink()
+        assert one.ask("GET", "/identities")[0] == 503
     finally:
         one.close()
 
@@ -326,14 +421,15 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
 
     assert ask()[0] == 200
     assert ask(data=[[[0.5] * 8]])[0] == 200
-    for fields in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"datatype": "FP64"}, {"shape": [1, 8]}, {"shape": [1, 1, 9]}, {"shape": [2, 1, 8]},
         {"shape": [1 << 29, 1, 8]}, {"shape": [-1, 1, 8]}, {"data": ["a"] * 8},
         {"data": [[0.5] * 8]},
         {"data": [1e39] + [0.5] * 7}, {"name": "nose"}, {"data": None}, {"name": ""},
         {"parameters": {"binary_data_size": 32}}, {"parameters": {"binary_data_size": "x"}},
         {"parameters": {"k": []}}, {"shape": []}, {"shape": [0, 1, 8], "data": []},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for fields in wrong:
         status, content = ask(**fields)
         assert (status, type(content["error"])) == (422, str), fields
     values = np.full(8, 0.5, "<f4").tobytes()

@@ -113,8 +113,11 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
     asyncio.run(run())
     spent = time.perf_counter() - began
     p50, p99 = (1000 * float(np.percentile(times, q)) for q in (50, 99))
-    found = {"requests": len(times), "per_second": len(times) / spent, "p50_ms": p50, "p99_ms": p99}
-    return found | {"errors": len(errors)}
+    rate = len(times) / spent
+    return {
+        "requests": len(times), "per_second": rate, "p50_ms": p50, "p99_ms": p99,
+        "errors": len(errors),
+    }  # fmt: skip
 
 
 def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, seconds: float) -> dict:

@@ -66,7 +66,7 @@ def _port(text: str | None) -> int:
 
 
 COMMAND = Command(
-    "answers other programs over HTTP: who clips show, enrolling and removing",
+    "answers other programs over HTTP: who clips show",
     add_flags,
     run,
     ("--gallery=people", "--gallery=people --run=runs/mma --port=9000"),

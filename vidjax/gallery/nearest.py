@@ -43,11 +43,11 @@ def nearest(index: Index, parts: Sequence[np.ndarray], k: int) -> Iterator[Neare
     screen = _Screen(index) if len(index.names) >= FEW else None
     for at in range(0, len(parts[0]), QUERIES):
         z = index.backend.whiten([x[at : at + QUERIES] for x in parts])
-        logits, errors = screen.bounds(z) if screen else (None, None)
+        bounds = screen.bounds(z) if screen else None
         for row in range(len(z[0])):
             clip, found = [one[row] for one in z], None
-            if screen and not all(np.isnan(one[0]) for one in clip):
-                found = screen.nearest(clip, logits[row], float(errors[row]), k)
+            if screen and bounds and not all(np.isnan(one[0]) for one in clip):
+                found = screen.nearest(clip, bounds[0][row], float(bounds[1][row]), k)
             if found is None:
                 logs = index.log_probabilities(clip)
                 found = Nearest(float(logs[0]), index.best(logs, k))

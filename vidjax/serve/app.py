@@ -76,7 +76,7 @@ class Application:
         }
         self.asked = self.served[self.people.name].batcher
         self.changes = Changes(limits)
-        self.ready = False
+        self.ready = self.broken = False
 
     def routes(self) -> list[Route]:
         """Returns method and path of every answer."""
@@ -116,7 +116,7 @@ class Application:
             try:
                 return await answer(request)
             except UserError as error:
-                raise _refused(error) from None
+                raise self._refused(error) from None
             except OSError as error:
                 if not (text := of_the_system(error)):
                     raise
@@ -125,6 +125,19 @@ class Application:
                 raise Refused(status, "the gallery cannot be written: see the log", 10) from None
 
         return answered
+
+    def _refused(self, error: UserError) -> Refused:
+        """Returns the error of a request that vidjax refuses; paths stay in the log."""
+        text = str(error)
+        if " is in use by " in text:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            return Refused(status, "another process changes the gallery", 1)
+        if "has nobody enrolled" in text:
+            return Refused(HTTPStatus.CONFLICT, "the gallery has nobody enrolled")
+        if str(self.people.gallery.folder) in text:
+            LOG.error("%s", one_line(text))
+            return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the gallery is damaged: see the log")
+        return unprocessable(text)
 
     @contextlib.asynccontextmanager
     async def life(self, app: object) -> AsyncIterator[None]:
@@ -138,8 +151,13 @@ class Application:
             await asyncio.to_thread(thread.stop)
 
     async def _warm(self) -> None:
-        for model, batcher, _ in self.served.values():
-            await batcher.run(model.warm)
+        try:
+            for model, batcher, _ in self.served.values():
+                await batcher.run(model.warm)
+        except Exception as error:  # it never gets ready, and a platform starts it anew
+            self.broken = True
+            LOG.error("cannot answer: %s", one_line(str(error)))
+            return
         self.ready = True
         LOG.info("ready")
 
@@ -152,8 +170,10 @@ class Application:
         return _json({"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]})
 
     async def live(self, request: Request) -> Response:
-        """Says that the server runs."""
+        """Says that the server runs; 503 if it will never get ready."""
         del request
+        if self.broken:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "it cannot answer: see the log")
         return _json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
@@ -379,16 +399,6 @@ def _by_name(clips: Sequence[Clip], known: Collection[str]) -> dict[str, Any]:
 async def _parsed(read: Callable[[], Any], size: int) -> Any:  # noqa: ANN401 (what `read` returns)
     """Returns what `read` makes of a body of `size` bytes; a thread reads a large one."""
     return await asyncio.to_thread(read) if size > LARGE else read()
-
-
-def _refused(error: UserError) -> Refused:
-    """Returns the error of a request that vidjax refuses."""
-    text = str(error)
-    if " is in use by " in text:
-        return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "another process changes the gallery", 1)
-    if "has nobody enrolled" in text:
-        return Refused(HTTPStatus.CONFLICT, "the gallery has nobody enrolled")
-    return unprocessable(text)
 
 
 def _json(content: object) -> Response:

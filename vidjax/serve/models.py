@@ -57,8 +57,8 @@ class Model(Protocol):
     """What the protocol serves: a name, the widths of its modalities, and its outputs."""
 
     name: str
-    widths: Mapping[str, int]
-    outputs: Sequence[Spec]
+    widths: dict[str, int]
+    outputs: tuple[Spec, ...]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """Returns an answer, or an error, for each question."""
@@ -186,7 +186,7 @@ class GalleryModel:
         self.gallery = gallery
         self.widths = dict(gallery.reads[0])
         width = sum(gallery.backend.widths.values())
-        self.outputs = (
+        self.outputs: tuple[Spec, ...] = (
             Spec("identity", "BYTES", (-1,)),
             Spec("identities", "BYTES", (-1, -1)),
             Spec("scores", "FP32", (-1, -1)),
@@ -269,7 +269,7 @@ class RunModel:
     def __init__(self, run: Predictor):
         self.run = run
         self.widths = dict(run.modalities)
-        self.outputs = (
+        self.outputs: tuple[Spec, ...] = (
             Spec("scores", "FP32", (-1, len(run.identities))),
             Spec("identities", "BYTES", (-1, -1)),
             Spec("embedding", "FP32", (-1, self._answer([self._blank(1)])[0].vectors.shape[1])),
