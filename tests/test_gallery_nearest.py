@@ -74,7 +74,9 @@ def test_bounds_hold(monkeypatch):
     rng = np.random.default_rng(3)
     index, draw = make(rng, {"face": 64, "body": 16}, scale=1.0, spread=0.5)
     z = index.backend.whiten(draw(rng.integers(0, PEOPLE, 40)))
-    logits, errors = nearest_lib._Screen(index).bounds(z)
+    bounds = nearest_lib._Screen(index).bounds(z)
+    assert bounds
+    logits, errors = bounds
     rows = np.arange(PEOPLE)
     for row, near in enumerate(logits):
         clip = [one[row] for one in z]

@@ -417,17 +417,20 @@ class Index:
                     np.vecdot(own, clip[n].astype(np.float32), out=ratios[n, first:last])
         return self._add_up(ratios, rows, clip, present)
 
-    def screen(self, number: int, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns log-likelihood ratios of part `number` for Q clips, nearly: [Q, N] float32.
+    def screen(
+        self, number: int, z: np.ndarray, scale: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns scaled log-likelihood ratios of a part for Q clips, nearly: [Q, N] float32.
 
-        `z` [Q, D] are their coordinates. The second array [Q] is more than the most by which the
-        ratios, or those of `log_probabilities`, err. A person who lacks the part has any number.
+        `z` [Q, D] are the coordinates in part `number`. The second array [Q] is more than the most
+        by which the ratios, or those of `log_probabilities`, err; the third more than the largest
+        ratio. A person who lacks the part has any number.
         """
         curves, kind = self._curves
         constant, largest, norm = self._screened[number]
         exact = np.vecdot(curves[number], (z * z)[:, None])
-        squares = exact.astype(np.float32)
-        narrow = z.astype(np.float32)
+        squares = (scale * exact).astype(np.float32)
+        narrow = (scale * z).astype(np.float32)
         ratios = np.empty((len(z), len(self.names)), np.float32)
         ends = np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
@@ -439,15 +442,16 @@ class Index:
         # than one alone. A thread for each block does not.
         with _libraries().limit(limits=1, user_api="blas"):
             list(threads().map(multiply, range(len(self.blocks))))
-        ratios += constant
+        ratios += constant if scale == 1 else np.float32(scale) * constant
         if len(curves[number]) == 2:  # all people have equally many clips
             ratios += squares[:, 1:]
         else:
             ratios += squares[:, kind[number]]
-        # D products and sums of float32, twice; and three sums more.
+        # D products and sums of float32, twice; and some sums and products more.
         product = norm * np.sqrt(np.vecdot(z, z))
-        error = 3 * z.shape[1] * ROUNDING * product
-        return ratios, error + 8 * ROUNDING * (product + largest + np.abs(exact).max(axis=1))
+        most = product + largest + np.abs(exact).max(axis=1)
+        error = 3 * z.shape[1] * ROUNDING * product + 10 * ROUNDING * most
+        return ratios, abs(scale) * error, abs(scale) * most
 
     @functools.cached_property
     def _screened(self) -> list[tuple[np.ndarray, float, float]]:

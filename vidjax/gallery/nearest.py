@@ -68,30 +68,33 @@ class _Screen:
         self._new = float(two_covariance.stranger_logit(settings, len(index.names)))
         self._lacking = [np.flatnonzero(counts == 0) for counts in index.counts]
 
-    def bounds(self, z: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns nearly exact logits [Q, N] float32, and the most by which they err, [Q]."""
+    def bounds(self, z: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns nearly exact logits [Q, N] float32, and the most by which they err, [Q].
+
+        None where no clip has any part.
+        """
         settings = self._index.backend.settings
         missing = [np.isnan(one[:, 0]) for one in z]
         num_present = np.sum([~one for one in missing], axis=0)
-        total = np.zeros((len(z[0]), len(self._index.names)), np.float32)
-        error, size = np.zeros(len(total)), np.zeros(len(total))
+        total: np.ndarray | None = None
+        error, size = np.zeros(len(z[0])), np.zeros(len(z[0]))
         for number, part in enumerate(self._index.backend.parts):
             if missing[number].all():
                 continue
             scale = settings.scale * part.scale
-            ratios, wrong = self._index.screen(number, np.nan_to_num(z[number]))
-            if scale != 1:
-                ratios *= np.float32(scale)
+            ratios, wrong, most = self._index.screen(number, np.nan_to_num(z[number]), scale)
             if part.hearsay:
-                rows, most = num_present > 1, np.float32(MOST_OF_VOICE)
-                ratios[rows] = np.clip(ratios[rows], -most, most)
+                rows, voice = num_present > 1, np.float32(MOST_OF_VOICE)
+                ratios[rows] = np.clip(ratios[rows], -voice, voice)
             if len(self._lacking[number]):
                 ratios[:, self._lacking[number]] = settings.unenrolled
             if missing[number].any():
                 ratios[missing[number]] = 0
-            error += abs(scale) * wrong
-            size += np.maximum(ratios.max(axis=1), -ratios.min(axis=1))
-            total += ratios
+            error += wrong
+            size += np.maximum(most, abs(settings.unenrolled))
+            total = ratios if total is None else np.add(total, ratios, out=total)
+        if total is None:
+            return None
         return total, error + 8 * len(z) * ROUNDING * size
 
     def nearest(

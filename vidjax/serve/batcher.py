@@ -18,6 +18,7 @@ from vidjax.serve.metrics import Metrics
 Q = TypeVar("Q")
 A = TypeVar("A")
 T = TypeVar("T")
+LINGER = 0.002  # seconds that the next batch waits for company, after one of several requests
 
 
 class _Waiting(NamedTuple, Generic[Q, A]):
@@ -78,6 +79,9 @@ class Batcher(Generic[Q, A]):
                         one.answer.set_exception(answer)
                     else:
                         one.answer.set_result(answer)
+                if len(batch) > 1 and len(self._waiting) < len(batch):
+                    # Who got an answer may ask again: else a batch of one would go before the rest.
+                    await asyncio.sleep(LINGER)
         finally:
             self._batch = None
 
