@@ -92,3 +92,17 @@ def test_equal_people_are_in_the_order_of_names():
     both = backend_lib.Index(index.backend, [*index.blocks, twins])
     (found,) = nearest_lib.nearest(both, [one], 3)
     assert [name for name, _ in found.best] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("stranger", [-30.0, 1.0, 30.0, 60.0])
+def test_somebody_new_who_is_nearly_sure_changes_no_bit(stranger):
+    rng = np.random.default_rng(1)
+    index, draw = make(rng, {"face": 40}, scale=1.0, spread=0.5)
+    settings = index.backend.settings._replace(stranger=stranger)
+    index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
+    (parts,) = draw(np.arange(PEOPLE - 40, PEOPLE), lacks=0)
+    for one, logs in zip(
+        nearest_lib.nearest(index, [parts], 5), index.search([parts]), strict=True
+    ):
+        assert one.best == index.best(logs, 5)
+        assert (one.best[0][1] >= one.new) == (one.best[0][1] >= logs[0])

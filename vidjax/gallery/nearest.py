@@ -81,7 +81,7 @@ class _Screen:
         for number, part in enumerate(self._index.backend.parts):
             if missing[number].all():
                 continue
-            scale = settings.scale * part.scale
+            scale = float(settings.scale) * part.scale
             ratios, wrong, most = self._index.screen(number, np.nan_to_num(z[number]), scale)
             if part.hearsay:
                 rows, voice = num_present > 1, np.float32(MOST_OF_VOICE)
@@ -110,7 +110,7 @@ class _Screen:
         second = sorted((*two, self._new))[1]
         # Where somebody new is so probable that all people together change no bit of the sum, only
         # the best k matter.
-        most = float(peaks.max()) + error + math.log(people) + 1
+        most = float(logits.max()) + error + math.log(people) + 1
         alone = float(np.logaddexp(self._new, most)) == self._new
         least = (kth if alone else min(kth, second - UNCOUNTED)) - 2 * error
         rows = np.flatnonzero(logits >= np.float32(least - 1e-6 * abs(least)))
