@@ -24,7 +24,7 @@ import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 
@@ -304,9 +304,11 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
             raise UserError(f"cannot read '{path}': {error}") from error
 
 
-def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str, np.ndarray]:
+def load_npz(
+    file: io.FileIO | io.BytesIO, limit: int, group: str | None = None
+) -> dict[str, np.ndarray]:
     """Reads an open file as `read_npz` does; `group` keeps only arrays `group/NAME`, as NAME."""
-    content = io.BufferedReader(file)
+    content = io.BufferedReader(cast(io.RawIOBase, file))
     try:
         if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
             raise UserError("an .npy file, which does not name its array: use numpy.savez")

@@ -15,7 +15,7 @@ from typing import NoReturn
 from vidjax import config as config_lib
 from vidjax import config_io, machine, messages
 from vidjax.cluster import processes
-from vidjax.commands import check, compare, config, evaluate, rank, train
+from vidjax.commands import check, compare, config, evaluate, rank, serve, train
 from vidjax.errors import UserError
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "report": evaluate.REPORT,
     "check": check.COMMAND,
     "config": config.COMMAND,
+    "serve": serve.COMMAND,
 }
 TOGETHER = {"train": train.settings, "evaluate": evaluate.settings}  # in several processes
 SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command

@@ -41,6 +41,16 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
         yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
 
 
+def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
+    """Returns the clip of an `.npz` file in memory, whose arrays take `limit` bytes at most."""
+    clean = clean_name_at("clip:", name)
+    try:
+        arrays = files.load_npz(io.BytesIO(content), limit)
+    except ValueError as error:
+        raise UserError(f"clip {show(clean)}: {error}") from error
+    return Clip(clean, "npz", _by_modality(arrays, "npz"), name)
+
+
 def read_json(value: object, place: str) -> Clip:
     """Returns a clip of JSON: {"clip": NAME, "face": [T lists of D numbers], ...}.
 

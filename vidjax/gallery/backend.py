@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from vidjax.errors import UserError
 from vidjax.machine import num_cores
@@ -40,6 +41,7 @@ MANY_BLOCKS = 48  # from which on threads are worth starting
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
 # One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
 MOST_OF_VOICE = np.log(9)
+ROUNDING = 2.0**-24  # of float32
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
 
 
@@ -284,6 +286,11 @@ def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_cores())
 
 
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 class Index:
     """Identities as coefficients of a back end; an index is never changed."""
 
@@ -352,9 +359,9 @@ class Index:
         present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
         if not present:
             return np.concatenate([[0.0], np.full(len(self.names), -np.inf)])
-        blocks, (curves, kind) = self.blocks, self._curves
+        blocks = self.blocks
         ends = np.cumsum([0, *(len(block.names) for block in blocks)]).tolist()
-        ratios = np.empty((len(curves), ends[-1]), np.float32)
+        ratios = np.empty((len(clip), ends[-1]), np.float32)
         linear = {n: clip[n].astype(np.float32) for n in present}
 
         def score(first: int, step: int) -> None:
@@ -368,27 +375,103 @@ class Index:
             list(threads().map(lambda first: score(first, cores), range(cores)))
         else:
             score(0, 1)
-        settings = self.backend.settings
         logits = np.zeros(1 + ends[-1])
-        logits[0] = two_covariance.stranger_logit(settings, ends[-1])
+        logits[0] = two_covariance.stranger_logit(self.backend.settings, ends[-1])
+        logits[1:] = self._add_up(ratios, slice(None), clip, present)
+        return log_softmax(logits)
+
+    def _add_up(
+        self,
+        ratios: np.ndarray,
+        rows: np.ndarray | slice,
+        clip: Sequence[np.ndarray],
+        present: Sequence[int],
+    ) -> np.ndarray:
+        """Returns the logits [R] of the people in `rows`, from their dot products [M, R]."""
+        settings, (curves, kind) = self.backend.settings, self._curves
+        logits = np.zeros(ratios.shape[1])
         for n in present:
             squares = np.vecdot(curves[n], clip[n] * clip[n])
-            ratio = ratios[n] + self._constant[n] + squares[kind[n]]
+            own = kind[n, rows]
+            ratio = ratios[n] + self._constant[n, rows] + squares[own]
             part = self.backend.parts[n]
             ratio = settings.scale * part.scale * ratio
             if part.hearsay and len(present) > 1:
                 ratio = np.clip(ratio, -MOST_OF_VOICE, MOST_OF_VOICE)
-            logits[1:] += np.where(kind[n] > 0, ratio, settings.unenrolled)
-        return log_softmax(logits)
+            logits += np.where(own > 0, ratio, settings.unenrolled)
+        return logits
 
-    def compared(self, name: str, logs: np.ndarray, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
-        """Returns the parts that the most probable person and a clip, M vectors [D], have both.
+    def logits_of(self, rows: np.ndarray, clip: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the logits [R] float64 of the people in sorted `rows` [R] int, for one clip.
 
-        `logs` [1 + N] are the clip's log probabilities; the best of all people is that of `name`.
+        They are those that `log_probabilities` makes its answer of, to the bit.
         """
-        rows = np.flatnonzero(logs[1:] == logs[1:].max()).tolist()
-        counts = self.counts[:, next(row for row in rows if self.names[row] == name)]
-        both = zip(self.backend.parts, counts, clip, strict=True)
+        present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
+        ratios = np.empty((len(clip), len(rows)), np.float32)
+        ends = np.cumsum([0, *(len(block.names) for block in self.blocks)])
+        cuts = np.searchsorted(rows, ends)
+        for block, end, first, last in zip(self.blocks, ends, cuts, cuts[1:], strict=False):
+            if first < last:
+                for n in present:
+                    own = block.linear[n][rows[first:last] - end]
+                    np.vecdot(own, clip[n].astype(np.float32), out=ratios[n, first:last])
+        return self._add_up(ratios, rows, clip, present)
+
+    def screen(
+        self, number: int, z: np.ndarray, scale: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns scaled log-likelihood ratios of a part for Q clips, nearly: [Q, N] float32.
+
+        `z` [Q, D] are the coordinates in part `number`. The second array [Q] is more than the most
+        by which the ratios, or those of `log_probabilities`, err; the third more than the largest
+        ratio. A person who lacks the part has any number.
+        """
+        curves, kind = self._curves
+        constant, largest, norm = self._screened[number]
+        exact = np.vecdot(curves[number], (z * z)[:, None])
+        squares = (scale * exact).astype(np.float32)
+        narrow = (scale * z).astype(np.float32)
+        ratios = np.empty((len(z), len(self.names)), np.float32)
+        ends = np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
+
+        def multiply(place: int) -> None:
+            linear = self.blocks[place].linear[number]
+            np.matmul(narrow, linear.T, out=ratios[:, ends[place] : ends[place + 1]])
+
+        # The threads of the library wait for each other, busily: beside other work they take longer
+        # than one alone. A thread for each block does not.
+        with _libraries().limit(limits=1, user_api="blas"):
+            list(threads().map(multiply, range(len(self.blocks))))
+        ratios += constant if scale == 1 else np.float32(scale) * constant
+        if len(curves[number]) == 2:  # all people have equally many clips
+            ratios += squares[:, 1:]
+        else:
+            ratios += squares[:, kind[number]]
+        # D products and sums of float32, twice; and some sums and products more.
+        product = norm * np.sqrt(np.vecdot(z, z))
+        most = product + largest + np.abs(exact).max(axis=1)
+        error = 3 * z.shape[1] * ROUNDING * product + 10 * ROUNDING * most
+        return ratios, abs(scale) * error, abs(scale) * most
+
+    @functools.cached_property
+    def _screened(self) -> list[tuple[np.ndarray, float, float]]:
+        """For each part: constants [N] float32, the largest of them, and of norms of `linear`."""
+        found = []
+        for number in range(len(self.backend.parts)):
+            constant = self._constant[number]
+            largest = float(np.abs(constant).max(initial=0.0))
+            squares = [np.vecdot(one.linear[number], one.linear[number]) for one in self.blocks]
+            norm = float(np.sqrt(max((float(x.max(initial=0.0)) for x in squares), default=0.0)))
+            found.append((constant.astype(np.float32), largest, 1.001 * norm))
+        return found
+
+    @functools.cached_property
+    def _row(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.names)}
+
+    def compared(self, name: str, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
+        """Returns the parts that the person `name` and a clip, M vectors [D], have both."""
+        both = zip(self.backend.parts, self.counts[:, self._row[name]], clip, strict=True)
         return tuple(part.name for part, count, x in both if count and x.any())
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:
@@ -403,8 +486,12 @@ class Index:
         least = np.partition(logs, len(logs) - k)[-k]
         if least == -np.inf:
             return []
-        rows = np.flatnonzero(logs >= least)
-        found = [(self.names[row], float(logs[row])) for row in rows.tolist()]
+        return self.best_of(np.flatnonzero(logs >= least), logs[logs >= least], k)
+
+    def best_of(self, rows: np.ndarray, logs: np.ndarray, k: int) -> list[tuple[str, float]]:
+        """Returns the k most probable of the people in `rows` [R], whose logarithms are `logs`."""
+        pairs = zip(rows.tolist(), logs.tolist(), strict=True)
+        found = [(self.names[row], log) for row, log in pairs]
         return sorted(found, key=lambda one: (-one[1], one[0]))[:k]
 
 

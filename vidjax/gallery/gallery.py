@@ -47,6 +47,7 @@ from vidjax.gallery import trial as trial_lib
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, check_clip, enrol, stack
+from vidjax.gallery.nearest import nearest
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Last, Origin, State, Store, group
 from vidjax.gallery.trial import Trial
 from vidjax.models.plda import Settings
@@ -720,12 +721,11 @@ class Gallery:
         self._anybody()
         rule = self.rule() if rule is None else rule
         index = self.index
-        for row, logs in enumerate(index.search(parts)):
-            best = index.best(logs, k)
+        for row, (new, best) in enumerate(nearest(index, parts, k)):
             score = best[0][1] if best else -np.inf
             shown = tuple((name, float(np.exp(log))) for name, log in best)
-            passes = bool(best) and rule.names(score, logs[0])
-            compared = index.compared(best[0][0], logs, [x[row] for x in parts]) if passes else ()
+            passes = bool(best) and rule.names(score, new)
+            compared = index.compared(best[0][0], [x[row] for x in parts]) if passes else ()
             # By cards, a lone person of other parts is as probable as somebody new.
             known = passes and (compared or not self.origin.cards)
             identity = best[0][0] if known else None

@@ -1,0 +1,179 @@
+"""Identifications a second of `vidjax serve`, beside a server that answers one request at a time.
+
+    python -m tests.benchmarks.serve [--people=20000] [--clients=32] [--seconds=60]
+
+A gallery of people with one vector of 512 each is served; each client sends one clip, one frame of
+512 as a binary tensor, waits for its answer and sends the next one. One clip in five shows a
+stranger. Clients and server share the machine: `server_cpu` is the time of the server's own
+processes a request. The other server is `PLAIN`: Python's own http.server, and the same gallery.
+"""
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks import gallery as made
+from vidjax.gallery.gallery import Gallery
+from vidjax.gallery.store import Clip, Origin
+
+CARDS = Origin("made-up", "0" * 64, True, {"face": "0" * 64})
+PLAIN = """\
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import numpy as np
+from vidjax import Gallery
+people = Gallery(sys.argv[1])
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        x = np.frombuffer(body[-2048:], np.float32)[None]
+        found = people.identify({"clip": {"face": x}})["clip"]
+        content = json.dumps({"identity": found.identity, "best": found.best}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *words):
+        pass
+people.identify({"clip": {"face": np.ones((1, 512), np.float32)}})
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(f"http://127.0.0.1:{server.server_port}", flush=True)
+server.serve_forever()
+"""
+
+
+def request_of(vector: np.ndarray) -> bytes:
+    """Returns a request of the Open Inference Protocol, headers and body."""
+    tensor = {"name": "face", "shape": [1, 1, len(vector)], "datatype": "FP32"}
+    outputs = [
+        {"name": name, "parameters": {"binary_data": True}} for name in ("identity", "scores")
+    ]
+    content = {"inputs": [tensor | {"parameters": {"binary_data_size": 4 * len(vector)}}]}
+    head = json.dumps({**content, "outputs": outputs}).encode()
+    body = head + vector.astype("<f4").tobytes()
+    return (
+        "POST /v2/models/gallery/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Inference-Header-Content-Length: {len(head)}\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
+async def client(
+    port: int, requests: Sequence[bytes], end: float, times: list[float], errors: list[bytes]
+) -> None:
+    """Sends one request after another until `end`; notes the time of each answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    number = 0
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        writer.write(requests[number % len(requests)])
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        await reader.readexactly(length)
+        times.append(time.perf_counter() - began)
+        if b" 200 " not in head[:15]:
+            errors.append(head[:15])
+        number += 1
+    writer.close()
+
+
+def cpu_seconds(process: int) -> float:
+    """Returns the seconds of processor time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, float]:
+    """Returns requests a second, times in milliseconds and the number of errors."""
+    times: list[float] = []
+    errors: list[bytes] = []
+
+    async def run() -> None:
+        end = time.perf_counter() + seconds
+        shares = [requests[n::clients] for n in range(clients)]
+        await asyncio.gather(*(client(port, own, end, times, errors) for own in shares))
+
+    began = time.perf_counter()
+    asyncio.run(run())
+    spent = time.perf_counter() - began
+    p50, p99 = (1000 * float(np.percentile(times, q)) for q in (50, 99))
+    rate = len(times) / spent
+    return {
+        "requests": len(times), "per_second": rate, "p50_ms": p50, "p99_ms": p99,
+        "errors": len(errors),
+    }  # fmt: skip
+
+
+def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, seconds: float) -> dict:
+    """Starts a server by a command that prints its address, and loads it."""
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        began = time.perf_counter()
+        port = int(process.stdout.readline().rsplit(":", 1)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        while "serve" in words:
+            connection.request("GET", "/v2/health/ready")
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status == 200:
+                break
+            time.sleep(0.1)
+        ready = time.perf_counter() - began
+        load(port, requests, clients, min(2, seconds))
+        before = cpu_seconds(process.pid)
+        found = load(port, requests, clients, seconds)
+        cpu = 1000 * (cpu_seconds(process.pid) - before) / found["requests"]
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        memory = int(status.split("VmRSS:")[1].split()[0]) // 1024
+        return found | {"server_cpu_ms": cpu, "ready_seconds": ready, "memory_mb": memory}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the figures of both servers as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--people", type=int, default=20_000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60)
+    args = parser.parse_args(argv)
+    rng = np.random.default_rng(0)
+    folder = Path(tempfile.mkdtemp()) / "gallery"
+    try:
+        centres = rng.standard_normal((args.people, made.WIDTH), np.float32)
+        rows = made._near(centres, rng)
+        clips = {f"clip_{n:07}": Clip(f"person_{n:07}", row) for n, row in enumerate(rows)}
+        Gallery.of_clips(folder, CARDS, made.make_front(["face"], rng), clips)
+        shown = made._near(centres[rng.integers(0, args.people, 512)], rng)
+        shown[::5] = made._near(rng.standard_normal((len(shown[::5]), made.WIDTH), np.float32), rng)
+        requests = [request_of(row) for row in shown]
+        own = ["-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
+        for name, words in (("serve", own), ("plain", ["-c", PLAIN, str(folder)])):
+            found = measure(words, requests, args.clients, args.seconds)
+            sys.stdout.write(json.dumps({"server": name, **found, "cores": os.cpu_count()}) + "\n")
+            sys.stdout.flush()
+    finally:
+        shutil.rmtree(folder.parent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

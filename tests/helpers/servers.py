@@ -1,0 +1,106 @@
+"""A server in a process of its own, as a user starts it, and a gallery for it."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.helpers import made_galleries
+from vidjax.gallery.gallery import Gallery
+from vidjax.gallery.store import Origin
+
+CARDS = Origin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galleries.WIDTHS})
+
+
+def make_gallery(folder: Path, people: int = 12, strangers: int = 6) -> Gallery:
+    """Returns a gallery of people whose clips are means of frames, as of a gallery of models."""
+    clips = made_galleries.make_clips(people, strangers)
+    return Gallery.of_clips(folder, CARDS, made_galleries.make_front(), clips, sync=True)
+
+
+def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
+    """Returns modality -> frames [T, D] of a clip near those of a person."""
+    rows = [made_galleries.make_clip(number + turn, person).vector for turn in range(frames)]
+    at, found = 0, {}
+    for name, width in made_galleries.WIDTHS.items():
+        found[name] = np.stack(rows)[:, at : at + width]
+        at += width
+    return found
+
+
+def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Returns clips as the JSON of a request."""
+    return [
+        {"clip": clip, **{name: x.tolist() for name, x in parts.items()}}
+        for clip, parts in clips.items()
+    ]
+
+
+class Served:
+    """A server that runs; `ask` sends one request on a connection of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int):
+        self.process, self.port = process, port
+
+    def ask(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Returns status and content of an answer; a body that is not bytes is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            if body is not None and not isinstance(body, bytes):
+                body = json.dumps(body).encode()
+            sent = {"Content-Type": "application/json", **(headers or {})}
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            content = answer.read()
+            text = answer.getheader("content-type", "")
+            return answer.status, json.loads(content) if "json" in text else content
+
+    def wait(self, seconds: float = 60) -> None:
+        """Waits until the server is ready."""
+        end = time.monotonic() + seconds
+        while self.ask("GET", "/v2/health/ready")[0] != 200:
+            assert time.monotonic() < end and self.process.poll() is None
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        """Ends the server by SIGTERM; returns its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def start(folder: Path, *words: str) -> Served:
+    """Starts `vidjax serve` at a free port of this machine."""
+    command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stdout and process.stderr
+    line = process.stdout.readline()
+    if not line.startswith("http://"):
+        raise AssertionError(process.stderr.read())
+    return Served(process, int(line.rsplit(":", 1)[1]))
+
+
+@contextlib.contextmanager
+def served(folder: Path, *words: str) -> Iterator[Served]:
+    """Runs a server while the context is open; it is ready."""
+    server = start(folder, *words)
+    try:
+        server.wait()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()

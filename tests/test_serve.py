@@ -1,0 +1,623 @@
+"""The server: answers equal to Python's, by name and by tensors; who may ask, and how much."""
+
+import argparse
+import asyncio
+import io
+import json
+import re
+import shlex
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import made_galleries, servers
+from vidjax import main as main_lib
+from vidjax import predict
+from vidjax.gallery.gallery import Gallery
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httptools")
+
+from vidjax.errors import UserError
+from vidjax.serve import app as app_lib
+from vidjax.serve import limits as limits_lib
+from vidjax.serve import models, openapi, protocol, server
+from vidjax.serve.limits import Limits, Refused
+
+JSON = {"Content-Type": "application/json"}
+SMALL = Limits(
+    body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=2 << 20, clips=32, connections=12,
+    header_seconds=0.4, body_seconds=0.4, idle_seconds=1, drain_seconds=5,
+)  # fmt: skip
+
+
+class Inside(servers.Served):
+    """A server in a thread of this process."""
+
+    def __init__(self, gallery, run=None, limits=SMALL, token=None):
+        self.gallery = gallery
+        self.app = app_lib.make_app(gallery, run, limits, token)
+        self.listener = server.listen("127.0.0.1", 0)
+        self.port = self.listener.getsockname()[1]
+        config = server.make_config(self.app, limits)
+        self.server = server.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
+        self.thread.start()
+
+    def wait(self, seconds=120):
+        end = time.monotonic() + seconds
+        while self.ask("GET", "/v2/health/ready")[0] != 200:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return servers.make_gallery(tmp_path_factory.mktemp("served") / "g")
+
+
+@pytest.fixture(scope="module")
+def inside(people):
+    one = Inside(people)
+    one.wait()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def triton(inside):
+    http = pytest.importorskip("tritonclient.http")
+    with http.InferenceServerClient(f"127.0.0.1:{inside.port}") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def net(trained):
+    return models.RunModel(predict.restore(trained("configs/mma.py:iqiyi_vid"), num_devices=1))
+
+
+CLIPS = {
+    f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", frames=3) for n in range(6)
+}
+
+
+def tensors(clips, name):
+    return np.stack([clip[name] for clip in clips.values()])
+
+
+def infer(client, model, arrays, binary=True, **options):
+    http = pytest.importorskip("tritonclient.http")
+    inputs = []
+    for name, array in arrays.items():
+        datatype = "BOOL" if array.dtype == bool else "FP32"
+        one = http.InferInput(name, array.shape, datatype)
+        one.set_data_from_numpy(array, binary_data=binary)
+        inputs.append(one)
+    outputs = options.pop("outputs", None)
+    if outputs:
+        outputs = [http.InferRequestedOutput(name, binary_data=binary) for name in outputs]
+    return client.infer(model, inputs, outputs=outputs, parameters=options or None)
+
+
+# ---- answers
+
+
+def test_identify_says_what_python_says(inside, people):
+    wanted = people.identify(CLIPS)
+    status, found = inside.ask("POST", "/identify", {"clips": servers.as_json(CLIPS)})
+    assert status == 200
+    assert [one["clip"] for one in found["clips"]] == list(wanted)
+    for one, answer in zip(found["clips"], wanted.values(), strict=True):
+        assert (one["identity"], one["score"]) == (answer.identity, answer.score)
+        best = [(other["identity"], other["probability"]) for other in one["best"]]
+        assert tuple(best) == answer.best
+    assert sum(answer.identity is not None for answer in wanted.values()) >= 3
+
+
+def test_an_npz_is_answered_like_json(inside, people):
+    content = io.BytesIO()
+    np.savez(content, face=CLIPS["query 3"]["face"], audio=CLIPS["query 3"]["audio"])
+    headers = {"Content-Type": "application/x-npz"}
+    path = "/identify?clip=query%203&k=2&threshold=0.2"
+    status, found = inside.ask("POST", path, content.getvalue(), headers)
+    wanted = people.identify({"query 3": CLIPS["query 3"]}, 2, threshold=0.2)["query 3"]
+    assert status == 200 and len(found["clips"][0]["best"]) == 2
+    assert found["clips"][0]["score"] == wanted.score
+    objects = io.BytesIO()
+    np.savez(objects, face=np.array([{}], object))
+    assert inside.ask("POST", path, objects.getvalue(), headers)[0] == 422
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_gets_pythons_answers_to_the_bit(triton, people, binary):
+    assert triton.is_server_live() and triton.is_server_ready()
+    assert triton.is_model_ready("gallery") and triton.is_model_ready("gallery", "1")
+    described = triton.get_model_metadata("gallery")
+    assert {one["name"] for one in described["outputs"]} >= {"identity", "scores", "embedding"}
+    arrays = {name: tensors(CLIPS, name) for name in made_galleries.WIDTHS}
+    outputs = ["identity", "scores", "embedding"]
+    found = infer(triton, "gallery", arrays, binary, k=3, outputs=None if binary else outputs)
+    wanted = list(people.identify(CLIPS, 3).values())
+    names = [one.identity or "" for one in wanted]
+    assert [name.decode() if binary else name for name in found.as_numpy("identity")] == names
+    best = np.array([[np.log(p) for _, p in one.best] for one in wanted])
+    best[:, 0] = [one.score for one in wanted]
+    np.testing.assert_array_equal(found.as_numpy("scores"), best.astype(np.float32))
+    vectors = np.concatenate(list(people.embed(CLIPS).parts.values()), axis=1)
+    np.testing.assert_array_equal(found.as_numpy("embedding"), vectors)
+    only = infer(triton, "gallery", arrays, binary, k=3, outputs=["scores"])
+    np.testing.assert_array_equal(only.as_numpy("scores"), found.as_numpy("scores"))
+    assert only.as_numpy("identity") is None
+
+
+def test_masked_frames_are_not_looked_at(triton, people):
+    rng = np.random.default_rng(0)
+    face = tensors(CLIPS, "face")
+    padded = np.concatenate([np.full((6, 2, face.shape[2]), np.nan, np.float32), face], axis=1)
+    mask = np.arange(5)[None] >= np.full((6, 1), 2)
+    mask[4] = False  # a clip without a frame
+    quality = rng.uniform(1, 2, mask.shape).astype(np.float32)
+    arrays = {"face": padded, "face_mask": mask, "face_quality": quality}
+    found = infer(triton, "gallery", arrays)
+    frames = {
+        name: {"face": {"features": face[n], "quality": quality[n, 2:]} if n != 4 else None}
+        for n, name in enumerate(CLIPS)
+    }
+    wanted = people.embed(frames)
+    np.testing.assert_array_equal(
+        found.as_numpy("embedding"), np.concatenate(list(wanted.parts.values()), axis=1)
+    )
+    assert found.as_numpy("identity")[4] == b"" and not found.as_numpy("embedding")[4].any()
+
+
+def test_requests_that_come_together_get_the_answers_they_get_alone(inside, people):
+    found = {}
+
+    def ask(n):
+        clips = dict(list(CLIPS.items())[n % 5 : n % 5 + 2])
+        body = {"clips": servers.as_json(clips), "k": 1 + n % 3}
+        found[n] = (inside.ask("POST", "/identify", body), people.identify(clips, 1 + n % 3))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 10
+    for (status, answer), wanted in found.values():
+        assert status == 200
+        scores = [one["score"] for one in answer["clips"]]
+        assert scores == [one.score for one in wanted.values()]
+
+
+def test_one_wrong_question_of_a_batch_spoils_no_other(people):
+    model = models.GalleryModel(people)
+    right = models.Question([{k: {"features": x} for k, x in CLIPS["query 1"].items()}])
+    wrong = models.Question([{"face": {"features": np.ones((1, 3), np.float32)}}])
+    first, error, last = model.answer([right, wrong, right])
+    (alone,) = model.answer([right])
+    assert isinstance(error, UserError)
+    assert all(isinstance(one, models.Identified) for one in (first, last, alone))
+    np.testing.assert_equal([first, last], [alone, alone])
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_the_net_of_a_run_gives_pythons_scores_to_the_bit(net, count):
+    model, run = net, net.run
+    rng = np.random.default_rng(count)
+    clips = {
+        f"clip {n}": {
+            name: rng.normal(size=(1 + 7 * n, width)).astype(np.float32)
+            for name, width in run.modalities.items()
+        }
+        for n in range(count)
+    }
+    question = models.Question([
+        {name: {"features": x} for name, x in clip.items()} for clip in clips.values()
+    ])  # fmt: skip
+    other = models.Question(question.clips[:1])
+    (found, _) = model.answer([question, other])
+    outputs = model.tensors(question, found)
+    np.testing.assert_array_equal(outputs["scores"], run.scores(clips))
+    np.testing.assert_array_equal(outputs["embedding"], run.embed(clips))
+    best = [names[0][0] for names in run.identify(clips, threshold=-np.inf).values()]
+    assert outputs["identities"][:, 0].tolist() == best
+
+
+def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
+    http = pytest.importorskip("tritonclient.http")
+    monkeypatch.setattr(models, "PAD_LENGTHS", (1,))  # compiles less
+    one = Inside(people, net.run)
+    one.wait()
+    try:
+        face = np.random.default_rng(0).normal(size=(2, 1, net.run.modalities["face"]))
+        face = face.astype(np.float32)
+        with http.InferenceServerClient(f"127.0.0.1:{one.port}") as client:
+            found = infer(client, "run", {"face": face}, k=2)
+        wanted = net.run.scores({"a": {"face": face[0]}, "b": {"face": face[1]}})
+        np.testing.assert_array_equal(found.as_numpy("scores"), wanted)
+        assert found.as_numpy("identities").shape == (2, 2)
+    finally:
+        one.close()
+
+
+# ---- the README
+
+
+def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "vidjax/serve/README.md").read_text()
+    front = made_galleries.backend_lib
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2))
+    unit = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    labels = np.repeat(np.arange(1, 31), 2)
+    backend = front.fit({"face": unit}, labels, centred=False, settings=made_galleries.SETTINGS)
+    origin = servers.Origin("/models", "0" * 64, True, {"face": "0" * 64})
+    clips = {f"s{n}": made_galleries.Clip(None, one) for n, one in enumerate(unit)} | {
+        "p1": made_galleries.Clip("Bo", unit[0])
+    }
+    clips |= {f"t{n}": made_galleries.Clip(None, one) for n, one in enumerate(unit[:45])}
+    one = Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips))
+    one.wait()
+    monkeypatch.chdir(tmp_path)
+    np.savez("c1.npz", face=unit[:3])
+    try:
+        block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0]
+        asked = [
+            shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()
+        ]
+        assert len(asked) == 6
+        for words in asked:
+            found = argparse.ArgumentParser()
+            for flag in ("-X", "-d", "-H", "--data-binary"):
+                found.add_argument(flag)
+            found.add_argument("-s", action="store_true")
+            found.add_argument("address")
+            args = found.parse_args(words[1:])
+            given = args.data_binary
+            body = Path(given[1:]).read_bytes() if given else (args.d or "").encode() or None
+            headers = dict([args.H.split(": ")]) if args.H else None
+            method = args.X or ("POST" if body else "GET")
+            status, answer = one.ask(
+                method, args.address.removeprefix("localhost:8080"), body, headers
+            )
+            assert status == 200, (words, answer)
+    finally:
+        one.close()
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert program
+    for name in re.findall(r'as_numpy\("(\w+)"\)', program[1]):
+        assert name in [spec.name for spec in models.GalleryModel(one.gallery).outputs]
+
+
+def test_the_readme_tells_the_limits():
+    page = (Path(__file__).parent.parent / "vidjax/serve/README.md").read_text()
+    limits = Limits()
+    told = page.split("## Limits")[1]
+    for text in (
+        f"| {limits.body_bytes >> 20} MiB |", f"| {limits.json_bytes >> 20} MiB |",
+        f"| {limits.held_bytes >> 20} MiB |", f"| {limits.clips} |",
+        f"| {limits.waiting_clips:,}; {limits.waiting_changes} |", f"| {limits.connections} |",
+        f"| {limits.header_bytes >> 10} KiB, {limits.header_seconds:g} s |",
+        f"| {limits.body_seconds:g} s |", f"| {limits.idle_seconds:g} s |",
+        f"| {limits.answer_seconds:g} s; {limits.change_seconds:g} s |",
+        f"for {limits.drain_seconds:g} s at most",
+    ):  # fmt: skip
+        assert text in told, text
+
+
+# ---- changes
+
+
+def test_people_are_enrolled_listed_and_never_named_again_once_removed(tmp_path):
+    folder = tmp_path / "g"
+    servers.make_gallery(folder)
+    one = Inside(Gallery(folder, sync=True))
+    one.wait()
+    try:
+        zoe = {f"zoe {n}": servers.make_frames(8000 + n, "Zoë / 2") for n in range(3)}
+        body = {"clips": servers.as_json(zoe), "identity": "Zoë / 2"}
+        assert one.ask("POST", "/enrol", body)[1]["enrolled"] == 3
+        assert Gallery(folder).identities["Zoë / 2"] == 3  # on the disk
+        assert one.ask("POST", "/enrol", body)[1] == {"enrolled": 0, "unchanged": 3, "refused": []}
+        query = {"clips": servers.as_json({"q": servers.make_frames(8100, "Zoë / 2")}), "k": 50}
+        assert one.ask("POST", "/identify", query)[1]["clips"][0]["identity"] == "Zoë / 2"
+        assert one.ask("DELETE", "/clips/zoe%201")[1] == {"removed": 1}
+        assert one.ask("GET", "/identities")[1]["identities"]["Zoë / 2"] == 2
+        assert one.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[1] == {"removed": 2}
+        named = one.ask("POST", "/identify", query)[1]["clips"][0]["best"]
+        assert "Zoë / 2" not in [other["identity"] for other in named]
+        assert one.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[0] == 404
+        with_other = Gallery(folder)  # as another process
+        with_other.enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")
+        query = {"clips": servers.as_json({"q": servers.make_frames(8201, "Yan")})}
+        assert one.ask("POST", "/identify", query)[1]["clips"][0]["best"][0]["identity"] == "Yan"
+        with_other.remove(identity="Yan")
+        named = one.ask("POST", "/identify", {**query, "k": 50})[1]["clips"][0]["best"]
+        assert "Yan" not in [other["identity"] for other in named]
+        strangers = {f"s {n}": servers.make_frames(9000 + n, f"s {n}") for n in range(20)}
+        body = {"clips": servers.as_json(strangers), "strangers": True}
+        assert one.ask("POST", "/enrol", body)[1]["enrolled"] == 20
+        assert one.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 26
+    finally:
+        one.close()
+
+
+def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, caplog):
+    folder = tmp_path / "g"
+    people = servers.make_gallery(folder)
+    one = Inside(people)
+    one.wait()
+    body = {"clips": servers.as_json({"q": CLIPS["query 1"]})}
+    try:
+        with people._store.lock():
+            status, answer = one.ask("DELETE", "/clips/x")
+        assert status == 503 and "another process" in answer["error"]
+        people.remove(identity=list(people.identities))
+        assert one.ask("POST", "/identify", body)[0] == 409
+        (folder / "gallery.sqlite").write_bytes(b"SQLite format 3\0" * 99)
+        status, answer = one.ask("POST", "/identify", body)
+        assert status == 503 and str(tmp_path) not in answer["error"]
+        assert str(folder) in caplog.text
+        (folder / "gallery.sqlite").unlink()
+        assert one.ask("GET", "/identities")[0] == 503
+    finally:
+        one.close()
+
+
+# ---- trust
+
+
+def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
+    def clip(**fields):
+        return {"clips": [{"clip": "a", "face": [[0.5] * 8], **fields}]}
+
+    deep = b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    wrong = [
+        (422, clip(face=[[0.5] * 7]), "7"),
+        (422, clip(face=[[0.5] * 8, [1.0]]), "face"),
+        (422, clip(face=[["0.5"] * 8]), "str"),
+        (422, clip(face=[[1e300] * 8]), "finite"),
+        (422, {"clips": [{"clip": "a", "nose": [[0.5] * 8]}]}, "nose"),
+        (422, {**clip(), "k": 0}, "k"),
+        (422, {**clip(), "fpir": 0.5, "threshold": 0.5}, "choose one"),
+        (422, {**clip(), "fbir": 0.5}, "fbir"),
+        (422, {"clips": []}, "clips"),
+        (422, {"clips": [{"face": [[0.5] * 8]}]}, "clip"),
+        (422, {"clips": clip()["clips"] * 2}, "twice"),
+        (422, {"clips": clip()["clips"] * 33}, "32"),
+        (422, b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"),
+        (422, deep, ""),
+        (422, b"", ""),
+        (422, b"\xff\xfe", ""),
+        (413, b" " * (1 << 19), "bytes"),
+    ]
+    for status, body, words in wrong:
+        found, content = inside.ask("POST", "/identify", body)
+        assert found == status, (status, body, content)
+        assert words in content["error"] and "\n" not in content["error"]
+    assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
+    assert inside.ask("GET", "/nothing")[0] == 404 and inside.ask("PUT", "/identify")[0] == 405
+
+
+def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
+    right = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32", "data": [0.5] * 8}
+    binary = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32"}
+
+    def ask(tail=b"", header=None, **fields):
+        body = json.dumps({"inputs": [right | fields]} if fields.get("name") != "" else {})
+        length = {"Inference-Header-Content-Length": header or str(len(body))} if tail else {}
+        return inside.ask("POST", "/v2/models/gallery/infer", body.encode() + tail, length)
+
+    assert ask()[0] == 200
+    assert ask(data=[[[0.5] * 8]])[0] == 200
+    wrong: tuple[dict[str, Any], ...] = (
+        {"datatype": "FP64"}, {"shape": [1, 8]}, {"shape": [1, 1, 9]}, {"shape": [2, 1, 8]},
+        {"shape": [1 << 29, 1, 8]}, {"shape": [-1, 1, 8]}, {"data": ["a"] * 8},
+        {"data": [[0.5] * 8]},
+        {"data": [1e39] + [0.5] * 7}, {"name": "nose"}, {"data": None}, {"name": ""},
+        {"parameters": {"binary_data_size": 32}}, {"parameters": {"binary_data_size": "x"}},
+        {"parameters": {"k": []}}, {"shape": []}, {"shape": [0, 1, 8], "data": []},
+    )  # fmt: skip
+    for fields in wrong:
+        status, content = ask(**fields)
+        assert (status, type(content["error"])) == (422, str), fields
+    values = np.full(8, 0.5, "<f4").tobytes()
+    of_binary = json.dumps({"inputs": [binary | {"parameters": {"binary_data_size": 32}}]}).encode()
+    for body, length, status in (
+        (of_binary + values, len(of_binary), 200),
+        (of_binary + values[:-1], len(of_binary), 422),
+        (of_binary + values + b"x", len(of_binary), 422),
+        (of_binary + values, len(of_binary) + 1, 422),
+        (of_binary + values, 10**9, 422),
+        (of_binary + values, -1, 422),
+        (of_binary + np.full(8, np.nan, "<f4").tobytes(), len(of_binary), 422),
+    ):
+        headers = {"Inference-Header-Content-Length": str(length)}
+        assert inside.ask("POST", "/v2/models/gallery/infer", body, headers)[0] == status
+    assert inside.ask("POST", "/v2/models/nobody/infer", of_binary)[0] == 404
+
+
+def test_pages_of_other_sites_get_nothing(inside):
+    ours = f"127.0.0.1:{inside.port}"
+    assert inside.ask("GET", "/identities", headers={"Host": "evil.example"})[0] == 403
+    assert inside.ask("GET", "/identities", headers={"Origin": "http://evil.example"})[0] == 403
+    assert inside.ask("GET", "/identities", headers={"Origin": f"http://{ours}"})[0] == 200
+
+
+def test_a_token_is_asked_for(people, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("short\n")
+    path.chmod(0o600)
+    with pytest.raises(UserError, match="openssl"):
+        limits_lib.read_token(path)
+    path.write_text("a" * 40 + "\n")
+    path.chmod(0o644)
+    with pytest.raises(UserError, match="chmod 600"):
+        limits_lib.read_token(path)
+    path.chmod(0o600)
+    token = limits_lib.read_token(path)
+    one = Inside(people, token=token)
+    one.wait()  # probes need none
+    try:
+        right = {"Authorization": f"Bearer {token.decode()}", "Host": "people.example"}
+        assert one.ask("GET", "/identities", headers=right)[0] == 200
+        for wrong in ({}, {"Authorization": "Bearer " + "b" * 40}, {"Authorization": "ä"}):
+            assert one.ask("GET", "/identities", headers=wrong)[0] == 401
+    finally:
+        one.close()
+
+
+def talk(port, content, seconds=3.0):
+    """Sends bytes, and returns all that comes back until the server hangs up."""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as one:
+        one.sendall(content)
+        found = b""
+        while part := one.recv(1 << 16):
+            found += part
+        return found
+
+
+def test_slow_and_false_clients_are_cut_off(inside):
+    head = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n"
+    sent = head + "Content-Type: application/json\r\n"
+    for content, answer in (
+        (head[:20], b" 408 "),
+        ("", b" 408 "),
+        (sent + "Content-Length: 100\r\n\r\n{", b" 408 "),
+        (sent + "Transfer-Encoding: chunked\r\n\r\n5\r\n{\r\n", b" 408 "),
+        (sent + "Content-Length: 99999999\r\n\r\n{", b" 413 "),
+        (sent + "Content-Length: -5\r\n\r\n{", b" 400 "),
+        (sent + "Content-Length: 5\r\nContent-Length: 7\r\n\r\n{", b" 400 "),
+        (head + "X: " + "a" * 40_000, b" 431 "),
+        ("nonsense\r\n\r\n", b" 400 "),
+    ):
+        assert answer in talk(inside.port, content.encode()).split(b"\r\n")[0], content[:200]
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    with pytest.raises((ConnectionError, AssertionError)):  # it may be cut off while it sends
+        found = talk(
+            inside.port, sent.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + 90 * chunk
+        )
+        assert b" 413 " not in found
+    assert inside.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_connections_are_counted(inside):
+    time.sleep(0.1)
+    held = [socket.create_connection(("127.0.0.1", inside.port)) for _ in range(SMALL.connections)]
+    try:
+        time.sleep(0.05)
+        assert inside.ask("GET", "/v2/health/live")[0] == 503
+    finally:
+        for one in held:
+            one.close()
+    time.sleep(0.05)
+    assert inside.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_a_full_queue_says_when_to_try_again():
+    from vidjax.serve.batcher import Batcher, Changes
+    from vidjax.serve.metrics import Metrics
+
+    limits = Limits(waiting_clips=4, batch_clips=2, answer_seconds=0.5, waiting_changes=1)
+    sizes = []
+    go = threading.Event()
+
+    def answer(questions):
+        sizes.append(len(questions))
+        go.wait(5)
+        return [question * 2 for question in questions]
+
+    async def run():
+        batcher = Batcher(answer, limits, Metrics())
+        asked = []
+        for numbers in (range(3), range(3, 6)):  # two are taken at once, the others wait
+            asked += [asyncio.create_task(batcher.ask(n, 1)) for n in numbers]
+            await asyncio.sleep(0.05)
+        with pytest.raises(Refused) as error:
+            await batcher.ask(9, 1)
+        assert error.value.status == 429 and error.value.retry_after
+        go.set()
+        assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10]
+        assert max(sizes) == 2
+        go.clear()
+        with pytest.raises(Refused) as error:
+            await batcher.ask(9, 1)
+        assert error.value.status == 503
+        go.set()
+        await batcher.settle()
+        assert await batcher.ask(7, 1) == 14
+        batcher.stop()
+        changes = Changes(limits)
+        wait = threading.Event()
+        slow = asyncio.create_task(changes.make(lambda: wait.wait(5)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(Refused) as error:
+            await changes.make(lambda: None)
+        assert error.value.status == 429
+        wait.set()
+        assert await slow
+        changes.stop()
+
+    asyncio.run(run())
+
+
+# ---- about the server
+
+
+def test_the_description_names_every_answer(inside):
+    status, described = inside.ask("GET", "/openapi.json")
+    assert status == 200 and described["openapi"].startswith("3.1")
+    routes = {
+        (method, route.path.replace(":path", ""))
+        for route in inside.app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    assert routes == set(openapi.ANSWERS)
+    status, page = inside.ask("GET", "/docs")
+    assert status == 200 and b"<script" not in page and b"http://" not in page
+    assert all(path.encode() in page for _, path in openapi.ANSWERS)
+
+
+def test_metrics_name_nobody(inside):
+    inside.ask("DELETE", "/identities/Nobody-of-this-name")
+    text = inside.ask("GET", "/metrics")[1].decode()
+    assert 'route="/identities/{name}",code="404"' in text
+    assert "Nobody" not in text and "person 3" not in text and "vidjax_people 12" in text
+
+
+def test_texts_are_written_as_triton_reads_them():
+    asked = protocol.Ask("7", {}, {}, {}, True)
+    body, size = protocol.answer(asked, "m", {"n": np.array(["é", ""], object)})
+    assert body[size:] == b"\x02\0\0\0\xc3\xa9\0\0\0\0"
+    assert json.loads(body[:size])["id"] == "7"
+
+
+def test_the_command_serves_until_a_signal_and_ends_with_0(tmp_path, capsys):
+    folder = tmp_path / "g"
+    servers.make_gallery(folder)
+    with servers.served(folder) as one:
+        clips = {"Secret": servers.make_frames(7030, "person 3")}
+        body = {"clips": servers.as_json(clips), "identity": "Ada Secret"}
+        assert one.ask("POST", "/enrol", body)[0] == 200
+        assert one.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
+        assert one.end() == 0
+        out, err = one.process.communicate()
+        assert "ended" in out and "Secret" not in out + err and "ready" in err
+    words = ["serve", f"--gallery={folder}"]
+    assert main_lib.main([*words, "--host=0.0.0.0"]) == 2
+    assert "--token-file" in capsys.readouterr().err
+    assert main_lib.main([*words, "--port=99999"]) == 2
+    assert "--port" in capsys.readouterr().err
+    assert main_lib.main(["serve"]) == 2
+    assert "--gallery" in capsys.readouterr().err

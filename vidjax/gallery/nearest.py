@@ -1,0 +1,121 @@
+"""The most probable people of many clips at once: the answers of `Index`, to the bit, but sooner.
+
+A matrix product says how probable every person is, nearly. By a bound on its rounding, most people
+can neither be among the best nor change a bit of the sum over all people: `backend.log_softmax`
+counts exponentials in units of 2^-40 of the second highest, so who lies 28 nats below it counts 0.
+Only for the others is the dot product of `Index` computed. Where too many are left, it is computed
+for all.
+
+Source of the bound: N. Higham, Accuracy and Stability of Numerical Algorithms (2002), 3.1.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax.gallery.backend import FINE, MOST_OF_VOICE, ROUNDING, Index, log_softmax
+from vidjax.models import two_covariance
+
+QUERIES = 32  # clips of a matrix product
+UNCOUNTED = float(np.log(2 * FINE)) + 0.5  # nats below the second highest that count as 0, and more
+MOST_LEFT = 0.25  # share of all people from which on `Index` is as quick
+PEAK = 32  # people of whom one is looked at, to find how high the k-th one is
+FEW = 512  # people below which a matrix product saves nothing
+
+
+class Nearest(NamedTuple):
+    """Log probabilities of a clip: of somebody `new`, and of the `best` people, as `Index.best`.
+
+    Of `new` the last bits may be wrong where it is 0 but for 1e-15.
+    """
+
+    new: float
+    best: list[tuple[str, float]]
+
+
+def nearest(index: Index, parts: Sequence[np.ndarray], k: int) -> Iterator[Nearest]:
+    """Yields the k most probable people of Q clips; `parts` are M arrays [Q, D], 0 where missing.
+
+    The best equal `Index.best` of `Index.log_probabilities`, to the bit.
+    """
+    screen = _Screen(index) if len(index.names) >= FEW else None
+    for at in range(0, len(parts[0]), QUERIES):
+        z = index.backend.whiten([x[at : at + QUERIES] for x in parts])
+        bounds = screen.bounds(z) if screen else None
+        for row in range(len(z[0])):
+            clip, found = [one[row] for one in z], None
+            if screen and bounds and not all(np.isnan(one[0]) for one in clip):
+                found = screen.nearest(clip, bounds[0][row], float(bounds[1][row]), k)
+            if found is None:
+                logs = index.log_probabilities(clip)
+                found = Nearest(float(logs[0]), index.best(logs, k))
+            yield found
+
+
+def _peaks(values: np.ndarray) -> np.ndarray:
+    """Returns the highest of each PEAK values, [N // PEAK] of [N]; the last few are left out."""
+    count = len(values) // PEAK
+    return values[: count * PEAK].reshape(PEAK, count).max(axis=0)
+
+
+class _Screen:
+    """Bounds on the logits of all N people for some clips, and exact answers for those left."""
+
+    def __init__(self, index: Index):
+        self._index, settings = index, index.backend.settings
+        self._new = float(two_covariance.stranger_logit(settings, len(index.names)))
+        self._lacking = [np.flatnonzero(counts == 0) for counts in index.counts]
+
+    def bounds(self, z: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns nearly exact logits [Q, N] float32, and the most by which they err, [Q].
+
+        None where no clip has any part.
+        """
+        settings = self._index.backend.settings
+        missing = [np.isnan(one[:, 0]) for one in z]
+        num_present = np.sum([~one for one in missing], axis=0)
+        total: np.ndarray | None = None
+        error, size = np.zeros(len(z[0])), np.zeros(len(z[0]))
+        for number, part in enumerate(self._index.backend.parts):
+            if missing[number].all():
+                continue
+            scale = float(settings.scale) * part.scale
+            ratios, wrong, most = self._index.screen(number, np.nan_to_num(z[number]), scale)
+            if part.hearsay:
+                rows, voice = num_present > 1, np.float32(MOST_OF_VOICE)
+                ratios[rows] = np.clip(ratios[rows], -voice, voice)
+            if len(self._lacking[number]):
+                ratios[:, self._lacking[number]] = settings.unenrolled
+            if missing[number].any():
+                ratios[missing[number]] = 0
+            error += wrong
+            size += np.maximum(most, abs(settings.unenrolled))
+            total = ratios if total is None else np.add(total, ratios, out=total)
+        if total is None:
+            return None
+        return total, error + 8 * len(z) * ROUNDING * size
+
+    def nearest(
+        self, clip: Sequence[np.ndarray], logits: np.ndarray, error: float, k: int
+    ) -> Nearest | None:
+        """Returns the answer for a clip from its bounds; None where too many people are left."""
+        people = len(logits)
+        k = min(k, people)
+        peaks = _peaks(logits) if k * PEAK <= people else logits
+        places = (len(peaks) - k, len(peaks) - 2, len(peaks) - 1)
+        # Of people, not above the k-th highest and the two highest.
+        kth, *two = np.partition(peaks, places)[list(places)].tolist()
+        second = sorted((*two, self._new))[1]
+        # Where somebody new is so probable that all people together change no bit of the sum, only
+        # the best k matter.
+        most = float(logits.max()) + error + math.log(people) + 1
+        alone = float(np.logaddexp(self._new, most)) == self._new
+        least = (kth if alone else min(kth, second - UNCOUNTED)) - 2 * error
+        rows = np.flatnonzero(logits >= np.float32(least - 1e-6 * abs(least)))
+        if len(rows) > MOST_LEFT * people:
+            return None
+        exact = self._index.logits_of(rows, clip)
+        logs = log_softmax(np.concatenate([[self._new], exact]))
+        return Nearest(float(logs[0]), self._index.best_of(rows, logs[1:], k))

@@ -1,0 +1,75 @@
+"""Runs the application until a signal; then answers what it has read, and nobody else."""
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Generator
+
+import uvicorn
+
+from vidjax.errors import UserError
+from vidjax.serve.limits import Guard, Limits, connection_class
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; a signal ends it, and is not raised again once all is answered."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handles SIGINT and SIGTERM; a second one does not wait for requests under way."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens; port 0 is any free one. UserError if it cannot."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        raise UserError(
+            f"cannot listen at {host}:{port}: {error.strerror}\nname another --host or --port"
+        ) from None
+    return listener
+
+
+def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
+    """Returns uvicorn's settings."""
+    return uvicorn.Config(
+        app,
+        http=connection_class(limits),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=min(2 * limits.connections, 1024),
+        timeout_keep_alive=int(limits.idle_seconds),
+        timeout_graceful_shutdown=int(limits.drain_seconds),
+    )
+
+
+def serve(app: Guard, listener: socket.socket, limits: Limits) -> bool:
+    """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off."""
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # warnings about strangers' requests
+    server = Server(make_config(app, limits))
+    server.run(sockets=[listener])
+    return server.started and not server.force_exit
