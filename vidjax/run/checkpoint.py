@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from vidjax import files
 from vidjax.cluster import processes
@@ -78,6 +77,8 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Writes a checkpoint under a hidden name, then renames it; every process writes its arrays."""
+    from orbax.checkpoint import v1 as ocp  # half a second, for those alone who need it
+
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
     _refuse_link(folder.parent)
@@ -189,6 +190,8 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
       OtherModelError: an array has another shape or dtype than the checkpoint's.
       DamagedError: a file is missing or not listed, or Orbax cannot read the arrays.
     """
+    from orbax.checkpoint import v1 as ocp  # half a second, for those alone who need it
+
     _check_shapes(checkpoint, abstract)
     described = jax.tree.map(
         lambda sharding, x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding),
