@@ -251,6 +251,28 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
         one.close()
 
 
+def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
+    people = Gallery.create(tmp_path / "g", net.run, official_data)
+    model = models.GalleryModel(people)
+    rng = np.random.default_rng(0)
+    clips = {
+        f"q{n}": {
+            name: rng.normal(size=(length, width)).astype(np.float32)
+            for name, width in net.run.modalities.items()
+        }
+        for n, length in enumerate((1, 2, 9, 40))
+    }
+    questions = [
+        models.Question([{name: {"features": x} for name, x in clip.items()}])
+        for clip in clips.values()
+    ]
+    together = model.answer(questions)
+    for one, question, (name, clip) in zip(together, questions, clips.items(), strict=True):
+        assert isinstance(one, models.Identified)
+        assert one.answers == [people.identify({name: clip})[name]]
+        assert len(model.tensors(question, one)["scores"][0]) == 5
+
+
 # ---- the README
 
 
