@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -249,6 +250,26 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
         assert found.as_numpy("identities").shape == (2, 2)
     finally:
         one.close()
+
+
+def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
+    monkeypatch.setattr(models, "PAD_LENGTHS", (1, 8))  # compiles less
+    net.warm()
+    rng = np.random.default_rng(0)
+    names = list(net.widths)
+    with jax.log_compiles():
+        for has in (names, names[:1], names[1:]):
+            for lengths in ([1], [7, 1], [8] * 6):
+                clips = [
+                    {
+                        name: {"features": rng.normal(size=(length, net.widths[name])).astype("f4")}
+                        for name in has
+                    }
+                    for length in lengths
+                ]
+                (found,) = net.answer([models.Question(clips)])
+                assert isinstance(found, models.Scored) and len(found.scores) == len(lengths)
+    assert not [line for line in caplog.messages if "ompiling" in line]
 
 
 def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
