@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -249,6 +250,48 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
         assert found.as_numpy("identities").shape == (2, 2)
     finally:
         one.close()
+
+
+def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
+    monkeypatch.setattr(models, "PAD_LENGTHS", (1, 8))  # compiles less
+    net.warm()
+    rng = np.random.default_rng(0)
+    names = list(net.widths)
+    with jax.log_compiles():
+        for has in (names, names[:1], names[1:]):
+            for lengths in ([1], [7, 1], [8] * 6):
+                clips = [
+                    {
+                        name: {"features": rng.normal(size=(length, net.widths[name])).astype("f4")}
+                        for name in has
+                    }
+                    for length in lengths
+                ]
+                (found,) = net.answer([models.Question(clips)])
+                assert isinstance(found, models.Scored) and len(found.scores) == len(lengths)
+    assert not [line for line in caplog.messages if "ompiling" in line]
+
+
+def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
+    people = Gallery.create(tmp_path / "g", net.run, official_data)
+    model = models.GalleryModel(people)
+    rng = np.random.default_rng(0)
+    clips = {
+        f"q{n}": {
+            name: rng.normal(size=(length, width)).astype(np.float32)
+            for name, width in net.run.modalities.items()
+        }
+        for n, length in enumerate((1, 2, 9, 40))
+    }
+    questions = [
+        models.Question([{name: {"features": x} for name, x in clip.items()}])
+        for clip in clips.values()
+    ]
+    together = model.answer(questions)
+    for one, question, (name, clip) in zip(together, questions, clips.items(), strict=True):
+        assert isinstance(one, models.Identified)
+        assert one.answers == [people.identify({name: clip})[name]]
+        assert len(model.tensors(question, one)["scores"][0]) == 5
 
 
 # ---- the README

@@ -22,6 +22,7 @@ from vidjax.serve.protocol import Spec
 
 DEFAULT_K = 5
 MOST_K = 1000
+TABLE = 512  # clips, more than one batch has
 PARAMETERS = ("binary_data_output", "fpir", "threshold", "k")
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
 
@@ -166,9 +167,17 @@ def each_alone(
         return found
 
 
-def _joined(questions: Sequence[Question]) -> dict[str, Mapping[str, Frames]]:
-    """Returns the clips of all questions under names that no other clip has."""
+def _joined(
+    questions: Sequence[Question], widths: Mapping[str, int]
+) -> dict[str, Mapping[str, Frames]]:
+    """Returns the clips of all questions under names that no other clip has.
+
+    If all lack a modality, a last clip has it: without one, its dtype would be another, for which
+    a run has no program yet.
+    """
     clips = [clip for question in questions for clip in question.clips]
+    if any(all(name not in clip for clip in clips) for name in widths):
+        clips.append(_ones(widths, 1))
     return {f"request/{number}": clip for number, clip in enumerate(clips)}
 
 
@@ -198,7 +207,7 @@ class GalleryModel:
         return each_alone(self._answer, questions)
 
     def _answer(self, questions: Sequence[Question]) -> list[Identified]:
-        found = self.gallery.embed(_joined(questions))
+        found = self.gallery.embed(_joined(questions, self.widths))
         parts = list(found.parts.values())
         vectors = np.concatenate(parts, axis=1)
         rows = _slices(questions)
@@ -291,7 +300,7 @@ class RunModel:
 
     def _answer(self, questions: Sequence[Question]) -> list[Scored]:
         """Scores questions that are all small, or all larger."""
-        request = self.run.request(_joined(questions), None)
+        request = self.run.request(_joined(questions, self.widths), None)
         size = int(self.run.config.eval.block_size)
         if len(questions[0].clips) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
@@ -301,7 +310,10 @@ class RunModel:
             run.training_sets, data,
         )  # fmt: skip
         split = data.split(request.split)
-        scorer = ModelScorer(model, split.clips, run.mesh)
+        # Tables of members have a row for each name: as many as no other batch compiles for.
+        rest = -len(split.clips) % TABLE
+        names = [*split.clips, *(f"none/{number}" for number in range(rest))]
+        scorer = ModelScorer(model, names, run.mesh)
         scores = np.full((len(request.names), len(run.identities)), -np.inf, np.float32)
         vectors: np.ndarray | None = None
         modalities = tuple(run.modalities)
