@@ -251,8 +251,9 @@ def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
     return jnp.take(features, index, axis=-1, mode="clip")  # [..., D - D // num_chunks]
 
 
+@jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Returns the slice of one member from a tree of arrays [E, ...]."""
+    """Returns the slice of one member from a tree of arrays [E, ...]; one program for all."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )

@@ -349,7 +349,7 @@ class Predictor(NamedTuple):
         """Returns for every block of clips the embeddings of all members side by side, [B, D]."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
-            params, model_state = _take((self.params, self.model_state), number)
+            params, model_state = ensemble.take((self.params, self.model_state), number)
             for part, block in zip(parts, blocks, strict=True):
                 view = jnp.int32(member.view)
                 part.append(np.asarray(self.embed_fn(params, model_state, view, block)))
@@ -363,9 +363,6 @@ def counted(
     for block in blocks:
         yield block
         advance(len(block[1]))  # to count the mask would wait for the device
-
-
-_take = jax.jit(ensemble.take)
 
 
 def restore(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vidjax import augment, config_io, ensemble, fusion, logit_ops, losses, optim
@@ -197,7 +198,8 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     model = make_model(config, task)
     # Some models have a logit for somebody new; of a net, training must have seen such clips.
     knows_other = task.train_other or model.knows_unknown
-    class_mask = (jnp.arange(num_columns) < task.num_columns).at[0].set(knows_other)
+    columns = np.arange(num_columns)
+    class_mask = jnp.asarray(np.where(columns == 0, knows_other, columns < task.num_columns))
     make_objective = functools.partial(
         losses.make_objective,
         config["loss"],
@@ -222,7 +224,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         make_objective=make_objective,
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
-        lr_schedule=schedule,
+        lr_schedule=jax.jit(schedule),  # one program, not one for every operation
         score_fn=score_fn,
         scores_are_logs=scores_are_logs,
         class_mask=class_mask,

@@ -213,19 +213,21 @@ def _hide_frames(scorer: SampleScorer, modality: str, block: Batch, row: int) ->
     hidden = {**copies.frames, modality: frames._replace(mask=mask)}
     scores, _ = scorer.score(copies._replace(frames=hidden))
     column = int(scorer.split.labels[copies.clip_index[0]]) - 1 + scorer.scorer.columns.first
-    values = np.asarray(devices.fetch(scores[:, column]), np.float64)[: len(places) + 1]
+    values = np.asarray(devices.fetch(scores), np.float64)[: len(places) + 1, column]
     return values[0] - values[1:]
 
 
 def _to_host(block: Batch) -> Batch:
     """Returns a block as numpy arrays; lazy features are gathered first."""
+    features = {name: modality.features for name, modality in block.frames.items()}
+    read = _read({name: x for name, x in features.items() if isinstance(x, LazyFeatures)})
     frames = {
-        name: modality._replace(features=_read(modality.features))
-        if isinstance(modality.features, LazyFeatures)
-        else modality
+        name: modality._replace(features=read.get(name, modality.features))
         for name, modality in block.frames.items()
     }
     return devices.fetch(block._replace(frames=frames))
 
 
-_read: Callable[[LazyFeatures], Array] = jax.jit(fusion.read)
+@jax.jit
+def _read(features: Mapping[str, LazyFeatures]) -> dict[str, Array]:
+    return {name: fusion.read(x) for name, x in features.items()}

@@ -170,7 +170,7 @@ class Resident:
         """Reads every clip of the layout once; ValueError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
-        self._lay = jax.jit(frames_of, static_argnames="size", out_shardings=devices.by_rows(mesh))
+        self._lay = jax.jit(_lay, static_argnames="sizes", out_shardings=devices.by_rows(mesh))
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
             for name in layout.modalities
@@ -224,16 +224,32 @@ class Resident:
             batch_mask = np.arange(rows) < len(clips)
             clip_index = devices.put(clip_index, devices.by_rows(self._mesh))
             batch_mask = devices.put(batch_mask, devices.by_rows(self._mesh))
-            frames = {}
-            for name in plan.modalities:
-                packed, size = self._eval[plan.split][name], plan.padded_lengths[name][bucket]
-                frames[name] = self._frames(packed, clip_index, batch_mask, size)
-            yield Batch(frames, clip_index, batch_mask)
+            clips = {name: self._eval[plan.split][name] for name in plan.modalities}
+            sizes = tuple(plan.padded_lengths[name][bucket] for name in plan.modalities)
+            yield Batch(self._frames(clips, clip_index, batch_mask, sizes), clip_index, batch_mask)
 
-    def _frames(self, clips: Packed, clip_index: Array, batch_mask: Array, size: int) -> Frames:
+    def _frames(
+        self,
+        clips: Mapping[str, Packed],
+        clip_index: Array,
+        batch_mask: Array,
+        sizes: tuple[int, ...],
+    ) -> dict[str, Frames]:
         # A compiled function may copy its outputs: the features of all clips must not be one.
-        frames = self._lay(clips._replace(features=None), clip_index, batch_mask, size=size)
-        return frames._replace(features=LazyFeatures(clips.features, frames.features.index))
+        bare = [packed._replace(features=None) for packed in clips.values()]
+        laid = self._lay(bare, clip_index, batch_mask, sizes=sizes)
+        return {
+            name: frames._replace(features=LazyFeatures(packed.features, frames.features.index))
+            for (name, packed), frames in zip(clips.items(), laid, strict=True)
+        }
+
+
+def _lay(
+    clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
+) -> list[Frames]:
+    """Returns the frames of B clips, modality by modality; see `frames_of`."""
+    each = zip(clips, sizes, strict=True)
+    return [frames_of(packed, clip_index, batch_mask, size) for packed, size in each]
 
 
 def _best_frames(packed: Packed, row: int, count: int) -> Packed:

@@ -130,7 +130,7 @@ class TrainedModel(NamedTuple):
     @property
     def knows_strangers(self) -> bool:
         """True if the scores of a clip leave a probability to somebody new."""
-        return bool(self.system.class_mask[0])
+        return bool(np.asarray(self.system.class_mask)[0])
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ class ModelScorer:
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
         self._weights = (model.params, model.model_state)
-        self._single = _take(self._weights, 0) if len(self.use) == 1 else None
+        self._single = ensemble.take(self._weights, 0) if len(self.use) == 1 else None
 
     @property
     def num_members(self) -> int:
@@ -177,7 +177,7 @@ class ModelScorer:
         for number, member in enumerate(self.model.training_sets.members):
             if number == without:
                 continue
-            params, model_state = self._single or _take(self._weights, number)
+            params, model_state = self._single or ensemble.take(self._weights, number)
             for i, block in enumerate(blocks):
                 scores = self.model.eval_step(params, model_state, jnp.int32(member.view), block)
                 if rankings:
@@ -212,7 +212,6 @@ def keep_best(scores: Array, count: int) -> Array:
     return jnp.where(scores >= least, scores, -jnp.inf)
 
 
-_take = jax.jit(ensemble.take)
 _mean = jax.jit(mean_scores.mean_scores)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -44,9 +45,9 @@ class Tables(NamedTuple):
 def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
     """Builds the tables of E members, with the weight [E, N] of every training clip."""
     return Tables(
-        weight=jnp.asarray(weight, jnp.float32),
-        min_quality=jnp.asarray([member.min_quality for member in members], jnp.float32),
-        view=jnp.asarray([member.view for member in members], jnp.int32),
+        weight=np.asarray(weight, np.float32),
+        min_quality=np.array([member.min_quality for member in members], np.float32),
+        view=np.array([member.view for member in members], np.int32),
     )
 
 

@@ -257,7 +257,7 @@ class TrainingRun:
     @property
     def num_params(self) -> int:
         """Number of parameters of one member."""
-        return sum(x[0].size for x in jax.tree.leaves(self._states[0].params))
+        return sum(x.size // len(x) for x in jax.tree.leaves(self._states[0].params))
 
     @property
     def state(self) -> state_lib.TrainState:
