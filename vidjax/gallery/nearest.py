@@ -20,6 +20,7 @@ from vidjax.models import two_covariance
 
 QUERIES = 32  # clips of a matrix product
 UNCOUNTED = float(np.log(2 * FINE)) + 0.5  # nats below the second highest that count as 0, and more
+TOGETHER = 256  # people left of a clip whose logits are computed with those of other clips
 MOST_LEFT = 0.25  # share of all people from which on `Index` is as quick
 PEAK = 32  # people of whom one is looked at, to find how high the k-th one is
 FEW = 512  # people below which a matrix product saves nothing
@@ -43,21 +44,17 @@ def nearest(index: Index, parts: Sequence[np.ndarray], k: int) -> Iterator[Neare
     screen = _Screen(index) if len(index.names) >= FEW else None
     for at in range(0, len(parts[0]), QUERIES):
         z = index.backend.whiten([x[at : at + QUERIES] for x in parts])
-        bounds = screen.bounds(z) if screen else None
-        for row in range(len(z[0])):
-            clip, found = [one[row] for one in z], None
-            if screen and bounds and not all(np.isnan(one[0]) for one in clip):
-                found = screen.nearest(clip, bounds[0][row], float(bounds[1][row]), k)
+        for row, found in enumerate(screen.nearest(z, k) if screen else [None] * len(z[0])):
             if found is None:
-                logs = index.log_probabilities(clip)
+                logs = index.log_probabilities([one[row] for one in z])
                 found = Nearest(float(logs[0]), index.best(logs, k))
             yield found
 
 
 def _peaks(values: np.ndarray) -> np.ndarray:
-    """Returns the highest of each PEAK values, [N // PEAK] of [N]; the last few are left out."""
-    count = len(values) // PEAK
-    return values[: count * PEAK].reshape(PEAK, count).max(axis=0)
+    """Returns the highest of each PEAK values, [Q, N // PEAK] of [Q, N], but of the last few."""
+    count = values.shape[1] // PEAK
+    return values[:, : count * PEAK].reshape(len(values), PEAK, count).max(axis=1)
 
 
 class _Screen:
@@ -97,25 +94,45 @@ class _Screen:
             return None
         return total, error + 8 * len(z) * ROUNDING * size
 
-    def nearest(
-        self, clip: Sequence[np.ndarray], logits: np.ndarray, error: float, k: int
-    ) -> Nearest | None:
-        """Returns the answer for a clip from its bounds; None where too many people are left."""
-        people = len(logits)
+    def nearest(self, z: Sequence[np.ndarray], k: int) -> list[Nearest | None]:
+        """Returns the answer for each clip; None where it has no part, or too many people are left.
+
+        `z` are M arrays [Q, D] of `Backend.whiten`.
+        """
+        found: list[Nearest | None] = [None] * len(z[0])
+        if not (bounds := self.bounds(z)):
+            return found
+        left = self._left(*bounds, k)
+        counts = left.sum(axis=1)
+        counts[np.all([np.isnan(one[:, 0]) for one in z], axis=0)] = 0
+        few = (counts > 0) & (counts <= TOGETHER)
+        many = (counts > TOGETHER) & (counts <= MOST_LEFT * left.shape[1])
+        for clips in (np.flatnonzero(few), *np.flatnonzero(many)[:, None]):
+            owner, rows = np.divmod(np.flatnonzero(left[clips]), left.shape[1])
+            exact = self._index.logits_of(rows, owner, [one[clips] for one in z])
+            ends = np.cumsum(counts[clips])
+            logits = np.full((len(clips), 1 + counts[clips].max(initial=0)), -np.inf)
+            logits[:, 0] = self._new
+            logits[owner, 1 + np.arange(len(rows)) - (ends - counts[clips])[owner]] = exact
+            logs = log_softmax(logits)
+            for clip, end, log in zip(clips.tolist(), ends.tolist(), logs, strict=True):
+                own = rows[end - counts[clip] : end]
+                best = self._index.best_of(own, log[1 : 1 + len(own)], k)
+                found[clip] = Nearest(float(log[0]), best)
+        return found
+
+    def _left(self, logits: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
+        """Returns True for people who may be among the best k, or count in the sum, [Q, N]."""
+        people = logits.shape[1]
         k = min(k, people)
         peaks = _peaks(logits) if k * PEAK <= people else logits
-        places = (len(peaks) - k, len(peaks) - 2, len(peaks) - 1)
+        places = (peaks.shape[1] - k, peaks.shape[1] - 2, peaks.shape[1] - 1)
         # Of people, not above the k-th highest and the two highest.
-        kth, *two = np.partition(peaks, places)[list(places)].tolist()
-        second = sorted((*two, self._new))[1]
+        high = np.partition(peaks, places, axis=1)[:, places].astype(np.float64)
+        second = np.median(np.insert(high[:, 1:], 0, self._new, axis=1), axis=1)
         # Where somebody new is so probable that all people together change no bit of the sum, only
         # the best k matter.
-        most = float(logits.max()) + error + math.log(people) + 1
-        alone = float(np.logaddexp(self._new, most)) == self._new
-        least = (kth if alone else min(kth, second - UNCOUNTED)) - 2 * error
-        rows = np.flatnonzero(logits >= np.float32(least - 1e-6 * abs(least)))
-        if len(rows) > MOST_LEFT * people:
-            return None
-        exact = self._index.logits_of(rows, clip)
-        logs = log_softmax(np.concatenate([[self._new], exact]))
-        return Nearest(float(logs[0]), self._index.best_of(rows, logs[1:], k))
+        most = logits.max(axis=1) + error + math.log(people) + 1
+        alone = np.logaddexp(self._new, most) == self._new
+        least = np.where(alone, high[:, 0], np.minimum(high[:, 0], second - UNCOUNTED)) - 2 * error
+        return logits >= (least - 1e-6 * np.abs(least)).astype(np.float32)[:, None]
