@@ -33,7 +33,7 @@ from vidjax.run.terminal import say
 if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
-MANY = 32  # vectors from which on threads are worth starting
+MANY = 32  # vectors; for more, threads are worth starting
 MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
@@ -148,7 +148,7 @@ class Backend:
         return found
 
     def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
-        if len(shifted) < MANY:
+        if len(shifted) <= MANY:
             return np.vecdot(shifted[:, None], self._axes[number])
         turned = threads().map(lambda row: np.vecdot(row, self._axes[number]), shifted)
         return np.stack(list(turned))

@@ -723,13 +723,14 @@ class Gallery:
         index = self.index
         for row, (new, best) in enumerate(nearest(index, parts, k)):
             score = best[0][1] if best else -np.inf
-            shown = tuple((name, float(np.exp(log))) for name, log in best)
+            probabilities = np.exp([log for _, log in best]).tolist()
+            shown = tuple(zip((name for name, _ in best), probabilities, strict=True))
             passes = bool(best) and rule.names(score, new)
             compared = index.compared(best[0][0], [x[row] for x in parts]) if passes else ()
             # By cards, a lone person of other parts is as probable as somebody new.
             known = passes and (compared or not self.origin.cards)
             identity = best[0][0] if known else None
-            yield Answer(identity, float(np.exp(score)), score, shown, compared)
+            yield Answer(identity, shown[0][1] if best else 0.0, score, shown, compared)
 
     def rank(
         self,

@@ -18,7 +18,7 @@ import numpy as np
 from vidjax.gallery.backend import FINE, MOST_OF_VOICE, ROUNDING, Index, log_softmax
 from vidjax.models import two_covariance
 
-QUERIES = 32  # clips of a matrix product
+QUERIES = 64  # clips of a matrix product
 UNCOUNTED = float(np.log(2 * FINE)) + 0.5  # nats below the second highest that count as 0, and more
 TOGETHER = 256  # people left of a clip whose logits are computed with those of other clips
 MOST_LEFT = 0.25  # share of all people from which on `Index` is as quick
@@ -44,11 +44,12 @@ def nearest(index: Index, parts: Sequence[np.ndarray], k: int) -> Iterator[Neare
     screen = _Screen(index) if len(index.names) >= FEW else None
     for at in range(0, len(parts[0]), QUERIES):
         z = index.backend.whiten([x[at : at + QUERIES] for x in parts])
-        for row, found in enumerate(screen.nearest(z, k) if screen else [None] * len(z[0])):
-            if found is None:
+        found = screen.nearest(z, k) if screen else {}
+        for row in range(len(z[0])):
+            if row not in found:
                 logs = index.log_probabilities([one[row] for one in z])
-                found = Nearest(float(logs[0]), index.best(logs, k))
-            yield found
+                found[row] = Nearest(float(logs[0]), index.best(logs, k))
+            yield found[row]
 
 
 def _peaks(values: np.ndarray) -> np.ndarray:
@@ -94,32 +95,38 @@ class _Screen:
             return None
         return total, error + 8 * len(z) * ROUNDING * size
 
-    def nearest(self, z: Sequence[np.ndarray], k: int) -> list[Nearest | None]:
-        """Returns the answer for each clip; None where it has no part, or too many people are left.
+    def nearest(self, z: Sequence[np.ndarray], k: int) -> dict[int, Nearest]:
+        """Returns clip -> answer, without clips that have no part, or too many people left.
 
         `z` are M arrays [Q, D] of `Backend.whiten`.
         """
-        found: list[Nearest | None] = [None] * len(z[0])
         if not (bounds := self.bounds(z)):
-            return found
-        left = self._left(*bounds, k)
-        counts = left.sum(axis=1)
+            return {}
+        people = bounds[0].shape[1]
+        owner, rows = np.divmod(np.flatnonzero(self._left(*bounds, k)), people)
+        counts = np.bincount(owner, minlength=len(z[0]))
         counts[np.all([np.isnan(one[:, 0]) for one in z], axis=0)] = 0
         few = (counts > 0) & (counts <= TOGETHER)
-        many = (counts > TOGETHER) & (counts <= MOST_LEFT * left.shape[1])
-        for clips in (np.flatnonzero(few), *np.flatnonzero(many)[:, None]):
-            owner, rows = np.divmod(np.flatnonzero(left[clips]), left.shape[1])
-            exact = self._index.logits_of(rows, owner, [one[clips] for one in z])
-            ends = np.cumsum(counts[clips])
-            logits = np.full((len(clips), 1 + counts[clips].max(initial=0)), -np.inf)
-            logits[:, 0] = self._new
-            logits[owner, 1 + np.arange(len(rows)) - (ends - counts[clips])[owner]] = exact
-            logs = log_softmax(logits)
-            for clip, end, log in zip(clips.tolist(), ends.tolist(), logs, strict=True):
-                own = rows[end - counts[clip] : end]
-                best = self._index.best_of(own, log[1 : 1 + len(own)], k)
-                found[clip] = Nearest(float(log[0]), best)
+        many = (counts > TOGETHER) & (counts <= MOST_LEFT * people)
+        found: dict[int, Nearest] = {}
+        for own in (few[owner], *(owner == clip for clip in np.flatnonzero(many))):
+            found.update(self._compared(rows[own], owner[own], z, k))
         return found
+
+    def _compared(
+        self, rows: np.ndarray, owner: np.ndarray, z: Sequence[np.ndarray], k: int
+    ) -> Iterator[tuple[int, Nearest]]:
+        """Yields clip and answer from the people left, `rows` [R] of clips `owner` [R], sorted."""
+        clips, begins, counts = np.unique(owner, return_index=True, return_counts=True)
+        logits = np.full((len(clips), 1 + counts.max(initial=0)), -np.inf)
+        logits[:, 0] = self._new
+        place = np.repeat(np.arange(len(clips)), counts)
+        column = 1 + np.arange(len(rows)) - begins[place]
+        logits[place, column] = self._index.logits_of(rows, owner, z)
+        pieces = np.split(rows, begins[1:])
+        for clip, own, logs in zip(clips.tolist(), pieces, log_softmax(logits), strict=False):
+            best = self._index.best_of(own, logs[1 : 1 + len(own)], k)
+            yield clip, Nearest(float(logs[0]), best)
 
     def _left(self, logits: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
         """Returns True for people who may be among the best k, or count in the sum, [Q, N]."""
@@ -129,7 +136,7 @@ class _Screen:
         places = (peaks.shape[1] - k, peaks.shape[1] - 2, peaks.shape[1] - 1)
         # Of people, not above the k-th highest and the two highest.
         high = np.partition(peaks, places, axis=1)[:, places].astype(np.float64)
-        second = np.median(np.insert(high[:, 1:], 0, self._new, axis=1), axis=1)
+        second = np.clip(self._new, high[:, 1], high[:, 2])
         # Where somebody new is so probable that all people together change no bit of the sum, only
         # the best k matter.
         most = logits.max(axis=1) + error + math.log(people) + 1
