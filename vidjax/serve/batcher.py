@@ -55,11 +55,11 @@ class Batcher(Generic[Q, A]):
         self.size += size
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
+        timer = future.get_loop().call_later(self._limits.answer_seconds, _too_late, future)
         try:
-            async with asyncio.timeout(self._limits.answer_seconds):
-                return await future
-        except TimeoutError:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1) from None
+            return await future
+        finally:
+            timer.cancel()
 
     async def _work(self) -> None:
         """Answers batch after batch until nobody waits."""
@@ -112,6 +112,11 @@ class Batcher(Generic[Q, A]):
     def stop(self) -> None:
         """Ends the thread, after the batch that it works at."""
         self._thread.shutdown()
+
+
+def _too_late(answer: "asyncio.Future[A]") -> None:
+    if not answer.done():
+        answer.set_exception(Refused(HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1))
 
 
 class Changes:
