@@ -33,10 +33,11 @@ from vidjax.run.terminal import say
 if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
-MANY = 32  # vectors; for more, threads are worth starting
+MANY = 16  # vectors from which on threads are worth starting
 MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
+PIECE = 2048  # people of a matrix product
 MANY_BLOCKS = 48  # from which on threads are worth starting
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
 # One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
@@ -148,10 +149,13 @@ class Backend:
         return found
 
     def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
-        if len(shifted) <= MANY:
-            return np.vecdot(shifted[:, None], self._axes[number])
-        turned = threads().map(lambda row: np.vecdot(row, self._axes[number]), shifted)
-        return np.stack(list(turned))
+        def turn(rows: np.ndarray) -> np.ndarray:
+            return np.vecdot(rows[:, None], self._axes[number])
+
+        if len(shifted) < MANY:
+            return turn(shifted)
+        pieces = np.array_split(shifted, len(shifted) // MANY)
+        return np.concatenate(list(threads().map(turn, pieces)))
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Returns the people `names`, from sums over their clips, added in order.
@@ -436,22 +440,25 @@ class Index:
         exact = np.vecdot(curves[number], (z * z)[:, None])
         squares = (scale * exact).astype(np.float32)
         narrow = (scale * z).astype(np.float32)
+        constant = constant if scale == 1 else np.float32(scale) * constant
         ratios = np.empty((len(z), len(self.names)), np.float32)
         ends = np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
-        def multiply(place: int) -> None:
-            linear = self.blocks[place].linear[number]
-            np.matmul(narrow, linear.T, out=ratios[:, ends[place] : ends[place + 1]])
+        def multiply(piece: tuple[int, int]) -> None:
+            place, first = piece
+            linear = self.blocks[place].linear[number][first : first + PIECE]
+            rows = slice(ends[place] + first, ends[place] + first + len(linear))
+            own = np.matmul(narrow, linear.T, out=ratios[:, rows])
+            own += constant[rows]
+            # Mostly, all people have equally many clips.
+            own += squares[:, 1:] if len(curves[number]) == 2 else squares[:, kind[number, rows]]
 
         # The threads of the library wait for each other, busily: beside other work they take longer
-        # than one alone. A thread for each block does not.
+        # than one alone. A thread for each piece does not.
+        sizes = (len(block.names) for block in self.blocks)
+        pieces = [(n, first) for n, size in enumerate(sizes) for first in range(0, size, PIECE)]
         with _libraries().limit(limits=1, user_api="blas"):
-            list(threads().map(multiply, range(len(self.blocks))))
-        ratios += constant if scale == 1 else np.float32(scale) * constant
-        if len(curves[number]) == 2:  # all people have equally many clips
-            ratios += squares[:, 1:]
-        else:
-            ratios += squares[:, kind[number]]
+            list(threads().map(multiply, pieces))
         # D products and sums of float32, twice; and some sums and products more.
         product = norm * np.sqrt(np.vecdot(z, z))
         most = product + largest + np.abs(exact).max(axis=1)
