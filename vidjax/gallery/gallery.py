@@ -670,6 +670,9 @@ class Gallery:
             about = f"the probability is {100 * threshold:.3g} % or more"
             return Rule("threshold", math.log(threshold), False, None, about)
         self.refresh()
+        return self._rule(fpir)
+
+    def _rule(self, fpir: float | None) -> Rule:
         wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(self.strangers)
         if fpir is None and strangers < wanted:
             about = f"{NEW}; with {wanted} clips of strangers instead of {strangers} it would hold "
@@ -719,7 +722,7 @@ class Gallery:
         cards, nobody is named who has no part in common with the clip.
         """
         self._anybody()
-        rule = self.rule() if rule is None else rule
+        rule = self._rule(None) if rule is None else rule
         index = self.index
         for row, (new, best) in enumerate(nearest(index, parts, k)):
             score = best[0][1] if best else -np.inf
