@@ -102,15 +102,16 @@ class _Screen:
         """
         if not (bounds := self.bounds(z)):
             return {}
-        people = bounds[0].shape[1]
-        owner, rows = np.divmod(np.flatnonzero(self._left(*bounds, k)), people)
-        counts = np.bincount(owner, minlength=len(z[0]))
-        counts[np.all([np.isnan(one[:, 0]) for one in z], axis=0)] = 0
-        few = (counts > 0) & (counts <= TOGETHER)
-        many = (counts > TOGETHER) & (counts <= MOST_LEFT * people)
+        left = self._left(*bounds, k)
+        left[np.all([np.isnan(one[:, 0]) for one in z], axis=0)] = False
+        counts = np.array([np.count_nonzero(row) for row in left])
         found: dict[int, Nearest] = {}
-        for own in (few[owner], *(owner == clip for clip in np.flatnonzero(many))):
-            found.update(self._compared(rows[own], owner[own], z, k))
+        for clip in np.flatnonzero((counts > TOGETHER) & (counts <= MOST_LEFT * left.shape[1])):
+            rows = np.flatnonzero(left[clip])
+            found.update(self._compared(rows, np.full(len(rows), clip), z, k))
+        left[counts > TOGETHER] = False
+        owner, rows = np.divmod(np.flatnonzero(left), left.shape[1])
+        found.update(self._compared(rows, owner, z, k))
         return found
 
     def _compared(
@@ -133,13 +134,13 @@ class _Screen:
         people = logits.shape[1]
         k = min(k, people)
         peaks = _peaks(logits) if k * PEAK <= people else logits
-        places = (peaks.shape[1] - k, peaks.shape[1] - 2, peaks.shape[1] - 1)
-        # Of people, not above the k-th highest and the two highest.
-        high = np.partition(peaks, places, axis=1)[:, places].astype(np.float64)
-        second = np.clip(self._new, high[:, 1], high[:, 2])
+        few = max(k, 2)
+        high = np.partition(peaks, -few, axis=1)[:, -few:].astype(np.float64)
+        high.sort(axis=1)  # of people, who are not above the highest ones
+        kth, second = high[:, -k], np.clip(self._new, high[:, -2], high[:, -1])
         # Where somebody new is so probable that all people together change no bit of the sum, only
         # the best k matter.
         most = logits.max(axis=1) + error + math.log(people) + 1
         alone = np.logaddexp(self._new, most) == self._new
-        least = np.where(alone, high[:, 0], np.minimum(high[:, 0], second - UNCOUNTED)) - 2 * error
+        least = np.where(alone, kth, np.minimum(kth, second - UNCOUNTED)) - 2 * error
         return logits >= (least - 1e-6 * np.abs(least)).astype(np.float32)[:, None]
