@@ -5,7 +5,8 @@
 A gallery of people with one vector of 512 each is served; each client sends one clip, one frame of
 512 as a binary tensor, waits for its answer and sends the next one. One clip in five shows a
 stranger. Clients and server share the machine: `server_cpu_ms` is the processor time that the
-server takes for a request, `client_cpu_ms` that of its client. The other server is `PLAIN`: Python's own http.server, and the same gallery.
+server takes for a request, `client_cpu_ms` that of its client. The other server is `PLAIN`:
+Python's own http.server, and the same gallery.
 """
 
 import argparse
