@@ -6,6 +6,7 @@ hold for all processes in it. `root` is the root of the file system; tests give 
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -31,6 +32,7 @@ def num_cores(root: Path = ROOT) -> int:
     return max(1, cores)
 
 
+@functools.cache
 def memory_bytes(root: Path = ROOT) -> int:
     """Returns the bytes of memory that this process may use in all, free or not."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -102,7 +102,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
             frames[name] = _read_column(column, name, field, len(features), f"{place}: {name}")
     if quality == "norm" or given.get("quality") is None:
         frames["quality"] = feature_norms(features)
-    if np.any(np.diff(frames["number"]) < 0):  # frames go by time
+    if given.get("number") is not None and np.any(np.diff(frames["number"]) < 0):  # by time
         order = np.argsort(frames["number"], kind="stable")
         frames = {name: column[order] for name, column in frames.items()}
     return frames
@@ -233,7 +233,8 @@ class FlatWriter:
 
     def _write(self, frames: Mapping[str, np.ndarray]) -> None:
         for name, column in frames.items():
-            if name in FRAME_FIELDS and not (finite := np.isfinite(column)).all():
+            checked = name in FRAME_FIELDS and column.dtype.kind == "f"
+            if checked and not (finite := np.isfinite(column)).all():
                 wrong = ~finite.reshape(len(column), -1).all(axis=1)
                 self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
                 column = np.where(finite, column, np.float32(0))
@@ -273,7 +274,7 @@ class _Packer:
         """Checks a clip and adds it once width and dtype are decided."""
         frames = read_frames(value, place_of(clip, self._modality), self._quality)
         if self._kind:
-            self._write(clip, frames, *self._kind)
+            self._write([(clip, frames)], *self._kind)
             return
         self._waiting.append((clip, frames))
         if frames and len(self._waiting) >= PROBE_CLIPS:
@@ -284,17 +285,21 @@ class _Packer:
         features = [frames["features"] for _, frames in self._waiting if frames]
         kinds = Counter((one.shape[1], one.dtype) for one in features)
         kind = kinds.most_common(1)[0][0] if kinds else (0, np.dtype(np.float16))
-        for clip, frames in self._waiting:
-            self._write(clip, frames, *kind)
+        self._write(self._waiting, *kind)
         self._waiting = []
         return kind
 
     def _write(
-        self, clip: Clip, frames: dict[str, np.ndarray], width: int, dtype: np.dtype
+        self, clips: Sequence[tuple[Clip, dict[str, np.ndarray]]], width: int, dtype: np.dtype
     ) -> None:
-        if not frames:
-            self._writer.add([clip.name], [0], [])
-            return
+        lengths = [len(frames["features"]) if frames else 0 for _, frames in clips]
+        some = ((frames, self._usable(*own, width, dtype)) for own in clips if (frames := own[1]))
+        self._writer.add([clip.name for clip, _ in clips], lengths, some)
+
+    def _usable(
+        self, clip: Clip, frames: dict[str, np.ndarray], width: int, dtype: np.dtype
+    ) -> np.ndarray:
+        """Returns [T] bool, True for frames to keep; ValueError for another width or dtype."""
         features, place = frames["features"], place_of(clip, self._modality)
         if features.shape[1] != width:
             shape = list(features.shape)
@@ -310,7 +315,7 @@ class _Packer:
         keep = usable_rows(features)
         if self._non_finite == "error" and not keep.all():
             raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
-        self._writer.add([clip.name], [len(features)], [(frames, keep)])
+        return keep
 
     def finish(self) -> PackedClips:
         """Returns the clips."""

@@ -33,10 +33,11 @@ from vidjax.run.terminal import say
 if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
-MANY = 32  # vectors from which on threads are worth starting
+MANY = 16  # vectors from which on threads are worth starting
 MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
+PIECE = 2048  # people of a matrix product
 MANY_BLOCKS = 48  # from which on threads are worth starting
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
 # One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
@@ -148,10 +149,13 @@ class Backend:
         return found
 
     def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
+        def turn(rows: np.ndarray) -> np.ndarray:
+            return np.vecdot(rows[:, None], self._axes[number])
+
         if len(shifted) < MANY:
-            return np.vecdot(shifted[:, None], self._axes[number])
-        turned = threads().map(lambda row: np.vecdot(row, self._axes[number]), shifted)
-        return np.stack(list(turned))
+            return turn(shifted)
+        pieces = np.array_split(shifted, len(shifted) // MANY)
+        return np.concatenate(list(threads().map(turn, pieces)))
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Returns the people `names`, from sums over their clips, added in order.
@@ -361,7 +365,7 @@ class Index:
             return np.concatenate([[0.0], np.full(len(self.names), -np.inf)])
         blocks = self.blocks
         ends = np.cumsum([0, *(len(block.names) for block in blocks)]).tolist()
-        ratios = np.empty((len(clip), ends[-1]), np.float32)
+        ratios = np.zeros((len(clip), ends[-1]), np.float32)
         linear = {n: clip[n].astype(np.float32) for n in present}
 
         def score(first: int, step: int) -> None:
@@ -377,45 +381,50 @@ class Index:
             score(0, 1)
         logits = np.zeros(1 + ends[-1])
         logits[0] = two_covariance.stranger_logit(self.backend.settings, ends[-1])
-        logits[1:] = self._add_up(ratios, slice(None), clip, present)
+        logits[1:] = self._add_up(ratios, slice(None), 0, [z[None] for z in clip])
         return log_softmax(logits)
 
     def _add_up(
         self,
         ratios: np.ndarray,
         rows: np.ndarray | slice,
-        clip: Sequence[np.ndarray],
-        present: Sequence[int],
+        owner: np.ndarray | int,
+        clips: Sequence[np.ndarray],
     ) -> np.ndarray:
-        """Returns the logits [R] of the people in `rows`, from their dot products [M, R]."""
+        """Returns the logits [R] of pairs of a person and a clip, from dot products [M, R]."""
         settings, (curves, kind) = self.backend.settings, self._curves
+        present = ~np.isnan([z[:, 0] for z in clips])
+        several = present.sum(axis=0)[owner] > 1
         logits = np.zeros(ratios.shape[1])
-        for n in present:
-            squares = np.vecdot(curves[n], clip[n] * clip[n])
+        for n, part in enumerate(self.backend.parts):
+            squares = np.vecdot(curves[n], (clips[n] * clips[n])[:, None])
             own = kind[n, rows]
-            ratio = ratios[n] + self._constant[n, rows] + squares[own]
-            part = self.backend.parts[n]
+            ratio = ratios[n] + self._constant[n, rows] + squares[owner, own]
             ratio = settings.scale * part.scale * ratio
-            if part.hearsay and len(present) > 1:
-                ratio = np.clip(ratio, -MOST_OF_VOICE, MOST_OF_VOICE)
-            logits += np.where(own > 0, ratio, settings.unenrolled)
+            if part.hearsay:
+                ratio = np.where(several, np.clip(ratio, -MOST_OF_VOICE, MOST_OF_VOICE), ratio)
+            ratio = np.where(own > 0, ratio, settings.unenrolled)
+            logits += np.where(present[n, owner], ratio, 0.0)
         return logits
 
-    def logits_of(self, rows: np.ndarray, clip: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the logits [R] float64 of the people in sorted `rows` [R] int, for one clip.
+    def logits_of(
+        self, rows: np.ndarray, owner: np.ndarray, clips: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Returns the logits [R] float64 of person `rows[i]` [R] int for clip `owner[i]` [R] int.
 
-        They are those that `log_probabilities` makes its answer of, to the bit.
+        They are those that `log_probabilities` makes its answer of, to the bit. `clips` are M
+        arrays [Q, D] of `Backend.whiten`.
         """
-        present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
-        ratios = np.empty((len(clip), len(rows)), np.float32)
+        ratios = np.empty((len(clips), len(rows)), np.float32)
+        narrow = [z.astype(np.float32) for z in clips]
         ends = np.cumsum([0, *(len(block.names) for block in self.blocks)])
-        cuts = np.searchsorted(rows, ends)
-        for block, end, first, last in zip(self.blocks, ends, cuts, cuts[1:], strict=False):
-            if first < last:
-                for n in present:
-                    own = block.linear[n][rows[first:last] - end]
-                    np.vecdot(own, clip[n].astype(np.float32), out=ratios[n, first:last])
-        return self._add_up(ratios, rows, clip, present)
+        places = np.searchsorted(ends, rows, side="right") - 1
+        for place in np.unique(places).tolist():
+            pairs = np.flatnonzero(places == place)
+            people, asked = rows[pairs] - ends[place], owner[pairs]
+            for n, linear in enumerate(self.blocks[place].linear):
+                ratios[n, pairs] = np.vecdot(linear[people], narrow[n][asked])
+        return self._add_up(ratios, rows, owner, clips)
 
     def screen(
         self, number: int, z: np.ndarray, scale: float
@@ -431,22 +440,25 @@ class Index:
         exact = np.vecdot(curves[number], (z * z)[:, None])
         squares = (scale * exact).astype(np.float32)
         narrow = (scale * z).astype(np.float32)
+        constant = constant if scale == 1 else np.float32(scale) * constant
         ratios = np.empty((len(z), len(self.names)), np.float32)
         ends = np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
-        def multiply(place: int) -> None:
-            linear = self.blocks[place].linear[number]
-            np.matmul(narrow, linear.T, out=ratios[:, ends[place] : ends[place + 1]])
+        def multiply(piece: tuple[int, int]) -> None:
+            place, first = piece
+            linear = self.blocks[place].linear[number][first : first + PIECE]
+            rows = slice(ends[place] + first, ends[place] + first + len(linear))
+            own = np.matmul(narrow, linear.T, out=ratios[:, rows])
+            own += constant[rows]
+            # Mostly, all people have equally many clips.
+            own += squares[:, 1:] if len(curves[number]) == 2 else squares[:, kind[number, rows]]
 
         # The threads of the library wait for each other, busily: beside other work they take longer
-        # than one alone. A thread for each block does not.
+        # than one alone. A thread for each piece does not.
+        sizes = (len(block.names) for block in self.blocks)
+        pieces = [(n, first) for n, size in enumerate(sizes) for first in range(0, size, PIECE)]
         with _libraries().limit(limits=1, user_api="blas"):
-            list(threads().map(multiply, range(len(self.blocks))))
-        ratios += constant if scale == 1 else np.float32(scale) * constant
-        if len(curves[number]) == 2:  # all people have equally many clips
-            ratios += squares[:, 1:]
-        else:
-            ratios += squares[:, kind[number]]
+            list(threads().map(multiply, pieces))
         # D products and sums of float32, twice; and some sums and products more.
         product = norm * np.sqrt(np.vecdot(z, z))
         most = product + largest + np.abs(exact).max(axis=1)
@@ -496,16 +508,16 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log softmax [K] float64 of logits [K] float64, whose order changes no bit of it.
+    """Returns log softmax [..., K] of logits [..., K] float64, whose order changes no bit of it.
 
     The logarithm of a probability near 1 is computed from the others, as in `logit_ops`.
     """
-    best = int(np.argmax(logits))
-    top, others = float(logits[best]), np.delete(logits, best)
-    if not len(others):
-        return np.zeros(1)
-    second = float(others.max())
+    if logits.shape[-1] == 1:
+        return np.zeros(logits.shape)
+    top, others = logits.max(axis=-1, keepdims=True), logits.copy()
+    np.put_along_axis(others, logits.argmax(axis=-1, keepdims=True), -np.inf, axis=-1)
+    second = others.max(axis=-1, keepdims=True)
     counted = np.rint(np.exp(others - second) * FINE).astype(np.int64)
-    rest = second + np.log(int(counted.sum()) / FINE)
+    rest = second + np.log(counted.sum(axis=-1, keepdims=True) / FINE)
     of_best = -np.logaddexp(0.0, rest - top)
     return np.where(logits == top, of_best, logits - np.logaddexp(top, rest))

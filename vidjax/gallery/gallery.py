@@ -670,6 +670,9 @@ class Gallery:
             about = f"the probability is {100 * threshold:.3g} % or more"
             return Rule("threshold", math.log(threshold), False, None, about)
         self.refresh()
+        return self._rule(fpir)
+
+    def _rule(self, fpir: float | None) -> Rule:
         wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(self.strangers)
         if fpir is None and strangers < wanted:
             about = f"{NEW}; with {wanted} clips of strangers instead of {strangers} it would hold "
@@ -719,17 +722,18 @@ class Gallery:
         cards, nobody is named who has no part in common with the clip.
         """
         self._anybody()
-        rule = self.rule() if rule is None else rule
+        rule = self._rule(None) if rule is None else rule
         index = self.index
         for row, (new, best) in enumerate(nearest(index, parts, k)):
             score = best[0][1] if best else -np.inf
-            shown = tuple((name, float(np.exp(log))) for name, log in best)
+            probabilities = np.exp([log for _, log in best]).tolist()
+            shown = tuple(zip((name for name, _ in best), probabilities, strict=True))
             passes = bool(best) and rule.names(score, new)
             compared = index.compared(best[0][0], [x[row] for x in parts]) if passes else ()
             # By cards, a lone person of other parts is as probable as somebody new.
             known = passes and (compared or not self.origin.cards)
             identity = best[0][0] if known else None
-            yield Answer(identity, float(np.exp(score)), score, shown, compared)
+            yield Answer(identity, shown[0][1] if best else 0.0, score, shown, compared)
 
     def rank(
         self,

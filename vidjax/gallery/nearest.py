@@ -18,8 +18,9 @@ import numpy as np
 from vidjax.gallery.backend import FINE, MOST_OF_VOICE, ROUNDING, Index, log_softmax
 from vidjax.models import two_covariance
 
-QUERIES = 32  # clips of a matrix product
+QUERIES = 64  # clips of a matrix product
 UNCOUNTED = float(np.log(2 * FINE)) + 0.5  # nats below the second highest that count as 0, and more
+TOGETHER = 256  # people left of a clip whose logits are computed with those of other clips
 MOST_LEFT = 0.25  # share of all people from which on `Index` is as quick
 PEAK = 32  # people of whom one is looked at, to find how high the k-th one is
 FEW = 512  # people below which a matrix product saves nothing
@@ -43,21 +44,18 @@ def nearest(index: Index, parts: Sequence[np.ndarray], k: int) -> Iterator[Neare
     screen = _Screen(index) if len(index.names) >= FEW else None
     for at in range(0, len(parts[0]), QUERIES):
         z = index.backend.whiten([x[at : at + QUERIES] for x in parts])
-        bounds = screen.bounds(z) if screen else None
+        found = screen.nearest(z, k) if screen else {}
         for row in range(len(z[0])):
-            clip, found = [one[row] for one in z], None
-            if screen and bounds and not all(np.isnan(one[0]) for one in clip):
-                found = screen.nearest(clip, bounds[0][row], float(bounds[1][row]), k)
-            if found is None:
-                logs = index.log_probabilities(clip)
-                found = Nearest(float(logs[0]), index.best(logs, k))
-            yield found
+            if row not in found:
+                logs = index.log_probabilities([one[row] for one in z])
+                found[row] = Nearest(float(logs[0]), index.best(logs, k))
+            yield found[row]
 
 
 def _peaks(values: np.ndarray) -> np.ndarray:
-    """Returns the highest of each PEAK values, [N // PEAK] of [N]; the last few are left out."""
-    count = len(values) // PEAK
-    return values[: count * PEAK].reshape(PEAK, count).max(axis=0)
+    """Returns the highest of each PEAK values, [Q, N // PEAK] of [Q, N], but of the last few."""
+    count = values.shape[1] // PEAK
+    return values[:, : count * PEAK].reshape(len(values), PEAK, count).max(axis=1)
 
 
 class _Screen:
@@ -97,25 +95,52 @@ class _Screen:
             return None
         return total, error + 8 * len(z) * ROUNDING * size
 
-    def nearest(
-        self, clip: Sequence[np.ndarray], logits: np.ndarray, error: float, k: int
-    ) -> Nearest | None:
-        """Returns the answer for a clip from its bounds; None where too many people are left."""
-        people = len(logits)
+    def nearest(self, z: Sequence[np.ndarray], k: int) -> dict[int, Nearest]:
+        """Returns clip -> answer, without clips that have no part, or too many people left.
+
+        `z` are M arrays [Q, D] of `Backend.whiten`.
+        """
+        if not (bounds := self.bounds(z)):
+            return {}
+        left = self._left(*bounds, k)
+        left[np.all([np.isnan(one[:, 0]) for one in z], axis=0)] = False
+        counts = np.array([np.count_nonzero(row) for row in left])
+        found: dict[int, Nearest] = {}
+        for clip in np.flatnonzero((counts > TOGETHER) & (counts <= MOST_LEFT * left.shape[1])):
+            rows = np.flatnonzero(left[clip])
+            found.update(self._compared(rows, np.full(len(rows), clip), z, k))
+        left[counts > TOGETHER] = False
+        owner, rows = np.divmod(np.flatnonzero(left), left.shape[1])
+        found.update(self._compared(rows, owner, z, k))
+        return found
+
+    def _compared(
+        self, rows: np.ndarray, owner: np.ndarray, z: Sequence[np.ndarray], k: int
+    ) -> Iterator[tuple[int, Nearest]]:
+        """Yields clip and answer from the people left, `rows` [R] of clips `owner` [R], sorted."""
+        clips, begins, counts = np.unique(owner, return_index=True, return_counts=True)
+        logits = np.full((len(clips), 1 + counts.max(initial=0)), -np.inf)
+        logits[:, 0] = self._new
+        place = np.repeat(np.arange(len(clips)), counts)
+        column = 1 + np.arange(len(rows)) - begins[place]
+        logits[place, column] = self._index.logits_of(rows, owner, z)
+        pieces = np.split(rows, begins[1:])
+        for clip, own, logs in zip(clips.tolist(), pieces, log_softmax(logits), strict=False):
+            best = self._index.best_of(own, logs[1 : 1 + len(own)], k)
+            yield clip, Nearest(float(logs[0]), best)
+
+    def _left(self, logits: np.ndarray, error: np.ndarray, k: int) -> np.ndarray:
+        """Returns True for people who may be among the best k, or count in the sum, [Q, N]."""
+        people = logits.shape[1]
         k = min(k, people)
         peaks = _peaks(logits) if k * PEAK <= people else logits
-        places = (len(peaks) - k, len(peaks) - 2, len(peaks) - 1)
-        # Of people, not above the k-th highest and the two highest.
-        kth, *two = np.partition(peaks, places)[list(places)].tolist()
-        second = sorted((*two, self._new))[1]
+        few = max(k, 2)
+        high = np.partition(peaks, -few, axis=1)[:, -few:].astype(np.float64)
+        high.sort(axis=1)  # of people, who are not above the highest ones
+        kth, second = high[:, -k], np.clip(self._new, high[:, -2], high[:, -1])
         # Where somebody new is so probable that all people together change no bit of the sum, only
         # the best k matter.
-        most = float(logits.max()) + error + math.log(people) + 1
-        alone = float(np.logaddexp(self._new, most)) == self._new
-        least = (kth if alone else min(kth, second - UNCOUNTED)) - 2 * error
-        rows = np.flatnonzero(logits >= np.float32(least - 1e-6 * abs(least)))
-        if len(rows) > MOST_LEFT * people:
-            return None
-        exact = self._index.logits_of(rows, clip)
-        logs = log_softmax(np.concatenate([[self._new], exact]))
-        return Nearest(float(logs[0]), self._index.best_of(rows, logs[1:], k))
+        most = logits.max(axis=1) + error + math.log(people) + 1
+        alone = np.logaddexp(self._new, most) == self._new
+        least = np.where(alone, kth, np.minimum(kth, second - UNCOUNTED)) - 2 * error
+        return logits >= (least - 1e-6 * np.abs(least)).astype(np.float32)[:, None]

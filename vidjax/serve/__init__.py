@@ -3,5 +3,6 @@
 `app` makes the ASGI application of a gallery and perhaps a run; `server` runs it until a signal.
 `models` turns tensors into answers, `protocol` bytes into tensors and back. `batcher` scores
 requests that arrive together, together. `limits` bounds what a stranger may send, and knows who may
-ask; `metrics` counts, `openapi` describes. The command is `vidjax/commands/serve.py`.
+ask; `connection` bounds what comes before a request is one. `metrics` counts, `openapi` describes.
+The command is `vidjax/commands/serve.py`.
 """

@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
@@ -63,6 +64,33 @@ class _Served(NamedTuple):
     inputs: list[protocol.Spec]
 
 
+class _Answer:
+    """The answer of one path, to be run by a Route as it is.
+
+    It tells the Guard the pattern of the path, and turns errors of vidjax into Refused.
+    """
+
+    def __init__(
+        self, app: "Application", path: str, answer: Callable[[Request], Awaitable[Response]]
+    ):
+        self._app, self._path, self._answer = app, path.replace(":path", ""), answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        scope["vidjax.route"] = self._path
+        try:
+            response = await self._answer(Request(scope))
+        except UserError as error:
+            raise self._app.refused(error) from None
+        except OSError as error:
+            if not (text := of_the_system(error)):
+                raise
+            LOG.error("%s", one_line(text))
+            status = HTTPStatus.INSUFFICIENT_STORAGE
+            raise Refused(status, "the gallery cannot be written: see the log", 10) from None
+        await response(scope, receive, send)
+
+
 class Application:
     """The answers of one server; `routes` lists them."""
 
@@ -102,31 +130,11 @@ class Application:
             ("GET", "/docs", self.page),
         ]
         return [
-            Route(path, self._answered(path, answer), methods=[method])
+            Route(path, _Answer(self, path, answer), methods=[method])
             for method, path, answer in table
         ]
 
-    def _answered(
-        self, path: str, answer: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
-        """Tells the Guard the pattern of a path, and turns errors of vidjax into Refused."""
-
-        async def answered(request: Request) -> Response:
-            request.scope["vidjax.route"] = path.replace(":path", "")
-            try:
-                return await answer(request)
-            except UserError as error:
-                raise self._refused(error) from None
-            except OSError as error:
-                if not (text := of_the_system(error)):
-                    raise
-                LOG.error("%s", one_line(text))
-                status = HTTPStatus.INSUFFICIENT_STORAGE
-                raise Refused(status, "the gallery cannot be written: see the log", 10) from None
-
-        return answered
-
-    def _refused(self, error: UserError) -> Refused:
+    def refused(self, error: UserError) -> Refused:
         """Returns the error of a request that vidjax refuses; paths stay in the log."""
         text = str(error)
         if " is in use by " in text:

@@ -6,6 +6,7 @@ back end that is fitted anew.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,9 @@ from vidjax.serve.metrics import Metrics
 Q = TypeVar("Q")
 A = TypeVar("A")
 T = TypeVar("T")
-LINGER = 0.002  # seconds that the next batch waits for company, after one of several requests
+LINGER = (
+    0.01  # seconds that the next batch waits for company at most, after one of several requests
+)
 
 
 class _Waiting(NamedTuple, Generic[Q, A]):
@@ -42,6 +45,7 @@ class Batcher(Generic[Q, A]):
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # clips that wait
+        self._wanted, self._enough = 0, asyncio.Event()
 
     async def ask(self, question: Q, size: int) -> A:
         """Returns the answer to a question about `size` clips.
@@ -53,13 +57,15 @@ class Batcher(Generic[Q, A]):
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(question, size, future))
         self.size += size
+        if self.size >= self._wanted:
+            self._enough.set()
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
+        timer = future.get_loop().call_later(self._limits.answer_seconds, _too_late, future)
         try:
-            async with asyncio.timeout(self._limits.answer_seconds):
-                return await future
-        except TimeoutError:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1) from None
+            return await future
+        finally:
+            timer.cancel()
 
     async def _work(self) -> None:
         """Answers batch after batch until nobody waits."""
@@ -79,11 +85,21 @@ class Batcher(Generic[Q, A]):
                         one.answer.set_exception(answer)
                     else:
                         one.answer.set_result(answer)
-                if len(batch) > 1 and len(self._waiting) < len(batch):
-                    # Who got an answer may ask again: else a batch of one would go before the rest.
-                    await asyncio.sleep(LINGER)
+                if len(batch) > 1:
+                    await self._return(sum(one.size for one in batch))
         finally:
             self._batch = None
+
+    async def _return(self, answered: int) -> None:
+        """Waits a little for those who got an answer, who may ask again, and for all others.
+
+        Else a batch of one would go before the rest: a product with few clips costs nearly as much.
+        """
+        self._wanted = min(self.size + answered, self._limits.batch_clips)
+        self._enough.clear()
+        if self.size < self._wanted:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._enough.wait(), LINGER)
 
     def _next(self) -> list[_Waiting[Q, A]]:
         """Takes the next batch from those who still wait for their answer."""
@@ -112,6 +128,11 @@ class Batcher(Generic[Q, A]):
     def stop(self) -> None:
         """Ends the thread, after the batch that it works at."""
         self._thread.shutdown()
+
+
+def _too_late(answer: "asyncio.Future[A]") -> None:
+    if not answer.done():
+        answer.set_exception(Refused(HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1))
 
 
 class Changes:

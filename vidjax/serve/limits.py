@@ -1,17 +1,18 @@
 """What a stranger may send, and who may ask: sizes, times, a token, and where a request comes from.
 
 `Guard` stands before the application. It checks the sender before it reads a byte of the body, and
-the body while it arrives. `connection_class` bounds what comes before a request is one: the number
-of connections, and the size and time of headers.
+the body while it arrives. `connection` bounds what comes before a request is one.
 """
 
 import asyncio
+import functools
 import hmac
 import ipaddress
 import logging
 import os
 import stat
 import traceback
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,6 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vidjax import files
 from vidjax.errors import Expected, UserError
@@ -99,6 +99,7 @@ def read_token(path: Path) -> bytes:
     return token
 
 
+@functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
     """Returns True if only programs of this machine reach the address."""
     if host == "localhost":
@@ -127,14 +128,14 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(self, receive)
+        body = _Body(self, receive, dict(scope["headers"]))
         scope["vidjax.body"] = body
         scope["app"] = self._app  # with it, the router raises for a path or method that is not
         answered = _Answered(send)
         began = asyncio.get_running_loop().time()
         error: Refused | None = None
         try:
-            self._check_sender(scope)
+            self._check_sender(scope["path"], body.headers)
             seconds = self._limits.body_seconds + self._limits.change_seconds
             async with asyncio.timeout(seconds):  # of a client that does not read its answer, too
                 await self._app(scope, receive, answered)
@@ -158,12 +159,11 @@ class Guard:
         seconds = asyncio.get_running_loop().time() - began
         self._metrics.count_request(scope.get("vidjax.route", "other"), answered.status, seconds)
 
-    def _check_sender(self, scope: Scope) -> None:
+    def _check_sender(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         """Refuses a false token, and pages of other sites that a browser on this machine shows."""
-        headers = dict(scope["headers"])
         if self._token is not None:
             given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._token) and scope["path"] not in OPEN_PATHS:
+            if not hmac.compare_digest(given, self._token) and path not in OPEN_PATHS:
                 raise Refused(HTTPStatus.UNAUTHORIZED, "wanted: Authorization: Bearer TOKEN")
             return
         host = headers.get(b"host", b"").decode("latin-1")
@@ -184,10 +184,10 @@ class Guard:
         if self._held > self._limits.held_bytes:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many large requests at once", 1)
 
-    async def read(self, body: "_Body", scope: Scope, limit: int) -> bytes:
+    async def read(self, body: "_Body", limit: int) -> bytes:
         """Returns a body of at most `limit` bytes; raises Refused where it is larger or slow."""
         body.limit = limit
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        length = body.headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15 or int(length) > limit:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has {limit:,} bytes at most"
@@ -202,7 +202,7 @@ class Guard:
 async def read_body(scope: Scope, limit: int) -> bytes:
     """Returns the body of a request that a Guard has let through; Refused if it is too large."""
     body: _Body = scope["vidjax.body"]
-    return await body.guard.read(body, scope, limit)
+    return await body.guard.read(body, limit)
 
 
 class _Gone(Exception):
@@ -210,10 +210,10 @@ class _Gone(Exception):
 
 
 class _Body:
-    """A body: what was read of it, and how much that is."""
+    """A body: its headers, what was read of it, and how much that is."""
 
-    def __init__(self, guard: Guard, receive: Receive):
-        self.guard, self._receive = guard, receive
+    def __init__(self, guard: Guard, receive: Receive, headers: Mapping[bytes, bytes]):
+        self.guard, self._receive, self.headers = guard, receive, headers
         self.size, self.limit, self.complete = 0, 0, False
 
     async def read(self) -> bytes:
@@ -267,77 +267,13 @@ def _place_of(error: Exception) -> str:
     return f"{type(error).__name__} at {places}"
 
 
+@functools.lru_cache(64)
 def _hostname(host: str) -> str:
     """Returns the name in a Host header, without the port; empty if it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def connection_class(limits: Limits) -> type[HttpToolsProtocol]:
-    """Returns uvicorn's protocol with limits on what comes before the application sees a request.
-
-    uvicorn itself lets a new connection wait for ever, and headers grow without end.
-    """
-
-    class Connection(HttpToolsProtocol):
-        _timer: asyncio.TimerHandle | None = None
-        _header_bytes = 0
-        _refused = False
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
-            if len(self.connections) >= limits.connections:
-                self._refused, self.transport = True, transport
-                self._close(HTTPStatus.SERVICE_UNAVAILABLE)
-                return
-            super().connection_made(transport)
-            self._await_headers()
-
-        def data_received(self, data: bytes) -> None:
-            if self._refused or self.transport.is_closing():
-                return
-            if self._timer is None and self._between_requests():
-                self._await_headers()
-            self._header_bytes += len(data) if self._timer else 0
-            super().data_received(data)
-            if self._timer and self._header_bytes > limits.header_bytes:
-                self._close(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-
-        def on_headers_complete(self) -> None:
-            self._forget_timer()
-            super().on_headers_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._forget_timer()
-            if not self._refused:
-                super().connection_lost(exc)
-
-        def _between_requests(self) -> bool:
-            return self.cycle is None or self.cycle.response_complete
-
-        def _await_headers(self) -> None:
-            self._header_bytes = 0
-            self._timer = self.loop.call_later(limits.header_seconds, self._too_slow)
-
-        def _too_slow(self) -> None:
-            self._timer = None
-            self._close(HTTPStatus.REQUEST_TIMEOUT)
-
-        def _forget_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _close(self, status: HTTPStatus) -> None:
-            self._forget_timer()
-            if not self.transport.is_closing():
-                head = f"HTTP/1.1 {status.value} {status.phrase}\r\n"
-                rest = "connection: close\r\ncontent-length: 0\r\n\r\n"
-                self.transport.write((head + rest).encode())
-                self.transport.close()
-
-    return Connection
 
 
 def unprocessable(text: str) -> Refused:

@@ -215,7 +215,8 @@ class GalleryModel:
         kinds = {(one.k, one.fpir, one.threshold) for one in questions}
         for k, fpir, threshold in kinds:
             own = [n for n, one in enumerate(questions) if one[1:] == (k, fpir, threshold)]
-            rule = self.gallery.rule(fpir=fpir, threshold=threshold)
+            chosen_rule = fpir is not None or threshold is not None
+            rule = self.gallery.rule(fpir=fpir, threshold=threshold) if chosen_rule else None
             chosen = np.concatenate([np.arange(rows[n].start, rows[n].stop) for n in own])
             some = self.gallery.answers([x[chosen] for x in parts], k, rule)
             for n in own:

@@ -79,12 +79,12 @@ def parse(body: bytes, header_length: str | None, inputs: Sequence[Spec], limits
     tensors: dict[str, np.ndarray] = {}
     at = size
     for tensor in request.inputs:
-        name = show(tensor.name)
-        if tensor.name not in known:
-            raise unprocessable(f"no input '{name}': choose from {', '.join(known)}")
-        if tensor.name in tensors:
+        name = tensor.name
+        if name not in known:
+            raise unprocessable(f"no input '{show(name)}': choose from {', '.join(known)}")
+        if name in tensors:
             raise unprocessable(f"input '{name}' comes twice")
-        spec = known[tensor.name]
+        spec = known[name]
         if tensor.datatype != spec.datatype:
             raise unprocessable(f"input '{name}' is {spec.datatype}, not {show(tensor.datatype)}")
         if not _fits(tensor.shape, spec.shape):
@@ -99,7 +99,7 @@ def parse(body: bytes, header_length: str | None, inputs: Sequence[Spec], limits
             at += wanted
         else:
             array = _of_json(tensor, name, dtype)
-        tensors[tensor.name] = array.reshape(tensor.shape)
+        tensors[name] = array.reshape(tensor.shape)
     if at != len(body):
         raise unprocessable(f"{len(body) - at:,} bytes of the body belong to no tensor")
     outputs = {one.name: bool(one.parameters.get("binary_data", False)) for one in request.outputs}

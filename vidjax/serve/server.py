@@ -1,6 +1,7 @@
 """Runs the application until a signal; then answers what it has read, and nobody else."""
 
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -10,7 +11,8 @@ from collections.abc import Generator
 import uvicorn
 
 from vidjax.errors import UserError
-from vidjax.serve.limits import Guard, Limits, connection_class
+from vidjax.serve.connection import connection_class
+from vidjax.serve.limits import Guard, Limits
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -70,6 +72,7 @@ def serve(app: Guard, listener: socket.socket, limits: Limits) -> bool:
     """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off."""
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.ERROR)  # warnings about strangers' requests
+    gc.freeze()  # modules and people live on: no collection looks at them
     server = Server(make_config(app, limits))
     server.run(sockets=[listener])
     return server.started and not server.force_exit

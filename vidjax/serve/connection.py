@@ -1,0 +1,102 @@
+"""uvicorn's connection, bounded before a request is one, and with one packet for an answer."""
+
+import asyncio
+from http import HTTPStatus
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from vidjax.serve.limits import Limits
+
+
+class _Joined:
+    """A transport that keeps the head of an answer until it can send the body with it."""
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport, self._head = transport, b""
+        self.is_closing, self.get_extra_info = transport.is_closing, transport.get_extra_info
+
+    def write(self, data: bytes) -> None:
+        if self._head or not data.startswith(b"HTTP/1.1 ") or data.startswith(b"HTTP/1.1 100 "):
+            self._transport.write(self._head + data)
+            self._head = b""
+        else:
+            self._head = data
+
+    def flush(self) -> None:
+        """Sends a head without a body."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
+def connection_class(limits: Limits) -> type[HttpToolsProtocol]:
+    """Returns uvicorn's protocol with limits on what comes before the application sees a request.
+
+    uvicorn itself lets a new connection wait for ever, and headers grow without end.
+    """
+
+    class Connection(HttpToolsProtocol):
+        _timer: asyncio.TimerHandle | None = None
+        _header_bytes = 0
+        _refused = False
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
+            if len(self.connections) >= limits.connections:
+                self._refused, self.transport = True, transport
+                self._close(HTTPStatus.SERVICE_UNAVAILABLE)
+                return
+            super().connection_made(transport)
+            self.transport = self._joined = _Joined(transport)  # pyright: ignore
+            self._await_headers()
+
+        def data_received(self, data: bytes) -> None:
+            if self._refused or self.transport.is_closing():
+                return
+            if self._timer is None and self._between_requests():
+                self._await_headers()
+            self._header_bytes += len(data) if self._timer else 0
+            super().data_received(data)
+            if self._timer and self._header_bytes > limits.header_bytes:
+                self._close(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+        def on_headers_complete(self) -> None:
+            self._forget_timer()
+            super().on_headers_complete()
+
+        def on_response_complete(self) -> None:
+            self._joined.flush()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget_timer()
+            if not self._refused:
+                super().connection_lost(exc)
+
+        def _between_requests(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _await_headers(self) -> None:
+            self._header_bytes = 0
+            self._timer = self.loop.call_later(limits.header_seconds, self._too_slow)
+
+        def _too_slow(self) -> None:
+            self._timer = None
+            self._close(HTTPStatus.REQUEST_TIMEOUT)
+
+        def _forget_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _close(self, status: HTTPStatus) -> None:
+            self._forget_timer()
+            if not self.transport.is_closing():
+                head = f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+                rest = "connection: close\r\ncontent-length: 0\r\n\r\n"
+                self.transport.write((head + rest).encode())
+                self.transport.close()
+
+    return Connection
