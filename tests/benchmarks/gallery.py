@@ -1,18 +1,26 @@
 """Times of a gallery: enrolling, removing and finding people, on made-up vectors.
 
     python -m tests.benchmarks.gallery FOLDER [--people=10000,1000000]
+    python -m tests.benchmarks.gallery FOLDER --start
 
 10,000 people have a face, a head and an audio vector of 512 each; 1,000,000 people one vector of
 512, which is 4 GB on the disk. A person has one clip. Times are the fastest, the
 median and the slowest of several tries, after the gallery is open. Brute force is a product of
 numpy's with all coefficients, whose rounding depends on the order of people: the least that a
 search needs.
+
+`--start` measures processes from their start to their end, for a gallery of cards with 20 people
+and 150 strangers: seconds of time and of the processor, medians of several turns, beside a process
+that imports numpy alone.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vidjax.extract.cards import BackEnd
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery.backend import Backend
 from vidjax.gallery.gallery import Gallery
@@ -32,6 +41,22 @@ SETTINGS = Settings(
 )
 TRIES = 20
 RUN = Origin("made-up", "0" * 64, centred=True)
+CARDS = Origin("made-up", "0" * 64, centred=True, cards={"face": "0" * 64})
+TURNS = 7  # of processes that start
+ANSWER = """
+from pathlib import Path
+import numpy as np
+from vidjax import Gallery
+clips = {x.stem: dict(np.load(x)) for x in Path("clips").iterdir()}
+Gallery("people").identify(clips)
+"""
+STARTS = {
+    "numpy alone": ["-c", "import numpy"],
+    "a first answer from Python": ["-c", ANSWER],
+    "vidjax gallery --help": ["-m", "vidjax", "gallery", "--help"],
+    "vidjax gallery list": ["-m", "vidjax", "gallery", "list", "people"],
+    "vidjax gallery identify": ["-m", "vidjax", "gallery", "identify", "people", "--input=clips"],
+}
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
@@ -115,12 +140,60 @@ def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
     return found
 
 
+def make_small(folder: Path) -> None:
+    """Makes a gallery of cards in `folder/people`, and five clips to ask for in `folder/clips`."""
+    rng = np.random.default_rng(0)
+    card = BackEnd(
+        centre=[0.0] * 128, same=(0.958, 0.0146), different=(0.83, 0.0352), pairs=(9, 9), data="made"
+    )
+    faces = _near(rng.standard_normal((175, 128), np.float32), rng)
+    clips = {f"clip {n}": Clip(f"person {n}", x) for n, x in enumerate(faces[:20])}
+    clips |= {f"stranger {n}": Clip(None, x) for n, x in enumerate(faces[20:170])}
+    shutil.rmtree(folder, ignore_errors=True)
+    Gallery.of_clips(folder / "people", CARDS, backend_lib.of_cards({"face": card}), clips)
+    (folder / "clips").mkdir()
+    for number, face in enumerate(faces[170:]):
+        np.savez(folder / "clips" / f"{number}.npz", face=face)
+
+
+def start(folder: Path) -> dict[str, dict[str, float]]:
+    """Returns what each process of STARTS takes: medians in seconds, and beside numpy's."""
+    make_small(folder)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path[:1]))}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in STARTS}
+    for turn in range(1 + TURNS):  # the first turn fills caches
+        for name, words in STARTS.items():
+            began, used = time.perf_counter(), _of_children()
+            command = [sys.executable, *words]
+            subprocess.run(command, cwd=folder, env=env, capture_output=True, check=True)
+            if turn:
+                found[name].append((time.perf_counter() - began, _of_children() - used))
+    medians = {name: [statistics.median(x) for x in zip(*some)] for name, some in found.items()}
+    least = medians["numpy alone"]
+    return {
+        name: {"seconds": x, "processor": y, "times numpy": y / least[1]}
+        for name, (x, y) in medians.items()
+    }
+
+
+def _of_children() -> float:
+    """Returns the seconds of the processor that ended children of this process have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the times as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--people", default="10000,1000000")
+    parser.add_argument("--start", action="store_true")
     args = parser.parse_args(argv)
+    if args.start:
+        for name, found in start(args.folder / "small").items():
+            told = {key: round(value, 3) for key, value in found.items()}
+            sys.stdout.write(json.dumps({"process": name, **told}) + "\n")
+        return 0
     for size in map(int, args.people.split(",")):
         folder = args.folder / f"gallery-{size}"
         found = measure(folder, size, 3 if size <= 100_000 else 1)
