@@ -33,7 +33,7 @@ from vidjax.gallery import backend as backend_lib
 from vidjax.gallery.backend import Backend
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip, Origin
-from vidjax.models.plda import Settings
+from vidjax.models.two_covariance import Settings
 
 WIDTH = 512
 SETTINGS = Settings(
@@ -143,9 +143,8 @@ def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
 def make_small(folder: Path) -> None:
     """Makes a gallery of cards in `folder/people`, and five clips to ask for in `folder/clips`."""
     rng = np.random.default_rng(0)
-    card = BackEnd(
-        centre=[0.0] * 128, same=(0.958, 0.0146), different=(0.83, 0.0352), pairs=(9, 9), data="made"
-    )
+    same, different = (0.958, 0.0146), (0.83, 0.0352)  # cosines of dlib's vectors of faces
+    card = BackEnd(centre=[0.0] * 128, same=same, different=different, pairs=(1, 1), data="made-up")
     faces = _near(rng.standard_normal((175, 128), np.float32), rng)
     clips = {f"clip {n}": Clip(f"person {n}", x) for n, x in enumerate(faces[:20])}
     clips |= {f"stranger {n}": Clip(None, x) for n, x in enumerate(faces[20:170])}
@@ -168,7 +167,10 @@ def start(folder: Path) -> dict[str, dict[str, float]]:
             subprocess.run(command, cwd=folder, env=env, capture_output=True, check=True)
             if turn:
                 found[name].append((time.perf_counter() - began, _of_children() - used))
-    medians = {name: [statistics.median(x) for x in zip(*some)] for name, some in found.items()}
+    medians = {
+        name: [statistics.median(x) for x in zip(*some, strict=True)]
+        for name, some in found.items()
+    }
     least = medians["numpy alone"]
     return {
         name: {"seconds": x, "processor": y, "times numpy": y / least[1]}

@@ -411,7 +411,7 @@ def _identify(args: argparse.Namespace) -> Result:
     rows |= {"unknown": f"{len(found) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
     content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
-    content |= {"threshold": rule.found._asdict() if rule.found else None} | timed[1]
+    content |= {"threshold": rule.found.to_dict() if rule.found else None} | timed[1]
     if out:
         if films:
             appearances.write(out, appearances.find(found, films))
@@ -776,7 +776,7 @@ def _list(args: argparse.Namespace) -> Result:
 
 def _threshold(args: argparse.Namespace) -> Result:
     found = _opened(args).threshold(answers_lib.DEFAULT_FPIR if args.fpir is None else args.fpir)
-    return Result(found._asdict(), answers_lib.describe(found))
+    return Result(found.to_dict(), answers_lib.describe(found))
 
 
 def _export(args: argparse.Namespace) -> Result:

@@ -38,7 +38,7 @@ from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
-from vidjax.models.plda import Settings
+from vidjax.models.two_covariance import Settings
 from vidjax.run import formats
 
 NAME = "gallery.sqlite"
