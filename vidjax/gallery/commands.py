@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidjax import config_io, files, in_parts, messages, tables
-from vidjax.api import load_data, run_config
+from vidjax import files, in_parts, messages, tables
 from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
@@ -242,11 +241,13 @@ def _counts(
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax import predict
     from vidjax.gallery.gallery import Gallery
 
     if args.models:
         return _counts(Gallery.of_models(args.gallery, args.models, sync=True))
+    from vidjax import config_io, predict  # JAX, for galleries of runs alone
+    from vidjax.api import load_data, run_config
+
     run_config(Path(args.run).expanduser())  # says where there is none
     run = predict.restore(args.run)
     config = config_io.override(run.config, args.overrides)
@@ -270,6 +271,9 @@ def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Train
         widths, quality = gallery.reads
         _check_models(args, gallery)
         return load_clips(args.input, widths, (), quality=quality)
+    from vidjax import config_io
+    from vidjax.api import load_data
+
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
 
