@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +152,42 @@ def test_a_gallery_of_models_lives_without_them(tmp_path, models):
     assert again.remove(identity="friend 1") == 3 and again.still_held == 0
     with pytest.raises(ValueError, match="made of models, not of a run"):
         _ = again.run
+
+
+def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models):
+    """Identify, threshold and changes, from Python and by command, where nothing else is."""
+    friends = draw(np.random.default_rng(1), 3, 3)
+    gallery = enrolled(tmp_path / "g", models, friends[:, :2])
+    clips = {
+        f"stranger {n}": {"face": x} for n, x in enumerate(draw(np.random.default_rng(2), 4, 1))
+    }
+    gallery.enrol(clips, dict.fromkeys(clips), strangers=True)
+    (tmp_path / "in").mkdir()
+    for number, vectors in enumerate(friends):
+        np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])
+    absent = ("jax", "tensorflow", "tensorflow_datasets", "flax", "optax", "orbax", "pyarrow",
+              "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
+    code = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        "import numpy as np\nfrom vidjax import Gallery, rooms\n"
+        "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
+        "gallery = Gallery('g')\n"
+        "assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]\n"
+        "assert gallery.identify(clips, fpir=0.25) and gallery.threshold(0.25).score < 0\n"
+        "assert gallery.enrol({'new': clips['0']}, '0').enrolled == 1\n"
+        "assert gallery.relabel('new', '1') == '0' and gallery.undo() == 1\n"
+        "assert gallery.remove(clip='new') == 1\n"
+        "for words in ('list g', 'identify g --input=in --threshold=0.5',\n"
+        "              'enrol g --input=in/0.npz --identity=Ada'):\n"
+        "    assert rooms.run(['gallery', *words.split()]) == 0, words\n"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Ada" not in done.stdout and Gallery(tmp_path / "g").identities["Ada"] == 1
 
 
 def test_a_gallery_that_is_widened_keeps_clips_and_undo(tmp_path, models):
