@@ -259,13 +259,15 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        return len(self.identities)
+        self.refresh()
+        return len(self._state.groups) - (STRANGER in self._state.groups)
 
     def __bool__(self) -> bool:
         return True  # also of a gallery of nobody
 
     def __contains__(self, identity: object) -> bool:
-        return identity in self.identities
+        self.refresh()
+        return identity != STRANGER and identity in self._state.groups
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
