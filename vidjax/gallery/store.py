@@ -50,6 +50,7 @@ MOST_LETTERS = 1000  # of a name
 VALUE_BYTES = 1 << 17  # of the longest text or blob, and of the longest row
 PIECE = 1 << 13  # numbers of the back end in one row
 PAGE_BYTES = 1 << 16
+CLIP_KINDS = (str, str, int, bytes, bytes)
 FETCHED = 256  # clips that are read at a time, few enough to stay in the cache of a processor
 SCHEMA_SECONDS = 10.0  # in which a schema of four tables is read
 ROLLBACK_SECONDS = 0.3  # after which a journal is that of a change that was cut off
