@@ -9,6 +9,7 @@ coefficients, whose rounding depends on the order of people. To remove somebody 
 anew, which is not measured for more than 100,000 people.
 """
 
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +94,8 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     opened: list[Gallery] = []
     yield "open", timed(lambda _: opened.append(Gallery(folder)), 1)
     (people,) = opened
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / common.MIB  # of KiB
+    yield "memory of the process", f"{peak:.1f} GB"
     query = np.stack([x.vector for x in make_clips(num_parts, TRIES, rng, 5_000_000).values()])
     parts = people.backend.split(query)
     list(people.answers([x[:1] for x in parts], 5, RULE))  # the first answer makes tables
