@@ -4,9 +4,9 @@
 
 Up to 100,000 people have a face, a head and an audio vector of 512 each, and more people one vector
 of 512, 4 GB for a million. A person has one clip. Times are medians of several tries in a process
-that has opened the gallery, and in brackets those of the processor. The least that a search needs is one product of numpy's with all
-coefficients, whose rounding depends on the order of people. To remove somebody the file is written
-anew, which is not measured for more than 100,000 people.
+that has opened the gallery, and in brackets those of the processor. The least that a search needs
+is one product of numpy's with all coefficients, whose rounding depends on the order of people. To
+remove somebody the file is written anew, which is not measured for more than 100,000 people.
 """
 
 import resource
