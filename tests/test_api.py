@@ -136,17 +136,6 @@ def test_importing_is_instant():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_gallery_waits_for_no_library_that_it_does_not_need():
-    code = (
-        "import sys, vidjax\n"
-        "vidjax.Gallery\n"
-        "loaded = {'orbax', 'tensorflow', 'tensorflow_datasets', 'pyarrow'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_public_names():
     for name in vidjax.__all__:
         assert callable(getattr(vidjax, name))

@@ -392,7 +392,7 @@ def test_threshold(say, folder, made):
     said = say("threshold", folder, "--fpir=0.25")
     for words in ("threshold", "people      12", f"strangers   {found.num_strangers}"):
         assert words in said
-    assert json.loads(say("threshold", folder, "--fpir=0.25", "--json")) == found._asdict()
+    assert json.loads(say("threshold", folder, "--fpir=0.25", "--json")) == found.to_dict()
     said = say("threshold", folder, "--fpir=0.001", code=2)
     assert "needs 1,000 clips of strangers or more" in said and "enrol more strangers" in said
     assert "not a number" in say("threshold", folder, "--fpir=one", code=2)

@@ -5,7 +5,7 @@ import pytest
 
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import nearest as nearest_lib
-from vidjax.models.plda import Settings
+from vidjax.models.two_covariance import Settings
 
 PEOPLE = 700
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from vidjax.gallery import appearances, backend, trial
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip
-from vidjax.models import two_covariance
+from vidjax.models import plda_logits, two_covariance
 
 # Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
@@ -86,7 +89,7 @@ def test_distances_alone_decide_where_the_mean_is_unknown():
     sums = np.stack([clips[0, 0], clips[1].sum(0)])
     z = rng.normal(size=(5, 4))
     found = two_covariance.distance_coefficients(space, count, sums)
-    ratios = two_covariance.log_ratios(space, found, z)
+    ratios = plda_logits.log_ratios(space, found, z)
 
     def density(x, mean, variance):
         return np.sum(-0.5 * (x - mean) ** 2 / variance - 0.5 * np.log(variance), axis=-1)
@@ -97,7 +100,7 @@ def test_distances_alone_decide_where_the_mean_is_unknown():
         other = density(z, mean, 2 * space.ratio + 1 + 1 / k)
         np.testing.assert_allclose(ratios[:, person], own - other, rtol=1e-5, atol=1e-5)
     moved = two_covariance.distance_coefficients(space, count, sums + 7 * count[:, None])
-    np.testing.assert_allclose(two_covariance.log_ratios(space, moved, z + 7), ratios, atol=1e-4)
+    np.testing.assert_allclose(plda_logits.log_ratios(space, moved, z + 7), ratios, atol=1e-4)
 
 
 def test_mean_vectors_weigh_frames_by_quality(tmp_path):
@@ -149,6 +152,42 @@ def test_a_gallery_of_models_lives_without_them(tmp_path, models):
     assert again.remove(identity="friend 1") == 3 and again.still_held == 0
     with pytest.raises(ValueError, match="made of models, not of a run"):
         _ = again.run
+
+
+def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models):
+    """Identify, threshold and changes, from Python and by command, where nothing else is."""
+    friends = draw(np.random.default_rng(1), 3, 3)
+    gallery = enrolled(tmp_path / "g", models, friends[:, :2])
+    clips = {
+        f"stranger {n}": {"face": x} for n, x in enumerate(draw(np.random.default_rng(2), 4, 1))
+    }
+    gallery.enrol(clips, dict.fromkeys(clips), strangers=True)
+    (tmp_path / "in").mkdir()
+    for number, vectors in enumerate(friends):
+        np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])
+    absent = ("jax", "tensorflow", "tensorflow_datasets", "flax", "optax", "orbax", "pyarrow",
+              "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
+    code = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        "import numpy as np\nfrom vidjax import Gallery, rooms\n"
+        "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
+        "gallery = Gallery('g')\n"
+        "assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]\n"
+        "assert gallery.identify(clips, fpir=0.25) and gallery.threshold(0.25).score < 0\n"
+        "assert gallery.enrol({'new': clips['0']}, '0').enrolled == 1\n"
+        "assert gallery.relabel('new', '1') == '0' and gallery.undo() == 1\n"
+        "assert gallery.remove(clip='new') == 1\n"
+        "for words in ('list g', 'identify g --input=in --threshold=0.5',\n"
+        "              'enrol g --input=in/0.npz --identity=Ada'):\n"
+        "    assert rooms.run(['gallery', *words.split()]) == 0, words\n"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Ada" not in done.stdout and Gallery(tmp_path / "g").identities["Ada"] == 1
 
 
 def test_a_gallery_that_is_widened_keeps_clips_and_undo(tmp_path, models):

@@ -27,7 +27,7 @@ from vidjax.gallery import gallery as gallery_lib
 from vidjax.gallery import store as store_lib
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip, Origin
-from vidjax.models import plda, two_covariance
+from vidjax.models import two_covariance
 
 CLIPS = made_galleries.make_clips()
 
@@ -714,7 +714,7 @@ def test_forged_tables_are_refused(gallery, sql):
         {"version": 2**63 - 1},
         {"version": 10**300},
         {"settings": {"within": 0.1}},
-        {"settings": dict.fromkeys(plda.Settings._fields, float("nan"))},
+        {"settings": dict.fromkeys(two_covariance.Settings._fields, float("nan"))},
         {"run": {"workdir": ["x"], "digest": "0" * 64, "centred": True}},
         {"clips": 2**31 - 1},
         {"people": 3},

@@ -23,11 +23,11 @@ PACKAGES = sorted(
 
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
-    "__main__", "main", "who", "forget", "commands", "export", "serve", "gallery", "extract",
-    "api", "predict", "in_parts", "comparison", "training", "analysis", "evaluation", "report",
-    "significance", "ranking", "steps", "system", "models", "losses", "logit_ops", "optim",
-    "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config", "data",
-    "devices", "cluster", "batch",
+    "__main__", "main", "rooms", "who", "forget", "commands", "export", "serve", "gallery",
+    "extract", "api", "predict", "in_parts", "comparison", "training", "analysis", "evaluation",
+    "report", "significance", "ranking", "steps", "system", "models", "losses", "logit_ops",
+    "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config",
+    "data", "devices", "cluster", "batch",
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
@@ -48,6 +48,7 @@ JAX = {"flax", "jax", "optax", "orbax"}
 WITHOUT = {
     "vidjax.data.untrusted": {*JAX, *TENSORFLOW, "ml_collections", "sklearn"},
     "vidjax.extract": {*JAX, *TENSORFLOW, "torch"},
+    "vidjax.gallery": {*JAX, *TENSORFLOW, "ml_collections", "pyarrow", "scipy"},
     "vidjax.models": {*TENSORFLOW, "ml_collections", "matplotlib", "orbax"},
     "vidjax.report": {*JAX, *TENSORFLOW},
 }

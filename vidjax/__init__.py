@@ -10,7 +10,8 @@
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)
 
-`import vidjax` is instant: each function imports JAX or TensorFlow at its first use.
+`import vidjax` is instant: each function imports JAX or TensorFlow at its first use, and a gallery
+of models neither.
 """
 
 import sys

@@ -10,13 +10,16 @@ the order of `identities.json`. So logits and scores are [B, 1 + C]. Columns of 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
-import jax
 import numpy as np
 
-# Host code fills these structures with numpy arrays, device code with jax arrays.
-Array: TypeAlias = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    import jax
+
+# Host code fills these structures with numpy arrays, and does not wait for JAX; device code with
+# jax arrays.
+Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
 class NoiseLayout(NamedTuple):

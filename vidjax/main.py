@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vidjax import config as config_lib
-from vidjax import config_io, machine, messages
+from vidjax import config_io, machine, messages, rooms
 from vidjax.cluster import processes
 from vidjax.commands import check, compare, config, evaluate, rank, serve, train
 from vidjax.errors import UserError
@@ -72,26 +72,8 @@ def run() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `argv`, None for that of the process; returns the exit code of `messages.guarded`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["gallery"]:
-        from vidjax.gallery import commands
-
-        return commands.main(words[1:])
-    if words[:1] == ["extract"]:
-        from vidjax.extract import commands
-
-        return commands.main(words[1:])
-    if words[:1] in (["export"], ["import"]):
-        from vidjax.export import commands
-
-        return commands.main(words)
-    if words[:1] == ["who"]:
-        from vidjax import who
-
-        return who.main(words[1:])
-    if words[:1] == ["forget"]:
-        from vidjax import forget
-
-        return forget.main(words[1:])
+    if (code := rooms.run(words)) is not None:
+        return code
 
     def command() -> int:
         args = parse(words)

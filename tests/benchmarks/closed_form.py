@@ -23,7 +23,7 @@ import numpy as np
 from tests.benchmarks import common, evaluation
 from vidjax import devices
 from vidjax.models import plda_fit
-from vidjax.models.plda import Settings
+from vidjax.models.two_covariance import Settings
 
 SETTINGS = Settings(
     within=0.8, between=0.75, scale=0.06, unenrolled=-2.0, stranger=2.0, centred=1.0

@@ -1,37 +1,38 @@
-"""Times of a gallery: enrolling, removing and finding people, on made-up vectors.
+"""Times of a gallery: opening it, finding, enrolling and removing people, on made-up vectors.
 
-    python -m tests.benchmarks.gallery FOLDER [--people=10000,1000000]
+    python -m tests.benchmarks.gallery [--people=10000]
 
-10,000 people have a face, a head and an audio vector of 512 each; 1,000,000 people one vector of
-512, which is 4 GB on the disk. A person has one clip. Times are the fastest, the
-median and the slowest of several tries, after the gallery is open. Brute force is a product of
-numpy's with all coefficients, whose rounding depends on the order of people: the least that a
-search needs.
+Up to 100,000 people have a face, a head and an audio vector of 512 each, and more people one vector
+of 512, 4 GB for a million. A person has one clip. Times are medians of several tries in a process
+that has opened the gallery, and in brackets those of the processor. The least that a search needs
+is one product of numpy's with all coefficients, whose rounding depends on the order of people. To
+remove somebody the file is written anew, which is not measured for more than 100,000 people.
 """
 
-import argparse
-import json
-import os
-import shutil
-import sys
+import resource
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tests.benchmarks import common
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.backend import Backend
+from vidjax.gallery.answers import Rule
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip, Origin
-from vidjax.models.plda import Settings
+from vidjax.gallery.store import Clip, Origin, State, Store, group
+from vidjax.models.two_covariance import Settings
 
 WIDTH = 512
 SETTINGS = Settings(
     within=0.8, between=0.75, scale=0.1, unenrolled=-2.0, stranger=-4.0, centred=1.0
 )
 TRIES = 20
+MANY = 100_000  # people from which on they have one part, and nobody is removed
 RUN = Origin("made-up", "0" * 64, centred=True)
+RULE = Rule("threshold", -1.0, False, None, "")
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
@@ -60,75 +61,82 @@ def make_clips(
     }
 
 
-def timed(action: Callable[[int], object], tries: int) -> dict[str, float]:
-    """Returns the fastest, the median and the slowest of several times, in milliseconds."""
+def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Generator) -> None:
+    """Writes a gallery whose people have the vectors of a few in turn, under names of their own."""
+    front = make_front(parts, rng)
+    few = list(make_clips(len(parts), min(MOST_ROWS, num_people), rng).values())
+    vectors = np.stack([clip.vector for clip in few])
+    block = front.enrol([str(clip.identity) for clip in few], vectors, np.arange(len(few)))
+    numbers = range(num_people)
+    names = [f"person_{number:07}" for number in numbers]
+    pieces = (tuple(names[at : at + len(few)]) for at in range(0, num_people, len(few)))
+    blocks = (block.take(np.arange(len(some)))._replace(names=some) for some in pieces)
+    clips = {f"clip_{n:07}": Clip(names[n], few[n % len(few)].vector) for n in numbers}
+    folder.mkdir(mode=0o700)
+    Store(folder, sync=False).replace(State(1, RUN, Index(front, blocks), clips, group(clips)))
+
+
+def timed(action: Callable[[int], object], tries: int) -> str:
+    """Returns medians of several times as text: of the clock, and of all cores of the processor."""
     times = []
     for number in range(tries):
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         action(number)
-        times.append(1000 * (time.perf_counter() - began))
-    return {"fastest": min(times), "median": float(np.median(times)), "slowest": max(times)}
+        times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    clock, processor = (
+        f"{x:.1f} s" if x >= 1 else f"{1000 * x:.3g} ms" for x in np.median(times, axis=0).tolist()
+    )
+    return f"{clock} ({processor})"
 
 
-def brute_force(num_people: int, num_parts: int, rng: np.random.Generator) -> dict[str, float]:
-    """Returns the times of products of numpy's with all coefficients."""
-    parts = [rng.standard_normal((num_people, WIDTH), np.float32) for _ in range(num_parts)]
-    vector = rng.standard_normal(WIDTH).astype(np.float32)
+def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str, str]]:
+    """Yields what was done and how long it took, in a gallery that is made in a folder."""
+    rng = np.random.default_rng(0)
+    write(folder, num_people, ["face", "head", "audio"][:num_parts], rng)
+    opened: list[Gallery] = []
+    yield "open", timed(lambda _: opened.append(Gallery(folder)), 1)
+    (people,) = opened
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / common.MIB  # of KiB
+    yield "memory of the process", f"{peak:.1f} GB"
+    query = np.stack([x.vector for x in make_clips(num_parts, TRIES, rng, 5_000_000).values()])
+    parts = people.backend.split(query)
+    list(people.answers([x[:1] for x in parts], 5, RULE))  # the first answer makes tables
+    yield (
+        "identify a clip",
+        timed(lambda n: list(people.answers([x[n : n + 1] for x in parts], 5, RULE)), TRIES),
+    )
+    yield "the same as one product of numpy's", _product(people.index, query[0, :WIDTH])
+    for sync in (False, True):
+        people._store._sync = sync  # to open a million people anew takes half a minute
+        forced = ", forced to the disk" * sync
+        for count, tries in ((1, TRIES), (1000, 1)):
+            first = 2_000_000 * (1 + sync) + 1_000 * count
+            made = make_clips(num_parts, count * tries, rng, first)
+            turns = [dict(list(made.items())[n * count :][:count]) for n in range(tries)]
+            enrolled = "a clip" if count == 1 else f"{count:,} clips at once"
+            yield f"enrol {enrolled}{forced}", timed(lambda n, t=turns: people.add(t[n]), tries)
+            if num_people <= MANY and count == 1:
+                gone = [next(iter(turn.values())).identity or "" for turn in turns]
+                yield (
+                    f"remove a person{forced}",
+                    timed(lambda n, g=gone: people.remove(identity=g[n]), tries),
+                )
+
+
+def _product(index: Index, vector: np.ndarray) -> str:
+    """Returns the time of a product of a vector with the coefficients of all people."""
+    parts = [np.concatenate(x) for x in zip(*(b.linear for b in index.blocks), strict=True)]
     return timed(lambda _: np.argmax(sum(x @ vector for x in parts)), TRIES)
 
 
-def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
-    """Returns times in milliseconds, of a gallery that is made in a folder."""
-    rng = np.random.default_rng(0)
-    names = ["face", "head", "audio"][:num_parts]
-    shutil.rmtree(folder, ignore_errors=True)
-    clips = make_clips(num_parts, num_people, rng)
-    began = time.perf_counter()
-    Gallery.of_clips(folder, RUN, make_front(names, rng), clips)
-    found: dict[str, object] = {"people": num_people, "parts": num_parts}
-    found["create_seconds"] = time.perf_counter() - began
-    del clips
-    began = time.perf_counter()
-    people = Gallery(folder)
-    found["open_seconds"] = time.perf_counter() - began
-    found["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
-
-    query = make_clips(num_parts, TRIES, rng, 5_000_000)
-    parts = people.backend.split(np.stack([clip.vector for clip in query.values()]))
-
-    def identify(number: int) -> None:
-        (logs,) = people.index.search([x[number : number + 1] for x in parts])
-        people.index.best(logs, 5)
-
-    identify(0)
-    found["identify"] = timed(identify, TRIES)
-    found["brute_force"] = brute_force(num_people, num_parts, rng)
-    for key, start in {"": 2_000_000, "_sync": 3_000_000}.items():
-        people = Gallery(folder, sync=bool(key))
-        for count, tries in ((1, TRIES), (1000, 1)):
-            clips = make_clips(num_parts, count * tries, rng, start + 500 * count)
-            turns = [dict(list(clips.items())[n * count :][:count]) for n in range(tries)]
-            gone = [[str(clip.identity) for clip in turn.values()] for turn in turns]
-            add = timed(lambda n, p=people, turns=turns: p.add(turns[n]), tries)
-            remove = timed(lambda n, p=people, gone=gone: p.remove(identity=gone[n]), tries)
-            found |= {f"enrol_{count}{key}": add, f"remove_{count}{key}": remove}
-    return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the times as JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--people", default="10000,1000000")
-    args = parser.parse_args(argv)
-    for size in map(int, args.people.split(",")):
-        folder = args.folder / f"gallery-{size}"
-        found = measure(folder, size, 3 if size <= 100_000 else 1)
-        shutil.rmtree(folder)
-        sys.stdout.write(json.dumps({**found, "cores": os.cpu_count()}) + "\n")
-        sys.stdout.flush()
-    return 0
+def main() -> None:
+    """Prints a table."""
+    size = common.parse(__doc__, people=10_000).people
+    num_parts = 3 if size <= MANY else 1
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(measure(Path(folder, "people"), size, num_parts))
+    common.write_table(["", f"{size:,} people, {num_parts} x {WIDTH}"], rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -35,6 +35,9 @@ BENCHMARKS = {
     "conversion": ["conversion", "--engines", "--rounds=3"],
     "sampled": ["large", "--sampled"],
     "large": ["large"],
+    "gallery": ["gallery"],
+    "gallery_million": ["gallery", "--people=1000000"],
+    "gallery_start": ["gallery_start"],
 }
 
 

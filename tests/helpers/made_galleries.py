@@ -10,7 +10,7 @@ from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import store
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip, Origin
-from vidjax.models.plda import Settings
+from vidjax.models.two_covariance import Settings
 
 WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)

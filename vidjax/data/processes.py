@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from vidjax.machine import most_files
 
 LARGEST_BLOCK = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
@@ -91,6 +89,8 @@ def map_children(
     Each call runs in a thread and waits for a child process. Items begin in their order. The first
     error kills all children. `progress` is the title of a progress bar; empty for none.
     """
+    from tqdm import tqdm
+
     children = Children()
     # A child has three pipes, and some more while it starts.
     with ThreadPoolExecutor(max(1, int(min(workers, most_files() // 8)))) as threads:

@@ -23,7 +23,7 @@ from vidjax.export import function
 from vidjax.gallery.backend import MOST_OF_VOICE
 from vidjax.gallery.gallery import Gallery
 from vidjax.models.plda import PLDAIdentifier
-from vidjax.models.two_covariance import unit_mean
+from vidjax.models.plda_logits import unit_mean
 from vidjax.predict import Predictor
 
 Arrays = dict[str, np.ndarray]

@@ -4,4 +4,6 @@
 and compares them with enrolled people. `answers` sets thresholds and shows answers, `changes` edits
 what is held, `store` reads and writes the file, `trial` compares back ends. `appearances` joins
 answers in time, and `unknown` numbers those whom nobody knows. `copies` and `qdrant` export.
+
+Nothing here imports JAX at the top: only runs, `rank` and `refit` need it, and people wait.
 """

@@ -65,7 +65,6 @@ class Threshold(NamedTuple):
       score: the threshold, a logarithm of the best identity's probability.
       num_identities: number of people that each stranger was compared with.
       num_alarms: number of the strangers that reach the threshold.
-      low, high: 95 % confidence interval of the share of later strangers that reach it.
     """
 
     fpir: float
@@ -73,12 +72,20 @@ class Threshold(NamedTuple):
     num_identities: int
     num_strangers: int
     num_alarms: int
-    low: float
-    high: float
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval in which the share of later strangers lies, at 95 %."""
+        return metrics.fpir_interval(self.num_alarms, self.num_strangers)[0]
+
+    @property
+    def high(self) -> float:
+        """The upper end of this interval."""
+        return metrics.fpir_interval(self.num_alarms, self.num_strangers)[1]
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the threshold as plain values for JSON."""
-        return self._asdict()
+        """Returns the threshold as plain values for JSON, with the interval."""
+        return {**self._asdict(), "low": self.low, "high": self.high}
 
 
 class Rule(NamedTuple):
@@ -149,9 +156,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """
     check_strangers(len(best), fpir)
     score = metrics.threshold_of(best, fpir=fpir)
-    alarms = int(np.sum(best >= score))
-    low, high = metrics.fpir_interval(alarms, len(best))
-    return Threshold(fpir, score, num_identities, len(best), alarms, low, high)
+    return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 
 
 def name_groups(clips: Sequence[str], odds: np.ndarray) -> dict[str, str]:

@@ -7,8 +7,8 @@ The coordinates of a vector are equal to the bit whatever is computed beside it.
 product of its own: the rounding of a matrix product depends on where in the matrix a row stands.
 So are answers, whatever block and row a person has: every ratio is a dot product of its own, sums
 over identities are sums of whole numbers, and ties go by name. The formulas are those of
-`models.plda.combine` and `logit_ops.log_softmax`, which need all identities in one order and on the
-device.
+`models.plda_logits.combine` and `logit_ops.log_softmax`, which need all identities in one order and
+on the device.
 """
 
 import dataclasses
@@ -24,10 +24,8 @@ from threadpoolctl import ThreadpoolController
 
 from vidjax.errors import UserError
 from vidjax.machine import num_cores
-from vidjax.models import plda, two_covariance
-from vidjax.models.plda import Settings, blank_space
-from vidjax.models.plda_fit import fit_settings, some_identities, tell_of_few
-from vidjax.models.two_covariance import Space
+from vidjax.models import two_covariance
+from vidjax.models.two_covariance import Settings, Space, blank_space
 from vidjax.run.terminal import say
 
 if TYPE_CHECKING:
@@ -112,7 +110,7 @@ def join(blocks: Sequence[People]) -> People:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backend:
-    """Coordinates of M parts, and the settings of `models.plda`."""
+    """Coordinates of M parts, and the settings of PLDA."""
 
     parts: tuple[Part, ...]
     settings: Settings
@@ -217,11 +215,13 @@ def fit(
     A clip's vector is 0 in a part that it lacks. `labels` [N] int are classes from 1. `centred` is
     True if the run has subtracted a centre from the vectors. With `settings` None, they are fitted.
     """
-    tell_of_few(labels, say)
+    from vidjax.models import plda_fit  # JAX, for those alone who fit
+
+    plda_fit.tell_of_few(labels, say)
     if settings is None:
-        wanted = some_identities(labels, 0) if len(labels) else np.zeros(0, bool)
+        wanted = plda_fit.some_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
-        settings = fit_settings(some, labels[wanted], {}, 0)
+        settings = plda_fit.fit_settings(some, labels[wanted], {}, 0)
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
@@ -233,7 +233,7 @@ def fit(
                 part = part._replace(centre=settings.centred * x.mean(axis=0))
             u = unit(part, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
-            part = part._replace(space=plda.fit(sums._asdict(), settings))
+            part = part._replace(space=two_covariance.fit(sums._asdict(), settings))
         parts.append(part)
     return Backend(tuple(parts), settings)
 

@@ -206,16 +206,14 @@ class Draft:
         gone = [name for name in before if after[name] is None and before[name] is not None]
         final = self._final or ("remove" if gone else "")
         changed = {n: label for n, label in before.items() if label != after[n] and not final}
-        groups = dict(sorted(self.groups.items()))
-        shown = {
-            name: groups[name] for name in sorted(self._touched - {STRANGER}) if name in groups
-        }
+        touched = sorted(self._touched & self.groups.keys() - {STRANGER})
+        shown = {name: self.groups[name] for name in touched}
         people = enrol(old.index.backend, shown, self.clips)
         state = old._replace(
             version=old.version + 1,
-            index=old.index.replaced(self._touched, people),
+            index=old.index.replaced(self._touched & old.groups.keys(), people),
             clips=self.clips,
-            groups=groups,
+            groups=self.groups,
             still_held=old.still_held + sum(old.clips[name].fitted for name in gone),
             last=Last(final or "change", changed) if final or changed else old.last,
         )

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidjax import config_io, files, in_parts, messages, tables
-from vidjax.api import load_data, run_config
+from vidjax import files, in_parts, messages, tables
 from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
@@ -242,11 +241,13 @@ def _counts(
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax import predict
     from vidjax.gallery.gallery import Gallery
 
     if args.models:
         return _counts(Gallery.of_models(args.gallery, args.models, sync=True))
+    from vidjax import config_io, predict  # JAX, for galleries of runs alone
+    from vidjax.api import load_data, run_config
+
     run_config(Path(args.run).expanduser())  # says where there is none
     run = predict.restore(args.run)
     config = config_io.override(run.config, args.overrides)
@@ -270,6 +271,9 @@ def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Train
         widths, quality = gallery.reads
         _check_models(args, gallery)
         return load_clips(args.input, widths, (), quality=quality)
+    from vidjax import config_io
+    from vidjax.api import load_data
+
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
 
@@ -411,7 +415,7 @@ def _identify(args: argparse.Namespace) -> Result:
     rows |= {"unknown": f"{len(found) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
     content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
-    content |= {"threshold": rule.found._asdict() if rule.found else None} | timed[1]
+    content |= {"threshold": rule.found.to_dict() if rule.found else None} | timed[1]
     if out:
         if films:
             appearances.write(out, appearances.find(found, films))
@@ -776,7 +780,7 @@ def _list(args: argparse.Namespace) -> Result:
 
 def _threshold(args: argparse.Namespace) -> Result:
     found = _opened(args).threshold(answers_lib.DEFAULT_FPIR if args.fpir is None else args.fpir)
-    return Result(found._asdict(), answers_lib.describe(found))
+    return Result(found.to_dict(), answers_lib.describe(found))
 
 
 def _export(args: argparse.Namespace) -> Result:

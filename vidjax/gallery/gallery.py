@@ -27,20 +27,16 @@ import numbers
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import numpy as np
 
-from vidjax import files, predict
-from vidjax.api import load_data
+from vidjax import files
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
-from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips
-from vidjax.data.packing import Clips
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
-from vidjax.evaluation import restore
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import trial as trial_lib
@@ -50,15 +46,17 @@ from vidjax.gallery.changes import Draft, check_clip, enrol, stack
 from vidjax.gallery.nearest import nearest
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Last, Origin, State, Store, group
 from vidjax.gallery.trial import Trial
-from vidjax.models.plda import Settings
-from vidjax.predict import Predictor
+from vidjax.models.two_covariance import Settings
 from vidjax.run.terminal import uncounted
-from vidjax.steps import topk
 
 if TYPE_CHECKING:
+    from vidjax.data.frame_fields import Quality
+    from vidjax.data.packing import Clips
     from vidjax.extract.cards import BackEnd
+    from vidjax.predict import Predictor
+    from vidjax.steps.topk import ScoreBlock, TopK
 
-AnyClips = Clips | TrainingData | MemoryClips
+AnyClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
@@ -105,10 +103,12 @@ class Ranked(NamedTuple):
 
     identities: tuple[str, ...]
     clips: tuple[str, ...]
-    top: topk.TopK
+    top: "TopK"
 
     def lists(self) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its clips as (name, score), best first."""
+        from vidjax import predict
+
         return predict.as_lists(self.identities, dict(enumerate(self.clips)), self.top)
 
 
@@ -121,7 +121,7 @@ class Gallery:
     """
 
     def __init__(
-        self, folder: str | Path, *, run: Predictor | str | Path | None = None, sync: bool = False
+        self, folder: str | Path, *, run: "Predictor | str | Path | None" = None, sync: bool = False
     ):
         """Opens a gallery.
 
@@ -146,7 +146,7 @@ class Gallery:
     def create(
         cls,
         folder: str | Path,
-        run: Predictor | str | Path,
+        run: "Predictor | str | Path",
         data: TrainingData | None = None,
         *,
         strangers: str | None = None,
@@ -167,6 +167,9 @@ class Gallery:
         Raises:
           ValueError: the folder holds something else, or no clip has a label.
         """
+        from vidjax.api import load_data
+        from vidjax.evaluation import restore
+
         run = _restored(run)
         if data is None:
             data = load_data(run.config)
@@ -223,7 +226,7 @@ class Gallery:
         backend: Backend,
         clips: Mapping[str, Clip],
         *,
-        run: Predictor | None = None,
+        run: "Predictor | None" = None,
         sync: bool = False,
     ) -> "Gallery":
         """Makes a gallery of clips given as vectors, which `origin` made; see `create`."""
@@ -256,13 +259,15 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        return len(self.identities)
+        self.refresh()
+        return len(self._state.groups) - (STRANGER in self._state.groups)
 
     def __bool__(self) -> bool:
         return True  # also of a gallery of nobody
 
     def __contains__(self, identity: object) -> bool:
-        return identity in self.identities
+        self.refresh()
+        return identity != STRANGER and identity in self._state.groups
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
@@ -332,7 +337,7 @@ class Gallery:
             self._state = self._store.read()
 
     @property
-    def run(self) -> Predictor:
+    def run(self) -> "Predictor":
         """The run that makes the vectors; ValueError if it is missing or has other weights."""
         if self.origin.cards:
             raise UserError(
@@ -376,7 +381,7 @@ class Gallery:
         return Vectors(found.names, parts, (None,) * len(found.names))
 
     @property
-    def reads(self) -> tuple[dict[str, int], Quality]:
+    def reads(self) -> "tuple[dict[str, int], Quality]":
         """Modality -> width of the clips that it takes, and the quality of their frames."""
         if self.origin.cards:
             return self.backend.widths, "given"
@@ -759,6 +764,8 @@ class Gallery:
 
         `advance` is called with the number of clips of each finished block.
         """
+        from vidjax.steps import topk  # JAX, for those alone who rank
+
         searched = self._anybody().index
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
@@ -768,7 +775,7 @@ class Gallery:
         size = min(RANK_ROWS, len(order))
         new = np.empty(len(order))
 
-        def blocks() -> Iterator[topk.ScoreBlock]:
+        def blocks() -> "Iterator[ScoreBlock]":
             scores = np.empty((size, len(columns)), np.float32)
             for place, logs in enumerate(searched.search(parts)):
                 scores[place % size], new[place] = logs[columns], logs[0]
@@ -805,11 +812,13 @@ def _widened(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
     return np.concatenate([parts[name] for name in wide.widths])
 
 
-def _restored(run: Predictor | str | Path) -> Predictor:
-    return run if isinstance(run, Predictor) else predict.restore(run)
+def _restored(run: "Predictor | str | Path") -> "Predictor":
+    from vidjax import predict  # JAX, for galleries of runs alone
+
+    return run if isinstance(run, predict.Predictor) else predict.restore(run)
 
 
-def origin_of(run: Predictor) -> Origin:
+def origin_of(run: "Predictor") -> Origin:
     """Returns what a gallery keeps of its run, to find it again and to know its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return Origin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
@@ -836,7 +845,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
 
 
 def embed(
-    run: Predictor,
+    run: "Predictor",
     clips: AnyClips,
     split: str | None = None,
     advance: Callable[[int], None] = uncounted,
@@ -870,7 +879,7 @@ def embed(
     return Vectors(names, _parts(run, values[places]), labels)
 
 
-def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
+def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     """Splits embeddings [N, sum of D] into unit vectors: a part per modality for PLDA, else one."""
     parts, at, model = {}, 0, run.system.model
     plda = model.gallery_settings()

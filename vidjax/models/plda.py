@@ -11,10 +11,11 @@ import numpy as np
 from vidjax import devices
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import plda_fit, two_covariance
+from vidjax.models import plda_fit, plda_logits, two_covariance
 from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
 from vidjax.models.layers import check_frames, unit_vectors
-from vidjax.models.two_covariance import Settings, Space, Sums, combine, unit_mean
+from vidjax.models.plda_logits import combine, unit_mean
+from vidjax.models.two_covariance import Settings
 
 
 class PLDAIdentifier(Identifier):
@@ -102,7 +103,7 @@ class PLDAIdentifier(Identifier):
             _centre(x, solved[name]["centre"]) for name, x in vectors.items()
         ]  # [B, D] of each modality
         ratios = [
-            two_covariance.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
+            plda_logits.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
             for name, x in zip(vectors, centred, strict=True)
         ]
         logits = combine(
@@ -133,11 +134,11 @@ class PLDAIdentifier(Identifier):
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]
-            space = blank_space(self.modalities[name])
+            space = two_covariance.blank_space(self.modalities[name])
             if np.sum(count) > 0:
-                space = fit(sums[name], settings)
+                space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
-            space, enrolled = two_covariance.as_arrays(space, enrolled, dtype)
+            space, enrolled = plda_logits.as_arrays(space, enrolled, dtype)
             centre = jnp.asarray(_mean(sums[name], settings.centred), dtype)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
         return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
@@ -223,18 +224,6 @@ def _mean(part: Mapping[str, Array], share: float | Array) -> Array:
 def _centre(x: Array, centre: Array) -> Array:
     """Returns unit vectors [B, D] from the centre to x; 0 where x is 0."""
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
-
-
-def fit(part: Mapping[str, Array], settings: Settings) -> Space:
-    """Returns the space of one modality in closed form, from its sums of at least one clip."""
-    sums = Sums(part["count"], part["total"], part["scatter"])
-    found = two_covariance.covariances(sums)
-    return two_covariance.make_space(found, within=settings.within, between=settings.between)
-
-
-def blank_space(width: int) -> Space:
-    """Returns the space of a modality that no training clip has: its ratios are all 0."""
-    return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 
 def _stack(*parts: Array) -> Array:

@@ -31,9 +31,10 @@ from vidjax import ensemble, fusion
 from vidjax.batch import Array, Frames
 from vidjax.logit_ops import log_softmax
 from vidjax.machine import num_cores
-from vidjax.models import two_covariance
+from vidjax.models import plda_logits, two_covariance
 from vidjax.models.base import TrainingClips
-from vidjax.models.two_covariance import Settings, combine, unit_mean
+from vidjax.models.plda_logits import combine, unit_mean
+from vidjax.models.two_covariance import Settings
 
 # Shares of shrinkage that are tried, the first value of each while the other share is chosen.
 SHARES: Mapping[str, tuple[float, ...]] = {
@@ -206,7 +207,7 @@ def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class _Ratios(NamedTuple):
-    """Arguments of `two_covariance.combine` for the held-out clips of a fold, and their labels."""
+    """Arguments of `plda_logits.combine` for the held-out clips of a fold, and their labels."""
 
     ratios: Array  # [M, Q, K] float32, log-likelihood ratios
     known: Array  # [M, K] bool, False for classes without an enrolled clip
@@ -222,9 +223,9 @@ def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     ):
         space = two_covariance.make_space(found, within=within, between=between)
         enrolled = two_covariance.enrol(space, count, total)
-        arrays = two_covariance.as_arrays(space, enrolled, jnp.dtype("float32"))
+        arrays = plda_logits.as_arrays(space, enrolled, jnp.dtype("float32"))
         with jax.default_matmul_precision("highest"):  # as in evaluation
-            ratios.append(two_covariance.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
+            ratios.append(plda_logits.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
     return _Ratios(
         jnp.stack(ratios),
         jnp.asarray(np.stack(fold.counts) > 0),

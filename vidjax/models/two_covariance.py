@@ -1,24 +1,21 @@
-"""Two-covariance PLDA: sums over clips, a fit in closed form, log-likelihood ratios, logits.
+"""Two-covariance PLDA: sums over clips, a fit in closed form, coefficients of the ratios.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
 e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive:
 enrolling a clip adds to them, removing it subtracts. The fit takes three eigendecompositions of [D,
-D] in float64 on the host; the device computes the ratios.
+D] in float64. All is numpy, for galleries do not wait for JAX; `plda_logits` is for the device.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model);
 shrinkage of both covariances towards a multiple of the identity is ours.
 """
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vidjax import fusion
-from vidjax.batch import Array, Frames
-from vidjax.models.layers import unit_vectors
+from vidjax.batch import Array
 
 # The typical share of the variance that is not the person's: .25 for dlib's vectors of faces
 # (distances of .42 within and .85 between people), .54, .69 and .60 for faces, heads and voices of
@@ -170,26 +167,6 @@ def distance_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> 
     )
 
 
-def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
-    """Returns log(p(x | clip of the class) / p(x | clip of somebody new)), [B, K].
-
-    `vectors` are the x, [B, D] float. Columns of classes without a clip are 0, up to rounding.
-    """
-    z = (vectors - space.mean) @ space.transform
-    squares = (z * z) @ enrolled.curve.T  # [B, U]
-    return jnp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
-
-
-def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Returns both on the device, with floats of a dtype."""
-
-    def cast(x: Array) -> jax.Array:
-        floats = np.issubdtype(np.asarray(x).dtype, np.floating)
-        return jnp.asarray(x, dtype if floats else None)
-
-    return Space(*map(cast, space)), Enrolled(*map(cast, enrolled))
-
-
 class Settings(NamedTuple):
     """The numbers of a PLDA model.
 
@@ -210,33 +187,15 @@ class Settings(NamedTuple):
     centred: float | Array
 
 
-def unit_mean(frames: Frames) -> Array:
-    """Returns the mean frame of every clip [B, D], scaled to length 1; 0 for clips without one."""
-    return unit_vectors(fusion.mean_frame(frames).features[:, 0])
+def fit(part: Mapping[str, Array], settings: Settings) -> Space:
+    """Returns the space of one modality in closed form, from its sums of at least one clip."""
+    sums = Sums(part["count"], part["total"], part["scatter"])
+    return make_space(covariances(sums), within=settings.within, between=settings.between)
 
 
-def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
-    """Returns the logits of clips, from their log-likelihood ratios in each modality.
-
-    The logit of an identity is a sum over the modalities of the clip: of scale x ratio, or of
-    `unenrolled` where no clip of the identity has the modality. The logit of somebody new is
-    `stranger_logit`: chance likeness grows with the number of people.
-
-    Args:
-      ratios: [M, B, K] float.
-      known: [M, K] bool, False for classes without a clip that has the modality.
-      present: [M, B] bool, False for clips that lack the modality.
-      settings: `scale`, `unenrolled` and `stranger` are read.
-
-    Returns:
-      [B, K] float, somebody new in column 0; -inf for identities that are known in no modality.
-    """
-    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
-    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
-    anywhere = jnp.any(known, axis=0)
-    logits = jnp.where(anywhere, logits, -jnp.inf)
-    stranger = stranger_logit(settings, jnp.sum(anywhere), jnp)
-    return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
+def blank_space(width: int) -> Space:
+    """Returns the space of a modality that no training clip has: its ratios are all 0."""
+    return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 
 def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:

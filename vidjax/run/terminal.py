@@ -5,8 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from vidjax.cluster import processes
 from vidjax.errors import printable
 
@@ -22,6 +20,8 @@ def is_quiet() -> bool:
 def say(text: str) -> None:
     """Prints one line to standard error, above a progress bar if there is one, unless quiet."""
     if not is_quiet():
+        from tqdm import tqdm
+
         tqdm.write(printable(text), file=sys.stderr)
         sys.stderr.flush()
 
@@ -66,6 +66,8 @@ class Progress:
             if self._compiles:
                 say(f"{label}: compiling")
             return
+        from tqdm import tqdm
+
         self._bar = tqdm(
             total=total,
             initial=initial,

@@ -312,7 +312,7 @@ class Application:
         rule = await self.asked.run(
             lambda: self.people.rule(given.get("fpir"), given.get("threshold"))
         )
-        found = None if rule.found is None else rule.found._asdict()
+        found = None if rule.found is None else rule.found.to_dict()
         return _json({**answers_lib.rule_as_json(rule), "strangers": found})
 
     # ---- about the server
