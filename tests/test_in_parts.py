@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import vidjax
-from vidjax import in_parts
 from vidjax.errors import UserError
 from vidjax.gallery import commands
+from vidjax.in_parts import runner
 from vidjax.main import main
+from vidjax.run.parts import Shard
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -105,8 +106,8 @@ def count_work(folder, found):
         rows = parquet.read_metadata(table).num_rows
         return {"n": ("int32", [rows])}, {"clips": rows}
 
-    task = in_parts.Task({"a": 1}, work, "count")
-    done = in_parts.run(found, folder, in_parts.parse_shard(None), task)
+    job = runner.Job(found, folder, Shard(1, 1))
+    done = runner.run(job, runner.Task({"a": 1}, work), "count")
     return worked, done
 
 
@@ -182,14 +183,14 @@ def test_changed_clips_and_other_means_are_refused_and_kept(say, people, day, tm
 
 
 def test_a_gallery_that_changes_meanwhile_ends_the_call(people, day, tmp_path, monkeypatch, capsys):
-    load, gallery = in_parts.load, vidjax.Gallery(people)
+    load, gallery = runner.load, vidjax.Gallery(people)
 
     def load_and_change(table, *args):
         if table.name == "part-1.parquet":
             gallery.remove(identity=gallery.index.names[0])
         return load(table, *args)
 
-    monkeypatch.setattr(in_parts, "load", load_and_change)
+    monkeypatch.setattr(runner, "load", load_and_change)
     out = tmp_path / "out"
     words = ["gallery", "identify", str(people), f"--input={day}", f"--out={out}"]
     assert main(words) == 2
@@ -225,7 +226,7 @@ def test_mistakes_are_told(say, people, day, tmp_path, out, shard, message):
 def test_a_folder_of_splits_is_no_folder_of_parts(say, people, day, tmp_path):
     for split in ("train", "val"):
         shutil.copy(day / "part-0.parquet", day / f"{split}.parquet")
-    assert in_parts.tables_of(day) == []
+    assert runner.tables_of(day) == []
     said = say("gallery", "identify", people, f"--input={day}", code=2)
     assert "several splits" in said
     said = say("gallery", "identify", people, f"--input={day}", "--shard=1/2", code=2)
@@ -233,7 +234,7 @@ def test_a_folder_of_splits_is_no_folder_of_parts(say, people, day, tmp_path):
 
 
 def test_damaged_results_are_made_again_and_foreign_ones_kept(day, tmp_path):
-    out, found = tmp_path / "out", in_parts.tables_of(day)
+    out, found = tmp_path / "out", runner.tables_of(day)
     worked, done = count_work(out, found)
     assert worked == [path.name for path in found] and done.skipped == 0
     whole = contents(out)
@@ -317,7 +318,7 @@ def test_the_joined_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path
         tmp_path / "all.parquet", parquet.read_schema(day / "part-0.parquet")
     )
     with every:
-        for table in in_parts.tables_of(day):
+        for table in runner.tables_of(day):
             every.write_table(parquet.read_table(table))
     ranked = tmp_path / "all_ranked.parquet"
     say(*words[:2], f"--input={tmp_path / 'all.parquet'}", f"--out={ranked}")

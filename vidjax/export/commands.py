@@ -22,16 +22,7 @@ MANIFEST = "export.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `export` or `import`, the first word of `argv`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        args = parse(words)
-        with messages.quietly() if args.quiet else contextlib.nullcontext():
-            result = COMMANDS[args.command].run(args)
-            messages.show(result, args.command, as_json=args.json)
-        return result.code
-
-    return messages.guarded(command, words)
+    return messages.run_command(argv, parse, COMMANDS)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidjax import config_io, files, in_parts, messages, tables
+from vidjax import config_io, files, messages, tables
 from vidjax.api import load_data, run_config
+from vidjax.data import clip_files
 from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
 from vidjax.gallery.answers import Answer, Rule
+from vidjax.in_parts import rankings, runner
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -64,7 +66,7 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
         ".vtt, .srt and .rttm, by time; a folder for a folder of parquet tables",
     ),
-    "shard": ("K/N", "one of N shares of a folder of parquet tables; K is from 1 to N"),
+    **runner.FLAGS,
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
     "parquet": ("FILE", "instead: a table of names and vectors"),
@@ -90,16 +92,7 @@ vidjax/gallery/README.md tells the whole way.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command in `argv`, by default `sys.argv[1:]`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        args = parse(words)
-        with messages.quietly() if args.quiet else contextlib.nullcontext():
-            result = COMMANDS[args.command].run(args)
-            messages.show(result, args.command, as_json=args.json, named=False)
-        return result.code
-
-    return messages.guarded(command, words)
+    return messages.run_command(argv, parse, COMMANDS, named=False)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -389,9 +382,8 @@ def _films(args: argparse.Namespace) -> "list[Film]":
 def _identify(args: argparse.Namespace) -> Result:
     if args.input == STREAM:
         return _identify_lines(args)
-    if args.input and (found := in_parts.tables_of(Path(args.input).expanduser())):
-        return _identify_tables(args, found)
-    in_parts.no_shard(args.shard)
+    if job := runner.job_of(args):
+        return _identify_tables(args, job)
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
@@ -422,35 +414,34 @@ def _identify(args: argparse.Namespace) -> Result:
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
 
 
-def _identify_tables(args: argparse.Namespace, found: Sequence[Path]) -> Result:
+def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     """Answers the clips of every table of a folder in a table of another folder."""
-    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
     gallery = _opened(args)
     rule, digest = gallery.rule(fpir=args.fpir, threshold=args.threshold), gallery.digest
     widths, quality = gallery.reads
     most = min(args.k or 5, len(gallery.identities))
 
     def work(table: Path) -> tuple[tables.Columns, Mapping[str, int]]:
-        clips = in_parts.load(table, widths, (), quality)
+        clips = runner.load(table, widths, (), quality)
         answers = _answers(gallery, clips, most, rule) if clips else {}
         _unchanged(gallery, digest)
         named = sum(answer.identity is not None for answer in answers.values())
         return answers_lib.columns(answers, most), {"clips": len(answers), "named": named}
 
     means = {"gallery": digest, "rule": answers_lib.rule_as_json(rule), "k": most}
-    done = in_parts.run(found, out, shard, in_parts.Task(means, work, "identify"))
-    rows, content = in_parts.describe(done, shard)
+    done = runner.run(job, runner.Task(means, work), "identify")
+    rows, content = runner.describe(done, job.shard)
     named = done.counts.get("named", 0)
     rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
-    rows |= {**answers_lib.describe_rule(rule), "answers": str(out)}
-    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(out)}
+    rows |= {**answers_lib.describe_rule(rule), "answers": str(job.out)}
+    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(job.out)}
     return Result(content, rows)
 
 
 def _unchanged(gallery: "Gallery", digest: str) -> None:
     """Refuses to go on with a gallery that was changed: all parts are answers of one state."""
     if gallery.digest != digest:
-        raise in_parts.Stopped(
+        raise runner.Stopped(
             f"gallery '{gallery.folder}' was changed meanwhile: its answers are others now\n"
             "give the same command again with another folder, --out=FOLDER"
         )
@@ -472,7 +463,7 @@ def _identify_lines(args: argparse.Namespace) -> Result:
     counts = dict.fromkeys(("clips", "named", "errors"), 0)
     began = time.monotonic()
     lines = cast(io.BufferedReader, sys.stdin.buffer)
-    for block in in_parts.blocks_of_lines(lines):
+    for block in clip_files.blocks_of_lines(lines):
         rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
         answers = list(_answer_lines(gallery, block, args.k or 5, rule))
         for answer in answers:
@@ -492,7 +483,6 @@ def _answer_lines(
     gallery: "Gallery", block: Sequence[tuple[int, bytes]], k: int, rule: Rule
 ) -> Iterator[Mapping[str, object]]:
     """Yields the answers to lines, (number, JSON); if one holds no clip, each is read alone."""
-    from vidjax.data import clip_files
     from vidjax.data.memory import MemoryClips
 
     widths, quality = gallery.reads
@@ -572,9 +562,8 @@ def _label(args: argparse.Namespace) -> Result:
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
 
-    if args.input and (found := in_parts.tables_of(Path(args.input).expanduser())):
-        return _rank_tables(args, found)
-    in_parts.no_shard(args.shard)
+    if job := runner.job_of(args):
+        return _rank_tables(args, job)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
@@ -601,26 +590,25 @@ def _rank(args: argparse.Namespace) -> Result:
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
 
 
-def _rank_tables(args: argparse.Namespace, found: Sequence[Path]) -> Result:
+def _rank_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     """Ranks the clips of all tables of a folder, part by part."""
     if args.fpir is not None or args.threshold is not None:
         raise UserError(
             "rank of a folder of tables lists the best 100 clips, whatever their probability\n"
             "leave out --fpir and --threshold: a score is the logarithm of a probability"
         )
-    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
     gallery = _opened(args)
     digest, (widths, quality) = gallery.digest, gallery.reads
 
     def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
-        clips = in_parts.load(table, widths, (), quality)
+        clips = runner.load(table, widths, (), quality)
         ranked = gallery.top(gallery.embed(clips)) if clips else None
         _unchanged(gallery, digest)
         return (ranked.clips, ranked.top) if ranked else None
 
     identities = sort_identities(list(gallery.identities))
-    ranked = in_parts.rank(found, out, shard, {"gallery": digest}, identities, top_of)
-    return in_parts.ranked_result(*ranked, shard)
+    task = rankings.task({"gallery": digest}, identities, top_of)
+    return rankings.run(job, task, identities)
 
 
 def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
