@@ -107,7 +107,8 @@ def count_work(folder, found):
         return {"n": ("int32", [rows])}, {"clips": rows}
 
     job = runner.Job(found, folder, Shard(1, 1))
-    done = runner.run(job, runner.Task({"a": 1}, work), "count")
+    task = runner.Task({"a": 1}, work)
+    done = runner.run(job, task, "count", lambda: task)
     return worked, done
 
 
@@ -391,3 +392,62 @@ def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, tm
     assert found == wanted
     said = say("gallery", "rank", people, f"--input={day}", f"--out={out}", "--fpir=0.1", code=2)
     assert "leave out --fpir" in said
+
+
+BEAM = "--beam_options=direct_num_workers=1"
+
+
+@pytest.mark.parametrize("command", ["gallery identify", "gallery rank", "rank", "embed"])
+def test_beam_makes_the_tables_of_one_process(say, people, nearest_run, day, tmp_path, command):
+    pytest.importorskip("apache_beam")
+    whose = people if "gallery" in command else f"--workdir={nearest_run}"
+    words = [*command.split(), whose, f"--input={day}"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    wanted = say(*words, f"--out={alone}")
+    found = say(*words, f"--out={shared}", BEAM)
+    assert found["clips"] == wanted["clips"] == 15 and found["skipped"] == 0
+    assert contents(shared) == contents(alone)
+    assert say(*words, f"--out={shared}", BEAM)["skipped"] == 4
+
+
+@pytest.mark.slow
+def test_processes_of_beam_find_paths_that_are_relative(people, day, tmp_path):
+    pytest.importorskip("apache_beam")
+    words = [sys.executable, "-m", "vidjax.gallery", "identify", people.name, f"--input={day.name}"]
+    beam = "--beam_options=direct_num_workers=2,direct_running_mode=multi_processing"
+    subprocess.run([*words, "--out=alone"], cwd=tmp_path, check=True)
+    subprocess.run([*words, "--out=shared", beam], cwd=tmp_path, check=True)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_what_beam_cannot_make_is_told(say, people, day, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    write_table(day / "part-1.parquet", [("a", "face", np.zeros(3, np.float32))])
+    words = ("gallery", "identify", people, f"--input={day}", BEAM, "--quiet")
+    said = say(*words, f"--out={tmp_path / 'out'}", code=2)
+    assert "part-1.parquet" in said and "1 of 4 tables failed, the others are done" in said
+    assert len(contents(tmp_path / "out")) == 3
+    again = commands._again
+
+    def change(*args):
+        gallery = vidjax.Gallery(people)
+        gallery.remove(identity=gallery.index.names[0])
+        return again(*args)
+
+    monkeypatch.setattr(commands, "_again", change)
+    assert "have changed" in say(*words, f"--out={tmp_path / 'other'}", code=2)
+    assert not contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shard=1/2", BEAM], "choose one of --shard and --beam_options"),
+        (["--beam_options=runner=DirectRunner"], "runner=FnApiRunner"),
+        ([BEAM, "--input=day/part-1.parquet"], "--beam_options=direct_num_workers=1: --input is"),
+    ],
+)
+def test_mistakes_of_beam_are_told(say, people, day, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    out = f"--out={tmp_path / 'out'}"
+    assert message in say("gallery", "identify", people, f"--input={day}", out, *words, code=2)

@@ -1,6 +1,7 @@
 """`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.in_parts`."""
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -95,13 +96,19 @@ def _load(table: Path, trained: "Predictor") -> "MemoryClips | None":
     return runner.load(table, trained.modalities, trained.identities, quality)
 
 
+def _again(args: argparse.Namespace, task: "Callable[[Predictor], runner.Task]") -> runner.Task:
+    """Returns a task in another process, which restores the run by the same flags."""
+    return task(_restored(args))
+
+
 def run(args: argparse.Namespace) -> Result:
     """Ranks clips and writes the lists."""
     job = _check(args, tables.ENDINGS)
     trained = _restored(args)
     if job is None:
         return _write(args, trained, "ranking", _write_ranking)
-    return rankings.run(job, _ranking_task(trained), trained.identities)
+    again = functools.partial(_again, args, _ranking_task)
+    return rankings.run(job, _ranking_task(trained), trained.identities, again)
 
 
 def _write_ranking(
@@ -125,7 +132,8 @@ def embed(args: argparse.Namespace) -> Result:
     trained = _restored(args)
     if job is None:
         return _write(args, trained, "vectors", _write_vectors)
-    done = runner.run(job, _vectors_task(trained), "embed")
+    again = functools.partial(_again, args, _vectors_task)
+    done = runner.run(job, _vectors_task(trained), "embed", again)
     rows, content = runner.describe(done, job.shard)
     told = {"vectors": messages.shown(job.out)}
     return Result(content | {"vectors": str(job.out)}, rows | told)

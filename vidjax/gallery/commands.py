@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -417,6 +418,25 @@ def _identify(args: argparse.Namespace) -> Result:
 def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     """Answers the clips of every table of a folder in a table of another folder."""
     gallery = _opened(args)
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)
+    again = functools.partial(_again, args, _answers_task)
+    done = runner.run(job, _answers_task(args, gallery), "identify", again)
+    rows, content = runner.describe(done, job.shard)
+    named = done.counts.get("named", 0)
+    rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
+    rows |= {**answers_lib.describe_rule(rule), "answers": str(job.out)}
+    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(job.out)}
+    return Result(content, rows)
+
+
+def _again(
+    args: argparse.Namespace, task: "Callable[[argparse.Namespace, Gallery], runner.Task]"
+) -> runner.Task:
+    """Returns a task in another process, which opens the gallery by the same flags."""
+    return task(args, _opened(args))
+
+
+def _answers_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
     rule, digest = gallery.rule(fpir=args.fpir, threshold=args.threshold), gallery.digest
     widths, quality = gallery.reads
     most = min(args.k or 5, len(gallery.identities))
@@ -429,13 +449,7 @@ def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
         return answers_lib.columns(answers, most), {"clips": len(answers), "named": named}
 
     means = {"gallery": digest, "rule": answers_lib.rule_as_json(rule), "k": most}
-    done = runner.run(job, runner.Task(means, work), "identify")
-    rows, content = runner.describe(done, job.shard)
-    named = done.counts.get("named", 0)
-    rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
-    rows |= {**answers_lib.describe_rule(rule), "answers": str(job.out)}
-    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(job.out)}
-    return Result(content, rows)
+    return runner.Task(means, work)
 
 
 def _unchanged(gallery: "Gallery", digest: str) -> None:
@@ -598,6 +612,16 @@ def _rank_tables(args: argparse.Namespace, job: runner.Job) -> Result:
             "leave out --fpir and --threshold: a score is the logarithm of a probability"
         )
     gallery = _opened(args)
+    again = functools.partial(_again, args, _ranking_task)
+    return rankings.run(job, _ranking_task(args, gallery), _sorted(gallery), again)
+
+
+def _sorted(gallery: "Gallery") -> Sequence[str]:
+    return sort_identities(list(gallery.identities))
+
+
+def _ranking_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
+    del args
     digest, (widths, quality) = gallery.digest, gallery.reads
 
     def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
@@ -606,9 +630,7 @@ def _rank_tables(args: argparse.Namespace, job: runner.Job) -> Result:
         _unchanged(gallery, digest)
         return (ranked.clips, ranked.top) if ranked else None
 
-    identities = sort_identities(list(gallery.identities))
-    task = rankings.task({"gallery": digest}, identities, top_of)
-    return rankings.run(job, task, identities)
+    return rankings.task({"gallery": digest}, _sorted(gallery), top_of)
 
 
 def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
@@ -804,7 +826,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "identify": Command(
         "says whom clips show, or unknown",
-        _flags(*CLIPS, *RULE, "k", "out", "shard", "config"), _identify,
+        _flags(*CLIPS, *RULE, "k", "out", *runner.FLAGS, "config"), _identify,
         ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
     ),
     "group": Command(
@@ -819,7 +841,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
-        _flags(*CLIPS, *RULE, "out", "shard", "config", needs=("out",)), _rank,
+        _flags(*CLIPS, *RULE, "out", *runner.FLAGS, "config", needs=("out",)), _rank,
         ("G --split=val --out=ranking.txt",),
     ),
     "list": Command(

@@ -43,14 +43,14 @@ def task(
     return Task({**means, "identities": files.sha256_json(list(identities))}, work)
 
 
-def run(job: Job, task: Task, identities: Sequence[str]) -> Result:
+def run(job: Job, task: Task, identities: Sequence[str], again: Callable[[], Task]) -> Result:
     """Ranks the clips of each table into OUT/parts, and those of all into OUT/ranking.parquet.
 
     The call that finds all parts joins them; of others the ranking is None. The best 100 of all
     clips are among the best 100 of their tables, so the joined lists are exact.
     """
     parts = job._replace(out=job.out / PARTS)
-    done, path = runner.run(parts, task, "rank"), job.out / RANKING
+    done, path = runner.run(parts, task, "rank", again), job.out / RANKING
     joined = _all_there(parts, task)
     if joined:
         names, top = join([parts.out / table.name for table in job.found], identities)

@@ -1,6 +1,9 @@
 """Makes a table of results for every table of a folder; see `vidjax.in_parts`."""
 
 import argparse
+import contextlib
+import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 
 from vidjax import files, tables
+from vidjax.data.beam import Beam
 from vidjax.data.clips import SPLITS
 from vidjax.errors import UserError
 from vidjax.run import formats, terminal
@@ -23,7 +27,10 @@ if TYPE_CHECKING:
 FACTS = b"vidjax"  # key of the metadata of a table
 HIDDEN = (".", "_")  # begin the names of files that are no data, as in Spark
 # Flag -> the word for its value, its help.
-FLAGS = {"shard": ("k/n", "one of n shares of a folder of tables; k is from 1 to n")}
+FLAGS = {
+    "shard": ("k/n", "one of n shares of a folder of tables; k is from 1 to n"),
+    "beam_options": ("O", "instead: Apache Beam shares the tables, see vidjax/data/README.md"),
+}
 KEPT = "name another folder, --out=FOLDER, or delete it"
 
 
@@ -40,11 +47,12 @@ class Facts(msgspec.Struct, kw_only=True):
 
 
 class Job(NamedTuple):
-    """The tables of a folder, the folder of the results, and which of them to make."""
+    """The tables of a folder, the folder of the results, which to make, and who makes them."""
 
     found: Sequence[Path]
     out: Path
     shard: Shard
+    beam: Beam | None = None
 
     @property
     def share(self) -> Sequence[Path]:
@@ -75,20 +83,28 @@ class Done(NamedTuple):
 
 
 def job_of(args: argparse.Namespace) -> Job | None:
-    """Returns the job of `--input`, `--out` and `--shard`; None for clips that are no such folder.
+    """Returns the job of `--input`, `--out` and FLAGS; None for clips that are no such folder.
 
     A mistake in these flags is a UserError.
     """
     found = tables_of(Path(args.input).expanduser()) if args.input else []
-    if found:
-        shard = Shard.parse(args.shard) if args.shard is not None else Shard(1, 1)
-        return Job(found, _check_out(args.out, found), shard)
-    if args.shard is not None:
-        raise UserError(
-            f"--shard={args.shard}: --input is no folder of parquet tables, whose work can be "
-            "shared"
-        )
-    return None
+    given = {name: x for name in FLAGS if (x := getattr(args, name)) is not None}
+    if not found:
+        for name, value in given.items():
+            raise UserError(
+                f"--{name}={value}: --input is no folder of parquet tables, whose work can be "
+                "shared"
+            )
+        return None
+    if len(given) > 1:
+        raise UserError("choose one of --shard and --beam_options: who shares the tables")
+    shard = Shard.parse(args.shard) if args.shard is not None else Shard(1, 1)
+    job = Job(found, _check_out(args.out, found), shard)
+    if args.beam_options is None:
+        return job
+    beam = Beam(args.beam_options)
+    beam.check()
+    return job._replace(beam=beam)
 
 
 def tables_of(source: Path) -> list[Path]:
@@ -127,11 +143,17 @@ def load(
     return None if empty else load_clips(table, modalities, identities, quality=quality)
 
 
-def run(job: Job, task: Task, label: str) -> Done:
+def run(job: Job, task: Task, label: str, again: Callable[[], Task]) -> Done:
     """Makes a table of results for every table of a job that is not done yet.
 
-    A table that cannot be read is told at the end; the others are made. `label` is that of the
-    progress bar.
+    A table that cannot be read is told at the end; the others are made. What workers of Beam could
+    not make is tried here once more, so that its error is told.
+
+    Args:
+      job: the tables.
+      task: what to do with each of them.
+      label: that of the progress bar.
+      again: makes the task in a worker of Beam, which has to find its files at the same paths.
 
     Raises:
       ValueError: the folder holds a table that was made by other means, or of other clips; or
@@ -141,13 +163,19 @@ def run(job: Job, task: Task, label: str) -> Done:
     mine, began = job.share, time.monotonic()
     before = {table: find(table, job.out / table.name, task.means) for table in mine}
     left = [table for table, facts in before.items() if facts is None]
-    fresh, failed = Counter(), []
+    fresh, failed, todo = Counter(), [], left
+    if job.beam and left:
+        terminal.say(f"{label}: {len(left):,} tables by Apache Beam")
+        by_beam = _by_beam(job.beam, left, job.out, task, again)
+        for facts in by_beam.values():
+            fresh.update(facts.counts)
+        todo = [table for table in left if table not in by_beam]
     progress = terminal.Progress(
-        len(mine), initial=len(mine) - len(left), unit="table", label=label, leave=False
+        len(mine), initial=len(mine) - len(todo), unit="table", label=label, leave=False
     )
-    for table in left:
+    for table in todo:
         try:
-            fresh.update(_make(table, job.out / table.name, task))
+            fresh.update(_make(table, job.out / table.name, task).counts)
         except Stopped:
             raise
         except UserError as error:
@@ -165,14 +193,44 @@ def run(job: Job, task: Task, label: str) -> Done:
     return Done(len(mine), len(mine) - len(left), counts, fresh, began)
 
 
-def _make(table: Path, result: Path, task: Task) -> Mapping[str, int]:
-    """Makes the results of a table, whole or not at all, and returns their counts."""
+def _by_beam(
+    beam: Beam, left: Sequence[Path], out: Path, task: Task, again: Callable[[], Task]
+) -> dict[Path, Facts]:
+    """Has Beam make results, and returns of what those were made that are there then."""
+    means = msgspec.json.encode(task.means)
+    start = functools.partial(_start, again, means, out.absolute(), Path.cwd())
+    beam.run([str(table.absolute()) for table in left], start)
+    results = {table: out / table.name for table in left}
+    return {table: _read_facts(path) for table, path in results.items() if files.exists(path)}
+
+
+def _start(again: Callable[[], Task], means: bytes, out: Path, here: Path) -> Callable[[str], None]:
+    """Returns what a worker of Beam calls with the path of each table."""
+    with contextlib.suppress(OSError):
+        os.chdir(here)  # flags may hold paths relative to it
+    task = again()
+    if msgspec.json.encode(task.means) != means:
+        raise Stopped("run or gallery have changed: give the same command again")
+
+    def work(table: str) -> None:
+        try:
+            _make(Path(table), out / Path(table).name, task)
+        except Stopped:
+            raise
+        except UserError:
+            pass  # told by `run`
+
+    return work
+
+
+def _make(table: Path, result: Path, task: Task) -> Facts:
+    """Makes the results of a table, whole or not at all."""
     digest = files.sha256_file(table)
     columns, counts = task.work(table)
     facts = Facts(sha256=digest, means=dict(task.means), counts=dict(counts))
     note = {FACTS: msgspec.json.encode(facts)}
     files.write_bytes(result, tables.to_parquet(columns, note))
-    return counts
+    return facts
 
 
 def find(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None:
@@ -185,6 +243,7 @@ def find(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None
         facts = _read_facts(result)
     except ArrowException as error:
         terminal.say(f"made again: '{result}' is damaged: {str(error).splitlines()[0][:200]}")
+        result.unlink()
         return None
     differ = [] if facts.sha256 == files.sha256_file(table) else ["clips"]
     wanted = msgspec.json.decode(msgspec.json.encode(means))
