@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax.data.untrusted.names import show
-from vidjax.errors import DiskError, UserError
+from vidjax.errors import DiskError, UserError, need
 
 if TYPE_CHECKING:
     from apache_beam import Pipeline  # pyright: ignore[reportMissingImports]
@@ -46,13 +46,11 @@ class Beam(NamedTuple):
     def check(self) -> None:
         """Raises UserError if Beam is not installed, or does not know the runner."""
         flags = self.flags()
+        need(FLAG, "apache_beam", extra="beam")
         try:
             _make_pipeline(flags)
         except (ValueError, ImportError) as error:  # an unknown runner, or one with an extra
-            reason = f"{FLAG}={self.options}: {show(str(error))}"
-            if isinstance(error, ModuleNotFoundError) and error.name == "apache_beam":
-                reason = f"{FLAG} needs the package apache-beam: pip install 'vidjax[beam]'"
-            raise UserError(reason) from None
+            raise UserError(f"{FLAG}={self.options}: {show(str(error))}") from None
 
     def run(self, elements: Sequence[str], start: Callable[[], Callable[[str], None]]) -> None:
         """Calls the result of `start` for each of the elements, on any worker and in any order.

@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, PackedClips, Quali
 from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.errors import UserError, closest
+from vidjax.errors import UserError, closest, need
 from vidjax.machine import memory_bytes, num_cores
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
@@ -152,13 +152,9 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 def _read_columns(path: Path) -> Mapping[str, Any]:
     """Returns name -> pyarrow column without nulls; clip and modality are dictionary-encoded."""
-    try:
-        import pyarrow
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path}: parquet is read by the package pyarrow, which is not installed\n"
-            "install it with vidjax's extra [parquet]: pip install 'vidjax[parquet]'"
-        ) from error
+    need(str(path), "pyarrow", extra="parquet")
+    import pyarrow
+
     try:
         with files.open_input(path) as opened:
             table = _read_table(path, opened)

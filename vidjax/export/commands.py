@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidjax import files, messages
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, need, suggest
 from vidjax.messages import Command, Parser, Result
 
 if TYPE_CHECKING:
@@ -56,12 +55,7 @@ def _check_format(name: str) -> None:
         raise UserError(f"--format={name}: {suggest(name, NAMES)}")
     from vidjax.export.formats import FORMATS
 
-    found = FORMATS[name]
-    if missing := [one for one in found.packages if not importlib.util.find_spec(one)]:
-        raise UserError(
-            f"--format={name} needs {' and '.join(missing)}\n"
-            f"pip install 'vidjax[{found.extra}]' installs what it needs"
-        )
+    need(f"--format={name}", *FORMATS[name].packages, extra=FORMATS[name].extra)
 
 
 def _export(args: argparse.Namespace) -> Result:

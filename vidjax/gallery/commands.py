@@ -72,6 +72,13 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
     "parquet": ("FILE", "instead: a table of names and vectors"),
 }
+# Command -> two flags of which it needs one.
+ONE_OF = {
+    "create": ("run", "models"),
+    "relabel": ("identity", "strangers"),
+    "export": ("qdrant", "parquet"),
+    "remove": ("identity", "clip"),
+}
 CHANGES_HELP = """a line for each change, with the words of the flags of enrol, remove, rename and
 relabel, as {"op": "rename", "identity": "Adda", "to": "Ada"}; - for standard input"""
 HELP = """\
@@ -162,22 +169,15 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.command} {lead}: --input=PATH, a folder, .parquet table or .npz,\n"
             "or --split=S of the dataset of --config.data.name and --config.data.dir"
         )
-    if args.command == "create" and bool(args.run) == bool(args.models):
-        raise UserError(
-            "create needs --run=W or --models=DIR, and not both: what makes the vectors"
-        )
+    if (pair := ONE_OF.get(args.command)) and bool(given[pair[0]]) == bool(given[pair[1]]):
+        one, other = (f"--{x}={FLAGS[x][0]}" if x in FLAGS else f"--{x}" for x in pair)
+        raise UserError(f"{args.command} needs one of {one} and {other}")
     if args.command == "apply" and not args.changes:
         raise UserError("apply needs a file of changes: apply FOLDER FILE, or - for standard input")
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
-    if args.command == "relabel" and bool(args.identity) == args.strangers:
-        raise UserError("relabel needs one of --identity=NAME and --strangers: whom it shows")
-    if args.command == "export" and bool(args.qdrant) == bool(args.parquet):
-        raise UserError("export needs one of --qdrant=PLACE and --parquet=FILE")
     if args.command == "export" and bool(args.qdrant) != bool(args.collection):
         raise UserError("export to Qdrant needs --qdrant=PLACE and --collection=NAME")
-    if args.command == "remove" and bool(args.identity) == bool(args.clip):
-        raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
         if len(rule) > 1:
             raise UserError(

@@ -6,7 +6,6 @@ people and vectors, whatever their order, so copies of one gallery state have on
 """
 
 import hashlib
-import importlib.util
 import os
 import struct
 import uuid
@@ -17,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.gallery.gallery import Gallery
 
 ROWS = 256  # of a block that is written or read at once
@@ -95,8 +94,7 @@ def to_parquet(gallery: Gallery, place: str) -> Copied:
     The columns are `id`, `clip`, `identity` and for each part its vectors, lists of D float32, null
     where a clip lacks the part.
     """
-    if not importlib.util.find_spec("pyarrow"):
-        raise UserError("export --parquet needs the package pyarrow: pip install 'vidjax[parquet]'")
+    need("export --parquet", "pyarrow", extra="parquet")
     path = Path(place).expanduser()
     if path.suffix != ".parquet":
         raise UserError(f"--parquet={place}: the name of a table ends in .parquet")
