@@ -1,6 +1,6 @@
 """`vidjax export` at official size: time, memory, bytes on disk, and the difference to our scores.
 
-    python -m tests.benchmarks.export [--people=10034] [--systems=mma,residual_dense]
+    python -m tests.benchmarks.export [--people=10034] [--systems=mma,residual_dense:one]
 
 A run of each system, of published size, takes one step on made-up clips, one for each person, and
 leaves in every format. Each export is a process of its own, whose time and peak memory include
@@ -21,7 +21,7 @@ import vidjax
 from tests.benchmarks import common
 from vidjax.export.commands import NAMES
 
-SYSTEMS = "mma,residual_dense"
+SYSTEMS = "mma,residual_dense:one,residual_dense"
 WORDS = (  # one step, of few clips, by an optimiser without a state
     "--config.data.name=arrays",
     "--config.batch_size=16",
@@ -42,7 +42,8 @@ sys.exit(code)
 
 def make_run(system: str, people: int, folder: Path) -> Path:
     """Returns the folder of a run that knows so many people."""
-    config = vidjax.load_config(f"{system}:iqiyi_vid", *WORDS)
+    name, _, word = system.partition(":")
+    config = vidjax.load_config(f"{name}:{','.join(filter(None, ['iqiyi_vid', word]))}", *WORDS)
     rng, clips = np.random.default_rng(0), {}
     for split, count in {"train": people, "val": 16}.items():
         features = rng.normal(size=(len(config.modalities), count, 1, common.DIM))
