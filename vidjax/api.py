@@ -57,6 +57,16 @@ def run_config(workdir: Path) -> Config:
         raise UserError(f"{error}\n{hint}") from error
 
 
+def set_up_devices(config: Config) -> None:
+    """Chooses devices and the cache of compiled programs; an absent device is an error here."""
+    from vidjax import devices
+
+    if config.deterministic:
+        devices.be_deterministic()
+    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    devices.make_mesh()
+
+
 def load_data(
     source: "Mapping[str, Clips] | str | Path | Config",
     labels: "LabelSource" = None,
@@ -148,14 +158,11 @@ def train(
         raise ArgumentError(
             f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
         )
-    from vidjax import devices
     from vidjax.run import results
     from vidjax.run import workdir as workdir_lib
     from vidjax.training import train as train_mode
 
-    if config.deterministic:
-        devices.be_deterministic()
-    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    set_up_devices(config)
     with workdir_lib.locked(workdir) as folder:
         metrics = train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report
@@ -196,15 +203,12 @@ def evaluate(
         )
     own_split = config.eval.split
     config.eval.split = split or own_split
-    from vidjax import devices
     from vidjax.analysis import analysis
     from vidjax.evaluation import restore
     from vidjax.run import results
     from vidjax.run import workdir as workdir_lib
 
-    if config.deterministic:
-        devices.be_deterministic()
-    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    set_up_devices(config)
     with workdir_lib.locked(path) as folder:
         run = restore.find_run(config, folder)
         if data is None:
