@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import vidjax
+from tests.helpers import made_runs
 from vidjax import files
+from vidjax.run import results as results_lib
 
 ROOT = Path(__file__).parent.parent
 KNN = str(ROOT / "configs" / "knn.py")
@@ -47,16 +49,20 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
     folder = tmp_path / "runs" / "memory"
     results = vidjax.train(config, folder, data, num_devices=1)
 
-    assert results["map"] == pytest.approx(1.0)
-    assert results == json.loads((folder / "metrics.json").read_text())
+    assert results.map == pytest.approx(1.0)
+    assert results.to_dict() == json.loads(results.paths.metrics.read_text())
+    assert "map=1.0, map_kind='val'" in repr(results)
     with files.lock(folder):  # it was released
         pass
     again = vidjax.train(config, folder, data, num_devices=1)
-    assert again["map"] == results["map"]
+    assert again.map == results.map
 
     tested = vidjax.evaluate(folder, data, split="train", num_devices=1)
-    assert tested["map_kind"] == "in_sample" and (folder / "ranking_train.txt").exists()
-    assert vidjax.evaluate(folder, data, num_devices=1)["map"] == results["map"]
+    assert tested.map_kind == "in_sample" and tested.paths.ranking == folder / "ranking_train.txt"
+    assert tested.paths.ranking.exists()
+    with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
+        tested.average_precisions()
+    assert vidjax.evaluate(folder, data, num_devices=1).map == results.map
     with pytest.raises(ValueError, match="no run"):
         vidjax.evaluate(folder.parent / "none")
 
@@ -75,6 +81,16 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
     ):
         with pytest.raises(TypeError, match=message):
             call()
+
+
+def test_results_tell_average_precisions_and_metrics_of_ones_own(tmp_path):
+    values = {"Ada": 0.25, "Zoë": 0.75, "Bo": 1.0}
+    folder = made_runs.write(tmp_path / "run", values, results={"my_metric": 0.5})
+    metrics = results_lib.load_metrics(folder / "metrics.json")
+    results = results_lib.Results.of(metrics, folder, "val", "val")
+    assert results.average_precisions() == values
+    assert results.map == pytest.approx(2 / 3) and results.to_dict() == metrics
+    assert results.to_dict()["my_metric"] == 0.5
 
 
 def test_training_refuses_a_folder_in_use(clips, labels, cache_dir, tmp_path):

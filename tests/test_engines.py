@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +176,12 @@ def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
 ) -> None:
     folder, wanted = alone("npz")
 
-    def run(folder: Path, engine: Beam) -> None:
-        for path in sorted(folder.glob("*.json"), reverse=True):
-            writers.write_saved(str(path))
+    def run(self: Beam, paths: Sequence[str], start: Callable[[], Callable[[str], None]]) -> None:
+        for path in reversed(paths):
+            start()(path)
 
-    monkeypatch.setattr(writers, "_run_beam", run)
-    monkeypatch.setattr(writers, "_make_pipeline", list)
+    monkeypatch.setattr(Beam, "run", run)
+    monkeypatch.setattr(Beam, "check", lambda self: None)
     many = convert(open_folder(folder, 1), tmp_path, engine=Beam(""))
     assert files_of(many.folder) == wanted
 
@@ -219,8 +219,8 @@ def test_options_that_cannot_work_are_told(
 
 
 def test_the_local_runner_is_named() -> None:
-    assert writers._beam_flags("") == ["--runner=FnApiRunner"]
-    assert writers._beam_flags("runner=FlinkRunner, flink_master=H:1") == [
+    assert Beam("").flags() == ["--runner=FnApiRunner"]
+    assert Beam("runner=FlinkRunner, flink_master=H:1").flags() == [
         "--runner=FlinkRunner",
         "--flink_master=H:1",
     ]

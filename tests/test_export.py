@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, small_runs
 from vidjax import fusion, main, predict
-from vidjax.export import arrays, commands, function, reader, weights
+from vidjax.export import arrays, function, reader, weights
 from vidjax.export.formats import FORMATS
 from vidjax.extract.cards import BackEnd
 from vidjax.gallery import backend as backend_lib
@@ -229,7 +229,7 @@ def test_a_mistake_is_told_with_its_remedy(words, said, nearest_run, tmp_path, c
 
 
 def test_a_format_names_the_extra_that_it_needs(nearest_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, complaint = export(capsys, nearest_run, tmp_path / "out", "onnx")
     assert code == 2 and "needs onnx and onnxruntime" in complaint
     assert "pip install 'vidjax[onnx]'" in complaint

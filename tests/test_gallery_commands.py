@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import shutil
@@ -442,7 +443,7 @@ MISTAKES = {
     "threshold G": "fpir=0.01 needs 100 clips of strangers or more",
     "list G --identity=13": "no identity '13' is enrolled",
     "create G --run=/absent": "/absent",
-    "create G": "create needs --run=W",
+    "create G": "create needs one of --run=W",
     "export G --qdrant=:memory:": "export to Qdrant needs --qdrant=PLACE and --collection=NAME",
     "export G --parquet=x.parquet --collection=c": "export to Qdrant needs",
     "export G": "export needs one of --qdrant=PLACE and --parquet=FILE",
@@ -603,7 +604,7 @@ def test_a_place_is_plainly_an_address_or_a_folder(say, tmp_path, monkeypatch):
 
 def test_without_the_client(say, tmp_path, monkeypatch):
     people = made_galleries.make(tmp_path / "g")
-    monkeypatch.setattr(qdrant.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = say("export", people.folder, "--qdrant=:memory:", "--collection=c", code=2)
     assert "pip install 'vidjax[qdrant]'" in said
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import vidjax
-from vidjax import in_parts
 from vidjax.errors import UserError
 from vidjax.gallery import commands
+from vidjax.in_parts import runner
 from vidjax.main import main
+from vidjax.run.parts import Shard
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -105,8 +106,9 @@ def count_work(folder, found):
         rows = parquet.read_metadata(table).num_rows
         return {"n": ("int32", [rows])}, {"clips": rows}
 
-    task = in_parts.Task({"a": 1}, work, "count")
-    done = in_parts.run(found, folder, in_parts.parse_shard(None), task)
+    job = runner.Job(found, folder, Shard(1, 1))
+    task = runner.Task({"a": 1}, work)
+    done = runner.run(job, task, "count", lambda: task)
     return worked, done
 
 
@@ -182,14 +184,14 @@ def test_changed_clips_and_other_means_are_refused_and_kept(say, people, day, tm
 
 
 def test_a_gallery_that_changes_meanwhile_ends_the_call(people, day, tmp_path, monkeypatch, capsys):
-    load, gallery = in_parts.load, vidjax.Gallery(people)
+    load, gallery = runner.load, vidjax.Gallery(people)
 
     def load_and_change(table, *args):
         if table.name == "part-1.parquet":
             gallery.remove(identity=gallery.index.names[0])
         return load(table, *args)
 
-    monkeypatch.setattr(in_parts, "load", load_and_change)
+    monkeypatch.setattr(runner, "load", load_and_change)
     out = tmp_path / "out"
     words = ["gallery", "identify", str(people), f"--input={day}", f"--out={out}"]
     assert main(words) == 2
@@ -225,7 +227,7 @@ def test_mistakes_are_told(say, people, day, tmp_path, out, shard, message):
 def test_a_folder_of_splits_is_no_folder_of_parts(say, people, day, tmp_path):
     for split in ("train", "val"):
         shutil.copy(day / "part-0.parquet", day / f"{split}.parquet")
-    assert in_parts.tables_of(day) == []
+    assert runner.tables_of(day) == []
     said = say("gallery", "identify", people, f"--input={day}", code=2)
     assert "several splits" in said
     said = say("gallery", "identify", people, f"--input={day}", "--shard=1/2", code=2)
@@ -233,7 +235,7 @@ def test_a_folder_of_splits_is_no_folder_of_parts(say, people, day, tmp_path):
 
 
 def test_damaged_results_are_made_again_and_foreign_ones_kept(day, tmp_path):
-    out, found = tmp_path / "out", in_parts.tables_of(day)
+    out, found = tmp_path / "out", runner.tables_of(day)
     worked, done = count_work(out, found)
     assert worked == [path.name for path in found] and done.skipped == 0
     whole = contents(out)
@@ -317,7 +319,7 @@ def test_the_joined_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path
         tmp_path / "all.parquet", parquet.read_schema(day / "part-0.parquet")
     )
     with every:
-        for table in in_parts.tables_of(day):
+        for table in runner.tables_of(day):
             every.write_table(parquet.read_table(table))
     ranked = tmp_path / "all_ranked.parquet"
     say(*words[:2], f"--input={tmp_path / 'all.parquet'}", f"--out={ranked}")
@@ -390,3 +392,62 @@ def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, tm
     assert found == wanted
     said = say("gallery", "rank", people, f"--input={day}", f"--out={out}", "--fpir=0.1", code=2)
     assert "leave out --fpir" in said
+
+
+BEAM = "--beam_options=direct_num_workers=1"
+
+
+@pytest.mark.parametrize("command", ["gallery identify", "gallery rank", "rank", "embed"])
+def test_beam_makes_the_tables_of_one_process(say, people, nearest_run, day, tmp_path, command):
+    pytest.importorskip("apache_beam")
+    whose = people if "gallery" in command else f"--workdir={nearest_run}"
+    words = [*command.split(), whose, f"--input={day}"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    wanted = say(*words, f"--out={alone}")
+    found = say(*words, f"--out={shared}", BEAM)
+    assert found["clips"] == wanted["clips"] == 15 and found["skipped"] == 0
+    assert contents(shared) == contents(alone)
+    assert say(*words, f"--out={shared}", BEAM)["skipped"] == 4
+
+
+@pytest.mark.slow
+def test_processes_of_beam_find_paths_that_are_relative(people, day, tmp_path):
+    pytest.importorskip("apache_beam")
+    words = [sys.executable, "-m", "vidjax.gallery", "identify", people.name, f"--input={day.name}"]
+    beam = "--beam_options=direct_num_workers=2,direct_running_mode=multi_processing"
+    subprocess.run([*words, "--out=alone"], cwd=tmp_path, check=True)
+    subprocess.run([*words, "--out=shared", beam], cwd=tmp_path, check=True)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_what_beam_cannot_make_is_told(say, people, day, tmp_path, monkeypatch):
+    pytest.importorskip("apache_beam")
+    write_table(day / "part-1.parquet", [("a", "face", np.zeros(3, np.float32))])
+    words = ("gallery", "identify", people, f"--input={day}", BEAM, "--quiet")
+    said = say(*words, f"--out={tmp_path / 'out'}", code=2)
+    assert "part-1.parquet" in said and "1 of 4 tables failed, the others are done" in said
+    assert len(contents(tmp_path / "out")) == 3
+    again = commands._again
+
+    def change(*args):
+        gallery = vidjax.Gallery(people)
+        gallery.remove(identity=gallery.index.names[0])
+        return again(*args)
+
+    monkeypatch.setattr(commands, "_again", change)
+    assert "have changed" in say(*words, f"--out={tmp_path / 'other'}", code=2)
+    assert not contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shard=1/2", BEAM], "choose one of --shard and --beam_options"),
+        (["--beam_options=runner=DirectRunner"], "runner=FnApiRunner"),
+        ([BEAM, "--input=day/part-1.parquet"], "--beam_options=direct_num_workers=1: --input is"),
+    ],
+)
+def test_mistakes_of_beam_are_told(say, people, day, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    out = f"--out={tmp_path / 'out'}"
+    assert message in say("gallery", "identify", people, f"--input={day}", out, *words, code=2)

@@ -13,7 +13,6 @@ import pytest
 
 from vidjax import config as config_lib
 from vidjax import main
-from vidjax.export import commands as export_commands
 from vidjax.gallery import commands
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +24,6 @@ def helps():
     """Yields the words of every help."""
     yield from ((name, "--help") for name in main.COMMANDS)
     yield from (("gallery", name, "--help") for name in commands.COMMANDS)
-    yield from ((name, "--help") for name in export_commands.COMMANDS)
     yield from (("--help",), ("gallery", "--help"), ("forget", "--help"))
 
 

@@ -5,7 +5,7 @@
     data = vidjax.load_data(clips, labels="features/labels.csv")
     config = vidjax.load_config("mma:face", "--config.data.name=arrays")
     vidjax.train(config, "runs/memory", data)
-    vidjax.evaluate("runs/memory", split="test")
+    vidjax.evaluate("runs/memory", split="test").map
     vidjax.compare(["runs/memory", "runs/other"]).to_dict()
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)

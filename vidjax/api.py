@@ -6,7 +6,7 @@ Each does what the command line does, and imports JAX or TensorFlow only when it
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from ml_collections import ConfigDict
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.labels import LabelSource
     from vidjax.data.packing import Clips
     from vidjax.predict import Predictor
+    from vidjax.run.results import Results
 
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
@@ -54,6 +55,16 @@ def run_config(workdir: Path) -> Config:
         if runs:
             hint = f"it contains runs, name one: {', '.join(runs[:3])}"
         raise UserError(f"{error}\n{hint}") from error
+
+
+def set_up_devices(config: Config) -> None:
+    """Chooses devices and the cache of compiled programs; an absent device is an error here."""
+    from vidjax import devices
+
+    if config.deterministic:
+        devices.be_deterministic()
+    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    devices.make_mesh()
 
 
 def load_data(
@@ -123,8 +134,8 @@ def load_data(
 
 def train(
     config: Config, workdir: str | Path, data: "TrainingData", *, num_devices: int | None = None
-) -> dict[str, Any]:
-    """Trains a system in a folder and returns the run's metrics, those of `metrics.json`.
+) -> "Results":
+    """Trains a system in a folder and returns what it reaches: `map` and all of `metrics.json`.
 
     The folder is made, and locked until the end. A stopped run goes on from its last checkpoint; a
     finished run is evaluated again.
@@ -147,17 +158,16 @@ def train(
         raise ArgumentError(
             f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
         )
-    from vidjax import devices, files
+    from vidjax.run import results
     from vidjax.run import workdir as workdir_lib
     from vidjax.training import train as train_mode
 
-    if config.deterministic:
-        devices.be_deterministic()
-    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    set_up_devices(config)
     with workdir_lib.locked(workdir) as folder:
-        return train_mode.train(
+        metrics = train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report
         )
+    return results.Results.of(metrics, folder, config.eval.split, config.eval.split)
 
 
 def evaluate(
@@ -166,8 +176,8 @@ def evaluate(
     *,
     split: str | None = None,
     num_devices: int | None = None,
-) -> dict[str, Any]:
-    """Ranks a split with a trained run, and returns the metrics that `train` returns, too.
+) -> "Results":
+    """Ranks a split with a trained run, and returns what it reaches there, as `train` does.
 
     Results and report are written into the run's folder, which is locked until the end.
 
@@ -175,7 +185,7 @@ def evaluate(
       workdir: the folder of a run.
       data: from `load_data`; None for the dataset of the run.
       split: the split to rank, such as `test`; None for that which training evaluated. A split
-        without a labelled clip is ranked, not scored: the metrics have no `map`.
+        without a labelled clip is ranked, not scored: its `map` is None.
       num_devices: the number of devices to use; None for all. Scores do not depend on it.
 
     Raises:
@@ -191,23 +201,23 @@ def evaluate(
             f"'{path}' joins other runs: evaluate one of them, {', '.join(config.join.runs)},\n"
             "or all by command: vidjax evaluate --workdir=FOLDER"
         )
-    config.eval.split = split or config.eval.split
-    from vidjax import devices
+    own_split = config.eval.split
+    config.eval.split = split or own_split
     from vidjax.analysis import analysis
     from vidjax.evaluation import restore
+    from vidjax.run import results
     from vidjax.run import workdir as workdir_lib
 
-    if config.deterministic:
-        devices.be_deterministic()
-    devices.keep_programs(files.cache_root(config.data.cache_dir))
+    set_up_devices(config)
     with workdir_lib.locked(path) as folder:
         run = restore.find_run(config, folder)
         if data is None:
             restore.check_named(folder, run.manifest, config, by_user=False)
             data = load_data(config)
-        return analysis.evaluate(
+        metrics = analysis.evaluate(
             config, folder, data, run, num_devices=num_devices, analyse=config.eval.report
         )
+    return results.Results.of(metrics, folder, config.eval.split, own_split)
 
 
 def compare(

@@ -16,6 +16,7 @@ error, and says which file, clip or field is wrong.
 import contextlib
 import difflib
 import errno
+import importlib.util
 import os
 import re
 import sys
@@ -51,6 +52,19 @@ def named(place: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def need(what: str, *packages: str, extra: str, instead: str = "") -> None:
+    """Raises UserError, "`what` needs ...", unless the packages of an extra are installed.
+
+    `instead` says what may be done in place of an installation.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        names = " and ".join(missing).replace("_", "-")
+        raise UserError(
+            f"{what} needs {names}, not installed: pip install 'vidjax[{extra}]'"
+            + (f", or {instead}" if instead else "")
+        )
 
 
 def check_argument(

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 from vidjax import files, messages
 from vidjax.data import cache
 from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.files import cache_root
 
 HELP = """\
@@ -236,11 +236,10 @@ def _in_stream(file: IO[bytes], pattern: re.Pattern[bytes]) -> bool:
 
 
 def _in_table(path: Path, pattern: re.Pattern[bytes]) -> bool:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"'{path}' needs pyarrow to be read") from None
+    need(f"'{path}'", "pyarrow", extra="parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     files.open_regular(path).close()
     try:
         with parquet.ParquetFile(path) as table:

@@ -17,6 +17,7 @@ from vidjax import config_io, machine, messages, rooms
 from vidjax.cluster import processes
 from vidjax.commands import check, compare, config, evaluate, rank, serve, train
 from vidjax.errors import UserError
+from vidjax.export import commands as export
 
 COMMANDS = {
     "train": train.COMMAND,
@@ -29,6 +30,7 @@ COMMANDS = {
     "check": check.COMMAND,
     "config": config.COMMAND,
     "serve": serve.COMMAND,
+    **export.COMMANDS,
 }
 TOGETHER = {"train": train.settings, "evaluate": evaluate.settings}  # in several processes
 SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command
@@ -41,8 +43,6 @@ commands:
   gallery    people who are enrolled, found and deleted without training
   extract    makes features of the faces in videos and photos
   who        says who appears when in videos, by a few photos of people
-  export     writes a run or a gallery in the format of another runtime
-  import     makes a run of an exported folder, by its weights
   forget     names all places of a person, and deletes what may be deleted
 
 Without a command vidjax trains, and --mode=COMMAND is the same as COMMAND.
@@ -183,7 +183,7 @@ def _about_stray(word: str, words: Sequence[str]) -> str | None:
     name = word.partition(":")[0]
     if name.endswith(".py") or (config_io.shipped_folder() / f"{name}.py").is_file():
         return f"did you mean --config={word}?"
-    others = ("gallery", "export", "import", "forget")
+    others = ("gallery", "forget")
     if match := messages.closest(word, [*COMMANDS, *others], cutoff=0.7):
         return f"did you mean the command {match}?"
     return None

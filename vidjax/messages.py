@@ -233,6 +233,29 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def run_command(
+    argv: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    commands: Mapping[str, Command],
+    *,
+    named: bool = True,
+) -> int:
+    """Runs the command that `parse` finds in words, and returns the exit code of `guarded`.
+
+    `argv` are the words, None those of the process; `named` is that of `show`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        args = parse(words)
+        with quietly() if args.quiet else contextlib.nullcontext():
+            result = commands[args.command].run(args)
+            show(result, args.command, as_json=args.json, named=named)
+        return result.code
+
+    return guarded(command, words)
+
+
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command, prints its error if it fails, and returns its exit code.
 

@@ -18,10 +18,6 @@ def run(words: Sequence[str]) -> int | None:
         from vidjax.extract import commands
 
         return commands.main(rest)
-    if first in (["export"], ["import"]):
-        from vidjax.export import commands
-
-        return commands.main(words)
     if first == ["who"]:
         from vidjax import who
 

@@ -7,7 +7,6 @@ text that begins with `'` or that a spreadsheet would take for a formula; reader
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 
 # The values of a column with their type in Apache Arrow, such as `float32`; [N, D] are N lists.
 Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
@@ -40,11 +39,9 @@ def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
         raise UserError(_exists(path))
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no folder '{path.parent}': make it first")
-    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise UserError(
-            f"--out={path}: the package pyarrow writes parquet, and is not installed\n"
-            "pip install 'vidjax[parquet]', or end the name in .tsv or .jsonl"
-        )
+    if path.suffix == ".parquet":
+        instead = "end the name in .tsv or .jsonl"
+        need(f"--out={path}", "pyarrow", extra="parquet", instead=instead)
 
 
 def write(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax import api, config_io, files, messages, metrics
+from vidjax import api, config_io, messages, metrics
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.errors import UserError
@@ -98,16 +98,6 @@ def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     """Lets signals end the process of a command even while a program is compiled."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals(tell)
-
-
-def set_up_devices(config: Config) -> None:
-    """Chooses devices and the cache of compiled programs; an absent device is an error here."""
-    from vidjax import devices
-
-    if config.deterministic:
-        devices.be_deterministic()
-    devices.keep_programs(files.cache_root(config.data.cache_dir))
-    devices.make_mesh()
 
 
 def summary(

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> Result:
         from vidjax.analysis import analysis
         from vidjax.commands import blend, parts
 
-        common.set_up_devices(config)
+        api.set_up_devices(config)
         if config.join.runs:
             results = blend.blend_runs(config, workdir, api.load_data)
         else:
@@ -130,7 +130,7 @@ def _run_part(args: argparse.Namespace, config: Config, workdir: Path, began: fl
 
     which = parts_lib.Shard.parse(args.shard)
     common.end_on_signals()
-    common.set_up_devices(config)
+    api.set_up_devices(config)
     run = find_run(config, workdir, config_io.override_names(args.overrides))
     part, before = parts.evaluate_part(config, workdir, api.load_data(config), which, run)
     found = parts_lib.find(workdir, part.facts.split).items()

@@ -1,14 +1,16 @@
 """`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.in_parts`."""
 
 import argparse
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidjax import api, config_io, in_parts, messages, tables
+from vidjax import api, config_io, messages, tables
 from vidjax.commands import common
 from vidjax.errors import UserError
+from vidjax.in_parts import rankings, runner
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.predict import Predictor
     from vidjax.steps.topk import TopK
+
+    # (file, run, clips, number of clips that are done -> nothing) -> what it wrote, for --json.
+    Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
 
 READ = ("eval.split", "eval.checkpoint")  # fields
 VECTORS = (".parquet",)  # endings of a table of vectors
@@ -37,24 +42,20 @@ def _add_flags(parser: Parser, out: str) -> None:
     about = "the clips: a folder, a .parquet table, or a folder of such tables"
     parser.flag("--input", "PATH", about, needed=True)
     parser.flag("--out", "PATH", f"{out}; of a folder of tables, a folder", needed=True)
-    parser.flag("--shard", "k/n", "one of n shares of a folder of tables; k is from 1 to n")
+    for name, flag in runner.FLAGS.items():
+        parser.flag(f"--{name}", *flag)
     parser.fields()
 
 
-def _check(args: argparse.Namespace, endings: Sequence[str]) -> list[Path]:
-    """Returns the tables of a folder in parts, [] for other clips; mistakes are told at once."""
-    source = Path(args.input).expanduser()
-    if not source.exists():
+def _check(args: argparse.Namespace, endings: Sequence[str]) -> runner.Job | None:
+    """Returns the job of a folder of tables, None for other clips; mistakes are told at once."""
+    if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
     common.given_fields(args, READ)
-    found = in_parts.tables_of(source)
-    if found:
-        in_parts.check_out(args.out, found)
-        in_parts.parse_shard(args.shard)
-    else:
-        in_parts.no_shard(args.shard)
+    job = runner.job_of(args)
+    if job is None:
         tables.check_new(Path(args.out).expanduser(), endings)
-    return found
+    return job
 
 
 def _restored(args: argparse.Namespace) -> "Predictor":
@@ -66,76 +67,88 @@ def _restored(args: argparse.Namespace) -> "Predictor":
     return predict.restore(workdir, step=config.eval.checkpoint)
 
 
-def _clips(args: argparse.Namespace, trained: "Predictor") -> "MemoryClips":
+def _write(args: argparse.Namespace, trained: "Predictor", kind: str, write: "Writer") -> Result:
+    """Writes what a run finds for clips into a file; `kind` names it."""
     from vidjax.data.memory import load_clips
 
-    given = common.given_fields(args, READ)
-    config = config_io.override(trained.config, args.overrides)
-    return load_clips(
+    split = config_io.override(trained.config, args.overrides).eval.split
+    out = Path(args.out).expanduser()
+    clips = load_clips(
         Path(args.input).expanduser(),
         trained.modalities,
         trained.identities,
-        split=config.eval.split if "eval.split" in given else None,
+        split=split if "eval.split" in common.given_fields(args, READ) else None,
         quality=trained.config.data.quality,
     )
+    began, size = time.monotonic(), len(clips.names)
+    progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
+    written = write(out, trained, clips, progress.advance)
+    progress.close()
+    timed, numbers = terminal.timing(began, size)
+    content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
+    rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
+    rows |= {**dict(timed), kind: messages.shown(out)}
+    return Result(content | written | numbers, rows)
 
 
 def _load(table: Path, trained: "Predictor") -> "MemoryClips | None":
     quality = trained.config.data.quality
-    return in_parts.load(table, trained.modalities, trained.identities, quality)
+    return runner.load(table, trained.modalities, trained.identities, quality)
+
+
+def _again(args: argparse.Namespace, task: "Callable[[Predictor], runner.Task]") -> runner.Task:
+    """Returns a task in another process, which restores the run by the same flags."""
+    return task(_restored(args))
 
 
 def run(args: argparse.Namespace) -> Result:
     """Ranks clips and writes the lists."""
-    found = _check(args, tables.ENDINGS)
+    job = _check(args, tables.ENDINGS)
     trained = _restored(args)
-    if found:
-        return _rank_tables(args, trained, found)
-    out, clips = Path(args.out).expanduser(), _clips(args, trained)
-    began, size = time.monotonic(), len(clips.names)
-    progress = terminal.Progress(size, unit="clip", label="rank", leave=False, compiles=True)
-    tables.write_ranking(out, trained.rank(clips, advance=progress.advance))
-    progress.close()
-    timed, numbers = terminal.timing(began, size)
-    people = len(trained.identities)
-    rows = {"clips": f"{size:,}", "identities": f"{people:,}", **dict(timed)}
-    content = {"workdir": str(trained.workdir), "ranking": str(out.absolute())}
-    content |= {"num_clips": size, "num_identities": people, **numbers}
-    return Result(content, {**rows, "ranking": messages.shown(out)})
+    if job is None:
+        return _write(args, trained, "ranking", _write_ranking)
+    again = functools.partial(_again, args, _ranking_task)
+    return rankings.run(job, _ranking_task(trained), trained.identities, again)
 
 
-def _rank_tables(args: argparse.Namespace, trained: "Predictor", found: Sequence[Path]) -> Result:
+def _write_ranking(
+    out: Path, trained: "Predictor", clips: "MemoryClips", advance: Callable[[int], None]
+) -> dict[str, int]:
+    tables.write_ranking(out, trained.rank(clips, advance=advance))
+    return {"num_identities": len(trained.identities)}
+
+
+def _ranking_task(trained: "Predictor") -> runner.Task:
     def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
         clips = _load(table, trained)
         return trained.top(clips, large=True) if clips else None
 
-    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
-    ranked = in_parts.rank(found, out, shard, {"run": trained.digest}, trained.identities, top_of)
-    return in_parts.ranked_result(*ranked, shard)
+    return rankings.task({"run": trained.digest}, trained.identities, top_of)
 
 
 def embed(args: argparse.Namespace) -> Result:
     """Writes a unit vector for each clip."""
-    found = _check(args, VECTORS)
+    job = _check(args, VECTORS)
     trained = _restored(args)
-    if found:
-        return _embed_tables(args, trained, found)
-    out, clips = Path(args.out).expanduser(), _clips(args, trained)
-    began, size = time.monotonic(), len(clips.names)
-    progress = terminal.Progress(size, unit="clip", label="embed", leave=False, compiles=True)
-    vectors = trained.embed(clips, advance=progress.advance)
-    progress.close()
+    if job is None:
+        return _write(args, trained, "vectors", _write_vectors)
+    again = functools.partial(_again, args, _vectors_task)
+    done = runner.run(job, _vectors_task(trained), "embed", again)
+    rows, content = runner.describe(done, job.shard)
+    told = {"vectors": messages.shown(job.out)}
+    return Result(content | {"vectors": str(job.out)}, rows | told)
+
+
+def _write_vectors(
+    out: Path, trained: "Predictor", clips: "MemoryClips", advance: Callable[[int], None]
+) -> dict[str, int]:
+    vectors = trained.embed(clips, advance=advance)
     columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
     tables.write_new(out, tables.to_parquet(columns))
-    timed, numbers = terminal.timing(began, size)
-    width = vectors.shape[1]
-    rows = {"clips": f"{size:,}", "width": f"{width:,}", **dict(timed)}
-    content = {"workdir": str(trained.workdir), "vectors": str(out.absolute())}
-    content |= {"num_clips": size, "width": width, **numbers}
-    return Result(content, {**rows, "vectors": messages.shown(out)})
+    return {"width": vectors.shape[1]}
 
 
-def _embed_tables(args: argparse.Namespace, trained: "Predictor", found: Sequence[Path]) -> Result:
+def _vectors_task(trained: "Predictor") -> runner.Task:
     def work(table: Path) -> tuple[tables.Columns, Mapping[str, int]]:
         clips = _load(table, trained)
         names = clips.names if clips else ()
@@ -144,10 +157,7 @@ def _embed_tables(args: argparse.Namespace, trained: "Predictor", found: Sequenc
         columns = {"clip": ("string", names), "vector": ("float32", vectors)}
         return columns, {"clips": len(names)}
 
-    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
-    task = in_parts.Task({"run": trained.digest, "of": "vectors"}, work, "embed")
-    rows, content = in_parts.describe(in_parts.run(found, out, shard, task), shard)
-    return Result(content | {"vectors": str(out)}, rows | {"vectors": messages.shown(out)})
+    return runner.Task({"run": trained.digest, "of": "vectors"}, work)
 
 
 COMMAND = Command(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from vidjax import messages
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.messages import Command, Parser, Result
 
 
@@ -21,16 +21,10 @@ def run(args: argparse.Namespace) -> Result:
     """Serves until a signal; the address is the first line of the output."""
     host = args.host or "127.0.0.1"
     port = _port(args.port)
-    try:
-        from vidjax.serve import limits as limits_lib
-        from vidjax.serve import server
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("vidjax"):
-            raise
-        raise UserError(
-            f"the package '{error.name}' is not installed\n"
-            "install it with vidjax's extra [serve]: pip install 'vidjax[serve]'"
-        ) from None
+    need("serve", "starlette", "uvicorn", "httptools", extra="serve")
+    from vidjax.serve import limits as limits_lib
+    from vidjax.serve import server
+
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
     if token is None and not limits_lib.is_loopback(host):
         raise UserError(

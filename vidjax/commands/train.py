@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Result:
     together.check_command(args, config)
     if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
         common.dry_run(args, config)
-        common.set_up_devices(config)
+        api.set_up_devices(config)
     with common.locked_folder(path) as workdir:
         from vidjax.cluster import processes
         from vidjax.evaluation import restore
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> Result:
         results = processes.run_on_first(lambda: train.finished(workdir, config))
         finished_before = results is not None
         if results is None:
-            common.set_up_devices(config)
+            api.set_up_devices(config)
         data = api.load_data(config)
         together.check_data(data)
         if results is not None:

@@ -22,10 +22,12 @@ from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, PackedClips, Quali
 from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.errors import UserError, closest
+from vidjax.errors import UserError, closest, need
 from vidjax.machine import memory_bytes, num_cores
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
+LINE_BYTES = 64 * files.MB  # of a clip as JSON
+BLOCK_LINES = 256
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
@@ -75,6 +77,21 @@ def read_json(value: object, place: str) -> Clip:
             with np.errstate(over="ignore"):  # infinite: the frame is left out, and told
                 arrays[key] = array.astype(np.float32)
     return Clip(name, place, _by_modality(arrays, place), given)
+
+
+def blocks_of_lines(stream: io.BufferedReader) -> Iterator[list[tuple[int, bytes]]]:
+    """Yields (number, content) of lines, as many as are there, so that none waits for the next."""
+    rest, number = b"", 0
+    while more := stream.read1(1 << 20):
+        *lines, rest = (rest + more).split(b"\n")
+        if len(rest) > LINE_BYTES:
+            raise UserError(f"line {number + len(lines) + 1}: more than {LINE_BYTES:,} bytes")
+        numbered = list(enumerate(lines, number + 1))
+        number += len(lines)
+        for at in range(0, len(numbered), BLOCK_LINES):
+            yield numbered[at : at + BLOCK_LINES]
+    if rest:
+        yield [(number + 1, rest)]
 
 
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
@@ -135,13 +152,9 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 def _read_columns(path: Path) -> Mapping[str, Any]:
     """Returns name -> pyarrow column without nulls; clip and modality are dictionary-encoded."""
-    try:
-        import pyarrow
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path}: parquet is read by the package pyarrow, which is not installed\n"
-            "install it with vidjax's extra [parquet]: pip install 'vidjax[parquet]'"
-        ) from error
+    need(str(path), "pyarrow", extra="parquet")
+    import pyarrow
+
     try:
         with files.open_input(path) as opened:
             table = _read_table(path, opened)

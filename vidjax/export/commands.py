@@ -2,15 +2,13 @@
 
 import argparse
 import contextlib
-import importlib.util
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidjax import files, messages
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, need, suggest
 from vidjax.messages import Command, Parser, Result
 
 if TYPE_CHECKING:
@@ -20,31 +18,14 @@ NAMES = ("stablehlo", "saved_model", "onnx", "safetensors", "numpy")
 MANIFEST = "export.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `export` or `import`, the first word of `argv`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        args = parse(words)
-        with messages.quietly() if args.quiet else contextlib.nullcontext():
-            result = COMMANDS[args.command].run(args)
-            messages.show(result, args.command, as_json=args.json)
-        return result.code
-
-    return messages.guarded(command, words)
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags of a command, which is the first word."""
-    prog = "vidjax" if Path(sys.argv[0]).name == "vidjax" else messages.PROGRAM
-    name, *rest = words
-    args = messages.parse(prog, COMMANDS, name, rest)
+def _places(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Returns the folder that a command reads, and the new one that it makes."""
     if not args.folder:
-        raise UserError(f"{name} needs a folder: {COMMANDS[name].example[0]}")
-    args.to = Path(args.to).expanduser().absolute()
-    if files.exists(args.to):
-        raise UserError(f"--to={args.to}: there is something already: name a new folder")
-    return args
+        raise UserError(f"{args.command} needs a folder: {COMMANDS[args.command].example[0]}")
+    source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
+    if files.exists(to):
+        raise UserError(f"--to={to}: there is something already: name a new folder")
+    return source, to
 
 
 def _export_flags(parser: Parser) -> None:
@@ -65,17 +46,12 @@ def _check_format(name: str) -> None:
         raise UserError(f"--format={name}: {suggest(name, NAMES)}")
     from vidjax.export.formats import FORMATS
 
-    found = FORMATS[name]
-    if missing := [one for one in found.packages if not importlib.util.find_spec(one)]:
-        raise UserError(
-            f"--format={name} needs {' and '.join(missing)}\n"
-            f"pip install 'vidjax[{found.extra}]' installs what it needs"
-        )
+    need(f"--format={name}", *FORMATS[name].packages, extra=FORMATS[name].extra)
 
 
 def _export(args: argparse.Namespace) -> Result:
     """Writes a run or a gallery into a new folder, once it has answered as we do."""
-    source, began = Path(args.folder).expanduser().absolute(), time.monotonic()
+    (source, to), began = _places(args), time.monotonic()
     step = args.checkpoint or "latest"
     if step not in ("latest", "best"):
         raise UserError(f"--checkpoint={step}: choose from latest and best")
@@ -84,21 +60,21 @@ def _export(args: argparse.Namespace) -> Result:
     from vidjax.gallery.store import NAME
 
     chosen = FORMATS[args.format]
-    with _new_folder(args.to) as folder:
+    with _new_folder(to) as folder:
         is_gallery = files.exists(source / NAME)
         write = _write_gallery if is_gallery else _write_run
         found = write(source, folder, chosen, args.format, step)
         written = {"format": args.format, **found, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
-    size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     rows = {
-        "folder": messages.shown(args.to),
+        "folder": messages.shown(to),
         "holds": chosen.file or ("arrays.safetensors" if is_gallery else "weights.safetensors"),
         "compared": f"largest difference {found['difference']:.1e}, of 1e-05 allowed",
         "size": f"{size / 1e6:,.1f} MB",
         "time": f"{time.monotonic() - began:.1f} s",
     }
-    return Result({"folder": str(args.to), **written, "bytes": size}, rows)
+    return Result({"folder": str(to), **written, "bytes": size}, rows)
 
 
 def _write_run(
@@ -160,13 +136,13 @@ def _import(args: argparse.Namespace) -> Result:
     from vidjax import predict
     from vidjax.export import weights
 
-    source = Path(args.folder).expanduser().absolute()
-    args.to.parent.mkdir(parents=True, exist_ok=True)
-    weights.read(source, args.to)
-    run = predict.restore(args.to)
-    rows = {"workdir": messages.shown(args.to), "step": f"{run.step:,}"}
+    source, to = _places(args)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    weights.read(source, to)
+    run = predict.restore(to)
+    rows = {"workdir": messages.shown(to), "step": f"{run.step:,}"}
     rows |= {"identities": f"{len(run.identities):,}", "modalities": ", ".join(run.modalities)}
-    return Result({"workdir": str(args.to), "step": run.step}, rows)
+    return Result({"workdir": str(to), "step": run.step}, rows)
 
 
 COMMANDS: Mapping[str, Command] = {

@@ -4,7 +4,7 @@ The function is what a file of another runtime holds: fusion, net, all members a
 inputs are float32 or bool arrays named MODALITY_FIELD, B clips padded to T frames, see `FIELDS`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -70,8 +70,11 @@ def export(run: Predictor) -> Exported:
             shapes[f"{name}_{field}"] = jax.ShapeDtypeStruct(shape, dtype)
 
     def function(inputs: Inputs) -> Outputs:
-        batch = as_batch(run, inputs)
-        return {"scores": _scores(run, batch), "embeddings": _embeddings(run, batch)}
+        batch, members = as_batch(run, inputs), list(_members(run))
+        return {
+            "scores": _scores(run, members, batch),
+            "embeddings": _embeddings(run, members, batch),
+        }
 
     return Exported(function, shapes, run.modalities)
 
@@ -94,19 +97,22 @@ def as_batch(run: Predictor, inputs: Inputs) -> Batch:
     return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
 
 
-def _members(run: Predictor) -> Iterable[tuple[Any, Any, Array]]:
+Member = tuple[Any, Any, Array]  # parameters, other collections, view
+
+
+def _members(run: Predictor) -> Iterator[Member]:
     """Yields parameters, other collections and view of each member."""
     for number, member in enumerate(run.training_sets.members):
         weights = jax.device_get(ensemble.take((run.params, run.model_state), number))
         yield *weights, jnp.int32(member.view)
 
 
-def _scores(run: Predictor, batch: Batch) -> Array:
+def _scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     """Returns the mean scores of all members, [B, C], as `ModelScorer` computes them."""
     system, count = run.system, len(run.identities)
     each = [
         eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
-        for params, state, view in _members(run)
+        for params, state, view in members
     ]
     scores = each[0]
     if len(each) > 1:
@@ -118,11 +124,11 @@ def _scores(run: Predictor, batch: Batch) -> Array:
     return keep_best(scores, top) if 0 < top < count else scores
 
 
-def _embeddings(run: Predictor, batch: Batch) -> Array:
+def _embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     """Returns the unit vectors [B, D] of `Predictor.embed`."""
     parts = [
         eval_step.embed_step(run.system, params, state, view, batch)
-        for params, state, view in _members(run)
+        for params, state, view in members
     ]
     vectors = jnp.concatenate(parts, axis=1)
     norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)

@@ -9,6 +9,7 @@ uint32 is int64 modulo 2**32.
 """
 
 import ast
+import hashlib
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -138,21 +139,19 @@ class Graph:
         return name
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """Returns the name of a constant; small equal ones are stored once."""
+        """Returns the name of a constant; equal ones are stored once."""
         name = self.fresh()
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             self.known[name] = value  # only what is drawn by it can be stored
             return name
-        given = np.asarray(value, dtype)
-        key = (given.dtype.name, str(given.shape), given.tobytes().hex()) if given.size < 64 else ()
-        if key and key in self._names:
-            return self._names[key]
-        array = np.array(given, _DTYPES.get(given.dtype.name, given.dtype), order="C")
-        self.constants.append(numpy_helper.from_array(array, name))
-        self.known[name] = given
-        if key:
-            self._names[key] = name
-        return name
+        given = np.asarray(value, dtype, order="C")
+        digest = hashlib.sha256(given.tobytes()).hexdigest()
+        known = self._names.setdefault((given.dtype.name, str(given.shape), digest), name)
+        if known == name:
+            array = given.astype(_DTYPES.get(given.dtype.name, given.dtype), copy=False)
+            self.constants.append(numpy_helper.from_array(array, name))
+            self.known[name] = given
+        return known
 
     # ---- sizes
 

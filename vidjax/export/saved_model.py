@@ -34,12 +34,10 @@ def write(
         )
         for name, one in inputs.items()
     }
-    module: Any = tf.Module()
-    module.call = tf.function(
-        lambda **arrays: converted(arrays), autograph=False, input_signature=None
-    )
-    serving = module.call.get_concrete_function(**given)
-    tf.saved_model.save(module, str(path), signatures={"serving_default": serving})
+    serving: Any = tf.function(lambda **arrays: converted(arrays), autograph=False)
+    signature = serving.get_concrete_function(**given)
+    # A module that holds the function, too, would hold the weights twice.
+    tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": signature})
 
 
 def load(path: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:

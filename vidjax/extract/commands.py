@@ -1,8 +1,6 @@
 """`vidjax extract`: from videos and photos to features."""
 
 import argparse
-import contextlib
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,19 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_one(name: str, command: Command, argv: Sequence[str] | None) -> int:
     """Runs a command of files, and returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {name: command}
 
-    def run() -> int:
-        args = messages.parse("vidjax", {name: command}, name, words)
+    def parse(words: Sequence[str]) -> argparse.Namespace:
+        args = messages.parse("vidjax", commands, name, words)
         if not args.files:
             raise UserError(f"{name} needs videos: vidjax {name} FILE ... --out=DIR --models=DIR")
         args.files = [Path(word).expanduser() for word in args.files]
-        with messages.quietly() if args.quiet else contextlib.nullcontext():
-            result = command.run(args)
-            messages.show(result, name, as_json=args.json)
-        return result.code
+        return args
 
-    return messages.guarded(run, words)
+    return messages.run_command(argv, parse, commands)
 
 
 def whole(text: str | None, flag: str, default: int) -> int:

@@ -7,7 +7,6 @@ reader, and nothing in it is run. The same file gives the same net, byte by byte
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import io
 import sys
 import tarfile
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import msgspec
 
 from vidjax import files, messages
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.extract import cards, dlib_net, models, resemblyzer_net
 from vidjax.extract.cards import BackEnd, Input, Licence, Source, Vector, Written
 from vidjax.messages import Command, Parser, Result
@@ -97,11 +96,7 @@ def _run(args: argparse.Namespace) -> Result:
 
 def convert(name: str, path: Path, folder: Path) -> Path:
     """Writes NAME.onnx and NAME.json of a package into a folder and returns the card's path."""
-    if not importlib.util.find_spec("onnx"):
-        raise UserError(
-            "nets are written by the package onnx, which is not installed\n"
-            "install it with vidjax's extra [convert]: pip install 'vidjax[convert]'"
-        )
+    need("convert", "onnx", extra="convert")
     kind = KINDS[name]
     net = kind.convert(read_member(path, kind)).SerializeToString(deterministic=True)
     card = {

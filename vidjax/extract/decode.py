@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -355,14 +355,10 @@ class _Bytes:
 
 
 def _open_container(path: Path, file: io.FileIO, most_pixels: int) -> "InputContainer":
-    try:
-        import av
-        from av.error import FFmpegError
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"'{path}': videos and photos are read by the package av, which is not installed\n"
-            "install it with vidjax's extra [video]: pip install 'vidjax[video]'"
-        ) from error
+    need(f"'{path}', a video or photo,", "av", extra="video")
+    import av
+    from av.error import FFmpegError
+
     # What FFmpeg decodes while it opens a file obeys the limit, too.
     options = {"max_pixels": str(most_pixels)}
     lists = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.errors import ArgumentError, UserError
+from vidjax.errors import ArgumentError, UserError, need
 from vidjax.extract.cards import REMEDY, STRIDE, Card, Input
 
 if TYPE_CHECKING:
@@ -94,13 +94,9 @@ class Embedder:
 
 def open_session(card: Card, threads: int = 1) -> "InferenceSession":
     """Returns a card's net, ready to run, after `check_test_vector`."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"'{card.path}': nets are run by the package onnxruntime, which is not installed\n"
-            "install it with vidjax's extra [video]: pip install 'vidjax[video]'"
-        ) from error
+    need(f"'{card.path}', a net,", "onnxruntime", extra="video")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     options.log_severity_level = 3  # errors

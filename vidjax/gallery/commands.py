@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidjax import files, in_parts, messages, tables
+from vidjax import files, messages, tables
+from vidjax.data import clip_files
 from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
 from vidjax.gallery.answers import Answer, Rule
+from vidjax.in_parts import rankings, runner
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -63,10 +66,17 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
         ".vtt, .srt and .rttm, by time; a folder for a folder of parquet tables",
     ),
-    "shard": ("K/N", "one of N shares of a folder of parquet tables; K is from 1 to N"),
+    **runner.FLAGS,
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
     "parquet": ("FILE", "instead: a table of names and vectors"),
+}
+# Command -> two flags of which it needs one.
+ONE_OF = {
+    "create": ("run", "models"),
+    "relabel": ("identity", "strangers"),
+    "export": ("qdrant", "parquet"),
+    "remove": ("identity", "clip"),
 }
 CHANGES_HELP = """a line for each change, with the words of the flags of enrol, remove, rename and
 relabel, as {"op": "rename", "identity": "Adda", "to": "Ada"}; - for standard input"""
@@ -89,16 +99,7 @@ vidjax/gallery/README.md tells the whole way.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command in `argv`, by default `sys.argv[1:]`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        args = parse(words)
-        with messages.quietly() if args.quiet else contextlib.nullcontext():
-            result = COMMANDS[args.command].run(args)
-            messages.show(result, args.command, as_json=args.json, named=False)
-        return result.code
-
-    return messages.guarded(command, words)
+    return messages.run_command(argv, parse, COMMANDS, named=False)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -167,22 +168,15 @@ def _check(args: argparse.Namespace) -> None:
             f"{args.command} {lead}: --input=PATH, a folder, .parquet table or .npz,\n"
             "or --split=S of the dataset of --config.data.name and --config.data.dir"
         )
-    if args.command == "create" and bool(args.run) == bool(args.models):
-        raise UserError(
-            "create needs --run=W or --models=DIR, and not both: what makes the vectors"
-        )
+    if (pair := ONE_OF.get(args.command)) and bool(given[pair[0]]) == bool(given[pair[1]]):
+        one, other = (f"--{x}={FLAGS[x][0]}" if x in FLAGS else f"--{x}" for x in pair)
+        raise UserError(f"{args.command} needs one of {one} and {other}")
     if args.command == "apply" and not args.changes:
         raise UserError("apply needs a file of changes: apply FOLDER FILE, or - for standard input")
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
-    if args.command == "relabel" and bool(args.identity) == args.strangers:
-        raise UserError("relabel needs one of --identity=NAME and --strangers: whom it shows")
-    if args.command == "export" and bool(args.qdrant) == bool(args.parquet):
-        raise UserError("export needs one of --qdrant=PLACE and --parquet=FILE")
     if args.command == "export" and bool(args.qdrant) != bool(args.collection):
         raise UserError("export to Qdrant needs --qdrant=PLACE and --collection=NAME")
-    if args.command == "remove" and bool(args.identity) == bool(args.clip):
-        raise UserError("remove needs one of --identity=NAME and --clip=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
         if len(rule) > 1:
             raise UserError(
@@ -393,9 +387,8 @@ def _films(args: argparse.Namespace) -> "list[Film]":
 def _identify(args: argparse.Namespace) -> Result:
     if args.input == STREAM:
         return _identify_lines(args)
-    if args.input and (found := in_parts.tables_of(Path(args.input).expanduser())):
-        return _identify_tables(args, found)
-    in_parts.no_shard(args.shard)
+    if job := runner.job_of(args):
+        return _identify_tables(args, job)
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
@@ -426,35 +419,47 @@ def _identify(args: argparse.Namespace) -> Result:
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
 
 
-def _identify_tables(args: argparse.Namespace, found: Sequence[Path]) -> Result:
+def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     """Answers the clips of every table of a folder in a table of another folder."""
-    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
     gallery = _opened(args)
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)
+    again = functools.partial(_again, args, _answers_task)
+    done = runner.run(job, _answers_task(args, gallery), "identify", again)
+    rows, content = runner.describe(done, job.shard)
+    named = done.counts.get("named", 0)
+    rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
+    rows |= {**answers_lib.describe_rule(rule), "answers": str(job.out)}
+    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(job.out)}
+    return Result(content, rows)
+
+
+def _again(
+    args: argparse.Namespace, task: "Callable[[argparse.Namespace, Gallery], runner.Task]"
+) -> runner.Task:
+    """Returns a task in another process, which opens the gallery by the same flags."""
+    return task(args, _opened(args))
+
+
+def _answers_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
     rule, digest = gallery.rule(fpir=args.fpir, threshold=args.threshold), gallery.digest
     widths, quality = gallery.reads
     most = min(args.k or 5, len(gallery.identities))
 
     def work(table: Path) -> tuple[tables.Columns, Mapping[str, int]]:
-        clips = in_parts.load(table, widths, (), quality)
+        clips = runner.load(table, widths, (), quality)
         answers = _answers(gallery, clips, most, rule) if clips else {}
         _unchanged(gallery, digest)
         named = sum(answer.identity is not None for answer in answers.values())
         return answers_lib.columns(answers, most), {"clips": len(answers), "named": named}
 
     means = {"gallery": digest, "rule": answers_lib.rule_as_json(rule), "k": most}
-    done = in_parts.run(found, out, shard, in_parts.Task(means, work, "identify"))
-    rows, content = in_parts.describe(done, shard)
-    named = done.counts.get("named", 0)
-    rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
-    rows |= {**answers_lib.describe_rule(rule), "answers": str(out)}
-    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(out)}
-    return Result(content, rows)
+    return runner.Task(means, work)
 
 
 def _unchanged(gallery: "Gallery", digest: str) -> None:
     """Refuses to go on with a gallery that was changed: all parts are answers of one state."""
     if gallery.digest != digest:
-        raise in_parts.Stopped(
+        raise runner.Stopped(
             f"gallery '{gallery.folder}' was changed meanwhile: its answers are others now\n"
             "give the same command again with another folder, --out=FOLDER"
         )
@@ -476,7 +481,7 @@ def _identify_lines(args: argparse.Namespace) -> Result:
     counts = dict.fromkeys(("clips", "named", "errors"), 0)
     began = time.monotonic()
     lines = cast(io.BufferedReader, sys.stdin.buffer)
-    for block in in_parts.blocks_of_lines(lines):
+    for block in clip_files.blocks_of_lines(lines):
         rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
         answers = list(_answer_lines(gallery, block, args.k or 5, rule))
         for answer in answers:
@@ -496,7 +501,6 @@ def _answer_lines(
     gallery: "Gallery", block: Sequence[tuple[int, bytes]], k: int, rule: Rule
 ) -> Iterator[Mapping[str, object]]:
     """Yields the answers to lines, (number, JSON); if one holds no clip, each is read alone."""
-    from vidjax.data import clip_files
     from vidjax.data.memory import MemoryClips
 
     widths, quality = gallery.reads
@@ -576,9 +580,8 @@ def _label(args: argparse.Namespace) -> Result:
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
 
-    if args.input and (found := in_parts.tables_of(Path(args.input).expanduser())):
-        return _rank_tables(args, found)
-    in_parts.no_shard(args.shard)
+    if job := runner.job_of(args):
+        return _rank_tables(args, job)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
@@ -605,26 +608,33 @@ def _rank(args: argparse.Namespace) -> Result:
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
 
 
-def _rank_tables(args: argparse.Namespace, found: Sequence[Path]) -> Result:
+def _rank_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     """Ranks the clips of all tables of a folder, part by part."""
     if args.fpir is not None or args.threshold is not None:
         raise UserError(
             "rank of a folder of tables lists the best 100 clips, whatever their probability\n"
             "leave out --fpir and --threshold: a score is the logarithm of a probability"
         )
-    out, shard = in_parts.check_out(args.out, found), in_parts.parse_shard(args.shard)
     gallery = _opened(args)
+    again = functools.partial(_again, args, _ranking_task)
+    return rankings.run(job, _ranking_task(args, gallery), _sorted(gallery), again)
+
+
+def _sorted(gallery: "Gallery") -> Sequence[str]:
+    return sort_identities(list(gallery.identities))
+
+
+def _ranking_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
+    del args
     digest, (widths, quality) = gallery.digest, gallery.reads
 
     def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
-        clips = in_parts.load(table, widths, (), quality)
+        clips = runner.load(table, widths, (), quality)
         ranked = gallery.top(gallery.embed(clips)) if clips else None
         _unchanged(gallery, digest)
         return (ranked.clips, ranked.top) if ranked else None
 
-    identities = sort_identities(list(gallery.identities))
-    ranked = in_parts.rank(found, out, shard, {"gallery": digest}, identities, top_of)
-    return in_parts.ranked_result(*ranked, shard)
+    return rankings.task({"gallery": digest}, _sorted(gallery), top_of)
 
 
 def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
@@ -820,7 +830,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "identify": Command(
         "says whom clips show, or unknown",
-        _flags(*CLIPS, *RULE, "k", "out", "shard", "config"), _identify,
+        _flags(*CLIPS, *RULE, "k", "out", *runner.FLAGS, "config"), _identify,
         ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
     ),
     "group": Command(
@@ -835,7 +845,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
-        _flags(*CLIPS, *RULE, "out", "shard", "config", needs=("out",)), _rank,
+        _flags(*CLIPS, *RULE, "out", *runner.FLAGS, "config", needs=("out",)), _rank,
         ("G --split=val --out=ranking.txt",),
     ),
     "list": Command(

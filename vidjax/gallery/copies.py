@@ -6,7 +6,6 @@ people and vectors, whatever their order, so copies of one gallery state have on
 """
 
 import hashlib
-import importlib.util
 import os
 import struct
 import uuid
@@ -17,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.gallery.gallery import Gallery
 
 ROWS = 256  # of a block that is written or read at once
@@ -95,8 +94,7 @@ def to_parquet(gallery: Gallery, place: str) -> Copied:
     The columns are `id`, `clip`, `identity` and for each part its vectors, lists of D float32, null
     where a clip lacks the part.
     """
-    if not importlib.util.find_spec("pyarrow"):
-        raise UserError("export --parquet needs the package pyarrow: pip install 'vidjax[parquet]'")
+    need("export --parquet", "pyarrow", extra="parquet")
     path = Path(place).expanduser()
     if path.suffix != ".parquet":
         raise UserError(f"--parquet={place}: the name of a table ends in .parquet")
@@ -118,7 +116,8 @@ def _write_table(gallery: Gallery, file: BinaryIO) -> dict[str, bytes]:
     widths = gallery.backend.widths
     if clash := {*TEXTS} & {*widths}:
         raise UserError(f"a part of the gallery is named '{min(clash)}', like a column of names")
-    kinds = {name: pyarrow.list_(pyarrow.float32(), size) for name, size in widths.items()}
+    # Not of a fixed size: Arrow before 26 writes such lists with nulls, and cannot read them.
+    kinds = dict.fromkeys(widths, pyarrow.list_(pyarrow.float32()))
     fields = [(name, pyarrow.string()) for name in TEXTS]
     schema = pyarrow.schema(fields + list(kinds.items()))
     expected = {}
@@ -146,8 +145,9 @@ def _read_table(file: BinaryIO) -> dict[str, bytes]:
             for part in set(block.schema.names) - {*TEXTS}:
                 column = block.column(part)
                 held = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-                values = column.flatten().to_numpy().reshape(len(held), column.type.list_size)
-                for row, vector in zip(held, values, strict=True):
+                values = column.flatten().to_numpy()
+                width = len(values) // max(len(held), 1)
+                for row, vector in zip(held, values.reshape(len(held), width), strict=True):
                     vectors[row][part] = vector
             rows = (Row(*fields) for fields in zip(*texts, vectors, strict=True))
             found |= {row.id: row.digest() for row in rows}

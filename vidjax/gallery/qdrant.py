@@ -6,7 +6,6 @@ of clips that are no longer enrolled. A folder is readable by its user alone.
 """
 
 import contextlib
-import importlib.util
 import os
 import urllib.parse
 import warnings
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.gallery import copies
 from vidjax.gallery.copies import Copied, Row, point_id
 from vidjax.gallery.gallery import Gallery
@@ -35,8 +34,7 @@ def export(gallery: Gallery, place: str, collection: str) -> Copied:
 
     `place` is the address of a server, `http://...`; a folder, `./...` or `/...`; or `:memory:`.
     """
-    if not importlib.util.find_spec("qdrant_client"):
-        raise UserError("export needs the package qdrant-client: pip install 'vidjax[qdrant]'")
+    need("export", "qdrant_client", extra="qdrant")
     from qdrant_client import QdrantClient
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 
@@ -66,6 +66,53 @@ def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
         workdir / f"analysis{suffix}.npz",
         workdir / f"report{suffix}.html",
     )
+
+
+class Results(formats.Metrics, kw_only=True):
+    """What a run reached on a split: `map`, `top1` and all others of `formats.Metrics`, and files.
+
+    Attributes:
+      split: the name of the split.
+      paths: the files that tell more: `ranking`, `metrics`, `report` and `analysis`.
+      values: what `to_dict` returns; it has metrics that you have added, too.
+    """
+
+    split: str
+    paths: ResultPaths
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], workdir: Path, split: str, own_split: str) -> Self:
+        """Returns the results `values` of a split, as an evaluation in a run's folder made them."""
+        found = paths(workdir, split, own_split)
+        plain = files.parse_json(files.to_json(values).encode())
+        metrics = formats.parse(found.metrics, plain, formats.Metrics, REMEDY)
+        known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
+        return cls(**known, split=split, paths=found, values=cast(dict[str, Any], plain))
+
+    def __repr__(self) -> str:
+        shown = {"split": self.split, "map": self.map, "map_kind": self.map_kind, "step": self.step}
+        return f"Results({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `metrics.json`, of plain values for JSON."""
+        return dict(self.values)
+
+    def average_precisions(self) -> dict[str, float]:
+        """Returns identity -> average precision, of those with a clip in the split.
+
+        UserError where no analysis was written: `config.eval.report` was off.
+        """
+        if not files.exists(self.paths.analysis):
+            raise UserError(
+                f"'{self.paths.analysis}' is not there: set --config.eval.report=True, and evaluate"
+            )
+        names = load_identities(self.paths.metrics.with_name("identities.json"))
+        arrays = load_analysis(self.paths.analysis)[1]
+        if "ap" not in arrays:
+            return {}
+        rows = zip(names, arrays["ap"], arrays["positives"], strict=True)
+        return {name: float(ap) for name, ap, positives in rows if positives}
 
 
 def load_metrics(path: Path) -> dict[str, Any]:

@@ -13,13 +13,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidjax.data import processes
+from vidjax.data.beam import Beam
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, FlatFiles, PackedClips
 from vidjax.data.records import shard_files
@@ -197,25 +198,12 @@ def _flat_files(packed: PackedClips, scratch: Path) -> FlatFiles:
 
 # Less than this is written before another process has started.
 WORKER_BYTES = 64 << 20
-LOCAL_RUNNER = "FnApiRunner"
-# With or without the end of their names.
-DOWNLOADING = {"directrunner", "direct", "prismrunner", "prism", "switchingdirectrunner"}
 
 
 class Pool(NamedTuple):
     """Writes in `workers` local processes; 1 is this one, None one per core or as data needs."""
 
     workers: int | None = None
-
-
-class Beam(NamedTuple):
-    """Writes by Apache Beam, whose workers must see the cache under the same path.
-
-    `options` are `NAME=VALUE,NAME=VALUE` as in `tfds build --beam_pipeline_options`; without
-    `runner`, LOCAL_RUNNER runs on this machine.
-    """
-
-    options: str
 
 
 Engine = Pool | Beam
@@ -229,14 +217,7 @@ def check_engine(engine: Engine) -> None:
         if engine.workers is not None and engine.workers < 1:
             raise UserError(f"--workers={engine.workers}: wanted 1 or more")
         return
-    flags = _beam_flags(engine.options)
-    try:
-        _make_pipeline(flags)
-    except (ValueError, ImportError) as error:  # an unknown runner, or one with an extra of Beam
-        reason = f"--beam_options={engine.options}: {show(str(error))}"
-        if isinstance(error, ModuleNotFoundError) and error.name == "apache_beam":
-            reason = "--beam_options needs the package apache-beam: pip install 'vidjax[beam]'"
-        raise UserError(reason) from None
+    engine.check()
 
 
 def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> None:
@@ -250,10 +231,10 @@ def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> N
     folder.mkdir(parents=True)
     for number, task in enumerate(tasks):
         task.save(folder / f"{number:06}.json")
-    if isinstance(engine, Beam):
-        _run_beam(folder, engine)
-    else:
+    if isinstance(engine, Pool):
         _run_pool(folder, workers)
+    else:
+        engine.run([str(path) for path in sorted(folder.glob("*.json"))], _start)
 
 
 def _num_workers(pool: Pool, tasks: Sequence[ShardTask]) -> int:
@@ -286,42 +267,6 @@ def _run_pool(folder: Path, workers: int) -> None:
     processes.map_children(run, range(workers), workers)
 
 
-def _beam_flags(options: str) -> list[str]:
-    """Returns the options of Beam as flags; adds LOCAL_RUNNER where they name no runner."""
-    flags = [f"--{option.strip()}" for option in options.split(",") if option.strip()]
-    for flag in flags:  # Beam ignores the case of these names, and what stands before a dot
-        runner = flag.partition("=")[2].rpartition(".")[2].lower()
-        if flag.startswith("--runner=") and runner in DOWNLOADING:
-            raise UserError(
-                f"--beam_options={options}: {flag[2:]} looks for a program on the internet\n"
-                f"on this machine: runner={LOCAL_RUNNER}"
-            )
-    if not any(flag.startswith("--runner=") for flag in flags):
-        flags.append(f"--runner={LOCAL_RUNNER}")
-    return flags
-
-
-def _make_pipeline(flags: list[str]) -> Any:
-    from apache_beam import Pipeline  # pyright: ignore[reportMissingImports]
-    from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
-
-    return Pipeline(options=pipeline_options.PipelineOptions(flags))
-
-
-def _run_beam(folder: Path, engine: Beam) -> None:
-    """Writes the shards of a folder of tasks by a Beam pipeline, with one element per task."""
-    import apache_beam as beam  # pyright: ignore[reportMissingImports]
-
-    paths = [str(path) for path in sorted(folder.glob("*.json"))]
-    try:
-        with _make_pipeline(_beam_flags(engine.options)) as pipeline:
-            # Reshuffled, or one worker would take all.
-            _ = pipeline | beam.Create(paths) | beam.Reshuffle() | beam.Map(write_saved)
-    except RuntimeError as error:  # with the traceback of the worker
-        last = str(error).strip().rpartition("\n")[2]
-        raise DiskError(f"{folder}: Apache Beam stopped: {show(last)}") from error
-
-
 EXIT_DISK = 2
 
 
@@ -348,6 +293,11 @@ def _record(clip: Mapping[str, Any], modalities: Mapping[str, Modality]) -> byte
 def write_saved(path: str) -> None:
     """Writes the shard of a task that was saved to a file."""
     write_shard(ShardTask.load(Path(path)))
+
+
+def _start() -> Callable[[str], None]:
+    """Returns what a worker of Beam calls."""
+    return write_saved
 
 
 def main(argv: Sequence[str]) -> int:
