@@ -161,7 +161,7 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models):
     clips = {
         f"stranger {n}": {"face": x} for n, x in enumerate(draw(np.random.default_rng(2), 4, 1))
     }
-    gallery.enrol(clips, dict.fromkeys(clips), strangers=True)
+    gallery.enrol(clips, strangers=True)
     (tmp_path / "in").mkdir()
     for number, vectors in enumerate(friends):
         np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])

@@ -590,11 +590,7 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> dict[str, Clip]:
         for row in rows:
             person, name, fitted, vector, sha256 = row
             kinds = tuple(map(type, row))
-            if (
-                kinds != (str, str, int, bytes, bytes)
-                or len(vector) != size
-                or fitted not in (0, 1)
-            ):
+            if kinds != CLIP_KINDS or len(vector) != size or fitted not in (0, 1):
                 raise UserError("a clip is not what vidjax writes")
             if _row_sha256(vector, person, name, fitted) != sha256:
                 raise UserError(f"the sha256 of clip '{show(name)}' is another")
