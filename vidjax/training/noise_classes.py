@@ -23,6 +23,7 @@ from vidjax.batch import Array, Batch, NoiseLayout
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.errors import UserError
+from vidjax.models.base import ModelState, Params
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 
@@ -57,7 +58,7 @@ def make_relabeller(
 
     def relabel_clips(state: state_lib.TrainState) -> np.ndarray:
         old = np.asarray(devices.fetch(state.labels))
-        weights = [
+        weights: list[tuple[Params, ModelState]] = [
             ensemble.take((state.params, state.model_state), number) for number in range(len(old))
         ]
 
