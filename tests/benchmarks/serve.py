@@ -5,8 +5,9 @@
 A gallery of people with one vector of 512 each is served; each client sends one clip, one frame of
 512 as a binary tensor, waits for its answer and sends the next one. One clip in five shows a
 stranger. Clients and server share the machine: `server_cpu_ms` is the processor time that the
-server takes for a request, `client_cpu_ms` that of its client. The other server is `PLAIN`:
-Python's own http.server, and the same gallery.
+server takes for a request, `client_cpu_ms` that of its client. `cores_of_others` is how many cores
+other programs took meanwhile, on average: with more than 0.1, rates say little. The other server is
+`PLAIN`: Python's own http.server, and the same gallery.
 """
 
 import argparse
@@ -123,6 +124,13 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_seconds() -> float:
+    """Returns the seconds in which cores of this machine were busy, together."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    idle = int(fields[3]) + int(fields[4])
+    return (sum(map(int, fields)) - idle) / os.sysconf("SC_CLK_TCK")
+
+
 def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, float]:
     """Returns requests a second, times in milliseconds, the number of errors, and its own cost."""
 
@@ -163,12 +171,18 @@ def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, secon
             time.sleep(0.1)
         ready = time.perf_counter() - began
         load(port, requests, clients, min(2, seconds))
-        before = cpu_seconds(process.pid)
+        before, busy = cpu_seconds(process.pid), busy_seconds()
         found = load(port, requests, clients, seconds)
-        cpu = 1000 * (cpu_seconds(process.pid) - before) / found["requests"]
+        own, busy = cpu_seconds(process.pid) - before, busy_seconds() - busy
+        cpu = 1000 * own / found["requests"]
+        both = (cpu + found["client_cpu_ms"]) * found["requests"] / 1000
+        cores = (busy - both) * found["per_second"] / found["requests"]
         status = Path(f"/proc/{process.pid}/status").read_text()
         memory = int(status.split("VmRSS:")[1].split()[0]) // 1024
-        return found | {"server_cpu_ms": cpu, "ready_seconds": ready, "memory_mb": memory}
+        return found | {
+            "server_cpu_ms": cpu, "cores_of_others": cores, "ready_seconds": ready,
+            "memory_mb": memory,
+        }  # fmt: skip
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
