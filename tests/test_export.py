@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,6 +228,27 @@ def test_a_mistake_is_told_with_its_remedy(words, said, nearest_run, tmp_path, c
     told = capsys.readouterr().err
     assert said in told and len(told.splitlines()) <= 3
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["stablehlo", "onnx"])
+def test_weights_that_no_program_holds_are_refused(
+    name, nearest_run, tmp_path, capsys, monkeypatch
+):
+    if missing(name):
+        pytest.skip("the extra is not installed")
+    monkeypatch.setattr(function, "LARGEST", 1000)
+    code, _, complaint = export(capsys, nearest_run, tmp_path / "out", name)
+    assert code == 2 and "choose safetensors" in complaint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path):
+    """Each holds all weights, and what nobody looks for is not deleted."""
+    words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
+    env = os.environ | {"VIDJAX_CACHE": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-m", "vidjax.main", *words], env=env, check=True)
+    kept = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
+    assert kept and not {name for name in kept if name.startswith("jit_call")}
 
 
 def test_a_format_names_the_extra_that_it_needs(nearest_run, tmp_path, capsys, monkeypatch):

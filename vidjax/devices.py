@@ -1,11 +1,14 @@
 """Devices: the mesh, the layout of arrays on it, and the cache of compiled programs."""
 
+import contextlib
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -55,6 +58,18 @@ def keep_programs(folder: Path) -> None:
     kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:8]
     jax.config.update("jax_compilation_cache_dir", str(programs / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
+
+
+@contextlib.contextmanager
+def keep_no_programs() -> Iterator[None]:
+    """Leaves programs that are compiled meanwhile out of the cache: each holds all weights."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def be_deterministic() -> None:

@@ -80,11 +80,19 @@ def _export(args: argparse.Namespace) -> Result:
 def _write_run(
     source: Path, folder: Path, chosen: "Format", name: str, step: str
 ) -> dict[str, Any]:
+    import jax
+
     from vidjax import api, devices, predict
     from vidjax.export import function, weights
 
     api.run_config(source)  # says what to do where there is no run
     run = predict.restore(source, step="best" if step == "best" else "latest", num_devices=1)
+    size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
+    if chosen.file and size >= function.LARGEST:
+        raise UserError(
+            f"--format={name} holds {function.LARGEST / 1e9:.1f} GB, and the weights are "
+            f"{size / 1e9:.1f} GB: choose safetensors"
+        )
     exported = function.export(run)
     weights.write(run.workdir, folder, step)
     answer = chosen.write(run, exported, folder)

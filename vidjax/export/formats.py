@@ -1,5 +1,6 @@
 """The formats of `vidjax export`: each writes its file, and loads it again by its own runtime."""
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import jax.export
 import numpy as np
 
-from vidjax import predict
+from vidjax import devices, predict
 from vidjax.export import arrays as arrays_lib
 from vidjax.export import function, reader, saved_model, weights
 from vidjax.export.function import Exported
@@ -24,7 +25,8 @@ class Format(NamedTuple):
     """A format.
 
     Attributes:
-      file: the file or folder that it adds to the weights; "" for none.
+      file: the file or folder that it adds to the weights; "" for none. One with a program holds
+        less than `function.LARGEST` bytes.
       write: writes it into a folder that holds the weights; returns what its runtime answers.
       packages: what it needs beside vidjax, and the extra that installs them.
       outputs: what the file answers.
@@ -46,7 +48,12 @@ def stablehlo(run: Predictor, exported: Exported, folder: Path) -> Answer:
     compiled = jax.export.export(jax.jit(exported.function), platforms=PLATFORMS)
     path.write_bytes(compiled(dict(exported.inputs)).serialize())
     loaded = jax.export.deserialize(bytearray(path.read_bytes()))
-    return lambda inputs: jax.device_get(loaded.call(dict(inputs)))
+
+    def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        with devices.keep_no_programs():  # a program for each size, with all weights
+            return jax.device_get(jax.jit(loaded.call).lower(inputs).compile()(inputs))
+
+    return answer
 
 
 def tensorflow(run: Predictor, exported: Exported, folder: Path) -> Answer:
@@ -83,8 +90,8 @@ def safetensors(run: Predictor, exported: Exported, folder: Path) -> Answer:
     weights.read(folder, again)
     copy = predict.restore(again)
     shutil.rmtree(again)
-    compiled = jax.jit(function.export(copy).function)
-    return lambda inputs: jax.device_get(compiled(dict(inputs)))
+    compiled, members = jax.jit(functools.partial(function.outputs, copy)), function.members(copy)
+    return lambda inputs: jax.device_get(compiled(members, dict(inputs)))
 
 
 def numpy(run: Predictor, exported: Exported, folder: Path) -> Answer:

@@ -4,7 +4,7 @@ The function is what a file of another runtime holds: fusion, net, all members a
 inputs are float32 or bool arrays named MODALITY_FIELD, B clips padded to T frames, see `FIELDS`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,8 +26,10 @@ BATCH = "B"
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
 TOLERANCE = 1e-5  # of a difference, as a part of the largest of 1 and the value
 LENGTHS = (5, 1, 9, 3)  # frames of the made-up clips
+LARGEST = 1 << 31  # bytes of a file with a program: protocol and flat buffers hold no more
 
 Inputs = Mapping[str, Array]
+Member = tuple[Any, Any, Array]  # parameters, other collections, view
 Outputs = dict[str, Array]
 
 
@@ -69,14 +71,16 @@ def export(run: Predictor) -> Exported:
             shape = (*dims, width) if field == "features" else dims
             shapes[f"{name}_{field}"] = jax.ShapeDtypeStruct(shape, dtype)
 
-    def function(inputs: Inputs) -> Outputs:
-        batch, members = as_batch(run, inputs), list(_members(run))
-        return {
-            "scores": _scores(run, members, batch),
-            "embeddings": _embeddings(run, members, batch),
-        }
+    return Exported(lambda inputs: outputs(run, members(run), inputs), shapes, run.modalities)
 
-    return Exported(function, shapes, run.modalities)
+
+def outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
+    """Returns the scores [B, C] and the embeddings [B, D] of a run that has these weights."""
+    batch = as_batch(run, inputs)
+    return {
+        "scores": _scores(run, members, batch),
+        "embeddings": _embeddings(run, members, batch),
+    }
 
 
 def symbol(name: str) -> str:
@@ -97,14 +101,13 @@ def as_batch(run: Predictor, inputs: Inputs) -> Batch:
     return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
 
 
-Member = tuple[Any, Any, Array]  # parameters, other collections, view
-
-
-def _members(run: Predictor) -> Iterator[Member]:
-    """Yields parameters, other collections and view of each member."""
-    for number, member in enumerate(run.training_sets.members):
-        weights = jax.device_get(ensemble.take((run.params, run.model_state), number))
-        yield *weights, jnp.int32(member.view)
+def members(run: Predictor) -> list[Member]:
+    """Returns parameters, other collections and view of each member."""
+    weights = run.params, run.model_state
+    return [
+        (*jax.device_get(ensemble.take(weights, number)), jnp.int32(member.view))
+        for number, member in enumerate(run.training_sets.members)
+    ]
 
 
 def _scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:

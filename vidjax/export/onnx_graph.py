@@ -22,9 +22,9 @@ from jax.extend import core
 from onnx import helper, numpy_helper
 
 from vidjax.errors import UserError
+from vidjax.export.function import LARGEST
 
 OPSET, IR_VERSION = 18, 8  # those that ONNX Runtime 1.14 and later read
-LARGEST = 1 << 31  # bytes that protocol buffers hold
 _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": np.float32,
            "float16": np.float32}  # fmt: skip
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a derivative of their own
@@ -60,17 +60,18 @@ def to_model(
     ends = [graph.node("Identity", results[name], name=name) for name in outputs]
     avals = dict(zip(sorted(outputs), traced.out_avals, strict=True))
     used = _used(graph.nodes)
+    constants = [one for one in graph.constants if one.name in used]
+    if sum(len(one.raw_data) for one in constants) >= LARGEST:
+        raise UserError("--format=onnx holds 2.1 GB: choose safetensors")
     proto = helper.make_graph(
         graph.nodes,
         "vidjax",
         [_info(name, inputs[name]) for name in inputs],
         [_info(name, avals[name]) for name in ends],
-        [one for one in graph.constants if one.name in used],
+        constants,
     )
     made = helper.make_opsetid("", OPSET)
     model = helper.make_model(proto, opset_imports=[made], ir_version=IR_VERSION)
-    if model.ByteSize() >= LARGEST:
-        raise UserError("onnx: the weights are larger than the 2 GB of a file: use stablehlo")
     onnx.checker.check_model(model)
     return model
 
