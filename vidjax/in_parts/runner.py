@@ -243,7 +243,7 @@ def find(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None
         facts = _read_facts(result)
     except ArrowException as error:
         terminal.say(f"made again: '{result}' is damaged: {str(error).splitlines()[0][:200]}")
-        result.unlink()
+        result.unlink(missing_ok=True)  # of several calls one was faster
         return None
     differ = [] if facts.sha256 == files.sha256_file(table) else ["clips"]
     wanted = msgspec.json.decode(msgspec.json.encode(means))
