@@ -423,8 +423,9 @@ def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     """Answers the clips of every table of a folder in a table of another folder."""
     gallery = _opened(args)
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)
-    again = functools.partial(_again, args, _answers_task)
-    done = runner.run(job, _answers_task(args, gallery), "identify", again)
+    task = functools.partial(_answers_task, args)
+    again = functools.partial(_again, args, task)
+    done = runner.run(job, task(gallery), "identify", again)
     rows, content = runner.describe(done, job.shard)
     named = done.counts.get("named", 0)
     rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
@@ -433,11 +434,9 @@ def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
     return Result(content, rows)
 
 
-def _again(
-    args: argparse.Namespace, task: "Callable[[argparse.Namespace, Gallery], runner.Task]"
-) -> runner.Task:
+def _again(args: argparse.Namespace, task: "Callable[[Gallery], runner.Task]") -> runner.Task:
     """Returns a task in another process, which opens the gallery by the same flags."""
-    return task(args, _opened(args))
+    return task(_opened(args))
 
 
 def _answers_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
@@ -617,15 +616,14 @@ def _rank_tables(args: argparse.Namespace, job: runner.Job) -> Result:
         )
     gallery = _opened(args)
     again = functools.partial(_again, args, _ranking_task)
-    return rankings.run(job, _ranking_task(args, gallery), _sorted(gallery), again)
+    return rankings.run(job, _ranking_task(gallery), _sorted(gallery), again)
 
 
 def _sorted(gallery: "Gallery") -> Sequence[str]:
     return sort_identities(list(gallery.identities))
 
 
-def _ranking_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
-    del args
+def _ranking_task(gallery: "Gallery") -> runner.Task:
     digest, (widths, quality) = gallery.digest, gallery.reads
 
     def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":

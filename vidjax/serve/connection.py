@@ -1,4 +1,4 @@
-"""uvicorn's connection, bounded before a request is one, and with one packet for an answer."""
+"""uvicorn's connection, bounded before a request is one."""
 
 import asyncio
 from http import HTTPStatus
@@ -6,30 +6,6 @@ from http import HTTPStatus
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vidjax.serve.limits import Limits
-
-
-class _Joined:
-    """A transport that keeps the head of an answer until it can send the body with it."""
-
-    def __init__(self, transport: asyncio.Transport):
-        self._transport, self._head = transport, b""
-        self.is_closing, self.get_extra_info = transport.is_closing, transport.get_extra_info
-
-    def write(self, data: bytes) -> None:
-        if self._head or not data.startswith(b"HTTP/1.1 ") or data.startswith(b"HTTP/1.1 100 "):
-            self._transport.write(self._head + data)
-            self._head = b""
-        else:
-            self._head = data
-
-    def flush(self) -> None:
-        """Sends a head without a body."""
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
 
 
 def connection_class(limits: Limits) -> type[HttpToolsProtocol]:
@@ -49,7 +25,6 @@ def connection_class(limits: Limits) -> type[HttpToolsProtocol]:
                 self._close(HTTPStatus.SERVICE_UNAVAILABLE)
                 return
             super().connection_made(transport)
-            self.transport = self._joined = _Joined(transport)  # pyright: ignore
             self._await_headers()
 
         def data_received(self, data: bytes) -> None:
@@ -65,10 +40,6 @@ def connection_class(limits: Limits) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._forget_timer()
             super().on_headers_complete()
-
-        def on_response_complete(self) -> None:
-            self._joined.flush()
-            super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget_timer()
