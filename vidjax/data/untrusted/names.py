@@ -30,12 +30,13 @@ def check_name(name: str, kind: str = "clip name") -> str:
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty")
-    if not name.isprintable():  # a fast test, which few names fail
-        broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
-        if broken:
-            raise UserError(
-                f"{kind} '{show(name)}' holds the control character {broken[0]!a}: rename it"
-            )
+    if name.isprintable():  # a fast test, which few names fail
+        return name
+    broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
+    if broken:
+        raise UserError(
+            f"{kind} '{show(name)}' holds the control character {broken[0]!a}: rename it"
+        )
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
