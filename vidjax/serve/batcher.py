@@ -19,9 +19,8 @@ from vidjax.serve.metrics import Metrics
 Q = TypeVar("Q")
 A = TypeVar("A")
 T = TypeVar("T")
-LINGER = (
-    0.01  # seconds that the next batch waits for company at most, after one of several requests
-)
+# Seconds that the next batch waits for company at most, after one of several requests.
+LINGER = 0.01
 
 
 class _Waiting(NamedTuple, Generic[Q, A]):
