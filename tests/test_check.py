@@ -189,7 +189,7 @@ def test_a_good_run(run, checked):
     for words in (
         "python 3.",
         "jax ",
-        "TensorFlow",
+        "TFDS ",
         "8 x cpu",
         " free",
         "checkpoint 10: ",
@@ -372,7 +372,7 @@ def test_own_features_are_opened_before_they_are_called_good(capsys, tmp_path, s
 
 @pytest.mark.slow
 def test_the_core_alone_checks_a_run(run):
-    """Without TensorFlow new clips can be ranked: to note, and no fault; training needs it."""
+    """Without TFDS new clips can be ranked: to note, and no fault; training needs it."""
     absent = ("tensorflow", "tensorflow_datasets", "tensorboard", "matplotlib", "sklearn")
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"

@@ -1,8 +1,9 @@
 """Records: TFDS, batches and the reader without TensorFlow show what was written."""
 
+import importlib.util
+import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,14 @@ import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from tests.helpers.datasets import prepare
-from vidjax.data.clips import Modality
+from vidjax.data.clips import Modality, make_batch_plan
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
-from vidjax.data.records.codec import (
-    DECODED,
-    PackedFrames,
-    decode_batch,
-    parse_batch,
-    tf,
-    tfds,
-    windows,
-)
+from vidjax.data.records.codec import PackedFrames, tfds
+from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import ShardReader, describe_shard
+from vidjax.data.records.tensors import DECODED, decode_batch, parse_batch, tf, windows
+from vidjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 MODALITIES = {
@@ -193,29 +189,42 @@ def test_records_that_nobody_here_wrote_are_refused(tmp_path: Path, other: bytes
 
 
 @pytest.mark.slow
-def test_a_run_on_records_needs_no_tensorflow(
-    vidjax_command: Callable[..., Any], tmp_path: Path, official_dir: Path
-) -> None:
-    """Training, evaluation and report, once another run has converted the clips."""
+def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path: Path, official_dir: Path) -> None:
+    """Conversion, training, evaluation and report; on records that are there no TFDS either."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
-    done = vidjax_command(*words, f"--workdir={tmp_path / 'first'}")
-    assert done.returncode == 0, done.stderr
+    env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache")}
     code = (
-        "import sys\nfrom vidjax.main import main\nassert main(sys.argv[1:]) == 0\n"
-        "assert not {'tensorflow', 'tensorflow_datasets'} & {*sys.modules}"
+        "import sys\nfrom vidjax.main import main\nunread, *words = sys.argv[1:]\n"
+        "assert main(words) == 0\nassert not {*unread.split(',')} & {*sys.modules}"
     )
-    for folder, more in (("second", words), ("first", ["--mode=evaluate"])):
+    both = "tensorflow,tensorflow_datasets"
+    for folder, unread, more in (
+        ("first", "tensorflow", words),
+        ("second", both, words),
+        ("first", both, ["--mode=evaluate"]),
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", code, *more, f"--workdir={tmp_path / folder}"],
-            cwd=ROOT, capture_output=True, text=True,
+            [sys.executable, "-c", code, unread, *more, f"--workdir={tmp_path / folder}"],
+            cwd=ROOT, env=env, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     first, second = (tmp_path / name / "ranking.txt" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_streaming_without_tensorflow_names_the_extra(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Dataset(records, {"train": {}})
+    sizes = {"batch_size": 8, "max_frames": 64, "crop": "quality", "seed": 0}
+    plan = make_batch_plan([data.split("train")], ("face",), **sizes)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"streaming needs tensorflow.*vidjax\[tensorflow\].*resid"):
+        data.train_batches(plan)
+
+
 @pytest.mark.slow
 def test_import_says_nothing_and_takes_no_accelerator() -> None:
-    code = "from vidjax.data.records.codec import tf; print(tf.config.get_visible_devices('GPU'))"
+    code = "from vidjax.data.records.tensors import tf; print(tf.config.get_visible_devices('GPU'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr, result.returncode) == ("[]\n", "", 0)

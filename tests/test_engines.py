@@ -21,8 +21,9 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED, FlatFiles
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.packing import pack
 from vidjax.data.records import shard_files, writers
-from vidjax.data.records.codec import PackedFrames, tf, tfds
+from vidjax.data.records.codec import PackedFrames, tfds
 from vidjax.data.records.convert import convert
+from vidjax.data.records.tensors import tf
 from vidjax.data.records.writers import ALONE, Beam, Pool, ShardTask
 from vidjax.machine import num_cores
 

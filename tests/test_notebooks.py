@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -36,7 +35,6 @@ HOSTED = {
     "tensorflow": "2.20.0",
     "tqdm": "4.67.1",
 }
-KEPT = ("jax", "jaxlib", "numpy", "tensorflow")
 
 notebooks = pytest.mark.parametrize("name", PATHS)
 
@@ -163,13 +161,12 @@ def asked(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(*names, modules=()):
+    def run(*names):
         commands = []
         monkeypatch.setattr(
             metadata, "distributions", lambda: [types.SimpleNamespace(name=one) for one in names]
         )
         monkeypatch.setattr(metadata, "version", HOSTED.__getitem__)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in modules or None)
         monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
         exec(compile(setup_code(), "setup", "exec"), {})
         monkeypatch.undo()
@@ -179,7 +176,7 @@ def asked(monkeypatch):
 
 
 def test_nothing_is_installed_where_vidjax_is(asked):
-    assert asked("pip", "vidjax", "tensorflow", modules=("tensorflow",)) == []
+    assert asked("pip", "vidjax", "tensorflow") == []
 
 
 def names_of(words):
@@ -191,20 +188,11 @@ def test_a_tensorflow_of_whatever_name_is_not_joined_by_another(asked, name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]["train"]
     own = set(names_of([*project["dependencies"], *extra]))
-    modules = ("tensorflow",) if name else ()
-    ((python, *words),) = asked("jax", "jaxlib", "numpy", *filter(None, [name]), modules=modules)
+    ((python, *words),) = asked("jax", "jaxlib", "numpy", *filter(None, [name]))
     assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
-    words = words[4:]
-    kept = [word for word in words if "==" in word and ";" not in word]
-    assert kept == [
-        f"{one}=={HOSTED[one]}" for one in KEPT if one != "tensorflow" or name == "tensorflow"
-    ]
-    asked_for = set(names_of(words))
-    tensorflow = {"tensorflow", "tensorflow-cpu"}
-    assert asked_for - tensorflow == (own - tensorflow) | {"jaxlib"}
-    assert asked_for & tensorflow == (
-        tensorflow if name is None else {"tensorflow"} if name == "tensorflow" else set()
-    )
+    kept = ["jax", "jaxlib", "numpy", *(["tensorflow"] if name == "tensorflow" else [])]
+    assert [word for word in words if "==" in word] == [f"{one}=={HOSTED[one]}" for one in kept]
+    assert set(names_of(words[4:])) == own | {*kept}
 
 
 def plain(name):

@@ -638,9 +638,3 @@ def make_private(folder: Path) -> None:
     for path in (*reversed(folder.parents), folder):
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)
-
-
-def disk_error(path: Path, *, full: bool) -> OSError:
-    """Returns the error of a full disk, or of another failure to write under `path`."""
-    number = errno.ENOSPC if full else errno.EIO
-    return OSError(number, os.strerror(number), str(path))

@@ -19,7 +19,7 @@ from tests.benchmarks import common
 from tests.helpers.batches import train_batches
 from tests.helpers.clip_files import random_clip, write_pickle
 from tests.helpers.datasets import load_dataset
-from vidjax.data.records.codec import tf
+from vidjax.data.records.tensors import tf
 
 MODALITIES = ("audio", "body", "face", "head")
 BATCH_SIZE = 1024

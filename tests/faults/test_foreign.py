@@ -25,7 +25,7 @@ from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, errors, files, main
 from vidjax.commands import check, evaluate, findings
 from vidjax.data import sources
-from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
+from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, formats, parts, results, resume
 

@@ -84,13 +84,13 @@ def test_the_core_without_what_is_optional(without, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_tensorflow_is_missing(without, official_dir, tmp_path):
+def test_tfds_is_missing(without, official_dir, tmp_path):
     data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     data.append(f"--config.data.cache_dir={tmp_path}/cache")  # records need none
     words, check = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
-    (said, of_check), printed = complaints(words, check, env=without("tensorflow"))
+    (said, of_check), printed = complaints(words, check, env=without("tensorflow_datasets"))
     check_text(said)
-    assert "the package 'tensorflow' is missing" in said and "pip install" in said
+    assert "the package 'tensorflow_datasets' is missing" in said and "pip install" in said
     assert "pip install 'vidjax[train]'" in printed and not of_check
 
 

@@ -256,7 +256,7 @@ def _parts(
 ) -> Iterator[tuple[str, Findings]]:
     """Yields (subject, findings): one pair per check, so that one that raises ends no other."""
     yield "environment", _packages()
-    yield "environment", _tensorflow(needed=config is not None and not workdir)
+    yield "environment", _readers(config, needed=config is not None and not workdir)
     yield "environment", _devices()
     if gallery:
         yield "gallery", _gallery_people(gallery)
@@ -319,17 +319,29 @@ def _packages() -> Findings:
         yield FAULT, f"packages: {', '.join(absent)} not installed"
 
 
-def _tensorflow(*, needed: bool) -> Findings:
+def _readers(config: Config | None, *, needed: bool) -> Findings:
+    """Yields whether clips can be converted, as `needed` to train, and whether to be streamed."""
     try:
-        from vidjax.data.records.codec import tf, tfds
+        from vidjax.data.records.codec import tfds
     except ModuleNotFoundError as error:
         can = "new clips can be ranked and identified; to train and to evaluate"
         text = f"'{error.name}' is not installed: {can}: pip install 'vidjax[train]'"
         yield FAULT if needed else WARNING, text
     except Exception as error:  # a broken installation raises whatever its libraries raise
-        yield FAULT, f"TensorFlow: no data can be read: {type(error).__name__}: {error}"
+        yield FAULT, f"TFDS: no data can be read: {type(error).__name__}: {error}"
     else:
-        yield OK, f"TensorFlow {tf.__version__} and TFDS {tfds.__version__} can be imported"
+        yield OK, f"TFDS {tfds.__version__} can be imported"
+    streamed = config is not None and config.data.mode == "streaming"
+    if importlib.util.find_spec("tensorflow") is None:
+        text = "TensorFlow is not installed: clips are not streamed, they must fit into the memory"
+        yield FAULT if streamed and needed else OK, f"{text}: pip install 'vidjax[tensorflow]'"
+    elif streamed:  # its import takes seconds
+        try:
+            from vidjax.data.records.tensors import tf
+        except Exception as error:
+            yield FAULT, f"TensorFlow: no clips are streamed: {type(error).__name__}: {error}"
+        else:
+            yield OK, f"TensorFlow {tf.__version__} can be imported"
 
 
 def _devices() -> Findings:
@@ -377,8 +389,8 @@ def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
         yield from _records(config, source, folder, runs)
         return
     yield WARNING, "records: not converted yet, or the files have changed: training converts them"
-    if importlib.util.find_spec("tensorflow") is None:
-        yield WARNING, "data: not read: without TensorFlow only converted records are"
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        yield WARNING, "data: not read: without TFDS only converted records are"
         return
     writable = cache.is_dir() and os.access(cache, os.W_OK | os.X_OK)
     with tempfile.TemporaryDirectory(dir=cache if writable else None) as scratch:

@@ -139,7 +139,7 @@ def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
 # name -> format. To add one, write its function above and add a line here.
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), ""),
-    "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "train"),
+    "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),
     "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx"),
     "safetensors": Format("", safetensors, (), "", gallery=gallery_safetensors),
     "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_numpy),

@@ -1,8 +1,8 @@
-"""Records on disk: with TensorFlow, which is imported where it is needed.
+"""Records on disk, as TFDS reads them; batches of them are streamed by tf.data.
 
-Beside this folder only `vidjax.export.saved_model` imports it.
+Beside this folder only `vidjax.export.saved_model` imports TensorFlow.
 
 `convert` writes any source of frames to the cache, by `writers` and `codec`; `manifest` and
 `report` describe what was written. `dataset` reads records as `TrainingData`: by `streaming` to
-train, by `padding` to evaluate. Only `codec` and `streaming` need TensorFlow.
+train, by `padding` to evaluate. Only `streaming` and `tensors` need TensorFlow.
 """

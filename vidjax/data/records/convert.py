@@ -108,7 +108,7 @@ def write_records(
         modalities = _joined_modalities(staged, source)
         _refuse_empty_splits(staged, source)
         _refuse_shared_clips(staged, source.place)
-        codec.result()  # without TensorFlow, nothing is written
+        codec.result()  # without TFDS, nothing is written
         records = folder / NAME / VERSION
         records.mkdir(parents=True)
         tasks = {
@@ -143,7 +143,7 @@ def write_records(
 
 
 def _import_codec() -> Any:
-    """Imports TensorFlow, which takes seconds."""
+    """Imports TFDS, which takes a while."""
     from vidjax.data.records import codec
 
     return codec

@@ -1,6 +1,6 @@
 """Converted clips with their labels: streamed batch by batch, or read as a whole.
 
-TensorFlow is imported only where batches are streamed or records are made.
+TensorFlow is imported only where batches are streamed.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from vidjax.data.records import padding
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.report import digest_data, label_records
 from vidjax.data.records.shard_files import Shard, ShardReader, check_changed, check_shard
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
 PACKED_FIELDS = tuple(name for name in Packed._fields if name in STORED)
@@ -100,6 +100,8 @@ class Dataset:
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         own_rows(plan.batch_size, share)  # refuses what cannot be split, before anything is read
+        resident = "if the clips fit into the memory, choose --config.data.mode=resident"
+        need("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
         from vidjax.data.records import streaming
 
         return streaming.train_batches(self._records, plan, step, share)

@@ -317,6 +317,14 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
     return FIRST_TAG + _varint(len(features)) + features
 
 
+def frame_bytes(modality: Modality) -> dict[str, int]:
+    """Returns field -> the bytes of one frame in a record."""
+    sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
+    for name, field in FRAME_FIELDS.items():
+        sizes[name] = np.dtype(field.dtype).itemsize * field.width
+    return sizes
+
+
 def encoded_size(sizes: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns [N] int64, the bytes of messages by `encode`; `sizes` [N] are those of the values."""
     entries = []

@@ -7,7 +7,7 @@ third of the rate.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,18 @@ import numpy as np
 from vidjax.batch import Array, Batch, Frames
 from vidjax.cluster.processes import WHOLE, Share, own_rows
 from vidjax.data import order
-from vidjax.data.clips import BatchPlan
-from vidjax.data.records.codec import decode_batch, parse_batch, record_sizes, tf, windows
-from vidjax.data.records.manifest import Records
-from vidjax.data.records.shard_files import FRAMING, Shard, check_changed, check_shard
+from vidjax.data.clips import BatchPlan, Modality
+from vidjax.data.records.manifest import Records, SplitRecords
+from vidjax.data.records.shard_files import (
+    FRAMING,
+    Shard,
+    check_changed,
+    check_shard,
+    encoded_size,
+    frame_bytes,
+    varint_size,
+)
+from vidjax.data.records.tensors import decode_batch, parse_batch, tf, windows
 from vidjax.errors import UserError
 
 AHEAD = 4  # batches that are known to tf.data before they are asked for
@@ -110,7 +118,7 @@ def _find_records(
     for name in plan.splits:
         split = records.splits[name]
         clips.append(split.order + sum(map(len, clips)))
-        sizes.append(FRAMING + record_sizes(split, records.modalities)[split.order])
+        sizes.append(FRAMING + _record_sizes(split, records.modalities)[split.order])
     size, found = np.concatenate(sizes), [one.size for one in shards]
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [one.records for one in shards])
     if not np.array_equal(np.bincount(shard, size), found):
@@ -119,6 +127,18 @@ def _find_records(
     start = np.cumsum(size) - size - begins[shard]
     place = np.argsort(np.concatenate(clips))
     return shard[place], start[place]
+
+
+def _record_sizes(split: SplitRecords, modalities: Mapping[str, Modality]) -> np.ndarray:
+    """Returns [N] int64, the bytes of the record of each clip of a split, by clip index."""
+    count = len(split.clips)
+    names = [len(clip.encode("utf-8", "surrogateescape")) for clip in split.clips]
+    sizes = {"clip": np.array(names), "clip_index": varint_size(np.arange(count))}
+    for name, modality in modalities.items():
+        length = split.lengths.get(name, np.zeros(count)).astype(np.int64)
+        for field, size in frame_bytes(modality).items():
+            sizes[f"frames/{name}/{field}"] = length * size
+    return encoded_size(sizes)
 
 
 def _pipeline(records: Records, plan: BatchPlan, shards: Sequence[Shard], queue: Any) -> Any:
