@@ -88,7 +88,7 @@ def check_whole(out, like):
 
 
 def holds_clips(out):
-    """Returns True if a folder has clips; one below it may go meanwhile, which glob does not bear."""
+    """Returns True if a folder has clips; unlike glob, it bears that a folder in it goes."""
     return any(name.endswith(".npz") for _, _, names in os.walk(out) for name in names)
 
 
