@@ -100,7 +100,7 @@ class Dataset:
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         own_rows(plan.batch_size, share)  # refuses what cannot be split, before anything is read
-        resident = "if the clips fit into the memory, choose --config.data.mode=resident"
+        resident = "choose --config.data.mode=resident if the clips fit into the memory"
         need("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
         from vidjax.data.records import streaming
 
