@@ -91,6 +91,9 @@ def write_records(
     engine: writers.Engine,
 ) -> None:
     """Fills a folder with the records of a source; see `convert`."""
+    # TFDS replaces the import of all threads while it is imported, so no other one is at work yet.
+    from vidjax.data.records import codec
+
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
     with ThreadPoolExecutor(1 if engine == writers.ALONE else num_cores()) as threads:
@@ -102,13 +105,11 @@ def write_records(
                 wait([future])
             return future
 
-        codec = start(_import_codec)
         unpacked = source.read(staging, non_finite)
         staged = {split: writers.stage(split, parts) for split, parts in unpacked.items()}
         modalities = _joined_modalities(staged, source)
         _refuse_empty_splits(staged, source)
         _refuse_shared_clips(staged, source.place)
-        codec.result()  # without TFDS, nothing is written
         records = folder / NAME / VERSION
         records.mkdir(parents=True)
         tasks = {
@@ -129,7 +130,7 @@ def write_records(
             name: tuple(threads.map(lambda task: describe_shard(task.path, len(task.clips)), some))
             for name, some in tasks.items()
         }
-        codec.result().write_info(records, modalities, shards)
+        codec.write_info(records, modalities, shards)
         report = {
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
@@ -140,13 +141,6 @@ def write_records(
         for name, split in staged.items()
     }
     write_manifest(Records(folder, modalities, splits, report), fingerprint)
-
-
-def _import_codec() -> Any:
-    """Imports TFDS, which takes a while."""
-    from vidjax.data.records import codec
-
-    return codec
 
 
 def _refuse_empty_splits(staged: Mapping[str, writers.StagedSplit], source: RecordSource) -> None:
