@@ -15,6 +15,7 @@ from tests.helpers.datasets import prepare
 from tests.helpers.made_runs import snapshot
 from vidjax import api, config_io, ensemble, files, ranking
 from vidjax import config as config_lib
+from vidjax.commands import findings
 from vidjax.evaluation import restore
 from vidjax.main import main
 from vidjax.run import checkpoint, resume
@@ -383,6 +384,17 @@ def test_the_core_alone_checks_a_run(run):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == status, done.stdout
         assert "pip install 'vidjax[train]'" in done.stdout
+
+
+def test_streaming_needs_tensorflow(monkeypatch):
+    config = api.load_config("mma", "--config.data.mode=streaming")
+    ((state, text),) = findings._readers(config, needed=True)
+    assert (state, text[:10]) == ("ok", "TensorFlow") and "TFDS " in text
+    monkeypatch.delitem(sys.modules, "vidjax.data.records.tensors")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    for needed, wanted in ((True, "FAULT"), (False, "warning")):
+        ((state, text),) = findings._readers(config, needed=needed)
+        assert state == wanted and "pip install 'vidjax[tensorflow]'" in text
 
 
 def test_a_label_that_does_not_fit(data, capsys, tmp_path):

@@ -42,7 +42,6 @@ MAY_IMPORT = {
     "data/untrusted": {"errors"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
-SAVED_MODEL = "vidjax.export.saved_model"  # writes TensorFlow's own format
 JAX = {"flax", "jax", "optax", "orbax"}
 # Libraries that a folder may not import, neither itself nor by what it imports.
 WITHOUT = {
@@ -110,9 +109,9 @@ def test_every_file_and_folder_has_a_layer():
             assert not {name.split(".")[1] for name in names} & set(LAYERS), module
 
 
-def test_only_the_records_and_one_writer_know_tensorflow():
+def test_only_the_records_know_tensorflow():
     for module, path in MODULES.items():
-        if folder(module) != "data/records" and module != SAVED_MODEL:
+        if folder(module) != "data/records":
             assert not {name.split(".")[0] for name in imports(path)} & TENSORFLOW, module
 
 

@@ -363,8 +363,8 @@ def test_odd_names_come_back_and_make_no_path(tmp_path: Path) -> None:
 def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "\u00fc.npz", face=np.ones((1, DIM)))
-    code = "import sys; from vidjax.data import arrays; sys.exit(arrays.main(sys.argv[1:]))"
-    words = [sys.executable, "-c", code, str(tmp_path), f"--cache_dir={tmp_path / 'cache'}"]
+    words = [sys.executable, "-m", "vidjax.data.arrays", str(tmp_path)]
+    words.append(f"--cache_dir={tmp_path / 'cache'}")
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(words, capture_output=True, env={**os.environ, **ascii_alone})
     assert done.returncode == 2 and b"PYTHONUTF8=1" in done.stderr, done.stderr

@@ -59,13 +59,15 @@ def test_a_workdir_that_cannot_be(without, tmp_path):
     # In which nobody can write, the administrator included.
     closed = Path("/proc") if os.geteuid() == 0 else tmp_path / "closed"
     places = [str(tmp_path / "file"), str(tmp_path / "file" / "below"), str(closed / "w")]
-    # A process without the packages that a run imports after its folder is there.
+    # Without the packages that a run imports later; and what is converted or compiled is cached.
     env = without("tensorflow", "tensorflow_datasets", "orbax")
+    env["VIDJAX_CACHE"] = str(tmp_path / "cache")
     found, _ = complaints(*(["--config=configs/mma.py", f"--workdir={x}"] for x in places), env=env)
     for place, said in zip(places, found, strict=True):
         check_text(said)
         assert place in said
     assert (tmp_path / "file").read_text() == "mine"
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow

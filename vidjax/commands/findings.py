@@ -320,28 +320,27 @@ def _packages() -> Findings:
 
 
 def _readers(config: Config | None, *, needed: bool) -> Findings:
-    """Yields whether clips can be converted, as `needed` to train, and whether to be streamed."""
+    """Yields whether clips can be converted, as `needed` to train, and streamed where they are."""
     try:
         from vidjax.data.records.codec import tfds
+
+        found = f"TFDS {tfds.__version__}"
+        if config is not None and config.data.mode == "streaming":
+            from vidjax.data.records.tensors import tf  # its import takes seconds
+
+            found = f"TensorFlow {tf.__version__} and {found}"
     except ModuleNotFoundError as error:
-        can = "new clips can be ranked and identified; to train and to evaluate"
-        text = f"'{error.name}' is not installed: {can}: pip install 'vidjax[train]'"
-        yield FAULT if needed else WARNING, text
+        lacking = (
+            "to stream clips into training: pip install 'vidjax[tensorflow]'"
+            if error.name == "tensorflow"
+            else "new clips can be ranked and identified; to train and to evaluate: "
+            "pip install 'vidjax[train]'"
+        )
+        yield FAULT if needed else WARNING, f"'{error.name}' is not installed: {lacking}"
     except Exception as error:  # a broken installation raises whatever its libraries raise
-        yield FAULT, f"TFDS: no data can be read: {type(error).__name__}: {error}"
+        yield FAULT, f"no data can be read: {type(error).__name__}: {error}"
     else:
-        yield OK, f"TFDS {tfds.__version__} can be imported"
-    streamed = config is not None and config.data.mode == "streaming"
-    if importlib.util.find_spec("tensorflow") is None:
-        text = "TensorFlow is not installed: clips are not streamed, they must fit into the memory"
-        yield FAULT if streamed and needed else OK, f"{text}: pip install 'vidjax[tensorflow]'"
-    elif streamed:  # its import takes seconds
-        try:
-            from vidjax.data.records.tensors import tf
-        except Exception as error:
-            yield FAULT, f"TensorFlow: no clips are streamed: {type(error).__name__}: {error}"
-        else:
-            yield OK, f"TensorFlow {tf.__version__} can be imported"
+        yield OK, f"{found} can be imported"
 
 
 def _devices() -> Findings:

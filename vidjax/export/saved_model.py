@@ -1,4 +1,4 @@
-"""TensorFlow's SavedModel: the one file beside `vidjax.data.records` that may import TensorFlow.
+"""TensorFlow's SavedModel; TensorFlow is imported, and set up, by `vidjax.data.records.tensors`.
 
 The file holds the compiled form of the function, as one operation that XLA inside of TensorFlow
 runs: TensorFlow and TF Serving load it, TensorFlow Lite and runtimes without XLA do not.
@@ -18,8 +18,9 @@ def write(
     inputs: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
     """Writes a function of named arrays, whose sizes may be symbols, as the folder `path`."""
-    import tensorflow as tf
     from jax.experimental import jax2tf
+
+    from vidjax.data.records.tensors import tf
 
     shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
     converted = jax2tf.convert(
@@ -42,7 +43,7 @@ def write(
 
 def load(path: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """Returns the function of the folder `path`, as TensorFlow loads it."""
-    import tensorflow as tf
+    from vidjax.data.records.tensors import tf
 
     loaded = tf.saved_model.load(str(path)).signatures["serving_default"]
 

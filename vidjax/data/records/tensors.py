@@ -1,6 +1,5 @@
 """Parses and pads batches of records in TensorFlow; the one place that sets it up."""
 
-import gc
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,19 +19,12 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # Its Keras, which nothing here uses, would write a file into the home folder.
 _keras_home = os.environ.get("KERAS_HOME")
 os.environ["KERAS_HOME"] = os.devnull
-_collecting = gc.isenabled()
-gc.disable()  # what is imported stays, and collecting meanwhile takes a third of the seconds
 try:
     import tensorflow
 finally:
     del os.environ["KERAS_HOME"]
     if _keras_home is not None:
         os.environ["KERAS_HOME"] = _keras_home
-    if _collecting:
-        if not gc.get_freeze_count():
-            gc.freeze()  # and it becomes old at once: the next collections would visit all of it,
-            gc.unfreeze()  # one generation after another
-        gc.enable()
 
 # TensorFlow ships no types, and the stubs of type checkers cover half of it.
 tf: Any = tensorflow
@@ -115,7 +107,7 @@ def _put_best(
     decoded: Mapping[str, Any], fields: Mapping[str, Any], modality: Modality, size: Any, rows: Any
 ) -> dict[str, Any]:
     """Returns `decoded` with the best frames of the clips in `rows`, which are longer than T."""
-    carriers = {field: _carriers(modality)[field] for field in fields}
+    carriers = {field: dtype for field, dtype in _carriers(modality).items() if field in fields}
 
     def choose(strings: dict[str, Any]) -> dict[str, Any]:
         raw = {field: tf.io.decode_raw(s, carriers[field]) for field, s in strings.items()}
