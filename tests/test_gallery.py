@@ -12,7 +12,7 @@ from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import changes
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.backend import Index
-from vidjax.gallery.gallery import Gallery, fit_backend
+from vidjax.gallery.gallery import Gallery, Vectors, fit_backend
 from vidjax.gallery.store import Clip
 
 # ---- probabilities
@@ -240,6 +240,43 @@ def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     parts = people.backend.split(vectors)
     share = np.mean([answer.identity is not None for answer in gallery.answers(parts, 1)])
     assert share < 0.03
+
+
+def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_path):
+    """A rule that was asked for before a change of the gallery is set anew."""
+    clips = made_galleries.make_clips() | {
+        f"s{n}": made_galleries.make_clip(9000 + n, None) for n in range(200)
+    }
+    settings = made_galleries.SETTINGS._replace(stranger=-6.0)  # nobody is new
+    people = made_galleries.make(tmp_path / "g", clips, settings=settings)
+    strangers = np.stack([clips[name].vector for name in people.strangers])
+    parts = people.backend.split(strangers)
+    rules = [people.rule(fpir=0.25), people.rule(), people.rule(threshold=0.5)]
+    Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
+    for old in rules:
+        asked = {"threshold": 0.5} if old.by == "threshold" else {}
+        new = people.rule(**asked if old.default or asked else {"fpir": 0.25})
+        assert new.score != old.score or asked
+        wanted = [one.identity for one in people.answers(parts, 1, new)]
+        assert [one.identity for one in people.answers(parts, 1, old)] == wanted
+
+
+def test_a_list_holds_the_clips_that_identify_names(tmp_path):
+    """The clip that sets a threshold lies just below it, which no rounding may hide."""
+    clips = made_galleries.make_clips(strangers=100)
+    settings = made_galleries.SETTINGS._replace(stranger=-6.0)  # nobody is new
+    people = made_galleries.make(tmp_path / "g", clips, settings=settings)
+    names = people.strangers
+    parts = people.backend.split(np.stack([clips[name].vector for name in names]))
+    shown = Vectors(
+        tuple(names), dict(zip(made_galleries.WIDTHS, parts, strict=True)), (None,) * len(names)
+    )
+    for fpir in (0.01, 0.05, 0.2, 0.5):
+        rule = people.rule(fpir=fpir)
+        answers = zip(names, people.answers(parts, 1, rule), strict=True)
+        named = {name for name, answer in answers if answer.identity}
+        listed = {clip for pairs in people.top(shown, rule).lists().values() for clip, _ in pairs}
+        assert named == listed and len(named) <= fpir * len(names)
 
 
 def test_a_probability_decides_alone(tmp_path):

@@ -105,3 +105,16 @@ def test_somebody_new_who_is_nearly_sure_changes_no_bit(stranger):
     ):
         assert one.best == index.best(logs, 5)
         assert (one.best[0][1] >= one.new) == (one.best[0][1] >= logs[0])
+
+
+def test_logits_that_are_one_logarithm_are_ties():
+    """Beside somebody new who is sure, logarithms of people differ less than their logits."""
+    rng = np.random.default_rng(4)
+    index, draw = make(rng, {"face": 40}, scale=1e-14, spread=0.5)
+    settings = index.backend.settings._replace(stranger=60.0, unenrolled=0.0)
+    index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
+    (parts,) = draw(np.arange(40), lacks=0)
+    for k in (2, 40):
+        found = nearest_lib.nearest(index, [parts], k)
+        for one, logs in zip(found, index.search([parts]), strict=True):
+            assert one.best == index.best(logs, k)

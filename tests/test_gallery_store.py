@@ -289,6 +289,34 @@ def test_a_stranger_who_is_enrolled_and_removed_is_gone(gallery):
     assert not holds(gallery.folder, clip.vector.tobytes())
 
 
+def test_a_clip_that_is_removed_and_enrolled_in_one_change_was_removed(gallery):
+    clip = CLIPS["clip 40"]  # the only one
+    assert clip.identity == "person 4" and gallery.identities["person 4"] == 1
+    with gallery.change() as draft:
+        draft.remove(identity="person 4")
+        draft.add({"clip 40": clip._replace(identity="Zoe")})
+    assert not holds(gallery.folder, b"person 4")
+    refused(gallery.undo, "removed clips for good")
+    assert gallery.clips["clip 40"].identity == "Zoe"
+
+
+def test_a_back_end_does_not_keep_a_clip_that_was_replaced_in_one_change(tmp_path):
+    clips = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
+    people = made_galleries.make(tmp_path / "g", clips)
+    another = made_galleries.make_clip(9999, "person 7")
+    with people.change() as draft:
+        draft.remove(clip="clip 71", refit=False)
+        draft.add({"clip 71": another})
+    assert people.still_held == 1
+    digest = people.backend.sha256
+    with people.change() as draft:  # of a stranger, to whom nothing is fitted
+        draft.remove(clip="stranger 0")
+        draft.add({"stranger 0": made_galleries.make_clip(9998, None)})
+    opened = Gallery(people.folder)
+    assert opened.still_held == 0 and opened.backend.sha256 != digest
+    assert made_galleries.answers(opened) == made_galleries.answers(people)
+
+
 def computed_again(front, centred, others):
     """Returns the vector of the one clip that is missing, from what its back end has summed up."""
     part, people = front.parts[0], 1 + len({one.identity for one in others})
@@ -377,6 +405,27 @@ def test_an_open_gallery_answers_from_the_changed_one(gallery):
     assert best() == "person 7"
     shutil.rmtree(gallery.folder)
     refused(best, "holds no gallery")
+
+
+def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypatch):
+    digests = {"one": gallery.origin.digest, "two": "1" * 64}
+
+    class Run:
+        def __init__(self, name):
+            self.workdir = Path(name)
+
+    monkeypatch.setattr(gallery_lib, "_restored", lambda run: run)
+    monkeypatch.setattr(
+        gallery_lib, "origin_of", lambda run: Origin("", digests[run.workdir.name], False)
+    )
+    open_one = Gallery(gallery.folder, run=Run("one"))
+    assert open_one.run.workdir.name == "one"
+    shutil.rmtree(gallery.folder)
+    other = gallery.origin.__class__("elsewhere", digests["two"], False)
+    Gallery.of_clips(gallery.folder, other, made_galleries.make_front(), CLIPS)
+    open_one.refresh()
+    refused(lambda: open_one.run, "is not the run that gallery", "elsewhere")
+    assert Gallery(gallery.folder, run=Run("two")).run.workdir.name == "two"
 
 
 def test_reading_meets_the_old_state_or_the_new_one(gallery):

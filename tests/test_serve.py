@@ -615,6 +615,31 @@ def test_a_full_queue_says_when_to_try_again():
     asyncio.run(run())
 
 
+def test_a_removal_is_answered_after_all_that_was_begun_before():
+    """A list that is read when somebody is removed still names him, and is answered first."""
+    from vidjax.serve.batcher import Batcher
+    from vidjax.serve.metrics import Metrics
+
+    go, order = threading.Event(), []
+
+    async def told(name, work):
+        await work
+        order.append(name)
+
+    async def run():
+        batcher = Batcher(lambda questions: questions, Limits(), Metrics())
+        listed = asyncio.create_task(told("list", batcher.run(lambda: go.wait(5))))
+        await asyncio.sleep(0.01)
+        removed = asyncio.create_task(told("removal", batcher.settle()))
+        await asyncio.sleep(0.01)
+        go.set()
+        await asyncio.gather(listed, removed)
+        batcher.stop()
+
+    asyncio.run(run())
+    assert order == ["list", "removal"]
+
+
 # ---- about the server
 
 

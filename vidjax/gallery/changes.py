@@ -41,6 +41,7 @@ class Draft:
         self._final: Literal["", "remove", "undo"] = ""
         self._completed = False  # clips have new vectors
         self._changed: set[str] = set()  # names of clips
+        self._removed: set[str] = set()  # of them, clips of the state, also if added once more
         self._touched: set[str] = set()  # identities
 
     def __bool__(self) -> bool:
@@ -154,6 +155,8 @@ class Draft:
             if clip is not None:
                 into.setdefault(clip.identity or STRANGER, set()).add(name)
                 self.clips[name] = clip
+            elif name in self._state.clips:
+                self._removed.add(name)
         for one in away.keys() | into.keys():
             names = ({*self.groups.pop(one, ())} - away.get(one, set())) | into.get(one, set())
             if names:
@@ -190,7 +193,8 @@ class Draft:
 
         None, too, where the last change has names of people, of which no byte may be left.
         """
-        if self._final or self._completed or any(self._state.last.before.values()):
+        anew = self._final or self._removed or self._completed or self.refits
+        if anew or any(self._state.last.before.values()):
             return None
         new = {name: self.clips.get(name) for name in self._changed}
         olds = (self._state.clips.get(name) for name in new)
@@ -203,8 +207,7 @@ class Draft:
         old = self._state
         before = {name: _label(old.clips.get(name)) for name in sorted(self._changed)}
         after = {name: _label(self.clips.get(name)) for name in before}
-        gone = [name for name in before if after[name] is None and before[name] is not None]
-        final = self._final or ("remove" if gone else "")
+        final = self._final or ("remove" if self._removed else "")
         changed = {n: label for n, label in before.items() if label != after[n] and not final}
         touched = sorted(self._touched & self.groups.keys() - {STRANGER})
         shown = {name: self.groups[name] for name in touched}
@@ -214,7 +217,7 @@ class Draft:
             index=old.index.replaced(self._touched & old.groups.keys(), people),
             clips=self.clips,
             groups=self.groups,
-            still_held=old.still_held + sum(old.clips[name].fitted for name in gone),
+            still_held=old.still_held + sum(old.clips[name].fitted for name in self._removed),
             last=Last(final or "change", changed) if final or changed else old.last,
         )
         return state, people

@@ -395,8 +395,9 @@ def _identify(args: argparse.Namespace) -> Result:
         tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
         films = _films(args) if out.suffix in appearances.FORMATS else None
     gallery = _opened(args)
-    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
+    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
     (began, vectors), found = _embed(args, gallery), {}
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
     with _progress("identify", len(vectors.names)) as bar:
         answers = gallery.answers(list(vectors.parts.values()), args.k or 5, rule)
         for name, answer in zip(vectors.names, answers, strict=True):
@@ -585,8 +586,9 @@ def _rank(args: argparse.Namespace) -> Result:
     tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
     chosen = args.fpir is not None or args.threshold is not None
-    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold) if chosen else None
+    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
     began, vectors = _embed(args, gallery)
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold) if chosen else None
     with _progress("rank", len(vectors.names)) as bar:
         ranked = gallery.top(vectors, rule, advance=bar.advance)
     timed = terminal.timing(began, len(ranked.clips))

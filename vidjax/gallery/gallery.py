@@ -139,7 +139,7 @@ class Gallery:
         self._store = Store(Path(folder).expanduser().absolute(), sync=sync)
         self._state = self._store.read()
         self._run = run
-        self._checked: Predictor | None = None
+        self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
         self._calibration: tuple[State, np.ndarray] | None = None  # best scores of its strangers
 
     @classmethod
@@ -344,7 +344,8 @@ class Gallery:
                 f"gallery '{self.folder}' was made of models, not of a run\n"
                 "its clips are features that vidjax extract made: --input=FOLDER"
             )
-        if self._checked is None:
+        wanted = self.origin.digest  # another one, if somebody made the gallery anew
+        if self._checked is None or self._checked[0] != wanted:
             place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
                 raise UserError(
@@ -352,14 +353,14 @@ class Gallery:
                     "say where it is: run=FOLDER, by command --run=FOLDER"
                 )
             run = _restored(place if self._run is None else self._run)
-            if origin_of(run).digest != self.origin.digest:
+            if origin_of(run).digest != wanted:
                 raise UserError(
                     f"'{run.workdir}' is not the run that gallery '{self.folder}' was made "
                     f"with, which was at '{place}'\n"
                     "say where that is: run=FOLDER, by command --run=FOLDER"
                 )
-            self._checked = run
-        return self._checked
+            self._checked = wanted, run
+        return self._checked[1]
 
     def embed(
         self, clips: AnyClips, split: str | None = None, advance: Callable[[int], None] = uncounted
@@ -657,7 +658,9 @@ class Gallery:
         nobody is enrolled, or there are fewer than 1 / fpir strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        state = self._anybody()
+        return self._threshold(self._anybody(), fpir)
+
+    def _threshold(self, state: State, fpir: float) -> Threshold:
         strangers = state.groups.get(STRANGER, ())
         answers_lib.check_strangers(len(strangers), fpir)
         of, best = self._calibration or (None, np.zeros(0))
@@ -669,22 +672,31 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
-        """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
+        """Returns the rule by which a clip gets a name; arguments and errors as in `identify`.
+
+        Methods that take a rule set it anew on the strangers and people that they answer from.
+        """
         answers_lib.check_choice(fpir, threshold)
         if threshold is not None:
             about = f"the probability is {100 * threshold:.3g} % or more"
             return Rule("threshold", math.log(threshold), False, None, about)
         self.refresh()
-        return self._rule(fpir)
+        return self._rule(self._state, fpir)
 
-    def _rule(self, fpir: float | None) -> Rule:
-        wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(self.strangers)
+    def _rule(self, state: State, fpir: float | None) -> Rule:
+        wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(state.groups.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
             about = f"{NEW}; with {wanted} clips of strangers instead of {strangers} it would hold "
             return Rule("new", -math.inf, True, None, f"{about}{100 * DEFAULT_FPIR:g} % of them")
-        found = self.threshold(DEFAULT_FPIR if fpir is None else fpir)
+        found = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
         about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
         return Rule("fpir", found.score, fpir is None, found, about)
+
+    def _anew(self, state: State, rule: Rule) -> Rule:
+        """Returns a rule as the strangers of a state set it: earlier ones may be of another."""
+        if rule.by == "threshold":
+            return rule
+        return self._rule(state, None if rule.default or not rule.found else rule.found.fpir)
 
     def identify(
         self,
@@ -726,9 +738,9 @@ class Gallery:
         `k` is as in `identify`. `rule` says when a clip gets a name; None for `self.rule()`. By
         cards, nobody is named who has no part in common with the clip.
         """
-        self._anybody()
-        rule = self._rule(None) if rule is None else rule
-        index = self.index
+        state = self._anybody()
+        rule = self._rule(state, None) if rule is None else self._anew(state, rule)
+        index = state.index
         for row, (new, best) in enumerate(nearest(index, parts, k)):
             score = best[0][1] if best else -np.inf
             probabilities = np.exp([log for _, log in best]).tolist()
@@ -766,19 +778,22 @@ class Gallery:
         """
         from vidjax.steps import topk  # JAX, for those alone who rank
 
-        searched = self._anybody().index
+        state = self._anybody()
+        searched, rule = state.index, None if rule is None else self._anew(state, rule)
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
         order = np.argsort(np.array(found.names, object), kind="stable")
         parts = [x[order] for x in found.parts.values()]
         size = min(RANK_ROWS, len(order))
-        new = np.empty(len(order))
 
         def blocks() -> "Iterator[ScoreBlock]":
             scores = np.empty((size, len(columns)), np.float32)
             for place, logs in enumerate(searched.search(parts)):
-                scores[place % size], new[place] = logs[columns], logs[0]
+                best = logs[columns]
+                # Before they are rounded to float32: a threshold lies just above a stranger.
+                passes = True if rule is None else rule.names(best, logs[0])
+                scores[place % size] = np.where(passes, best, -np.inf)
                 if (place + 1) % size == 0 or place + 1 == len(order):
                     index = place // size * size + np.arange(size, dtype=np.int32)
                     yield scores.copy(), index, index <= place
@@ -788,8 +803,7 @@ class Gallery:
         clips = tuple(found.names[place] for place in order.tolist())
         scores, index = np.asarray(top.scores), np.asarray(top.index)
         if rule is not None:
-            listed = np.minimum(index, len(order) - 1)  # NO_CLIP is beyond the last one
-            index = np.where(rule.names(scores, new[listed]), index, topk.NO_CLIP)
+            index = np.where(scores > -np.inf, index, topk.NO_CLIP)
         return Ranked(identities, clips, topk.TopK(scores, index))
 
 

@@ -143,4 +143,6 @@ class _Screen:
         most = logits.max(axis=1) + error + math.log(people) + 1
         alone = np.logaddexp(self._new, most) == self._new
         least = np.where(alone, kth, np.minimum(kth, second - UNCOUNTED)) - 2 * error
+        # Logits that differ by less than this may be one logarithm: ties, which go by name.
+        least -= 4 * np.spacing(abs(self._new) + np.abs(kth))
         return logits >= (least - 1e-6 * np.abs(least)).astype(np.float32)[:, None]

@@ -119,10 +119,9 @@ class Batcher(Generic[Q, A]):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def settle(self) -> None:
-        """Waits until the batch that is being answered now, if there is one, is answered."""
-        if self._batch is not None:
-            await self.run(lambda: None)
-            await asyncio.sleep(0)  # its answers are handed out before
+        """Waits until all that was begun before is answered: a batch, or a function of `run`."""
+        await self.run(lambda: None)
+        await asyncio.sleep(0)  # its answers are handed out before
 
     def stop(self) -> None:
         """Ends the thread, after the batch that it works at."""
