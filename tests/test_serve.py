@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import re
@@ -521,10 +522,12 @@ def test_a_token_is_asked_for(people, tmp_path):
         one.close()
 
 
-def talk(port, content, seconds=3.0):
-    """Sends bytes, and returns all that comes back until the server hangs up."""
+def talk(port, content, more=(), seconds=3.0):
+    """Sends bytes and then more, and returns all that comes back until the server hangs up."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as one:
         one.sendall(content)
+        for part in more:
+            one.sendall(part)
         found = b""
         while part := one.recv(1 << 16):
             found += part
@@ -553,6 +556,28 @@ def test_slow_and_false_clients_are_cut_off(inside):
         )
         assert b" 413 " not in found
     assert inside.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_headers_are_bounded_however_they_come(inside, monkeypatch):
+    """In one piece; behind a request that is still answered; behind the last chunk of a body."""
+    go = threading.Event()
+    monkeypatch.setattr(Gallery, "identities", property(lambda _: {"Ada": go.wait(10)}))
+    host = f"HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n".encode()
+    line, last = b"X: " + b"a" * 1000 + b"\r\n", b"connection: close\r\n\r\n"
+    whole = b"GET /v2/health/live " + host
+    assert b" 200 " in talk(inside.port, whole + 20 * line + last)
+    for much in (whole + 100 * line, b"GET /v2/health/live?" + 100 * line[3:-2] + b" " + host):
+        assert b" 431 " in talk(inside.port, much + last).split(b"\r\n")[0]
+    body = b"POST /identify " + host + b"Content-Type: application/json\r\n"
+    body += b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    slow = b"GET /identities " + host + b"\r\n" + whole
+    try:
+        for begun, rest in ((slow, line), (slow + b"X: ", b"a" * 1000), (body, line)):
+            with contextlib.suppress(ConnectionError):  # it may be cut off while it sends
+                assert not talk(inside.port, begun, 1000 * [rest])
+    finally:
+        go.set()
+    assert inside.ask("GET", "/identities")[0] == 200
 
 
 def test_connections_are_counted(inside):
