@@ -396,10 +396,11 @@ def _by_name(clips: Sequence[Clip], known: Collection[str]) -> dict[str, Any]:
                 place = f"clip '{show(name)}', {show(modality)}"
                 if array.dtype.kind not in "fiu":
                     raise unprocessable(f"{place}: {field} are no numbers")
-                if not np.isfinite(array).all():
-                    raise unprocessable(f"{place}: {field} hold a number that is not finite")
                 with np.errstate(over="ignore"):
-                    fields[field] = array.astype(np.float32) if field == "features" else array
+                    single = array.astype(np.float32)
+                if not np.isfinite(single).all():
+                    raise unprocessable(f"{place}: {field} hold a number that is not finite")
+                fields[field] = single if field == "features" else array
         found[name] = own
     return found
 
