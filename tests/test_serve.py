@@ -398,6 +398,52 @@ def test_people_are_enrolled_listed_and_never_named_again_once_removed(tmp_path)
         one.close()
 
 
+def test_modalities_that_a_gallery_gets_count_at_once(tmp_path):
+    """Whichever request is the first one after another process has widened the gallery."""
+    wide, folder = servers.make_gallery(tmp_path / "wide"), tmp_path / "g"
+    face = made_galleries.backend_lib.Backend(wide.backend.parts[:1], wide.backend.settings)
+    clips = {"x": made_galleries.Clip("Xi", wide.clips["clip 0"].vector[:8])}
+    people = Gallery.of_clips(folder, servers.CARDS, face, clips, sync=True)
+    files = {"narrow": (folder / "gallery.sqlite").read_bytes(),
+             "wide": (wide.folder / "gallery.sqlite").read_bytes()}  # fmt: skip
+
+    def put(name):
+        (folder / "new").write_bytes(files[name])
+        (folder / "new").replace(folder / "gallery.sqlite")
+
+    query, new = {"q": CLIPS["query 1"]}, {"new": servers.make_frames(8000, "Zoe")}
+    face_only = query["q"]["face"]
+    tensor = {"name": "audio", "shape": [1, 3, 5], "datatype": "FP32",
+              "data": [query["q"]["audio"].tolist()]}  # fmt: skip
+    one = Inside(people)
+    one.wait()
+    try:
+        for path, body in (
+            ("/identify", {"clips": servers.as_json(query)}),
+            ("/identify", {"clips": servers.as_json({"q": {"face": face_only}})}),
+            ("/v2/models/gallery/infer", {"inputs": [tensor]}),
+            ("/v2/models/gallery", None),
+            ("/enrol", {"clips": servers.as_json(new), "identity": "Zoe"}),
+            ("/enrol", {"clips": servers.as_json({"f": {"face": face_only}}), "identity": "Flo"}),
+        ):
+            put("narrow")
+            assert one.ask("GET", "/identities")[0] == 200 and [*people.backend.widths] == ["face"]
+            put("wide")
+            status, answer = one.ask("POST" if body else "GET", path, body)
+            assert status == 200, (path, answer)
+            if path == "/identify":
+                sent = {key: np.array(x) for key, x in body["clips"][0].items() if key != "clip"}
+                assert answer["clips"][0]["score"] == wide.identify({"q": sent})["q"].score
+            elif path == "/enrol":
+                name = body["clips"][0]["clip"]
+                assert people.clips[name].vector[8:].any() == (name == "new")
+            else:
+                *_, embedding = answer["outputs"]
+                assert embedding["shape"][1] == 13
+    finally:
+        one.close()
+
+
 def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, caplog):
     folder = tmp_path / "g"
     people = servers.make_gallery(folder)
