@@ -687,6 +687,41 @@ def test_a_full_queue_says_when_to_try_again():
     asyncio.run(run())
 
 
+def test_enrolments_that_wait_are_bounded_like_questions(tmp_path, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+    to_enrol = Gallery.to_enrol
+
+    def slow(*args, **words):
+        begun.set()
+        go.wait(10)
+        return to_enrol(*args, **words)
+
+    monkeypatch.setattr(Gallery, "to_enrol", slow)
+    one = Inside(servers.make_gallery(tmp_path / "g"), limits=SMALL._replace(waiting_clips=4))
+    one.wait()
+    found = []
+
+    def enrol(name):
+        clips = {f"{name} {n}": servers.make_frames(8000 + n, name) for n in range(3)}
+        body = {"clips": servers.as_json(clips), "identity": name}
+        found.append(one.ask("POST", "/enrol", body)[0])
+
+    first = threading.Thread(target=enrol, args=("Ada",))
+    first.start()
+    try:
+        assert begun.wait(10)
+        assert b"vidjax_waiting_clips 3" in one.ask("GET", "/metrics")[1]
+        enrol("Bob")
+        assert found == [429]
+        go.set()
+        first.join()
+        enrol("Bob")
+        assert found == [429, 200, 200]
+    finally:
+        go.set()
+        one.close()
+
+
 # ---- about the server
 
 

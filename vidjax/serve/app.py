@@ -103,6 +103,7 @@ class Application:
         }
         self.asked = self.served[self.people.name].batcher
         self.changes = Changes(limits)
+        self.embedding = 0  # clips of enrolments that wait for their vectors
         self.ready = self.broken = False
 
     def routes(self) -> list[Route]:
@@ -284,7 +285,14 @@ class Application:
             named = {} if asked.strangers else shown
             return people.to_enrol(clips, named, strangers=asked.strangers)
 
-        embedded = await self.asked.run(embed)
+        waiting = self.asked.size + self.embedding
+        if waiting and waiting + len(clips) > self.limits.waiting_clips:
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips wait: try again", 1)
+        self.embedding += len(clips)
+        try:
+            embedded = await self.asked.run(embed)
+        finally:
+            self.embedding -= len(clips)
         new = await self._change(lambda: people.add(embedded[0]))
         done = Enrolment(new, len(embedded[0]) - new, embedded[1])
         return _json(done._asdict())
@@ -341,10 +349,10 @@ class Application:
         """Counts what the server has done."""
         del request
         gallery = self.people.gallery
-        waiting = sum(one.batcher.size for one in self.served.values())
+        waiting = self.embedding + sum(one.batcher.size for one in self.served.values())
         text = self.metrics.text({
             "ready": ("1 when all is compiled.", float(self.ready)),
-            "waiting_clips": ("Clips that wait to be scored.", waiting),
+            "waiting_clips": ("Clips that wait to be scored or enrolled.", waiting),
             "waiting_changes": ("Changes that wait.", self.changes.waiting),
             "people": ("People of the gallery, at the last look.", len(gallery.index.names)),
             "clips": ("Clips of the gallery, at the last look.", len(gallery.clips)),
