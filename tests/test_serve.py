@@ -418,14 +418,15 @@ def test_modalities_that_a_gallery_gets_count_at_once(tmp_path):
     one = Inside(people)
     one.wait()
     try:
-        for path, body in (
+        asked: list[tuple[str, Any]] = [
             ("/identify", {"clips": servers.as_json(query)}),
             ("/identify", {"clips": servers.as_json({"q": {"face": face_only}})}),
             ("/v2/models/gallery/infer", {"inputs": [tensor]}),
             ("/v2/models/gallery", None),
             ("/enrol", {"clips": servers.as_json(new), "identity": "Zoe"}),
             ("/enrol", {"clips": servers.as_json({"f": {"face": face_only}}), "identity": "Flo"}),
-        ):
+        ]
+        for path, body in asked:
             put("narrow")
             assert one.ask("GET", "/identities")[0] == 200 and [*people.backend.widths] == ["face"]
             put("wide")
