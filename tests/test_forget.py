@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,18 +100,79 @@ def test_an_old_name_that_undo_would_need_is_a_place(tmp_path):
     assert "Countess" in people.identities and not places(f"--identity={GONE}", tmp_path)
 
 
-def test_what_cannot_be_searched_is_named(tmp_path):
+def test_what_cannot_be_searched_is_named(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "gallery.sqlite").write_bytes(b"x")
     (tmp_path / "link").symlink_to("/")
+    (tmp_path / "closed").mkdir()
+    with zipfile.ZipFile(tmp_path / "locked", "w") as archive:
+        archive.writestr("a", "")
+        archive.filelist[0].flag_bits |= 1  # it says that it is encrypted
+
+    def scandir(path, real=os.scandir):
+        if Path(path).name == "closed":  # which root may list, whatever its mode
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
     found = places("--clip=some clip", tmp_path)
-    assert {path: kind for path, (kind, _) in found.items()} == {
-        str(tmp_path / "pipe"): "unread", str(tmp_path / "g"): "unread",
-        str(tmp_path / "link"): "unread",
-    }  # fmt: skip
+    assert found == {str(tmp_path / name): ("unread", "search it yourself")
+                     for name in ("pipe", "g", "link", "closed", "locked")}  # fmt: skip
     assert "--identity=NAME" in run(tmp_path, code=2)
     assert "no such file" in run("--clip=x", tmp_path / "absent", code=2)
+
+
+def test_folders_and_copies_of_a_gallery_are_places(tmp_path):
+    """Whatever they are called: photos and features of `who`, a backup, a journal of a copy."""
+    people = made_galleries.make(tmp_path / "g", {"p/ada/1": made_galleries.make_clip(1, GONE)})
+    copy = (people.folder / "gallery.sqlite").read_bytes()
+    for name in (f"out/people/{GONE}/1.npz", f"friends/{GONE}/1.jpg", "p/ada/1.jpg", "p/ada/11.jpg",
+                 "old/gallery.sqlite.bak", "g/gallery.sqlite.bak", "old.sqlite"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(copy if "sqlite" in name else b"")
+    (tmp_path / "empty" / GONE).mkdir(parents=True)
+    found = {path: kind for path, (kind, _) in places(f"--identity={GONE}", tmp_path).items()}
+    assert found == {str(tmp_path / name): kind for name, kind in {
+        "g": "gallery", f"out/people/{GONE}": "folder", f"friends/{GONE}": "folder",
+        f"empty/{GONE}": "folder", "p/ada/1.jpg": "file", "old/gallery.sqlite.bak": "file",
+        "g/gallery.sqlite.bak": "file", "old.sqlite": "file",
+    }.items()}  # fmt: skip
+    inner, outer = tmp_path / "friends" / GONE, tmp_path / "friends"
+    assert not places(f"--identity={GONE}", inner)  # it was named by whoever asks
+    assert [*places(f"--identity={GONE}", inner, outer)] == [str(inner)]
+
+
+def test_text_of_any_type_is_searched_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name, folder in {GONE: "with", "Eve": "without"}.items():
+        (tmp_path / folder).mkdir()
+        for kind, column in {
+            "large": pyarrow.array([name], "large_string"),
+            "view": pyarrow.array([name], "string_view"),
+            "bytes": pyarrow.array([name.encode()]),
+            "codes": pyarrow.array([name]).dictionary_encode(),
+            "list": pyarrow.array([["x", name]]),
+            name: pyarrow.array([1]),
+        }.items():
+            path = tmp_path / folder / f"{kind[:3]}.parquet"
+            parquet.write_table(pyarrow.table({kind: column}), path)
+    found = {Path(path) for path in places(f"--identity={GONE}", tmp_path)}
+    assert len(found) == 6 and found == {*(tmp_path / "with").iterdir()}
+
+
+def test_archives_are_searched_for_names_of_entries_and_text_of_numpy(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr(f"friends/{GONE}.jpg", b"")
+    texts: Any = {"names": np.array([GONE, "Eve"])}
+    np.savez(tmp_path / "a.npz", **texts)
+    np.savez(tmp_path / "b.npz", names=np.array(["Bob", GONE, "Eve"], "S"))
+    np.savez(tmp_path / "other.npz", names=np.array(["Bob", "Eve"]))
+    names = {Path(path).name for path in places(f"--identity={GONE}", tmp_path)}
+    assert names == {"photos.zip", "a.npz", "b.npz"}
 
 
 def test_conversions_are_for_their_user_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import re
@@ -134,9 +135,10 @@ def test_an_npz_is_answered_like_json(inside, people):
     wanted = people.identify({"query 3": CLIPS["query 3"]}, 2, threshold=0.2)["query 3"]
     assert status == 200 and len(found["clips"][0]["best"]) == 2
     assert found["clips"][0]["score"] == wanted.score
-    objects = io.BytesIO()
-    np.savez(objects, face=np.array([{}], object))
-    assert inside.ask("POST", path, objects.getvalue(), headers)[0] == 422
+    for wrong in (np.array([{}], object), np.full((1, 8), 1e39)):  # beyond float32
+        content = io.BytesIO()
+        np.savez(content, face=wrong)
+        assert inside.ask("POST", path, content.getvalue(), headers)[0] == 422
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -396,6 +398,53 @@ def test_people_are_enrolled_listed_and_never_named_again_once_removed(tmp_path)
         one.close()
 
 
+def test_modalities_that_a_gallery_gets_count_at_once(tmp_path):
+    """Whichever request is the first one after another process has widened the gallery."""
+    wide, folder = servers.make_gallery(tmp_path / "wide"), tmp_path / "g"
+    face = made_galleries.backend_lib.Backend(wide.backend.parts[:1], wide.backend.settings)
+    clips = {"x": made_galleries.Clip("Xi", wide.clips["clip 0"].vector[:8])}
+    people = Gallery.of_clips(folder, servers.CARDS, face, clips, sync=True)
+    files = {"narrow": (folder / "gallery.sqlite").read_bytes(),
+             "wide": (wide.folder / "gallery.sqlite").read_bytes()}  # fmt: skip
+
+    def put(name):
+        (folder / "new").write_bytes(files[name])
+        (folder / "new").replace(folder / "gallery.sqlite")
+
+    query, new = {"q": CLIPS["query 1"]}, {"new": servers.make_frames(8000, "Zoe")}
+    face_only = query["q"]["face"]
+    tensor = {"name": "audio", "shape": [1, 3, 5], "datatype": "FP32",
+              "data": [query["q"]["audio"].tolist()]}  # fmt: skip
+    one = Inside(people)
+    one.wait()
+    try:
+        asked: list[tuple[str, Any]] = [
+            ("/identify", {"clips": servers.as_json(query)}),
+            ("/identify", {"clips": servers.as_json({"q": {"face": face_only}})}),
+            ("/v2/models/gallery/infer", {"inputs": [tensor]}),
+            ("/v2/models/gallery", None),
+            ("/enrol", {"clips": servers.as_json(new), "identity": "Zoe"}),
+            ("/enrol", {"clips": servers.as_json({"f": {"face": face_only}}), "identity": "Flo"}),
+        ]
+        for path, body in asked:
+            put("narrow")
+            assert one.ask("GET", "/identities")[0] == 200 and [*people.backend.widths] == ["face"]
+            put("wide")
+            status, answer = one.ask("POST" if body else "GET", path, body)
+            assert status == 200, (path, answer)
+            if path == "/identify":
+                sent = {key: np.array(x) for key, x in body["clips"][0].items() if key != "clip"}
+                assert answer["clips"][0]["score"] == wide.identify({"q": sent})["q"].score
+            elif path == "/enrol":
+                name = body["clips"][0]["clip"]
+                assert people.clips[name].vector[8:].any() == (name == "new")
+            else:
+                *_, embedding = answer["outputs"]
+                assert embedding["shape"][1] == 13
+    finally:
+        one.close()
+
+
 def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, caplog):
     folder = tmp_path / "g"
     people = servers.make_gallery(folder)
@@ -521,10 +570,12 @@ def test_a_token_is_asked_for(people, tmp_path):
         one.close()
 
 
-def talk(port, content, seconds=3.0):
-    """Sends bytes, and returns all that comes back until the server hangs up."""
+def talk(port, content, more=(), seconds=3.0):
+    """Sends bytes and then more, and returns all that comes back until the server hangs up."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as one:
         one.sendall(content)
+        for part in more:
+            one.sendall(part)
         found = b""
         while part := one.recv(1 << 16):
             found += part
@@ -553,6 +604,28 @@ def test_slow_and_false_clients_are_cut_off(inside):
         )
         assert b" 413 " not in found
     assert inside.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_headers_are_bounded_however_they_come(inside, monkeypatch):
+    """In one piece; behind a request that is still answered; behind the last chunk of a body."""
+    go = threading.Event()
+    monkeypatch.setattr(Gallery, "identities", property(lambda _: {"Ada": go.wait(10)}))
+    host = f"HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n".encode()
+    line, last = b"X: " + b"a" * 1000 + b"\r\n", b"connection: close\r\n\r\n"
+    whole = b"GET /v2/health/live " + host
+    assert b" 200 " in talk(inside.port, whole + 20 * line + last)
+    for much in (whole + 100 * line, b"GET /v2/health/live?" + 100 * line[3:-2] + b" " + host):
+        assert b" 431 " in talk(inside.port, much + last).split(b"\r\n")[0]
+    body = b"POST /identify " + host + b"Content-Type: application/json\r\n"
+    body += b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    slow = b"GET /identities " + host + b"\r\n" + whole
+    try:
+        for begun, rest in ((slow, line), (slow + b"X: ", b"a" * 1000), (body, line)):
+            with contextlib.suppress(ConnectionError):  # it may be cut off while it sends
+                assert not talk(inside.port, begun, 1000 * [rest])
+    finally:
+        go.set()
+    assert inside.ask("GET", "/identities")[0] == 200
 
 
 def test_connections_are_counted(inside):
@@ -638,6 +711,41 @@ def test_a_removal_is_answered_after_all_that_was_begun_before():
 
     asyncio.run(run())
     assert order == ["list", "removal"]
+
+
+def test_enrolments_that_wait_are_bounded_like_questions(tmp_path, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+    to_enrol = Gallery.to_enrol
+
+    def slow(*args, **words):
+        begun.set()
+        go.wait(10)
+        return to_enrol(*args, **words)
+
+    monkeypatch.setattr(Gallery, "to_enrol", slow)
+    one = Inside(servers.make_gallery(tmp_path / "g"), limits=SMALL._replace(waiting_clips=4))
+    one.wait()
+    found = []
+
+    def enrol(name):
+        clips = {f"{name} {n}": servers.make_frames(8000 + n, name) for n in range(3)}
+        body = {"clips": servers.as_json(clips), "identity": name}
+        found.append(one.ask("POST", "/enrol", body)[0])
+
+    first = threading.Thread(target=enrol, args=("Ada",))
+    first.start()
+    try:
+        assert begun.wait(10)
+        assert b"vidjax_waiting_clips 3" in one.ask("GET", "/metrics")[1]
+        enrol("Bob")
+        assert found == [429]
+        go.set()
+        first.join()
+        enrol("Bob")
+        assert found == [429, 200, 200]
+    finally:
+        go.set()
+        one.close()
 
 
 # ---- about the server

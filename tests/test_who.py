@@ -127,6 +127,35 @@ def test_names_written_into_the_table_of_the_unknown_are_taken(tmp_path, models,
         assert len(said.splitlines()) <= 3 and table.read_text() == wrong
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["in films", "with the table to write"])
+def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_person(
+    tmp_path, models, film, capsys, monkeypatch, earlier
+):
+    people, out = tmp_path / "friends", tmp_path / "out"
+    for name in ("Ada", "Bob"):
+        write_photo(people / name / "1.png", (name, 40, 40))
+    flags = (f"--people={people}", f"--models={models}", f"--out={out}")
+    run(capsys, "who", film, *flags)
+    table = out / "unknown.tsv"
+    named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
+    table.write_text(named)
+
+    def extract(paths, to, real=pipeline.extract, **words):
+        if to == out / "features":
+            raise KeyboardInterrupt
+        return real(paths, to, **words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "extract", extract)
+        assert run(capsys, "who", film, *flags)[0] == 130
+    assert Gallery(out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
+    if earlier:
+        table.write_text(named)
+    shutil.rmtree(people / "Ada")
+    code, content, _ = run(capsys, "who", film, *flags)
+    assert code == 0 and content["people"] == {"Bob": 1, "Eve": 1}
+
+
 def test_names_stay_where_voices_are_added_to_the_models(tmp_path, models, capsys):
     film, out = tmp_path / "film.mkv", tmp_path / "out"
     write_film(

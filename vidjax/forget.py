@@ -12,7 +12,7 @@ import shutil
 import sys
 import urllib.parse
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -38,13 +38,16 @@ PIECE = 16 * files.MB  # of a file that is searched
 INDEX_BYTES = 1024 * files.MB  # of the names of a conversion
 UNPACKED_BYTES = 8192 * files.MB  # of an archive that is searched
 PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
+# SQLite, its journals, and text arrays of numpy: nothing stands between two texts.
+PACKED = re.compile(rb"SQLite format 3|\xd9\xd5\x05\xf9|\x93NUMPY[^}]*'[<>|=][SU]\d")
 
 
 class Found(NamedTuple):
     """A file or folder that holds a name.
 
-    Its kind is `gallery`, `records` of the cache, `run`, `file`, or `unread` if it could not be
-    searched. `remedy` tells how to delete it: `--delete` if vidjax can; `deleted...` if it did.
+    Its kind is `gallery`, `records` of the cache, `run`, `file`, `folder` if its own name is one,
+    or `unread` if it could not be searched. `remedy` tells how to delete it: `--delete` if vidjax
+    can; `deleted...` if it did.
     """
 
     kind: str
@@ -68,8 +71,8 @@ def forget(
     for root in roots:
         if not root.exists():
             raise UserError(f"'{root}': no such file or folder")
-    folders, others = _survey(roots)
-    found, names = [], set(clips)
+    folders, others, found = _survey(roots)
+    names = set(clips)
     galleries = [folder for folder, kind in folders.items() if kind == "gallery"]
     for folder in galleries:
         some, shown = _from_gallery(folder, identities, clips, delete=delete)
@@ -81,26 +84,41 @@ def forget(
     return found + named + list(_of_runs(galleries, {one.path for one in named}))
 
 
-def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
-    """Returns folder -> `gallery`, `records` or `run`, and the files to search; follows no link."""
+def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, Path], list[Found]]:
+    """Returns folders, what to search, and what may not be listed; follows no link.
+
+    Folders are folder -> `gallery`, `records` or `run`. What to search is file or folder -> its
+    path below the root.
+    """
     from vidjax.gallery.store import NAME
 
     folders: dict[Path, str] = {}
-    others = [root for root in roots if root.is_file()]
-    for root in roots:
-        for at, inner, names in os.walk(root):
+    others: dict[Path, Path] = {}
+    closed: list[Found] = []
+    for root in sorted(roots, reverse=True):  # of two paths, that from the outer root counts
+        if root.is_file():
+            others[root] = Path(root.name)
+            continue
+        tell = lambda error, root=root: closed.append(_unread(error.filename or root, error))  # noqa: E731
+        for at, inner, names in os.walk(root, onerror=tell):
             folder, there = Path(at), {*names, *inner}
+            below = folder.relative_to(root)
             if NAME in there:
                 folders[folder] = "gallery"
+                names = {*names} - {NAME, f"{NAME}-journal"}
             elif {"index.npz", "manifest.json"} <= there:
                 folders[folder] = "records"
                 inner.clear()  # shards hold the clips that index.npz names
                 continue
             elif "config.json" in there and there & {"checkpoints", "identities.json"}:
                 folders[folder] = "run"
-            others += [folder / name for name in inner if (folder / name).is_symlink()]
-            others += [folder / name for name in names if not name.startswith(NAME)]
-    return folders, sorted(set(others))
+            others |= {folder / name: below / name for name in (*inner, *names)}
+    return folders, dict(sorted(others.items())), closed
+
+
+def _unread(path: str | Path, error: Exception) -> Found:
+    about = next(iter(str(error).splitlines()), type(error).__name__)
+    return Found("unread", Path(path), about, "search it yourself")
 
 
 def _from_gallery(
@@ -128,7 +146,7 @@ def _from_gallery(
                 draft.keep()
         return [Found("gallery", folder, about, "deleted" if delete else "--delete")], shown
     except UserError as error:
-        return [Found("unread", folder, str(error).splitlines()[0], "search it yourself")], set()
+        return [_unread(folder, error)], set()
 
 
 def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
@@ -138,7 +156,7 @@ def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list
         lists = [x.tobytes().decode("utf-8", "replace") for n, x in index.items()
                  if n.endswith("/clips")]  # fmt: skip
     except (UserError, OSError) as error:
-        return [Found("unread", folder, str(error).splitlines()[0], "search it yourself")]
+        return [_unread(folder, error)]
     held = set(clips).intersection(name for text in lists for name in text.split("\n"))
     if not held:
         return []
@@ -151,24 +169,27 @@ def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list
 
 
 def _from_files(
-    paths: Iterable[Path], names: Collection[str], folders: dict[Path, str]
+    paths: Mapping[Path, Path], names: Collection[str], folders: dict[Path, str]
 ) -> Iterator[Found]:
-    """Yields runs, and files outside of runs, with a name in their content or file name."""
-    pattern = _pattern(names)
+    """Yields runs, and files and folders outside of runs, with a name in their content or path."""
+    patterns = _patterns(names)
     runs: dict[Path, list[str]] = {}
-    for path in paths:
-        own = path.stem in names or path.name in names
+    for path, below in paths.items():
+        own = _ends_in(below, patterns.words)
+        is_folder = path in folders or (path.is_dir() and not path.is_symlink())
         try:
-            held = own or (path.suffix.lower() not in PICTURES and _holds(path, pattern))
-        except (UserError, OSError, zipfile.BadZipFile) as error:
-            yield Found("unread", path, str(error).splitlines()[0], "search it yourself")
+            passed = is_folder or path.suffix.lower() in PICTURES
+            held = own or (not passed and _holds(path, patterns))
+        except Exception as error:  # whatever a damaged or locked archive leads to
+            yield _unread(path, error)
             continue
         if not held:
             continue
         run = next((one for one in path.parents if folders.get(one) == "run"), None)
         if run is None:
-            about = "a clip of this name" if own else "the name"
-            yield Found("file", path, about, "delete it, or make it anew without the name")
+            kind = "folder" if is_folder else "file"
+            about = f"a {kind} of this name" if own else "the name"
+            yield Found(kind, path, about, "delete it, or make it anew without the name")
         else:
             runs.setdefault(run, []).append(str(path.relative_to(run)))
     for run, held in runs.items():
@@ -189,10 +210,24 @@ def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Foun
                 yield Found("gallery", folder, about, "make it anew with the new run")
 
 
-def _pattern(names: Collection[str]) -> re.Pattern[bytes]:
-    """Returns a pattern of the names as vidjax writes them: plain, in JSON, HTML and rankings."""
+def _ends_in(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Returns True if a match ends in the last part of a path, as that of a clip `people/Ada/1`."""
+    text = os.fsencode(path)
+    last = len(text) - len(os.fsencode(path.name))
+    return any(match.end() > last for match in pattern.finditer(text))
+
+
+class _Patterns(NamedTuple):
+    """The names in text, where words end, and in files that pack one text next to another."""
+
+    words: re.Pattern[bytes]
+    packed: re.Pattern[bytes]
+
+
+def _patterns(names: Collection[str]) -> _Patterns:
+    """Returns patterns of names as vidjax writes them: plain, in JSON, HTML, rankings and numpy."""
     written = {
-        form
+        form.encode()
         for name in names
         for form in (
             name,
@@ -202,40 +237,48 @@ def _pattern(names: Collection[str]) -> re.Pattern[bytes]:
             re.sub(r"\s", lambda blank: urllib.parse.quote(blank[0]), name),
         )
     }
-    longest = sorted((re.escape(form.encode()) for form in written), key=len, reverse=True)
-    return re.compile(rb"(?<![\w-])(?:" + b"|".join(longest) + rb")(?![\w-])")
+    numpy = {name.encode(f"utf-32-{order}") for name in names for order in ("le", "be")}
+    words, packed = (
+        b"|".join(sorted(map(re.escape, forms), key=len, reverse=True))
+        for forms in (written, written | numpy)
+    )
+    return _Patterns(re.compile(rb"(?<![\w-])(?:" + words + rb")(?![\w-])"), re.compile(packed))
 
 
-def _holds(path: Path, pattern: re.Pattern[bytes]) -> bool:
-    """Returns True if a pattern matches in a file; zip is unpacked, parquet is read as a table."""
+def _holds(path: Path, patterns: _Patterns) -> bool:
+    """Returns True if a name is in a file; zip is unpacked, parquet is read as a table."""
     if path.suffix == ".parquet":
-        return _in_table(path, pattern)
+        return _in_table(path, patterns.words)
     with files.open_regular(path) as file:
         if file.read(4) != b"PK\3\4":
             file.seek(0)
-            return _in_stream(file, pattern)
+            return _in_stream(file, patterns)
         file.seek(0)
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > UNPACKED_BYTES:
                 raise UserError(f"'{path}' unpacks to more than {UNPACKED_BYTES:,} bytes")
             for entry in archive.infolist():
+                if patterns.words.search(os.fsencode(entry.filename)):
+                    return True
                 with archive.open(entry) as unpacked:
-                    if _in_stream(unpacked, pattern):
+                    if _in_stream(unpacked, patterns):
                         return True
     return False
 
 
-def _in_stream(file: IO[bytes], pattern: re.Pattern[bytes]) -> bool:
-    """Returns True if a pattern matches in a file, also across pieces of PIECE bytes."""
-    kept, across = b"", len(pattern.pattern)
+def _in_stream(file: IO[bytes], patterns: _Patterns) -> bool:
+    """Returns True if a name is in a file, also across pieces of PIECE bytes."""
+    kept, pattern = b"", None
     while piece := file.read(PIECE):
+        pattern = pattern or (patterns.packed if PACKED.match(piece) else patterns.words)
         if pattern.search(kept + piece):
             return True
-        kept = piece[-across:]
+        kept = piece[-len(pattern.pattern) :]
     return False
 
 
 def _in_table(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Returns True if a pattern matches in text, also in lists, or in a name of a column."""
     need(f"'{path}'", "pyarrow", extra="parquet")
     import pyarrow
     from pyarrow import parquet
@@ -243,11 +286,15 @@ def _in_table(path: Path, pattern: re.Pattern[bytes]) -> bool:
     files.open_regular(path).close()
     try:
         with parquet.ParquetFile(path) as table:
-            columns = [f.name for f in table.schema_arrow if pyarrow.types.is_string(f.type)]
+            if pattern.search(table.schema_arrow.serialize()):
+                return True
+            with_text = re.compile("string|binary")
+            columns = [f.name for f in table.schema_arrow if with_text.search(str(f.type))]
             for batch in table.iter_batches(columns=columns):
                 for column in batch.columns:
-                    text = "\n".join(filter(None, column.to_pylist()))
-                    if pattern.search(text.encode()):
+                    cells = filter(None, column.to_pylist())
+                    texts = (x if isinstance(x, bytes) else str(x).encode() for x in cells)
+                    if pattern.search(b"\n".join(texts)):
                         return True
     except pyarrow.ArrowException as error:
         raise UserError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from error

@@ -173,8 +173,17 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
         gallery.enrol_vectors(vectors._replace(labels=tuple(known[n] for n in vectors.names)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    _take_out(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         say(f"{show(name)}: named in {path.name}, {count:,} clip{'' if count == 1 else 's'}")
+
+
+def _take_out(path: Path, shown: Mapping[str, str | None]) -> None:
+    """Takes rows that are in `shown`, clip -> name, out of the table of the unknown."""
+    rows = dict(unknown.read(path)) if files.exists(path) else {}
+    left = {clip: name for clip, name in rows.items() if shown.get(clip) != name}
+    if len(left) < len(rows):
+        files.write_text(path, tables.to_text([GROUPS, *left.items()], ".tsv"))
 
 
 def _photos(people: Path) -> dict[str, list[Path]]:
@@ -250,7 +259,10 @@ def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
     people = {photos[clip].identity for clip in gone} - kept - {None}
     for name in sorted(map(str, people)):
         say(f"{show(name)} is no longer among the people: forgotten")
-    gallery.remove(clip=gone | {c for c, one in gallery.clips.items() if one.identity in people})
+    own = {clip: one.identity for clip, one in gallery.clips.items() if one.identity in people}
+    if own:
+        _take_out(out / UNKNOWN, own)  # rows of a call that was cut off would enrol them again
+    gallery.remove(clip=gone | own.keys())
     for one in (out / PEOPLE).iterdir():
         if one.name not in names:
             files.remove_tree(one)

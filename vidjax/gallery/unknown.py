@@ -117,10 +117,11 @@ def rows(groups: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def read_names(path: Path) -> dict[str, str]:
     """Returns clip -> person of a table of groups; leaves out people who are still unknown."""
-    return {clip: name for clip, name in _read(path) if not name.startswith(UNKNOWN)}
+    return {clip: name for clip, name in read(path) if not name.startswith(UNKNOWN)}
 
 
-def _read(path: Path) -> Iterator[tuple[str, str]]:
+def read(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields clip and name of a table of groups; UserError for a line that is wrong."""
     found: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
         if cells == ["clip", "identity"]:

@@ -28,6 +28,7 @@ from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError, of_the_system
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery.gallery import Enrolment, Gallery
+from vidjax.gallery.store import Clip as Enrolled
 from vidjax.predict import Predictor
 from vidjax.serve import openapi, protocol
 from vidjax.serve.batcher import Batcher, Changes
@@ -61,7 +62,6 @@ class _Served(NamedTuple):
 
     model: Model
     batcher: Batcher[Question, Any]
-    inputs: list[protocol.Spec]
 
 
 class _Answer:
@@ -99,11 +99,11 @@ class Application:
         self.people = GalleryModel(gallery)
         models: list[Model] = [self.people, *([RunModel(run)] if run else [])]
         self.served = {
-            one.name: _Served(one, Batcher(one.answer, limits, metrics), inputs_of(one.widths))
-            for one in models
+            one.name: _Served(one, Batcher(one.answer, limits, metrics)) for one in models
         }
         self.asked = self.served[self.people.name].batcher
         self.changes = Changes(limits)
+        self.embedding = 0  # clips of enrolments that wait for their vectors
         self.ready = self.broken = False
 
     def routes(self) -> list[Route]:
@@ -160,7 +160,7 @@ class Application:
 
     async def _warm(self) -> None:
         try:
-            for model, batcher, _ in self.served.values():
+            for model, batcher in self.served.values():
                 await batcher.run(model.warm)
         except Exception as error:  # it never gets ready, and a platform starts it anew
             self.broken = True
@@ -201,9 +201,10 @@ class Application:
 
     async def metadata(self, request: Request) -> Response:
         """Describes a model's tensors."""
-        model, _, inputs = self._model(request)
+        model, _ = self._model(request)
+        await self._is_wider()
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        for kind, specs in (("inputs", inputs), ("outputs", model.outputs)):
+        for kind, specs in (("inputs", inputs_of(model.widths)), ("outputs", model.outputs)):
             content[kind] = [
                 {"name": one.name, "datatype": one.datatype, "shape": one.shape} for one in specs
             ]
@@ -211,15 +212,21 @@ class Application:
 
     async def infer(self, request: Request) -> Response:
         """Answers tensors by tensors."""
-        model, batcher, inputs = self._model(request)
+        model, batcher = self._model(request)
         body = await read_body(request.scope, self.limits.body_bytes)
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.Ask, Question]:
-            asked = protocol.parse(body, length, inputs, self.limits)
-            return asked, question_of(asked.tensors, model.widths, asked.parameters, self.limits)
+            widths = model.widths
+            asked = protocol.parse(body, length, inputs_of(widths), self.limits)
+            return asked, question_of(asked.tensors, widths, asked.parameters, self.limits)
 
-        asked, question = await _parsed(read, len(body))
+        try:
+            asked, question = await _parsed(read, len(body))
+        except Refused:
+            if not await self._is_wider():
+                raise
+            asked, question = await _parsed(read, len(body))
         known = [one.name for one in model.outputs]
         if unknown := [name for name in asked.outputs if name not in known]:
             raise unprocessable(f"no output '{show(unknown[0])}': choose from {', '.join(known)}")
@@ -231,6 +238,16 @@ class Application:
             return Response(content, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(size)}
         return Response(content, headers=headers, media_type="application/octet-stream")
+
+    async def _is_wider(self) -> bool:
+        """Looks at the folder anew; returns True if the gallery has other modalities than before.
+
+        Answers look, too, but only after what a request has besides the known ones is left out.
+        """
+        before = self.people.widths
+        if self.ready:  # until then, the thread compiles
+            await self.asked.run(self.people.gallery.refresh)
+        return self.people.widths != before
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -261,10 +278,21 @@ class Application:
             raise unprocessable(f"identities: no clip '{show(min(stray))}' is given")
         self._check_ready()
         people = self.people.gallery
-        # Strangers, too, are no change of whom earlier answers name, but of the threshold.
-        embedded = await self.asked.run(lambda: people.to_enrol(
-            clips, {} if asked.strangers else shown, strangers=asked.strangers
-        ))  # fmt: skip
+
+        def embed() -> tuple[dict[str, Enrolled], tuple[str, ...]]:
+            people.refresh()  # the vectors must be as wide as those that it has now
+            # Strangers, too, are no change of whom earlier answers name, but of the threshold.
+            named = {} if asked.strangers else shown
+            return people.to_enrol(clips, named, strangers=asked.strangers)
+
+        waiting = self.asked.size + self.embedding
+        if waiting and waiting + len(clips) > self.limits.waiting_clips:
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips wait: try again", 1)
+        self.embedding += len(clips)
+        try:
+            embedded = await self.asked.run(embed)
+        finally:
+            self.embedding -= len(clips)
         new = await self._change(lambda: people.add(embedded[0]))
         done = Enrolment(new, len(embedded[0]) - new, embedded[1])
         return _json(done._asdict())
@@ -321,10 +349,10 @@ class Application:
         """Counts what the server has done."""
         del request
         gallery = self.people.gallery
-        waiting = sum(one.batcher.size for one in self.served.values())
+        waiting = self.embedding + sum(one.batcher.size for one in self.served.values())
         text = self.metrics.text({
             "ready": ("1 when all is compiled.", float(self.ready)),
-            "waiting_clips": ("Clips that wait to be scored.", waiting),
+            "waiting_clips": ("Clips that wait to be scored or enrolled.", waiting),
             "waiting_changes": ("Changes that wait.", self.changes.waiting),
             "people": ("People of the gallery, at the last look.", len(gallery.index.names)),
             "clips": ("Clips of the gallery, at the last look.", len(gallery.clips)),
@@ -355,7 +383,7 @@ class Application:
                 raise unprocessable("an .npz needs the name of its clip: ?clip=NAME")
             asked = _of_words({"clips": [{"clip": name}], **words}, kind)
             read = lambda: [clip_files.read_npz_bytes(body, name, self.limits.body_bytes)]  # noqa: E731
-            return _by_name(await _parsed(read, LARGE + 1), self.people.widths), asked
+            return await self._by_name(await _parsed(read, LARGE + 1)), asked
         if sent != "application/json":
             status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
             raise Refused(status, "wanted Content-Type: application/json, or application/x-npz")
@@ -366,7 +394,13 @@ class Application:
         read = lambda: [  # noqa: E731
             clip_files.read_json(one, f"clips[{place}]") for place, one in enumerate(asked.clips)
         ]
-        return _by_name(await _parsed(read, len(body)), self.people.widths), asked
+        return await self._by_name(await _parsed(read, len(body))), asked
+
+    async def _by_name(self, clips: Sequence[Clip]) -> dict[str, Any]:
+        known = self.people.widths
+        if any(key not in known for clip in clips for key in clip.modalities):
+            await self._is_wider()
+        return _by_name(clips, self.people.widths)
 
 
 def _of_words(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of that kind)
@@ -396,10 +430,11 @@ def _by_name(clips: Sequence[Clip], known: Collection[str]) -> dict[str, Any]:
                 place = f"clip '{show(name)}', {show(modality)}"
                 if array.dtype.kind not in "fiu":
                     raise unprocessable(f"{place}: {field} are no numbers")
-                if not np.isfinite(array).all():
-                    raise unprocessable(f"{place}: {field} hold a number that is not finite")
                 with np.errstate(over="ignore"):
-                    fields[field] = array.astype(np.float32) if field == "features" else array
+                    single = array.astype(np.float32)
+                if not np.isfinite(single).all():
+                    raise unprocessable(f"{place}: {field} hold a number that is not finite")
+                fields[field] = single if field == "features" else array
         found[name] = own
     return found
 

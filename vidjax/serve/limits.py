@@ -42,7 +42,7 @@ class Limits(NamedTuple):
       header_bytes: of the headers of a request.
       clips: of one request.
       batch_clips: that are scored together, at most.
-      waiting_clips: of requests that wait to be scored.
+      waiting_clips: of requests that wait to be scored, or for the vectors to be enrolled.
       waiting_changes: enrolments and removals that wait.
       connections: open at a time.
       header_seconds, body_seconds: in which headers, and then the body, must have arrived.

@@ -58,8 +58,16 @@ class Model(Protocol):
     """What the protocol serves: a name, the widths of its modalities, and its outputs."""
 
     name: str
-    widths: dict[str, int]
-    outputs: tuple[Spec, ...]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Modality -> width."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """The outputs."""
+        ...
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """Returns an answer, or an error, for each question."""
@@ -193,9 +201,18 @@ class GalleryModel:
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
-        self.widths = dict(gallery.reads[0])
-        width = sum(gallery.backend.widths.values())
-        self.outputs: tuple[Spec, ...] = (
+        inputs_of(self.widths)  # restores its run, or says why it cannot
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Modality -> width, at the last look: `Gallery.widen` adds some."""
+        return self.gallery.reads[0]
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """The outputs; `embedding` is as wide as all parts together."""
+        width = sum(self.gallery.backend.widths.values())
+        return (
             Spec("identity", "BYTES", (-1,)),
             Spec("identities", "BYTES", (-1, -1)),
             Spec("scores", "FP32", (-1, -1)),
