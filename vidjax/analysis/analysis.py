@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, files, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
 from vidjax.analysis.open_set import Arrays, Values
@@ -400,12 +401,13 @@ def evaluate(
     model = make_model(config, workdir, run, data, mesh)
     scored, observer = score_observed([model], config, mesh, analyse=analyse)
     return write_evaluation(
-        workdir, model.data.identities, scored, observer,
+        config, workdir, model.data.identities, scored, observer,
         described=data.report["data"], step=run.manifest["step"], began=began,
     )  # fmt: skip
 
 
 def write_evaluation(
+    config: Config,
     workdir: Path,
     identities: Sequence[str],
     evaluation: Evaluation,
@@ -417,18 +419,32 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Writes an evaluation and returns its metrics, in which `described` is the entry `data`.
 
-    It took the time since `began`, a `time.monotonic()`.
+    It took the time since `began`, a `time.monotonic()`, with the settings of `config`.
     """
-    evaluation = conclude(evaluation)
+    evaluation, trained = conclude(evaluation), config_io.load_workdir(workdir)
+    changed = overrides(trained, config)
     values = evaluation.results | {
         "data": described,
         "step": step,
         "eval_seconds": time.monotonic() - began,
         "eval_date": results.now(),
+        **({"overrides": changed} if changed else {}),
     }
-    trained = config_io.load_workdir(workdir)
     write_results(
         workdir, identities, evaluation, results.training_metrics(workdir) | values,
         own_split=trained.eval.split, trained=trained.data, observer=observer,
     )  # fmt: skip
     return values
+
+
+# Fields that change no score of a clip beyond rounding, or that the name of the result files tells.
+_FREE = (
+    *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
+    "eval.split", "resume.allow",
+)  # fmt: skip
+
+
+def overrides(trained: Config, config: Config) -> dict[str, Any]:
+    """Returns field -> value in `config`, of those that differ from `trained` and change scores."""
+    changed = config_lib.differences(trained, config)
+    return {name: value for name, (_, value) in changed.items() if name not in _FREE}

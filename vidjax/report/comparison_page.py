@@ -120,7 +120,7 @@ def value_table(
 
 def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
-    every = [run_page.own_fields(run.config) for run in runs]
+    every = [run_page.own_fields(run.config, run.metrics.get("overrides")) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = []
     for name in names:
