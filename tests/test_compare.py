@@ -318,6 +318,23 @@ def test_only_runs_on_the_same_clips_are_compared(tmp_path, capsys, change, mess
     assert not out.exists()
 
 
+def test_clips_and_labels_are_told_apart_by_their_digests(tmp_path, capsys):
+    """As many clips may be others; other features of the same clips are no other clips."""
+    values = averages(np.random.default_rng(11))
+    own = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
+    for name, more in {"a": {}, "b": {"features": "b"}, "names": {"names": "b"}, "labels":
+                       {"labels": "b"}}.items():  # fmt: skip
+        trained_on = {"splits": {"train": own | {"names": name}, "val": own | more}}
+        made_runs.write(tmp_path / name, values, results={"trained_on": trained_on})
+    made_runs.write(tmp_path / "old", values)
+    for other in ("b", "old"):
+        compared(tmp_path, runs=("a", other))
+    for other in ("names", "labels"):
+        compared(tmp_path, runs=("a", other), code=2)
+        said = capsys.readouterr().err
+        assert f"50 and 50 clips, with other {other}\n" in said
+
+
 def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(tmp_path, data, official_dir):
     """The scorer of submissions is the oracle."""
     split, rng = data.split("val"), np.random.default_rng(0)
