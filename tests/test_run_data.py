@@ -79,6 +79,17 @@ def test_results_of_other_settings_are_not_those_of_the_run(own, capsys):
     assert vidjax.restore(run).results["map"] == before.results["map"]
 
 
+def test_an_analysis_stays_as_long_as_its_results(own):
+    run, evaluate = own / "run", ["--mode=evaluate", f"--workdir={own}/run"]
+    assert main([*evaluate, "--config.eval.report=True"]) == 0
+    analysed = vidjax.evaluate(run).average_precisions()  # the same once more, without a report
+    assert len(analysed) == 3 and (run / "report.html").exists()
+    assert main([*evaluate, "--config.eval.top_classes=1"]) == 0
+    assert not (run / "report.html").exists()
+    with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
+        vidjax.evaluate(run).average_precisions()
+
+
 def forget_digests(own):
     """Makes a run one of an earlier version."""
     folder = next((own / "run" / "checkpoints").iterdir())

@@ -291,7 +291,8 @@ def write_results(
 
     All processes measure for the analysis; the first one writes. Ranking and metrics come first: a
     fault of analysis or report costs these alone. `finished` is set after the report, so that the
-    same command writes what a killed one did not.
+    same command writes what a killed one did not. Without an observer an analysis and a report of
+    the same results stay, those of others are deleted.
 
     Args:
       values: content of `metrics.json`, see `run.formats`.
@@ -303,6 +304,9 @@ def write_results(
     split = evaluation.split.name
     paths = results.paths(workdir, split, own_split)
     if processes.is_first():
+        if not observer and not _has_results(paths.metrics, values):
+            paths.analysis.unlink(missing_ok=True)
+            paths.report.unlink(missing_ok=True)
         ranking.write_ranking(paths.ranking, identities, evaluation.split.clips, evaluation.top)
         pending = {"finished": False} if ends_training else {}
         files.write_json(paths.metrics, {**values, **pending})
@@ -320,6 +324,21 @@ def write_results(
         files.write_json(paths.metrics, values)
     with warning_of_faults(workdir):
         log_results(workdir, values, split)
+
+
+# Keys of `metrics.json` by which two evaluations have the same results.
+_TOLD = ("step", "overrides", "runs", "map", "map_kind", "num_clips", *metrics.CLIP_METRICS)
+
+
+def _has_results(path: Path, values: Mapping[str, Any]) -> bool:
+    """Returns True if a `metrics.json` has the results `values`, but for times and members."""
+    try:
+        before = results.load_metrics(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    now: Any = files.parse_json(files.to_json(values))
+    digests = [(one.get("data") or {}).get("digest") for one in (before, now)]
+    return digests[0] == digests[1] and all(before.get(name) == now.get(name) for name in _TOLD)
 
 
 def write_report(workdir: Path) -> None:
