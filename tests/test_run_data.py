@@ -1,6 +1,7 @@
 """Results belong to their data: a run meets its own data, or says in what they differ."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -51,6 +52,42 @@ def own(trained, tmp_path):
 def command(own, words, *more):
     weights = f"--config.data.weights={own}/weights.txt"
     return main([*CONFIG, *words, weights, f"--workdir={own}/run", *more])
+
+
+def test_results_of_other_settings_are_not_those_of_the_run(own, capsys):
+    """Their threshold is of other scores than those that the run gives to new clips."""
+    run, evaluate = own / "run", ["--mode=evaluate", f"--workdir={own}/run"]
+    assert main([*evaluate, "--config.eval.block_size=3"]) == 0
+    clips = {"a": {"face": np.ones((1, 4), np.float32)}}
+    before = vidjax.restore(run)
+    assert before.results["map"] and len(before.identify(clips)["a"]) == 1
+    other = shutil.copytree(run, own / "other")
+    capsys.readouterr()
+    assert main([*evaluate, "--config.eval.temperature=4"]) == 0
+    assert "eval.temperature=4.0" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match=r"eval\.temperature=4\.0\nno score threshold is known"):
+        after = vidjax.restore(run)
+    assert not after.results and after.threshold is None
+    with pytest.raises(ValueError, match=r"no threshold is known\n.*--workdir"):
+        after.identify(clips)
+    assert after.identify(clips, threshold=float("-inf")) == before.identify(clips)
+    assert main(["--mode=report", f"--workdir={run}"]) == 0
+    assert "eval.temperature=4.0" in (run / "report.html").read_text()
+    vidjax.compare([other, run], out=own / "compared")
+    assert re.search(r"eval.temperature.*1\.0.*4\.0", (own / "compared/comparison.md").read_text())
+    assert main(evaluate) == 0
+    assert vidjax.restore(run).results["map"] == before.results["map"]
+
+
+def test_an_analysis_stays_as_long_as_its_results(own):
+    run, evaluate = own / "run", ["--mode=evaluate", f"--workdir={own}/run"]
+    assert main([*evaluate, "--config.eval.report=True"]) == 0
+    analysed = vidjax.evaluate(run).average_precisions()  # the same once more, without a report
+    assert len(analysed) == 3 and (run / "report.html").exists()
+    assert main([*evaluate, "--config.eval.top_classes=1"]) == 0
+    assert not (run / "report.html").exists()
+    with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
+        vidjax.evaluate(run).average_precisions()
 
 
 def forget_digests(own):

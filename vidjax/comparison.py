@@ -303,9 +303,21 @@ def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
     different = np.flatnonzero(positives != first.positives)
     for i in different[:1]:
         text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
-    if len(different) or run.num_clips != first.num_clips:
+    if names := [name for name in ("names", "labels") if _differ(first, run, name)]:
+        text += f", with other {' and '.join(names)}"
+    if names or len(different) or run.num_clips != first.num_clips:
         raise UserError(
             f"{both} ranked different clips: {text}\n"
             "compare runs that were evaluated on the same clips"
         )
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
+
+
+def _differ(first: "RankedRun", run: "RankedRun", name: str) -> bool:
+    """Returns True if both runs know a digest of their split, `names` or `labels`, and it differs.
+
+    A digest of features may differ: runs may read other features of the same clips.
+    """
+    known = ((one.metrics.get("trained_on") or {}).get("splits", {}) for one in (first, run))
+    mine, others = (splits.get(first.split, {}).get(name) for splits in known)
+    return bool(mine and others) and mine != others

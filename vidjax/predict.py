@@ -73,7 +73,8 @@ class Predictor(NamedTuple):
       workdir: the run's folder.
       step: optimiser steps of the checkpoint.
       manifest: of the checkpoint; every file matched its sha256 in it.
-      results: content of the run's `metrics.json`; empty if that is of another step.
+      results: content of the run's `metrics.json`; empty if that is of another step, or of other
+        settings than `config`.
       config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
@@ -146,7 +147,8 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
-            the run is of scores out of fold, see the property `threshold`.
+            the run is not known: there are no `results`, or they are out of fold, see the property
+            `threshold`.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -160,6 +162,11 @@ class Predictor(NamedTuple):
                     f"threshold={threshold:g}: the scores of this run are logarithms, 0 at most: "
                     "no clip would get a name\nof a probability p it is math.log(p)"
                 )
+        elif not self.results:
+            raise UserError(
+                f"'{self.workdir}' has no results of this step and these settings: no threshold is "
+                "known\ngive one, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
+            )
         elif self._of_few_members and self.results.get(THRESHOLD) is not None:
             raise UserError(
                 f"{self.workdir}: {THRESHOLD} is of scores out of fold, of few members each: too "
@@ -409,13 +416,25 @@ def restore(
 
 
 def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json` if it is of `step`, else {}; warns if it is damaged."""
+    """Returns the content of `metrics.json` if it is of `step` and of `config.json`, else {}.
+
+    Warns if it is damaged or of other settings.
+    """
     try:
         results = results_lib.read_metrics(workdir)
     except ValueError as error:
         warnings.warn(f"{error}\nno score threshold is known: give one", stacklevel=3)
         return {}
-    return results if results.get("step") == step else {}
+    if results.get("step") != step:
+        return {}
+    if settings := results_lib.describe_overrides(results):
+        warnings.warn(
+            f"the results of '{workdir}' are of scores with {settings[:300]}\n"
+            "no score threshold is known: give one, or evaluate the run without these",
+            stacklevel=3,
+        )
+        return {}
+    return results
 
 
 def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:

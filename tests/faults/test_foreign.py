@@ -280,7 +280,7 @@ def alike(old, new):
 
 
 # Keys at which a format takes values of any type, or of several.
-FREE = {"members", "size", "seed", "config", "changes", "settings"}
+FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
 
 
 @pytest.mark.parametrize(

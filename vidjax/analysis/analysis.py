@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, files, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
 from vidjax.analysis.open_set import Arrays, Values
@@ -290,7 +291,8 @@ def write_results(
 
     All processes measure for the analysis; the first one writes. Ranking and metrics come first: a
     fault of analysis or report costs these alone. `finished` is set after the report, so that the
-    same command writes what a killed one did not.
+    same command writes what a killed one did not. Without an observer an analysis and a report of
+    the same results stay, those of others are deleted.
 
     Args:
       values: content of `metrics.json`, see `run.formats`.
@@ -302,6 +304,9 @@ def write_results(
     split = evaluation.split.name
     paths = results.paths(workdir, split, own_split)
     if processes.is_first():
+        if not observer and not _has_results(paths.metrics, values):
+            paths.analysis.unlink(missing_ok=True)
+            paths.report.unlink(missing_ok=True)
         ranking.write_ranking(paths.ranking, identities, evaluation.split.clips, evaluation.top)
         pending = {"finished": False} if ends_training else {}
         files.write_json(paths.metrics, {**values, **pending})
@@ -319,6 +324,21 @@ def write_results(
         files.write_json(paths.metrics, values)
     with warning_of_faults(workdir):
         log_results(workdir, values, split)
+
+
+# Keys of `metrics.json` by which two evaluations have the same results.
+_TOLD = ("step", "overrides", "runs", "map", "map_kind", "num_clips", *metrics.CLIP_METRICS)
+
+
+def _has_results(path: Path, values: Mapping[str, Any]) -> bool:
+    """Returns True if a `metrics.json` has the results `values`, but for times and members."""
+    try:
+        before = results.load_metrics(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    now: Any = files.parse_json(files.to_json(values))
+    digests = [(one.get("data") or {}).get("digest") for one in (before, now)]
+    return digests[0] == digests[1] and all(before.get(name) == now.get(name) for name in _TOLD)
 
 
 def write_report(workdir: Path) -> None:
@@ -400,12 +420,13 @@ def evaluate(
     model = make_model(config, workdir, run, data, mesh)
     scored, observer = score_observed([model], config, mesh, analyse=analyse)
     return write_evaluation(
-        workdir, model.data.identities, scored, observer,
+        config, workdir, model.data.identities, scored, observer,
         described=data.report["data"], step=run.manifest["step"], began=began,
     )  # fmt: skip
 
 
 def write_evaluation(
+    config: Config,
     workdir: Path,
     identities: Sequence[str],
     evaluation: Evaluation,
@@ -417,18 +438,32 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Writes an evaluation and returns its metrics, in which `described` is the entry `data`.
 
-    It took the time since `began`, a `time.monotonic()`.
+    It took the time since `began`, a `time.monotonic()`, with the settings of `config`.
     """
-    evaluation = conclude(evaluation)
+    evaluation, trained = conclude(evaluation), config_io.load_workdir(workdir)
+    changed = overrides(trained, config)
     values = evaluation.results | {
         "data": described,
         "step": step,
         "eval_seconds": time.monotonic() - began,
         "eval_date": results.now(),
+        **({"overrides": changed} if changed else {}),
     }
-    trained = config_io.load_workdir(workdir)
     write_results(
         workdir, identities, evaluation, results.training_metrics(workdir) | values,
         own_split=trained.eval.split, trained=trained.data, observer=observer,
     )  # fmt: skip
     return values
+
+
+# Fields that change no score of a clip beyond rounding, or that the name of the result files tells.
+_FREE = (
+    *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
+    "eval.split", "resume.allow",
+)  # fmt: skip
+
+
+def overrides(trained: Config, config: Config) -> dict[str, Any]:
+    """Returns field -> value in `config`, of those that differ from `trained` and change scores."""
+    changed = config_lib.differences(trained, config)
+    return {name: value for name, (_, value) in changed.items() if name not in _FREE}

@@ -139,6 +139,8 @@ def _rows(
         report = results_lib.read_data_report(workdir)
         if reason := results_lib.unmeasured(config.to_dict(), results, report):
             rows["measured"] = f"nothing: {reason}"
+    if settings := results_lib.describe_overrides(results):
+        rows["scored with"] = settings
     if "best_map" in results:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):

@@ -234,7 +234,7 @@ def merge(
         observer = analysis.Observer([trained], split.name, mesh, config.eval.block_size)
         observer.take(seen)
     return analysis.write_evaluation(
-        workdir, data.identities, scored, observer,
+        config, workdir, data.identities, scored, observer,
         described=data.report["data"], step=run.manifest["step"],
         began=began - sum(one.eval_seconds for one in facts),
     )  # fmt: skip

@@ -176,7 +176,8 @@ def run_rows(run: RunFiles) -> Rows:
         ("evaluated on", [run.split]),
         ("modalities", [_listed(row.modalities) for row in run.joined]
          or [_listed(run.config.get("modalities"))]),
-        ("scored with", [_listed(row.scored_with) for row in run.joined]),
+        ("scored with", [_listed(row.scored_with) for row in run.joined]
+         or [results_lib.describe_overrides(run.values)]),
         ("weights fitted on", [run.metrics.weights_fitted_on or ""]),
         ("finished", [run.metrics.date or ""]),
         ("evaluated", [run.metrics.eval_date or ""]),
@@ -698,9 +699,15 @@ def configuration(run: RunFiles) -> Facts | None:
     }
 
 
-def own_fields(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns dotted field -> value as text; of a joined run only JOIN_FIELDS, which it uses."""
-    found = {name: _value_text(value) for name, value in config_lib.fields(config)}
+def own_fields(
+    config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Returns dotted field -> value as text; of a joined run only JOIN_FIELDS, which it uses.
+
+    `overrides` are values of an evaluation in place of those of `config`.
+    """
+    values = dict(config_lib.fields(config)) | dict(overrides or {})
+    found = {name: _value_text(value) for name, value in values.items()}
     if is_joined(config):
         return {name: value for name, value in found.items() if name.startswith(JOIN_FIELDS)}
     return found

@@ -111,6 +111,8 @@ class Metrics(_WithMembers, kw_only=True):
     fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
     threshold_1: Known | None = field(default=None, name="threshold_at_fpir_0.01")
     threshold_10: Known | None = field(default=None, name="threshold_at_fpir_0.1")
+    # Field -> value, where an evaluation had another one than `config.json`; scores depend on it.
+    overrides: Annotated[dict[str, Any], TABLE] | None = None
     weights_fitted_on: Text | None = None  # the split that the weights of a blend were fitted on
     date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # of a later evaluation

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import files
+from vidjax import config_io, files
 from vidjax.errors import UserError
 from vidjax.run import formats
 
@@ -186,6 +186,12 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
         return None
     place = f" in {data['dir']}" if data.get("dir") else ""
     return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
+
+
+def describe_overrides(metrics: Mapping[str, Any]) -> str:
+    """Returns `FIELD=VALUE` of the settings of results that `config.json` lacks; "" if none."""
+    changed = metrics.get("overrides") or {}
+    return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
 def unmeasured(
