@@ -352,6 +352,27 @@ def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp
     assert {*listed} == {*names[:-1]}
 
 
+def test_no_ranking_is_left_of_other_tables(say, nearest_run, people, day, tmp_path):
+    """A share, or a call that was killed, leaves none until all tables are ranked anew."""
+    out = tmp_path / "r"
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
+    say(*words)
+    ranking, parts = out / "ranking.parquet", out / "parts"
+    before = ranking.read_bytes()
+    say(*words, "--shard=9/9")
+    say("gallery", "rank", people, *words[2:], code=2)  # other means are refused: all is kept
+    assert ranking.read_bytes() == before
+
+    write_table(day / "part-4.parquet", clip_rows(4))
+    assert say(*words, "--shard=1/3")["ranking"] is None and not ranking.exists()
+    assert say(*words)["ranking"] and ranking.read_bytes() != before
+    (day / "part-4.parquet").unlink()
+    (day / "part-1.parquet").write_bytes(b"PAR1 no table")
+    (parts / "part-1.parquet").unlink()
+    say(*words, code=2)
+    assert not ranking.exists()
+
+
 def test_vectors_of_tables_are_those_of_each_clip(say, nearest_run, day, tmp_path):
     out = tmp_path / "vectors"
     words = ("embed", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")

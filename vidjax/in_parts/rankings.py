@@ -11,7 +11,7 @@ from vidjax import files, tables
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.errors import UserError
 from vidjax.in_parts import runner
-from vidjax.in_parts.runner import Job, Task
+from vidjax.in_parts.runner import Facts, Job, Task
 from vidjax.messages import Result
 from vidjax.tables import Columns
 
@@ -48,18 +48,42 @@ def run(job: Job, task: Task, identities: Sequence[str], again: Callable[[], Tas
     """Ranks the clips of each table into OUT/parts, and those of all into OUT/ranking.parquet.
 
     The call that finds all parts joins them; of others the ranking is None. The best 100 of all
-    clips are among the best 100 of their tables, so the joined lists are exact.
+    clips are among the best 100 of their tables, so the joined lists are exact. A ranking of other
+    parts is deleted first.
     """
-    parts = job._replace(out=job.out / PARTS)
-    done, path = runner.run(parts, task, "rank", again), job.out / RANKING
+    parts, path = job._replace(out=job.out / PARTS), job.out / RANKING
+    made = [parts.out / table.name for table in job.found]
+    before = _facts(path)
+    if before is None or before.sha256 != _origin(made):
+        path.unlink(missing_ok=True)
+    done = runner.run(parts, task, "rank", again)
     joined = _all_there(parts, task)
     if joined:
         _check_once(job.found)
-        names, top = join([parts.out / table.name for table in job.found], identities)
-        files.write_bytes(path, tables.to_parquet(list_columns(identities, names, top)))
+        names, top = join(made, identities)
+        facts = Facts(sha256=_origin(made), means={}, counts={})
+        runner.write(path, list_columns(identities, names, top), facts)
     rows, content = runner.describe(done, job.shard)
     rows["ranking"] = str(path) if joined else "to come, with the other shares"
     return Result(content | {"ranking": str(path) if joined else None}, rows)
+
+
+def _origin(parts: Sequence[Path]) -> str:
+    """Returns a digest of what parts were made of, those that are missing or damaged included."""
+    found = [(part.name, _facts(part)) for part in parts]
+    return files.sha256_json(
+        [(name, facts and (facts.sha256, facts.means)) for name, facts in found]
+    )
+
+
+def _facts(path: Path) -> Facts | None:
+    """Returns of what a table was made; None where it is missing, damaged or somebody else's."""
+    from pyarrow import ArrowException
+
+    try:
+        return runner.read_facts(path)
+    except (ArrowException, OSError, UserError):
+        return None
 
 
 def _all_there(parts: Job, task: Task) -> bool:
