@@ -300,6 +300,26 @@ def test_a_gallery_has_no_net(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_reader_orders_clips_that_are_all_but_sure_or_hopeless(members):
+    """Of two people, the first leads by so many nats."""
+    leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
+    ones, nothing = np.ones(members), np.zeros((members, 2, 2))
+    linear = nothing + np.diag([1000.0, 0])
+    found = {"scale": ones - np.arange(members) / 8, "temperature": ones, "unenrolled": ones,
+             "stranger": -9999 * ones, "face/scale": ones, "face/limit": np.inf * ones,
+             "face/known": nothing[:, 0] + 1, "face/transform": nothing + np.eye(2),
+             "face/linear": linear, "face/curve": nothing}  # fmt: skip
+    found |= {f"face/{name}": nothing[:, 0] for name in ("centre", "mean", "constant", "kind")}
+    vectors = np.stack([leads / 1000, np.sqrt(1 - (leads / 1000) ** 2)], axis=1)
+    logs = reader.log_probabilities(found, {"face": vectors})[:, 1]
+    own = found["scale"][:, None] * leads  # [E, Q]
+    sure = np.log1p(-np.exp(-np.logaddexp(0, abs(own))).mean(axis=0))
+    other = np.logaddexp.reduce(-np.logaddexp(0, -own), axis=0) - np.log(members)
+    np.testing.assert_allclose(logs, np.where(leads > 0, sure, other), rtol=1e-9)
+    assert (np.diff(logs) > 0).all()
+
+
 def test_the_page_shows_the_reader_as_it_is():
     shown = re.search(r"<!-- reader -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     code = Path(reader.__file__).read_text()
