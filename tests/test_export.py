@@ -169,6 +169,15 @@ def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_is_compared_on_clips_that_no_member_was_trained_on(nearest_run):
+    run = predict.restore(nearest_run, num_devices=1)
+    names = tuple(map(str, range(9)))
+    held = np.arange(9)[None] % 2 > 0
+    folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=held))
+    expected = function.made_up(run).expected
+    np.testing.assert_array_equal(function.made_up(folds).expected["scores"], expected["scores"])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.00002])
 def test_other_values_are_a_difference(value):
     wanted = {"scores": np.array([[1.0, -np.inf]], np.float32)}
