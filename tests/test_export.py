@@ -100,7 +100,7 @@ def random_inputs(shapes, lengths):
         real = rng.random((9, length)) < 0.8
         own = {
             "features": rng.normal(size=(9, length, width)).astype(np.float32),
-            "quality": rng.uniform(0, 100, (9, length)).astype(np.float32),
+            "quality": rng.integers(0, 100, (9, length)).astype(np.float32),
             "detection": rng.uniform(0, 1, (9, length)).astype(np.float32),
         }
         inputs |= {f"{part}_{field}": value for field, value in own.items()}
@@ -121,13 +121,14 @@ def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, caps
     for file, digest in told["files"].items():
         assert len(digest) == 64 and (tmp_path / "out" / file).is_file()
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
-    inputs, clips = random_inputs(told["inputs"], {"face": 23})
     wanted = [one.name for one in session.get_inputs()]
-    found = session.run(list(function.OUTPUTS), {name: inputs[name] for name in wanted})
     run = predict.restore(nearest_run, num_devices=1)
-    expected = {"scores": run.scores(clips), "embeddings": run.embed(clips)}
-    answers = dict(zip(function.OUTPUTS, found, strict=True))
-    assert function.difference(answers, expected) <= function.TOLERANCE
+    for length in (23, 700):  # of more than 512 frames a run takes the best
+        inputs, clips = random_inputs(told["inputs"], {"face": length})
+        found = session.run(list(function.OUTPUTS), {name: inputs[name] for name in wanted})
+        expected = {"scores": run.scores(clips), "embeddings": run.embed(clips)}
+        answers = dict(zip(function.OUTPUTS, found, strict=True))
+        assert function.difference(answers, expected) <= function.TOLERANCE
 
 
 @pytest.mark.slow

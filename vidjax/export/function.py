@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from vidjax import ensemble
 from vidjax.batch import Array, Batch, Frames
+from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.errors import UserError
 from vidjax.evaluation.scoring import keep_best
 from vidjax.predict import Predictor
@@ -96,9 +97,23 @@ def as_batch(run: Predictor, inputs: Inputs) -> Batch:
         if run.config.data.quality == "norm":
             quality = jnp.linalg.norm(features, axis=-1)
         number = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
-        frames[name] = Frames(features, quality, detection, number, mask)
+        frames[name] = Frames(features, quality, detection, number, _best_frames(quality, mask))
     rows = next(iter(frames.values())).mask.shape[0]
     return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
+
+
+def _best_frames(quality: Array, mask: Array) -> Array:
+    """Returns the mask [B, T] of the frames that a run reads, see `ClipSource.eval_batches`."""
+    least = jnp.finfo(jnp.float32).min
+    ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
+
+    def drop(_: Array, mask: Array) -> Array:
+        order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
+        return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
+
+    # One round or none, as ONNX has loops here and no choice: short clips are not sorted.
+    long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
+    return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
 
 
 def members(run: Predictor) -> list[Member]:
