@@ -132,6 +132,16 @@ def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_a_file_repeats_the_only_voice_beside_each_face_as_a_run_does(trained, tmp_path, capsys):
+    """The check of an export has such a clip."""
+    run = trained("configs/quality_fusion.py:iqiyi_vid,voting,face,audio")
+    for name in ("stablehlo", "onnx"):
+        code, told, complaint = export(capsys, run, tmp_path / name, name)
+        assert code == 0, complaint
+        assert told["difference"] <= function.TOLERANCE
+
+
+@pytest.mark.slow
 def test_an_imported_run_evaluates_equal_to_the_bit(plda_run, official_data, tmp_path, capsys):
     code, _, complaint = export(capsys, plda_run, tmp_path / "out", "safetensors")
     assert code == 0, complaint
