@@ -335,18 +335,42 @@ def test_the_joined_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path
 
 
 def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp_path):
+    """Also by another name, and where 100 clips as good as one half keep it from every list."""
     write_table(day / "part-9.parquet", clip_rows(1)[:1])
-    words = (
-        "rank",
-        f"--workdir={nearest_run}",
-        f"--input={day}",
-        f"--out={tmp_path / 'r'}",
-    )
+    out = tmp_path / "r"
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
     said = say(*words, code=2)
     assert "clip 'clip 1-0' is in two tables, part-1.parquet and part-9.parquet" in said
     (day / "part-9.parquet").unlink()
-    part = tmp_path / "r" / "parts" / "part-3.parquet"
-    assert say(*words)["ranking"] and part.exists()
+    assert say(*words)["ranking"] and (out / "parts" / "part-3.parquet").exists()
+
+    names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], clip_rows(0)[0][2]
+    write_table(day / "part-4.parquet", [(name, "face", same) for name in names])
+    write_table(day / "part-5.parquet", [("z", "face", same)])
+    assert "clip 'z' is in two tables, part-4.parquet and part-5" in say(*words, code=2)
+    listed = parquet.read_table(out / "parts" / "part-4.parquet")["clip"].to_pylist()
+    assert {*listed} == {*names[:-1]}
+
+
+def test_no_ranking_is_left_of_other_tables(say, nearest_run, people, day, tmp_path):
+    """A share, or a call that was killed, leaves none until all tables are ranked anew."""
+    out = tmp_path / "r"
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
+    say(*words)
+    ranking, parts = out / "ranking.parquet", out / "parts"
+    before = ranking.read_bytes()
+    say(*words, "--shard=9/9")
+    say("gallery", "rank", people, *words[2:], code=2)  # other means are refused: all is kept
+    assert ranking.read_bytes() == before
+
+    write_table(day / "part-4.parquet", clip_rows(4))
+    assert say(*words, "--shard=1/3")["ranking"] is None and not ranking.exists()
+    assert say(*words)["ranking"] and ranking.read_bytes() != before
+    (day / "part-4.parquet").unlink()
+    (day / "part-1.parquet").write_bytes(b"PAR1 no table")
+    (parts / "part-1.parquet").unlink()
+    say(*words, code=2)
+    assert not ranking.exists()
 
 
 def test_vectors_of_tables_are_those_of_each_clip(say, nearest_run, day, tmp_path):

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vidjax import ensemble
+from vidjax import ensemble, fusion
 from vidjax.batch import Array, Batch, Frames
+from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.errors import UserError
 from vidjax.evaluation.scoring import keep_best
 from vidjax.predict import Predictor
 from vidjax.steps import eval_step, mean_scores
+from vidjax.system import System
 
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.
 FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}
@@ -26,6 +28,7 @@ BATCH = "B"
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
 TOLERANCE = 1e-5  # of a difference, as a part of the largest of 1 and the value
 LENGTHS = (5, 1, 9, 3)  # frames of the made-up clips
+BESIDE_ONE = 6  # frames of another one, whose last modality has one
 LARGEST = 1 << 31  # bytes of a file with a program: protocol and flat buffers hold no more
 
 Inputs = Mapping[str, Array]
@@ -77,6 +80,10 @@ def export(run: Predictor) -> Exported:
 def outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
     """Returns the scores [B, C] and the embeddings [B, D] of a run that has these weights."""
     batch = as_batch(run, inputs)
+    if run.system.frame_is_example:
+        fused = _fuse_alone(run.system, batch.frames)
+        fusions = {name: lambda *_, one=one: one for name, one in fused.items()}
+        run = run._replace(system=run.system._replace(fuse_eval=fusions))
     return {
         "scores": _scores(run, members, batch),
         "embeddings": _embeddings(run, members, batch),
@@ -96,9 +103,49 @@ def as_batch(run: Predictor, inputs: Inputs) -> Batch:
         if run.config.data.quality == "norm":
             quality = jnp.linalg.norm(features, axis=-1)
         number = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
-        frames[name] = Frames(features, quality, detection, number, mask)
+        frames[name] = Frames(features, quality, detection, number, _best_frames(quality, mask))
     rows = next(iter(frames.values())).mask.shape[0]
     return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
+
+
+def _best_frames(quality: Array, mask: Array) -> Array:
+    """Returns the mask [B, T] of the frames that a run reads, see `ClipSource.eval_batches`."""
+    least = jnp.finfo(jnp.float32).min
+    ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
+
+    def drop(_: Array, mask: Array) -> Array:
+        order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
+        return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
+
+    # One round or none, as ONNX has loops here and no choice: short clips are not sorted.
+    long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
+    return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
+
+
+def _fuse_alone(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
+    """Fuses frames of clips as a run fuses each clip alone, where frames are examples.
+
+    There a modality is padded by its own length. So its only frame is repeated beside all frames of
+    another, see `System.to_examples`. Here all modalities are padded to one length.
+    """
+    fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
+    padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
+    if len(padded) < 2:
+        return fused
+    for name in padded:  # the n-th real frames are one example
+        order = jnp.argsort(~frames[name].mask, axis=1, stable=True)
+        fused[name] = fusion.map_fields(lambda x, to=order: fusion.take(x, to), fused[name])
+    several = {name: jnp.sum(frames[name].mask, axis=1, keepdims=True) > 1 for name in padded}
+    exists = jnp.any(jnp.stack([fused[name].mask & several[name] for name in padded]), axis=0)
+    for name in padded:
+        alone = exists.any(axis=1, keepdims=True) & ~several[name]
+
+        def repeat(x: Array, where: Array = alone) -> Array:
+            return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - 2)), x[:, :1], x)
+
+        repeated = fusion.map_fields(repeat, fused[name])
+        fused[name] = repeated._replace(mask=repeated.mask & (exists | ~alone))
+    return fused
 
 
 def members(run: Predictor) -> list[Member]:
@@ -148,18 +195,25 @@ class MadeUp(NamedTuple):
 def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
     """Returns random clips of LENGTHS frames: the second one lacks all modalities but the last.
 
+    Where frames are examples, another clip has a single frame of the last of several modalities.
+    What a run answers for it alone is expected.
+
     Args:
       run: the run whose answers are returned.
       seed: of the random numbers.
       padding: number of frames by which arrays are longer than the longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
-    clips: dict[str, dict[str, Any]] = {str(row): {} for row in range(len(LENGTHS))}
     names, longest = list(run.modalities), max(LENGTHS) + padding
+    uneven = run.system.frame_is_example and len(names) > 1
+    lengths = np.array([*LENGTHS, BESIDE_ONE] if uneven else LENGTHS)
+    clips: list[dict[str, Any]] = [{} for _ in lengths]
     for name, width in run.modalities.items():
-        shape = (len(LENGTHS), longest)
-        real = np.arange(longest) < np.array(LENGTHS)[:, None]
+        shape = (len(lengths), longest)
+        real = np.arange(longest) < lengths[:, None]
         real[1] &= name == names[-1]
+        if uneven and name == names[-1]:
+            real[-1, 1:] = False
         values = {
             "features": rng.normal(size=(*shape, width)).astype(np.float32),
             "quality": rng.uniform(0, 100, shape).astype(np.float32),
@@ -170,9 +224,14 @@ def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
             inputs[f"{name}_{field}"] = value
         inputs[f"{name}_mask"] = real
         for row in np.flatnonzero(real.any(axis=1)):
-            own = {field: value[row][real[row]] for field, value in values.items()}
-            clips[str(row)][name] = own
-    expected = {"scores": run.scores(clips), "embeddings": run.embed(clips)}
+            clips[row][name] = {field: value[row][real[row]] for field, value in values.items()}
+    # Members score no clip of a name that they were trained on: no dataset has these.
+    named = [(f"made up by vidjax export {row}", clip) for row, clip in enumerate(clips)]
+    requests = [dict(part) for part in (named[: len(LENGTHS)], named[len(LENGTHS) :]) if part]
+    expected = {
+        "scores": np.concatenate([run.scores(one) for one in requests]),
+        "embeddings": np.concatenate([run.embed(one) for one in requests]),
+    }
     return MadeUp(inputs, expected)
 
 

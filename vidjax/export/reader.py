@@ -9,8 +9,9 @@ def log_probabilities(arrays, vectors):
     `arrays` is what np.load or safetensors.numpy.load_file reads; `vectors` is part -> [Q, D], the
     vectors of Q clips, 0 where a clip lacks the part.
     """
-    total, parts = 0, [name[:-7] for name in arrays if name.endswith("/centre")]
-    for member in range(len(arrays["scale"])):
+    logs, lack, members = -np.inf, 0, len(arrays["scale"])  # lack: 1 less the probability
+    parts = [name[:-7] for name in arrays if name.endswith("/centre")]
+    for member in range(members):
         get = {name: np.asarray(arrays[name][member], np.float64) for name in arrays}
         known = np.stack([get[f"{part}/known"] for part in parts]).any(axis=0)
         logits = np.zeros((len(vectors[parts[0]]), known.size))
@@ -30,8 +31,11 @@ def log_probabilities(arrays, vectors):
         logits = np.where(known, logits, -np.inf)
         logits = np.insert(logits, 0, stranger, axis=1) / get["temperature"]
         logits[seen == 0] = np.where(np.arange(1 + known.size) == 0, 0, -np.inf)
-        top = logits.max(axis=1, keepdims=True)
-        shares = np.exp(logits - top)
-        total = total + shares / shares.sum(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        return np.log(total / len(arrays["scale"]))
+        best = np.arange(1 + known.size) == logits.argmax(axis=1)[:, None]
+        logits -= logits.max(axis=1, keepdims=True)
+        shares = np.exp(logits)  # of the best one
+        rest = np.where(best, 0, shares).sum(axis=1, keepdims=True)
+        logs = np.logaddexp(logs, logits - np.log1p(rest))
+        lack = lack + np.where(best, rest, 1 + rest - shares) / (1 + rest) / members
+    # A probability near 1 has its digits in what it lacks.
+    return np.where(lack < 0.5, np.log1p(-np.minimum(lack, 0.5)), logs - np.log(members))

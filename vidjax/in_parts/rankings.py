@@ -1,5 +1,6 @@
 """Rankings of the clips of many tables: one of each, and one of all; see `vidjax.in_parts`."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from vidjax import files, tables
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.errors import UserError
 from vidjax.in_parts import runner
-from vidjax.in_parts.runner import Job, Task
+from vidjax.in_parts.runner import Facts, Job, Task
 from vidjax.messages import Result
 from vidjax.tables import Columns
 
@@ -47,17 +48,42 @@ def run(job: Job, task: Task, identities: Sequence[str], again: Callable[[], Tas
     """Ranks the clips of each table into OUT/parts, and those of all into OUT/ranking.parquet.
 
     The call that finds all parts joins them; of others the ranking is None. The best 100 of all
-    clips are among the best 100 of their tables, so the joined lists are exact.
+    clips are among the best 100 of their tables, so the joined lists are exact. A ranking of other
+    parts is deleted first.
     """
-    parts = job._replace(out=job.out / PARTS)
-    done, path = runner.run(parts, task, "rank", again), job.out / RANKING
+    parts, path = job._replace(out=job.out / PARTS), job.out / RANKING
+    made = [parts.out / table.name for table in job.found]
+    before = _facts(path)
+    if before is None or before.sha256 != _origin(made):
+        path.unlink(missing_ok=True)
+    done = runner.run(parts, task, "rank", again)
     joined = _all_there(parts, task)
     if joined:
-        names, top = join([parts.out / table.name for table in job.found], identities)
-        files.write_bytes(path, tables.to_parquet(list_columns(identities, names, top)))
+        _check_once(job.found)
+        names, top = join(made, identities)
+        facts = Facts(sha256=_origin(made), means={}, counts={})
+        runner.write(path, list_columns(identities, names, top), facts)
     rows, content = runner.describe(done, job.shard)
     rows["ranking"] = str(path) if joined else "to come, with the other shares"
     return Result(content | {"ranking": str(path) if joined else None}, rows)
+
+
+def _origin(parts: Sequence[Path]) -> str:
+    """Returns a digest of what parts were made of, those that are missing or damaged included."""
+    found = [(part.name, _facts(part)) for part in parts]
+    return files.sha256_json(
+        [(name, facts and (facts.sha256, facts.means)) for name, facts in found]
+    )
+
+
+def _facts(path: Path) -> Facts | None:
+    """Returns of what a table was made; None where it is missing, damaged or somebody else's."""
+    from pyarrow import ArrowException
+
+    try:
+        return runner.read_facts(path)
+    except (ArrowException, OSError, UserError):
+        return None
 
 
 def _all_there(parts: Job, task: Task) -> bool:
@@ -67,6 +93,37 @@ def _all_there(parts: Job, task: Task) -> bool:
     return all(part.is_file() for _, part in others) and all(
         runner.find(table, part, task.means) for table, part in others
     )
+
+
+def _check_once(found: Sequence[Path]) -> None:
+    """Refuses a clip that is in two tables, listed or not, with or without `.mp4`.
+
+    Memory holds 8 bytes of each name. Where they agree, the names are read again and compared.
+    """
+    digests = [np.array([*map(_digest, _clips(table))], np.uint64) for table in found]
+    values, counts = np.unique(np.concatenate(digests), return_counts=True)
+    twice, owner = {*values[counts > 1].tolist()}, {}
+    for table in found if twice else ():
+        for name in _clips(table):
+            if _digest(name) in twice and owner.setdefault(name, table) != table:
+                raise UserError(
+                    f"clip '{show(name)}' is in two tables, {owner[name].name} and {table.name}\n"
+                    "write all frames of a clip into one table"
+                )
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+
+
+def _clips(table: Path) -> list[str]:
+    """Returns the names of the clips of a table without `.mp4`, each once."""
+    from pyarrow import parquet
+
+    with files.open_input(table) as file:
+        batches = parquet.ParquetFile(file).iter_batches(columns=["clip"])
+        columns = (batch.column(0).unique().cast("string").to_pylist() for batch in batches)
+        return [*dict.fromkeys(clean_name(name) for column in columns for name in column)]
 
 
 def list_columns(identities: Sequence[str], names: Sequence[str], top: "TopK | None") -> Columns:
@@ -95,16 +152,9 @@ def join(parts: Sequence[Path], identities: Sequence[str]) -> "tuple[list[str], 
     """
     from vidjax.steps.topk import join_tops
 
-    owner: dict[str, Path] = {}
-    for part in parts:
-        for name in _read_columns(part, ["clip"])[0].dictionary.to_pylist():
-            if name in owner:
-                raise UserError(
-                    f"clip '{show(name)}' is in two tables, {owner[name].name} and {part.name}\n"
-                    "write all frames of a clip into one table"
-                )
-            owner[name] = part
-    names = sorted(owner, key=lambda name: (clean_name(name), name))
+    dictionaries = (_read_columns(part, ["clip"])[0].dictionary for part in parts)
+    listed = {name for dictionary in dictionaries for name in dictionary.to_pylist()}
+    names = sorted(listed, key=clean_name)
     tops = (_read_top(part, identities, {n: i for i, n in enumerate(names)}) for part in parts)
     return names, join_tops(tops, len(identities))
 

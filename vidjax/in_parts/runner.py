@@ -201,7 +201,7 @@ def _by_beam(
     start = functools.partial(_start, again, means, out.absolute(), Path.cwd())
     beam.run([str(table.absolute()) for table in left], start)
     results = {table: out / table.name for table in left}
-    return {table: _read_facts(path) for table, path in results.items() if files.exists(path)}
+    return {table: read_facts(path) for table, path in results.items() if files.exists(path)}
 
 
 def _start(again: Callable[[], Task], means: bytes, out: Path, here: Path) -> Callable[[str], None]:
@@ -228,9 +228,14 @@ def _make(table: Path, result: Path, task: Task) -> Facts:
     digest = files.sha256_file(table)
     columns, counts = task.work(table)
     facts = Facts(sha256=digest, means=dict(task.means), counts=dict(counts))
+    write(result, columns, facts)
+    return facts
+
+
+def write(result: Path, columns: Columns, facts: Facts) -> None:
+    """Writes a table with its facts, whole or not at all."""
     note = {FACTS: msgspec.json.encode(facts)}
     files.write_bytes(result, tables.to_parquet(columns, note))
-    return facts
 
 
 def find(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None:
@@ -240,7 +245,7 @@ def find(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None
     if not files.exists(result):
         return None
     try:
-        facts = _read_facts(result)
+        facts = read_facts(result)
     except ArrowException as error:
         terminal.say(f"made again: '{result}' is damaged: {str(error).splitlines()[0][:200]}")
         result.unlink(missing_ok=True)  # of several calls one was faster
@@ -255,7 +260,7 @@ def find(table: Path, result: Path, means: Mapping[str, object]) -> Facts | None
     return facts
 
 
-def _read_facts(result: Path) -> Facts:
+def read_facts(result: Path) -> Facts:
     """Returns of what a table was made; a UserError for a table of somebody else."""
     from pyarrow import parquet
 
