@@ -3,7 +3,7 @@
     python -m vidjax.main --config=configs/deepmef.py
 
 Time: about 34 seconds on 2 CPU cores.
-Score: MAP@100 0.855 on the small synthetic dataset (means of 3 seeds).
+Score: MAP@100 0.853 on the small synthetic dataset (means of 3 seeds).
 
 Arguments: the words of WORDS below, in any combination, and names of modalities: `face` alone,
 `scene` alone, which is the second model by itself, or others in place of `scene`.
