@@ -1,13 +1,18 @@
 """Whole training runs, each a process: start, compilation, input, evaluation, checkpoints.
 
     python -m tests.benchmarks.end_to_end [--clips=20000] [--epochs=10] [--rounds=2] [--compile]
+        [--streaming]
 
 The MLP of `configs/quality_fusion.py` at published size on made-up official files (20 to 30 faces a
 clip, 10,034 identities), against the same net in PyTorch (the extra `bench`) that unpickles the
 files into memory, as the systems of the challenge did. They take turns. Our first run converts the
 files and compiles; it is shown by itself, the ratio is that of later ones.
+
+With `--streaming` there is no PyTorch: training on clips that tf.data streams (the extra
+`tensorflow`) is compared with training on resident ones.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,31 +99,59 @@ def their_words(folder: Path, epochs: int, batch_size: int) -> list[str]:
 
 
 def main() -> None:
-    """Prints the seconds by round and the ratio."""
-    args = common.parse(__doc__, "--compile", **SIZES, batch_size=1024, rounds=2)
+    """Writes the files, and prints the tables."""
+    flags = ("--compile", "--streaming")
+    args = common.parse(__doc__, *flags, **SIZES, batch_size=1024, rounds=2)
     folder = Path(tempfile.mkdtemp())
     env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
-    counts = {"train": args.clips, "val": args.val_clips}
-    sizes = (folder, args.epochs, args.batch_size)
-    ours = [*our_words(*sizes), "--config.eval.every_epochs=0"]
-    theirs = [*their_words(*sizes), f"--checkpoint={folder / 'checkpoint.pt'}"]
-    theirs += ["--compile"] if args.compile else []
     try:
-        write_files(folder, counts, args.num_identities)
-        seconds: dict[str, list[float]] = {"vidjax": [], "PyTorch": []}
-        starts, waits = [], []
-        cold = run([*ours, f"--workdir={folder / 'cold'}"], env)
-        for number in range(args.rounds):
-            workdir = folder / f"run{number}"
-            lines = run([*ours, f"--workdir={workdir}"], env)
-            whole = lines[-1][0]
-            starts.append(next(at for at, line in lines if line.startswith("train: ")))
-            metrics = json.loads((workdir / "metrics.json").read_text())
-            waits.append(metrics["waited_seconds"] / whole)
-            seconds["vidjax"].append(whole)
-            seconds["PyTorch"].append(run(theirs, env)[-1][0])
+        write_files(folder, {"train": args.clips, "val": args.val_clips}, args.num_identities)
+        ours = our_words(folder, args.epochs, args.batch_size)
+        ours.append("--config.eval.every_epochs=0")
+        compare = compare_modes if args.streaming else compare_with_torch
+        compare(args, folder, ours, env)
     finally:
         shutil.rmtree(folder)
+
+
+def compare_modes(
+    args: argparse.Namespace, folder: Path, ours: Sequence[str], env: dict[str, str]
+) -> None:
+    """Prints how fast training is on streamed and on resident clips, and what it waits for."""
+    found: dict[str, list[dict[str, Any]]] = {"resident": [], "streaming": []}
+    for number in range(args.rounds):
+        for mode, results in found.items():
+            workdir = folder / f"{mode}{number}"
+            run([*ours, f"--config.data.mode={mode}", f"--workdir={workdir}"], env)
+            results.append(json.loads((workdir / "metrics.json").read_text()))
+    rates = {
+        mode: [one["train_clips_per_second"] for one in results] for mode, results in found.items()
+    }
+    rows = [[f"{mode}: clips/s", f"{common.median(rate):,.0f}"] for mode, rate in rates.items()]
+    rows.append(["streaming / resident", common.ratio(rates, "streaming", "resident")])
+    shares = [one["waited_seconds"] / one["train_seconds"] for one in found["streaming"]]
+    rows.append(["share of the time in which a step waits for clips", f"{max(shares):.3f}"])
+    common.write_table(["", common.describe()], rows)
+
+
+def compare_with_torch(
+    args: argparse.Namespace, folder: Path, ours: Sequence[str], env: dict[str, str]
+) -> None:
+    """Prints the seconds of whole runs, ours and PyTorch's, and their ratio."""
+    theirs = their_words(folder, args.epochs, args.batch_size)
+    theirs += [f"--checkpoint={folder / 'checkpoint.pt'}", *["--compile"] * args.compile]
+    seconds: dict[str, list[float]] = {"vidjax": [], "PyTorch": []}
+    starts, waits = [], []
+    cold = run([*ours, f"--workdir={folder / 'cold'}"], env)
+    for number in range(args.rounds):
+        workdir = folder / f"run{number}"
+        lines = run([*ours, f"--workdir={workdir}"], env)
+        whole = lines[-1][0]
+        starts.append(next(at for at, line in lines if line.startswith("train: ")))
+        metrics = json.loads((workdir / "metrics.json").read_text())
+        waits.append(metrics["waited_seconds"] / whole)
+        seconds["vidjax"].append(whole)
+        seconds["PyTorch"].append(run(theirs, env)[-1][0])
     kind = "torch.compile" if args.compile else "eager"
     rows = [
         ["vidjax, first run (converts, compiles)", f"{cold[-1][0]:.0f}"],
