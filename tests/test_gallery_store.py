@@ -14,6 +14,8 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -410,22 +412,21 @@ def test_an_open_gallery_answers_from_the_changed_one(gallery):
 def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypatch):
     digests = {"one": gallery.origin.digest, "two": "1" * 64}
 
-    class Run:
-        def __init__(self, name):
-            self.workdir = Path(name)
+    def run_at(name: str) -> Any:
+        return SimpleNamespace(workdir=Path(name))
 
     monkeypatch.setattr(gallery_lib, "_restored", lambda run: run)
     monkeypatch.setattr(
         gallery_lib, "origin_of", lambda run: Origin("", digests[run.workdir.name], False)
     )
-    open_one = Gallery(gallery.folder, run=Run("one"))
+    open_one = Gallery(gallery.folder, run=run_at("one"))
     assert open_one.run.workdir.name == "one"
     shutil.rmtree(gallery.folder)
     other = gallery.origin.__class__("elsewhere", digests["two"], False)
     Gallery.of_clips(gallery.folder, other, made_galleries.make_front(), CLIPS)
     open_one.refresh()
     refused(lambda: open_one.run, "is not the run that gallery", "elsewhere")
-    assert Gallery(gallery.folder, run=Run("two")).run.workdir.name == "two"
+    assert Gallery(gallery.folder, run=run_at("two")).run.workdir.name == "two"
 
 
 def test_reading_meets_the_old_state_or_the_new_one(gallery):

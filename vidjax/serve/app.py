@@ -223,7 +223,7 @@ class Application:
 
         try:
             asked, question = await _parsed(read, len(body))
-        except Refused:
+        except protocol.UnknownInput:
             if not await self._is_wider():
                 raise
             asked, question = await _parsed(read, len(body))

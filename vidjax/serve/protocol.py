@@ -10,6 +10,7 @@ JSON lacks (-inf) is the lowest finite float32 there.
 
 import math
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax.data.untrusted.names import show
-from vidjax.serve.limits import Limits, unprocessable
+from vidjax.serve.limits import Limits, Refused, unprocessable
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
@@ -54,6 +55,10 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
 
+class UnknownInput(Refused):
+    """The model has no such input, or had none at the last look."""
+
+
 class Ask(NamedTuple):
     """A request: arrays by name, parameters, and the outputs wanted, name -> True for binary.
 
@@ -81,7 +86,8 @@ def parse(body: bytes, header_length: str | None, inputs: Sequence[Spec], limits
     for tensor in request.inputs:
         name = tensor.name
         if name not in known:
-            raise unprocessable(f"no input '{show(name)}': choose from {', '.join(known)}")
+            text = f"no input '{show(name)}': choose from {', '.join(known)}"
+            raise UnknownInput(HTTPStatus.UNPROCESSABLE_ENTITY, text)
         if name in tensors:
             raise unprocessable(f"input '{name}' comes twice")
         spec = known[name]
