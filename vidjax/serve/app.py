@@ -383,7 +383,7 @@ class Application:
                 raise unprocessable("an .npz needs the name of its clip: ?clip=NAME")
             asked = _of_words({"clips": [{"clip": name}], **words}, kind)
             read = lambda: [clip_files.read_npz_bytes(body, name, self.limits.body_bytes)]  # noqa: E731
-            return await self._by_name(await _parsed(read, LARGE + 1)), asked
+            return await self._clips_by_name(await _parsed(read, LARGE + 1)), asked
         if sent != "application/json":
             status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
             raise Refused(status, "wanted Content-Type: application/json, or application/x-npz")
@@ -394,9 +394,10 @@ class Application:
         read = lambda: [  # noqa: E731
             clip_files.read_json(one, f"clips[{place}]") for place, one in enumerate(asked.clips)
         ]
-        return await self._by_name(await _parsed(read, len(body))), asked
+        return await self._clips_by_name(await _parsed(read, len(body))), asked
 
-    async def _by_name(self, clips: Sequence[Clip]) -> dict[str, Any]:
+    async def _clips_by_name(self, clips: Sequence[Clip]) -> dict[str, Any]:
+        """Returns clips as `_by_name`, by the modalities that the gallery has now."""
         known = self.people.widths
         if any(key not in known for clip in clips for key in clip.modalities):
             await self._is_wider()
