@@ -262,6 +262,17 @@ def test_weights_that_no_program_holds_are_refused(
 
 
 @pytest.mark.slow
+def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, capsys, monkeypatch):
+    """They lie beside its program."""
+    monkeypatch.setattr(function, "LARGEST", 1000)
+    code, _, complaint = export(capsys, nearest_run, tmp_path / "out", "saved_model")
+    assert code == 0, complaint
+    program = tmp_path / "out" / "saved_model" / "saved_model.pb"
+    vectors = load_file(tmp_path / "out" / weights.WEIGHTS)["model_state/memory/neighbours/vectors"]
+    assert vectors[0, 0].tobytes() not in program.read_bytes()
+
+
+@pytest.mark.slow
 def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path):
     """Each holds all weights, and what nobody looks for is not deleted."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]

@@ -88,10 +88,10 @@ def _write_run(
     api.run_config(source)  # says what to do where there is no run
     run = predict.restore(source, step="best" if step == "best" else "latest", num_devices=1)
     size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
-    if chosen.file and size >= function.LARGEST:
+    if chosen.bounded and size >= function.LARGEST:
         raise UserError(
             f"--format={name} holds {function.LARGEST / 1e9:.1f} GB, and the weights are "
-            f"{size / 1e9:.1f} GB: choose safetensors"
+            f"{size / 1e9:.1f} GB: choose safetensors or saved_model"
         )
     exported = function.export(run)
     weights.write(run.workdir, folder, step)

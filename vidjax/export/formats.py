@@ -25,12 +25,12 @@ class Format(NamedTuple):
     """A format.
 
     Attributes:
-      file: the file or folder that it adds to the weights; "" for none. One with a program holds
-        less than `function.LARGEST` bytes.
+      file: the file or folder that it adds to the weights; "" for none.
       write: writes it into a folder that holds the weights; returns what its runtime answers.
       packages: what it needs beside vidjax, and the extra that installs them.
       outputs: what the file answers.
       gallery: writes a gallery in place of a run and returns the largest difference, or None.
+      bounded: whether weights and program lie in one file, of less than `function.LARGEST` bytes.
     """
 
     file: str
@@ -39,6 +39,7 @@ class Format(NamedTuple):
     extra: str
     outputs: tuple[str, ...] = function.OUTPUTS
     gallery: Callable[[Gallery, Path], float] | None = None
+    bounded: bool = False
 
 
 def stablehlo(run: Predictor, exported: Exported, folder: Path) -> Answer:
@@ -58,8 +59,8 @@ def stablehlo(run: Predictor, exported: Exported, folder: Path) -> Answer:
 
 def tensorflow(run: Predictor, exported: Exported, folder: Path) -> Answer:
     """Writes a SavedModel."""
-    del run
-    saved_model.write(folder / "saved_model", exported.function, exported.inputs)
+    whole, members = functools.partial(function.outputs, run), function.members(run)
+    saved_model.write(folder / "saved_model", whole, members, exported.inputs)
     return saved_model.load(folder / "saved_model")
 
 
@@ -138,9 +139,9 @@ def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
 
 # name -> format. To add one, write its function above and add a line here.
 FORMATS = {
-    "stablehlo": Format("model.stablehlo", stablehlo, (), ""),
+    "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
     "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),
-    "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx"),
+    "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx", bounded=True),
     "safetensors": Format("", safetensors, (), "", gallery=gallery_safetensors),
     "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_numpy),
 }

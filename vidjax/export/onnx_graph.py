@@ -62,7 +62,7 @@ def to_model(
     used = _used(graph.nodes)
     constants = [one for one in graph.constants if one.name in used]
     if sum(len(one.raw_data) for one in constants) >= LARGEST:
-        raise UserError("--format=onnx holds 2.1 GB: choose safetensors")
+        raise UserError("--format=onnx holds 2.1 GB: choose safetensors or saved_model")
     proto = helper.make_graph(
         graph.nodes,
         "vidjax",

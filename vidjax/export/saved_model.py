@@ -1,7 +1,9 @@
 """TensorFlow's SavedModel; TensorFlow is imported, and set up, by `vidjax.data.records.tensors`.
 
-The file holds the compiled form of the function, as one operation that XLA inside of TensorFlow
-runs: TensorFlow and TF Serving load it, TensorFlow Lite and runtimes without XLA do not.
+The folder holds the compiled form of the function, as one operation that XLA inside of TensorFlow
+runs: TensorFlow and TF Serving load it, TensorFlow Lite and runtimes without XLA do not. The
+weights lie beside it, as variables: as constants of a graph they would be copied dozens of times,
+and could not have more than 2 GB.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +16,18 @@ import numpy as np
 
 def write(
     path: Path,
-    function: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    function: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]],
+    weights: Any,
     inputs: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
-    """Writes a function of named arrays, whose sizes may be symbols, as the folder `path`."""
+    """Writes a function of weights and named arrays as the folder `path`.
+
+    Args:
+      path: a new folder.
+      function: weights, inputs -> outputs.
+      weights: nested arrays.
+      inputs: name -> shape, with symbolic dimensions, and dtype.
+    """
     from jax.experimental import jax2tf
 
     from vidjax.data.records.tensors import tf
@@ -25,7 +35,7 @@ def write(
     shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
     converted = jax2tf.convert(
         function,
-        polymorphic_shapes=[shapes],
+        polymorphic_shapes=[None, shapes],
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda"),
     )
@@ -35,10 +45,12 @@ def write(
         )
         for name, one in inputs.items()
     }
-    serving: Any = tf.function(lambda **arrays: converted(arrays), autograph=False)
+    variables = jax.tree.map(tf.Variable, weights)
+    serving: Any = tf.function(lambda **arrays: converted(variables, arrays), autograph=False)
     signature = serving.get_concrete_function(**given)
-    # A module that holds the function, too, would hold the weights twice.
-    tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": signature})
+    module: Any = tf.Module()
+    module.weights = jax.tree.leaves(variables)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": signature})
 
 
 def load(path: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
