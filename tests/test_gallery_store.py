@@ -1,6 +1,7 @@
 """The folder of a gallery: the same answers however people came, the old state or the new one."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -638,6 +639,23 @@ def test_a_damaged_folder_is_named_in_one_error(gallery, kind):
     DAMAGES[kind](gallery.folder / store_lib.NAME)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
     refused(gallery.refresh, str(gallery.folder)) if kind != "cut" else None
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_reading_leaves_the_garbage_collector_as_it_was(gallery, monkeypatch, collects):
+    during = []
+
+    def read(connection):
+        during.append(gc.isenabled())
+        raise store_lib.UserError("made up")
+
+    monkeypatch.setattr(store_lib, "_read", read)
+    (gc.enable if collects else gc.disable)()
+    try:
+        refused(lambda: Gallery(gallery.folder), "made up")
+        assert during == [False] and gc.isenabled() == collects
+    finally:
+        gc.enable()
 
 
 def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):

@@ -209,12 +209,13 @@ class Draft:
         after = {name: _label(self.clips.get(name)) for name in before}
         final = self._final or ("remove" if self._removed else "")
         changed = {n: label for n, label in before.items() if label != after[n] and not final}
-        touched = sorted(self._touched & self.groups.keys() - {STRANGER})
+        # A set & keys would pass over all keys: of keys & a set, the set alone is passed over.
+        touched = sorted(self.groups.keys() & self._touched - {STRANGER})
         shown = {name: self.groups[name] for name in touched}
         people = enrol(old.index.backend, shown, self.clips)
         state = old._replace(
             version=old.version + 1,
-            index=old.index.replaced(self._touched & old.groups.keys(), people),
+            index=old.index.replaced(old.groups.keys() & self._touched, people),
             clips=self.clips,
             groups=self.groups,
             still_held=old.still_held + sum(old.clips[name].fitted for name in self._removed),

@@ -13,6 +13,7 @@ a journal may name another file, which SQLite would then delete.
 
 import contextlib
 import errno
+import gc
 import hashlib
 import heapq
 import itertools
@@ -325,7 +326,7 @@ class Store:
 
     def read(self) -> State:
         """Reads the file and checks it."""
-        with self._opened() as connection:
+        with self._opened() as connection, _no_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("its pages do not fit together")
             return _read(connection)
@@ -364,6 +365,18 @@ class Store:
                 problem = f"'{self.folder}' is changed, but a power cut may undo it"
                 raise OSError(error.errno, f"{problem}: {error.strerror}") from error
         return sha256
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector off objects that are all kept: half of the time of reading."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def damaged(path: Path, problem: str) -> UserError:
