@@ -36,7 +36,7 @@ def make_ranking(columns: ScoreColumns, pool: np.ndarray) -> topk.RunningTopK:
     """Returns an empty ranking of the clips `pool` [N] bool by scores with these columns."""
     return topk.RunningTopK(
         columns.total,
-        rows=min(WINDOW_ROWS, columns.max_pending_rows),
+        rows=min(WINDOW_ROWS, columns.max_pending_rows, len(pool)),
         mesh=columns.mesh,
         identities=columns.identities,
         pool=pool,
