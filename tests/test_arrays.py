@@ -396,6 +396,7 @@ def test_clips_that_do_not_fit_together_are_refused(source, words, cache):
         (b"name,identity\na,1\n", ("line 1", "clip,identity", "name,identity")),
         (b"", ("line 1",)),
         (b"clip,identity\ntrain_01\n", ("line 2", "fewer fields")),
+        (b"clip,identity\ntrain_01,Smith, John\n", ("line 2", "more fields", "quotes")),
         (b"clip,identity\ntrain_01,1\ntrain_01,2\n", ("line 3", "labelled 1 and 2")),
         (b'clip,identity\n"train\n1",1\n', ("line 3", "rename it")),
         (b"clip,identity\n\xff,1\n", ("UTF-8",)),
@@ -440,6 +441,32 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     clip_files.write_truth(folder, "train", {"one": "1"})
     write_csv(folder / "labels.csv", {"one": 1})
     refused("labels.csv and train_gt.txt: keep one", source=folder, cache=cache)
+
+
+def test_parts_of_a_split_are_not_passed_over(tmp_path, cache):
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        (tmp_path / f"{name}.parquet").touch()
+    refused("train-00000", "a split is one table", "join the tables", source=tmp_path, cache=cache)
+    (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
+    refused("train-00001", "would not be read", "train.parquet", source=tmp_path, cache=cache)
+
+
+@pytest.mark.parametrize("beside", ["b.NPZ", "c.npy", "d.parquet", "val/d.npz"])
+def test_features_beside_the_clips_to_score_are_not_passed_over(tmp_path, beside):
+    np.savez(tmp_path / "a.npz", face=np.ones((1, 2), np.float32))
+    (tmp_path / "labels.csv").write_text("clip,identity\na,1\n")
+    assert memory.load_clips(tmp_path, {"face": 2}, ()).split("clips").clips == ("a",)
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / beside).touch()
+    with pytest.raises(ValueError, match=r"would not be read beside CLIP\.npz") as caught:
+        memory.load_clips(tmp_path, {"face": 2}, ())
+    assert beside.partition("/")[0] in str(caught.value)
+
+
+def test_an_empty_modality_is_one_of_a_dataset_in_memory():
+    clips = [{"train": {"a": {"face": np.ones((1, 2)), **more}}} for more in ({}, {"audio": []})]
+    with_it, without = (arrays.FeatureDict(one).fingerprint() for one in clips)
+    assert with_it != without
 
 
 @needs_pyarrow

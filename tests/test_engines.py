@@ -273,6 +273,26 @@ def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(
     assert len(read) == 3, "another process need not read them either"
 
 
+def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock of two seconds does not show a write after the times were taken."""
+    path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 5 * 10**8
+    path.write_bytes(b"1")
+    monkeypatch.setattr(cache, "TICK_NS", tick)
+    changed = time.time_ns()
+    monkeypatch.setattr(cache, "_state", lambda one: (1, 1, changed, changed))
+
+    def slow(some):
+        time.sleep(2 * tick / 10**9)  # other files take long
+        return digest(some)
+
+    monkeypatch.setattr(cache, "_sha256_each", slow)
+    first = cache.digest_files([path], cache.Digests(tmp_path / "cache"))
+    path.write_bytes(b"2")
+    assert cache.digest_files([path], cache.Digests(tmp_path / "cache")) != first
+
+
 def test_little_data_start_no_process() -> None:
     def task(frames: int) -> ShardTask:
         lengths = {"face": np.array([frames])}

@@ -242,6 +242,20 @@ def test_fixed_windows_match_a_loop(weighting):
     np.testing.assert_array_equal(union.number, np.concatenate([frames.number] * 2, axis=1))
 
 
+def test_windows_of_int8_are_rounded_and_not_cut_off():
+    features = np.array([[[3], [4], [-3], [-5]]], np.int8)
+    frames = make_frames([4], max_frames=4)._replace(features=features)
+    union = fuse("windows", None, frames, max_frames=4)
+    expected = windows_oracle(frames, 0, 4, np.ones((1, 4)))
+    assert union.features.dtype == np.int8
+    np.testing.assert_array_equal(union.features[0], np.round(expected))
+
+
+def test_the_smallest_share_keeps_a_frame():
+    frames = make_frames([9], max_frames=9)
+    assert fusion.filter_frames(frames, top_share=4e-5).mask.sum() == 1
+
+
 def test_random_windows_hold_their_frame_and_one_to_four_others():
     length = 12
     frames = one_hot_frames(np.ones(length), padding=2)

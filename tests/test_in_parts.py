@@ -234,6 +234,12 @@ def test_a_folder_of_splits_is_no_folder_of_parts(say, people, day, tmp_path):
     assert "--shard=1/2" in said
 
 
+def test_clips_beside_tables_are_not_passed_over(day):
+    (day / "one.npz").touch()
+    with pytest.raises(UserError, match=r"one\.npz: would not be read beside tables"):
+        runner.tables_of(day)
+
+
 def test_damaged_results_are_made_again_and_foreign_ones_kept(day, tmp_path):
     out, found = tmp_path / "out", runner.tables_of(day)
     worked, done = count_work(out, found)

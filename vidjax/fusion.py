@@ -56,6 +56,7 @@ def filter_frames(
     if top_share < 1:
         # Whole numbers are exact. In float32, 0.1 x 30 would be slightly more than 3.
         share = fractions.Fraction(top_share).limit_denominator(10_000)
+        share = max(share, fractions.Fraction(1, 10_000))  # a share of 0 would keep no frame
         count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
         count = -(-count * share.numerator // share.denominator)
         place = jnp.argsort(_best_first(frames.quality, kept), axis=1)
@@ -403,7 +404,13 @@ def merged_windows(
     weights = [take(all_weights, index) for index in picks]
     merged = _fuse(frames, picks, slots, weights, frames.mask)
     merged = merged._replace(number=frames.number)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1), frames, merged)
+
+    def stored(mean: Array, like: Array) -> Array:
+        # A cast to int8 would cut digits off, which makes features shorter.
+        whole = jnp.issubdtype(like.dtype, jnp.integer)
+        return (jnp.round(mean) if whole else mean).astype(like.dtype)
+
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, stored(b, a)], 1), frames, merged)
 
 
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vidjax.errors import UserError
+
 DRAWS = 10_000
 DRAWS_AT_ONCE = 2**22  # weights held in memory at a time
 LEVEL = 0.95
@@ -118,6 +120,8 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     from scipy import special  # a fifth of a second, for those alone who need it
 
     first, results = groups[0], []
+    if len(first[0]) < 2:
+        raise UserError("one identity has no interval: compare runs on two or more")
     for own in groups[1:]:
         gaps = [new - old for new, old in zip(own, first, strict=True)]
         mean, error = paired(gaps, same_identities=True)

@@ -185,7 +185,9 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
             files[split] = [table]
         elif clips.is_dir():
             files[split] = _npz_files(clips)
-    for path in list_entries(folder):
+    entries = list_entries(folder)
+    _refuse_parts([path for path in entries if path.suffix == ".parquet"], files)
+    for path in entries:
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.npz"))):
             refuse_split(path, path.name.removesuffix(".parquet"), files)
     if not files:
@@ -195,6 +197,17 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
             f"such as train/one.npz; splits are train, val and test{hint}"
         )
     return files
+
+
+def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
+    """Refuses tables that look like parts of one split, such as train-00000-of-00002.parquet."""
+    for split in SPLITS:
+        parts = [one for one in tables if one.stem.startswith(split) and one.stem != split]
+        if parts and (split in present or len(parts) > 1):
+            raise UserError(
+                f"{parts[0]}: would not be read: a split is one table, {split}.parquet\n"
+                f"join the tables, or write a file {split}/CLIP.npz for each clip"
+            )
 
 
 def _npz_files(folder: Path) -> list[Path]:
@@ -220,7 +233,10 @@ def _digest(clips: Iterable[Clip]) -> str:
     for clip in clips:
         sha256 = hashlib.sha256(clip.name.encode())
         for modality, value in sorted(clip.modalities.items()):
-            for field, array in read_frames(value, place_of(clip, modality)).items():
+            frames = read_frames(value, place_of(clip, modality))
+            if not frames:  # a modality of the dataset nevertheless
+                sha256.update(repr((modality, None)).encode())
+            for field, array in frames.items():
                 sha256.update(repr((modality, field, array.dtype.str, array.shape)).encode())
                 sha256.update(np.ascontiguousarray(array).data)
         digests.append(sha256.hexdigest())

@@ -52,8 +52,9 @@ def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = Non
     """Returns the sha256 of the names and contents of files; reads them only if one has changed.
 
     The cache finds the digest by the paths and the `_state` of the files. If a file changed less
-    than TICK_NS ago, nothing is kept: another change in the same tick would not show.
+    than TICK_NS before this call, nothing is kept: another change in the same tick would not show.
     """
+    began = time.time_ns()
     states = [_state(path) for path in paths]
     place = cache_folder(kept.cache_dir, "digests", [list(map(str, paths)), states])
     with contextlib.suppress(OSError, ValueError):
@@ -68,7 +69,7 @@ def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = Non
                 sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
-    unchanged = newest < time.time_ns() - TICK_NS and states == [_state(path) for path in paths]
+    unchanged = newest < began - TICK_NS and states == [_state(path) for path in paths]
     if kept.write and unchanged:
         with contextlib.suppress(OSError):  # a cache that cannot be written saves no time
             files.make_private(place.parent)

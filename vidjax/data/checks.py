@@ -1,7 +1,7 @@
 """Refuses misspelt names of files; finds features from which no system can learn."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
             f"{path}: '{word}' is no split and would not be read\n"
             f"rename it to {head}{split}{tail}, or move it away; splits are {', '.join(SPLITS)}"
         )
+
+
+FEATURES = (".npz", ".npy", ".parquet")
+
+
+def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
+    """Refuses features that lie beside `wanted` ones, such as CLIP.npz, and would not be read."""
+    for path in entries:
+        holds = path.is_dir() and any(x for end in FEATURES for x in path.glob(f"*{end}"))
+        if holds or path.suffix.lower() in FEATURES:
+            raise UserError(
+                f"{path}: would not be read beside {wanted}\nmove it away, or name it by itself"
+            )
 
 
 # Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.

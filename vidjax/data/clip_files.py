@@ -75,7 +75,8 @@ def read_json(value: object, place: str) -> Clip:
                     "of lists of one length"
                 )
             with np.errstate(over="ignore"):  # infinite: the frame is left out, and told
-                arrays[key] = array.astype(np.float32)
+                # Numbers of frames stay whole: float32 holds those below 2**24.
+                arrays[key] = array if key.endswith("_number") else array.astype(np.float32)
     return Clip(name, place, _by_modality(arrays, place), given)
 
 
@@ -213,7 +214,8 @@ def _read_table(path: Path, opened: io.FileIO) -> Any:
     if size > limit:
         raise UserError(
             f"{path}: its columns take {size:,} bytes, and a third of the memory is {limit:,}\n"
-            "split it into several tables"
+            "split it into several tables, which rank, embed and gallery identify read in turn\n"
+            "for training, write a file SPLIT/CLIP.npz for each clip"
         )
     kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
     text = [name for name in COLUMNS if file.schema_arrow.field(name).type in kinds]
@@ -311,7 +313,10 @@ class RetrySerially(Exception):
 
 
 def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
-    """Raises RetrySerially where parts of a split share a clip, or differ in width or dtype."""
+    """Raises RetrySerially where parts of a split share a clip, or differ in width or dtype.
+
+    Also where two modalities differ in the size of letters alone.
+    """
     names = [{name for flat in part.values() for name in flat.names} for part in parts]
     if sum(map(len, names)) != len(set().union(*names)):
         raise RetrySerially
@@ -320,7 +325,10 @@ def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
         for name, flat in part.items():
             if len(flat.features):
                 kinds.setdefault(name, set()).add((flat.features.dtype, flat.features.shape[1]))
-    if any(len(found) > 1 for found in kinds.values()):
+    modalities = {name for part in parts for name in part}
+    if any(len(found) > 1 for found in kinds.values()) or (
+        len({name.casefold() for name in modalities}) < len(modalities)
+    ):
         raise RetrySerially
 
 

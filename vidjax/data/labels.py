@@ -104,6 +104,11 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
             for row in table:
                 if row["clip"] is None or row["identity"] is None:
                     raise UserError(f"{path}: line {table.line_num}: fewer fields than columns")
+                if any(row.get(None) or ()):  # pyright: ignore[reportArgumentType]
+                    raise UserError(
+                        f"{path}: line {table.line_num}: more fields than columns\n"
+                        'put a name that holds a comma into double quotes: "Smith, John"'
+                    )
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a table of UTF-8 text: {error}") from None

@@ -18,7 +18,7 @@ from vidjax.batch import Batch, Frames
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
-from vidjax.data.checks import list_entries
+from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
@@ -247,7 +247,8 @@ def load_clips(
 
     Frames that are not finite are left out, with a warning that counts them. Official pickles are
     read in the sandbox into memory-mapped files. Names of clips in tables and `.npz` files stay as
-    they are; those in pickles lose their `.mp4`.
+    they are; those in pickles lose their `.mp4`. Of pickles, only those of the run's modalities are
+    read: a clip that lies in none of them is not among the clips.
 
     Args:
       path: the folder or the table.
@@ -274,8 +275,11 @@ def load_clips(
                 f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(files))}"
             )
         return _load_pickles(files, modalities, identities, quality)
-    paths = [entry for entry in list_entries(path) if entry.suffix == ".npz"]
-    if not paths:
+    entries = list_entries(path)
+    paths = [entry for entry in entries if entry.suffix == ".npz"]
+    if paths:
+        refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
+    else:
         splits = files_by_split(path)
         paths = splits[_choose_split(path, splits, split)]
     return MemoryClips.pack(read_clips(paths), modalities, identities, quality)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vidjax import files
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
-from vidjax.data.cache import Digests, exclusive
+from vidjax.data.cache import Digests, exclusive, mark_used
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, RecordSource
 from vidjax.data.iqiyi_vid import OfficialFiles
@@ -42,7 +42,7 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
     # The source code of the generator is its version: a change cannot be forgotten.
     version = files.sha256_file(Path(synthetic.__file__))[:12]
     root = files.cache_root(digests.cache_dir) / "synthetic"
-    changed = "".join(f"-{name}={value:g}" for name, value in options.changed().items())
+    changed = "".join(f"-{name}={_shortest(x)}" for name, x in options.changed().items())
     folder = root / f"{data['size']}-{data['seed']}{changed}-{version}"
     if not folder.exists():
         if not digests.write:
@@ -52,7 +52,15 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
                 _LOG.info("making the synthetic dataset in %s", folder)
                 with files.atomic_folder(folder) as partial:
                     synthetic.write(partial, size=data["size"], seed=data["seed"], options=options)
+    if digests.write:
+        mark_used(folder)
     return OfficialFiles(folder, digests=digests, origin=Origin("synthetic"))
+
+
+def _shortest(value: float) -> str:
+    """Returns a number in six digits, or in as many as tell it from all others."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def open_iqiyi_vid(data: Section, digests: Digests) -> RecordSource:

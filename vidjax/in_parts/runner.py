@@ -14,6 +14,7 @@ import msgspec
 
 from vidjax import files, tables
 from vidjax.data.beam import Beam
+from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
 from vidjax.errors import UserError
 from vidjax.run import formats, terminal
@@ -109,9 +110,14 @@ def job_of(args: argparse.Namespace) -> Job | None:
 
 def tables_of(source: Path) -> list[Path]:
     """Returns the tables of a folder in parts, sorted; none where it holds splits, or none."""
-    found = sorted(source.glob("*.parquet")) if source.is_dir() else []
-    found = [path for path in found if not path.name.startswith(HIDDEN)]
-    return [] if {path.stem for path in found} & {*SPLITS} else found
+    entries = sorted(source.iterdir()) if source.is_dir() else []
+    entries = [path for path in entries if not path.name.startswith(HIDDEN)]
+    found = [path for path in entries if path.suffix == ".parquet"]
+    if not found or {path.stem for path in found} & {*SPLITS}:
+        return []
+    # Not folders: the results may lie in one.
+    refuse_unread((one for one in entries if one not in found and not one.is_dir()), "tables")
+    return found
 
 
 def _check_out(out: str | None, found: Sequence[Path]) -> Path:

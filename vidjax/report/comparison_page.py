@@ -205,7 +205,8 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
     ]
     first = runs[0]
     clips = f"{first.num_clips:,} clips of {first.split}"
-    title = f"{len(first.identities):,} identities, {clips}; compared with {first.name}"
+    others = f" ({first.num_others:,} that no run knows left out)" if first.num_others else ""
+    title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
     return "\n".join([title, *(f"  {line}" for line in [*lines, *in_sample(runs)])])
 
 
@@ -224,6 +225,7 @@ def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dic
     return {
         "split": first.split,
         "num_identities": len(first.identities),
+        "num_others": first.num_others,
         "num_clips": first.num_clips,
         "level": significance.LEVEL,
         "method": significance.METHOD_OF_SEEDS if first.seeds else significance.METHOD,
