@@ -163,15 +163,13 @@ def test_the_main_figure_by_its_definition():
     def seen(frames, fps=5):
         shots = MainFigures()
         for number, sides in enumerate(frames):
-            shots.update(
-                number / fps, boxes(*sides), np.ones(len(sides)), np.zeros((len(sides), 5, 2))
-            )
-        return [len(track.times) for track in shots.finish()]
+            shots.update(number / fps, boxes(*sides))
+        return [len(track.times) for track in shots.finish(len(frames) / fps)]
 
     assert seen([[3, 1]] * 10) == [10] and seen([[2.9, 1]] * 10) == []
     assert seen([[1]] * 3 + [[]] * 7) == [] and seen([[1]] * 4 + [[]] * 6) == [4]
-    assert seen([[1]] * 5) == [] and seen([[1]] * 6) == [6]
-    assert seen([[1]] * 151) == [151] and seen([[1]] * 152) == []
+    assert seen([[1]] * 4) == [] and seen([[1]] * 5) == [5]
+    assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []
 
 
 def test_who_has_no_face_is_no_one(tmp_path, models, capsys, recwarn):

@@ -57,6 +57,31 @@ def test_formats_give_the_same_times_and_pictures(tmp_path: Path, name: str, cod
     assert video.found.seconds == pytest.approx(1.2, abs=0.002)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
+def test_pixels_that_are_no_squares_are_shown_as_such(
+    tmp_path: Path, name: str, aspect: float, width: int
+) -> None:
+    films.write(tmp_path / name, [corner()] * 5, "mpeg4", aspect=aspect)
+    frames, _ = read(tmp_path / name)
+    assert frames[0].rgb is not None
+    assert frames[0].rgb.shape == (120, width, 3)
+    assert red(frames[0].rgb) == (True, False, False, False)
+
+
+def test_wide_pixels_count_for_the_largest_picture(tmp_path: Path) -> None:
+    films.write(tmp_path / "a.mp4", [corner()] * 5, "mpeg4", aspect=2.0)
+    with pytest.raises(UserError, match="pictures of 320 x 120 pixels"):
+        decode.open_video(tmp_path / "a.mp4", most_pixels=30_000)
+
+
+def test_a_last_picture_that_is_held_belongs_to_the_film(tmp_path: Path) -> None:
+    films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
+    _, video = read(tmp_path / "slides.mp4")
+    assert video.found.seconds == pytest.approx(19 / 25 + 6, abs=0.05)
+    assert not video.found.damaged
+
+
 @pytest.mark.parametrize(("degrees", "place"), [(0, 0), (90, 3), (180, 2), (-90, 1)])
 def test_a_turned_film_is_shown_upright(tmp_path: Path, degrees: int, place: int) -> None:
     films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)

@@ -26,10 +26,15 @@ def write(
     *,
     stamps: Sequence[int] | None = None,
     rotation: int = 0,
+    aspect: float = 1.0,
+    held_ms: int = 0,
     kind: str | None = None,
     options: dict[str, str] | None = None,
 ) -> None:
-    """Writes pictures uint8 [H, W, 3] as a film; `stamps` are times in milliseconds."""
+    """Writes pictures uint8 [H, W, 3] as a film; `stamps` are times in milliseconds.
+
+    `aspect` is the width of a pixel by its height; the last picture lasts `held_ms` if above 0.
+    """
     target = str(path) if isinstance(path, Path) else path
     with av.open(target, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=options or {})
@@ -39,14 +44,20 @@ def write(
         if codec != "mpeg1video":  # which knows a few rates alone
             stream.codec_context.time_base = Fraction(1, 1000)
         stream.time_base = Fraction(1, 1000)
+        if aspect != 1:
+            stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         if rotation:
             stream.set_display_rotation(rotation)
+        packets = []
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = stamps[number] if stamps else round(number * 1000 / fps)
             frame.time_base = Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        if held_ms:
+            packets[-1].duration = held_ms
+        container.mux(packets)
 
 
 def write_sound(

@@ -33,6 +33,7 @@ PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe")
 PHOTO_BRANDS = ("heic", "heix", "hevc", "hevx", "heim", "heis", "mif1", "msf1", "avif", "avis")
 MOST_PIXELS = 50_000_000  # of a picture; 8K video has 33 million
 SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
+LEAST_ASPECT = 0.25  # of a pixel; beyond it a file does not tell the truth
 USUAL_RATE = 25.0  # frames per second, where a file does not tell
 READ_BYTES = 1 << 18
 ROUNDED_SECONDS = 0.02  # how far a time stamp of sound may be off
@@ -62,13 +63,15 @@ EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 class Info:
     """What a file declares of itself; any of it may be wrong.
 
-    `width` and `height` are pixels as stored, before the picture is turned upright. `seconds`:
-    declared duration, None if unknown. `rate`: frames per second on average. `start_s`: time stamp
-    of the first moment, which all times leave out. `photo`: a file of a single picture.
+    `width` and `height` are pixels as stored, before the picture is turned upright. `aspect`: width
+    of a pixel by its height, as players show it; 1 for photos. `seconds`: declared duration, None
+    if unknown. `rate`: frames per second on average. `start_s`: time stamp of the first moment,
+    which all times leave out. `photo`: a file of a single picture.
     """
 
     width: int
     height: int
+    aspect: float
     seconds: float | None
     rate: float
     start_s: float
@@ -186,7 +189,8 @@ class Video:
             sampled = time_s * fps >= sample - 1e-3
             try:
                 small = shrink(decoded, SMALL[1], SMALL[0])
-                rgb = convert(decoded, decoded.width, decoded.height) if sampled else None
+                width = max(1, round(decoded.width * self.info.aspect))
+                rgb = convert(decoded, width, decoded.height) if sampled else None
             except (FFmpegError, ValueError):  # a format of pixels that cannot be converted
                 self.found.refused += 1
                 continue
@@ -195,7 +199,7 @@ class Video:
                 rgb = self._upright(rgb, decoded)
             self.found.frames += 1
             self.found.repaired = clock.repaired
-            self.found.seconds = time_s + 1.0 / self.info.rate
+            self.found.seconds = self._end_of(time_s, decoded)
             yield Frame(time_s, small, rgb)
         if not self.found.frames:
             raise UserError(
@@ -203,6 +207,12 @@ class Video:
                 "copy it again, or leave it out"
             )
         self.found.damaged |= ends_early(self.found.seconds, self.info)
+
+    def _end_of(self, time_s: float, frame: "VideoFrame") -> float:
+        """Returns when a frame ends: one that is held lasts longer than others."""
+        end_s = time_s + 1.0 / self.info.rate
+        held_s = float((frame.duration or 0) * (frame.time_base or 0))
+        return max(end_s, min(time_s + held_s, self.info.seconds or 0.0))
 
     def sound(self, rate: int = 16_000) -> Iterator[tuple[float, np.ndarray]]:
         """Yields (seconds, samples) of the first sound track, none if there is none.
@@ -411,7 +421,8 @@ def _info(container: "InputContainer", stream: "VideoStream") -> Info:
 
     context = stream.codec_context
     rate = float(stream.average_rate or stream.guessed_rate or 0)
-    base = stream.time_base or Fraction(0)
+    base, photo = stream.time_base or Fraction(0), container.format.name in PHOTO_FORMATS
+    aspect = float(stream.sample_aspect_ratio or 1)
     seconds = float(stream.duration * base) if stream.duration else None
     if seconds is None:
         seconds = _tagged_seconds(stream.metadata.get("DURATION", ""))
@@ -420,11 +431,12 @@ def _info(container: "InputContainer", stream: "VideoStream") -> Info:
     return Info(
         width=context.width,
         height=context.height,
+        aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT and not photo else 1.0,
         seconds=seconds if seconds and seconds > 0 else None,
         rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
         start_s=(container.start_time or 0) / av.time_base,
         codec=context.name,
-        photo=container.format.name in PHOTO_FORMATS,
+        photo=photo,
         sound=bool(_sound_streams(container)),
     )
 
@@ -442,9 +454,9 @@ def _check_size(path: Path, info: Info, most_pixels: int) -> None:
             f"'{path}' does not tell the size of its pictures, or they have more than "
             f"{most_pixels:,} pixels\nmake it smaller, or raise the limit on pixels"
         )
-    if info.width * info.height > most_pixels:
+    if (width := round(info.width * max(1.0, info.aspect))) * info.height > most_pixels:
         raise UserError(
-            f"'{path}': pictures of {info.width} x {info.height} pixels are more than the most, "
+            f"'{path}': pictures of {width} x {info.height} pixels are more than the most, "
             f"{most_pixels:,}\nmake it smaller, or raise the limit on pixels"
         )
 

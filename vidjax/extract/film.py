@@ -17,7 +17,7 @@ from vidjax.extract import align, decode, figures, folder
 from vidjax.extract.figures import Figures, Nets
 from vidjax.extract.models import Embedder
 from vidjax.extract.shots import Cuts
-from vidjax.extract.tracks import MainFigures, Track, Tracker
+from vidjax.extract.tracks import MainFigures, Track, Tracker, gap_at
 from vidjax.extract.voices import RATE, WINDOW, Voice, alone, listen, unseen
 
 
@@ -165,18 +165,18 @@ class Clips:
 class Everybody:
     """Follows all who are seen in shots, each of which has a clip of its main figure alone."""
 
-    def __init__(self, clips: Clips):
-        self.tracker, self._clips = Tracker(), clips
+    def __init__(self, clips: Clips, gap_s: float):
+        self.tracker, self._clips = Tracker(gap_s=gap_s), clips
         self._tracks: list[folder.Track] = []
 
     def update(self, time_s: float, people: Figures) -> None:
         """Takes the people of the next frame."""
-        self.tracker.update(time_s, people.boxes, people.scores, people.points)
+        self.tracker.update(time_s, people.boxes)
         self._keep(self.tracker.take_ended())
 
-    def finish(self) -> list[folder.Track]:
+    def finish(self, time_s: float) -> list[folder.Track]:
         """Returns when each of them is seen, with the clip of the shot."""
-        self._keep(self.tracker.finish())
+        self._keep(self.tracker.finish(time_s))
         return self._tracks
 
     def _keep(self, ended: Iterable[Track]) -> None:
@@ -202,27 +202,28 @@ def extract(
         if video.info.photo:
             return _photo(video, out, stem, nets, settings, name, sha256)
         clips, cuts = Clips(nets, out, stem, settings), Cuts()
-        tracker = MainFigures() if settings.unit == "shot" else Tracker()
-        everybody = Everybody(clips)  # whom a clip of a shot may leave out
+        gap_s = gap_at(min(settings.fps, video.info.rate))
+        tracker = MainFigures() if settings.unit == "shot" else Tracker(gap_s=gap_s)
+        everybody = Everybody(clips, gap_s)  # whom a clip of a shot may leave out
         for number, frame in enumerate(video.frames(settings.fps)):
             if cuts.update(frame.time_s, frame.small) and number:
-                tracker.cut()
-                everybody.tracker.cut()
+                tracker.cut(frame.time_s)
+                everybody.tracker.cut(frame.time_s)
                 _end(tracker, clips)
             if frame.rgb is not None:
                 people = figures.find(nets, frame.rgb)
-                owners = tracker.update(frame.time_s, people.boxes, people.scores, people.points)
+                owners = tracker.update(frame.time_s, people.boxes)
                 clips.add(number, owners, people, frame.rgb)
                 _end(tracker, clips)
                 if settings.unit == "shot":
                     everybody.update(frame.time_s, people)
-        for track in tracker.finish():
-            clips.end(track)
         found = video.found
+        for track in tracker.finish(found.seconds):
+            clips.end(track)
         shots = [(shot.start_s, shot.end_s) for shot in cuts.shots(found.seconds)]
     voices = lost_sound = 0
     if nets.listen and video.info.sound:
-        seen = everybody.finish() if settings.unit == "shot" else [*clips.tracks]
+        seen = everybody.finish(found.seconds) if settings.unit == "shot" else [*clips.tracks]
         with decode.open_video(path) as video:
             voices = clips.hear(video.sound(RATE), seen, shots)
             lost = video.found
@@ -261,9 +262,9 @@ def _photo(
     assert frame.rgb is not None
     people = figures.find(nets, frame.rgb)
     people = people.of(~np.isnan(people.parts["face"][:, 0]))
-    owners = tracker.update(0.0, people.boxes, people.scores, people.points)
+    owners = tracker.update(0.0, people.boxes)
     clips.add(0, owners, people, frame.rgb)
-    tracks = tracker.finish()
+    tracks = tracker.finish(0.0)
     for place, track in enumerate(tracks):
         clips.end(track, stem if len(tracks) == 1 else f"{stem}.f{place + 1:02}")
     return _film(name, sha256, clips, video.found, [(0.0, 0.0)], photo=True)

@@ -11,29 +11,22 @@ import numpy as np
 LEAST_OVERLAP = 0.3  # intersection over union
 GAP_SECONDS = 1.0
 PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # of what a detection differs from the expected box
-KEPT = 0.7  # part of the old embedding after a detection
 LARGER, LEAST_SHARE, LEAST_SECONDS, MOST_SECONDS = 3.0, 0.3, 1.0, 30.0  # of a shot's main figure
 CROWDED = 0.4  # overlap of two tracks of which one may hide the other
-
-# (embeddings [L, D] of tracks, [N, D] of detections) -> [L, N], above 0 for the same person.
-Similar = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass
 class Track:
     """Detections of one person, in order of time.
 
-    `number`: from 0, in the film. `times`: [n] seconds. `boxes`: [n, 4] pixels. `scores`: [n], of
-    the detector. `points`: [n, 5, 2] pixels. `detections`: [n], each one's number among all that
-    the tracker got.
+    `number`: from 0, in the film. `times`: [n] seconds. `boxes`: [n, 4] pixels. `detections`: [n],
+    each one's number among all that the tracker got.
     """
 
     number: int
     shot: int
     times: list[float] = dataclasses.field(default_factory=list)
     boxes: list[np.ndarray] = dataclasses.field(default_factory=list)
-    scores: list[float] = dataclasses.field(default_factory=list)
-    points: list[np.ndarray] = dataclasses.field(default_factory=list)
     detections: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -44,9 +37,8 @@ class _Motion:
     Tracking and Navigation", section 6.5, with fixed gains.
     """
 
-    def __init__(self, track: Track, time_s: float, box: np.ndarray, embedding: np.ndarray | None):
+    def __init__(self, track: Track, time_s: float, box: np.ndarray):
         self.track = track
-        self.embedding = embedding
         self._time, self._box = time_s, box
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
@@ -56,7 +48,7 @@ class _Motion:
             return self._box
         return self._box + (time_s - self._time) * self._speed
 
-    def add(self, time_s: float, box: np.ndarray, embedding: np.ndarray | None) -> None:
+    def add(self, time_s: float, box: np.ndarray) -> None:
         """Learns from a detection."""
         expected, step = self.box(time_s), max(time_s - self._time, 1e-3)
         if self._speed is None:
@@ -65,8 +57,6 @@ class _Motion:
             self._speed = self._speed + SPEED_GAIN * (box - expected) / step
             self._box = expected + PLACE_GAIN * (box - expected)
         self._time = time_s
-        if embedding is not None and self.embedding is not None:
-            self.embedding = KEPT * self.embedding + (1 - KEPT) * embedding
 
 
 class Tracker:
@@ -74,69 +64,57 @@ class Tracker:
 
     A pair of a track and a detection needs an overlap above LEAST_OVERLAP with the box where the
     track's motion leads, else with its last box. While one person hides another, their single
-    detection goes to neither, unless embeddings tell whose it is: it is lost, but no identity is
-    switched. A track ends at a cut, and GAP_SECONDS after its last detection.
+    detection goes to neither: it is lost, but no identity is switched. A track ends at a cut, and
+    `gap_s` after its last detection.
 
     Args:
       least: detections of a track; shorter ones are dropped. Give 1 for photos.
-      similar: how alike embeddings are, about -1 to 1; it is added to the overlap, so below 0 it
-        speaks against a pair.
+      gap_s: seconds, see `gap_at`.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information" (greedy overlap); the motion, the gap and crossings are ours.
     """
 
-    def __init__(self, *, least: int = 2, similar: Similar | None = None):
-        self._least = least
-        self._similar = similar
+    def __init__(self, *, least: int = 2, gap_s: float = GAP_SECONDS):
+        self._least, self._gap = least, gap_s
         self._live: list[_Motion] = []
         self._ended: list[Track] = []
         self._shot = 0
         self._tracks = 0
         self._detections = 0
 
-    def update(
-        self,
-        time_s: float,
-        boxes: np.ndarray,
-        scores: np.ndarray,
-        points: np.ndarray,
-        embeddings: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Takes the detections of the next frame and returns the number of each one's track.
 
         Args:
           time_s: seconds, later than the last call's.
-          boxes, scores, points: [N, 4], [N], [N, 5, 2].
-          embeddings: [N, D], for `similar`.
+          boxes: [N, 4].
 
         Returns:
           [N] int, -1 for a detection that was dropped because two people overlap.
         """
-        self._end_if(lambda motion: time_s - motion.track.times[-1] > GAP_SECONDS)
+        self._end_if(lambda motion: time_s - motion.track.times[-1] > self._gap)
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-        vectors = [None] * len(boxes) if embeddings is None else list(embeddings)
-        owners, dropped = self._match(time_s, boxes, embeddings)
+        owners, dropped = self._match(time_s, boxes)
         numbers = np.full(len(boxes), -1)
-        for n, (box, vector) in enumerate(zip(boxes, vectors, strict=True)):
+        for n, box in enumerate(boxes):
             if n not in dropped:
                 motion = owners.get(n)
                 if motion is None:
-                    motion = self._start(time_s, box, vector)
+                    motion = self._start(time_s, box)
                 else:
-                    motion.add(time_s, box, vector)
+                    motion.add(time_s, box)
                 track = motion.track
                 track.times.append(time_s)
                 track.boxes.append(box)
-                track.scores.append(float(scores[n]))
-                track.points.append(np.asarray(points[n], np.float64))
                 track.detections.append(self._detections + n)
                 numbers[n] = track.number
         self._detections += len(boxes)
         return numbers
 
-    def cut(self) -> None:
-        """Ends all tracks: the next detections are those of another shot."""
+    def cut(self, time_s: float) -> None:
+        """Ends all tracks: the next detections are those of another shot, which begins now."""
+        del time_s
         self._end_if(lambda motion: True)
         self._shot += 1
 
@@ -150,13 +128,14 @@ class Tracker:
         ended, self._ended = self._ended, []
         return ended
 
-    def finish(self) -> list[Track]:
+    def finish(self, time_s: float) -> list[Track]:
         """Ends all tracks at the end of the film and returns them as `take_ended` does."""
+        del time_s
         self._end_if(lambda motion: True)
         return self.take_ended()
 
-    def _start(self, time_s: float, box: np.ndarray, embedding: np.ndarray | None) -> _Motion:
-        motion = _Motion(Track(self._tracks, self._shot), time_s, box, embedding)
+    def _start(self, time_s: float, box: np.ndarray) -> _Motion:
+        motion = _Motion(Track(self._tracks, self._shot), time_s, box)
         self._tracks += 1
         self._live.append(motion)
         return motion
@@ -169,26 +148,19 @@ class Tracker:
         ]
         self._live = [motion for motion in self._live if not ends(motion)]
 
-    def _match(
-        self, time_s: float, boxes: np.ndarray, embeddings: np.ndarray | None
-    ) -> tuple[dict[int, _Motion], set[int]]:
+    def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
         """Returns detection -> live track, and the detections that belong to no track at all."""
         live = self._live
         expected = np.array([motion.box(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.track.boxes[-1] for motion in live]).reshape(-1, 4)
         ahead = overlaps(expected, boxes)
-        bonus, hidden = np.zeros(ahead.shape), np.zeros(len(boxes), bool)
-        if self._similar is not None and embeddings is not None:
-            known = np.array([motion.embedding for motion in live])
-            bonus = self._similar(known, embeddings) if live else bonus
-        else:
-            seen_twice = np.array([len(motion.track.times) > 1 for motion in live], bool)
-            hidden = _hidden(expected[seen_twice], ahead[seen_twice])
-        pairs = _best_pairs(np.where(hidden, 0.0, ahead), bonus)
+        seen_twice = np.array([len(motion.track.times) > 1 for motion in live], bool)
+        hidden = _hidden(expected[seen_twice], ahead[seen_twice])
+        pairs = _best_pairs(np.where(hidden, 0.0, ahead))
         rest = overlaps(last, boxes)
         rest[list(pairs.values())] = 0.0
         rest[:, [*pairs, *np.flatnonzero(hidden)]] = 0.0
-        pairs |= _best_pairs(rest, bonus)
+        pairs |= _best_pairs(rest)
         return {n: live[m] for n, m in pairs.items()}, set(np.flatnonzero(hidden).tolist())
 
 
@@ -202,16 +174,14 @@ class MainFigures:
     """
 
     def __init__(self) -> None:
-        self._shot = 0
-        self._times: list[float] = []
+        self._shot = self._frames = 0
+        self._begin_s = 0.0
         self._track = Track(0, 0)
         self._ended: list[Track] = []
 
-    def update(
-        self, time_s: float, boxes: np.ndarray, scores: np.ndarray, points: np.ndarray
-    ) -> np.ndarray:
+    def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Takes the detections of the next frame; returns the shot for the main one, else -1."""
-        self._times.append(time_s)
+        self._frames += 1
         numbers = np.full(len(boxes), -1)
         if len(boxes):
             sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).astype(np.float64)
@@ -221,18 +191,17 @@ class MainFigures:
                 main = order[0]
                 self._track.times.append(time_s)
                 self._track.boxes.append(boxes[main])
-                self._track.scores.append(float(scores[main]))
-                self._track.points.append(np.asarray(points[main], np.float64))
                 numbers[main] = self._shot
         return numbers
 
-    def cut(self) -> None:
-        """Ends the shot."""
-        valid = len(self._track.times) > LEAST_SHARE * len(self._times)
-        if valid and LEAST_SECONDS <= self._times[-1] - self._times[0] <= MOST_SECONDS:
+    def cut(self, time_s: float) -> None:
+        """Ends the shot at the time of the next one's first frame."""
+        valid = len(self._track.times) > LEAST_SHARE * self._frames
+        # Times that are equal in a file differ in the last digits.
+        if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
             self._ended.append(self._track)
         self._shot += 1
-        self._times, self._track = [], Track(self._shot, self._shot)
+        self._begin_s, self._frames, self._track = time_s, 0, Track(self._shot, self._shot)
 
     @property
     def live(self) -> set[int]:
@@ -244,10 +213,18 @@ class MainFigures:
         ended, self._ended = self._ended, []
         return ended
 
-    def finish(self) -> list[Track]:
+    def finish(self, time_s: float) -> list[Track]:
         """Returns the last shot if it counts, at the end of a film."""
-        self.cut()
+        self.cut(time_s)
         return self.take_ended()
+
+
+def gap_at(rate: float) -> float:
+    """Returns the seconds after which a track ends, where `rate` frames a second are looked at.
+
+    One of them may lack the person, so a track of slow frames waits longer than GAP_SECONDS.
+    """
+    return max(GAP_SECONDS, 2.5 / rate)
 
 
 def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -259,14 +236,14 @@ def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas[0][:, None] + areas[1] - shared, 1e-9)
 
 
-def _best_pairs(overlap: np.ndarray, bonus: np.ndarray) -> dict[int, int]:
+def _best_pairs(overlap: np.ndarray) -> dict[int, int]:
     """Returns detection -> track, the best pair first, each in one pair at most."""
-    affinity = np.where(overlap > LEAST_OVERLAP, overlap + bonus, 0.0)
+    left = overlap.copy()
     pairs: dict[int, int] = {}
-    while affinity.size and affinity.max() > LEAST_OVERLAP:
-        track, detection = np.unravel_index(affinity.argmax(), affinity.shape)
+    while left.size and left.max() > LEAST_OVERLAP:
+        track, detection = np.unravel_index(left.argmax(), left.shape)
         pairs[int(detection)] = int(track)
-        affinity[track], affinity[:, detection] = 0.0, 0.0
+        left[track], left[:, detection] = 0.0, 0.0
     return pairs
 
 
