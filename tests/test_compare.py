@@ -220,6 +220,19 @@ def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, caps
     assert "named twice" in capsys.readouterr().err
 
 
+def test_a_group_is_of_one_system_and_of_several_seeds(tmp_path, capsys):
+    rng = np.random.default_rng(8)
+    for name, field in (("a1", "seed=1"), ("a2", "seed=2"), ("b1", "seed=1"), ("b2", "seed=1"),
+                        ("c2", "num_epochs=7")):  # fmt: skip
+        made_runs.write(tmp_path / name, averages(rng), f"--config.{field}")
+    for group, words in {"b1+b2": "the same seed", "b1+c2": "differ in num_epochs"}.items():
+        named = ",".join(
+            "+".join(str(tmp_path / n) for n in g.split("+")) for g in ("a1+a2", group)
+        )
+        assert main(["compare", f"--workdir={tmp_path}/out", f"--runs={named}"]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("num", "least"), [(2, 0.88), (3, 0.93), (5, 0.93)])
 def test_the_interval_of_groups_holds_the_truth_where_seeds_vary_most(num, least):
     """Two standard errors do in 70, 81 and 89 %; of two seeds, too, the spread is a guess."""

@@ -234,6 +234,11 @@ def test_a_folder_of_splits_is_no_folder_of_parts(say, people, day, tmp_path):
     assert "--shard=1/2" in said
 
 
+def test_tables_have_no_splits(say, day, tmp_path):
+    words = ("embed", "--workdir=none", f"--input={day}", f"--out={tmp_path / 'out'}")
+    assert "leave it out" in say(*words, "--config.eval.split=test", code=2)
+
+
 def test_clips_beside_tables_are_not_passed_over(day):
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz: would not be read beside tables"):

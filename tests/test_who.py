@@ -23,6 +23,7 @@ from tests.helpers.drawn_people import (
     write_voices,
 )
 from vidjax import main as main_lib
+from vidjax import who
 from vidjax.extract import folder, pipeline
 from vidjax.gallery.gallery import Gallery
 
@@ -154,6 +155,52 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
     shutil.rmtree(people / "Ada")
     code, content, _ = run(capsys, "who", film, *flags)
     assert code == 0 and content["people"] == {"Bob": 1, "Eve": 1}
+
+
+def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(
+    tmp_path, models, capsys, monkeypatch
+):
+    """Where a call was cut off, the table of the unknown is that of the film of before."""
+    film, out, table = tmp_path / "c.mkv", tmp_path / "out", tmp_path / "out" / "unknown.tsv"
+    flags = (f"--models={models}", f"--out={out}")
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    write_film(film, (2, 20, [("Bob", 20, 30)]))
+    run(capsys, "who", film, *flags)
+    write_film(film, (2, 20, [("Eve", 20, 30)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(who, "_look", cut_off)
+        assert run(capsys, "who", film, *flags)[0] == 130
+    table.write_text(table.read_text().replace("unknown 1", "Bob"))
+    code, content, said = run(capsys, "who", film, *flags)
+    assert code == 0 and content["people"] == {} and "not there any more" in said
+    # A clip of the new film has the name of an enrolled one of the old film.
+    table.write_text(table.read_text().replace("unknown 1", "Eve"))
+    assert run(capsys, "who", film, *flags)[1]["people"] == {"Eve": 1}
+    write_film(film, (2, 20, [("Ada", 20, 30)]))
+    run(capsys, "who", film, *flags)
+    table.write_text(re.sub(r"unknown \d", "Ada", table.read_text()))
+    code, content, said = run(capsys, "who", film, *flags)
+    assert code == 0 and content["people"] == {"Ada": 1}, table.read_text()
+
+
+def test_a_film_that_was_renamed_has_its_new_name_and_a_lost_photo_is_told(
+    tmp_path, models, capsys
+):
+    film, out = tmp_path / "my film.mkv", tmp_path / "out"
+    write_film(film, (2, 20, [("Bob", 20, 30)]))
+    write_photo(tmp_path / "friends" / "Bob.png", ("Bob", 40, 40))
+    write_photo(tmp_path / "friends" / "Ada" / "2020" / "1.png", ("Ada", 40, 40))
+    flags = (f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={out}")
+    _, content, said = run(capsys, "who", film, *flags)
+    assert content["people"] == {"Bob": 1} and "Ada: no photo directly in" in said
+    film.rename(tmp_path / "my_film.mkv")
+    run(capsys, "who", tmp_path / "my_film.mkv", *flags)
+    assert "my_film.mkv" in (out / "names.tsv").read_text()
+    assert [*(out / "subtitles").iterdir()] != []
+    assert {path.stem for path in (out / "subtitles").iterdir()} == {"my_film"}
 
 
 def test_names_stay_where_voices_are_added_to_the_models(tmp_path, models, capsys):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vidjax import config as config_lib
 from vidjax import config_io, files
 from vidjax.config import Config
 from vidjax.data.sources import describe, is_generated
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Average precisions [C], positives [C], number of identities in the ground truth without a column.
 Averages = tuple[np.ndarray, np.ndarray, int]
 UNKNOWN = "unknown data"
+# Fields in which the runs of one group may differ.
+OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
 MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
 
 
@@ -107,10 +110,30 @@ def compare(
     if size == 1:
         return Comparison(runs, significance.differences([run.ap for run in runs]))
     seeds = [runs[at : at + size] for at in range(0, len(runs), size)]
+    for group in seeds:
+        _check_seeds(group)
     return Comparison(
         [comparison_page.mean_of(group) for group in seeds],
         significance.differences_of_seeds([[run.ap for run in group] for group in seeds]),
     )
+
+
+def _check_seeds(runs: "Sequence[RankedRun]") -> None:
+    """Refuses runs of a group that differ in more than their seeds, or in no seed."""
+    from vidjax.report import run_page
+
+    fields = [run_page.own_fields(run.config, run.metrics.get("overrides")) for run in runs]
+    first, seeds = fields[0], [own.get("seed") for own in fields]
+    names = [run.name for run in runs]
+    for name, own in zip(names[1:], fields[1:], strict=True):
+        others = {key for key in first.keys() | own.keys() if first.get(key) != own.get(key)}
+        if others := sorted(others - OF_SEEDS):
+            raise UserError(
+                f"--runs: '{names[0]}' and '{name}' are no seeds of one system: they differ in "
+                f"{', '.join(others[:3])}\ncompare them as runs of their own: {names[0]},{name}"
+            )
+    if None not in seeds and len({*seeds}) < len(seeds):
+        raise UserError(f"--runs={'+'.join(names)}: two of them have the same seed")
 
 
 def read(

@@ -32,14 +32,17 @@ go from the cache, which the next run converts from what is left. Runs,
 rankings, answers, exports and your own files are named with what is to be
 done: the weights of a run remember its training clips, and what is yours is
 not vidjax's to delete. A name of a few letters or of digits alone is found by
-chance, too.
+chance, too. The exit code is 1 if a place could not be searched, or deleted.
 """
 PIECE = 16 * files.MB  # of a file that is searched
 INDEX_BYTES = 1024 * files.MB  # of the names of a conversion
 UNPACKED_BYTES = 8192 * files.MB  # of an archive that is searched
 PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
-# SQLite, its journals, and text arrays of numpy: nothing stands between two texts.
-PACKED = re.compile(rb"SQLite format 3|\xd9\xd5\x05\xf9|\x93NUMPY[^}]*'[<>|=][SU]\d")
+# SQLite, its journals, text arrays of numpy, pickles and Arrow: no blank stands between two texts.
+PACKED = re.compile(
+    rb"SQLite format 3|\xd9\xd5\x05\xf9|\x93NUMPY[^}]*'[<>|=][SU]\d|\x80[\2-\5]|ARROW1"
+)
+PICKLES = (".pickle", ".pkl")  # those of old protocols begin with any letter
 
 
 class Found(NamedTuple):
@@ -137,16 +140,22 @@ def _from_gallery(
             return [], shown
         about = f"{len(shown):,} of its clips" if shown else "the name, for `gallery undo`"
         about = f"{held:,} removed clips, by its centre" if held and not shown else about
-        if delete and shown:
-            gallery.remove(clip=shown)
-        elif delete and held:
-            gallery.refit()
-        elif delete:
-            with gallery.change() as draft:
-                draft.keep()
-        return [Found("gallery", folder, about, "deleted" if delete else "--delete")], shown
     except UserError as error:
         return [_unread(folder, error)], set()
+    if not delete:
+        return [Found("gallery", folder, about, "--delete")], shown
+    try:
+        if shown:
+            gallery.remove(clip=shown)
+        elif held:
+            gallery.refit()
+        else:
+            with gallery.change() as draft:
+                draft.keep()
+    except UserError as error:
+        why = str(error).splitlines()[0]
+        return [Found("gallery", folder, f"{about}, not deleted: {why}", "--delete")], shown
+    return [Found("gallery", folder, about, "deleted")], shown
 
 
 def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
@@ -252,7 +261,7 @@ def _holds(path: Path, patterns: _Patterns) -> bool:
     with files.open_regular(path) as file:
         if file.read(4) != b"PK\3\4":
             file.seek(0)
-            return _in_stream(file, patterns)
+            return _in_stream(file, patterns, packed=path.suffix.lower() in PICKLES)
         file.seek(0)
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > UNPACKED_BYTES:
@@ -266,9 +275,9 @@ def _holds(path: Path, patterns: _Patterns) -> bool:
     return False
 
 
-def _in_stream(file: IO[bytes], patterns: _Patterns) -> bool:
+def _in_stream(file: IO[bytes], patterns: _Patterns, *, packed: bool = False) -> bool:
     """Returns True if a name is in a file, also across pieces of PIECE bytes."""
-    kept, pattern = b"", None
+    kept, pattern = b"", patterns.packed if packed else None
     while piece := file.read(PIECE):
         pattern = pattern or (patterns.packed if PACKED.match(piece) else patterns.words)
         if pattern.search(kept + piece):
@@ -324,16 +333,19 @@ def _main(words: Sequence[str]) -> int:
     cached = cache_root()
     usual = [Path(), *([cached] if cached.exists() else [])]
     found = forget(args.identity, args.clip, map(Path, args.places or usual), delete=args.delete)
+    # What could not be searched, or was to be deleted and is there.
+    there = ("unread", "--delete" if args.delete else "unread")
+    code = int(any(one.kind in there or one.remedy in there for one in found))
     if args.json:
         rows = [one._asdict() | {"path": str(one.path)} for one in found]
         messages.say(json.dumps({"places": rows}, ensure_ascii=False))
-        return 0
+        return code
     for one in found:
         messages.say(f"  {one.kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}")
     left = sum(not one.remedy.startswith("deleted") for one in found)
     done = f", {len(found) - left:,} of them deleted" if args.delete else ""
     messages.say(f"forget\n  places      {len(found):,}{done}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def _look(
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     shown = [outcome.film for outcome in outcomes if outcome.film]
     found, groups = _name(gallery, features, shown, before.of(shown), before.highest)
+    unknown.write_numbers(out / NUMBERS, before.updated(shown, groups))  # rows without are not read
     _write(out, found, groups, shown, gallery)
-    unknown.write_numbers(out / NUMBERS, before.updated(shown, groups))
     lines = [
         (
             one.video,
@@ -161,7 +161,8 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     names = unknown.read_names(path) if files.exists(path) else {}
     if not names:
         return
-    there = {track.clip for film in folder.read_films(features) for track in film.tracks}
+    # A film that was replaced in a call that was cut off has other clips of the same names.
+    there = unknown.read_numbers(out / NUMBERS).clips(folder.read_films(features))
     known = {clip: name for clip, name in names.items() if clip in there}
     if len(known) < len(names):
         away = show(min(names.keys() - there))
@@ -169,6 +170,9 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     if not known:
         return
     vectors = _embed(gallery, features, known)
+    # Clips of films that were replaced since: the new ones bear their names.
+    if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
+        gallery.remove(clip=stale)
     try:
         gallery.enrol_vectors(vectors._replace(labels=tuple(known[n] for n in vectors.names)))
     except UserError as error:
@@ -196,7 +200,9 @@ def _photos(people: Path) -> dict[str, list[Path]]:
             continue
         inside = [p for p in sorted(one.iterdir()) if p.is_file()] if one.is_dir() else [one]
         photos = [photo for photo in inside if not photo.name.startswith(".")]
-        if photos:
+        if not photos:
+            say(f"{show(one.name)}: no photo directly in '{show(str(one))}': not looked for")
+        else:
             name = one.name if one.is_dir() else one.stem
             check_identity(name)
             found.setdefault(name, []).extend(photos)

@@ -51,8 +51,12 @@ def _check(args: argparse.Namespace, endings: Sequence[str]) -> runner.Job | Non
     """Returns the job of a folder of tables, None for other clips; mistakes are told at once."""
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
-    common.given_fields(args, READ)
+    given = common.given_fields(args, READ)
     job = runner.job_of(args)
+    if "eval.split" in given and (job or Path(args.input).suffix == ".parquet"):
+        raise UserError(
+            "--config.eval.split: a table, or a folder of tables, has no splits: leave it out"
+        )
     if job is None:
         tables.check_new(Path(args.out).expanduser(), endings)
     return job

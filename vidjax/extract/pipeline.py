@@ -232,6 +232,10 @@ def _one(
         sha256 = _sha256(path)
         before = _film(out, stem)
         if before and before.sha256 == sha256:
+            name = folder.video_name(path, stem)
+            if before.video != name:  # the file was renamed
+                before.video = name
+                folder.write(out / folder.VIDEOS / f"{stem}.json", before)
             return Outcome(path, before, kept=True)
         _remove(out, stem)
         partial = out / f".extract-{secrets.token_hex(4)}"

@@ -28,7 +28,8 @@ FILE_BYTES = 256 * files.MB
 class Numbers(Struct, kw_only=True):
     """Digest of a film's clips -> clip -> the number of its group when it was last unknown.
 
-    A film that was replaced, or cut in other clips, has another digest: numbers go with films.
+    A film that was replaced, or cut in other clips, has another digest: numbers go with films. One
+    without unknown people is there, too.
     """
 
     format: Literal[1] = 1
@@ -37,6 +38,10 @@ class Numbers(Struct, kw_only=True):
     def of(self, films: Iterable[Film]) -> dict[str, int]:
         """Returns clip -> number, of films."""
         return {c: n for film in films for c, n in self.films.get(_digest(film), {}).items()}
+
+    def clips(self, films: Iterable[Film]) -> set[str]:
+        """Returns all clips of those films that are here."""
+        return {one.clip for film in films if _digest(film) in self.films for one in film.tracks}
 
     @property
     def highest(self) -> int:
@@ -54,8 +59,7 @@ class Numbers(Struct, kw_only=True):
         for film in films:
             clips = {one.clip for one in film.tracks} & groups.keys()
             new = {clip: number_of(groups[clip]) for clip in sorted(clips)}
-            if new:
-                found[_digest(film)] = found.get(_digest(film), {}) | new
+            found[_digest(film)] = found.get(_digest(film), {}) | new
         return Numbers(films=found)
 
 

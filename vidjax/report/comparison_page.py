@@ -49,16 +49,19 @@ def mean_of(seeds: Sequence[RankedRun]) -> RankedRun:
     measured: dict[str, Any] = {}
     for key in first.metrics:
         values = [run.metrics.get(key) for run in seeds]
-        numbers = [value for value in values if isinstance(value, (int, float))]
-        if len(numbers) == len(values):
-            measured[key] = float(np.mean(numbers))
+        if all(map(_is_number, values)):
+            measured[key] = float(np.mean(np.array(values, float)))
     return first._replace(
         name="+".join(run.name for run in seeds),
         ap=np.mean([run.ap for run in seeds], axis=0),
-        map_kind="in_sample" if "in_sample" in kinds else kinds[0],
-        metrics={**first.metrics, **measured},
+        map_kind=next((one for one in ("in_sample", "out_of_fold") if one in kinds), kinds[0]),
+        metrics={k: x for k, x in first.metrics.items() if not _is_number(x)} | measured,
         seeds=tuple((run.name, float(run.ap.mean())) for run in seeds),
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 Rows = list[list[str]]
