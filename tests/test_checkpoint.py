@@ -82,6 +82,16 @@ def test_two_latest_and_best_are_kept(tmp_path, items):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
 
+def test_the_best_is_of_what_the_latest_was_ranked_by(tmp_path, items):
+    for step, score, split in [(1, 0.9, "val"), (2, 0.2, "test"), (3, 0.1, "test")]:
+        config = {"eval": {"split": split, "scores": "log_softmax"}}
+        checkpoint.save(tmp_path, step, items, {"map": score, "config": config})
+    assert checkpoint.best(checkpoint.manifests(tmp_path)) == 2
+    assert list(checkpoint.manifests(tmp_path)) == [2, 3]
+    found = checkpoint.find(tmp_path, "best")
+    assert found and found.manifest["step"] == 2
+
+
 def test_the_one_before_is_the_last_evaluated(tmp_path, items):
     for step in (1, 2, 3, 4):
         checkpoint.save(tmp_path, step, items, {"evaluated": True, "map": 0.5} if step < 3 else {})

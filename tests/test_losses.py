@@ -451,6 +451,14 @@ def test_triplets_at_extremes_have_finite_gradients():
     np.testing.assert_allclose(together, np.log(2), rtol=1e-4)
 
 
+def test_an_embedding_of_zero_has_no_gradient_of_a_million():
+    labels, mask = np.asarray([1, 1, 2, 2, 0, 1], np.int32), np.ones(6, bool)
+    embedding = np.random.default_rng(4).standard_normal((6, 4)).astype(np.float32)
+    embedding[2] = 0
+    gradient = np.asarray(triplet_gradient(embedding, labels, mask))
+    assert np.abs(gradient).max() < 10 and not gradient[2].any() and gradient[3].any()
+
+
 def test_triplets_have_the_gradient_of_their_value():
     with jax.enable_x64(True):
         labels, mask = np.asarray(TRIPLETS["three people"], np.int32), np.ones(8, bool)

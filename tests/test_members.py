@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
+from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble
 from vidjax.evaluation import restore, scoring
 from vidjax.steps import mean_scores
-from vidjax.system import make_system
+from vidjax.system import TaskSpec, make_model, make_system
 from vidjax.training import plan as plan_lib
 
 SPEC = {
@@ -46,11 +47,29 @@ def test_members_are_the_product_of_what_varies():
         ({"views": 17}, "at most chunks=16"),
         ({"folds": 2, "bootstraps": 2}, "exclude"),
         ({"only": (1,)}, "only=1: choose from 0 to 0"),
+        ({"folds": 3, "only": (1, 1)}, "name each member once"),
     ],
 )
 def test_specifications_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
         ensemble.make_members({**SPEC, **change})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["ensemble.views=3"], "face has 8 numbers"),
+        (["ensemble.views=3", "ensemble.chunks=4", "fusion.face.train.name=mean_and_deviation",
+          "fusion.face.evaluate.name=mean_and_deviation"], "face has mean and deviation"),
+    ],
+)  # fmt: skip
+def test_a_view_that_would_hide_nothing_or_half_is_refused(fields, words):
+    config = config_lib.default()
+    config.fusion = {"face": {"train": {"name": "mean"}, "evaluate": {"name": "mean"}}}
+    config = config_io.override(config, [f"--config.{field}" for field in fields])
+    task = TaskSpec({"face": 8}, 12, None, 20, 1, train_other=True)
+    with pytest.raises(ValueError, match=words):
+        make_model(config.to_dict(), task)
 
 
 @pytest.mark.parametrize("num_folds", [2, 5, 10])

@@ -15,6 +15,7 @@ from tests.helpers.made_models import (
     train_output,
 )
 from vidjax import fusion
+from vidjax.errors import UserError
 from vidjax.models import identifier
 
 MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
@@ -103,6 +104,12 @@ def test_the_main_model_may_see_less_than_everything():
     params = jax.eval_shape(lambda: init_identifier(model, frames, clips))["params"]
     shapes = {name: params[name]["backbone"]["layer_0"]["dense"]["kernel"].shape for name in params}
     assert shapes == {"main": (6, 8), "other": (9, 6)}
+
+
+def test_a_part_that_is_fitted_in_passes_of_its_own_is_refused():
+    for part in ("main", "other"):
+        with pytest.raises(UserError, match=r"PLDAIdentifier is fitted in passes of its own"):
+            make_model(SPEC, **{part: {"name": "plda"}})
 
 
 def test_scale_of_the_logits_is_that_of_both():

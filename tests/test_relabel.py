@@ -171,12 +171,20 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
         (("--config.data.distractors=drop",), "choose from other, leave_out, noise"),
         (("--config.noise.modality=fac",), "config.noise.modality='fac': the data has"),
         (("--config.noise.method=kmeans",), "choose from dbscan, hdbscan"),
+        (("--config.noise.join=True", "--config.data.max_frames=40"), "distractors of 50 frames"),
     ],
 )
 def test_mistakes(data, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_distractor_weighs_by_the_size_of_its_own_class(data):
+    made = plan.make_plan(shrunk(*WORDS, "--config.data.balance=1", spec=SPEC), data)
+    _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
+    share = made.tables.weight[0] * counts[column]  # 0 for clips of another fold
+    np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
 
 
 def test_clusters_do_not_depend_on_labels(data):

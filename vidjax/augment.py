@@ -234,6 +234,12 @@ def make_transforms(
         poor_clips = config["ensemble"]["poor_clips"]
         before.append(functools.partial(keep_quality, poor_clips=poor_clips))
     if config["noise"]["join"]:
+        if config["data"]["max_frames"] < NOISE_FRAMES:
+            raise UserError(
+                f"config.noise.join: distractors of {NOISE_FRAMES} frames are long, and "
+                f"config.data.max_frames={config['data']['max_frames']} leaves fewer\n"
+                f"--config.data.max_frames={NOISE_FRAMES} or more"
+            )
         pieces = config["noise"]["pieces"]
         before.append(functools.partial(concat_noise, num_identities=num_identities, pieces=pieces))
     if config["mixup"]:

@@ -315,8 +315,8 @@ TABLE: tuple[Field | Group, ...] = (
           "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
           read_when=WARMUP),
     Field("optim.decay", "cosine", "learning rate after the warm-up"),
-    Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak. With "
-          "`optim.decay=cosine`", read_when=COSINE),
+    Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak, 0 to 1. "
+          "With `optim.decay=cosine`", low=0, high=1, read_when=COSINE),
     Field("optim.decay_factor", 0.7, "factor of the learning rate at every step of the stairs. "
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two steps of the stairs; a fraction is "
@@ -324,15 +324,15 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
           "linear between them. With `optim.decay=piecewise`", read_when=PIECEWISE),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
-          "its gradient"),
+          "its gradient", low=0),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
-          "a weight matrix would shrink by exp(-total_decay)"),
+          "a weight matrix would shrink by exp(-total_decay)", low=0),
     Field("optim.decay_all", False, "let both decays act on biases and on the parameters of "
           "normalisations, too"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=SGD),
     Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "
-          "clipped"),
+          "clipped", low=0),
 
     Group("join", "several runs as one ranking, by `--mode=evaluate --runs=A,B`"),
     Field("join.runs", (), "folders of the runs; set by `--runs`"),

@@ -92,6 +92,8 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     for number in spec["only"]:
         if not isinstance(number, int) or not 0 <= number < len(members):
             raise UserError(f"config.ensemble.only={number}: choose from 0 to {len(members) - 1}")
+    if len({*spec["only"]}) < len(spec["only"]):
+        raise UserError(f"config.ensemble.only={spec['only']}: name each member once")
     return tuple(members[number] for number in spec["only"]) or tuple(members)
 
 

@@ -199,8 +199,9 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
     Ours: unit vectors.
     """
     embedding = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)
-    unit = embedding / norm
+    square = jnp.sum(embedding**2, axis=-1, keepdims=True)
+    usable = square > 1e-12  # at 0 the derivative would be a million
+    unit = jnp.where(usable, embedding / jnp.sqrt(jnp.where(usable, square, 1.0) + 1e-12), 0.0)
     squared = jnp.maximum(2.0 - 2.0 * unit @ unit.T, 0.0) + 1e-12  # a root has no derivative at 0
     distance = jnp.sqrt(squared)
     same = labels[:, None] == labels[None, :]

@@ -258,6 +258,12 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         fused = width * fused_widths(config["fusion"], name)
         modalities[name] = fused
         for seen, chunks, _ in _views_of(config["ensemble"], name):
+            if fused // chunks == 0 or fused != width:
+                why = "mean and deviation" if fused != width else f"{fused} numbers"
+                raise UserError(
+                    f"config.ensemble.views: {name} has {why}, of which one of {chunks} chunks is "
+                    "no part to hide\nchoose fewer config.ensemble.chunks, or another fusion"
+                )
             modalities[seen] = fused - fused // chunks
     return identifier.make_identifier(
         spec,

@@ -80,6 +80,12 @@ class FallbackIdentifier(Identifier):
                 f"model 'fallback': other_modalities must name modalities beside "
                 f"{self.modality!r}, got {', '.join(self.other_modalities) or 'none'}"
             )
+        for part in (self.main, self.other):
+            if part.min_epochs or part.knows_unknown:  # it has passes of its own over the clips
+                raise UserError(
+                    f"model 'fallback': {type(part).__name__} is fitted in passes of its own, and "
+                    "cannot be main or other\nchoose nets, or train it as a run and blend"
+                )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
                 f"logit_scale of main and other must be equal, got {self.main.logit_scale} and "

@@ -126,9 +126,31 @@ def survey(workdir: Path) -> dict[int, dict[str, Any] | DamagedError]:
     return by_step
 
 
+RANKED_BY = ("split", "scores", "temperature", "top_classes", "reduce")  # of `config.eval`
+
+
+def ranked_by(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the settings of an evaluation; MAPs of others cannot be compared."""
+    evaluation = config.get("eval", {})
+    return tuple(evaluation.get(name) for name in RANKED_BY)
+
+
+def _maps(steps: Mapping[int, Any]) -> dict[int, float]:
+    """Returns step -> MAP, of those of `manifests` that are ranked as the latest of them."""
+    scored = {step: m for step, m in steps.items() if isinstance(m, dict) and "map" in m}
+    if not scored:
+        return {}
+    latest = ranked_by(scored[max(scored)].get("config", {}))
+    alike = (step for step, m in scored.items() if ranked_by(m.get("config", {})) == latest)
+    return {step: scored[step]["map"] for step in alike}
+
+
 def best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the step of `manifests` with the highest MAP, the later of equal ones, or None."""
-    scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
+    """Returns the step of `manifests` with the highest MAP, the later of equal ones, or None.
+
+    Only steps count that were ranked by the split and the scores of the latest of them.
+    """
+    scored = [(value, step) for step, value in _maps(steps).items()]
     return max(scored)[1] if scored else None
 
 
@@ -154,7 +176,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def _find_step(
     workdir: Path, prefer: str, steps: Mapping[int, dict[str, Any] | DamagedError]
 ) -> int | None:
-    scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
+    scored = _maps(steps)
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
     if prefer == "best" and steps and not scored and not damaged:
         raise CheckpointError(

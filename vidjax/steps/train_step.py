@@ -66,7 +66,8 @@ def member_step(
     clips = _draw_clips(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
-        key = jax.random.fold_in(transform_rng, number) if number else transform_rng
+        # Numbers from 0 on would give keys that the first transform has split its own into.
+        key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
 
     whole, columns = learned, None

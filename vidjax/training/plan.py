@@ -108,6 +108,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     if config.data.distractors == "noise":  # after all that takes no time
         labels, layout = label_distractors(config, data, labels)
         num_clusters = layout.num_clusters
+        weight = seen * _clip_weights(config, labels, clips)  # by the size of its own class
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),

@@ -145,7 +145,11 @@ def train(
 
 
 def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:
-    steps = checkpoint.manifests(workdir)
+    now = checkpoint.ranked_by(config.to_dict())
+    steps = {
+        step: one for step, one in checkpoint.manifests(workdir).items()
+        if checkpoint.ranked_by(one["config"]) == now
+    }  # fmt: skip
     best_step = checkpoint.best(steps)
     best: dict[str, Any] = {}
     if best_step is not None:
