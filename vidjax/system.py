@@ -253,18 +253,23 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
-    modalities = {}
+    modalities, hides = {}, False
     for name, width in task.modalities.items():
         fused = width * fused_widths(config["fusion"], name)
         modalities[name] = fused
         for seen, chunks, _ in _views_of(config["ensemble"], name):
-            if fused // chunks == 0 or fused != width:
-                why = "mean and deviation" if fused != width else f"{fused} numbers"
+            if fused != width:
                 raise UserError(
-                    f"config.ensemble.views: {name} has {why}, of which one of {chunks} chunks is "
-                    "no part to hide\nchoose fewer config.ensemble.chunks, or another fusion"
+                    f"config.ensemble.views: a chunk of {name} would hide its mean or its deviation "
+                    f"alone\nchoose another fusion of {name}"
                 )
+            hides |= fused // chunks > 0
             modalities[seen] = fused - fused // chunks
+    if config["ensemble"]["views"] and not hides:
+        raise UserError(
+            f"config.ensemble.views: no modality has {config['ensemble']['chunks']} numbers, of "
+            "which a view could hide some\n--config.ensemble.chunks=N, or no views"
+        )
     return identifier.make_identifier(
         spec,
         modalities=modalities,
