@@ -60,7 +60,7 @@ def test_specifications_that_make_no_sense(change, message):
     [
         (["ensemble.views=3"], "no modality has 16 numbers"),
         (["ensemble.views=3", "ensemble.chunks=4", "fusion.face.train.name=mean_and_deviation",
-          "fusion.face.evaluate.name=mean_and_deviation"], "a chunk of face would hide its mean or its deviation"),
+          "fusion.face.evaluate.name=mean_and_deviation"], "a chunk of face would hide"),
     ],
 )  # fmt: skip
 def test_a_view_that_would_hide_nothing_or_half_is_refused(fields, words):

@@ -260,7 +260,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         for seen, chunks, _ in _views_of(config["ensemble"], name):
             if fused != width:
                 raise UserError(
-                    f"config.ensemble.views: a chunk of {name} would hide its mean or its deviation "
+                    f"config.ensemble.views: a chunk of {name} would hide a mean or a deviation "
                     f"alone\nchoose another fusion of {name}"
                 )
             hides |= fused // chunks > 0
