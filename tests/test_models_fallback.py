@@ -1,5 +1,7 @@
 """The fallback: who is trained on which clip, and who answers for it."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -108,8 +110,9 @@ def test_the_main_model_may_see_less_than_everything():
 
 def test_a_part_that_is_fitted_in_passes_of_its_own_is_refused():
     for part in ("main", "other"):
+        options: dict[str, Any] = {part: {"name": "plda"}}
         with pytest.raises(UserError, match=r"PLDAIdentifier is fitted in passes of its own"):
-            make_model(SPEC, **{part: {"name": "plda"}})
+            make_model(SPEC, **options)
 
 
 def test_scale_of_the_logits_is_that_of_both():
