@@ -92,6 +92,10 @@ class Frames(NamedTuple):
     mask: Array
 
 
+# The fields of Frames, and of Packed, that records have; a batch has no boxes.
+BATCHED = tuple(name for name in Frames._fields if name != "mask")
+
+
 class Batch(NamedTuple):
     """The clips of one step.
 

@@ -47,7 +47,7 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
         )
 
 
-FEATURES = (".npz", ".npy", ".parquet")
+FEATURES = (".npz", ".npy", ".parquet")  # endings of files of features
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjax.batch import Batch, Frames
+from vidjax.batch import BATCHED, Batch, Frames
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
@@ -173,7 +173,7 @@ class MemoryClips:
         if (lengths > shape[1]).any():  # before features are gathered
             kept = padding.best_of_clips(flat.frames["quality"][index], lengths, shape[1])
             index, lengths = index[kept], np.minimum(lengths, shape[1])
-        frames = {name: flat.frames[name][index] for name in padding.BATCHED}
+        frames = {name: flat.frames[name][index] for name in BATCHED}
         # Without a frame, the features have no width.
         kind = Modality(self._widths[modality], flat.features.dtype.name)
         return padding.pad(frames if len(index) else {}, lengths, shape, kind)

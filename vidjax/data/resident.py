@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, machine
-from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
+from vidjax.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data.clips import (
     BatchPlan,
@@ -27,7 +27,7 @@ from vidjax.data.clips import (
     best_frames,
     make_eval_plan,
 )
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.order import draw, first_frame
 from vidjax.errors import UserError
 
@@ -35,8 +35,7 @@ MODES = ("auto", "resident", "streaming")
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
 # Fields of a frame that are resident, and their bytes per frame beside the feature.
-FIELDS = tuple(name for name in Packed._fields if name in STORED)
-SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in FIELDS[1:])
+SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in BATCHED[1:])
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
@@ -256,13 +255,13 @@ def _best_frames(packed: Packed, row: int, count: int) -> Packed:
     """Returns the best `count` frames of one clip, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     chosen = best_frames(np.asarray(packed.quality[clip]), count)
-    return _flat([getattr(packed, name)[clip][chosen] for name in FIELDS])
+    return _flat([getattr(packed, name)[clip][chosen] for name in BATCHED])
 
 
 def _flat(fields: Sequence[Array]) -> Packed:
-    """Returns Packed with empty `start` and `length`, from one array per field of FIELDS."""
+    """Returns Packed with empty `start` and `length`, from one array per field of BATCHED."""
     none = np.empty(0, np.int32)
-    return Packed(**dict(zip(FIELDS, fields, strict=True)), start=none, length=none)
+    return Packed(**dict(zip(BATCHED, fields, strict=True)), start=none, length=none)
 
 
 class _Filler:
@@ -272,7 +271,7 @@ class _Filler:
         """Allocates `num_frames` frames of a modality, and one more of zeros."""
         self._mesh = mesh
         dtype = np.dtype(modality.dtype)
-        scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in FIELDS[1:]]
+        scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in BATCHED[1:]]
         fields = [((modality.dim,), dtype), *scalars]
         rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
         self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
@@ -289,7 +288,7 @@ class _Filler:
 
     def append(self, packed: Packed) -> int:
         """Appends the frames of some clips and returns the index of the first."""
-        fields = [getattr(packed, name) for name in FIELDS]
+        fields = [getattr(packed, name) for name in BATCHED]
         begin = self._done + self._held
         taken, count = 0, len(packed.quality)
         while taken < count:

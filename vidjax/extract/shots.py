@@ -10,6 +10,8 @@ import dataclasses
 
 import numpy as np
 
+from vidjax.extract.align import GREY
+
 # Differences are means over pixels of grey levels, 0 to 255. Likeness is the correlation of the
 # pixels of two pictures, -1 to 1; a change of brightness or contrast leaves it as it is.
 LEAST = 3.0  # difference; below are noise and compression
@@ -28,7 +30,6 @@ STILL = 2.5  # difference of two pictures at both ends of a dissolve, at most
 DISSOLVE_SECONDS = 1.6  # the longest, with the still pictures at its ends
 DISSOLVE_STEPS = 25  # pictures kept of it
 MIXED = 0.35  # rest of a picture that is not the sum of both ends, in standard deviations
-GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ class FallbackIdentifier(Identifier):
                 f"{self.modality!r}, got {', '.join(self.other_modalities) or 'none'}"
             )
         for part in (self.main, self.other):
-            if part.min_epochs or part.knows_unknown:  # it has passes of its own over the clips
+            if part.min_epochs:  # it has passes of its own over the clips
                 raise UserError(
                     f"model 'fallback': {type(part).__name__} is fitted in passes of its own, and "
                     "cannot be main or other\nchoose nets, or train it as a run and blend"

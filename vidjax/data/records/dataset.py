@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.batch import Batch, Packed
+from vidjax.batch import BATCHED, Batch, Packed
 from vidjax.cluster.processes import WHOLE, Share, own_places, own_rows
 from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
-from vidjax.data.frame_fields import STORED, Origin
+from vidjax.data.frame_fields import Origin
 from vidjax.data.labels import Truth
 from vidjax.data.records import padding
 from vidjax.data.records.manifest import Records, SplitRecords
@@ -22,7 +22,6 @@ from vidjax.data.records.shard_files import Shard, ShardReader, check_changed, c
 from vidjax.errors import UserError, need
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
-PACKED_FIELDS = tuple(name for name in Packed._fields if name in STORED)
 
 
 class Dataset:
@@ -153,7 +152,7 @@ class Dataset:
                 np.add.at(times, clip_index, 1)
                 frames = {}
                 for name in modalities:
-                    fields = reader.frames(name, self.modalities[name], PACKED_FIELDS, rows)
+                    fields = reader.frames(name, self.modalities[name], BATCHED, rows)
                     length = reader.lengths(name)[rows]
                     start = np.cumsum(length, dtype=np.int32) - length
                     frames[name] = Packed(**fields, start=start, length=length)

@@ -4,14 +4,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vidjax.batch import Batch, Frames
+from vidjax.batch import BATCHED, Batch, Frames
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data.clips import EvalPlan, Modality, best_frames
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import ShardReader, check_changed
-
-BATCHED = tuple(name for name in Frames._fields if name in STORED)
 
 
 def eval_batches(

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.batch import Frames
+from vidjax.batch import BATCHED
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.shard_files import frame_bytes
 
 # TensorFlow reads both variables when it is imported. It only moves records here, without need of
@@ -32,8 +32,6 @@ tf: Any = tensorflow
 # The accelerator belongs to JAX: TensorFlow would take all of its memory.
 tf.config.set_visible_devices([], "GPU")
 
-# Fields that reach a batch: those of Frames. A Batch has no boxes.
-DECODED = tuple(name for name in Frames._fields if name in STORED)
 # `decode_raw` has no float16 kernel of fixed length: bits pass through an integer of that width.
 CARRIERS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
@@ -47,11 +45,11 @@ def parse_batch(
     """
     features: dict[str, Any] = {"clip_index": tf.io.FixedLenFeature([], tf.int64, 0)}
     for name in modalities:
-        for field in DECODED:
+        for field in BATCHED:
             features[f"frames/{name}/{field}"] = tf.io.FixedLenFeature([], tf.string, "")
     examples = tf.io.parse_example(serialized, features)
     fields = {
-        name: {field: examples[f"frames/{name}/{field}"] for field in DECODED}
+        name: {field: examples[f"frames/{name}/{field}"] for field in BATCHED}
         for name in modalities
     }
     return tf.cast(examples["clip_index"], tf.int32), fields
