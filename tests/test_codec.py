@@ -12,13 +12,14 @@ import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from tests.helpers.datasets import prepare
+from vidjax.batch import BATCHED
 from vidjax.data.clips import Modality, make_batch_plan
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.codec import PackedFrames, tfds
 from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import ShardReader, describe_shard
-from vidjax.data.records.tensors import DECODED, decode_batch, parse_batch, tf, windows
+from vidjax.data.records.tensors import decode_batch, parse_batch, tf, windows
 from vidjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +145,7 @@ def test_a_window_is_the_frames_from_its_first_one_on() -> None:
     frames = [np.arange(length, dtype=np.int32) for length in (10, 10, 7, 3, 0)]
     strings = tf.constant([one.tobytes() for one in frames])
     first = np.array([0, 3, 0, 0, 0], np.int32)
-    cut = windows(dict.fromkeys(DECODED, strings), Modality(2, "int16"), 7, tf.constant(first))
+    cut = windows(dict.fromkeys(BATCHED, strings), Modality(2, "int16"), 7, tf.constant(first))
     for strings in cut.values():
         for shown, at, one in zip(strings.numpy(), first, frames, strict=True):
             np.testing.assert_array_equal(np.frombuffer(shown, np.int32), one[at : at + 7])
