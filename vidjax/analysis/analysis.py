@@ -266,9 +266,12 @@ def add_to(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
 
 @functools.cache
 def import_report(*, wanted: bool) -> None:
-    """Imports the modules of a report in a thread if `wanted`; Matplotlib takes half a second."""
+    """Imports in a thread, if `wanted`, what analysis and report use: nearly a second of work."""
 
     def load() -> None:
+        import scipy.optimize
+        import scipy.special  # noqa: F401
+
         with contextlib.suppress(ImportError):  # which `write_results` tells of
             from vidjax.report import run_page as run_page
 

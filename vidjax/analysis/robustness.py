@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, fusion, metrics
-from vidjax.batch import Array, Batch, Frames, LazyFeatures
+from vidjax import devices, metrics
+from vidjax.batch import Array, Batch, Frames
 from vidjax.data.clips import Split, make_eval_plan
 from vidjax.evaluation.scoring import ClipScores, ModelScorer, TrainedModel
 from vidjax.steps.topk import RunningTopK
@@ -42,7 +42,7 @@ class SampleScorer:
     def blocks(self, only: np.ndarray) -> Iterator[Batch]:
         """Yields blocks of the clips `only` [N] bool as numpy arrays, padded as in the split."""
         plan = make_eval_plan(self.split, self.model.modalities, only=only)
-        return map(_to_host, self.model.data.eval_batches(plan, rows=self.rows))
+        return map(devices.fetch, self.model.data.eval_batches(plan, rows=self.rows))
 
     def score(self, block: Batch, without: int | None = None) -> tuple[Array, Batch]:
         """Returns the scores [B, C] of a block, without a member, and the block on the devices."""
@@ -215,19 +215,3 @@ def _hide_frames(scorer: SampleScorer, modality: str, block: Batch, row: int) ->
     column = int(scorer.split.labels[copies.clip_index[0]]) - 1 + scorer.scorer.columns.first
     values = np.asarray(devices.fetch(scores), np.float64)[: len(places) + 1, column]
     return values[0] - values[1:]
-
-
-def _to_host(block: Batch) -> Batch:
-    """Returns a block as numpy arrays; lazy features are gathered first."""
-    features = {name: modality.features for name, modality in block.frames.items()}
-    read = _read({name: x for name, x in features.items() if isinstance(x, LazyFeatures)})
-    frames = {
-        name: modality._replace(features=read.get(name, modality.features))
-        for name, modality in block.frames.items()
-    }
-    return devices.fetch(block._replace(frames=frames))
-
-
-@jax.jit
-def _read(features: Mapping[str, LazyFeatures]) -> dict[str, Array]:
-    return {name: fusion.read(x) for name, x in features.items()}

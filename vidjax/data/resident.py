@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, machine
+from vidjax import devices, fusion, machine
 from vidjax.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data.clips import (
@@ -223,32 +223,21 @@ class Resident:
             batch_mask = np.arange(rows) < len(clips)
             clip_index = devices.put(clip_index, devices.by_rows(self._mesh))
             batch_mask = devices.put(batch_mask, devices.by_rows(self._mesh))
-            clips = {name: self._eval[plan.split][name] for name in plan.modalities}
+            clips = [self._eval[plan.split][name] for name in plan.modalities]
             sizes = tuple(plan.padded_lengths[name][bucket] for name in plan.modalities)
-            yield Batch(self._frames(clips, clip_index, batch_mask, sizes), clip_index, batch_mask)
-
-    def _frames(
-        self,
-        clips: Mapping[str, Packed],
-        clip_index: Array,
-        batch_mask: Array,
-        sizes: tuple[int, ...],
-    ) -> dict[str, Frames]:
-        # A compiled function may copy its outputs: the features of all clips must not be one.
-        bare = [packed._replace(features=None) for packed in clips.values()]
-        laid = self._lay(bare, clip_index, batch_mask, sizes=sizes)
-        return {
-            name: frames._replace(features=LazyFeatures(packed.features, frames.features.index))
-            for (name, packed), frames in zip(clips.items(), laid, strict=True)
-        }
+            frames = self._lay(clips, clip_index, batch_mask, sizes=sizes)
+            yield Batch(dict(zip(plan.modalities, frames, strict=True)), clip_index, batch_mask)
 
 
 def _lay(
     clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
 ) -> list[Frames]:
-    """Returns the frames of B clips, modality by modality; see `frames_of`."""
-    each = zip(clips, sizes, strict=True)
-    return [frames_of(packed, clip_index, batch_mask, size) for packed, size in each]
+    """Returns the frames of B clips with their features, modality by modality; see `frames_of`."""
+    laid = [
+        frames_of(packed, clip_index, batch_mask, size)
+        for packed, size in zip(clips, sizes, strict=True)
+    ]
+    return [frames._replace(features=fusion.read(frames.features)) for frames in laid]
 
 
 def _best_frames(packed: Packed, row: int, count: int) -> Packed:

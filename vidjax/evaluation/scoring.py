@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics
-from vidjax.batch import Array, Batch, Frames, LazyFeatures
+from vidjax.batch import Array, Batch, Frames
 from vidjax.data.clips import ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
 from vidjax.errors import UserError
@@ -270,7 +270,7 @@ def windows(
                 raise UserError("--runs: the datasets of the runs have different orders of clips")
         batches = [devices.shard_block(mesh, batch) for batch in host]
         window.append(dict(zip(datasets, batches, strict=True)))
-        size += sum(_nbytes(batch) for batch in batches)
+        size += sum(x.nbytes for x in jax.tree.leaves(batches))
         if size >= WINDOW_BYTES or len(window) * len(batches[0].clip_index) >= rows:
             yield [[batches[id(model.data)] for batches in window] for model in models]
             window, size = [], 0
@@ -293,17 +293,6 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
             f"memory, and {free / 1e9:,.1f} GB are free\n"
             f"--config.eval.block_size={max(1, int(block_size * free / size) // 4)}"
         )
-
-
-def _nbytes(batch: Batch) -> int:
-    """Returns the size of a batch in bytes; LazyFeatures count as their indices."""
-    frames = [
-        modality._replace(features=modality.features.index)
-        if isinstance(modality.features, LazyFeatures)
-        else modality
-        for modality in batch.frames.values()
-    ]
-    return sum(x.nbytes for x in jax.tree.leaves(frames))
 
 
 class ModelScores(NamedTuple):
