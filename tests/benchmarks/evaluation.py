@@ -67,7 +67,7 @@ class MadeUp:
             lengths={name: np.asarray(packed.length) for name, packed in run.clips.items()},
         )
         self.plan = make_eval_plan(self._split, tuple(run.clips))
-        self._lay = jax.jit(resident.frames_of, static_argnames="size")
+        self._gathered = jax.jit(resident.gathered, static_argnames="sizes")
 
     def split(self, name: str) -> Split:
         """Returns the one split."""
@@ -79,12 +79,10 @@ class MadeUp:
         for bucket, chosen in own_blocks(plan.bucket, rows, share):
             clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
             batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
-            frames = {}
-            for name, packed in self.run.clips.items():
-                size = min(BUCKETS[bucket], common.PLACES[name])
-                laid = self._lay(packed._replace(features=None), clip_index, batch_mask, size=size)
-                rows_of = laid.features._replace(values=packed.features)
-                frames[name] = laid._replace(features=rows_of)
+            clips = self.run.clips
+            sizes = tuple(min(BUCKETS[bucket], common.PLACES[name]) for name in clips)
+            laid = self._gathered(list(clips.values()), clip_index, batch_mask, sizes=sizes)
+            frames = dict(zip(clips, laid, strict=True))
             yield Batch(frames, clip_index, batch_mask)
 
 

@@ -169,7 +169,9 @@ class Resident:
         """Reads every clip of the layout once; ValueError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
-        self._lay = jax.jit(_lay, static_argnames="sizes", out_shardings=devices.by_rows(mesh))
+        self._gathered = jax.jit(
+            gathered, static_argnames="sizes", out_shardings=devices.by_rows(mesh)
+        )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
             for name in layout.modalities
@@ -225,14 +227,14 @@ class Resident:
             batch_mask = devices.put(batch_mask, devices.by_rows(self._mesh))
             clips = [self._eval[plan.split][name] for name in plan.modalities]
             sizes = tuple(plan.padded_lengths[name][bucket] for name in plan.modalities)
-            frames = self._lay(clips, clip_index, batch_mask, sizes=sizes)
+            frames = self._gathered(clips, clip_index, batch_mask, sizes=sizes)
             yield Batch(dict(zip(plan.modalities, frames, strict=True)), clip_index, batch_mask)
 
 
-def _lay(
+def gathered(
     clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
 ) -> list[Frames]:
-    """Returns the frames of B clips with their features, modality by modality; see `frames_of`."""
+    """Returns `frames_of` B clips with their features gathered, modality by modality."""
     laid = [
         frames_of(packed, clip_index, batch_mask, size)
         for packed, size in zip(clips, sizes, strict=True)
