@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, fusion, machine
+from vidjax import devices, machine
 from vidjax.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data.clips import (
@@ -57,9 +57,15 @@ def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Bat
 
 
 def frames_of(
-    clips: Packed, clip_index: Array, batch_mask: Array, size: int, drawn: Array | None = None
+    clips: Packed,
+    clip_index: Array,
+    batch_mask: Array,
+    size: int,
+    drawn: Array | None = None,
+    *,
+    lazy: bool = True,
 ) -> Frames:
-    """Returns Frames [B, size] of B clips, features as LazyFeatures.
+    """Returns Frames [B, size] of B clips.
 
     Args:
       clips: N clips of one modality; the last frame is zeros and stands for padding.
@@ -67,6 +73,7 @@ def frames_of(
       batch_mask: [B] bool; a clip where it is False has no frames.
       size: T.
       drawn: [B] float32, see `first_frame` of a window; None takes the first T frames.
+      lazy: True for LazyFeatures, which are gathered once a fusion has chosen frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if drawn is not None:
@@ -76,11 +83,15 @@ def frames_of(
     mask = place < length[:, None]  # [B, T]
     index = jnp.where(mask, first[:, None] + place, len(clips.number) - 1)
     quality, detection, number = (
-        jnp.asarray(values).at[index].get(mode="promise_in_bounds")
-        for values in (clips.quality, clips.detection, clips.number)
+        _take(values, index) for values in (clips.quality, clips.detection, clips.number)
     )
-    features = LazyFeatures(clips.features, index)  # gathered once a fusion has chosen frames
+    features = LazyFeatures(clips.features, index) if lazy else _take(clips.features, index)
     return Frames(features, quality, detection, number, mask)  # pyright: ignore[reportArgumentType]
+
+
+def _take(values: Array, index: Array) -> Array:
+    """Returns values[index] for an index that is valid."""
+    return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
 
 
 class ResidentPlan(NamedTuple):
@@ -235,11 +246,10 @@ def gathered(
     clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
 ) -> list[Frames]:
     """Returns `frames_of` B clips with their features gathered, modality by modality."""
-    laid = [
-        frames_of(packed, clip_index, batch_mask, size)
+    return [
+        frames_of(packed, clip_index, batch_mask, size, lazy=False)
         for packed, size in zip(clips, sizes, strict=True)
     ]
-    return [frames._replace(features=fusion.read(frames.features)) for frames in laid]
 
 
 def _best_frames(packed: Packed, row: int, count: int) -> Packed:
