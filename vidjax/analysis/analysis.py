@@ -269,8 +269,7 @@ def import_report(*, wanted: bool) -> None:
     """Imports in a thread, if `wanted`, what analysis and report use: nearly a second of work."""
 
     def load() -> None:
-        import scipy.optimize
-        import scipy.special  # noqa: F401
+        import scipy.optimize  # noqa: F401
 
         with contextlib.suppress(ImportError):  # which `write_results` tells of
             from vidjax.report import run_page as run_page

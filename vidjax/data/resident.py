@@ -34,7 +34,7 @@ from vidjax.errors import UserError
 MODES = ("auto", "resident", "streaming")
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
-# Fields of a frame that are resident, and their bytes per frame beside the feature.
+# Bytes of a resident frame beside its feature.
 SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in BATCHED[1:])
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
