@@ -33,6 +33,8 @@ from vidjax.data import memory
 from vidjax.data.records import manifest, padding, shard_files, streaming
 from vidjax.data.records.dataset import Dataset
 
+pytestmark = pytest.mark.usefixtures("several_lengths")
+FEW_FRAMES = clips_lib.FEW_FRAMES
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
 COUNTS = {"train": 45, "val": 26}
@@ -303,6 +305,33 @@ def test_evaluation_shows_every_frame_of_every_clip_once(
         for bucket in (32, 128, 512):
             within = [index for index in seen if buckets[index] == bucket]
             assert within == sorted(within)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [
+        ({32: 6, 128: 5, 512: 4}, {512: 15}),
+        ({32: 600, 128: 1}, {128: 601}),
+        ({32: 700, 128: 1}, {32: 700, 128: 1}),  # 700 x 96 frames of padding
+        ({32: 700, 128: 1, 512: 1}, {32: 700, 512: 2}),
+        ({32: 6, 512: 1000}, {512: 1006}),
+        ({32: 200, 512: 1}, {32: 200, 512: 1}),
+        ({1: 3000}, {1: 3000}),
+    ],
+)
+def test_few_clips_join_longer_ones(
+    counts: dict[int, int], wanted: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clips_lib, "FEW_FRAMES", FEW_FRAMES)
+    lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])
+    names, none = tuple(f"{i:04}" for i in range(len(lengths))), np.zeros(0, np.int32)
+    split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
+    only = np.arange(len(lengths)) % 2 == 0
+    whole, part = (clips_lib.make_eval_plan(split, ("face",), only=x) for x in (None, only))
+    assert (part.bucket == np.where(only, whole.bucket, -1)).all()
+    padded = np.array(whole.padded_lengths["face"])[whole.bucket]
+    assert (padded >= lengths).all()
+    assert dict(zip(*np.unique(padded, return_counts=True), strict=True)) == wanted
 
 
 def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(

@@ -4,6 +4,7 @@ Numpy only. The sources are `Dataset` (records on disk), `Resident` (arrays on t
 `MemoryClips` (arrays in memory). Training and evaluation know them by these protocols alone.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
@@ -23,6 +24,8 @@ MAX_EVAL_FRAMES = BUCKETS[-1]
 # A modality is never padded beyond its longest clip of the split, rounded up to one of these:
 # audio with one vector per clip keeps T = 1, and splits of similar clips share compiled programs.
 PAD_LENGTHS = (1, 8, *BUCKETS)
+# Frames of padding that take less time than to compile what evaluates clips of another length.
+FEW_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
@@ -227,8 +230,9 @@ def make_eval_plan(
 ) -> EvalPlan:
     """Groups the clips of a split by length for evaluation.
 
-    The padding of a modality depends on the whole split, not on `only`: a clip is padded alike
-    whichever other clips are evaluated.
+    Clips join longer ones where that adds at most FEW_FRAMES of padding: a small split is evaluated
+    by one program. The padding of a modality depends on the whole split, not on `only`: a clip is
+    padded alike whichever other clips are evaluated.
 
     Args:
       lengths: [N] int, number of frames by which each clip's bucket is chosen, at least and by
@@ -250,6 +254,10 @@ def make_eval_plan(
             f"lengths: clip {split.clips[clip]} has {most[clip]} frames, not {lengths[clip]}"
         )
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
+    for shorter, longer in itertools.pairwise(np.unique(bucket)):
+        added = padded(int(lengths.max()), BUCKETS[longer]) - BUCKETS[shorter]
+        if np.count_nonzero(bucket == shorter) * added <= FEW_FRAMES:
+            bucket[bucket == shorter] = longer
     padded_lengths = {
         name: tuple(padded(int(split.lengths[name].max()), limit) for limit in BUCKETS)
         for name in modalities
