@@ -29,6 +29,8 @@ from vidjax.extract import folder, pipeline
 from vidjax.gallery import appearances
 from vidjax.gallery.gallery import Gallery
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def models(tmp_path):
@@ -139,7 +141,6 @@ def test_killed_extractions_end_with_the_same_bytes(tmp_path, models, film, faul
     kill_extractions(tmp_path, models, film, random.Random(fault_seed), 3)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_fifty_killed_extractions_end_with_the_same_bytes(tmp_path, models, film, fault_seed):
     kill_extractions(tmp_path, models, film, random.Random(fault_seed + 1), 50)
@@ -182,7 +183,6 @@ def test_a_full_disk_ends_it_and_leaves_nothing_half(tmp_path, models, film, cap
     assert len([*out.glob("*.npz")]) == 5
 
 
-@pytest.mark.slow
 def test_a_disk_without_room_ends_it_and_leaves_nothing_half(mounted, models, film, capsys):
     disk = mounted("size=64k")
     if disk is None:
@@ -598,7 +598,6 @@ def test_a_clip_that_is_gone_is_made_again(tmp_path, models, film, capsys):
     }
 
 
-@pytest.mark.slow
 def test_a_folder_of_a_thousand_photos(tmp_path, models, capsys):
     """A second call reads them alone; open files do not grow with their number."""
     for number in range(1000):
@@ -616,7 +615,6 @@ def test_a_folder_of_a_thousand_photos(tmp_path, models, capsys):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.slow
 def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed):
     words = [sys.executable, "-m", "tests.campaigns.films", str(tmp_path), f"--seed={fault_seed}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -627,7 +625,6 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed):
         assert sum(count.values()) == 200 and count["refused"] > 5 and count["whole"] > 5
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path, models):
     shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
     drawn_people.write_film(tmp_path / "minute.mp4", *shots, codec="libx264")

@@ -27,6 +27,8 @@ from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 from vidjax.system import System, TaskSpec, make_system
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
@@ -482,7 +484,6 @@ def test_a_batch_is_divided_by_its_clips():
     assert found["clips"] == pytest.approx(found["weights"] * (4 + 23) / 31, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
     """run_val of train_X_noise, after each epoch."""
     words = ("--config.num_epochs=3", "--config.eval.members=false")
@@ -497,7 +498,6 @@ def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
     assert seen["train"] != seen["evaluate"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words", ["published", "published,views"])
 def test_deepmef_as_published_trains(data, tmp_path, words):
     config = shrunk(

@@ -18,6 +18,8 @@ from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CLIPS, IDENTITIES = 57_820, 10_034  # of train; the official files
 
