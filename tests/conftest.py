@@ -143,16 +143,6 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def several_lengths() -> Iterator[None]:
-    """Clips are evaluated by length, as those of large splits are, however few there are."""
-    from vidjax.data import clips
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "FEW_FRAMES", 0)
-        yield
-
-
 @pytest.fixture(scope="session")
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""

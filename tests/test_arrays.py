@@ -519,7 +519,6 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
                 np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.usefixtures("several_lengths")
 def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     clips = {"long": {"face": clip_of(0, 700)}, "short": {"face": clip_of(1, 3)}}
     data = sources.load({"val": clips}, cache_dir=cache)

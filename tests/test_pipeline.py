@@ -33,8 +33,6 @@ from vidjax.data import memory
 from vidjax.data.records import manifest, padding, shard_files, streaming
 from vidjax.data.records.dataset import Dataset
 
-pytestmark = pytest.mark.usefixtures("several_lengths")
-FEW_FRAMES = clips_lib.FEW_FRAMES
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
 COUNTS = {"train": 45, "val": 26}
@@ -319,15 +317,14 @@ def test_evaluation_shows_every_frame_of_every_clip_once(
         ({1: 3000}, {1: 3000}),
     ],
 )
-def test_few_clips_join_longer_ones(
-    counts: dict[int, int], wanted: dict[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(clips_lib, "FEW_FRAMES", FEW_FRAMES)
+def test_few_clips_join_longer_ones(counts: dict[int, int], wanted: dict[int, int]) -> None:
     lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])
     names, none = tuple(f"{i:04}" for i in range(len(lengths))), np.zeros(0, np.int32)
     split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
     only = np.arange(len(lengths)) % 2 == 0
-    whole, part = (clips_lib.make_eval_plan(split, ("face",), only=x) for x in (None, only))
+    whole, part = (
+        clips_lib.make_eval_plan(split, ("face",), only=x, join=True) for x in (None, only)
+    )
     assert (part.bucket == np.where(only, whole.bucket, -1)).all()
     padded = np.array(whole.padded_lengths["face"])[whole.bucket]
     assert (padded >= lengths).all()

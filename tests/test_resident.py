@@ -40,7 +40,6 @@ from vidjax.steps import feed, train_step
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
-pytestmark = pytest.mark.usefixtures("several_lengths")
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"

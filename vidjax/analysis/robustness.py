@@ -41,7 +41,8 @@ class SampleScorer:
 
     def blocks(self, only: np.ndarray) -> Iterator[Batch]:
         """Yields blocks of the clips `only` [N] bool as numpy arrays, padded as in the split."""
-        plan = make_eval_plan(self.split, self.model.modalities, only=only)
+        join = not self.model.system.frame_is_example
+        plan = make_eval_plan(self.split, self.model.modalities, only=only, join=join)
         return map(devices.fetch, self.model.data.eval_batches(plan, rows=self.rows))
 
     def score(self, block: Batch, without: int | None = None) -> tuple[Array, Batch]:

@@ -227,17 +227,20 @@ def make_eval_plan(
     *,
     lengths: np.ndarray | None = None,
     only: np.ndarray | None = None,
+    join: bool = False,
 ) -> EvalPlan:
     """Groups the clips of a split by length for evaluation.
 
-    Clips join longer ones where that adds at most FEW_FRAMES of padding: a small split is evaluated
-    by one program. The padding of a modality depends on the whole split, not on `only`: a clip is
-    padded alike whichever other clips are evaluated.
+    The padding of a modality depends on the whole split, not on `only`: a clip is padded alike
+    whichever other clips are evaluated.
 
     Args:
       lengths: [N] int, number of frames by which each clip's bucket is chosen, at least and by
         default `longest(split, modalities)`. With it, other sources of the clips form equal blocks.
       only: [N] bool, True for the clips to evaluate; None for all.
+      join: True to let clips join longer ones where that adds at most FEW_FRAMES of padding, so
+        that one program evaluates a small split. It does not help models that judge every frame by
+        itself: a block takes as long as its longest clip.
     """
     most = longest(split, modalities)
     lengths = most if lengths is None else np.asarray(lengths)
@@ -254,7 +257,7 @@ def make_eval_plan(
             f"lengths: clip {split.clips[clip]} has {most[clip]} frames, not {lengths[clip]}"
         )
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
-    for shorter, longer in itertools.pairwise(np.unique(bucket)):
+    for shorter, longer in itertools.pairwise(np.unique(bucket)) if join else ():
         added = padded(int(lengths.max()), BUCKETS[longer]) - BUCKETS[shorter]
         if np.count_nonzero(bucket == shorter) * added <= FEW_FRAMES:
             bucket[bucket == shorter] = longer

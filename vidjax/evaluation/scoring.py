@@ -250,8 +250,11 @@ def windows(
     splits = {key: data.split(split_name) for key, data in datasets.items()}
     lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
     share = devices.share(mesh)
+    join = not any(model.system.frame_is_example for model in models)
     plans = {
-        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths, only=only)
+        key: make_eval_plan(
+            splits[key], tuple(modalities[key]), lengths=lengths, only=only, join=join
+        )
         for key in datasets
     }
     for model in models:
