@@ -3,6 +3,7 @@
 What each of several processes reads is together what one reads.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -322,9 +323,8 @@ def test_few_clips_join_longer_ones(counts: dict[int, int], wanted: dict[int, in
     names, none = tuple(f"{i:04}" for i in range(len(lengths))), np.zeros(0, np.int32)
     split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
     only = np.arange(len(lengths)) % 2 == 0
-    whole, part = (
-        clips_lib.make_eval_plan(split, ("face",), only=x, join=True) for x in (None, only)
-    )
+    plan = functools.partial(clips_lib.make_eval_plan, split, ("face",), join=True)
+    whole, part = plan(), plan(only=only)
     assert (part.bucket == np.where(only, whole.bucket, -1)).all()
     padded = np.array(whole.padded_lengths["face"])[whole.bucket]
     assert (padded >= lengths).all()
