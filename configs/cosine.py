@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/cosine.py
 
-Time: about 19 seconds on 2 CPU cores.
+Time: about 15 seconds on 2 CPU cores.
 Score: MAP@100 0.900 on the small synthetic dataset, 0.916 on the small real dataset (means of 3
 seeds).
 

@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/deepmef.py
 
-Time: about 27 seconds on 2 CPU cores.
+Time: about 21 seconds on 2 CPU cores.
 Score: MAP@100 0.853 on the small synthetic dataset (means of 3 seeds).
 
 Arguments: the words of WORDS below, in any combination, and names of modalities: `face` alone,

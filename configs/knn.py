@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/knn.py
 
-Time: about 9 seconds on 2 CPU cores.
+Time: about 8 seconds on 2 CPU cores.
 Score: MAP@100 0.869 on the small synthetic dataset, 0.796 on the small real dataset (means of 3
 seeds).
 

@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/mma.py
 
-Time: about 24 seconds on 2 CPU cores.
+Time: about 18 seconds on 2 CPU cores.
 Score: MAP@100 0.902 on the small synthetic dataset, 0.901 on the small real dataset (means of 3
 seeds).
 

@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/noise_classes.py
 
-Time: about 24 seconds on 2 CPU cores.
+Time: about 22 seconds on 2 CPU cores.
 Score: MAP@100 0.892 on the small synthetic dataset, 0.832 on the small real dataset, out of fold
 (means of 3 seeds).
 

@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/quality_fusion.py
 
-Time: about 14 seconds on 2 CPU cores.
+Time: about 13 seconds on 2 CPU cores.
 Score: MAP@100 0.843 on the small synthetic dataset, 0.805 on the small real dataset (means of 3
 seeds).
 

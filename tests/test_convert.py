@@ -297,6 +297,7 @@ class DlibNet:
         return self.x.mean((1, 2)) @ matrix
 
 
+@pytest.mark.slow
 def test_a_made_net_of_dlib_answers_as_its_layers_say():
     image = np.random.default_rng(1).integers(0, 256, (150, 150, 3), np.uint8)
     made = DlibNet(image)

@@ -273,6 +273,7 @@ def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(
     assert len(read) == 3, "another process need not read them either"
 
 
+@pytest.mark.slow
 def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,7 @@ def enrolled(folder, models, vectors):
     return gallery
 
 
+@pytest.mark.slow
 def test_refit_is_better_for_people_left_out_or_is_refused(tmp_path, models, capsys):
     """Photos that differ more than the card says call for another back end, others do not."""
     own = enrolled(tmp_path / "own", models, draw(np.random.default_rng(3), 60, 3, spread=3.0))

@@ -307,6 +307,7 @@ def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(
 # 20: a very long clip.
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames_make_a_fixed_choice(official: Path) -> None:
     clips = clips_of("train", 20)
     clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
