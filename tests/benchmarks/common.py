@@ -72,6 +72,12 @@ def run_again(*words: str, **variables: str) -> str:
     return done.stdout
 
 
+def children_seconds() -> float:
+    """Returns the seconds of the processor that ended children of this process have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def make_clips(modalities: Sequence[str], num_clips: int, seed: int = 0) -> dict[str, Packed]:
     """Returns made-up resident clips, float16 x 512, made on the device."""
     clips = {}

@@ -8,7 +8,6 @@ these beside those of a process that imports numpy alone.
 """
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -67,19 +66,13 @@ def measure(folder: Path) -> dict[str, tuple[float, float]]:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in STARTS}
     for turn in range(1 + TURNS):
         for name, words in STARTS.items():
-            began, used = time.perf_counter(), _used()
+            began, used = time.perf_counter(), common.children_seconds()
             command = [sys.executable, *words]
             subprocess.run(command, cwd=folder, env=env, capture_output=True, check=True)
             if turn:
-                found[name].append((time.perf_counter() - began, _used() - used))
+                found[name].append((time.perf_counter() - began, common.children_seconds() - used))
     pairs = {name: zip(*some, strict=True) for name, some in found.items()}
     return {name: (statistics.median(x), statistics.median(y)) for name, (x, y) in pairs.items()}
-
-
-def _used() -> float:
-    """Returns the seconds of the processor that ended children of this process have used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "speed.json"
 PAGE = FOLDER / "README.md"
 BENCHMARKS = {
+    "first_command": ["first_command"],
     "products": ["products", "--peer"],
     "training_step": ["training_step", "--peer"],
     "training_step_bfloat16": ["training_step", "--peer", "--bfloat16"],
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "published_tests": ["evaluation", "--published", "--clips=256", "--block_size=32"],
     "end_to_end": ["end_to_end"],
     "end_to_end_compiled": ["end_to_end", "--compile"],
+    "streaming": ["end_to_end", "--streaming", "--epochs=5"],
     "time_to_map": ["time_to_map"],
     "conversion": ["conversion", "--engines", "--rounds=3"],
     "sampled": ["large", "--sampled"],

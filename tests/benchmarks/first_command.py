@@ -1,0 +1,47 @@
+"""Times of the first command of README.md, from the start of its process to its end.
+
+    python -m tests.benchmarks.first_command [--rounds=3] [--config=configs/mma.py]
+
+A cold one finds neither dataset nor compiled programs in its cache, as after an installation; a
+warm one follows it, and trains anew. Figures are medians of the rounds.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks import common
+
+
+def run(folder: Path, config: str) -> tuple[float, float]:
+    """Trains in `folder/run` with the cache `folder/cache`; returns seconds, and of all cores."""
+    words = [sys.executable, "-m", "vidjax.main", f"--config={config}", f"--workdir={folder}/run"]
+    env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
+    began, used = time.perf_counter(), common.children_seconds()
+    subprocess.run(words, cwd=common.ROOT, env=env, capture_output=True, check=True)
+    return time.perf_counter() - began, common.children_seconds() - used
+
+
+def main() -> None:
+    """Prints a table."""
+    args = common.parse(__doc__, rounds=3, config="configs/mma.py")
+    found: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, times in found.items():
+                times.append(run(Path(folder), args.config))
+                shutil.rmtree(f"{folder}/run")
+                sys.stderr.write(f"{name}: {times[-1][0]:.1f} s\n")
+    rows = []
+    for name, times in found.items():
+        seconds, used = zip(*times, strict=True)
+        rows.append([name, f"{common.median(seconds):.1f}", f"{common.median(used):.1f}"])
+    common.write_table(["the first command", "seconds", "of the processor"], rows)
+
+
+if __name__ == "__main__":
+    main()
