@@ -122,6 +122,7 @@ def extract_with(path, models, **settings):
     return {clip: dict(np.load(out / f"{clip}.npz")) for clip in tracks}, tracks
 
 
+@pytest.mark.slow
 def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_path, models):
     """Bob leaves the picture of the first shot; Eve is seen all along beside Ada in the second."""
     path = tmp_path / "film.mkv"
@@ -137,6 +138,7 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
         np.testing.assert_array_equal(clips[clip]["audio"], by_track[same]["audio"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["track", "shot"])
 def test_voices_while_nobody_is_seen_are_clips_where_asked_for(tmp_path, models, unit):
     path, sound = tmp_path / "film.mkv", tone(440, 18)

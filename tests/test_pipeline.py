@@ -190,6 +190,7 @@ def test_every_clip_comes_once_an_epoch_across_batches(dataset: Dataset, batch_s
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_order_depends_on_seed_and_epoch_alone(dataset: Dataset) -> None:
     order = order_of(take(train_batches(dataset, **TRAIN), 12))
     other_crop = {**TRAIN, "modalities": ("body",), "crop": "quality", "max_frames": 2}

@@ -317,7 +317,7 @@ def test_a_split_that_is_not_resident_is_streamed(ragged, held):
     ("splits", "modalities", "crop", "first"),
     [
         (("train",), ("face", "audio", "body"), "window", 0),
-        (("val", "train"), ("body", "face"), "quality", 3),
+        pytest.param(("val", "train"), ("body", "face"), "quality", 3, marks=pytest.mark.slow),
         pytest.param(("train", "val"), ("face",), "window", 9, marks=pytest.mark.slow),
         pytest.param(("val",), ("audio", "face"), "quality", 0, marks=pytest.mark.slow),
     ],

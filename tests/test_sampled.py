@@ -127,9 +127,8 @@ def classifier_of(tree, count):
     return np.concatenate([arrays["kernel"][0], arrays["bias"]])[:, :count]
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(1, 1), (2, 1)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2), (1, 1), (2, 1)])
 def test_second_moments_fade_between_two_draws(shape):
     """Twelve steps in float64 by sums in numpy, on one device, and on two of either axis."""
     words = (*LINEAR, "--config.loss.sampled_classes=0.2", "--config.dtype=float64")

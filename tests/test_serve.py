@@ -214,7 +214,7 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
     np.testing.assert_equal([first, last], [alone, alone])
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_the_net_of_a_run_gives_pythons_scores_to_the_bit(net, count):
     model, run = net, net.run
     rng = np.random.default_rng(count)

@@ -203,6 +203,7 @@ def test_a_film_that_was_renamed_has_its_new_name_and_a_lost_photo_is_told(
     assert {path.stem for path in (out / "subtitles").iterdir()} == {"my_film"}
 
 
+@pytest.mark.slow
 def test_names_stay_where_voices_are_added_to_the_models(tmp_path, models, capsys):
     film, out = tmp_path / "film.mkv", tmp_path / "out"
     write_film(
@@ -315,6 +316,7 @@ def test_what_a_person_says_of_a_clip_counts(tmp_path, models, film, capsys):
     assert {*Gallery(out / "gallery").identities} == {"Bob"}, "with the clip that was told"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_enrol_tells_photos_that_do_not_help(tmp_path, models, capsys, whole):
     photos, people = tmp_path / "photos", tmp_path / "people"
@@ -383,6 +385,7 @@ def shows(picture):
     return min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
 
 
+@pytest.mark.slow
 def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(
     tmp_path, models, film, capsys
 ):
