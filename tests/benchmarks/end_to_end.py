@@ -131,7 +131,7 @@ def compare_modes(
     rows.append(["streaming / resident", common.ratio(rates, "streaming", "resident")])
     shares = [one["waited_seconds"] / one["train_seconds"] for one in found["streaming"]]
     rows.append(["share of the time in which a step waits for clips", f"{max(shares):.3f}"])
-    common.write_table(["", common.describe()], rows)
+    common.write_table(["training", "measured"], rows)
 
 
 def compare_with_torch(
