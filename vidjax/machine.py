@@ -61,9 +61,8 @@ def keep_freed_memory() -> None:
     """Lets each batch reuse the memory of the one before, if the C library is glibc.
 
     By default the kernel maps and clears every array above 32 MB anew, which halves the rate of
-    batches. More heaps than threads that compile would keep less of it; with fewer, these threads
-    wait for each other, a fifth of the time of a first command. For the `vidjax` command only: it
-    affects all code.
+    batches. Heaps are as few as compilation allows: each keeps memory of its own, but threads that
+    compile and share one wait for each other. For the `vidjax` command only: it affects all code.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,6 +1,6 @@
 """Times of the first command of README.md, from the start of its process to its end.
 
-    python -m tests.benchmarks.first_command [--rounds=3] [--config=configs/mma.py]
+    python -m tests.benchmarks.first_command [--rounds=3]
 
 A cold one finds neither dataset nor compiled programs in its cache, as after an installation; a
 warm one follows it, and trains anew. Figures are medians of the rounds.
@@ -17,23 +17,23 @@ from pathlib import Path
 from tests.benchmarks import common
 
 
-def run(folder: Path, config: str) -> tuple[float, float]:
+def run(folder: Path, *words: str) -> tuple[float, float]:
     """Trains in `folder/run` with the cache `folder/cache`; returns seconds, and of all cores."""
-    words = [sys.executable, "-m", "vidjax.main", f"--config={config}", f"--workdir={folder}/run"]
+    command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={folder}/run"]
     env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
     began, used = time.perf_counter(), common.children_seconds()
-    subprocess.run(words, cwd=common.ROOT, env=env, capture_output=True, check=True)
+    subprocess.run(command, cwd=common.ROOT, env=env, capture_output=True, check=True)
     return time.perf_counter() - began, common.children_seconds() - used
 
 
 def main() -> None:
     """Prints a table."""
-    args = common.parse(__doc__, rounds=3, config="configs/mma.py")
+    args = common.parse(__doc__, rounds=3)
     found: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             for name, times in found.items():
-                times.append(run(Path(folder), args.config))
+                times.append(run(Path(folder), "--config=configs/mma.py"))
                 shutil.rmtree(f"{folder}/run")
                 sys.stderr.write(f"{name}: {times[-1][0]:.1f} s\n")
     rows = []

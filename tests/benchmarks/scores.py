@@ -19,20 +19,18 @@ import fnmatch
 import functools
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.benchmarks import common
+from tests.benchmarks import common, first_command
 from tests.benchmarks.ladders import LADDERS, OPEN_SET, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
 from vidjax import comparison
 from vidjax.report.comparison_page import RankedRun
@@ -81,12 +79,8 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             spec, *overrides = ROWS[key].spec.split()
-            words = [sys.executable, "-m", "vidjax.main", f"--config=configs/{spec}", *overrides]
-            words.append(f"--workdir={folder}/run")
-            env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
-            start = time.perf_counter()
-            subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True)
-            seconds[key] = time.perf_counter() - start
+            words = (f"--config=configs/{spec}", *overrides)
+            seconds[key], _ = first_command.run(Path(folder), *words)
         sys.stdout.write(f"{key}: {seconds[key]:.0f} s\n")
     return seconds
 

@@ -6,7 +6,7 @@ Every benchmark of BENCHMARKS is a process. What it prints as tables goes into `
 the name of the processor, and from there into the tables below `<!-- table: speed NAME -->`, with a
 column for each machine. A machine that measures again replaces its own column. `--collect` measures
 nothing and writes the tables. The sizes of `large --paper` are written, too. PyTorch (the extra
-`bench`) and 20 GB of memory are needed. It takes about 50 minutes on 2 cores; run nothing else
+`bench`) and 20 GB of memory are needed. It takes about an hour on 2 cores; run nothing else
 beside it.
 """
 

@@ -598,19 +598,19 @@ def test_a_clip_that_is_gone_is_made_again(tmp_path, models, film, capsys):
     }
 
 
-def test_a_folder_of_many_photos(tmp_path, models, capsys):
+def test_a_folder_of_a_thousand_photos(tmp_path, models, capsys):
     """A second call reads them alone; open files do not grow with their number."""
-    for number in range(300):
+    for number in range(1000):
         drawn_people.write_photo(tmp_path / "in" / f"{number}.png", ("Ada", 20 + number % 60, 20))
     words = ["extract", tmp_path / "in", f"--models={models}", f"--out={tmp_path / 'out'}"]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
     try:
         code, content, _ = run(capsys, *words)
-        assert code == 0 and content["clips"] == 300
+        assert code == 0 and content["clips"] == 1000
         began = time.process_time()
         assert run(capsys, *words)[0] == 0
-        assert time.process_time() - began < 3
+        assert time.process_time() - began < 10
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
