@@ -256,9 +256,7 @@ def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
     assert any("confident" in line for line in lines)
     report = (workdir / "report.html").read_text()
     assert "confident clips" in report
-    events = b"".join(path.read_bytes() for path in workdir.rglob("events.out.tfevents.*"))
     for field, name in FIELDS.items():
         assert re.search(rf"{re.escape(field)}\b.*\b{name}\b", report), field
-        assert field.encode() in events and name.encode() in events, field
     numbers = [value for value in results.values() if isinstance(value, float)]
     assert len(numbers) > 5 and all(map(math.isfinite, numbers))

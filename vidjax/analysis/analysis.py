@@ -32,7 +32,7 @@ from vidjax.data.clips import TrainingData
 from vidjax.evaluation.restore import FoundRun, find_run, make_model
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.models.base import Identifier, ModelState, Params
-from vidjax.run import logs, results
+from vidjax.run import results
 from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
@@ -289,7 +289,7 @@ def write_results(
     observer: Observer | None = None,
     ends_training: bool = False,
 ) -> None:
-    """Writes ranking and metrics, with an observer also analysis and report, then events.
+    """Writes ranking and metrics, with an observer also analysis and report.
 
     All processes measure for the analysis; the first one writes. Ranking and metrics come first: a
     fault of analysis or report costs these alone. `finished` is set after the report, so that the
@@ -324,8 +324,6 @@ def write_results(
         write_report(workdir)
     if ends_training:
         files.write_json(paths.metrics, values)
-    with warning_of_faults(workdir):
-        log_results(workdir, values, split)
 
 
 # Keys of `metrics.json` by which two evaluations have the same results.
@@ -367,38 +365,10 @@ def warning_of_faults(workdir: Path, *outdated: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
         reason = (str(error) or "no reason given").splitlines()[0][:200]
         warnings.warn(
-            f"analysis, report or events are not written: {type(error).__name__}: {reason}\n"
+            f"analysis or report are not written: {type(error).__name__}: {reason}\n"
             f"the results are in '{workdir}'; to try again: --mode=evaluate --workdir={workdir}",
             stacklevel=3,
         )
-
-
-def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
-    """Writes TensorBoard events of an evaluation: the attention matrix, and the end of the run.
-
-    For a blend, which no training has logged, also the start of the run and its scores.
-    """
-    config = files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)
-    own_split = config["eval"]["split"]
-    own = split == own_split
-    blend = own and bool(config["join"]["runs"])  # a blend has no training that logs its scores
-    path = results.paths(workdir, split, own_split).analysis
-    images = []
-    if path.exists():
-        analysis, arrays = results.load_analysis(path)
-        if "attention" in arrays:
-            from vidjax.report import html
-
-            picture = html.heat_map_png(arrays["attention"], analysis.vectors or ())
-            images.append(logs.Image(f"attention on {split}", *picture))
-    logs.write_results(
-        workdir,
-        values.get("step", 0),
-        scalars=metrics.logged(values) if blend else {},
-        images=images,
-        start=blend,
-        end=own,
-    )
 
 
 def evaluate(

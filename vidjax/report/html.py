@@ -285,33 +285,16 @@ class Plot:
         return svg
 
 
-def draw_heat_map(
-    axes: Axes, matrix: np.ndarray, names: Sequence[str], *, fill: str = BAR, ink: str = INK
-) -> None:
+def draw_heat_map(axes: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
     """Draws a matrix [V, V] of numbers >= 0 as coloured cells; larger ones are more opaque."""
     top, size = max(float(matrix.max()), 1e-9), len(matrix)
     axes.grid(False)
     for i, j in np.ndindex(matrix.shape):
         share = float(np.clip(matrix[i, j] / top, 0, 1))
-        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=fill, alpha=share, linewidth=0))
-        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink)
+        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=BAR, alpha=share, linewidth=0))
+        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center", color=INK)
     axes.set_xlim(0, size)
     axes.set_ylim(size, 0)
     middles, labels = np.arange(size) + 0.5, [short(name) for name in names]
     axes.set_xticks(middles, labels, rotation=30, ha="right", parse_math=False)
     axes.set_yticks(middles, labels, parse_math=False)
-
-
-def heat_map_png(matrix: np.ndarray, names: Sequence[str]) -> tuple[bytes, int, int]:
-    """Returns the picture of `draw_heat_map` as a PNG file, its width and height in pixels."""
-    size = len(matrix)
-    figure = Figure((0.8 * size + 2, 0.8 * size + 1.5), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
-    axes.set_xlabel("vector j, which takes")
-    axes.set_ylabel("vector i, which gives")
-    draw_heat_map(axes, matrix, names, fill="#6ea8d8", ink="#000000")
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in other scripts
-        figure.savefig(content, format="png")
-    return content.getvalue(), *figure.canvas.get_width_height()
