@@ -234,3 +234,23 @@ def test_a_damaged_analysis_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read '.*analysis\.npz'"):
         results_lib.load_analysis(path)
+
+
+def test_sums_do_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(-1, 1, (500, 2, 3)).astype(np.float32) ** 9
+    values[7, 0, 0], values[8], values[9, 1, 1] = np.nan, 1e9, -np.inf
+    mask = rng.random(500) < 0.7
+    mask[7:10] = True
+    totals = []
+    for rows in (500, 125, 4):
+        order, total = rng.permutation(500), {}
+        for at in range(0, 500, rows):
+            some = order[at : at + rows]
+            analysis.add_to(total, {"x": analysis.add_up(values[some], mask[some])})
+        totals.append(total["x"])
+    assert totals[0].dtype == np.int64
+    assert all((total == totals[0]).all() for total in totals)
+    counted = np.clip(np.where(np.isfinite(values), values, 0), -1024, 1024)[mask]
+    wanted = counted.astype(np.float64).sum(axis=0)
+    np.testing.assert_allclose(totals[0] * analysis.UNIT, wanted, atol=500 * analysis.UNIT)

@@ -17,7 +17,6 @@ from vidjax.errors import UserError
 from vidjax.gallery import commands
 from vidjax.in_parts import runner
 from vidjax.main import main
-from vidjax.run.parts import Shard
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -106,7 +105,7 @@ def count_work(folder, found):
         rows = parquet.read_metadata(table).num_rows
         return {"n": ("int32", [rows])}, {"clips": rows}
 
-    job = runner.Job(found, folder, Shard(1, 1))
+    job = runner.Job(found, folder, runner.Shard(1, 1))
     task = runner.Task({"a": 1}, work)
     done = runner.run(job, task, "count", lambda: task)
     return worked, done

@@ -28,7 +28,6 @@ from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_trut
 from tests.helpers.datasets import load_dataset, prepare
 from vidjax.batch import Batch
 from vidjax.cluster.processes import Share, own_blocks, own_places
-from vidjax.commands import parts as parts_lib
 from vidjax.data import clips as clips_lib
 from vidjax.data import memory
 from vidjax.data.records import manifest, padding, shard_files, streaming
@@ -487,14 +486,12 @@ def test_blocks_of_all_processes_have_every_clip_once(
     dataset: Dataset, count: int, rows: int
 ) -> None:
     both, face = ("face", "audio"), ("face",)
-    chosen = parts_lib.choose_clips(dataset, "train", face, 2, 3)
     clips = {f"c{i}": {"face": np.full((i, 5), i, np.float16)} for i in range(1, 60, 4)}
     sources: list[tuple[clips_lib.ClipSource, dict[str, Any]]] = [
         (dataset, {"split": "train", "modalities": both}),
         (dataset, {"split": "val", "modalities": both}),
         (dataset, {"split": "train", "modalities": face, "only": np.arange(45) % 3 == 0}),
         (dataset, {"split": "train", "modalities": face, "only": np.zeros(45, bool)}),
-        (dataset, {"split": "train", "modalities": face, "only": np.isin(np.arange(45), chosen)}),
         (memory.MemoryClips.of(clips, {"face": 5}, ()), {"split": "any", "modalities": face}),
     ]
     for data, arguments in sources:

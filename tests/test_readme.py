@@ -190,9 +190,6 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     assert "--config=FILE" in said("--mode=evaluate")
     assert command("--mode=evaluate", own)["map"] == results["map"]
     assert "leave it out" in said("--mode=evaluate", "--config=mma")
-    for k in (1, 2):
-        command("--mode=evaluate", own, f"--shard={k}/2")
-    assert command("--mode=merge", own)["map"] == results["map"]
     command(
         "--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=val.tsv"
     )

@@ -22,7 +22,6 @@ from vidjax.export import commands as export
 COMMANDS = {
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
-    "merge": evaluate.MERGE,
     "rank": rank.COMMAND,
     "embed": rank.EMBED,
     "compare": compare.COMMAND,

@@ -36,7 +36,7 @@ from vidjax import main as vidjax_main
 from vidjax.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-MODES = ("check", "config", "rank", "report", "compare", "evaluate", "merge", "again", "resume")
+MODES = ("check", "config", "rank", "report", "compare", "evaluate", "again", "resume")
 SECONDS, MEMORY, LINES = 10, 1 << 30, 3
 WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
@@ -234,10 +234,6 @@ def make_run(folder: Path) -> tuple[Path, list[str]]:
         clip_files.write_learnable(data)
         if vidjax_main.main([*words, f"--workdir={run}"]):
             raise SystemExit("the run that is to be mutated could not be trained")
-        for number in (1, 2):
-            shard = ["--mode=evaluate", f"--workdir={run}", f"--shard={number}/2"]
-            if vidjax_main.main(shard):
-                raise SystemExit("the parts that are to be mutated could not be made")
     (folder / "new").mkdir(exist_ok=True)
     for number in range(3):  # clips to rank
         face = np.random.default_rng(number).normal(size=(2, clip_files.WIDTHS["face"]))

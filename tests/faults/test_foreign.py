@@ -27,7 +27,7 @@ from vidjax.commands import check, evaluate, findings
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.evaluation import restore
-from vidjax.run import checkpoint, formats, parts, results, resume
+from vidjax.run import checkpoint, formats, results, resume
 
 IMPORTED = (codec, findings, evaluate)  # so that a test measures the reading alone
 GB = 1 << 30
@@ -481,36 +481,6 @@ def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path):
     dense = tmp_path / "dense"
     dense.write_bytes(b"\1" * (files.LARGE_BYTES + 1))
     assert len(files.read_bytes(dense, GB)) == files.LARGE_BYTES + 1
-
-
-def test_thousands_of_wrong_parts_are_told_once(tmp_path, capsys):
-    folder = tmp_path / "parts" / "val"
-    folder.mkdir(parents=True)
-    for number in range(1, 301):
-        (folder / f"{number}-of-300.npz").write_text("{}" if number % 2 else "")
-    found = list(findings.check_run(config_lib.default(), tmp_path))
-    told = [text for items in found for _, text in items if "parts/val" in text]
-    assert len(told) == 1 and "1-of-300" in told[0] and "299 more" in told[0]
-
-
-@pytest.mark.parametrize("level", ["parts", "parts/val"])
-def test_parts_behind_a_link_are_not_read(tmp_path, level):
-    real = tmp_path / "real" / level
-    real.mkdir(parents=True)
-    (tmp_path / "run" / level).parent.mkdir(parents=True)
-    (tmp_path / "run" / level).symlink_to(real, target_is_directory=True)
-    (real if level == "parts/val" else real / "val").mkdir(exist_ok=True)
-    for read in (
-        lambda: parts.make_folder(tmp_path / "run", "val"),
-        lambda: parts.find(tmp_path / "run", "val"),
-        lambda: parts.read(tmp_path / "run", "val", parts.Shard(1, 1)),
-    ):
-        with pytest.raises(ValueError, match="is a link"):
-            read()
-    (tmp_path / "real/parts/val").mkdir(parents=True, exist_ok=True)
-    os.mkfifo(tmp_path / "real/parts/val/1-of-1.npz")
-    with mutations.alarm(), pytest.raises(ValueError, match="is a pipe"):
-        parts.read(tmp_path / "real", "val", parts.Shard(1, 1))
 
 
 @pytest.mark.parametrize("module", ["vidjax", "vidjax.main"])

@@ -42,7 +42,7 @@ MAX_RATES = 200  # learning rates that the analysis keeps
 
 
 class Seen(NamedTuple):
-    """Values kept while clips are scored; those of two parts of a split can be joined.
+    """Values kept while clips are scored.
 
     Attributes:
       quality: [N] float32, mean quality of each clip's frames of the primary modality.
@@ -95,10 +95,6 @@ class Observer:
         """Values of all clips scored so far."""
         self._flush()
         return self._seen
-
-    def take(self, seen: Seen) -> None:
-        """Sets the values of all clips, as joined from parts."""
-        self._seen = seen
 
     def _attention_step(self, block: Batch) -> Callable[[Batch], Mapping[str, Array]]:
         """Returns a function that sums the attention of a block; {} if the model has none."""

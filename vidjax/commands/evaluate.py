@@ -1,7 +1,6 @@
-"""`vidjax evaluate`, `merge` and `report`: the results of a split.
+"""`vidjax evaluate` and `report`: the results of a split.
 
-`evaluate` ranks a split with one or several trained runs, or scores a part of it. `merge` joins
-such parts. `report` writes the page of a run anew.
+`evaluate` ranks a split with one or several trained runs. `report` writes the page of a run anew.
 """
 
 import argparse
@@ -10,13 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidjax import api, config_io, messages
+from vidjax import api, config_io
 from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Command, Parser, Result
-from vidjax.run import parts as parts_lib
 from vidjax.run import results as results_lib
 
 if TYPE_CHECKING:
@@ -31,40 +29,29 @@ TRAINED = (
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `evaluate`."""
-    add_merge_flags(parser)
+    common.workdir_flag(parser)
+    common.definitions_flag(parser)
+    parser.fields()
     parser.flag("--runs", "A,B", "folders of runs to join; --workdir is that of the results")
-    parser.flag("--shard", "k/n", "scores one of n parts; k is from 1 to n; merge joins them")
     common.process_flags(parser)
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration of a run and its folder, for `evaluate` and `merge`.
+    """Returns the configuration of a run and its folder.
 
     With `--runs` the folder is that of the joined results, and the configuration names the runs.
     """
     for name in config_io.override_names(args.overrides):
         if config_lib.within(name, TRAINED):
-            raise UserError(
-                f"{args.command} trains nothing: config.{name} has no effect\nleave it out"
-            )
+            raise UserError(f"evaluate trains nothing: config.{name} has no effect\nleave it out")
     common.load_definitions(args)
-    runs, shard = getattr(args, "runs", None), getattr(args, "shard", None)
-    if shard is not None:
-        parts_lib.Shard.parse(shard)
-    if args.place and (shard is not None or runs is not None):
+    if args.place and args.runs is not None:
         raise UserError(
-            f"--coordinator does not go with {'--shard' if runs is None else '--runs'}: several "
-            "processes evaluate one whole run\n"
+            "--coordinator does not go with --runs: several processes evaluate one run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
     workdir = Path(args.workdir).expanduser()
-    in_parts = args.command == "merge" or shard is not None
-    if in_parts and (runs is not None or api.run_config(workdir).join.runs):
-        raise UserError(
-            f"{f'--shard={shard}' if shard else 'merge'} takes one trained run, "
-            "not several joined\nrank those in one process: --mode=evaluate --runs=A,B"
-        )
-    config = api.run_config(workdir) if runs is None else _joined_config(args, workdir)
+    config = api.run_config(workdir) if args.runs is None else _joined_config(args, workdir)
     config = config_io.override(config, args.overrides)
     config_io.check_definitions(config)
     if config.join.runs:
@@ -95,7 +82,7 @@ def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Ranks a split, scores a part of it, or joins its parts."""
+    """Ranks a split."""
     began = time.monotonic()
     config, path = settings(args)
     from vidjax.training import together
@@ -103,11 +90,9 @@ def run(args: argparse.Namespace) -> Result:
     together.check_command(args, config)
     if args.overrides and not config.join.runs:
         common.dry_run(args, config)
-    if getattr(args, "shard", None):  # parts have no lock: processes may make them at once
-        return _run_part(args, config, path.absolute(), began)
     with common.locked_folder(path) as workdir:
         from vidjax.analysis import analysis
-        from vidjax.commands import blend, parts
+        from vidjax.commands import blend
 
         api.set_up_devices(config)
         if config.join.runs:
@@ -116,38 +101,8 @@ def run(args: argparse.Namespace) -> Result:
             found = find_run(config, workdir, config_io.override_names(args.overrides))
             data = api.load_data(config)
             together.check_data(data)
-            if args.command == "merge":
-                results = parts.merge(config, workdir, data, found, overrides=args.overrides)
-            else:
-                results = analysis.evaluate(
-                    config, workdir, data, found, analyse=config.eval.report
-                )
+            results = analysis.evaluate(config, workdir, data, found, analyse=config.eval.report)
     return common.summary(config, workdir, results, time.monotonic() - began)
-
-
-def _run_part(args: argparse.Namespace, config: Config, workdir: Path, began: float) -> Result:
-    from vidjax.commands import parts
-
-    which = parts_lib.Shard.parse(args.shard)
-    common.end_on_signals()
-    api.set_up_devices(config)
-    run = find_run(config, workdir, config_io.override_names(args.overrides))
-    part, before = parts.evaluate_part(config, workdir, api.load_data(config), which, run)
-    found = parts_lib.find(workdir, part.facts.split).items()
-    there = sum(o.total == which.total and isinstance(p, parts_lib.Part) for o, p in found)
-    left = which.total - there
-    rows = {
-        "workdir": messages.shown(workdir),
-        "part": f"{which} of {part.facts.split}",
-        "clips": f"{part.facts.num_clips:,}",
-        "time": f"{time.monotonic() - began:.1f} s",
-        "file": messages.shown(part.path),
-        "next": f"{left} of {which.total} parts are to come" if left else "--mode=merge",
-    }
-    content = {"workdir": str(workdir), "part": str(part.path), "shard": str(which)}
-    content |= {"num_clips": part.facts.num_clips, "finished_before": before}
-    note = ": finished before, nothing was scored now" if before else ""
-    return Result(content, rows, note=note)
 
 
 def find_run(config: Config, workdir: Path, given: Collection[str]) -> "FoundRun":
@@ -164,13 +119,6 @@ def find_run(config: Config, workdir: Path, given: Collection[str]) -> "FoundRun
     if config.eval.report:
         results_lib.read_other_metrics(workdir)
     return run
-
-
-def add_merge_flags(parser: Parser) -> None:
-    """Adds the flags of `merge`."""
-    common.workdir_flag(parser)
-    common.definitions_flag(parser)
-    parser.fields()
 
 
 def report(args: argparse.Namespace) -> Result:
@@ -190,14 +138,7 @@ COMMAND = Command(
     (
         "--workdir=runs/mma --config.eval.split=test",
         "--workdir=runs/both --runs=runs/mma,runs/deepmef",
-        "--workdir=runs/mma --shard=1/3",
     ),
-)
-MERGE = Command(
-    "joins the parts that evaluate --shard=k/n has scored",
-    add_merge_flags,
-    run,
-    ("--workdir=runs/mma",),
 )
 REPORT = Command(
     "writes report.html anew, from the files of a run",

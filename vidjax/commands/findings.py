@@ -11,7 +11,6 @@ import platform
 import shutil
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +24,7 @@ from vidjax.data.clips import select_modalities
 from vidjax.data.frame_fields import RecordSource
 from vidjax.evaluation import restore
 from vidjax.gallery.gallery import Gallery
-from vidjax.run import checkpoint, formats, parts, resume
+from vidjax.run import checkpoint, formats, resume
 from vidjax.run import results as results_lib
 from vidjax.training import dry_run, plan
 
@@ -81,7 +80,6 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
         "analysis*.npz": _analysis,
         "*.jsonl": _log,
         "ranking*.txt": _ranking,
-        f"{parts.FOLDER}/*": _parts_of_split,
     }.items():
         for path in sorted(workdir.glob(pattern)):
             if path.name not in ("config.json", "identities.json"):  # see `check_companions`
@@ -139,25 +137,6 @@ def _ranking(path: Path) -> Findings:
         yield FAULT, f"{path.name}: {count} lines for {len(identities)} identities"
     else:
         yield OK, f"{path.name}: valid, {count} identities"
-
-
-def _parts_of_split(folder: Path) -> Findings:
-    name = f"{parts.FOLDER}/{folder.name}"
-    counts, faults = Counter[int](), list[ValueError]()
-    for one, part in parts.find(folder.parents[1], folder.name).items():
-        try:
-            if isinstance(part, ValueError):
-                raise part
-            parts.verify(part, parts.most_bytes(files.MAX_ITEMS, part.facts.num_clips))
-            counts[one.total] += 1
-        except ValueError as error:
-            faults.append(error)
-    if faults:
-        more = f"\n{len(faults) - 1} more cannot be used" if faults[1:] else ""
-        yield FAULT, f"{name}: {faults[0]}{more}"
-    for total, count in sorted(counts.items()):
-        state = OK if count == total else WARNING
-        yield state, f"{name}: {count} of {total} parts, all of them whole"
 
 
 def _log(path: Path) -> Findings:

@@ -235,11 +235,9 @@ def windows(
     block_size: int,
     mesh: Mesh,
     rows: int,
-    only: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
     """Yields windows of a split: for every model a list of blocks, on the devices.
 
-    If `only` [N] bool is given, they hold these clips alone.
     A block has `block_size` clips per device; a window ends at `rows` clips or `WINDOW_BYTES`. A
     dataset that models share is read only once; different datasets must have the same clips.
     """
@@ -252,9 +250,7 @@ def windows(
     share = devices.share(mesh)
     join = not any(model.system.frame_is_example for model in models)
     plans = {
-        key: make_eval_plan(
-            splits[key], tuple(modalities[key]), lengths=lengths, only=only, join=join
-        )
+        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths, join=join)
         for key in datasets
     }
     for model in models:
@@ -358,7 +354,6 @@ def score(
     check: Callable[[], None] = lambda: None,
     observe: Observe | None = None,
     logarithms: bool = False,
-    only: np.ndarray | None = None,
 ) -> Evaluation:
     """Scores the clips of a split by one model, or by a blend of several.
 
@@ -371,7 +366,6 @@ def score(
       check: function to call after every window; its exceptions end the evaluation.
       observe: function to call with the scores of every window.
       logarithms: True to join several models by the mean of their logarithms.
-      only: [N] bool, the clips to score for a part of a ranking; None for all.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -380,8 +374,7 @@ def score(
     split = models[0].data.split(split_name)
     scorers = [ModelScorer(model, split.clips, mesh) for model in models]
     columns, several = scorers[0].columns, len(models) > 1
-    wanted = np.ones(len(split.clips), bool) if only is None else only
-    pool = pool_of([scorer.use for scorer in scorers], split_name) & wanted
+    pool = pool_of([scorer.use for scorer in scorers], split_name)
     ranking, clips = make_ranking(columns, pool), ClipScoreBuffer(split, pool, columns)
     alone = [make_ranking(columns, pool) for _ in models if several]
     by_member = [
@@ -401,8 +394,8 @@ def score(
 
     began = time.monotonic()
     with devices.CompileClock() as compiling:
-        progress = Progress(int(wanted.sum()), unit="clip", label="evaluate", leave=False)
-        for window in windows(models, split.name, block_size, mesh, rows, wanted):
+        progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
+        for window in windows(models, split.name, block_size, mesh, rows):
             blocks, scores = window[0], []
             for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
                 for block in own:
@@ -461,8 +454,7 @@ def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
 def conclude(scored: Evaluation) -> Evaluation:
     """Adds the results of a ranking; warns of clips that are poor or score NaN.
 
-    It reads neither weights nor features, so `scored` may join the scores of several processes. It
-    is an error if all scores are NaN.
+    It is an error if all scores are NaN.
     """
     split, top, pool, models = scored.split, scored.top, scored.clips.pool, scored.models
     for model in models:

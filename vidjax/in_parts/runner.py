@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import msgspec
 
@@ -18,7 +19,6 @@ from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
 from vidjax.errors import UserError
 from vidjax.run import formats, terminal
-from vidjax.run.parts import Shard
 from vidjax.tables import Columns
 
 if TYPE_CHECKING:
@@ -37,6 +37,30 @@ KEPT = "name another folder, --out=FOLDER, or delete it"
 
 class Stopped(UserError):
     """The means have changed: no further table may be made."""
+
+
+class Shard(NamedTuple):
+    """Part `number` (from 1) of `total`."""
+
+    number: int
+    total: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Returns the shard of a text such as `2/7`."""
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        number, total = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= number <= total:
+            first = f"--shard=1/{total}" if total else "--shard=1/7"
+            last = f"--shard={total}/{total}" if total else "--shard=7/7"
+            raise UserError(
+                f"--shard={text[:40]}: want k/n, where k counts the parts from 1 to n:\n"
+                f"{first} is the first, {last} the last"
+            )
+        return cls(number, total)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
 
 
 class Facts(msgspec.Struct, kw_only=True):
