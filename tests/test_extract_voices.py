@@ -112,23 +112,15 @@ def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, capsys):
     assert len(clips) == 2 and film.voices == 0 and film.lost_sound > 20
 
 
-def extract_with(path, models, **settings):
-    """Returns clip -> its arrays, and clip -> its track, by other settings."""
-    out = path.with_suffix("")
-    (outcome,) = pipeline.extract([path], out, models, folder.Settings(**settings))
-    assert outcome.film
-    tracks = {track.clip: track for track in outcome.film.tracks}
-    assert {file.stem for file in out.glob("*.npz")} == tracks.keys()
-    return {clip: dict(np.load(out / f"{clip}.npz")) for clip in tracks}, tracks
-
-
 @pytest.mark.slow
 def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_path, models):
     """Bob leaves the picture of the first shot; Eve is seen all along beside Ada in the second."""
     path = tmp_path / "film.mkv"
     write_film(path, (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE]),
                sound=tone(440, 16), size=(240, 320))  # fmt: skip
-    clips, _ = extract_with(path, models, unit="shot")
+    out = tmp_path / "shots"
+    pipeline.extract([path], out, models, folder.Settings(unit="shot"))
+    clips = {file.stem: dict(np.load(file)) for file in out.glob("*.npz")}
     assert {*clips} == {"film.s000", "film.s002"}
     by_track, film = extract(path, models, tmp_path / "tracks")
     gone = max(one.end_s for one in film.tracks if one.shot == 0 and one.end_s < 7)
@@ -136,64 +128,6 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
     assert begins[0] == pytest.approx(gone * 1000, abs=1) and begins[0] > 1000 and len(begins) > 2
     for clip, same in {"film.s000": "film.s000.t01", "film.s002": "film.s002.t00"}.items():
         np.testing.assert_array_equal(clips[clip]["audio"], by_track[same]["audio"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("unit", ["track", "shot"])
-def test_voices_while_nobody_is_seen_are_clips_where_asked_for(tmp_path, models, unit):
-    path, sound = tmp_path / "film.mkv", tone(440, 18)
-    sound[: 4 * 16_000] = 0  # nobody speaks in the first shot
-    shots = (4, 20, []), (4, 60, [ADA]), (6, 35, []), (2, 20, [BOB]), (2, 20, [])
-    write_film(path, *shots, sound=sound)
-    clips, tracks = extract_with(path, models, unit=unit, off_screen=True)
-    voices_alone = {clip: track for clip, track in tracks.items() if track.off_screen}
-    assert {*voices_alone} == {"film.s002.v00", "film.s003.v00"}
-    one = voices_alone["film.s002.v00"]
-    assert one.shot == 2 and 8 <= one.start_s < 8.3 and 13 < one.end_s <= 14.01
-    for clip in voices_alone:
-        arrays = clips[clip]
-        assert len(arrays["face"]) == 0 and len(arrays["audio"]) == voices_alone[clip].seen
-        milliseconds = arrays["audio_number"][[0, -1]] + (0, 1600)
-        np.testing.assert_allclose(milliseconds / 1000, [tracks[clip].start_s, tracks[clip].end_s],
-                                   atol=0.002)  # fmt: skip
-    usual, _ = extract(path, models, tmp_path / "usual")
-    assert not any(".v" in clip for clip in usual)
-    (clip, *_) = read_clips([path.with_suffix("") / "film.s002.v00.npz"])
-    assert {*clip.modalities} == {"face", "audio"}
-
-
-def test_a_voice_off_screen_is_named_by_the_voice_of_a_person(tmp_path, models, capsys):
-    path, features, g = tmp_path / "film.mkv", tmp_path / "features", tmp_path / "g"
-    write_film(path, (4, 20, [ADA]), (4, 35, []), (4, 60, [BOB]), sound=tone(440, 8))
-    words = ["extract", path, f"--out={features}", f"--models={models}", "--off-screen"]
-    assert main_lib.main([*map(str, words)]) == 0
-    said = capsys.readouterr().err
-    assert "2 faces, 1 with a voice, 1 heard off screen" in said
-    assert main_lib.main(gallery_words("create", g, f"--models={models}")) == 0
-    words = f"--input={features / 'film.s000.t00.npz'}", "--identity=Ada"
-    assert main_lib.main(gallery_words("enrol", g, *words)) == 0
-    out = tmp_path / "names.jsonl"
-    words = gallery_words("identify", g, f"--input={features}", f"--out={tmp_path / 'a.rttm'}")
-    assert main_lib.main(words) == 0
-    lines = [line.split() for line in (tmp_path / "a.rttm").read_text().splitlines()]
-    assert [(float(x[3]), x[7]) for x in lines] == [(0.0, "Ada")], "joined over the shots"
-    assert 7 < float(lines[0][4]) <= 8
-    assert main_lib.main(gallery_words("group", g, f"--input={features}", f"--out={out}")) == 2
-    (models / "speech.json").unlink()
-    (models / "voice.json").unlink()
-    words = ["extract", path, f"--out={tmp_path / 'x'}", f"--models={models}", "--off-screen"]
-    assert main_lib.main([*map(str, words)]) == 2
-    assert "no net for the role voice_activity" in capsys.readouterr().err
-
-
-def test_nobody_is_seen_between_the_tracks_of_a_shot():
-    tracks = [track("a", 2, 4), track("b", 3, 5), track("c", 20, 22, 1)]
-    found = voices.unseen(tracks, [(0.0, 9.0), (9.0, 22.0), (22.0, 90.0), (90.0, 91.0)], "x")
-    shown = [(x.clip, x.shot, round(x.start_s, 3), round(x.end_s, 3)) for x in found]
-    assert shown == [
-        ("x.s000.v00", 0, 0, 1.6), ("x.s000.v01", 0, 5, 9), ("x.s001.v00", 1, 9, 19.4),
-        ("x.s002.v00", 2, 22, 82), ("x.s002.v00", 2, 81.2, 90),
-    ]  # fmt: skip
 
 
 def test_one_and_two_processes_write_the_same_voices(tmp_path, models):

@@ -51,7 +51,7 @@ def workers_of(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> folder.Settings | None:
     """Returns the settings that flags name; None if they name none."""
-    given: dict[str, float | str | bool] = {}
+    given: dict[str, float | str] = {}
     if args.fps is not None:
         try:
             given["fps"] = float(args.fps)
@@ -67,8 +67,6 @@ def settings_of(args: argparse.Namespace) -> folder.Settings | None:
         if unit not in ("track", "shot"):
             raise UserError(f"--unit={show(unit)}: must be track or shot")
         given["unit"] = unit
-    if getattr(args, "off_screen", False):
-        given["off_screen"] = True
     return folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
 
 
@@ -78,15 +76,13 @@ def tell(outcome: pipeline.Outcome) -> None:
     if film is None:
         say(outcome.error)
         return
-    off_screen = sum(track.off_screen for track in film.tracks)
-    count, voices = len(film.tracks) - off_screen, film.voices - off_screen
+    count = len(film.tracks)
     faces = f"{count:,} face{'' if count == 1 else 's'}"
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {len(film.shots):,} shots"
     before = ", as before" if outcome.kept else ""
     if outcome.replaced:
         before = ", in place of another file of this name"
-    heard = f", {voices:,} with a voice" if voices else ""
-    heard += f", {off_screen:,} heard off screen" if off_screen else ""
+    heard = f", {film.voices:,} with a voice" if film.voices else ""
     say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{heard}{before}")
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
@@ -151,7 +147,6 @@ def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_flags(parser)
     parser.flag("--unit", "U", "what a clip is: a track, or a shot with one main figure")
-    parser.switch("--off-screen", "also clips of voices, while no face is seen")
 
 
 COMMAND = Command(

@@ -18,7 +18,7 @@ from vidjax.extract.figures import Figures, Nets
 from vidjax.extract.models import Embedder
 from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker, gap_at
-from vidjax.extract.voices import RATE, WINDOW, Voice, alone, listen, unseen
+from vidjax.extract.voices import RATE, Voice, alone, listen
 
 
 class Sighting(NamedTuple):
@@ -98,64 +98,33 @@ class Clips:
         with files.atomic_file(self._out / f"{name}.npz") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
-    def hear(
-        self,
-        sound: Iterable[tuple[float, np.ndarray]],
-        seen: Sequence[folder.Track],
-        shots: Sequence[tuple[float, float]],
-    ) -> int:
-        """Adds voices to the clips whose person is seen alone; returns how many have one.
+    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[folder.Track]) -> int:
+        """Adds voices to the clips whose person is seen alone; returns the number of these clips.
 
-        The best windows of a clip are kept; `audio_number` is the millisecond of their begin. So
-        are voices while nobody is seen, as clips of their own, where the settings want them.
-
-        Args:
-          seen: all who are seen, with the clips that their voices go with.
-          shots: their begins and ends in seconds.
+        The best windows of a clip are kept; `audio_number` is the millisecond of their begin.
+        `seen` are all people who are seen, with the clips that their voices go with.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
-        spans = [span for span in alone(seen) if span.clip in clips]
-        if self._settings.off_screen:
-            spans = sorted([*spans, *unseen(seen, shots, self._stem)], key=lambda x: x.start_s)
-        heard: set[str] = set()
-        off_screen: dict[str, folder.Track] = {}
-        for span, samples in listen(sound, spans):
+        heard: dict[str, list[Voice]] = {}
+        for span, samples in listen(sound, (span for span in alone(seen) if span.clip in clips)):
             voice = self._nets.listen(samples)
-            if not len(voice.begin):
-                continue
-            begin = span.start_s + voice.begin / RATE
-            self._add_voice(span.clip, begin, voice)
-            heard.add(span.clip)
-            if span.shot is not None:
-                before = off_screen.get(span.clip)
-                off_screen[span.clip] = folder.Track(
-                    clip=span.clip, shot=span.shot, off_screen=True,
-                    start_s=before.start_s if before else float(begin[0]),
-                    end_s=float(begin[-1]) + WINDOW / RATE,
-                    seen=len(begin) + (before.seen if before else 0),
-                )  # fmt: skip
-        self.tracks += off_screen.values()
+            if len(voice.begin):
+                voice = voice._replace(begin=span.start_s + voice.begin / RATE)
+                heard.setdefault(span.clip, []).append(voice)
+        for clip, voices in heard.items():
+            self._add_voice(clip, Voice(*map(np.concatenate, zip(*voices, strict=True))))
         return len(heard)
 
-    def _add_voice(self, clip: str, begin: np.ndarray, voice: Voice) -> None:
-        """Adds windows of speech to a clip, or makes one; `begin` [n] are their seconds."""
-        path = self._out / f"{clip}.npz"
-        # Without a face a clip tells so, as in `end`.
-        arrays = {part: embed.nothing for part, embed in self._nets.embed.items()}
-        if path.exists():
-            with np.load(path) as file:
-                arrays = {field: file[field] for field in file}
-        new = {
-            "audio": voice.vectors,
-            "audio_quality": voice.quality,
-            "audio_number": np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32),
-        }
-        if "audio" in arrays:
-            new = {field: np.concatenate([arrays[field], x]) for field, x in new.items()}
-        order = np.argsort(-new["audio_quality"], kind="stable")
-        best = np.sort(order[: self._settings.most_frames])
-        self._write(clip, arrays | {field: x[best] for field, x in new.items()})
+    def _add_voice(self, clip: str, voice: Voice) -> None:
+        """Adds windows of speech to a clip; `voice.begin` [n] are seconds of the film."""
+        with np.load(self._out / f"{clip}.npz") as file:
+            arrays = dict(file)
+        order = np.argsort(-voice.quality, kind="stable")
+        begin, vectors, quality = (x[np.sort(order[: self._settings.most_frames])] for x in voice)
+        number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
+        new = {"audio": vectors, "audio_quality": quality, "audio_number": number}
+        self._write(clip, arrays | new)
 
     def forget(self, live: set[int]) -> None:
         """Drops the people of tracks that ended too short to be clips."""
@@ -225,7 +194,7 @@ def extract(
     if nets.listen and video.info.sound:
         seen = everybody.finish(found.seconds) if settings.unit == "shot" else [*clips.tracks]
         with decode.open_video(path) as video:
-            voices = clips.hear(video.sound(RATE), seen, shots)
+            voices = clips.hear(video.sound(RATE), seen)
             lost = video.found
             lost_sound = lost.corrupt + lost.refused + lost.damaged
     film = _film(name, sha256, clips, found, shots, photo=False)

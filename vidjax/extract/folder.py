@@ -2,7 +2,6 @@
 
     OUT/STEM.s003.t01.npz   a clip: one track of a person; a photo is STEM.npz, or STEM.f01.npz
     OUT/STEM.s003.npz       a clip of a whole shot, by --unit=shot
-    OUT/STEM.s003.v00.npz   a voice while nobody is seen, by --off-screen
     OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
     OUT/extract.json        the nets and settings of all
     OUT/thumbnails/STEM/    only where asked for: the best face of each clip, CLIP.png
@@ -46,14 +45,12 @@ class Settings(Struct, kw_only=True, frozen=True):
       most_frames: the best faces of a track that are kept.
       unit: what a clip is: a "track", one person in a shot; or a "shot" with one main figure, as in
         iQIYI-VID, see `tracks.MainFigures`.
-      off_screen: True for clips of voices while nobody is seen, beside the others.
     """
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
     size: Annotated[int, Meta(ge=32, le=8192)] = 640
     most_frames: Size = 32
     unit: Literal["track", "shot"] = "track"
-    off_screen: bool = False
 
 
 class Extraction(Struct, kw_only=True):
@@ -65,17 +62,13 @@ class Extraction(Struct, kw_only=True):
 
 
 class Track(Struct, kw_only=True):
-    """A person in one shot: the clip, seconds of first and last sighting, and their number.
-
-    With `off_screen` nobody is seen: begin and end of what is heard, and the number of windows.
-    """
+    """A person in one shot: the clip, seconds of first and last sighting, and their number."""
 
     clip: Text
     shot: Count
     start_s: Seconds
     end_s: Seconds
     seen: Size
-    off_screen: bool = False
 
     def __post_init__(self) -> None:
         _check_file_name(self.clip)

@@ -69,8 +69,7 @@ def extract(
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
-    wanted_voices = known.keys() & {*cards_lib.VOICES} or (settings and settings.off_screen)
-    voices = cards_lib.VOICES if wanted_voices else ()
+    voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}

@@ -70,15 +70,11 @@ class VoiceEmbedder:
 
 
 class Span(NamedTuple):
-    """A piece of a film, in seconds, whose voice goes with a clip.
-
-    `shot` is the shot where nobody is seen meanwhile; None where the person of the clip is.
-    """
+    """A piece of a film, in seconds, whose voice goes with a clip."""
 
     clip: str
     start_s: float
     end_s: float
-    shot: int | None = None
 
 
 class Voice(NamedTuple):
@@ -125,32 +121,13 @@ def alone(tracks: "Iterable[Track]") -> Iterator[Span]:
             yield from _pieces(tracks[only].clip, begin, end)
 
 
-def unseen(
-    tracks: "Iterable[Track]", shots: Iterable[tuple[float, float]], stem: str
-) -> Iterator[Span]:
-    """Yields when nobody is seen in a shot, in order of time, in pieces as `alone` does.
-
-    Each such time has a name of its own, STEM.s003.v00: the first one of shot 3.
-    """
-    of_shot: dict[int, list[tuple[float, float]]] = {}
-    for one in tracks:
-        of_shot.setdefault(one.shot, []).append((one.start_s, one.end_s))
-    for shot, (free, end) in enumerate(shots):
-        gaps = []
-        for seen, last in [*sorted(of_shot.get(shot, ())), (end, end)]:
-            gaps += [(free, seen)] if seen - free >= WINDOW / RATE else []
-            free = max(free, last)
-        for number, (begin, last) in enumerate(gaps):
-            yield from _pieces(f"{stem}.s{shot:03}.v{number:02}", begin, last, shot)
-
-
-def _pieces(clip: str, begin: float, end: float, shot: int | None = None) -> Iterator[Span]:
+def _pieces(clip: str, begin: float, end: float) -> Iterator[Span]:
     """Yields a time in pieces of PIECE_WINDOWS whole windows; none where not even one fits in."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1e-6) + 1 if end - begin >= window else 0
     for first in range(0, count, PIECE_WINDOWS):
         last = min(first + PIECE_WINDOWS, count) - 1
-        yield Span(clip, begin + first * step, begin + last * step + window, shot)
+        yield Span(clip, begin + first * step, begin + last * step + window)
 
 
 def listen(
