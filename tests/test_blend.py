@@ -202,14 +202,6 @@ def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path,
     assert [row["scored_with"][0] for row in results["runs"]] == ["top_classes=2"] * 2
 
 
-def test_a_calibration_of_an_earlier_version_is_refused(runs, load, tmp_path):
-    values = joining(runs).to_dict()
-    values["join"] |= {"calibrate": False, "scale": 1.5, "offset": 0.0}
-    config = config_io.from_json(json.dumps(values))
-    with pytest.raises(ValueError, match=r"join\.scale=1\.5: .*a538f79.*\njoin the runs anew"):
-        blend.blend_runs(config, tmp_path, load, num_devices=1)
-
-
 def test_every_score_equals_the_loop(runs, load):
     mesh = devices.make_mesh(1)
     models = []

@@ -315,13 +315,6 @@ def test_other_data_than_the_runs_are_told(run, data, checked, tmp_path):
     code, lines = checked(run, f"--config.data.dir={official}")
     assert code == 2
     assert "train has other labels" in "".join(states(lines, "FAULT")), first
-    for step in (10, 20):
-        folder = run / "checkpoints" / str(step)
-        manifest = checkpoint.read_manifest(folder)
-        del manifest["data"]
-        files.write_manifest(folder / "manifest.json", manifest)
-    code, lines = checked(run)
-    assert code == 0 and "earlier version" in "".join(states(lines, "warning"))
 
 
 def test_data_that_are_not_there(data, capsys, tmp_path):

@@ -1,6 +1,5 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -140,9 +139,9 @@ READ = {
 }
 
 
-def problems(*words, fresh=True):
+def problems(*words):
     config = config_io.override(config_lib.default(), [f"--config.{word}" for word in words])
-    return list(config_lib.problems(config, fresh=fresh))
+    return list(config_lib.problems(config))
 
 
 def test_a_field_that_a_configuration_misspells_is_refused():
@@ -150,7 +149,6 @@ def test_a_field_that_a_configuration_misspells_is_refused():
     config.optim.weight_deacy = 0.1
     (problem,) = config_lib.problems(config)
     assert "config.optim.weight_deacy" in problem and "optim.weight_decay" in problem
-    assert not list(config_lib.problems(config, fresh=False))  # from an earlier version, perhaps
 
 
 @pytest.mark.parametrize("name", UNREAD)
@@ -162,7 +160,6 @@ def test_a_value_that_nothing_reads_is_refused_with_the_remedy(name):
     remedy = read[0].partition("=")[0] if read else "mode=evaluate"
     assert remedy in problem
     assert not read or problems(f"{name}={value}", *read) == []
-    assert problems(f"{name}={value}", fresh=False) == []  # a run of an earlier version goes on
 
 
 @pytest.mark.parametrize("name", sorted(READ.keys() - {"loss.gamma"}))
@@ -205,16 +202,15 @@ def test_the_range_of_a_field_is_that_of_its_row(name):
         values: Any = {**config_lib.DEFAULTS, name: value}  # as a configuration has them
         with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
             config_lib.check_ranges(values)
-        (problem,) = config_lib.problems(values, fresh=False)  # in any run
+        problem = next(config_lib.problems(values))
         assert all(choice in problem for choice in config_lib.FIELDS[name].choices)
 
 
 @pytest.mark.parametrize("word", ["batch_size=0", "data.train_splits=()", "eval.split=train"])
 def test_values_that_no_run_can_use_are_refused(word):
-    for fresh in (True, False):
-        (problem,) = problems(word, fresh=fresh)
-        assert f"config.{word.partition('=')[0]}" in problem
-        assert len(problem.splitlines()) <= 3
+    (problem,) = problems(word)
+    assert f"config.{word.partition('=')[0]}" in problem
+    assert len(problem.splitlines()) <= 3
     config = config_io.override(config_lib.default(), [f"--config.{word}"])
     with pytest.raises(ValueError, match=re.escape(problem)):
         config_lib.check(config)
@@ -333,25 +329,6 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         )  # fmt: skip
     with pytest.raises((TypeError, ValueError), match="invented"):
         fusion.make_fusion({"name": "mean", "invented": 1})
-
-
-def test_options_of_earlier_versions_are_left_out_where_they_did_nothing():
-    for file, option, value in (("mma", "whitened", 0.25), ("plda", "calibrated", ["clips"])):
-        values = config_io.load_file(f"{ROOT}/configs/{file}.py").to_dict()
-        old = {**values, "model": {**values["model"], option: type(value)()}}
-        assert config_io.from_json(json.dumps(old)).to_dict() == values
-        old["model"][option] = value
-        spec = config_io.from_json(json.dumps(old)).model.to_dict()
-        with pytest.raises(ValueError, match=f"'{option}'.*a538f79 has it last"):
-            identifier.make_identifier(spec, modalities={"face": 4}, num_classes=2, num_clips=3)
-    values = config_lib.default().to_dict()
-    join = values["join"] | {"calibrate": False, "scale": 1.0, "offset": 0.0}
-    assert config_io.from_json(json.dumps(values | {"join": join})).to_dict() == values
-    with pytest.raises(ValueError, match=r"'nplda'.*\n.*train another model anew"):
-        identifier.make_identifier(
-            {"name": "nplda", "stranger_rate": 0.25}, modalities={"face": 4}, num_classes=2,
-            num_clips=3,
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["knn", "noise_classes"])

@@ -12,7 +12,6 @@ from tests.helpers.small_runs import run, shrunk
 from vidjax import config_io, fusion
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
-from vidjax.evaluation import restore as restore_lib
 from vidjax.evaluation import scoring
 from vidjax.models import dense, fallback
 from vidjax.run import checkpoint
@@ -103,14 +102,6 @@ def test_models_without_a_share_have_no_threshold(data):
     assert threshold(absolute, data) is None
     with pytest.raises(ValueError, match="set one of them to 0"):
         threshold(shrunk("--config.model.threshold=2.5", spec=SPEC), data)
-
-
-def test_earlier_manifests_have_none():
-    entries = {"modalities": {"face": 6}, "num_identities": 4, "num_clusters": None}
-    entries |= {"num_clips": 9, "total_steps": 3, "train_other": False, "config": {}}
-    assert restore_lib.task_of(entries) == TaskSpec({"face": 6}, 4, None, 9, 3, False, None)
-    found = restore_lib.task_of({**entries, "threshold": 1.5, "settings": None}).settings
-    assert found == {"threshold": 1.5}
 
 
 def make_poor(threshold, **options):

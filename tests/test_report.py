@@ -276,7 +276,7 @@ OTHER_ANALYSIS = "belongs to another evaluation than this result"
 
 
 def test_what_another_run_lacks_is_left_out_and_another_analysis_is_told(full, page):
-    """Of an earlier version, that optimises nothing, and was evaluated again without an analysis.
+    """A run that optimises nothing, and was evaluated again without an analysis.
 
     It has no table of thresholds, no second calibration and no learning rates.
     """

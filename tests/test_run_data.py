@@ -90,18 +90,6 @@ def test_an_analysis_stays_as_long_as_its_results(own):
         vidjax.evaluate(run).average_precisions()
 
 
-def forget_digests(own):
-    """Makes a run one of an earlier version."""
-    folder = next((own / "run" / "checkpoints").iterdir())
-    manifest = checkpoint.read_manifest(folder)
-    del manifest["data"]
-    files.write_manifest(folder / "manifest.json", manifest)
-    path = own / "run" / "metrics.json"
-    results = json.loads(path.read_text())
-    del results["trained_on"]
-    path.write_text(json.dumps(results))
-
-
 OTHERS = {
     "other features": {"seed": 1},
     "train has other labels": {"shift": 1},
@@ -181,21 +169,6 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsy
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         assert main(evaluate) == code
     assert "--config.data.dir=" in capsys.readouterr().err
-
-
-def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(own, tmp_path, capsys):
-    forget_digests(own)
-    run = f"--workdir={own}/run"
-    assert main(["--mode=evaluate", run]) == 2
-    said = capsys.readouterr().err
-    assert "earlier version" in said and "--config.data.dir=" in said
-    with pytest.warns(UserWarning, match="earlier version"):
-        assert main(["--mode=evaluate", run, f"--config.data.dir={own}/data"]) == 0
-    other = write(tmp_path / "other", seed=1)
-    assert command(own, other) == 2  # results of these versions name the digest of all splits
-    assert "other data" in capsys.readouterr().err
-    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
-    assert command(own, words) == 0
 
 
 def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):

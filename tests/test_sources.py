@@ -38,7 +38,7 @@ def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
     folders = (tmp_path / "synthetic").glob("small-6-blur=2-*")
     assert sum(path.is_dir() for path in folders) == 1
-    data = {"name": "synthetic", "size": "small", "seed": 6}  # as an earlier version wrote it
+    data = {"name": "synthetic", "size": "small", "seed": 6}  # without the other fields
     assert sources.describe(data) == "synthetic, size small, seed 6"
     assert sources.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"
     assert {path.name for path in tmp_path.iterdir()} - {"digests"} == {"synthetic", "iqiyi_vid"}

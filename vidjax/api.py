@@ -212,7 +212,6 @@ def evaluate(
     with workdir_lib.locked(path) as folder:
         run = restore.find_run(config, folder)
         if data is None:
-            restore.check_named(folder, run.manifest, config, by_user=False)
             data = load_data(config)
         metrics = analysis.evaluate(
             config, folder, data, run, num_devices=num_devices, analyse=config.eval.report

@@ -423,22 +423,18 @@ def within(name: str, groups: Collection[str]) -> bool:
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
-def check(config: Config, *, fresh: bool = True) -> None:
-    """Raises ValueError with the first of `problems`.
-
-    `fresh` is False for a run that resumes: it may hold values that this version does not read.
-    """
-    for problem in problems(config, fresh=fresh):
+def check(config: Config) -> None:
+    """Raises ValueError with the first of `problems`."""
+    for problem in problems(config):
         raise UserError(problem)
 
 
-def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
-    """Yields a message for every value out of range, in conflict or, if `fresh`, never read."""
+def problems(config: Config) -> Iterator[str]:
+    """Yields a message for every value that is out of range, in conflict or never read."""
     values = dict(fields(config))
     yield from _out_of_range(values)
     yield from _untrainable(values)
-    if fresh:
-        yield from _unread(values)
+    yield from _unread(values)
 
 
 def check_ranges(config: Config | Mapping[str, Any], groups: Collection[str] = ()) -> None:

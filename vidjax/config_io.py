@@ -300,23 +300,11 @@ def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-# Options of earlier versions -> the value that had no effect.
-RETIRED = {
-    "model": {"whitened": 0.0, "calibrated": []},
-    "join": {"calibrate": False, "scale": 1.0, "offset": 0.0},
-}
-
-
 def from_json(text: str | bytes) -> Config:
     """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
     config, values = config_lib.default(), files.parse_json(text)
     if not isinstance(values, dict):
         raise UserError("it is not a JSON object")
-    for section, options in RETIRED.items():
-        group = values.get(section)
-        for name, without in options.items():
-            if isinstance(group, dict) and group.get(name) == without:
-                del group[name]
     try:
         with config.unlocked():
             config.update(_with_tuples(values))

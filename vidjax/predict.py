@@ -396,8 +396,6 @@ def restore(
     devices.keep_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, workdir)
-    if "data" not in run.manifest:  # no digest confirms the folder, which may be a stranger's word
-        config.data.dir = None
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
     state = {

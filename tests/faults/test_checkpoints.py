@@ -264,7 +264,6 @@ def test_a_manifest_that_lacks_an_entry_is_one_error(capsys, words, parts):
         ("num_clips", 0, "`int` >= 1"),
         ("num_clusters", 1 << 40, "`int` <= "),
         ("modalities", {"f": 0}, "`int` >= 1"),
-        ("threshold", "20", "`float | null`"),
     ],
 )
 def test_a_manifest_with_a_null_or_a_size_out_of_range_is_damaged(tmp_path, name, value, kind):

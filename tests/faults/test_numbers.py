@@ -181,7 +181,7 @@ def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last() -> None
 @pytest.mark.parametrize("word", ["batch_size=1{}", "data.seed=-1{}", "loss.schedule=((0,1{}),)"])
 def test_whole_numbers_beyond_64_bits_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match="64 bits"):
-        config_lib.check(make_config(word.format(400 * "0")), fresh=True)
+        config_lib.check(make_config(word.format(400 * "0")))
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,7 @@ def test_whole_numbers_beyond_64_bits_are_refused(word: str) -> None:
     ],
 )
 def test_infinite_fields_are_refused(word: str) -> None:
-    problems = list(config_lib.problems(make_config(word), fresh=False))
-    assert len(problems) == 1 and word.partition("=")[0] in problems[0]
+    assert word.partition("=")[0] in next(config_lib.problems(make_config(word)))
     assert not list(config_lib.problems(make_config("checkpoint_every_seconds=inf")))
 
 

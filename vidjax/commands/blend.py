@@ -175,11 +175,6 @@ def _given_weights(config: Config) -> list[float]:
 def _takes_logarithms(config: Config) -> bool:
     """Returns True if logarithms are averaged; refuses settings that do not go with the mean."""
     spec = config.join
-    for field in sorted(set(config_io.RETIRED["join"]) & set(spec)):
-        raise UserError(
-            f"config.join.{field}={spec[field]}: no join is calibrated any more, last in a538f79\n"
-            "join the runs anew, in another folder"
-        )
     config_lib.check_ranges(config, ["join"])
     logarithms = spec.mean == "logarithms"
     if logarithms and spec.greedy:
@@ -208,7 +203,6 @@ def _restore_all(
         own = run_config(config, name)
         key = repr(own.data)
         run = restore.find_run(own, Path(name))
-        restore.check_named(Path(name), run.manifest, own, by_user=bool(config.data.dir))
         if key not in datasets:
             datasets[key] = load(own)
         models.append(restore.make_model(own, Path(name), run, datasets[key], mesh))

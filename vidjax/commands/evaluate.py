@@ -5,7 +5,6 @@
 
 import argparse
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
         from vidjax.commands import blend  # it imports jax
 
         blend.check_overrides(config, config_io.override_names(args.overrides))
-    if args.overrides:  # a run of an earlier version may have what is out of range now
-        config_lib.check_ranges(config)
+    config_lib.check_ranges(config)
     return config, workdir
 
 
@@ -98,22 +96,18 @@ def run(args: argparse.Namespace) -> Result:
         if config.join.runs:
             results = blend.blend_runs(config, workdir, api.load_data)
         else:
-            found = find_run(config, workdir, config_io.override_names(args.overrides))
+            found = find_run(config, workdir)
             data = api.load_data(config)
             together.check_data(data)
             results = analysis.evaluate(config, workdir, data, found, analyse=config.eval.report)
     return common.summary(config, workdir, results, time.monotonic() - began)
 
 
-def find_run(config: Config, workdir: Path, given: Collection[str]) -> "FoundRun":
-    """Returns the run in a folder; also reads other files of an evaluation, for errors in them.
-
-    `given` are the fields that the user sets: with `data.dir` a run need not record its data.
-    """
+def find_run(config: Config, workdir: Path) -> "FoundRun":
+    """Returns the run in a folder; also reads other files of an evaluation, for errors in them."""
     from vidjax.evaluation import restore
 
     run = restore.find_run(config, workdir)
-    restore.check_named(workdir, run.manifest, config, by_user="data.dir" in given)
     results_lib.read_metrics(workdir)
     results_lib.read_data_report(workdir)
     if config.eval.report:

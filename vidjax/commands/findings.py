@@ -414,11 +414,7 @@ def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
     manifests = checkpoint.manifests(Path(run))
     if not manifests:
         return
-    own = manifests[max(manifests)].get("data")
-    if own is None:
-        text = "it is of an earlier version, which did not record them"
-        yield WARNING, f"data: whether they are those of '{run}' cannot be told: {text}"
-    elif different := restore.data_differences(own, report):
+    if different := restore.data_differences(manifests[max(manifests)]["data"], report):
         yield FAULT, f"data: not those of '{run}', which was trained on others: now {different}"
     else:
         yield OK, "data: those of the run"

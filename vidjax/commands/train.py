@@ -33,7 +33,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
         raise UserError(
             f"--workdir: '{workdir}' is config.data.dir: name another folder for the run"
         )
-    config_lib.check(config, fresh=not (workdir / common.RECORDED).exists())
+    config_lib.check(config)
     return config, workdir
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Result:
         data = api.load_data(config)
         together.check_data(data)
         if results is not None:
-            restore.check_finished(workdir, results, config, data)
+            restore.check_training(workdir, results["trained_on"], config, data)
         else:
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.line, began=began

@@ -111,7 +111,7 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
     """Raises CheckpointError if a manifest lacks an entry that restoring needs."""
     sizes = [name for name in TaskSpec._fields if name not in TaskSpec._field_defaults]
-    for name in (*sizes, "identities_sha256", "members_sha256", "config"):
+    for name in (*sizes, "identities_sha256", "members_sha256", "config", "data"):
         if name not in manifest:
             raise CheckpointError(
                 f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
@@ -120,12 +120,10 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
-    """Builds the task from a checkpoint's manifest, which an earlier version may have written."""
+    """Builds the task from a checkpoint's manifest."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
-    found = dict(task.settings or {})
-    if manifest.get("threshold") is not None:  # an entry of its own in earlier versions
-        found["threshold"] = manifest["threshold"]
-    settings = {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()}
+    found = (task.settings or {}).items()
+    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in found}
     return task._replace(settings=settings or None)
 
 
@@ -317,34 +315,13 @@ def _other_clips(before: int, now: int) -> str:
     return f"{abs(now - before):,} clips {'more' if now > before else 'fewer'}: {now:,}"
 
 
-def check_training(
-    workdir: Path, own: DataDigests | None, config: Config, data: TrainingData
-) -> None:
-    """Refuses to go on with a run on other data; only warns if the run is too old for digests."""
-    if own is None:
-        _warn_unknown(workdir)
-        return
+def check_training(workdir: Path, own: DataDigests, config: Config, data: TrainingData) -> None:
+    """Refuses to go on with a run on other data."""
     different = data_differences(own, data.report)
     if own.get("weights") != data_digests(config, data)["weights"]:
         different = ", ".join(filter(None, (different, "config.data.weights are others")))
     if different:
         raise UserError(f"'{workdir}' holds a run on other data: now {different}\n{ELSEWHERE}")
-
-
-def check_finished(
-    workdir: Path, results: Mapping[str, Any], config: Config, data: TrainingData
-) -> None:
-    """Refuses a finished run, with `results` of its metrics.json, on other data than its own."""
-    own = results.get("trained_on")
-    before, now = (one.get("data", {}).get("digest") for one in (results, data.report))
-    if own is None and before is not None:  # an earlier version kept one digest of all splits
-        if before == now:
-            return
-        raise UserError(
-            f"'{workdir}' holds a run on other data, or on these as an earlier version read them\n"
-            f"{ELSEWHERE}"
-        )
-    check_training(workdir, own, config, data)
 
 
 def check_evaluation(
@@ -355,10 +332,7 @@ def check_evaluation(
     Another split may be of any data. But if the folder of data is the one in `config.json`, which a
     stranger may have written, at least one split of the run must be as it was.
     """
-    own, split = manifest.get("data"), config.eval.split
-    if own is None:
-        _warn_unknown(workdir)
-        return
+    own, split = manifest["data"], config.eval.split
     different = data_differences(own, data.report, (split,))
     if split not in own["splits"] and config.data.dir == manifest["config"]["data"].get("dir"):
         each = [data_differences(own, data.report, (name,)) for name in own["splits"]]
@@ -369,21 +343,3 @@ def check_evaluation(
             "name the data of the run: --config.data.dir=FOLDER\n"
             "or rank these clips: --mode=rank --input=FOLDER --out=FILE"
         )
-
-
-def check_named(
-    workdir: Path, manifest: Mapping[str, Any], config: Config, *, by_user: bool
-) -> None:
-    """Refuses a data folder that no digest confirms, unless the user (`by_user`) has named it."""
-    if "data" not in manifest and config.data.dir and not by_user:
-        raise UserError(
-            f"'{workdir}' does not tell its training data: an earlier version of vidjax made it\n"
-            f"if they are these, confirm it: --config.data.dir={config.data.dir}"
-        )
-
-
-def _warn_unknown(workdir: Path) -> None:
-    warnings.warn(
-        f"'{workdir}' is a run of an earlier version: whether these are its data cannot be told",
-        stacklevel=3,
-    )

@@ -28,9 +28,6 @@ MODELS: dict[str, type[Identifier]] = {
     "mma": MultimodalIdentifier,
     "plda": PLDAIdentifier,
 }
-# Models and options of earlier versions, and the last commit that has them.
-RETIRED = {"nplda", "whitened", "calibrated"}
-LAST_RETIRED = "a538f79"
 
 
 def make_identifier(
@@ -60,11 +57,6 @@ def make_identifier(
         raise UserError(f"unknown dtype {dtype!r}") from error
     options = dict(spec)
     name = options.pop("name", None)
-    for retired in sorted({name, *options} & RETIRED):
-        raise UserError(
-            f"'{retired}' of config.model gained nothing and is gone: {LAST_RETIRED} has it last\n"
-            "go on with the vidjax of that commit, or train another model anew"
-        )
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; {suggest(str(name), sorted(MODELS))}")
     model = MODELS[name]

@@ -61,10 +61,7 @@ class PLDAIdentifier(Identifier):
         """Returns the settings of a member; ValueError if one is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
-            raise UserError(
-                f"model 'plda' lacks {', '.join(missing)}: an earlier version, with other "
-                "settings, trained it\ntrain it anew: the same command, with another --workdir"
-            )
+            raise UserError(f"model 'plda' lacks {', '.join(missing)}: train it anew")
         chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
         return Settings(**chosen)
 

@@ -97,7 +97,7 @@ class _WithMembers(Struct, kw_only=True):
 class Metrics(_WithMembers, kw_only=True):
     """`metrics.json`, and `metrics_<split>.json` of a split that training does not evaluate."""
 
-    data: Data | None = None  # absent in runs of earlier versions
+    data: Data | None = None
     num_clips: Whole | None = None  # ranked
     num_identities: Whole | None = None  # that have a list
     num_distractors: Whole | None = None  # ranked clips that show no identity
@@ -155,7 +155,6 @@ class Manifest(Struct, kw_only=True):
     mode: Text = ""
     evaluated: bool = False
     seconds: float = 0.0
-    threshold: Known | None = None
     padded_columns: Count | None = None
     settings: Annotated[dict[str, Known | Annotated[list[Known], MANY]], TABLE] | None = None
 

@@ -32,7 +32,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
     results = results_lib.read_metrics(workdir)
     # Evaluation also writes the file; what lacks a result is evaluated again.
-    wanted = ["num_clips", "num_identities"]
+    wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
     wanted += ["best_map", "best_step"] if "best_map" in results else []
     if not results.get("finished") or any(results.get(name) is None for name in wanted):
@@ -68,8 +68,7 @@ def train(
     """
     began = time.monotonic() if began is None else began
     config = resume.absolute(config)  # the run may go on from another working directory
-    # A resumed run may have values without effect, since an earlier version may have started it.
-    config_lib.check(config, fresh=not (workdir / "config.json").exists())
+    config_lib.check(config)
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     plan = make_plan(config, data)
     together.check_plan(plan)  # of several processes

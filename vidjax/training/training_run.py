@@ -70,7 +70,7 @@ def restore_or_init(
         restore.check_entries(workdir, manifest)
         before = config_io.from_json(json.dumps(manifest["config"]))
         changed = resume.changes(workdir, before, config)
-        restore.check_training(workdir, manifest.get("data"), config, data)
+        restore.check_training(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, digests)
         if manifest["step"] > plan.task.total_steps:
             raise UserError(
