@@ -84,9 +84,8 @@ def test_mistakes_in_the_flags_are_told(words, part):
     assert len(str(error.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("words", ["--shard=1/2", "--runs=a,b"])
-def test_several_processes_evaluate_one_whole_run(words):
-    args = main.parse(["evaluate", "--workdir=w", "--coordinator=auto", words])
+def test_several_processes_evaluate_one_whole_run():
+    args = main.parse(["evaluate", "--workdir=w", "--coordinator=auto", "--runs=a,b"])
     with pytest.raises(ValueError, match="one whole run"):
         evaluate.settings(args)
 

@@ -189,24 +189,3 @@ def test_ties_are_counted_by_places():
     scores = np.array([[3, 3, 3, 1], [2, 1, -np.inf, -np.inf]], np.float32)
     top = topk.TopK(scores, np.arange(8, dtype=np.int32).reshape(2, 4))
     assert topk.count_ties(top) == 2
-
-
-def test_lists_of_parts_join_to_those_of_all_clips():
-    rng, streams = np.random.default_rng(0), [*STREAMS.values()]
-    for turn in range(200):
-        num_clips, num_identities, k = (int(rng.integers(1, most)) for most in (90, 6, 30))
-        scores = rng.standard_normal((num_clips, num_identities), np.float32)
-        scores = streams[turn % len(streams)](scores, rng).astype(np.float32) + 0
-        pool = np.flatnonzero(rng.random(num_clips) < 0.9)
-        wanted = full_sort(scores[pool], pool, k)
-        owner = rng.integers(0, rng.integers(1, 8), num_clips)
-        tops = []
-        for part in np.unique(owner):
-            ranked = np.intersect1d(np.flatnonzero(owner == part), pool)
-            top = full_sort(scores[ranked], ranked, k)
-            width = min(k, np.sum(owner == part))
-            tops.append(top._replace(scores=top.scores[:, :width], index=top.index[:, :width]))
-        found = topk.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
-        np.testing.assert_array_equal(found.index, wanted.index)
-        assert found.scores.tobytes() == wanted.scores.tobytes()
-        assert found.index.dtype == wanted.index.dtype

@@ -28,7 +28,7 @@ from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.frame_fields import Quality
-from vidjax.data.memory import MemoryClips
+from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, task_of
@@ -218,38 +218,19 @@ class Predictor(NamedTuple):
           clips, split: N clips, see the class.
           advance: called with the number of rows of each finished block, padding included.
         """
-        names, top = self.top(clips, split=split, advance=advance)
-        return as_lists(self.identities, dict(enumerate(names)), top)
-
-    def top(
-        self,
-        clips: Clips | TrainingData | MemoryClips,
-        *,
-        split: str | None = None,
-        large: bool = False,
-        advance: Callable[[int], None] = uncounted,
-    ) -> tuple[tuple[str, ...], topk.TopK]:
-        """Returns the names of N clips in the order of ties, and the best of each identity.
-
-        The arrays of the top are [C, k], with indices of these names. `clips`, `split` and
-        `advance` are as in `rank`. `large` scores few clips as a large request does.
-        """
-        request = self.request(clips, split, large=large)
-        small = not large and len(request.clip_index) <= SMALL_REQUEST
-        k = SMALL_REQUEST if small else topk.MAX_NAMES
+        request = self.request(clips, split)
+        k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
         blocks = counted(self._score_blocks(request), advance)
         top = topk.rank(blocks, len(self.identities), k, rows=rows, mesh=self.mesh)
-        order = np.argsort(request.clip_index)
-        names = tuple(request.names[row] for row in order.tolist())
-        return names, top
+        names = {int(place): n for place, n in zip(request.clip_index, request.names, strict=True)}
+        return as_lists(self.identities, names, top)
 
     def embed(
         self,
         clips: Clips | TrainingData | MemoryClips,
         *,
         split: str | None = None,
-        large: bool = False,
         advance: Callable[[int], None] = uncounted,
     ) -> np.ndarray:
         """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
@@ -263,14 +244,13 @@ class Predictor(NamedTuple):
 
         Args:
           clips, split: N clips, see the class.
-          large: makes the vectors of few clips as those of a large request.
           advance: called with the number of rows of each finished block, padding included.
 
         Raises:
           ValueError: clips do not fit the run, or the model has no classifier of
             `vidjax.models.layers`.
         """
-        request = self.request(clips, split, large=large)
+        request = self.request(clips, split)
         vectors: np.ndarray | None = None
         for blocks in self._windows(request):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
@@ -292,17 +272,13 @@ class Predictor(NamedTuple):
         found = {name: self.manifest[name] for name in names}
         return files.sha256_json([found, config_io.to_json(self.config)])
 
-    def request(
-        self,
-        clips: Clips | TrainingData | MemoryClips,
-        split: str | None,
-        *,
-        large: bool = False,
-    ) -> Request:
-        """Checks the clips of a call, see the class, and returns them as a Request.
+    def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
+        """Returns the clips of a folder or a parquet table, see `memory.load_clips`."""
+        quality = cast(Quality, self.config.data.quality)
+        return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
-        A request of few clips has small blocks, unless `large`.
-        """
+    def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
+        """Checks the clips of a call, see the class; a request of few clips has small blocks."""
         size = cast(int, self.config.eval.block_size)
         if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
@@ -317,7 +293,7 @@ class Predictor(NamedTuple):
             check_argument("clips", clips, Mapping, wanted)
             quality = cast(Quality, self.config.data.quality)
             clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
-        if len(clips.names) <= SMALL_REQUEST and not large:
+        if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)
 

@@ -15,15 +15,19 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from vidjax import files
 from vidjax.errors import UserError, need
 
+if TYPE_CHECKING:
+    import pyarrow
+
 # The values of a column with their type in Apache Arrow, such as `float32`; [N, D] are N lists.
 Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
+Ranking = Mapping[str, Sequence[tuple[str, float]]]
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # a spreadsheet runs what begins so, but for '
@@ -61,28 +65,34 @@ def write(
         lines = (json.dumps(one, ensure_ascii=False) for one in objects)
         content = "".join(f"{line}\n" for line in lines).encode()
     elif path.suffix == ".parquet":
-        content = _to_parquet(columns, list(rows))
+        content = to_parquet(to_arrow(by_column(columns, list(rows))))
     else:
         content = to_text([columns, *rows], ".tsv" if path.suffix == ".tsv" else ".csv").encode()
     write_new(path, content)
 
 
-def write_ranking(path: Path, ranking: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+def write_ranking(path: Path, ranking: Ranking) -> None:
     """Writes a ranking, identity -> (clip, score), best first, to a new file.
 
     An object of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. Scores have
     all digits of float32; that of a clip without a usable frame is -inf, or null.
     """
-    rows = (
-        (identity, rank, clip, np.float32(score))
-        for identity, clips in ranking.items()
-        for rank, (clip, score) in enumerate(clips, 1)
-    )
     objects = (
         {"identity": identity, "clips": [{"clip": c, "score": _digits(x)} for c, x in clips]}
         for identity, clips in ranking.items()
     )
-    write(path, RANKING, rows, objects)
+    write(path, RANKING, _ranking_rows(ranking), objects)
+
+
+def ranking_columns(ranking: Ranking) -> Columns:
+    """Returns the columns of a ranking, identity -> (clip, score), best first."""
+    return by_column(RANKING, list(_ranking_rows(ranking)))
+
+
+def _ranking_rows(ranking: Ranking) -> Iterator[tuple[object, ...]]:
+    for identity, clips in ranking.items():
+        for rank, (clip, score) in enumerate(clips, 1):
+            yield identity, rank, clip, np.float32(score)
 
 
 def _digits(score: float) -> float | None:
@@ -132,16 +142,14 @@ def _guarded(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(GUARDED) else cell
 
 
-def _to_parquet(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> bytes:
-    return to_parquet(
-        {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(columns.items())}
-    )
+def by_column(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
+    """Returns the columns, name -> type, of rows."""
+    return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
 
 
-def to_parquet(columns: Columns, note: Mapping[bytes, bytes] | None = None) -> bytes:
-    """Returns the content of a parquet table; `note` are its metadata."""
+def to_arrow(columns: Columns) -> "pyarrow.Table":
+    """Returns columns as a table of Apache Arrow."""
     import pyarrow
-    from pyarrow import parquet
 
     arrays = []
     for kind, values in columns.values():
@@ -150,9 +158,15 @@ def to_parquet(columns: Columns, note: Mapping[bytes, bytes] | None = None) -> b
             arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1]))
         else:
             arrays.append(pyarrow.array(values, getattr(pyarrow, kind)()))
-    table = pyarrow.table(arrays, list(columns)).replace_schema_metadata(note)
+    return pyarrow.table(arrays, list(columns))
+
+
+def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None) -> bytes:
+    """Returns the content of a parquet file; `note` are its metadata."""
+    from pyarrow import parquet
+
     content = io.BytesIO()
-    parquet.write_table(table, content, write_page_checksum=True)
+    parquet.write_table(table.replace_schema_metadata(note), content, write_page_checksum=True)
     return content.getvalue()
 
 

@@ -79,7 +79,6 @@ WORDS = [
     Case("train --mode=evaluate", "name one command"),
     Case("train", "--config=FILE"),
     Case(f"{TRAIN} --lr=0.1", "--config.optim.learning_rate"),
-    Case(f"train {TRAIN} --shard=1/2", "but rank and embed do"),
     Case("evaluate --workdir=run --out=o.tsv", "but rank and embed do"),
     Case("report --workdir=run --config.seed=1", "it takes --workdir"),
     Case("rank", "--out=PATH"),

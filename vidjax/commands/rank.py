@@ -1,23 +1,20 @@
-"""`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.in_parts`."""
+"""`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.bulk`."""
 
 import argparse
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidjax import api, config_io, messages, tables
+from vidjax import api, bulk, config_io, messages, tables
 from vidjax.commands import common
 from vidjax.errors import UserError
-from vidjax.in_parts import rankings, runner
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
 if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.predict import Predictor
-    from vidjax.steps.topk import TopK
 
     # (file, run, clips, number of clips that are done -> nothing) -> what it wrote, for --json.
     Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
@@ -42,24 +39,24 @@ def _add_flags(parser: Parser, out: str) -> None:
     about = "the clips: a folder, a .parquet table, or a folder of such tables"
     parser.flag("--input", "PATH", about, needed=True)
     parser.flag("--out", "PATH", f"{out}; of a folder of tables, a folder", needed=True)
-    for name, flag in runner.FLAGS.items():
-        parser.flag(f"--{name}", *flag)
     parser.fields()
 
 
-def _check(args: argparse.Namespace, endings: Sequence[str]) -> runner.Job | None:
-    """Returns the job of a folder of tables, None for other clips; mistakes are told at once."""
+def _check(args: argparse.Namespace, endings: Sequence[str]) -> list[Path]:
+    """Returns the tables of a folder, none for other clips; a mistake is a UserError."""
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
     given = common.given_fields(args, READ)
-    job = runner.job_of(args)
-    if "eval.split" in given and (job or Path(args.input).suffix == ".parquet"):
+    found = bulk.tables_of(args.input)
+    if "eval.split" in given and (found or Path(args.input).suffix == ".parquet"):
         raise UserError(
             "--config.eval.split: a table, or a folder of tables, has no splits: leave it out"
         )
-    if job is None:
+    if found:
+        bulk.check_out(args.out, found)
+    else:
         tables.check_new(Path(args.out).expanduser(), endings)
-    return job
+    return found
 
 
 def _restored(args: argparse.Namespace) -> "Predictor":
@@ -73,16 +70,10 @@ def _restored(args: argparse.Namespace) -> "Predictor":
 
 def _write(args: argparse.Namespace, trained: "Predictor", kind: str, write: "Writer") -> Result:
     """Writes what a run finds for clips into a file; `kind` names it."""
-    from vidjax.data.memory import load_clips
-
     split = config_io.override(trained.config, args.overrides).eval.split
     out = Path(args.out).expanduser()
-    clips = load_clips(
-        Path(args.input).expanduser(),
-        trained.modalities,
-        trained.identities,
-        split=split if "eval.split" in common.given_fields(args, READ) else None,
-        quality=trained.config.data.quality,
+    clips = trained.load(
+        args.input, split if "eval.split" in common.given_fields(args, READ) else None
     )
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
@@ -95,24 +86,13 @@ def _write(args: argparse.Namespace, trained: "Predictor", kind: str, write: "Wr
     return Result(content | written | numbers, rows)
 
 
-def _load(table: Path, trained: "Predictor") -> "MemoryClips | None":
-    quality = trained.config.data.quality
-    return runner.load(table, trained.modalities, trained.identities, quality)
-
-
-def _again(args: argparse.Namespace, task: "Callable[[Predictor], runner.Task]") -> runner.Task:
-    """Returns a task in another process, which restores the run by the same flags."""
-    return task(_restored(args))
-
-
 def run(args: argparse.Namespace) -> Result:
     """Ranks clips and writes the lists."""
-    job = _check(args, tables.ENDINGS)
+    found = _check(args, tables.ENDINGS)
     trained = _restored(args)
-    if job is None:
-        return _write(args, trained, "ranking", _write_ranking)
-    again = functools.partial(_again, args, _ranking_task)
-    return rankings.run(job, _ranking_task(trained), trained.identities, again)
+    if found:
+        return bulk.run(found, args.out, bulk.Rank(lambda: trained))
+    return _write(args, trained, "ranking", _write_ranking)
 
 
 def _write_ranking(
@@ -122,25 +102,13 @@ def _write_ranking(
     return {"num_identities": len(trained.identities)}
 
 
-def _ranking_task(trained: "Predictor") -> runner.Task:
-    def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
-        clips = _load(table, trained)
-        return trained.top(clips, large=True) if clips else None
-
-    return rankings.task({"run": trained.digest}, trained.identities, top_of)
-
-
 def embed(args: argparse.Namespace) -> Result:
     """Writes a unit vector for each clip."""
-    job = _check(args, VECTORS)
+    found = _check(args, VECTORS)
     trained = _restored(args)
-    if job is None:
-        return _write(args, trained, "vectors", _write_vectors)
-    again = functools.partial(_again, args, _vectors_task)
-    done = runner.run(job, _vectors_task(trained), "embed", again)
-    rows, content = runner.describe(done, job.shard)
-    told = {"vectors": messages.shown(job.out)}
-    return Result(content | {"vectors": str(job.out)}, rows | told)
+    if found:
+        return bulk.run(found, args.out, bulk.Embed(lambda: trained))
+    return _write(args, trained, "vectors", _write_vectors)
 
 
 def _write_vectors(
@@ -148,20 +116,8 @@ def _write_vectors(
 ) -> dict[str, int]:
     vectors = trained.embed(clips, advance=advance)
     columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
-    tables.write_new(out, tables.to_parquet(columns))
+    tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
     return {"width": vectors.shape[1]}
-
-
-def _vectors_task(trained: "Predictor") -> runner.Task:
-    def work(table: Path) -> tuple[tables.Columns, Mapping[str, int]]:
-        clips = _load(table, trained)
-        names = clips.names if clips else ()
-        blank = {"none": {next(iter(trained.modalities)): None}}  # tells the width
-        vectors = trained.embed(clips or blank, large=True)[: len(names)]
-        columns = {"clip": ("string", names), "vector": ("float32", vectors)}
-        return columns, {"clips": len(names)}
-
-    return runner.Task({"run": trained.digest, "of": "vectors"}, work)
 
 
 COMMAND = Command(
@@ -170,7 +126,7 @@ COMMAND = Command(
     run,
     (
         "--workdir=runs/mma --input=PATH --out=ranking.tsv",
-        "--workdir=runs/mma --input=FOLDER --out=ranked --shard=1/4",
+        "--workdir=runs/mma --input=FOLDER --out=ranked",
     ),
 )
 EMBED = Command(
@@ -179,6 +135,6 @@ EMBED = Command(
     embed,
     (
         "--workdir=runs/mma --input=PATH --out=vectors.parquet",
-        "--workdir=runs/mma --input=FOLDER --out=vectors --shard=1/4",
+        "--workdir=runs/mma --input=FOLDER --out=vectors",
     ),
 )

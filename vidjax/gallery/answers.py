@@ -13,12 +13,16 @@ import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from vidjax import messages, metrics, tables
+from vidjax import bulk, messages, metrics, tables
 from vidjax.errors import UserError, check_argument
+
+if TYPE_CHECKING:
+    from vidjax.data.memory import MemoryClips
+    from vidjax.data.packing import Clips
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 NEW = "nobody new is more probable"
@@ -226,13 +230,14 @@ def write(path: Path, answers: Answers) -> None:
     tables.write(path, _kinds(most), _rows(answers, most), objects)
 
 
-def columns(answers: Answers, most: int) -> tables.Columns:
-    """Returns the columns of a table of answers, with places for `most` identities."""
-    rows = list(_rows(answers, most))
-    return {
-        name: (kind, [row[i] for row in rows])
-        for i, (name, kind) in enumerate(_kinds(most).items())
-    }
+class Identify(bulk.Work):
+    """Makes the columns of a table of answers, by a gallery; `options` are those of `identify`."""
+
+    def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
+        """Returns who clips show."""
+        answers = self.trained.identify(clips, **self.options)
+        most = min(int(self.options.get("k") or 5), len(self.trained.identities))
+        return tables.by_column(_kinds(most), list(_rows(answers, most)))
 
 
 def _kinds(most: int) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import sys
@@ -15,15 +14,13 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidjax import files, messages, tables
+from vidjax import bulk, files, messages, tables
 from vidjax.data import clip_files
-from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
 from vidjax.gallery.answers import Answer, Rule
-from vidjax.in_parts import rankings, runner
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
     from vidjax.extract.folder import Film
     from vidjax.gallery.changes import Draft
     from vidjax.gallery.gallery import Gallery, Vectors
-    from vidjax.steps.topk import TopK
 
 Done = tuple[str, Mapping[str, object]]  # what a change did, in words and for --json
 Change = Callable[["Draft"], Done]
@@ -66,7 +62,6 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
         ".vtt, .srt and .rttm, by time; a folder for a folder of parquet tables",
     ),
-    **runner.FLAGS,
     "qdrant": ("PLACE", "an address, a folder, or :memory:"),
     "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
     "parquet": ("FILE", "instead: a table of names and vectors"),
@@ -259,12 +254,9 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
-    from vidjax.data.memory import load_clips
-
     if args.input:
-        widths, quality = gallery.reads
         _check_models(args, gallery)
-        return load_clips(args.input, widths, (), quality=quality)
+        return gallery.load(args.input)
     from vidjax import config_io
     from vidjax.api import load_data
 
@@ -387,8 +379,8 @@ def _films(args: argparse.Namespace) -> "list[Film]":
 def _identify(args: argparse.Namespace) -> Result:
     if args.input == STREAM:
         return _identify_lines(args)
-    if job := runner.job_of(args):
-        return _identify_tables(args, job)
+    if found := bulk.tables_of(args.input or ""):
+        return _by_table(args, found, answers_lib.Identify, k=args.k or 5)
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
@@ -420,49 +412,15 @@ def _identify(args: argparse.Namespace) -> Result:
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
 
 
-def _identify_tables(args: argparse.Namespace, job: runner.Job) -> Result:
-    """Answers the clips of every table of a folder in a table of another folder."""
+def _by_table(
+    args: argparse.Namespace, found: Sequence[Path], work: type[bulk.Work], **options: int
+) -> Result:
+    """Writes the results for every table of a folder into another folder."""
+    bulk.check_out(args.out, found)
     gallery = _opened(args)
-    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)
-    task = functools.partial(_answers_task, args)
-    again = functools.partial(_again, args, task)
-    done = runner.run(job, task(gallery), "identify", again)
-    rows, content = runner.describe(done, job.shard)
-    named = done.counts.get("named", 0)
-    rows |= {"named": f"{named:,}", "unknown": f"{done.counts.get('clips', 0) - named:,}"}
-    rows |= {**answers_lib.describe_rule(rule), "answers": str(job.out)}
-    content |= {"rule": answers_lib.rule_as_json(rule), "answers": str(job.out)}
-    return Result(content, rows)
-
-
-def _again(args: argparse.Namespace, task: "Callable[[Gallery], runner.Task]") -> runner.Task:
-    """Returns a task in another process, which opens the gallery by the same flags."""
-    return task(_opened(args))
-
-
-def _answers_task(args: argparse.Namespace, gallery: "Gallery") -> runner.Task:
-    rule, digest = gallery.rule(fpir=args.fpir, threshold=args.threshold), gallery.digest
-    widths, quality = gallery.reads
-    most = min(args.k or 5, len(gallery.identities))
-
-    def work(table: Path) -> tuple[tables.Columns, Mapping[str, int]]:
-        clips = runner.load(table, widths, (), quality)
-        answers = _answers(gallery, clips, most, rule) if clips else {}
-        _unchanged(gallery, digest)
-        named = sum(answer.identity is not None for answer in answers.values())
-        return answers_lib.columns(answers, most), {"clips": len(answers), "named": named}
-
-    means = {"gallery": digest, "rule": answers_lib.rule_as_json(rule), "k": most}
-    return runner.Task(means, work)
-
-
-def _unchanged(gallery: "Gallery", digest: str) -> None:
-    """Refuses to go on with a gallery that was changed: all parts are answers of one state."""
-    if gallery.digest != digest:
-        raise runner.Stopped(
-            f"gallery '{gallery.folder}' was changed meanwhile: its answers are others now\n"
-            "give the same command again with another folder, --out=FOLDER"
-        )
+    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
+    rule = {"fpir": args.fpir, "threshold": args.threshold}
+    return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))
 
 
 def _identify_lines(args: argparse.Namespace) -> Result:
@@ -471,10 +429,10 @@ def _identify_lines(args: argparse.Namespace) -> Result:
     The lines that have come are answered together, so that one does not wait for the next. A line
     that holds no clip is answered by {"line", "error"}, and the others go on.
     """
-    if args.out or args.json or args.shard:
+    if args.out or args.json:
         raise UserError(
             "--input=- writes its answers to standard output, a line for each clip\n"
-            "leave out --out, --json and --shard: identify G --input=- > answers.jsonl"
+            "leave out --out and --json: identify G --input=- > answers.jsonl"
         )
     gallery = _opened(args)
     gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told before lines come
@@ -580,8 +538,8 @@ def _label(args: argparse.Namespace) -> Result:
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
 
-    if job := runner.job_of(args):
-        return _rank_tables(args, job)
+    if found := bulk.tables_of(args.input or ""):
+        return _by_table(args, found, bulk.Rank)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
@@ -607,34 +565,6 @@ def _rank(args: argparse.Namespace) -> Result:
     }
     content = {"ranking": str(out), "clips": len(ranked.clips), **timed[1]}
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
-
-
-def _rank_tables(args: argparse.Namespace, job: runner.Job) -> Result:
-    """Ranks the clips of all tables of a folder, part by part."""
-    if args.fpir is not None or args.threshold is not None:
-        raise UserError(
-            "rank of a folder of tables lists the best 100 clips, whatever their probability\n"
-            "leave out --fpir and --threshold: a score is the logarithm of a probability"
-        )
-    gallery = _opened(args)
-    again = functools.partial(_again, args, _ranking_task)
-    return rankings.run(job, _ranking_task(gallery), _sorted(gallery), again)
-
-
-def _sorted(gallery: "Gallery") -> Sequence[str]:
-    return sort_identities(list(gallery.identities))
-
-
-def _ranking_task(gallery: "Gallery") -> runner.Task:
-    digest, (widths, quality) = gallery.digest, gallery.reads
-
-    def top_of(table: Path) -> "tuple[Sequence[str], TopK] | None":
-        clips = runner.load(table, widths, (), quality)
-        ranked = gallery.top(gallery.embed(clips)) if clips else None
-        _unchanged(gallery, digest)
-        return (ranked.clips, ranked.top) if ranked else None
-
-    return rankings.task({"gallery": digest}, _sorted(gallery), top_of)
 
 
 def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
@@ -830,7 +760,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "identify": Command(
         "says whom clips show, or unknown",
-        _flags(*CLIPS, *RULE, "k", "out", *runner.FLAGS, "config"), _identify,
+        _flags(*CLIPS, *RULE, "k", "out", "config"), _identify,
         ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
     ),
     "group": Command(
@@ -845,7 +775,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
-        _flags(*CLIPS, *RULE, "out", *runner.FLAGS, "config", needs=("out",)), _rank,
+        _flags(*CLIPS, *RULE, "out", "config", needs=("out",)), _rank,
         ("G --split=val --out=ranking.txt",),
     ),
     "list": Command(

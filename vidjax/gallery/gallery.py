@@ -34,7 +34,7 @@ import numpy as np
 from vidjax import files
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import MemoryClips
+from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
 from vidjax.gallery import answers as answers_lib
@@ -387,6 +387,11 @@ class Gallery:
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
+
+    def load(self, path: str | Path) -> MemoryClips:
+        """Returns the clips of a folder or a parquet table, see `memory.load_clips`."""
+        widths, quality = self.reads
+        return load_clips(path, widths, (), quality=quality)
 
     # ---- changes
 

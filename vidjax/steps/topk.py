@@ -23,7 +23,6 @@ CHUNK = 256  # identities per merge, so that their scores stay in the cache of a
 GROUP = 8  # rows per group; only groups whose best score can enter the top k are sorted
 # Groups sorted per identity: the smallest number that holds all candidates, else all rows.
 MOST_GROUPS = (32, 128)
-JOINED_ROWS = 4096  # identities whose lists `join_tops` sorts at a time
 
 
 class TopK(NamedTuple):
@@ -210,30 +209,6 @@ def rank(
     for block in blocks:
         running.add(block)
     return running.finish()
-
-
-def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the sorted top k of all clips, from those of parts that have no clip in common.
-
-    The best k of the union are the best k of all clips, bit for bit. No score is NaN. It runs
-    on the host, by numpy.
-    """
-    best = TopK(
-        np.full((num_identities, k), -np.inf, np.float32),
-        np.full((num_identities, k), NO_CLIP, np.int32),
-    )
-    for top in tops:
-        for at in range(0, num_identities, JOINED_ROWS):
-            rows = slice(at, at + JOINED_ROWS)
-            scores, index = (
-                np.concatenate([old[rows], new[rows]], axis=1)
-                for old, new in zip(best, top, strict=True)
-            )
-            scores += np.float32(0)  # -0 becomes 0
-            order = np.lexsort((index, -scores), axis=1)[:, :k]
-            for old, new in zip(best, (scores, index), strict=True):
-                old[rows] = np.take_along_axis(new, order, axis=1)
-    return best
 
 
 def _clean(scores: Array, batch_mask: Array) -> Array:

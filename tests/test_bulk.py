@@ -1,0 +1,367 @@
+"""Folders of parquet tables: kills, changes, faults; the joint ranking; Ray Data; lines of JSON."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vidjax
+from vidjax import bulk
+from vidjax.errors import UserError
+from vidjax.main import main
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+WIDTH = 24
+COUNTS = (6, 6, 0, 3)  # clips of each table
+PAGE = Path(vidjax.__file__).parent / "data" / "README.md"
+RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
+
+
+def clip_rows(number, count=6):
+    """Returns the rows of a table: clip, modality, features."""
+    rng = np.random.default_rng(number)
+    return [
+        (f"clip {number}-{i}", "face", rng.normal(size=WIDTH).astype(np.float32))
+        for i in range(count)
+        for _ in range(1 + i % 3)
+    ]
+
+
+def write_table(path, rows):
+    names, kinds, features = zip(*rows, strict=True) if rows else ((), (), ())
+    columns = {
+        "clip": pyarrow.array(names, pyarrow.string()),
+        "modality": pyarrow.array(kinds, pyarrow.string()),
+        "features": pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())),
+    }
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.fixture
+def day(tmp_path):
+    """A folder of 4 tables: 6 clips, 6 clips, none, 3 clips; and files that are no data."""
+    folder = tmp_path / "day"
+    folder.mkdir()
+    for number, count in enumerate(COUNTS):
+        write_table(folder / f"part-{number}.parquet", clip_rows(number, count))
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-0.parquet.crc").touch()
+    (folder / "_hidden.parquet").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """The clips of the tables in memory."""
+    found = {}
+    for number, count in enumerate(COUNTS):
+        for clip, _, features in clip_rows(number, count):
+            found.setdefault(clip, []).append(features)
+    return {name: {"face": np.stack(frames)} for name, frames in found.items()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, nearest_run, data):
+    return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", nearest_run, data)
+
+
+@pytest.fixture
+def people(made, tmp_path):
+    return shutil.copytree(made.folder, tmp_path / "g")
+
+
+@pytest.fixture
+def say(capsys):
+    """Runs a command with --json; returns what it printed, or its error."""
+
+    def run(*words, code=0):
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == code
+        said = capsys.readouterr()
+        if code:
+            assert 1 <= len(said.err.strip().splitlines()) <= 3, said.err
+            return said.err
+        return json.loads(said.out)
+
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("**/*.parquet"))}
+
+
+def rows_of(folder):
+    tables = [parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    assert len({str(one.schema.remove_metadata()) for one in tables}) == 1  # the empty one's, too
+    return [row for one in tables for row in one.to_pylist()]
+
+
+def lists_of(path):
+    found = {}
+    for row in parquet.read_table(path).to_pylist():
+        own = found.setdefault(row["identity"], [])
+        assert row["rank"] == len(own) + 1
+        own.append((row["clip"], row["score"]))
+    return found
+
+
+def test_identify_answers_the_clips_of_every_table(say, people, made, day, clips, tmp_path):
+    out = tmp_path / "out"
+    words = ("gallery", "identify", people, f"--input={day}", f"--out={out}", "--k=3")
+    assert say(*words)["tables"] == 4
+    wanted, rows = made.identify(clips, k=3), rows_of(out)
+    assert [row["clip"] for row in rows] == list(wanted)
+    for row in rows:
+        answer = wanted[row["clip"]]
+        assert row["identity"] == answer.identity
+        assert row["score"] == pytest.approx(answer.score, abs=1e-6)
+        assert (row["best_1"], row["best_3"]) == (answer.best[0][0], answer.best[2][0])
+        assert row["probability_1"] == pytest.approx(answer.best[0][1], abs=1e-6)
+    before = contents(out)
+    assert say(*words)["skipped"] == 4 and contents(out) == before
+
+
+def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, clips, tmp_path):
+    out = tmp_path / "vectors"
+    words = ("embed", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
+    say(*words)
+    rows, wanted = rows_of(out), vidjax.restore(nearest_run).embed(clips)
+    assert [row["clip"] for row in rows] == list(clips)
+    assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
+    one = (*words[:2], f"--input={day}/part-3.parquet")
+    done = say(*one, f"--out={tmp_path / 'alone.parquet'}")
+    assert done["num_clips"] == 3 and done["width"] == wanted.shape[1]
+    assert ".parquet" in say(*one, "--out=x.npy", code=2)
+
+
+def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path):
+    """Also for clips of equal scores, whose order is that of their names."""
+    same = clip_rows(0)[0][2]
+    twins = [(f"twin {n % 2}{n}{'.mp4' * (n == 3)}", "face", same) for n in range(90)]
+    write_table(day / "part-4.parquet", twins[0::2])
+    write_table(day / "part-5.parquet", twins[1::2])
+    words = ("rank", f"--workdir={nearest_run}")
+    done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
+    every = [parquet.read_table(table) for table in bulk.tables_of(day)]
+    parquet.write_table(pyarrow.concat_tables(every), tmp_path / "all.parquet")
+    one = tmp_path / "all_ranked.parquet"
+    say(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one}")
+    found, wanted = lists_of(done["results"]), lists_of(one)
+    assert list(found) == list(wanted) == list(vidjax.restore(nearest_run).identities)
+    for name, clips in wanted.items():
+        assert [clip for clip, _ in found[name]] == [clip for clip, _ in clips]
+        scores = [score for _, score in found[name]]
+        assert len(scores) == 100 and scores == pytest.approx([x for _, x in clips], abs=1e-5)
+
+
+def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, clips, tmp_path):
+    words = ("gallery", "rank", people, f"--input={day}")
+    for rule in ({}, {"threshold": 0.3}):
+        flags = [f"--{name}={value}" for name, value in rule.items()]
+        done = say(*words, f"--out={tmp_path / f'out{len(rule)}'}", *flags)
+        wanted = {name: x for name, x in made.rank(clips, **rule).items() if x}
+        found = lists_of(done["results"])
+        assert {name: [clip for clip, _ in x] for name, x in found.items()} == {
+            name: [clip for clip, _ in x] for name, x in wanted.items()
+        }
+        for name, x in wanted.items():
+            assert found[name][0][1] == pytest.approx(x[0][1], abs=1e-5)
+
+
+def test_the_best_lists_are_those_of_a_sort():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 40, (3, 500)).astype(np.float32)  # many are equal
+    names = [f"c{n}{'.mp4' * (n % 3 == 0)}" for n in rng.permutation(500).tolist()]
+    rows = [(f"p{i}", 1, name, x) for i, row in enumerate(scores)
+            for name, x in zip(names, row, strict=True)]  # fmt: skip
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    lists = pyarrow.table([list(x) for x in zip(*rows, strict=True)], list(bulk.tables.RANKING))
+    found = bulk.best(lists).to_pylist()
+    for i, row in enumerate(scores):
+        own = sorted(zip(-row, names, strict=True), key=lambda x: (x[0], x[1].removesuffix(".mp4")))
+        mine = [(r["clip"], r["score"], r["rank"]) for r in found if r["identity"] == f"p{i}"]
+        assert mine == [(name, -x, place + 1) for place, (x, name) in enumerate(own[:100])]
+    with pytest.raises(UserError, match="clip 'c1' is in two tables"):
+        bulk.best(pyarrow.table([["p", "p"], [1, 1], ["c1", "c1.mp4"], [1.0, 0.0]],
+                                list(bulk.tables.RANKING)))  # fmt: skip
+
+
+def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp_path):
+    """Also by another name, and where 100 clips as good as one half keep it from every list."""
+    names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], clip_rows(0)[0][2]
+    write_table(day / "part-4.parquet", [(name, "face", same) for name in names])
+    write_table(day / "part-5.parquet", [("z", "face", same)])
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path / 'r'}")
+    said = say(*words, code=2)
+    assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in said
+    assert not (tmp_path / "r" / "ranking.parquet").exists()
+    (day / "part-5.parquet").unlink()
+    assert say(*words)["skipped"] == 5
+
+
+def test_no_ranking_is_left_of_other_tables(say, nearest_run, people, day, tmp_path):
+    out = tmp_path / "r"
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
+    say(*words)
+    ranking = out / "ranking.parquet"
+    before = ranking.read_bytes()
+    say("gallery", "rank", people, *words[2:], code=2)  # another work is refused: all is kept
+    assert ranking.read_bytes() == before
+    (day / "part-4.parquet").write_bytes(b"PAR1 no table")
+    say(*words, code=2)
+    assert not ranking.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_call_is_continued_to_the_same_bytes(people, day, tmp_path):
+    """Two calls make all tables at once; one is killed after the first table."""
+    for number in range(4, 40):
+        write_table(day / f"part-{number}.parquet", clip_rows(number, 30))
+    words = [sys.executable, "-m", "vidjax", "gallery", "identify", str(people), f"--input={day}"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def start(folder):
+        return subprocess.Popen([*words, f"--out={folder}", "--quiet"], stdout=subprocess.DEVNULL)
+
+    killed, other = start(out), start(out)
+    until = time.monotonic() + 100
+    while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and other.wait() == 0
+    assert start(out).wait() == 0 and start(whole).wait() == 0
+    assert contents(out) == contents(whole) and len(contents(out)) == 40
+
+
+@pytest.mark.parametrize("change", ["clips", "rule", "gallery", "damage", "foreign"])
+def test_results_of_something_else_are_refused_and_kept(say, people, day, tmp_path, change):
+    out = tmp_path / "out"
+    words = ["gallery", "identify", people, f"--input={day}", f"--out={out}"]
+    say(*words)
+    (out / "part-0.parquet").unlink()
+    if change == "clips":
+        write_table(day / "part-1.parquet", clip_rows(7))
+    elif change == "rule":
+        words.append("--threshold=0.9")
+    elif change == "gallery":
+        vidjax.Gallery(people).remove(identity=vidjax.Gallery(people).index.names[0])
+    elif change == "damage":
+        (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
+    else:
+        write_table(out / "part-1.parquet", [])
+    before = contents(out)
+    said = say(*words, code=2)
+    assert "part-1.parquet'" in said and "--out=FOLDER" in said
+    assert contents(out) == before
+    if change == "clips":
+        (out / "part-1.parquet").unlink()
+        assert say(*words)["skipped"] == 2
+
+
+def test_a_gallery_that_changes_meanwhile_ends_the_call(people, day, tmp_path, capsys, monkeypatch):
+    load = vidjax.Gallery.load
+
+    def load_and_change(gallery, path):
+        if path.name == "part-1.parquet":
+            gallery.remove(identity=gallery.index.names[0])
+        return load(gallery, path)
+
+    monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
+    out = tmp_path / "out"
+    words = ["gallery", "identify", str(people), f"--input={day}", f"--out={out}"]
+    assert main(words) == 2
+    assert "has changed" in capsys.readouterr().err
+    assert [*contents(out)] == ["part-0.parquet"]
+
+
+def test_a_bad_table_does_not_keep_the_others_from_answers(say, people, day, tmp_path):
+    (day / "part-0.parquet").write_bytes(b"PAR1 no table")
+    write_table(day / "part-1.parquet", [("a", "face", np.zeros(3, np.float32))])
+    words = ("gallery", "identify", people, f"--input={day}", f"--out={tmp_path / 'out'}")
+    said = say(*words, code=2)
+    assert "part-0.parquet" in said and "2 of 4 tables failed, the others are done" in said
+    assert [*contents(tmp_path / "out")] == ["part-2.parquet", "part-3.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [(None, "--out=FOLDER"), ("answers.csv", "--out=FOLDER"), ("day", "name another one")],
+)
+def test_results_need_a_folder_of_their_own(say, people, day, tmp_path, out, message):
+    words = ["gallery", "identify", people, f"--input={day}"]
+    words += [f"--out={tmp_path / out}"] if out else []
+    assert message in say(*words, code=2)
+
+
+def test_tables_have_no_splits(say, day, tmp_path):
+    words = ("embed", "--workdir=none", f"--input={day}", f"--out={tmp_path / 'out'}")
+    assert "leave it out" in say(*words, "--config.eval.split=test", code=2)
+    for split in ("train", "val"):
+        shutil.copy(day / "part-0.parquet", day / f"{split}.parquet")
+    assert bulk.tables_of(day) == []
+
+
+def test_clips_beside_tables_are_not_passed_over(day):
+    (day / "one.npz").touch()
+    with pytest.raises(UserError, match=r"one\.npz: would not be read beside tables"):
+        bulk.tables_of(day)
+
+
+def test_lines_are_answered_in_order_and_bad_ones_told(people, made, monkeypatch, capsys):
+    face = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32).tolist()
+    lines = [
+        json.dumps({"clip": "Zoë", "face": face}),
+        "",
+        "{no json",
+        json.dumps({"clip": "b", "face": [[1, 2], [3]]}),
+        json.dumps({"clip": "Zoë", "face": face[0]}),
+        json.dumps({"clip": "wide", "face": [1.0] * 3}),
+        json.dumps({"clip": "empty", "face": []}),
+        json.dumps({"clip": "text", "face": ["1"] * WIDTH}),
+        json.dumps({"face": face}),
+        json.dumps({"clip": "last", "face": face}),  # without a newline
+    ]
+    stream = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert main(["gallery", "identify", str(people), "--input=-"]) == 2
+    said = capsys.readouterr()
+    found = [json.loads(line) for line in said.out.splitlines()]
+    assert [one.get("clip", one.get("line")) for one in found] == [
+        "Zoë", 3, 4, "Zoë", 6, "empty", 8, 9, "last",
+    ]  # fmt: skip
+    assert all("error" in one for one in found if "line" in one)
+    wanted = made.identify({"x": {"face": np.float32(face)}})["x"]
+    assert found[0]["score"] == found[-1]["score"] == wanted.score
+    assert found[5]["identity"] is None
+    assert "4 clips" in said.err and "5 lines without a clip" in said.err
+
+
+def test_a_line_is_answered_before_the_next_one_comes(people):
+    words = [sys.executable, "-m", "vidjax.gallery", "identify", str(people), "--input=-"]
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, env=env) as process:
+        assert process.stdin and process.stdout
+        for name in ("a", "b"):
+            line = json.dumps({"clip": name, "face": [0.5] * WIDTH}) + "\n"
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["clip"] == name
+        process.stdout.close()  # as `| head -2` does
+        for _ in range(3):
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+            time.sleep(0.1)
+            if process.poll() is not None:
+                break
+        assert process.wait(30) == 0
