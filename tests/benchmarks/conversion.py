@@ -7,21 +7,18 @@ every .1 s; the bound is 2 x the pickle + 1 GB. The cage is timed against `pickl
 file, in turns, each in a process of its own: `sealed.load` alone, and the whole `pickles.unpack`,
 which starts a child, checks every entry and writes flat files, too.
 
-`--engines` compares one process with a pool of two, and with Beam where it is installed, in turns:
-20,000 clips with face and head as pickles, the same as `.npz` files, and the same as parquet
-tables. All must write the same files.
+`--engines` compares one worker with two, in turns: 20,000 clips with face and head as pickles, the
+same as `.npz` files, and the same as parquet tables. All must write the same files.
 """
 
 import argparse
 import hashlib
-import importlib.util
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +105,8 @@ def digest(cache: Path) -> str:
     return sha256.hexdigest()
 
 
-ONE = "one process"
-BEAM = "direct_num_workers=2,direct_running_mode=multi_processing"
-ENGINES = {
-    ONE: ["--workers=1"],
-    "a pool of 2": ["--workers=2"],
-    "Beam": ["--workers=2", f"--beam_options={BEAM}"],
-}
+ONE = "one worker"
+ENGINES = {ONE: ["--workers=1"], "2 workers": ["--workers=2"]}
 SOURCES = {
     "pickles": (write_pickles, "vidjax.data.iqiyi_vid"),
     "npz": (write_npz, "vidjax.data.arrays"),
@@ -124,30 +116,26 @@ SOURCES = {
 
 def compare_engines(args: argparse.Namespace) -> None:
     """Prints the seconds of every engine, and how many times it is faster than one process."""
-    beam = importlib.util.find_spec("apache_beam")
-    engines = {name: words for name, words in ENGINES.items() if name != "Beam" or beam}
-    rows: list[list[str]] = [[f"{name}, s"] for name in engines]
-    rows += [[f"{name} is faster by"] for name in engines if name != ONE]
+    rows: list[list[str]] = [[f"{name}, s"] for name in ENGINES]
+    rows += [[f"{name} are faster by"] for name in ENGINES if name != ONE]
     for kind in SOURCES:
-        seconds = time_engines(kind, engines, args)
+        seconds = time_engines(kind, args)
         cells = [f"{common.median(found):.1f}" for found in seconds.values()]
-        cells += [common.ratio(seconds, ONE, name) for name in engines if name != ONE]
+        cells += [common.ratio(seconds, ONE, name) for name in ENGINES if name != ONE]
         for row, cell in zip(rows, cells, strict=True):
             row.append(cell)
     common.write_table(["engine", *SOURCES], rows)
 
 
-def time_engines(
-    kind: str, engines: Mapping[str, Sequence[str]], args: argparse.Namespace
-) -> dict[str, list[float]]:
+def time_engines(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Returns the seconds of every engine in every round, in turns; all must write the same."""
     write, module = SOURCES[kind]
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
     digests = set()
     with tempfile.TemporaryDirectory() as place:
         write(Path(place, "source"), args)
         for _ in range(args.rounds):
-            for name, words in engines.items():
+            for name, words in ENGINES.items():
                 cache = Path(place, "cache")
                 command = [sys.executable, "-m", module, f"{place}/source", *words]
                 start = time.perf_counter()
@@ -193,7 +181,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--frames", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engines", action="store_true", help="one process, a pool, Beam")
+    parser.add_argument("--engines", action="store_true", help="one worker or two")
     parser.add_argument("--load", nargs=2, metavar=("HOW", "PATH"), help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=2, metavar=("SOURCE", "CACHE"), help=argparse.SUPPRESS)
     args = parser.parse_args()

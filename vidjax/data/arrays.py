@@ -16,7 +16,6 @@ fields have the value `missing` of `vidjax.data.frame_fields`. All features are 
 and reported like official files.
 
     python -m vidjax.data.arrays DIR [--quality=norm] [--cache_dir=C] [--workers=N]
-        [--beam_options=O]
 
 converts a folder without training.
 """

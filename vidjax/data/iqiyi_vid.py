@@ -1,6 +1,6 @@
 """The official iQIYI-VID files: feature pickles and their ground truth as a source of records.
 
-    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N] [--beam_options=O]
+    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N]
 
 converts a directory and prints its report. Records hold features alone; labels come from the
 ground-truth files at every load, so that correcting a label never means converting again.

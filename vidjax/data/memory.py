@@ -22,8 +22,8 @@ from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
-from vidjax.data.packing import Clip, Clips, as_clips, pack
-from vidjax.data.records import padding, writers
+from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
+from vidjax.data.records import padding
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import show
 from vidjax.errors import NoFileError, UserError, closest
@@ -66,7 +66,7 @@ class MemoryClips:
                     f"the run wants {modalities[name]}"
                 )
             _tell_of_skipped(name, flat)
-        staged = writers.stage("clips", [packed])
+        staged = stage("clips", [packed])
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
         none = np.zeros(len(names), np.int32)

@@ -1,4 +1,4 @@
-"""Checks clips of dicts, `.npz` files or tables, and packs them into flat arrays."""
+"""Checks clips of dicts, `.npz` files or tables, packs them into flat arrays, and joins these."""
 
 import contextlib
 import re
@@ -27,6 +27,7 @@ from vidjax.errors import UserError
 Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
 
 DTYPES = (np.float16, np.float32, np.float64, np.int8)
+ORDER_SEED = 0
 PROBE_CLIPS = 200  # the majority of these decides which width and dtype all must have
 
 
@@ -320,3 +321,44 @@ class _Packer:
     def finish(self) -> PackedClips:
         """Returns the clips."""
         return self._writer.finish(*(self._kind or self._decide()))
+
+
+class StagedSplit(NamedTuple):
+    """One split before it is cut into shards: N clip names in byte order, and their frames.
+
+    Attributes:
+      order: [N] int32, clip index of each record.
+      packed: modality -> the parts of its clips, flat.
+      starts: modality -> [N] int64, first frame by clip index, counted over all parts.
+      lengths: modality -> [N] int32, number of frames of each clip, by clip index.
+    """
+
+    clips: tuple[str, ...]
+    order: np.ndarray
+    packed: dict[str, list[PackedClips]]
+    starts: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+
+
+def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:
+    """Joins the clips of one split by name over parts and modalities; shuffles those of 'train'."""
+    modalities = sorted({name for part in parts for name in part})
+    packed = {name: [part[name] for part in parts if name in part] for name in modalities}
+    # Python orders str by code point, which is the byte order of UTF-8.
+    clips = tuple(sorted({name for part in parts for flat in part.values() for name in flat.names}))
+    index = {name: position for position, name in enumerate(clips)}
+    starts, lengths = {}, {}
+    for modality, flats in packed.items():
+        starts[modality] = np.zeros(len(clips), np.int64)
+        lengths[modality] = np.zeros(len(clips), np.int32)
+        before = 0
+        for flat in flats:
+            rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
+            starts[modality][rows] = before + flat.starts()
+            lengths[modality][rows] = flat.lengths
+            before += len(flat.features)
+    # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
+    # undo that; one permutation of all training clips does.
+    shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
+    order = shuffled if split == "train" else np.arange(len(clips))
+    return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)

@@ -1,13 +1,13 @@
 """From any source of frames to records in the cache: converted once, checked at every load."""
 
 import argparse
+import itertools
 import logging
-import shutil
 import sys
 import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vidjax import files, messages
 from vidjax.data.cache import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import NonFinite, Quality, RecordSource
+from vidjax.data.packing import StagedSplit, stage
 from vidjax.data.records import writers
 from vidjax.data.records.manifest import (
     NAME,
@@ -27,7 +28,6 @@ from vidjax.data.records.manifest import (
     write_manifest,
 )
 from vidjax.data.records.report import format_report, label_records, report_split
-from vidjax.data.records.shard_files import describe_shard
 from vidjax.errors import UserError
 from vidjax.machine import num_cores
 
@@ -37,28 +37,29 @@ def convert(
     cache_dir: str | Path | None = None,
     *,
     non_finite: NonFinite = "drop",
-    engine: writers.Engine = writers.ALL_CORES,
+    workers: int | None = None,
 ) -> Records:
     """Returns the records of a source, converting it unless the cache has them.
 
     With `non_finite='drop'`, frames whose feature holds a NaN or an Inf are skipped and counted;
-    'error' refuses them. `cache_dir=None` is `$VIDJAX_CACHE` or `~/.cache/vidjax`. Every engine
-    writes the same records.
+    'error' refuses them. `cache_dir=None` is `$VIDJAX_CACHE` or `~/.cache/vidjax`. `workers`
+    threads write the records, one per core by default.
 
     Raises:
-      ValueError: the engine cannot run here, the source contradicts itself or has a feature that is
-        refused, or the records are damaged.
+      ValueError: the source contradicts itself or has a feature that is refused, or the records are
+        damaged.
     """
     if non_finite not in ("drop", "error"):
         raise UserError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
-    writers.check_engine(engine)
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers={workers}: wanted 1 or more")
     fingerprint = source.fingerprint()
     folder = cache_folder(cache_dir, source.kind, [VERSION, fingerprint])
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
                 with files.atomic_folder(folder) as partial:
-                    write_records(source, fingerprint, partial, non_finite, engine)
+                    write_records(source, fingerprint, partial, non_finite, workers)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
                             f"{source.place}: changed during the conversion\n"
@@ -88,7 +89,7 @@ def write_records(
     fingerprint: list[dict[str, Any]],
     folder: Path,
     non_finite: NonFinite,
-    engine: writers.Engine,
+    workers: int | None,
 ) -> None:
     """Fills a folder with the records of a source; see `convert`."""
     # TFDS replaces the import of all threads while it is imported, so no other one is at work yet.
@@ -96,46 +97,30 @@ def write_records(
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    with ThreadPoolExecutor(1 if engine == writers.ALONE else num_cores()) as threads:
-
-        def start(function: Callable[..., Any], *args: Any) -> Future[Any]:
-            """Calls a function in a thread; waits for it if no other process works meanwhile."""
-            future = threads.submit(function, *args)
-            if engine == writers.ALONE:
-                wait([future])
-            return future
-
-        unpacked = source.read(staging, non_finite)
-        staged = {split: writers.stage(split, parts) for split, parts in unpacked.items()}
-        modalities = _joined_modalities(staged, source)
-        _refuse_empty_splits(staged, source)
-        _refuse_shared_clips(staged, source.place)
-        records = folder / NAME / VERSION
-        records.mkdir(parents=True)
-        tasks = {
-            name: writers.shard_tasks(
-                split, modalities, records / f"{NAME}-{name}", staging / "memory" / name
-            )
-            for name, split in staged.items()
-        }
-        # This process makes the reports while others write.
+    unpacked = source.read(staging, non_finite)
+    staged = {split: stage(split, parts) for split, parts in unpacked.items()}
+    modalities = _joined_modalities(staged, source)
+    _refuse_empty_splits(staged, source)
+    _refuse_shared_clips(staged, source.place)
+    records = folder / NAME / VERSION
+    records.mkdir(parents=True)
+    with ThreadPoolExecutor(workers or num_cores()) as threads:
         reports = {}
         for name, split in staged.items():
             paths = {modality: source.file_of(modality, name) for modality in split.packed}
-            reports[name] = start(report_split, split, paths)
-        writers.write_shards(
-            engine, [task for some in tasks.values() for task in some], scratch=staging
-        )
-        shards = {
-            name: tuple(threads.map(lambda task: describe_shard(task.path, len(task.clips)), some))
-            for name, some in tasks.items()
+            reports[name] = threads.submit(report_split, split, paths)
+        tasks = {
+            name: writers.shard_tasks(split, modalities, records / f"{NAME}-{name}")
+            for name, split in staged.items()
         }
-        codec.write_info(records, modalities, shards)
+        written = threads.map(writers.write_shard, itertools.chain(*tasks.values()))
+        shards = {name: tuple(itertools.islice(written, len(some))) for name, some in tasks.items()}
         report = {
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
         }
-    shutil.rmtree(staging)
+    codec.write_info(records, modalities, shards)
+    files.remove_tree(staging)
     splits = {
         name: SplitRecords(split.clips, split.order, split.lengths, shards[name])
         for name, split in staged.items()
@@ -143,7 +128,7 @@ def write_records(
     write_manifest(Records(folder, modalities, splits, report), fingerprint)
 
 
-def _refuse_empty_splits(staged: Mapping[str, writers.StagedSplit], source: RecordSource) -> None:
+def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
     for name, split in staged.items():
         if not split.clips:
             paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
@@ -151,7 +136,7 @@ def _refuse_empty_splits(staged: Mapping[str, writers.StagedSplit], source: Reco
 
 
 def _joined_modalities(
-    staged: Mapping[str, writers.StagedSplit], source: RecordSource
+    staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
     """Returns width and dtype of each modality of any split; the dtype holds all values exactly.
 
@@ -182,7 +167,7 @@ def _joined_modalities(
     return dict(sorted(modalities.items()))
 
 
-def _refuse_shared_clips(staged: Mapping[str, writers.StagedSplit], place: str) -> None:
+def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
     """Raises ValueError when a clip is in two splits: a model would be tested on training clips."""
     owners: dict[str, str] = {}
     shared = []
@@ -216,13 +201,7 @@ def run_command(
         "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
     )
     parser.add_argument(
-        "--workers", metavar="N", type=int, help="processes; one per core by default"
-    )
-    parser.add_argument(
-        "--beam_options",
-        metavar="O",
-        help="write by Apache Beam, such as runner=FnApiRunner,direct_num_workers=0,"
-        "direct_running_mode=multi_processing",
+        "--workers", metavar="N", type=int, help="files at once; one per core by default"
     )
     if quality:
         choices = typing.get_args(Quality)
@@ -232,13 +211,8 @@ def run_command(
 
     def command() -> int:
         args = parser.parse_args(words)
-        engine = (
-            writers.Pool(args.workers)
-            if args.beam_options is None
-            else writers.Beam(args.beam_options)
-        )
         source = open_source(args)
-        records = convert(source, args.cache_dir, engine=engine)
+        records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.truth(records.clips))
         messages.say(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
         return 0

@@ -13,8 +13,8 @@ import numpy as np
 from vidjax.data.clips import Split
 from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import Truth, sort_identities
+from vidjax.data.packing import StagedSplit
 from vidjax.data.records.manifest import Records
-from vidjax.data.records.writers import StagedSplit
 from vidjax.errors import UserError
 from vidjax.files import sha256_json
 

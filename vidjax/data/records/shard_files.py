@@ -13,11 +13,12 @@ import hashlib
 import io
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from vidjax import files
@@ -100,7 +101,7 @@ def _count_intact(path: Path) -> tuple[int, bool]:
             if len(header) < HEADER or left < 0 or size < SUM:
                 return count, False
             record = file.read(size + SUM)
-            if _first_wrong([header[:8], record[:size]], [header[8:], record[size:]]) is not None:
+            if masked_sum(header[:8]) != header[8:] or masked_sum(record[:size]) != record[size:]:
                 return count, False
             count += 1
     return count, True
@@ -259,45 +260,19 @@ HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
 SUM = 4  # bytes behind it: its checksum
 
 
-def _first_wrong(messages: Sequence[bytes], sums: Sequence[bytes]) -> int | None:
-    """Returns the position of the first message whose checksum is wrong; None if all are right."""
-    first = 0
-    for batch in batches(messages):  # the sums of all at once take a copy of all
-        wanted = np.frombuffer(b"".join(sums[first : first + len(batch)]), "<u4")
-        wrong = np.flatnonzero(masked_sums(batch) != wanted)
-        if wrong.size:
-            return first + int(wrong[0])
-        first += len(batch)
-    return None
+def framed(content: bytes) -> bytes:
+    """Returns a message as a record of a TFRecord file: length, checksum, message, checksum."""
+    size = struct.pack("<Q", len(content))
+    return b"".join([size, masked_sum(size), content, masked_sum(content)])
+
+
+def masked_sum(content: bytes) -> bytes:
+    """Returns the masked CRC-32C of TFRecord, 4 bytes."""
+    crc = google_crc32c.value(content)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 FIRST_TAG, SECOND_TAG, THIRD_TAG = bytes([FIRST]), bytes([SECOND]), bytes([THIRD])
-POLYNOMIAL = 0x82F63B78  # of CRC-32C, its bits reversed
-ROW = 512  # bytes of a row in `crc32c`; many rows are summed at once
-BATCH_BYTES = 4 << 20
-
-
-def write(file: BinaryIO, examples: Iterable[bytes]) -> None:
-    """Appends messages to a TFRecord file, some at once."""
-    for batch in batches(examples):
-        sizes = [struct.pack("<Q", len(example)) for example in batch]
-        sums = [struct.pack("<I", crc) for crc in masked_sums([*sizes, *batch]).tolist()]
-        of_sizes, of_examples = sums[: len(batch)], sums[len(batch) :]
-        parts = zip(sizes, of_sizes, batch, of_examples, strict=True)
-        file.write(b"".join([part for record in parts for part in record]))
-
-
-def batches(examples: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yields lists of messages of about BATCH_BYTES, as `crc32c` lays them out in whole rows."""
-    batch, size = [], 0
-    for example in examples:
-        batch.append(example)
-        size += -(-len(example) // ROW) * ROW
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def encode(values: Mapping[str, bytes | int]) -> bytes:
@@ -363,56 +338,3 @@ def _varint(number: int) -> bytes:
         found.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*found, number])
-
-
-def masked_sums(messages: Sequence[bytes]) -> np.ndarray:
-    """Returns [N] uint32, the masked CRC-32C of TFRecord of each message of 4 bytes or more."""
-    crc = crc32c(messages)
-    return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)  # modulo 2**32
-
-
-@functools.cache
-def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns tables, [65536] uint32 each, of what a CRC x becomes after more bytes of zero.
-
-    After two bytes, x becomes word[x & 0xFFFF] ^ x >> 16; after a row, x becomes
-    low[x & 0xFFFF] ^ high[x >> 16].
-    """
-    word = np.arange(1 << 16, dtype=np.uint32)
-    for _ in range(16):
-        word = word >> 1 ^ np.where(word & 1, np.uint32(POLYNOMIAL), np.uint32(0))
-    low = np.arange(1 << 16, dtype=np.uint32)
-    high = low << 16
-    for _ in range(ROW // 2):
-        low, high = (word[half & 0xFFFF] ^ half >> 16 for half in (low, high))
-    return word, low, high
-
-
-def crc32c(messages: Sequence[bytes]) -> np.ndarray:
-    """Returns the CRC-32C of each message of 4 bytes or more, [N] uint32.
-
-    Zeros before a message do not change a CRC that starts at 0. So messages are padded in front to
-    whole rows, the CRCs of all rows are computed at once, and those of a message are combined. To
-    start at 0xFFFFFFFF, as CRC-32C does, is the same as to invert the first four bytes.
-    """
-    word, low, high = _tables()
-    sizes = np.array([len(message) for message in messages])
-    rows = -(-sizes // ROW)
-    ends = np.cumsum(rows) * ROW
-    content = np.zeros(int(ends[-1]), np.uint8)
-    for message, size, end in zip(messages, sizes.tolist(), ends.tolist(), strict=True):
-        content[end - size : end] = np.frombuffer(message, np.uint8)
-    content[(ends - sizes)[:, None] + np.arange(4)] ^= 0xFF
-    columns = np.ascontiguousarray(content.view("<u8").reshape(-1, ROW // 8).T)
-    sums = np.zeros(columns.shape[1], np.uint32)
-    for column in columns:
-        for two_bytes in column.view("<u2").reshape(-1, 4).T:
-            sums = word[sums.astype(np.uint16) ^ two_bytes] ^ sums >> 16
-    # The last rows of all messages stand in one column; before its first row, a message has zeros.
-    place = np.arange(len(sums)) - np.repeat(np.cumsum(rows), rows) + rows.max()
-    joined = np.zeros((int(rows.max()), len(messages)), np.uint32)
-    joined[place, np.repeat(np.arange(len(messages)), rows)] = sums
-    total = np.zeros(len(messages), np.uint32)
-    for row in joined:
-        total = low[total & 0xFFFF] ^ high[total >> 16] ^ row
-    return ~total
