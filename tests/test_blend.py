@@ -1,22 +1,23 @@
-"""Blended runs: equal to a loop over clip names, fitted out of fold, refused where they differ."""
+"""Blended runs: equal to a loop over clip names, refused where they differ."""
 
-import copy
 import json
-import shlex
+import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import clip_files
 from tests.helpers.datasets import load_dataset
-from tests.helpers.pages import Page, check_numbers, section
+from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
 from vidjax import config_io, devices
 from vidjax.commands import blend
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
+from vidjax.steps import mean_scores
 
 TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
 FOLDS = "--config.ensemble.folds=2"
@@ -91,11 +92,11 @@ def joining(runs, *overrides):
     return config_io.override(config, ["--config.eval.block_size=32", *overrides])
 
 
-def probabilities(folder, load, split, *, softmax=False):
+def probabilities(folder, load, split):
     """Returns clip -> [C] float64, and the split, of a run that is evaluated by itself."""
     words = [f"--config.eval.split={split}"]
     config = config_io.override(config_io.load_workdir(folder), words)
-    if softmax or config.eval.scores == "logits":
+    if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     mesh = devices.make_mesh(1)
     found = restore.find_run(config, folder)
@@ -142,20 +143,31 @@ def check_ranking(path, scores):
         assert (values[1:] <= values[:-1] * (1 + 1e-5) + 1e-30).all()
 
 
-@pytest.mark.parametrize(
-    ("words", "weights"),
-    [
-        (("--config.join.greedy=true", "--config.join.split=val"), (1.0, 0.0)),
-        (("--config.join.mean=logarithms", "--config.join.weights=(1,3)"), (1.0, 3.0)),
-    ],
-)
-def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, tmp_path, words, weights):
+def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, tmp_path):
+    """Cosines are joined as probabilities."""
     runs = nearest_run, shutil.copytree(nearest_run, tmp_path / "copy")
-    results = blend.blend_runs(joining(runs, *words), tmp_path, lambda _: data, num_devices=1)
+    config = joining(runs, "--config.join.weights=(1,3)")
+    results = blend.blend_runs(config, tmp_path, lambda _: data, num_devices=1)
     wanted, split = probabilities(nearest_run, lambda _: data, "val")
     check_ranking(tmp_path / "ranking.txt", wanted)
     assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
-    assert config_io.load_workdir(tmp_path).join.weights == weights
+    assert config_io.load_workdir(tmp_path).join.weights == (1.0, 3.0)
+
+
+def test_a_mean_of_probabilities_by_hand():
+    rng = np.random.default_rng(0)
+    scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
+    scores[1, 4] = np.nan
+
+    def joined(numbers, weights):
+        (found,) = mean_scores.blend([[jnp.asarray(scores[n])] for n in numbers], weights)
+        return np.asarray(found)
+
+    found = joined((0, 1, 2), (0.5, 2.0, 1.0))
+    wanted = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
+    np.testing.assert_allclose(np.exp(found), wanted, rtol=1e-5)  # NaN of a run is shown
+    assert np.isnan(found[4]).all() and np.isfinite(np.delete(found, 4, axis=0)).all()
+    np.testing.assert_array_equal(joined((0, 1, 2), (1.0, 0.0, 3.0)), joined((0, 2), (1.0, 3.0)))
 
 
 @pytest.mark.parametrize("weights", [(), (3.0, 0.0)], ids=["equal", "one"])
@@ -176,30 +188,18 @@ def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
 
 
 def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, capsys):
-    """By its own number of identities a clip; and by another where the command names one.
-
-    Cosines are joined as probabilities.
-    """
-    one = "--config.num_epochs=1"
-    own = train("few", "knn.py:iqiyi_vid", folders["faces"], one, "--config.eval.top_classes=3",
-                "--config.eval.checkpoint=best")  # fmt: skip
+    words = ("--config.num_epochs=1", "--config.eval.top_classes=3",
+             "--config.eval.temperature=2")  # fmt: skip
+    own = train("few", "knn.py:iqiyi_vid", folders["faces"], *words)
     results = blend.blend_runs(joining((runs[1], own)), tmp_path, load, num_devices=1)
-    wanted = joined_by_hand((runs[1], own), load, "val", (1.0, 1.0))
     assert (probabilities(own, load, "val")[0].popitem()[1] > 0).sum() <= 3
-    check_ranking(tmp_path / "ranking.txt", wanted)
-    assert [row["scored_with"] for row in results["runs"]] == [
-        ["defaults"], ["top_classes=3", "checkpoint=best"]
-    ]  # fmt: skip
+    check_ranking(tmp_path / "ranking.txt", joined_by_hand((runs[1], own), load, "val", (1.0, 1.0)))
     alone = json.loads((own / "metrics.json").read_text())
     assert results["runs"][1]["map"] == pytest.approx(alone["map"], abs=1e-12)
-    assert "top_classes=3" in section((tmp_path / "report.html").read_text(), "summary")
 
-    words = ("--mode=evaluate", f"--workdir={tmp_path}")
-    assert main([*words, "--config.eval.top_classes=0"]) == 2
-    assert f"'{own}' keeps its own, 3" in capsys.readouterr().err
-    assert main([*words, "--config.eval.top_classes=2"]) == 0
-    results = json.loads((tmp_path / "metrics.json").read_text())
-    assert [row["scored_with"][0] for row in results["runs"]] == ["top_classes=2"] * 2
+    words = ("--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.temperature=3")
+    assert main(words) == 2
+    assert "--config.join.weights" in capsys.readouterr().err
 
 
 def test_every_score_equals_the_loop(runs, load):
@@ -215,100 +215,6 @@ def test_every_score_equals_the_loop(runs, load):
     clips = models[0].data.split("val").clips
     scores = np.exp(ranked_scores(found.top, len(clips)).astype(np.float64))
     np.testing.assert_allclose(scores, [wanted[clip] for clip in clips], rtol=2e-5, atol=1e-12)
-
-
-def logarithms_by_hand(runs, load, split, weights):
-    """The weighted mean of logarithms, of nets that know of nobody new: {clip: [C]}."""
-    found = [probabilities(folder, load, split, softmax=True)[0] for folder in runs]
-    shares = np.array(weights) / sum(weights)
-    mean = {}
-    for clip in found[0]:
-        alone = [one[clip] for one in found]
-        some = [(p, w) for p, w in zip(alone, shares, strict=True) if p.any()]
-        total = sum(w for _, w in some)
-        with np.errstate(divide="ignore"):
-            logs = sum(w / total * np.log(p) for p, w in some)
-        odds = np.exp(logs) if some else np.zeros_like(alone[0])
-        mean[clip] = odds / max(odds.sum(), 1e-300)
-    return mean
-
-
-def test_means_of_logarithms_by_clip_name(runs, load, tmp_path):
-    weights = (0.25, 0.75)
-    words = ("--config.join.mean=logarithms", f"--config.join.weights={weights}")
-    config = joining(runs, *words)
-    results = blend.blend_runs(config, tmp_path, load, num_devices=1)
-    wanted = logarithms_by_hand(runs, load, "val", weights)
-    check_ranking(tmp_path / "ranking.txt", wanted)
-    _, split = probabilities(runs[0], load, "val")
-    assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
-    assert results["map"] != pytest.approx(
-        map_by_hand(joined_by_hand(runs, load, "val", weights), split), abs=1e-9
-    )
-
-
-def test_greedy_weights_are_not_fitted_on_other_clips_than_the_runs(runs, load, tmp_path):
-    def relabelled(config):
-        data = copy.copy(load(config))
-        data.report = copy.deepcopy(data.report)
-        data.report["splits"]["train"]["sha256"]["labels"] = "others"
-        return data
-
-    with pytest.raises(ValueError, match="other data: now train has other labels"):
-        config = joining(runs, "--config.join.greedy=true")
-        blend.blend_runs(config, tmp_path, relabelled, num_devices=1)
-    assert not (tmp_path / "config.json").exists()
-    blend.blend_runs(joining(runs), tmp_path, relabelled, num_devices=1)  # it reads val alone
-
-
-def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
-    monkeypatch.setattr(blend, "ROUNDS", 6)
-    config = joining(runs, "--config.join.greedy=true")
-    results = blend.blend_runs(config, tmp_path, load, num_devices=1)
-    kept = config_io.load_workdir(tmp_path).join
-    assert not kept.greedy and kept.weights == tuple(one["weight"] for one in results["runs"])
-
-    # By hand: the best of all steps of a greedy choice, on train, each clip by its own folds.
-    _, split = probabilities(runs[0], load, "train")
-    found = [probabilities(folder, load, "train")[0] for folder in runs]
-
-    def value(counts):
-        sums = {clip: counts[0] * found[0][clip] + counts[1] * found[1][clip] for clip in found[0]}
-        return map_by_hand(sums, split)
-
-    counts, steps = np.zeros(2), []
-    for _ in range(6):
-        choices = [counts + np.eye(2)[i] for i in range(2)]
-        counts = choices[int(np.argmax([value(choice) for choice in choices]))]
-        steps.append((value(counts), counts))
-    best = max(steps, key=lambda step: step[0])[1]
-    np.testing.assert_allclose(kept.weights, best / best.sum())
-    assert value(np.array(kept.weights)) >= max(value(one) for one in np.eye(2)) - 1e-9
-
-
-def test_a_greedy_choice_repeats_runs_and_keeps_the_best_round():
-    target = np.array([0.6, 0.4, 0.0])
-    tried = []
-
-    def value_of(counts):
-        tried.append(counts)
-        return -float(np.abs(counts / counts.sum() - target).sum())
-
-    weights, value = blend.greedy_weights(value_of, 3, 7)
-    np.testing.assert_allclose(weights, target)  # after 5 of the 7 rounds
-    assert value == pytest.approx(0) and len(tried) == 3 * 7
-    weights, _ = blend.greedy_weights(lambda counts: 1.0, 3, 4)
-    assert weights.tolist() == [1, 0, 0]  # among equals the first run, of equal rounds the first
-
-
-def test_weights_are_not_fitted_on_what_a_run_was_trained_on(runs, plain, load, tmp_path):
-    config = joining((runs[0], plain), "--config.join.greedy=true")
-    with pytest.raises(ValueError, match=r"join\.split=train: .*without folds"):
-        blend.blend_runs(config, tmp_path, load, num_devices=1)
-    on_test = joining(runs, "--config.join.greedy=true", "--config.join.split=test")
-    with pytest.raises(ValueError, match=r"join\.split=test: .*no ground truth"):
-        blend.blend_runs(on_test, tmp_path, load, num_devices=1)
-    assert not (tmp_path / "config.json").exists()
 
 
 def test_other_identities_or_clips_are_refused(
@@ -344,9 +250,6 @@ def test_other_identities_or_clips_are_refused(
         (("--config.join.weights=(1,)",), "want 2 numbers"),
         (("--config.join.weights=(1,-1)",), "want 2 numbers"),
         (("--config.join.weights=(0,0)",), "want 2 numbers"),
-        (("--config.join.mean=logarithms", "--config.join.greedy=true"), "mean of probabilities"),
-        (("--config.join.mean=logarithms", "--config.eval.top_classes=3"), "mean=probabilities"),
-        (("--config.join.mean=logarithm",), "choose from probabilities, logarithms"),
     ],
 )
 def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
@@ -397,29 +300,17 @@ def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     assert found[0] == found[1]
 
 
-def test_the_report_is_of_the_runs_that_are_joined(runs, load, tmp_path, capsys):
-    """Data, identities and settings are those of the runs; its command gives the same ranking."""
-    config = joining(runs, "--config.join.greedy=True", "--config.join.split=train")
-    out = tmp_path / "joined"
-    out.mkdir()
-    results = blend.blend_runs(config, out, load, num_devices=1)
-    text = (out / "report.html").read_text()
-    check_numbers(out, text)
+def test_the_report_lists_the_runs_and_the_command(runs, load, tmp_path):
+    config = joining(runs, "--config.join.weights=(1,3)")
+    results = blend.blend_runs(config, tmp_path, load, num_devices=1, command="vidjax evaluate")
+    text = (tmp_path / "report.html").read_text()
+    check_numbers(tmp_path, text)
     assert not Page(text).open
-    summary = section(text, "summary")
-    for row, folder in zip(results["runs"], runs, strict=True):
-        trained = config_io.load_workdir(folder)
-        assert row["modalities"] == list(trained.modalities)
-        assert ", ".join(row["modalities"]) in summary
-        assert row["data"]["digest"][:16] in text
-        assert trained.model.name in section(text, "ensemble")
-    assert "iqiyi_vid" in summary
-    assert "synthetic" not in text
-    assert ">unknown<" not in text
-    assert "weights fitted on" in summary
-    identities = json.loads((out / "identities.json").read_text())
+    shown = section(text, "ensemble")
+    for row in results["runs"]:
+        assert row["name"] in re.sub("<[^>]+>", "", shown)
+        assert {row["weight"], row["map"]} <= {*values(shown)}
+    assert "2 runs joined on iqiyi_vid" in text and "synthetic" not in text
+    assert "<span>vidjax</span>" in section(text, "summary")
+    identities = json.loads((tmp_path / "identities.json").read_text())
     assert identities == json.loads((runs[0] / "identities.json").read_text())
-
-    words = shlex.split(results["command"].replace(str(out), str(tmp_path / "again")))
-    assert main(words[words.index("--mode=evaluate") :]) == 0, capsys.readouterr().err
-    assert (tmp_path / "again" / "ranking.txt").read_bytes() == (out / "ranking.txt").read_bytes()

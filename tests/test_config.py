@@ -120,9 +120,6 @@ UNREAD = {
     "data.dir": ("folder", ["data.name=arrays"]),
     "data.quality": ("norm", ["data.name=arrays"]),
     "join.weights": ("1,2", []),
-    "join.mean": ("logarithms", []),
-    "join.greedy": ("true", []),
-    "join.split": ("val", []),
     "join.runs": ("a,b", []),
 }
 # the same for fields that the defaults read: (value, what leaves the field unread)
@@ -313,7 +310,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
     assert main(words) == 0  # again: a finished run
     assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0
     joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={runs['a']},{runs['b']}"]
-    assert main([*joined, "--config.join.greedy=true", "--config.eval.report=false"]) == 0
+    assert main([*joined, "--config.eval.report=false"]) == 0
 
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}

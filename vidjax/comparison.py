@@ -202,7 +202,7 @@ def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str
     metrics = results_lib.load_metrics(path)
     if metrics.get("map") is None:
         report = results_lib.read_data_report(path.parent)
-        reason = results_lib.unmeasured(config.to_dict(), metrics, report)
+        reason = results_lib.unmeasured(config.to_dict(), report)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"

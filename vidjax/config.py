@@ -338,12 +338,6 @@ TABLE: tuple[Field | Group, ...] = (
     Field("join.runs", (), "folders of the runs; set by `--runs`"),
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
           read_when=JOINED),
-    Field("join.mean", "probabilities", "mean of the `probabilities` of the runs, or of their "
-          "`logarithms`, which favours identities that every run thinks possible",
-          choices=("probabilities", "logarithms"), read_when=JOINED),
-    Field("join.greedy", False, "choose the weights by MAP on `join.split`", read_when=JOINED),
-    Field("join.split", "train", "split to choose weights on; each clip is scored by members that "
-          "were not trained on it", read_when=JOINED),
 
     Group("mesh", "the devices"),
     Field("mesh.model", 1, "devices that share the classes: each holds its part of the classifier. "

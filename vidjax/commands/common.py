@@ -137,7 +137,7 @@ def _rows(
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
         report = results_lib.read_data_report(workdir)
-        if reason := results_lib.unmeasured(config.to_dict(), results, report):
+        if reason := results_lib.unmeasured(config.to_dict(), report):
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings

@@ -24,6 +24,11 @@ TRAINED = (
     "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
     "log_every_steps", "loss", "mixup", "num_epochs", "optim", "resume", "seed", "transforms",
 )  # fmt: skip
+# Fields that a blend reads. Each of its runs keeps its own values of all other fields.
+JOINED = (
+    "eval.split", "eval.block_size", "eval.members", "eval.report", "data.dir", "data.cache_dir",
+    "join.weights",
+)  # fmt: skip
 
 
 def add_flags(parser: Parser) -> None:
@@ -54,9 +59,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
     config = config_io.override(config, args.overrides)
     config_io.check_definitions(config)
     if config.join.runs:
-        from vidjax.commands import blend  # it imports jax
-
-        blend.check_overrides(config, config_io.override_names(args.overrides))
+        common.given_fields(args, JOINED)
     config_lib.check_ranges(config)
     return config, workdir
 
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> Result:
 
         api.set_up_devices(config)
         if config.join.runs:
-            results = blend.blend_runs(config, workdir, api.load_data)
+            results = blend.blend_runs(config, workdir, api.load_data, command=args.line)
         else:
             found = find_run(config, workdir)
             data = api.load_data(config)

@@ -128,11 +128,6 @@ class TrainedModel(NamedTuple):
     weight: float = 1.0
 
     @property
-    def knows_strangers(self) -> bool:
-        """True if the scores of a clip leave a probability to somebody new."""
-        return bool(np.asarray(self.system.class_mask)[0])
-
-    @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities that the system reads."""
         return tuple(self.system.fuse_eval)
@@ -353,7 +348,6 @@ def score(
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
     observe: Observe | None = None,
-    logarithms: bool = False,
 ) -> Evaluation:
     """Scores the clips of a split by one model, or by a blend of several.
 
@@ -365,7 +359,6 @@ def score(
       each_member: True to also rank by every single member of an ensemble.
       check: function to call after every window; its exceptions end the evaluation.
       observe: function to call with the scores of every window.
-      logarithms: True to join several models by the mean of their logarithms.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -384,9 +377,6 @@ def score(
         for scorer in scorers
     ]
     poor: list[Any] = [0] * len(models)  # `count_poor` of each
-    # What `blend` knows of each model: its weight, and True if it leaves a probability to people
-    # whom it was not trained on.
-    voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
     rows = 1 if single else min(WINDOW_ROWS, columns.max_pending_rows)
@@ -409,7 +399,7 @@ def score(
                     alone[number].flush()
             if observe:
                 observe(blocks, scores)
-            blended = blend(scores, voices, logarithms=logarithms)
+            blended = blend(scores, [model.weight for model in models])
             for block, block_scores in zip(blocks, blended, strict=True):
                 ranking.add((block_scores, block.clip_index, block.batch_mask))
                 clips.add(block_scores, block)

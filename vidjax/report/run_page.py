@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import msgspec
 import numpy as np
 from markupsafe import Markup
 
@@ -30,9 +29,6 @@ MAX_MEMBERS = 60  # rows in the table of members
 IDENTITY_TOLERANCE = 0.005  # attention that differs less from the unit matrix is said in words
 MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 JOIN_FIELDS = ("join.", "eval.")  # starts of the names of fields that a joined run uses
-JOINED_HEAD = (
-    "model", "data", "trained on", "modalities", "members", "parameters", "steps", "seed",
-)  # fmt: skip
 KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
     "in_sample": "in sample: the run was trained on clips that are scored, and MAP is too high",
@@ -75,33 +71,23 @@ class RunFiles(NamedTuple):
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
-    @property
-    def joined(self) -> list[formats.JoinedRun]:
-        """The runs whose scores this run blends; empty for a trained run."""
-        names = self.config.get("join", {}).get("runs", ())
-        return self.metrics.runs or [formats.JoinedRun(name=name) for name in names]
-
 
 def title(run: RunFiles) -> str:
     """Returns what a run is: its model, modalities and data."""
-    described = ", ".join(_distinct(_data_of(run))) or "unknown data"
-    if run.joined:
-        models = ", ".join(_distinct(row.model or "?" for row in run.joined))
-        return f"{len(run.joined)} runs joined ({models}) on {described}"
+    data = _data_of(run) or "unknown data"
+    if is_joined(run.config):
+        return f"{len(run.config['join']['runs'])} runs joined on {data}"
     model = str(run.config.get("model", {}).get("name", "no model"))
     members = run.metrics.num_members or 1
     count = f"{members} x " if members != 1 else ""
-    modalities = ", ".join(map(str, run.config.get("modalities", ())))
-    return f"{count}{model} with {modalities or 'no modality'} on {described}"
+    return f"{count}{model} with {_listed(run.config.get('modalities')) or 'no modality'} on {data}"
 
 
 def lead(run: RunFiles) -> str:
     """Returns a line on a run: its folder, its splits and its date."""
-    words = [
-        f"Folder {run.folder.name}",
-        f"trained on {', '.join(_distinct(_trained_on(run))) or 'nothing'}",
-        f"evaluated on {run.split or 'nothing'}",
-    ]
+    words = [f"Folder {run.folder.name}", f"evaluated on {run.split or 'nothing'}"]
+    if not is_joined(run.config):
+        words.insert(1, f"trained on {_trained_on(run) or 'nothing'}")
     return "; ".join([*words, *([run.metrics.date] if run.metrics.date else [])])
 
 
@@ -113,7 +99,7 @@ def summary(run: RunFiles) -> Facts:
     head = ("split", "MAP@100", "kind", "clips", "report")
     analysed = run.analysis.results
     return {
-        "unmeasured": results_lib.unmeasured(run.config, run.values, run.data),
+        "unmeasured": results_lib.unmeasured(run.config, run.data),
         "kind": f"{run.split} ({KINDS[kind]})" if kind in KINDS else kind,
         "interval": interval,
         "method": significance.METHOD,
@@ -167,22 +153,19 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 def run_rows(run: RunFiles) -> Rows:
     """Returns name and value of the settings of a run."""
-    own = run.metrics.data
     settings = [
         ("data", _data_of(run)),
-        ("data digest", [(row.data and row.data.digest) or "" for row in run.joined]
-         or [(own and own.digest) or ""]),
-        ("trained on", _trained_on(run)),
-        ("evaluated on", [run.split]),
-        ("modalities", [_listed(row.modalities) for row in run.joined]
-         or [_listed(run.config.get("modalities"))]),
-        ("scored with", [_listed(row.scored_with) for row in run.joined]
-         or [results_lib.describe_overrides(run.values)]),
-        ("weights fitted on", [run.metrics.weights_fitted_on or ""]),
-        ("finished", [run.metrics.date or ""]),
-        ("evaluated", [run.metrics.eval_date or ""]),
-    ]  # fmt: skip
-    found: Rows = [(name, _values(run, values)) for name, values in settings if any(values)]
+        ("data digest", (run.metrics.data and run.metrics.data.digest) or ""),
+        ("evaluated on", run.split),
+        ("scored with", results_lib.describe_overrides(run.values)),
+        ("finished", run.metrics.date or ""),
+        ("evaluated", run.metrics.eval_date or ""),
+    ]
+    if not is_joined(run.config):
+        trained = [("trained on", _trained_on(run)),
+                   ("modalities", _listed(run.config.get("modalities")))]  # fmt: skip
+        settings[2:2] = trained
+    found: Rows = [(name, html.name(value)) for name, value in settings if value]
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
@@ -197,50 +180,22 @@ def run_rows(run: RunFiles) -> Rows:
     return found
 
 
-def _values(run: RunFiles, values: Sequence[str]) -> Markup:
-    """Returns the value that all joined runs share, or else a line for each run with its value."""
-    distinct = _distinct(values)
-    if len(distinct) == 1:
-        return html.name(distinct[0])
-    return Markup("<br>").join(
-        Markup("{}: {}").format(html.name(short_name(row.name, run.joined)), html.name(value))
-        for row, value in zip(run.joined, values, strict=True)
-    )
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(value for value in values if value))
-
-
 def _listed(values: Iterable[object] | None) -> str:
     return ", ".join(map(str, values or ()))
 
 
-def _trained_on(run: RunFiles) -> list[str]:
-    own = run.config.get("data", {}).get("train_splits", ())
-    return [_listed(row.train_splits) for row in run.joined] or [_listed(own)]
+def _trained_on(run: RunFiles) -> str:
+    return _listed(run.config.get("data", {}).get("train_splits"))
 
 
-def _data_of(run: RunFiles) -> list[str]:
-    own = run.config.get("data", {}) | run.values.get("data", {})
-    return [_describe_data(row.data) for row in run.joined] or [_describe_data(own)]
-
-
-def _describe_data(data: formats.Data | Mapping[str, Any] | None) -> str:
+def _data_of(run: RunFiles) -> str:
     """Returns the name of a dataset; with size and seed if it is generated, else its folder."""
-    values: Mapping[str, Any] = msgspec.to_builtins(data) or {}
+    values = run.config.get("data", {}) | run.values.get("data", {})
     if values.get("title"):
         return str(values["title"])
     folder = Path(str(values["dir"])).name if values.get("dir") else ""
     named = {key: value for key, value in values.items() if value is not None}
     return " ".join(word for word in (sources.describe(named), folder) if word)
-
-
-def short_name(name: str, runs: Sequence[formats.JoinedRun]) -> str:
-    """Returns the last part of a joined run's path, or the path if two runs end alike."""
-    last = [Path(row.name).name for row in runs]
-    short = Path(name).name
-    return short if last.count(short) == 1 else name
 
 
 def names(run: RunFiles) -> Facts | None:
@@ -611,22 +566,13 @@ def ensemble(run: RunFiles) -> Facts | None:
     runs = run.metrics.runs or run.analysis.runs or []
     if not members and not runs:
         return None
-    joined = [
-        (
-            short_name(row.name, runs), row.weight, row.map, row.model or "unknown",
-            _describe_data(row.data) or "unknown", _listed(row.train_splits) or "unknown",
-            _listed(row.modalities) or "unknown", row.num_members, row.num_params, row.step,
-            row.seed,
-        )
-        for row in runs
-    ]  # fmt: skip
+    joined = [(row.name, row.weight, html.bar(row.map)) for row in runs]
     gains = run.analysis.gains
     head = ("member", "MAP@100 alone", *(("marginal gain",) if gains else ()))
     caption = "The members, each on the clips that it was not trained on"
     rows = member_rows(members[:MAX_MEMBERS], gains)
-    joined_head = ("run", "weight", "MAP@100 alone", *JOINED_HEAD)
     return {
-        "runs": html.table("The joined runs", joined_head, joined),
+        "runs": html.table("The joined runs", ("run", "weight", "MAP@100 alone"), joined),
         "tables": html.halves(caption, head, rows, above=10),
         "more": len(members) - MAX_MEMBERS,
         "members": members,

@@ -51,17 +51,7 @@ class JoinedRun(Struct, kw_only=True):
 
     name: Text
     weight: Known | None = None
-    map: Share | None = None  # alone
-    model: Text | None = None
-    data: Data | None = None
-    train_splits: Texts | None = None
-    held_out: bool | None = None  # members leave training clips out
-    modalities: Texts | None = None
-    scored_with: Texts | None = None  # fields of `config.eval` that differ from their defaults
-    seed: Whole | None = None
-    step: Whole | None = None
-    num_params: Whole | None = None
-    num_members: Whole | None = None
+    map: Share | None = None  # of this run only
 
 
 class SplitDigests(Struct, kw_only=True):
@@ -113,7 +103,6 @@ class Metrics(_WithMembers, kw_only=True):
     threshold_10: Known | None = field(default=None, name="threshold_at_fpir_0.1")
     # Field -> value, where an evaluation had another one than `config.json`; scores depend on it.
     overrides: Annotated[dict[str, Any], TABLE] | None = None
-    weights_fitted_on: Text | None = None  # the split that the weights of a blend were fitted on
     date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # of a later evaluation
     eval_clips_per_second: float | None = None

@@ -194,30 +194,22 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
-def unmeasured(
-    config: Mapping[str, Any], metrics: Mapping[str, Any], data_report: formats.DataReport
-) -> str:
+def unmeasured(config: Mapping[str, Any], data_report: formats.DataReport) -> str:
     """Returns why no split is left to measure a run on, and the remedy; "" if one is or may be.
 
     A split can measure a run if it has a ground truth, and the run was not trained on it, or its
-    members leave clips of it out. A blend counts as trained on the splits of all its runs.
+    members leave clips of it out.
     """
     splits = data_report.splits or {}
     labelled = {name for name, counts in splits.items() if counts.labelled}
-    runs = metrics.get("runs") or [{**config.get("data", {}), "held_out": held_out(config)}]
-    known = [run for run in runs if not run.get("held_out", True)]
-    trained = list(dict.fromkeys(name for run in known for name in run.get("train_splits") or ()))
-    if not labelled or not labelled <= set(trained):
+    trained = config.get("data", {}).get("train_splits", ())
+    held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
+    if held_out or not labelled or not labelled <= set(trained):
         return ""
     return (
-        f"{'runs were ' if metrics.get('runs') else ''}trained on {' and '.join(trained)}, so no "
-        f"split is left; to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
+        f"trained on {' and '.join(trained)}, so no split is left; "
+        f"to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
     )
-
-
-def held_out(config: Mapping[str, Any]) -> bool:
-    """Returns whether the members of a run leave training clips out, given its `config.json`."""
-    return any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
