@@ -1,5 +1,6 @@
 """Folders of parquet tables: kills, changes, faults; the joint ranking; Ray Data; lines of JSON."""
 
+import contextlib
 import io
 import json
 import os
@@ -315,6 +316,89 @@ def test_clips_beside_tables_are_not_passed_over(day):
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz: would not be read beside tables"):
         bulk.tables_of(day)
+
+
+# ---- Ray Data
+
+
+def children_of(parent):
+    """Returns process -> command line of the processes below one."""
+    parents, commands = {}, {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parents[int(place.name)] = int(
+                (place / "stat").read_text().rpartition(")")[2].split()[1]
+            )
+            commands[int(place.name)] = (place / "cmdline").read_text()
+    below = [parent]
+    for one in below:
+        below += [child for child, of in parents.items() if of == one]
+    return {one: commands[one] for one in below[1:]}
+
+
+def kill_a_worker(process, results):
+    """Kills a worker of Ray Data when the first results are there."""
+    until = time.monotonic() + 300
+    while not any(results.glob("*.parquet")) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    workers = [one for one, words in children_of(process.pid).items() if "MapWorker" in words]
+    os.kill(workers[0], signal.SIGKILL)
+    return len(list(results.glob("*.parquet")))
+
+
+@pytest.mark.slow
+@pytest.mark.optimized  # as the workers compile
+def test_ray_makes_the_results_of_one_machine(say, nearest_run, people, day, tmp_path):
+    """The recipes of the page, on a Ray of this machine; a worker is killed at its work."""
+    pytest.importorskip("ray")
+    (day / "part-2.parquet").unlink()
+    for number in range(4, 30):
+        write_table(day / f"part-{number}.parquet", clip_rows(number, 30))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "own").symlink_to(nearest_run)
+    people.rename(tmp_path / "people")
+    start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
+    assert set(RECIPES) == {"embed", "identify", "rank"}
+    (tmp_path / "recipes.py").write_text("\n".join([start, *RECIPES.values()]))
+    env = {
+        **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    with subprocess.Popen([sys.executable, "recipes.py"], cwd=tmp_path, env=env) as process:
+        try:
+            seen = kill_a_worker(process, tmp_path / "vectors")
+            assert process.wait(800) == 0
+        finally:
+            process.terminate()
+    assert 0 < seen < 29
+
+    own = {}
+    for name, words in {
+        "vectors": ["embed", f"--workdir={nearest_run}"],
+        "answers": ["gallery", "identify", tmp_path / "people", "--threshold=0.5"],
+        "ranked": ["rank", f"--workdir={nearest_run}"],
+    }.items():
+        own[name] = tmp_path / f"own_{name}"
+        say(*words, f"--input={day}", f"--out={own[name]}")
+    for name, numbers in {
+        "vectors": ["vector"], "answers": ["score", "probability_1"], "ranked": ["score"],
+    }.items():  # fmt: skip
+        keys = ["identity", "rank"] if name == "ranked" else ["clip"]
+        found, wanted = (
+            pyarrow.concat_tables(map(parquet.read_table, sorted(folder.glob("*.parquet"))))
+            .sort_by([(key, "ascending") for key in keys]).to_pydict()
+            for folder in (tmp_path / name, own[name])
+        )  # fmt: skip
+        for column, values in wanted.items():
+            if column in numbers:
+                assert np.array(found[column]) == pytest.approx(np.array(values), abs=1e-6)
+            elif not column.startswith("probability"):
+                assert found[column] == values, (name, column)
+        assert len(found["clip"]) == len(wanted["clip"])
+
+
+# ---- lines of JSON
 
 
 def test_lines_are_answered_in_order_and_bad_ones_told(people, made, monkeypatch, capsys):
