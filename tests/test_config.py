@@ -346,21 +346,3 @@ def test_plda_reads_the_clips_twice():
 def test_the_options_of_the_synthetic_dataset_are_fields():
     for name, value in CALIBRATED._asdict().items():
         assert config_lib.DEFAULTS[f"data.{name}"] == value
-
-
-def test_a_file_may_add_what_another_file_defines(tmp_path, monkeypatch):
-    (tmp_path / "my_losses.py").write_text("def mine(logits, labels, class_mask=None): ...\n")
-    (tmp_path / "own.py").write_text(
-        "import functools\nimport my_losses\nfrom vidjax import config, losses\n"
-        'losses.CLASSIFICATION["mine"] = functools.partial(my_losses.mine)\n'
-        "def get_config(args=''):\n    return config.default()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    with monkeypatch.context() as patch:
-        from vidjax import losses
-
-        patch.setattr(losses, "CLASSIFICATION", dict(losses.CLASSIFICATION))
-        for _ in range(2):
-            assert config_io.load_file(f"{tmp_path}/own.py").definitions.startswith("own.py:")
-        for name in ("mma", "plda", "knn"):  # they add nothing, whatever was loaded before
-            assert config_io.load_file(f"{ROOT}/configs/{name}.py").definitions is None

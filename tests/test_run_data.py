@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from vidjax import files
+from vidjax import files, optim
 from vidjax.evaluation import restore
 from vidjax.main import main
 from vidjax.run import checkpoint
@@ -137,8 +137,7 @@ def test_a_command_completes_what_was_killed_between_results_and_pages(own, caps
     results = json.loads(path.read_text())
     path.write_text(json.dumps(results | {"finished": False}))
     words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
-    with pytest.warns(UserWarning, match=r"values changed.*data\.dir"):
-        assert command(own, words) == 0
+    assert command(own, words) == 0
     assert "finished before" not in capsys.readouterr().out
     again = json.loads(path.read_text())
     assert again["finished"] and again["map"] == results["map"]
@@ -169,6 +168,33 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsy
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         assert main(evaluate) == code
     assert "--config.data.dir=" in capsys.readouterr().err
+
+
+def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypatch, capsys):
+    """The file adds a function of optax as it is. Without the file the name is not known."""
+    words = write(tmp_path / "data")
+    (tmp_path / "own.py").write_text(
+        "import optax, vidjax\nfrom vidjax import optim\n"
+        'optim.OPTIMIZERS["lion"] = optax.scale_by_lion\n'
+        "def get_config(args=''):\n    config = vidjax.load_config('quality_fusion:face')\n"
+        "    config.optim.name = 'lion'\n    config.optim.learning_rate = 1e-4\n"
+        "    config.eval.report = False\n    return config\n"
+    )
+    own, run = f"--config={tmp_path}/own.py", f"--workdir={tmp_path}/run"
+    known = dict(optim.OPTIMIZERS)
+
+    def said(*words):
+        """Returns the exit code and the messages of a command in a new process."""
+        monkeypatch.setattr(optim, "OPTIMIZERS", dict(known))
+        capsys.readouterr()
+        return main([*words, run]), capsys.readouterr().err
+
+    assert said(own, *words, "--config.num_epochs=1")[0] == 0
+    wanted = json.loads((tmp_path / "run" / "metrics.json").read_text())["map"]
+    code, text = said("--mode=evaluate")
+    assert code == 2 and "config.optim.name='lion'" in text and "--config=FILE" in text
+    assert said("--mode=evaluate", own)[0] == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["map"] == wanted
 
 
 def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):

@@ -37,9 +37,7 @@ class Field(NamedTuple):
         must be finite.
       choices: the values that it may have; () for any, or for the keys of a table of the code.
       read_when: None for a field that is always read.
-      changeable: `resume.allow` may name it: it changes neither the shapes of the training state
-        nor the order of the clips.
-      movable: it may always change when a run resumes, as it affects no result beyond rounding: a
+      movable: it may change when a run resumes, since it changes results by rounding at most: a
         path (its content is compared by digest), a time of saving, a number of devices.
     """
 
@@ -52,16 +50,14 @@ class Field(NamedTuple):
     below: float | None = None
     choices: tuple[str, ...] = ()
     read_when: ReadWhen | None = None
-    changeable: bool = False
     movable: bool = False
 
 
 class Group(NamedTuple):
-    """A group of fields; `changeable` holds for all of them, see Field."""
+    """A group of fields."""
 
     name: str
     doc: str
-    changeable: bool = False
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
@@ -133,8 +129,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("seed", 0, "seed of parameters, random draws and the order of clips: 0 to 2**31 - 1",
           low=0, high=2**31 - 1),
     Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
-    Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed", above=0,
-          high=1e6, changeable=True),
+    Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may grow "
+          "when a run resumes", above=0, high=1e6),
     Field("modalities", ("face",), "modalities to use, in order, e.g. `face,head`"),
     Field("dtype", "float32", "dtype of the computation: `float32`, `bfloat16`, or `float64` with "
           "`JAX_ENABLE_X64=1`. Parameters are at least float32.",
@@ -143,18 +139,15 @@ TABLE: tuple[Field | Group, ...] = (
           "backend: `highest` (float32) or another value of `jax.default_matmul_precision`"),
     Field("deterministic", False, "give bit-identical runs on a GPU, too, at some cost in speed; "
           "runs on a CPU always are"),
-    Field("definitions", None, "name and sha256 of the configuration's file, where it adds models, "
-          "losses or other entries to the tables of vidjax; set by `--config` alone",
-          changeable=True),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
           "the model takes one fused frame at a time, and evaluation combines the scores by "
           "`eval.reduce`", choices=("pool", "examples")),
     Field("transforms", (), "further transforms of a training batch, in order: names, or dicts of "
           "`name` and the arguments of a transform of `vidjax/augment.py`; empty: none"),
     Field("mixup", 0.0, "alpha of the Beta distribution that draws the shares of two mixed clips; "
-          "0: no mixup", low=0, high=1e6, changeable=True),
+          "0: no mixup", low=0, high=1e6),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
-          "5 and 10 have a line, too", low=1, high=2**31 - 1, changeable=True),
+          "5 and 10 have a line, too", low=1, high=2**31 - 1),
     Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints, beside the "
           "checkpoint of every evaluation", low=0, high=math.inf, movable=True),
 
@@ -256,7 +249,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("noise.pieces", "equal", "pieces that long ones are cut into: `equal`, of 50 frames, or "
           "of `random` length. With `noise.join`", choices=("equal", "random"), read_when=JOIN),
 
-    Group("eval", "evaluation and ranking", changeable=True),
+    Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
           "folds or bootstrap samples"),
     Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: one, after training",
@@ -280,7 +273,7 @@ TABLE: tuple[Field | Group, ...] = (
     Group("fusion", "modality -> `train` and `evaluate`: `name` and the arguments of a fusion of "
           "`vidjax/fusion.py`. A modality that is not named keeps all its frames"),
 
-    Group("loss", "the loss of the logits, and of the embeddings", changeable=True),
+    Group("loss", "the loss of the logits, and of the embeddings"),
     Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus that "
           "of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
     Field("loss.focal", "binary", "second loss of the logits, weighted by `loss.schedule`: "
@@ -306,7 +299,7 @@ TABLE: tuple[Field | Group, ...] = (
           "compares its clips with: those of its clips, and others drawn at random; 1: all "
           "classes", above=0, high=1),
 
-    Group("optim", "the optimizer and its schedule", changeable=True),
+    Group("optim", "the optimizer and its schedule"),
     Field("optim.name", "adam", "the optimizer"),
     Field("optim.learning_rate", 1e-3, "learning rate at its peak", low=0),
     Field("optim.warmup", 0.1, "share of all training steps, 0 to 1, in which the learning rate "
@@ -342,16 +335,10 @@ TABLE: tuple[Field | Group, ...] = (
     Group("mesh", "the devices"),
     Field("mesh.model", 1, "devices that share the classes: each holds its part of the classifier. "
           "The others share the clips", low=1, high=2**16, movable=True),
-
-    Group("resume", "a run that goes on where an earlier process stopped"),
-    Field("resume.allow", (), "fields or groups that may differ from the values the run began "
-          "with: `optim`, `loss`, `mixup`, `num_epochs`, `log_every_steps` and `eval`, and the "
-          "fields in them"),
 )
 # fmt: on
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
 DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
-CHANGEABLE = tuple(row.name for row in TABLE if row.changeable)
 MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
 # Groups whose fields depend on the model or fusion that they name.
 SPECIFICATIONS = ("model.", "fusion.")
@@ -479,12 +466,6 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 def _untrainable(values: Values) -> Iterator[str]:
     """Yields an error message for values that no training can use together."""
-    for name in values["resume.allow"]:
-        if not within(str(name), CHANGEABLE):
-            yield (
-                f"config.resume.allow: '{name}' may not change when a run resumes\n"
-                f"these may: {', '.join(CHANGEABLE)}"
-            )
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
     split = values["eval.split"]

@@ -7,10 +7,8 @@ import importlib.util
 import json
 import math
 import re
-import sys
 import traceback
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,24 +21,12 @@ from vidjax.files import INTEGER_LIMIT
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 NAME_LENGTH = 100  # characters of `folder_suffix`, at most
-# Module -> tables to which an experiment's file may add a function or class of its own.
-TABLES = {
-    "vidjax.augment": ("TRANSFORMS",),
-    "vidjax.data.sources": ("DATASETS",),
-    "vidjax.fusion": ("FUSIONS",),
-    "vidjax.losses": ("CLASSIFICATION", "EMBEDDING", "MARGINS"),
-    "vidjax.metrics": ("CLIP_METRICS",),
-    "vidjax.models.identifier": ("MODELS",),
-    "vidjax.optim": ("DECAYS", "OPTIMIZERS"),
-    "vidjax.system": ("SCORES",),
-}
-_defined: dict[str, set[str]] = {}  # file's name -> `config.definitions` that are known
 
 
 def load_file(spec: str) -> Config:
     """Returns the configuration that an experiment's file describes; an error names its line.
 
-    The file may add functions and classes to TABLES; `config.definitions` then has its digest.
+    The file may add functions and classes to the tables of vidjax, such as `optim.OPTIMIZERS`.
 
     Args:
       spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
@@ -82,54 +68,7 @@ def load_file(spec: str) -> Config:
             f"--config: '{spec}' {wrong}\n"
             "begin get_config with config = vidjax.config.default(), and change that"
         )
-    if _adds_definitions(module):
-        config.definitions = f"{path.name}:{files.sha256_file(path)[:16]}"
-        _defined.setdefault(path.name, set()).add(config.definitions)
     return config
-
-
-def _adds_definitions(module: ModuleType) -> bool:
-    """Returns True if an entry of TABLES, or a part of a tuple there, comes from a user's file.
-
-    It is defined in the file or in a package that the file imports, other than vidjax and optax.
-    """
-    packages = {module.__name__, *map(_package, vars(module).values())}
-    loaded = [(sys.modules[name], tables) for name, tables in TABLES.items() if name in sys.modules]
-    return any(
-        _package(part) in packages - {"", "vidjax", "optax"}
-        for home, tables in loaded
-        for table in tables
-        for entry in getattr(home, table).values()
-        for part in (entry, *(entry if isinstance(entry, tuple) else ()))
-    )
-
-
-def _package(one: object) -> str:
-    """Returns the top-level package of a module, function or class; '' for other values."""
-    one = getattr(one, "func", one)  # of a functools.partial
-    name = one.__name__ if isinstance(one, ModuleType) else getattr(one, "__module__", None)
-    return str(name or "").partition(".")[0]
-
-
-def check_definitions(config: Config | Mapping[str, Any]) -> None:
-    """Refuses a configuration whose file of definitions was not loaded; warns of a changed file.
-
-    As a run's folder may be a stranger's, its file is executed only where the user names it.
-    """
-    wanted = config["definitions"] or ""
-    name = wanted.rpartition(":")[0]
-    known = _defined.get(name, set())
-    if not wanted or wanted in known:
-        return
-    if not known:
-        raise UserError(
-            f"the run uses what its own file '{name}' defines: name that file, --config=FILE\n"
-            "in Python, call vidjax.load_config(FILE) before"
-        )
-    warnings.warn(
-        f"'{name}' is not as it was when the run was trained: scores may differ", stacklevel=2
-    )
-    known.add(wanted)  # one warning is enough
 
 
 def find_file(name: str) -> Path:
@@ -211,8 +150,6 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
             meant = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
             raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{meant}")
         name, equals, text = word.removeprefix("--config.").partition("=")
-        if name == "definitions":
-            raise UserError("config.definitions is set by --config=FILE alone: leave it out")
         if name not in known:
             match = closest_field(name, known)
             hint = f"did you mean --config.{match}?" if match else "--mode=config lists them"

@@ -149,3 +149,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
+
+
+def suggest_entry(name: str, table: Iterable[str]) -> str:
+    """Returns `suggest`, and what helps if a file of the user adds the name to the table."""
+    return (
+        f"{suggest(name, table)}\n"
+        "if your own file adds it: --config=FILE; in Python, vidjax.load_config(FILE) before"
+    )

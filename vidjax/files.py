@@ -35,7 +35,6 @@ T = TypeVar("T")
 MB = 1 << 20
 JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
-LOG_BYTES = 32 * MB  # of `changes.jsonl`, which is read as a whole
 LINE_BYTES = MB // 4  # of a log of one JSON value per line
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
 MAX_DEPTH = 40  # of lists and objects, or folders, within each other

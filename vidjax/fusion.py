@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.batch import Array, Frames, LazyFeatures
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, suggest_entry
 
 
 def filter_frames(
@@ -553,7 +553,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
     if name not in FUSIONS:
-        raise UserError(f"unknown fusion {name!r}; {suggest(str(name), sorted(FUSIONS))}")
+        raise UserError(f"unknown fusion {name!r}; {suggest_entry(str(name), sorted(FUSIONS))}")
     function, filters = FUSIONS[name].function, _options(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}
     check_options(

@@ -18,7 +18,7 @@ import optax
 
 from vidjax import logit_ops, optim
 from vidjax.batch import Array, ModelOutput
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, suggest_entry
 
 
 def softmax_cross_entropy(
@@ -262,7 +262,7 @@ def make_objective(
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
     if name and name not in EMBEDDING:
-        raise UserError(f"config.loss.embedding='{name}': {suggest(name, EMBEDDING)}")
+        raise UserError(f"config.loss.embedding='{name}': {suggest_entry(name, EMBEDDING)}")
 
     def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
@@ -310,7 +310,9 @@ def make_loss(
     tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
     for field, table in tables.items():
         if spec[field] not in table:
-            raise UserError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
+            raise UserError(
+                f"config.loss.{field}='{spec[field]}': {suggest_entry(spec[field], table)}"
+            )
     if spec["margin"] and logit_scale == 1.0:
         raise UserError(
             f"config.loss.margin={spec['margin']} needs a cosine classifier with a "

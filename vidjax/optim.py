@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from vidjax.batch import Array
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, suggest_entry
 
 SECOND_MOMENT_DECAY = 0.999  # of Adam: its paper and optax
 
@@ -157,7 +157,7 @@ def make_schedule(
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
     if decay not in DECAYS:
-        raise UserError(f"config.optim.decay='{decay}': {suggest(decay, DECAYS)}")
+        raise UserError(f"config.optim.decay='{decay}': {suggest_entry(decay, DECAYS)}")
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     rise = Rise(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
@@ -208,7 +208,7 @@ def make_optimizer(
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
     if name not in OPTIMIZERS:
-        raise UserError(f"config.optim.name='{name}': {suggest(name, OPTIMIZERS)}")
+        raise UserError(f"config.optim.name='{name}': {suggest_entry(name, OPTIMIZERS)}")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:
@@ -230,7 +230,8 @@ def make_optimizer(
 def _options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a specification that a function takes as keyword arguments."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: spec[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return {name: spec[name] for name in names if name in spec}
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

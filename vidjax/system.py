@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vidjax import augment, config_io, ensemble, fusion, logit_ops, losses, optim
+from vidjax import augment, ensemble, fusion, logit_ops, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
-from vidjax.errors import UserError, named, suggest
+from vidjax.errors import UserError, named, suggest_entry
 from vidjax.models import identifier
 from vidjax.models.base import Identifier
 
@@ -188,7 +188,6 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
-    config_io.check_definitions(config)
     _check_precision(config["matmul_precision"])
     steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(
@@ -208,7 +207,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     )
     is_whole = knows_other and num_columns == task.num_columns
     if (scores := config["eval"]["scores"]) not in SCORES:
-        raise UserError(f"config.eval.scores='{scores}': {suggest(scores, SCORES)}")
+        raise UserError(f"config.eval.scores='{scores}': {suggest_entry(scores, SCORES)}")
     score_fn, scores_are_logs = SCORES[scores]
     clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
     return System(

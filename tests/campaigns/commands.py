@@ -92,7 +92,6 @@ WORDS = [
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is config.data.dir"),
     Case(f"{TRAIN} --config.fusion.head.train.name=all", "--mode=config"),
-    Case(f"{TRAIN} --config.resume.allow=everything", "these may: num_epochs"),
     Case(f"{TRAIN} -workdir=w", "--workdir?"),
     Case("--mode=trian", "'train'"),
     Case("mma", "--config=mma"),

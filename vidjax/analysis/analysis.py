@@ -427,7 +427,7 @@ def write_evaluation(
 # Fields that change no score of a clip beyond rounding, or that the name of the result files tells.
 _FREE = (
     *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
-    "eval.split", "resume.allow",
+    "eval.split",
 )  # fmt: skip
 
 

@@ -34,16 +34,16 @@ def config_flag(parser: Parser) -> None:
 
 def definitions_flag(parser: Parser) -> None:
     """Adds `--config` of a command that uses a trained run."""
-    parser.flag("--config", "FILE", "the file of a run that uses its own models or losses")
+    parser.flag("--config", "FILE", "the file that adds the models or losses of the run")
 
 
 def load_definitions(args: argparse.Namespace) -> None:
-    """Runs the file of `--config`, which defines a run's own models or losses; or UserError."""
-    if args.config and not config_io.load_file(args.config).definitions:
-        raise UserError(
-            f"--config={args.config} defines no model or loss, and the run has a configuration\n"
-            "leave it out; a field is set by --config.FIELD=VALUE"
-        )
+    """Runs the file of `--config`, for what it adds to the tables of vidjax.
+
+    The run keeps its configuration. vidjax runs no file that only the folder of a run names.
+    """
+    if args.config:
+        config_io.load_file(args.config)
 
 
 def process_flags(parser: Parser) -> None:

@@ -57,7 +57,6 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
     workdir = Path(args.workdir).expanduser()
     config = api.run_config(workdir) if args.runs is None else _joined_config(args, workdir)
     config = config_io.override(config, args.overrides)
-    config_io.check_definitions(config)
     if config.join.runs:
         common.given_fields(args, JOINED)
     config_lib.check_ranges(config)

@@ -49,7 +49,7 @@ def _default_name(args: argparse.Namespace, config: Config) -> str:
     config = copy.deepcopy(config)
     if config.data.dir:
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
-    unnamed = {*config_lib.MOVABLE, "resume.allow"} - {"data.dir", "data.weights"}
+    unnamed = {*config_lib.MOVABLE} - {"data.dir", "data.weights"}
     return name + config_io.folder_suffix(config, args.overrides, unnamed)
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Result:
         data = api.load_data(config)
         together.check_data(data)
         if results is not None:
-            restore.check_training(workdir, results["trained_on"], config, data)
+            restore.check_data(workdir, results["trained_on"], config, data)
         else:
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.line, began=began

@@ -17,7 +17,7 @@ from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
 from vidjax.data.synthetic import SyntheticOptions
-from vidjax.errors import UserError, check_argument, suggest
+from vidjax.errors import UserError, check_argument, suggest_entry
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.dataset import Dataset
@@ -107,7 +107,7 @@ def open_source(
         data = cast(Section, given)
         name, cache = data["name"], data["cache_dir"]
         if name not in DATASETS:
-            raise UserError(f"config.data.name='{name}': {suggest(name, DATASETS)}")
+            raise UserError(f"config.data.name='{name}': {suggest_entry(name, DATASETS)}")
         digests = Digests(Path(cache).expanduser() if cache else None, generate)
         return DATASETS[name](data, digests)
     if isinstance(given, Mapping):

@@ -9,6 +9,7 @@ wherever the run meets data again; the `metrics.json` of a finished run has them
     weights   sha256 of the file `config.data.weights`; null without one
 """
 
+import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, files
+from vidjax import config_io, devices, ensemble, files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError
@@ -35,11 +36,6 @@ IDENTITIES, CONFIG = "identities.json", "config.json"
 MOST_PADDING = 1 << 17  # class columns; `padded_columns` adds at most lcm(128, devices) - 1
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 REMEDY = REWRITE.replace("delete", "delete it and")
-
-ELSEWHERE = (
-    "train on these in another folder: --workdir=FOLDER\n"
-    "or go on with the data of the run: --config.data.dir=FOLDER"
-)
 
 
 class FoundRun(NamedTuple):
@@ -131,7 +127,9 @@ def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -
     """Checks the data of an evaluation against a run, and labels them with its class columns."""
     split = config.eval.split
     check_widths(data, run.task.modalities)
-    check_evaluation(workdir, run.manifest, config, data)
+    own = run.manifest
+    named = not config.data.dir or config.data.dir != own["config"]["data"].get("dir")
+    check_data(workdir, own["data"], config, data, trains=False, named=named)
     data = data.with_identities(run.identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise UserError(
@@ -249,15 +247,12 @@ def _companion(path: Path, read: Callable[[], T], digest: Callable[[T], str], wa
 
 
 def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a `config.json` that differs from the manifest in a field that shapes the model.
-
-    A change that a resume recorded is allowed.
-    """
-    spoilt = resume.spoilt(workdir, manifest["config"])
-    if spoilt:
+    """Refuses a `config.json` that differs from the manifest in a field that shapes the model."""
+    old = config_io.from_json(json.dumps(manifest["config"]))
+    if spoilt := resume.differences(old, config_io.load_workdir(workdir)):
         raise CheckpointError(
             f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
-            f"{resume.describe(spoilt)}"
+            f"{spoilt}"
         )
 
 
@@ -315,31 +310,34 @@ def _other_clips(before: int, now: int) -> str:
     return f"{abs(now - before):,} clips {'more' if now > before else 'fewer'}: {now:,}"
 
 
-def check_training(workdir: Path, own: DataDigests, config: Config, data: TrainingData) -> None:
-    """Refuses to go on with a run on other data."""
-    different = data_differences(own, data.report)
-    if own.get("weights") != data_digests(config, data)["weights"]:
-        different = ", ".join(filter(None, (different, "config.data.weights are others")))
-    if different:
-        raise UserError(f"'{workdir}' holds a run on other data: now {different}\n{ELSEWHERE}")
-
-
-def check_evaluation(
-    workdir: Path, manifest: Mapping[str, Any], config: Config, data: TrainingData
+def check_data(
+    workdir: Path,
+    own: DataDigests,
+    config: Config,
+    data: TrainingData,
+    *,
+    trains: bool = True,
+    named: bool = True,
 ) -> None:
-    """Refuses to evaluate a split that the run has read, if it now has other data under that name.
+    """Refuses other data than those of a run, by its digests `own`.
 
-    Another split may be of any data. But if the folder of data is the one in `config.json`, which a
-    stranger may have written, at least one split of the run must be as it was.
+    A run goes on (`trains`) only if all that it reads is as it was. An evaluation compares
+    `eval.split`. If the run has not read that split, it may be of any data; but if the user has not
+    `named` their folder, so that `config.json` does, which a stranger may have written, one split
+    of the run must be as it was.
     """
-    own, split = manifest["data"], config.eval.split
-    different = data_differences(own, data.report, (split,))
-    if split not in own["splits"] and config.data.dir == manifest["config"]["data"].get("dir"):
-        each = [data_differences(own, data.report, (name,)) for name in own["splits"]]
-        different = ", ".join(each) if config.data.dir and all(each) else ""
-    if different:
+    split = config.eval.split
+    names = [split] if not trains and split in own["splits"] else list(own["splits"])
+    different = [data_differences(own, data.report, (name,)) for name in names]
+    if trains and own.get("weights") != data_digests(config, data)["weights"]:
+        different.append("config.data.weights are others")
+    if not trains and split not in names and (named or not all(different)):
+        return
+    if any(different):
+        other = "train on these in another folder: --workdir=FOLDER"
+        if not trains:
+            other = "rank these clips: --mode=rank --input=FOLDER --out=FILE"
         raise UserError(
-            f"'{workdir}' was trained and measured on other data: now {different}\n"
-            "name the data of the run: --config.data.dir=FOLDER\n"
-            "or rank these clips: --mode=rank --input=FOLDER --out=FILE"
+            f"'{workdir}' holds a run on other data: now {', '.join(filter(None, different))}\n"
+            f"name the data of the run: --config.data.dir=FOLDER\nor {other}"
         )

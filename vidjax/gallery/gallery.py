@@ -173,7 +173,7 @@ class Gallery:
         run = _restored(run)
         if data is None:
             data = load_data(run.config)
-            restore.check_training(run.workdir, run.manifest["data"], run.config, data)
+            restore.check_data(run.workdir, run.manifest["data"], run.config, data)
         clips: dict[str, Clip] = {}
         labelled, widths = 0, {}
         for split in run.config.data.train_splits:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError, suggest_entry
 from vidjax.models.base import Identifier
 from vidjax.models.cosine import CosineIdentifier
 from vidjax.models.deepmef import DeepMEF
@@ -58,7 +58,7 @@ def make_identifier(
     options = dict(spec)
     name = options.pop("name", None)
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; {suggest(str(name), sorted(MODELS))}")
+        raise UserError(f"unknown model {name!r}; {suggest_entry(str(name), sorted(MODELS))}")
     model = MODELS[name]
     if not issubclass(model, Identifier):
         raise UserError(

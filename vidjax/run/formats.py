@@ -148,13 +148,6 @@ class Manifest(Struct, kw_only=True):
     settings: Annotated[dict[str, Known | Annotated[list[Known], MANY]], TABLE] | None = None
 
 
-class Changes(Struct, kw_only=True):
-    """A line of `changes.jsonl`: field -> [before, after]."""
-
-    step: Whole
-    changes: Annotated[dict[str, Annotated[list[Any], Meta(max_length=2)]], MANY]
-
-
 class Line(Struct, kw_only=True):
     """A line of `metrics.jsonl` or `timing.jsonl`, of training or, with a split, an evaluation."""
 

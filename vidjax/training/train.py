@@ -25,11 +25,12 @@ from vidjax.training.training_run import TrainingRun
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if something is left to do for `config`.
 
-    Refuses changes of a finished run that would make `config.json` wrong about its training.
+    Refuses a configuration with which the run may not go on.
     """
     if not (workdir / "config.json").exists():
         return None
-    changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
+    recorded = config_io.load_workdir(workdir)
+    resume.check(workdir, recorded, resume.absolute(config))
     results = results_lib.read_metrics(workdir)
     # Evaluation also writes the file; what lacks a result is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
@@ -37,9 +38,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     wanted += ["best_map", "best_step"] if "best_map" in results else []
     if not results.get("finished") or any(results.get(name) is None for name in wanted):
         return None
-    if "num_epochs" not in changed:
-        resume.refuse_relabelling(workdir, changed)
-    return None if changed.keys() - set(config_lib.MOVABLE) else results
+    return results if config.num_epochs == recorded.num_epochs else None
 
 
 def train(

@@ -24,6 +24,7 @@ from vidjax.errors import UserError
 from vidjax.evaluation import restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude
 from vidjax.run import checkpoint, resume
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
@@ -48,8 +49,8 @@ def restore_or_init(
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """Restores the newest checkpoint of a run and its manifest; a new run gets step 0 and {}.
 
-    Damaged checkpoints of later steps are set aside: training will save these steps again. Changes
-    of the configuration are recorded. `digests` are those that the manifest must have.
+    Damaged checkpoints of later steps are set aside: training will save these steps again.
+    `digests` are those that the manifest must have.
     """
 
     def init(num_columns: int) -> state_lib.TrainState:
@@ -64,37 +65,21 @@ def restore_or_init(
         return class_sharding.resize(init(plan.task.num_columns), abstract)
 
     abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
+    if (workdir / "config.json").exists():
+        resume.check(workdir, config_io.load_workdir(workdir), config)
     found, items = checkpoint.find(workdir), {}
-    manifest, changed = found.manifest if found else {}, resume.Changes()
+    manifest = found.manifest if found else {}
     if found:
         restore.check_entries(workdir, manifest)
-        before = config_io.from_json(json.dumps(manifest["config"]))
-        changed = resume.changes(workdir, before, config)
-        restore.check_training(workdir, manifest["data"], config, data)
+        resume.check(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
+        restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, digests)
-        if manifest["step"] > plan.task.total_steps:
-            raise UserError(
-                f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
-                f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}\n"
-                "raise --config.num_epochs, or train in another workdir"
-            )
-        if manifest["step"] == plan.task.total_steps:
-            resume.refuse_relabelling(workdir, changed)
         saved = abstract
         if (number := restore.task_of(manifest).num_model_columns) != system.model.num_classes:
             saved = jax.eval_shape(functools.partial(init, number))
         fitting = class_sharding.fitting_layout(layout, saved)
-        try:
-            items = checkpoint.load(found, state_lib.as_items(saved), state_lib.as_items(fitting))
-        except checkpoint.OtherModelError as error:
-            if not changed:
-                raise
-            raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
+        items = checkpoint.load(found, state_lib.as_items(saved), state_lib.as_items(fitting))
         checkpoint.set_aside_later(workdir, manifest["step"])
-    if (workdir / "config.json").exists():
-        changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
-    if processes.is_first():
-        resume.record(workdir, manifest.get("step", 0), changed)
     if not found:
         return state_lib.make_state(first, system.tx, layout), {}
     state = state_lib.of_items(items)
@@ -110,6 +95,8 @@ def write_description(
     processes.barrier()  # all processes have read what is there
     if not processes.is_first():
         return
+    if metrics := results_lib.read_metrics(workdir):  # of this run with fewer epochs
+        files.write_json(workdir / "metrics.json", {**metrics, "finished": False})
     resume.write_config(workdir, config)
     files.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
