@@ -90,17 +90,6 @@ def test_a_clip_removed_later_is_still_a_place(tmp_path):
     assert places("--clip=ada 1", tmp_path) == {}
 
 
-def test_an_old_name_that_undo_would_need_is_a_place(tmp_path):
-    people = made_galleries.make(tmp_path / "g")
-    people.rename("person 3", GONE)
-    people.rename(GONE, "Countess")
-    ((path, (kind, remedy)),) = places(f"--identity={GONE}", tmp_path).items()
-    assert (path, kind, remedy) == (str(people.folder), "gallery", "--delete")
-    places(f"--identity={GONE}", "--delete", tmp_path)
-    assert GONE.encode() not in (people.folder / "gallery.sqlite").read_bytes()
-    assert "Countess" in people.identities and not places(f"--identity={GONE}", tmp_path)
-
-
 def test_what_cannot_be_searched_is_named(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "g").mkdir()

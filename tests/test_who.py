@@ -93,7 +93,8 @@ def test_unknown_people_keep_their_numbers_while_their_films_stay(tmp_path, mode
     table.write_text(table.read_text().replace("unknown 2", "Eve"))
     write_film(films / "d.mkv", (2, 20, [("Bob", 25, 30)]))
     assert numbers() == first | more | {"a.s000.t00": "Eve", "d.s000.t00": "unknown 1"}
-    assert run(capsys, "gallery", "undo", tmp_path / "out" / "gallery")[0] == 0
+    gallery = tmp_path / "out" / "gallery"
+    assert run(capsys, "gallery", "remove", gallery, "--identity=Eve")[0] == 0
     assert numbers()["a.s000.t00"] == "unknown 2"
     # Another film of the same name is another film, and its clips have no number yet.
     write_film(films / "c.mkv", (2, 20, [("Bob", 40, 40)]))
@@ -297,7 +298,7 @@ def test_what_a_person_says_of_a_clip_counts(tmp_path, models, film, capsys):
     clip = f"--input={out / 'features' / 'party.s000.t00.npz'}"
     say("enrol", clip, "--identity=Bob")
     assert who()["party.s000.t00"] == ("Bob", ["told"])
-    say("undo")
+    say("remove", "--clip=party.s000.t00")
     assert who() == before
     say("enrol", clip, "--strangers")
     assert who()["party.s000.t00"] == (None, [])

@@ -135,11 +135,12 @@ def _from_gallery(
         enrolled = gallery.identities
         known = [name for name in identities if name in enrolled]
         shown = {n for n, clip in gallery.clips.items() if clip.identity in known or n in clips}
-        held, former = gallery.still_held, gallery.former.intersection(identities)
-        if not shown and not held and not former:
+        held = gallery.still_held
+        if not shown and not held:
             return [], shown
-        about = f"{len(shown):,} of its clips" if shown else "the name, for `gallery undo`"
-        about = f"{held:,} removed clips, by its centre" if held and not shown else about
+        about = (
+            f"{len(shown):,} of its clips" if shown else f"{held:,} removed clips, by its centre"
+        )
     except UserError as error:
         return [_unread(folder, error)], set()
     if not delete:
@@ -147,11 +148,8 @@ def _from_gallery(
     try:
         if shown:
             gallery.remove(clip=shown)
-        elif held:
-            gallery.refit()
         else:
-            with gallery.change() as draft:
-                draft.keep()
+            gallery.refit()
     except UserError as error:
         why = str(error).splitlines()[0]
         return [Found("gallery", folder, f"{about}, not deleted: {why}", "--delete")], shown

@@ -1,9 +1,4 @@
-"""Changes of a gallery: made to a draft, and written together, all or none.
-
-The last change can be taken back, as long as nothing was deleted by it: the gallery keeps, of each
-clip that it changed, whom the clip showed before. Deleted clips are gone for good, and so is a back
-end that was fitted anew.
-"""
+"""Changes of a gallery: made to a draft, and written together, all or none."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, TypeVar
@@ -13,16 +8,10 @@ import numpy as np
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError, check_argument, closest
 from vidjax.gallery.backend import Backend, People
-from vidjax.gallery.store import MOST_LETTERS, STRANGER, Clip, Last, State
+from vidjax.gallery.store import MOST_LETTERS, STRANGER, Clip, State
 
 T = TypeVar("T")
 MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
-FINAL = {
-    "": "no change of this gallery can be taken back",
-    "remove": "the last change removed clips for good: enrol them again",
-    "refit": "the last change fitted the back end anew, which cannot be taken back",
-    "undo": "the last change was taken back already: only one is kept",
-}
 
 
 class Draft:
@@ -38,7 +27,6 @@ class Draft:
         self._state = state
         self.clips, self.groups = dict(state.clips), dict(state.groups)
         self.refits = False
-        self._final: Literal["", "remove", "undo"] = ""
         self._completed = False  # clips have new vectors
         self._changed: set[str] = set()  # names of clips
         self._removed: set[str] = set()  # of them, clips of the state, also if added once more
@@ -46,7 +34,7 @@ class Draft:
 
     def __bool__(self) -> bool:
         """Returns True if there is something to write."""
-        return bool(self._changed) or self._final != ""
+        return bool(self._changed)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors; returns how many are new."""
@@ -124,22 +112,6 @@ class Draft:
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
 
-    def undo(self) -> int:
-        """Takes the last change back; returns the number of its clips."""
-        last = self._state.last
-        if last.what != "change":
-            raise UserError(FINAL[last.what])
-        self._edit({
-            name: None if before is None else self.clips[name]._replace(identity=before or None)
-            for name, before in last.before.items()
-        })  # fmt: skip
-        self._final = "undo"
-        return len(last.before)
-
-    def keep(self) -> None:
-        """Lets no change be taken back any more: the names that undo would need are deleted."""
-        self._final = "remove"
-
     def _shown_by(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
             raise no_such("identity", identity, None)
@@ -189,12 +161,8 @@ class Draft:
 
     @property
     def inserted(self) -> dict[str, Clip] | None:
-        """The new clips and strangers' that show people now; None if anything else has changed.
-
-        None, too, where the last change has names of people, of which no byte may be left.
-        """
-        anew = self._final or self._removed or self._completed or self.refits
-        if anew or any(self._state.last.before.values()):
+        """The new clips and strangers' that show people now; None if anything else has changed."""
+        if self._removed or self._completed or self.refits:
             return None
         new = {name: self.clips.get(name) for name in self._changed}
         olds = (self._state.clips.get(name) for name in new)
@@ -205,10 +173,6 @@ class Draft:
     def state(self) -> tuple[State, People]:
         """Returns the next state, by the back end as it is, and its changed people, by name."""
         old = self._state
-        before = {name: _label(old.clips.get(name)) for name in sorted(self._changed)}
-        after = {name: _label(self.clips.get(name)) for name in before}
-        final = self._final or ("remove" if self._removed else "")
-        changed = {n: label for n, label in before.items() if label != after[n] and not final}
         # A set & keys would pass over all keys: of keys & a set, the set alone is passed over.
         touched = sorted(self.groups.keys() & self._touched - {STRANGER})
         shown = {name: self.groups[name] for name in touched}
@@ -219,13 +183,8 @@ class Draft:
             clips=self.clips,
             groups=self.groups,
             still_held=old.still_held + sum(old.clips[name].fitted for name in self._removed),
-            last=Last(final or "change", changed) if final or changed else old.last,
         )
         return state, people
-
-
-def _label(clip: Clip | None) -> str | None:
-    return None if clip is None else clip.identity or STRANGER
 
 
 def _whom(identity: str | None) -> str:

@@ -681,14 +681,6 @@ def _as_flags(value: object, args: argparse.Namespace) -> argparse.Namespace:
     return parse([name, args.gallery, *words])
 
 
-def _undo(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
-    count = gallery.undo()
-    return _counts(
-        gallery, {"undone": f"the last change, of {_of(count, 'clip')}"}, {"undone": count}
-    )
-
-
 def _refit(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
     if (trial := gallery.refit()) is None:
@@ -802,9 +794,6 @@ COMMANDS: Mapping[str, Command] = {
     "apply": Command(
         "makes many changes, a JSON object in each line, all or none",
         _flags("changes", "run"), _apply, ("G changes.jsonl", "G -"),
-    ),
-    "undo": Command(
-        "takes the last change back, unless it removed somebody", _flags(), _undo, ("G",)
     ),
     "threshold": Command(
         "says from which probability on a share of strangers gets a name",

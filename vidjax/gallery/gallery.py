@@ -44,7 +44,7 @@ from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, check_clip, enrol, stack
 from vidjax.gallery.nearest import nearest
-from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Last, Origin, State, Store, group
+from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Origin, State, Store, group
 from vidjax.gallery.trial import Trial
 from vidjax.models.two_covariance import Settings
 from vidjax.run.terminal import uncounted
@@ -321,11 +321,6 @@ class Gallery:
         return self._state.still_held
 
     @property
-    def former(self) -> set[str]:
-        """Names that nobody has any more, which are kept for `undo` until the next change."""
-        return {*filter(None, self._state.last.before.values())} - self._state.groups.keys()
-
-    @property
     def identities(self) -> dict[str, int]:
         """Identity -> its number of clips, sorted by name, as the folder holds them now."""
         self.refresh()
@@ -564,7 +559,7 @@ class Gallery:
                 name: clip._replace(vector=_widened(clip.vector, backend, wide))
                 for name, clip in state.clips.items()
             }
-            state = _state(state.version + 1, origin, wide, clips)._replace(last=state.last)
+            state = _state(state.version + 1, origin, wide, clips)
             self._state = state._replace(sha256=self._store.replace(state))
         return tuple(part for part in now if part not in was)
 
@@ -589,15 +584,6 @@ class Gallery:
                 draft.complete(same)
         return {*same}
 
-    def undo(self) -> int:
-        """Takes the last change back; returns the number of its clips.
-
-        Answers are then, to the bit, those of before. ValueError where it removed clips or fitted
-        the back end anew: of both nothing is kept.
-        """
-        with self.change() as draft:
-            return draft.undo()
-
     def refit(self) -> Trial | None:
         """Fits coordinates and settings to the clips that are enrolled now.
 
@@ -610,7 +596,7 @@ class Gallery:
                 self._anybody()
             by_cards = any(part.by_distance for part in state.index.backend.parts)
             trial = self._trial(state) if by_cards else None
-            state = _refitted(state)._replace(version=state.version + 1, last=Last("refit"))
+            state = _refitted(state)._replace(version=state.version + 1)
             self._state = state._replace(sha256=self._store.replace(state))
             return trial
 
@@ -948,7 +934,7 @@ def _refitted(state: State) -> State:
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
-    return _state(state.version, state.run, backend, clips)._replace(last=state.last)
+    return _state(state.version, state.run, backend, clips)
 
 
 def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:

@@ -1,6 +1,6 @@
 """The file of a gallery: people, their clips, and the back end; a change is written whole or not.
 
-    gallery.sqlite    the tables of SCHEMA and LAST, with a sha256 for every row but of `backend`
+    gallery.sqlite    the tables of SCHEMA, with a sha256 for every row but of `backend`
     .lock             locked by the process that changes the gallery
 
 New clips are inserted in one transaction. To remove or change anything, a new file replaces the old
@@ -27,8 +27,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -68,12 +67,6 @@ SCHEMA = {
     "clip": "CREATE TABLE clip (person TEXT NOT NULL, name TEXT NOT NULL, fitted INTEGER NOT NULL, "
     "vector BLOB NOT NULL, sha256 BLOB NOT NULL, PRIMARY KEY (person, name)) WITHOUT ROWID",
 }
-# Clips of the last change, each with whom it showed before; NULL if it was not there. A gallery
-# without such a change, or of an earlier version, may lack the table.
-LAST = (
-    "CREATE TABLE last (clip TEXT PRIMARY KEY NOT NULL, person TEXT, sha256 BLOB NOT NULL) "
-    "WITHOUT ROWID"
-)
 LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: VALUE_BYTES,
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: 2000,
@@ -119,8 +112,6 @@ class _Facts(Struct):
     clips: formats.Count
     people: formats.Count
     still_held: formats.Count
-    last: Literal["", "change", "remove", "refit", "undo"] = ""
-    last_clips: formats.Count = 0
 
     @property
     def widths(self) -> dict[str, int]:
@@ -139,16 +130,6 @@ class Clip(NamedTuple):
     fitted: bool = False
 
 
-class Last(NamedTuple):
-    """The last change: what undoes a `change`, which is clip -> whom it showed `before`.
-
-    None is a clip that was not there, STRANGER a stranger's. Of another change nothing is kept.
-    """
-
-    what: Literal["", "change", "remove", "refit", "undo"] = ""
-    before: Mapping[str, str | None] = MappingProxyType({})
-
-
 class State(NamedTuple):
     """All that a gallery holds; nothing in it is ever changed.
 
@@ -164,7 +145,6 @@ class State(NamedTuple):
     groups: Mapping[str, tuple[str, ...]]
     still_held: int = 0
     sha256: bytes = b""
-    last: Last = Last()
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
@@ -308,7 +288,6 @@ class Store:
         connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
         found = connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 9").fetchall()
         wanted = {("table", name, sql) for name, sql in SCHEMA.items()}
-        found = [row for row in found if row != ("table", "last", LAST)]
         mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         encoding = connection.execute("PRAGMA encoding").fetchone()[0]
         connection.set_progress_handler(None, 0)
@@ -448,8 +427,6 @@ def _facts(state: State) -> tuple[str, bytes]:
         clips=len(state.clips),
         people=sum(len(block.names) for block in state.index.blocks),
         still_held=state.still_held,
-        last=state.last.what,
-        last_clips=len(state.last.before),
     )
     text = json.dumps(msgspec.to_builtins(facts))
     return text, hashlib.sha256(text.encode()).digest()
@@ -464,13 +441,6 @@ def _insert(
     """Inserts clips, rows of people and the facts, commits, and returns the new `sha256`."""
     connection.executemany("INSERT INTO clip VALUES (?, ?, ?, ?, ?)", _clip_rows(clips))
     connection.executemany("REPLACE INTO person VALUES (?, ?, ?)", people)
-    if _has_last(connection):
-        connection.execute("DELETE FROM last")
-    elif state.last.before:
-        connection.execute(LAST)
-    if state.last.before:
-        before = ((*pair, _last_sha256(*pair)) for pair in state.last.before.items())
-        connection.executemany("INSERT INTO last VALUES (?, ?, ?)", before)
     facts, sha256 = _facts(state)
     connection.execute("INSERT INTO gallery VALUES (?, ?)", (facts, sha256))
     connection.execute("COMMIT")
@@ -487,15 +457,6 @@ def _clip_rows(clips: Mapping[str, Clip]) -> Iterator[tuple[str, str, int, bytes
 def _row_sha256(content: bytes, *words: str | int) -> bytes:
     # Joined: for a few kilobytes a copy takes less time than another call.
     return hashlib.sha256(("%s\n" * len(words) % words).encode() + content).digest()
-
-
-def _last_sha256(clip: str, person: str | None) -> bytes:
-    return _row_sha256(b"", clip, *([] if person is None else [person]))
-
-
-def _has_last(connection: sqlite3.Connection) -> bool:
-    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'last'").fetchone()
-    return found is not None
 
 
 def _layout(widths: Iterable[int]) -> np.dtype:
@@ -546,10 +507,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError("its people are others than those whom its clips show")
     if (len(clips), len(sizes)) != (facts.clips, facts.people):
         raise UserError("it has another number of people or clips than it says")
-    last = Last(facts.last, _read_last(connection, clips))
-    if len(last.before) != facts.last_clips or (last.before and last.what != "change"):
-        raise UserError("its last change is another than it says")
-    return State(facts.version, facts.run, index, clips, groups, facts.still_held, sha256, last)
+    return State(facts.version, facts.run, index, clips, groups, facts.still_held, sha256)
 
 
 def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
@@ -620,21 +578,6 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> dict[str, Clip]:
             name = show(rows[int(np.argmin(finite))][1])
             raise UserError(f"the vector of clip '{name}' holds a number that is not finite")
     return clips
-
-
-def _read_last(connection: sqlite3.Connection, clips: Mapping[str, Clip]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    if not _has_last(connection):
-        return found
-    for clip, person, sha256 in connection.execute("SELECT clip, person, sha256 FROM last"):
-        if clip not in clips or not isinstance(person, str | None):
-            raise UserError("a clip of its last change is not what vidjax writes")
-        if _last_sha256(clip, person) != sha256:
-            raise UserError(f"the sha256 of the last change of clip '{show(clip)}' is another")
-        if person:
-            check_identity(person)
-        found[clip] = person
-    return found
 
 
 def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> list[People]:
