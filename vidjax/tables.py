@@ -5,14 +5,12 @@ an object per line; .parquet, the columns of .tsv by pyarrow. In .tsv and .csv a
 text that begins with `'` or that a spreadsheet would take for a formula; readers must drop it.
 """
 
-import contextlib
 import csv
 import io
 import json
 import math
 import os
 import secrets
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -120,22 +118,6 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, [cell.removeprefix("'") for cell in cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{path}' is no .tsv of UTF-8: {error}\nsave it as such") from error
-
-
-def read_jsonl(path: Path | None) -> Iterator[tuple[int, object]]:
-    """Yields (number of line, value) of a .jsonl; None for standard input. Blank lines count."""
-    name = path or "standard input"
-    opened = io.BufferedReader(files.open_input(path)) if path else sys.stdin.buffer
-    with opened if path else contextlib.nullcontext():
-        content = opened.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise UserError(f"'{name}' is too large: {MOST_BYTES:,} bytes are the most")
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            try:
-                yield number, files.parse_json(line)
-            except ValueError as error:
-                raise UserError(f"{name}: line {number} is no JSON: {error}") from error
 
 
 def _guarded(cell: object) -> object:

@@ -16,7 +16,6 @@ import numpy as np
 
 from vidjax import bulk, files, messages, tables
 from vidjax.data import clip_files
-from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
@@ -73,8 +72,6 @@ ONE_OF = {
     "export": ("qdrant", "parquet"),
     "remove": ("identity", "clip"),
 }
-CHANGES_HELP = """a line for each change, with the words of the flags of enrol, remove, rename and
-relabel, as {"op": "rename", "identity": "Adda", "to": "Ada"}; - for standard input"""
 HELP = """\
 A gallery knows people who are enrolled, found and deleted without training.
 
@@ -133,8 +130,6 @@ def _flags(
             metavar, about = strangers if name == "strangers" else FLAGS.get(name, ("", ""))
             if name == "config":
                 parser.fields("data.")
-            elif name == "changes":
-                parser.add_argument(name, nargs="?", metavar="FILE", help=CHANGES_HELP)
             elif metavar is None:
                 parser.switch(f"--{name}", about)
             else:
@@ -166,8 +161,6 @@ def _check(args: argparse.Namespace) -> None:
     if (pair := ONE_OF.get(args.command)) and bool(given[pair[0]]) == bool(given[pair[1]]):
         one, other = (f"--{x}={FLAGS[x][0]}" if x in FLAGS else f"--{x}" for x in pair)
         raise UserError(f"{args.command} needs one of {one} and {other}")
-    if args.command == "apply" and not args.changes:
-        raise UserError("apply needs a file of changes: apply FOLDER FILE, or - for standard input")
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
     if args.command == "export" and bool(args.qdrant) != bool(args.collection):
@@ -622,65 +615,6 @@ def _change(args: argparse.Namespace) -> Result:
     return _counts(gallery, {word: told}, content)
 
 
-def _apply(args: argparse.Namespace) -> Result:
-    path = None if args.changes == "-" else Path(args.changes).expanduser()
-    place = "standard input" if path is None else str(path)
-    gallery, changes, counts = _opened(args), [], dict.fromkeys(CHANGES, 0)
-    lines = []
-    for number, value in tables.read_jsonl(path):
-        with _placed(place, number):
-            lines.append((number, _as_flags(value, args)))
-    if not lines:
-        raise UserError(f"{place} has no line: there is nothing to change")
-    for number, line in lines:
-        with _placed(place, number):
-            changes.append((number, CHANGES[line.command][0](line, gallery)))
-            counts[line.command] += 1
-    with gallery.change() as draft:
-        for number, change in changes:
-            with _placed(place, number):
-                change(draft)
-    told = ", ".join(f"{count:,} {op}" for op, count in counts.items() if count)
-    return _counts(
-        gallery, {"applied": f"{_of(len(changes), 'line')}: {told}"}, {"applied": counts}
-    )
-
-
-@contextlib.contextmanager
-def _placed(path: str, number: int) -> Iterator[None]:
-    """Names the line in the error of a change of many."""
-    try:
-        yield
-    except UserError as error:
-        lines = str(error).splitlines()
-        raise UserError("\n".join([f"{path}: line {number}: {lines[0]}", *lines[1:2]])) from error
-
-
-def _as_flags(value: object, args: argparse.Namespace) -> argparse.Namespace:
-    """Returns the flags of a line, `{"op": COMMAND, FLAG: VALUE, ...}`; a switch is true."""
-    example = '{"op": "rename", "identity": "Adda", "to": "Ada"}'
-    if not isinstance(value, dict) or not isinstance(value.get("op"), str):
-        raise UserError(f"wanted an object with an op, as {example}")
-    name, given = value["op"], {word: x for word, x in value.items() if word != "op"}
-    if name not in CHANGES:
-        raise UserError(f"no op '{show(name)}': choose from {', '.join(CHANGES)}")
-    own = [flag.removeprefix("--") for flag in messages.make_parser("", name, COMMANDS[name]).flags]
-    takes = [flag for flag in own if (flag in FLAGS and flag != "run") or flag == "strangers"]
-    words = [f"--run={args.run}"] if args.run and "run" in own else []
-    for flag, x in given.items():
-        if flag not in takes and not (flag.startswith("config.data.") and "run" in own):
-            raise UserError(f"{name} takes no '{show(flag)}': it takes {', '.join(takes)}")
-        if flag == "strangers" or FLAGS.get(flag, ("",))[0] is None:
-            if not isinstance(x, bool):
-                raise UserError(f"'{flag}' is true or false")
-            words += [f"--{flag}"] * x
-        elif isinstance(x, str):
-            words.append(f"--{flag}={x}")
-        else:
-            raise UserError(f"'{show(flag)}' needs text in quotes")
-    return parse([name, args.gallery, *words])
-
-
 def _refit(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
     if (trial := gallery.refit()) is None:
@@ -790,10 +724,6 @@ COMMANDS: Mapping[str, Command] = {
     "remove": Command(
         "deletes a person, or a clip, and cannot be undone",
         _flags("identity", "clip", "later"), _change, ("G --identity=Ada",),
-    ),
-    "apply": Command(
-        "makes many changes, a JSON object in each line, all or none",
-        _flags("changes", "run"), _apply, ("G changes.jsonl", "G -"),
     ),
     "threshold": Command(
         "says from which probability on a share of strangers gets a name",
