@@ -26,8 +26,6 @@ from vidjax.errors import UserError, closest, need
 from vidjax.machine import memory_bytes, num_cores
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
-LINE_BYTES = 64 * files.MB  # of a clip as JSON
-BLOCK_LINES = 256
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
@@ -78,21 +76,6 @@ def read_json(value: object, place: str) -> Clip:
                 # Numbers of frames stay whole: float32 holds those below 2**24.
                 arrays[key] = array if key.endswith("_number") else array.astype(np.float32)
     return Clip(name, place, _by_modality(arrays, place), given)
-
-
-def blocks_of_lines(stream: io.BufferedReader) -> Iterator[list[tuple[int, bytes]]]:
-    """Yields (number, content) of lines, as many as are there, so that none waits for the next."""
-    rest, number = b"", 0
-    while more := stream.read1(1 << 20):
-        *lines, rest = (rest + more).split(b"\n")
-        if len(rest) > LINE_BYTES:
-            raise UserError(f"line {number + len(lines) + 1}: more than {LINE_BYTES:,} bytes")
-        numbered = list(enumerate(lines, number + 1))
-        number += len(lines)
-        for at in range(0, len(numbered), BLOCK_LINES):
-            yield numbered[at : at + BLOCK_LINES]
-    if rest:
-        yield [(number + 1, rest)]
 
 
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:

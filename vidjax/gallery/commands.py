@@ -2,20 +2,17 @@
 
 import argparse
 import contextlib
-import io
-import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax import bulk, files, messages, tables
-from vidjax.data import clip_files
+from vidjax import bulk, messages, tables
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
@@ -34,17 +31,12 @@ Done = tuple[str, Mapping[str, object]]  # what a change did, in words and for -
 Change = Callable[["Draft"], Done]
 CLIPS = ("run", "split", "input")
 RULE = ("fpir", "threshold")
-STREAM = "-"  # in place of a path: standard input
 # Flag -> the word for its value (None: it has none), its help.
 FLAGS: Mapping[str, tuple[str | None, str]] = {
     "run": ("W", "the folder of the run (default: the gallery's own)"),
     "models": ("DIR", "instead: a folder of models with cards, see vidjax extract"),
     "split": ("S", "the split of the dataset with the clips"),
-    "input": (
-        "PATH",
-        "instead: a folder, .parquet table or .npz of clips without labels; identify: - for "
-        "lines of JSON",
-    ),
+    "input": ("PATH", "instead: a folder, .parquet table or .npz of clips without labels"),
     "identity": ("NAME", "the person"),
     "labels": ("FILE", "instead of a name: a table of clip and identity, as `group` writes it"),
     "clip": ("NAME", "the clip"),
@@ -176,7 +168,7 @@ def _check(args: argparse.Namespace) -> None:
         if not k.isdecimal() or int(k) < 1:
             raise UserError(f"--k={k}: wants a whole number of identities, 1 or more")
         args.k = int(k)
-    if given.get("input") and not (args.command == "identify" and args.input == STREAM):
+    if given.get("input"):
         from vidjax.data.memory import check_path
 
         path = Path(args.input).expanduser()
@@ -370,8 +362,6 @@ def _films(args: argparse.Namespace) -> "list[Film]":
 
 
 def _identify(args: argparse.Namespace) -> Result:
-    if args.input == STREAM:
-        return _identify_lines(args)
     if found := bulk.tables_of(args.input or ""):
         return _by_table(args, found, answers_lib.Identify, k=args.k or 5)
     out = Path(args.out).expanduser() if args.out else None
@@ -414,75 +404,6 @@ def _by_table(
     gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
     rule = {"fpir": args.fpir, "threshold": args.threshold}
     return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))
-
-
-def _identify_lines(args: argparse.Namespace) -> Result:
-    """Answers clips that come on standard input as lines of JSON, each by a line of JSON.
-
-    The lines that have come are answered together, so that one does not wait for the next. A line
-    that holds no clip is answered by {"line", "error"}, and the others go on.
-    """
-    if args.out or args.json:
-        raise UserError(
-            "--input=- writes its answers to standard output, a line for each clip\n"
-            "leave out --out and --json: identify G --input=- > answers.jsonl"
-        )
-    gallery = _opened(args)
-    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told before lines come
-    counts = dict.fromkeys(("clips", "named", "errors"), 0)
-    began = time.monotonic()
-    lines = cast(io.BufferedReader, sys.stdin.buffer)
-    for block in clip_files.blocks_of_lines(lines):
-        rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
-        answers = list(_answer_lines(gallery, block, args.k or 5, rule))
-        for answer in answers:
-            counts["errors" if "error" in answer else "clips"] += 1
-            counts["named"] += answer.get("identity") is not None
-        if answers and not messages.say("\n".join(map(json.dumps, answers))):
-            break  # nobody reads on
-    rate = terminal.timing(began, counts["clips"])[0][0][1]
-    terminal.say(
-        f"identify: {counts['clips']:,} clips, {counts['named']:,} named, {counts['errors']:,} "
-        f"lines without a clip; {rate}"
-    )
-    return Result({}, code=2 if counts["errors"] else 0)
-
-
-def _answer_lines(
-    gallery: "Gallery", block: Sequence[tuple[int, bytes]], k: int, rule: Rule
-) -> Iterator[Mapping[str, object]]:
-    """Yields the answers to lines, (number, JSON); if one holds no clip, each is read alone."""
-    from vidjax.data.memory import MemoryClips
-
-    widths, quality = gallery.reads
-    try:
-        read = [
-            clip_files.read_json(_parsed(line), f"line {number}")
-            for number, line in block
-            if line.strip()
-        ]
-        # Lines may name a clip twice; each has an answer of its own.
-        own = [clip._replace(name=clip.place, given="") for clip in read]
-        clips = MemoryClips.pack(own, widths, (), quality) if own else None
-    except UserError as error:
-        if len(block) > 1:
-            for line in block:
-                yield from _answer_lines(gallery, [line], k, rule)
-        else:
-            yield {"line": block[0][0], "error": str(error).replace("\n", "; ")}
-        return
-    answers = _answers(gallery, clips, k, rule).values() if clips else ()
-    for clip, answer in zip(read, answers, strict=True):
-        yield answers_lib.as_json(clip.given or clip.name, answer)
-
-
-def _parsed(line: bytes) -> object:
-    try:
-        return files.parse_json(line)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"no JSON: {error}") from error
 
 
 def _answers(gallery: "Gallery", clips: "MemoryClips", k: int, rule: Rule) -> dict[str, Answer]:
