@@ -1,7 +1,6 @@
-"""Folders of parquet tables: kills, changes, faults; the joint ranking; Ray Data; lines of JSON."""
+"""Folders of parquet tables: kills, changes, faults; the joint ranking; Ray Data."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -396,56 +395,3 @@ def test_ray_makes_the_results_of_one_machine(say, nearest_run, people, day, tmp
             elif not column.startswith("probability"):
                 assert found[column] == values, (name, column)
         assert len(found["clip"]) == len(wanted["clip"])
-
-
-# ---- lines of JSON
-
-
-def test_lines_are_answered_in_order_and_bad_ones_told(people, made, monkeypatch, capsys):
-    face = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32).tolist()
-    lines = [
-        json.dumps({"clip": "Zoë", "face": face}),
-        "",
-        "{no json",
-        json.dumps({"clip": "b", "face": [[1, 2], [3]]}),
-        json.dumps({"clip": "Zoë", "face": face[0]}),
-        json.dumps({"clip": "wide", "face": [1.0] * 3}),
-        json.dumps({"clip": "empty", "face": []}),
-        json.dumps({"clip": "text", "face": ["1"] * WIDTH}),
-        json.dumps({"face": face}),
-        json.dumps({"clip": "last", "face": face}),  # without a newline
-    ]
-    stream = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
-    monkeypatch.setattr(sys, "stdin", stream)
-    assert main(["gallery", "identify", str(people), "--input=-"]) == 2
-    said = capsys.readouterr()
-    found = [json.loads(line) for line in said.out.splitlines()]
-    assert [one.get("clip", one.get("line")) for one in found] == [
-        "Zoë", 3, 4, "Zoë", 6, "empty", 8, 9, "last",
-    ]  # fmt: skip
-    assert all("error" in one for one in found if "line" in one)
-    wanted = made.identify({"x": {"face": np.float32(face)}})["x"]
-    assert found[0]["score"] == found[-1]["score"] == wanted.score
-    assert found[5]["identity"] is None
-    assert "4 clips" in said.err and "5 lines without a clip" in said.err
-
-
-def test_a_line_is_answered_before_the_next_one_comes(people):
-    words = [sys.executable, "-m", "vidjax.gallery", "identify", str(people), "--input=-"]
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, env=env) as process:
-        assert process.stdin and process.stdout
-        for name in ("a", "b"):
-            line = json.dumps({"clip": name, "face": [0.5] * WIDTH}) + "\n"
-            process.stdin.write(line.encode())
-            process.stdin.flush()
-            assert json.loads(process.stdout.readline())["clip"] == name
-        process.stdout.close()  # as `| head -2` does
-        for _ in range(3):
-            process.stdin.write(line.encode())
-            process.stdin.flush()
-            time.sleep(0.1)
-            if process.poll() is not None:
-                break
-        assert process.wait(30) == 0

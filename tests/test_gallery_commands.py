@@ -1,8 +1,7 @@
-"""`python -m vidjax.gallery`: what a user types and sees, mistakes, files of answers, Qdrant."""
+"""`python -m vidjax.gallery`: what a user types and sees, mistakes, files of answers, tables."""
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import shutil
@@ -15,7 +14,7 @@ import vidjax
 from tests.helpers import made_galleries
 from vidjax import files, ranking, tables
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import commands, copies, qdrant
+from vidjax.gallery import commands
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
 from vidjax.main import main
@@ -359,10 +358,8 @@ MISTAKES = {
     "list G --identity=13": "no identity '13' is enrolled",
     "create G --run=/absent": "/absent",
     "create G": "create needs one of --run=W",
-    "export G --qdrant=:memory:": "export to Qdrant needs --qdrant=PLACE and --collection=NAME",
-    "export G --parquet=x.parquet --collection=c": "export to Qdrant needs",
-    "export G": "export needs one of --qdrant=PLACE and --parquet=FILE",
-    "export G --parquet=x.csv": "the name of a table ends in .parquet",
+    "export G": "export needs --out=FILE",
+    "export G --out=x.csv": "end the name in .parquet",
     "list G --strangers": "list takes no --strangers",
 }
 
@@ -401,127 +398,22 @@ def test_no_name_is_a_formula(tmp_path):
         assert rows[1][:2] == ["'+1", "'=cmd|' /C calc'!A0"] and rows[1][6] == "''quoted"
 
 
-# ---- Qdrant
-
-
-def test_export_to_qdrant(say, tmp_path):
-    client_lib = pytest.importorskip("qdrant_client")
-    people, where = made_galleries.make(tmp_path / "g"), str(tmp_path / "q")
+def test_a_table_of_the_enrolled_clips(say, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
     enrolled = {n: c for n, c in people.clips.items() if c.identity is not None}
-    for place in (":memory:", where):
-        said = say("export", people.folder, f"--qdrant={place}", "--collection=people")
-        assert f"copied      {len(enrolled)} clips to people" in said
-    client = client_lib.QdrantClient(path=where)
-    try:
-        assert client.count("people").count == len(enrolled)
-        (point,) = client.retrieve(
-            "people", [qdrant.point_id("clip 30")], with_vectors=True, with_payload=True
-        )
-        shown = {name: point.payload[name] for name in ("clip", "identity")}
-        assert shown == {"clip": "clip 30", "identity": "person 3"}
-        names = sorted(enrolled)
-        found = people.backend.whiten(
-            people.backend.split(np.stack([enrolled[name].vector for name in names]))
-        )
-        for number, part in enumerate(people.backend.parts):
-            unit = found[number] / np.linalg.norm(found[number], axis=1, keepdims=True)
-            row = names.index("clip 30")
-            has = not np.isnan(unit[row, 0])
-            assert (part.name in point.vector) == has
-            if has:
-                np.testing.assert_allclose(point.vector[part.name], unit[row], atol=1e-6)
-                hits = client.query_points(
-                    "people", unit[row].tolist(), using=part.name, limit=5
-                ).points
-                cosines = np.nan_to_num(unit @ unit[row], nan=-2)
-                best = [names[n] for n in np.argsort(-cosines, kind="stable")[:5]]
-                assert [hit.payload["clip"] for hit in hits] == best
-    finally:
-        client.close()
-
-
-def test_copies_follow_the_gallery_and_are_proved(say, tmp_path):
-    client_lib = pytest.importorskip("qdrant_client")
-    pytest.importorskip("pyarrow")
-    people, client = made_galleries.make(tmp_path / "g"), client_lib.QdrantClient(":memory:")
-    first = qdrant.write(client, people, "people")
-    assert (first.written, first.deleted) == (first.clips, 0)
-    again = qdrant.write(client, people, "people")
-    assert again == first._replace(written=0)
-    # A person goes, another gets a new name; the coordinates are fitted anew, so all differ.
-    people.rename("person 2", "person 22")
-    renamed = qdrant.write(client, people, "people")
-    assert renamed.deleted == 0 and renamed.digest != first.digest
-    assert renamed.written == people.identities["person 22"]
-    gone = people.identities["person 3"]
-    people.remove(identity="person 3", refit=False)
-    removed = qdrant.write(client, people, "people")
-    assert (removed.written, removed.deleted) == (0, gone)
-    assert client.count("people").count == removed.clips == first.clips - gone
-    table = tmp_path / "inner" / "people.parquet"
-    for _ in range(2):
-        assert copies.to_parquet(people, str(table)).digest == removed.digest
-    assert stat.S_IMODE(table.stat().st_mode) == 0o600 and len(list(table.parent.iterdir())) == 1
-    # What the table holds is what an index would read.
-    rows = pyarrow_rows(table)
-    assert len(rows) == removed.clips and {row["identity"] for row in rows} == {*people.identities}
-    part = people.backend.parts[0].name
-    norms = [np.linalg.norm(row[part]) for row in rows if row[part] is not None]
-    np.testing.assert_allclose(norms, 1, atol=1e-6)
-    # Somebody changes a vector in the database: the next export finds it, and writes it again.
-    point = client.scroll("people", limit=1, with_vectors=True, with_payload=True)[0][0]
-    client.update_vectors("people", [_moved(client_lib, point)])
-    assert qdrant.write(client, people, "people") == removed._replace(written=1, deleted=0)
-
-
-def pyarrow_rows(path):
-    from pyarrow import parquet
-
-    return parquet.read_table(path).to_pylist()
-
-
-def _moved(client_lib, point):
-    vectors = {name: [-x for x in vector] for name, vector in point.vector.items()}
-    return client_lib.models.PointVectors(id=point.id, vector=vectors)
-
-
-def test_collections_of_others_are_left_alone(say, tmp_path):
-    client_lib = pytest.importorskip("qdrant_client")
-    people, client = made_galleries.make(tmp_path / "g"), client_lib.QdrantClient(":memory:")
-    widths, models = people.backend.widths, client_lib.models
-    wanted = {n: models.VectorParams(size=d, distance="Dot") for n, d in widths.items()}
-    client.create_collection("theirs", wanted)
-    vectors = {name: [0.5] * width for name, width in widths.items()}
-    client.upsert("theirs", [models.PointStruct(id=7, vector=vectors, payload={"clip": "x"})])
-    client.create_collection("other", models.VectorParams(size=3, distance="Dot"))
-    with pytest.raises(ValueError, match="points that vidjax did not write"):
-        qdrant.write(client, people, "theirs")
-    with pytest.raises(ValueError, match="other vectors than the gallery"):
-        qdrant.write(client, people, "other")
-    assert client.count("theirs").count == 1 and client.count("other").count == 0
-
-
-def test_a_place_is_plainly_an_address_or_a_folder(say, tmp_path, monkeypatch):
-    pytest.importorskip("qdrant_client")
-    people, words = made_galleries.make(tmp_path / "g"), ("--collection=c",)
-    said = say("export", people.folder, "--qdrant=http://127.0.0.1:1", *words, code=2)
-    assert said.startswith("vidjax: Qdrant at 'http://127.0.0.1:1'")
-    monkeypatch.chdir(tmp_path)
-    for place in ("myserver", "myserver:6333", "ftp://myserver"):
-        said = say("export", people.folder, f"--qdrant={place}", *words, code=2)
-        assert "http://" in said and not (tmp_path / place.partition(":")[0]).exists()
-    say("export", people.folder, "--qdrant=./inner/q", *words)
-    assert stat.S_IMODE((tmp_path / "inner" / "q").stat().st_mode) == 0o700
-    monkeypatch.setenv(qdrant.KEY, "secret")
-    with pytest.warns(UserWarning, match="without encryption"):
-        say("export", people.folder, "--qdrant=http://192.0.2.1.invalid:1", *words, code=2)
-
-
-def test_without_the_client(say, tmp_path, monkeypatch):
-    people = made_galleries.make(tmp_path / "g")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = say("export", people.folder, "--qdrant=:memory:", "--collection=c", code=2)
-    assert "pip install 'vidjax[qdrant]'" in said
+    assert f"clips       {len(enrolled)}" in say("export", people.folder, f"--out={table}")
+    assert stat.S_IMODE(table.stat().st_mode) == 0o600
+    rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
+    assert {n: row["identity"] for n, row in rows.items()} == {
+        n: clip.identity for n, clip in enrolled.items()
+    }
+    for name, clip in enrolled.items():
+        z = people.backend.whiten(people.backend.split(clip.vector[None]))
+        for part, (own,) in zip(people.backend.widths, z, strict=True):
+            wanted = 0 * own if np.isnan(own[0]) else own / np.linalg.norm(own)
+            np.testing.assert_allclose(rows[name][part], np.nan_to_num(wanted), atol=1e-6)
+    assert "exists and is not overwritten" in say("export", people.folder, f"--out={table}", code=2)
 
 
 def test_a_gallery_is_checked_and_listed_by_the_main_command(folder, capsys):

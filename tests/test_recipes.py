@@ -17,6 +17,7 @@ import pytest
 
 from tests.helpers import made_nets
 from vidjax.gallery.gallery import Gallery
+from vidjax.main import main
 
 PAGE = Path(__file__).parent.parent / "vidjax" / "gallery" / "RECIPES.md"
 RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
@@ -97,7 +98,7 @@ def post(url, content, seconds=60.0):
 
 
 def test_recipes_are_short():
-    assert set(RECIPES) == {"mlserver", "kserve", "ray"}
+    assert set(RECIPES) == {"mlserver", "kserve", "qdrant", "ray"}
     assert all(len(text.splitlines()) <= 40 for text in RECIPES.values())
 
 
@@ -135,6 +136,20 @@ def test_kserve_answers_over_http_as_the_gallery(gallery, shown, tmp_path):
             process.terminate()
             process.wait(30)
     check_outputs({one["name"]: one["data"] for one in found["outputs"]}, shown[1])
+
+
+def test_qdrant_finds_the_clips_of_the_gallery(gallery, shown, monkeypatch, tmp_path):
+    pytest.importorskip("qdrant_client")
+    table = tmp_path / "people.parquet"
+    assert main(["gallery", "export", str(gallery.folder), f"--out={table}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QDRANT", ":memory:")
+    client = module_of("qdrant", gallery, monkeypatch)["client"]
+    assert client.count("people").count == 2
+    for x, answer in zip(*shown, strict=True):
+        (z,) = gallery.backend.whiten([x[None]])
+        (best,) = client.query_points("people", z[0].tolist(), using="face", limit=1).points
+        assert answer.identity in (None, best.payload["identity"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ray's own imports

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax import bulk, messages, tables
+from vidjax import bulk, files, messages, tables
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
-from vidjax.gallery.answers import Answer, Rule
+from vidjax.gallery.changes import stack
 from vidjax.messages import Command, Parser, Result
 from vidjax.run import terminal
 
@@ -53,15 +54,11 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
         "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
         ".vtt, .srt and .rttm, by time; a folder for a folder of parquet tables",
     ),
-    "qdrant": ("PLACE", "an address, a folder, or :memory:"),
-    "collection": ("NAME", "of Qdrant; one that is there is made equal to the gallery"),
-    "parquet": ("FILE", "instead: a table of names and vectors"),
 }
 # Command -> two flags of which it needs one.
 ONE_OF = {
     "create": ("run", "models"),
     "relabel": ("identity", "strangers"),
-    "export": ("qdrant", "parquet"),
     "remove": ("identity", "clip"),
 }
 HELP = """\
@@ -155,8 +152,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.command} needs one of {one} and {other}")
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
-    if args.command == "export" and bool(args.qdrant) != bool(args.collection):
-        raise UserError("export to Qdrant needs --qdrant=PLACE and --collection=NAME")
     if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
         if len(rule) > 1:
             raise UserError(
@@ -406,12 +401,6 @@ def _by_table(
     return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))
 
 
-def _answers(gallery: "Gallery", clips: "MemoryClips", k: int, rule: Rule) -> dict[str, Answer]:
-    found = gallery.embed(clips)
-    answers = gallery.answers(list(found.parts.values()), k, rule)
-    return dict(zip(found.names, answers, strict=True))
-
-
 def _label(args: argparse.Namespace) -> Result:
     from vidjax.gallery import clothes
 
@@ -571,21 +560,32 @@ def _threshold(args: argparse.Namespace) -> Result:
 
 
 def _export(args: argparse.Namespace) -> Result:
+    """Writes the enrolled clips to a table: clip, identity, and for each part a unit vector.
+
+    The vectors are in the coordinates of the gallery, so a dot product is a cosine. The vector is 0
+    if a clip lacks the part.
+    """
+    out = Path(args.out).expanduser()
+    tables.check_new(out, (".parquet",))
     gallery = _opened(args)
-    if args.parquet:
-        from vidjax.gallery import copies
-
-        done, place = copies.to_parquet(gallery, args.parquet), args.parquet
-    else:
-        from vidjax.gallery import qdrant
-
-        done, place = qdrant.export(gallery, args.qdrant, args.collection), args.collection
-    rows = {
-        "copied": f"{_of(done.clips, 'clip')} to {place}",
-        "changed": f"{done.written:,} written, {done.deleted:,} deleted",
-        "digest": f"{done.digest[:16]}, of gallery and copy",
+    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
+    vectors = stack(names, gallery.clips, sum(gallery.backend.widths.values()))
+    columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
+        "clip": ("string", names),
+        "identity": ("string", [gallery.clips[name].identity for name in names]),
     }
-    return Result(done._asdict(), rows)
+    whitened = gallery.backend.whiten(gallery.backend.split(vectors))
+    for part, z in zip(gallery.backend.widths, whitened, strict=True):
+        if part in columns:
+            raise UserError(f"a part of the gallery is named '{part}', like a column of names")
+        unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+        columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
+    with files.atomic_file(out) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(tables.to_parquet(tables.to_arrow(columns)))
+    return Result(
+        {"table": str(out), "clips": len(names)}, {"clips": f"{len(names):,}", "table": str(out)}
+    )
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -654,8 +654,7 @@ COMMANDS: Mapping[str, Command] = {
         "fits the coordinates to the clips that are enrolled now", _flags(), _refit, ("G",)
     ),
     "export": Command(
-        "keeps a copy in Qdrant, or in a parquet table, equal to the gallery",
-        _flags("qdrant", "collection", "parquet"), _export,
-        ("G --qdrant=./people.db --collection=people", "G --parquet=people.parquet"),
+        "writes the enrolled clips to a parquet table: names, people, vectors",
+        _flags("out", needs=("out",)), _export, ("G --out=people.parquet",),
     ),
 }  # fmt: skip
