@@ -271,12 +271,17 @@ def test_centerface_answers_for_any_size_as_published(nets):
     options.intra_op_num_threads = 1
     published = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
     session = models.open_session(card)
+
+    def ask(images):
+        inputs = {card.input.name: models.prepare(images, card.input)}
+        return models.ask(session, card, inputs)
+
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
     wanted = published.run(None, {"input.1": models.prepare(images, card.input)})
-    found = models.run(session, card, images)
+    found = ask(images)
     for one, two in zip(wanted, found.values(), strict=True):
         np.testing.assert_allclose(two, one, atol=1e-5)
-    for name, output in models.run(session, card, images[:3].reshape(1, 32, 96, 3)).items():
+    for name, output in ask(images[:3].reshape(1, 32, 96, 3)).items():
         assert output.shape == (1, found[name].shape[1], 8, 24)
 
 

@@ -164,7 +164,8 @@ def test_the_main_figure_by_its_definition():
         shots = MainFigures()
         for number, sides in enumerate(frames):
             shots.update(number / fps, boxes(*sides))
-        return [len(track.times) for track in shots.finish(len(frames) / fps)]
+        shots.cut(len(frames) / fps)
+        return [len(track.times) for track in shots.take_ended()]
 
     assert seen([[3, 1]] * 10) == [10] and seen([[2.9, 1]] * 10) == []
     assert seen([[1]] * 3 + [[]] * 7) == [] and seen([[1]] * 4 + [[]] * 6) == [4]

@@ -144,12 +144,9 @@ def test_shots_tell_their_times() -> None:
     rng = np.random.default_rng(3)
     film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
     found = shots.Cuts()
-    numbers = []
     for n, small in enumerate(film):
         found.update(n / RATE, small)
-        numbers.append(found.shot)
-    assert numbers == [0] * 30 + [1] * 20
-    assert found.shots(2.0) == [shots.Shot(0, 0.0, 1.2), shots.Shot(1, 1.2, 2.0)]
+    assert found.shots(2.0) == [(0.0, 1.2), (1.2, 2.0)]
     assert shots.Cuts().shots(0.0) == []
 
 

@@ -41,25 +41,24 @@ def follow(
     """Returns the tracks, and of each track the people whose detections it holds."""
     rng = np.random.default_rng(seed)
     tracker = tracks.Tracker()
-    owners: list[int] = []
+    owners: dict[int, set[int]] = {}
     for time_s in np.arange(0, seconds, 1 / fps):
         here = [n for n in rng.permutation(len(people)) if not unseen(n, time_s)]
         boxes = np.array([people[n].box(time_s) for n in here]).reshape(-1, 4)
         boxes += rng.normal(0, noise, boxes.shape)
         kept = one_of_each(boxes)
         here, boxes = [here[n] for n in kept], boxes[kept]
-        tracker.update(time_s, boxes)
-        owners += [int(n) for n in here]
-    found = tracker.finish(seconds)
-    return found, [sorted({owners[n] for n in track.detections}) for track in found]
+        for number, n in zip(tracker.update(time_s, boxes).tolist(), here, strict=True):
+            owners.setdefault(number, set()).add(int(n))
+    tracker.cut()
+    found = tracker.take_ended()
+    return found, [sorted(owners[track.number]) for track in found]
 
 
 def test_one_head_is_one_track() -> None:
     found, people = follow([Walk((100, 100), (80, 10))], 5)
     assert people == [[0]] and len(found[0].times) == 25
     np.testing.assert_allclose(found[0].times, np.arange(25) / 5)
-    assert found[0].detections == list(range(25))
-    assert len(found[0].boxes) == 25
 
 
 @pytest.mark.parametrize("fps", [2, 5, 10])
@@ -97,21 +96,21 @@ def test_no_track_goes_over_a_cut() -> None:
     box = np.array([[10, 10, 60, 70]])
     for n in range(20):
         if n == 10:
-            tracker.cut(n / 5)
+            tracker.cut()
             assert [len(track.times) for track in tracker.take_ended()] == [10]
             assert tracker.take_ended() == []
         numbers = tracker.update(n / 5, box)
         assert numbers.tolist() == [n // 10]
-    (last,) = tracker.finish(4.0)
-    assert (last.shot, last.number, last.detections) == (1, 1, list(range(10, 20)))
+    tracker.cut()
+    (last,) = tracker.take_ended()
+    assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
 
 
-def test_single_detections_are_dropped_but_in_photos() -> None:
-    box = np.array([[10, 10, 60, 70]])
-    for least, count in ((2, 0), (1, 1)):
-        tracker = tracks.Tracker(least=least)
-        tracker.update(0.0, box)
-        assert len(tracker.finish(0.2)) == count
+def test_single_detections_are_dropped() -> None:
+    tracker = tracks.Tracker()
+    tracker.update(0.0, np.array([[10, 10, 60, 70]]))
+    tracker.cut()
+    assert tracker.take_ended() == []
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 24_000 / 24_024, 5.0])
@@ -119,14 +118,16 @@ def test_a_track_of_slow_frames_may_lack_one_of_them(rate: float) -> None:
     tracker = tracks.Tracker(gap_s=tracks.gap_at(rate))
     for n in (0, 2, 3):
         assert tracker.update(n / rate, np.array([[10, 10, 60, 70]])).tolist() == [0]
-    assert [len(track.times) for track in tracker.finish(4 / rate)] == [3]
+    tracker.cut()
+    assert [len(track.times) for track in tracker.take_ended()] == [3]
 
 
 def test_frames_without_detections() -> None:
     tracker = tracks.Tracker()
     for n in range(5):
         assert tracker.update(n / 5, np.zeros((0, 4))).shape == (0,)
-    assert tracker.finish(1.0) == []
+    tracker.cut()
+    assert tracker.take_ended() == []
 
 
 def test_a_crowd_keeps_its_tracks() -> None:

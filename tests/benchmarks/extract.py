@@ -31,7 +31,7 @@ def pictures(photo: Path | None, height: int, width: int, seconds: int) -> Itera
     """Yields frames of shots of 4 s: a window that moves over a larger picture."""
     for shot in range(-(-seconds // 4)):
         if photo:
-            whole = decode.resized(decode.read_photo(photo), width * 5 // 4, height * 5 // 4)
+            whole = films.resized(films.read_photo(photo), width * 5 // 4, height * 5 // 4)
             whole = whole[:, :: -1 if shot % 2 else 1]
         else:
             whole = films.scene(shot, height * 5 // 4, width * 5 // 4)

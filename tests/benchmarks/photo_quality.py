@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.extract import align, cards, decode, figures, folder
+from tests.helpers import films
+from vidjax.extract import align, cards, figures, folder
 from vidjax.gallery.backend import Backend, Index, of_cards
 
 FACE = 150  # pixels of the height of a face, before it is made worse
@@ -58,10 +59,10 @@ def worse(rgb: np.ndarray, seed: int) -> Iterator[np.ndarray]:
         soft = blurred(rgb.astype(float), blur * FACE)
         for height in HEIGHTS:
             side = round(rgb.shape[0] * height / FACE)
-            yield decode.resized(soft.round().astype(np.uint8), side, side)
+            yield films.resized(soft.round().astype(np.uint8), side, side)
     for height in HEIGHTS[::3]:
         side = round(rgb.shape[0] * height / FACE)
-        small = decode.resized(rgb, side, side).astype(float)
+        small = films.resized(rgb, side, side).astype(float)
         for light in LIGHTS:
             yield (small * light).round().astype(np.uint8)
         for noise in NOISES:
@@ -95,7 +96,7 @@ def cut_out(rgb: np.ndarray, box: np.ndarray) -> np.ndarray:
     side = min(int(2 * half), rgb.shape[0] - top, rgb.shape[1] - left)
     inside = np.ascontiguousarray(rgb[top : top + side, left : left + side])
     new = round(side * FACE / (box[3] - box[1]))
-    return decode.resized(inside, new, new)
+    return films.resized(inside, new, new)
 
 
 def named(backend: Backend, enrolled: Sequence[np.ndarray], asked: np.ndarray) -> np.ndarray:
@@ -114,7 +115,7 @@ def measure(photos: Path, models: Path) -> dict[str, Any]:
     read = Reader(models)
     people: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path in sorted(photos.glob("*/*")):
-        rgb = decode.read_photo(path)
+        rgb = films.read_photo(path)
         if found := read(rgb):
             people.setdefault(path.parent.name, []).append((cut_out(rgb, found[2]), found[1]))
     card = read.cards["face_embedder"].back_end

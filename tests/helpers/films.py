@@ -9,6 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vidjax.extract import decode
+
 
 def scene(seed: int, height: int = 120, width: int = 160, bright: float = 1.0) -> np.ndarray:
     """Returns a picture of soft patches in the colours of a room, uint8 [height, width, 3]."""
@@ -111,3 +113,17 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
         ">HHI", orientation, 0, 0
     )
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+def read_photo(path: Path) -> np.ndarray:
+    """Returns the picture of a photo, upright, uint8 [H, W, 3]."""
+    with decode.open_video(path) as video:
+        (frame,) = video.frames(1.0)
+    assert video.info.photo and frame.rgb is not None
+    return frame.rgb
+
+
+def resized(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Returns a picture uint8 [H, W, 3] as [height, width, 3]; each pixel is a mean of an area."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+    return frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()

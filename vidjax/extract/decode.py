@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -34,6 +33,7 @@ PHOTO_BRANDS = ("heic", "heix", "hevc", "hevx", "heim", "heis", "mif1", "msf1", 
 MOST_PIXELS = 50_000_000  # of a picture; 8K video has 33 million
 SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
 LEAST_ASPECT = 0.25  # of a pixel; beyond it a file does not tell the truth
+SOUND_RATE = 16_000  # samples a second
 USUAL_RATE = 25.0  # frames per second, where a file does not tell
 READ_BYTES = 1 << 18
 ROUNDED_SECONDS = 0.02  # how far a time stamp of sound may be off
@@ -75,7 +75,6 @@ class Info:
     seconds: float | None
     rate: float
     start_s: float
-    codec: str
     photo: bool
     sound: bool
 
@@ -136,36 +135,18 @@ class Clock:
 
 
 class Video:
-    """An open video or photo, a context manager; `info` tells what it declares.
+    """An open video or photo, see `open_video`; `info` tells what it declares.
 
     It is read once: call `frames` or `sound`. `found` is complete when that has ended.
     """
 
-    def __init__(self, path: str | Path, *, most_pixels: int = MOST_PIXELS):
-        self._path = Path(path)
-        self._most_pixels = most_pixels
-        with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(files.open_input(self._path))
-            self._container = stack.enter_context(
-                _open_container(self._path, self._file, most_pixels)
-            )
-            self._stream = _video_stream(self._path, self._container)
-            self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
-            self.info = _info(self._container, self._stream)
-            _check_size(self._path, self.info, most_pixels)
-            self._stack = stack.pop_all()
+    def __init__(self, path: Path, file: io.FileIO, container: "InputContainer", most_pixels: int):
+        self._path, self._file, self._container = path, file, container
+        self._stream = _video_stream(path, container)
+        self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
+        self.info = _info(container, self._stream)
+        _check_size(path, self.info, most_pixels)
         self.found = Found()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """Yields every frame that is not corrupt, `fps` of them a second with `rgb`.
@@ -214,10 +195,10 @@ class Video:
         held_s = float((frame.duration or 0) * (frame.time_base or 0))
         return max(end_s, min(time_s + held_s, self.info.seconds or 0.0))
 
-    def sound(self, rate: int = 16_000) -> Iterator[tuple[float, np.ndarray]]:
+    def sound(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yields (seconds, samples) of the first sound track, none if there is none.
 
-        The samples are float32 [n], -1 to 1, all channels as one, `rate` a second. Seconds are
+        The samples are float32 [n], -1 to 1, all channels as one, 16 kHz. Seconds are
         those of the first of them, on the same clock as frames; between blocks may be gaps. It
         ends where time stamps go back: nobody knows to which frames the rest belongs.
         """
@@ -227,12 +208,12 @@ class Video:
 
         for stream in _sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            resampler, source = AudioResampler("flt", "mono", rate), None
+            resampler, source = AudioResampler("flt", "mono", SOUND_RATE), None
             time_s = 0.0
             for decoded in self._decoded(stream, AudioFrame):
                 form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
                 if form != source:  # a broadcast changes it where another programme begins
-                    resampler, source = AudioResampler("flt", "mono", rate), form
+                    resampler, source = AudioResampler("flt", "mono", SOUND_RATE), form
                 try:
                     resampled = resampler.resample(decoded)
                 except (FFmpegError, ValueError):  # a format of sound that cannot be converted
@@ -248,7 +229,7 @@ class Video:
                         time_s = stamp_s if abs(stamp_s - time_s) > ROUNDED_SECONDS else time_s
                     samples = np.clip(np.nan_to_num(made.to_ndarray()[0]), -1, 1)
                     yield time_s, samples
-                    time_s += len(samples) / rate
+                    time_s += len(samples) / SOUND_RATE
 
     def _decoded(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
         """Yields what the decoder of a stream does not mark as corrupt."""
@@ -296,7 +277,8 @@ class Video:
         return a, b, c, d
 
 
-def open_video(path: str | Path, *, most_pixels: int = MOST_PIXELS) -> Video:
+@contextlib.contextmanager
+def open_video(path: Path, *, most_pixels: int = MOST_PIXELS) -> Iterator[Video]:
     """Opens a video, or a photo as a video of one frame, for a `with` block.
 
     Args:
@@ -306,25 +288,8 @@ def open_video(path: str | Path, *, most_pixels: int = MOST_PIXELS) -> Video:
     Raises:
       UserError: no such file or format, no picture in it, too large, or the extra is missing.
     """
-    return Video(path, most_pixels=most_pixels)
-
-
-def read_photo(path: str | Path, *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
-    """Returns the picture of a photo, upright, uint8 [H, W, 3]; errors as of `open_video`."""
-    with open_video(path, most_pixels=most_pixels) as video:
-        if not video.info.photo:
-            raise UserError(f"'{path}' is a video, no photo: give a PNG, JPEG, WebP or BMP file")
-        rgb = next(video.frames(fps=1.0)).rgb
-    assert rgb is not None  # the first frame is a sample
-    return rgb
-
-
-def resized(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Returns a picture uint8 [H, W, 3] as [height, width, 3]; each pixel is a mean of an area."""
-    from av import VideoFrame
-
-    frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-    return _Resizer()(frame, width, height)
+    with files.open_input(path) as file, _open_container(path, file, most_pixels) as container:
+        yield Video(path, file, container, most_pixels)
 
 
 def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
@@ -435,7 +400,6 @@ def _info(container: "InputContainer", stream: "VideoStream") -> Info:
         seconds=seconds if seconds and seconds > 0 else None,
         rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
         start_s=(container.start_time or 0) / av.time_base,
-        codec=context.name,
         photo=photo,
         sound=bool(_sound_streams(container)),
     )

@@ -1,12 +1,13 @@
 """The people of one video or photo: found, followed within a shot, cut out and made vectors.
 
-A voice goes with the one face that is seen alone meanwhile. It may be of somebody off screen. In a
-shot with one main figure that is this figure's, and so it has no voice while others are seen, too.
+A voice goes with the one face that is seen alone meanwhile. It may be of somebody off screen. With
+`--unit=shot` a clip has the voice that is heard while its main figure is the only face.
 """
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +39,10 @@ class Sighting(NamedTuple):
 class Clips:
     """Writes a clip of each track that ends; keeps the best pictures of those that have not."""
 
-    def __init__(self, nets: Nets, out: Path, stem: str, settings: folder.Settings):
-        self._nets, self._out, self._stem, self._settings = nets, out, stem, settings
+    def __init__(self, nets: Nets, out: Path, most_frames: int):
+        self._nets, self._out, self._most_frames = nets, out, most_frames
         self._best: dict[int, list[Sighting]] = {}
         self._numbers = itertools.count()
-        self._of_shot: dict[int, Iterator[int]] = {}
         self.tracks: list[folder.Track] = []
 
     def add(self, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray) -> None:
@@ -64,15 +64,12 @@ class Clips:
                 {part: found.parts[part][place] for part in own}, own,
             )  # fmt: skip
             best = self._best.setdefault(track, [])
-            full = len(best) >= self._settings.most_frames
+            full = len(best) >= self._most_frames
             (heapq.heappushpop if full else heapq.heappush)(best, seen)
 
-    def end(self, track: Track, name: str | None = None) -> None:
-        """Writes the clip of a track that has ended, `name` instead of STEM.sNNN.tNN."""
+    def end(self, track: Track, name: str) -> None:
+        """Writes the clip of a track that has ended."""
         best = sorted(self._best.pop(track.number), key=lambda seen: (seen.frame, seen.number))
-        number = next(self._of_shot.setdefault(track.shot, itertools.count()))
-        of_track = "" if self._settings.unit == "shot" else f".t{number:02}"
-        name = name or f"{self.of_shot(track.shot)}{of_track}"
         arrays: dict[str, np.ndarray] = {}
         for part, embed in self._nets.embed.items():
             seen = [one for one in best if part in one.crops]
@@ -83,20 +80,11 @@ class Clips:
         if faces and (thumbnails := self._out / folder.THUMBNAILS).is_dir():
             crop = max(faces, key=lambda seen: (seen.quality, seen.number)).crops["face"]
             files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
-        times = track.times
-        self.tracks.append(
-            folder.Track(
-                clip=name, shot=track.shot, start_s=times[0], end_s=times[-1], seen=len(times)
-            )
-        )
+        self.tracks.append(_times(track, name))
 
-    def of_shot(self, shot: int) -> str:
-        """Returns the name of the clip of a whole shot."""
-        return f"{self._stem}.s{shot:03}"
-
-    def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        with files.atomic_file(self._out / f"{name}.npz") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    def keep(self, live: set[int]) -> None:
+        """Drops the people of all other tracks, which ended too short to be clips."""
+        self._best = {number: best for number, best in self._best.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[folder.Track]) -> int:
         """Adds voices to the clips whose person is seen alone; returns the number of these clips.
@@ -121,41 +109,14 @@ class Clips:
         with np.load(self._out / f"{clip}.npz") as file:
             arrays = dict(file)
         order = np.argsort(-voice.quality, kind="stable")
-        begin, vectors, quality = (x[np.sort(order[: self._settings.most_frames])] for x in voice)
+        begin, vectors, quality = (x[np.sort(order[: self._most_frames])] for x in voice)
         number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
         new = {"audio": vectors, "audio_quality": quality, "audio_number": number}
         self._write(clip, arrays | new)
 
-    def forget(self, live: set[int]) -> None:
-        """Drops the people of tracks that ended too short to be clips."""
-        self._best = {number: best for number, best in self._best.items() if number in live}
-
-
-class Everybody:
-    """Follows all who are seen in shots, each of which has a clip of its main figure alone."""
-
-    def __init__(self, clips: Clips, gap_s: float):
-        self.tracker, self._clips = Tracker(gap_s=gap_s), clips
-        self._tracks: list[folder.Track] = []
-
-    def update(self, time_s: float, people: Figures) -> None:
-        """Takes the people of the next frame."""
-        self.tracker.update(time_s, people.boxes)
-        self._keep(self.tracker.take_ended())
-
-    def finish(self, time_s: float) -> list[folder.Track]:
-        """Returns when each of them is seen, with the clip of the shot."""
-        self._keep(self.tracker.finish(time_s))
-        return self._tracks
-
-    def _keep(self, ended: Iterable[Track]) -> None:
-        self._tracks += [
-            folder.Track(
-                clip=self._clips.of_shot(track.shot), shot=track.shot, start_s=track.times[0],
-                end_s=track.times[-1], seen=len(track.times),
-            )
-            for track in ended
-        ]  # fmt: skip
+    def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        with files.atomic_file(self._out / f"{name}.npz") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def extract(
@@ -166,40 +127,97 @@ def extract(
     A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
     written, too. Memory does not grow with the length of the video, but for the list of its tracks.
     """
-    name = folder.video_name(path, stem)
+    clips = Clips(nets, out, settings.most_frames)
     with decode.open_video(path) as video:
         if video.info.photo:
-            return _photo(video, out, stem, nets, settings, name, sha256)
-        clips, cuts = Clips(nets, out, stem, settings), Cuts()
-        gap_s = gap_at(min(settings.fps, video.info.rate))
-        tracker = MainFigures() if settings.unit == "shot" else Tracker(gap_s=gap_s)
-        everybody = Everybody(clips, gap_s)  # whom a clip of a shot may leave out
-        for number, frame in enumerate(video.frames(settings.fps)):
-            if cuts.update(frame.time_s, frame.small) and number:
-                tracker.cut(frame.time_s)
-                everybody.tracker.cut(frame.time_s)
-                _end(tracker, clips)
-            if frame.rgb is not None:
-                people = figures.find(nets, frame.rgb)
-                owners = tracker.update(frame.time_s, people.boxes)
-                clips.add(number, owners, people, frame.rgb)
-                _end(tracker, clips)
-                if settings.unit == "shot":
-                    everybody.update(frame.time_s, people)
+            shots, seen = [(0.0, 0.0)], _find_in_photo(video, clips, nets, stem)
+        else:
+            shots, seen = _follow(video, clips, nets, stem, settings)
         found = video.found
-        for track in tracker.finish(found.seconds):
-            clips.end(track)
-        shots = [(shot.start_s, shot.end_s) for shot in cuts.shots(found.seconds)]
-    voices = lost_sound = 0
-    if nets.listen and video.info.sound:
-        seen = everybody.finish(found.seconds) if settings.unit == "shot" else [*clips.tracks]
+    film = folder.Film(
+        video=folder.video_name(path, stem),
+        sha256=sha256,
+        photo=video.info.photo,
+        seconds=found.seconds,
+        shots=shots,
+        tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
+        frames=found.frames,
+        corrupt=found.corrupt,
+        refused=found.refused,
+        repaired=found.repaired,
+        damaged=found.damaged,
+    )
+    if nets.listen and video.info.sound and not film.photo:
         with decode.open_video(path) as video:
-            voices = clips.hear(video.sound(RATE), seen)
+            film.voices = clips.hear(video.sound(), seen)
             lost = video.found
-            lost_sound = lost.corrupt + lost.refused + lost.damaged
-    film = _film(name, sha256, clips, found, shots, photo=False)
-    film.voices, film.lost_sound = voices, lost_sound
+            film.lost_sound = lost.corrupt + lost.refused + lost.damaged
     return film
+
+
+def _follow(
+    video: decode.Video, clips: Clips, nets: Nets, stem: str, settings: folder.Settings
+) -> tuple[list[tuple[float, float]], list[folder.Track]]:
+    """Writes the clips of a video; returns its shots, and all who are seen, as `hear` takes them.
+
+    With `--unit=shot` a clip is of the main figure of a shot, and others are only seen.
+    """
+    cuts, tracker = Cuts(), Tracker(gap_at(min(settings.fps, video.info.rate)))
+    main = MainFigures() if settings.unit == "shot" else None
+    seen, clips_of_shot = [], Counter[int]()
+
+    def end_clips() -> None:
+        for track in tracker.take_ended():
+            shot = f"{stem}.s{track.shot:03}"
+            if main is None:
+                clips.end(track, f"{shot}.t{clips_of_shot[track.shot]:02}")
+                clips_of_shot[track.shot] += 1
+            else:
+                seen.append(_times(track, shot))
+        for track in main.take_ended() if main else ():
+            clips.end(track, f"{stem}.s{track.shot:03}")
+        clips.keep((main or tracker).live)
+
+    def cut(time_s: float) -> None:
+        tracker.cut()
+        if main:
+            main.cut(time_s)
+        end_clips()
+
+    for number, frame in enumerate(video.frames(settings.fps)):
+        if cuts.update(frame.time_s, frame.small) and number:
+            cut(frame.time_s)
+        if frame.rgb is not None:
+            people = figures.find(nets, frame.rgb)
+            owners = tracker.update(frame.time_s, people.boxes)
+            if main:
+                owners = main.update(frame.time_s, people.boxes)
+            clips.add(number, owners, people, frame.rgb)
+            end_clips()
+    cut(video.found.seconds)
+    return cuts.shots(video.found.seconds), seen if main else clips.tracks
+
+
+def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> list[folder.Track]:
+    """Writes a clip of each face in a photo; returns all who are seen."""
+    frame = next(video.frames(1.0))
+    assert frame.rgb is not None
+    people = figures.find(nets, frame.rgb)
+    people = people.of(~np.isnan(people.parts["face"][:, 0]))
+    count = len(people.boxes)
+    clips.add(0, np.arange(count), people, frame.rgb)
+    for number in range(count):
+        name = stem if count == 1 else f"{stem}.f{number + 1:02}"
+        clips.end(Track(number, shot=0, times=[0.0]), name)
+    return clips.tracks
+
+
+def _times(track: Track, clip: str) -> folder.Track:
+    """Returns when a track is seen, with the clip that it belongs to."""
+    times = track.times
+    return folder.Track(
+        clip=clip, shot=track.shot, start_s=times[0], end_s=times[-1], seen=len(times)
+    )
 
 
 def _arrays(part: str, seen: list[Sighting], embed: Embedder) -> dict[str, np.ndarray]:
@@ -214,50 +232,3 @@ def _arrays(part: str, seen: list[Sighting], embed: Embedder) -> dict[str, np.nd
     if part == "face":
         arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
     return arrays
-
-
-def _end(tracker: Tracker | MainFigures, clips: Clips) -> None:
-    for track in tracker.take_ended():
-        clips.end(track)
-    clips.forget(tracker.live)
-
-
-def _photo(
-    video: decode.Video, out: Path, stem: str, nets: Nets, settings: folder.Settings, name: str,
-    sha256: str,
-) -> folder.Film:  # fmt: skip
-    clips, tracker = Clips(nets, out, stem, settings), Tracker(least=1)
-    frame = next(video.frames(1.0))
-    assert frame.rgb is not None
-    people = figures.find(nets, frame.rgb)
-    people = people.of(~np.isnan(people.parts["face"][:, 0]))
-    owners = tracker.update(0.0, people.boxes)
-    clips.add(0, owners, people, frame.rgb)
-    tracks = tracker.finish(0.0)
-    for place, track in enumerate(tracks):
-        clips.end(track, stem if len(tracks) == 1 else f"{stem}.f{place + 1:02}")
-    return _film(name, sha256, clips, video.found, [(0.0, 0.0)], photo=True)
-
-
-def _film(
-    name: str,
-    sha256: str,
-    clips: Clips,
-    found: decode.Found,
-    shots: list[tuple[float, float]],
-    *,
-    photo: bool,
-) -> folder.Film:
-    return folder.Film(
-        video=name,
-        sha256=sha256,
-        photo=photo,
-        seconds=found.seconds,
-        shots=shots,
-        tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
-        frames=found.frames,
-        corrupt=found.corrupt,
-        refused=found.refused,
-        repaired=found.repaired,
-        damaged=found.damaged,
-    )

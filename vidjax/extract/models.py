@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.errors import ArgumentError, UserError, need
+from vidjax.errors import UserError, need
 from vidjax.extract.cards import REMEDY, STRIDE, Card, Input
 
 if TYPE_CHECKING:
@@ -40,22 +40,21 @@ class Detector:
     A smaller image is not enlarged, and a card that fixes the size of the input decides instead.
     """
 
-    def __init__(
-        self, card: Card, size: int = 640, *, least_score: float = LEAST_SCORE, threads: int = 1
-    ):
-        self.card, self.size, self.least_score = card, size, least_score
-        self.session = open_session(card, threads)
+    def __init__(self, card: Card, size: int = 640):
+        self.card, self.size = card, size
+        self.session = open_session(card)
 
     def __call__(self, image: np.ndarray) -> Faces:
         """Returns the faces of an image, uint8 [H, W, 3] rgb, in pixels of that image."""
-        _check_images(image[None], None)
         height, width = self.card.input.size or (self.size, self.size)
         scale = min(height / image.shape[0], width / image.shape[1], 1.0)
         small = resize(image, _scaled(image.shape[0], scale), _scaled(image.shape[1], scale))
         padded = pad(small, *(self.card.input.size or ()))
-        outputs = run(self.session, self.card, padded[None])
+        outputs = ask(
+            self.session, self.card, {self.card.input.name: prepare(padded[None], self.card.input)}
+        )
         try:
-            faces = DECODERS[self.card.decoder](outputs, padded.shape[1], self.least_score)
+            faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         except (LookupError, ValueError) as error:
             raise _no_net(self.card, error) from error
         faces = suppress(faces, MOST_OVERLAP)
@@ -70,9 +69,8 @@ class Detector:
 class Embedder:
     """Turns crops into vectors of `card.width` numbers."""
 
-    def __init__(self, card: Card, *, threads: int = 1):
-        self.card = card
-        self.session = open_session(card, threads)
+    def __init__(self, card: Card):
+        self.card, self.session = card, open_session(card)
 
     @property
     def nothing(self) -> np.ndarray:
@@ -81,7 +79,6 @@ class Embedder:
 
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         """Returns vectors float32 [N, width] of crops, uint8 [N, S, S, 3] rgb."""
-        _check_images(crops, self.card.input.size)
         vectors = np.zeros((len(crops), self.card.width or 0), np.float32)
         for start in range(0, len(crops), BLOCK):
             block = crops[start : start + BLOCK]
@@ -92,13 +89,13 @@ class Embedder:
         return vectors
 
 
-def open_session(card: Card, threads: int = 1) -> "InferenceSession":
-    """Returns a card's net, ready to run, after `check_test_vector`."""
+def open_session(card: Card) -> "InferenceSession":
+    """Returns a card's net, ready to run in one thread, after `check_test_vector`."""
     need(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
     content = card.read_net()
     try:
@@ -165,11 +162,6 @@ def formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
     return numbers.astype(np.uint8).reshape(height, width, 3)
 
 
-def run(session: "InferenceSession", card: Card, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns name -> output of a net for images, uint8 [N, H, W, 3] rgb; sizes fit the card."""
-    return ask(session, card, {card.input.name: prepare(images, card.input)})
-
-
 def ask(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -201,15 +193,6 @@ def prepare(images: np.ndarray, wanted: Input) -> np.ndarray:
         images = images[..., ::-1]
     x = (images - np.array(wanted.mean, np.float32)) * np.array(wanted.scale, np.float32)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if wanted.layout == "NCHW" else x)
-
-
-def _check_images(images: np.ndarray, size: tuple[int, int] | None) -> None:
-    """Raises ArgumentError unless images are uint8 [N, H, W, 3] of a size, if there is one."""
-    wanted = (len(images), *(size or images.shape[1:3]), 3)
-    if images.dtype != np.uint8 or images.shape != wanted or 0 in images.shape[1:]:
-        raise ArgumentError(
-            f"images are uint8 {list(wanted)}, rgb, not {images.dtype} {list(images.shape)}"
-        )
 
 
 def _scaled(length: int, scale: float) -> int:
@@ -287,7 +270,6 @@ def decode_centerface(
     scale: np.ndarray,
     offset: np.ndarray,
     landmarks: np.ndarray,
-    least_score: float = LEAST_SCORE,
 ) -> Faces:
     """Returns the faces of CenterFace's outputs, in pixels of its input, unsorted.
 
@@ -296,14 +278,13 @@ def decode_centerface(
       scale: [2, h, w], logarithm of a face's height and width in cells.
       offset: [2, h, w], y and x of the centre within its cell, from its middle, in cells.
       landmarks: [10, h, w], y and x of five points in heights and widths, from the top left corner.
-      least_score: lowest probability of a face.
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
       its published decoder. There a corner beyond the image is moved to its edge before points are
       added to it; here the points of a face that the edge cuts stay in place.
     """
-    rows, columns = np.nonzero(heatmap > least_score)
+    rows, columns = np.nonzero(heatmap > LEAST_SCORE)
     size = 4 * np.exp(scale[::-1, rows, columns]).T  # width, height
     cell = np.stack([columns, rows], axis=1) + 0.5
     corner = 4 * (cell + offset[::-1, rows, columns].T) - size / 2
@@ -322,7 +303,6 @@ def decode_yunet(
     points: np.ndarray,
     stride: int,
     width: int,
-    least_score: float = LEAST_SCORE,
 ) -> Faces:
     """Returns the faces that YuNet finds in cells of `stride` pixels, in pixels of its input.
 
@@ -334,14 +314,13 @@ def decode_yunet(
       points: [n, 10], x and y of five points from the cell's corner, in cells.
       stride: side of a cell in pixels.
       width: cells in a row.
-      least_score: lowest geometric mean of the two probabilities.
 
     Source:
       Wu et al., YuNet: A Tiny Millisecond-level Face Detector, 2023; the decoding is that of
       OpenCV's FaceDetectorYN.
     """
     scores = np.sqrt(np.clip(classes, 0, 1) * np.clip(objects, 0, 1))
-    chosen = np.flatnonzero(scores > least_score)
+    chosen = np.flatnonzero(scores > LEAST_SCORE)
     corner = np.stack([chosen % width, chosen // width], axis=1).astype(np.float32)
     centre = (corner + boxes[chosen, :2]) * stride
     half = np.exp(boxes[chosen, 2:]) * (stride / 2)
@@ -358,7 +337,6 @@ def decode_scrfd(
     points: np.ndarray,
     stride: int,
     width: int,
-    least_score: float = LEAST_SCORE,
 ) -> Faces:
     """Returns the faces that SCRFD finds in cells of `stride` pixels, in pixels of its input.
 
@@ -369,13 +347,12 @@ def decode_scrfd(
       points: [2 n, 10], x and y of five points from the cell's corner, in cells.
       stride: side of a cell in pixels.
       width: cells in a row.
-      least_score: lowest probability of a face.
 
     Source:
       Guo et al., Sample and Computation Redistribution for Efficient Face Detection, 2021, and its
       published decoder.
     """
-    chosen = np.flatnonzero(scores > least_score)
+    chosen = np.flatnonzero(scores > LEAST_SCORE)
     cell = chosen // 2
     corner = np.stack([cell % width, cell // width], axis=1) * np.float32(stride)
     distance = boxes[chosen] * stride
@@ -390,40 +367,36 @@ def _join(parts: list[Faces]) -> Faces:
     return Faces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _centerface(outputs: Mapping[str, np.ndarray], width: int, least_score: float) -> Faces:
+def _centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     del width
     heatmap, scale, offset, landmarks = (output[0] for output in outputs.values())
-    return decode_centerface(heatmap[0], scale, offset, landmarks, least_score)
+    return decode_centerface(heatmap[0], scale, offset, landmarks)
 
 
-def _yunet(outputs: Mapping[str, np.ndarray], width: int, least_score: float) -> Faces:
+def _yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     parts = []
     for stride in (8, 16, 32):
         classes, objects, boxes, points = (
             outputs[f"{kind}_{stride}"][0] for kind in ("cls", "obj", "bbox", "kps")
         )
         parts.append(
-            decode_yunet(
-                classes[:, 0], objects[:, 0], boxes, points, stride, width // stride, least_score
-            )
+            decode_yunet(classes[:, 0], objects[:, 0], boxes, points, stride, width // stride)
         )
     return _join(parts)
 
 
-def _scrfd(outputs: Mapping[str, np.ndarray], width: int, least_score: float) -> Faces:
+def _scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Outputs are scores, boxes and points, each for strides 8, 16 and 32."""
     flat = [output.reshape(-1, output.shape[-1]) for output in outputs.values()]
     parts = []
     for place, stride in enumerate((8, 16, 32)):
         scores, boxes, points = flat[place::3]
-        parts.append(
-            decode_scrfd(scores[:, 0], boxes, points, stride, width // stride, least_score)
-        )
+        parts.append(decode_scrfd(scores[:, 0], boxes, points, stride, width // stride))
     return _join(parts)
 
 
-# Decoder of a card -> function of a net's outputs by name, width of its input and lowest score.
-DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int, float], Faces]] = {
+# Decoder of a card -> function of a net's outputs by name and the width of its input.
+DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int], Faces]] = {
     "centerface": _centerface,
     "yunet": _yunet,
     "scrfd": _scrfd,

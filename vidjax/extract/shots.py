@@ -6,7 +6,7 @@ when it is over.
 """
 
 import collections
-import dataclasses
+import itertools
 
 import numpy as np
 
@@ -32,17 +32,8 @@ DISSOLVE_STEPS = 25  # pictures kept of it
 MIXED = 0.35  # rest of a picture that is not the sum of both ends, in standard deviations
 
 
-@dataclasses.dataclass(frozen=True)
-class Shot:
-    """One shot: its number, from 0, and the seconds of its first frame and of the next shot's."""
-
-    number: int
-    start_s: float
-    end_s: float
-
-
 class Cuts:
-    """Finds the cuts of one film in a single pass; memory does not grow but for the shots' begins.
+    """Finds the cuts of one film in a single pass; memory is constant, but for the starts of shots.
 
     Source: difference of histograms and of pixels against the motion before, as in Lienhart 1999,
     "Comparison of automatic shot boundary detection algorithms"; its sections 2 and 3 have fades
@@ -59,11 +50,6 @@ class Cuts:
         self._colours: np.ndarray | None = None
         self._dissolve = _Dissolve()
 
-    @property
-    def shot(self) -> int:
-        """The number of the present shot, from 0."""
-        return len(self.starts) - 1
-
     def update(self, time_s: float, small: np.ndarray) -> bool:
         """Takes the next frame, uint8 [h, w, 3]; returns True if it is the first of a shot.
 
@@ -79,10 +65,9 @@ class Cuts:
             self._dissolve = _Dissolve()
         return cut
 
-    def shots(self, end_s: float) -> list[Shot]:
-        """Returns the shots until now; the last one ends at `end_s` seconds."""
-        ends = [*self.starts[1:], end_s][: len(self.starts)]
-        return [Shot(n, *both) for n, both in enumerate(zip(self.starts, ends, strict=True))]
+    def shots(self, end_s: float) -> list[tuple[float, float]]:
+        """Returns begin and end of the shots until now in seconds; the last ends at `end_s`."""
+        return [*itertools.pairwise([*self.starts, end_s])]
 
     def _is_cut(self, time_s: float, grey: np.ndarray, colours: np.ndarray) -> bool:
         change = np.array([_difference(grey, self._pictures[-1]), self._unlikeness(grey, 1)])

@@ -17,17 +17,11 @@ CROWDED = 0.4  # overlap of two tracks of which one may hide the other
 
 @dataclasses.dataclass
 class Track:
-    """Detections of one person, in order of time.
-
-    `number`: from 0, in the film. `times`: [n] seconds. `boxes`: [n, 4] pixels. `detections`: [n],
-    each one's number among all that the tracker got.
-    """
+    """Detections of one person: the `number` of the track in the film, and `times` in seconds."""
 
     number: int
     shot: int
     times: list[float] = dataclasses.field(default_factory=list)
-    boxes: list[np.ndarray] = dataclasses.field(default_factory=list)
-    detections: list[int] = dataclasses.field(default_factory=list)
 
 
 class _Motion:
@@ -38,7 +32,7 @@ class _Motion:
     """
 
     def __init__(self, track: Track, time_s: float, box: np.ndarray):
-        self.track = track
+        self.track, self.last = track, box
         self._time, self._box = time_s, box
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
@@ -50,6 +44,7 @@ class _Motion:
 
     def add(self, time_s: float, box: np.ndarray) -> None:
         """Learns from a detection."""
+        self.last = box
         expected, step = self.box(time_s), max(time_s - self._time, 1e-3)
         if self._speed is None:
             self._speed, self._box = (box - self._box) / step, box
@@ -65,23 +60,18 @@ class Tracker:
     A pair of a track and a detection needs an overlap above LEAST_OVERLAP with the box where the
     track's motion leads, else with its last box. While one person hides another, their single
     detection goes to neither: it is lost, but no identity is switched. A track ends at a cut, and
-    `gap_s` after its last detection.
-
-    Args:
-      least: detections of a track; shorter ones are dropped. Give 1 for photos.
-      gap_s: seconds, see `gap_at`.
+    `gap_s` seconds after its last detection, see `gap_at`. A track of one detection is dropped.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information" (greedy overlap); the motion, the gap and crossings are ours.
     """
 
-    def __init__(self, *, least: int = 2, gap_s: float = GAP_SECONDS):
-        self._least, self._gap = least, gap_s
+    def __init__(self, gap_s: float = GAP_SECONDS):
+        self._gap = gap_s
         self._live: list[_Motion] = []
         self._ended: list[Track] = []
         self._shot = 0
         self._tracks = 0
-        self._detections = 0
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Takes the detections of the next frame and returns the number of each one's track.
@@ -104,17 +94,12 @@ class Tracker:
                     motion = self._start(time_s, box)
                 else:
                     motion.add(time_s, box)
-                track = motion.track
-                track.times.append(time_s)
-                track.boxes.append(box)
-                track.detections.append(self._detections + n)
-                numbers[n] = track.number
-        self._detections += len(boxes)
+                motion.track.times.append(time_s)
+                numbers[n] = motion.track.number
         return numbers
 
-    def cut(self, time_s: float) -> None:
-        """Ends all tracks: the next detections are those of another shot, which begins now."""
-        del time_s
+    def cut(self) -> None:
+        """Ends all tracks: the next detections are those of another shot."""
         self._end_if(lambda motion: True)
         self._shot += 1
 
@@ -128,12 +113,6 @@ class Tracker:
         ended, self._ended = self._ended, []
         return ended
 
-    def finish(self, time_s: float) -> list[Track]:
-        """Ends all tracks at the end of the film and returns them as `take_ended` does."""
-        del time_s
-        self._end_if(lambda motion: True)
-        return self.take_ended()
-
     def _start(self, time_s: float, box: np.ndarray) -> _Motion:
         motion = _Motion(Track(self._tracks, self._shot), time_s, box)
         self._tracks += 1
@@ -142,9 +121,7 @@ class Tracker:
 
     def _end_if(self, ends: Callable[[_Motion], bool]) -> None:
         self._ended += [
-            motion.track
-            for motion in self._live
-            if ends(motion) and len(motion.track.times) >= self._least
+            motion.track for motion in self._live if ends(motion) and len(motion.track.times) > 1
         ]
         self._live = [motion for motion in self._live if not ends(motion)]
 
@@ -152,7 +129,7 @@ class Tracker:
         """Returns detection -> live track, and the detections that belong to no track at all."""
         live = self._live
         expected = np.array([motion.box(time_s) for motion in live]).reshape(-1, 4)
-        last = np.array([motion.track.boxes[-1] for motion in live]).reshape(-1, 4)
+        last = np.array([motion.last for motion in live]).reshape(-1, 4)
         ahead = overlaps(expected, boxes)
         seen_twice = np.array([len(motion.track.times) > 1 for motion in live], bool)
         hidden = _hidden(expected[seen_twice], ahead[seen_twice])
@@ -165,7 +142,7 @@ class Tracker:
 
 
 class MainFigures:
-    """Follows one person a shot, with the methods of Tracker: the main figure of its frames.
+    """Follows one person a shot: the main figure of its frames.
 
     That is the only one of a frame, or one with LARGER times the area of any other. A shot counts
     if it lasts LEAST_SECONDS to MOST_SECONDS and more than LEAST_SHARE of its frames have one.
@@ -190,12 +167,11 @@ class MainFigures:
             if len(boxes) == 1 or areas[0] >= LARGER * areas[1]:
                 main = order[0]
                 self._track.times.append(time_s)
-                self._track.boxes.append(boxes[main])
                 numbers[main] = self._shot
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends the shot at the time of the next one's first frame."""
+        """Ends the shot at the time of the next one's first frame, or of the end of the film."""
         valid = len(self._track.times) > LEAST_SHARE * self._frames
         # Times that are equal in a file differ in the last digits.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
@@ -212,11 +188,6 @@ class MainFigures:
         """Returns, once, the shots that have ended since the last call and count."""
         ended, self._ended = self._ended, []
         return ended
-
-    def finish(self, time_s: float) -> list[Track]:
-        """Returns the last shot if it counts, at the end of a film."""
-        self.cut(time_s)
-        return self.take_ended()
 
 
 def gap_at(rate: float) -> float:

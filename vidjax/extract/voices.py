@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.errors import ArgumentError
-from vidjax.extract import models
+from vidjax.extract import decode, models
 from vidjax.extract.cards import Card, Role
 
 if TYPE_CHECKING:
     from vidjax.extract.folder import Track
 
-RATE = 16_000  # samples a second
+RATE = decode.SOUND_RATE
 STEP = 512  # samples, 32 ms, of one probability of speech
 CONTEXT = 64  # samples before these, which the net hears again
 WINDOW = 25_600  # samples, 1.6 s, of one vector
@@ -32,12 +31,11 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square that fainter windows are rais
 class VoiceActivity:
     """Tells where somebody speaks."""
 
-    def __init__(self, card: Card, *, threads: int = 1):
-        self.card, self.session = card, models.open_session(card, threads)
+    def __init__(self, card: Card):
+        self.card, self.session = card, models.open_session(card)
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Returns the probability of speech, float32 [ceil(N / STEP)], of samples [N], -1 to 1."""
-        _check(samples, 1)
         count = -(-len(samples) // STEP)
         padded = np.zeros(CONTEXT + count * STEP, np.float32)
         padded[CONTEXT : CONTEXT + len(samples)] = samples
@@ -53,12 +51,11 @@ class VoiceActivity:
 class VoiceEmbedder:
     """Turns windows of speech into vectors of `card.width` numbers, of unit length."""
 
-    def __init__(self, card: Card, *, threads: int = 1):
-        self.card, self.session = card, models.open_session(card, threads)
+    def __init__(self, card: Card):
+        self.card, self.session = card, models.open_session(card)
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """Returns vectors float32 [N, width] of windows of samples [N, WINDOW], -1 to 1."""
-        _check(windows, 2)
         vectors = np.zeros((len(windows), self.card.width or 0), np.float32)
         for start in range(0, len(windows), models.BLOCK):
             block = windows[start : start + models.BLOCK]
@@ -157,15 +154,6 @@ def listen(
             return
     for span, _, found in heard:
         yield span, found
-
-
-def _check(samples: np.ndarray, axes: int) -> None:
-    last = samples.shape[-1] if axes == 1 else WINDOW
-    if samples.dtype != np.float32 or samples.ndim != axes or samples.shape[-1] != last:
-        wanted = "[N]" if axes == 1 else f"[N, {WINDOW}]"
-        raise ArgumentError(
-            f"sound is float32 {wanted} of {RATE} Hz, not {samples.dtype} {list(samples.shape)}"
-        )
 
 
 def raise_level(windows: np.ndarray) -> np.ndarray:
