@@ -13,7 +13,7 @@ The team's score is of the net and of a plain one, which are joined with
 
     python -m vidjax.main --config=configs/residual_dense.py --workdir=runs/residual
     python -m vidjax.main --config=configs/residual_dense.py:plain --workdir=runs/plain
-    python -m vidjax.main --mode=evaluate --workdir=runs/both --runs=runs/residual,runs/plain
+    vidjax evaluate --workdir=runs/both --runs=runs/residual,runs/plain
 
 Every value names its source: `paper` (the team's article) or `ours`. No code was published.
 """

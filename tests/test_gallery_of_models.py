@@ -169,7 +169,7 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models):
               "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        "import numpy as np\nfrom vidjax import Gallery, rooms\n"
+        "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.main import main\n"
         "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
         "gallery = Gallery('g')\n"
         "assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]\n"
@@ -179,7 +179,7 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models):
         "assert gallery.remove(clip='new') == 1\n"
         "for words in ('list g', 'identify g --input=in --threshold=0.5',\n"
         "              'enrol g --input=in/0.npz --identity=Ada'):\n"
-        "    assert rooms.run(['gallery', *words.split()]) == 0, words\n"
+        "    assert main(['gallery', *words.split()]) == 0, words\n"
     )
     path = os.pathsep.join(sys.path)
     done = subprocess.run(

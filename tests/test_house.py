@@ -23,7 +23,7 @@ PACKAGES = sorted(
 
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
-    "__main__", "main", "rooms", "who", "forget", "commands", "export", "serve", "gallery",
+    "__main__", "main", "who", "forget", "commands", "export", "serve", "gallery",
     "extract", "api", "predict", "bulk", "comparison", "training", "analysis", "evaluation",
     "report", "significance", "ranking", "steps", "system", "models", "losses", "logit_ops",
     "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vidjax import ranking
+from vidjax.main import main
 from vidjax.steps import topk
 
 
@@ -97,7 +98,7 @@ def files(tmp_path):
 def test_main_prints_the_score_last(files, capsys):
     paths = files("1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
     for words in (paths, [*paths, "--strict"]):
-        assert ranking.main(words) == 0
+        assert main(["score", *words]) == 0
         out, err = capsys.readouterr()
         assert float(out.splitlines()[-1]) == ranking.score_files(*paths)
         assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
@@ -127,13 +128,13 @@ BORNE = [
 @pytest.mark.parametrize(("submission", "score", "place"), BORNE)
 def test_faults_are_warnings_and_errors_with_strict(files, capsys, submission, score, place):
     paths = files("1 a.mp4\n", submission)
-    assert ranking.main(paths) == 0
+    assert main(["score", *paths]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == score
     warning = err.splitlines()[0]
     assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and place in warning
 
-    assert ranking.main([*paths, "--strict"]) == 2
+    assert main(["score", *paths, "--strict"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [warning.replace("warning", "error", 1)]
@@ -144,7 +145,7 @@ def test_faults_are_warnings_and_errors_with_strict(files, capsys, submission, s
 
 def test_every_kind_of_fault_is_one_line(files, capsys):
     lines = ["", "", "1 a.mp4 a.mp4", "1 a.mp4", "1 b.mp4 b.mp4", "8 a.mp4", "9 a.mp4"]
-    assert ranking.main(files("1 a.mp4\n", "\n".join(lines))) == 0
+    assert main(["score", *files("1 a.mp4\n", "\n".join(lines))]) == 0
     complaints = [line.split("ranking.txt: ")[1] for line in capsys.readouterr().err.splitlines()]
     assert [line.split(":")[0] for line in complaints[:4]] == [
         f"line {number}" for number in (1, 3, 4, 6)
@@ -157,7 +158,7 @@ def test_every_kind_of_fault_is_one_line(files, capsys):
     [("1 a.mp4\n", "1 a b\n", "suffix"), ("1 a.mp4\n", "id1 a.mp4\n", "no identity")],
 )
 def test_main_hints_when_nothing_matches(files, capsys, gt, submission, hint):
-    assert ranking.main(files(gt, submission)) == 0
+    assert main(["score", *files(gt, submission)]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "0" and hint in err
     assert all(line.startswith("vidjax: warning: ") for line in err.splitlines())
@@ -166,19 +167,19 @@ def test_main_hints_when_nothing_matches(files, capsys, gt, submission, hint):
 def test_main_refuses_in_a_line(files, capsys, tmp_path):
     gt, submission = files("1 a.mp4\n\n", "1 a.mp4\n")
     for arguments in ([gt, submission], [str(tmp_path / "none"), submission], [gt, str(tmp_path)]):
-        assert ranking.main(arguments) == 2
+        assert main(["score", *arguments]) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) <= 2 and str(tmp_path) in err
     for arguments in ([], [gt], [gt, submission, "more"], ["--fast", gt, submission]):
-        assert ranking.main(arguments) == 2
+        assert main(["score", *arguments]) == 2
         err = capsys.readouterr().err
         assert err.startswith("vidjax: ") and len(err.splitlines()) <= 3
 
 
 def test_the_command_needs_no_tensorflow(files):
     paths = files("1 a.mp4\n", "1 x.mp4 a.mp4\n")
-    program = "import sys; sys.modules['tensorflow'] = None; import runpy; sys.argv[1:] = {}; "
-    program += "runpy.run_module('vidjax.ranking', run_name='__main__')"
+    program = "import sys; sys.modules['tensorflow'] = None; from vidjax.main import main; "
+    program += "sys.exit(main(['score', *{}]))"
     done = subprocess.run(
         [sys.executable, "-c", program.format(paths)], capture_output=True, text=True
     )

@@ -23,12 +23,9 @@ from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, mutations, numbers, processes, same_bytes, surroundings
 from tests.helpers import drawn_people
 from vidjax import config as config_lib
-from vidjax import devices, fusion, main, messages, ranking, who
+from vidjax import devices, fusion, main, messages
 from vidjax.commands import train
 from vidjax.data import arrays, iqiyi_vid, synthetic
-from vidjax.extract import commands as extract_commands
-from vidjax.extract import convert
-from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
 
 ROOT = Path(__file__).parent.parent
@@ -41,15 +38,10 @@ FOLDERS = (
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
-    "vidjax.gallery": commands_of_galleries.main,
-    "vidjax.extract": extract_commands.main,
-    "vidjax.extract.convert": convert.main,
     "vidjax.main": main.main,
-    "vidjax.ranking": ranking.main,
     "vidjax.data.arrays": arrays.main,
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
-    "vidjax.who": who.main,
 }
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org")
 NO_REPORT = "--config.eval.report=False"
@@ -73,8 +65,13 @@ def shell_commands(page):
 
 
 def commands():
-    """Returns the words of every `python -m MODULE` of all pages, in their order, each once."""
-    found = [words[2:] for page in PAGES for words in shell_commands(page) if words[1:2] == ["-m"]]
+    """Returns module and words of every command of all pages, in their order, each once."""
+    found = []
+    for words in (words for page in PAGES for words in shell_commands(page)):
+        if words[:2] == ["python", "-m"]:
+            found.append(words[2:])
+        elif words[0] == "vidjax":
+            found.append(["vidjax.main", *words[1:]])
     return [words for i, words in enumerate(found) if words not in found[:i]]
 
 
@@ -172,7 +169,7 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     (words,) = [words for words in commands() if "--config=configs/mine.py" in words]
     reached = re.search(r"reaches a MAP@100 of (0\.\d+) on the synthetic", README.read_text())
     assert reached
-    results = command(*words[1:], "--config.eval.report=False", workdir=tmp_path / "synthetic")
+    results = command(*words[2:], "--config.eval.report=False", workdir=tmp_path / "synthetic")
     assert results["map"] == pytest.approx(float(reached[1]), abs=0.02)
 
     results = command(
@@ -229,20 +226,20 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     found = [words for words in commands() if words[0].startswith("vidjax.")]
     assert len(found) > 15
     for module, *words in found:
-        if words == ["--config=configs/mine.py"]:
+        if "--config=configs/mine.py" in words:
             continue  # above
-        if module == "vidjax.extract.convert":
+        if words[0] == "convert":
             continue  # needs packages that are downloaded; see test_convert
-        if "--mode=" not in " ".join(words) and module == "vidjax.main":
+        if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
             _, workdir = train.settings(main.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
-            words += CLOSED_FORM if "plda" in words[0] else SHORT
-            words += SMALL if "mma.py:iqiyi_vid" in words[0] else ()
+            words += CLOSED_FORM if "plda" in " ".join(words) else SHORT
+            words += SMALL if "mma.py:iqiyi_vid" in " ".join(words) else ()
             if "ensemble" in " ".join(words):
                 words += FEW
-            elif "trainval" in words[0]:
+            elif "trainval" in " ".join(words):
                 words += FEW[:1]
-        elif "--mode=evaluate" in words:
+        elif words[0] == "evaluate":
             words.append(NO_REPORT)
         for table in [Path(word[9:]) for word in words if word.startswith("--labels=")]:
             # Somebody writes a name.
@@ -326,6 +323,8 @@ def test_every_command_is_known():
         for words in shell_commands(page):
             if words[:2] == ["python", "-m"]:
                 assert words[2] in modules, (page, words)
+            elif words[0] == "vidjax":
+                assert words[1] in main.COMMANDS or words[1].startswith("--config"), (page, words)
             elif words[0] != "pytest":
                 films = page == "vidjax/extract/README.md" and words[:2] == ["pip", "download"]
                 assert films or words[0] in ("python3", ".", "pip"), (page, words)
@@ -412,14 +411,16 @@ def test_every_field_is_listed_and_no_other():
 
 
 def test_every_flag_and_mode_is_listed_and_no_other():
-    parsers = [messages.make_parser("vidjax", *item) for item in main.COMMANDS.items()]
-    flags = {flag.partition("=")[0] for parser in parsers for flag in parser.flags}
-    flags = (flags | {"--mode", "--version"}) - {"--help", "--num_processes", "--process_id"}
+    # The page is about runs.
+    known = main.COMMANDS.keys() - {"gallery", "extract", "convert", "who", "forget"}
+    flags = {"--mode", "--version"}
+    for name in known:
+        parser = messages.Parser("vidjax")
+        main.load(name)(parser)
+        flags |= {*re.findall(r"--[\w.-]+", parser.format_usage())}
     named = table("configs/README.md", "Flags")
     assert {re.split(r"[=\[]", word)[0] for word in named if word.startswith("--")} == flags
-    assert {word for word in named if not word.startswith("--") and not word.isdigit()} == set(
-        main.COMMANDS
-    )
+    assert {word for word in named if not word.startswith("--") and not word.isdigit()} == known
 
 
 def test_every_model_and_fusion_is_listed_and_no_other():

@@ -64,9 +64,7 @@ def test_real_clips(vidjax_command, tmp_path):
     assert metrics["num_distractors"] == 373
     assert metrics["num_identities"] == 413
     assert metrics["map"] >= 0.905
-    scored = vidjax_command(
-        f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt", module="vidjax.ranking"
-    )
+    scored = vidjax_command("score", f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt")
     assert float(scored.stdout.split()[-1]) == metrics["map"]
     test = vidjax_command(
         "--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.split=test"

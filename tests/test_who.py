@@ -541,11 +541,17 @@ def test_files_of_one_name_keep_apart(tmp_path, models, film):
 def test_commands_tell_mistakes(tmp_path, models, capsys):
     for words, message in {
         ("who",): "who needs",
-        ("extract", "--out=x", f"--models={models}"): "extract needs videos",
+        ("extract", "--out=x", f"--models={models}"): "extract needs FILE",
         ("extract", "none.mp4", "--out=x", f"--models={models}"): "no such file",
         ("extract", str(Path(__file__)), "--out=x", "--models=none"): "no such folder of nets",
         ("extract", str(Path(__file__)), f"--models={models}", "--out=x", "--fps=0"): "above 0",
-        ("extract", str(Path(__file__)), f"--models={models}", "--out=x", "--size=1"): "32 to 8192",
+        (
+            "extract",
+            str(Path(__file__)),
+            f"--models={models}",
+            "--out=x",
+            "--size=1",
+        ): "32 to 8,192",
     }.items():
         assert main_lib.main([*words]) == 2
         said = capsys.readouterr().err

@@ -51,7 +51,7 @@ def run_config(workdir: Path) -> Config:
         if files.exists(workdir / "config.json"):
             raise
         runs = [messages.shown(path.parent) for path in sorted(workdir.glob("*/config.json"))]
-        hint = f"train one: {messages.PROGRAM} --config=FILE --workdir={messages.shown(workdir)}"
+        hint = f"train one: vidjax train --config=FILE --workdir={messages.shown(workdir)}"
         if runs:
             hint = f"it contains runs, name one: {', '.join(runs[:3])}"
         raise UserError(f"{error}\n{hint}") from error

@@ -501,15 +501,9 @@ def _unread(values: Values) -> Iterator[str]:
         )
 
 
-# What is spelled too differently for a comparison of spellings.
-ABBREVIATIONS = {"lr": "optim.learning_rate", "wd": "optim.weight_decay", "bs": "batch_size"}
-
-
 def closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the one of `known` that a wrong dotted name was meant to be; None if none is near."""
     name = name.replace("-", "_").lower()
-    if name not in known and (meant := ABBREVIATIONS.get(name.rpartition(".")[2])):
-        return meant
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
     if name.startswith("fusion.") and name.split(".")[1] not in modalities:
         return None  # another modality is no misspelling of this one

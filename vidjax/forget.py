@@ -3,13 +3,13 @@
 It is no command of the gallery, since runs and caches hold names as well.
 """
 
+import argparse
 import contextlib
 import html
 import json
 import os
 import re
 import shutil
-import sys
 import urllib.parse
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -308,43 +308,33 @@ def _in_table(path: Path, pattern: re.Pattern[bytes]) -> bool:
     return False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code, see `messages.guarded`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return messages.guarded(lambda: _main(words), words)
-
-
-def _main(words: Sequence[str]) -> int:
-    program = "vidjax forget" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.forget"
-    parser = messages.Parser(program, HELP, epilog=f"example:\n  {program} --identity=Ada --delete")
-    parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder or a file")
+def add_flags(parser: messages.Parser) -> None:
+    """Adds the flags of `vidjax forget`."""
+    parser.description = HELP
+    parser.add_argument("places", nargs="*", metavar="PLACE", type=Path, help="a folder or a file")
     for flag in ("identity", "clip"):
         parser.add_argument(
             f"--{flag}", metavar="NAME", action="append", default=[], help="may be repeated"
         )
     parser.add_argument("--delete", action="store_true", help="delete what vidjax may")
-    parser.add_argument("--json", action="store_true", help="the places as JSON")
-    parser.add_argument("--debug", action="store_true", help="shows tracebacks")
-    args = parser.parse_args(words)
+    parser.command(_run, "--identity=Ada", "--identity=Ada --delete")
+
+
+def _run(args: argparse.Namespace) -> messages.Result:
     if not args.identity and not args.clip:
         raise UserError("name somebody: --identity=NAME, or --clip=NAME")
     cached = cache_root()
     usual = [Path(), *([cached] if cached.exists() else [])]
-    found = forget(args.identity, args.clip, map(Path, args.places or usual), delete=args.delete)
+    found = forget(args.identity, args.clip, args.places or usual, delete=args.delete)
     # What could not be searched, or was to be deleted and is there.
     there = ("unread", "--delete" if args.delete else "unread")
     code = int(any(one.kind in there or one.remedy in there for one in found))
-    if args.json:
-        rows = [one._asdict() | {"path": str(one.path)} for one in found]
-        messages.say(json.dumps({"places": rows}, ensure_ascii=False))
-        return code
-    for one in found:
-        messages.say(f"  {one.kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}")
+    content = {"places": [one._asdict() | {"path": str(one.path)} for one in found]}
+    lines = [
+        f"  {one.kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}"
+        for one in found
+    ]
     left = sum(not one.remedy.startswith("deleted") for one in found)
     done = f", {len(found) - left:,} of them deleted" if args.delete else ""
-    messages.say(f"forget\n  places      {len(found):,}{done}")
-    return code
-
-
-if __name__ == "__main__":
-    messages.run(main)
+    rows = {"places": f"{len(found):,}{done}"}
+    return messages.Result(content, rows, "\n".join(lines), code=code)

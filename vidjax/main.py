@@ -1,62 +1,63 @@
-"""The command line: `vidjax COMMAND`, and `--mode=COMMAND`, which is the same.
+"""The command line: `vidjax COMMAND`, and `python -m vidjax.main --config=FILE [--mode=COMMAND]`.
 
-A command is a line of COMMANDS, and lives in `vidjax/commands/`.
+A command is a line of COMMANDS. Its module has a function that adds the flags of the command.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
+import re
 import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from vidjax import config as config_lib
-from vidjax import config_io, machine, messages, rooms
+from vidjax import machine, messages
 from vidjax.cluster import processes
-from vidjax.commands import check, compare, config, evaluate, rank, serve, train
-from vidjax.errors import UserError
-from vidjax.export import commands as export
+from vidjax.errors import UserError, closest
+from vidjax.messages import Parser
 
+# Command -> what it does.
 COMMANDS = {
-    "train": train.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "rank": rank.COMMAND,
-    "embed": rank.EMBED,
-    "compare": compare.COMMAND,
-    "report": evaluate.REPORT,
-    "check": check.COMMAND,
-    "config": config.COMMAND,
-    "serve": serve.COMMAND,
-    **export.COMMANDS,
+    "train": "trains a system, evaluates it, writes a report",
+    "evaluate": "ranks a split with a trained run, or with several joined",
+    "rank": "ranks new clips with a trained run, into a file with scores",
+    "embed": "makes a vector of each new clip with a trained run",
+    "compare": "says how far apart runs are, and how sure that is",
+    "report": "writes report.html anew, from the files of a run",
+    "check": "reads all, changes nothing: environment, data, run, gallery",
+    "config": "prints all fields: values, defaults, and where each is from",
+    "score": "prints the MAP of a submission, as the organisers' script does",
+    "gallery": "enrols, finds and deletes people without training",
+    "extract": "makes features of the faces and voices in videos and photos",
+    "convert": "makes a net and its card of a package, for extract and who",
+    "who": "says who appears when in videos, by a few photos of people",
+    "serve": "answers other programs over HTTP: who clips show",
+    "export": "writes a run or a gallery in the format of another runtime",
+    "import": "makes a run of an exported folder, by its weights",
+    "forget": "names all places of a person, and deletes what may be deleted",
 }
-TOGETHER = {"train": train.settings, "evaluate": evaluate.settings}  # in several processes
-SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command
+# Words that people try -> what they may mean.
+SLIPS = {
+    "predict": "vidjax rank, which ranks clips, or vidjax embed, which makes vectors",
+    "test": "vidjax evaluate --config.eval.split=test",
+    "help": "vidjax --help",
+    "version": "vidjax --version",
+}
+TOGETHER = ("train", "evaluate")  # in several processes
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of
-every identity.
-
-commands:
-{commands}
-  gallery    people who are enrolled, found and deleted without training
-  extract    makes features of the faces in videos and photos
-  who        says who appears when in videos, by a few photos of people
-  forget     names all places of a person, and deletes what may be deleted
-
-Without a command vidjax trains, and --mode=COMMAND is the same as COMMAND.
-Every command has a --help of its own, with its flags and an example.
+every identity. Without a command vidjax trains; --mode=COMMAND is the same as
+COMMAND. Every command has a --help with its flags and an example.
 """
 EXAMPLES = """\
 examples:
   a result in a minute, on synthetic clips
-    {prog} --config=configs/mma.py
+    vidjax --config=mma
   train on official files
-    {prog} train --config=configs/mma.py:iqiyi_vid \\
-        --config.data.dir=PATH
+    vidjax train --config=mma:iqiyi_vid --config.data.dir=PATH
   rank new clips: a folder of features, or a table
-    {prog} rank --workdir=runs/mma \\
-        --input=PATH --out=ranking.tsv
+    vidjax rank --workdir=runs/mma --input=PATH --out=ranking.tsv
 
 Configurations, their arguments and all fields: configs/README.md.
 """
@@ -71,15 +72,12 @@ def run() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `argv`, None for that of the process; returns the exit code of `messages.guarded`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if (code := rooms.run(words)) is not None:
-        return code
 
     def command() -> int:
         args = parse(words)
         with messages.quietly() if args.quiet else contextlib.nullcontext():
             if not args.place:
                 return _run(args)
-            TOGETHER[args.command](args)  # mistakes are told before the others are waited for
             from vidjax.training import together
 
             return together.run(args.place, lambda: _run(args), words)
@@ -88,64 +86,171 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    result = COMMANDS[args.command].run(args)
-    if args.place:
-        from vidjax.cluster import processes
-
-        if not processes.is_first():
-            return result.code
-    messages.show(result, args.command, as_json=args.json)
+    result = args.execute(args)
+    if processes.is_first():
+        messages.show(result, args.command, as_json=args.json)
     return result.code
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags, `place` (None: a single process), and `line`, which repeats the run."""
-    prog = "vidjax" if Path(sys.argv[0]).name == "vidjax" else messages.PROGRAM
-    name, own = split_command(words)
-    if "--version" in own or (name is None and {"-h", "--help"} & {*own}):
-        _parse_no_command(prog, own)
-    args = messages.parse(
-        prog, COMMANDS, name or "train", own, _near_flag, lambda word: _about_stray(word, own)
-    )
-    args.place = None
+    """Returns the flags of a command line.
+
+    In addition to the flags: `command` is the name of the command, `execute` its function, `parser`
+    its parser, `overrides` the words `--config.FIELD=VALUE`, `place` None or the number of this
+    process among several, and `line` repeats the command.
+    """
+    own, overrides = messages.split_overrides(_command_first(words))
+    parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
+    version = f"vidjax {importlib.metadata.version('vidjax')}"
+    parser.add_argument("--version", action="version", version=version)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, about in COMMANDS.items():
+        about_it = f"{about[0].upper()}{about[1:]}."
+        one = subparsers.add_parser(name, help=about, description=about_it)
+        if name == own[0]:
+            load(name)(one)
+    args, strays = parser.parse_known_args(own)
+    group = args.parser.group
+    strays += [one for one in overrides if group is None or not one[9:].startswith(group)]
+    for word in strays:
+        flag = word.partition("=")[0]
+        text = f"no flag {flag}" if word.startswith("-") else f"stray word '{word}'"
+        hint = _hint(flag, args) if word.startswith("-") else _hint_of_word(word, args)
+        args.parser.error(f"{text}: {hint}" if hint else text)
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name}= is empty: give it a value, or leave it out")
+    args.overrides, args.place = tuple(overrides), None
     if args.command in TOGETHER:
         flags = (args.coordinator, args.num_processes, args.process_id)
         args.place = processes.Place.parse(*flags)
-    args.line = shlex.join([*messages.PROGRAM.split(), *_without_place(words)])
+    args.line = shlex.join(["vidjax", *_without_place(words)])
     return args
 
 
-def split_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Returns the command that words name, None for none, and the other words."""
-    names, own, rest = [], [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--mode":
-            names.append(rest.pop(0) if rest else "")
-        elif word.startswith("--mode="):
-            names.append(word.partition("=")[2])
-        elif word in COMMANDS and all(one in SWITCHES for one in own) and not names:
-            names.append(word)
-        else:
-            own.append(word)
+def _command_first(words: Sequence[str]) -> list[str]:
+    """Returns words that begin with a command: of `--mode=M`, or `train` if no word names one."""
+    rest, names = list(words), []
+    if rest and not rest[0].startswith("-"):
+        names.append(rest.pop(0))
+    for word in [*rest]:
+        if word == "--mode" or word.startswith("--mode="):
+            at = rest.index(word)
+            names.append(word.partition("=")[2] or "".join(rest[at + 1 : at + 2]))
+            del rest[at : at + 1 + (word == "--mode")]
     if len({*names}) > 1:
         raise UserError(f"{' and '.join(names)}: name one command")
     if names and names[0] not in COMMANDS:
-        raise messages.no_command(names[0], COMMANDS)
-    return (names[0] if names else None), own
+        match = closest(names[0].lower(), COMMANDS)
+        # It says what the command does: some delete data.
+        hint = SLIPS.get(names[0]) or (f"{match}, which {COMMANDS[match]}" if match else None)
+        hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"
+        raise UserError(
+            f"no command '{names[0]}': {hint}\na configuration is named by --config=FILE"
+        )
+    if not names and rest and rest[0] in ("-h", "--help", "--version"):
+        return rest
+    return [*(names[:1] or ["train"]), *rest]
 
 
-def _parse_no_command(prog: str, words: Sequence[str]) -> None:
-    commands = "\n".join(f"  {name:9}  {one.about}" for name, one in COMMANDS.items())
-    parser = messages.Parser(
-        prog,
-        DESCRIPTION.format(commands=commands),
-        f"{prog} [COMMAND] [--FLAG=VALUE ...]",
-        EXAMPLES.format(prog=prog),
-    )
-    version = f"vidjax {importlib.metadata.version('vidjax')}"
-    parser.add_argument("--version", action="version", version=version)
-    parser.parse_known_args(words)
+def load(name: str) -> Callable[[Parser], None]:
+    """Returns the function that adds the flags of a command; imports only its module."""
+    match name:
+        case "train":
+            from vidjax.commands import train
+
+            return train.add_flags
+        case "evaluate":
+            from vidjax.commands import evaluate
+
+            return evaluate.add_flags
+        case "rank":
+            from vidjax.commands import rank
+
+            return rank.add_flags
+        case "embed":
+            from vidjax.commands import rank
+
+            return rank.add_embed_flags
+        case "compare":
+            from vidjax.commands import compare
+
+            return compare.add_flags
+        case "report":
+            from vidjax.commands import evaluate
+
+            return evaluate.add_report_flags
+        case "check":
+            from vidjax.commands import check
+
+            return check.add_flags
+        case "config":
+            from vidjax.commands import config
+
+            return config.add_flags
+        case "score":
+            from vidjax import ranking
+
+            return ranking.add_flags
+        case "gallery":
+            from vidjax.gallery import commands
+
+            return commands.add_flags
+        case "extract":
+            from vidjax.extract import commands
+
+            return commands.add_extract_flags
+        case "convert":
+            from vidjax.extract import convert
+
+            return convert.add_flags
+        case "who":
+            from vidjax import who
+
+            return who.add_flags
+        case "serve":
+            from vidjax.commands import serve
+
+            return serve.add_flags
+        case "export":
+            from vidjax.export import commands
+
+            return commands.add_export_flags
+        case "import":
+            from vidjax.export import commands
+
+            return commands.add_import_flags
+        case _:
+            from vidjax import forget
+
+            return forget.add_flags
+
+
+def _hint(flag: str, args: argparse.Namespace) -> str | None:
+    """Returns the flag or field that a wrong flag may mean, as a question; None if none is near."""
+    word = flag.lstrip("-").replace("-", "_")
+    if word.startswith("config.") and args.parser.group:
+        return f"it takes --config.{args.parser.group}FIELD=VALUE"
+    known = re.findall(r"--([\w-]+)[] ]", args.parser.format_usage())
+    if match := closest(word, known, cutoff=0.7):
+        return f"did you mean --{match}?"
+    if args.parser.group != "":
+        return None
+    from vidjax import config
+
+    # Every model has a name, and most have a rate of dropout.
+    fields = [*config.DEFAULTS, "model.name", "model.dropout_rate"]
+    field = config.closest_field(word.removeprefix("config."), fields)
+    return f"did you mean --config.{field}?" if field else None
+
+
+def _hint_of_word(word: str, args: argparse.Namespace) -> str | None:
+    if word in COMMANDS:
+        return f"a command comes first, vidjax {word} --FLAG=VALUE"
+    if getattr(args, "runs", None):
+        return f"no blanks between runs, --runs={args.runs.rstrip(',')},{word}"
+    flag = next((name for name in ("workdir", "input", "config") if name in vars(args)), None)
+    return f"did you mean --{flag}={word}?" if flag else None
 
 
 def _without_place(words: Sequence[str]) -> list[str]:
@@ -158,34 +263,6 @@ def _without_place(words: Sequence[str]) -> list[str]:
         elif word.partition("=")[0] not in processes.FLAGS:
             kept.append(word)
     return kept
-
-
-def _near_flag(word: str) -> str | None:
-    if own := messages.closest(word, ("mode", "version"), cutoff=0.7):
-        return f"--{own}"
-    # Every model has a name, and most have a rate of dropout.
-    fields = [*config_lib.DEFAULTS, "model.name", "model.dropout_rate"]
-    field = config_lib.closest_field(word.removeprefix("config."), fields)
-    return f"--config.{field}" if field else None
-
-
-def _about_stray(word: str, words: Sequence[str]) -> str | None:
-    at = words.index(word)
-    before = words[max(at - 1, 0)]
-    if before.startswith("--runs"):
-        runs = before.partition("=")[2].rstrip(",")
-        return f"no blanks between runs, --runs={runs},{word.lstrip(',')}"
-    if before == "=" and at > 1:
-        return f"no blanks around =, {words[at - 2]}={word}"
-    if word in COMMANDS:
-        return f"a command comes first, {word} --FLAG=VALUE"
-    name = word.partition(":")[0]
-    if name.endswith(".py") or (config_io.shipped_folder() / f"{name}.py").is_file():
-        return f"did you mean --config={word}?"
-    others = ("gallery", "forget")
-    if match := messages.closest(word, [*COMMANDS, *others], cutoff=0.7):
-        return f"did you mean the command {match}?"
-    return None
 
 
 if __name__ == "__main__":

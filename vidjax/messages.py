@@ -1,4 +1,4 @@
-"""What all commands share: flags, results, errors of at most three lines, exit codes.
+"""What all commands share: parsers, results, errors of at most three lines, exit codes.
 
 It imports nothing slow at the top: a mistake in the flags is reported before libraries load.
 """
@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-from vidjax.errors import Expected, UserError, closest, of_the_system, printable
+from vidjax.errors import Expected, UserError, of_the_system, printable
 
-PROGRAM = "python -m vidjax.main"
 QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
 
@@ -41,106 +40,72 @@ class Result(NamedTuple):
     code: int = 0
 
 
-class Command(NamedTuple):
-    """A command, `vidjax NAME` or `vidjax gallery NAME`; each `example` has the flags of a call."""
-
-    about: str
-    add_flags: "Callable[[Parser], None]"
-    run: Callable[[argparse.Namespace], Result]
-    example: tuple[str, ...]
-
-
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flags, and raises UserError for mistakes."""
+    """A parser that takes no abbreviated flags and raises UserError for mistakes."""
 
     def __init__(
         self,
         prog: str,
-        description: str | None,
+        *,
         usage: str | None = None,
+        description: str | None = None,
         epilog: str | None = None,
     ):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
         )
-        self.flags = {"--help": ""}  # flag -> what it needs to be given, empty if nothing
-        self.takes_fields = False
-
-    def flag(self, name: str, metavar: str, about: str, *, needed: bool = False) -> None:
-        """Adds a flag with a value; `about` is its help, and `needed` makes it required."""
-        self.add_argument(name, metavar=metavar, help=f"{about} (needed)" if needed else about)
-        self.flags[name] = f"{name}={metavar}: {about}" if needed else ""
-
-    def switch(self, name: str, about: str) -> None:
-        """Adds a flag without a value."""
-        self.add_argument(name, action="store_true", help=about)
-        self.flags[name] = ""
+        self.example = ""
+        self.group: str | None = None  # the group of the fields that may be overridden
 
     def fields(self, group: str = "") -> None:
-        """Lets `--config.FIELD=VALUE` override fields; only help shows `group`, e.g. `data.`."""
-        name = f"--config.{group}FIELD"  # for the help alone: `split_overrides` takes these words
+        """Lets `--config.FIELD=VALUE` override fields of `group`, such as `data.`; "" for all."""
+        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` takes these words
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
-        self.flags[f"{name}=VALUE"] = ""
-        self.takes_fields = True
+        self.group = group
+
+    def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
+        """Makes this the parser of a command that `run` executes.
+
+        It adds `--quiet`, `--json` and `--debug`. `examples` are the flags of typical calls.
+        """
+        self.example = f"{self.prog} {examples[0]}"
+        lines = []
+        for flags in examples:
+            line = f"  {self.prog} {flags}"
+            if len(line) > 80:
+                first, _, others = flags.partition(" --")
+                line = f"  {self.prog} {first} \\\n      --{others}"
+            lines.append(line)
+        self.epilog = "\n".join([f"example{'s' * (len(examples) > 1)}:", *lines])
+        self.add_argument("--quiet", action="store_true", help="prints only the result")
+        self.add_argument("--json", action="store_true", help="prints the result as JSON")
+        self.add_argument("--debug", action="store_true", help="shows tracebacks")
+        self.set_defaults(execute=run, parser=self)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print the usage and exit."""
-        raise UserError(f"{message.removeprefix('argument ')}\n--help lists the flags")
+        needs = f"{self.prog.removeprefix('vidjax ')} needs"
+        message = message.replace("the following arguments are required:", needs)
+        message = message.replace("one of the arguments", f"{needs} one of")
+        message = message.removeprefix("argument ").removesuffix(" is required")
+        example = f"example: {self.example}" if self.example else ""
+        remedy = example or f"{self.prog} --help shows what it takes"
+        raise UserError(f"{message}\n{remedy}")
 
 
-def make_parser(prog: str, name: str, command: Command) -> Parser:
-    """Returns the parser of a command, with `--quiet`, `--json` and `--debug`."""
-    examples = []
-    for flags in command.example:
-        line = f"  {prog} {name} {flags}"
-        if len(line) > 80:
-            first, _, others = flags.partition(" --")
-            line = f"  {prog} {name} {first} \\\n      --{others}"
-        examples.append(line)
-    about = f"{command.about[0].upper()}{command.about[1:]}."
-    head = "examples" if examples[1:] else "example"
-    parser = Parser(f"{prog} {name}", about, epilog="\n".join([f"{head}:", *examples]))
-    command.add_flags(parser)
-    parser.switch("--quiet", "prints the result alone, no progress")
-    parser.switch("--json", "prints the result as a JSON object")
-    parser.switch("--debug", "shows tracebacks")
-    return parser
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """Returns the `type` of a flag whose value is a whole number from `low` to `high`."""
 
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
+            raise argparse.ArgumentTypeError(
+                f"wants a whole number from {low} to {high:,}, not '{text[:20]}'"
+            )
+        return int(text)
 
-def parse(
-    prog: str,
-    commands: Mapping[str, Command],
-    name: str,
-    words: Sequence[str],
-    near: Callable[[str], str | None] = lambda word: None,
-    stray: Callable[[str], str | None] = lambda word: None,
-) -> argparse.Namespace:
-    """Returns the flags of a command, with its name, `command`, and `overrides` of fields.
-
-    Args:
-      words: the command line without `prog` and the command's name.
-      near: a misspelt flag without its dashes -> the flag that it may mean, or None.
-      stray: a word that is no flag -> a hint for the error message, or None.
-    """
-    own, overrides = split_overrides(words)
-    parser = make_parser(prog, name, commands[name])
-    args, strays = parser.parse_known_args(own)
-    for word in [*([] if parser.takes_fields else overrides), *strays]:
-        if word.startswith("-"):
-            flag = word.partition("=")[0]
-            raise UserError(_about_flag(prog, commands, name, flag, near))
-        hint = stray(word)
-        hint = f": {hint}" if hint else f"\n{prog} {name} --help lists the flags"
-        raise UserError(f"stray word '{word}'{hint}")
-    if missing := [
-        about for flag, about in parser.flags.items()
-        if about and not getattr(args, flag.lstrip("-"))
-    ]:  # fmt: skip
-        raise UserError(f"{name} needs " + "\n".join(missing[:3]))
-    args.command, args.overrides = name, tuple(overrides)
-    return args
+    return read
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -158,47 +123,10 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def _about_flag(
-    prog: str,
-    commands: Mapping[str, Command],
-    name: str,
-    flag: str,
-    near: Callable[[str], str | None],
-) -> str:
-    """Returns the message for a flag that the command `name` does not take; others may."""
-    parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
-    has = [
-        one for one, parser in parsers.items()
-        if flag in parser.flags or (flag.startswith("--config.") and parser.takes_fields)
-    ]  # fmt: skip
-    own = parsers[name].flags
-    if has:
-        those = " and ".join(filter(None, [", ".join(has[:-1]), has[-1]]))
-        do = "do" if has[1:] else "does"
-        takes = ", ".join(one for one in own if one not in ("--help", "--debug"))
-        return f"{name} takes no {flag}, but {those} {do}\nit takes {takes}"
-    word = flag.lstrip("-").replace("-", "_")
-    close = closest(word, [known.lstrip("-") for known in own if "." not in known], cutoff=0.7)
-    match = f"--{close}" if close else near(word) if parsers[name].takes_fields else None
-    hint = f": did you mean {match}?" if match else f"\n{prog} {name} --help lists the flags"
-    return f"no flag {flag}{hint}"
-
-
-def no_command(name: str, commands: Mapping[str, Command]) -> UserError:
-    """Returns the error of an unknown command; it says what the nearest does: some delete data."""
-    match = closest(name.lower(), commands, cutoff=0.6)
-    if match is None:
-        return UserError(f"no command '{name}': choose from {', '.join(commands)}")
-    return UserError(
-        f"no command '{name}': did you mean '{match}'?\n{match} {commands[match].about}"
-    )
-
-
-def show(result: Result, name: str, *, as_json: bool, named: bool = True) -> None:
-    """Prints the result of a command; with `named`, its JSON has the command's name as `mode`."""
+def show(result: Result, name: str, *, as_json: bool) -> None:
+    """Prints the result of the command `name`."""
     if as_json:
-        content = {"mode": name, **result.content} if named else result.content
-        say(json.dumps(_plain(content), allow_nan=False))
+        say(json.dumps(_plain({"mode": name, **result.content}), allow_nan=False))
         return
     rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
     heading = [name + result.note] if rows else []
@@ -231,29 +159,6 @@ def run(main: Callable[[], int]) -> NoReturn:
     code = main()
     gc.freeze()  # leaves out the last garbage collection, which takes over a second
     sys.exit(code)
-
-
-def run_command(
-    argv: Sequence[str] | None,
-    parse: Callable[[Sequence[str]], argparse.Namespace],
-    commands: Mapping[str, Command],
-    *,
-    named: bool = True,
-) -> int:
-    """Runs the command that `parse` finds in words, and returns the exit code of `guarded`.
-
-    `argv` are the words, None those of the process; `named` is that of `show`.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        args = parse(words)
-        with quietly() if args.quiet else contextlib.nullcontext():
-            result = commands[args.command].run(args)
-            show(result, args.command, as_json=args.json, named=named)
-        return result.code
-
-    return guarded(command, words)
 
 
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:

@@ -1,13 +1,13 @@
 """Writes, reads and scores the submission file, which lists the best 100 clips of each identity.
 
-`python -m vidjax.ranking GT RANKING` scores one. White space separates names in the official
+`vidjax score GT RANKING` scores one. White space separates names in the official
 format. So white space within a name is written as in a URL, `First%20Last`, and so is a `%` before
 two hexadecimal digits. No other character is escaped.
 """
 
+import argparse
 import codecs
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -277,40 +277,35 @@ def _is_text(line: str) -> bool:
     return not any("\udc80" <= character <= "\udcff" for character in line)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `python -m vidjax.ranking GT RANKING` and returns its exit code.
+def add_flags(parser: messages.Parser) -> None:
+    """Adds the flags of `vidjax score`."""
+    about = "lines 'NAME.mp4 ID', or 'ID NAME.mp4 ...'"
+    parser.add_argument("gt", metavar="GT", type=Path, help=about)
+    about = "lines 'ID NAME.mp4 NAME.mp4 ...'"
+    parser.add_argument("ranking", metavar="RANKING", type=Path, help=about)
+    about = "refuses a submission with faults"
+    parser.add_argument("--strict", action="store_true", help=about)
+    parser.command(_score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
 
-    The last line of stdout is the score. Faults of the submission are warnings on stderr; with
-    `--strict` they are errors, and nothing is scored.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    return messages.guarded(lambda: _score_files(words), words)
 
-
-def _score_files(words: Sequence[str]) -> int:
-    parser = messages.Parser(
-        prog="python -m vidjax.ranking",
-        description="Prints MAP@100 of a submission, last on stdout, and warns of its faults.",
-    )
-    parser.add_argument("gt", metavar="GT", type=Path, help="'NAME.mp4 ID' or 'ID NAME.mp4 ...'")
-    parser.add_argument("ranking", metavar="RANKING", type=Path, help="'ID NAME.mp4 NAME.mp4 ...'")
-    parser.add_argument("--strict", action="store_true", help="refuse a submission with faults")
-    arguments = parser.parse_args(words)
-    positives = _read_ground_truth(arguments.gt)
-    submission = read_submission(arguments.ranking, identities=positives)
+def _score_files(args: argparse.Namespace) -> messages.Result:
+    """Prints the score on the last line. Faults are warnings; with `--strict` they are errors."""
+    positives = _read_ground_truth(args.gt)
+    submission = read_submission(args.ranking, identities=positives)
     for complaint in submission.complaints():
-        messages.complain(f"{'error' if arguments.strict else 'warning'}: {complaint}")
-    if arguments.strict and submission.faults:
-        return 2
-    _warn_if_nothing_matches(arguments.ranking, positives, submission.ranking)
+        messages.complain(f"{'error' if args.strict else 'warning'}: {complaint}")
+    if args.strict and submission.faults:
+        return messages.Result({"faults": submission.complaints()}, code=2)
+    _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
     common = len(positives.keys() & submission.ranking.keys())
-    messages.say(
-        f"{arguments.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
-        f"{arguments.ranking}: {common} of them ranked, {len(positives) - common} missing, "
+    score = _score(positives, submission.ranking)
+    text = (
+        f"{args.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
+        f"{args.ranking}: {common} of them ranked, {len(positives) - common} missing, "
         f"{len(submission.ranking) - common} others ignored\n"
-        f"MAP@{MAX_NAMES}\n{_score(positives, submission.ranking):.17g}"
+        f"MAP@{MAX_NAMES}\n{score:.17g}"
     )
-    return 0
+    return messages.Result({"map": score, "faults": submission.complaints()}, text=text)
 
 
 def _warn_if_nothing_matches(
@@ -326,7 +321,3 @@ def _warn_if_nothing_matches(
             f"warning: {path}: no clip of the ground truth is ranked; suffix? "
             f"{min(wanted)!r} is in the one, {min(given, default='nothing')!r} in the other"
         )
-
-
-if __name__ == "__main__":
-    messages.run(main)

@@ -34,7 +34,7 @@ from vidjax.gallery import appearances, store, unknown
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.appearances import NOBODY, Appearance, clock
 from vidjax.gallery.gallery import Gallery, Vectors
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 from vidjax.run.terminal import say
 
 TOLD = "told"  # the evidence of a clip that was itself enrolled
@@ -360,7 +360,7 @@ def _remove_results(out: Path) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Names the people of films, see `who`."""
-    films, out = args.files, Path(args.out).expanduser()
+    films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
     workers = commands.workers_of(args)
     done = who(
         films, Path(args.people).expanduser() if args.people else None, out,
@@ -391,20 +391,8 @@ def run(args: argparse.Namespace) -> Result:
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
     commands.add_flags(parser)
-    parser.flag("--people", "DIR", "photos of people: a folder for each, with the name")
-    parser.switch("--thumbnails", "shows faces on the page; without, those of earlier calls go")
-
-
-COMMAND = Command(
-    "says who appears when in videos, by a few photos of people", add_flags, run,
-    ("holiday.mp4 --people=friends --models=models --out=names",),
-)  # fmt: skip
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `vidjax who` with `argv`, by default `sys.argv[1:]`; returns the exit code."""
-    return commands.run_one("who", COMMAND, argv)
-
-
-if __name__ == "__main__":
-    messages.run(main)
+    about = "photos of people: a folder for each, with the name"
+    parser.add_argument("--people", metavar="DIR", help=about)
+    about = "shows faces on the page; without, those of earlier calls go"
+    parser.add_argument("--thumbnails", action="store_true", help=about)
+    parser.command(run, "holiday.mp4 --people=friends --models=models --out=names")

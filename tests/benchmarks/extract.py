@@ -75,7 +75,7 @@ def repeated(path: Path, source: Path, times: int) -> Path:
 
 def peak(path: Path, out: Path, models: Path) -> int:
     """Returns the most bytes that the command and its child hold at once."""
-    words = [sys.executable, "-m", "vidjax.extract", path, f"--out={out}", f"--models={models}"]
+    words = [sys.executable, "-m", "vidjax", "extract", path, f"--out={out}", f"--models={models}"]
     done = limits.run([*words, "--workers=1"])
     if done.returncode:
         raise SystemExit(done.stderr)

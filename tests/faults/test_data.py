@@ -18,10 +18,10 @@ from tests.helpers import python2, small_runs
 from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
-from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped, select_modalities
 from vidjax.data.records.dataset import Dataset
+from vidjax.main import main
 
 DIM = 4
 
@@ -356,7 +356,7 @@ def test_odd_names_come_back_and_make_no_path(tmp_path: Path) -> None:
     submission = tmp_path / "ranking.txt"
     lines = [" ".join([i, *(f"{c}.mp4" for c in split.clips)]) for i in data.identities]
     submission.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert ranking.main([str(folder / "val_gt.txt"), str(submission)]) == 0
+    assert main(["score", str(folder / "val_gt.txt"), str(submission)]) == 0
     made = {path.name for path in tmp_path.rglob("*")}
     assert not made & {"passwd", "absolute", "-rf", NAMES[0], NAMES[1]}
 

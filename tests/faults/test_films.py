@@ -59,7 +59,7 @@ def contents(out):
 
 
 def start(*words):
-    words = [sys.executable, "-m", "vidjax.extract", *map(str, words)]
+    words = [sys.executable, "-m", "vidjax", "extract", *map(str, words)]
     return subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

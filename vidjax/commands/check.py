@@ -8,14 +8,17 @@ from vidjax import api, config_io, files, messages
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    parser.flag("--workdir", "FOLDER", "the folder of a run or of a gallery")
+    about = "the folder of a run or of a gallery"
+    parser.add_argument("--workdir", metavar="FOLDER", help=about)
     common.config_flag(parser)
     parser.fields()
+    examples = ("--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH")
+    parser.command(run, *examples)
 
 
 def settings(args: argparse.Namespace) -> tuple[Config | None, Path | None]:
@@ -71,11 +74,3 @@ def run(args: argparse.Namespace) -> Result:
     content = {"check": subject, "findings": [item._asdict() for item in items]}
     code = findings.exit_code(items)
     return Result({**content, "verdict": verdict}, text=verdict, code=code)
-
-
-COMMAND = Command(
-    "reads all, changes nothing: environment, data, run, gallery",
-    add_flags,
-    run,
-    ("--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH"),
-)

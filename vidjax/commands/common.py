@@ -24,17 +24,19 @@ RECORDED = "config.json"  # of a run's folder
 
 def workdir_flag(parser: Parser, about: str = "the folder of a trained run") -> None:
     """Adds `--workdir`, which the command needs."""
-    parser.flag("--workdir", "FOLDER", about, needed=True)
+    parser.add_argument("--workdir", metavar="FOLDER", required=True, help=about)
 
 
-def config_flag(parser: Parser) -> None:
+def config_flag(parser: Parser, *, required: bool = False) -> None:
     """Adds `--config`."""
-    parser.flag("--config", "FILE[:ARG,...]", "an experiment, its name, or a run's config.json")
+    about = "an experiment, its name, or a run's config.json"
+    parser.add_argument("--config", metavar="FILE[:ARG,...]", required=required, help=about)
 
 
 def definitions_flag(parser: Parser) -> None:
     """Adds `--config` of a command that uses a trained run."""
-    parser.flag("--config", "FILE", "the file that adds the models or losses of the run")
+    about = "the file that adds the models or losses of the run"
+    parser.add_argument("--config", metavar="FILE", help=about)
 
 
 def load_definitions(args: argparse.Namespace) -> None:
@@ -48,9 +50,10 @@ def load_definitions(args: argparse.Namespace) -> None:
 
 def process_flags(parser: Parser) -> None:
     """Adds the flags by which several processes work on one run."""
-    parser.flag("--coordinator", "HOST:PORT", "where several processes meet, see configs/README.md")
+    about = "where several processes meet, see configs/README.md"
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help=about)
     for name in processes.FLAGS[1:]:
-        parser.flag(name, "N", argparse.SUPPRESS)
+        parser.add_argument(name, help=argparse.SUPPRESS)
 
 
 def run_folders(runs: str | None) -> list[str]:

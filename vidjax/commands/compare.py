@@ -9,7 +9,7 @@ from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 from vidjax.run import workdir as workdir_lib
 
 if TYPE_CHECKING:
@@ -22,8 +22,13 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.workdir_flag(parser, "where the comparison is written")
     about = "two runs or more; the first is the base; groups of seeds: A1+A2+A3,B1+B2+B3"
-    parser.flag("--runs", "A,B", about, needed=True)
+    parser.add_argument("--runs", metavar="A,B", required=True, help=about)
     parser.fields()
+    parser.command(
+        run,
+        "--workdir=runs/two --runs=runs/mma,runs/deepmef",
+        "--workdir=runs/seeds --runs=runs/a1+runs/a2,runs/b1+runs/b2",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -60,14 +65,3 @@ def _seeds(name: str) -> list[str]:
     if Path(name).expanduser().exists():
         return [name]
     return [one.strip() for one in name.split("+") if one.strip()]
-
-
-COMMAND = Command(
-    "says how far apart runs are, and how sure that is",
-    add_flags,
-    run,
-    (
-        "--workdir=runs/two --runs=runs/mma,runs/deepmef",
-        "--workdir=runs/seeds --runs=runs/a1+runs/a2,runs/b1+runs/b2",
-    ),
-)

@@ -11,7 +11,7 @@ from vidjax.commands import common
 from vidjax.config import DEFAULTS, Config
 from vidjax.config_io import override_names, value_text
 from vidjax.errors import UserError
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
@@ -19,8 +19,9 @@ DEFAULT, COMMAND_LINE = "default", "command line"
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.config_flag(parser)
-    parser.flag("--workdir", "FOLDER", "instead: the folder of a run")
+    parser.add_argument("--workdir", metavar="FOLDER", help="instead: the folder of a run")
     parser.fields()
+    parser.command(run, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -59,11 +60,3 @@ def rows(config: Config, overrides: Sequence[str], file: str) -> dict[str, dict[
             origin = file
         found[name] = {"value": values[name], "default": DEFAULTS.get(name), "from": origin}
     return found
-
-
-COMMAND = Command(
-    "prints all fields: values, defaults, and where each is from",
-    add_flags,
-    run,
-    ("--config=mma --config.seed=1", "--workdir=runs/mma"),
-)

@@ -13,7 +13,7 @@ from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 from vidjax.run import results as results_lib
 
 if TYPE_CHECKING:
@@ -36,8 +36,20 @@ def add_flags(parser: Parser) -> None:
     common.workdir_flag(parser)
     common.definitions_flag(parser)
     parser.fields()
-    parser.flag("--runs", "A,B", "folders of runs to join; --workdir is that of the results")
+    about = "folders of runs to join; --workdir is the folder of the results"
+    parser.add_argument("--runs", metavar="A,B", help=about)
     common.process_flags(parser)
+    parser.command(
+        run,
+        "--workdir=runs/mma --config.eval.split=test",
+        "--workdir=runs/both --runs=runs/mma,runs/deepmef",
+    )
+
+
+def add_report_flags(parser: Parser) -> None:
+    """Adds the flags of `report`."""
+    common.workdir_flag(parser)
+    parser.command(report, "--workdir=runs/mma")
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, Path]:
@@ -125,20 +137,3 @@ def report(args: argparse.Namespace) -> Result:
 
     page = run_page.write(workdir)
     return Result({"workdir": str(workdir), "report": str(page)}, text=f"report: {page}")
-
-
-COMMAND = Command(
-    "ranks a split with a trained run, or with several joined",
-    add_flags,
-    run,
-    (
-        "--workdir=runs/mma --config.eval.split=test",
-        "--workdir=runs/both --runs=runs/mma,runs/deepmef",
-    ),
-)
-REPORT = Command(
-    "writes report.html anew, from the files of a run",
-    common.workdir_flag,
-    report,
-    ("--workdir=runs/mma",),
-)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vidjax import api, bulk, config_io, messages, tables
 from vidjax.commands import common
 from vidjax.errors import UserError
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 from vidjax.run import terminal
 
 if TYPE_CHECKING:
@@ -26,19 +26,30 @@ VECTORS = (".parquet",)  # endings of a table of vectors
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `rank`."""
     _add_flags(parser, "the new file: .csv, .tsv, .jsonl or .parquet")
+    parser.command(
+        run,
+        "--workdir=runs/mma --input=PATH --out=ranking.tsv",
+        "--workdir=runs/mma --input=FOLDER --out=ranked",
+    )
 
 
 def add_embed_flags(parser: Parser) -> None:
     """Adds the flags of `embed`."""
     _add_flags(parser, "the new file: .parquet, with the columns clip and vector")
+    parser.command(
+        embed,
+        "--workdir=runs/mma --input=PATH --out=vectors.parquet",
+        "--workdir=runs/mma --input=FOLDER --out=vectors",
+    )
 
 
 def _add_flags(parser: Parser, out: str) -> None:
     common.workdir_flag(parser)
     common.definitions_flag(parser)
     about = "the clips: a folder, a .parquet table, or a folder of such tables"
-    parser.flag("--input", "PATH", about, needed=True)
-    parser.flag("--out", "PATH", f"{out}; of a folder of tables, a folder", needed=True)
+    parser.add_argument("--input", metavar="PATH", required=True, help=about)
+    about = f"{out}; of a folder of tables, a folder"
+    parser.add_argument("--out", metavar="PATH", required=True, help=about)
     parser.fields()
 
 
@@ -118,23 +129,3 @@ def _write_vectors(
     columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
     tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
     return {"width": vectors.shape[1]}
-
-
-COMMAND = Command(
-    "ranks new clips with a trained run, into a file with scores",
-    add_flags,
-    run,
-    (
-        "--workdir=runs/mma --input=PATH --out=ranking.tsv",
-        "--workdir=runs/mma --input=FOLDER --out=ranked",
-    ),
-)
-EMBED = Command(
-    "makes a vector of each new clip with a trained run",
-    add_embed_flags,
-    embed,
-    (
-        "--workdir=runs/mma --input=PATH --out=vectors.parquet",
-        "--workdir=runs/mma --input=FOLDER --out=vectors",
-    ),
-)

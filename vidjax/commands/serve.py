@@ -5,30 +5,35 @@ from pathlib import Path
 
 from vidjax import messages
 from vidjax.errors import UserError, need
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    parser.flag("--gallery", "G", "the folder of the gallery", needed=True)
-    parser.flag("--run", "W", "the folder of a run whose net is served, too")
-    parser.flag("--host", "ADDRESS", "where to listen (default: 127.0.0.1)")
-    parser.flag("--port", "N", "the port, 0 for any (default: 8080)")
-    parser.flag("--token-file", "F", "who asks must know its token; needed for another --host")
+    about = "the folder of the gallery"
+    parser.add_argument("--gallery", metavar="G", required=True, help=about)
+    about = "the folder of a run whose net is served, too"
+    parser.add_argument("--run", metavar="W", help=about)
+    about = "where to listen (default: %(default)s)"
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
+    about = "the port, 0 for any (default: %(default)s)"
+    port = messages.whole(0, 65535)
+    parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
+    about = "who asks must know its token; needed for another --host"
+    parser.add_argument("--token-file", metavar="F", help=about)
+    parser.command(run, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
 
 
 def run(args: argparse.Namespace) -> Result:
     """Serves until a signal; the address is the first line of the output."""
-    host = args.host or "127.0.0.1"
-    port = _port(args.port)
     need("serve", "starlette", "uvicorn", "httptools", extra="serve")
     from vidjax.serve import limits as limits_lib
     from vidjax.serve import server
 
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
-    if token is None and not limits_lib.is_loopback(host):
+    if token is None and not limits_lib.is_loopback(args.host):
         raise UserError(
-            f"--host={host} is reached from other machines: --token-file=F is needed\n"
+            f"--host={args.host} is reached from other machines: --token-file=F is needed\n"
             "make one: (umask 077; openssl rand -hex 32 > F)"
         )
     from vidjax import predict
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace) -> Result:
         gallery = Gallery(args.gallery, run=restored, sync=True)
     limits = limits_lib.Limits()
     app = make_app(gallery, restored, limits, token)
-    listener = server.listen(host, port)
+    listener = server.listen(args.host, args.port)
     with listener:
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -49,19 +54,3 @@ def run(args: argparse.Namespace) -> Result:
         complete = server.serve(app, listener, limits)
     text = "ended" if complete else "ended: requests under way were cut off"
     return Result({"ended": True, "complete": complete}, text=text)
-
-
-def _port(text: str | None) -> int:
-    if text is None:
-        return 8080
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise UserError(f"--port={text}: wanted a number from 0 to 65535")
-    return int(text)
-
-
-COMMAND = Command(
-    "answers other programs over HTTP: who clips show",
-    add_flags,
-    run,
-    ("--gallery=people", "--gallery=people --run=runs/mma --port=9000"),
-)

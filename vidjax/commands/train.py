@@ -10,23 +10,21 @@ from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    common.config_flag(parser)
-    parser.flag("--workdir", "FOLDER", "the run's folder (default: runs/NAME)")
+    common.config_flag(parser, required=True)
+    parser.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.fields()
     common.process_flags(parser)
+    examples = ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH")
+    parser.command(run, *examples)
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration to train and the run's folder."""
-    if not args.config:
-        raise UserError("train needs --config=FILE, e.g. --config=configs/mma.py")
-    if args.workdir == "":
-        raise UserError("--workdir= is empty: name a folder")
     config = config_io.override(api.load_config(args.config), args.overrides)
     workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
@@ -88,11 +86,3 @@ def run(args: argparse.Namespace) -> Result:
             analysis.write_report(workdir)  # somebody deleted it
     seconds = None if finished_before else results["seconds"]
     return common.summary(config, workdir, results, seconds, finished_before=finished_before)
-
-
-COMMAND = Command(
-    "trains a system, evaluates it, writes a report",
-    add_flags,
-    run,
-    ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH"),
-)

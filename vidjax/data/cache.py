@@ -151,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
-        parser = messages.Parser("python -m vidjax.data.cache", "List what is in the cache.")
+        parser = messages.Parser(
+            "python -m vidjax.data.cache", description="List what is in the cache."
+        )
         parser.add_argument("--cache_dir", metavar="C", help="$VIDJAX_CACHE or ~/.cache/vidjax")
         parser.add_argument(
             "--prune", metavar="DAYS", type=float, help="delete what was not used for DAYS days"

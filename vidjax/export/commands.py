@@ -3,13 +3,13 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidjax import files, messages
-from vidjax.errors import UserError, need, suggest
-from vidjax.messages import Command, Parser, Result
+from vidjax.errors import UserError, need
+from vidjax.messages import Parser, Result
 
 if TYPE_CHECKING:
     from vidjax.export.formats import Format
@@ -20,50 +20,43 @@ MANIFEST = "export.json"
 
 def _places(args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the folder that a command reads, and the new one that it makes."""
-    if not args.folder:
-        raise UserError(f"{args.command} needs a folder: {COMMANDS[args.command].example[0]}")
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if files.exists(to):
         raise UserError(f"--to={to}: there is something already: name a new folder")
     return source, to
 
 
-def _export_flags(parser: Parser) -> None:
-    parser.add_argument("folder", nargs="?", metavar="RUN", help="the folder of a run or a gallery")
-    parser.flag("--to", "DIR", "the new folder", needed=True)
-    parser.flag("--format", "F", ", ".join(NAMES), needed=True)
-    parser.flag("--checkpoint", "C", "latest (the default), or best by MAP")
+def add_export_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax export`."""
+    about = "the folder of a run or a gallery"
+    parser.add_argument("folder", metavar="RUN", help=about)
+    parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
+    parser.add_argument("--format", choices=NAMES, required=True, help="the format")
+    about = "latest (the default), or best by MAP"
+    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help=about)
+    examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
+    parser.command(_export, *examples)
 
 
-def _import_flags(parser: Parser) -> None:
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="a folder that export has made")
-    parser.flag("--to", "RUN", "the new folder of the run", needed=True)
-
-
-def _check_format(name: str) -> None:
-    """Refuses an unknown format, and one whose packages are not installed."""
-    if name not in NAMES:
-        raise UserError(f"--format={name}: {suggest(name, NAMES)}")
-    from vidjax.export.formats import FORMATS
-
-    need(f"--format={name}", *FORMATS[name].packages, extra=FORMATS[name].extra)
+def add_import_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax import`."""
+    parser.add_argument("folder", metavar="DIR", help="a folder that export has made")
+    parser.add_argument("--to", metavar="RUN", required=True, help="the new folder of the run")
+    parser.command(_import, "exported --to=runs/copy")
 
 
 def _export(args: argparse.Namespace) -> Result:
     """Writes a run or a gallery into a new folder, once it has answered as we do."""
     (source, to), began = _places(args), time.monotonic()
-    step = args.checkpoint or "latest"
-    if step not in ("latest", "best"):
-        raise UserError(f"--checkpoint={step}: choose from latest and best")
-    _check_format(args.format)
     from vidjax.export.formats import FORMATS
     from vidjax.gallery.store import NAME
 
     chosen = FORMATS[args.format]
+    need(f"--format={args.format}", *chosen.packages, extra=chosen.extra)
     with _new_folder(to) as folder:
         is_gallery = files.exists(source / NAME)
         write = _write_gallery if is_gallery else _write_run
-        found = write(source, folder, chosen, args.format, step)
+        found = write(source, folder, chosen, args.format, args.checkpoint)
         written = {"format": args.format, **found, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
@@ -151,19 +144,3 @@ def _import(args: argparse.Namespace) -> Result:
     rows = {"workdir": messages.shown(to), "step": f"{run.step:,}"}
     rows |= {"identities": f"{len(run.identities):,}", "modalities": ", ".join(run.modalities)}
     return Result({"workdir": str(to), "step": run.step}, rows)
-
-
-COMMANDS: Mapping[str, Command] = {
-    "export": Command(
-        "writes a run or a gallery in the format of another runtime",
-        _export_flags,
-        _export,
-        ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy"),
-    ),
-    "import": Command(
-        "makes a run of an exported folder, by its weights",
-        _import_flags,
-        _import,
-        ("exported --to=runs/copy",),
-    ),
-}

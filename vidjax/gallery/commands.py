@@ -1,15 +1,15 @@
-"""The commands of a gallery, `python -m vidjax.gallery COMMAND` and `vidjax gallery COMMAND`."""
+"""The commands of a gallery, `vidjax gallery COMMAND`."""
 
 import argparse
 import contextlib
+import functools
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
 from vidjax.gallery.changes import stack
-from vidjax.messages import Command, Parser, Result
+from vidjax.messages import Parser, Result
 from vidjax.run import terminal
 
 if TYPE_CHECKING:
@@ -64,9 +64,6 @@ ONE_OF = {
 HELP = """\
 A gallery knows people who are enrolled, found and deleted without training.
 
-commands:
-{commands}
-
 Clips are --input=PATH, a folder or table without labels, or one .npz; or a
 split of a dataset, --split=S with --config.data.name=N --config.data.dir=D,
 which are those of the run where they are left out. A clip shows one person.
@@ -78,30 +75,31 @@ vidjax/gallery/README.md tells the whole way.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command in `argv`, by default `sys.argv[1:]`; returns the exit code."""
-    return messages.run_command(argv, parse, COMMANDS, named=False)
+class Command(NamedTuple):
+    """A command, `vidjax gallery NAME`; each `example` has the flags of a call."""
+
+    about: str
+    add_flags: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], Result]
+    example: tuple[str, ...]
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the command and its flags, see `messages.parse`; a wrong one is a UserError."""
-    prog = "vidjax gallery" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.gallery"
-    own = messages.split_overrides(words)[0]
-    name = next((word for word in own if not word.startswith("-")), None)
-    if name is None:
-        about = "\n".join(f"  {one:10} {command.about}" for one, command in COMMANDS.items())
-        text = HELP.format(commands=about)
-        messages.Parser(prog, text, f"{prog} COMMAND G [--FLAG=VALUE ...]").parse_known_args(own)
-        raise UserError(f"name a command: {', '.join(COMMANDS)}\n--help tells what they do")
-    if name not in COMMANDS:
-        raise messages.no_command(name, COMMANDS)
-    rest = list(words)
-    rest.remove(name)
-    args = messages.parse(prog, COMMANDS, name, rest, stray=lambda word: _about_stray(word, name))
-    if not args.gallery:
-        raise UserError(f"{name} needs the folder of a gallery: {name} FOLDER")
+def add_flags(parser: Parser) -> None:
+    """Adds the commands of `vidjax gallery`, each with its flags."""
+    parser.description = HELP
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True
+    )
+    for name, command in COMMANDS.items():
+        about = f"{command.about[0].upper()}{command.about[1:]}."
+        one = subparsers.add_parser(name, help=command.about, description=about)
+        command.add_flags(one)
+        one.command(functools.partial(_run, command), *command.example)
+
+
+def _run(command: Command, args: argparse.Namespace) -> Result:
     _check(args)
-    return args
+    return command.run(args)
 
 
 def _flags(
@@ -114,33 +112,23 @@ def _flags(
     """
 
     def add_flags(parser: Parser) -> None:
-        parser.add_argument("gallery", nargs="?", metavar="G", help="the folder of the gallery")
+        parser.add_argument("gallery", metavar="G", help="the folder of the gallery")
         for name in names:
             metavar, about = strangers if name == "strangers" else FLAGS.get(name, ("", ""))
             if name == "config":
                 parser.fields("data.")
             elif metavar is None:
-                parser.switch(f"--{name}", about)
+                parser.add_argument(f"--{name}", action="store_true", help=about)
             else:
-                parser.flag(f"--{name}", metavar, about, needed=name in needs)
+                needed = name in needs
+                parser.add_argument(f"--{name}", metavar=metavar, required=needed, help=about)
 
     return add_flags
-
-
-def _about_stray(stray: str, name: str) -> str | None:
-    known = messages.make_parser("", name, COMMANDS[name]).flags
-    flags = [flag for flag in ("--input", "--run", "--identity", "--clip") if flag in known]
-    if {"--input", "--run"} & {*flags}:
-        flags = flags[:1]
-    return f"did you mean {' or '.join(f'{flag}={stray}' for flag in flags)}?" if flags else None
 
 
 def _check(args: argparse.Namespace) -> None:
     """Checks the flags' values and that they go together, before slow libraries are imported."""
     given = vars(args)
-    for word in args.overrides:
-        if not word.startswith("--config.data."):
-            raise UserError(f"{word}: a gallery takes fields of config.data alone")
     if "split" in given and bool(args.split) == bool(args.input):
         lead = "takes one of two flags" if args.split else "needs clips"
         raise UserError(

@@ -194,9 +194,9 @@ class Store:
         if files.exists(self.folder / OLD_NAME):
             return UserError(
                 f"'{self.folder}' is a gallery of an older version of vidjax\nmake it anew in "
-                "another folder: python -m vidjax.gallery create FOLDER --run=RUN, then enrol"
+                "another folder: vidjax gallery create FOLDER --run=RUN, then enrol"
             )
-        command = "python -m vidjax.gallery create"
+        command = "vidjax gallery create"
         make = f"a gallery is made of a run: {command} {self.folder} --run=RUN"
         if files.exists(self.folder / "config.json"):
             make = f"it is a run: {command} NEW_FOLDER --run={self.folder} makes a gallery of it"
