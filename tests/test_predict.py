@@ -1,8 +1,6 @@
 """A run from Python gives the numbers of the command, to the bit, of clips that lie in memory."""
 
-import copy
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -236,28 +234,9 @@ def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
         assert (tmp_path / "run" / name).read_text() == (train("mma") / name).read_text()
 
 
-def test_a_run_is_shown_in_a_line_copied_and_pickled(train, clips):
-    """The folder is not needed again: a worker on another machine may not have it."""
-    name, frames = next((name, frames) for name, frames in clips["val"].items() if frames)
-    for system in ("mma", "ensemble"):
-        run = predict.restore(train(system), num_devices=1)
-        assert len(repr(run)) < 300 and str(train(system)) in repr(run)
-        content = pickle.dumps(run)
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves((run.params, run.model_state)))
-        assert weights < len(content) < weights + 200_000  # no compiled program
-        moved = pickle.loads(content)
-        for other in (moved, copy.copy(run), copy.deepcopy(run)):
-            assert repr(other) == repr(run)
-            assert other.config == run.config and other.step == run.step
-            np.testing.assert_array_equal(other.scores({name: frames}), run.scores({name: frames}))
-
-
-def test_a_pickled_run_needs_no_folder(train, clips, tmp_path):
-    shutil.copytree(train("knn"), tmp_path / "run")
-    run = predict.restore(tmp_path / "run", num_devices=1)
-    content, wanted = pickle.dumps(run), run.rank(clips["val"])
-    shutil.rmtree(tmp_path / "run")
-    assert pickle.loads(content).rank(clips["val"]) == wanted
+def test_a_run_is_shown_in_a_line(train):
+    run = predict.restore(train("mma"), num_devices=1)
+    assert len(repr(run)) < 300 and str(train("mma")) in repr(run)
 
 
 @pytest.mark.parametrize("name", ["mma", "ensemble", "knn"])

@@ -12,18 +12,16 @@ TensorFlow.
 
 import math
 import numbers
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config_io, devices, ensemble, files, messages
+from vidjax import config_io, devices, ensemble, files
 from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData
@@ -31,7 +29,7 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument
-from vidjax.evaluation.restore import check_widths, find_run, load_weights, task_of
+from vidjax.evaluation.restore import check_widths, find_run, load_weights
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
 from vidjax.run import results as results_lib
 from vidjax.run.terminal import uncounted
@@ -40,7 +38,6 @@ from vidjax.steps import topk
 from vidjax.system import System, make_system
 
 SMALL_REQUEST = 4  # clips, and rows of the block that scores them
-_REMADE = ("system", "score_fn", "embed_fn", "mesh")  # attributes that a pickle does not hold
 THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
 
 
@@ -65,9 +62,6 @@ class Predictor(NamedTuple):
 
     A clip is scored by the members that were not trained on a clip of that name. If all members
     were trained on all training clips, and a call has one of these, all members score all clips.
-
-    A predictor can be copied and pickled, and then needs no folder of the run: it keeps weights and
-    configuration, and takes compiled programs from the cache.
 
     Attributes:
       workdir: the run's folder.
@@ -108,11 +102,6 @@ class Predictor(NamedTuple):
             f"<run '{self.workdir}': {self.config.model.name}, {len(self.identities)} identities, "
             f"{', '.join(self.modalities)}, step {self.step}{reached}>"
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: getattr(self, name) for name in self._fields if name not in _REMADE}
-        weights = jax.device_get({name: state[name] for name in ("params", "model_state")})
-        return _remake, (state | weights, self.mesh.size)
 
     @property
     def threshold(self) -> float | None:
@@ -374,19 +363,22 @@ def restore(
     run = find_run(config, workdir)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
-    state = {
-        "workdir": workdir,
-        "step": run.manifest["step"],
-        "manifest": run.manifest,
-        "results": _results_of(workdir, run.manifest["step"]),
-        "config": config,
-        "identities": run.identities,
-        "modalities": dict(run.task.modalities),
-        "params": params,
-        "model_state": model_state,
-        "training_sets": run.training_sets,
-    }
-    return _assemble(state, system, mesh)
+    return Predictor(
+        workdir=workdir,
+        step=run.manifest["step"],
+        manifest=run.manifest,
+        results=_results_of(workdir, run.manifest["step"]),
+        config=config,
+        identities=run.identities,
+        modalities=dict(run.task.modalities),
+        params=params,
+        model_state=model_state,
+        training_sets=run.training_sets,
+        system=system,
+        score_fn=eval_step_lib.make_eval_step(system, mesh),
+        embed_fn=eval_step_lib.make_embed_step(system),
+        mesh=mesh,
+    )
 
 
 def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
@@ -411,30 +403,6 @@ def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
     return results
 
 
-def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
-    """Rebuilds a pickled predictor, on `num_devices` devices or as many as there are."""
-    devices.keep_programs(files.cache_root())
-    mesh = devices.make_mesh(min(num_devices, jax.device_count()))
-    task = task_of(state["manifest"])
-    weights = {name: state[name] for name in ("params", "model_state")}
-    return _assemble(
-        {**state, **devices.replicate(mesh, weights)},
-        make_system(state["config"].to_dict(), task),
-        mesh,
-    )
-
-
-def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor:
-    """Returns a predictor with the fields in `state`; its functions compile at their first use."""
-    return Predictor(
-        **state,
-        system=system,
-        score_fn=eval_step_lib.make_eval_step(system, mesh),
-        embed_fn=eval_step_lib.make_embed_step(system),
-        mesh=mesh,
-    )
-
-
 def as_lists(
     identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
 ) -> dict[str, list[tuple[str, float]]]:
@@ -448,8 +416,3 @@ def as_lists(
         ]
         for identity, (indices, scores) in zip(identities, rows, strict=True)
     }
-
-
-if __name__ == "__main__":
-    messages.complain("vidjax.predict is for programs; to rank clips: vidjax --mode=rank")
-    sys.exit(2)
