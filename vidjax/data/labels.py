@@ -29,7 +29,7 @@ def load_official_truth(
     """Reads `{split}_gt.txt` as split -> clip -> identity; `clips` is split -> its known clips."""
     truth = {}
     for split, path in find_ground_truth(directory).items():
-        truth[split] = load_ground_truth(path, known_clips=clips.get(split))
+        truth[split] = load_ground_truth(path, known_clips=clips.get(split, ()))
         if split in clips:
             check_known(path, truth[split], clips[split])
     return truth
@@ -178,48 +178,61 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def load_ground_truth(
-    path: str | os.PathLike[str], *, known_clips: Collection[str] | None = None
+    path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
 ) -> dict[str, str]:
     """Returns clip (without `.mp4`) -> identity (as written) of a ground-truth file, in its order.
 
     The direct form is `NAME.mp4 ID`, one clip per line; the inverted form `ID NAME.mp4 NAME.mp4
-    ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it,
-    `known_clips` (without `.mp4`) decides, then the file name (train_gt is direct, val_gt and
-    test_gt are inverted), then the column that holds whole numbers. A byte order mark, CRLF, tabs,
-    blank lines and additional spaces are ignored. White space within a name is written as in a URL,
-    `First%20Last`.
+    ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it, the
+    file name decides: train_gt is direct, val_gt and test_gt are inverted. A byte order mark, CRLF,
+    tabs, blank lines and additional spaces are ignored. White space within a name is written as in
+    a URL, `First%20Last`, unless `known_clips` (without `.mp4`) has the name as it is written.
 
     Raises:
       ValueError: not UTF-8, an ambiguous form, a line of the other form, a clip twice, an identity
         twice or without clips (inverted), or a label that is no whole number from 1 up where most
         are; names the line.
     """
-    path = Path(path)
-    lines = _lines(path)
-    if not lines:
-        raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 ID'")
-    inverted = _is_inverted(path, lines, known_clips)
-    known = frozenset(known_clips or ())
+    path, known = Path(path), frozenset(known_clips)
+    lines = _lines(path, "NAME.mp4 ID")
+    inverted = _is_inverted(path, [fields for _, fields in lines])
     rows: list[tuple[int, str, str]] = []  # line, clip, identity
     first_lines: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
-        if inverted:
-            identity, *names = fields
-            if not names:
-                raise UserError(f"{where} identity {show(identity)} has no clips")
-            if first_lines.setdefault(identity, number) != number:
-                raise UserError(
-                    f"{where} identity {show(identity)} is already in line "
-                    f"{first_lines[identity]}: join the two lines"
-                )
-        elif len(fields) == 2:
-            *names, identity = fields
-        else:
+        others = fields[:1] if inverted else fields[1:]
+        if any(name.endswith(".mp4") for name in others):
+            raise UserError(
+                f"{where} the clip is not in the same column as in other lines\n"
+                "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all"
+            )
+        identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
+        if inverted and not names:
+            raise UserError(f"{where} identity {show(identity)} has no clips")
+        if not inverted and len(fields) != 2:
             raise UserError(f"{where} {len(fields)} fields, wanted a clip and its identity")
+        if inverted and first_lines.setdefault(identity, number) != number:
+            raise UserError(
+                f"{where} identity {show(identity)} is already in line "
+                f"{first_lines[identity]}: join the two lines"
+            )
         rows += [(number, _clip_of(name, known, where), unescape(identity)) for name in names]
     _check_identities(path, rows)
     return _by_clip(path, rows)
+
+
+def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
+    """Returns True for the inverted form: by the first `.mp4`, else by the name of the file."""
+    for fields in lines:
+        for column, name in enumerate(fields):
+            if name.endswith(".mp4"):
+                return column > 0
+    if path.name not in [f"{split}_gt.txt" for split in SPLITS]:
+        raise UserError(
+            f"{path}: 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4;\n"
+            "name the file train_gt.txt (the first form) or val_gt.txt (the second)"
+        )
+    return path.name != "train_gt.txt"
 
 
 def _clip_of(text: str, known: Collection[str], where: str) -> str:
@@ -231,8 +244,8 @@ def _clip_of(text: str, known: Collection[str], where: str) -> str:
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
-def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """Returns line number and fields of every line that is not blank."""
+def _lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
+    """Returns line number and fields of every line that is not blank; refuses an empty file."""
     if not path.exists():
         raise NoFileError(f"{path}: no such file")
     with files.open_input(path) as file:
@@ -243,44 +256,15 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line}: not UTF-8 text (byte {error.start})") from None
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
-    return [(number, line.split()) for number, line in numbered if line.strip()]
-
-
-def _is_inverted(
-    path: Path, lines: list[tuple[int, list[str]]], known_clips: Collection[str] | None
-) -> bool:
-    """Returns True for the inverted form, by the first clear sign; see `load_ground_truth`."""
-    direct = [number for number, fields in lines if fields[0].endswith(".mp4")]
-    inverted = [
-        number for number, fields in lines if any(name.endswith(".mp4") for name in fields[1:])
-    ]
-    if direct and inverted:
-        number = max(direct[0], inverted[0])
-        raise UserError(
-            f"{path}: line {number}: the clip is not in the same column as in other lines\n"
-            "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all"
-        )
-    if direct or inverted:
-        return bool(inverted)
-    known = frozenset(known_clips or ())
-    first = sum(fields[0] in known for _, fields in lines)
-    later = sum(fields[1] in known for _, fields in lines if len(fields) > 1)
-    if first != later:
-        return later > first
-    if path.name in [f"{split}_gt.txt" for split in SPLITS]:
-        return path.name != "train_gt.txt"
-    first = sum(_is_integer(fields[0]) for _, fields in lines)
-    later = sum(_is_integer(fields[1]) for _, fields in lines if len(fields) > 1)
-    if first != later and max(first, later) == len(lines):
-        return first > later
-    raise UserError(
-        f"{path}: 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4 or is known;\n"
-        "name the file train_gt.txt (the first form) or val_gt.txt (the second)"
-    )
+    lines = [(number, line.split()) for number, line in numbered if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: is empty; write one line per clip, '{form}'")
+    return lines
 
 
 def _is_integer(text: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]+", text) is not None
+    """Returns True for a whole number of few digits: Python refuses to read thousands of them."""
+    return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
 def _check_identities(path: Path, rows: list[tuple[int, str, str]]) -> None:
@@ -327,9 +311,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     more, a clip that comes twice, or clips that `check_known` refuses.
     """
     path = Path(path)
-    lines = _lines(path)
-    if not lines:
-        raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 WEIGHT'")
+    lines = _lines(path, "NAME.mp4 WEIGHT")
     given: dict[str, float] = {}
     known = frozenset(clips)
     at: dict[str, int] = {}
