@@ -86,7 +86,7 @@ def test_the_only_member_is_ranked_as_others_are_and_cannot_be_left_out(on_train
     one = restore.make_model(config, on_train, run, load_data(config), mesh)
     clips = one.data.split("val").clips
     scorer = scoring.ModelScorer(one, clips, mesh)
-    ranked = scoring.make_ranking(scorer.columns, np.ones(len(clips), bool))
+    ranked = scoring.make_ranking(len(one.data.identities), mesh, np.ones(len(clips), bool))
     for window in scoring.windows([one], "val", 16, mesh, 1):
         scorer.score(window[0], rankings=[ranked])
         assert scorer.score(window[0], without=0) == []

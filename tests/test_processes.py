@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import os
 import random
 import re
 import signal
@@ -350,56 +349,6 @@ def test_processes_train_and_go_on_as_any_number_of_others(together):
     assert group.wait(SECONDS) == [0, 0], group.said()
     assert not run.differences()
     assert group.processes[1].said() == ""
-
-
-ROWS = """
-import sys
-import jax, numpy as np
-from vidjax import devices
-from vidjax.batch import Batch
-from vidjax.cluster import join
-from vidjax.cluster.processes import Place
-group = join.join(Place(sys.argv[1], 3, int(sys.argv[2])), print)
-mesh = devices.make_mesh(model=3)  # the devices of a process are one row and a third
-own = np.arange(12, dtype=np.int32).reshape(-1, 4 * 3 // devices.share(mesh).parts)
-own = own[devices.share(mesh).number]
-batch = devices.shard_batch(mesh, Batch({}, own, own >= 0), devices.share(mesh))
-for shard in batch.clip_index.addressable_shards:
-    assert (np.asarray(shard.data) == np.arange(12)[shard.index]).all()
-assert devices.fetch(batch.clip_index).tolist() == [*range(12)]
-print("sum", int(jax.jit(jax.numpy.sum)(batch.clip_index)))
-group.end()
-"""
-
-
-@pytest.mark.slow
-def test_a_row_of_devices_may_lie_unevenly_over_processes():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    words = [sys.executable, "-c", ROWS, f"127.0.0.1:{free_port()}"]
-    started = [
-        subprocess.Popen(
-            [*words, str(number)], env={**os.environ, **flags},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(3)
-    ]  # fmt: skip
-    for process in started:
-        said, errors = process.communicate(timeout=SECONDS)
-        assert process.returncode == 0, errors
-        assert "sum 66" in said
-
-
-@pytest.mark.slow
-def test_a_closed_form_is_solved_where_its_classes_lie_on_several_processes(official_dir, tmp_path):
-    maps = []
-    for count in (2, 1):
-        run = Run(tmp_path / str(count), official_dir, "mma", "streaming", None)
-        words = (f"--config.data.dir={official_dir}", "--config.mesh.model=4")
-        run.words = (run.words[0], "--config=configs/plda.py:iqiyi_vid,face,head", *words)
-        group = Group(run, count)
-        assert group.wait(SECONDS) == [0] * count, group.said()
-        maps.append(json.loads((run.workdir / "metrics.json").read_text())["map"])
-    assert abs(maps[0] - maps[1]) < 1e-6
 
 
 @pytest.mark.slow

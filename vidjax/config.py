@@ -295,9 +295,6 @@ TABLE: tuple[Field | Group, ...] = (
           "`loss.embedding`", low=0, read_when=EMBEDDING),
     Field("loss.label_smoothing", 0.0, "share of the target that is spread over all classes in the "
           "softmax cross-entropy, from 0 to below 1", low=0, below=1, read_when=SMOOTHING),
-    Field("loss.sampled_classes", 1.0, "share of the classes, above 0 to 1, that a training step "
-          "compares its clips with: those of its clips, and others drawn at random; 1: all "
-          "classes", above=0, high=1),
 
     Group("optim", "the optimizer and its schedule"),
     Field("optim.name", "adam", "the optimizer"),
@@ -332,9 +329,6 @@ TABLE: tuple[Field | Group, ...] = (
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
           read_when=JOINED),
 
-    Group("mesh", "the devices"),
-    Field("mesh.model", 1, "devices that share the classes: each holds its part of the classifier. "
-          "The others share the clips", low=1, high=2**16, movable=True),
 )
 # fmt: on
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}

@@ -10,7 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,8 +25,6 @@ from vidjax.errors import UserError, check_argument
 from vidjax.files import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
-# The layout of a tree of arrays on the devices: a sharding of all of them, or a tree of shardings.
-Layout: TypeAlias = object
 
 
 def keep_programs(folder: Path) -> None:
@@ -115,11 +113,11 @@ def _commit(checkout: Path) -> str | None:
     return f"{commit}-dirty" if changed and commit else commit or None
 
 
-def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
-    """Returns a mesh of the first devices: clips are split over `data`, classes over `model`.
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """Returns a mesh of the first devices, over whose axis `data` clips are split; None: of all.
 
-    `num_devices` None is all of them; `model` of these share the classes. Both axes are Auto: one
-    program runs on any number of devices, with equal draws, and batch statistics over all devices.
+    The axis is Auto: one program runs on any number of devices, with equal draws, and batch
+    statistics over all devices.
     """
     devices = _devices()
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
@@ -129,16 +127,11 @@ def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
             f"choose from 1 to {len(devices)}, or None for all of them"
         )
     devices = devices[:num_devices]
-    if len(devices) % model:
-        raise UserError(
-            f"config.mesh.model={model}: {len(devices)} devices cannot be split so\n"
-            f"choose a divisor of {len(devices)}: --config.mesh.model=1 splits no classes"
-        )
-    shape, kinds = (len(devices) // model, model), (AxisType.Auto, AxisType.Auto)
+    kinds = (AxisType.Auto,)
     if processes.process_count() > 1:  # the devices of a process follow each other, see `share`
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        return Mesh(np.array(ordered).reshape(shape), ("data", "model"), axis_types=kinds)
-    return jax.make_mesh(shape, ("data", "model"), axis_types=kinds, devices=devices)
+        return Mesh(np.array(ordered), ("data",), axis_types=kinds)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
 def _devices() -> list[Any]:
@@ -170,7 +163,7 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
     return put(tree, replicated(mesh))
 
 
-def put(tree: Tree, layout: Layout) -> Tree:
+def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
     """Puts a tree of arrays on the devices with a layout, one sharding or a tree of them.
 
     Arrays on the host must be whole, and equal in all processes.
@@ -205,7 +198,7 @@ def _fetch(x: Array) -> np.ndarray:
 
 def share(mesh: Mesh) -> Share:
     """Returns the part of the rows of a batch that this process reads."""
-    owners = [[device.process_index for device in row] for row in mesh.devices]
+    owners = [[device.process_index] for device in mesh.devices]
     return shares(np.array(owners))[processes.process_index()]
 
 
@@ -247,10 +240,10 @@ def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
 
     `part` is the part of B that `batch` holds: WHOLE, or on the host the `share` of this process.
     """
-    rows, devices = np.shape(batch.clip_index)[0] * part.parts, mesh.shape["data"]
-    if rows % devices:
+    rows = np.shape(batch.clip_index)[0] * part.parts
+    if rows % mesh.size:
         raise UserError(
-            f"config.batch_size={rows} cannot be split over {devices} devices: use a multiple"
+            f"config.batch_size={rows} cannot be split over {mesh.size} devices: use a multiple"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
     if part == WHOLE:

@@ -246,7 +246,6 @@ def make_objective(
     steps_per_epoch: float,
     *,
     logit_scale: float,
-    columns: Array | None = None,
 ) -> Objective:
     """Builds the training objective.
 
@@ -256,8 +255,6 @@ def make_objective(
     Args:
       spec: see `make_loss`; also `embedding`, a name in EMBEDDING or empty, and its weight.
       class_mask, steps_per_epoch, logit_scale: see `make_loss`.
-      columns: [K] int32, class column of each logit, if a step uses a sample of the classes; labels
-        are then indices into `columns`. None: the logits are of all classes, in order.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
@@ -279,8 +276,7 @@ def make_objective(
         loss = jnp.sum(per_branch * train_weight, axis=1)
         if not name:
             return loss
-        own = labels if columns is None else columns[labels]
-        return loss + weight * EMBEDDING[name](output.embedding, own, mask)
+        return loss + weight * EMBEDDING[name](output.embedding, labels, mask)
 
     return objective
 

@@ -13,8 +13,6 @@ import optax
 from vidjax.batch import Array
 from vidjax.errors import UserError, suggest_entry
 
-SECOND_MOMENT_DECAY = 0.999  # of Adam: its paper and optax
-
 
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
@@ -166,7 +164,7 @@ def make_schedule(
 
 def adam() -> optax.GradientTransformation:
     """Returns Adam (Kingma and Ba), with the decays of its paper, 0.9 and 0.999."""
-    return optax.scale_by_adam(b2=SECOND_MOMENT_DECAY)
+    return optax.scale_by_adam()
 
 
 def sgd(*, momentum: float) -> optax.GradientTransformation:

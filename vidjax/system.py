@@ -3,8 +3,6 @@
 This module takes a configuration as nested dicts; callers have a ConfigDict and pass `to_dict()`.
 """
 
-import functools
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +21,6 @@ from vidjax.models.base import Identifier
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 
-# Padded class columns are a multiple of this, so that 1, 2, 4 and up to 128 devices can share them.
-COLUMN_MULTIPLE = 128
-
 
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
@@ -35,17 +30,16 @@ class System(NamedTuple):
 
     Attributes:
       config: the configuration, nested dicts; the steps read its plain values.
-      task: sizes of the training data; `model` may have more class columns, for padding.
+      task: sizes of the training data.
       fuse_train, fuse_eval: modality -> function that fuses its frames, called with (key, frames);
         the key is None in evaluation.
       frame_is_example: True if each fused frame of a clip is an example of its own.
       clip_transforms, transforms: augmentations before and after the frames of clips are fused.
       objective: (output, labels [B], mask [B], step) -> loss [B].
-      make_objective: class_mask or None -> objective that ignores columns where the mask is False.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       scores_are_logs: True if scores are logarithms; their exponentials are then averaged.
-      class_mask: [K] bool, False for columns without training clips, and for padding.
+      class_mask: [K] bool, False for columns without training clips.
     """
 
     config: Mapping[str, Any]
@@ -57,18 +51,12 @@ class System(NamedTuple):
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
     objective: losses.Objective
-    make_objective: Callable[..., losses.Objective]
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation
     lr_schedule: optax.Schedule
     score_fn: Callable[[Array, Array], Array]
     scores_are_logs: bool
     class_mask: Array
-
-    @property
-    def sampled_classes(self) -> float:
-        """Share of the classes that a training step draws, above 0; 1 for all."""
-        return self.config["loss"]["sampled_classes"]
 
     @property
     def vmap_members(self) -> bool:
@@ -140,7 +128,6 @@ class TaskSpec(NamedTuple):
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
       settings: name -> value of the model's attributes that its `prepare` fitted, or None.
-      padded_columns: number of class columns with padding; None without padding.
     """
 
     modalities: Mapping[str, int]
@@ -150,7 +137,6 @@ class TaskSpec(NamedTuple):
     total_steps: int
     train_other: bool
     settings: Mapping[str, float | tuple[float, ...]] | None = None
-    padded_columns: int | None = None
 
     @property
     def layout(self) -> NoiseLayout | None:
@@ -161,24 +147,8 @@ class TaskSpec(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """Number of class columns without padding, K."""
+        """Number of class columns, K."""
         return self.layout.num_columns if self.layout else 1 + self.num_identities
-
-    @property
-    def num_model_columns(self) -> int:
-        """Number of class columns of the model, with padding."""
-        return self.padded_columns or self.num_columns
-
-    def with_padding(self, devices: int) -> "TaskSpec":
-        """Returns the task padded for a number of devices; a single device needs no padding."""
-        padded = padded_columns(self.num_columns, devices) if devices > 1 else None
-        return self._replace(padded_columns=padded)
-
-
-def padded_columns(num_columns: int, devices: int) -> int:
-    """Returns the least number of columns with padding that a number of devices share evenly."""
-    multiple = math.lcm(COLUMN_MULTIPLE, devices)
-    return -(-num_columns // multiple) * multiple
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
@@ -193,19 +163,10 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     tx, schedule = optim.make_optimizer(
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
-    num_columns = task.num_model_columns
     model = make_model(config, task)
     # Some models have a logit for somebody new; of a net, training must have seen such clips.
     knows_other = task.train_other or model.knows_unknown
-    columns = np.arange(num_columns)
-    class_mask = jnp.asarray(np.where(columns == 0, knows_other, columns < task.num_columns))
-    make_objective = functools.partial(
-        losses.make_objective,
-        config["loss"],
-        steps_per_epoch=steps_per_epoch,
-        logit_scale=model.logit_scale,
-    )
-    is_whole = knows_other and num_columns == task.num_columns
+    class_mask = jnp.asarray((np.arange(task.num_columns) > 0) | knows_other)
     if (scores := config["eval"]["scores"]) not in SCORES:
         raise UserError(f"config.eval.scores='{scores}': {suggest_entry(scores, SCORES)}")
     score_fn, scores_are_logs = SCORES[scores]
@@ -219,8 +180,12 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         frame_is_example=config["after_fusion"] == "examples",
         clip_transforms=clip_transforms,
         transforms=transforms,
-        objective=make_objective(None if is_whole else class_mask),
-        make_objective=make_objective,
+        objective=losses.make_objective(
+            config["loss"],
+            None if knows_other else class_mask,
+            steps_per_epoch,
+            logit_scale=model.logit_scale,
+        ),
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
         lr_schedule=jax.jit(schedule),  # one program, not one for every operation
@@ -272,7 +237,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     return identifier.make_identifier(
         spec,
         modalities=modalities,
-        num_classes=task.num_model_columns,
+        num_classes=task.num_columns,
         num_clips=task.num_clips,
         dtype=jnp.dtype(config["dtype"]),
     )

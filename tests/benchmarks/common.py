@@ -155,13 +155,12 @@ def make_run(
     return Run(system, state, tables, clips, plan, num_params)
 
 
-def make_loop(run: Run, axes: Any = None) -> Any:
+def make_loop(run: Run) -> Any:
     """Returns compiled steps on resident clips: (state, tables, clips, count) to state, outcome."""
     return train_step.make_train_loop(
         run.system,
         devices.make_mesh(1),
         lambda x, step: resident.draw_batch(x, run.plan, step),
-        axes,
     )
 
 

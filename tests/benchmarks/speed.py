@@ -5,7 +5,7 @@
 Every benchmark of BENCHMARKS is a process. What it prints as tables goes into `speed.json`, under
 the name of the processor, and from there into the tables below `<!-- table: speed NAME -->`, with a
 column for each machine. A machine that measures again replaces its own column. `--collect` measures
-nothing and writes the tables. The sizes of `large --paper` are written, too. PyTorch (the extra
+nothing and writes the tables. PyTorch (the extra
 `bench`) and 20 GB of memory are needed. It takes about an hour on 2 cores; run nothing else
 beside it.
 """
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.benchmarks import common, large
+from tests.benchmarks import common
 from tests.benchmarks.scores import replace
 
 FOLDER = Path(__file__).parent
@@ -35,8 +35,6 @@ BENCHMARKS = {
     "streaming": ["end_to_end", "--streaming", "--epochs=5"],
     "time_to_map": ["time_to_map"],
     "conversion": ["conversion", "--engines", "--rounds=3"],
-    "sampled": ["large", "--sampled"],
-    "large": ["large"],
     "gallery": ["gallery"],
     "gallery_million": ["gallery", "--people=1000000"],
     "gallery_start": ["gallery_start"],
@@ -90,8 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in BENCHMARKS:
         if any(name in results for results in found.values()):
             text = replace(text, f"speed {name}", render(found, name))
-    for name, (header, rows) in zip(("training", "ranking"), large.paper(), strict=True):
-        text = replace(text, f"paper {name}", common.markdown(header, rows))
     PAGE.write_text(text)
 
 

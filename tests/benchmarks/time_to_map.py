@@ -28,7 +28,6 @@ RATE = 0.003
 RUNS = {
     "vidjax, float32": ["--config.dtype=float32"],
     "vidjax, bfloat16": ["--config.dtype=bfloat16"],
-    "vidjax, float32, a tenth of the classes": ["--config.loss.sampled_classes=0.1"],
     "PyTorch, eager": [],
     "PyTorch, compiled": ["--compile"],
     "PyTorch, compiled, bfloat16": ["--compile", "--bfloat16"],

@@ -24,8 +24,7 @@ from vidjax.run import checkpoint
 NUM_DEVICES = 4  # of all processes together
 SILENCE = 12  # seconds; the limit of a user is longer
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-# One run has the classes of its classifier on two devices each, which two processes may hold.
-WORDS = {"mma": (), "ensemble": ("--config.mesh.model=2",)}
+WORDS = {"mma": (), "ensemble": ()}
 MOMENTS = ("start", "compile", "step", "save", "evaluation")
 
 

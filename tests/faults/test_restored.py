@@ -76,7 +76,7 @@ def test_exact_dtypes_get_the_same_scores(run, dtype):
     np.testing.assert_allclose(run.scores(others), run.scores(clips), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", ["num_identities", "num_clusters", "padded_columns"])
+@pytest.mark.parametrize("size", ["num_identities", "num_clusters"])
 def test_sizes_of_a_manifest_that_cannot_be_fill_no_memory(run, tmp_path, size):
     folder = shutil.copytree(run.workdir, tmp_path / "theirs")
     for step, manifest in checkpoint.manifests(folder).items():

@@ -1,4 +1,4 @@
-"""Training steps of shipped experiments on made-up clips, on any mesh."""
+"""Training steps of shipped experiments on made-up clips, on any number of devices."""
 
 import functools
 from pathlib import Path
@@ -9,19 +9,18 @@ import numpy as np
 
 from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
-from vidjax.steps import class_sharding, train_step
 from vidjax.steps import state as state_lib
+from vidjax.steps import train_step
 from vidjax.system import System, TaskSpec, make_system
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 24  # of features
 
 
-def make_train_step(system, mesh, axes=None) -> Any:
+def make_train_step(system, mesh) -> Any:
     """Compiles single training steps, which donate the state and return the losses as they are."""
-    step = functools.partial(train_step.train_step, system, axes=axes)
-    layout = class_sharding.state_layout(mesh, axes), devices.replicated(mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=layout)
+    step = functools.partial(train_step.train_step, system)
+    return jax.jit(step, donate_argnums=0, out_shardings=devices.replicated(mesh))
 
 
 class MadeRun(NamedTuple):
@@ -29,45 +28,32 @@ class MadeRun(NamedTuple):
 
     system: System
     mesh: jax.sharding.Mesh
-    axes: class_sharding.ClassAxes | None
     state: state_lib.TrainState
     tables: state_lib.Tables
     batch: Batch
 
     def compiled(self):
         """Returns the step, compiled ahead of its first call."""
-        step = make_train_step(self.system, self.mesh, self.axes)
+        step = make_train_step(self.system, self.mesh)
         return step.lower(self.state, self.tables, self.batch).compile()
 
     def train(self, count):
-        """Returns the state after some steps, without padding and on the host, and the losses."""
+        """Returns parameters and moments after some steps, on the host, and the losses."""
         step, state = self.compiled(), self.state
         losses = []
         for _ in range(count):
             state, loss = step(state, self.tables, self.batch)
             losses.append(loss)
-        natural = class_sharding.abstract_state(
-            self.system, dims(self.batch), self.system.task.num_columns, len(state.rng)
-        )
-        state = class_sharding.resize(
-            jax.device_get((state.params, state.opt_state)), (natural.params, natural.opt_state)
-        )
-        return state, np.asarray(jax.device_get(losses))
+        return jax.device_get((state.params, state.opt_state)), np.asarray(jax.device_get(losses))
 
 
-def dims(batch):
-    """Returns modality -> feature width of a batch."""
-    return {name: frames.features.shape[-1] for name, frames in batch.frames.items()}
-
-
-def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=False):
+def make(spec, *words, num_identities=50, num_devices=1, batch_size=32, other=False):
     """Prepares a run.
 
     Args:
       spec: stem of a shipped experiment, with its arguments behind a colon.
       words: overrides.
       num_identities: C.
-      shape: devices of the axes `data` and `model`.
       batch_size: number of clips.
       other: True if some clips show nobody known, and the model learns from them.
     """
@@ -76,10 +62,9 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
     config = config_io.override(config, words)
     rng = np.random.default_rng(0)
     modalities = dict.fromkeys(config.modalities, WIDTH)
-    mesh = devices.make_mesh(shape[0] * shape[1], shape[1])
+    mesh = devices.make_mesh(num_devices)
     task = TaskSpec(modalities, num_identities, None, batch_size, 100, train_other=other)
-    system = make_system(config.to_dict(), task.with_padding(shape[1]))
-    axes = class_sharding.find_class_axes(system, modalities, mesh)
+    system = make_system(config.to_dict(), task)
     members = ensemble.make_members(config.ensemble.to_dict())
     labels = rng.integers(0 if other else 1, 1 + num_identities, (len(members), batch_size))
     people = rng.normal(size=(1 + num_identities, WIDTH))
@@ -96,15 +81,12 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
         np.arange(batch_size, dtype=np.int32),
         np.ones(batch_size, bool),
     )
-    natural = system._replace(model=system.model.with_classes(system.task.num_columns))
-    here = class_sharding.abstract_state(system, modalities, system.model.num_classes, len(members))
 
     def init():
         rngs = ensemble.make_rngs(members, 0)
-        state = state_lib.init_state(natural, modalities, rngs, labels.astype(np.int32))
-        return class_sharding.resize(state, here.replace(labels=state.labels))
+        return state_lib.init_state(system, modalities, rngs, labels.astype(np.int32))
 
-    state = jax.jit(init, out_shardings=class_sharding.state_layout(mesh, axes))()
+    state = jax.jit(init, out_shardings=devices.replicated(mesh))()
     tables = state_lib.make_tables(members, np.ones(labels.shape))
     tables = devices.replicate(mesh, tables)
-    return MadeRun(system, mesh, axes, state, tables, devices.shard_batch(mesh, batch))
+    return MadeRun(system, mesh, state, tables, devices.shard_batch(mesh, batch))

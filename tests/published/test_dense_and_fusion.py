@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import made_steps
 from tests.helpers.made_frames import make_frames
-from vidjax import config_io, ensemble, fusion
+from vidjax import config_io, ensemble, fusion, losses
 from vidjax.augment import MemberClips
 from vidjax.batch import ClipInfo, ModelOutput
 from vidjax.steps import state as state_lib
@@ -197,14 +197,15 @@ def test_quality_fusion_holds_a_low_rate_jumps_and_halves():
 
 
 def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
-    config, system = published("quality_fusion")
+    config, _ = published("quality_fusion")
     logits = np.array([[2.0, -1.0, 0.5]], np.float32)
     p = np.exp(logits) / np.exp(logits).sum()
     softmax = -np.log(p[0, 1])
     s = 1 / (1 + np.exp(-logits[0].astype(np.float64)))
     right = np.array([1 - s[0], s[1], 1 - s[2]])
     focal = np.sum((1 - right) ** 2 * -np.log(right))  # training.py:267-282, gamma 2
-    objective = system.make_objective(None)
+    epoch_steps = CLIPS / config.batch_size
+    objective = losses.make_objective(config.loss.to_dict(), None, epoch_steps, logit_scale=1.0)
     for epoch, share in ((0, 0.75), (23.9, 0.75), (24.1, 1), (98.9, 1), (99.1, 0.98), (199, 0.98)):
         step = jnp.int32(round(epoch * CLIPS / config.batch_size))
         output = ModelOutput(jnp.asarray(logits)[:, None], jnp.zeros((1, 4)))

@@ -36,7 +36,6 @@ from vidjax.run import results
 from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps.class_sharding import ScoreColumns
 
 MAX_RATES = 200  # learning rates that the analysis keeps
 
@@ -65,8 +64,7 @@ class Observer:
     ):
         self._model, self._single, self._mesh = models[0], len(models) == 1, mesh
         self._split = self._model.data.split(split_name)
-        columns = ScoreColumns.of(self._model.system, mesh)
-        self._rows = min(block_size, columns.max_block_rows) * mesh.shape["data"]
+        self._rows = block_size * mesh.size
         self._waiting: collections.deque[tuple[Array, Array, Array, Mapping[str, Array]]]
         self._waiting = collections.deque()
         self._seen = Seen(np.zeros(len(self._split.clips), np.float32), {})
@@ -383,7 +381,7 @@ def evaluate(
     depend on `num_devices`; None uses all. `metrics.json` keeps the metrics of the training, too.
     """
     began = time.monotonic()
-    mesh = devices.make_mesh(num_devices, config.mesh.model)
+    mesh = devices.make_mesh(num_devices)
     run = run or find_run(config, workdir)
     model = make_model(config, workdir, run, data, mesh)
     scored, observer = score_observed([model], config, mesh, analyse=analyse)

@@ -53,15 +53,12 @@ class SampleScorer:
 
     def maps(self, sample: np.ndarray, variants: Variants) -> dict[Any, float]:
         """Returns the MAP of a sample [N] bool for every variant of its blocks, in their order."""
-        columns, rankings = self.scorer.columns, dict[Any, RunningTopK]()
+        rankings = dict[Any, RunningTopK]()
         for block in self.blocks(sample):
             for key, changed, without in variants(block):
                 scores, placed = self.score(changed, without)
                 if key not in rankings:
-                    rankings[key] = RunningTopK(
-                        columns.total, rows=self.rows, mesh=columns.mesh,
-                        identities=columns.identities,
-                    )  # fmt: skip
+                    rankings[key] = RunningTopK(scores.shape[1], rows=self.rows, mesh=self._mesh)
                 rankings[key].add((scores, placed.clip_index, placed.batch_mask))
         truth = self.split.labels, count_positives(self.split, sample)
         return {
@@ -213,6 +210,6 @@ def _hide_frames(scorer: SampleScorer, modality: str, block: Batch, row: int) ->
     mask[np.arange(len(places)) + 1, places] = False  # row 0 hides nothing
     hidden = {**copies.frames, modality: frames._replace(mask=mask)}
     scores, _ = scorer.score(copies._replace(frames=hidden))
-    column = int(scorer.split.labels[copies.clip_index[0]]) - 1 + scorer.scorer.columns.first
+    column = int(scorer.split.labels[copies.clip_index[0]]) - 1
     values = np.asarray(devices.fetch(scores), np.float64)[: len(places) + 1, column]
     return values[0] - values[1:]

@@ -26,14 +26,13 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
-from vidjax.steps import class_sharding
+from vidjax.steps import state as state_lib
 from vidjax.steps.eval_step import make_eval_step
 from vidjax.system import System, TaskSpec, make_system
 
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # as above
 IDENTITIES, CONFIG = "identities.json", "config.json"
-MOST_PADDING = 1 << 17  # class columns; `padded_columns` adds at most lcm(128, devices) - 1
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 REMEDY = REWRITE.replace("delete", "delete it and")
 
@@ -65,7 +64,7 @@ def make_model(
     Here and below, `config` is that of the run, with the overrides of this evaluation.
     """
     data = fit_data(data, config, workdir, run)
-    system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
+    system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
     step = make_eval_step(system, mesh)
     return TrainedModel(str(workdir), system, step, params, model_state, run.training_sets, data)
@@ -95,8 +94,8 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
             f"identities.json {len(identities):,}\nthe run was changed: take another copy of it"
         )
     training_sets = load_training_sets(workdir, manifest)
-    columns, clips = max(task.num_model_columns, task.num_columns), len(training_sets.clips)
-    if columns > 1 + len(identities) + clips + MOST_PADDING:  # made before weights are compared
+    columns, clips = task.num_columns, len(training_sets.clips)
+    if columns > 1 + 2 * len(identities) + clips:  # made before weights are compared
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
             f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"
@@ -150,29 +149,13 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters of a run, and the collections of `Identifier.solve`, all [E, ...].
-
-    Parameters with class columns are split over the devices that share the classes. All other
-    arrays are whole on every device.
-    """
-    modalities, count = run.task.modalities, len(run.training_sets.members)
-    axes = class_sharding.find_class_axes(system, modalities, mesh)
-    layout = axes.layout("params") if axes else devices.replicated(mesh)
-    saved = class_sharding.abstract_state(system, modalities, run.task.num_model_columns, count)
+    """Loads the parameters of a run, and the collections of `Identifier.solve`, all [E, ...]."""
+    saved = state_lib.abstract_state(system, run.task.modalities, len(run.training_sets.members))
     items = checkpoint.load(
         run.checkpoint,
         {"params": saved.params, "model_state": saved.model_state},
-        {
-            "params": class_sharding.fitting_layout(layout, saved.params),
-            "model_state": devices.replicated(mesh),
-        },
+        devices.replicated(mesh),
     )
-    if run.task.num_model_columns != system.model.num_classes:
-        here = class_sharding.abstract_state(system, modalities, system.model.num_classes, count)
-        items = {
-            name: class_sharding.resize(tree, getattr(here, name)) for name, tree in items.items()
-        }
-        items["params"] = devices.put(items["params"], layout)
     params = items["params"]
     return params, devices.replicate(mesh, system.model.solve(params, items["model_state"]))
 

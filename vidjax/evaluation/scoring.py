@@ -22,7 +22,6 @@ from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run.terminal import Progress
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import mean_scores, topk
-from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.steps.mean_scores import blend
 from vidjax.system import System
 
@@ -30,17 +29,18 @@ from vidjax.system import System
 # the parameters of a member are sliced more often.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
+WAITING_BYTES = 1 << 30  # of scores that wait for a merge of the ranking at most
 
 
-def make_ranking(columns: ScoreColumns, pool: np.ndarray) -> topk.RunningTopK:
-    """Returns an empty ranking of the clips `pool` [N] bool by scores with these columns."""
-    return topk.RunningTopK(
-        columns.total,
-        rows=min(WINDOW_ROWS, columns.max_pending_rows, len(pool)),
-        mesh=columns.mesh,
-        identities=columns.identities,
-        pool=pool,
-    )
+def window_rows(num_identities: int) -> int:
+    """Returns the number of clips of a window, which are merged into the ranking together."""
+    return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
+
+
+def make_ranking(num_identities: int, mesh: Mesh, pool: np.ndarray) -> topk.RunningTopK:
+    """Returns an empty ranking of the clips `pool` [N] bool."""
+    rows = min(window_rows(num_identities), len(pool))
+    return topk.RunningTopK(num_identities, rows=rows, mesh=mesh, pool=pool)
 
 
 def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
@@ -79,16 +79,15 @@ class ClipScoreBuffer:
     an evaluation would fragment the device's memory.
     """
 
-    def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
+    def __init__(self, split: Split, pool: np.ndarray, mesh: Mesh):
         best = np.full(len(pool), -np.inf, np.float32)
         self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
         self._known = split.labels > 0
-        places = jnp.asarray(split.labels - 1 + columns.first)
-        self._places = devices.replicate(columns.mesh, places)
+        self._places = devices.replicate(mesh, jnp.asarray(split.labels - 1))
         self._waiting: collections.deque[tuple[Array, ...]] = collections.deque()
 
     def add(self, scores: Array, block: Batch) -> None:
-        """Adds the scores [B, total] of a block."""
+        """Adds the scores [B, C] of a block."""
         best, right = _best_of_clips(scores, self._places, block.clip_index)
         self._waiting.append((best, right, block.clip_index, block.batch_mask))
 
@@ -144,7 +143,6 @@ class ModelScorer:
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
         """Takes the names `clips` [N], in the order of clip_index."""
         self.model = model
-        self.columns = ScoreColumns.of(model.system, mesh)
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
         self._weights = (model.params, model.model_state)
@@ -162,10 +160,10 @@ class ModelScorer:
         without: int | None = None,
         rankings: Sequence[topk.RunningTopK] = (),
     ) -> list[Array]:
-        """Returns mean scores [B, total] of every block, over the members that may score its clips.
+        """Returns mean scores [B, C] of every block, over the members that may score its clips.
 
-        The columns are those of `ScoreColumns`. `without` is the position of a member to leave out.
-        `rankings` has one ranking per member, to which the member's own scores are added.
+        `without` is the position of a member to leave out. `rankings` has one ranking per member,
+        to which the member's own scores are added.
         """
         logs = self.model.system.scores_are_logs
         totals: list[Any] = [None] * len(blocks)
@@ -189,10 +187,7 @@ class ModelScorer:
     def _keep_top_classes(self, scores: Array) -> Array:
         """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
         count = self.model.system.config["eval"]["top_classes"]
-        if not 0 < count < scores.shape[1]:
-            return scores
-        # XLA sorts columns that lie on several devices wrongly on some of them.
-        return keep_best(devices.put(scores, devices.by_rows(self.columns.mesh)), count)
+        return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -251,9 +246,7 @@ def windows(
     for model in models:
         _check_memory(model.system, plans[id(model.data)], block_size, mesh)
     streams = [
-        data.eval_batches(
-            plans[key], rows=block_size * mesh.shape["data"] // share.parts, share=share
-        )
+        data.eval_batches(plans[key], rows=block_size * mesh.size // share.parts, share=share)
         for key, data in datasets.items()
     ]
     window: list[dict[int, Batch]] = []
@@ -366,12 +359,13 @@ def score(
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
     scorers = [ModelScorer(model, split.clips, mesh) for model in models]
-    columns, several = scorers[0].columns, len(models) > 1
+    num_identities, several = models[0].system.task.num_identities, len(models) > 1
     pool = pool_of([scorer.use for scorer in scorers], split_name)
-    ranking, clips = make_ranking(columns, pool), ClipScoreBuffer(split, pool, columns)
-    alone = [make_ranking(columns, pool) for _ in models if several]
+    ranking = make_ranking(num_identities, mesh, pool)
+    clips = ClipScoreBuffer(split, pool, mesh)
+    alone = [make_ranking(num_identities, mesh, pool) for _ in models if several]
     by_member = [
-        [make_ranking(columns, used & pool) for used in scorer.use]
+        [make_ranking(num_identities, mesh, used & pool) for used in scorer.use]
         if each_member and scorer.num_members > 1
         else []
         for scorer in scorers
@@ -379,8 +373,7 @@ def score(
     poor: list[Any] = [0] * len(models)  # `count_poor` of each
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
-    rows = 1 if single else min(WINDOW_ROWS, columns.max_pending_rows)
-    block_size = min(block_size, columns.max_block_rows)
+    rows = 1 if single else window_rows(num_identities)
 
     began = time.monotonic()
     with devices.CompileClock() as compiling:

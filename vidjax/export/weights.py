@@ -21,7 +21,7 @@ from vidjax.ensemble import FILE as MEMBERS
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, formats
-from vidjax.steps import class_sharding
+from vidjax.steps import state as state_lib
 from vidjax.system import make_system
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
@@ -92,7 +92,7 @@ def _abstract(config: Config, manifest: Mapping[str, Any], members: int) -> dict
     """Returns the shapes and dtypes of the weights that a configuration and a manifest want."""
     task = restore.task_of(manifest)
     system = make_system(config.to_dict(), task)
-    state = class_sharding.abstract_state(system, task.modalities, task.num_model_columns, members)
+    state = state_lib.abstract_state(system, task.modalities, members)
     return {name: getattr(state, name) for name in ITEMS}
 
 

@@ -1,7 +1,7 @@
 """The contract between a model and the steps that train and evaluate it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import numpy as np
@@ -135,8 +135,3 @@ class Identifier(nn.Module):
     def gallery_settings(self) -> Any | None:
         """Returns the `two_covariance.Settings` that galleries compare by; None for cosines."""
         return None
-
-    def with_classes(self, num_classes: int) -> Self:
-        """Returns the same model with another number of class columns."""
-        parts = {name: getattr(self, name).with_classes(num_classes) for name in self.parts}
-        return self.clone(num_classes=num_classes, **parts)

@@ -144,7 +144,6 @@ class Manifest(Struct, kw_only=True):
     mode: Text = ""
     evaluated: bool = False
     seconds: float = 0.0
-    padded_columns: Count | None = None
     settings: Annotated[dict[str, Known | Annotated[list[Known], MANY]], TABLE] | None = None
 
 

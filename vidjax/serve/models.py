@@ -340,7 +340,7 @@ class RunModel:
             bucket = np.where(pad == number, 0, -1)
             padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
             plan = EvalPlan(request.split, modalities, bucket, padded)
-            for host in data.eval_batches(plan, rows=size * run.mesh.shape["data"]):
+            for host in data.eval_batches(plan, rows=size * run.mesh.size):
                 block = devices.shard_block(run.mesh, host)
                 (found,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
                 real = np.asarray(host.batch_mask)

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from vidjax import devices, fusion
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
 from vidjax.steps import mean_scores
-from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]
@@ -163,17 +162,17 @@ def _over_examples(
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles `eval_step`, which then returns only the columns of `ScoreColumns`, [B, total].
+    """Compiles `eval_step`, which then returns only the columns of the identities, [B, C].
 
     Every device runs the same program on its own rows. So for a fixed number of rows per device the
     scores are bit-equal on any number of devices.
     """
-    columns = ScoreColumns.of(system, mesh)
+    num_identities = system.task.num_identities
 
     def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
-        return columns.select(eval_step(system, params, model_state, view, batch))
+        return eval_step(system, params, model_state, view, batch)[:, 1 : 1 + num_identities]
 
-    return _by_rows(step, mesh, PartitionSpec("data", "model"))
+    return _by_rows(step, mesh)
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
@@ -183,7 +182,7 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
         scores = eval_step(system, params, model_state, view, batch)
         return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
 
-    return _by_rows(step, mesh, PartitionSpec("data"))
+    return _by_rows(step, mesh)
 
 
 def make_embed_step(system: System) -> EvalStep:
@@ -191,8 +190,8 @@ def make_embed_step(system: System) -> EvalStep:
     return jax.jit(functools.partial(embed_step, system))
 
 
-def _by_rows(step: EvalStep, mesh: Mesh, out: PartitionSpec) -> EvalStep:
-    """Compiles a step that every device runs on its own rows; `out` is the layout of the result."""
+def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
+    """Compiles a step that every device runs on its own rows."""
     whole = PartitionSpec()
 
     def on_each(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
@@ -201,8 +200,7 @@ def _by_rows(step: EvalStep, mesh: Mesh, out: PartitionSpec) -> EvalStep:
             mesh=mesh,
             in_specs=(whole, whole, whole, devices.batch_specs(batch)),
             out_specs=PartitionSpec("data"),
-            axis_names={"data"},
             check_vma=False,
         )(params, model_state, view, batch)
 
-    return jax.jit(on_each, out_shardings=NamedSharding(mesh, out))
+    return jax.jit(on_each, out_shardings=devices.by_rows(mesh))

@@ -18,7 +18,6 @@ from vidjax.cluster import processes
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import train_step
-from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.state import Tables, TrainState
 from vidjax.steps.train_step import Outcome
 from vidjax.system import System
@@ -111,13 +110,11 @@ class StreamingFeed(Feed):
 
     mode = "streaming"
 
-    def __init__(
-        self, system: System, mesh: Mesh, batches: Iterator[Batch], axes: ClassAxes | None = None
-    ):
+    def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
         """Takes an endless iterator of this process's share of each batch, as numpy arrays."""
         self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
         super().__init__(system)
-        self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch, axes)
+        self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
         self._latest: collections.deque[tuple[int, Batch]] = collections.deque(maxlen=2)
 
@@ -160,14 +157,7 @@ class ResidentFeed(Feed):
 
     mode = "resident"
 
-    def __init__(
-        self,
-        system: System,
-        mesh: Mesh,
-        clips: Mapping[str, Packed],
-        plan: BatchPlan,
-        axes: ClassAxes | None = None,
-    ):
+    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
         super().__init__(system)
         self._clips = clips
 
@@ -175,7 +165,7 @@ class ResidentFeed(Feed):
             return resident.draw_batch(clips, plan, step)
 
         self._draw = jax.jit(draw)
-        self._loop = train_step.make_train_loop(system, mesh, draw, axes)
+        self._loop = train_step.make_train_loop(system, mesh, draw)
 
     def _dispatch(
         self, states: States, tables: AllTables, step: int, count: int

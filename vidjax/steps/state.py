@@ -9,19 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import NamedSharding
 
-from vidjax import devices, ensemble
+from vidjax import ensemble
 from vidjax.batch import Array, ClipInfo, Frames
 from vidjax.models.base import ModelState, Params
 from vidjax.system import System
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training; every field except `step` has a leading axis E.
-
-    `updated` has, for each class column, how many steps were done when a step last drew it; it
-    exists only where steps sample the classes.
-    """
+    """The state of training; every field except `step` has a leading axis E."""
 
     step: Array  # [] int32, number of optimiser steps done
     params: Params
@@ -31,7 +28,6 @@ class TrainState(struct.PyTreeNode):
     labels: Array  # [E, N] int32, class column of every training clip; constant within a step
     bad_steps: Array  # [E] int32, number of consecutive steps without a finite loss and gradient
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the last line of the log
-    updated: Array | None  # [E, K] int32; None where every step sees all classes
 
 
 class Tables(NamedTuple):
@@ -69,9 +65,6 @@ def init_state(
         return variables.pop("params", {}), variables, state_rng
 
     params, model_state, rngs = jax.lax.map(init_member, rngs)
-    updated = None
-    if system.sampled_classes < 1:
-        updated = jnp.zeros((len(labels), system.model.num_classes), jnp.int32)
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -81,8 +74,19 @@ def init_state(
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
-        updated=updated,
     )
+
+
+def abstract_state(
+    system: System, modalities: Mapping[str, int], num_members: int = 1
+) -> TrainState:
+    """Returns the shapes and dtypes of the state of a system for one training clip."""
+
+    def init() -> TrainState:
+        rngs = jax.random.split(jax.random.key(0), num_members)
+        return init_state(system, modalities, rngs, jnp.zeros((num_members, 1), jnp.int32))
+
+    return jax.eval_shape(init)
 
 
 def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
@@ -95,15 +99,14 @@ def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
 
 
 def make_state(
-    init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: devices.Layout
+    init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
     """Builds the state at step 0 on the devices; `init` is `init_state` with its arguments.
 
     Drawing the parameters takes three times their memory. So a second program adds the state of the
     optimiser, which is twice the size of the parameters.
     """
-    drawn = layout.replace(opt_state=None) if isinstance(layout, TrainState) else layout
-    state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=drawn)()
+    state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=layout)()
     complete = jax.jit(
         lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
         out_shardings=layout,
@@ -139,12 +142,9 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`.
-
-    `updated` is an item of its own, so that a run that sampled classes can go on with all classes.
-    """
+    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    own = {name: rest.pop(name) for name in ("params", "model_state", "updated")}
+    own = {name: rest.pop(name) for name in ("params", "model_state")}
     return {**own, "train": rest}
 
 

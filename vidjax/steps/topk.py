@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from vidjax import devices
 from vidjax.batch import Array
@@ -99,29 +99,27 @@ def count_ties(top: TopK) -> int:
 class RunningTopK:
     """The top k of a stream of score blocks, merged a few thousand clips at a time.
 
-    Every device keeps the top k of its rows and columns, which `finish` joins. No score moves
-    between devices.
+    Every device keeps the top k of its rows, which `finish` joins. No score moves between devices.
     """
 
     def __init__(
         self,
-        num_columns: int,
+        num_identities: int,
         k: int = MAX_NAMES,
         *,
         rows: int = 2048,
         mesh: Mesh | None = None,
-        identities: slice = slice(None),
         pool: np.ndarray | None = None,
     ):
-        """Starts an empty top k; scores have `num_columns`, which the axis `model` splits evenly.
+        """Starts an empty top k of C identities.
 
         It merges after `rows` clips, which takes memory O(C x rows) and changes no result. Given
-        `pool` [N] bool, it ranks only its clips. `finish` returns only the rows `identities`.
+        `pool` [N] bool, it ranks only its clips.
         """
         mesh = mesh or devices.make_mesh(1)
-        self._layout = NamedSharding(mesh, _SCORES), *[devices.by_rows(mesh)] * 2
-        self._top = _make_init(mesh, num_columns, k)()
-        self._update, self._rows, self._identities = _make_update(mesh), rows, identities
+        self._layout = devices.by_rows(mesh)
+        self._top = _make_init(mesh, num_identities, k)()
+        self._update, self._rows = _make_update(mesh), rows
         self._pool = None if pool is None else devices.replicate(mesh, jnp.asarray(pool))
         self._waiting: list[ScoreBlock] = []
 
@@ -149,8 +147,7 @@ class RunningTopK:
     def finish(self) -> TopK:
         """Returns the sorted top k of every identity as numpy arrays."""
         self.flush()
-        top = devices.fetch(_join(self._top))
-        return TopK(*(part[self._identities] for part in top))
+        return devices.fetch(_join(self._top))
 
 
 @jax.jit
@@ -159,23 +156,20 @@ def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
     return pool[clip_index] & batch_mask
 
 
-_SCORES = PartitionSpec("data", "model")  # layout of scores [B, C], and of TopK [devices, C, k]
-
-
 @functools.cache
-def _make_init(mesh: Mesh, num_columns: int, k: int) -> Callable[[], TopK]:
-    """Compiles a function that returns an empty TopK [devices of the axis `data`, C, k]."""
+def _make_init(mesh: Mesh, num_identities: int, k: int) -> Callable[[], TopK]:
+    """Compiles a function that returns an empty TopK [devices, C, k]."""
 
     def init() -> TopK:
-        top = init_top(num_columns, k)
-        return TopK(*(jnp.tile(part, (mesh.shape["data"], 1, 1)) for part in top))
+        top = init_top(num_identities, k)
+        return TopK(*(jnp.tile(part, (mesh.size, 1, 1)) for part in top))
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, _SCORES))
+    return jax.jit(init, out_shardings=devices.by_rows(mesh))
 
 
 @functools.cache
 def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
-    """Compiles `update_top`, which every device applies to its own rows and columns."""
+    """Compiles `update_top`, which every device applies to its own rows."""
 
     def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
         blocks = list(zip(*columns, strict=True))
@@ -183,8 +177,7 @@ def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
         return TopK(*(part[None] for part in new))
 
     rows = PartitionSpec("data")
-    specs = (_SCORES, _SCORES, rows, rows)
-    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=_SCORES, check_vma=False)
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     return jax.jit(lambda top, blocks: mapped(top, *zip(*blocks, strict=True)))
 
 

@@ -13,8 +13,6 @@ from vidjax.augment import MemberClips
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
 from vidjax.logit_ops import is_best
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import class_sharding
-from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.state import Tables, TrainState
 from vidjax.system import System
 
@@ -26,17 +24,16 @@ MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
-    system: System, state: TrainState, tables: Tables, batch: Batch, axes: ClassAxes | None = None
+    system: System, state: TrainState, tables: Tables, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
     """Takes one optimiser step of every member; returns the new state and the losses [E].
 
     A member whose loss or gradient is not finite keeps its parameters; `sums["bad_steps"]` counts
-    it. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect. `axes`
-    is None for a step that neither splits nor samples the class columns.
+    it. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect.
     """
 
     def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
-        return member_step(system, state.step, learned, batch, inputs, axes)
+        return member_step(system, state.step, learned, batch, inputs)
 
     inputs = _member_inputs(system, state, tables, batch)
     members = (_learned(state), inputs)
@@ -50,38 +47,20 @@ def train_step(
 
 
 def member_step(
-    system: System,
-    step: Array,
-    learned: TrainState,
-    batch: Batch,
-    inputs: MemberInputs,
-    axes: ClassAxes | None,
+    system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
     """Takes one optimiser step of one member; returns its new state and its loss [].
 
     `learned` is the part of its state that a step changes; it and `inputs` have no axis E.
     """
     rng, labels, weight, *settings = inputs
-    fuse_rng, dropout_rng, modality_rng, transform_rng, class_rng = member_keys(rng, step)
+    fuse_rng, dropout_rng, modality_rng, transform_rng = member_keys(rng, step)
     clips = _draw_clips(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
         # Numbers from 0 on would give keys that the first transform has split its own into.
         key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
-
-    whole, columns = learned, None
-    # For each array of `learned`, the number of its class axis; not read without `axes`.
-    class_axes = _learned(axes.state) if axes else learned
-    if axes and system.sampled_classes < 1:  # go on with some of the classes
-        targets = jnp.concatenate([labels for labels, _ in clips.targets])
-        count = class_sharding.num_drawn(system, len(targets), axes.mesh.shape["model"])
-        columns = class_sharding.draw(class_rng, targets, system.class_mask, count, axes.mesh)
-        learned = class_sharding.take(axes, class_axes, whole, columns)
-        assert learned.updated is not None
-        missed = step - learned.updated
-        system = class_sharding.system_for_columns(system, columns, class_axes.opt_state, missed)
-        clips = class_sharding.relabel(clips, columns)
 
     frames, exists, info = _model_input(system, batch, clips)
     assert info.labels is not None
@@ -132,10 +111,6 @@ def member_step(
 
     # A choice number by number would make XLA copy the whole state before every step.
     new = jax.lax.cond(is_finite, update, skip)
-    if axes and columns is not None:
-        updated = jnp.where(new.bad_steps == 0, step + 1, jnp.asarray(learned.updated))
-        new = new.replace(updated=updated)
-        new = class_sharding.put(axes, class_axes, whole, new, columns)
     return new, loss
 
 
@@ -145,8 +120,8 @@ def _learned(state: TrainState) -> TrainState:
 
 
 def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
-    """Returns keys for fusion, dropout, modality dropout, transforms and the sample of classes."""
-    return tuple(jax.random.split(jax.random.fold_in(rng, step), 5))
+    """Returns keys for fusion, dropout, modality dropout and transforms."""
+    return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
 
 
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
@@ -275,7 +250,7 @@ class Outcome(NamedTuple):
 
 
 def make_train_loop(
-    system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch], axes: ClassAxes | None = None
+    system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch]
 ) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
@@ -291,7 +266,7 @@ def make_train_loop(
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry
             batch = devices.constrain_batch(mesh, draw(clips, state.step))
-            new_state, losses = train_step(system, state, tables, batch, axes)
+            new_state, losses = train_step(system, state, tables, batch)
             return new_state, add_to_outcome(outcome, new_state, losses)
 
         num_members = len(state.rng)
@@ -300,8 +275,7 @@ def make_train_loop(
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    layout = class_sharding.state_layout(mesh, axes), devices.replicated(mesh)
-    return jax.jit(loop, donate_argnums=0, out_shardings=layout)
+    return jax.jit(loop, donate_argnums=0, out_shardings=devices.replicated(mesh))
 
 
 def add_to_outcome(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:

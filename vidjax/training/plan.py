@@ -118,7 +118,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         train_other=bool(np.any(weight[:, labels == 0])),
     )
     settings = _prepared(config, data, task, labels, weight > 0)
-    task = task._replace(settings=settings).with_padding(config.mesh.model)
+    task = task._replace(settings=settings)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight))
 
 
@@ -176,7 +176,7 @@ def values_of_clips(
     mesh the block is split over its devices, and all processes call this together.
     """
     rows, share = config.eval.block_size, devices.share(mesh) if mesh else WHOLE
-    rows = rows * mesh.shape["data"] // share.parts if mesh else rows
+    rows = rows * mesh.size // share.parts if mesh else rows
     values, start = [], 0
     for name in config.data.train_splits:
         split = data.split(name)

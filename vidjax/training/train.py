@@ -68,7 +68,7 @@ def train(
     began = time.monotonic() if began is None else began
     config = resume.absolute(config)  # the run may go on from another working directory
     config_lib.check(config)
-    mesh = devices.make_mesh(num_devices, config.mesh.model)
+    mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
     together.check_plan(plan)  # of several processes
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps

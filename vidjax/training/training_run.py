@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vidjax import config_io, devices, ensemble, files
 from vidjax.analysis import analysis
@@ -28,10 +28,9 @@ from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
-from vidjax.steps import class_sharding, eval_step
+from vidjax.steps import eval_step
 from vidjax.steps import feed as feed_lib
 from vidjax.steps import state as state_lib
-from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.train_step import MAX_BAD_STEPS
 from vidjax.system import System
 from vidjax.training import noise_classes
@@ -44,7 +43,7 @@ def restore_or_init(
     data: TrainingData,
     system: System,
     plan: RunPlan,
-    layout: devices.Layout,
+    layout: NamedSharding,
     digests: Mapping[str, Any],
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """Restores the newest checkpoint of a run and its manifest; a new run gets step 0 and {}.
@@ -53,39 +52,25 @@ def restore_or_init(
     `digests` are those that the manifest must have.
     """
 
-    def init(num_columns: int) -> state_lib.TrainState:
+    def init() -> state_lib.TrainState:
         members = plan.training_sets.members
         labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
         rngs = ensemble.make_rngs(members, config.seed)
-        resized = system._replace(model=system.model.with_classes(num_columns))
-        return state_lib.init_state(resized, plan.task.modalities, rngs, labels)
+        return state_lib.init_state(system, plan.task.modalities, rngs, labels)
 
-    def first() -> state_lib.TrainState:
-        # Padding is cut off and added, so that draws do not depend on it.
-        return class_sharding.resize(init(plan.task.num_columns), abstract)
-
-    abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
     if (workdir / "config.json").exists():
         resume.check(workdir, config_io.load_workdir(workdir), config)
-    found, items = checkpoint.find(workdir), {}
-    manifest = found.manifest if found else {}
-    if found:
-        restore.check_entries(workdir, manifest)
-        resume.check(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
-        restore.check_data(workdir, manifest["data"], config, data)
-        restore.check_digests(workdir, manifest, digests)
-        saved = abstract
-        if (number := restore.task_of(manifest).num_model_columns) != system.model.num_classes:
-            saved = jax.eval_shape(functools.partial(init, number))
-        fitting = class_sharding.fitting_layout(layout, saved)
-        items = checkpoint.load(found, state_lib.as_items(saved), state_lib.as_items(fitting))
-        checkpoint.set_aside_later(workdir, manifest["step"])
+    found = checkpoint.find(workdir)
     if not found:
-        return state_lib.make_state(first, system.tx, layout), {}
-    state = state_lib.of_items(items)
-    if manifest.get("padded_columns") != plan.task.padded_columns:
-        state = jax.jit(lambda x: class_sharding.resize(x, abstract), out_shardings=layout)(state)
-    return state, manifest
+        return state_lib.make_state(init, system.tx, layout), {}
+    manifest = found.manifest
+    restore.check_entries(workdir, manifest)
+    resume.check(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
+    restore.check_data(workdir, manifest["data"], config, data)
+    restore.check_digests(workdir, manifest, digests)
+    items = checkpoint.load(found, state_lib.as_items(jax.eval_shape(init)), layout)
+    checkpoint.set_aside_later(workdir, manifest["step"])
+    return state_lib.of_items(items), manifest
 
 
 def write_description(
@@ -115,7 +100,6 @@ def make_feed(
     *,
     step: int,
     mode: str | None,
-    axes: ClassAxes | None,
 ) -> tuple[feed_lib.Feed, ClipSource]:
     """Builds the feed of training clips from a step on, and the source of clips to evaluate.
 
@@ -138,14 +122,14 @@ def make_feed(
     if mode == "streaming":
         say("clips are streamed from the records")
         stream = data.train_batches(batches, step=step, share=devices.share(mesh))
-        return feed_lib.StreamingFeed(system, mesh, stream, axes), data
+        return feed_lib.StreamingFeed(system, mesh, stream), data
     began = time.monotonic()
     clips = resident.Resident(data, layout, mesh)
     say(
         f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
         f"read in {time.monotonic() - began:.1f} s"
     )
-    return feed_lib.ResidentFeed(system, mesh, clips.train, batches, axes), clips
+    return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
 
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -189,8 +173,7 @@ class TrainingRun:
             "data": self.data_digests,
             "config": config.to_dict(),
         }
-        axes = class_sharding.find_class_axes(system, plan.task.modalities, mesh)
-        self._layout = class_sharding.state_layout(mesh, axes)
+        self._layout = devices.replicated(mesh)
         state, manifest = restore_or_init(
             workdir, config, data, system, plan, self._layout, self._description
         )
@@ -208,7 +191,7 @@ class TrainingRun:
         ]
         del state  # frees its memory; the parts are copies
         self.feed, self._clips = make_feed(
-            config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode"), axes=axes
+            config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode")
         )
         self._description["mode"] = self.feed.mode
         self._relabeller = None
