@@ -26,6 +26,7 @@ from typing import NamedTuple
 from vidjax import files, messages, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
+from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
@@ -91,23 +92,30 @@ def who(
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         gallery = _gallery(out, models)
-        failed: dict[str, str] = {}
         extract = functools.partial(
-            pipeline.extract, models=models, workers=workers, thumbnails=thumbnails, anew=True
+            pipeline.extract, models=models, thumbnails=thumbnails, anew=True
         )
-        for name, own in photos.items():
-            others = photos.keys() - {name}
-            failed |= _enrol(gallery, name, own, others, out / PEOPLE / name, extract)
+
+        def read(_: Children, name: str) -> list[Outcome]:
+            share = -(-workers // len(photos))
+            return extract(photos[name], out / PEOPLE / name, workers=share, alone=True)
+
+        failed: dict[str, str] = {}
         if people is not None:
+            outcomes = map_children(read, [*photos], workers)
+            gallery.refresh()
+            for name, own in zip(photos, outcomes, strict=True):
+                others = photos.keys() - {name}
+                failed |= _enrol(gallery, name, own, others, out / PEOPLE / name)
             _forget(gallery, {*photos}, out)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
-        if not thumbnails and (out / PEOPLE).exists():
-            for one in (out / PEOPLE).iterdir():
+        if not thumbnails:
+            for one in (out / PEOPLE).glob("*"):
                 files.remove_tree(one / folder.THUMBNAILS)
         before = unknown.read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
-        outcomes = extract(films, out / FEATURES, settings=settings, done=done)
+        outcomes = extract(films, out / FEATURES, settings=settings, workers=workers, done=done)
         return _look(gallery, failed, outcomes, before, out)
 
 
@@ -212,19 +220,13 @@ def _photos(people: Path) -> dict[str, list[Path]]:
 
 
 def _enrol(
-    gallery: Gallery,
-    name: str,
-    photos: Sequence[Path],
-    others: Collection[str],
-    out: Path,
-    extract: Callable[..., list[Outcome]],
+    gallery: Gallery, name: str, outcomes: Sequence[Outcome], others: Collection[str], out: Path
 ) -> dict[str, str]:
     """Enrols a person by the photos that show one face; returns those that did not help.
 
     A clip is enrolled as `people/NAME/CLIP`. A photo that was renamed or relabelled in the gallery
     keeps that name. New photos get it, too, but a name of the `others` only if all have such names.
     """
-    outcomes = extract(photos, out, alone=True)
     unfit: dict[str, str] = {}
     usable = []
     for outcome in outcomes:
@@ -234,15 +236,13 @@ def _enrol(
             say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
         usable += [clip] if clip else []
         unfit |= {} if clip else {str(outcome.path): outcome.remedy}
-    prefix = f"{PEOPLE}/{name}/"
-    gallery.refresh()
-    before = {clip: old for clip, old in gallery.clips.items() if clip.startswith(prefix)}
+    before = {clip: one for clip, one in gallery.clips.items() if _person(clip) == name}
     if not usable:
         say(f"no photo of {show(name)} shows one face: {show(name)} is not looked for")
         gallery.remove(clip=before)
         return unfit
     vectors = _embed(gallery, out, usable)
-    vectors = vectors._replace(names=tuple(f"{prefix}{clip}" for clip in vectors.names))
+    vectors = vectors._replace(names=tuple(f"{PEOPLE}/{name}/{clip}" for clip in vectors.names))
     same = gallery.complete(vectors)
     gallery.remove(clip=before.keys() - same)
     labels = Counter(old.identity for old in before.values() if old.identity)
@@ -253,14 +253,19 @@ def _enrol(
     return unfit
 
 
+def _person(clip: str) -> str | None:
+    """Returns whose photo a clip of the gallery is; None for a clip of a film."""
+    return clip.split("/")[1] if clip.startswith(f"{PEOPLE}/") else None
+
+
 def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
     """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk.
 
     So are clips of films by which they were enrolled, and the page and tables of the earlier call,
     which name them, even if this call fails.
     """
-    photos = {clip: one for clip, one in gallery.clips.items() if clip.startswith(f"{PEOPLE}/")}
-    gone = {clip for clip in photos if clip.split("/")[1] not in names}
+    photos = {clip: one for clip, one in gallery.clips.items() if _person(clip)}
+    gone = {clip for clip in photos if _person(clip) not in names}
     kept = {photos[clip].identity for clip in photos.keys() - gone}
     people = {photos[clip].identity for clip in gone} - kept - {None}
     for name in sorted(map(str, people)):
@@ -342,9 +347,9 @@ def _write(
                 files.write_text(subtitles / f"{name}{ending}", text)
     people = {name: [] for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
-        if clip.startswith(f"{PEOPLE}/") and shown.identity:
-            place, _, photo = clip.rpartition("/")
-            people[shown.identity].append(folder.thumbnail(out / place, photo))
+        if (name := _person(clip)) and shown.identity:
+            photo = folder.thumbnail(out / PEOPLE / name, clip.rpartition("/")[2])
+            people[shown.identity].append(photo)
     text = names_page.page(
         found, films, people, functools.partial(folder.thumbnail, out / FEATURES)
     )

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from vidjax.errors import UserError
 def count_frames(path: str) -> dict[str, Any]:
     from vidjax.extract import decode
 
-    with decode.open_video(path) as video:
+    with decode.open_video(Path(path)) as video:
         sampled = sum(frame.rgb is not None for frame in video.frames(5))
         return {"frames": video.found.frames, "sampled": sampled}
 

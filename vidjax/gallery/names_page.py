@@ -13,7 +13,8 @@ from vidjax.gallery.appearances import Appearance, clock
 if TYPE_CHECKING:
     from vidjax.extract.folder import Film
 
-TEMPLATES = Path(report.__file__).parent
+# The template, and the style that it includes.
+FOLDERS = (Path(__file__).parent, Path(report.__file__).parent)
 MOST_PICTURES = 8  # of a person in a video: the longest appearances
 PICTURE_BYTES = 100_000
 LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
@@ -55,7 +56,7 @@ def page(
     `people` are all who are enrolled, with paths of pictures of their photos; `thumbnail` gives
     that of a clip. Pictures that do not exist are left out.
     """
-    loader = jinja2.FileSystemLoader(TEMPLATES)
+    loader = jinja2.FileSystemLoader(FOLDERS)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
