@@ -389,43 +389,6 @@ def _by_table(
     return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))
 
 
-def _label(args: argparse.Namespace) -> Result:
-    from vidjax.gallery import clothes
-
-    out = Path(args.out).expanduser()
-    tables.check_new(out, (".csv",))
-    doubts = out.with_name(f"{out.stem}_doubts.tsv")
-    tables.check_new(doubts, (".tsv",))
-    films, features = _films(args), Path(args.input).expanduser()
-    gallery = _opened(args)
-    if not gallery.origin.cards:
-        raise UserError("label needs a gallery of models: vidjax gallery create G --models=DIR")
-    groups = clothes.group(features, Path(args.models or gallery.origin.workdir), films)
-    _, vectors = _embed(args, gallery)
-    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)
-    answers = gallery.answers(list(vectors.parts.values()), rule=rule)
-    named = {n: x.identity for n, x in zip(vectors.names, answers, strict=True)}
-    blank = ~np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0)
-    faceless = np.array(vectors.names, object)[blank].tolist()
-    found = clothes.label(named, groups, films, faceless)
-    columns = {"clip": "string", "identity": "string"}
-    tables.write(out, columns, sorted(found.identities.items()), ())
-    rows = [(clip, found.identities[clip], why) for clip, why in sorted(found.doubts.items())]
-    tables.write(doubts, columns | {"doubt": "string"}, rows, ())
-    by_clothes = f"{len(found.inherited):,} by clothes" if groups else "no bodies among features"
-    told = {
-        "clips": f"{len(named):,}",
-        "labelled": f"{len(found.identities):,}, {by_clothes}",
-        "labels": str(out),
-        "doubts": f"{len(rows):,}: {doubts}",
-    }
-    content = {
-        "labels": str(out), "clips": len(named), "labelled": len(found.identities),
-        "by_clothes": len(found.inherited), "doubts": str(doubts), "doubted": len(rows),
-    }  # fmt: skip
-    return Result(content, told)
-
-
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
 
@@ -602,11 +565,6 @@ COMMANDS: Mapping[str, Command] = {
         "groups clips of people who are not enrolled, to be named",
         _flags(*CLIPS, "out", "config", needs=("out",)), _group,
         ("G --input=features --out=groups.tsv",),
-    ),
-    "label": Command(
-        "labels clips for training, by faces and by clothes",
-        _flags("input", "models", *RULE, "out", needs=("input", "out")), _label,
-        ("G --input=features --out=labels.csv",),
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
