@@ -288,13 +288,12 @@ def test_clips_of_another_dataset(say, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_create_and_refit(say, nearest_run, tmp_path, made):
+def test_create(say, nearest_run, tmp_path, made):
     run = nearest_run
     said = say("create", tmp_path / "g", f"--run={run}")
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
     assert "people      12" in said and "version     1" in said
     assert "holds a gallery" in say("create", tmp_path / "g", f"--run={run}", code=2)
-    assert "version     2" in say("refit", tmp_path / "g")
     said = say(
         "create", tmp_path / "empty", f"--run={run}", "--empty", "--strangers=train", "--json"
     )

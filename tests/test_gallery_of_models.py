@@ -1,6 +1,5 @@
 """Galleries that cards of models make, without a run: friends, strangers, groups, times."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,10 +12,9 @@ from tests.helpers import made_nets
 from vidjax import main as main_lib
 from vidjax.extract import cards
 from vidjax.extract.folder import Film, Track
-from vidjax.gallery import appearances, backend, trial
+from vidjax.gallery import appearances, backend
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip
 from vidjax.models import plda_logits, two_covariance
 
 # Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
@@ -147,9 +145,7 @@ def test_a_gallery_of_models_lives_without_them(tmp_path, models):
     again = Gallery(tmp_path / "g")
     answers = again.identify({f"q{n}": {"face": x[3:]} for n, x in enumerate(friends)})
     assert [one.identity for one in answers.values()] == [f"friend {n}" for n in range(3)]
-    with pytest.raises(ValueError, match="50 are the fewest"):
-        again.refit()
-    assert again.remove(identity="friend 1") == 3 and again.still_held == 0
+    assert again.remove(identity="friend 1") == 3
     with pytest.raises(ValueError, match="made of models, not of a run"):
         _ = again.run
 
@@ -227,52 +223,6 @@ def enrolled(folder, models, vectors):
             {f"{number}/{n}": {"face": x[None]} for n, x in enumerate(clips)}, str(number)
         )
     return gallery
-
-
-@pytest.mark.slow
-def test_refit_is_better_for_people_left_out_or_is_refused(tmp_path, models, capsys):
-    """Photos that differ more than the card says call for another back end, others do not."""
-    own = enrolled(tmp_path / "own", models, draw(np.random.default_rng(3), 60, 3, spread=3.0))
-    before = own.backend.sha256
-    assert main_lib.main(["gallery", "refit", str(own.folder)]) == 0
-    assert "nats per clip of people left out, by the cards" in capsys.readouterr().out
-    assert own.identities["3"] == 3 and own.backend.sha256 != before
-    assert own.refit() is None  # there is no card to compare with any more
-    card = enrolled(tmp_path / "card", models, draw(np.random.default_rng(3), 60, 3))
-    version = card.version
-    assert main_lib.main(["gallery", "refit", str(card.folder)]) == 2
-    said = capsys.readouterr().err
-    assert "goes on comparing by the cards" in said and "nats per clip of others" in said
-    assert len(said.splitlines()) == 1
-    assert len(card.identities) == 60 and card.version == version
-
-
-@pytest.mark.parametrize("by_card", [0.5, 2.0])
-def test_the_cost_is_that_of_the_probabilities(by_card):
-    """Against the sum over single answers, where a back end of two people is known."""
-    vectors = draw(np.random.default_rng(5), 16, 2)
-    clips = {f"{p}/{n}": Clip(str(p), vectors[p, n]) for p in range(16) for n in range(2)}
-    card = backend.of_cards({"face": like_dlib()})
-    scaled = dataclasses.replace(card, settings=card.settings._replace(scale=by_card))
-    seen = []
-    found = trial.run(card, clips, lambda some: seen.append(some) or scaled)
-    assert found.better == (found.card - found.own > 2 * found.error)
-    left_out = [{clip.identity for clip in clips.values()} - {c.identity for c in some.values()}
-                for some in seen]  # fmt: skip
-    each = [str(name) for some in left_out for name in some]
-    assert sorted(each) == sorted(map(str, range(16)))  # once
-    total = {"card": 0.0, "own": 0.0}
-    people = np.random.default_rng(0).permutation(sorted(map(str, range(16)))).tolist()
-    for name, one in (("card", card), ("own", scaled)):
-        for fold in range(4):
-            held = people[fold::4]
-            for known in (held[::2], held[1::2]):
-                first = np.stack([clips[f"{p}/0"].vector for p in known])
-                index = backend.Index(one, [one.enrol(known, first, np.arange(len(known)))])
-                for person in held:
-                    (logs,) = index.search([clips[f"{person}/1"].vector[None]])
-                    total[name] -= logs[1 + known.index(person) if person in known else 0]
-    np.testing.assert_allclose([found.card, found.own], [x / 32 for x in total.values()])
 
 
 def test_unknown_people_are_grouped_and_named(tmp_path, models, capsys):

@@ -126,19 +126,15 @@ def _search_gallery(
             for name, clip in gallery.clips.items()
             if clip.identity in identities or name in clips
         }
-        held = gallery.still_held
     except UserError as error:
         return [_unread(folder, error)], set()
-    if not shown and not held:
+    if not shown:
         return [], shown
-    about = f"{len(shown):,} of its clips" if shown else f"{held:,} removed clips, by its centre"
+    about = f"{len(shown):,} of its clips"
     if not delete:
         return [Found("gallery", folder, about, "--delete")], shown
     try:
-        if shown:
-            gallery.remove(clip=shown)
-        else:
-            gallery.refit()
+        gallery.remove(clip=shown)
     except UserError as error:
         why = str(error).splitlines()[0]
         return [Found("gallery", folder, f"{about}, not deleted: {why}", "--delete")], shown

@@ -2,8 +2,8 @@
 
 `gallery` is what a user calls from Python, `commands` what a user types. `backend` whitens vectors
 and compares them with enrolled people. `answers` sets thresholds and shows answers, `changes` edits
-what is held, `store` reads and writes the file, `trial` compares back ends. `appearances` joins
+what is held, `store` reads and writes the file. `appearances` joins
 answers in time, and `unknown` numbers those whom nobody knows.
 
-Nothing here imports JAX at the top: only runs, `rank` and `refit` need it, and people wait.
+Nothing here imports JAX at the top: only runs and `rank` need it, and people wait.
 """

@@ -20,13 +20,11 @@ class Draft:
     Attributes:
       clips: name -> clip, strangers included.
       groups: identity -> the sorted names of its clips; those of strangers are under STRANGER.
-      refits: True if the back end is to be fitted anew.
     """
 
     def __init__(self, state: State):
         self._state = state
         self.clips, self.groups = dict(state.clips), dict(state.groups)
-        self.refits = False
         self._completed = False  # clips have new vectors
         self._changed: set[str] = set()  # names of clips
         self._removed: set[str] = set()  # of them, clips of the state, also if added once more
@@ -64,7 +62,6 @@ class Draft:
         *,
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
-        refit: bool = True,
     ) -> int:
         """Removes people with all their clips, or single clips; returns the number of clips."""
         if (identity is None) == (clip is None):
@@ -79,7 +76,6 @@ class Draft:
             known("clip", name, self.clips)
         gone.update(single)
         self._edit(dict.fromkeys(gone))
-        self.refits |= refit and bool(gone)
         return len(gone)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
@@ -160,6 +156,11 @@ class Draft:
     # ---- what is written
 
     @property
+    def refits(self) -> bool:
+        """True if the back end was fitted to a clip that is removed, and so must be fitted anew."""
+        return any(self._state.clips[name].fitted for name in self._removed)
+
+    @property
     def inserted(self) -> dict[str, Clip] | None:
         """The new clips and strangers' that show people now; None if anything else has changed."""
         if self._removed or self._completed or self.refits:
@@ -182,7 +183,6 @@ class Draft:
             index=old.index.replaced(old.groups.keys() & self._touched, people),
             clips=self.clips,
             groups=self.groups,
-            still_held=old.still_held + sum(old.clips[name].fitted for name in self._removed),
         )
         return state, people
 

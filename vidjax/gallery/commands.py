@@ -44,7 +44,6 @@ FLAGS: Mapping[str, tuple[str | None, str]] = {
     "to": ("NAME", "the new name"),
     "merge": (None, "two people are the same: makes one of them"),
     "clips": (None, "names the clips, too"),
-    "later": (None, "leaves the back end to refit; until then the gallery holds what was removed"),
     "empty": (None, "enrols nobody: keeps coordinates and strangers alone"),
     "fpir": ("R", "share of strangers who may get a name, e.g. 0.01"),
     "threshold": ("P", "instead: the lowest probability of a name, e.g. 0.5"),
@@ -190,10 +189,6 @@ def _counts(
         "version": gallery.version,
     }
     rows = {**done, "gallery": str(gallery.folder)} | {k: f"{n:,}" for k, n in sizes.items()}
-    if gallery.still_held:
-        held = _of(gallery.still_held, "removed clip")
-        rows["still held"] = f"{held}, by the back end: refit ends it"
-    sizes["still_held"] = gallery.still_held
     return Result({**content, "gallery": str(gallery.folder), **sizes}, rows)
 
 
@@ -425,9 +420,7 @@ def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
     del gallery
 
     def change(draft: "Draft") -> Done:
-        count = draft.remove(
-            identity=args.identity or None, clip=args.clip or None, refit=not args.later
-        )
+        count = draft.remove(identity=args.identity or None, clip=args.clip or None)
         return _of(count, "clip"), {"removed": count}
 
     return change
@@ -474,14 +467,6 @@ def _change(args: argparse.Namespace) -> Result:
     with gallery.change() as draft:
         told, content = change(draft)
     return _counts(gallery, {word: told}, content)
-
-
-def _refit(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
-    if (trial := gallery.refit()) is None:
-        return _counts(gallery)
-    told = f"{trial.own:.3g} nats per clip of people left out, by the cards {trial.card:.3g}"
-    return _counts(gallery, {"cost": told}, {"cost": trial._asdict()})
 
 
 def _list(args: argparse.Namespace) -> Result:
@@ -590,14 +575,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "remove": Command(
         "deletes a person, or a clip, and cannot be undone",
-        _flags("identity", "clip", "later"), _change, ("G --identity=Ada",),
+        _flags("identity", "clip"), _change, ("G --identity=Ada",),
     ),
     "threshold": Command(
         "says from which probability on a share of strangers gets a name",
         _flags("fpir"), _threshold, ("G --fpir=0.01",),
-    ),
-    "refit": Command(
-        "fits the coordinates to the clips that are enrolled now", _flags(), _refit, ("G",)
     ),
     "export": Command(
         "writes the enrolled clips to a parquet table: names, people, vectors",

@@ -16,7 +16,7 @@ replaced and never changed: an answer under way in another thread uses the state
 A change is written to the folder first, so an error leaves folder and memory as they were.
 
 A removed person leaves no trace in the folder. A back end that was fitted to a removed clip would:
-its centre and the other clips give the vector. So `remove` fits the back end anew. The run keeps
+its centre and the other clips give the vector. So `remove` fits such a back end anew. The run keeps
 what it learned of its training clips, and so does the back end of a gallery made with `empty`.
 Only another training without the clips ends that.
 """
@@ -39,13 +39,11 @@ from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import trial as trial_lib
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, check_clip, enrol, stack
 from vidjax.gallery.nearest import nearest
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Origin, State, Store, group
-from vidjax.gallery.trial import Trial
 from vidjax.models.two_covariance import Settings
 from vidjax.run.terminal import uncounted
 
@@ -60,7 +58,6 @@ AnyClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
-FEW_TO_FIT = 50  # people from whom on a back end of their own may beat that of a card
 
 
 class Enrolment(NamedTuple):
@@ -250,12 +247,10 @@ class Gallery:
         return cls(path, run=run, sync=sync)
 
     def __repr__(self) -> str:
-        people, held = len(self._state.index.names), self.still_held
-        clips = len(self.clips) - len(self.strangers)
+        people, clips = len(self._state.index.names), len(self.clips) - len(self.strangers)
         return (
             f"<gallery '{self.folder}': {people} people, {clips} clips, "
-            f"{len(self.strangers)} strangers, version {self.version}"
-            + (f", {held} removed clips still in the back end>" if held else ">")
+            f"{len(self.strangers)} strangers, version {self.version}>"
         )
 
     def __len__(self) -> int:
@@ -314,11 +309,6 @@ class Gallery:
     def strangers(self) -> list[str]:
         """The names of the strangers, sorted."""
         return list(self._state.groups.get(STRANGER, ()))
-
-    @property
-    def still_held(self) -> int:
-        """Number of removed clips that the back end is still fitted to; 0 after `refit`."""
-        return self._state.still_held
 
     @property
     def identities(self) -> dict[str, int]:
@@ -412,7 +402,7 @@ class Gallery:
                 return
             state, people = draft.state()
             new = draft.inserted
-            if draft.refits and state.still_held:
+            if draft.refits:
                 state = _refitted(state)
             if new is None:
                 sha256 = self._store.replace(state)
@@ -497,27 +487,26 @@ class Gallery:
         *,
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
-        refit: bool = True,
     ) -> int:
         """Removes people with all their clips, or single clips; returns the number of clips.
+
+        If the back end was fitted to a removed clip, it is fitted anew to the clips that are left.
 
         Args:
           identity: the name of a person, or several.
           clip: the name of a clip, or several, instead.
-          refit: fits the back end anew if it was fitted to a removed clip. Without, the removed
-            clips count in `still_held` until `refit` is called.
 
         Raises:
           ValueError: there is no such name.
         """
         with self.change() as draft:
-            return draft.remove(identity=identity, clip=clip, refit=refit)
+            return draft.remove(identity=identity, clip=clip)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips.
 
         With `merge`, `to` may be another enrolled person: the two become one. Else ValueError. The
-        back end stays as it is until `refit`.
+        back end stays as it is.
         """
         with self.change() as draft:
             return draft.rename(identity, to, merge=merge)
@@ -533,8 +522,7 @@ class Gallery:
         Enrolled clips keep their vectors, and have none of the new parts until `complete`.
 
         Raises:
-          ValueError: a model of the gallery is missing or another one, or it compares by a back end
-            that was fitted.
+          ValueError: a model of the gallery is missing, or is another one.
         """
         origin, back_ends = origin_of_models(models)
         with self._changing() as state:
@@ -547,13 +535,7 @@ class Gallery:
                 )
             if was == now:
                 return ()
-            backend = state.index.backend
-            if not all(part.by_distance for part in backend.parts):
-                raise UserError(
-                    f"'{self.folder}' compares by a back end that `refit` fitted, without "
-                    f"{', '.join(sorted(now.keys() - was.keys()))}\nname a new folder: --out=DIR"
-                )
-            wide = backend_lib.of_cards(back_ends)
+            backend, wide = state.index.backend, backend_lib.of_cards(back_ends)
             _check_width(wide)
             clips = {
                 name: clip._replace(vector=_widened(clip.vector, backend, wide))
@@ -583,43 +565,6 @@ class Gallery:
             with self.change() as draft:
                 draft.complete(same)
         return {*same}
-
-    def refit(self) -> Trial | None:
-        """Fits coordinates and settings to the clips that are enrolled now.
-
-        With nobody enrolled: a back end still fitted to removed clips is replaced by one fitted to
-        none; otherwise ValueError. A gallery that compares by cards goes on so, ValueError, unless
-        the new back end is better for people left out of it; then returns by how much.
-        """
-        with self._changing() as state:
-            if not state.still_held:
-                self._anybody()
-            by_cards = any(part.by_distance for part in state.index.backend.parts)
-            trial = self._trial(state) if by_cards else None
-            state = _refitted(state)._replace(version=state.version + 1)
-            self._state = state._replace(sha256=self._store.replace(state))
-            return trial
-
-    def _trial(self, state: State) -> Trial:
-        kept = f"gallery '{self.folder}' goes on comparing by the cards of its models"
-        people = len(trial_lib.repeated(state.clips))
-        if people < FEW_TO_FIT:
-            raise UserError(
-                f"{kept}: {people} people have two clips or more, and {FEW_TO_FIT} are the fewest "
-                "that tell more than a card\nenrol more"
-            )
-        backend = state.index.backend
-        found = trial_lib.run(
-            backend,
-            state.clips,
-            lambda clips: fit_backend(clips, backend.widths, centred=state.run.centred),
-        )
-        if not found.better:
-            raise UserError(
-                f"{kept}: fitted to {people} people it would cost {found.own:.3g} nats per clip of "
-                f"others, by the cards {found.card:.3g} (+- {found.error:.2g})"
-            )
-        return found
 
     # ---- answers
 

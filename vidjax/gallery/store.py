@@ -111,7 +111,6 @@ class _Facts(Struct):
     backend: formats.Sha256
     clips: formats.Count
     people: formats.Count
-    still_held: formats.Count
 
     @property
     def widths(self) -> dict[str, int]:
@@ -134,8 +133,8 @@ class State(NamedTuple):
     """All that a gallery holds; nothing in it is ever changed.
 
     `groups` are identity -> the sorted names of its clips; those of strangers are under STRANGER.
-    `still_held` counts removed clips that the back end is still fitted to. `sha256` is that of the
-    row in table `gallery`, b"" before it is written.
+    `sha256` is that of the row in table
+    `gallery`, b"" before it is written.
     """
 
     version: int
@@ -143,7 +142,6 @@ class State(NamedTuple):
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     clips: Mapping[str, Clip]
     groups: Mapping[str, tuple[str, ...]]
-    still_held: int = 0
     sha256: bytes = b""
 
     @property
@@ -426,7 +424,6 @@ def _facts(state: State) -> tuple[str, bytes]:
         backend=backend.sha256,
         clips=len(state.clips),
         people=sum(len(block.names) for block in state.index.blocks),
-        still_held=state.still_held,
     )
     text = json.dumps(msgspec.to_builtins(facts))
     return text, hashlib.sha256(text.encode()).digest()
@@ -507,7 +504,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError("its people are others than those whom its clips show")
     if (len(clips), len(sizes)) != (facts.clips, facts.people):
         raise UserError("it has another number of people or clips than it says")
-    return State(facts.version, facts.run, index, clips, groups, facts.still_held, sha256)
+    return State(facts.version, facts.run, index, clips, groups, sha256)
 
 
 def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
