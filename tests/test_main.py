@@ -146,7 +146,7 @@ def test_the_official_journey(vidjax_command, official_dir, tmp_path, capsys):
     check = vidjax_command("--mode=check", f"--workdir={workdir}")
     assert check.returncode == 0, check.stdout
     assert check.stdout.endswith("all good\n")
-    assert check.stdout.count(f"checkpoint {metrics['step']}") == 2
+    assert check.stdout.count(f"checkpoint {metrics['step']}") == 1
     assert main([*words, "--config.seed=5"]) == 2
     assert "seed: 0 -> 5" in capsys.readouterr().err
     scored = ranking.score_files(official_dir / "val_gt.txt", workdir / "ranking.txt")

@@ -20,7 +20,6 @@ import secrets
 import shutil
 import socket
 import stat
-import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -41,7 +40,6 @@ MAX_DEPTH = 40  # of lists and objects, or folders, within each other
 LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LOCK_BYTES = 1000  # the longest text of a `.lock`
-LOCK_SECONDS = 0.2
 MAX_ITEMS = 2_000_000  # values in one JSON file
 KINDS = {
     stat.S_IFLNK: "a link",
@@ -453,8 +451,9 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
-            if not _lock(file):
-                raise UserError(f"{name} '{workdir}' is in use by {lock_owner(file)}")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{name} '{workdir}' is in use by {lock_owner(file)}") from None
         except OSError as error:
             raise UserError(f"cannot lock '{path}': {error.strerror}") from error
         content = file.read(LOCK_BYTES)
@@ -466,32 +465,6 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
                 file.seek(0)
                 file.write(owner)  # a file that is cut would be waited for, milliseconds
         yield
-
-
-def _lock(file: io.FileIO) -> bool:
-    """Locks an open file; False after LOCK_SECONDS, for which `lock_holder` may delay it."""
-    until = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(LOCK_SECONDS / 20)
-
-
-def lock_holder(folder: Path) -> str | None:
-    """Returns who holds the lock of a folder, such as `process 12 on ada`; None if nobody does."""
-    try:
-        with open_regular(folder / ".lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
-            except BlockingIOError:
-                return lock_owner(file)
-    except (FileNotFoundError, PermissionError):
-        pass
-    return None
 
 
 def lock_owner(file: io.FileIO) -> str:

@@ -25,7 +25,7 @@ COMMANDS = {
     "embed": "makes a vector of each new clip with a trained run",
     "compare": "says how far apart runs are, and how sure that is",
     "report": "writes report.html anew, from the files of a run",
-    "check": "reads all, changes nothing: environment, data, run, gallery",
+    "check": "says whether environment, data, a run or a gallery is sound",
     "config": "prints all fields: values, defaults, and where each is from",
     "score": "prints the MAP of a submission, as the organisers' script does",
     "gallery": "enrols, finds and deletes people without training",

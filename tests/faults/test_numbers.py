@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.helpers.clip_files import random_clip, write_pickle
 from tests.helpers.datasets import load_dataset
 from vidjax import config as config_lib
 from vidjax import config_io, optim
-from vidjax.commands import findings
+from vidjax.commands import check
 from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data import labels as labels_lib
 from vidjax.data.checks import misspelt, unusable
@@ -109,9 +110,11 @@ def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(
         plan.make_plan(config, data)
     config_lib.check(config)
     assert plan.make_plan(make_config(), data).task.modalities == {"face": DIM}
-    faults = [text for state, text in findings._data(config) if state == "FAULT"]
-    assert len(faults) == 1 and f"head: {message}" in faults[0]
-    assert "config.modalities" in faults[0]
+    with (
+        pytest.raises(ValueError, match=rf"head: {message}[^\0]*config\.modalities"),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        check._data(config)
 
 
 def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path: Path) -> None:

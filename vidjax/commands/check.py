@@ -1,10 +1,14 @@
-"""`vidjax check`: reads all and changes nothing; `findings` has the checks."""
+"""`vidjax check`: versions, devices, and whether data, a run or a gallery can be read."""
 
 import argparse
 import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from vidjax import api, config_io, files, messages
+from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
@@ -17,60 +21,100 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--workdir", metavar="FOLDER", help=about)
     common.config_flag(parser)
     parser.fields()
-    examples = ("--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH")
-    parser.command(run, *examples)
-
-
-def settings(args: argparse.Namespace) -> tuple[Config | None, Path | None]:
-    """Returns the configuration and the folder to check.
-
-    The folder is None where `--config`, or the environment alone, is checked. The configuration is
-    None for the environment alone, or where that of the run is damaged, which the check reports.
-    """
-    if args.workdir and args.config:
-        raise UserError(
-            "check takes --workdir=FOLDER, or --config=FILE for its data alone: not both"
-        )
-    if args.config:
-        return config_io.override(api.load_config(args.config), args.overrides), None
-    if not args.workdir:
-        if args.overrides:
-            raise UserError("check with fields needs --workdir=FOLDER or --config=FILE")
-        return None, None
-    workdir = Path(args.workdir).expanduser().absolute()
-    try:
-        config = api.run_config(workdir)
-    except ValueError:
-        if not files.exists(workdir / common.RECORDED):
-            raise
-        return None, workdir
-    return config_io.override(config, args.overrides), workdir
+    parser.command(run, "--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Prints each finding at once, since reading data takes time, and the verdict."""
-    gallery = None
-    if args.workdir and not args.config:
-        from vidjax.gallery import store
+    """Prints each finding at once, since reading data takes time, and then the verdict.
 
-        folder = Path(args.workdir).expanduser().absolute()
-        if any((folder / name).exists() for name in (store.NAME, store.OLD_NAME)):
-            gallery = folder
-    config, workdir = (None, None) if gallery else settings(args)
-    # The run that is checked may still be training: its accelerator has no memory to spare.
+    The exit code is that of the worst finding: 3 for a damaged checkpoint, 2 for other faults.
+    """
+    findings, code = [], 0
+    for subject, check in checks_of(args).items():
+        state = "ok"
+        try:
+            text = check()
+        except Exception as error:  # damaged files raise whatever their readers raise
+            state, found = "FAULT", messages.exit_code(error)
+            text = messages.text_of(error) if found else f"{type(error).__name__}: {error}"
+            code = max(code, found or 2)
+        text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+        findings.append({"state": state, "subject": subject, "text": text})
+        if not args.json and (state != "ok" or not args.quiet):
+            messages.say(f"  {state:5}  {subject}: {text}")
+    faults = [one["subject"] for one in findings if one["state"] != "ok"]
+    verdict = f"FAULT: {', '.join(faults)}" if faults else "all good"
+    return Result({"findings": findings, "verdict": verdict}, text=verdict, code=code)
+
+
+def checks_of(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
+    """Returns subject -> a check of it, which returns what is good and raises what is not."""
+    if args.workdir and args.config:
+        raise UserError("check takes --workdir=FOLDER, or --config=FILE for its data: not both")
+    if args.overrides and not (args.workdir or args.config):
+        raise UserError("check with fields needs --workdir=FOLDER or --config=FILE")
+    # The run may still be training: its accelerator has no memory to spare.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.commands import findings
+    from vidjax.gallery import store
+    from vidjax.run import checkpoint
 
-    subject = str(gallery or workdir or args.config or "the environment")
-    lines = not (args.quiet or args.json)
-    if lines:
-        messages.say(f"check: {subject}")
-    items = []
-    for item in findings.check(config, workdir, gallery):
-        items.append(item)
-        if lines or (args.quiet and not args.json and item.state != findings.OK):
-            messages.say(f"  {item.state:7}  {item.text}")
-    verdict = findings.verdict(items)
-    content = {"check": subject, "findings": [item._asdict() for item in items]}
-    code = findings.exit_code(items)
-    return Result({**content, "verdict": verdict}, text=verdict, code=code)
+    checks: dict[str, Callable[[], str]] = {"environment": _environment}
+    if args.config:
+        config = config_io.override(api.load_config(args.config), args.overrides)
+        return checks | {"data": partial(_data, config)}
+    if not args.workdir:
+        return checks
+    workdir = Path(args.workdir).expanduser().absolute()
+    if files.exists(workdir / store.NAME):
+        return checks | {"gallery": partial(_gallery, workdir)}
+    config = config_io.override(api.run_config(workdir), args.overrides)
+    if config.join.runs:
+        raise UserError(f"'{workdir}' joins runs: check {' and '.join(config.join.runs)}")
+    for step in checkpoint.survey(workdir):
+        checks[f"checkpoint {step}"] = partial(_checkpoint, workdir / "checkpoints" / str(step))
+    return checks | {"run": partial(_run, config, workdir)}
+
+
+def _checkpoint(folder: Path) -> str:
+    from vidjax.run import checkpoint
+
+    return f"{len(checkpoint.verify(folder)['files'])} files, every sha256 agrees"
+
+
+def _environment() -> str:
+    from vidjax import devices
+
+    devices.make_mesh()  # says why an accelerator cannot be used
+    return ", ".join(f"{name} {version}" for name, version in devices.versions().items())
+
+
+def _data(config: Config) -> str:
+    from vidjax.training import dry_run, plan
+
+    config_lib.check(config)
+    dry_run.run(config)
+    data = api.load_data(config)
+    plan.make_plan(config, data)
+    return _counts(data.report["splits"])
+
+
+def _run(config: Config, workdir: Path) -> str:
+    from vidjax.evaluation import restore
+
+    with warnings.catch_warnings(action="ignore"):  # about damaged checkpoints
+        found = restore.find_run(config, workdir)
+    data = api.load_data(config)
+    restore.check_data(workdir, found.manifest["data"], config, data, trains=False)
+    return f"step {found.manifest['step']:,} and its data: {_counts(data.report['splits'])}"
+
+
+def _counts(splits: Mapping[str, Mapping[str, int]]) -> str:
+    return ", ".join(f"{name} {split['clips']:,} clips" for name, split in splits.items())
+
+
+def _gallery(folder: Path) -> str:
+    from vidjax.gallery.gallery import Gallery
+
+    gallery = Gallery(folder)
+    clips, strangers = sum(gallery.identities.values()), len(gallery.strangers)
+    return f"{len(gallery.identities):,} people by {clips:,} clips, {strangers:,} strangers"

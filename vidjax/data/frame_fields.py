@@ -223,7 +223,7 @@ class RecordSource(Protocol):
 
     @property
     def title(self) -> str:
-        """What is converted, for the log and `--mode=check`."""
+        """What is converted, for the log."""
         ...
 
     def fingerprint(self) -> list[dict[str, Any]]:

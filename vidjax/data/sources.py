@@ -26,10 +26,6 @@ Section = Mapping[str, Any]  # `config.data`
 _LOG = logging.getLogger(__name__)
 
 
-class NotGenerated(FileNotFoundError):
-    """A dataset has yet to be generated."""
-
-
 def open_synthetic(data: Section, digests: Digests) -> RecordSource:
     """Returns the built-in dataset as official files, generated at the first call."""
     if data["dir"]:
@@ -45,8 +41,6 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
     changed = "".join(f"-{name}={_shortest(x)}" for name, x in options.changed().items())
     folder = root / f"{data['size']}-{data['seed']}{changed}-{version}"
     if not folder.exists():
-        if not digests.write:
-            raise NotGenerated("the synthetic dataset is not made yet: training makes it")
         with exclusive(folder):
             if not folder.exists():
                 _LOG.info("making the synthetic dataset in %s", folder)
@@ -101,7 +95,7 @@ def open_source(
       given: the section `config.data`, which replaces all other arguments but `generate`; a folder
         of official pickles or of your own features; or split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`.
-      generate: False raises NotGenerated instead of generating a dataset, and writes nothing.
+      generate: False writes nothing; no dataset is generated then.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)

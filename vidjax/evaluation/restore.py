@@ -11,7 +11,7 @@ wherever the run meets data again; the `metrics.json` of a finished run has them
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -180,28 +180,6 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
             raise CheckpointError(
                 f"'{workdir}' was trained on {noun}\nuse another workdir, or the data of that run"
             )
-
-
-def check_companions(
-    workdir: Path, manifest: Mapping[str, Any]
-) -> Iterator[tuple[str, str, Exception | None]]:
-    """Yields file name, short description and fault of every file that a checkpoint depends on."""
-
-    def members() -> str:
-        sets = load_training_sets(workdir, manifest)
-        return f"{len(sets.members)} members, {len(sets.clips)} clips"
-
-    checks: dict[str, Callable[[], str]] = {
-        IDENTITIES: lambda: f"{len(load_identities(workdir, manifest))} identities",
-        ensemble.FILE: members,
-    }
-    if "config" in manifest:
-        checks[CONFIG] = lambda: check_config(workdir, manifest) or "agrees"
-    for file, check in checks.items():
-        try:
-            yield file, check(), None
-        except (CheckpointError, ValueError) as error:
-            yield file, "", error
 
 
 def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
