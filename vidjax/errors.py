@@ -45,6 +45,10 @@ class DiskError(UserError, OSError):
     """A file could not be written, by this process or by one that it started."""
 
 
+class InUseError(UserError):
+    """Another process has locked a folder."""
+
+
 @contextlib.contextmanager
 def named(place: str) -> Iterator[None]:
     """Puts `place`, such as a field, before the message of a UserError that is raised inside."""

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 
-from vidjax.errors import DiskError, UserError
+from vidjax.errors import DiskError, InUseError, UserError
 
 T = TypeVar("T")
 
@@ -453,7 +453,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{name} '{workdir}' is in use by {lock_owner(file)}") from None
+            raise InUseError(f"{name} '{workdir}' is in use by {lock_owner(file)}") from None
         except OSError as error:
             raise UserError(f"cannot lock '{path}': {error.strerror}") from error
         content = file.read(LOCK_BYTES)

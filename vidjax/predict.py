@@ -286,14 +286,15 @@ class Predictor(NamedTuple):
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)
 
-    def _model(self, data: ClipSource) -> TrainedModel:
+    def model_of(self, data: ClipSource) -> TrainedModel:
+        """Returns the weights of the run with the clips that they score."""
         weights = (self.params, self.model_state)
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def _windows(self, request: Request) -> Iterator[list[Batch]]:
         """Yields a few blocks of clips at a time, on the devices."""
-        models, size = [self._model(request.data)], request.block_size
+        models, size = [self.model_of(request.data)], request.block_size
         rows = 1 if len(self.training_sets.members) == 1 else WINDOW_ROWS
         for window in windows(models, request.split, size, self.mesh, rows):
             yield window[0]
@@ -301,7 +302,7 @@ class Predictor(NamedTuple):
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip_index [B] and the mask [B] of clips that have a score."""
         clips = request.data.split(request.split).clips
-        scorer = ModelScorer(self._model(request.data), clips, self.mesh)
+        scorer = ModelScorer(self.model_of(request.data), clips, self.mesh)
         pool = scorer.use.any(axis=0)
         if not pool.any():
             raise UserError(

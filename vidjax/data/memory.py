@@ -165,7 +165,7 @@ class MemoryClips:
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
         """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
         if modality not in self._packed:
-            none = Modality(self._widths[modality], "float16")
+            none = Modality(self._widths[modality], "float32")
             return padding.pad({}, np.zeros(len(clips), np.int32), shape, none)
         flat, lengths = self._packed[modality], self._split.lengths[modality][clips]
         first = self._starts[modality][clips] - (np.cumsum(lengths) - lengths)

@@ -239,9 +239,13 @@ def known(kind: str, name: str, among: Mapping[str, T]) -> T:
     raise no_such(kind, name, closest(name, among) if len(among) <= MOST_SUGGESTED else None)
 
 
-def no_such(kind: str, name: str, close: str | None) -> UserError:
+class NotEnrolledError(UserError):
+    """No person or clip has this name."""
+
+
+def no_such(kind: str, name: str, close: str | None) -> NotEnrolledError:
     """Returns the error of a missing name; `close` is a similar one that is there."""
     hint = f": did you mean '{show(close)}'?" if close else ""
-    return UserError(
+    return NotEnrolledError(
         f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
     )

@@ -109,6 +109,14 @@ class Ranked(NamedTuple):
         return predict.as_lists(self.identities, dict(enumerate(self.clips)), self.top)
 
 
+class NobodyError(UserError):
+    """Nobody is enrolled, so that nobody can be named."""
+
+
+class UnreadableError(UserError):
+    """The file of an open gallery is damaged or gone."""
+
+
 class Gallery:
     """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
 
@@ -318,8 +326,11 @@ class Gallery:
 
     def refresh(self) -> None:
         """Reads the gallery anew if this process or another one has changed it."""
-        if self._store.sha256() != self._state.sha256:
-            self._state = self._store.read()
+        try:
+            if self._store.sha256() != self._state.sha256:
+                self._state = self._store.read()
+        except UserError as error:
+            raise UnreadableError(str(error)) from error
 
     @property
     def run(self) -> "Predictor":
@@ -584,7 +595,7 @@ class Gallery:
         """Returns the state of the folder; ValueError if nobody is enrolled."""
         self.refresh()
         if not self.index.names:
-            raise UserError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
+            raise NobodyError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
         return self._state
 
     def threshold(self, fpir: float) -> Threshold:

@@ -3,116 +3,75 @@
 import html
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
-FEATURES = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-CLIPS = {
-    "type": "array",
-    "minItems": 1,
-    "items": {
-        "type": "object",
-        "required": ["clip"],
-        "properties": {"clip": {"type": "string"}},
-        "additionalProperties": FEATURES,
-        "description": "a clip: its name, and for each modality, as face, its frames [T, D]; "
-        "face_quality [T] is optional",
-    },
-}
-RULE = {
-    "fpir": {"type": "number", "description": "share of strangers who may get a name"},
-    "threshold": {"type": "number", "description": "instead: the lowest probability of a name"},
-}
-IDENTIFY = {"clips": CLIPS, "k": {"type": "integer", "default": 5}, **RULE}
-ENROL = {
-    "clips": CLIPS,
-    "identity": {"type": "string", "description": "the person that all clips show"},
-    "identities": {
-        "type": "object",
-        "additionalProperties": {"type": "string"},
-        "description": "instead: clip to person",
-    },
-    "strangers": {"type": "boolean", "description": "instead: the clips show nobody enrolled"},
-}
-INFER = {
-    "id": {"type": "string"},
-    "parameters": {"type": "object"},
-    "inputs": {"type": "array", "items": {"type": "object"}},
-    "outputs": {"type": "array", "items": {"type": "object"}},
-}
-MODELS = "/v2/models/{name}"
-VERSIONS = f"{MODELS}/versions/{{version}}"
-# Method and path -> what it does, the properties of its body, and the words of its query.
-ANSWERS: dict[tuple[str, str], tuple[str, Mapping[str, object] | None, Mapping[str, object]]] = {
-    ("POST", "/identify"): ("Says who clips show; null is unknown", IDENTIFY, {}),
-    ("POST", "/enrol"): ("Enrols clips, all or none", ENROL, {}),
-    ("GET", "/identities"): (
-        "Lists people and the number of their clips, 10,000 at a time",
-        None,
-        {"after": {"type": "string", "description": "the last name of the answer before"}},
-    ),
-    ("DELETE", "/identities/{name}"): ("Removes a person with all clips", None, {}),
-    ("DELETE", "/clips/{name}"): ("Removes a clip", None, {}),
-    ("GET", "/threshold"): ("Says when a clip gets a name", None, RULE),
-    ("GET", "/metrics"): ("Counts requests, for Prometheus", None, {}),
-    ("GET", "/openapi.json"): ("This description", None, {}),
-    ("GET", "/docs"): ("This page", None, {}),
-    ("GET", "/v2"): ("Open Inference Protocol: the server", None, {}),
-    ("GET", "/v2/health/live"): ("Says that the server runs", None, {}),
-    ("GET", "/v2/health/ready"): ("Says that all is compiled; else 503", None, {}),
-    ("GET", MODELS): ("The tensors of a model, gallery or run", None, {}),
-    ("GET", VERSIONS): ("The same; the version is 1", None, {}),
-    ("GET", f"{MODELS}/ready"): ("Says that the model is compiled; else 503", None, {}),
-    ("GET", f"{VERSIONS}/ready"): ("The same", None, {}),
-    ("POST", f"{MODELS}/infer"): ("Tensors in, tensors out", INFER, {}),
-    ("POST", f"{VERSIONS}/infer"): ("The same", INFER, {}),
-}
-ERRORS = {
-    "400": "no HTTP", "401": "no token, or a false one", "403": "a page of another site asks",
-    "404": "no such path, model or name", "405": "no such method",
-    "408": "the body came too slowly",
-    "409": "the gallery has nobody enrolled", "413": "the body is too large",
-    "415": "a body of another type", "422": "a number, array, name or field is wrong",
-    "429": "too many requests wait: Retry-After",
-    "503": "not ready, too slow, too many connections, or another process changes the gallery",
-    "507": "the disk is full, or cannot be written",
-}  # fmt: skip
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}pre{overflow:auto}"
+)
 
 
-def describe() -> dict[str, object]:
+class Answer(NamedTuple):
+    """An answer of a server: method and path of its requests, and the function that makes it.
+
+    `body` and `query` are the types of the body of JSON and of the words of the query.
+    """
+
+    method: str
+    path: str
+    answer: Callable[[Request], Awaitable[Response]]
+    body: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
+
+    @property
+    def about(self) -> str:
+        """What the answer is, in words."""
+        return str(self.answer.__doc__).partition("\n")[0]
+
+
+def describe(answers: Sequence[Answer]) -> dict[str, Any]:
     """Returns the description for `/openapi.json`."""
+    kinds = [kind for one in answers for kind in (one.body, one.query) if kind]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     paths: dict[str, dict[str, object]] = {}
-    for (method, path), (about, body, query) in ANSWERS.items():
-        words = [
-            {"name": name, "in": "query", "required": False, "schema": schema}
-            for name, schema in query.items()
+    for one in answers:
+        words = schemas[one.query.__name__]["properties"] if one.query else {}
+        parameters = [
+            {"name": name, "in": "query", "schema": schema} for name, schema in words.items()
         ]
-        parts = [part.strip("{}") for part in path.split("/") if part.startswith("{")]
-        words += [
+        path = one.path.replace(":path", "")
+        parameters += [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in parts
+            for name in re.findall(r"{(\w+)}", path)
         ]
-        one: dict[str, object] = {
-            "summary": about,
-            "parameters": words,
-            "responses": {"200": {"description": "done"}, "default": {"$ref": ERROR}},
+        error = {"$ref": "#/components/responses/Error"}
+        about: dict[str, object] = {
+            "summary": one.about,
+            "parameters": parameters,
+            "responses": {"200": {"description": "done"}, "default": error},
         }
-        if body is not None:
-            schema = {"type": "object", "properties": body}
+        if one.body:
+            schema = {"$ref": f"#/components/schemas/{one.body.__name__}"}
             content: dict[str, object] = {"application/json": {"schema": schema}}
             if not path.startswith("/v2"):
                 content["application/x-npz"] = {"schema": {"type": "string", "format": "binary"}}
-            one["requestBody"] = {"required": True, "content": content}
-        paths.setdefault(path, {})[method.lower()] = one
-    text = "; ".join(f"{status}: {about}" for status, about in ERRORS.items())
+            about["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(path, {})[one.method.lower()] = about
     error = {"type": "object", "properties": {"error": {"type": "string"}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "vidjax", "version": importlib.metadata.version("vidjax")},
         "paths": paths,
         "components": {
+            "schemas": schemas,
             "responses": {
                 "Error": {
-                    "description": text,
+                    "description": "one line that says what is wrong",
                     "content": {"application/json": {"schema": error}},
                 }
             },
@@ -122,26 +81,20 @@ def describe() -> dict[str, object]:
     }
 
 
-ERROR = "#/components/responses/Error"
-STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}pre{overflow:auto}"
-)
-
-
-def page() -> str:
+def page(answers: Sequence[Answer]) -> str:
     """Returns the description as a page, which loads nothing."""
     rows = []
-    for (method, path), (about, body, query) in ANSWERS.items():
-        rows.append(f"<h2><code>{method} {html.escape(path)}</code></h2><p>{html.escape(about)}.")
-        for name, fields in (("body", body), ("query", query)):
-            if fields:
-                text = html.escape(json.dumps(fields, indent=1))
-                rows.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
-    errors = "".join(f"<li>{status}: {html.escape(about)}" for status, about in ERRORS.items())
+    for one in answers:
+        kinds = [kind.__name__ for kind in (one.body, one.query) if kind]
+        path = html.escape(one.path.replace(":path", ""))
+        rows.append(f"<h2><code>{one.method} {path}</code></h2><p>{html.escape(one.about)}")
+        rows.append(f" It takes {kinds[0]}, see below." if kinds else "")
+    for name, schema in describe(answers)["components"]["schemas"].items():
+        text = html.escape(json.dumps(schema, indent=1))
+        rows.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>vidjax serve</title><style>{STYLE}</style><h1>vidjax serve</h1>"
-        f'<p>The same for programs: <a href="/openapi.json">openapi.json</a>.{"".join(rows)}'
-        f'<h2>Errors</h2><p>Each is <code>{{"error": "one line"}}</code>.<ul>{errors}</ul></html>'
+        f'<p>The same for programs: <a href="/openapi.json">openapi.json</a>.{"".join(rows)}</html>'
     )

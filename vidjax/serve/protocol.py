@@ -10,7 +10,6 @@ JSON lacks (-inf) is the lowest finite float32 there.
 
 import math
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -18,33 +17,56 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax.data.untrusted.names import show
-from vidjax.serve.limits import Limits, Refused, unprocessable
+from vidjax.serve.limits import Limits, unprocessable
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
 LOWEST = float(np.finfo(np.float32).min)
 Name = Annotated[str, Meta(max_length=200)]
 Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=1, max_length=4)]
+DEFAULT_K = 5
+K = Annotated[int, Meta(ge=1, le=1000, description="the most identities of a clip")]
 
 
-class _Tensor(Struct):
+class Rule(Struct, forbid_unknown_fields=True, kw_only=True):
+    """When a clip gets a name."""
+
+    fpir: Annotated[float | None, Meta(description="share of strangers who may get a name")] = None
+    threshold: Annotated[float | None, Meta(description="instead: the lowest probability")] = None
+
+
+class Parameters(Rule):
+    """Parameters of a request."""
+
+    k: K = DEFAULT_K
+    binary_data_output: bool = False
+    timeout: float | None = None  # of Triton's client; not looked at
+
+
+class Tensor(Struct):
+    """An input: its values are `data`, or lie behind the JSON."""
+
     name: Name
     shape: Sizes
     datatype: Name
     parameters: dict[str, bool | float | str] = {}
-    data: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
-class _Output(Struct):
+class Output(Struct):
+    """An output that is wanted; its parameter `binary_data` is true for bytes."""
+
     name: Name
     parameters: dict[str, bool | float | str] = {}
 
 
-class _Request(Struct):
-    inputs: Annotated[list[_Tensor], Meta(min_length=1, max_length=64)]
+class Ask(Struct):
+    """A request for answers to tensors; without `outputs`, all are wanted."""
+
+    inputs: Annotated[list[Tensor], Meta(min_length=1, max_length=64)]
     id: Name = ""
-    parameters: dict[str, bool | float | str] = {}
-    outputs: Annotated[list[_Output], Meta(max_length=64)] = []
+    parameters: Parameters = msgspec.field(default_factory=Parameters)
+    outputs: Annotated[list[Output], Meta(max_length=64)] = []
 
 
 class Spec(NamedTuple):
@@ -55,39 +77,22 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
 
-class UnknownInput(Refused):
-    """The model has no such input, or had none at the last look."""
-
-
-class Ask(NamedTuple):
-    """A request: arrays by name, parameters, and the outputs wanted, name -> True for binary.
-
-    Without outputs, all are wanted, in binary if `binary` says so.
-    """
-
-    id: str
-    tensors: dict[str, np.ndarray]
-    parameters: Mapping[str, bool | float | str]
-    outputs: dict[str, bool]
-    binary: bool
-
-
-def parse(body: bytes, header_length: str | None, inputs: Sequence[Spec], limits: Limits) -> Ask:
-    """Returns a request; Refused names the tensor that is wrong."""
-    size = _header_size(body, header_length)
+def parse(
+    body: bytes, header_length: str | None, inputs: Sequence[Spec], limits: Limits
+) -> tuple[Ask, dict[str, np.ndarray]]:
+    """Returns a request, and its arrays by name; Refused names the tensor that is wrong."""
+    at = size = _header_size(body, header_length)
     if size > limits.json_bytes:
         raise unprocessable(
             f"the JSON has {limits.json_bytes:,} bytes at most: send binary tensors"
         )
-    request = decode(memoryview(body)[:size], _Request)
+    asked = decode(memoryview(body)[:size], Ask)
     known = {spec.name: spec for spec in inputs}
     tensors: dict[str, np.ndarray] = {}
-    at = size
-    for tensor in request.inputs:
+    for tensor in asked.inputs:
         name = tensor.name
         if name not in known:
-            text = f"no input '{show(name)}': choose from {', '.join(known)}"
-            raise UnknownInput(HTTPStatus.UNPROCESSABLE_ENTITY, text)
+            raise unprocessable(f"no input '{show(name)}': choose from {', '.join(known)}")
         if name in tensors:
             raise unprocessable(f"input '{name}' comes twice")
         spec = known[name]
@@ -108,9 +113,14 @@ def parse(body: bytes, header_length: str | None, inputs: Sequence[Spec], limits
         tensors[name] = array.reshape(tensor.shape)
     if at != len(body):
         raise unprocessable(f"{len(body) - at:,} bytes of the body belong to no tensor")
-    outputs = {one.name: bool(one.parameters.get("binary_data", False)) for one in request.outputs}
-    binary = bool(request.parameters.get("binary_data_output", False))
-    return Ask(request.id, tensors, request.parameters, outputs, binary)
+    return asked, tensors
+
+
+def check_outputs(asked: Ask, outputs: Sequence[Spec]) -> None:
+    """Raises Refused for an output that a model does not have."""
+    known = [spec.name for spec in outputs]
+    if unknown := [one.name for one in asked.outputs if one.name not in known]:
+        raise unprocessable(f"no output '{show(unknown[0])}': choose from {', '.join(known)}")
 
 
 def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (of that kind)
@@ -139,7 +149,7 @@ def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     return len(shape) == len(wanted) and all(want in (-1, size) for size, want in sizes)
 
 
-def _of_json(tensor: _Tensor, name: str, dtype: np.dtype) -> np.ndarray:
+def _of_json(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     """Returns the values of a tensor in JSON, a flat list or lists of lists, as [N]."""
     kind: Any = bool if dtype.kind == "b" else float
     flat = list[kind]
@@ -165,16 +175,16 @@ def _of_json(tensor: _Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     return array.reshape(-1)
 
 
-def answer(ask: Ask, model: str, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, int | None]:
-    """Returns the body of an answer, and the length of its JSON where binary tensors follow.
+def answer(asked: Ask, model: str, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, int | None]:
+    """Returns the body of an answer, and the length of its JSON if binary tensors follow.
 
-    `outputs` are float32, bool, or text, an array of dtype object.
+    `outputs` are all outputs of the model: float32, bool, or text, an array of dtype object.
     """
-    wanted = ask.outputs or dict.fromkeys(outputs, ask.binary)
+    wanted = {one.name: bool(one.parameters.get("binary_data")) for one in asked.outputs}
     described, tails = [], []
-    for name, binary in wanted.items():
-        if name not in outputs:
-            raise unprocessable(f"no output '{show(name)}': choose from {', '.join(outputs)}")
+    for name, binary in (
+        wanted or dict.fromkeys(outputs, asked.parameters.binary_data_output)
+    ).items():
         array = outputs[name]
         text = array.dtype == object
         one: dict[str, object] = {"name": name, "shape": list(array.shape)}
@@ -188,7 +198,7 @@ def answer(ask: Ask, model: str, outputs: Mapping[str, np.ndarray]) -> tuple[byt
             one["data"] = plain.reshape(-1).tolist()
         described.append(one)
     content = {"model_name": model, "model_version": "1", "outputs": described}
-    head = msgspec.json.encode({**content, "id": ask.id} if ask.id else content)
+    head = msgspec.json.encode({**content, "id": asked.id} if asked.id else content)
     return (b"".join([head, *tails]), len(head)) if tails else (head, None)
 
 

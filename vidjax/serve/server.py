@@ -11,7 +11,6 @@ from collections.abc import Generator
 import uvicorn
 
 from vidjax.errors import UserError
-from vidjax.serve.connection import connection_class
 from vidjax.serve.limits import Guard, Limits
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,13 +54,13 @@ def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
     """Returns uvicorn's settings."""
     return uvicorn.Config(
         app,
-        http=connection_class(limits),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=limits.connections,
         backlog=min(2 * limits.connections, 1024),
         timeout_keep_alive=int(limits.idle_seconds),
         timeout_graceful_shutdown=int(limits.drain_seconds),
