@@ -51,13 +51,13 @@ def test_two_nets_for_one_role_are_refused(tmp_path):
 def test_a_card_without_its_net_is_refused(tmp_path):
     made_nets.write(tmp_path)
     (tmp_path / "face.onnx").unlink()
-    refused(tmp_path, "face.json", "face.onnx", "vidjax.extract.convert")
+    refused(tmp_path, "face.json", "face.onnx", "vidjax convert")
 
 
 def test_another_net_than_the_cards_is_refused(tmp_path):
     made_nets.write(tmp_path)
     (tmp_path / "face.onnx").write_bytes(made_nets.embedder("NHWC"))
-    refused(tmp_path, "face.onnx", "sha256", "vidjax.extract.convert")
+    refused(tmp_path, "face.onnx", "sha256", "vidjax convert")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_another_net_than_the_cards_is_refused(tmp_path):
 )
 def test_a_wrong_key_is_named(tmp_path, fields, word):
     made_nets.write(tmp_path, **fields)
-    refused(tmp_path, "face.json", word, "vidjax.extract.convert")
+    refused(tmp_path, "face.json", word, "vidjax convert")
 
 
 def test_a_fixed_input_of_a_detector_fits_its_strides(tmp_path):
@@ -101,7 +101,7 @@ def test_a_fixed_input_of_a_detector_fits_its_strides(tmp_path):
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "{", "[]", '{"format": 1}', "\xff"])
 def test_what_is_no_card_is_refused(tmp_path, text):
     (tmp_path / "face.json").write_text(text, "latin-1")
-    refused(tmp_path, "face.json", "vidjax.extract.convert")
+    refused(tmp_path, "face.json", "vidjax convert")
 
 
 def test_a_card_is_a_small_regular_file(tmp_path):
@@ -114,7 +114,7 @@ def test_a_card_is_a_small_regular_file(tmp_path):
 
 
 def test_a_folder_that_is_not_there_says_how_to_make_nets(tmp_path):
-    refused(tmp_path / "models", "models", "vidjax.extract.convert")
+    refused(tmp_path / "models", "models", "vidjax convert")
 
 
 @pytest.mark.parametrize("role", ["face_detector", "face_embedder", "voice_embedder"])

@@ -1,9 +1,7 @@
 """`vidjax export` and `vidjax import`: runs and galleries in the formats of other runtimes."""
 
 import argparse
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ def _places(args: argparse.Namespace) -> tuple[Path, Path]:
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if files.exists(to):
         raise UserError(f"--to={to}: there is something already: name a new folder")
+    to.parent.mkdir(parents=True, exist_ok=True)
     return source, to
 
 
@@ -53,7 +52,7 @@ def _export(args: argparse.Namespace) -> Result:
 
     chosen = FORMATS[args.format]
     need(f"--format={args.format}", *chosen.packages, extra=chosen.extra)
-    with _new_folder(to) as folder:
+    with files.atomic_folder(to) as folder:
         is_gallery = files.exists(source / NAME)
         write = _write_gallery if is_gallery else _write_run
         found = write(source, folder, chosen, args.format, args.checkpoint)
@@ -124,21 +123,12 @@ def _write_gallery(
     }
 
 
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `path` at the end; after an error there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_folder(path) as folder:
-        yield folder
-
-
 def _import(args: argparse.Namespace) -> Result:
     """Makes a run of the weights beside any exported model."""
     from vidjax import predict
     from vidjax.export import weights
 
     source, to = _places(args)
-    to.parent.mkdir(parents=True, exist_ok=True)
     weights.read(source, to)
     run = predict.restore(to)
     rows = {"workdir": messages.shown(to), "step": f"{run.step:,}"}

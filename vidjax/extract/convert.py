@@ -216,10 +216,7 @@ MAKERS = {
     "resemblyzer": convert_resemblyzer,
 }
 # README.md says how the numbers of these cards were measured.
-CARDS = msgspec.json.decode(
-    Path(__file__).with_name("nets.json").read_bytes(), type=dict[str, dict]
-)
 KINDS = {
     name: Kind(msgspec.convert(card["source"], Source), MAKERS[name], card)
-    for name, card in CARDS.items()
+    for name, card in cards.PUBLISHED.items()
 }

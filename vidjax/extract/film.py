@@ -21,6 +21,8 @@ from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker, gap_at
 from vidjax.extract.voices import RATE, Voice, alone, listen
 
+MOST_FRAMES = 32  # of a clip: the best ones, also of its voice
+
 
 class Sighting(NamedTuple):
     """A person in a frame: `quality`, then a number of its own, which makes the order total.
@@ -39,8 +41,8 @@ class Sighting(NamedTuple):
 class Clips:
     """Writes a clip of each track that ends; keeps the best pictures of those that have not."""
 
-    def __init__(self, nets: Nets, out: Path, most_frames: int):
-        self._nets, self._out, self._most_frames = nets, out, most_frames
+    def __init__(self, nets: Nets, out: Path):
+        self._nets, self._out = nets, out
         self._best: dict[int, list[Sighting]] = {}
         self._numbers = itertools.count()
         self.tracks: list[folder.Track] = []
@@ -64,7 +66,7 @@ class Clips:
                 {part: found.parts[part][place] for part in own}, own,
             )  # fmt: skip
             best = self._best.setdefault(track, [])
-            full = len(best) >= self._most_frames
+            full = len(best) >= MOST_FRAMES
             (heapq.heappushpop if full else heapq.heappush)(best, seen)
 
     def end(self, track: Track, name: str) -> None:
@@ -109,7 +111,7 @@ class Clips:
         with np.load(self._out / f"{clip}.npz") as file:
             arrays = dict(file)
         order = np.argsort(-voice.quality, kind="stable")
-        begin, vectors, quality = (x[np.sort(order[: self._most_frames])] for x in voice)
+        begin, vectors, quality = (x[np.sort(order[:MOST_FRAMES])] for x in voice)
         number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
         new = {"audio": vectors, "audio_quality": quality, "audio_number": number}
         self._write(clip, arrays | new)
@@ -127,7 +129,7 @@ def extract(
     A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
     written, too. Memory does not grow with the length of the video, but for the list of its tracks.
     """
-    clips = Clips(nets, out, settings.most_frames)
+    clips = Clips(nets, out)
     with decode.open_video(path) as video:
         if video.info.photo:
             shots, seen = [(0.0, 0.0)], _find_in_photo(video, clips, nets, stem)

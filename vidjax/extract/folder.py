@@ -42,14 +42,12 @@ class Settings(Struct, kw_only=True, frozen=True):
     Attributes:
       fps: frames of a second in which faces are looked for.
       size: the longer side, in pixels, to which they are shrunk for that.
-      most_frames: the best faces of a track that are kept.
       unit: what a clip is: a "track", one person in a shot; or a "shot" with one main figure, as in
         iQIYI-VID, see `tracks.MainFigures`.
     """
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
     size: Annotated[int, Meta(ge=32, le=8192)] = 640
-    most_frames: Size = 32
     unit: Literal["track", "shot"] = "track"
 
 
@@ -131,12 +129,12 @@ def read_extraction(folder: Path) -> Extraction | None:
     path = folder / NAME
     if not files.exists(path):
         return None
-    return formats.parse(path, _json(path), Extraction, REMEDY)
+    return formats.read(path, Extraction, REMEDY, FILE_BYTES)
 
 
 def read_film(path: Path) -> Film:
     """Returns what a file of `videos/` says."""
-    return formats.parse(path, _json(path), Film, REMEDY)
+    return formats.read(path, Film, REMEDY, FILE_BYTES)
 
 
 def read_films(folder: Path) -> list[Film]:
@@ -163,13 +161,6 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
 def write(path: Path, value: Struct) -> None:
     """Writes a file of the folder; it appears whole."""
     files.write_json(path, msgspec.to_builtins(value))
-
-
-def _json(path: Path) -> object:
-    try:
-        return files.parse_json(files.read_bytes(path, FILE_BYTES))
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:

@@ -72,11 +72,7 @@ def read_numbers(path: Path) -> Numbers:
     """Returns what a file of numbers says; none if there is no file."""
     if not files.exists(path):
         return Numbers(films={})
-    try:
-        value = files.parse_json(files.read_bytes(path, FILE_BYTES))
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
-    return formats.parse(path, value, Numbers, REMEDY)
+    return formats.read(path, Numbers, REMEDY, FILE_BYTES)
 
 
 def write_numbers(path: Path, numbers: Numbers) -> None:

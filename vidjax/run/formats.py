@@ -379,6 +379,16 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
         raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
 
 
+def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
+    """Returns a JSON file of at most `limit` bytes as `kind`; errors are those of `parse`."""
+    content = files.read_bytes(path, limit)
+    try:
+        value = files.parse_json(content)
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}\n{remedy}") from error
+    return parse(path, value, kind, remedy)
+
+
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
     """Raises ValueError unless arrays of `analysis.npz` fit ARRAYS and are complete (TOGETHER)."""
     for names in TOGETHER:
