@@ -216,7 +216,8 @@ def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
 
 @pytest.mark.slow
 def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
-    done = run(tree, "-m", "vidjax.commands.docs")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from tests.helpers import docs; "
+    done = run(tree, "-c", f"{code}docs.main([])")
     for field, name in FIELDS.items():
         group = {"model.name": "model", "fusion.face.train.name": "fusion"}.get(field, field)
         assert re.search(rf"(?m)^.*`{group}`.* choose from `{name}`", done.stdout), field

@@ -1,7 +1,7 @@
 """The Markdown tables of configs/README.md: fields, names and arguments.
 
-python -m vidjax.commands.docs                              # prints them
-python -m vidjax.commands.docs --write=configs/README.md    # writes them into the page
+python -m tests.helpers.docs                      # prints them
+python -m tests.helpers.docs configs/README.md    # writes them into the page
 """
 
 import re
@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import augment, config_io, fusion, losses, messages, optim, system
+from vidjax import augment, config_io, fusion, losses, optim, system
 from vidjax.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
 from vidjax.config_io import value_text
 from vidjax.data import sources
-from vidjax.errors import UserError
 from vidjax.metrics import CLIP_METRICS
 from vidjax.models import identifier
 
@@ -109,31 +108,18 @@ def replace_section(page: str, name: str, content: str) -> str:
     """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`; returns the new page."""
     pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     page, count = re.subn(pattern, lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
-    if count != 1:
-        raise UserError(f"the page has {count} sections '<!-- {name} -->' ... '<!-- /{name} -->'")
+    assert count == 1, f"{count} sections '<!-- {name} -->' ... '<!-- /{name} -->'"
     return page
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints tables of configuration fields, arguments and names, or writes them into a page."""
-    words = list(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        parser = messages.Parser(prog="python -m vidjax.commands.docs", description=main.__doc__)
-        parser.add_argument("--write", type=Path, metavar="PAGE", help="e.g. configs/README.md")
-        path = parser.parse_args(words).write
-        page = path.read_text(encoding="utf-8") if path else None
-        for name, content in documentation().items():
-            if page is None:
-                messages.say(content)
-            else:
-                page = replace_section(page, name, content)
-        if page is not None:
-            path.write_text(page, encoding="utf-8")
-        return 0
-
-    return messages.guarded(command, words)
+def main(paths: Sequence[str]) -> None:
+    """Prints the tables, or writes them into pages."""
+    for name, content in documentation().items():
+        if not paths:
+            sys.stdout.write(f"{content}\n")
+        for path in map(Path, paths):
+            path.write_text(replace_section(path.read_text(), name, content))
 
 
 if __name__ == "__main__":
-    messages.run(main)
+    main(sys.argv[1:])
