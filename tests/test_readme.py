@@ -430,7 +430,8 @@ def test_every_model_and_fusion_is_listed_and_no_other():
     with pytest.raises(ValueError, match="choose from") as frames:
         fusion.make_fusion({"name": ""})
     for error in (model, frames):
-        known |= set(str(error.value).partition("choose from ")[2].split(", "))
+        first_line = str(error.value).splitlines()[0]
+        known |= set(first_line.partition("choose from ")[2].split(", "))
     named = table("configs/README.md", "Names")
     first, end = named.index("model"), named.index("transforms")  # the heads of two tables
     assert set(named[first:end]) - {"model", "fusion"} == known

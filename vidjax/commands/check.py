@@ -92,7 +92,7 @@ def _data(config: Config) -> str:
     from vidjax.training import dry_run, plan
 
     config_lib.check(config)
-    dry_run.run(config)
+    dry_run.check(config)
     data = api.load_data(config)
     plan.make_plan(config, data)
     return _counts(data.report["splits"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax import api, config_io, messages, metrics
+from vidjax import config_io, messages, metrics
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.errors import UserError
@@ -70,20 +70,6 @@ def given_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
             f"choose from {', '.join(f'--config.{name}' for name in readable)}"
         )
     return given
-
-
-def dry_run(args: argparse.Namespace, config: Config) -> None:
-    """Refuses a training, or the evaluation of a run, that cannot work; reads no data."""
-    from vidjax.training import dry_run as dry_run_lib
-
-    training = args.command == "train"
-    workdir = Path(args.workdir or "").expanduser()
-    dry_run_lib.run(
-        config,
-        args.overrides,
-        lambda: api.load_config(args.config) if training else api.run_config(workdir),
-        training=training,
-    )
 
 
 @contextlib.contextmanager

@@ -97,11 +97,11 @@ def run(args: argparse.Namespace) -> Result:
     """Ranks a split."""
     began = time.monotonic()
     config, path = settings(args)
-    from vidjax.training import together
+    from vidjax.training import dry_run, together
 
     together.check_command(args, config)
     if args.overrides and not config.join.runs:
-        common.dry_run(args, config)
+        dry_run.check(config)
     with common.locked_folder(path) as workdir:
         from vidjax.analysis import analysis
         from vidjax.commands import blend

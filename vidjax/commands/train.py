@@ -55,11 +55,11 @@ def run(args: argparse.Namespace) -> Result:
     """Trains a run, resumes it, or shows the results of one that was finished before."""
     began = time.monotonic()
     config, path = settings(args)
-    from vidjax.training import together
+    from vidjax.training import dry_run, together
 
     together.check_command(args, config)
     if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
-        common.dry_run(args, config)
+        dry_run.check(config)
         api.set_up_devices(config)
     with common.locked_folder(path) as workdir:
         from vidjax.cluster import processes

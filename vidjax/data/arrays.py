@@ -120,11 +120,6 @@ class FeatureFolder:
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
-    @property
-    def content(self) -> tuple[Collection[str], None]:
-        """The splits, and None: file names do not tell modalities, see `sources.names`."""
-        return self._files.keys(), None
-
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split; reads only files that have changed."""
         return [

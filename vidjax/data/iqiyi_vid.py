@@ -60,9 +60,9 @@ class OfficialFiles:
         self.title = f"{len(self._files)} files of {self._directory}"
 
     @property
-    def content(self) -> tuple[set[str], dict[str, int]]:
-        """The splits, and modality -> 0: names of files tell no width (`sources.names`)."""
-        return {split for _, split in self._files}, {name: 0 for name, _ in self._files}
+    def modalities(self) -> dict[str, int]:
+        """Modality -> 0: names of files tell no width (`sources.modalities`)."""
+        return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of each pickle; reads only pickles that have changed."""

@@ -1,7 +1,7 @@
 """Sources of features: what `config.data` names, a folder, or a dict of arrays."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +11,6 @@ from vidjax import files
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache import Digests, exclusive, mark_used
-from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, RecordSource
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
@@ -144,14 +143,14 @@ def load(
     return Dataset(records, source.truth(records.clips), origin=origin)
 
 
-def names(data: Section) -> tuple[Collection[str], Mapping[str, int] | None] | None:
-    """Returns the splits of a dataset and modality -> feature width, as far as file names tell.
+def modalities(data: Section) -> Mapping[str, int]:
+    """Returns modality -> feature width, as far as file names tell: 0 if unknown, {} for nothing.
 
-    An unknown width is 0, unknown modalities are None, and so is the result if nothing is known.
+    A folder without features is a UserError.
     """
     if is_generated(data["name"]):
-        return SPLITS, synthetic.SIZES[data["size"]].dims
-    return getattr(open_source(cast(ConfigDict, data), generate=False), "content", None)
+        return synthetic.SIZES[data["size"]].dims
+    return getattr(open_source(cast(ConfigDict, data), generate=False), "modalities", {})
 
 
 def is_generated(name: str) -> bool:

@@ -72,7 +72,10 @@ class Dataset:
     def split(self, name: str) -> Split:
         """Returns one split; ValueError for an unknown name."""
         if name not in self._splits:
-            raise UserError(f"no split {name!r} in the data, only {', '.join(self._splits)}")
+            raise UserError(
+                f"no split {name!r} in the data, only {', '.join(self._splits)}; without val:\n"
+                "--config.eval.split=train --config.ensemble.folds=5 holds clips of train back"
+            )
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
