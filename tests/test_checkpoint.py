@@ -47,28 +47,17 @@ def test_what_is_saved_comes_back(tmp_path, items):
     assert restored["params"]["a"].sharding.num_devices == 8
 
 
-def test_what_macos_adds_where_somebody_looks_is_no_damage(tmp_path, items):
-    checkpoint.save(tmp_path, 5, items, {})
-    state = tmp_path / "checkpoints" / "5" / "state"
-    for folder in (state, *filter(lambda path: path.is_dir(), sorted(state.rglob("*")))):
-        (folder / ".DS_Store").write_bytes(bytes(6148))
-    assert_same(items, restore_latest(tmp_path, items)[0])
-    (state / "more").touch()
-    with pytest.raises(checkpoint.CheckpointError), pytest.warns(match="is not of this checkpoint"):
-        checkpoint.find(tmp_path)
-
-
 def test_a_step_that_the_run_drops_meanwhile_is_passed_over(tmp_path, items, monkeypatch):
     for step in (2, 3):
         checkpoint.save(tmp_path, step, items, {})
-    survey = checkpoint.survey
+    manifests = checkpoint.manifests
 
-    def survey_and_drop(workdir):
-        found = survey(workdir)
+    def read_and_drop(workdir):
+        found = manifests(workdir)
         shutil.rmtree(workdir / "checkpoints" / "3")
         return found
 
-    monkeypatch.setattr(checkpoint, "survey", survey_and_drop)
+    monkeypatch.setattr(checkpoint, "manifests", read_and_drop)
     with pytest.warns(match="checkpoint 3 is not used"):
         found = checkpoint.find(tmp_path)
     assert found and found.manifest["step"] == 2
@@ -80,16 +69,6 @@ def test_two_latest_and_best_are_kept(tmp_path, items):
     assert list(checkpoint.manifests(tmp_path)) == [2, 4, 5]
     assert checkpoint.best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
-
-
-def test_the_best_is_of_what_the_latest_was_ranked_by(tmp_path, items):
-    for step, score, split in [(1, 0.9, "val"), (2, 0.2, "test"), (3, 0.1, "test")]:
-        config = {"eval": {"split": split, "scores": "log_softmax"}}
-        checkpoint.save(tmp_path, step, items, {"map": score, "config": config})
-    assert checkpoint.best(checkpoint.manifests(tmp_path)) == 2
-    assert list(checkpoint.manifests(tmp_path)) == [2, 3]
-    found = checkpoint.find(tmp_path, "best")
-    assert found and found.manifest["step"] == 2
 
 
 def test_the_one_before_is_the_last_evaluated(tmp_path, items):
@@ -122,9 +101,9 @@ def test_dropping_a_step_that_was_cut_short_is_finished(tmp_path, items):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, items, {})
     folder = tmp_path / "checkpoints"
-    (folder / ".dropped").mkdir()
-    (folder / "1").rename(folder / ".dropped" / "1")
-    largest_file(tmp_path, ".dropped/1").unlink()
+    (folder / ".partial").mkdir()
+    (folder / "1").rename(folder / ".partial" / "1")
+    largest_file(tmp_path, ".partial/1").unlink()
     (folder / "2" / ".manifest.json.77.partial").write_text("{")  # a kill while facts were added
     for step in (3, 4):
         checkpoint.save(tmp_path, step, items, {})

@@ -21,7 +21,7 @@ import shutil
 import socket
 import stat
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -148,23 +148,6 @@ def _walk(folder: int, path: Path, prefix: str) -> Iterator[tuple[str, int]]:
             raise _not_regular(path / name, kind)
         else:
             yield prefix + name, status.st_size
-
-
-def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> None:
-    """Removes files of `folder`, a descriptor, if `prefix` + path is listed; then empty folders."""
-    for name in os.listdir(folder):
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
-            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-            if stat.S_ISDIR(mode):
-                if prefix.count("/") < MAX_DEPTH:
-                    inner = os.open(name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-                    try:
-                        remove_listed(inner, listed, f"{prefix}{name}/")
-                    finally:
-                        os.close(inner)
-                os.rmdir(name, dir_fd=folder)
-            elif stat.S_ISREG(mode) and prefix + name in listed:
-                os.unlink(name, dir_fd=folder)
 
 
 def open_input(path: Path) -> io.FileIO:

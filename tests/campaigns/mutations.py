@@ -142,7 +142,7 @@ def forge(path: Path, rng: random.Random) -> None:
     del path
     checkpoints = COPY[0] / "checkpoints"
     newest = checkpoints / str(max(checkpoint.manifests(COPY[0])))
-    forged = checkpoints / rng.choice(("0", ".dropped/0", "1"))
+    forged = checkpoints / rng.choice(("0", ".partial/0", "1"))
     forged.mkdir(parents=True, exist_ok=True)
     (forged / "state").symlink_to(VICTIM[0].parent, target_is_directory=True)
     listed = {VICTIM[0].name: hashlib.sha256(VICTIM[0].read_bytes()).hexdigest()}

@@ -92,7 +92,7 @@ def test_random_damage_is_never_restored(tmp_path, campaign):
     for step, score in scores.items():
         checkpoint.save(pristine, step, make_items(step), {"map": score, "evaluated": True})
     folder = pristine / "checkpoints"
-    users = ("7_backup/manifest.json", "11/weights.bin", "notes.txt", "8/remarks.txt", "08/x")
+    users = ("7_backup/manifest.json", "11/weights.bin", "notes.txt", "08/x")
     for name in users:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"the user's {name}")
@@ -152,10 +152,6 @@ def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
     assert checkpoint.find(tmp_path) is None
     checkpoint.save(tmp_path, 8, make_items(8), {})
     assert (tmp_path / "checkpoints" / "8.damaged" / "weights.bin").read_text() == "the user's"
-    (folder / "remarks.txt").write_text("the user's")
-    for step in (9, 10):
-        checkpoint.save(tmp_path, step, make_items(8), {})
-    assert contents(tmp_path / "checkpoints" / "8.kept") == {"remarks.txt": b"the user's"}
 
 
 # ---- a run

@@ -70,7 +70,7 @@ def checks_of(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     config = config_io.override(api.run_config(workdir), args.overrides)
     if config.join.runs:
         raise UserError(f"'{workdir}' joins runs: check {' and '.join(config.join.runs)}")
-    for step in checkpoint.survey(workdir):
+    for step in checkpoint.folders(workdir):
         checks[f"checkpoint {step}"] = partial(_checkpoint, workdir / "checkpoints" / str(step))
     return checks | {"run": partial(_run, config, workdir)}
 

@@ -5,7 +5,6 @@ or null where their type allows it; keys that are not listed are free, for later
 """
 
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -415,10 +414,3 @@ def _fits(
         if axis != length:
             return False
     return True
-
-
-def most_bytes(arrays: Mapping[str, str]) -> int:
-    """Returns an upper bound, in bytes, of a checkpoint with arrays, name -> `dtype[shape]`."""
-    shapes = (kind.partition("[")[2] for kind in arrays.values())
-    numbers = sum(math.prod(map(int, re.findall(r"\d{1,15}", shape))) for shape in shapes)
-    return 64 * files.MB + 32 * numbers

@@ -143,11 +143,7 @@ def train(
 
 
 def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:
-    now = checkpoint.ranked_by(config.to_dict())
-    steps = {
-        step: one for step, one in checkpoint.manifests(workdir).items()
-        if checkpoint.ranked_by(one["config"]) == now
-    }  # fmt: skip
+    steps = checkpoint.manifests(workdir)
     best_step = checkpoint.best(steps)
     best: dict[str, Any] = {}
     if best_step is not None:
