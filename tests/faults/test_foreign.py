@@ -357,8 +357,8 @@ def test_a_manifest_names_no_file_outside_and_none_that_is_endless(tmp_path, vic
     checkpoint.save(tmp_path, 1, {"params": {"kernel": np.zeros(3)}}, {})
     folder = tmp_path / "checkpoints" / "1"
     manifest = checkpoint.read_manifest(folder)
-    outside = {f"../../../{victim.name}": "0" * 64}
-    files.write_manifest(folder / "manifest.json", manifest | {"files": manifest["files"] | outside})
+    listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
+    files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
     with pytest.raises(checkpoint.DamagedError, match="file missing"):
         checkpoint.verify(folder)
     shard = next(path for path in (folder / "state").rglob("*") if path.is_file())
