@@ -59,7 +59,7 @@ def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path: Path
             assert array.dtype == (np.int32 if column == "number" else np.float32)
             np.testing.assert_array_equal(array, expected.astype(array.dtype))
         assert isinstance(got.features.base, np.memmap)
-    with pytest.raises(ValueError, match="clip c2, face has a feature that is not finite"):
+    with pytest.raises(ValueError, match="clip c2, face: the feature of frame 1 is not finite"):
         sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
     assert not list((tmp_path / "x").iterdir())
 

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.helpers import python2
+from vidjax.data import processes
 from vidjax.data.frame_fields import PackedClips
-from vidjax.data.untrusted import sandbox
+from vidjax.data.untrusted import limits, sandbox
 from vidjax.data.untrusted.names import clean_name
 
 # ----------------------------------------------------------------------------------------------
@@ -611,34 +612,42 @@ def check(packed: PackedClips, out_dir: Path) -> None:
         assert (out_dir / f"{key}.bin").stat().st_size == column.nbytes
 
 
-def _fork(path: Path, out_dir: Path) -> CompletedProcess[bytes]:
-    """Runs `sandbox.main` in a fork of this process, which has imported everything it needs."""
-    out_dir.mkdir(exist_ok=True)
-    streams = [out_dir.parent / "stdout", out_dir.parent / "stderr"]
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            for number, stream in enumerate(streams, 1):
-                os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            status = sandbox.main([str(path), "face", str(out_dir), "drop"])
-            sys.stdout.flush()
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        os._exit(status)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return CompletedProcess([], code, *(stream.read_bytes() for stream in streams))
+class _Fork(processes.Children):
+    """Runs the job of `sandbox` in a fork of this process, which has imported what it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def run(
+        self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
+    ) -> CompletedProcess[bytes]:
+        """Does the job that `given` describes."""
+        del module, words, timeout
+        streams = [self._folder / name for name in ("stdin", "stdout", "stderr")]
+        streams[0].write_bytes(given)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for number, stream in enumerate(streams):
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
+                    os.dup2(os.open(stream, flags), number)
+                sys.stdin = open(0, closefd=False)  # noqa: SIM115
+                status = limits.serve(sandbox.work)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        return CompletedProcess([], code, *(stream.read_bytes() for stream in streams[1:]))
 
 
 def _read(path: Path, out_dir: Path, *, quick: bool) -> str:
     """Returns the error of a pickle, or an empty text where it loads to sound arrays."""
     try:
-        if quick:
-            with sandbox.cleared_on_error(out_dir):
-                packed = sandbox.load_flat_files(path, out_dir, _fork(path, out_dir))
-        else:
-            packed = sandbox.unpack(path, "face", out_dir)
+        children = _Fork(out_dir.parent) if quick else None
+        packed = sandbox.unpack(path, "face", out_dir, children=children)
         check(packed, out_dir)
     except ValueError as error:
         assert not list(out_dir.iterdir()), "files are left"

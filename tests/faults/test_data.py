@@ -131,7 +131,7 @@ def test_frames_that_are_not_finite_are_left_out_and_counted(official: Path) -> 
 
 def test_frames_that_are_not_finite_are_an_error_by_option(official: Path, tmp_path: Path) -> None:
     path, cache = spoilt(official), tmp_path / "cache"
-    wanted = f"{path}: clip train005, face has a feature that is not finite"
+    wanted = f"{path}: clip train005, face: the feature of frame 1 is not finite"
     with pytest.raises(ValueError) as error:
         load(official, cache_dir=cache, non_finite="error")
     assert str(error.value) == wanted
@@ -185,7 +185,7 @@ def test_a_frame_and_a_modality_of_another_width_are_named(
     content = pickle.loads(path.read_bytes())
     content[b"val005"][2][-1] = np.zeros(7, np.float16)
     path.write_bytes(pickle.dumps(content, 2))
-    refused(official, f"{path}: clip val005, face entry 2, feature has width 7, wanted 4")
+    refused(official, f"{path}: clip val005, face entry 2, feature has width 7, others 4")
     write_pickle(official, "face", "val", clips_of("val", 10, dim=6))
     refused(official, "face: features are 4 wide in", "face_train.pickle", "6 wide in", str(path))
 

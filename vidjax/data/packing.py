@@ -28,6 +28,7 @@ Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a di
 
 DTYPES = (np.float16, np.float32, np.float64, np.int8)
 ORDER_SEED = 0
+BLOCK_BYTES = 8 << 20  # of features that are written at once
 PROBE_CLIPS = 200  # the majority of these decides which width and dtype all must have
 
 
@@ -119,7 +120,9 @@ def _read_column(
     if column.shape != shape:
         raise UserError(f"{place} has shape {list(column.shape)}, wanted {list(shape)}")
     if name == "number":
-        whole = np.isfinite(column) & (column >= 0) & (column < 2**31) & (column % 1 == 0)
+        whole = (column >= 0) & (column < 2**31)  # also false for a NaN
+        if column.dtype.kind == "f":
+            whole &= column % 1 == 0
         if not whole.all():
             raise UserError(f"{place} {column[~whole][0]} is no whole number from 0 up")
     with np.errstate(over="ignore"):
@@ -158,7 +161,7 @@ def pack(
         refuses them.
       quality: the quality of frames, see `frame_fields.Quality`.
     """
-    packers: dict[str, _Packer] = {}
+    packers: dict[str, Packer] = {}
     seen: dict[str, str] = {}
     bare = []
     with contextlib.ExitStack() as stack:
@@ -183,7 +186,7 @@ def pack(
                             "from that of another clip in the size of letters alone"
                         )
                     writer = stack.enter_context(FlatWriter(out_dir and out_dir / modality))
-                    packers[modality] = _Packer(modality, writer, non_finite, quality)
+                    packers[modality] = Packer(modality, writer, non_finite, quality)
                 packers[modality].add(clip, value)
         for packer in list(packers.values())[:1]:
             for clip in bare:
@@ -220,16 +223,14 @@ class FlatWriter:
         self,
         names: Sequence[str],
         lengths: Sequence[int],
-        blocks: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray]],
+        frames: Mapping[str, np.ndarray],
+        keep: np.ndarray,
     ) -> None:
-        """Adds n clips. `blocks` of their frames are field -> [F, ...], and [F] bool to keep."""
+        """Adds n clips of `lengths`; `frames` are field -> [F, ...], `keep` is [F] bool."""
         self._names += names
         self._seen += lengths
-        kept = [np.zeros(0, bool)]
-        for frames, keep in blocks:
-            self._write(frames if keep.all() else {k: x[keep] for k, x in frames.items()})
-            kept.append(keep)
-        owner = np.repeat(np.arange(len(lengths)), lengths)[np.concatenate(kept)]
+        self._write(frames if keep.all() else {k: x[keep] for k, x in frames.items()})
+        owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
         self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
 
     def _write(self, frames: Mapping[str, np.ndarray]) -> None:
@@ -259,49 +260,64 @@ class FlatWriter:
         )
 
 
-class _Packer:
-    """Checks the frames of one modality in one split, clip by clip."""
+class Packer:
+    """Checks the frames of one modality in one split, clip by clip, and writes some at once."""
 
     def __init__(
-        self, modality: str, writer: FlatWriter, non_finite: NonFinite, quality: Quality
+        self,
+        modality: str,
+        writer: FlatWriter,
+        non_finite: NonFinite = "drop",
+        quality: Quality = "given",
     ) -> None:
         self._modality, self._writer = modality, writer
         self._non_finite: NonFinite = non_finite
         self._quality: Quality = quality
         self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
+        self._bytes = 0
         self._kind: tuple[int, np.dtype] | None = None  # width and dtype, once they are decided
 
     def add(self, clip: Clip, value: Any) -> None:
-        """Checks a clip and adds it once width and dtype are decided."""
+        """Checks a clip of frames as `read_frames` takes them."""
         frames = read_frames(value, place_of(clip, self._modality), self._quality)
-        if self._kind:
-            self._write([(clip, frames)], *self._kind)
-            return
         self._waiting.append((clip, frames))
-        if frames and len(self._waiting) >= PROBE_CLIPS:
-            self._kind = self._decide()
+        self._bytes += frames["features"].nbytes if frames else 0
+        decided = self._kind or len(self._waiting) >= PROBE_CLIPS
+        if self._bytes >= BLOCK_BYTES and decided:
+            self._write()
 
-    def _decide(self) -> tuple[int, np.dtype]:
-        """Returns width and dtype of most clips, so that an error names the clip that differs."""
-        features = [frames["features"] for _, frames in self._waiting if frames]
-        kinds = Counter((one.shape[1], one.dtype) for one in features)
-        kind = kinds.most_common(1)[0][0] if kinds else (0, np.dtype(np.float16))
-        self._write(self._waiting, *kind)
-        self._waiting = []
-        return kind
+    def _write(self) -> None:
+        """Writes the clips that wait. The first ones decide width and dtype by majority.
 
-    def _write(
-        self, clips: Sequence[tuple[Clip, dict[str, np.ndarray]]], width: int, dtype: np.dtype
-    ) -> None:
-        lengths = [len(frames["features"]) if frames else 0 for _, frames in clips]
-        some = ((frames, self._usable(*own, width, dtype)) for own in clips if (frames := own[1]))
-        self._writer.add([clip.name for clip, _ in clips], lengths, some)
+        So an error names the clip that differs from most clips, even if it is the first clip.
+        """
+        some = [own for own in self._waiting if own[1]]
+        if some and not self._kind:
+            kinds = Counter((one["features"].shape[1], one["features"].dtype) for _, one in some)
+            self._kind = kinds.most_common(1)[0][0]
+        for clip, frames in some:
+            self._check_kind(clip, frames["features"])
+        names = [clip.name for clip, _ in self._waiting]
+        lengths = [len(frames["features"]) if frames else 0 for _, frames in self._waiting]
+        self._waiting, self._bytes = [], 0
+        joined = {
+            field: np.concatenate([frames[field] for _, frames in some]) if some[1:] else only
+            for field, only in (some[0][1] if some else {}).items()
+        }
+        keep = usable_rows(joined["features"]) if some else np.zeros(0, bool)
+        if self._non_finite == "error" and not keep.all():
+            ends = np.cumsum(lengths)
+            row = int(np.argmin(keep))
+            at = int(np.searchsorted(ends, row, side="right"))
+            place = f"{some[0][0].place}: clip {show(names[at])}, {self._modality}"
+            frame = row - (ends[at] - lengths[at])
+            raise UserError(f"{place}: the feature of frame {frame} is not finite")
+        self._writer.add(names, lengths, joined, keep)
 
-    def _usable(
-        self, clip: Clip, frames: dict[str, np.ndarray], width: int, dtype: np.dtype
-    ) -> np.ndarray:
-        """Returns [T] bool, True for frames to keep; ValueError for another width or dtype."""
-        features, place = frames["features"], place_of(clip, self._modality)
+    def _check_kind(self, clip: Clip, features: np.ndarray) -> None:
+        """Raises ValueError for features of another width or dtype than those of most clips."""
+        width, dtype = self._kind or (0, None)
+        place = place_of(clip, self._modality)
         if features.shape[1] != width:
             shape = list(features.shape)
             raise UserError(
@@ -313,14 +329,11 @@ class _Packer:
                 f"{place}: features are {features.dtype}, others {dtype}: "
                 f"use features.astype('{dtype}')"
             )
-        keep = usable_rows(features)
-        if self._non_finite == "error" and not keep.all():
-            raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
-        return keep
 
     def finish(self) -> PackedClips:
         """Returns the clips."""
-        return self._writer.finish(*(self._kind or self._decide()))
+        self._write()
+        return self._writer.finish(*(self._kind or (0, np.dtype(np.float16))))
 
 
 class StagedSplit(NamedTuple):

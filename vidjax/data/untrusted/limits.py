@@ -107,7 +107,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
         answer = {"found": work(job["arguments"])}
     except MemoryError:
         most = f"{job['memory_bytes'] // MB:,} MB"
-        answer = {"error": f"'{job['path']}': refused: reading it needs more memory than {most}"}
+        answer = {"error": f"{job['path']}: refused: reading it needs more memory than {most}"}
     except UserError as error:
         kind = "os_error" if isinstance(error, OSError) else "error"
         answer = {kind: str(error), "errno": getattr(error, "errno", None)}

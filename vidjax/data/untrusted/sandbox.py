@@ -5,24 +5,23 @@
 1. No code runs from the file: `unpickle` resolves only the few globals that numpy writes.
 2. Its cost is bounded: address space (on Linux), CPU time and output grow with the size of the
    file, so a few bytes that ask for much end in a clear error.
-3. Its structure is checked: `entries` tests every field before it is written to flat arrays.
+3. Its structure is checked: `entries` tests every field, and `packing` the clips, before they are
+   written to flat arrays.
 """
 
 import contextlib
 import gc
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vidjax.data.frame_fields import STORED, NonFinite, PackedClips
-from vidjax.data.packing import FlatWriter
+from vidjax.data.packing import FlatWriter, Packer
 from vidjax.data.processes import Children
 from vidjax.data.untrusted import limits
-from vidjax.data.untrusted.entries import MB, ClipWriter, clips_of, refuse_empty
+from vidjax.data.untrusted.entries import MB, read_clips
 from vidjax.data.untrusted.unpickle import UnpickleError, load
 from vidjax.errors import DiskError, NoFileError, UserError
 
@@ -32,23 +31,19 @@ CPU_BYTES_PER_SECOND = 2 * MB
 READ_BYTES = MB // 16
 
 
-def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str, Any]:
+def convert(path: Path, modality: str, out_dir: Path, non_finite: NonFinite) -> dict[str, Any]:
     """Writes the clips of one pickle to flat files in a folder and returns their summary.
 
-    The summary is a dict for JSON: `names`, `lengths`, `width` and `dtype` of the features, and the
-    counts of PackedClips. With `drop`, frames with a non-finite feature are left out; without it,
-    one of them refuses the file.
+    The summary is a dict for JSON, see `PackedClips.summary`.
     """
     with path.open("rb", buffering=READ_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
         content = load(file, size)
-    refuse_empty(content, size)
-    clips = clips_of(content)
     with FlatWriter(out_dir) as files:
-        writer = ClipWriter(clips, modality, files, size=size, drop=drop)
-        for name in list(clips):
-            writer.add(name, clips.pop(name))
-        return writer.finish().summary()
+        packer = Packer(modality, files, non_finite)
+        for clip in read_clips(content, modality, str(path), size):
+            packer.add(clip, clip.modalities[modality])
+        return packer.finish().summary()
 
 
 def memory_limit(size: int) -> int:
@@ -61,28 +56,20 @@ def cpu_limit(size: int) -> int:
     return CPU_SECONDS + size // CPU_BYTES_PER_SECOND
 
 
-def main(argv: list[str]) -> int:
-    """Prints the summary or the error as one JSON object and returns the exit status."""
-    path, modality, out_dir, non_finite = argv
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Converts the pickle that `arguments` of `convert` name, in this process."""
+    path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     # Nothing here forms reference cycles, and collecting among millions of lists costs a third.
     gc.disable()
     try:
-        size = Path(path).stat().st_size
-        limits.limit_resources(memory_limit(size), cpu_limit(size))
-        answer = convert(Path(path), modality, Path(out_dir), drop=non_finite == "drop")
+        return convert(path, arguments["modality"], out_dir, arguments["non_finite"])
     except UnpickleError as error:
-        answer = {"error": str(error)}
-    except MemoryError:
-        answer = {"error": "the pickle asks for more memory than a file of its size may: refused"}
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
-        answer = {"os_error": error.strerror or str(error)}
-    sys.stdout.write(json.dumps(answer))
-    return limits.EXIT_REFUSED if "error" in answer or "os_error" in answer else 0
-
-
-# Wall-clock limit of the child: long enough for a slow disk, and an end for a hung one.
-_WALL_SECONDS = 60
-_WALL_BYTES_PER_SECOND = 1 << 20
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror or str(error)
+        raise DiskError(f"{path}: cannot be read, or not written to {out_dir}: {reason}") from None
 
 
 def unpack(
@@ -114,14 +101,19 @@ def unpack(
     if not path.is_file():
         raise UserError(f"{path}: not a regular file: put the file there, or rename what is there")
     out_dir.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size
+    arguments = {
+        "path": str(path),
+        "modality": modality,
+        "out_dir": str(out_dir),
+        "non_finite": non_finite,
+    }
     with cleared_on_error(out_dir):
-        arguments = (path.absolute(), modality, out_dir.absolute(), non_finite)
-        limit = _WALL_SECONDS + path.stat().st_size / _WALL_BYTES_PER_SECOND
-        try:
-            child = (children or Children()).run(__name__, *arguments, timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{path}: refused: reading it needs more than {limit:.0f} s") from None
-        return load_flat_files(path, out_dir, child)
+        summary = limits.run_limited(
+            __name__, path, arguments,
+            memory_bytes=memory_limit(size), cpu_seconds=cpu_limit(size), children=children,
+        )  # fmt: skip
+        return PackedClips.of_flat_files(out_dir, summary)
 
 
 @contextlib.contextmanager
@@ -136,19 +128,5 @@ def cleared_on_error(out_dir: Path) -> Iterator[None]:
         raise
 
 
-def load_flat_files(
-    path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]
-) -> PackedClips:
-    """Returns the clips that an ended child wrote to `out_dir`; raises its error, as `unpack`."""
-    answer = limits.answer_of(path, child, cpu_limit(path.stat().st_size))
-    if "os_error" in answer:
-        raise DiskError(
-            f"{path}: cannot be read, or not written to {out_dir}: {answer['os_error']}"
-        )
-    if "error" in answer:
-        raise UserError(f"{path}: {answer['error']}")
-    return PackedClips.of_flat_files(out_dir, answer)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(limits.serve(work))
