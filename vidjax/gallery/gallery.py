@@ -799,7 +799,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
     if not back_ends:
         raise UserError(
             f"'{path}' holds no net of faces or voices whose card has a back end\n"
-            f"{cards.HOW_TO_GET['face_embedder']}"
+            f"{cards.how_to_get('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return Origin(str(path), files.sha256_json(digests), True, digests), back_ends
