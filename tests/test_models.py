@@ -76,7 +76,7 @@ def test_netvlad_matches_the_papers(reduce, norms):
             collections = {**variables, "params": params}
             return model.apply(
                 collections, features, frames.mask, train=True, mutable=["batch_stats"]
-            )[0][0]
+            )[0]
 
         assert ("bias" in params["assignment"]) == ("norm" not in params) == ("batch" not in norms)
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce, norms)

@@ -84,7 +84,7 @@ def test_figures_are_those_of_the_folders(tmp_path):
         "rows": {"knn": {SYNTHETIC: {"map": [0.5] * 3, "top1": [0.5] * 3, "commits": ["a"]}}},
         "seconds": {"knn": 16.2},
     }
-    found = scores.collect(tmp_path, old, pytest.fail)
+    found = scores.collect(tmp_path, old)
     assert found["rows"]["fusion"][REAL]["map"] == pytest.approx([0.4 + 0.2 / 3, 0.5, 1.6 / 3])
     assert found["rows"]["knn"] == old["rows"]["knn"]  # trained before
     gain = found["rungs"]["fusion against fusion_voting"]

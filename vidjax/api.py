@@ -214,7 +214,7 @@ def evaluate(
         if data is None:
             data = load_data(config)
         metrics = analysis.evaluate(
-            config, folder, data, run, num_devices=num_devices, analyse=config.eval.report
+            config, folder, data, run, num_devices=num_devices, report=config.eval.report
         )
     return results.Results.of(metrics, folder, config.eval.split, own_split)
 
@@ -224,19 +224,17 @@ def compare(
     *,
     out: str | Path | None = None,
     split: str | None = None,
-    data_dir: str | Path | None = None,
 ) -> "Comparison":
     """Compares runs on the same clips: differences of MAP from the first, with 95 % intervals.
 
-    Nothing is computed by a model: the rankings in the folders are read. Print the result, or take
+    Nothing is computed by a model: the results in the folders are read. Print the result, or take
     its `to_dict`, `to_latex` or `differences`.
 
     Args:
       runs: folders of two runs or more; or groups of as many runs each, which differ in their seeds
         alone: `[["a1", "a2", "a3"], ["b1", "b2", "b3"]]`. Their interval includes the seeds.
-      out: a folder for `comparison.html`, `.md`, `.csv`, `.json` and `.tex`; None for no files.
+      out: a folder for `comparison.html`, `.json` and `.tex`; None for no files.
       split: the split to compare on; None for that which each run evaluated.
-      data_dir: the folder that holds the data now; None for that of each run.
 
     Raises:
       ValueError: fewer than two runs, groups of different sizes, or runs on different clips.
@@ -250,8 +248,7 @@ def compare(
         raise UserError("compare: runs needs two runs or more, or two groups of runs")
     from vidjax import comparison
 
-    directory = None if data_dir is None else os.fspath(data_dir)
-    found = comparison.compare(groups, load_data, split=split, directory=directory)
+    found = comparison.compare(groups, split=split)
     if out is not None:
         from vidjax.run import workdir as workdir_lib
 

@@ -141,8 +141,7 @@ class ModelOutput(NamedTuple):
       eval_weight: [B, G] float32, weight of the score (a probability, not a logit) of each branch
         in evaluation; None for all 1. Weights of a clip need not sum to 1: smaller weights rank the
         clip lower.
-      attention: name -> array for the report: `attention` [B, M, M], weight of vector i for vector
-        j; `assignment/MODALITY` [B, T, K], share of cluster k in frame t. None without attention.
+      attention: [B, M, M], weight of vector i for vector j, for the report; None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 
@@ -150,7 +149,7 @@ class ModelOutput(NamedTuple):
     embedding: Array
     train_weight: Array | None = None
     eval_weight: Array | None = None
-    attention: Mapping[str, Array] | None = None
+    attention: Array | None = None
     logit_scale: Array | None = None
 
 

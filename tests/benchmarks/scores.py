@@ -135,11 +135,10 @@ def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
 # Results.
 
 
-def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) -> dict[str, Any]:
+def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the contents of `scores.json`, from the runs in a folder.
 
-    `old` are the contents so far, kept for runs that the folder lacks. `load` loads the dataset of
-    a configuration.
+    `old` are the contents so far, kept for runs that the folder lacks.
 
     Returns:
       `rows`: key -> dataset -> `map`, `top1` and `fnir` (at an FPIR of 1 %) of each seed and the
@@ -154,7 +153,7 @@ def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) ->
 
     @functools.cache
     def read(path: Path) -> RankedRun:
-        return comparison.read(str(path), load)
+        return comparison.read(str(path))
 
     rungs: dict[str, Any] = {}
     for rung in filter(lambda rung: rung.base, all_rungs()):
@@ -371,17 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.collect or args.time):
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder.absolute(), args.real, only)
-    from vidjax.api import load_data
-
-    datasets: dict[str, Any] = {}  # once for all runs on it
-
-    def load(config: Any) -> Any:
-        if (key := str(config.data)) not in datasets:
-            datasets[key] = load_data(config)
-        return datasets[key]
-
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = collect(args.folder, old, load)
+    found = collect(args.folder, old)
     if args.time:
         found["seconds"] |= time_systems(only)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")

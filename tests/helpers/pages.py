@@ -167,8 +167,6 @@ def derived(folder, split):
     if not path.exists():
         return found
     values, arrays = results_lib.load_analysis(path)
-    changes = [row.map for row in values.robustness or ()]
-    found |= {value - changes[0] for value in changes}
     if "ap" in arrays:
         ap = arrays["ap"][arrays["positives"] > 0]
         ap = np.concatenate([ap, np.zeros(values.num_others or 0)])
@@ -178,11 +176,6 @@ def derived(folder, split):
         counts = arrays.get(name, np.zeros(1))
         if counts.sum():
             found |= {float(counts.sum()), float(counts.max() / counts.sum())}
-    if "attention" in arrays:
-        matrix = arrays["attention"]
-        found.add(float(np.max(matrix - np.diag(np.diag(matrix)), initial=0.0)))
-    for clip in values.frames or ():
-        found |= {float(np.argmax(clip.falls) + 1), float(len(clip.falls))}
     lines = results_lib.read_lines(folder / "metrics.jsonl")
     found.add(float(sum("map" in line for line in lines)))
     found.add(float(sum(line.get("bad_steps", 0) for line in lines)))

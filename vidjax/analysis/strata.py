@@ -1,4 +1,4 @@
-"""MAP by kinds of identities and clips, and the mistakes: worst identities, wrong clips, lists."""
+"""MAP by kinds of identities and clips, and the mistakes: worst identities, wrong clips."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,6 @@ QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
 NUM_WORST = 20  # identities
 NUM_WRONG = 15  # clips of each kind of mistake
-NUM_LISTED = 10  # clips of a list
 NUM_NAMED = 60  # clips of a split without ground truth
 
 Groups = list[tuple[str, np.ndarray]]  # label, and bool: the clips or identities of the group
@@ -267,24 +266,3 @@ def _highest(score: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Returns the indices of the chosen clips, those with the highest scores first."""
     places = np.flatnonzero(chosen)
     return places[np.lexsort((places, -score[places]))]
-
-
-def ranked_lists(scored: ScoredSplit) -> list[Row]:
-    """Returns the first clips in the lists of the worst, the median and the best identity."""
-    known = np.flatnonzero(scored.positives > 0)
-    order = known[np.lexsort((known, scored.averages[known]))]
-    lists = []
-    for identity in dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, -1)):
-        index, scores = scored.index[identity], scored.scores[identity]
-        places = np.flatnonzero((index < len(scored.labels)) & (scores > -np.inf))[:NUM_LISTED]
-        rows = [
-            {
-                "clip": scored.names[index[i]],
-                "score": float(scores[i]),
-                "shows": int(scored.labels[index[i]]) - 1,
-            }
-            for i in places
-        ]
-        ap, clips = float(scored.averages[identity]), int(scored.positives[identity])
-        lists.append({"identity": identity, "ap": ap, "clips": clips, "rows": rows})
-    return lists

@@ -1,5 +1,6 @@
 """`evaluate --runs`: ranks by the weighted mean of the probabilities of several runs."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
-from vidjax.evaluation.scoring import TrainedModel, conclude
+from vidjax.evaluation.scoring import TrainedModel, conclude, score
 from vidjax.run import results as results_lib
 from vidjax.run import resume
 
@@ -37,8 +38,10 @@ def blend_runs(
     configs = [run_config(config, name) for name in config.join.runs]
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share one
     models = _restore_all(configs, weights, config, load, datasets, mesh)
-    scored, observer = analysis.score_observed(models, config, mesh, analyse=config.eval.report)
-    evaluation = conclude(scored)
+    spec = config.eval
+    evaluation = conclude(
+        score(models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members)
+    )
     own_split = _keep_config(config, workdir, weights)
     identities = models[0].data.identities
     results = evaluation.results | {
@@ -51,7 +54,8 @@ def blend_runs(
     files.write_json(workdir / "identities.json", list(identities))
     analysis.write_results(
         workdir, identities, evaluation, results, own_split=own_split,
-        trained=configs[0].data, observer=observer,
+        analysed=functools.partial(analysis.analyse, models, evaluation, mesh, configs[0])
+        if spec.report else None,
     )  # fmt: skip
     return results
 

@@ -2,20 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vidjax import api, comparison, config_io, files, messages
+from vidjax import comparison, config_io, files, messages
 from vidjax import config as config_lib
 from vidjax.commands import common
-from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
 from vidjax.run import workdir as workdir_lib
-
-if TYPE_CHECKING:
-    from vidjax.data.clips import TrainingData
-
-READ = ("eval.split", "data.dir", "data.cache_dir")  # fields
 
 
 def add_flags(parser: Parser) -> None:
@@ -43,20 +36,14 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(
             f"--workdir={args.workdir} holds a run: name another folder for the comparison"
         )
+    given = common.given_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
-    given = common.given_fields(args, READ)
-
-    def load(own: Config) -> "TrainingData":
-        own.data.cache_dir = config.data.cache_dir or own.data.cache_dir
-        return api.load_data(own)
-
-    split = config.eval.split if "eval.split" in given else None
-    groups = [_seeds(name) for name in folders]
+    split = config.eval.split if given else None
     with workdir_lib.locked(args.workdir) as workdir:
-        found = comparison.compare(groups, load, split=split, directory=config.data.dir)
+        found = comparison.compare([_seeds(name) for name in folders], split=split)
         found.write(workdir)
     page = f"{messages.shown(workdir)}/comparison.html"
-    text = f"{found.text()}\ncomparison: {page}, .md, .csv, .json, .tex"
+    text = f"{found.text()}\ncomparison: {page}, .json, .tex"
     return Result({"comparison": page, "table": found.text(), **found.to_dict()}, text=text)
 
 

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> Result:
             found = find_run(config, workdir)
             data = api.load_data(config)
             together.check_data(data)
-            results = analysis.evaluate(config, workdir, data, found, analyse=config.eval.report)
+            results = analysis.evaluate(config, workdir, data, found, report=config.eval.report)
     return common.summary(config, workdir, results, time.monotonic() - began)
 
 

@@ -328,10 +328,6 @@ class Evaluation(NamedTuple):
         return positives_in(self.split, self.clips.pool)
 
 
-# (blocks of clips from the data of the first model, for each model the scores [B, C] of each block)
-Observe = Callable[[Sequence[Batch], Sequence[Sequence[Array]]], None]
-
-
 def score(
     models: Sequence[TrainedModel],
     split_name: str,
@@ -340,7 +336,6 @@ def score(
     block_size: int,
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
-    observe: Observe | None = None,
 ) -> Evaluation:
     """Scores the clips of a split by one model, or by a blend of several.
 
@@ -351,7 +346,6 @@ def score(
       block_size: number of clips that a device scores at a time.
       each_member: True to also rank by every single member of an ensemble.
       check: function to call after every window; its exceptions end the evaluation.
-      observe: function to call with the scores of every window.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -390,8 +384,6 @@ def score(
                     for block, block_scores in zip(own, scores[-1], strict=True):
                         alone[number].add((block_scores, block.clip_index, block.batch_mask))
                     alone[number].flush()
-            if observe:
-                observe(blocks, scores)
             blended = blend(scores, [model.weight for model in models])
             for block, block_scores in zip(blocks, blended, strict=True):
                 ranking.add((block_scores, block.clip_index, block.batch_mask))

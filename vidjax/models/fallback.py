@@ -189,7 +189,7 @@ class FallbackIdentifier(Identifier):
             embedding=jnp.concatenate(vectors, axis=1),
             train_weight=jnp.stack([main_sees, other_sees], axis=1).astype(jnp.float32),
             eval_weight=eval_weight,
-            attention={**(outputs[1].attention or {}), **(outputs[0].attention or {})},
+            attention=outputs[0 if self.main.vector_names else 1].attention,
             logit_scale=self._learned_scales(outputs),
         )
 

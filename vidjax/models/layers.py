@@ -257,18 +257,16 @@ class NetVLAD(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Array, mask: Array, *, train: bool) -> tuple[Array, Array]:
-        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), and the assignment a.
+    def __call__(self, features: Array, mask: Array, *, train: bool) -> Array:
+        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), [B, K, D] float32.
+
+        They are 0 for clips without frames. a is the softmax of a map of the features.
 
         Args:
           features: [B, T, D] float.
           mask: [B, T] bool, True for real frames; only these count in the batch statistics.
           train: True to normalise by the batch statistics and to update the running ones in
             `batch_stats`, which must be mutable.
-
-        Returns:
-          V, [B, K, D] float32, 0 for clips without frames; and a, [B, T, K] float32, the share of
-          each cluster in a frame, 0 on padding.
         """
         if self.reduce not in ("sum", "mean"):
             raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
@@ -307,4 +305,4 @@ class NetVLAD(nn.Module):
         if "l2" in self.norms:
             flat = unit_vectors(descriptors).reshape(descriptors.shape[0], -1)
             descriptors = unit_vectors(flat).reshape(descriptors.shape)
-        return descriptors, assignment
+        return descriptors

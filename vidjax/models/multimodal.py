@@ -118,10 +118,9 @@ class MultimodalIdentifier(Identifier):
             rng = self.make_rng("modality_dropout")
             present = drop_modalities(rng, present, self.modality_dropout_rate)
 
-        vectors, vector_mask, attention = [], [], {}
+        vectors, vector_mask, attention = [], [], None
         for position, name in enumerate(self.modalities):
-            video, shares = self._pooled(name, frames[name], train=train)  # [B, K D] or [B, D]
-            attention.update(shares)
+            video = self._pooled(name, frames[name], train=train)  # [B, K D] or [B, D]
             exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
             mapped = Linear(count * self.embed_dim, dtype=self.dtype, name=f"{name}_map")(video)
@@ -137,7 +136,7 @@ class MultimodalIdentifier(Identifier):
         if self.gate:
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
-            x, attention["attention"] = MultimodalAttention(
+            x, attention = MultimodalAttention(
                 self.gram_dim,
                 self.gram_scale,
                 self.gamma,
@@ -159,15 +158,14 @@ class MultimodalIdentifier(Identifier):
         logits = head(x, train=train)
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
-    def _pooled(self, name: str, real: Frames, *, train: bool) -> tuple[Array, Mapping[str, Array]]:
-        """Returns a modality's vector, [B, K D] for NetVLAD or [B, D], and NetVLAD's assignment."""
+    def _pooled(self, name: str, real: Frames, *, train: bool) -> Array:
+        """Returns the vector of a modality, [B, K D] for NetVLAD or [B, D]."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        shares = {}
         if name in self.netvlad:
             features = real.features.astype(param_dtype)
             if self.unit_length:
                 features = unit_vectors(features)
-            video, shares[f"assignment/{name}"] = NetVLAD(
+            video = NetVLAD(
                 self.num_clusters,
                 self.netvlad_reduce,
                 self.netvlad_norms,
@@ -177,7 +175,7 @@ class MultimodalIdentifier(Identifier):
         else:
             video = fusion.mean_frame(real).features * self.feature_scale
         video = video.reshape(video.shape[0], -1)
-        return unit_vectors(video) if self.unit_length else video, shares
+        return unit_vectors(video) if self.unit_length else video
 
 
 class MultimodalAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""A comparison of runs as text for the terminal, Markdown, CSV and a page of HTML."""
+"""A comparison of runs as text for the terminal, JSON, LaTeX and a page of HTML."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from vidjax import metrics, significance, tables
-from vidjax.report import html, run_page
+from vidjax import config as config_lib
+from vidjax import config_io, metrics, significance
+from vidjax.report import html
 from vidjax.significance import Difference
 
 MAX_IDENTITIES = 20  # identities in a table of the page
@@ -25,7 +26,7 @@ class RankedRun(NamedTuple):
       ap, positives: [C], their average precision and number of clips.
       num_others: identities of the ground truth that the run does not know.
       map_kind: the key `map_kind` of `metrics.json`: `val`, `out_of_fold` or `in_sample`.
-      generated: name, size and seed of a generated dataset, empty for any other.
+      data: name, size and seed of a generated dataset, empty for any other.
       seeds: of a group, the name and the MAP of each of its runs.
     """
 
@@ -37,7 +38,7 @@ class RankedRun(NamedTuple):
     num_others: int
     map_kind: str
     num_clips: int
-    generated: str
+    data: str
     metrics: Mapping[str, Any]
     config: Mapping[str, Any]
     seeds: tuple[tuple[str, float], ...] = ()
@@ -65,15 +66,6 @@ def _is_number(value: object) -> bool:
 
 
 Rows = list[list[str]]
-# (key of `metrics.json`, label, digits) of the size and the time of a run.
-COSTS = (
-    ("num_members", "members", 0),
-    ("num_params", "parameters of a member", 0),
-    ("step", "steps", 0),
-    ("seconds", "seconds in all", 1),
-    ("train_clips_per_second", "training, clips per second", 0),
-    ("eval_clips_per_second", "evaluation, clips per second", 0),
-)
 
 
 def difference_table(
@@ -105,36 +97,27 @@ def difference_table(
 
 def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of CLIP_METRICS, to which a user's file may add."""
-    return value_table(runs, [(k, m.label, m.digits) for k, m in metrics.CLIP_METRICS.items()])
-
-
-def value_table(
-    runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
-) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of `labels`, such as COSTS; no rows if no run has any."""
     head, columns = ["run"], [[run.name for run in runs]]
-    for name, label, digits in labels:
+    for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
         if any(value is not None for value in values):
-            head.append(label)
-            columns.append(["none" if x is None else f"{x:z,.{digits}f}" for x in values])
+            head.append(metric.label)
+            columns.append(["none" if x is None else f"{x:z,.{metric.digits}f}" for x in values])
     return head, [list(row) for row in zip(*columns, strict=True)] if head[1:] else []
 
 
 def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
-    every = [run_page.own_fields(run.config, run.metrics.get("overrides")) for run in runs]
+    every = [fields_of(run) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
-    rows = []
-    for name in names:
-        used = [
-            values.get(name, "")
-            for run, values in zip(runs, every, strict=True)
-            if name in values or not run_page.is_joined(run.config)
-        ]
-        if len(set(used)) > 1:
-            rows.append([name, *(values.get(name, "") for values in every)])
-    return ["field", *short_names(runs)], rows
+    rows = [[name, *(values.get(name, "") for values in every)] for name in names]
+    return ["field", *short_names(runs)], [row for row in rows if len({*row[1:]}) > 1]
+
+
+def fields_of(run: RankedRun) -> dict[str, str]:
+    """Returns field -> value as text, with the settings of the evaluation."""
+    values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
+    return {name: config_io.value_text(value) for name, value in values.items()}
 
 
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
@@ -236,15 +219,6 @@ def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dic
     }
 
 
-def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
-    """Returns the comparison as Markdown."""
-    parts = ["# Comparison", "", *_markdown_table(*difference_table(runs, differences))]
-    for head, rows in (metric_table(runs), value_table(runs, COSTS), config_table(runs)):
-        if rows:
-            parts += ["", *_markdown_table(head, rows)]
-    return "\n".join([*parts, "", *map(markdown_text, sentences(runs)), ""])
-
-
 LATEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {letter: f"\\{letter}" for letter in "&%$#_{}"}
@@ -253,7 +227,9 @@ LATEX = str.maketrans(
 
 def latex(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the table of MAP and its differences for LaTeX with the package booktabs."""
-    head, rows = difference_table([run._replace(name=n) for run, n in _by_name(runs)], differences)
+    head, rows = difference_table(
+        [run._replace(name=n) for run, n in zip(runs, short_names(runs), strict=True)], differences
+    )
     lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]]
     body = "\n".join(lines[1:])
     note = "".join(f"% {line}\n" for text in sentences(runs) for line in text.splitlines())
@@ -263,37 +239,11 @@ def latex(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     )
 
 
-def _by_name(runs: Sequence[RankedRun]) -> list[tuple[RankedRun, str]]:
-    return list(zip(runs, short_names(runs), strict=True))
-
-
 def _latex_cell(text: str) -> str:
     """Returns text for LaTeX; a signed number gets a real minus."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")
-
-
-def markdown_text(text: str) -> str:
-    """Joins the lines of a text and escapes it: Markdown finds no HTML, table, code or link."""
-    return re.sub(r"([\\`|<>\[\]*_])", r"\\\1", " ".join(html.plain(text).splitlines()))
-
-
-def _markdown_table(head: Sequence[str], rows: Rows) -> list[str]:
-    lines = [head, *rows]
-    first, *rest = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
-    return [first, "| " + " | ".join(["---", *["---:"] * (len(head) - 1)]) + " |", *rest]
-
-
-def csv_text(runs: Sequence[RankedRun]) -> str:
-    """Returns a CSV file with a row per identity: clips, average precisions, differences."""
-    names = short_names(runs)
-    gaps = [f"{name} - {names[0]}" for name in names[1:]]
-    rows: list[list[object]] = [["identity", "clips", *names, *gaps]]
-    columns = [runs[0].identities, runs[0].positives.tolist(), *(run.ap.tolist() for run in runs)]
-    for identity, clips, *values in zip(*columns, strict=True):
-        rows.append([identity, clips, *values, *(value - values[0] for value in values[1:])])
-    return tables.to_text(rows, ".csv")
 
 
 def short_names(runs: Sequence[RankedRun]) -> list[str]:
@@ -305,38 +255,24 @@ def short_names(runs: Sequence[RankedRun]) -> list[str]:
 def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as a page of HTML."""
     first, names = runs[0], short_names(runs)
-    others = list(zip(runs[1:], names[1:], strict=True))
-    head, rows = metric_table(runs)
-    shown = [metric for metric in metrics.CLIP_METRICS.values() if metric.label in head]
-    tables = [
-        _table("Other metrics", head, rows),
-        _table("Size and time", *value_table(runs, COSTS)),
-    ]
-    largest = {name: _largest_gaps(first, run, names[0], name) for run, name in others}
-    parts = html.parts("comparison.html.j2")
     caption = f"MAP and its difference to {first.name}"
-    contents = (
-        ("summary", "Summary", parts.summary(
-            table=_table(caption, *difference_table(runs, differences)),
-            sentences=sentences(runs),
-            parts=[_intervals(names, differences), *tables],
-            explained=" ".join(f"{metric.label}: {metric.about}." for metric in shown),
-        )),
-        ("configuration", "Configurations", parts.configuration(
-            html.table("Fields in which the configurations differ", *config_table(runs))
-        )),
-        ("identities", "Identities", parts.identities(
-            drawn=[_sorted_gaps(f"sorted-{i}", run.ap - first.ap, names[0], name)
-                      for i, (run, name) in enumerate(others)],
-            equal=[name for name, table in largest.items() if not table],
-            largest=[table for table in largest.values() if table],
-        )),
-    )  # fmt: skip
+    summary = [
+        _table(caption, *difference_table(runs, differences)),
+        *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
+        html.figures([_intervals(names, differences)]),
+        _table("Other metrics", *metric_table(runs)),
+    ]
+    changed = html.table("Fields in which the configurations differ", *config_table(runs))
+    others = zip(runs[1:], names[1:], strict=True)
+    gaps = [_largest_gaps(first, run, names[0], name) for run, name in others]
     return html.page(
         f"Comparison of {', '.join(names[:-1])} and {names[-1]}",
-        contents,
-        lead="",
-        nav=False,
+        [
+            ("summary", "Summary", Markup().join(summary)),
+            ("configuration", "Configurations", changed or html.paragraph("They are equal.")),
+            ("identities", "Identities", html.tables(gaps)),
+        ],
+        lead=f"{first.num_clips:,} clips of {first.split}",
         footer="vidjax made this page from the results of these runs. It contains names of "
         "identities, and no features.",
     )
@@ -361,19 +297,6 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Marku
         for name, gap in zip(names[1:], differences, strict=True)
     )
     return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
-
-
-def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
-    gaps = np.sort(gaps)[::-1]
-    plot = html.Plot(x="share of the identities", y="difference of average precision")
-    plot.axes.axhline(0, color=html.MUTED, linewidth=1)
-    plot.curve(np.arange(1, len(gaps) + 1) / len(gaps), gaps)
-    better, worse = (100 * np.mean(x > significance.EQUAL) for x in (gaps, -gaps))
-    description = (
-        f"{better:.1f} % of the identities are better with {name}, {worse:.1f} % are worse. "
-        f"The differences go from {gaps[0]:+z.3f} to {gaps[-1]:+z.3f}."
-    )
-    return plot.html(key, f"{name} minus {first}, identities in descending order", description)
 
 
 def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:

@@ -8,7 +8,6 @@ from a file can not become an element of the page.
 import io
 import math
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,19 +17,12 @@ import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 FOLDER = Path(__file__).parent
 LONGEST_WORD = 16  # letters of a word in a table; only longer words may break within
 STACKED = 5  # columns from which a phone shows a row's cells below each other
-# Bidirectional classes of letters, digits and marks that order a text from right to left.
-REORDERING = frozenset(
-    ["R", "AL", "AN", "RLE", "RLO", "LRE", "LRO", "PDF", "RLI", "LRI", "FSI", "PDI"]
-)
 NONE = "none"  # a number that is not known
 
 
@@ -54,16 +46,16 @@ def name(value: object) -> Markup:
     """
     if isinstance(value, Markup):
         return value
-    long, content = Markup('<span class="long">{}</span>'), plain(value)
-    words = re.split(r"(\s+)", content)
+    long = Markup('<span class="long">{}</span>')
+    words = re.split(r"(\s+)", plain(value))
     parts = Markup().join(long.format(x) if len(x) > LONGEST_WORD else x for x in words)
-    isolated = any(unicodedata.bidirectional(letter) in REORDERING for letter in content)
-    return Markup("<bdi>{}</bdi>").format(parts) if isolated else parts
+    return Markup("<bdi>{}</bdi>").format(parts)
 
 
-def block(content: object) -> Markup:
-    """Returns a text for a table cell that wraps where it is long."""
-    return Markup('<span class="block">{}</span>').format(content)
+def paragraph(words: str, *values: object) -> Markup:
+    """Returns a paragraph of words, in which {} stands for each value; "" for no words."""
+    content = Markup.escape(words).format(*values)
+    return Markup("<p>{}</p>").format(content) if words else Markup()
 
 
 def number(value: object, digits: int = 4) -> Markup:
@@ -125,14 +117,6 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
     return parts().table(caption, head, kinds, cells)
 
 
-def halves(
-    caption: str, head: Sequence[object], rows: Sequence[Sequence[object]], *, above: int = 1
-) -> list[Markup]:
-    """Returns one table, or two with half of the rows each if there are more than `above` rows."""
-    half = (len(rows) + 1) // 2 if len(rows) > above else len(rows)
-    return [table(caption, head, part) for part in (rows[:half], rows[half:]) if part]
-
-
 def _column_kind(cells: Sequence[Markup]) -> str:
     """Returns the CSS class of a column: of numbers, of numbers with bars, or "" for text."""
     filled = [value for value in cells if value]
@@ -148,20 +132,28 @@ ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {"cell": cell, "name": name, "number": number, "percent": percent}
 ENVIRONMENT.globals |= {"LONGEST_WORD": LONGEST_WORD, "STACKED": STACKED}
 
 
-def parts(file: str = "parts.html.j2") -> Any:  # noqa: ANN401
-    """Returns the macros of a template as attributes: functions that return HTML."""
-    return ENVIRONMENT.get_template(file).module
+def parts() -> Any:  # noqa: ANN401
+    """Returns the macros of `parts.html.j2` as attributes: functions that return HTML."""
+    return ENVIRONMENT.get_template("parts.html.j2").module
 
 
-def page(title: str, sections: Iterable[tuple[str, str, str]], **facts: object) -> str:
-    """Returns a whole page of sections (identifier, heading, content); an empty one is left out."""
-    shown = [section for section in sections if section[2].strip()]
+def figures(found: Sequence[Markup]) -> Markup:
+    """Returns figures side by side, where the page is wide enough."""
+    return Markup('<div class="figures">{}</div>').format(Markup().join(found))
+
+
+def tables(found: Sequence[Markup]) -> Markup:
+    """Returns tables side by side, as many as fit into the width of the page."""
+    return Markup('<div class="tables">{}</div>').format(Markup().join(found))
+
+
+def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:
+    """Returns a whole page of sections (identifier, heading, content)."""
     template = ENVIRONMENT.get_template("page.html.j2")
-    return plain(template.render(title=title, sections=shown, **facts))
+    return plain(template.render(title=title, sections=sections, lead=lead, footer=footer))
 
 
 # Figures: matplotlib drawings as inline SVG, each with a description in words.
@@ -210,11 +202,6 @@ def short(value: object) -> str:
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."
 
 
-def few(values: np.ndarray) -> np.ndarray:
-    """Returns the indices of at most `MAX_POINTS` evenly spaced values, with the first and last."""
-    return np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
-
-
 class Plot:
     """One figure with one pair of axes."""
 
@@ -226,44 +213,24 @@ class Plot:
             self.axes.set_xlabel(x)
             self.axes.set_ylabel(y)
 
-    def curve(
-        self, x: np.ndarray, y: np.ndarray, *, points: bool = False, label: str | None = None
-    ) -> None:
-        """Draws a curve of at most MAX_POINTS; `points` marks each of FEW_POINTS or fewer."""
-        shown = few(x)
-        marker = "o" if points and len(shown) <= FEW_POINTS else ""
+    def curve(self, x: np.ndarray, y: np.ndarray, label: str | None = None) -> None:
+        """Draws a curve of at most MAX_POINTS, evenly spaced; marks each of FEW_POINTS or fewer."""
+        shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
+        marker = "o" if len(shown) <= FEW_POINTS else ""
         self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
-
-    def twin(self, name: str) -> Axes:
-        """Returns axes with the same x and a second y axis at the right, labelled `name`."""
-        with matplotlib.rc_context(STYLE):
-            axes = self.axes.twinx()
-            axes.set_ylabel(name)
-            axes.grid(False)
-            axes.spines["right"].set_visible(True)
-        return axes
-
-    def count(self, axis: str) -> None:
-        """Makes the ticks of an axis, `x` or `y`, whole numbers."""
-        with matplotlib.rc_context(STYLE):
-            locator = MaxNLocator(integer=True, min_n_ticks=1)
-            getattr(self.axes, f"{axis}axis").set_major_locator(locator)
 
     def legend(self) -> None:
         """Adds the names of the lines above the axes, where they cover nothing."""
         with matplotlib.rc_context(STYLE):
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
-    def html(
-        self, key: str, title: str, description: str, caption: str = "", *, small: bool = False
-    ) -> Markup:
+    def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
         """Returns the figure as HTML; `key` is unique on the page, a caption stands below it.
 
-        The description is for a reader who cannot see the figure. A `small` figure takes less than
-        half of the page's width.
+        The description is for a reader who cannot see the figure.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
-        return parts().figure(key, title, description, caption or title, small, head, rest)
+        return parts().figure(key, title, description, caption or title, head, rest)
 
     def _svg(self, key: str) -> str:
         """Returns the drawing as SVG. matplotlib has escaped the texts in it."""
@@ -283,18 +250,3 @@ class Plot:
         for colour, variable in THEME.items():
             svg = svg.replace(colour, variable)
         return svg
-
-
-def draw_heat_map(axes: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
-    """Draws a matrix [V, V] of numbers >= 0 as coloured cells; larger ones are more opaque."""
-    top, size = max(float(matrix.max()), 1e-9), len(matrix)
-    axes.grid(False)
-    for i, j in np.ndindex(matrix.shape):
-        share = float(np.clip(matrix[i, j] / top, 0, 1))
-        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=BAR, alpha=share, linewidth=0))
-        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center", color=INK)
-    axes.set_xlim(0, size)
-    axes.set_ylim(size, 0)
-    middles, labels = np.arange(size) + 0.5, [short(name) for name in names]
-    axes.set_xticks(middles, labels, rotation=30, ha="right", parse_math=False)
-    axes.set_yticks(middles, labels, parse_math=False)

@@ -1,11 +1,9 @@
 """The report of a run: `report.html`, and one page per other split, from the files of its folder.
 
 A page needs no other file, no network and no script. No data is read, and no model is run. A
-section is a function of `RunFiles`: it returns the facts that the macro of the same name in
-`sections.html.j2` puts into sentences, or None to leave the section out.
+section is a function of `RunFiles`: it returns HTML, or None to leave the section out.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.patches import Rectangle
 
 from vidjax import config as config_lib
 from vidjax import config_io, files, metrics, significance
@@ -22,16 +21,27 @@ from vidjax.report import html
 from vidjax.run import formats
 from vidjax.run import results as results_lib
 
-Facts = dict[str, Any]
 Rows = list[tuple[object, ...]]
 
 MAX_MEMBERS = 60  # rows in the table of members
-IDENTITY_TOLERANCE = 0.005  # attention that differs less from the unit matrix is said in words
 MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
-JOIN_FIELDS = ("join.", "eval.")  # starts of the names of fields that a joined run uses
 KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
     "in_sample": "in sample: the run was trained on clips that are scored, and MAP is too high",
+}
+LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
+TERMS = {
+    "MAP@100": "mean average precision. Every identity has a list of its 100 best clips. Its "
+    "average precision is 1 if all its clips come first in the list, and less the later they come "
+    "or the more are missing. MAP is the mean over identities.",
+    "Distractor": "a clip that shows none of the identities.",
+    "Threshold": "the score from which a clip is identified.",
+    "FPIR": "the share of distractors whose best score reaches the threshold.",
+    "FNIR": "the share of clips of known people whose best score stays below the threshold, or is "
+    "of another person.",
+    "Top-1": "the share of clips of known people whose best identity is right.",
+    "AUROC": "the probability that a clip of a known person scores above a distractor.",
+    "95 % interval": "where MAP would probably lie for other identities of the same kind.",
 }
 
 
@@ -60,7 +70,6 @@ class RunFiles(NamedTuple):
     values: Mapping[str, Any]
     analysis: formats.Analysis
     arrays: Mapping[str, np.ndarray]
-    analysed_split: bool
 
     def identity(self, column: int) -> str:
         """Returns the name of an identity, given its place in `identities`."""
@@ -75,41 +84,56 @@ class RunFiles(NamedTuple):
 def title(run: RunFiles) -> str:
     """Returns what a run is: its model, modalities and data."""
     data = _data_of(run) or "unknown data"
-    if is_joined(run.config):
-        return f"{len(run.config['join']['runs'])} runs joined on {data}"
-    model = str(run.config.get("model", {}).get("name", "no model"))
+    if joined := run.config["join"]["runs"]:
+        return f"{len(joined)} runs joined on {data}"
+    model = str(run.config["model"].get("name", "no model"))
     members = run.metrics.num_members or 1
     count = f"{members} x " if members != 1 else ""
-    return f"{count}{model} with {_listed(run.config.get('modalities')) or 'no modality'} on {data}"
+    return f"{count}{model} with {_listed(run.config['modalities']) or 'no modality'} on {data}"
 
 
 def lead(run: RunFiles) -> str:
-    """Returns a line on a run: its folder, its splits and its date."""
-    words = [f"Folder {run.folder.name}", f"evaluated on {run.split or 'nothing'}"]
-    if not is_joined(run.config):
-        words.insert(1, f"trained on {_trained_on(run) or 'nothing'}")
-    return "; ".join([*words, *([run.metrics.date] if run.metrics.date else [])])
+    """Returns a line on a run: its folder, its split and its date."""
+    date = f"; {run.metrics.date}" if run.metrics.date else ""
+    return f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}"
 
 
-def summary(run: RunFiles) -> Facts:
+def summary(run: RunFiles) -> Markup:
     """Returns MAP with its interval, tables of results and settings, and the command."""
-    kind = run.metrics.map_kind or ""
-    interval = significance.map_interval(run.averages()) if "ap" in run.arrays else None
+    parts = [_score(run)]
+    if run.values and run.analysis.split is None:
+        parts.append(html.paragraph("The evaluation was made without an analysis."))
+    tables = [
+        html.table("Results", ("result", "value"), result_rows(run.values)),
+        html.table("The run", ("setting", "value"), run_rows(run)),
+    ]
     others = [_split_row(run, *item) for item in run.other_metrics.items()]
     head = ("split", "MAP@100", "kind", "clips", "report")
-    analysed = run.analysis.results
-    return {
-        "unmeasured": results_lib.unmeasured(run.config, run.data),
-        "kind": f"{run.split} ({KINDS[kind]})" if kind in KINDS else kind,
-        "interval": interval,
-        "method": significance.METHOD,
-        "differs": run.analysed_split and (analysed and analysed.map) != run.metrics.map,
-        "tables": [
-            html.table("Results", ("result", "value"), result_rows(run.values)),
-            html.table("The run", ("setting", "value"), run_rows(run)),
-        ],
-        "others": html.table("Other evaluated splits", head, others),
-    }
+    parts += [html.tables(tables), html.table("Other evaluated splits", head, others)]
+    if run.metrics.command:
+        words = (Markup("<span>{}</span>").format(word) for word in run.metrics.command.split(" "))
+        parts.append(html.paragraph("Command that repeats the run:"))
+        parts.append(Markup("<pre><code>{}</code></pre>").format(Markup(" ").join(words)))
+    return Markup().join(parts)
+
+
+def _score(run: RunFiles) -> Markup:
+    """Returns the MAP with its interval, or why there is none."""
+    if not run.values:
+        return html.paragraph("The run has no results yet: there is no metrics.json.")
+    if run.metrics.map is None:
+        reason = results_lib.unmeasured(run.config, run.data)
+        words = "The split has no ground truth. Its clips are ranked, and there is no MAP."
+        return html.paragraph(words + " Nothing is measured: {}." * bool(reason), reason)
+    kind = run.metrics.map_kind or ""
+    kind = f"{run.split} ({KINDS[kind]})" if kind in KINDS else kind
+    between = ""
+    if "ap" in run.arrays:
+        low, high = map(html.number, significance.map_interval(run.averages()))
+        words = Markup(", 95 % interval {} to {} ({})")
+        between = words.format(low, high, significance.METHOD)
+    words = Markup('<p class="lead">MAP@100 <strong>{}</strong> on {}{}</p>')
+    return words.format(html.number(run.metrics.map), kind, between)
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
@@ -145,7 +169,7 @@ def result_rows(values: Mapping[str, Any]) -> Rows:
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
     """Returns rows of those values that are there; labels are (key, label, digits)."""
     return [
-        (html.block(label), html.number(values[key], digits))
+        (label, html.number(values[key], digits))
         for key, label, digits in labels
         if values.get(key) is not None
     ]
@@ -153,19 +177,20 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 def run_rows(run: RunFiles) -> Rows:
     """Returns name and value of the settings of a run."""
-    settings = [
-        ("data", _data_of(run)),
-        ("data digest", (run.metrics.data and run.metrics.data.digest) or ""),
-        ("evaluated on", run.split),
-        ("scored with", results_lib.describe_overrides(run.values)),
-        ("finished", run.metrics.date or ""),
-        ("evaluated", run.metrics.eval_date or ""),
-    ]
-    if not is_joined(run.config):
-        trained = [("trained on", _trained_on(run)),
-                   ("modalities", _listed(run.config.get("modalities")))]  # fmt: skip
-        settings[2:2] = trained
-    found: Rows = [(name, html.name(value)) for name, value in settings if value]
+    own, config = run.metrics, run.config
+    settings = {
+        "data": _data_of(run),
+        "data digest": (own.data and own.data.digest) or "",
+        "trained on": _listed(config["data"]["train_splits"]),
+        "evaluated on": run.split,
+        "modalities": _listed(config["modalities"]),
+        "scored with": results_lib.describe_overrides(run.values),
+        "finished": own.date or "",
+        "evaluated": own.eval_date or "",
+        "versions": _listed(f"{name} {version}" for name, version in (own.versions or {}).items()),
+    }
+    if config["join"]["runs"]:
+        del settings["trained on"], settings["modalities"]  # the defaults, which no run reads
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
@@ -173,24 +198,17 @@ def run_rows(run: RunFiles) -> Rows:
         ("num_members", "members", 0),
         ("num_params", "parameters of a member", 0),
     ]
-    found += _labelled(run.values, labels)
-    if run.metrics.versions:
-        text = ", ".join(f"{name} {version}" for name, version in run.metrics.versions.items())
-        found.append(("versions", html.block(html.name(text))))
-    return found
+    rows: Rows = [(name, html.name(value)) for name, value in settings.items() if value]
+    return rows + _labelled(run.values, labels)
 
 
 def _listed(values: Iterable[object] | None) -> str:
     return ", ".join(map(str, values or ()))
 
 
-def _trained_on(run: RunFiles) -> str:
-    return _listed(run.config.get("data", {}).get("train_splits"))
-
-
 def _data_of(run: RunFiles) -> str:
     """Returns the name of a dataset; with size and seed if it is generated, else its folder."""
-    values = run.config.get("data", {}) | run.values.get("data", {})
+    values = run.config["data"] | run.values.get("data", {})
     if values.get("title"):
         return str(values["title"])
     folder = Path(str(values["dir"])).name if values.get("dir") else ""
@@ -198,40 +216,54 @@ def _data_of(run: RunFiles) -> str:
     return " ".join(word for word in (sources.describe(named), folder) if word)
 
 
-def names(run: RunFiles) -> Facts | None:
+def names(run: RunFiles) -> Markup | None:
     """Returns the clips of a split without ground truth with the names that the run gives them."""
-    if not run.values or run.metrics.map is not None:
+    found = run.analysis.named
+    if found is None:
         return None
-    named = run.analysis.named or formats.NamedClips(num=0, rows=[])
-    rows = [(row.clip, run.identity(row.identity), row.score) for row in named.rows]
-    own_split = run.config.get("eval", {}).get("split", run.split)
-    head = ("clip", "best identity", "score")
-    return {
-        "tables": html.halves("Clips and their best identities", head, rows),
-        "more": named.num - len(rows),
-        "ranking": results_lib.paths(run.folder, run.split, own_split).ranking.name,
-    }
+    rows = [(row.clip, run.identity(row.identity), row.score) for row in found.rows]
+    own_split = run.config["eval"]["split"]
+    about = (
+        "The clips with the highest scores, each with the identity that suits it best. Nothing "
+        "here says whether a clip shows anybody known: a gallery of this run answers unknown where "
+        "it does not. "
+    ) + (LOGARITHMS if run.analysis.logs else "")
+    ranking = results_lib.paths(run.folder, run.split, own_split).ranking.name
+    more = html.number(found.num - len(rows))
+    return Markup().join([
+        html.paragraph(about),
+        html.table("Clips and their best identities", ("clip", "best identity", "score"), rows),
+        html.paragraph("{} more clips are in {}, the 100 best of every identity.", more, ranking),
+    ])  # fmt: skip
 
 
-def reading(run: RunFiles) -> Facts | None:
-    """Returns {} for the explanation of terms, which needs no facts; None without ground truth."""
-    return {} if run.metrics.map is not None else None
+def reading(run: RunFiles) -> Markup | None:
+    """Returns an explanation of the terms; None without ground truth."""
+    if run.metrics.map is None:
+        return None
+    words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
+    return Markup("<dl>{}</dl>").format(
+        Markup().join(words.format(*item) for item in TERMS.items())
+    )
 
 
-def learning(run: RunFiles) -> Facts | None:
+def learning(run: RunFiles) -> Markup | None:
     """Returns curves over the epochs; None for a model that is trained without an optimiser."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    rate = _learning_rate(train, run.arrays.get("schedule"))
+    figures = html.figures([_loss(train), _scores(train, run.lines), _learning_rate(train)])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
-    return {"figures": [_loss(train), _scores(train, run.lines), rate], "bad_steps": bad_steps}
+    if not bad_steps:
+        return figures
+    words = "{} steps were skipped: loss or gradient was not finite."
+    return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
 def _loss(train: Sequence[Mapping[str, Any]]) -> Markup:
     x, loss = _column(train, "epoch"), _column(train, "train_loss")
     plot = html.Plot(x="epoch", y="training loss")
-    plot.curve(x, loss, points=True)
+    plot.curve(x, loss)
     ends = [f"{loss[i]:.3f} at epoch {x[i]:.1f}" for i in (0, -1)]
     return plot.html("loss", "Training loss", f"The training loss goes from {' to '.join(ends)}.")
 
@@ -239,13 +271,12 @@ def _loss(train: Sequence[Mapping[str, Any]]) -> Markup:
 def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
     x, accuracy = _column(train, "epoch"), _column(train, "train_accuracy")
     plot = html.Plot(x="epoch", y="share")
-    plot.curve(x, accuracy, points=True, label="training accuracy")
+    plot.curve(x, accuracy, label="training accuracy")
     description = f"Training accuracy ends at {accuracy[-1]:.3f}."
     scored = [line for line in lines if "map" in line]
     if scored:
-        epochs = {line["step"]: line["epoch"] for line in train}
         epochs_per_step = x[-1] / max(train[-1]["step"], 1)
-        places = [epochs.get(line["step"], line["step"] * epochs_per_step) for line in scored]
+        places = [line["step"] * epochs_per_step for line in scored]
         values = [line["map"] for line in scored]
         split = scored[-1].get("split", "")
         label = f"MAP@100 on {html.short(split)}"
@@ -258,48 +289,39 @@ def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
     return plot.html("scores", heading, description)
 
 
-def _learning_rate(train: Sequence[Mapping[str, Any]], schedule: np.ndarray | None) -> Markup:
+def _learning_rate(train: Sequence[Mapping[str, Any]]) -> Markup:
     x, rates = _column(train, "epoch"), _column(train, "learning_rate")
-    if schedule is not None and len(schedule):
-        epochs_per_step = x[-1] / max(train[-1]["step"], 1)
-        x, rates = schedule[:, 0] * epochs_per_step, schedule[:, 1]
     plot = html.Plot(x="epoch", y="learning rate")
-    plot.curve(x, rates, points=True)
+    plot.curve(x, rates)
     plot.axes.set_ylim(bottom=0)
     first, peak, last = (f"{rate:.3g}" for rate in (rates[0], rates.max(), rates[-1]))
     description = f"The learning rate starts at {first}, peaks at {peak} and ends at {last}."
-    return plot.html("rate", "Learning rate of every step", description)
+    return plot.html("rate", "Learning rate", description)
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([line[key] for line in lines], float)
 
 
-def identities(run: RunFiles) -> Facts | None:
+def identities(run: RunFiles) -> Markup | None:
     """Returns the distribution of average precision, and a table of the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = np.sort(run.averages())[::-1]
     low, median = np.quantile(values, [0.1, 0.5]).tolist()
     perfect = float(np.mean(values == 1))
-    description = (
-        f"{100 * perfect:.1f} % of {len(values):,} identities have an average precision of 1. "
-        f"The median is {median:.3f}."
-    )
-    curve = html.Plot(x="share of the identities", y="average precision")
-    curve.curve(np.arange(1, len(values) + 1) / len(values), values, points=True)
-    curve.axes.set_ylim(0, 1.04)
-    histogram = html.Plot(x="average precision", y="identities")
-    counts, edges = np.histogram(values, 20, (0, 1))
-    histogram.axes.bar(edges[:-1], counts, 0.045, align="edge", color=html.FIRST)
-    histogram.count("y")
+    words = html.paragraph(
+        "{} of {} identities have an average precision of 1. The median is {}; 10 % are below {}.",
+        html.percent(perfect, 1), html.number(len(values)), html.number(median, 3),
+        html.number(low, 3),
+    )  # fmt: skip
+    plot = html.Plot(x="share of the identities", y="average precision")
+    plot.curve(np.arange(1, len(values) + 1) / len(values), values)
+    plot.axes.set_ylim(0, 1.04)
+    description = f"{100 * perfect:.1f} % have 1, and the median is {median:.3f}."
     heading = "Average precision, identities in descending order"
-    return {
-        "count": len(values), "perfect": perfect, "median": median, "low": low,
-        "figures": [curve.html("sorted", heading, description),
-                    histogram.html("histogram", "Histogram of average precision", description)],
-        "worst": _worst_identities(run),
-    }  # fmt: skip
+    figure = html.figures([plot.html("sorted", heading, description)])
+    return words + figure + _worst_identities(run)
 
 
 def _worst_identities(run: RunFiles) -> Markup:
@@ -321,48 +343,36 @@ def _worst_identities(run: RunFiles) -> Markup:
         rows.append((run.identity(row.identity), html.bar(row.ap), row.clips, *counts, *others))
     known = () if trained is None else ("trained on",)
     head = ("identity", "average precision", "clips", *known, "clips lost to", "mixed with")
-    return html.table(f"The {len(rows)} identities with the lowest average precision", head, rows)
+    caption = f"The {len(rows)} identities with the lowest average precision"
+    return html.table(caption, head, rows) + html.paragraph(
+        "Clips lost to: the other identities whose lists rank the clips of this identity highest; "
+        "'no list' if no list of 100 has the clip. Mixed with: the identities whose clips take the "
+        "first places of the list, as many places as the identity has clips. The number of clips "
+        "is in brackets."
+    )
 
 
-def mistakes(run: RunFiles) -> Facts | None:
-    """Returns the mistakes with the highest scores, and the first clips of some ranked lists."""
+def mistakes(run: RunFiles) -> Markup | None:
+    """Returns the mistakes with the highest scores."""
     wrong = run.analysis.wrong_clips or formats.WrongClips()
     alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
     others = [
         (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
         for row in wrong.known or ()
     ]
-    lists = [_ranked_list(run, listed) for listed in run.analysis.lists or ()]
-    if not (alarms or others or lists):
+    if not alarms and not others:
         return None
     head, caption = ("distractor", "taken for", "score"), "False alarms with the highest scores"
     tables = [html.table(caption, head, alarms)]
     caption = "Known clips that score highest for another identity"
     tables.append(html.table(caption, ("clip", "shows", *head[1:]), others))
-    return {"tables": tables, "lists": lists}
+    return html.paragraph(LOGARITHMS if run.analysis.logs else "") + html.tables(tables)
 
 
-def _ranked_list(run: RunFiles, listed: formats.RankedList) -> Markup:
-    def shown(column: int) -> object:
-        if column == listed.identity:
-            return Markup("this identity")
-        return "a distractor" if column < 0 else run.identity(column)
-
-    caption = Markup("{}: average precision {}, {} {}").format(
-        html.name(run.identity(listed.identity)),
-        html.number(listed.ap),
-        html.number(listed.clips),
-        "clip" if listed.clips == 1 else "clips",
-    )
-    rows = [(row.clip, row.score, shown(row.shows)) for row in listed.rows]
-    return html.table(caption, ("clip", "score", "shows"), rows)
-
-
-def strata(run: RunFiles) -> Facts | None:
+def strata(run: RunFiles) -> Markup | None:
     """Returns a table of MAP for every way to divide identities or clips into groups."""
     if "ap" not in run.arrays:
         return None
-    between = () if run.analysis.fewest_identities is None else ("95 % interval",)
 
     def interval(row: formats.Stratum) -> Markup:
         if row.low is None or row.high is None:
@@ -372,23 +382,38 @@ def strata(run: RunFiles) -> Facts | None:
     tables = []
     for table in run.analysis.strata or ():
         rows = [
-            (row.label, html.bar(row.map), *(interval(row) for _ in between), row.identities,
-             row.clips)
+            (row.label, html.bar(row.map), interval(row), row.identities, row.clips)
             for row in table.rows
-        ]  # fmt: skip
-        head = (table.by, "MAP@100", *between, "identities", "clips")
+        ]
+        head = (table.by, "MAP@100", "95 % interval", "identities", "clips")
         tables.append(html.table(f"By {table.by}", head, rows))
-    return {"tables": tables}
+    words = html.paragraph(
+        "MAP of some identities, or of some clips. For a kind of clips, the other clips of an "
+        "identity are removed from its list; distractors and clips of other identities stay. The "
+        "interval is from a bootstrap over the identities; fewer than {} are too few for one.",
+        html.number(run.analysis.fewest_identities),
+    )
+    return words + html.tables(tables)
 
 
-def open_set(run: RunFiles) -> Facts | None:
+def open_set(run: RunFiles) -> Markup | None:
     """Returns histograms of scores, errors by threshold with a table, and the calibration."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
-    drawn = [draw(run) for name, draw in shown.items() if name in run.arrays]
-    found = run.analysis.open_set
-    rates = found.rates if found else []
+    parts = [html.figures([draw(run) for name, draw in shown.items() if name in run.arrays])]
+    if found := run.analysis.open_set:
+        parts.append(_thresholds(run, found))
+    if "fpir" not in run.arrays:
+        words = "There are no errors by threshold: the split has no distractor."
+        parts.append(html.paragraph(words))
+    if "calibration" not in run.arrays:
+        words = "There is no calibration: the scores of this run are not probabilities."
+        parts.append(html.paragraph(words))
+    return Markup().join(parts)
+
+
+def _thresholds(run: RunFiles, found: formats.OpenSet) -> Markup:
     rows = [
         (
             html.percent(row.rate, 1),
@@ -398,18 +423,44 @@ def open_set(run: RunFiles) -> Facts | None:
             html.percent(row.fnir, 1),
             html.between(html.percent(row.fnir_low, 1), html.percent(row.fnir_high, 1)),
         )
-        for row in rates
+        for row in found.rates
         if row.threshold is not None
     ]
     head = ("FPIR wanted", "threshold", "FPIR", "95 % interval", "FNIR", "95 % interval")
-    of_folds = run.metrics.map_kind == "out_of_fold" and run.metrics.num_members != 1
-    return {
-        "figures": drawn,
-        "found": found,
-        "few": [row for row in rates if row.threshold is None],
-        "rates": html.table("Thresholds from which a clip is named", head, rows),
-        "out_of_fold": of_folds,
-    }
+    counts = (found.num_known, found.num_people, found.num_strange, found.num_identities)
+    words = (
+        "{} clips of {} known people and {} distractors, each compared with {} identities. The "
+        "best score of a distractor depends on the number of identities, so a gallery of this run "
+        "sets its own threshold."
+    )
+    parts = [html.paragraph(words, *map(html.number, counts))]
+    words = "{} distractors cannot show a rate of {}, which takes {} or more: it has no threshold."
+    parts += [
+        html.paragraph(
+            words,
+            html.number(found.num_strange),
+            html.percent(row.rate, 1),
+            html.number(row.fewest),
+        )
+        for row in found.rates
+        if row.threshold is None
+    ]
+    if not rows:
+        return Markup().join(parts)
+    parts.append(html.table("Thresholds from which a clip is named", head, rows))
+    if run.metrics.map_kind == "out_of_fold" and run.metrics.num_members != 1:
+        words = (
+            "These thresholds are of scores out of fold, of few members each. They are too strict "
+            "for a new clip, which has the mean of all members."
+        )
+        parts.append(html.paragraph(words))
+    words = (
+        "The interval of FPIR is exact, from the beta distribution of the order statistic. The "
+        "interval of FNIR is from a bootstrap of {} resamples of the people, with all their clips, "
+        "and of the distractors, which set the threshold anew; where fewer than four distractors "
+        "pass it is too narrow."
+    )
+    return Markup().join([*parts, html.paragraph(words, html.number(found.resamples))])
 
 
 def _score_histograms(run: RunFiles) -> Markup:
@@ -450,26 +501,7 @@ def _errors(run: RunFiles) -> Markup:
         f"Where {100 * fpir[nearest]:.1f} % of the distractors pass, "
         f"{100 * fnir[nearest]:.1f} % of the known clips are missed."
     )
-    rates = run.analysis.open_set.rates if run.analysis.open_set else []
-    for row in rates:
-        if row.threshold is None:
-            continue
-        errors = [[row.fnir - row.fnir_low], [row.fnir_high - row.fnir]]
-        plot.axes.errorbar(
-            [row.fpir], [row.fnir], np.maximum(errors, 0), fmt="o", color=html.SECOND,
-            capsize=3, ms=5,
-        )  # fmt: skip
-        plot.axes.annotate(
-            f"{row.threshold:.3g}", (row.fpir, row.fnir), (6, 6),
-            textcoords="offset points", color=html.SECOND,
-        )  # fmt: skip
-        description += (
-            f" The threshold {row.threshold:.3g} for {100 * row.rate:.3g} % misses "
-            f"{100 * row.fnir:.1f} % of the known clips."
-        )
-    heading = "Known clips missed against distractors that pass"
-    points = "; points are thresholds of the table, with their intervals."
-    return plot.html("errors", heading, description, heading + points if rates else "")
+    return plot.html("errors", "Known clips missed against distractors that pass", description)
 
 
 def _calibration(run: RunFiles) -> Markup:
@@ -484,212 +516,110 @@ def _calibration(run: RunFiles) -> Markup:
             _, confidence, right = bins[bins[:, 0] > 0].T
             plot.axes.plot(confidence, right, "o-", color=colour, ms=4, label=label)
     plot.legend()
-    better = "" if after is None else f", and {run.analysis.calibration_error_after:.3f} after"
-    description = f"The expected calibration error is {error:.3f}{better}."
-    caption = html.parts("sections.html.j2").calibration(run.analysis, after is not None)
+    caption = Markup(
+        "Calibration: on average a probability is {} away from the share of clips that are right "
+        "(the expected calibration error). A distractor is never right."
+    ).format(html.number(error))
+    if after is not None:
+        maps = [
+            Markup("slope {} with offset {}").format(
+                html.number(one.slope, 2), html.number(one.offset, 2)
+            )
+            for one in run.analysis.calibration_maps or ()
+        ]
+        caption += Markup(
+            " After a correction, which multiplies the log-odds by a slope and adds an offset, it "
+            "is {} away. Two corrections were fitted, each on a half of the people and measured on "
+            "the other: {}. A slope below 1 says that the run is too sure."
+        ).format(html.number(run.analysis.calibration_error_after), Markup(", and ").join(maps))
+    description = f"The expected calibration error is {error:.3f}."
     return plot.html("trust", "Calibration of the probabilities", description, caption)
 
 
-def attention(run: RunFiles) -> Facts | None:
-    """Returns the average attention matrix as a heat map, without one if it is a unit matrix."""
+def attention(run: RunFiles) -> Markup | None:
+    """Returns the average attention matrix as a heat map."""
     if "attention" not in run.arrays:
         return None
     matrix, names = run.arrays["attention"], run.analysis.vectors or []
-    beside = float(np.max(matrix - np.diag(np.diag(matrix)), initial=0.0))
-    if len(matrix) > 1 and np.abs(matrix - np.eye(len(matrix))).max() < IDENTITY_TOLERANCE:
-        return {"beside": beside, "names": ", ".join(names), "figures": []}
-    size = max(0.42 * len(matrix) + 1.0, 2.2)
-    plot = html.Plot(size, x="vector j (takes)", y="vector i (gives)")
-    html.draw_heat_map(plot.axes, matrix, names)
+    size, top = len(matrix), max(float(matrix.max()), 1e-9)
+    plot = html.Plot(max(0.42 * size + 1.0, 2.2), x="vector j (takes)", y="vector i (gives)")
+    axes, labels = plot.axes, [html.short(name) for name in names]
+    axes.grid(False)
+    for i, j in np.ndindex(matrix.shape):
+        share = float(np.clip(matrix[i, j] / top, 0, 1))
+        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=html.BAR, alpha=share, linewidth=0))
+        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center")
+    axes.set_xlim(0, size)
+    axes.set_ylim(size, 0)
+    middles = np.arange(size) + 0.5
+    axes.set_xticks(middles, labels, rotation=30, ha="right", parse_math=False)
+    axes.set_yticks(middles, labels, parse_math=False)
     most = [
         f"{name} takes most from {names[int(np.argmax(column))]}"
         for name, column in zip(names, matrix.T, strict=True)
     ]
-    return {"figures": [plot.html("gram", "Average attention matrix", "; ".join(most) + ".")]}
+    words = html.paragraph(
+        "The mean over the split of the softmax of the Gram matrix, as in figure 10 of the "
+        "iQIYI-VID paper. Column j says how much vector j takes from each vector i, on average "
+        "over the clips in which it takes anything; it sums to 1. For an ensemble, this is the "
+        "first member."
+    )
+    figure = plot.html("gram", "Average attention matrix", "; ".join(most) + ".")
+    return words + html.figures([figure])
 
 
-def frames(run: RunFiles) -> Facts | None:
-    """Returns the sizes of NetVLAD clusters, and the effect of hiding single frames of clips."""
-    clusters = [
-        _clusters(f"vlad-{i}", *item)
-        for i, item in enumerate((run.analysis.assignment or {}).items())
-    ]
-    clips = [
-        _frame_drops(f"clip-{i}", run, clip) for i, clip in enumerate(run.analysis.frames or ())
-    ]
-    return {"clusters": clusters, "clips": clips} if clusters or clips else None
-
-
-def _clusters(key: str, name: str, shares: Sequence[float]) -> Markup:
-    numbers = np.arange(1, len(shares) + 1)
-    plot = html.Plot(2.2, x="cluster", y="share of the frames")
-    plot.axes.bar(numbers, shares, color=html.FIRST)
-    plot.axes.set_xticks(numbers)
-    description = ", ".join(f"{k}: {100 * share:.0f} %" for k, share in enumerate(shares, start=1))
-    return plot.html(key, f"Clusters of {name}", description, small=True)
-
-
-def _frame_drops(key: str, run: RunFiles, clip: formats.FrameDrops) -> Markup:
-    drops, quality = np.array(clip.falls), np.array(clip.quality)
-    places = np.arange(1, len(drops) + 1)
-    modality = html.short(clip.modality)
-    plot = html.Plot(1.9, x=f"frame of {modality}, in time order", y="drop")
-    plot.axes.bar(places, drops, color=html.FIRST, label="drop in the score")
-    plot.count("x")
-    if quality.any():
-        plot.twin("quality").plot(places, quality, ".", color=html.SECOND, label="quality")
-        plot.legend()
-    plot.axes.set_xlim(0.3, len(drops) + 0.7)
-    most = int(np.argmax(drops))
-    fall = f"hiding it lowers the score by {drops[most]:.3g}."
-    description = f"Frame {most + 1} of {len(drops)} contributes most: {fall}"
-    state = "identified correctly" if clip.right else "not identified correctly"
-    person = html.name(run.identity(clip.identity))
-    caption = Markup("{}, identity {}, {}.").format(html.name(clip.clip), person, state)
-    return plot.html(key, f"Frames of clip {clip.clip}", description, caption)
-
-
-def robustness(run: RunFiles) -> Facts | None:
-    """Returns a table of MAP after changes to every clip, such as a missing modality."""
-    changes = run.analysis.robustness
-    if not changes:
-        return None
-    unchanged = changes[0].map
-    rows = [(row.change, html.bar(row.map), html.signed(row.map - unchanged)) for row in changes]
-    head = ("change", "MAP@100", "difference")
-    return {"tables": html.halves("MAP of changed clips", head, rows)}
-
-
-def ensemble(run: RunFiles) -> Facts | None:
-    """Returns tables of the blended runs and of the members, each with its own MAP."""
-    members = run.analysis.members or run.metrics.members or []
-    runs = run.metrics.runs or run.analysis.runs or []
+def ensemble(run: RunFiles) -> Markup | None:
+    """Returns tables of the joined runs and of the members, each with its own MAP."""
+    members, runs = run.metrics.members or [], run.metrics.runs or []
     if not members and not runs:
         return None
     joined = [(row.name, row.weight, html.bar(row.map)) for row in runs]
-    gains = run.analysis.gains
-    head = ("member", "MAP@100 alone", *(("marginal gain",) if gains else ()))
+    rows = member_rows(members[:MAX_MEMBERS])
     caption = "The members, each on the clips that it was not trained on"
-    rows = member_rows(members[:MAX_MEMBERS], gains)
-    return {
-        "runs": html.table("The joined runs", ("run", "weight", "MAP@100 alone"), joined),
-        "tables": html.halves(caption, head, rows, above=10),
-        "more": len(members) - MAX_MEMBERS,
-        "members": members,
-        "gains": gains,
-    }
+    tables = [
+        html.table("The joined runs", ("run", "weight", "MAP@100 alone"), joined),
+        html.table(caption, ("member", "MAP@100 alone"), rows),
+    ]
+    more = len(members) - MAX_MEMBERS
+    words = "{} more are in metrics.json."
+    return html.tables(tables) + (html.paragraph(words, html.number(more)) if more > 0 else "")
 
 
-def member_rows(members: Sequence[Mapping[str, Any]], gains: Sequence[float] | None) -> Rows:
-    """Returns rows of member, MAP and, if `gains` are given, marginal gain."""
+def member_rows(members: Sequence[Mapping[str, Any]]) -> Rows:
+    """Returns rows of member and MAP."""
     kinds = sorted({key for member in members for key in member} - {"map", "member", "run"})
-    rows = []
-    for i, member in enumerate(members):
+    rows: Rows = []
+    for member in members:
         name = " ".join(str(member[key]) for key in ("run", "member") if key in member)
         words = [name, *(f"{key} {member[key]}" for key in kinds if key in member)]
-        gain = (html.signed(gains[i]),) if gains else ()
-        rows.append((", ".join(words), html.bar(member.get("map")), *gain))
+        rows.append((", ".join(words), html.bar(member.get("map"))))
     return rows
 
 
-def data(run: RunFiles) -> Facts | None:
-    """Returns, for every split, a table of what was loaded and what was skipped."""
-    head = ("modality", "clips", "frames", "frames per clip", "clips without it", "skipped")
-    count_labels = html.parts("sections.html.j2").count_labels
-    tables = [
-        html.table(
-            count_labels(name, split),
-            head,
-            [modality_row(key, counts) for key, counts in split.modalities.items()],
-        )
-        for name, split in (run.data.splits or {}).items()
+def configuration(run: RunFiles) -> Markup | None:
+    """Returns the fields of `config.json` that differ from their defaults."""
+    defaults = dict(config_lib.fields(config_lib.default()))
+    rows = [
+        (name, config_io.value_text(value), config_io.value_text(defaults.get(name, "")))
+        for name, value in config_lib.fields(run.config)
+        if value != defaults.get(name)
     ]
-    cropped = (run.data.cropped_in_an_epoch or {}).items()
-    lost = {name: int(counts.frames) for name, counts in cropped if counts.frames}
-    return {"tables": tables, "lost": lost} if tables or lost else None
+    caption = "Fields that differ from their defaults"
+    return html.table(caption, ("field", "value", "default"), rows) or None
 
 
-def modality_row(name: str, counts: formats.ModalityCounts) -> tuple[object, ...]:
-    """Returns the counts of a modality in a split."""
-    skipped = {**counts.frames_skipped, **counts.clips_skipped}
-    reasons = [Markup("{} {}").format(html.number(n), reason) for reason, n in skipped.items() if n]
-    return (
-        name,
-        counts.clips,
-        counts.frames,
-        html.number(counts.frames_per_clip and counts.frames_per_clip.mean, 1),
-        html.percent(counts.missing_rate, 1),
-        Markup(", ").join(reasons) or Markup("nothing"),
-    )
-
-
-def configuration(run: RunFiles) -> Facts | None:
-    """Returns the fields that differ from their defaults, and all fields of `config.json`."""
-    values = own_fields(run.config)
-    if not values:
-        return None
-    defaults = own_fields(json.loads(config_io.to_json(config_lib.default())))
-    changed = [
-        (name, value, defaults.get(name, ""))
-        for name, value in values.items()
-        if defaults.get(name) != value
-    ]
-    every, third = list(values.items()), -(-len(values) // 3)
-    caption, head = "Fields that differ from their defaults", ("field", "value", "default")
-    return {
-        "changed": html.halves(caption, head, changed, above=10),
-        "every": [
-            html.table("Fields of config.json", ("field", "value"), every[i : i + third])
-            for i in range(0, len(every), third)
-        ],
-    }
-
-
-def own_fields(
-    config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Returns dotted field -> value as text; of a joined run only JOIN_FIELDS, which it uses.
-
-    `overrides` are values of an evaluation in place of those of `config`.
-    """
-    values = dict(config_lib.fields(config)) | dict(overrides or {})
-    found = {name: _value_text(value) for name, value in values.items()}
-    if is_joined(config):
-        return {name: value for name, value in found.items() if name.startswith(JOIN_FIELDS)}
-    return found
-
-
-def is_joined(config: Mapping[str, Any]) -> bool:
-    """Returns True for the configuration of a run that joins others."""
-    return bool(config.get("join", {}).get("runs"))
-
-
-def _value_text(value: object) -> str:
-    """Returns a value as on a command line; `unset` for None, `empty` for no text or items."""
-    if value is None:
-        return "unset"
-    if isinstance(value, list | tuple) and not any(
-        isinstance(item, list | tuple) for item in value
-    ):
-        return ", ".join(map(str, value)) or "empty"
-    return value or "empty" if isinstance(value, str) else json.dumps(value)
-
-
-# Function of a section -> its heading. A macro of `sections.html.j2` has the name of the function.
-SECTIONS: dict[Callable[[RunFiles], Facts | None], str] = {
+# Function of a section -> its heading.
+SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
     summary: "Summary",
     names: "Clips and names",
     reading: "How to read it",
     learning: "Learning curves",
     identities: "Identities",
-    mistakes: "Mistakes and lists",
+    mistakes: "Mistakes",
     strata: "Kinds of clips",
     open_set: "Distractors and calibration",
     attention: "Attention between modalities",
-    frames: "Frames",
-    robustness: "Robustness",
     ensemble: "Ensemble",
-    data: "Data",
     configuration: "Configuration",
 }
 
@@ -709,17 +639,11 @@ def write(workdir: Path) -> Path:
 
 def render(run: RunFiles) -> str:
     """Returns the page as HTML."""
-    macros = html.parts("sections.html.j2")
-    shown = []
-    for make, heading in SECTIONS.items():
-        facts, key = make(run), make.__name__
-        if facts is not None:
-            shown.append((key, heading, getattr(macros, key)(run, facts)))
+    shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
     return html.page(
         title(run),
-        shown,
+        [(key, heading, content) for key, heading, content in shown if content],
         lead=lead(run),
-        nav=True,
         footer="vidjax made this page from the files of the run. It contains names of clips and "
         "identities, and no features.",
     )
@@ -739,15 +663,17 @@ def _fitting(run: RunFiles) -> str:
 
 def load(workdir: Path, other: str = "") -> RunFiles:
     """Reads the files of a run, with the results of its own split, or of the split `other`."""
-    own = str(config_io.load_workdir(workdir).eval.split)  # refuses values of other types
+    config = config_io.load_workdir(workdir)
+    own = str(config.eval.split)
     others = results_lib.read_other_metrics(workdir)
     values = others[other] if other else results_lib.read_metrics(workdir)
     identities, paths = workdir / "identities.json", results_lib.paths(workdir, other or own, own)
-    analysed = files.exists(paths.analysis)
-    analysis, arrays = results_lib.load_analysis(paths.analysis) if analysed else (None, {})
+    analysis, arrays = formats.Analysis(), {}
+    if files.exists(paths.analysis):
+        analysis, arrays = results_lib.load_analysis(paths.analysis)
     return RunFiles(
         folder=workdir,
-        config=files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES),
+        config=config.to_dict(),
         lines=[] if other else results_lib.read_lines(workdir / "metrics.jsonl"),
         identities=results_lib.load_identities(identities) if files.exists(identities) else [],
         data=results_lib.read_data_report(workdir),
@@ -760,7 +686,6 @@ def load(workdir: Path, other: str = "") -> RunFiles:
         ),
         metrics=formats.parse(paths.metrics, values, formats.Metrics, results_lib.REMEDY),
         values=values,
-        analysis=analysis or formats.Analysis(),
+        analysis=analysis,
         arrays=arrays,
-        analysed_split=analysed,
     )

@@ -70,20 +70,7 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None
 
 
-class _WithMembers(Struct, kw_only=True):
-    """`members`: a dict of each member's name, MAP and own options; `runs`: those of a blend."""
-
-    members: Annotated[list[dict[str, Plain]], MANY] | None = None
-    runs: Annotated[list[JoinedRun], TABLE] | None = None
-
-    def __post_init__(self) -> None:
-        for i, row in enumerate(self.members or ()):
-            value = row.get("map", 0)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-                raise ValueError(f"members[{i}].map must be a number from 0 to 1")
-
-
-class Metrics(_WithMembers, kw_only=True):
+class Metrics(Struct, kw_only=True):
     """`metrics.json`, and `metrics_<split>.json` of a split that training does not evaluate."""
 
     data: Data | None = None
@@ -121,6 +108,14 @@ class Metrics(_WithMembers, kw_only=True):
     command: Text | None = None
     trained_on: DataDigests | None = None
     versions: Annotated[dict[str, Text], FEW] | None = None  # of packages
+    members: Annotated[list[dict[str, Plain]], MANY] | None = None  # name, MAP and own options
+    runs: Annotated[list[JoinedRun], TABLE] | None = None  # of a blend
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.members or ()):
+            value = row.get("map", 0)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise ValueError(f"members[{i}].map must be a number from 0 to 1")
 
 
 class Manifest(Struct, kw_only=True):
@@ -248,15 +243,6 @@ class WrongClips(Struct, kw_only=True):
     known: Clips | None = None
 
 
-class RankedList(Struct, kw_only=True):
-    """The first clips in the list of an identity."""
-
-    rows: Clips
-    identity: Column
-    ap: Share
-    clips: Whole
-
-
 class NamedClips(Struct, kw_only=True):
     """For a split without ground truth: number of clips in any list, and those that score best."""
 
@@ -296,57 +282,24 @@ class OddsMap(Struct, kw_only=True):
     offset: float
 
 
-class Change(Struct, kw_only=True):
-    """MAP of the sample after a change of its clips."""
-
-    change: Text
-    map: Share
-
-
-class FrameDrops(Struct, kw_only=True):
-    """How far the score of a clip's identity falls without each of its T frames."""
-
-    clip: Text
-    identity: Column
-    right: bool
-    modality: Text
-    quality: Annotated[list[float], Meta(max_length=1_000_000)]
-    falls: Annotated[list[float], Meta(max_length=1_000_000)]
-    numbers: Annotated[list[float], Meta(max_length=1_000_000)] | None = None
-
-
-class AnalysedResults(Struct, kw_only=True):
-    """The results in `metrics.json` that an analysis belongs to."""
-
-    map: Share | None = None
-    map_kind: Text | None = None
-
-
-class Analysis(_WithMembers, kw_only=True):
+class Analysis(Struct, kw_only=True):
     """The entry `facts` of `analysis.npz`, UTF-8 JSON; `ARRAYS` are its other entries."""
 
     split: Text | None = None
     modalities: Annotated[list[Text], TABLE] | None = None
     lead: Text | None = None  # the modality whose quality and length make the strata
     logs: bool | None = None  # scores are logarithms of probabilities
-    results: AnalysedResults | None = None
-    assignment: Annotated[dict[str, Annotated[list[float], TABLE]], FEW] | None = None  # NetVLAD
     vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # rows of `attention`
     num_others: Whole | None = None  # identities of the ground truth that the run cannot name
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
     strata: Annotated[list[Strata], FEW] | None = None
     fewest_identities: Whole | None = None
     wrong_clips: WrongClips | None = None
-    lists: Annotated[list[RankedList], FEW] | None = None
     named: NamedClips | None = None
     open_set: OpenSet | None = None  # none without distractors
     calibration_error: float = math.nan  # expected calibration error
     calibration_error_after: float = math.nan  # the same after `calibration_maps`
     calibration_maps: Annotated[list[OddsMap], MANY] | None = None
-    num_sampled: Whole | None = None  # clips of the sample behind the next three
-    robustness: Annotated[list[Change], TABLE] | None = None  # the first changes nothing
-    gains: Annotated[list[float], MANY] | None = None  # MAP that is lost without each member
-    frames: Annotated[list[FrameDrops], FEW] | None = None
 
 
 # Array of `analysis.npz` -> its shape, and the largest length of an axis. A letter stands for one
@@ -355,7 +308,6 @@ ARRAYS: dict[str, tuple[tuple[int | str, ...], int]] = {
     "ap": (("C",), files.MAX_ITEMS),  # average precision
     "positives": (("C",), files.MAX_ITEMS),  # clips of the evaluated split
     "train_clips": (("C",), files.MAX_ITEMS),  # clips of the training splits
-    "schedule": (("n", 2), files.MAX_ITEMS),  # steps and their learning rates
     "attention": (("V", "V"), 64),  # row i, column j: what vector j takes from i
     "score_edges": (("B+1",), 1000),  # of the two histograms that follow
     "score_known": (("B",), 1000),  # best scores of known clips

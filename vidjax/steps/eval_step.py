@@ -76,19 +76,15 @@ def embed_step(
 
 def attention_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
-) -> dict[str, Array]:
-    """Returns `ModelOutput.attention` of a member; empty for models without attention.
+) -> Array | None:
+    """Returns `ModelOutput.attention` of a member, [B, M, M] float32; None without attention.
 
-    It has `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed
-    over frames. The model must take all fused frames of a clip as one example.
+    The model must take all fused frames of a clip as one example.
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
         output = _apply(system, params, model_state, fused, _clip_info(system, batch))
-    return {
-        name: value if name == "attention" else jnp.sum(value, axis=1)
-        for name, value in (output.attention or {}).items()
-    }
+    return output.attention
 
 
 def _clip_info(system: System, batch: Batch) -> ClipInfo:

@@ -1,6 +1,7 @@
 """`--mode=train`: trains a system from its configuration and data."""
 
 import contextlib
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import config_io, devices, metrics
-from vidjax.analysis.analysis import Observer, import_report, write_results
+from vidjax.analysis import analysis
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation.scoring import Evaluation
@@ -90,14 +91,12 @@ def train(
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
 
-        def evaluate() -> tuple[Evaluation, Observer | None]:
+        def evaluate() -> Evaluation:
             """Logs the scores, and adds them to the checkpoint of this step."""
             interruption.raise_if_asked(run.step)
             interruption.at_once = True
-            evaluated = run.evaluate(
-                analyse=analyse, check=lambda: interruption.raise_if_asked(run.step)
-            )
-            scores = metrics.logged(evaluated[0].results)
+            evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
+            scores = metrics.logged(evaluated.results)
             logs.metrics(run.step, {"split": split, **scores})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"step {run.step} of {total_steps}: {shown or 'ranked'}")
@@ -113,7 +112,7 @@ def train(
         while run.step < total_steps:
             num_steps, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
-            import_report(wanted=analyse)
+            analysis.import_report(wanted=analyse)
             progress.advance(num_steps * size, f"loss {loss:.3f}")
             if run.step in schedule.log:
                 run.log(logs)
@@ -127,7 +126,7 @@ def train(
             if run.step < total_steps:
                 interruption.raise_if_asked(run.step)
     # An earlier process may have stopped between the last evaluation and its results.
-    evaluation, observer = evaluated or run.evaluate(analyse=analyse)
+    evaluation = evaluated or run.evaluate()
     results = {
         "data": data.report["data"],
         **evaluation.results,
@@ -135,9 +134,11 @@ def train(
     }
     if command:
         results["command"] = command
-    write_results(
-        workdir, data.identities, evaluation, results, own_split=split,
-        trained=config.data, observer=observer, ends_training=True,
+    models = [run.trained_model()]
+    analysis.write_results(
+        workdir, data.identities, evaluation, results, own_split=split, ends_training=True,
+        analysed=functools.partial(analysis.analyse, models, evaluation, mesh, config)
+        if analyse else None,
     )  # fmt: skip
     return results
 

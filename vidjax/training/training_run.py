@@ -15,14 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from vidjax import config_io, devices, ensemble, files
-from vidjax.analysis import analysis
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
@@ -322,18 +321,11 @@ class TrainingRun:
         checkpoint.save(self._workdir, self.step, state_lib.as_items(self.state), info)
         self._last_save = time.monotonic()
 
-    def evaluate(
-        self, *, analyse: bool, check: Callable[[], None] = lambda: None
-    ) -> tuple[Evaluation, analysis.Observer | None]:
-        """Ranks `config.eval.split` with the weights of this step; `check` as in `scoring.score`.
-
-        Returns also the observer; it is None unless `analyse` is True and this is the last step.
-        """
-        analyse = analyse and self.step == self._plan.task.total_steps
-        scored, observer = analysis.score_observed(
-            [self.trained_model()], self._config, self._mesh, analyse=analyse, check=check
-        )
-        return conclude(scored), observer
+    def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
+        """Ranks `config.eval.split` by the weights of this step; `check` as in `scoring.score`."""
+        spec = self._config.eval
+        options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
+        return conclude(score([self.trained_model()], spec.split, self._mesh, **options))
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the weights of this step."""
