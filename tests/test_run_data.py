@@ -94,8 +94,8 @@ def test_an_analysis_is_that_of_the_last_evaluation(own):
 OTHERS = {
     "other features": {"seed": 1},
     "train has other labels": {"shift": 1},
-    "2 clips more": {"num_clips": CLIPS + 2},
-    "1 clips fewer": {"num_clips": CLIPS - 1},
+    "train has other clips: 8, before 6": {"num_clips": CLIPS + 2},
+    "train has other clips: 5, before 6": {"num_clips": CLIPS - 1},
 }
 
 
@@ -215,13 +215,13 @@ def test_digests_tell_features_and_labels_apart(tmp_path):
     one, two = (
         vidjax.load_data(
             vidjax.load_config("knn:face", *write(tmp_path / name, shift=shift))
-        ).report
+        ).report["splits"]
         for name, shift in (("one", 0), ("two", 1))
     )
-    splits = {name: one["splits"][name]["sha256"] for name in ("train", "val")}
-    assert restore.data_differences({"splits": splits}, one) == ""
-    assert restore.data_differences({"splits": splits}, two) == "train has other labels"
-    assert restore.data_differences({"splits": splits}, two, ("val",)) == ""
+    for name, wanted in (("train", "train has other labels"), ("val", "")):
+        before = one[name]["sha256"]
+        assert restore.difference(name, before, before) == ""
+        assert restore.difference(name, before, two[name]["sha256"]) == wanted
 
 
 def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
@@ -261,13 +261,9 @@ def test_what_is_cheap_is_refused_before_clips_are_clustered(tmp_path, monkeypat
 def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
     """The digest of features is of all modalities: with others beside them it says nothing."""
     report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
-    digests = {"val": report["splits"]["val"]["sha256"]}
-    more = {"val": {"sha256": digests["val"] | {"modalities": ["face", "head"], "features": "x"}}}
+    before = report["splits"]["val"]["sha256"]
+    more = before | {"modalities": ["face", "head"], "features": "x"}
     with pytest.warns(UserWarning, match="other modalities"):
-        assert restore.data_differences({"splits": digests}, {"splits": more}) == ""
-    more["val"]["sha256"]["labels"] = "y"
+        assert restore.difference("val", before, more) == ""
     with pytest.warns(UserWarning, match="other modalities"):
-        assert (
-            restore.data_differences({"splits": digests}, {"splits": more})
-            == "val has other labels"
-        )
+        assert restore.difference("val", before, more | {"labels": "y"}) == "val has other labels"

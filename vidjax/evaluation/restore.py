@@ -11,7 +11,7 @@ wherever the run meets data again; the `metrics.json` of a finished run has them
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -238,37 +238,22 @@ def data_digests(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def data_differences(
-    own: DataDigests, report: Mapping[str, Any], splits: Collection[str] | None = None
-) -> str:
-    """Describes in a line how the data of a report differ from a run's `own`; '' if they do not."""
-    found, here = [], report["splits"]
-    for name, before in own["splits"].items():
-        now = here.get(name, {}).get("sha256")
-        if splits is not None and name not in splits:
-            continue
-        if now is None:
-            found.append(f"{name} is absent")
-        elif now["names"] != before["names"]:
-            found.append(f"{name} has {_other_clips(before['clips'], now['clips'])}")
-        else:
-            kinds = ["features", "labels"]
-            if now.get("modalities") != before.get("modalities"):  # in the same records
-                kinds.remove("features")
-                warnings.warn(
-                    f"{name}: other modalities lie beside those that the run reads: whether its "
-                    "features are as they were cannot be told",
-                    stacklevel=3,
-                )
-            what = [kind for kind in kinds if now[kind] != before[kind]]
-            found += [f"{name} has other {' and '.join(what)}"] if what else []
-    return ", ".join(found)
-
-
-def _other_clips(before: int, now: int) -> str:
-    if before == now:
-        return f"other clips, {now:,} as before"
-    return f"{abs(now - before):,} clips {'more' if now > before else 'fewer'}: {now:,}"
+def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None) -> str:
+    """Describes how the digests of a split differ from those of a run; "" if they do not."""
+    if now is None:
+        return f"{split} is absent"
+    if now["names"] != before["names"]:
+        return f"{split} has other clips: {now['clips']:,}, before {before['clips']:,}"
+    kinds = ["features", "labels"]
+    if now.get("modalities") != before.get("modalities"):  # in the same records
+        kinds.remove("features")
+        warnings.warn(
+            f"{split}: other modalities lie beside those that the run reads: whether its "
+            "features are as they were cannot be told",
+            stacklevel=3,
+        )
+    others = [kind for kind in kinds if now[kind] != before[kind]]
+    return f"{split} has other {' and '.join(others)}" if others else ""
 
 
 def check_data(
@@ -289,7 +274,8 @@ def check_data(
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
-    different = [data_differences(own, data.report, (name,)) for name in names]
+    here = {name: counts.get("sha256") for name, counts in data.report["splits"].items()}
+    different = [difference(name, own["splits"][name], here.get(name)) for name in names]
     if trains and own.get("weights") != data_digests(config, data)["weights"]:
         different.append("config.data.weights are others")
     if not trains and split not in names and (named or not all(different)):
