@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import functools
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,36 +29,6 @@ if TYPE_CHECKING:
 
 Done = tuple[str, Mapping[str, object]]  # what a change did, in words and for --json
 Change = Callable[["Draft"], Done]
-CLIPS = ("run", "split", "input")
-RULE = ("fpir", "threshold")
-# Flag -> the word for its value (None: it has none), its help.
-FLAGS: Mapping[str, tuple[str | None, str]] = {
-    "run": ("W", "the folder of the run (default: the gallery's own)"),
-    "models": ("DIR", "instead: a folder of models with cards, see vidjax extract"),
-    "split": ("S", "the split of the dataset with the clips"),
-    "input": ("PATH", "instead: a folder, .parquet table or .npz of clips without labels"),
-    "identity": ("NAME", "the person"),
-    "labels": ("FILE", "instead of a name: a table of clip and identity, as `group` writes it"),
-    "clip": ("NAME", "the clip"),
-    "to": ("NAME", "the new name"),
-    "merge": (None, "two people are the same: makes one of them"),
-    "clips": (None, "names the clips, too"),
-    "empty": (None, "enrols nobody: keeps coordinates and strangers alone"),
-    "fpir": ("R", "share of strangers who may get a name, e.g. 0.01"),
-    "threshold": ("P", "instead: the lowest probability of a name, e.g. 0.5"),
-    "k": ("K", "names per clip in a file (default: 5)"),
-    "out": (
-        "FILE",
-        "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt; identify: also "
-        ".vtt, .srt and .rttm, by time; a folder for a folder of parquet tables",
-    ),
-}
-# Command -> two flags of which it needs one.
-ONE_OF = {
-    "create": ("run", "models"),
-    "relabel": ("identity", "strangers"),
-    "remove": ("identity", "clip"),
-}
 HELP = """\
 A gallery knows people who are enrolled, found and deleted without training.
 
@@ -74,103 +43,157 @@ vidjax/gallery/README.md tells the whole way.
 """
 
 
-class Command(NamedTuple):
-    """A command, `vidjax gallery NAME`; each `example` has the flags of a call."""
-
-    about: str
-    add_flags: Callable[[Parser], None]
-    run: Callable[[argparse.Namespace], Result]
-    example: tuple[str, ...]
-
-
 def add_flags(parser: Parser) -> None:
     """Adds the commands of `vidjax gallery`, each with its flags."""
     parser.description = HELP
-    subparsers = parser.add_subparsers(
+    commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True
     )
-    for name, command in COMMANDS.items():
-        about = f"{command.about[0].upper()}{command.about[1:]}."
-        one = subparsers.add_parser(name, help=command.about, description=about)
-        command.add_flags(one)
-        one.command(functools.partial(_run, command), *command.example)
+    for name, (about, add) in COMMANDS.items():
+        description = f"{about[0].upper()}{about[1:]}."
+        one = commands.add_parser(name, help=about, description=description)
+        one.add_argument("gallery", metavar="G", help="the folder of the gallery")
+        add(one)
 
 
-def _run(command: Command, args: argparse.Namespace) -> Result:
-    _check(args)
-    return command.run(args)
+def _add_create(parser: Parser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", metavar="W", help="the folder of a run")
+    about = "instead: a folder of models with cards, see vidjax extract"
+    model.add_argument("--models", metavar="DIR", help=about)
+    about = "enrols nobody: keeps coordinates and strangers"
+    parser.add_argument("--empty", action="store_true", help=about)
+    about = "the split whose clips without a label are strangers"
+    parser.add_argument("--strangers", metavar="S", help=about)
+    parser.fields("data.")
+    parser.command(_create, "G --run=runs/plda", "G --models=models")
 
 
-def _flags(
-    *names: str, needs: Sequence[str] = (), strangers: tuple[str | None, str] = (None, "")
-) -> Callable[[Parser], None]:
-    """Returns a function that adds the gallery's folder and the flags `names` to a parser.
-
-    Of these, `needs` are required. The name `config` stands for `--config.data.FIELD`. `strangers`
-    is the entry in FLAGS of `--strangers`, whose meaning depends on the command.
-    """
-
-    def add_flags(parser: Parser) -> None:
-        parser.add_argument("gallery", metavar="G", help="the folder of the gallery")
-        for name in names:
-            metavar, about = strangers if name == "strangers" else FLAGS.get(name, ("", ""))
-            if name == "config":
-                parser.fields("data.")
-            elif metavar is None:
-                parser.add_argument(f"--{name}", action="store_true", help=about)
-            else:
-                needed = name in needs
-                parser.add_argument(f"--{name}", metavar=metavar, required=needed, help=about)
-
-    return add_flags
+def _add_clips(parser: Parser) -> None:
+    clips = parser.add_mutually_exclusive_group(required=True)
+    about = "a folder, .parquet table or .npz of clips without labels"
+    clips.add_argument("--input", metavar="PATH", help=about)
+    about = "instead: the split of the dataset with the clips"
+    clips.add_argument("--split", metavar="S", help=about)
+    about = "the folder of the run (default: the gallery's own)"
+    parser.add_argument("--run", metavar="W", help=about)
+    parser.fields("data.")
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Checks the flags' values and that they go together, before slow libraries are imported."""
-    given = vars(args)
-    if "split" in given and bool(args.split) == bool(args.input):
-        lead = "takes one of two flags" if args.split else "needs clips"
-        raise UserError(
-            f"{args.command} {lead}: --input=PATH, a folder, .parquet table or .npz,\n"
-            "or --split=S of the dataset of --config.data.name and --config.data.dir"
-        )
-    if (pair := ONE_OF.get(args.command)) and bool(given[pair[0]]) == bool(given[pair[1]]):
-        one, other = (f"--{x}={FLAGS[x][0]}" if x in FLAGS else f"--{x}" for x in pair)
-        raise UserError(f"{args.command} needs one of {one} and {other}")
-    if args.command == "enrol" and args.identity and args.strangers:
-        raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
-    if rule := {name: given[name] for name in RULE if given.get(name) is not None}:
-        if len(rule) > 1:
-            raise UserError(
-                "choose one of --fpir, a share of strangers, and --threshold, a probability"
-            )
-        given |= {name: _number(text, name) for name, text in rule.items()}
-        answers_lib.check_choice(args.fpir, given.get("threshold"))
-    if (k := given.get("k")) is not None:
-        if not k.isdecimal() or int(k) < 1:
-            raise UserError(f"--k={k}: wants a whole number of identities, 1 or more")
-        args.k = int(k)
-    if given.get("input"):
-        from vidjax.data.memory import check_path
-
-        path = Path(args.input).expanduser()
-        check_path(path)
-        named = given.get("identity") or given.get("labels")
-        nobody = args.command == "enrol" and not named and not args.strangers
-        if nobody and (path.is_file() or any(path.glob("*.npz"))):
-            raise UserError(
-                "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
-                "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
-            )
+def _add_rule(parser: Parser) -> None:
+    rule = parser.add_mutually_exclusive_group()
+    about = "share of strangers who may get a name, e.g. 0.01"
+    rule.add_argument("--fpir", metavar="R", type=_number, help=about)
+    about = "instead: the lowest probability of a name, e.g. 0.5"
+    rule.add_argument("--threshold", metavar="P", type=_number, help=about)
 
 
-def _number(text: str, flag: str) -> float:
+def _number(text: str) -> float:
     hint = ""
     with contextlib.suppress(ValueError):
         return float(text)
     with contextlib.suppress(ValueError):
-        hint = f": write --{flag}={float(text.removesuffix('%')) / 100:g}"
-    raise UserError(f"--{flag}={text}: not a number{hint}")
+        hint = f": write {float(text.removesuffix('%')) / 100:g}"
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number{hint}")
+
+
+def _add_enrol(parser: Parser) -> None:
+    _add_clips(parser)
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--identity", metavar="NAME", help="the person")
+    about = "instead: a table of clip and identity, as `group` writes it"
+    who.add_argument("--labels", metavar="FILE", help=about)
+    about = "instead: the clips show strangers"
+    who.add_argument("--strangers", action="store_true", help=about)
+    parser.command(_change, "G --input=PATH --identity=Ada", "G --split=val --strangers")
+
+
+def _add_identify(parser: Parser) -> None:
+    _add_clips(parser)
+    _add_rule(parser)
+    about = "names per clip in a file (default: %(default)s)"
+    parser.add_argument(
+        "--k", metavar="K", type=messages.whole(1, 1_000_000), default=5, help=about
+    )
+    about = (
+        "the new file: .jsonl, .csv, .tsv, .parquet; .vtt, .srt and .rttm, by time; a folder for "
+        "a folder of parquet tables"
+    )
+    parser.add_argument("--out", metavar="FILE", help=about)
+    examples = ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv")
+    parser.command(_identify, *examples)
+
+
+def _add_group(parser: Parser) -> None:
+    _add_clips(parser)
+    parser.add_argument("--out", metavar="FILE", required=True, help="the new file: .tsv")
+    parser.command(_group, "G --input=features --out=groups.tsv")
+
+
+def _add_rank(parser: Parser) -> None:
+    _add_clips(parser)
+    _add_rule(parser)
+    about = "the new file: .txt, .jsonl, .csv, .tsv, .parquet; a folder for a folder of tables"
+    parser.add_argument("--out", metavar="FILE", required=True, help=about)
+    parser.command(_rank, "G --split=val --out=ranking.txt")
+
+
+def _add_list(parser: Parser) -> None:
+    parser.add_argument("--clips", action="store_true", help="names the clips, too")
+    parser.add_argument("--identity", metavar="NAME", help="lists one person")
+    parser.command(_list, "G", "G --clips --identity=Ada")
+
+
+def _add_rename(parser: Parser) -> None:
+    parser.add_argument("--identity", metavar="NAME", required=True, help="the person")
+    parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
+    about = "two people are the same: makes one of them"
+    parser.add_argument("--merge", action="store_true", help=about)
+    parser.command(_change, "G --identity=Adda --to=Ada")
+
+
+def _add_relabel(parser: Parser) -> None:
+    parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--identity", metavar="NAME", help="the person")
+    about = "instead: it shows nobody of the gallery"
+    who.add_argument("--strangers", action="store_true", help=about)
+    parser.command(_change, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
+
+
+def _add_remove(parser: Parser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--identity", metavar="NAME", help="the person")
+    what.add_argument("--clip", metavar="NAME", help="instead: the clip")
+    parser.command(_change, "G --identity=Ada")
+
+
+def _add_threshold(parser: Parser) -> None:
+    about = "share of strangers who may get a name (default: %(default)s)"
+    default = answers_lib.DEFAULT_FPIR
+    parser.add_argument("--fpir", metavar="R", type=_number, default=default, help=about)
+    parser.command(_threshold, "G --fpir=0.01")
+
+
+def _add_export(parser: Parser) -> None:
+    parser.add_argument("--out", metavar="FILE", required=True, help="the new file: .parquet")
+    parser.command(_export, "G --out=people.parquet")
+
+
+# Command -> what it does, and a function that adds its flags.
+COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
+    "create": ("makes a gallery of a run's training clips, or of models", _add_create),
+    "enrol": ("adds clips of people who are there, or new", _add_enrol),
+    "identify": ("says whom clips show, or unknown", _add_identify),
+    "group": ("groups clips of people who are not enrolled, to be named", _add_group),
+    "rank": ("ranks clips for every person, into a file", _add_rank),
+    "list": ("names the people, with their numbers of clips", _add_list),
+    "rename": ("gives a person another name", _add_rename),
+    "relabel": ("says that a clip shows somebody else", _add_relabel),
+    "remove": ("deletes a person, or a clip, and cannot be undone", _add_remove),
+    "threshold": ("says which probability of a name a share of strangers passes", _add_threshold),
+    "export": ("writes the enrolled clips to a parquet table: names, people, vectors", _add_export),
+}
 
 
 def _of(count: int, noun: str) -> str:
@@ -211,8 +234,11 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _opened(args: argparse.Namespace) -> "Gallery":
+    from vidjax.data.memory import check_path
     from vidjax.gallery.gallery import Gallery
 
+    if path := getattr(args, "input", None):
+        check_path(Path(path).expanduser())
     return Gallery(args.gallery, run=getattr(args, "run", None), sync=True)
 
 
@@ -255,6 +281,12 @@ def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
     if args.labels:
         clips, identity = _clips(args, gallery), _read_labels(Path(args.labels).expanduser())
     elif args.input and not args.identity and not strangers:
+        path = Path(args.input).expanduser()
+        if path.is_file() or any(path.glob("*.npz")):
+            raise UserError(
+                "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
+                "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
+            )
         widths, quality = gallery.reads
         _check_models(args, gallery)
         clips, identity = load_people(args.input, widths, quality=quality)
@@ -341,7 +373,7 @@ def _films(args: argparse.Namespace) -> "list[Film]":
 
 def _identify(args: argparse.Namespace) -> Result:
     if found := bulk.tables_of(args.input or ""):
-        return _by_table(args, found, answers_lib.Identify, k=args.k or 5)
+        return _by_table(args, found, answers_lib.Identify, k=args.k)
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
@@ -352,7 +384,7 @@ def _identify(args: argparse.Namespace) -> Result:
     (began, vectors), found = _embed(args, gallery), {}
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
     with _progress("identify", len(vectors.names)) as bar:
-        answers = gallery.answers(list(vectors.parts.values()), args.k or 5, rule)
+        answers = gallery.answers(list(vectors.parts.values()), args.k, rule)
         for name, answer in zip(vectors.names, answers, strict=True):
             found[name] = answer
             bar.advance(1)
@@ -420,7 +452,7 @@ def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
     del gallery
 
     def change(draft: "Draft") -> Done:
-        count = draft.remove(identity=args.identity or None, clip=args.clip or None)
+        count = draft.remove(identity=args.identity, clip=args.clip)
         return _of(count, "clip"), {"removed": count}
 
     return change
@@ -439,7 +471,7 @@ def _rename(args: argparse.Namespace, gallery: "Gallery") -> Change:
 
 def _relabel(args: argparse.Namespace, gallery: "Gallery") -> Change:
     del gallery
-    identity = args.identity or None
+    identity = args.identity
 
     def change(draft: "Draft") -> Done:
         new = identity is not None and identity not in draft.groups
@@ -491,7 +523,7 @@ def _list(args: argparse.Namespace) -> Result:
 
 
 def _threshold(args: argparse.Namespace) -> Result:
-    found = _opened(args).threshold(answers_lib.DEFAULT_FPIR if args.fpir is None else args.fpir)
+    found = _opened(args).threshold(args.fpir)
     return Result(found.to_dict(), answers_lib.describe(found))
 
 
@@ -522,67 +554,3 @@ def _export(args: argparse.Namespace) -> Result:
     return Result(
         {"table": str(out), "clips": len(names)}, {"clips": f"{len(names):,}", "table": str(out)}
     )
-
-
-COMMANDS: Mapping[str, Command] = {
-    "create": Command(
-        "makes a gallery of a run's training clips, or of models",
-        _flags(
-            "run", "models", "empty", "config", "strangers",
-            strangers=("S", "the split whose clips without a label are strangers"),
-        ),
-        _create, ("G --run=runs/plda", "G --models=models"),
-    ),
-    "enrol": Command(
-        "adds clips of people who are there, or new",
-        _flags(
-            *CLIPS, "identity", "labels", "config", "strangers",
-            strangers=(None, "adds clips of strangers, not of people"),
-        ),
-        _change, ("G --input=PATH --identity=Ada", "G --split=val --strangers"),
-    ),
-    "identify": Command(
-        "says whom clips show, or unknown",
-        _flags(*CLIPS, *RULE, "k", "out", "config"), _identify,
-        ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
-    ),
-    "group": Command(
-        "groups clips of people who are not enrolled, to be named",
-        _flags(*CLIPS, "out", "config", needs=("out",)), _group,
-        ("G --input=features --out=groups.tsv",),
-    ),
-    "rank": Command(
-        "ranks clips for every person, into a file",
-        _flags(*CLIPS, *RULE, "out", "config", needs=("out",)), _rank,
-        ("G --split=val --out=ranking.txt",),
-    ),
-    "list": Command(
-        "names the people, with their numbers of clips",
-        _flags("clips", "identity"), _list, ("G", "G --clips --identity=Ada"),
-    ),
-    "rename": Command(
-        "gives a person another name",
-        _flags("identity", "to", "merge", needs=("identity", "to")), _change,
-        ("G --identity=Adda --to=Ada",),
-    ),
-    "relabel": Command(
-        "says that a clip shows somebody else",
-        _flags(
-            "clip", "identity", "strangers", needs=("clip",),
-            strangers=(None, "instead: it shows nobody of the gallery"),
-        ),
-        _change, ("G --clip=NAME --identity=Ada", "G --clip=NAME --strangers"),
-    ),
-    "remove": Command(
-        "deletes a person, or a clip, and cannot be undone",
-        _flags("identity", "clip"), _change, ("G --identity=Ada",),
-    ),
-    "threshold": Command(
-        "says from which probability on a share of strangers gets a name",
-        _flags("fpir"), _threshold, ("G --fpir=0.01",),
-    ),
-    "export": Command(
-        "writes the enrolled clips to a parquet table: names, people, vectors",
-        _flags("out", needs=("out",)), _export, ("G --out=people.parquet",),
-    ),
-}  # fmt: skip
