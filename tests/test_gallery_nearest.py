@@ -1,10 +1,10 @@
-"""The quick search for the best people: equal, bit by bit, to all logarithms of all people."""
+"""The search for the most probable people: equal in any order and number of people and clips."""
 
 import numpy as np
 import pytest
+from scipy import special
 
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import nearest as nearest_lib
 from vidjax.models.two_covariance import Settings
 
 PEOPLE = 700
@@ -45,42 +45,63 @@ def make(rng, widths, *, scale, spread, blocks=(300, 1, 399), cards=False):
     return backend_lib.Index(backend, people), draw
 
 
+def near(found, wanted):
+    """Asserts that two lists of answers are equal to 1e-6, but for the order of ties."""
+    for one, other in zip(found, wanted, strict=True):
+        assert one.new == pytest.approx(other.new, abs=1e-6, rel=1e-6)
+        logs = [[log for _, log in x.best] for x in (one, other)]
+        np.testing.assert_allclose(*logs, rtol=1e-6, atol=1e-6)
+        apart = -np.diff(logs[0], append=-np.inf) > 1e-5
+        assert [name for (name, _), x in zip(one.best, apart, strict=True) if x] == [
+            name for (name, _), x in zip(other.best, apart, strict=True) if x
+        ]
+
+
 @pytest.mark.parametrize("cards", [False, True])
 @pytest.mark.parametrize("scale", [0.02, 0.3, 1.0])
 @pytest.mark.parametrize("spread", [0.3, 1.5])
-def test_answers_are_those_of_all_people_to_the_bit(monkeypatch, cards, scale, spread):
+def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scale, spread):
     rng = np.random.default_rng(int(100 * scale + 10 * spread))
     widths = {"face": 48, "audio": 20}
     index, draw = make(rng, widths, scale=scale, spread=spread, cards=cards)
     known, strange = (draw(rng.integers(0, PEOPLE, 45), strange=s) for s in (False, True))
     parts = [np.concatenate(pair) for pair in zip(known, strange, strict=True)]
-    screened = []
-    exact = backend_lib.Index.logits_of
-    monkeypatch.setattr(
-        backend_lib.Index,
-        "logits_of",
-        lambda *words: screened.append(len(words[1])) or exact(*words),
-    )
-    monkeypatch.setattr(nearest_lib, "MOST_LEFT", 1.0 if scale == 0.3 else 0.5)
+    whole = backend_lib.join(index.blocks)
+    order = rng.permutation(PEOPLE)
+    blocks = [whole.take(some) for some in np.array_split(order, [1, 50, 500])]
     for k in (1, 5, 600):
-        found = list(nearest_lib.nearest(index, parts, k))
-        for one, logs in zip(found, index.search(parts), strict=True):
-            assert one.best == index.best(logs, k)
-            assert one.new == float(logs[0]) or abs(one.new - logs[0]) < 1e-15
-    assert screened or scale < 1 or spread > 1
+        found = list(index.nearest(parts, k))
+        near(found, backend_lib.Index(index.backend, blocks).nearest(parts, k))
+        for size in (1, 7):
+            cut = [[x[at : at + size] for x in parts] for at in range(0, 90, size)]
+            near(found, [one for some in cut for one in index.nearest(some, k)])
 
 
-def test_bounds_hold(monkeypatch):
-    rng = np.random.default_rng(3)
-    index, draw = make(rng, {"face": 64, "body": 16}, scale=1.0, spread=0.5)
-    z = index.backend.whiten(draw(rng.integers(0, PEOPLE, 40)))
-    bounds = nearest_lib._Screen(index).bounds(z)
-    assert bounds
-    logits, errors = bounds
-    rows = np.arange(PEOPLE)
-    for row, near in enumerate(logits):
-        off = np.abs(near - index.logits_of(rows, np.full(PEOPLE, row), z))
-        assert off.max() <= errors[row] < 0.5
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+@pytest.mark.parametrize("stranger", [-30.0, 1.0, 30.0, 60.0])
+def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
+    rng = np.random.default_rng(1)
+    index, draw = make(rng, {"face": 40, "audio": 8}, scale=scale, spread=0.5)
+    settings = index.backend.settings._replace(stranger=stranger)
+    index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
+    parts = draw(np.arange(PEOPLE - 40, PEOPLE))
+    asked = index._asked(parts)
+    for row, (one, logs) in enumerate(
+        zip(index.nearest(parts, 5), index.search(parts), strict=True)
+    ):
+        if asked.missing[:, row].all():
+            assert one == (0.0, []) and (logs[1:] == -np.inf).all()
+            continue
+        logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)
+        new = stranger + np.log(PEOPLE)
+        wanted = special.log_softmax(np.append(new, logits))
+        np.testing.assert_allclose(logs, wanted, rtol=1e-6, atol=1e-4)
+        best = np.argsort(-wanted[1:], kind="stable")[:5]
+        assert [name for name, _ in one.best] == [index.names[n] for n in best]
+        np.testing.assert_allclose(
+            [log for _, log in one.best], wanted[1 + best], rtol=1e-6, atol=1e-6
+        )
+        np.testing.assert_allclose([one.new, logs[0]], wanted[0], rtol=1e-6, atol=1e-6)
 
 
 def test_equal_people_are_in_the_order_of_names():
@@ -89,32 +110,16 @@ def test_equal_people_are_in_the_order_of_names():
     (one,) = draw(np.array([5]), lacks=0)
     twins = index.backend.enrol(["b", "a", "c"], np.tile(one, (3, 1)), np.arange(3))
     both = backend_lib.Index(index.backend, [*index.blocks, twins])
-    (found,) = nearest_lib.nearest(both, [one], 3)
+    (found,) = both.nearest([one], 3)
     assert [name for name, _ in found.best] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("stranger", [-30.0, 1.0, 30.0, 60.0])
-def test_somebody_new_who_is_nearly_sure_changes_no_bit(stranger):
-    rng = np.random.default_rng(1)
-    index, draw = make(rng, {"face": 40}, scale=1.0, spread=0.5)
-    settings = index.backend.settings._replace(stranger=stranger)
-    index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
-    (parts,) = draw(np.arange(PEOPLE - 40, PEOPLE), lacks=0)
-    for one, logs in zip(
-        nearest_lib.nearest(index, [parts], 5), index.search([parts]), strict=True
-    ):
-        assert one.best == index.best(logs, 5)
-        assert (one.best[0][1] >= one.new) == (one.best[0][1] >= logs[0])
-
-
-def test_logits_that_are_one_logarithm_are_ties():
-    """Beside somebody new who is sure, logarithms of people differ less than their logits."""
-    rng = np.random.default_rng(4)
-    index, draw = make(rng, {"face": 40}, scale=1e-14, spread=0.5)
-    settings = index.backend.settings._replace(stranger=60.0, unenrolled=0.0)
-    index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
-    (parts,) = draw(np.arange(40), lacks=0)
-    for k in (2, 40):
-        found = nearest_lib.nearest(index, [parts], k)
-        for one, logs in zip(found, index.search([parts]), strict=True):
-            assert one.best == index.best(logs, k)
+def test_people_without_a_common_part_are_in_the_order_of_names(monkeypatch):
+    monkeypatch.setattr(backend_lib, "MOST_FINE", 40)
+    rng = np.random.default_rng(0)
+    index, draw = make(rng, {"face": 32, "audio": 8}, scale=1.0, spread=0.3)
+    whole = backend_lib.join(index.blocks)
+    voices = whole.take(np.flatnonzero(whole.num_clips[0] == 0)[::-1])
+    face, audio = draw(np.array([5]), lacks=0)
+    (found,) = backend_lib.Index(index.backend, [voices]).nearest([face, 0 * audio], 3)
+    assert [name for name, _ in found.best] == sorted(voices.names)[:3]

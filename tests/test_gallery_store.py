@@ -333,8 +333,9 @@ def test_an_open_gallery_answers_from_the_changed_one(gallery):
     parts = open_one.backend.split(clip.vector[None])
 
     def best():
-        (logs,) = made_galleries.search(open_one, parts)
-        return open_one.index.best(logs, 1)[0][0]
+        open_one.refresh()
+        (found,) = open_one.index.nearest(parts, 1)
+        return found.best[0][0]
 
     assert best() == "person 7"
     alarms = open_one.threshold(0.5)
@@ -526,8 +527,9 @@ Gallery.of_clips(folder, Origin("", "0" * 64, True), front, clips)
 del clips
 people = Gallery(folder)
 def best(row):
-    (logs,) = made.search(people, [x[row:row + 1]])
-    return people.index.best(logs, 1)[0][0]
+    people.refresh()
+    (found,) = people.index.nearest([x[row:row + 1]], 1)
+    return found.best[0][0]
 assert best(77) == "person 38"
 people.add({{"new": Clip("Ada", np.ones(width, np.float32))}})
 assert people.remove(identity=["Ada"]) == 1

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import sqlite3
+from collections.abc import Sequence
 
 import numpy as np
 
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import store
+from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip, Origin
 from vidjax.models.two_covariance import Settings
@@ -63,11 +65,26 @@ def make(folder, clips=None, *, sync: bool = False, settings: Settings = SETTING
     return Gallery.of_clips(folder, RUN, make_front(settings), clips, sync=sync)
 
 
-def answers(people: Gallery, count: int = 6) -> list[list[tuple[str, float]]]:
+class Answers(dict[tuple[int, str], float]):
+    """Number of a clip and name of a person -> logarithm; equal ones differ by 1e-6 at most."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Answers) or self.keys() != other.keys():
+            return False
+        pairs = [(value, other[key]) for key, value in self.items()]
+        return np.allclose(*np.array(pairs).reshape(-1, 2).T, rtol=1e-6, atol=1e-6)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def answers(people: Gallery, count: int = 6) -> Answers:
     """Returns all identities with their scores, of clips that some people and strangers show."""
     shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(count)]
     parts = people.backend.split(np.stack([clip.vector for clip in shown]))
-    return [people.index.best(logs, 10**6) for logs in search(people, parts)]
+    people.refresh()
+    found = enumerate(people.index.nearest(parts, 10**6))
+    return Answers({(n, name): log for n, one in found for name, log in one.best})
 
 
 def search(gallery: Gallery, parts):
@@ -77,11 +94,21 @@ def search(gallery: Gallery, parts):
 
 
 def contents(folder) -> dict[str, list]:
-    """Returns all rows but the version, the token, and the sha256 with them."""
+    """Returns all rows but the version, the token, the sha256 with them, and coefficients."""
     with contextlib.closing(sqlite3.connect(folder / store.NAME)) as connection:
         found = {
             table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
             for table in store.SCHEMA
         }
     ((facts, _),) = found["gallery"]
-    return found | {"gallery": [json.loads(facts) | OF_THE_WAY]}
+    people = [row[0] for row in found["person"]]
+    return found | {"gallery": [json.loads(facts) | OF_THE_WAY], "person": people}
+
+
+def check_same(found: Sequence[Answer], wanted: Sequence[Answer]) -> None:
+    """Asserts that answers are equal to 1e-6."""
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.identity, one.evidence) == (other.identity, other.evidence)
+        assert [name for name, _ in one.best] == [name for name, _ in other.best]
+        numbers = [[x.score, *(p for _, p in x.best)] for x in (one, other)]
+        np.testing.assert_allclose(*numbers, rtol=1e-6, atol=1e-6)

@@ -28,6 +28,7 @@ DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can sho
 NEW = "nobody new is more probable"
 UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
 SHOWN = 3  # identities of a line of the table
+ROUNDING = 1e-7  # a stranger's score may differ by this share between two batches of clips
 
 
 class Answer(NamedTuple):
@@ -160,6 +161,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """
     check_strangers(len(best), fpir)
     score = metrics.threshold_of(best, fpir=fpir)
+    score += ROUNDING * abs(score)
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 
 

@@ -1,16 +1,14 @@
-"""The back end of a gallery: the coordinates of vectors, and the exact search among people.
+"""The back end of a gallery: the coordinates of vectors, and the search among people.
 
 A clip has one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
 `fit` keeps sums over the vectors of labelled clips, and no vector.
 
-The coordinates of a vector are equal to the bit whatever is computed beside it. So each is a dot
-product of its own: the rounding of a matrix product depends on where in the matrix a row stands.
-So are answers, whatever block and row a person has: every ratio is a dot product of its own, sums
-over identities are sums of whole numbers, and ties go by name. The formulas are those of
-`models.plda_logits.combine` and `logit_ops.log_softmax`, which need all identities in one order and
-on the device.
+All people are compared with a clip by products in float32. The most probable people are compared
+once more in float64. So answers are equal to 1e-6 in any order and number of people and clips. The
+formulas are those of `models.plda_logits.combine` and `logit_ops.log_softmax`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -31,17 +29,16 @@ from vidjax.run.terminal import say
 if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
-MANY = 16  # vectors from which on threads are worth starting
-MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
+QUERIES = 64  # clips of a matrix product
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
-PIECE = 2048  # people of a matrix product
-MANY_BLOCKS = 48  # from which on threads are worth starting
 MOST_GROUPED = 8000  # clips, of which all pairs are compared
 # One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
 MOST_OF_VOICE = np.log(9)
-ROUNDING = 2.0**-24  # of float32
-FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
+FINE = 16  # people of a clip, the most probable ones, whose logits are computed in float64
+ROUNDED = 1e-3  # more than logits of float32 are off
+MOST_FINE = 4096  # people as probable as the k-th one, of whom there are more only if no part tells
+PEAK = 32  # people of whom one is looked at, to find how probable the k-th one is
 
 
 class Part(NamedTuple):
@@ -97,6 +94,16 @@ class People(NamedTuple):
         return People(names, linear, self.constant[:, rows], self.num_clips[:, rows])
 
 
+class Nearest(NamedTuple):
+    """Log probabilities of a clip: of somebody `new`, and of the `best` people as (name, log p).
+
+    The most probable person is first; people of equal probability are in the order of names.
+    """
+
+    new: float
+    best: list[tuple[str, float]]
+
+
 def join(blocks: Sequence[People]) -> People:
     """Joins one or more blocks of people into one."""
     names, linear, constant, count = zip(*blocks, strict=True)
@@ -125,10 +132,6 @@ class Backend:
         """The sha256 of `numbers`, as hex digits."""
         return hashlib.sha256(self.numbers().tobytes()).hexdigest()
 
-    @functools.cached_property
-    def _axes(self) -> list[np.ndarray]:
-        return [np.ascontiguousarray(part.space.transform.T) for part in self.parts]
-
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
         """Splits vectors [N, sum of D] into the M parts, each [N, D]."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
@@ -140,20 +143,11 @@ class Backend:
         `parts` are the vectors: M arrays [Q, D] float32, 0 where a clip lacks the part.
         """
         found = []
-        for number, (part, x) in enumerate(zip(self.parts, parts, strict=True)):
-            z = self._turn(number, unit(part, x) - part.space.mean)
+        for part, x in zip(self.parts, parts, strict=True):
+            z = _product(unit(part, x) - part.space.mean, np.asarray(part.space.transform))
             z[~np.any(x != 0, axis=1)] = np.nan
             found.append(z)
         return found
-
-    def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
-        def turn(rows: np.ndarray) -> np.ndarray:
-            return np.vecdot(rows[:, None], self._axes[number])
-
-        if len(shifted) < MANY:
-            return turn(shifted)
-        pieces = np.array_split(shifted, len(shifted) // MANY)
-        return np.concatenate(list(threads().map(turn, pieces)))
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Returns the people `names`, from sums over their clips, added in order.
@@ -168,7 +162,8 @@ class Backend:
             count = np.bincount(owner[present], minlength=len(names))
             total = np.zeros((len(names), x.shape[1]))
             np.add.at(total, owner, unit(part, x))
-            sums = self._turn(number, total - count[:, None] * part.space.mean)
+            shifted = total - count[:, None] * part.space.mean
+            sums = _product(shifted, np.asarray(part.space.transform))
             enrolled = part.coefficients(count, sums)
             linear.append(np.asarray(enrolled.linear, np.float32))
             constants.append(np.asarray(enrolled.constant))
@@ -188,8 +183,8 @@ class Backend:
             )
         names, owner = [str(row) for row in range(len(parts[0]))], np.arange(len(parts[0]))
         index = Index(self, [self.enrol(names, np.concatenate(parts, axis=1), owner)])
-        rows = [logs[1:] - logs[0] for logs in index.search(parts)]
-        odds = np.array(rows).reshape(len(names), len(names))
+        logs = np.array(list(index.search(parts))).reshape(len(names), 1 + len(names))
+        odds = logs[:, 1:] - logs[:, :1]
         return (odds + odds.T) / 2
 
     def numbers(self) -> np.ndarray:
@@ -295,6 +290,30 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _one_thread() -> contextlib.AbstractContextManager[object]:
+    """Keeps a product of matrices to one thread: several wait for each other, busily."""
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with _one_thread():
+        return x @ y
+
+
+class _Asked(NamedTuple):
+    """Q clips as people are compared with them.
+
+    Attributes:
+      coordinates: M arrays [Q, D] float64, scaled; 0 where a clip lacks the part.
+      squares: M arrays [Q, 1 + U] float64, scaled sums of squares by `Index._curves`.
+      missing: [M, Q] bool, True where a clip lacks the part.
+    """
+
+    coordinates: list[np.ndarray]
+    squares: list[np.ndarray]
+    missing: np.ndarray
+
+
 class Index:
     """Identities as coefficients of a back end; an index is never changed."""
 
@@ -348,134 +367,140 @@ class Index:
         return Index(self.backend, [*kept, *map(joined.take, pieces)])
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields `log_probabilities` of Q clips; `parts` are M arrays [Q, D], 0 where missing."""
-        for at in range(0, len(parts[0]), MOST_QUERIES):
-            block = self.backend.whiten([x[at : at + MOST_QUERIES] for x in parts])
-            for row in range(len(block[0])):
-                yield self.log_probabilities([z[row] for z in block])
+        """Yields for each of Q clips the logarithms of 1 + N probabilities, [1 + N] float64.
 
-    def log_probabilities(self, clip: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the logarithms of 1 + N probabilities that add up to 1, [1 + N] float64.
-
-        Entry 0 is somebody new, entry 1 + r the identity `names[r]`. `clip` is a row of each of the
-        M arrays of `Backend.whiten`, [D] float64. One that lacks all parts shows somebody new.
+        Entry 0 is somebody new, entry 1 + r the identity `names[r]`; the probabilities add up to 1.
+        `parts` are M arrays [Q, D], 0 where a clip lacks the part. A clip that lacks all parts
+        shows somebody new.
         """
-        present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
-        if not present:
-            return np.concatenate([[0.0], np.full(len(self.names), -np.inf)])
-        blocks = self.blocks
-        ends = np.cumsum([0, *(len(block.names) for block in blocks)]).tolist()
-        ratios = np.zeros((len(clip), ends[-1]), np.float32)
-        linear = {n: clip[n].astype(np.float32) for n in present}
+        for new, logits, rows, fine in self._compared(parts, FINE):
+            wide = np.empty(1 + len(logits))
+            wide[0], wide[1:] = new, logits
+            wide[1 + rows] = fine
+            yield log_softmax(wide)
 
-        def score(first: int, step: int) -> None:
-            for number in range(first, len(blocks), step):
-                own = slice(ends[number], ends[number + 1])
-                for n, z in linear.items():
-                    np.vecdot(blocks[number].linear[n], z, out=ratios[n, own])
+    def nearest(self, parts: Sequence[np.ndarray], k: int) -> Iterator[Nearest]:
+        """Yields the k >= 1 most probable people of Q clips; `parts` as in `search`.
 
-        if len(blocks) >= MANY_BLOCKS:
-            cores = num_cores()
-            list(threads().map(lambda first: score(first, cores), range(cores)))
-        else:
-            score(0, 1)
-        logits = np.zeros(1 + ends[-1])
-        logits[0] = two_covariance.stranger_logit(self.backend.settings, ends[-1])
-        logits[1:] = self._add_up(ratios, slice(None), 0, [z[None] for z in clip])
-        return log_softmax(logits)
+        A clip that lacks all parts has no best people.
+        """
+        for new, logits, rows, fine in self._compared(parts, k):
+            top = max(new, fine.max(initial=-np.inf))
+            weights = np.exp(logits - np.float32(top))
+            weights[rows] = 0
+            rest = weights.sum(dtype=np.float64)
+            others = top + np.log(rest) if rest else -np.inf
+            logs = log_softmax(np.array([new, *fine, others]))
+            pairs = zip((self.names[row] for row in rows), logs[1:-1].tolist(), strict=True)
+            best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]
+            yield Nearest(float(logs[0]), [pair for pair in best if pair[1] > -np.inf])
+
+    def _compared(
+        self, parts: Sequence[np.ndarray], k: int
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields for each clip the logits of somebody new and of all people, [N] float32.
+
+        After these come the rows of the most probable people, k or more, and their logits, [R]
+        float64.
+        """
+        new = float(two_covariance.stranger_logit(self.backend.settings, len(self.names)))
+        for at in range(0, len(parts[0]), QUERIES):
+            asked = self._asked([x[at : at + QUERIES] for x in parts])
+            logits = self._logits(asked)
+            logits[asked.missing.all(axis=0)] = -np.inf
+            best = [self._best_rows(row, max(k, FINE)) for row in logits]
+            owner = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
+            fine = self._logits_of(np.concatenate(best), owner, asked)
+            ends = np.cumsum([len(rows) for rows in best])[:-1]
+            for row, rows, own in zip(logits, best, np.split(fine, ends), strict=True):
+                yield new, row, rows, own
+
+    def _asked(self, parts: Sequence[np.ndarray]) -> _Asked:
+        """Returns clips as people are compared with them; `parts` are M arrays [Q, D]."""
+        coordinates, squares = [], []
+        for part, z, curve in zip(
+            self.backend.parts, self.backend.whiten(parts), self._curves[0], strict=True
+        ):
+            scale = self.backend.settings.scale * part.scale
+            coordinates.append(scale * np.nan_to_num(z))
+            squares.append(scale * np.nan_to_num(z) ** 2 @ curve.T)
+        return _Asked(coordinates, squares, np.array([~x.any(axis=1) for x in parts]))
+
+    def _logits(self, asked: _Asked) -> np.ndarray:
+        """Returns the logits of all people for Q clips, [Q, N] float32."""
+        narrow = [x.astype(np.float32) for x in asked.coordinates]
+        owner = np.arange(len(narrow[0]))[:, None]
+        logits = np.empty((len(owner), len(self.names)), np.float32)
+
+        def score(place: int) -> None:
+            rows = slice(self._ends[place], self._ends[place + 1])
+            linear = self.blocks[place].linear
+            products = [x @ own.T for x, own in zip(narrow, linear, strict=True)]
+            logits[:, rows] = self._add_up(products, rows, owner, asked)
+
+        with _one_thread():
+            list(threads().map(score, range(len(self.blocks))))
+        return logits
+
+    def _logits_of(self, rows: np.ndarray, owner: np.ndarray, asked: _Asked) -> np.ndarray:
+        """Returns the logits [R] float64 of the people in `rows` [R] for the clips `owner` [R]."""
+        places = np.searchsorted(self._ends, rows, side="right") - 1
+        products = [np.zeros(len(rows)) for _ in asked.coordinates]
+        for place in np.unique(places).tolist():
+            pairs = np.flatnonzero(places == place)
+            people = rows[pairs] - self._ends[place]
+            for product, x, own in zip(
+                products, asked.coordinates, self.blocks[place].linear, strict=True
+            ):
+                product[pairs] = np.vecdot(own[people], x[owner[pairs]])
+        return self._add_up(products, rows, owner, asked)
 
     def _add_up(
         self,
-        ratios: np.ndarray,
-        rows: np.ndarray | slice,
-        owner: np.ndarray | int,
-        clips: Sequence[np.ndarray],
+        products: Sequence[np.ndarray],
+        rows: slice | np.ndarray,
+        owner: np.ndarray,
+        asked: _Asked,
     ) -> np.ndarray:
-        """Returns the logits [R] of pairs of a person and a clip, from dot products [M, R]."""
-        settings, (curves, kind) = self.backend.settings, self._curves
-        present = ~np.isnan([z[:, 0] for z in clips])
-        several = present.sum(axis=0)[owner] > 1
-        logits = np.zeros(ratios.shape[1])
-        for n, part in enumerate(self.backend.parts):
-            squares = np.vecdot(curves[n], (clips[n] * clips[n])[:, None])
-            own = kind[n, rows]
-            ratio = ratios[n] + self._constant[n, rows] + squares[owner, own]
-            ratio = settings.scale * part.scale * ratio
+        """Returns logits, made of products of clips with the coefficients of people, M arrays.
+
+        The products [Q, R] of all of Q clips have `owner` [Q, 1]; those of pairs, [R], `owner` [R].
+        `rows` are the places of the R people. The products are overwritten.
+        """
+        settings, kinds = self.backend.settings, self._curves[1]
+        several = (np.sum(~asked.missing, axis=0) > 1)[owner]
+        for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
+            own, squares = kinds[number, rows], asked.squares[number].astype(ratios.dtype)
+            scale = settings.scale * part.scale
+            ratios += (scale * self._constant[number, rows]).astype(ratios.dtype)
+            # Often all people have equally many clips.
+            ratios += squares[owner, 1 if squares.shape[1] == 2 else own]
             if part.hearsay:
-                ratio = np.where(several, np.clip(ratio, -MOST_OF_VOICE, MOST_OF_VOICE), ratio)
-            ratio = np.where(own > 0, ratio, settings.unenrolled)
-            logits += np.where(present[n, owner], ratio, 0.0)
-        return logits
-
-    def logits_of(
-        self, rows: np.ndarray, owner: np.ndarray, clips: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        """Returns the logits [R] float64 of person `rows[i]` [R] int for clip `owner[i]` [R] int.
-
-        They are those that `log_probabilities` makes its answer of, to the bit. `clips` are M
-        arrays [Q, D] of `Backend.whiten`.
-        """
-        ratios = np.empty((len(clips), len(rows)), np.float32)
-        narrow = [z.astype(np.float32) for z in clips]
-        ends = np.cumsum([0, *(len(block.names) for block in self.blocks)])
-        places = np.searchsorted(ends, rows, side="right") - 1
-        for place in np.unique(places).tolist():
-            pairs = np.flatnonzero(places == place)
-            people, asked = rows[pairs] - ends[place], owner[pairs]
-            for n, linear in enumerate(self.blocks[place].linear):
-                ratios[n, pairs] = np.vecdot(linear[people], narrow[n][asked])
-        return self._add_up(ratios, rows, owner, clips)
-
-    def screen(
-        self, number: int, z: np.ndarray, scale: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns scaled log-likelihood ratios of a part for Q clips, nearly: [Q, N] float32.
-
-        `z` [Q, D] are the coordinates in part `number`. The second array [Q] is more than the most
-        by which the ratios, or those of `log_probabilities`, err; the third more than the largest
-        ratio. A person who lacks the part has any number.
-        """
-        curves, kind = self._curves
-        constant, largest, norm = self._screened[number]
-        exact = np.vecdot(curves[number], (z * z)[:, None])
-        squares = (scale * exact).astype(np.float32)
-        narrow = (scale * z).astype(np.float32)
-        constant = constant if scale == 1 else np.float32(scale) * constant
-        ratios = np.empty((len(z), len(self.names)), np.float32)
-        ends = np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
-
-        def multiply(piece: tuple[int, int]) -> None:
-            place, first = piece
-            linear = self.blocks[place].linear[number][first : first + PIECE]
-            rows = slice(ends[place] + first, ends[place] + first + len(linear))
-            own = np.matmul(narrow, linear.T, out=ratios[:, rows])
-            own += constant[rows]
-            # Mostly, all people have equally many clips.
-            own += squares[:, 1:] if len(curves[number]) == 2 else squares[:, kind[number, rows]]
-
-        # The threads of the library wait for each other, busily: beside other work they take longer
-        # than one alone. A thread for each piece does not.
-        sizes = (len(block.names) for block in self.blocks)
-        pieces = [(n, first) for n, size in enumerate(sizes) for first in range(0, size, PIECE)]
-        with _libraries().limit(limits=1, user_api="blas"):
-            list(threads().map(multiply, pieces))
-        # D products and sums of float32, twice; and some sums and products more.
-        product = norm * np.sqrt(np.vecdot(z, z))
-        most = product + largest + np.abs(exact).max(axis=1)
-        error = 3 * z.shape[1] * ROUNDING * product + 10 * ROUNDING * most
-        return ratios, abs(scale) * error, abs(scale) * most
+                np.clip(ratios, -MOST_OF_VOICE, MOST_OF_VOICE, out=ratios, where=several)
+            if not own.all():
+                np.copyto(ratios, settings.unenrolled, where=own == 0)
+            if asked.missing[number].any():
+                np.copyto(ratios, 0, where=asked.missing[number][owner])
+        total = products[0]
+        for ratios in products[1:]:
+            total += ratios
+        return total
 
     @functools.cached_property
-    def _screened(self) -> list[tuple[np.ndarray, float, float]]:
-        """For each part: constants [N] float32, the largest of them, and of norms of `linear`."""
-        found = []
-        for number in range(len(self.backend.parts)):
-            constant = self._constant[number]
-            largest = float(np.abs(constant).max(initial=0.0))
-            squares = [np.vecdot(one.linear[number], one.linear[number]) for one in self.blocks]
-            norm = float(np.sqrt(max((float(x.max(initial=0.0)) for x in squares), default=0.0)))
-            found.append((constant.astype(np.float32), largest, 1.001 * norm))
-        return found
+    def _ends(self) -> list[int]:
+        """The place of the first person of every block, and the number of people."""
+        return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
+
+    def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """Returns the sorted rows of the k highest of N logits, and of all that may be as high."""
+        k, count = min(k, len(logits)), len(logits) // PEAK
+        if not k or logits[0] == -np.inf:  # then all are
+            return np.zeros(0, int)
+        peaks = logits[: count * PEAK].reshape(PEAK, count).max(axis=0) if k <= count else logits
+        rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - ROUNDED)
+        if len(rows) > MOST_FINE:
+            rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])
+        return rows
 
     @functools.cached_property
     def _row(self) -> dict[str, int]:
@@ -486,38 +511,14 @@ class Index:
         both = zip(self.backend.parts, self.counts[:, self._row[name]], clip, strict=True)
         return tuple(part.name for part, count, x in both if count and x.any())
 
-    def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:
-        """Returns the k >= 1 most probable identities as (name, log p), best first, ties by name.
-
-        `log_probabilities` [1 + N] come from the method. A clip that lacks all parts has no best.
-        """
-        logs = log_probabilities[1:]
-        k = min(k, len(logs))
-        if not k:
-            return []
-        least = np.partition(logs, len(logs) - k)[-k]
-        if least == -np.inf:
-            return []
-        return self.best_of(np.flatnonzero(logs >= least), logs[logs >= least], k)
-
-    def best_of(self, rows: np.ndarray, logs: np.ndarray, k: int) -> list[tuple[str, float]]:
-        """Returns the k most probable of the people in `rows` [R], whose logarithms are `logs`."""
-        pairs = zip(rows.tolist(), logs.tolist(), strict=True)
-        found = [(self.names[row], log) for row, log in pairs]
-        return sorted(found, key=lambda one: (-one[1], one[0]))[:k]
-
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log softmax [..., K] of logits [..., K] float64, whose order changes no bit of it.
+    """Returns log softmax [K] of logits [K] float64.
 
     The logarithm of a probability near 1 is computed from the others, as in `logit_ops`.
     """
-    if logits.shape[-1] == 1:
-        return np.zeros(logits.shape)
-    top, others = logits.max(axis=-1, keepdims=True), logits.copy()
-    np.put_along_axis(others, logits.argmax(axis=-1, keepdims=True), -np.inf, axis=-1)
-    second = others.max(axis=-1, keepdims=True)
-    counted = np.rint(np.exp(others - second) * FINE).astype(np.int64)
-    rest = second + np.log(counted.sum(axis=-1, keepdims=True) / FINE)
-    of_best = -np.logaddexp(0.0, rest - top)
-    return np.where(logits == top, of_best, logits - np.logaddexp(top, rest))
+    best = logits.argmax()
+    shifted = logits - logits[best]
+    weights = np.exp(shifted)
+    weights[best] = 0
+    return shifted - np.log1p(weights.sum())

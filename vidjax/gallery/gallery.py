@@ -8,8 +8,8 @@
     gallery.remove(identity="Ada")
 
 A person is stored, for each modality, as a number of clips and the sum of their vectors. Strangers
-are clips of people who are not enrolled; thresholds are set on them. Answers equal, to the bit,
-those of a gallery made at once of the same clips with the same back end.
+are clips of people who are not enrolled; thresholds are set on them. A gallery made at once of the
+same clips with the same back end gives the same answers, to 1e-6.
 
 An open gallery answers from what the folder holds at that moment, whoever changed it. A `State` is
 replaced and never changed: an answer under way in another thread uses the state that it began with.
@@ -42,7 +42,6 @@ from vidjax.gallery import backend as backend_lib
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, check_clip, enrol, stack
-from vidjax.gallery.nearest import nearest
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Origin, State, Store, group
 from vidjax.models.two_covariance import Settings
 from vidjax.run.terminal import uncounted
@@ -613,8 +612,8 @@ class Gallery:
         of, best = self._calibration or (None, np.zeros(0))
         if of is not state:
             vectors = np.stack([state.clips[name].vector for name in strangers])
-            logs = state.index.search(state.index.backend.split(vectors))
-            best = np.array([row[1:].max() for row in logs])
+            found = state.index.nearest(state.index.backend.split(vectors), 1)
+            best = np.array([best[0][1] for _, best in found])
             self._calibration = state, best
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
@@ -688,7 +687,7 @@ class Gallery:
         state = self._anybody()
         rule = self._rule(state, None) if rule is None else self._anew(state, rule)
         index = state.index
-        for row, (new, best) in enumerate(nearest(index, parts, k)):
+        for row, (new, best) in enumerate(index.nearest(parts, k)):
             score = best[0][1] if best else -np.inf
             probabilities = np.exp([log for _, log in best]).tolist()
             shown = tuple(zip((name for name, _ in best), probabilities, strict=True))
