@@ -30,7 +30,7 @@ class _Waiting(NamedTuple, Generic[Q, A]):
 
 
 class Batcher(Generic[Q, A]):
-    """Answers questions in batches, in a thread; `start` and `stop` belong to an event loop."""
+    """Answers questions in batches, in a thread; its methods belong to an event loop."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Batcher(Generic[Q, A]):
     async def ask(self, question: Q, size: int) -> A:
         """Returns the answer to a question about `size` clips.
 
-        Refused with 429 if too many wait, with 503 if the answer takes too long.
+        Refused with 429 if too many wait; TimeoutError if the answer takes too long.
         """
         if self.size + size > self._limits.waiting_clips and self._waiting:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips wait: try again", 1)
@@ -60,11 +60,8 @@ class Batcher(Generic[Q, A]):
             self._enough.set()
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
-        timer = future.get_loop().call_later(self._limits.answer_seconds, _too_late, future)
-        try:
+        async with asyncio.timeout(self._limits.answer_seconds):
             return await future
-        finally:
-            timer.cancel()
 
     async def _work(self) -> None:
         """Answers batch after batch until nobody waits."""
@@ -126,11 +123,6 @@ class Batcher(Generic[Q, A]):
     def stop(self) -> None:
         """Ends the thread, after the batch that it works at."""
         self._thread.shutdown()
-
-
-def _too_late(answer: "asyncio.Future[A]") -> None:
-    if not answer.done():
-        answer.set_exception(Refused(HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1))
 
 
 class Changes:

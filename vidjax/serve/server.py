@@ -1,12 +1,9 @@
 """Runs the application until a signal; then answers what it has read, and nobody else."""
 
-import contextlib
 import gc
 import logging
 import signal
 import socket
-import threading
-from collections.abc import Generator
 
 import uvicorn
 
@@ -14,23 +11,6 @@ from vidjax.errors import UserError
 from vidjax.serve.limits import Guard, Limits
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server; a signal ends it, and is not raised again once all is answered."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Handles SIGINT and SIGTERM; a second one does not wait for requests under way."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,6 +52,12 @@ def serve(app: Guard, listener: socket.socket, limits: Limits) -> bool:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.ERROR)  # warnings about strangers' requests
     gc.freeze()  # modules and people live on: no collection looks at them
-    server = Server(make_config(app, limits))
-    server.run(sockets=[listener])
+    server = uvicorn.Server(make_config(app, limits))
+    # uvicorn handles a signal, and raises it again when all is answered: then it does nothing.
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return server.started and not server.force_exit
