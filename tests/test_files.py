@@ -42,6 +42,30 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_that_was_made_meanwhile_stays(tmp_path):
+    with pytest.raises(ValueError, match="made meanwhile"), files.atomic_folder(tmp_path / "x"):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "thesis.txt").write_text("mine")
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_link_may_not_lead_out_of_a_folder(tmp_path):
+    inner, outer = tmp_path / "run" / "inner", tmp_path / "outer"
+    for folder in (inner, outer):
+        folder.mkdir(parents=True)
+        (folder / "x").write_bytes(b"1")
+    (tmp_path / "run" / "within").symlink_to(inner)
+    (tmp_path / "run" / "out").symlink_to(outer)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for run in (tmp_path / "run", tmp_path / "link"):
+        for path in (run / "inner" / "x", run / "within" / "x"):
+            assert files.read_bytes(path, 9, below=run) == b"1"
+        for path in (run / "out" / "x", run / "inner" / ".." / ".." / "outer" / "x"):
+            with pytest.raises(ValueError, match="link out of"):
+                files.read_bytes(path, 9, below=run)
+
+
 def test_processes_of_one_number_do_not_meet(tmp_path):
     """As in containers, where all have a small one. Threads have one, too."""
 

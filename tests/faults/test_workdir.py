@@ -1,6 +1,5 @@
 """Faults of workdirs: nowhere to write, a folder in use, logs cut by a kill, a full disk."""
 
-import fcntl
 import json
 import os
 import resource
@@ -8,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -148,17 +146,6 @@ def test_a_lock_is_held_on_a_full_disk_too(tmp_path):
         files.lock(tmp_path),
     ):
         pass
-
-
-def test_a_check_that_looks_at_the_lock_stops_no_training(tmp_path):
-    (tmp_path / ".lock").touch()
-    with open(tmp_path / ".lock", "rb") as looking:
-        fcntl.flock(looking, fcntl.LOCK_SH)
-        timer = threading.Timer(0.05, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
-        timer.start()
-        with files.lock(tmp_path):
-            pass
-        timer.join()
 
 
 def test_a_folder_of_features_is_none_of_a_run(tmp_path, capsys):

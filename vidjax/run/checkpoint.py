@@ -256,7 +256,7 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raises DamagedError unless `state` has the listed files and no others."""
     state, listed = folder / "state", set(manifest["files"])
     with _damaged(state):
-        found = {name for name, _ in files.walk(state, below=folder.parents[1])}
+        found = set(files.walk(state))
     if others := found - listed:
         raise DamagedError(f"'{state / min(others)}' is not of this checkpoint: move it elsewhere")
     if missing := listed - found:
@@ -283,13 +283,11 @@ def _set_aside(folder: Path) -> None:
 
 
 def _refuse_link(folder: Path) -> None:
-    try:
-        with files.open_folder(folder, folder.parent):
-            pass
-    except UserError as error:
-        raise CheckpointError(str(error)) from error
-    except OSError:
-        pass  # it is not there, or cannot be opened: who reads or writes it says so
+    if folder.is_symlink():
+        raise CheckpointError(
+            f"'{folder}' is a link, not a folder: it is not opened\n"
+            "put the folder that it leads to in its place"
+        )
 
 
 def _arrays(items: Mapping[str, Any]) -> dict[str, str]:

@@ -58,6 +58,7 @@ def convert(
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
+                files.remove_tree(folder)  # it is incomplete
                 with files.atomic_folder(folder) as partial:
                     write_records(source, fingerprint, partial, non_finite, workers)
                     if source.fingerprint() != fingerprint:

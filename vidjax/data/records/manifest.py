@@ -100,7 +100,7 @@ def load_index(folder: Path) -> Records:
         with _open(folder / "data_report.json", manifest) as file:
             report: Any = files.parse_json(file.readall())
         with _open(folder / "index.npz", manifest) as file:
-            index = files.load_npz(file, files.LARGE_BYTES + CLIP_BYTES * clips)
+            index = files.load_npz(file, files.JSON_BYTES + CLIP_BYTES * clips)
         splits = {
             name: _load_split(folder, name, split, index)
             for name, split in manifest["splits"].items()

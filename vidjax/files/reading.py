@@ -1,0 +1,293 @@
+"""Reads files that may come from a stranger, and computes digests.
+
+Readers open regular files only, follow no symbolic link at the path, check sizes first, and return
+bytes, JSON, or arrays without objects. They raise ValueError or FileNotFoundError.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar, cast
+
+import numpy as np
+
+from vidjax.errors import UserError
+
+T = TypeVar("T")
+
+MB = 1 << 20
+JSON_BYTES = 16 * MB
+CONFIG_BYTES = MB
+LINE_BYTES = MB // 4  # of a log of one JSON value per line
+ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
+MAX_DEPTH = 40  # of lists and objects within each other
+LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
+MAX_ITEMS = 2_000_000  # values in one JSON file
+INTEGER_LIMIT = 1 << 63  # whole numbers of this size or more overflow in int64 arrays
+KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, limit: float = math.inf, below: Path | None = None
+) -> io.FileIO:
+    """Opens a regular file, unbuffered; refuses a symbolic link, and more than `limit` bytes.
+
+    Refuses a file over LARGE_BYTES that is nearly all holes (sparse). Never truncates, whatever
+    `flags` of `os.open` say. With `below`, a folder above the file, links on the way may not lead
+    out of that folder; None allows all links on the way.
+    """
+    if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
+        raise UserError(
+            f"'{path.parent}' is a link out of '{below}': it is not opened\n"
+            "put the folder that it leads to in its place"
+        )
+    try:
+        safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, safe, 0o666)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError as error:  # ELOOP of a link, EISDIR of a folder, ENXIO of a pipe or a socket
+        refuse_odd(path)
+        raise error
+    try:
+        refuse_odd(path, descriptor)
+        status = os.fstat(descriptor)
+        size = status.st_size
+        if size > limit:
+            raise UserError(
+                f"'{path}' is too large: {size:,} bytes, where {limit:,} are the most\n"
+                "put back the file of the run"
+            )
+        if size > LARGE_BYTES and 10 * 512 * status.st_blocks < size:
+            raise UserError(
+                f"'{path}' is damaged: most of its {size:,} bytes are holes\n"
+                "put back the file that was there"
+            )
+        mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
+        return open(path, mode, buffering=0, opener=lambda *_: descriptor)  # named by its path
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def refuse_odd(path: Path, descriptor: int | None = None) -> None:
+    """Raises UserError unless a path, or its open descriptor, is a regular file."""
+    mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
+    if stat.S_ISREG(mode):
+        return
+    kind = KINDS.get(stat.S_IFMT(mode), "a device")
+    remedy = "put a copy of the file it leads to in its place" if kind == "a link" else "remove it"
+    raise UserError(f"'{path}' is {kind}, not a file: it is not opened\n{remedy}")
+
+
+def open_input(path: Path) -> io.FileIO:
+    """Opens a file of the user's own data, unbuffered; unlike `open_regular` it follows links."""
+    return open_regular(Path(os.path.realpath(path)))
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Yields the path of every file in a folder, relative to it; refuses links and other kinds."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            if name in names or path.is_symlink():
+                refuse_odd(path)
+                yield str(path.relative_to(folder))
+
+
+def exists(path: Path) -> bool:
+    """Returns True if something has this name, also if it is a link to nothing."""
+    return os.path.lexists(path)
+
+
+@contextlib.contextmanager
+def _open_to_read(
+    path: Path, limit: float, below: Path | None = None
+) -> Iterator[tuple[io.FileIO, int]]:
+    try:
+        with open_regular(path, limit=limit, below=below) as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except PermissionError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
+    """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`."""
+    with _open_to_read(path, limit, below) as (file, size):
+        content = bytearray()
+        while len(content) <= size and (part := file.read(size + 1 - len(content))):
+            content += part
+        return bytes(content)
+
+
+def read_json(
+    path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
+) -> T:
+    """Returns the value of a JSON file; ValueError if it is damaged or no `kind`; `object`: any."""
+    content = read_bytes(path, limit, below)
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"'{path}' is damaged: it holds no {kind.__name__}")
+    return value
+
+
+def parse_json(content: bytes | str) -> object:
+    """Returns the value of JSON text; refuses deep nesting, many values and huge integers."""
+    try:
+        value = json.loads(content, parse_int=_parse_int)
+    except RecursionError:
+        raise UserError(f"lists within lists, more than {MAX_DEPTH} deep") from None
+    count, level = 0, [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        count += len(inner)
+        if count > MAX_ITEMS:
+            raise UserError(f"more than {MAX_ITEMS:,} values")
+        if not inner:
+            return value
+        level = inner
+    raise UserError(f"lists within lists, more than {MAX_DEPTH} deep")
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= INTEGER_LIMIT:
+        raise UserError(f"a whole number beyond 64 bits: {digits[:20]}")
+    return int(digits)
+
+
+def parse_line(line: bytes) -> dict[str, object]:
+    """Returns the JSON object on a line of a log."""
+    value = parse_json(line) if len(line) <= LINE_BYTES else None
+    if not isinstance(value, dict):
+        raise UserError("no object of JSON")
+    return value
+
+
+def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
+    """Yields lines with their ends; a line of more than `limit` bytes comes in pieces."""
+    with _open_to_read(path, math.inf) as (file, _), io.BufferedReader(file) as lines:
+        while line := lines.readline(limit):
+            yield line
+
+
+def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
+    """Returns name -> array of an `.npz` file of at most `limit` bytes, packed and unpacked."""
+    with _open_to_read(path, limit) as (file, _):
+        try:
+            return load_npz(file, limit)
+        except ValueError as error:
+            raise UserError(f"cannot read '{path}': {error}") from error
+
+
+def load_npz(
+    file: io.FileIO | io.BytesIO, limit: int, group: str | None = None
+) -> dict[str, np.ndarray]:
+    """Reads an open file as `read_npz` does; `group` keeps only arrays `group/NAME`, as NAME."""
+    content = io.BufferedReader(cast(io.RawIOBase, file))
+    try:
+        if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
+            raise UserError("an .npy file, which does not name its array: use numpy.savez")
+        start = "" if group is None else f"{group}/"
+        with zipfile.ZipFile(content) as archive:
+            _check_sizes(archive, limit, start)
+        content.seek(0)
+        with np.load(content, allow_pickle=False) as arrays:
+            names = [name for name in arrays.files if name.startswith(start)]
+            return {name.removeprefix(start): np.asarray(arrays[name]) for name in names}
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"damaged, or no .npz file: write it again ({reason})") from error
+    finally:
+        content.detach()
+
+
+def _check_sizes(archive: zipfile.ZipFile, limit: int, start: str) -> None:
+    """Refuses arrays named `start...` of over `limit` bytes, of objects, or with a false header."""
+    entries = [entry for entry in archive.infolist() if entry.filename.startswith(start)]
+    if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
+        raise UserError(f"it unpacks to more than {limit:,} bytes")
+    for entry in entries:
+        with archive.open(entry) as file:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise UserError("holds Python objects: save arrays of numbers [T, D]")
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise UserError(f"its array '{entry.filename[:50]}' is not what it says")
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file or folder of this machine; refuses an address such as s3://x."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise UserError(
+            f"'{path}' is an address, not a folder of this machine\n"
+            "copy what it holds, or mount it, and name the folder"
+        )
+    return Path(path).expanduser()
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Returns `local(path)` as an absolute path without `..`."""
+    found = local(path)
+    return found.resolve() if ".." in found.parts else found.absolute()
+
+
+SMALL_BYTES = 1 << 20  # a file of more is read in parts, which take longer for a small one
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > SMALL_BYTES:
+            return sha256_opened(file)
+        return hashlib.sha256(file.readall()).hexdigest()
+
+
+def sha256_opened(file: io.FileIO) -> str:
+    """Returns the sha256 of an open file's bytes, in hexadecimal."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def sha256_folder(folder: Path) -> dict[str, str]:
+    """Returns relative path -> sha256 of every file below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in paths}
+
+
+def cache_root(given: str | Path | None = None) -> Path:
+    """Returns the cache folder: `given`, else `$VIDJAX_CACHE`, else `~/.cache/vidjax`."""
+    return Path(given or os.environ.get("VIDJAX_CACHE") or "~/.cache/vidjax").expanduser()
