@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import made_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
-from vidjax import config_io, devices, metrics, ranking
+from vidjax import config_io, devices, metrics
 from vidjax.analysis import analysis, open_set, strata
 from vidjax.evaluation import restore
 from vidjax.report import run_page
@@ -145,7 +145,7 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
     assert len(rows) == min(facts["named"]["num"], strata.NUM_NAMED) > 0
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     assert {row["clip"] for row in rows} <= set(data.split("test").clips)
-    lists = dict(ranking.each_list(workdir / "ranking_test.txt", data.identities))
+    lists = made_runs.lists(workdir / "ranking_test.txt")
     for row in rows:
         assert f"{row['clip']}.mp4" in lists[data.identities[row["identity"]]]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, ranking
@@ -109,7 +110,7 @@ def test_it_ranks_test_and_claims_no_map(trained, official_dir):
     sets = ensemble.load(folder)
     assert sets.trained.shape == (1, NUM_CLIPS["train"] + NUM_CLIPS["val"])
     assert sets.trained.all()
-    lists = dict(ranking.each_list(folder / "ranking.txt"))
+    lists = made_runs.lists(folder / "ranking.txt")
     assert len(lists) == 12
     for names in lists.values():
         assert len(names) == len(set(names)) == NUM_CLIPS["test"]
@@ -216,7 +217,7 @@ def test_joined_with_other_runs_it_ranks_test(trained, on_train, official_dir, t
     results = metrics_of(out)
     assert "map" not in results
     assert results["num_clips"] == NUM_CLIPS["test"]
-    assert len(dict(ranking.each_list(out / "ranking.txt"))) == 12
+    assert len(made_runs.lists(out / "ranking.txt")) == 12
     assert "ranked, not scored" in said
 
     mixed = (f"--workdir={tmp_path / 'mixed'}", f"--runs={folder},{on_train}")

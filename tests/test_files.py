@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vidjax import ensemble, files, ranking, tables
+from vidjax import ensemble, files, tables
 from vidjax.run import results, signals
 from vidjax.run.logs import keep_until
 
@@ -114,17 +114,6 @@ def test_files_of_a_large_run_are_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "MOST_LINES", 50)
     steps = [line["step"] for line in results.read_lines(log)]
     assert steps == list(range(0, 399, 8))
-    ranked = tmp_path / "ranking.txt"
-    names = " ".join(f"{'clip' * 25}{place:02}.mp4" for place in range(100))
-    with ranked.open("w") as file:
-        file.writelines(f"{number} {names}\n" for number in range(13_000))  # 138 MB
-    people = ranking.read_identities(ranked)
-    assert people == tuple(map(str, range(13_000)))
-    first = next(iter(ranking.each_list(ranked, people)))
-    assert first == ("0", names.split())
-    ranked.write_text("1 a.mp4\n1 b.mp4\n")
-    with pytest.raises(ValueError, match=r"line 2.*already"):
-        list(ranking.each_list(ranked, "12"))
 
 
 def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import made_galleries
-from vidjax import files, ranking, tables
+from tests.helpers import made_galleries, made_runs
+from vidjax import files, tables
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands
 from vidjax.gallery.answers import Answer
@@ -249,7 +249,7 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     wanted = made.rank(data, split="val")
     for ending in (".txt", ".jsonl"):
         say("rank", folder, "--split=val", f"--out={tmp_path / 'r'}{ending}")
-    found = dict(ranking.each_list(tmp_path / "r.txt"))
+    found = made_runs.lists(tmp_path / "r.txt")
     assert list(found) == list(wanted)
     assert found == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in wanted.items()}
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
@@ -261,7 +261,7 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     words = ("rank", folder, "--split=val", "--threshold=0.2", f"--out={tmp_path / 'p.txt'}")
     content = json.loads(say(*words, "--json"))
     assert content["rule"]["by"] == "threshold" and content["clips_per_second"] > 0
-    found = dict(ranking.each_list(tmp_path / "p.txt"))
+    found = made_runs.lists(tmp_path / "p.txt")
     passing = {
         name: [pair for pair in clips if pair[1] >= np.log(0.2)] for name, clips in wanted.items()
     }

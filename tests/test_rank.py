@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vidjax
 from tests.helpers import clip_files, made_runs, odd_names, small_runs
 from tests.helpers.pages import Page
-from vidjax import ranking, tables
+from vidjax import tables
 from vidjax.data.memory import load_clips
 from vidjax.main import main
 from vidjax.run import results as results_lib
@@ -197,7 +197,7 @@ def test_odd_names_round_trip_through_a_run(run_dir):
     assert tuple(json.loads((run_dir / "identities.json").read_text())) == tuple(
         vidjax.restore(run_dir, num_devices=1).identities
     )
-    lists = dict(ranking.each_list(run_dir / "ranking.txt", set(NAMES)))
+    lists = made_runs.lists(run_dir / "ranking.txt")
     assert set(lists) == set(NAMES)
     wanted = {f"{name} val.mp4" for name in NAMES} | {f"nobody {i}.mp4" for i in range(9)}
     assert {clip for clips in lists.values() for clip in clips} == wanted

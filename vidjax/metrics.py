@@ -11,7 +11,7 @@ not min(positives, 100). A perfect list for 150 positives scores 0.667.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -164,24 +164,21 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
     return np.where(np.isnan(scores), np.array(-np.inf, scores.dtype), scores)
 
 
-class ScoredClips(Protocol):
-    """The best score of every clip of a split, as `scoring.score` returns it.
+class ClipScores(NamedTuple):
+    """The best score of every clip of a split, by clip index.
 
     Attributes:
-      pool: [N] bool, the clips that were ranked.
-      best: [N] float32, the best score over all identities.
-      right: [N] bool, True where the best identity is that of the clip.
+      pool: [N] bool, the clips that are ranked.
+      best: [N] float32, the highest score for any identity; -inf outside the pool.
+      right: [N] bool, True if that identity is the label of the clip.
     """
 
-    @property
-    def pool(self) -> np.ndarray: ...
-    @property
-    def best(self) -> np.ndarray: ...
-    @property
-    def right(self) -> np.ndarray: ...
+    pool: np.ndarray
+    best: np.ndarray
+    right: np.ndarray
 
 
-def top1(clips: ScoredClips, labels: np.ndarray) -> float:
+def top1(clips: ClipScores, labels: np.ndarray) -> float:
     """Returns the share of the labelled clips whose best identity is right, in 0..1.
 
     `labels` are [N] int class columns; 0 for a distractor.
@@ -190,12 +187,12 @@ def top1(clips: ScoredClips, labels: np.ndarray) -> float:
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
 
 
-def clip_auroc(clips: ScoredClips, labels: np.ndarray) -> float | None:
+def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
     """Returns the AUROC of best scores, labelled clips against distractors; arguments of `top1`."""
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
-def open_set(clips: ScoredClips, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
+def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
     """Returns the `fnir` or the `threshold` of `identification_errors`; None where it has none.
 
     The threshold is a logarithm unless the run ranks by logits. Arguments are those of `top1`.
@@ -218,7 +215,7 @@ class Metric(NamedTuple):
 
     label: str
     about: str
-    fn: Callable[[ScoredClips, np.ndarray], float | None]
+    fn: Callable[[ClipScores, np.ndarray], float | None]
     digits: int = 4
     log: bool = False
 

@@ -7,21 +7,17 @@ two hexadecimal digits. No other character is escaped.
 
 import argparse
 import codecs
-import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vidjax import files, messages, metrics
-from vidjax.data.untrusted.names import check_name, escape, unescape
+from vidjax.data.untrusted.names import check_name, escape
 from vidjax.errors import UserError
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
-
-LINE_BYTES = files.MB  # of an identity and 100 clips
-MOST = files.MAX_ITEMS  # identities
 
 
 def write_ranking(
@@ -72,39 +68,6 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
         raise UserError(f"{path}: {kind} {repeated!r} is repeated")
 
 
-def each_list(
-    path: str | Path, identities: Collection[str] | None = None
-) -> Iterator[tuple[str, list[str]]]:
-    """Yields (identity, clip names), best first, with escaped names read back, of any size of file.
-
-    CRLF, a byte order mark and trailing blanks are no faults. An identity that is not among
-    `identities` is a fault; None allows any.
-
-    Raises:
-      ValueError: a line has a fault that `read_submission` lists; the message has its number.
-    """
-    known = None if identities is None else {escape(name) for name in identities}
-    seen: set[str] = set()
-    for place, line in _number(path, files.each_line(Path(path), LINE_BYTES)):  # refuses a link
-        found = _read_submission(path, [(place, line)], known)
-        if not found.faults and not seen.isdisjoint(found.ranking):
-            found.faults["second line"] = [f"{place}: its identity has a line already"]
-        if found.faults:
-            raise UserError("\n".join(found.complaints()[:3]))
-        seen |= found.ranking.keys()
-        for identity, names in found.ranking.items():
-            yield unescape(identity), [unescape(name) for name in names]
-
-
-def read_identities(path: str | Path) -> tuple[str, ...]:
-    """Returns the identities of a ranking, in the order of its lines; refuses too many."""
-    lines = _number(path, files.each_line(Path(path), LINE_BYTES))
-    names = tuple(unescape(line.split(" ", 1)[0]) for _, line in itertools.islice(lines, MOST + 1))
-    if len(names) > MOST:
-        raise UserError(f"'{path}' has more than {MOST:,} lines\nput back the file of the run")
-    return names
-
-
 class Submission(NamedTuple):
     """A submission as the organisers' script understands it.
 
@@ -141,19 +104,13 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     before names are counted, and that unknown identities do not matter. Ours: the other rows. The
     last line counts because a script that fills a dict overwrites its entries.
     """
-    return _read_submission(path, _read_lines(Path(path)), identities)
-
-
-def _read_submission(
-    path: str | Path, lines: Iterable[tuple[str, str]], identities: Collection[str] | None
-) -> Submission:
     ranking: dict[str, list[str]] = {}
     faults: dict[str, list[str]] = {}
 
     def note(kind: str, sentence: str) -> None:
         faults.setdefault(kind, []).append(sentence)
 
-    place = ""
+    lines = _read_lines(Path(path))
     for place, line in lines:
         fields = line.split()
         if not fields:
@@ -175,7 +132,7 @@ def _read_submission(
         if identities is not None and identity not in identities:
             note("unknown identity", f"{place}: identity {identity!r} is unknown")
         ranking[identity] = names[:MAX_NAMES]
-    if not place:
+    if not lines:
         note("empty file", f"{path}: the file is empty")
     return Submission(ranking, faults)
 
@@ -261,15 +218,11 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
     Bytes that are not UTF-8 become lone surrogates, by which `_is_text` recognises them.
     """
-    with open(path, "rb") as file:
-        return list(_number(path, file))
-
-
-def _number(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Yields ("PATH: line N", text) of every line of a file, see `_read_lines`."""
-    for number, line in enumerate(lines, 1):
-        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        yield (f"{path}: line {number}", text.decode(errors="surrogateescape").rstrip(" \t\r\n"))
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    texts = (line.decode(errors="surrogateescape").rstrip(" \t\r\n") for line in lines)
+    return [(f"{path}: line {number}", text) for number, text in enumerate(texts, 1)]
 
 
 def _is_text(line: str) -> bool:

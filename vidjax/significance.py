@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.errors import UserError
+from vidjax.metrics import LEVEL
 
 DRAWS = 10_000
 DRAWS_AT_ONCE = 2**22  # weights held in memory at a time
-LEVEL = 0.95
 FEWEST_IDENTITIES = 20  # in the simulations of the intervals
 EQUAL = 1e-9  # average precisions closer than this count as equal
 METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"  # for a page

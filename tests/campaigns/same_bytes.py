@@ -175,8 +175,6 @@ def digests(workdir: Path) -> dict[str, str]:
         with np.load(workdir / "analysis.npz") as archive:
             arrays = {name: archive[name] for name in archive}
         values = json.loads(arrays.pop("facts").tobytes())
-        for name in ("members", "runs"):  # they name members and folders
-            values.pop(name)
         text = json.dumps(values, sort_keys=True).encode()
         found["analysis"] = _digest_of_tree({**arrays, "values": np.frombuffer(text, np.uint8)})
     return found

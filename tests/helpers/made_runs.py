@@ -10,7 +10,8 @@ import numpy as np
 from msgspec import inspect
 
 from vidjax import config as config_lib
-from vidjax import config_io
+from vidjax import config_io, ranking
+from vidjax.data.untrusted.names import unescape
 from vidjax.run import results as results_lib
 
 
@@ -64,6 +65,13 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
         path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
         for path in (folder, *folder.rglob("*"))
     }
+
+
+def lists(path: Path) -> dict[str, list[str]]:
+    """Returns identity -> its clips, best first, of a ranking without faults."""
+    found = ranking.read_submission(path)
+    assert not found.faults
+    return {unescape(name): list(map(unescape, clips)) for name, clips in found.ranking.items()}
 
 
 def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

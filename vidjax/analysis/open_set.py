@@ -7,7 +7,7 @@ import numpy as np
 import scipy
 
 from vidjax import metrics
-from vidjax.evaluation.scoring import ClipScores
+from vidjax.metrics import ClipScores
 
 SCORE_BINS, CONFIDENCE_BINS = 40, 10
 RATES = (0.01, 0.1)  # FPIR of the thresholds that are shown

@@ -18,6 +18,7 @@ from vidjax.data.clips import ClipSource, EvalPlan, Split, longest, make_eval_pl
 from vidjax.data.resident import free_bytes
 from vidjax.errors import UserError
 from vidjax.logit_ops import is_best
+from vidjax.metrics import ClipScores
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run.terminal import Progress
 from vidjax.steps import eval_step as eval_step_lib
@@ -56,20 +57,6 @@ def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
         return None
     others = split.num_others if pool.all() else 0
     return metrics.mean_average_precision(top.index, split.labels, positives, others)
-
-
-class ClipScores(NamedTuple):
-    """The best score of every clip of a split, by clip index.
-
-    Attributes:
-      pool: [N] bool, the clips that are ranked.
-      best: [N] float32, the highest score for any identity; -inf outside the pool.
-      right: [N] bool, True if that identity is the label of the clip.
-    """
-
-    pool: np.ndarray
-    best: np.ndarray
-    right: np.ndarray
 
 
 class ClipScoreBuffer:
