@@ -153,7 +153,7 @@ def test_a_value_that_nothing_reads_is_refused_with_the_remedy(name):
     (problem,) = problems(f"{name}={value}")
     assert 1 <= len(problem.splitlines()) <= 3
     assert problem.startswith(f"config.{name}=")
-    remedy = read[0].partition("=")[0] if read else "mode=evaluate"
+    remedy = read[0].partition("=")[0] if read else "vidjax evaluate"
     assert remedy in problem
     assert not read or problems(f"{name}={value}", *read) == []
 

@@ -120,7 +120,7 @@ PIECEWISE = _is("optim.decay", "piecewise")
 JOINED = ReadWhen(
     "join.runs",
     lambda values: bool(values["join.runs"]),
-    "--mode=evaluate --workdir=FOLDER --runs=A,B",
+    "vidjax evaluate --workdir=FOLDER --runs=A,B",
 )
 
 # A row of two or three lines is easier to read than one line for each argument.
@@ -264,7 +264,7 @@ TABLE: tuple[Field | Group, ...] = (
           "`after_fusion=examples`", choices=("mean", "max"), read_when=EXAMPLES),
     Field("eval.members", True, "rank every member of an ensemble by itself, too"),
     Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
-    Field("eval.checkpoint", "latest", "checkpoint that `--mode=evaluate` restores: `latest`, or "
+    Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
           "`best` by MAP", choices=("latest", "best"), movable=True),
 
     Group("model", "the network: `name` and the arguments of a model of "
@@ -324,7 +324,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "
           "clipped", low=0),
 
-    Group("join", "several runs as one ranking, by `--mode=evaluate --runs=A,B`"),
+    Group("join", "several runs as one ranking, by `vidjax evaluate --runs=A,B`"),
     Field("join.runs", (), "folders of the runs; set by `--runs`"),
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
           read_when=JOINED),
@@ -478,7 +478,7 @@ def _unread(values: Values) -> Iterator[str]:
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             close = closest_field(name, FIELDS)
-            hint = f"did you mean config.{close}?" if close else "--mode=config lists all"
+            hint = f"did you mean config.{close}?" if close else "vidjax config lists all"
             yield f"config.{name}={value}: there is no such field; {hint}"
     for name, field in FIELDS.items():
         when = field.read_when
@@ -491,7 +491,7 @@ def _unread(values: Values) -> Iterator[str]:
     if runs := values["join.runs"]:
         yield (
             f"config.join.runs={','.join(map(str, runs))}: a training joins no runs\n"
-            "to join them: --mode=evaluate --workdir=FOLDER --runs=A,B"
+            "to join them: vidjax evaluate --workdir=FOLDER --runs=A,B"
         )
 
 

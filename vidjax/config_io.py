@@ -152,7 +152,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
             match = closest_field(name, known)
-            hint = f"did you mean --config.{match}?" if match else "--mode=config lists them"
+            hint = f"did you mean --config.{match}?" if match else "vidjax config lists them"
             raise UserError(f"no field config.{name}: {hint}")
         if not equals:
             raise UserError(f"--config.{name} needs a value: --config.{name}=...")

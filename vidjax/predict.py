@@ -3,7 +3,7 @@
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
-Scores of the evaluated split equal those of `--mode=evaluate` to the bit: the same program runs on
+Scores of the evaluated split equal those of `vidjax evaluate` to the bit: the same program runs on
 the same blocks. At most SMALL_REQUEST clips in memory are scored in a small block, in milliseconds.
 Its program rounds in another order: such scores differ from those of a larger request in the last
 bits (below 1e-4 in a logarithm), and agree with each other to the bit. Clips in memory need no

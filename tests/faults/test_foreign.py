@@ -256,7 +256,7 @@ def test_damaged_metrics_are_named_with_a_remedy_before_data_is_read(stranger, c
     for mode in ("report", "compare"):
         code, said = complaint(capsys, *words_of(mode, stranger))
         assert code == 2
-        assert "metrics.json' is damaged" in said and "--mode=evaluate" in said
+        assert "metrics.json' is damaged" in said and "vidjax evaluate" in said
 
 
 def keys_of(value, path=()):

@@ -194,7 +194,7 @@ def warning_of_faults(workdir: Path) -> Iterator[None]:
         reason = (str(error) or "no reason given").splitlines()[0][:200]
         warnings.warn(
             f"analysis or report are not written: {type(error).__name__}: {reason}\n"
-            f"the results are in '{workdir}'; to try again: --mode=evaluate --workdir={workdir}",
+            f"the results are in '{workdir}'; to try again: vidjax evaluate --workdir={workdir}",
             stacklevel=3,
         )
 

@@ -283,7 +283,7 @@ def check_data(
     if any(different):
         other = "train on these in another folder: --workdir=FOLDER"
         if not trains:
-            other = "rank these clips: --mode=rank --input=FOLDER --out=FILE"
+            other = "rank these clips: vidjax rank --input=FOLDER --out=FILE"
         raise UserError(
             f"'{workdir}' holds a run on other data: now {', '.join(filter(None, different))}\n"
             f"name the data of the run: --config.data.dir=FOLDER\nor {other}"

@@ -657,7 +657,7 @@ def _fitting(run: RunFiles) -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"'{run.folder}': its results do not fit each other ({reason})\n"
-            "--mode=evaluate of this folder writes them again"
+            "vidjax evaluate of this folder writes them again"
         ) from error
 
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 MOST_LINES = 20_000  # of a log, in memory
 IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 REPORT = "report.html"
-REMEDY = "delete it: --mode=evaluate of the run's folder writes its results again"
+REMEDY = "delete it: vidjax evaluate of the run's folder writes its results again"
 # Keys of `metrics.json` that describe the training. A later evaluation keeps them.
 TRAINING_KEYS = (
     "best_step",

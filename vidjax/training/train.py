@@ -1,4 +1,4 @@
-"""`--mode=train`: trains a system from its configuration and data."""
+"""`vidjax train`: trains a system from its configuration and data."""
 
 import contextlib
 import functools
