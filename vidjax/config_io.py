@@ -73,27 +73,14 @@ def load_file(spec: str) -> Config:
 
 def find_file(name: str) -> Path:
     """Returns the path of an experiment's file, from a path or from a name such as `mma`."""
-    path, installed = Path(name), shipped_folder()
+    path, known = Path(name), dict[str, Path]()
     if path.is_file():
         return path
-    if re.fullmatch(r"\w+", name) and not path.is_dir():
-        for folder in (Path("configs"), installed):
-            if (folder / f"{name}.py").is_file():
-                return folder / f"{name}.py"
-        known = {
-            file.stem for folder in ("configs", installed) for file in Path(folder).glob("*.py")
-        }
-        raise UserError(f"--config: no configuration '{name}'\n{suggest(name, sorted(known))}")
-    same_name = Path("configs", path.name).with_suffix(".py")
-    folder = path if path.is_dir() else path.parent
-    near = sorted(str(folder / file.name) for file in folder.glob("*.py"))
-    if same_name.is_file():
-        hint = f"did you mean '{same_name}'?"
-    elif not near and (installed / same_name.name).is_file():
-        hint = f"did you mean '{same_name.stem}', which is installed with vidjax?"
-    else:
-        hint = suggest(str(path), near or sorted(file.stem for file in installed.glob("*.py")))
-    raise UserError(f"--config: no such file '{name}'\n{hint}")
+    for folder in (shipped_folder(), Path("configs")):  # a file of the working directory counts
+        known |= {file.stem: file for file in folder.glob("*.py")}
+    if name in known:
+        return known[name]
+    raise UserError(f"--config: no such file '{name}'\n{suggest(path.stem, sorted(known))}")
 
 
 def shipped_folder() -> Path:
