@@ -100,6 +100,20 @@ def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys):
     assert captured.err.isprintable() or not set("\x1b\x07\x9b\u202e\r") & set(captured.err)
 
 
+def test_a_warning_is_printed_from_any_thread_and_those_of_libraries_are_not():
+    code = (
+        "import warnings\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "from vidjax import errors, messages\n"
+        "def main():\n"
+        "    ThreadPoolExecutor().submit(errors.warn, 'two of three').result()\n"
+        "    warnings.warn('for programmers')\n"
+        "    return 0\n"
+        "messages.run(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "vidjax: warning: two of three\n")
+
+
 def test_closed_streams_end_no_command():
     started = {}
     for closed in ("2>&-", ">&-", ">&- 2>&-", "<&-", "2>&1 | head -1"):

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import subprocess
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.cluster import processes
 from vidjax.cluster.processes import WHOLE, Share
-from vidjax.errors import UserError, check_argument
+from vidjax.errors import UserError, check_argument, warn
 from vidjax.files import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -41,10 +40,9 @@ def keep_programs(folder: Path) -> None:
     except OSError:
         return  # whoever fills the cache reports it
     if foreign := foreign_part(programs):
-        warnings.warn(
+        warn(
             f"compiled programs are not kept: another user may change '{foreign}'\n"
-            f"forbid it by 'chmod go-w {foreign}', or name another cache: VIDJAX_CACHE=FOLDER",
-            stacklevel=2,
+            f"forbid it by 'chmod go-w {foreign}', or name another cache: VIDJAX_CACHE=FOLDER"
         )
         return
     # Machines with different processors may share the folder.
@@ -76,10 +74,9 @@ def be_deterministic() -> None:
     if flag in known.split():
         return
     if xla_bridge.backends_are_initialized() and jax.default_backend() == "gpu":
-        warnings.warn(
+        warn(
             "config.deterministic=True has no effect: jax has begun to use the GPU\n"
-            f"set it before Python starts: XLA_FLAGS={flag}",
-            stacklevel=3,
+            f"set it before Python starts: XLA_FLAGS={flag}"
         )
     os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
 

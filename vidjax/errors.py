@@ -20,6 +20,7 @@ import importlib.util
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 
 
@@ -47,6 +48,21 @@ class DiskError(UserError, OSError):
 
 class InUseError(UserError):
     """Another process has locked a folder."""
+
+
+class VidjaxWarning(UserWarning):
+    """Something that a user should know, and that ends nothing."""
+
+
+def warn(message: str) -> None:
+    """Warns of something; a command prints the message, and never the warnings of libraries."""
+    warnings.warn(message, VidjaxWarning, stacklevel=3)
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises UserError if `value` is none of the `known` values of an option."""
+    if value not in known:
+        raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
 
 
 @contextlib.contextmanager

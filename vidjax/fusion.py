@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.batch import Array, Frames, LazyFeatures
-from vidjax.errors import UserError, suggest_entry
+from vidjax.errors import UserError, check_choice, suggest_entry
 
 
 def filter_frames(
@@ -117,8 +117,7 @@ def sample_frames(
     """
     if num_frames < 1:
         raise UserError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
-    if order not in ("time", "random"):
-        raise UserError(f"unknown order {order!r}; choose from random, time")
+    check_choice("order", order, ("random", "time"))
     slots = jnp.ones((frames.mask.shape[0], num_frames), bool)
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-from vidjax.errors import Expected, UserError, of_the_system, printable
+from vidjax.errors import Expected, UserError, VidjaxWarning, of_the_system, printable
 
 QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
@@ -150,7 +150,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGINT, stop_at_once)
     signal.signal(signal.SIGTERM, stop_at_once)
     warnings.simplefilter("ignore")  # warnings of libraries are meant for programmers
-    warnings.filterwarnings("default", category=UserWarning, module="vidjax")
+    warnings.filterwarnings("default", category=VidjaxWarning)
     warnings.showwarning = show_warning
     logging.basicConfig(format="%(message)s")
     logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))

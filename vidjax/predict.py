@@ -12,7 +12,6 @@ TensorFlow.
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -28,7 +27,7 @@ from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
-from vidjax.errors import UserError, check_argument
+from vidjax.errors import UserError, check_argument, warn
 from vidjax.evaluation.restore import check_widths, find_run, load_weights
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
 from vidjax.run import results as results_lib
@@ -390,15 +389,14 @@ def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
     try:
         results = results_lib.read_metrics(workdir)
     except ValueError as error:
-        warnings.warn(f"{error}\nno score threshold is known: give one", stacklevel=3)
+        warn(f"{error}\nno score threshold is known: give one")
         return {}
     if results.get("step") != step:
         return {}
     if settings := results_lib.describe_overrides(results):
-        warnings.warn(
+        warn(
             f"the results of '{workdir}' are of scores with {settings[:300]}\n"
-            "no score threshold is known: give one, or evaluate the run without these",
-            stacklevel=3,
+            "no score threshold is known: give one, or evaluate the run without these"
         )
         return {}
     return results

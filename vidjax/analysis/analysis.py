@@ -4,7 +4,6 @@ import contextlib
 import functools
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from vidjax.analysis.strata import ScoredSplit
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.errors import warn
 from vidjax.evaluation.restore import FoundRun, find_run, make_model
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score, windows
 from vidjax.run import results
@@ -192,10 +192,9 @@ def warning_of_faults(workdir: Path) -> Iterator[None]:
         if isinstance(error, (OSError, Interrupted)) or processes.process_count() > 1:
             raise
         reason = (str(error) or "no reason given").splitlines()[0][:200]
-        warnings.warn(
+        warn(
             f"analysis or report are not written: {type(error).__name__}: {reason}\n"
-            f"the results are in '{workdir}'; to try again: vidjax evaluate --workdir={workdir}",
-            stacklevel=3,
+            f"the results are in '{workdir}'; to try again: vidjax evaluate --workdir={workdir}"
         )
 
 

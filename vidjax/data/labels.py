@@ -4,7 +4,6 @@ import csv
 import io
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from vidjax import files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import check_identity, clean_name_at, show, unescape
-from vidjax.errors import NoFileError, UserError, check_argument, closest
+from vidjax.errors import NoFileError, UserError, check_argument, closest, warn
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
@@ -146,10 +145,9 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         if pairs.setdefault(name, text) != text:
             raise UserError(f"{place} is labelled {show(pairs[name])} and {show(text)}")
     if empty:
-        warnings.warn(
+        warn(
             f"{empty[0]}: {len(empty)} clips have an empty identity and count as nobody's\n"
-            "if that is meant, leave out these clips, or give None in Python",
-            stacklevel=3,
+            "if that is meant, leave out these clips, or give None in Python"
         )
     return pairs
 
@@ -356,7 +354,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
             f"{message}\n"
             f"at most {MAX_UNKNOWN_RATE:.0%} may be: remove these lines, or add the features"
         )
-    warnings.warn(message, stacklevel=3)
+    warn(message)
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:

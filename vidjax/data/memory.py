@@ -7,7 +7,6 @@ TABLE.parquet     the clips of one split
 """
 
 import tempfile
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
 from vidjax.data.records import padding
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import show
-from vidjax.errors import NoFileError, UserError, closest
+from vidjax.errors import NoFileError, UserError, closest, warn
 from vidjax.machine import memory_bytes
 
 
@@ -118,10 +117,9 @@ class MemoryClips:
         if missing and unread:
             meant = [closest(name.lower(), missing) for name in sorted(unread)]
             hint = next((f"; did you mean '{name}'?" for name in meant if name), "")
-            warnings.warn(
+            warn(
                 f"no clip has {', '.join(missing)}, which the run reads; "
-                f"it does not read {show(', '.join(sorted(unread)))}{hint}",
-                stacklevel=4,
+                f"it does not read {show(', '.join(sorted(unread)))}{hint}"
             )
         return cls(packed, names, modalities, identities)
 
@@ -221,17 +219,15 @@ def _tell_of_skipped(modality: str, flat: PackedClips) -> None:
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
         without = f"; {clips:,} clips lose all frames" if clips else ""
-        warnings.warn(
+        warn(
             f"{modality}: {frames:,} of {flat.seen:,} frames are not read: their features are not "
-            f"finite{without}",
-            stacklevel=5,
+            f"finite{without}"
         )
     for name, count in flat.warnings.items():
         field = name.removeprefix("non_finite_")
-        warnings.warn(
+        warn(
             f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
-            "0 is used",
-            stacklevel=5,
+            "0 is used"
         )
 
 

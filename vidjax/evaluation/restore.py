@@ -10,7 +10,6 @@ wherever the run meets data again; the `metrics.json` of a finished run has them
 """
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 from vidjax import config_io, devices, ensemble, files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
-from vidjax.errors import UserError
+from vidjax.errors import UserError, warn
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
@@ -247,10 +246,9 @@ def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | N
     kinds = ["features", "labels"]
     if now.get("modalities") != before.get("modalities"):  # in the same records
         kinds.remove("features")
-        warnings.warn(
+        warn(
             f"{split}: other modalities lie beside those that the run reads: whether its "
-            "features are as they were cannot be told",
-            stacklevel=3,
+            "features are as they were cannot be told"
         )
     others = [kind for kind in kinds if now[kind] != before[kind]]
     return f"{split} has other {' and '.join(others)}" if others else ""

@@ -3,7 +3,6 @@
 import collections
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch, Frames
 from vidjax.data.clips import ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
-from vidjax.errors import UserError
+from vidjax.errors import UserError, warn
 from vidjax.logit_ops import is_best
 from vidjax.metrics import ClipScores
 from vidjax.models.base import Identifier, ModelState, Params
@@ -463,7 +462,7 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     )
     if count == total:
         raise UserError(message)
-    warnings.warn(f"{message}; they are ranked last", stacklevel=3)
+    warn(f"{message}; they are ranked last")
     best = np.where(nan, np.float32(-np.inf), clips.best)
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 
@@ -528,4 +527,4 @@ def warn_of_poor(model: Identifier, counts: Sequence[int], split: str) -> None:
     """Warns if more than `FEW` clips are poor, and far more than the model expects."""
     poor, judged = counts
     if poor > FEW and (message := model.many_poor(poor / max(judged, 1), split)):
-        warnings.warn(message, stacklevel=3)
+        warn(message)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vidjax import bulk, files, messages, tables
-from vidjax.errors import UserError
+from vidjax.errors import UserError, warn
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, unknown
 from vidjax.gallery.changes import stack
@@ -297,10 +296,7 @@ def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
     shown, refused = gallery.to_enrol(clips, identity, split=args.split, strangers=strangers)
     if refused:
         named = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warnings.warn(
-            f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {named}",
-            stacklevel=2,
-        )
+        warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {named}")
 
     def change(draft: "Draft") -> Done:
         new = draft.add(shown)
@@ -329,7 +325,7 @@ def _without_crowds(
             for track in film.tracks if alone is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
             if problem:
-                warnings.warn(f"{place / film.video}: {problem}", stacklevel=2)
+                warn(f"{place / film.video}: {problem}")
     return people
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.errors import UserError, check_choice
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     CosineClassifier,
@@ -96,10 +96,7 @@ class DeepMEF(Identifier):
                 "add it, or choose one of these for config.model.modality"
             )
         for field, known in _CHOICES.items():
-            if getattr(self, field) not in known:
-                raise UserError(
-                    f"unknown {field} {getattr(self, field)!r}; choose from {', '.join(known)}"
-                )
+            check_choice(field, getattr(self, field), known)
 
     @nn.compact
     def __call__(
@@ -211,11 +208,7 @@ class ChannelAttention(nn.Module):
 
         The form `channels` needs T = `num_frames`, and reads padded frames as 0.
         """
-        if self.form not in CHANNEL_ATTENTIONS:
-            raise UserError(
-                f"unknown channel attention {self.form!r}; choose from "
-                f"{', '.join(CHANNEL_ATTENTIONS)}"
-            )
+        check_choice("channel attention", self.form, CHANNEL_ATTENTIONS)
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.errors import UserError, check_choice
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,
@@ -72,9 +72,7 @@ class DenseIdentifier(Identifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.backbone not in _OPTIONS:
-            known = ", ".join(sorted(_OPTIONS))
-            raise UserError(f"unknown backbone {self.backbone!r}; choose from {known}")
+        check_choice("backbone", self.backbone, sorted(_OPTIONS))
         check_head(self.head, self.logit_scale)
         # A changed value without effect would look like an experiment.
         others = {option for options in _OPTIONS.values() for option in options}

@@ -10,7 +10,7 @@ import numpy as np
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.errors import UserError, check_choice
 from vidjax.models.base import ClipQuality, Identifier, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
 
@@ -65,8 +65,7 @@ class FallbackIdentifier(Identifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.measure not in ("norm", "quality"):
-            raise UserError(f"unknown measure {self.measure!r}; choose from norm, quality")
+        check_choice("measure", self.measure, ("norm", "quality"))
         if not 0 <= self.threshold_share < 1:
             raise UserError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
         if self.modality not in (self.main_modalities or self.modalities):

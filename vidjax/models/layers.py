@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vidjax.batch import Array, Frames
-from vidjax.errors import UserError
+from vidjax.errors import UserError, check_choice
 
 
 def real_frames(
@@ -177,8 +177,7 @@ def unit_vectors(x: Array) -> Array:
 
 def check_head(head: str, logit_scale: float) -> None:
     """Raises ValueError unless a head is `linear`, with logits of scale 1, or `cosine`."""
-    if head not in ("linear", "cosine"):
-        raise UserError(f"unknown head {head!r}; choose from cosine, linear")
+    check_choice("head", head, ("cosine", "linear"))
     if head == "linear" and logit_scale != 1.0:
         raise UserError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
 
@@ -268,10 +267,9 @@ class NetVLAD(nn.Module):
           train: True to normalise by the batch statistics and to update the running ones in
             `batch_stats`, which must be mutable.
         """
-        if self.reduce not in ("sum", "mean"):
-            raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
-        if not {*self.norms} <= {"batch", "l2"}:
-            raise UserError(f"unknown NetVLAD norms {self.norms}; choose from batch, l2")
+        check_choice("NetVLAD reduce", self.reduce, ("mean", "sum"))
+        for norm in self.norms:
+            check_choice("NetVLAD norm", norm, ("batch", "l2"))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
         has_bias = "batch" not in self.norms  # BatchNorm has one

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
-from vidjax.errors import UserError
+from vidjax.errors import UserError, check_choice
 from vidjax.models.layers import Dropout, Linear
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -55,9 +55,7 @@ class DenseLayer(nn.Module):
           train: True to apply dropout (rng `dropout`), and to normalise by the batch statistics and
             update the running ones in `batch_stats`, which must be mutable.
         """
-        if self.activation not in _ACTIVATIONS and self.activation != "prelu":
-            known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
-            raise UserError(f"unknown activation {self.activation!r}; choose from {known}")
+        check_choice("activation", self.activation, sorted([*_ACTIVATIONS, "prelu"]))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = Linear(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="dense")(x)
         if self.norm_first:
@@ -183,8 +181,7 @@ class ResidualDenseNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Returns the last layer's output, [B, width] float32, for arguments as in DenseLayer."""
-        if self.shortcut not in ("add", "concat", "none"):
-            raise UserError(f"unknown shortcut {self.shortcut!r}; choose from add, concat, none")
+        check_choice("shortcut", self.shortcut, ("add", "concat", "none"))
         if self.num_layers < 1:
             raise UserError(
                 f"ResidualDenseNet needs num_layers of 1 or more, got {self.num_layers}"

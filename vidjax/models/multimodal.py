@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.errors import check_choice
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,
@@ -95,8 +95,7 @@ class MultimodalIdentifier(Identifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_head(self.head, self.logit_scale)
-        if self.joined not in ("concat", "mean"):
-            raise UserError(f"unknown joined {self.joined!r}; choose from concat, mean")
+        check_choice("joined", self.joined, ("concat", "mean"))
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -223,8 +222,7 @@ class MultimodalAttention(nn.Module):
           Column j of Y sums to 1. It is 0, and so is vector j of O, in clips without any vector
           and, unless `fill_missing`, where vector j is missing.
         """
-        if self.form not in ("gram", "two"):
-            raise UserError(f"unknown attention_form {self.form!r}; choose from gram, two")
+        check_choice("attention_form", self.form, ("gram", "two"))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
         project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)

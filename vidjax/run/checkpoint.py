@@ -15,7 +15,6 @@ import contextlib
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 
 from vidjax import files
 from vidjax.cluster import processes
-from vidjax.errors import DiskError, Expected, UserError
+from vidjax.errors import DiskError, Expected, UserError, warn
 from vidjax.run import formats
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
@@ -175,7 +174,7 @@ def _find(workdir: Path, prefer: str) -> dict[str, Any] | None:
         try:
             return verify(paths[step], known.get(step))
         except DamagedError as error:
-            warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
+            warn(f"checkpoint {step} is not used: {error}")
     if paths:
         raise CheckpointError(
             f"no good checkpoint in '{workdir / 'checkpoints'}': put back a copy of one,\n"

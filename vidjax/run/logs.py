@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vidjax import files
 from vidjax.cluster import processes
+from vidjax.errors import warn
 
 
 def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
@@ -35,7 +35,7 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
         return
     damaged = [place for place in damaged if place < number]
     if damaged:
-        warnings.warn(f"'{path}': damaged lines are left out: {damaged[:5]}", stacklevel=2)
+        warn(f"'{path}': damaged lines are left out: {damaged[:5]}")
     with files.atomic_file(path) as file:
         for line in files.each_line(path):
             if _is_kept(line, step, evaluated):

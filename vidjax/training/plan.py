@@ -2,7 +2,6 @@
 
 import bisect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from vidjax.config import Config
 from vidjax.data.checks import unusable
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan, select_modalities
 from vidjax.data.labels import load_clip_weights
-from vidjax.errors import UserError
+from vidjax.errors import UserError, warn
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
 from vidjax.run import results
@@ -98,7 +97,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     for problem in unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
     for problem in unusable(data.report, [config.eval.split], config.modalities):
-        warnings.warn(problem, stacklevel=2)
+        warn(problem)
     if config.batch_size > max(MOST_ROWS, len(labels)):
         raise UserError(
             f"config.batch_size={config.batch_size}: there are {len(labels)} training clips\n"

@@ -4,7 +4,6 @@ import functools
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
-from vidjax.errors import UserError
+from vidjax.errors import UserError, warn
 from vidjax.evaluation import restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.run import checkpoint, resume
@@ -284,10 +283,9 @@ class TrainingRun:
             for name in self._states[0].sums
         }
         if sums["bad_steps"]:
-            warnings.warn(
+            warn(
                 f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
-                "loss or gradient is not finite",
-                stacklevel=2,
+                "loss or gradient is not finite"
             )
         weight = max(sums["weight"], 1e-6)
         rate = {}

@@ -3,7 +3,6 @@
 TensorFlow is imported only where batches are streamed.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from vidjax.data.records import padding
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.report import digest_data, label_records
 from vidjax.data.records.shard_files import Shard, ShardReader, check_changed, check_shard
-from vidjax.errors import UserError, need
+from vidjax.errors import UserError, need, warn
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
 
@@ -61,7 +60,7 @@ class Dataset:
             *transposed(lengths, widths),
             *equal_quality(self.report, list(self.modalities)),
         ):
-            warnings.warn(problem, stacklevel=2)
+            warn(problem)
 
     def __repr__(self) -> str:
         clips = ", ".join(f"{name} {len(one.clips):,} clips" for name, one in self._splits.items())
@@ -172,13 +171,12 @@ def _warn_of_gaps(
     """Warns of modalities that a split lacks, and of frames that were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
-        warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=3)
+        warn(f"{name}: no file of {', '.join(absent)}")
     for modality, counts in report.items():
         if dropped := counts["frames_skipped"].get("non_finite"):
-            warnings.warn(
+            warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN, an Inf or a value beyond float32: left out",
-                stacklevel=3,
+                "feature with a NaN, an Inf or a value beyond float32: left out"
             )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packing import StagedSplit
 from vidjax.data.records.manifest import Records
-from vidjax.errors import UserError
+from vidjax.errors import UserError, warn
 from vidjax.files import sha256_json
 
 HISTOGRAM_BINS = 20
@@ -158,10 +157,9 @@ def label_records(
             lengths=lengths,
         )
         if positives[0]:
-            warnings.warn(
+            warn(
                 f"{positives[0]} clips of {name} show identities that are no class of the training "
-                "data: they rank as distractors, and MAP counts each such identity as 0",
-                stacklevel=2,
+                "data: they rank as distractors, and MAP counts each such identity as 0"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
         report["splits"][name]["sha256"] = _digest_split(records, truth, name)
