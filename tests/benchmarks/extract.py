@@ -8,7 +8,6 @@ alone. Then the most memory that the command holds for a film of 3 and one of 30
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -38,19 +37,6 @@ def pictures(photo: Path | None, height: int, width: int, seconds: int) -> Itera
         for number in range(4 * FPS):
             top, left = number * height // 4 // 100, number * width // 4 // 100
             yield np.ascontiguousarray(whole[top : top + height, left : left + width])
-
-
-def write(path: Path, frames: Iterator[np.ndarray], fps: int = FPS) -> None:
-    """Writes a film, frame by frame."""
-    first = next(frames)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast"})
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = first.shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for picture in itertools.chain([first], frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
 
 
 def repeated(path: Path, source: Path, times: int) -> Path:
@@ -115,12 +101,12 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, (height, width) in SIZES.items():
         path = args.folder / f"{name}.mp4"
-        write(path, pictures(args.photo, height, width, args.seconds))
+        films.write(path, pictures(args.photo, height, width, args.seconds))
         results[name] = speed(path, args.folder, nets)
         sys.stdout.write(json.dumps({name: results[name]}) + "\n")
         sys.stdout.flush()
     minute = args.folder / "minute.mp4"
-    write(minute, pictures(args.photo, 180, 320, 60))
+    films.write(minute, pictures(args.photo, 180, 320, 60))
     for minutes in (3, 30):
         path = repeated(args.folder / f"{minutes}.mp4", minute, minutes)
         began = time.monotonic()

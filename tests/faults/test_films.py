@@ -206,23 +206,16 @@ def bad_inputs(where, film):
     """Writes a file of each kind that is no film or a damaged one; returns those that fail."""
     where.mkdir()
     whole = film.read_bytes()
-    rng = np.random.default_rng(0)
-    films.write(where / "whole.mp4", [films.scene(n) for n in range(20)])
-    half = (where / "whole.mp4").read_bytes()
-    (where / "whole.mp4").unlink()
     (where / "secret.mkv").write_bytes(whole)
-    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
+    films.write(where / "half.mp4", [films.scene(n) for n in range(20)])
+    half = (where / "half.mp4").read_bytes()
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
     bmp = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     bmp[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
     bad = {
-        "empty.mp4": b"", "noise.mp4": rng.bytes(5000), "half.mp4": half[: len(half) // 2],
-        "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
-        "list.mp4": playlist.format("secret.mkv").encode(),
-        "http.m3u8": playlist.format(address).encode(),
-        "huge.bmp": bytes(bmp), "text.txt": b"notes\n",
-        "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='secret.mkv'/></svg>",
+        **films.NO_FILMS, "half.mp4": half[: len(half) // 2], "huge.bmp": bytes(bmp),
+        "http.m3u8": films.PLAYLIST.format(address).encode(),
     }  # fmt: skip
     for name, content in bad.items():
         (where / name).write_bytes(content)
@@ -231,14 +224,14 @@ def bad_inputs(where, film):
     (where / "nowhere.mp4").symlink_to(where / "absent")
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(os.path.relpath(where / "socket.mp4"))
-    films.write_sound(where / "voice.m4a", np.zeros(8000))
-    failing = [*bad, "pipe.mp4", "device.mp4", "nowhere.mp4", "socket.mp4", "voice.m4a"]
+    films.write(where / "voice.m4a", [], sound=np.zeros(8000))
     (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
     flipped = bytearray(whole)
+    rng = np.random.default_rng(0)
     for place in rng.integers(3000, len(whole) - 10, 10):
         flipped[place] ^= 1 << int(rng.integers(8))
     (where / "flipped.mkv").write_bytes(flipped)
-    return server, failing
+    return server, [*bad, "pipe.mp4", "device.mp4", "nowhere.mp4", "socket.mp4", "voice.m4a"]
 
 
 def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(tmp_path, models, film, capsys):

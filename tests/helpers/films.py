@@ -1,15 +1,31 @@
 """Made films: pictures of noise, heads and what they do, written by PyAV as files of every kind."""
 
-import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
 from vidjax.extract import decode
+
+RATE = 16_000
+FORMATS = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}  # of pixels; others are yuv420p
+PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
+# Name -> content of what is no film or photo; some lead to other files.
+NO_FILMS = {
+    "empty.mp4": b"",
+    "noise.mp4": np.random.default_rng(0).bytes(5000),
+    "zeros.mp4": b"\0" * 5000,
+    "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
+    "list.mp4": PLAYLIST.format("secret.mkv").encode(),
+    "text.txt": b"notes\n",
+    "moving.gif": b"GIF89a\1\0\1\0\0\0\0;",
+    "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='secret.mkv'/></svg>",
+}
 
 
 def scene(seed: int, height: int = 120, width: int = 160, bright: float = 1.0) -> np.ndarray:
@@ -21,8 +37,8 @@ def scene(seed: int, height: int = 120, width: int = 160, bright: float = 1.0) -
 
 
 def write(
-    path: Path | io.BytesIO,
-    frames: Sequence[np.ndarray],
+    path: Path,
+    frames: Iterable[np.ndarray],
     codec: str = "libx264",
     fps: float = 25,
     *,
@@ -30,67 +46,71 @@ def write(
     rotation: int = 0,
     aspect: float = 1.0,
     held_ms: int = 0,
-    kind: str | None = None,
-    options: dict[str, str] | None = None,
+    sound: np.ndarray | None = None,
+    rate: int = RATE,
+    start_s: float = 0.0,
+    broken: float = 0.0,
 ) -> None:
-    """Writes pictures uint8 [H, W, 3] as a film; `stamps` are times in milliseconds.
+    """Writes pictures uint8 [H, W, 3] as a film; without any it has sound only.
 
-    `aspect` is the width of a pixel by its height; the last picture lasts `held_ms` if above 0.
+    Args:
+      stamps: times in milliseconds.
+      aspect: width of a pixel by its height.
+      held_ms: how long the last picture lasts, if above 0.
+      sound: samples [n] from `start_s` on, `rate` a second.
+      broken: the part of the packets of sound, from the first one on, that are no sound.
     """
-    target = str(path) if isinstance(path, Path) else path
-    with av.open(target, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps), options=options or {})
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
-        if codec != "mpeg1video":  # which knows a few rates alone
-            stream.codec_context.time_base = Fraction(1, 1000)
-        stream.time_base = Fraction(1, 1000)
-        if aspect != 1:
-            stream.codec_context.sample_aspect_ratio = Fraction(aspect)
-        if rotation:
-            stream.set_display_rotation(rotation)
+    pictures = iter(frames)
+    with av.open(str(path), "w") as container:
+        if (first := next(pictures, None)) is not None:
+            stream = container.add_stream(codec, rate=Fraction(fps))
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width = first.shape[:2]
+            stream.pix_fmt = FORMATS.get(codec, "yuv420p")
+            if codec == "mpeg4":
+                stream.bit_rate = 2_000_000
+            if codec != "mpeg1video":  # which knows a few rates alone
+                stream.codec_context.time_base = Fraction(1, 1000)
+            stream.time_base = Fraction(1, 1000)
+            if aspect != 1:
+                stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+            if rotation:
+                stream.set_display_rotation(rotation)
+        heard = [] if sound is None else _sound(container, path, sound, rate, start_s, broken)
         packets = []
-        for number, picture in enumerate(frames):
+        for number, picture in enumerate([] if first is None else chain([first], pictures)):
+            container.mux(packets)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = stamps[number] if stamps else round(number * 1000 / fps)
             frame.time_base = Fraction(1, 1000)
-            packets += stream.encode(frame)
-        packets += stream.encode(None)
+            packets = stream.encode(frame)
+        if first is not None:
+            packets += stream.encode(None)
         if held_ms:
             packets[-1].duration = held_ms
-        container.mux(packets)
+        container.mux([*packets, *heard])
 
 
-def write_sound(
-    path: Path,
-    samples: np.ndarray,
-    *,
-    rate: int = 16_000,
-    start_s: float = 0.0,
-    pictures: Sequence[np.ndarray] = (),
-) -> None:
-    """Writes sound, float32 [n], that begins at `start_s`, beside pictures or alone."""
-    with av.open(str(path), "w") as container:
-        sound = container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=rate)
-        assert isinstance(sound, av.AudioStream)
-        sound.layout = "mono"
-        sound.time_base = Fraction(1, rate)
-        packets = []
-        if len(pictures):
-            stream = container.add_stream("libx264", rate=25)
-            assert isinstance(stream, av.VideoStream)
-            stream.height, stream.width = pictures[0].shape[:2]
-            frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures]
-            packets += [packet for frame in [*frames, None] for packet in stream.encode(frame)]
-        whole = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
-        for start in range(0, len(whole), 1024):
-            frame = av.AudioFrame.from_ndarray(whole[None, start : start + 1024], "s16", "mono")
-            frame.rate, frame.pts = rate, round(start_s * rate) + start
-            frame.time_base = Fraction(1, rate)
-            packets += sound.encode(frame)
-        for packet in [*packets, *sound.encode(None)]:
-            container.mux(packet)
+def _sound(
+    container: Any, path: Path, samples: np.ndarray, rate: int, start_s: float, broken: float
+) -> list[av.Packet]:
+    """Returns the packets of a new stream of sound."""
+    lossless = path.suffix in (".mkv", ".mp4")
+    stream = container.add_stream("alac" if lossless else "aac", rate=rate, layout="mono")
+    stream.time_base = Fraction(1, rate)
+    packets = []
+    whole = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+    for start in range(0, len(whole), 1024):
+        frame = av.AudioFrame.from_ndarray(whole[None, start : start + 1024], "s16p", "mono")
+        frame.rate, frame.pts = rate, round(start_s * rate) + start
+        frame.time_base = Fraction(1, rate)
+        packets += stream.encode(frame)
+    packets += stream.encode(None)
+    for number in range(round(broken * len(packets))):
+        old = packets[number]
+        bad = packets[number] = av.Packet(bytes(range(200)))
+        bad.pts, bad.dts, bad.time_base, bad.stream = old.pts, old.dts, old.time_base, stream
+    return packets
 
 
 def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
