@@ -143,6 +143,16 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Drawn films and people, and the nets that know them."""
+    for package in ("av", "onnxruntime", "onnx"):
+        pytest.importorskip(package, reason="needs the extra [video]")
+    from tests.helpers.drawn_people import Drawn
+
+    return Drawn(tmp_path, capsys)
+
+
 @pytest.fixture(scope="session")
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""

@@ -1,8 +1,11 @@
 """Films and photos of drawn people, and nets that tell these by the colours of their faces."""
 
+import json
+
 import numpy as np
 
 from tests.helpers import films, made_nets
+from vidjax import main
 
 SIDE = made_nets.FACE
 # A net that tells people apart by the colour of their faces.
@@ -72,12 +75,66 @@ def write_voices(folder):
     return folder
 
 
-def write_party(path):
-    """Writes a film of three shots with four faces."""
-    write_film(
-        path,
-        (2, 20, [("Ada", 20, 30)]),
-        (2, 60, [("Eve", 80, 50)]),
-        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
-    )
-    return path
+class Drawn:
+    """Drawn films and photos in a folder, and commands that run on them in this process.
+
+    `models` are their nets, `friends` the photos of people, `out` the results of `vidjax who`.
+    """
+
+    def __init__(self, folder, capsys):
+        self.folder, self._capsys = folder, capsys
+        self.models = write_models(folder / "models")
+        self.friends, self.out = folder / "friends", folder / "out"
+
+    def film(self):
+        """Writes a film of three shots with four faces; returns its path."""
+        write_film(
+            self.folder / "party.mkv",
+            (2, 20, [("Ada", 20, 30)]),
+            (2, 60, [("Eve", 80, 50)]),
+            (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
+        )
+        return self.folder / "party.mkv"
+
+    def befriend(self, *names):
+        """Writes a photo of each person."""
+        for name in names:
+            write_photo(self.friends / name / "1.png", (name, 40, 40))
+
+    def run(self, *words):
+        """Runs a command; returns its exit code, result and complaints of at most three lines."""
+        self._capsys.readouterr()
+        code = main.main([*map(str, words), "--json"])
+        said = self._capsys.readouterr()
+        if code == 2:
+            assert "Traceback" not in said.err, said.err
+        return code, json.loads(said.out) if said.out else {}, said.err
+
+    def who(self, *films, people=True, flags=(), code=0):
+        """Runs `vidjax who`, which ends with `code`; returns its result and what it said."""
+        flags = [f"--models={self.models}", f"--out={self.out}", *flags]
+        flags += [f"--people={self.friends}"] if people else []
+        found, content, said = self.run("who", *films, *flags)
+        assert found == code, said
+        return content, said
+
+    def extract(self, *paths, out=None, flags=(), code=0):
+        """Runs `vidjax extract`, which ends with `code`; returns its result and what it said."""
+        flags = [f"--models={self.models}", f"--out={out or self.out}", *flags]
+        found, content, said = self.run("extract", *paths, *flags)
+        assert found == code, said
+        return content, said
+
+    def rows(self):
+        """Returns the rows of `names.jsonl`."""
+        return [json.loads(line) for line in (self.out / "names.jsonl").read_text().splitlines()]
+
+    def names(self):
+        """Returns clip -> whom it shows."""
+        return {clip: row["identity"] for row in self.rows() for clip in row["clips"]}
+
+    def gallery(self, command, *words, code=0):
+        """Runs a command on the gallery of `vidjax who`; returns what it said."""
+        found, _, said = self.run("gallery", command, self.out / "gallery", *words)
+        assert found == code, said
+        return said
