@@ -7,7 +7,7 @@ pytest.importorskip("av")
 pytest.importorskip("onnxruntime")
 
 from tests.helpers import drawn_people, made_nets
-from tests.helpers.drawn_people import write_film, write_models, write_photo
+from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.errors import UserError
 from vidjax.extract import cards, figures, film, folder, pipeline
 from vidjax.extract.models import Faces
@@ -37,8 +37,8 @@ def extract(path, out, models, settings=SETTINGS):
 
 
 @pytest.fixture
-def models(tmp_path):
-    return write_models(tmp_path / "models")
+def models(drawn):
+    return drawn.models
 
 
 def test_parts_are_boxes_around_the_face(tmp_path, models):
@@ -173,20 +173,14 @@ def test_the_main_figure_by_its_definition():
     assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []
 
 
-def test_who_has_no_face_is_no_one(tmp_path, models, capsys, recwarn):
+def test_who_has_no_face_is_no_one(drawn, recwarn):
     """A clip without a vector that the gallery knows has no name, and is in no group."""
-    from vidjax import main as main_lib
-
-    drawn_people.write_voices(models)
-    add(models, "head_detector", **RED)
-    add(models, "head_embedder")
-    write_photo(tmp_path / "people" / "Ada" / "photo.png", ("Ada", 20, 30))
-    (tmp_path / "films").mkdir()
-    write_film(tmp_path / "films" / "film.mkv", (2, 20, [*BOTH, ("Eve", 60, 10)]))
-    words = ["who", tmp_path / "films", f"--people={tmp_path / 'people'}"]
-    words += [f"--models={models}", f"--out={tmp_path / 'out'}"]
-    code = main_lib.main([*map(str, words), "--json"])
-    assert code == 0, capsys.readouterr().err
-    rows = (tmp_path / "out" / "names.tsv").read_text().splitlines()
-    assert sorted(row.split("\t")[3] for row in rows[1:]) == ["", "Ada", "unknown 1"]
+    drawn_people.write_voices(drawn.models)
+    add(drawn.models, "head_detector", **RED)
+    add(drawn.models, "head_embedder")
+    drawn.befriend("Ada")
+    film = drawn.folder / "film.mkv"
+    write_film(film, (2, 20, [*BOTH, ("Eve", 60, 10)]))
+    drawn.who(film)
+    assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
     assert not [one for one in recwarn if "no clip has" in str(one.message)]

@@ -1,6 +1,5 @@
 """Voices of films: whose face is seen alone, where sound lies in time, and what clips get of it."""
 
-import json
 import shutil
 import tracemalloc
 
@@ -13,7 +12,6 @@ pytest.importorskip("onnx")
 
 from tests.helpers import made_nets
 from tests.helpers.drawn_people import tone, write_film, write_models, write_photo, write_voices
-from vidjax import main as main_lib
 from vidjax.data.clip_files import read_clips
 from vidjax.extract import cards, folder, pipeline, voices
 from vidjax.extract.folder import Track
@@ -24,8 +22,8 @@ ADA, BOB, EVE = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10)
 
 
 @pytest.fixture
-def models(tmp_path):
-    return write_voices(write_models(tmp_path / "models"))
+def models(drawn):
+    return write_voices(drawn.models)
 
 
 def extract(path, models, out=None):
@@ -97,16 +95,14 @@ def test_sound_that_starts_late_is_placed_by_its_time_stamps(tmp_path, models):
     assert 3_200 <= begin.min() <= 4_000 and begin.max() + 1_600 <= 7_000
 
 
-def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, capsys):
+def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
     shots = (4, 20, [ADA]), (4, 60, [BOB])
     write_film(tmp_path / "broken.mkv", *shots, sound=tone(440, 8), broken=0.5)
     clips, film = extract(tmp_path / "broken.mkv", models)
     assert "audio" not in clips["broken.s000.t00"] and "audio" in clips["broken.s001.t00"]
     assert film.lost_sound > 10 and not film.damaged and film.refused == 0
-    words = [tmp_path / "broken.mkv", f"--out={tmp_path / 'out'}", f"--models={models}"]
-    assert main_lib.main(["extract", *map(str, words)]) == 0
-    said = capsys.readouterr()
-    assert f"{film.lost_sound:,} pieces of sound could not be decoded" in said.err + said.out
+    _, said = drawn.extract(tmp_path / "broken.mkv")
+    assert f"{film.lost_sound:,} pieces of sound could not be decoded" in said
     write_film(tmp_path / "deaf.mkv", *shots, sound=tone(440, 8), broken=1)
     clips, film = extract(tmp_path / "deaf.mkv", models)
     assert len(clips) == 2 and film.voices == 0 and film.lost_sound > 20
@@ -130,15 +126,18 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
         np.testing.assert_array_equal(clips[clip]["audio"], by_track[same]["audio"])
 
 
-def test_one_and_two_processes_write_the_same_voices(tmp_path, models):
-    paths = [tmp_path / "a.mkv", tmp_path / "b.mkv"]
-    for path, hertz in zip(paths, (440, 3000), strict=True):
+def test_one_and_two_processes_write_the_same_bytes(tmp_path, models, drawn):
+    paths = [tmp_path / "a.mkv", tmp_path / "b.mkv", drawn.film()]
+    for path, hertz in zip(paths[:2], (440, 3000), strict=True):
         write_film(path, (6, 20, [ADA]), sound=tone(hertz, 6))
+    written = []
     for workers in (1, 2):
-        pipeline.extract(paths, tmp_path / f"by{workers}", models, workers=workers)
-    for path in sorted((tmp_path / "by1").glob("*.npz")):
-        assert "audio" in np.load(path)
-        assert path.read_bytes() == (tmp_path / "by2" / path.name).read_bytes()
+        out = tmp_path / f"by{workers}"
+        pipeline.extract(paths, out, models, workers=workers)
+        found = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
+        written.append({path.relative_to(out): path.read_bytes() for path in found})
+    assert written[0] == written[1] and len(written[0]) == 6 + 3 + 1
+    assert sum("audio" in np.load(path) for path in (tmp_path / "by1").glob("*.npz")) == 2
 
 
 @pytest.mark.parametrize(
@@ -228,17 +227,11 @@ def modalities(features):
     }
 
 
-def gallery_words(command, g, *rest):
-    return ["gallery", command, str(g), *map(str, rest)]
-
-
-def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, models):
-    ada = speak(tmp_path / "ada", models, name="Ada", hertz=440)
-    g = tmp_path / "g"
-    assert main_lib.main(gallery_words("create", g, f"--models={models}")) == 0
+def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, models, drawn):
+    ada, g = speak(tmp_path / "ada", models, name="Ada", hertz=440), drawn.out / "gallery"
+    drawn.gallery("create", f"--models={models}")
     assert {*Gallery(g).backend.widths} == {"face", "audio"}
-    words = gallery_words("enrol", g, f"--input={ada}", "--identity=Ada")
-    assert main_lib.main(words) == 0
+    drawn.gallery("enrol", f"--input={ada}", "--identity=Ada")
     asked = {
         "both": speak(tmp_path / "both", models, name="Ada", hertz=440),
         "hoarse": speak(tmp_path / "hoarse", models, name="Ada", hertz=3000),
@@ -292,24 +285,20 @@ def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     assert abs(odds(one, other, fitted) - odds(one, none, fitted)) > np.log(9)
 
 
-def test_who_tells_by_what_a_person_was_found(tmp_path, models):
-    film = tmp_path / "film.mkv"
+def test_who_tells_by_what_a_person_was_found(tmp_path, models, drawn):
+    film, out = tmp_path / "film.mkv", drawn.out
     write_film(film, (4, 20, [ADA]), (4, 60, [BOB]), sound=tone(440, 8))
-    write_photo(tmp_path / "friends" / "Ada.png", ("Ada", 40, 40))
-    out = tmp_path / "out"
-    words = ["who", film, f"--people={tmp_path / 'friends'}", f"--models={models}", f"--out={out}"]
-    assert main_lib.main([*map(str, words)]) == 0
-    rows = [json.loads(line) for line in (out / "names.jsonl").read_text().splitlines()]
+    drawn.befriend("Ada")
+    drawn.who(film)
+    rows = drawn.rows()
     assert [(row["identity"], row["evidence"]) for row in rows] == [
         ("Ada", ["face"]), ("unknown 1", []),
     ]  # fmt: skip
     assert (out / "names.tsv").read_text().splitlines()[0].endswith("\tclips\tevidence")
-    clip = rows[0]["clips"][0]
-    again = shutil.copy(out / "features" / f"{clip}.npz", tmp_path / "again.npz")
-    words = gallery_words("enrol", out / "gallery", f"--input={again}")
-    assert main_lib.main([*words, "--identity=Ada"]) == 0
-    words = gallery_words("identify", out / "gallery", f"--input={out / 'features'}")
-    assert main_lib.main([*words, f"--out={tmp_path / 'answers.jsonl'}"]) == 0
-    assert main_lib.main(["who", str(film), f"--models={models}", f"--out={out}"]) == 0
-    rows = [json.loads(line) for line in (out / "names.jsonl").read_text().splitlines()]
+    again = shutil.copy(out / "features" / f"{rows[0]['clips'][0]}.npz", tmp_path / "again.npz")
+    drawn.gallery("enrol", f"--input={again}", "--identity=Ada")
+    answers = tmp_path / "answers.jsonl"
+    drawn.gallery("identify", f"--input={out / 'features'}", f"--out={answers}")
+    drawn.who(film, people=False)
+    rows = drawn.rows()
     assert rows[0]["identity"] == "Ada" and rows[0]["evidence"] == ["face", "audio"]
