@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidjax.extract import cards, convert, dlib_net, models, voices
+from vidjax.extract import cards, convert, models
 from vidjax.main import main
 
 onnx = pytest.importorskip("onnx")
@@ -28,7 +28,6 @@ PACKAGES = {
 }
 PHOTOS = "face_recognition-1.3.0.tar.gz"
 DLIB = "dlib_face_recognition_resnet_model_v1.dat"
-MEAN = convert.KINDS["dlib"].card["input"]["mean"]
 # Mean and standard deviation of Euclidean distances of dlib's vectors, and their mean length.
 SAME, DIFFERENT, LENGTH = (0.418, 0.075), (0.849, 0.089), 1.466
 
@@ -150,120 +149,6 @@ def test_dlibs_net_answers_as_dlib_does(nets):
     np.testing.assert_allclose(vector[:8], RECORDED, atol=2e-6)
 
 
-class DlibNet:
-    """Writes a net as dlib does, with drawn weights, and computes its answer in float64 beside it.
-
-    `x` [C, H, W] is the last layer's answer. Dlib's sources say what each layer writes:
-    dnn/layers.h (`serialize`), dnn/core.h (`add_layer`) and serialize.h.
-    """
-
-    def __init__(self, image):
-        self.rng, self.content = np.random.default_rng(0), b""
-        self.x = (image.transpose(2, 0, 1) - np.array(MEAN)[:, None, None]) / 256
-        self.convolutions = 0
-
-    def put(self, *values):
-        for value in values:
-            if isinstance(value, str):
-                self.put(len(value))
-                self.content += value.encode()
-            else:
-                size = max(1, (value.bit_length() + 7) // 8)
-                self.content += bytes([size]) + value.to_bytes(size, "little")
-
-    def tensor(self, *shape, deviation=1.0, mean=0.0):
-        values = self.rng.normal(mean, deviation, shape).astype("<f4")
-        self.put(2, *shape)
-        self.content += values.tobytes()
-        return values.astype(float)
-
-    def end(self):
-        self.content += b"110"
-        for _ in range(3):
-            self.tensor(0, 0, 0, 0)
-
-    def convolve(self, channels, kernel, stride):
-        shape = (channels, len(self.x), kernel, kernel)
-        size, padding = int(np.prod(shape)), kernel // 2 if stride == 1 else 0
-        self.put("con_4")
-        deviation = (size / channels / 2) ** -0.5
-        numbers = self.tensor(size + channels, 1, 1, 1, deviation=deviation).ravel()
-        self.put(channels, kernel, kernel, stride, stride, padding, padding)
-        self.put(1, *shape, 1, 1, channels, 1, 1, *[16, 4] * 4)
-        self.end()
-        self.put(*[1] * (self.convolutions == 0), "affine_")
-        gain, shift = self.tensor(2 * channels, 1, 1, 1, mean=0.5, deviation=0.2).reshape(2, -1)
-        self.put(*[1, 1, channels, 1, 1] * 2, 0)
-        self.end()
-        self.convolutions += 1
-        padded = np.pad(self.x, [(0, 0), (padding, padding), (padding, padding)])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), (1, 2))
-        sums = np.tensordot(numbers[:size].reshape(shape), windows[:, ::stride, ::stride],
-                            axes=([1, 2, 3], [0, 3, 4]))  # fmt: skip
-        biased = sums + numbers[size:, None, None]
-        self.x = biased * gain[:, None, None] + shift[:, None, None]
-
-    def relu(self):
-        self.put("relu_")
-        self.end()
-        self.x = np.maximum(self.x, 0)
-
-    def pool(self, name, kernel, reduce):
-        self.put(name, kernel, kernel, 2, 2, 0, 0)
-        self.end()
-        windows = np.lib.stride_tricks.sliding_window_view(self.x, (kernel, kernel), (1, 2))
-        self.x = reduce(windows[:, ::2, ::2], axis=(3, 4))
-
-    def block(self, channels, halves):
-        start = self.x
-        self.convolve(channels, 3, 2 if halves else 1)
-        self.relu()
-        self.convolve(channels, 3, 1)
-        if halves:
-            main, self.x = self.x, start
-            self.pool("avg_pool_2", 2, np.mean)
-            start, self.x = self.x, main
-        self.put("add_prev_")
-        self.end()
-        total = np.zeros(np.maximum(self.x.shape, start.shape))
-        for part in (self.x, start):
-            total[tuple(map(slice, part.shape))] += part
-        self.x = total
-        self.relu()
-
-    def vector(self):
-        self.put("avg_pool_2", 0, 0, 1, 1, 0, 0)
-        self.end()
-        self.put("fc_2", 128, len(self.x))
-        matrix = self.tensor(len(self.x), 128, 1, 1, deviation=0.1)[..., 0, 0]
-        self.put(1, len(self.x), 128, 1, 1, 1, 0, 0, 0, 0, 1, *[16, 4] * 4)
-        self.end()
-        return self.x.mean((1, 2)) @ matrix
-
-
-@pytest.mark.slow
-def test_a_made_net_of_dlib_answers_as_its_layers_say():
-    image = np.random.default_rng(1).integers(0, 256, (150, 150, 3), np.uint8)
-    made = DlibNet(image)
-    made.put(1, "loss_metric_2", 1, 1, 1, 1, *[2, 1] * 20, 3, "input_rgb_image_sized")
-    made.put(*[1] * 6, 150, 150)
-    made.convolve(32, 7, 2)
-    made.relu()
-    made.pool("max_pool_2", 3, np.max)
-    levels = [(32, False, 3), (64, True, 1), (64, False, 3), (128, True, 1), (128, False, 2),
-              (256, True, 1), (256, False, 2), (256, True, 1)]  # fmt: skip
-    for channels, halves, count in levels:
-        for _ in range(count):
-            made.block(channels, halves)
-    vector = made.vector()
-    assert made.convolutions == 29 and np.abs(vector).max() > 0.1
-    net = dlib_net.convert(made.content).SerializeToString()
-    session = runtime.InferenceSession(net, providers=["CPUExecutionProvider"])
-    x = (image - np.array(MEAN, np.float32)) / 256
-    (found,) = session.run(None, {"face": x.transpose(2, 0, 1)[None]})
-    np.testing.assert_allclose(found, vector[None], rtol=1e-4, atol=1e-4 * np.abs(vector).max())
-
-
 def test_centerface_answers_for_any_size_as_published(nets):
     card = cards.load(nets)["face_detector"]
     content = convert.read_member(package(PACKAGES["centerface"]), convert.KINDS["centerface"])
@@ -286,74 +171,12 @@ def test_centerface_answers_for_any_size_as_published(nets):
         assert output.shape == (1, found[name].shape[1], 8, 24)
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def test_a_made_voice_net_answers_as_torchs_equations_say():
-    """The file's places: a linear layer's biases and matrix, then the LSTM as PyTorch flattens it.
-
-    PyTorch's LSTM: gates i, f, g, o of W x + b + V h + c; c' = f c + i g; h' = o tanh(c').
-    """
-    rng = np.random.default_rng(0)
-    bias, matrix = rng.normal(0, 0.1, 256), rng.normal(0, 0.1, (256, 256))
-    layers = [
-        [rng.normal(0, 0.1, (1024, width)), rng.normal(0, 0.1, (1024, 256))]
-        for width in (40, 256, 256)
-    ]
-    biases = rng.normal(0, 0.1, (3, 2, 1024))
-    content = bytearray(17_090_379)
-    lstm = np.concatenate([weight.ravel() for layer in layers for weight in layer])
-    places = {6_699: bias, 7_731: matrix, 269_883: np.concatenate([lstm, biases.ravel()])}
-    for at, values in places.items():
-        written = values.astype("<f4").tobytes()
-        content[at : at + len(written)] = written
-    x = rng.uniform(0, 1, (20, 40))
-    frames = x
-    for (w, v), (b, c) in zip(layers, biases, strict=True):
-        hidden, cell, answers = np.zeros(256), np.zeros(256), []
-        for frame in frames:
-            i, f, g, o = np.split(w @ frame + b + v @ hidden + c, 4)
-            cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
-            hidden = sigmoid(o) * np.tanh(cell)
-            answers.append(hidden)
-        frames = np.array(answers)
-    wanted = np.maximum(matrix @ frames[-1] + bias, 0)
-    net = convert.convert_resemblyzer(bytes(content)).SerializeToString()
-    session = runtime.InferenceSession(net, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"mels": x[None].astype(np.float32)})
-    np.testing.assert_allclose(found[0], wanted / np.linalg.norm(wanted), atol=1e-5)
-
-
 def speech():
     """Returns the folder of speech, or skips the test."""
     folder = Path(os.environ.get("VIDJAX_SPEECH", "/nowhere"))
     if not folder.exists():
         pytest.skip("no VIDJAX_SPEECH")
     return folder
-
-
-def test_speakers_are_told_apart(nets):
-    """The equal error rate of three utterances of each speaker is below 4 %."""
-    benchmark = pytest.importorskip("tests.benchmarks.voices")
-    folder = speech()
-    found = cards.load(nets)
-    hears = voices.VoiceActivity(found["voice_activity"])
-    embeds = voices.VoiceEmbedder(found["voice_embedder"])
-    vectors, speakers = [], []
-    for speaker in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for path in sorted(speaker.glob("*.flac"))[:3]:
-            samples = benchmark.read(path)
-            assert hears(samples).mean() > 0.5 and hears(0 * samples[:20_000]).max() < 0.5
-            count = len(samples) // voices.WINDOW
-            windows = samples[: count * voices.WINDOW].reshape(count, voices.WINDOW)
-            vectors.append(embeds(windows).mean(axis=0))
-            speakers.append(speaker.name)
-    x = np.array(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
-    one, two = np.triu_indices(len(x), 1)
-    same, cosines = np.array(speakers)[one] == np.array(speakers)[two], (x @ x.T)[one, two]
-    rates = [max((cosines[same] < t).mean(), (cosines[~same] >= t).mean()) for t in cosines]
-    assert min(rates) < 0.04
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def write(
       sound: samples [n] from `start_s` on, `rate` a second.
       broken: the part of the packets of sound, from the first one on, that are no sound.
     """
-    pictures = iter(frames)
+    pictures, stream = iter(frames), None
     with av.open(str(path), "w") as container:
         if (first := next(pictures, None)) is not None:
             stream = container.add_stream(codec, rate=Fraction(fps))
@@ -78,14 +78,13 @@ def write(
                 stream.set_display_rotation(rotation)
         heard = [] if sound is None else _sound(container, path, sound, rate, start_s, broken)
         packets = []
-        for number, picture in enumerate([] if first is None else chain([first], pictures)):
+        for number, picture in enumerate(chain([first], pictures) if stream else ()):
             container.mux(packets)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = stamps[number] if stamps else round(number * 1000 / fps)
             frame.time_base = Fraction(1, 1000)
-            packets = stream.encode(frame)
-        if first is not None:
-            packets += stream.encode(None)
+            packets = stream.encode(frame) if stream else []
+        packets += stream.encode(None) if stream else []
         if held_ms:
             packets[-1].duration = held_ms
         container.mux([*packets, *heard])
