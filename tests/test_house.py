@@ -27,7 +27,7 @@ LAYERS = (
     "extract", "api", "predict", "bulk", "comparison", "training", "analysis", "evaluation",
     "report", "significance", "ranking", "steps", "system", "models", "losses", "logit_ops",
     "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config",
-    "data", "devices", "cluster", "batch",
+    "data", "devices", "distributed", "batch",
 )  # fmt: skip
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
@@ -36,9 +36,9 @@ MAY_IMPORT = {
     "models": {"batch", "devices", "ensemble", "errors", "fusion", "logit_ops", "machine"},
     "report": {"config", "config_io", "data", "errors", "files", "metrics", "run", "significance",
                "tables"},
-    "run": {"cluster", "config", "config_io", "errors", "files"},  # no maths
-    "data": {"batch", "cluster", "devices", "errors", "files", "machine", "messages"},
-    "data/records": {"batch", "cluster", "data", "errors", "files", "machine", "messages"},
+    "run": {"config", "config_io", "distributed", "errors", "files"},  # no maths
+    "data": {"batch", "devices", "errors", "files", "machine", "messages"},
+    "data/records": {"batch", "data", "errors", "files", "machine", "messages"},
     "data/untrusted": {"errors"},
 }  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}

@@ -131,13 +131,3 @@ def test_tops_of_devices_are_those_of_one():
         found = top.finish()
         np.testing.assert_array_equal(found.index, wanted.index)
         np.testing.assert_array_equal(found.scores, wanted.scores)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("local", [1, 2, 3, 4, 6])
-def test_a_process_reads_the_rows_that_its_devices_hold(count, local):
-    owners = np.repeat(np.arange(count), local).reshape(-1, 1)
-    for process, (number, parts) in devices.shares(owners).items():
-        rows = len(owners) // parts
-        held = np.flatnonzero((owners == process).any(1))
-        assert held.tolist() == list(range(number * rows, (number + 1) * rows))

@@ -27,9 +27,7 @@ from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset, prepare
 from vidjax.batch import Batch
-from vidjax.cluster.processes import Share, own_blocks, own_places
 from vidjax.data import clips as clips_lib
-from vidjax.data import memory
 from vidjax.data.records import manifest, padding, shard_files, streaming
 from vidjax.data.records.dataset import Dataset
 
@@ -109,10 +107,6 @@ def take(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 def order_of(batches: list[Batch]) -> list[int]:
     return np.concatenate([batch.clip_index for batch in batches]).tolist()
-
-
-def shares(count: int) -> list[Share]:
-    return [Share(number, count) for number in range(count)]
 
 
 def joined(batches: tuple[Batch, ...]) -> Batch:
@@ -409,9 +403,6 @@ def test_clips_that_do_not_come_once_are_an_error(found: manifest.Records, sourc
         label(found._replace(splits={**found.splits, "val": broken}), source)
         for broken in (val._replace(order=order), val._replace(shards=val.shards[1:]))
     )
-    for dataset, share in itertools.product((twice, fewer), shares(3)):
-        with pytest.raises(ValueError, match=message):
-            eval_batches(dataset, **options, rows=4, share=share)
     with pytest.raises(ValueError, match=message):
         list(fewer.packed(**options))
     with pytest.raises(ValueError, match=r"1 of 1 clips did .* such as val_000"):
@@ -455,62 +446,23 @@ def test_mistakes_are_named_before_anything_is_read(dataset: Dataset) -> None:
         next(dataset.packed(split="val", modalities=("scene",)))
 
 
-# Shares of several processes: which clips and rows.
+# Which clips and files.
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(-1, 2), max_size=60), st.integers(1, 9), st.integers(1, 6))
-def test_processes_have_every_clip_once_in_blocks_of_one_bucket(
-    buckets: list[int], rows: int, count: int
-) -> None:
-    bucket = np.array(buckets, int)
-    blocks = [list(own_blocks(bucket, rows, share)) for share in shares(count)]
-    for together in zip(*blocks, strict=True):
-        (number,) = {number for number, _ in together}
-        assert all(
-            len(places) <= rows and (bucket[places] == number).all() for _, places in together
-        )
-    for number in range(3):
-        places = [[part for which, part in own if which == number] for own in blocks]
-        num_blocks = -(-int((bucket == number).sum()) // (rows * count))
-        assert {len(own) for own in places} == {num_blocks}
-        read = [place for own in places for part in own for place in part.tolist()]
-        assert read == np.flatnonzero(bucket == number).tolist()  # each a range, one after another
-    for own, share in zip(blocks, shares(count), strict=True):
-        read = [place for _, part in own for place in part.tolist()]
-        assert own_places(bucket, rows, share).tolist() == read
+@given(st.lists(st.integers(-1, 2), max_size=60), st.integers(1, 9))
+def test_blocks_have_every_clip_once_and_clips_of_one_bucket(buckets: list[int], rows: int) -> None:
+    bucket, read = np.array(buckets, int), []
+    for number, places in clips_lib.blocks_of(bucket, rows):
+        assert 0 < len(places) <= rows and (bucket[places] == number).all()
+        read += places.tolist()
+    assert sorted(read) == np.flatnonzero(bucket >= 0).tolist()
+    numbers = [number for number, _ in clips_lib.blocks_of(bucket, rows)]
+    wanted = [-(-int((bucket == number).sum()) // rows) for number in range(3)]
+    assert np.bincount(numbers, minlength=3).tolist() == wanted
 
 
-@pytest.mark.parametrize(("count", "rows"), [(2, 1), (3, 4), (4, 3), (7, 8)])
-def test_blocks_of_all_processes_have_every_clip_once(
-    dataset: Dataset, count: int, rows: int
-) -> None:
-    both, face = ("face", "audio"), ("face",)
-    clips = {f"c{i}": {"face": np.full((i, 5), i, np.float16)} for i in range(1, 60, 4)}
-    sources: list[tuple[clips_lib.ClipSource, dict[str, Any]]] = [
-        (dataset, {"split": "train", "modalities": both}),
-        (dataset, {"split": "val", "modalities": both}),
-        (dataset, {"split": "train", "modalities": face, "only": np.arange(45) % 3 == 0}),
-        (dataset, {"split": "train", "modalities": face, "only": np.zeros(45, bool)}),
-        (memory.MemoryClips.of(clips, {"face": 5}, ()), {"split": "any", "modalities": face}),
-    ]
-    for data, arguments in sources:
-        whole = rows_of(list(eval_batches(data, **arguments, rows=rows)))
-        parts = [list(eval_batches(data, **arguments, rows=rows, share=s)) for s in shares(count)]
-        blocks = [joined(together) for together in zip(*parts, strict=True)]
-        assert all(block.clip_index.shape == (rows * count,) for block in blocks)
-        assert all(block.clip_index.dtype == np.int32 for block in blocks)
-        if arguments["modalities"] == both:
-            assert {block.frames["face"].mask.shape[1] for block in blocks} == {32, 128, 512}
-        found = rows_of(blocks)
-        assert sorted(found) == sorted(whole)
-        assert_equal(found, {clip: whole[clip] for clip in found})
-
-
-# Which files.
-
-
-def test_a_process_opens_the_files_of_its_ranges_alone(
+def test_files_without_a_clip_of_the_plan_are_not_opened(
     copied: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened = []
@@ -522,53 +474,18 @@ def test_a_process_opens_the_files_of_its_ranges_alone(
 
     monkeypatch.setattr(padding, "ShardReader", Spy)
     records = manifest.load_index(tmp_path / "copy").splits["train"]
-    shard_of = np.repeat(np.arange(8), [shard.records for shard in records.shards])
-    plan = clips_lib.make_eval_plan(copied.split("train"), ("face",))
-    for share in shares(4):
-        places = own_places(plan.bucket[records.order], 4, share)
-        wanted = {records.shards[number].path for number in shard_of[places]}
-        assert 0 < len(wanted) < 8
-        others = [shard.path for shard in records.shards if shard.path not in wanted]
-        for path in others:
-            path.rename(f"{path}.away")
-        opened.clear()
-        list(copied.eval_batches(plan, rows=4, share=share))
-        assert sorted(opened) == sorted(wanted)  # each once, though it has clips of all buckets
-        for path in others:
-            Path(f"{path}.away").rename(path)
+    kept, others = records.shards[1:3], [records.shards[0], *records.shards[3:]]
+    first = records.shards[0].records
+    only = np.zeros(len(copied.split("train").clips), bool)
+    only[records.order[first : first + sum(shard.records for shard in kept)]] = True
+    for shard in others:
+        shard.path.rename(f"{shard.path}.away")
+    plan = clips_lib.make_eval_plan(copied.split("train"), ("face",), only=only)
+    list(copied.eval_batches(plan, rows=4))
+    assert sorted(opened) == [shard.path for shard in kept]  # once, with clips of all buckets
 
 
 # Training.
-
-
-@pytest.mark.parametrize(
-    ("count", "step", "crop"),
-    [
-        (2, 12, "window"),
-        (3, 3, "quality"),
-        pytest.param(4, 0, "window", marks=pytest.mark.slow),
-        pytest.param(12, 1, "quality", marks=pytest.mark.slow),
-    ],
-)
-def test_rows_of_all_processes_are_the_batch_of_one(
-    dataset: Dataset, crop: str, count: int, step: int
-) -> None:
-    arguments = {**BOTH, "crop": crop, "step": step}
-    num_batches = 2 * sum(COUNTS.values()) // 12
-    whole = take(train_batches(dataset, **arguments), num_batches)
-    parts = [
-        take(train_batches(dataset, **arguments, share=share), num_batches)
-        for share in shares(count)
-    ]
-    for batch, *together in zip(whole, *parts, strict=True):
-        assert all(len(part.clip_index) == len(part.batch_mask) == 12 // count for part in together)
-        assert_equal(joined(tuple(together)), batch)
-
-
-def test_a_batch_that_cannot_be_split_is_refused(dataset: Dataset) -> None:
-    message = "^config.batch_size=12 cannot be split over 5 processes: use a multiple$"
-    with pytest.raises(ValueError, match=message):
-        train_batches(dataset, **BOTH, share=Share(4, 5))
 
 
 def location(data: Dataset, records: manifest.SplitRecords, clip: int) -> tuple[int, int]:
@@ -598,27 +515,23 @@ def damage(shard: shard_files.Shard, at: int) -> None:
     os.utime(shard.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_damaged_record_is_refused_by_the_process_that_reads_it(
-    copied: Dataset, tmp_path: Path
-) -> None:
+def test_a_damaged_record_is_refused_when_it_is_read(copied: Dataset, tmp_path: Path) -> None:
     records = manifest.load_index(tmp_path / "copy").splits["train"]
-    arguments = {**TRAIN, "batch_size": 42}
-    read = [take(train_batches(copied, **arguments, share=share), 1)[0] for share in shares(2)]
-    assert not set(read[0].clip_index) & set(read[1].clip_index)
-    shard, number = location(copied, records, int(read[1].clip_index[3]))
+    arguments = {**TRAIN, "batch_size": 21}
+    read = take(train_batches(copied, **arguments), 2)
+    clip = next(clip for clip in read[1].clip_index if clip not in read[0].clip_index)
+    shard, number = location(copied, records, int(clip))
     first, end = places(records.shards[shard])[number]
     damage(records.shards[shard], (first + end) // 2)
-    (again,) = take(train_batches(copied, **arguments, share=Share(0, 2)), 1)
-    assert_equal(again, read[0])
     with pytest.raises(ValueError, match=rf"record {number + 1} is damaged") as error:
-        next(train_batches(copied, **arguments, share=Share(1, 2)))
+        take(train_batches(copied, **arguments), 2)
     assert str(records.shards[shard].path) in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(copied: Dataset, tmp_path: Path) -> None:
     shard = manifest.load_index(tmp_path / "copy").splits["train"].shards[2]
-    batches = train_batches(copied, **BOTH, share=Share(1, 2))
+    batches = train_batches(copied, **BOTH)
     next(batches)
     os.truncate(shard.path, 30)
     with pytest.raises(ValueError, match="expected 5 records, found 0: record 1 is") as error:
@@ -627,19 +540,17 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(copied: Dataset, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [Share(), Share(0, 2)])
 @pytest.mark.parametrize("end", ["", "raise KeyError", "os.kill(os.getpid(), 2)", "sys.exit(3)"])
 def test_a_process_ends_while_batches_are_read_ahead(
-    source: Path, found: manifest.Records, share: Share, end: str
+    source: Path, found: manifest.Records, end: str
 ) -> None:
     code = (
         "import os, sys, time\n"
         "from tests.helpers.batches import train_batches\n"
-        "from vidjax.data.clips import Share\n"
         "from tests.helpers.datasets import load_dataset\n"
         f"cache = {str(found.folder.parents[1])!r}\n"
         f"data = load_dataset('iqiyi_vid', directory={str(source)!r}, cache_dir=cache)\n"
-        f"batches = train_batches(data, **{BOTH | {'batch_size': 690}!r}, share={share!r})\n"
+        f"batches = train_batches(data, **{BOTH | {'batch_size': 690}!r})\n"
         "print(len(next(batches).clip_index), flush=True)\n"
         "print(time.time(), flush=True)\n"
         f"{end}\n"
@@ -648,7 +559,7 @@ def test_a_process_ends_while_batches_are_read_ahead(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     rows, began = done.stdout.split()
-    assert int(rows) == 690 // share.parts
+    assert int(rows) == 690
     assert time.time() - float(began) < 20, "it waited for what was read ahead"
     wanted = {"": 0, "raise KeyError": 1, "sys.exit(3)": 3}
     assert done.returncode == wanted.get(end, -2), done.stderr

@@ -20,7 +20,7 @@ import pytest
 import vidjax
 from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
-from tests.campaigns import kills, mutations, numbers, processes, same_bytes, surroundings
+from tests.campaigns import kills, mutations, numbers, same_bytes, surroundings
 from tests.helpers import drawn_people
 from vidjax import config as config_lib
 from vidjax import devices, fusion, main, messages
@@ -264,7 +264,6 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     # `tests/faults` runs a sample of both.
     campaigns, trial = [], mutations.Trial("ranking.txt", "cut 0.5", "check", 0, "")
     monkeypatch.setattr(kills, "campaign", lambda *args: campaigns.append(args) or 0)
-    monkeypatch.setattr(processes, "campaign", lambda *args: campaigns.append(args) or 0)
     monkeypatch.setattr(mutations, "trials", lambda *args: campaigns.append(args) or [trial])
     run = {
         # Trains nothing, or times the shortest command.
@@ -278,7 +277,6 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
             [*words, "--only=--version"]
         ),
         "tests.campaigns.kills": kills.main,
-        "tests.campaigns.processes": processes.main,
         # Writes the tables from what was measured.
         "tests.benchmarks.speed": lambda words: speed.main([*words, "--collect"]),
         # `tests/faults/test_numbers.py` runs more cases.

@@ -30,7 +30,6 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine
 from vidjax.analysis import analysis
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
-from vidjax.cluster.processes import Share
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
@@ -323,7 +322,7 @@ def test_a_split_that_is_not_resident_is_streamed(ragged, held):
     ],
 )
 def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first):
-    """In every step of several epochs, whether one or several processes read them."""
+    """In every step of several epochs."""
     plan = make_batch_plan(
         [ragged.split(name) for name in splits],
         modalities,
@@ -334,17 +333,9 @@ def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, firs
     )
     layout = resident.plan_resident(ragged, plan, "val")
     draw = drawer(resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train, plan)
-    streams = [
-        [ragged.train_batches(plan, step=first, share=Share(number, parts))
-         for number in range(parts)]
-        for parts in (1, 3)
-    ]  # fmt: skip
+    stream = ragged.train_batches(plan, step=first)
     for step in range(first, first + 3 * plan.num_clips // 12):
-        wanted = draw(step)
-        for stream in streams:
-            parts = [next(part) for part in stream]
-            found = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        jax.tree.map(np.testing.assert_array_equal, next(stream), draw(step))
 
 
 FUSIONS = [

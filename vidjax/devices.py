@@ -17,9 +17,8 @@ from jax._src import xla_bridge  # nothing public tells whether jax has looked f
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vidjax import distributed
 from vidjax.batch import Array, Batch, LazyFeatures
-from vidjax.cluster import processes
-from vidjax.cluster.processes import WHOLE, Share
 from vidjax.errors import UserError, check_argument, warn
 from vidjax.files import foreign_part
 
@@ -125,9 +124,6 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         )
     devices = devices[:num_devices]
     kinds = (AxisType.Auto,)
-    if processes.process_count() > 1:  # the devices of a process follow each other, see `share`
-        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-        return Mesh(np.array(ordered), ("data",), axis_types=kinds)
     return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
@@ -165,12 +161,12 @@ def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
 
     Arrays on the host must be whole, and equal in all processes.
     """
-    if processes.process_count() == 1:
+    if distributed.count() == 1:
         return jax.device_put(tree, layout)
 
     def lay(sharding: NamedSharding, x: Array) -> Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return x if x.sharding == sharding else jax.jit(_same, out_shardings=sharding)(x)
+            return jax.jit(_same, out_shardings=sharding)(x)
         # `jax.device_put` would send all of it to the other processes, to compare it with theirs.
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -193,33 +189,6 @@ def _fetch(x: Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def share(mesh: Mesh) -> Share:
-    """Returns the part of the rows of a batch that this process reads."""
-    owners = [[device.process_index] for device in mesh.devices]
-    return shares(np.array(owners))[processes.process_index()]
-
-
-def shares(owners: np.ndarray) -> dict[int, Share]:
-    """Returns process -> the smallest part of a batch that holds all rows of its devices.
-
-    All parts are equally long; processes whose devices share rows read the same part. `owners` is
-    the process of each device of a mesh, int [devices along `data`, devices along `model`].
-    """
-    numbers = np.arange(len(owners))[:, None]
-    ends = {
-        process: numbers[(owners == process).any(1)][[0, -1], 0]
-        for process in np.unique(owners).tolist()
-    }
-    length = next(
-        rows
-        for rows in range(1, len(owners) + 1)
-        if len(owners) % rows == 0
-        and all(first // rows == last // rows for first, last in ends.values())
-    )
-    parts = len(owners) // length
-    return {process: Share(int(first) // length, parts) for process, (first, _) in ends.items()}
-
-
 def batch_specs(batch: Batch) -> Batch:
     """Returns a PartitionSpec per array of a batch: all are split but values of LazyFeatures."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
@@ -232,37 +201,15 @@ def batch_specs(batch: Batch) -> Batch:
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, LazyFeatures))
 
 
-def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
-    """Distributes a batch over the devices, B / devices clips on each.
-
-    `part` is the part of B that `batch` holds: WHOLE, or on the host the `share` of this process.
-    """
-    rows = np.shape(batch.clip_index)[0] * part.parts
+def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Distributes a batch over the devices, B / devices clips on each; it may lie there already."""
+    rows = np.shape(batch.clip_index)[0]
     if rows % mesh.size:
         raise UserError(
             f"config.batch_size={rows} cannot be split over {mesh.size} devices: use a multiple"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
-    if part == WHOLE:
-        return put(batch, shardings)
-
-    def lay(sharding: NamedSharding, own: np.ndarray) -> Array:
-        first = part.number * len(own)
-
-        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index  # None is for arrays without an axis
-            start, stop, _ = index[0].indices(rows)
-            return own[start - first : stop - first]
-
-        return jax.make_array_from_callback((rows, *own.shape[1:]), sharding, of_device)
-
-    return jax.tree.map(lay, shardings, batch)
-
-
-def shard_block(mesh: Mesh, block: Batch) -> Batch:
-    """Distributes a block of `ClipSource.eval_batches`, which may lie on the devices already."""
-    on_host = isinstance(block.clip_index, np.ndarray)
-    return shard_batch(mesh, block, share(mesh) if on_host else WHOLE)
+    return put(batch, shardings)
 
 
 def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:

@@ -6,14 +6,14 @@ A command is a line of COMMANDS. Its module has a function that adds the flags o
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from vidjax import machine, messages
-from vidjax.cluster import processes
+from vidjax import distributed, machine, messages
 from vidjax.errors import UserError, closest
 from vidjax.messages import Parser
 
@@ -44,7 +44,6 @@ SLIPS = {
     "help": "vidjax --help",
     "version": "vidjax --version",
 }
-TOGETHER = ("train", "evaluate")  # in several processes
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of
 every identity. Without a command vidjax trains; --mode=COMMAND is the same as
@@ -76,18 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         args = parse(words)
         with messages.quietly() if args.quiet else contextlib.nullcontext():
-            if not args.place:
-                return _run(args)
-            from vidjax.training import together
+            distributed.join(args)
+            return _run(args)
 
-            return together.run(args.place, lambda: _run(args), words)
-
-    return messages.guarded(command, words)
+    code = messages.guarded(command, words)
+    if code not in (0, 130, 143) and distributed.count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at the usual end of a program, JAX would wait for the other processes
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:
     result = args.execute(args)
-    if processes.is_first():
+    if distributed.is_first():
         messages.show(result, args.command, as_json=args.json)
     return result.code
 
@@ -96,8 +97,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Returns the flags of a command line.
 
     In addition to the flags: `command` is the name of the command, `execute` its function, `parser`
-    its parser, `overrides` the words `--config.FIELD=VALUE`, `place` None or the number of this
-    process among several, and `line` repeats the command.
+    its parser, `overrides` the words `--config.FIELD=VALUE`, and `line` repeats the command.
     """
     own, overrides = messages.split_overrides(_command_first(words))
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
@@ -120,11 +120,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for name, value in vars(args).items():
         if value == "":
             raise UserError(f"--{name}= is empty: give it a value, or leave it out")
-    args.overrides, args.place = tuple(overrides), None
-    if args.command in TOGETHER:
-        flags = (args.coordinator, args.num_processes, args.process_id)
-        args.place = processes.Place.parse(*flags)
-    args.line = shlex.join(["vidjax", *_without_place(words)])
+    args.overrides = tuple(overrides)
+    args.line = shlex.join(["vidjax", *words])
     return args
 
 
@@ -251,18 +248,6 @@ def _hint_of_word(word: str, args: argparse.Namespace) -> str | None:
         return f"no blanks between runs, --runs={args.runs.rstrip(',')},{word}"
     flag = next((name for name in ("workdir", "input", "config") if name in vars(args)), None)
     return f"did you mean --{flag}={word}?" if flag else None
-
-
-def _without_place(words: Sequence[str]) -> list[str]:
-    """Returns the words without `processes.FLAGS`, which differ between processes of a run."""
-    kept, rest = [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if word in processes.FLAGS:
-            rest[:1] = []
-        elif word.partition("=")[0] not in processes.FLAGS:
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

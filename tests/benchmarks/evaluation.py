@@ -31,9 +31,8 @@ import numpy as np
 from tests.benchmarks import common
 from vidjax import devices, ensemble
 from vidjax.batch import Batch
-from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import resident
-from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
+from vidjax.data.clips import BUCKETS, EvalPlan, Split, blocks_of, make_eval_plan
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.steps import eval_step as eval_step_lib
@@ -74,9 +73,9 @@ class MadeUp:
         del name
         return self._split
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields all clips, in blocks of one bucket."""
-        for bucket, chosen in own_blocks(plan.bucket, rows, share):
+        for bucket, chosen in blocks_of(plan.bucket, rows):
             clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
             batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
             clips = self.run.clips

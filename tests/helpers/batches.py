@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.batch import Batch
-from vidjax.cluster.processes import WHOLE, Share
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records.dataset import Dataset
@@ -23,12 +22,11 @@ def eval_batches(
     split: str,
     modalities: Sequence[str],
     rows: int,
-    share: Share = WHOLE,
     **chosen: Any,
 ) -> Iterator[Batch]:
     """Yields the blocks of a split; `chosen` goes to `make_eval_plan`."""
     plan = make_eval_plan(data.split(split), modalities, **chosen)
-    return data.eval_batches(plan, rows=rows, share=share)
+    return data.eval_batches(plan, rows=rows)
 
 
 def train_batches(
@@ -37,9 +35,8 @@ def train_batches(
     splits: Sequence[str],
     modalities: Sequence[str],
     step: int = 0,
-    share: Share = WHOLE,
     **options: Any,
 ) -> Iterator[Batch]:
     """Yields the batches of training; `options` go to `make_batch_plan`."""
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
-    return data.train_batches(plan, step=step, share=share)
+    return data.train_batches(plan, step=step)

@@ -14,11 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import config_io, devices, ensemble, files, ranking
+from vidjax import config_io, devices, distributed, ensemble, files, ranking
 from vidjax.analysis import open_set, strata
 from vidjax.analysis.open_set import Arrays, Values
 from vidjax.analysis.strata import ScoredSplit
-from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import warn
@@ -152,7 +151,7 @@ def write_results(
       ends_training: True if `values` are those of a training that ends here.
     """
     paths = results.paths(workdir, evaluation.split.name, own_split)
-    if processes.is_first():
+    if distributed.is_first():
         paths.analysis.unlink(missing_ok=True)
         paths.report.unlink(missing_ok=True)
         ranking.write_ranking(paths.ranking, identities, evaluation.split.clips, evaluation.top)
@@ -161,9 +160,9 @@ def write_results(
     if analysed:
         with warning_of_faults(workdir):
             found = analysed()
-            if processes.is_first():
+            if distributed.is_first():
                 results.save_analysis(paths.analysis, *found)
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     if analysed:
         write_report(workdir)
@@ -189,7 +188,7 @@ def warning_of_faults(workdir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (OSError, Interrupted)) or processes.process_count() > 1:
+        if isinstance(error, (OSError, Interrupted)) or distributed.count() > 1:
             raise
         reason = (str(error) or "no reason given").splitlines()[0][:200]
         warn(

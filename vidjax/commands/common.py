@@ -6,18 +6,21 @@ Functions import what they need: libraries, which take seconds, load after the f
 import argparse
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vidjax import config_io, messages, metrics
-from vidjax.cluster import processes
+from vidjax import config as config_lib
+from vidjax import config_io, distributed, messages, metrics
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
 from vidjax.run import results as results_lib
 from vidjax.run import signals
 from vidjax.run import workdir as workdir_lib
+
+if TYPE_CHECKING:
+    from vidjax.data.clips import TrainingData
 
 RECORDED = "config.json"  # of a run's folder
 
@@ -52,8 +55,8 @@ def process_flags(parser: Parser) -> None:
     """Adds the flags by which several processes work on one run."""
     about = "where several processes meet, see configs/README.md"
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=about)
-    for name in processes.FLAGS[1:]:
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--num_processes", type=int, metavar="N", help="their number")
+    parser.add_argument("--process_id", type=int, metavar="I", help="number of this one, from 0")
 
 
 def run_folders(runs: str | None) -> list[str]:
@@ -75,18 +78,22 @@ def given_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock, for all processes of the run."""
-    from vidjax.training import together
-
     end_on_signals()
     with workdir_lib.locked(path) as workdir:
-        together.check_folder(workdir)
         yield workdir
 
 
-def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
+def end_on_signals() -> None:
     """Lets signals end the process of a command even while a program is compiled."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
-        signals.end_on_signals(tell)
+        signals.end_on_signals()
+
+
+def check_same(config: Config, data: "TrainingData") -> None:
+    """Refuses processes of one run with different fields or data; their folders may differ."""
+    movable = config_lib.MOVABLE
+    fields = {name: x for name, x in config_lib.fields(config) if name not in movable}
+    distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
 
 def summary(

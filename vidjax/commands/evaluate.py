@@ -61,7 +61,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
         if config_lib.within(name, TRAINED):
             raise UserError(f"evaluate trains nothing: config.{name} has no effect\nleave it out")
     common.load_definitions(args)
-    if args.place and args.runs is not None:
+    if args.coordinator and args.runs is not None:
         raise UserError(
             "--coordinator does not go with --runs: several processes evaluate one run\n"
             "leave out --coordinator, --num_processes and --process_id"
@@ -97,9 +97,8 @@ def run(args: argparse.Namespace) -> Result:
     """Ranks a split."""
     began = time.monotonic()
     config, path = settings(args)
-    from vidjax.training import dry_run, together
+    from vidjax.training import dry_run
 
-    together.check_command(args, config)
     if args.overrides and not config.join.runs:
         dry_run.check(config)
     with common.locked_folder(path) as workdir:
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> Result:
         else:
             found = find_run(config, workdir)
             data = api.load_data(config)
-            together.check_data(data)
+            common.check_same(config, data)
             results = analysis.evaluate(config, workdir, data, found, report=config.eval.report)
     return common.summary(config, workdir, results, time.monotonic() - began)
 

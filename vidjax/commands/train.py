@@ -5,7 +5,7 @@ import copy
 import time
 from pathlib import Path
 
-from vidjax import api, config_io
+from vidjax import api, config_io, distributed
 from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
@@ -55,24 +55,22 @@ def run(args: argparse.Namespace) -> Result:
     """Trains a run, resumes it, or shows the results of one that was finished before."""
     began = time.monotonic()
     config, path = settings(args)
-    from vidjax.training import dry_run, together
+    from vidjax.training import dry_run
 
-    together.check_command(args, config)
     if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
         dry_run.check(config)
         api.set_up_devices(config)
     with common.locked_folder(path) as workdir:
-        from vidjax.cluster import processes
         from vidjax.evaluation import restore
         from vidjax.run import results as results_lib
         from vidjax.training import train
 
-        results = processes.run_on_first(lambda: train.finished(workdir, config))
+        results = train.finished(workdir, config)
         finished_before = results is not None
         if results is None:
             api.set_up_devices(config)
         data = api.load_data(config)
-        together.check_data(data)
+        common.check_same(config, data)
         if results is not None:
             restore.check_data(workdir, results["trained_on"], config, data)
         else:
@@ -80,7 +78,7 @@ def run(args: argparse.Namespace) -> Result:
                 config, workdir, data, analyse=config.eval.report, command=args.line, began=began
             )
         is_lost = config.eval.report and not (workdir / results_lib.REPORT).exists()
-        if finished_before and processes.is_first() and is_lost:
+        if finished_before and distributed.is_first() and is_lost:
             from vidjax.analysis import analysis
 
             analysis.write_report(workdir)  # somebody deleted it

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.cluster.processes import WHOLE, Share
 from vidjax.errors import UserError, closest, suggest
 
 if TYPE_CHECKING:
@@ -107,6 +106,17 @@ class BatchPlan(NamedTuple):
         return self.longer if self.crop == "window" else ()
 
 
+def blocks_of(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (bucket number, [n] int indices into `bucket`) of the blocks of 1 <= n <= rows clips.
+
+    `bucket` [N] int has the bucket of each clip, -1 for a clip that is left out.
+    """
+    for number in range(bucket.max(initial=-1) + 1):
+        places = np.flatnonzero(bucket == number)
+        for at in range(0, len(places), rows):
+            yield number, places[at : at + rows]
+
+
 class ClipSource(Protocol):
     """Clips, labelled or not, that can be scored and evaluated."""
 
@@ -119,20 +129,12 @@ class ClipSource(Protocol):
         """Returns one split; ValueError for an unknown name."""
         ...
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> "Iterator[Batch]":
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> "Iterator[Batch]":
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
         The last block of a bucket is filled up with rows of batch_mask False. A clip of more than
         512 frames gives its best 512 by quality, in time order; where quality ties, the earlier
         frame is better. T depends on the plan alone, never on `rows`.
-
-        All processes yield the same number of blocks. Their i-th blocks are from the same bucket:
-        together they are one block of `rows * share.parts` rows.
-
-        Args:
-          plan: the clips, as `make_eval_plan` groups them.
-          rows: number of rows per block of this process.
-          share: which clips of every bucket this process reads, see `cluster.processes.own_blocks`.
         """
         ...
 
@@ -158,17 +160,8 @@ class TrainingData(ClipSource, Protocol):
         """Returns [N] int32, the clip indices of a split in the order in which clips are stored."""
         ...
 
-    def train_batches(
-        self, plan: BatchPlan, *, step: int = 0, share: Share = WHOLE
-    ) -> "Iterator[Batch]":
-        """Yields the batches of all steps, with the clips and windows of `order.draw`.
-
-        Args:
-          plan: the batches, from `make_batch_plan`.
-          step: the first step, from 0.
-          share: which rows of every batch this process reads. Concatenated, the rows of all
-            processes are the batch that a single process would read.
-        """
+    def train_batches(self, plan: BatchPlan, *, step: int = 0) -> "Iterator[Batch]":
+        """Yields the batches of the steps from `step` on, with the clips of `order.draw`."""
         ...
 
     def packed(

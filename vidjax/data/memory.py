@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.batch import BATCHED, Batch, Frames
-from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
-from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split
+from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, blocks_of
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
 from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
 from vidjax.data.records import padding
@@ -128,9 +127,9 @@ class MemoryClips:
         del name
         return self._split
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
-        for bucket, places in own_blocks(plan.bucket, rows, share):
+        for bucket, places in blocks_of(plan.bucket, rows):
             chosen = places.astype(np.int32)
             frames = {
                 name: self._padded(name, chosen, (rows, plan.padded_lengths[name][bucket]))

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from vidjax import devices, machine
 from vidjax.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
-from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data.clips import (
     BatchPlan,
     EvalPlan,
@@ -25,6 +24,7 @@ from vidjax.data.clips import (
     Split,
     TrainingData,
     best_frames,
+    blocks_of,
     make_eval_plan,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS
@@ -221,17 +221,16 @@ class Resident:
         """Returns one split of the dataset."""
         return self._data.split(name)
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-        Within a bucket, clips are ordered by name. Blocks of resident clips hold the rows of all
-        processes. Splits and modalities that are not resident are read from the dataset.
+        Within a bucket, clips are ordered by name. Splits and modalities that are not resident are
+        read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
-            yield from self._data.eval_batches(plan, rows=rows, share=share)
+            yield from self._data.eval_batches(plan, rows=rows)
             return
-        rows *= share.parts
-        for bucket, clips in own_blocks(plan.bucket, rows, WHOLE):
+        for bucket, clips in blocks_of(plan.bucket, rows):
             clip_index = np.pad(clips.astype(np.int32), (0, rows - len(clips)))
             batch_mask = np.arange(rows) < len(clips)
             clip_index = devices.put(clip_index, devices.by_rows(self._mesh))

@@ -223,7 +223,6 @@ def windows(
     datasets = {id(model.data): model.data for model in models}
     splits = {key: data.split(split_name) for key, data in datasets.items()}
     lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
-    share = devices.share(mesh)
     join = not any(model.system.frame_is_example for model in models)
     plans = {
         key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths, join=join)
@@ -232,8 +231,7 @@ def windows(
     for model in models:
         _check_memory(model.system, plans[id(model.data)], block_size, mesh)
     streams = [
-        data.eval_batches(plans[key], rows=block_size * mesh.size // share.parts, share=share)
-        for key, data in datasets.items()
+        data.eval_batches(plans[key], rows=block_size * mesh.size) for key, data in datasets.items()
     ]
     window: list[dict[int, Batch]] = []
     size = 0
@@ -241,7 +239,7 @@ def windows(
         for other in host[1:]:
             if not np.array_equal(*map(devices.fetch, (host[0].clip_index, other.clip_index))):
                 raise UserError("--runs: the datasets of the runs have different orders of clips")
-        batches = [devices.shard_block(mesh, batch) for batch in host]
+        batches = [devices.shard_batch(mesh, batch) for batch in host]
         window.append(dict(zip(datasets, batches, strict=True)))
         size += sum(x.nbytes for x in jax.tree.leaves(batches))
         if size >= WINDOW_BYTES or len(window) * len(batches[0].clip_index) >= rows:

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vidjax import files
-from vidjax.cluster import processes
+from vidjax import distributed, files
 from vidjax.errors import DiskError, Expected, UserError, warn
 from vidjax.run import formats
 
@@ -61,9 +60,10 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
       info: entries of the manifest, as JSON types. Its `map` decides which checkpoint is best.
     """
     folder = workdir / "checkpoints" / str(step)
-    if not processes.run_on_first(lambda: _add_info(folder, info)):
+    first = distributed.is_first()
+    if not any(distributed.largest(int(first and _add_info(folder, info)))):
         _save_new(folder, items, {"step": step, **info})
-    if processes.is_first():
+    if first:
         _drop_others(workdir)
 
 
@@ -95,12 +95,15 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         os.rename(partial, folder)
 
     try:
-        processes.run_on_first(prepare)
+        if distributed.is_first():
+            prepare()
+        distributed.barrier()
         ocp.save_checkpointables(str(partial / "state"), filled)
-        processes.barrier()
-        processes.run_on_first(commit)
+        distributed.barrier()
+        if distributed.is_first():
+            commit()
     except Exception as error:  # Orbax reports a full disk in a dozen ways
-        if processes.is_first():  # a thread of Orbax may still write there
+        if distributed.is_first():  # a thread of Orbax may still write there
             shutil.rmtree(partial.parent, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if len(reason) > 200:  # it begins with the path, which is named below
@@ -150,14 +153,6 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     """
     if prefer not in ("latest", "best"):
         raise UserError(f"config.eval.checkpoint='{prefer}': must be latest or best")
-    manifest = processes.run_on_first(lambda: _find(workdir, prefer))
-    if manifest is None:
-        return None
-    return Checkpoint(workdir / "checkpoints" / str(manifest["step"]), manifest)
-
-
-def _find(workdir: Path, prefer: str) -> dict[str, Any] | None:
-    """Returns the manifest of the checkpoint that `find` returns."""
     paths, known = folders(workdir), manifests(workdir)
     if prefer == "best" and paths and best(known) is None and len(known) == len(paths):
         raise CheckpointError(
@@ -172,7 +167,7 @@ def _find(workdir: Path, prefer: str) -> dict[str, Any] | None:
 
     for step in sorted(paths, key=rank, reverse=True):
         try:
-            return verify(paths[step], known.get(step))
+            return Checkpoint(paths[step], verify(paths[step], known.get(step)))
         except DamagedError as error:
             warn(f"checkpoint {step} is not used: {error}")
     if paths:
@@ -222,7 +217,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 def set_aside_later(workdir: Path, step: int) -> None:
     """Renames checkpoints of steps after `step`, which training will save again."""
-    for later, folder in folders(workdir).items() if processes.is_first() else ():
+    for later, folder in folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
 

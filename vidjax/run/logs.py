@@ -12,8 +12,7 @@ from typing import Any
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from vidjax import files
-from vidjax.cluster import processes
+from vidjax import distributed, files
 from vidjax.errors import warn
 
 
@@ -62,7 +61,7 @@ class Logs:
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
         self._lines: dict[str, io.FileIO] = {}
         self._events: EventFile | None = None
-        if not processes.is_first():
+        if not distributed.is_first():
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
             keep_until(workdir / name, step, evaluated=evaluated)

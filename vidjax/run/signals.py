@@ -4,10 +4,10 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
-from vidjax.cluster import processes
+from vidjax import distributed
 from vidjax.errors import Expected
 
 
@@ -15,8 +15,7 @@ class Interruption:
     """A request to stop.
 
     Attributes:
-      signum: the signal that arrived, or None. With several processes, `agree` sets it in all of
-        them once one has received a signal.
+      signum: the signal that arrived, or None. With several processes, `agree` sets it in all.
       at_once: the loop sets it to True while nothing would be lost by ending at once.
     """
 
@@ -24,7 +23,6 @@ class Interruption:
         self.signum: int | None = None
         self.at_once = False
         self._received: int | None = None
-        self._rounds = processes.Rounds()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Stores the first signal; ends the process on the second."""
@@ -32,16 +30,14 @@ class Interruption:
         if self._received is not None:
             os._exit(128 + signum)
         self._received = signum
-        if processes.process_count() == 1:
+        if distributed.count() == 1:
             self.signum = signum
 
-    def agree(self, step: int, *, save_due: bool) -> bool:
-        """Returns True if all must save a checkpoint: due in process 0, or any got a signal."""
-        rows = self._rounds.exchange(step, [self._received or 0, int(save_due)])
-        if not rows:
-            return False
-        self.signum = max(signum for signum, _ in rows) or None
-        return bool(self.signum or rows[0][1])
+    def agree(self, *, save_due: bool) -> bool:
+        """Returns True if all processes must save a checkpoint: due in one, or one got a signal."""
+        signum, due = distributed.largest(self._received or 0, int(save_due))
+        self.signum = signum or None
+        return bool(signum or due)
 
     def raise_if_asked(self, step: int) -> None:
         """Raises Interrupted if a signal arrived; `step` is the last step that was saved."""
@@ -75,21 +71,21 @@ def catch_interruption() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
-def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
+def end_on_signals() -> None:
     """Lets SIGINT and SIGTERM end this process at once, except the first in `catch_interruption`.
 
-    A thread calls `tell(signum)` and ends the process: Python runs no handler during an XLA
-    compilation, which can take minutes.
+    A thread ends the process: Python runs no handler during an XLA compilation, which can take
+    minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_on_signals, args=(reader, tell), daemon=True).start()
+    threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe
 
 
-def _end_on_signals(reader: int, tell: Callable[[int], None]) -> None:
+def _end_on_signals(reader: int) -> None:
     """Reads signals from a pipe for ever, and ends the process on one that no loop waits for."""
     stored = None
     while True:
@@ -99,6 +95,5 @@ def _end_on_signals(reader: int, tell: Callable[[int], None]) -> None:
             continue
         if interruption is None or interruption.at_once or stored is interruption:
             os.write(2, b"vidjax: stopped\n")
-            tell(signum)
             os._exit(128 + signum)
         stored = interruption

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from vidjax.cluster import processes
+from vidjax import distributed
 from vidjax.errors import printable
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
@@ -13,8 +13,8 @@ LINE_SECONDS = 10  # between two lines of progress where standard error is no te
 
 
 def is_quiet() -> bool:
-    """Returns True if TQDM_DISABLE is set, and in every process but the first."""
-    return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not processes.is_first()
+    """Returns True if TQDM_DISABLE is set, and in every process except the first."""
+    return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 
 def say(text: str) -> None:

@@ -6,8 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from vidjax import files
-from vidjax.cluster import processes
+from vidjax import distributed, files
 from vidjax.errors import UserError
 
 # What lies in a folder of features, and in no folder of a run.
@@ -19,7 +18,7 @@ DATA = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
 def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks a run's folder; after an error, removes it if it is new and still empty."""
     refuse_data(Path(path).expanduser())
-    first = processes.is_first()
+    first = distributed.is_first()
     is_new = first and not Path(path).expanduser().exists()
     workdir = files.make_folder(path)
     with files.lock(workdir) if first else contextlib.nullcontext():

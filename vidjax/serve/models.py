@@ -285,7 +285,7 @@ class RunModel(Model):
             padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
             plan = EvalPlan(request.split, modalities, bucket, padded)
             for host in data.eval_batches(plan, rows=request.block_size * run.mesh.size):
-                block = devices.shard_block(run.mesh, host)
+                block = devices.shard_batch(run.mesh, host)
                 (found,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
                 real = np.asarray(host.batch_mask)
                 places = np.asarray(host.clip_index)[real]

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices
+from vidjax import devices, distributed
 from vidjax.batch import Array, Batch, Packed
-from vidjax.cluster import processes
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import train_step
@@ -60,7 +59,7 @@ class Feed(abc.ABC):
         `step` is the number of steps done before. The `states` are donated.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
-        count = processes.allgather_ints([max(1, min(most, count))])[0][0]  # that of process 0
+        (count,) = distributed.largest(max(1, min(most, count)))
         began = time.monotonic()
         states, dispatched = self._dispatch(states, tables, step, count)
         outcomes = devices.fetch(dispatched)
@@ -111,21 +110,21 @@ class StreamingFeed(Feed):
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Takes an endless iterator of this process's share of each batch, as numpy arrays."""
-        self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
+        """Takes an endless iterator of batches, as numpy arrays."""
+        self._mesh, self._batches = mesh, batches
         super().__init__(system)
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
         self._latest: collections.deque[tuple[int, Batch]] = collections.deque(maxlen=2)
 
     def _fetch(self) -> Batch:
-        return devices.shard_batch(self._mesh, next(self._batches), self._share)
+        return devices.shard_batch(self._mesh, next(self._batches))
 
     def _dispatch(
         self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         found: list[list[Outcome]] = []
-        first, alone = time.monotonic(), self._share.parts == 1
+        first, alone = time.monotonic(), distributed.count() == 1
         for number in range(step, step + count):
             batch = self._next or self._fetch()
             self._latest.append((number, batch))

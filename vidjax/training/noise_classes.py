@@ -18,9 +18,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import devices, ensemble, files
+from vidjax import devices, distributed, ensemble, files
 from vidjax.batch import Array, Batch, NoiseLayout
-from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.models.base import ModelState, Params
@@ -74,7 +73,7 @@ def make_relabeller(
             predicted[:, wanted] = values_of(best_columns, wanted).T
         new = relabel(old, predicted, layout, keep=config.noise.keep)
         new = np.where(movable, new, old).astype(np.int32)
-        if processes.is_first():
+        if distributed.is_first():
             with files.open_log(log) as file:
                 for line in describe_moves(int(state.step), old, new, predicted):
                     files.append(file, (json.dumps(line) + "\n").encode())

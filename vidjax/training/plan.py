@@ -13,8 +13,6 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import devices, ensemble, fusion
 from vidjax.batch import Array, Batch, Frames, NoiseLayout
-from vidjax.cluster import processes
-from vidjax.cluster.processes import WHOLE
 from vidjax.config import Config
 from vidjax.data.checks import unusable
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan, select_modalities
@@ -174,8 +172,7 @@ def values_of_clips(
     `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. With a
     mesh the block is split over its devices, and all processes call this together.
     """
-    rows, share = config.eval.block_size, devices.share(mesh) if mesh else WHOLE
-    rows = rows * mesh.size // share.parts if mesh else rows
+    rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
     for name in config.data.train_splits:
         split = data.split(name)
@@ -185,8 +182,8 @@ def values_of_clips(
             continue
         found = []
         plan = make_eval_plan(split, modalities, only=own)
-        for block in data.eval_batches(plan, rows=rows, share=share):
-            batch = devices.shard_block(mesh, block) if mesh else block
+        for block in data.eval_batches(plan, rows=rows):
+            batch = devices.shard_batch(mesh, block) if mesh else block
             found.append(devices.fetch((value_of(batch), batch.clip_index, batch.batch_mask)))
         value, index, real = (np.concatenate(part) for part in zip(*found, strict=True))
         values.append(value[real][np.argsort(index[real])])
@@ -196,15 +193,10 @@ def values_of_clips(
 def _prepared(
     config: Config, data: TrainingData, task: TaskSpec, labels: np.ndarray, used: np.ndarray
 ) -> dict[str, Any] | None:
-    """Returns `TaskSpec.settings`, which the first process fits before the first step.
-
-    They are constants of compiled programs, and each machine would round them in its own way.
-    """
+    """Returns `TaskSpec.settings`, fitted before the first step; constants of compiled programs."""
     model = make_model(config.to_dict(), task)
     clips = training_clips(config, data, labels, used)
-    found: dict[str, Any] = processes.run_on_first(lambda: dict(model.prepare(clips)))
-    # JSON has made lists of tuples.
-    return {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()} or None
+    return dict(model.prepare(clips)) or None
 
 
 def training_clips(

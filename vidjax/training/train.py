@@ -18,7 +18,7 @@ from vidjax.run import results as results_lib
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
-from vidjax.training import together, training_run
+from vidjax.training import training_run
 from vidjax.training.plan import make_plan, make_schedule, repeated_clips
 from vidjax.training.training_run import TrainingRun
 
@@ -71,7 +71,6 @@ def train(
     config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
-    together.check_plan(plan)  # of several processes
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     split = config.eval.split
     system = make_system(config.to_dict(), plan.task)
@@ -118,7 +117,7 @@ def train(
                 run.log(logs)
             if run.step in schedule.relabel:
                 run.relabel()
-            asked = interruption.agree(run.step, save_due=run.is_save_due())
+            asked = interruption.agree(save_due=run.is_save_due())
             if asked or run.step in schedule.evaluate:
                 run.save()
             if run.step in schedule.evaluate:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from vidjax import config_io, devices, ensemble, files
-from vidjax.cluster import processes
+from vidjax import config_io, devices, distributed, ensemble, files
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
@@ -75,8 +74,8 @@ def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
     """Writes the files that describe a run: config, identities, members and data report."""
-    processes.barrier()  # all processes have read what is there
-    if not processes.is_first():
+    distributed.barrier()  # all processes have read what is there
+    if not distributed.is_first():
         return
     if metrics := results_lib.read_metrics(workdir):  # of this run with fewer epochs
         files.write_json(workdir / "metrics.json", {**metrics, "finished": False})
@@ -114,12 +113,11 @@ def make_feed(
     )
     layout = resident.plan_resident(data, batches, config.eval.split)
     num_drawn = plan.task.total_steps * config.batch_size
-    mode = mode or processes.run_on_first(
-        lambda: resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
-    )
-    if mode == "streaming":
+    mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+    (is_streaming,) = distributed.largest(int(mode == "streaming"))
+    if is_streaming:
         say("clips are streamed from the records")
-        stream = data.train_batches(batches, step=step, share=devices.share(mesh))
+        stream = data.train_batches(batches, step=step)
         return feed_lib.StreamingFeed(system, mesh, stream), data
     began = time.monotonic()
     clips = resident.Resident(data, layout, mesh)
@@ -195,7 +193,7 @@ class TrainingRun:
         self._relabeller = None
         if plan.task.layout:
             log = workdir / noise_classes.FILE
-            if processes.is_first():
+            if distributed.is_first():
                 keep_until(log, self.step)
             modalities, predicting = tuple(system.fuse_eval), system
             if config.noise.relabel_by == "train":
@@ -314,7 +312,7 @@ class TrainingRun:
 
     def save(self, **more: float) -> None:
         """Saves a checkpoint with `more` in its manifest; if the step has one, only adds `more`."""
-        processes.run_on_first(lambda: workdir_lib.check_there(self._workdir))
+        workdir_lib.check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, state_lib.as_items(self.state), info)
         self._last_save = time.monotonic()

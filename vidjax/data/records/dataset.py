@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import BATCHED, Batch, Packed
-from vidjax.cluster.processes import WHOLE, Share, own_places, own_rows
 from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import Origin
@@ -87,48 +86,37 @@ class Dataset:
         """Returns [N] int32, the clip index of each record of a split, in their order."""
         return self._records.splits[self.split(split).name].order
 
-    def train_batches(
-        self, plan: BatchPlan, *, step: int = 0, share: Share = WHOLE
-    ) -> Iterator[Batch]:
+    def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields batches without end; every clip comes once per epoch, see `TrainingData`.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, a negative `step`, a
-            batch that cannot be split evenly, or, while reading, damaged records.
+          ValueError: an unknown split, a split without one of the modalities, a negative `step`,
+            or, while reading, damaged records.
         """
         if step < 0:
             raise UserError(f"step={step}: must be 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
-        own_rows(plan.batch_size, share)  # refuses what cannot be split, before anything is read
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         need("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
         from vidjax.data.records import streaming
 
-        return streaming.train_batches(self._records, plan, step, share)
+        return streaming.train_batches(self._records, plan, step)
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows, see `ClipSource`.
 
         Within a bucket clips come in the order of the records: by name, except in 'train'.
 
         Raises:
           ValueError: an unknown split, a split without one of the modalities, damaged records, or
-            a clip of this process's share that did not come exactly once.
+            a clip that did not come exactly once.
         """
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
-        _, order, _, shards = self._records.splits[plan.split]
-        wanted = plan.bucket >= 0
-        if share.parts > 1:
-            # Processes together read every clip once, if the index names every clip once.
-            num_records = sum(shard.records for shard in shards)
-            times = np.bincount(order[:num_records], minlength=len(wanted))
-            _check_times(times, clips, np.ones_like(wanted), shards)
-            wanted = np.zeros_like(wanted)
-            wanted[order[own_places(plan.bucket[order], rows, share)]] = True
-        batches = padding.eval_batches(self._records, plan, rows, share)
-        return _counted(batches, clips, wanted, shards)
+        batches = padding.eval_batches(self._records, plan, rows)
+        shards = self._records.splits[plan.split].shards
+        return _counted(batches, clips, plan.bucket >= 0, shards)
 
     def packed(
         self, split: str, modalities: Sequence[str]

@@ -5,28 +5,23 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vidjax.batch import BATCHED, Batch, Frames
-from vidjax.cluster.processes import WHOLE, Share, own_blocks
-from vidjax.data.clips import EvalPlan, Modality, best_frames
+from vidjax.data.clips import EvalPlan, Modality, best_frames, blocks_of
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import ShardReader, check_changed
 
 
-def eval_batches(
-    records: Records, plan: EvalPlan, rows: int, share: Share = WHOLE
-) -> Iterator[Batch]:
-    """Yields each clip of the plan in the share once; opens only files that hold such a clip."""
+def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
+    """Yields each clip of the plan once; opens only files that hold such a clip."""
     _, order, _, shards = records.splits[plan.split]
     ends = np.cumsum([shard.records for shard in shards])
-    blocks = [*own_blocks(plan.bucket[order], rows, share)]
-    if share.parts == 1:  # each as soon as its clips are read; several processes share one order
-        blocks.sort(key=lambda block: block[1][-1])
+    # Each block comes as soon as its clips are read.
+    blocks = sorted(blocks_of(plan.bucket[order], rows), key=lambda block: block[1][-1])
     shard_of = [np.searchsorted(ends, places, side="right") for _, places in blocks]
     last = {one: block for block, found in enumerate(shard_of) for one in np.unique(found).tolist()}
     own = sorted(last)
     checked = dict(zip(own, check_changed([shards[number] for number in own]), strict=True))
     readers: dict[int, ShardReader] = {}
-    none = np.zeros(0, np.int32)
     for block, ((bucket, places), found) in enumerate(zip(blocks, shard_of, strict=True)):
         parts = []
         for shard in np.unique(found).tolist():
@@ -39,12 +34,10 @@ def eval_batches(
             modality, shape = records.modalities[name], (rows, plan.padded_lengths[name][bucket])
             lengths = [reader.lengths(name)[chosen] for reader, chosen in parts]
             read = [reader.frames(name, modality, BATCHED, chosen) for reader, chosen in parts]
-            flat = {
-                field: np.concatenate([one[field] for one in read]) for field in BATCHED if read
-            }
-            frames[name] = pad(flat, np.concatenate([none, *lengths]), shape, modality)
+            flat = {field: np.concatenate([one[field] for one in read]) for field in BATCHED}
+            frames[name] = pad(flat, np.concatenate(lengths), shape, modality)
         clip_index = [reader.clip_index[chosen] for reader, chosen in parts]
-        yield batch_of(frames, np.concatenate([none, *clip_index]), rows)
+        yield batch_of(frames, np.concatenate(clip_index), rows)
         readers = {shard: reader for shard, reader in readers.items() if last[shard] > block}
 
 

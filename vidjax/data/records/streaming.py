@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from vidjax.batch import Array, Batch, Frames
-from vidjax.cluster.processes import WHOLE, Share, own_rows
 from vidjax.data import order
 from vidjax.data.clips import BatchPlan, Modality
 from vidjax.data.records.manifest import Records, SplitRecords
@@ -34,13 +33,10 @@ AHEAD = 4  # batches that are known to tf.data before they are asked for
 READERS = 16  # records of a batch that are read at once: most wait for a file, not for a core
 
 
-def train_batches(
-    records: Records, plan: BatchPlan, step: int, share: Share = WHOLE
-) -> Iterator[Batch]:
+def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batch]:
     """Yields batches without end, see `TrainingData.train_batches`."""
     shards = check_changed([one for split in plan.splits for one in records.splits[split].shards])
-    rows = own_rows(plan.batch_size, share)
-    count = rows.stop - rows.start
+    count = plan.batch_size
     shapes = [[count], [count], [len(plan.windowed), count]]
     queue = tf.queue.FIFOQueue(AHEAD, [tf.int32, tf.int64, tf.int32], shapes)
     batches = _pipeline(records, plan, shards, queue).as_numpy_iterator()
@@ -48,7 +44,7 @@ def train_batches(
     for added in itertools.chain([AHEAD], itertools.repeat(1)):
         try:
             for values in itertools.islice(places, added):
-                queue.enqueue([value[..., rows] for value in values])
+                queue.enqueue(values)
             decoded, clip_index = next(batches)
         except (tf.errors.OpError, ValueError) as error:
             for shard in shards:

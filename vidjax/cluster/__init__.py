@@ -1,1 +1,0 @@
-"""Several processes that work on one run, over `jax.distributed`; one process is the usual case."""
