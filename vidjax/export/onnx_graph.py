@@ -9,7 +9,9 @@ uint32 is int64 modulo 2**32.
 """
 
 import ast
+import copy
 import hashlib
+import itertools
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -115,23 +117,26 @@ class Graph:
       symbols: name of a dimension -> the input and its axis that have this size.
     """
 
-    def __init__(self, outer: "Graph | None" = None):
-        """Makes a graph, or the body of a loop inside of another one."""
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.outer = outer
-        self.constants: list[onnx.TensorProto] = outer.constants if outer else []
-        self.symbols: dict[str, tuple[str, int]] = outer.symbols if outer else {}
-        self._count: list[int] = outer._count if outer else [0]
-        self.known: dict[str, Any] = outer.known if outer else {}
-        self._names: dict[tuple[str, ...], str] = outer._names if outer else {}
-        self._sizes: dict[str, str] = dict(outer._sizes) if outer else {}
+        self.constants: list[onnx.TensorProto] = []
+        self.symbols: dict[str, tuple[str, int]] = {}
+        self._numbers = itertools.count(1)
+        self.known: dict[str, Any] = {}
+        self._names: dict[tuple[str, ...], str] = {}
+        self._sizes: dict[str, str] = {}
+
+    def body(self) -> "Graph":
+        """Returns a graph for the body of a loop in this graph."""
+        inner = copy.copy(self)
+        inner.nodes, inner._sizes = [], dict(self._sizes)
+        return inner
 
     # ---- nodes
 
     def fresh(self) -> str:
         """Returns a new name."""
-        self._count[0] += 1
-        return f"v{self._count[0]}"
+        return f"v{next(self._numbers)}"
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Adds a node with one output, whose name it returns."""
@@ -686,7 +691,7 @@ def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     state, carried = x[ahead + own :], eqn.outvars
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
     (start,) = graph.run(cond.jaxpr, cond.consts, [*cond_consts, *state])
-    inner = Graph(graph)
+    inner = graph.body()
     names = [inner.fresh() for _ in carried]
     after = inner.run(body.jaxpr, body.consts, [*body_consts, *names])
     if several := len(cond.out_avals[0].shape):  # of vmap: some go on while others have ended
