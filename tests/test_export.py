@@ -351,13 +351,6 @@ def test_the_reader_orders_clips_that_are_all_but_sure_or_hopeless(members):
     assert (np.diff(logs) > 0).all()
 
 
-def test_the_page_shows_the_reader_as_it_is():
-    shown = re.search(r"<!-- reader -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    code = Path(reader.__file__).read_text()
-    assert shown and shown[1] == code
-    assert len([line for line in code.split('"""\n')[-1].splitlines() if line.strip()]) <= 30
-
-
 @pytest.mark.parametrize("share", [0.01, 0.1, 1 / 3, 0.3, 0.57, 0.7, 0.9, 0.999])
 def test_the_best_share_of_frames_is_rounded_up_exactly(share):
     lengths = np.arange(1, 200)

@@ -60,9 +60,10 @@ def write(
       sound: samples [n] from `start_s` on, `rate` a second.
       broken: the part of the packets of sound, from the first one on, that are no sound.
     """
-    pictures, stream = iter(frames), None
+    pictures = iter(frames)
+    first, stream = next(pictures, None), None
     with av.open(str(path), "w") as container:
-        if (first := next(pictures, None)) is not None:
+        if first is not None:
             stream = container.add_stream(codec, rate=Fraction(fps))
             assert isinstance(stream, av.VideoStream)
             stream.height, stream.width = first.shape[:2]
@@ -78,7 +79,7 @@ def write(
                 stream.set_display_rotation(rotation)
         heard = [] if sound is None else _sound(container, path, sound, rate, start_s, broken)
         packets = []
-        for number, picture in enumerate(chain([first], pictures) if stream else ()):
+        for number, picture in enumerate(() if first is None else chain([first], pictures)):
             container.mux(packets)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = stamps[number] if stamps else round(number * 1000 / fps)
