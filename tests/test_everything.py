@@ -16,7 +16,7 @@ from vidjax.api import load_data
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
 from vidjax.report import run_page
-from vidjax.run import checkpoint, formats
+from vidjax.run import checkpoint
 from vidjax.run import results as results_lib
 
 ROOT = Path(__file__).parent.parent
@@ -241,11 +241,11 @@ LABELLED = {"train": True, "val": True, "test": False}
         (("train", "val"), 0, {}, ""),  # no report says what there is
     ],
 )
-def test_what_is_left_to_measure(train_splits, folds, labelled, wanted):
-    splits = {n: formats.SplitCounts(modalities={}, labelled=x) for n, x in labelled.items()}
-    report = formats.DataReport(splits=splits)
+def test_what_is_left_to_measure(tmp_path, train_splits, folds, labelled, wanted):
+    splits = {name: {"labelled": known} for name, known in labelled.items()}
+    (tmp_path / "data_report.json").write_text(json.dumps({"splits": splits}))
     config = {"data": {"train_splits": train_splits}, "ensemble": {"folds": folds}}
-    found = results_lib.unmeasured(config, report)
+    found = results_lib.unmeasured(config, tmp_path)
     assert found.startswith(wanted) and bool(found) == bool(wanted)
 
 

@@ -216,13 +216,12 @@ def spoilt(value):
 def full(tmp_path_factory):
     """The files of a made-up run that has every section, and a value at every key."""
     folder = made_up(tmp_path_factory.mktemp("full") / "run")
-    data = made_runs.example(formats.DataReport, {})
     results = made_runs.example(formats.Metrics, {"command": "vidjax --config={}"})
     results |= json.loads((folder / "metrics.json").read_text())
     results["members"][0]["fold"] = "first"
     config = json.loads(config_io.to_json(config_lib.default()))
     for name, value in {
-        "metrics.json": results, "data_report.json": data, "config.json": config,
+        "metrics.json": results, "config.json": config,
     }.items():  # fmt: skip
         (folder / name).write_text(json.dumps(value))
     return run_page.load(folder)
@@ -276,7 +275,7 @@ def test_what_another_run_lacks_is_left_out(full, page):
 
 
 def test_no_text_of_a_file_is_an_element(full):
-    own = ("identities", "data", "metrics", "analysis")
+    own = ("identities", "metrics", "analysis")
     evil = {name: spoilt(getattr(full, name)) for name in own}
     evil["lines"] = [line | {"split": EVIL} for line in full.lines]
     evil["config"] = {

@@ -168,7 +168,7 @@ def _read_metrics(name: str, config: Config, path: Path, split: str, remedy: str
         raise UserError(f"'{name}' has no results on split '{split}' ({path.name})\n{remedy}")
     metrics = results_lib.load_metrics(path)
     if metrics.get("map") is None:
-        reason = results_lib.unmeasured(config.to_dict(), results_lib.read_data_report(path.parent))
+        reason = results_lib.unmeasured(config.to_dict(), path.parent)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"

@@ -31,7 +31,7 @@ from vidjax.run import checkpoint, formats, results, resume
 
 IMPORTED = (codec, check, evaluate)  # so that a test measures the reading alone
 GB = 1 << 30
-RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "data_report.json", "analysis.npz")
+RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # The files that a mode reads of a folder without checkpoints.
 READ = {
     "check": ("config.json",),
@@ -278,9 +278,7 @@ def alike(old, new):
 FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
 
 
-@pytest.mark.parametrize(
-    "kind", [formats.Metrics, formats.Analysis, formats.DataReport, formats.Manifest]
-)
+@pytest.mark.parametrize("kind", [formats.Metrics, formats.Analysis, formats.Manifest])
 def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_path, kind):
     value = made_runs.example(kind, {})
     formats.parse(tmp_path, value, kind, "REMEDY")

@@ -132,8 +132,7 @@ def _rows(
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
-        report = results_lib.read_data_report(workdir)
-        if reason := results_lib.unmeasured(config.to_dict(), report):
+        if reason := results_lib.unmeasured(config.to_dict(), workdir):
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings

@@ -122,7 +122,6 @@ def find_run(config: Config, workdir: Path) -> "FoundRun":
 
     run = restore.find_run(config, workdir)
     results_lib.read_metrics(workdir)
-    results_lib.read_data_report(workdir)
     if config.eval.report:
         results_lib.read_other_metrics(workdir)
     return run

@@ -74,12 +74,11 @@ def difference_table(
     """Returns head and rows of the table of MAP and its differences, as plain text."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
-        head += ["p", HOLM] if len(differences) > 1 else ["p"]
+        head.append(HOLM if len(differences) > 1 else "p")
     head += ["better", "worse", "equal"]
     rows = [[runs[0].name, f"{runs[0].ap.mean():.4f}", *[""] * (len(head) - 2)]]
     for run, gap in zip(runs[1:], differences, strict=True):
-        ps = [gap.p] if len(differences) == 1 else [gap.p, gap.p_holm]
-        ps = [p for p in ps if p is not None]
+        ps = [] if gap.p_holm is None else [gap.p_holm]
         rows.append(
             [
                 run.name,
@@ -178,12 +177,8 @@ def in_sample(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
-    """Returns the table for the terminal, without the uncorrected p if there is a corrected one."""
+    """Returns the table for the terminal."""
     head, rows = difference_table(runs, differences)
-    if HOLM in head:
-        uncorrected = head.index("p")
-        for row in [head, *rows]:
-            del row[uncorrected]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()

@@ -62,7 +62,6 @@ class RunFiles(NamedTuple):
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     identities: list[str]
-    data: formats.DataReport
     other_metrics: dict[str, dict[str, Any]]
     split: str
     analysed: tuple[str, ...]
@@ -122,7 +121,7 @@ def _score(run: RunFiles) -> Markup:
     if not run.values:
         return html.paragraph("The run has no results yet: there is no metrics.json.")
     if run.metrics.map is None:
-        reason = results_lib.unmeasured(run.config, run.data)
+        reason = results_lib.unmeasured(run.config, run.folder)
         words = "The split has no ground truth. Its clips are ranked, and there is no MAP."
         return html.paragraph(words + " Nothing is measured: {}." * bool(reason), reason)
     kind = run.metrics.map_kind or ""
@@ -676,7 +675,6 @@ def load(workdir: Path, other: str = "") -> RunFiles:
         config=config.to_dict(),
         lines=[] if other else results_lib.read_lines(workdir / "metrics.jsonl"),
         identities=results_lib.load_identities(identities) if files.exists(identities) else [],
-        data=results_lib.read_data_report(workdir),
         other_metrics={} if other else others,
         split=other or own,
         analysed=tuple(

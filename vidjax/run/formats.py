@@ -149,50 +149,16 @@ class Line(Struct, kw_only=True):
     map: float | None = None
 
 
-class FramesPerClip(Struct, kw_only=True):
-    """Frames per clip of a modality in a split."""
-
-    mean: float
-
-
-class ModalityCounts(Struct, kw_only=True):
-    """What was loaded and skipped of a modality in a split; `*_skipped` map a reason to a count."""
-
-    clips: Whole
-    frames: Whole
-    clips_skipped: Annotated[dict[str, Whole], TABLE]
-    frames_skipped: Annotated[dict[str, Whole], TABLE]
-    values_replaced: Annotated[dict[str, Whole], TABLE] | None = None
-    frames_seen: Whole | None = None
-    clips_seen: Whole | None = None
-    clips_without: Whole | None = None
-    missing_rate: Share | None = None
-    frames_per_clip: FramesPerClip | None = None
-
-
 class SplitCounts(Struct, kw_only=True):
-    """What was loaded of a split."""
+    """What is read of the counts of a split."""
 
-    modalities: Annotated[dict[str, ModalityCounts], TABLE]
-    clips: Whole | None = None
     labelled: bool | None = None
-    identities: Whole | None = None
-    distractors: Whole | None = None
-    unknown_clips: Whole | None = None  # of the ground truth, without a clip
-
-
-class Cropped(Struct, kw_only=True):
-    """Frames of a modality that training leaves out in an epoch."""
-
-    frames: float | None = None
 
 
 class DataReport(Struct, kw_only=True):
     """`data_report.json`."""
 
     splits: Annotated[dict[str, SplitCounts], TABLE] | None = None
-    cropped_in_an_epoch: Annotated[dict[str, Cropped], TABLE] | None = None
-    data: Data | None = None
 
 
 class Clip(Struct, kw_only=True):

@@ -150,17 +150,6 @@ def check_identities(identities: Sequence[str]) -> None:
         )
 
 
-def load_data_report(path: Path) -> formats.DataReport:
-    """Returns the content of `data_report.json`."""
-    return _load(path, formats.DataReport)[1]
-
-
-def read_data_report(workdir: Path) -> formats.DataReport:
-    """Returns the content of a run's `data_report.json`, empty where there is none."""
-    path = workdir / "data_report.json"
-    return load_data_report(path) if files.exists(path) else formats.DataReport()
-
-
 def _load(
     path: Path, kind: type[T], holds: type = dict, limit: int = files.JSON_BYTES
 ) -> tuple[Any, T]:
@@ -194,14 +183,15 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
-def unmeasured(config: Mapping[str, Any], data_report: formats.DataReport) -> str:
+def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     """Returns why no split is left to measure a run on, and the remedy; "" if one is or may be.
 
     A split can measure a run if it has a ground truth, and the run was not trained on it, or its
-    members leave clips of it out.
+    members leave clips of it out. `data_report.json` says which splits have a ground truth.
     """
-    splits = data_report.splits or {}
-    labelled = {name for name, counts in splits.items() if counts.labelled}
+    path = workdir / "data_report.json"
+    report = _load(path, formats.DataReport)[1] if files.exists(path) else formats.DataReport()
+    labelled = {name for name, counts in (report.splits or {}).items() if counts.labelled}
     trained = config.get("data", {}).get("train_splits", ())
     held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
     if held_out or not labelled or not labelled <= set(trained):
