@@ -382,24 +382,13 @@ def restore(
 
 
 def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json` if it is of `step` and of `config.json`, else {}.
-
-    Warns if it is damaged or of other settings.
-    """
+    """Returns the content of `metrics.json` if it is of `step`, else {}; warns if it is damaged."""
     try:
         results = results_lib.read_metrics(workdir)
     except ValueError as error:
         warn(f"{error}\nno score threshold is known: give one")
         return {}
-    if results.get("step") != step:
-        return {}
-    if settings := results_lib.describe_overrides(results):
-        warn(
-            f"the results of '{workdir}' are of scores with {settings[:300]}\n"
-            "no score threshold is known: give one, or evaluate the run without these"
-        )
-        return {}
-    return results
+    return results if results.get("step") == step else {}
 
 
 def as_lists(

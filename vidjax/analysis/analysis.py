@@ -211,6 +211,7 @@ def evaluate(
     The clips of `data` need not be those of the training, nor have a ground truth. `run` is that in
     the folder, None to find it. `report` also writes the analysis and the report. Scores do not
     depend on `num_devices`; None uses all. `metrics.json` keeps the metrics of the training, too.
+    If settings differ from those of the run, `metrics_<split>.json` and so on have the results.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -230,7 +231,7 @@ def evaluate(
     }
     write_results(
         workdir, run.identities, evaluation, results.training_metrics(workdir) | values,
-        own_split=trained.eval.split,
+        own_split="" if changed else trained.eval.split,
         analysed=functools.partial(analyse, models, evaluation, mesh, config) if report else None,
     )  # fmt: skip
     return values

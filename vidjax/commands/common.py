@@ -108,7 +108,7 @@ def summary(
 
     `seconds` is None for a run that was finished before.
     """
-    own_split = config_io.load_workdir(workdir).eval.split
+    own_split = "" if results.get("overrides") else config_io.load_workdir(workdir).eval.split
     paths = results_lib.paths(workdir, config.eval.split, own_split)
     found = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
     rows = _rows(config, workdir, results, seconds)

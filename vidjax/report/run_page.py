@@ -51,7 +51,7 @@ class RunFiles(NamedTuple):
     Attributes:
       lines: the lines of `metrics.jsonl`.
       identities: the names of class columns 1..C.
-      other_metrics: split -> `metrics_<split>.json`, for splits other than the run's own.
+      other_metrics: split -> `metrics_<split>.json`, of other splits or other settings.
       split: the split that the metrics and the analysis are of.
       analysed: the other splits that have an `analysis_<split>.npz`.
       metrics, values: `metrics.json` as a struct, and as a dict, with metrics that users added.
@@ -108,7 +108,7 @@ def summary(run: RunFiles) -> Markup:
     ]
     others = [_split_row(run, *item) for item in run.other_metrics.items()]
     head = ("split", "MAP@100", "kind", "clips", "report")
-    parts += [html.tables(tables), html.table("Other evaluated splits", head, others)]
+    parts += [html.tables(tables), html.table("Other evaluations", head, others)]
     if run.metrics.command:
         words = (Markup("<span>{}</span>").format(word) for word in run.metrics.command.split(" "))
         parts.append(html.paragraph("Command that repeats the run:"))
@@ -221,18 +221,16 @@ def names(run: RunFiles) -> Markup | None:
     if found is None:
         return None
     rows = [(row.clip, run.identity(row.identity), row.score) for row in found.rows]
-    own_split = run.config["eval"]["split"]
     about = (
         "The clips with the highest scores, each with the identity that suits it best. Nothing "
         "here says whether a clip shows anybody known: a gallery of this run answers unknown where "
         "it does not. "
     ) + (LOGARITHMS if run.analysis.logs else "")
-    ranking = results_lib.paths(run.folder, run.split, own_split).ranking.name
     more = html.number(found.num - len(rows))
     return Markup().join([
         html.paragraph(about),
         html.table("Clips and their best identities", ("clip", "best identity", "score"), rows),
-        html.paragraph("{} more clips are in {}, the 100 best of every identity.", more, ranking),
+        html.paragraph("The ranking has {} more clips, the 100 best of every identity.", more),
     ])  # fmt: skip
 
 
@@ -630,7 +628,7 @@ def write(workdir: Path) -> Path:
     """
     run = load(workdir)
     for split in run.analysed:
-        page = results_lib.paths(workdir, split, run.split).report
+        page = results_lib.paths(workdir, split, "").report
         files.write_text(page, _fitting(load(workdir, split)))
     files.write_text(workdir / results_lib.REPORT, _fitting(run))
     return workdir / results_lib.REPORT
@@ -666,7 +664,8 @@ def load(workdir: Path, other: str = "") -> RunFiles:
     own = str(config.eval.split)
     others = results_lib.read_other_metrics(workdir)
     values = others[other] if other else results_lib.read_metrics(workdir)
-    identities, paths = workdir / "identities.json", results_lib.paths(workdir, other or own, own)
+    identities = workdir / "identities.json"
+    paths = results_lib.paths(workdir, other or own, "" if other else own)
     analysis, arrays = formats.Analysis(), {}
     if files.exists(paths.analysis):
         analysis, arrays = results_lib.load_analysis(paths.analysis)
@@ -680,7 +679,7 @@ def load(workdir: Path, other: str = "") -> RunFiles:
         analysed=tuple(
             split
             for split in (() if other else others)
-            if files.exists(results_lib.paths(workdir, split, own).analysis)
+            if files.exists(results_lib.paths(workdir, split, "").analysis)
         ),
         metrics=formats.parse(paths.metrics, values, formats.Metrics, results_lib.REMEDY),
         values=values,
