@@ -12,7 +12,7 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, made_runs
-from vidjax import files, tables
+from vidjax import tables
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands
 from vidjax.gallery.answers import Answer
@@ -377,9 +377,9 @@ def test_a_mistake_is_told_in_three_lines(say, folder):
 def test_the_command_as_a_process(vidjax_command, folder):
     done = vidjax_command("gallery", "list", folder)
     assert done.returncode == 0 and "people      12" in done.stdout and not done.stderr
-    with files.lock(folder, "gallery"):
+    with vidjax.Gallery(folder).change():
         done = vidjax_command("gallery", "remove", folder, "--identity=1")
-    assert done.returncode == 2 and "is in use by process" in done.stderr
+    assert done.returncode == 2 and "is in use by another process" in done.stderr
     victim = folder / "gallery.sqlite"
     victim.write_bytes(victim.read_bytes()[:-1])
     done = vidjax_command("gallery", "list", folder)

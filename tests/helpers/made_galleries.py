@@ -18,7 +18,7 @@ WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
 RUN = Origin("somewhere", "0" * 64, centred=False)
 
-OF_THE_WAY = {"version": 0, "token": ""}  # facts, of how it came
+OF_THE_WAY = {"version": 0, "rows": ""}  # facts, of how it came, and of rounding
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> Clip:
@@ -94,7 +94,7 @@ def search(gallery: Gallery, parts):
 
 
 def contents(folder) -> dict[str, list]:
-    """Returns all rows but the version, the token, the sha256 with them, and coefficients."""
+    """Returns all rows but the version, the coefficients of people, and their digests."""
     with contextlib.closing(sqlite3.connect(folder / store.NAME)) as connection:
         found = {
             table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608

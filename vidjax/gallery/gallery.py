@@ -243,14 +243,11 @@ class Gallery:
             path.mkdir(mode=0o700)
         files.make_folder(path, "gallery:")
         store = Store(path, sync=sync)
-        with store.lock():
-            if files.exists(store.path):
-                raise UserError(f"'{path}' holds a gallery: name another folder")
-            if foreign := store.foreign():
-                raise UserError(
-                    f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder"
-                )
-            store.replace(_state(1, origin, backend, clips))
+        if foreign := store.foreign():
+            raise UserError(f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder")
+        store.make_file()
+        with store.lock() as transaction:
+            store.create(transaction, _state(1, origin, backend, clips))
         return cls(path, run=run, sync=sync)
 
     def __repr__(self) -> str:
@@ -391,22 +388,15 @@ class Gallery:
     # ---- changes
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[State]:
-        """Locks the folder, undoes an interrupted change, and yields the current state."""
-        with self._store.lock():
-            self._store.recover()
-            self.refresh()
-            yield self._state
-
-    @contextlib.contextmanager
     def change(self) -> Iterator[Draft]:
         """Yields a draft with the methods `add`, `remove`, `rename` and `relabel` of this class.
 
         What is done to it is written at the end, in one; after an error, nothing is. Nobody else
         can change the gallery meanwhile.
         """
-        with self._changing() as state:
-            draft = Draft(state)
+        with self._store.lock() as transaction:
+            self.refresh()
+            draft = Draft(self._state)
             yield draft
             if not draft:
                 return
@@ -415,10 +405,9 @@ class Gallery:
             if draft.refits:
                 state = _refitted(state)
             if new is None:
-                sha256 = self._store.replace(state)
+                self._state = self._store.replace(transaction, state)
             else:
-                sha256 = self._store.insert(state, new, people)
-            self._state = state._replace(sha256=sha256)
+                self._state = self._store.insert(transaction, state, new, people)
 
     def enrol(
         self,
@@ -535,7 +524,9 @@ class Gallery:
           ValueError: a model of the gallery is missing, or is another one.
         """
         origin, back_ends = origin_of_models(models)
-        with self._changing() as state:
+        with self._store.lock() as transaction:
+            self.refresh()
+            state = self._state
             was, now = state.run.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
@@ -552,7 +543,7 @@ class Gallery:
                 for name, clip in state.clips.items()
             }
             state = _state(state.version + 1, origin, wide, clips)
-            self._state = state._replace(sha256=self._store.replace(state))
+            self._state = self._store.replace(transaction, state)
         return tuple(part for part in now if part not in was)
 
     def complete(self, found: Vectors) -> set[str]:
