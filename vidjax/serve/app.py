@@ -44,7 +44,7 @@ ClipJson = Annotated[
          "optionally more of each frame, as face_quality [T]"),
 ]  # fmt: skip
 Clips = Annotated[list[ClipJson], Meta(min_length=1)]
-ModelOrVersion = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+MODEL_PATHS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 
 
 class Identify(protocol.Rule, kw_only=True):
@@ -94,12 +94,12 @@ class Application:
     def answers(self) -> list[Answer]:
         """Returns every answer; requests look at them from the first to the last."""
         return [
-            *(Answer("POST", f"{path}/infer", self.infer, protocol.Ask) for path in ModelOrVersion),
+            *(Answer("POST", f"{path}/infer", self.infer, protocol.Ask) for path in MODEL_PATHS),
             Answer("GET", "/v2", self.server),
             Answer("GET", "/v2/health/live", self.live),
             Answer("GET", "/v2/health/ready", self.is_ready),
-            *(Answer("GET", path, self.metadata) for path in ModelOrVersion),
-            *(Answer("GET", f"{path}/ready", self.is_ready) for path in ModelOrVersion),
+            *(Answer("GET", path, self.metadata) for path in MODEL_PATHS),
+            *(Answer("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
             Answer("POST", "/identify", self.identify, Identify),
             Answer("POST", "/enrol", self.enrol, Enrol),
             Answer("GET", "/identities", self.identities, query=Page),

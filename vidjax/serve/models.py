@@ -196,11 +196,9 @@ class GalleryModel(Model):
         vectors = np.concatenate(parts, axis=1)
         rows = _slices(questions)
         answers: list[list[Answer]] = [[] for _ in questions]
-        kinds = {(one.k, one.fpir, one.threshold) for one in questions}
-        for k, fpir, threshold in kinds:
+        for k, fpir, threshold in {one[1:] for one in questions}:
             own = [n for n, one in enumerate(questions) if one[1:] == (k, fpir, threshold)]
-            chosen_rule = fpir is not None or threshold is not None
-            rule = self.gallery.rule(fpir=fpir, threshold=threshold) if chosen_rule else None
+            rule = self.gallery.rule(fpir=fpir, threshold=threshold)
             chosen = np.concatenate([np.arange(rows[n].start, rows[n].stop) for n in own])
             some = self.gallery.answers([x[chosen] for x in parts], k, rule)
             for n in own:
