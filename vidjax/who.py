@@ -46,19 +46,16 @@ GROUPS = {"clip": "string", "identity": "string"}
 
 
 class Done(NamedTuple):
-    """People -> number of their clips; who of them was `found`, in `named` appearances.
+    """People -> number of their clips, all appearances in films, and the number of unknown people.
 
-    `groups` is the number of unknown people; `failed` are files that could not be read or do not
-    help, each with a remedy that was not told yet, or ""; `lines` are video, time and name of each
-    appearance.
+    `failed` are files that could not be read or do not help, each with a remedy that was not told
+    yet, or "".
     """
 
     people: dict[str, int]
-    found: set[str]
-    named: int
+    found: list[Appearance]
     groups: int
     failed: dict[str, str]
-    lines: list[tuple[str, str, str]]
 
 
 def who(
@@ -133,16 +130,7 @@ def _look(
     found, groups = _name(gallery, features, shown, before.of(shown), before.highest)
     unknown.write_numbers(out / NUMBERS, before.updated(shown, groups))  # rows without are not read
     _write(out, found, groups, shown, gallery)
-    lines = [
-        (
-            one.video,
-            f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}",
-            _told(one),
-        )
-        for one in found
-    ]
-    named = [str(one.identity) for one in found if one.probability is not None]
-    return Done(gallery.identities, {*named}, len(named), len({*groups.values()}), failed, lines)
+    return Done(gallery.identities, found, len({*groups.values()}), failed)
 
 
 def _gallery(out: Path, models: Path) -> Gallery:
@@ -317,8 +305,11 @@ def _name(
     return appearances.find(answers, films, groups), groups
 
 
-def _told(one: Appearance) -> str:
-    return f"{one.identity or 'unknown'}{f', {one.probability:.0%}' if one.probability else ''}"
+def _line(one: Appearance) -> tuple[str, str, str]:
+    """Returns video, time and name of an appearance."""
+    sure = f", {one.probability:.0%}" if one.probability else ""
+    time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
+    return one.video, time, f"{one.identity or 'unknown'}{sure}"
 
 
 def _write(
@@ -372,14 +363,15 @@ def run(args: argparse.Namespace) -> Result:
         Path(args.models).expanduser(), commands.settings_of(args),
         workers=workers, thumbnails=args.thumbnails, done=commands.tell,
     )  # fmt: skip
+    named = [one.identity for one in done.found if one.probability is not None]
     content = {
-        "out": str(out), "people": done.people, "named": done.named, "groups": done.groups,
+        "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
         "failed": [*done.failed],
     }  # fmt: skip
     few = ", ".join(sorted(done.people)[:5])
     rows = {
         "people": f"{len(done.people):,}: {few}" if few else "none",
-        "found": f"{len(done.found):,} of them, in {done.named:,} appearances",
+        "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
         "unknown": f"{done.groups:,} {'person' if done.groups == 1 else 'people'}",
         "page": str(out / PAGE),
         "table": str(out / TABLES[0]),
@@ -389,7 +381,7 @@ def run(args: argparse.Namespace) -> Result:
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
         rows["to name them"] = f"write names into {out / UNKNOWN}, and call again"
-    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
+    text = "\n".join(f"  {line}" for line in messages.aligned([*map(_line, done.found)]))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 
