@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
 
 READ = ("eval.split", "eval.checkpoint")  # fields
-VECTORS = (".parquet",)  # endings of a table of vectors
 
 
 def add_flags(parser: Parser) -> None:
@@ -53,12 +52,28 @@ def _add_flags(parser: Parser, out: str) -> None:
     parser.fields()
 
 
-def _check(args: argparse.Namespace, endings: Sequence[str]) -> list[Path]:
-    """Returns the tables of a folder, none for other clips; a mistake is a UserError."""
+def run(args: argparse.Namespace) -> Result:
+    """Ranks clips and writes the lists."""
+    return _run(args, "ranking", tables.ENDINGS, bulk.Rank, _write_ranking)
+
+
+def embed(args: argparse.Namespace) -> Result:
+    """Writes a unit vector for each clip."""
+    return _run(args, "vectors", (".parquet",), bulk.Embed, _write_vectors)
+
+
+def _run(
+    args: argparse.Namespace, kind: str, endings: Sequence[str], work: type[bulk.Work],
+    write: "Writer",
+) -> Result:  # fmt: skip
+    """Writes what a run finds: into a file, or for each table of a folder into another folder.
+
+    `kind` names the file. A mistake in the flags is a UserError before the run is restored.
+    """
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
     given = common.given_fields(args, READ)
-    found = bulk.tables_of(args.input)
+    found, out = bulk.tables_of(args.input), Path(args.out).expanduser()
     if "eval.split" in given and (found or Path(args.input).suffix == ".parquet"):
         raise UserError(
             "--config.eval.split: a table, or a folder of tables, has no splits: leave it out"
@@ -66,26 +81,16 @@ def _check(args: argparse.Namespace, endings: Sequence[str]) -> list[Path]:
     if found:
         bulk.check_out(args.out, found)
     else:
-        tables.check_new(Path(args.out).expanduser(), endings)
-    return found
-
-
-def _restored(args: argparse.Namespace) -> "Predictor":
+        tables.check_new(out, endings)
     workdir = Path(args.workdir).expanduser()
-    config = config_io.override(api.run_config(workdir), args.overrides)
+    settings = config_io.override(api.run_config(workdir), args.overrides).eval
     common.load_definitions(args)
     from vidjax import predict
 
-    return predict.restore(workdir, step=config.eval.checkpoint)
-
-
-def _write(args: argparse.Namespace, trained: "Predictor", kind: str, write: "Writer") -> Result:
-    """Writes what a run finds for clips into a file; `kind` names it."""
-    split = config_io.override(trained.config, args.overrides).eval.split
-    out = Path(args.out).expanduser()
-    clips = trained.load(
-        args.input, split if "eval.split" in common.given_fields(args, READ) else None
-    )
+    trained = predict.restore(workdir, step=settings.checkpoint)
+    if found:
+        return bulk.run(found, args.out, work(lambda: trained))
+    clips = trained.load(args.input, settings.split if "eval.split" in given else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
     written = write(out, trained, clips, progress.advance)
@@ -97,29 +102,11 @@ def _write(args: argparse.Namespace, trained: "Predictor", kind: str, write: "Wr
     return Result(content | written | numbers, rows)
 
 
-def run(args: argparse.Namespace) -> Result:
-    """Ranks clips and writes the lists."""
-    found = _check(args, tables.ENDINGS)
-    trained = _restored(args)
-    if found:
-        return bulk.run(found, args.out, bulk.Rank(lambda: trained))
-    return _write(args, trained, "ranking", _write_ranking)
-
-
 def _write_ranking(
     out: Path, trained: "Predictor", clips: "MemoryClips", advance: Callable[[int], None]
 ) -> dict[str, int]:
     tables.write_ranking(out, trained.rank(clips, advance=advance))
     return {"num_identities": len(trained.identities)}
-
-
-def embed(args: argparse.Namespace) -> Result:
-    """Writes a unit vector for each clip."""
-    found = _check(args, VECTORS)
-    trained = _restored(args)
-    if found:
-        return bulk.run(found, args.out, bulk.Embed(lambda: trained))
-    return _write(args, trained, "vectors", _write_vectors)
 
 
 def _write_vectors(
