@@ -6,6 +6,7 @@ A command is a line of COMMANDS. Its module has a function that adds the flags o
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import re
 import shlex
@@ -44,6 +45,7 @@ SLIPS = {
     "help": "vidjax --help",
     "version": "vidjax --version",
 }
+SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of
 every identity. Without a command vidjax trains; --mode=COMMAND is the same as
@@ -127,7 +129,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _command_first(words: Sequence[str]) -> list[str]:
     """Returns words that begin with a command: of `--mode=M`, or `train` if no word names one."""
-    rest, names = list(words), []
+    count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
+    rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):
         names.append(rest.pop(0))
     for word in [*rest]:
@@ -138,7 +141,7 @@ def _command_first(words: Sequence[str]) -> list[str]:
     if len({*names}) > 1:
         raise UserError(f"{' and '.join(names)}: name one command")
     if names and names[0] not in COMMANDS:
-        match = closest(names[0].lower(), COMMANDS)
+        match = closest(names[0].lower(), COMMANDS, cutoff=0.7)
         # It says what the command does: some delete data.
         hint = SLIPS.get(names[0]) or (f"{match}, which {COMMANDS[match]}" if match else None)
         hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"

@@ -80,6 +80,7 @@ WORDS = [
     Case("evalaute --workdir=run", "evaluate, which ranks a split"),
     Case("check --workdir=run evaluate", "a command comes first"),
     Case("train --mode=evaluate", "name one command"),
+    Case("--quiet evaluate", "evaluate needs --workdir"),
     Case("train", "--config=configs/mma.py"),
     Case("evaluate --workdir=run --out=o.tsv", "no flag --out"),
     Case("report --workdir=run --config.seed=1", "no flag --config.seed"),
