@@ -99,7 +99,7 @@ def test_a_command_never_shows_results_of_other_data(own, tmp_path, capsys, diff
     assert len(said.err.strip().splitlines()) - said.err.count("converting") <= 3
     if different != "train has other labels":  # the evaluated split is val
         assert main(["--mode=evaluate", f"--workdir={own}/run", words[1]]) == 2
-        assert "--mode=rank" in capsys.readouterr().err
+        assert "vidjax rank" in capsys.readouterr().err
     assert (own / "run" / "metrics.json").read_bytes() == before
     (own / "run" / "metrics.json").unlink()  # as if it was stopped
     assert command(own, words) == 2
