@@ -134,8 +134,8 @@ def named(gallery, count=300, **options):
     """Returns who is named of clips that known people and strangers show, by a rule."""
     shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(count)]
     parts = gallery.backend.split(np.stack([clip.vector for clip in shown]))
-    rule = gallery.rule(**options)
-    return [answer.identity for answer in gallery.answers(parts, 1, rule)], rule
+    answers = made_galleries.identify(gallery, parts, **options)
+    return [answer.identity for answer in answers], gallery.rule(**options)
 
 
 def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
@@ -172,12 +172,12 @@ def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     assert found == named(gallery, fpir=0.01)[0]
     vectors = np.stack([made_galleries.make_clip(70_000 + n, None).vector for n in range(1000)])
     parts = people.backend.split(vectors)
-    share = np.mean([answer.identity is not None for answer in gallery.answers(parts, 1)])
+    answers = made_galleries.identify(gallery, parts)
+    share = np.mean([answer.identity is not None for answer in answers])
     assert share < 0.03
 
 
 def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_path):
-    """A rule that was asked for before a change of the gallery is set anew."""
     clips = made_galleries.make_clips() | {
         f"s{n}": made_galleries.make_clip(9000 + n, None) for n in range(200)
     }
@@ -185,14 +185,15 @@ def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_
     people = made_galleries.make(tmp_path / "g", clips, settings=settings)
     strangers = np.stack([clips[name].vector for name in people.strangers])
     parts = people.backend.split(strangers)
-    rules = [people.rule(fpir=0.25), people.rule(), people.rule(threshold=0.5)]
+    before = people.rule(fpir=0.25)
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
-    for old in rules:
-        asked = {"threshold": 0.5} if old.by == "threshold" else {}
-        new = people.rule(**asked if old.default or asked else {"fpir": 0.25})
-        assert new.score != old.score or asked
-        wanted = [one.identity for one in people.answers(parts, 1, new)]
-        assert [one.identity for one in people.answers(parts, 1, old)] == wanted
+    rules: list[dict[str, float]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
+    for rule in rules:
+        found = made_galleries.identify(people, parts, 1, **rule)
+        assert [one.identity is not None for one in found] == [
+            bool(people.rule(**rule).names(one.score, -np.inf)) for one in found
+        ]
+    assert people.rule(fpir=0.25).score != before.score
 
 
 def test_a_list_holds_the_clips_that_identify_names(tmp_path):
@@ -206,10 +207,10 @@ def test_a_list_holds_the_clips_that_identify_names(tmp_path):
         tuple(names), dict(zip(made_galleries.WIDTHS, parts, strict=True)), (None,) * len(names)
     )
     for fpir in (0.01, 0.05, 0.2, 0.5):
-        rule = people.rule(fpir=fpir)
-        answers = zip(names, people.answers(parts, 1, rule), strict=True)
-        named = {name for name, answer in answers if answer.identity}
-        listed = {clip for pairs in people.top(shown, rule).lists().values() for clip, _ in pairs}
+        answers = people.identify(shown, 1, fpir=fpir)
+        named = {name for name, answer in answers.items() if answer.identity}
+        lists = people.top(shown, fpir=fpir).lists()
+        listed = {clip for pairs in lists.values() for clip, _ in pairs}
         assert named == listed and len(named) <= fpir * len(names)
 
 
@@ -218,7 +219,7 @@ def test_a_probability_decides_alone(tmp_path):
     shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(50)]
     parts = gallery.backend.split(np.stack([clip.vector for clip in shown]))
     for least in (1e-6, 0.3, 0.999, 1.0):
-        for answer in gallery.answers(parts, 1, gallery.rule(threshold=least)):
+        for answer in made_galleries.identify(gallery, parts, threshold=least):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
     for wrong in (0, -3.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="a probability above 0 and at most 1"):
@@ -238,11 +239,11 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, count,
     }
     front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
     gallery = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
-    found = list(gallery.answers([np.concatenate(shown[:, photos:])], 1))
+    found = made_galleries.identify(gallery, [np.concatenate(shown[:, photos:])])
     wanted = [str(person) for person in range(count) for _ in range(10)]
     assert np.mean([x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]) >= 0.95
     assert np.mean([x.identity == y for x, y in zip(found, wanted, strict=True)]) >= 0.9
-    new = gallery.answers([strangers], 1)
+    new = made_galleries.identify(gallery, [strangers])
     assert np.mean([answer.identity is not None for answer in new]) <= 0.02
 
 
@@ -253,7 +254,7 @@ def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_pa
     people.remove(identity="person 3")
     assert len(people) == 11 and "person 3" not in people
     shown = made_galleries.make_clip(700, "person 5")
-    (answer,) = people.answers(people.backend.split(shown.vector[None]), k=2)
+    (answer,) = made_galleries.identify(people, people.backend.split(shown.vector[None]), 2)
     told = json.loads(json.dumps(answer.to_dict()))
     assert told["identity"] == answer.identity and told["score"] == answer.score
     assert [one["identity"] for one in told["best"]] == [name for name, _ in answer.best]

@@ -770,7 +770,8 @@ def freeze():
         content = (people.folder / store_lib.NAME).read_bytes()
         vectors = np.stack([clip.vector for clip in people.clips.values()])
         shown = (0.6 * vectors + 0.4 * np.roll(vectors, 1, axis=0)).astype(np.float32)
-        found = list(people.answers(people.backend.split(shown), len(people.identities)))
+        parts = people.backend.split(shown)
+        found = made_galleries.identify(people, parts, len(people.identities))
         np.savez_compressed(
             FROZEN,
             sqlite=np.frombuffer(content, np.uint8),
@@ -789,7 +790,8 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
     people = Gallery(tmp_path)
     assert people.identities["Zoë Å"] == 4
     assert people.threshold(1 / 6).score == pytest.approx(float(frozen["score"]), abs=1e-6)
-    found = list(people.answers(people.backend.split(frozen["shown"]), len(people.identities)))
+    parts = people.backend.split(frozen["shown"])
+    found = made_galleries.identify(people, parts, len(people.identities))
     assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
     assert [[name for name, _ in answer.best] for answer in found] == frozen["names"].tolist()
     probabilities = [[p for _, p in answer.best] for answer in found]

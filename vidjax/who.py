@@ -296,8 +296,7 @@ def _name(
     told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
     answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
-        found = gallery.answers(list(vectors.parts.values()))
-        answers = dict(zip(vectors.names, found, strict=True))
+        answers = gallery.identify(vectors)
     for clip, name in told.items():
         answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
     nobody = {n for n, x in answers.items() if x.identity is None and n not in told}

@@ -19,9 +19,8 @@ import numpy as np
 
 from tests.benchmarks import common
 from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.answers import Rule
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
-from vidjax.gallery.gallery import Gallery
+from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.gallery.store import Clip, Origin, State, Store, group
 from vidjax.models.two_covariance import Settings
 
@@ -32,7 +31,7 @@ SETTINGS = Settings(
 TRIES = 20
 MANY = 100_000  # people from which on they have one part, and nobody is removed
 RUN = Origin("made-up", "0" * 64, centred=True)
-RULE = Rule("threshold", -1.0, False, None, "")
+THRESHOLD = 0.5
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
@@ -102,11 +101,15 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / common.MIB  # of KiB
     yield "memory of the process", f"{peak:.1f} GB"
     query = np.stack([x.vector for x in make_clips(num_parts, TRIES, rng, 5_000_000).values()])
-    parts = people.backend.split(query)
-    list(people.answers([x[:1] for x in parts], 5, RULE))  # the first answer makes tables
+    parts = dict(zip(people.backend.widths, people.backend.split(query), strict=True))
+    asked = [
+        Vectors(("query",), {part: x[n : n + 1] for part, x in parts.items()}, (None,))
+        for n in range(TRIES)
+    ]
+    people.identify(asked[0], threshold=THRESHOLD)  # the first answer makes tables
     yield (
         "identify a clip",
-        timed(lambda n: list(people.answers([x[n : n + 1] for x in parts], 5, RULE)), TRIES),
+        timed(lambda n: people.identify(asked[n], threshold=THRESHOLD), TRIES),
     )
     yield "the same as one product of numpy's", _product(people.index, query[0, :WIDTH])
     for sync in (False, True):

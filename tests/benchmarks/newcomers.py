@@ -137,7 +137,7 @@ def scores(gallery: Gallery, val: Vectors, newcomers: Sequence[str]) -> dict[str
     labels = np.array([column.get(label_of[name] or "", 0) for name in ranked.clips])
     rows = [ranked.identities.index(name) for name in newcomers]
     positives = np.bincount(labels, minlength=len(column) + 1)[1:]
-    answers = list(gallery.answers(list(val.parts.values()), k=1))
+    answers = list(gallery.identify(val, 1).values())
     best = np.array([answer.score for answer in answers])
     right = [answer.best[:1] and answer.best[0][0] == label
              for answer, label in zip(answers, val.labels, strict=True)]  # fmt: skip

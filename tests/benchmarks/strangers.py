@@ -35,7 +35,7 @@ def measure(workdir: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         gallery = Gallery.create(f"{folder}/g", run, data)
     found = gallery.embed(data, run.config.eval.split)
-    answers = list(gallery.answers(list(found.parts.values()), k=1))
+    answers = list(gallery.identify(found, 1).values())
     score = np.array([answer.score for answer in answers])
     known = np.array([label is not None for label in found.labels])
     right = np.array([

@@ -65,13 +65,13 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
         _enrol(known, vectors, first)
         asked = vectors.only({*vectors.names} - first)
         truth = np.array([name.partition("/")[0] for name in asked.names])
-        answers = [*known.answers([*asked.parts.values()], k=1)]
+        answers = [*known.identify(asked, 1).values()]
         strangers = []
         for person in people:
             gallery = Gallery.of_models(f"{folder}/without {person}", models)
             _enrol(gallery, vectors, {name for name in first if not name.startswith(f"{person}/")})
             own = vectors.only({name for name in vectors.names if name.startswith(f"{person}/")})
-            strangers.append([*gallery.answers([*own.parts.values()], k=1)])
+            strangers.append([*gallery.identify(own, 1).values()])
     best = np.array([answer.best[0][0] for answer in answers])
     right, score = best == truth, np.array([answer.score for answer in answers])
     named = np.array([answer.identity is not None for answer in answers])

@@ -10,7 +10,7 @@ import numpy as np
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import store
 from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery
+from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.gallery.store import Clip, Origin
 from vidjax.models.two_covariance import Settings
 
@@ -105,10 +105,9 @@ def contents(folder) -> dict[str, list]:
     return found | {"gallery": [json.loads(facts) | OF_THE_WAY], "person": people}
 
 
-def check_same(found: Sequence[Answer], wanted: Sequence[Answer]) -> None:
-    """Asserts that answers are equal to 1e-6."""
-    for one, other in zip(found, wanted, strict=True):
-        assert (one.identity, one.evidence) == (other.identity, other.evidence)
-        assert [name for name, _ in one.best] == [name for name, _ in other.best]
-        numbers = [[x.score, *(p for _, p in x.best)] for x in (one, other)]
-        np.testing.assert_allclose(*numbers, rtol=1e-6, atol=1e-6)
+def identify(gallery: Gallery, parts: Sequence[np.ndarray], k: int = 1, **rule) -> list[Answer]:
+    """Returns who clips show, given as vectors, M arrays [Q, D]."""
+    names = tuple(map(str, range(len(parts[0]))))
+    vectors = dict(zip(gallery.backend.widths, parts, strict=True))
+    found = Vectors(names, vectors, (None,) * len(names))
+    return list(gallery.identify(found, k, **rule).values())

@@ -345,8 +345,8 @@ def _group(args: argparse.Namespace) -> Result:
     _, vectors = _embed(args, gallery)
     nobody = set(vectors.names)
     if gallery.identities:
-        answers = gallery.answers(list(vectors.parts.values()))
-        nobody = {n for n, x in zip(vectors.names, answers, strict=True) if x.identity is None}
+        answers = gallery.identify(vectors)
+        nobody = {name for name, answer in answers.items() if answer.identity is None}
     groups = gallery.group(vectors.only(nobody))
     tables.write(out, {"clip": "string", "identity": "string"}, unknown.rows(groups), ())
     count = len({*groups.values()})
@@ -376,14 +376,12 @@ def _identify(args: argparse.Namespace) -> Result:
         tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
         films = _films(args) if out.suffix in appearances.FORMATS else None
     gallery = _opened(args)
-    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
-    (began, vectors), found = _embed(args, gallery), {}
-    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # of the gallery as it is now
+    chosen = {"fpir": args.fpir, "threshold": args.threshold}
+    gallery.rule(**chosen)  # a mistake is reported before vectors are made
+    began, vectors = _embed(args, gallery)
     with _progress("identify", len(vectors.names)) as bar:
-        answers = gallery.answers(list(vectors.parts.values()), args.k, rule)
-        for name, answer in zip(vectors.names, answers, strict=True):
-            found[name] = answer
-            bar.advance(1)
+        found = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
+    rule = gallery.rule(**chosen)
     timed = terminal.timing(began, len(found))
     named = sum(answer.identity is not None for answer in found.values())
     rows = {"clips": f"{len(found):,}", "named": f"{named:,}"}
@@ -406,9 +404,8 @@ def _by_table(
 ) -> Result:
     """Writes the results for every table of a folder into another folder."""
     bulk.check_out(args.out, found)
-    gallery = _opened(args)
-    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
-    rule = {"fpir": args.fpir, "threshold": args.threshold}
+    gallery, rule = _opened(args), {"fpir": args.fpir, "threshold": args.threshold}
+    gallery.rule(**rule)  # a mistake is reported before tables are read
     return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))
 
 
@@ -420,12 +417,12 @@ def _rank(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
-    chosen = args.fpir is not None or args.threshold is not None
-    gallery.rule(fpir=args.fpir, threshold=args.threshold)  # a mistake is told at once
+    chosen = {"fpir": args.fpir, "threshold": args.threshold}
+    rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold) if chosen else None
     with _progress("rank", len(vectors.names)) as bar:
-        ranked = gallery.top(vectors, rule, advance=bar.advance)
+        ranked = gallery.top(vectors, advance=bar.advance, **chosen)
+    rule = None if rule.default else gallery.rule(**chosen)
     timed = terminal.timing(began, len(ranked.clips))
     if out.suffix == ".txt":
         text = ranking.to_text(out, ranked.identities, ranked.clips, ranked.top)

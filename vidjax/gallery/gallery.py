@@ -609,18 +609,15 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
-        """Returns the rule by which a clip gets a name; arguments and errors as in `identify`.
-
-        Methods that take a rule set it anew on the strangers and people that they answer from.
-        """
+        """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
         answers_lib.check_choice(fpir, threshold)
+        self.refresh()
+        return self._rule(self._state, fpir, threshold)
+
+    def _rule(self, state: State, fpir: float | None, threshold: float | None) -> Rule:
         if threshold is not None:
             about = f"the probability is {100 * threshold:.3g} % or more"
             return Rule("threshold", math.log(threshold), False, None, about)
-        self.refresh()
-        return self._rule(self._state, fpir)
-
-    def _rule(self, state: State, fpir: float | None) -> Rule:
         wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(state.groups.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
             about = f"{NEW}; with {wanted} clips of strangers instead of {strangers} it would hold "
@@ -629,31 +626,29 @@ class Gallery:
         about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
         return Rule("fpir", found.score, fpir is None, found, about)
 
-    def _anew(self, state: State, rule: Rule) -> Rule:
-        """Returns a rule as the strangers of a state set it: earlier ones may be of another."""
-        if rule.by == "threshold":
-            return rule
-        return self._rule(state, None if rule.default or not rule.found else rule.found.fpir)
-
     def identify(
         self,
-        clips: AnyClips,
+        clips: AnyClips | Vectors,
         k: int = 5,
         *,
         fpir: float | None = None,
         threshold: float | None = None,
         split: str | None = None,
+        advance: Callable[[int], None] = uncounted,
     ) -> dict[str, Answer]:
         """Returns clip -> who it shows; a clip without a usable frame is unknown.
 
+        If the gallery compares by cards, nobody is named who has no part in common with the clip.
+
         Args:
-          clips, split: see the class.
+          clips, split: see the class; or the vectors of clips, which `embed` made.
           k: number of identities in `Answer.best`, at most.
           fpir: the largest share of strangers that may get a name. A clip is also unknown where
             somebody new is more probable than the best identity. None is 0.01 if the gallery has
             100 strangers or more; with fewer, only the comparison with somebody new counts.
           threshold: instead, the lowest probability at which a clip gets a name, even if somebody
             new is more probable. (The threshold of `Predictor.identify` is a logarithm.)
+          advance: is called with the number of clips that got an answer, after each.
 
         Raises:
           ValueError: nobody is enrolled, there are fewer than 1 / fpir strangers, or clips do not
@@ -662,32 +657,23 @@ class Gallery:
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
             raise UserError(f"k={k}: name 1 identity or more")
-        rule = self.rule(fpir=fpir, threshold=threshold)
-        found = self.embed(clips, split)
-        answers = self.answers(list(found.parts.values()), k, rule)
-        return dict(zip(found.names, answers, strict=True))
-
-    def answers(
-        self, parts: Sequence[np.ndarray], k: int = 5, rule: Rule | None = None
-    ) -> Iterator[Answer]:
-        """Yields who each of Q clips shows; `parts` are their vectors, M arrays [Q, D] float32.
-
-        `k` is as in `identify`. `rule` says when a clip gets a name; None for `self.rule()`. By
-        cards, nobody is named who has no part in common with the clip.
-        """
+        self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
+        found = clips if isinstance(clips, Vectors) else self.embed(clips, split)
         state = self._anybody()
-        rule = self._rule(state, None) if rule is None else self._anew(state, rule)
-        index = state.index
-        for row, (new, best) in enumerate(index.nearest(parts, k)):
+        rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
+        answers = {}
+        for row, (new, best) in enumerate(state.index.nearest(parts, k)):
             score = best[0][1] if best else -np.inf
             probabilities = np.exp([log for _, log in best]).tolist()
             shown = tuple(zip((name for name, _ in best), probabilities, strict=True))
             passes = bool(best) and rule.names(score, new)
-            compared = index.compared(best[0][0], [x[row] for x in parts]) if passes else ()
+            compared = state.index.compared(best[0][0], [x[row] for x in parts]) if passes else ()
             # By cards, a lone person of other parts is as probable as somebody new.
-            known = passes and (compared or not self.origin.cards)
-            identity = best[0][0] if known else None
-            yield Answer(identity, shown[0][1] if best else 0.0, score, shown, compared)
+            identity = best[0][0] if passes and (compared or not state.run.cards) else None
+            probability = shown[0][1] if best else 0.0
+            answers[found.names[row]] = Answer(identity, probability, score, shown, compared)
+            advance(1)
+        return answers
 
     def rank(
         self,
@@ -702,21 +688,26 @@ class Gallery:
         Identities are in the order of a submission; scores are logarithms of probabilities. With
         `fpir` or `threshold`, lists hold only clips that pass; see `identify` for the arguments.
         """
-        chosen = fpir is not None or threshold is not None
-        rule = self.rule(fpir=fpir, threshold=threshold) if chosen else None
-        return self.top(self.embed(clips, split), rule).lists()
+        self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
+        return self.top(self.embed(clips, split), fpir=fpir, threshold=threshold).lists()
 
     def top(
-        self, found: Vectors, rule: Rule | None = None, advance: Callable[[int], None] = uncounted
+        self,
+        found: Vectors,
+        *,
+        fpir: float | None = None,
+        threshold: float | None = None,
+        advance: Callable[[int], None] = uncounted,
     ) -> Ranked:
-        """Ranks, for every person, the clips of `found` that pass `rule`.
+        """Ranks the clips of `found` for every person; arguments as in `rank`.
 
         `advance` is called with the number of clips of each finished block.
         """
         from vidjax.steps import topk  # JAX, for those alone who rank
 
         state = self._anybody()
-        searched, rule = state.index, None if rule is None else self._anew(state, rule)
+        chosen = fpir is not None or threshold is not None
+        searched, rule = state.index, self._rule(state, fpir, threshold) if chosen else None
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])

@@ -192,17 +192,15 @@ class GalleryModel(Model):
     def answer_batch(self, questions: Sequence[Question]) -> list[Identified]:
         """Returns who the clips of each question show."""
         found = self.gallery.embed(_joined(questions))
-        parts = list(found.parts.values())
-        vectors = np.concatenate(parts, axis=1)
+        vectors = np.concatenate(list(found.parts.values()), axis=1)
         rows = _slices(questions)
         answers: list[list[Answer]] = [[] for _ in questions]
         for k, fpir, threshold in {one[1:] for one in questions}:
             own = [n for n, one in enumerate(questions) if one[1:] == (k, fpir, threshold)]
-            rule = self.gallery.rule(fpir=fpir, threshold=threshold)
-            chosen = np.concatenate([np.arange(rows[n].start, rows[n].stop) for n in own])
-            some = self.gallery.answers([x[chosen] for x in parts], k, rule)
+            some = found.only({name for n in own for name in found.names[rows[n]]})
+            named = self.gallery.identify(some, k, fpir=fpir, threshold=threshold)
             for n in own:
-                answers[n] = [next(some) for _ in questions[n].clips]
+                answers[n] = [named[name] for name in found.names[rows[n]]]
         return [Identified(a, vectors[r]) for a, r in zip(answers, rows, strict=True)]
 
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
