@@ -11,7 +11,6 @@ from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches
 from vidjax import predict
 from vidjax.data import arrays, memory, sources
-from vidjax.data.records.convert import records_folder
 
 DIM = 5
 GIVEN = [9.0, 7.0, 8.0]
@@ -101,7 +100,7 @@ def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, t
         lambda quality: arrays.FeatureFolder(folder, quality=quality),
         lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
     ):
-        assert records_folder(make("given"), tmp_path) != records_folder(make("norm"), tmp_path)
+        assert make("given").fingerprint() != make("norm").fingerprint()
         with pytest.raises(ValueError, match=r"config\.data\.quality is 'given' or 'norm'"):
             make("size")
 

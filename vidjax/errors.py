@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 
 class Expected(Exception):
@@ -59,10 +59,10 @@ def warn(message: str) -> None:
     warnings.warn(message, VidjaxWarning, stacklevel=3)
 
 
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+def check_choice(name: str, value: object, known: Collection[object]) -> None:
     """Raises UserError if `value` is none of the `known` values of an option."""
     if value not in known:
-        raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+        raise UserError(f"unknown {name} {value!r}; choose from {', '.join(map(str, known))}")
 
 
 @contextlib.contextmanager

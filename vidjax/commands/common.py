@@ -6,7 +6,7 @@ Functions import what they need: libraries, which take seconds, load after the f
 import argparse
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,18 +75,11 @@ def given_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
     return given
 
 
-@contextlib.contextmanager
-def locked_folder(path: Path) -> Iterator[Path]:
-    """Makes a run's folder and holds its lock, for all processes of the run."""
-    end_on_signals()
-    with workdir_lib.locked(path) as workdir:
-        yield workdir
-
-
-def end_on_signals() -> None:
-    """Lets signals end the process of a command even while a program is compiled."""
+def locked_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """Makes a run's folder and holds its lock; signals end the process even while it compiles."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
+    return workdir_lib.locked(path)
 
 
 def check_same(config: Config, data: "TrainingData") -> None:

@@ -77,11 +77,6 @@ def convert(
     return records
 
 
-def records_folder(source: RecordSource, cache_dir: str | Path | None = None) -> Path:
-    """Returns the folder of a source's records; a manifest.json in it says that they are there."""
-    return cache_folder(cache_dir, source.kind, [VERSION, source.fingerprint()])
-
-
 _LOG = logging.getLogger(__name__)
 
 
