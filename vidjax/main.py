@@ -154,44 +154,8 @@ def _command_first(words: Sequence[str]) -> list[str]:
 
 
 def load(name: str) -> Callable[[Parser], None]:
-    """Returns the function that adds the flags of a command; imports only its module."""
+    """Returns the function that adds the flags of a command; others of its kind are imported."""
     match name:
-        case "train":
-            from vidjax.commands import train
-
-            return train.add_flags
-        case "evaluate":
-            from vidjax.commands import evaluate
-
-            return evaluate.add_flags
-        case "rank":
-            from vidjax.commands import rank
-
-            return rank.add_flags
-        case "embed":
-            from vidjax.commands import rank
-
-            return rank.add_embed_flags
-        case "compare":
-            from vidjax.commands import compare
-
-            return compare.add_flags
-        case "report":
-            from vidjax.commands import evaluate
-
-            return evaluate.add_report_flags
-        case "check":
-            from vidjax.commands import check
-
-            return check.add_flags
-        case "config":
-            from vidjax.commands import config
-
-            return config.add_flags
-        case "score":
-            from vidjax import ranking
-
-            return ranking.add_flags
         case "gallery":
             from vidjax.gallery import commands
 
@@ -208,22 +172,33 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax import who
 
             return who.add_flags
-        case "serve":
-            from vidjax.commands import serve
+        case "score":
+            from vidjax import ranking
 
-            return serve.add_flags
-        case "export":
-            from vidjax.export import commands
-
-            return commands.add_export_flags
-        case "import":
-            from vidjax.export import commands
-
-            return commands.add_import_flags
-        case _:
+            return ranking.add_flags
+        case "forget":
             from vidjax import forget
 
             return forget.add_flags
+        case "export" | "import":
+            from vidjax.export import commands
+
+            export = name == "export"
+            return commands.add_export_flags if export else commands.add_import_flags
+    from vidjax.commands import check, compare, config, evaluate, rank, serve, train
+
+    of_runs = {
+        "train": train.add_flags,
+        "evaluate": evaluate.add_flags,
+        "rank": rank.add_flags,
+        "embed": rank.add_embed_flags,
+        "compare": compare.add_flags,
+        "report": evaluate.add_report_flags,
+        "check": check.add_flags,
+        "config": config.add_flags,
+        "serve": serve.add_flags,
+    }
+    return of_runs[name]
 
 
 def _hint(flag: str, args: argparse.Namespace) -> str | None:
