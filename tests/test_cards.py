@@ -85,6 +85,8 @@ def test_another_net_than_the_cards_is_refused(tmp_path):
         ({"input": {"crop": 1}}, "crop"),
         ({"back_end": {**BACK_END, "centre": [0.0] * 4}}, "centre"),
         ({"back_end": {**BACK_END, "same": [0.9, 0.0]}}, "same"),
+        ({"back_end": {**BACK_END, "same": [0.1, 0.1], "different": [0.9, 0.1]}}, "mean of same"),
+        ({"back_end": {**BACK_END, "same": [1.0, 0.1]}}, "mean of same"),
         ({"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}, "seed"),
     ],
 )

@@ -68,6 +68,10 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     pairs: tuple[Count, Count]
     data: Text
 
+    def __post_init__(self) -> None:
+        if not -1 <= self.different[0] < self.same[0] < 1:
+            raise ValueError("cosines: wanted a mean of same below 1 and above that of different")
+
 
 class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
     """The licences of the net's code and weights, and what is known of the data behind them."""
