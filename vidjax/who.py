@@ -170,7 +170,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
     try:
-        gallery.enrol_vectors(vectors._replace(labels=tuple(known[n] for n in vectors.names)))
+        gallery.enrol(vectors._replace(labels=tuple(known[n] for n in vectors.names)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     _take_out(path, known)
@@ -237,7 +237,7 @@ def _enrol(
     label = min(labels, key=lambda one: (one in others, -labels[one], one), default=name)
     new = vectors.only({*vectors.names} - same)
     if new.names:
-        gallery.enrol_vectors(new._replace(labels=(label,) * len(new.names)))
+        gallery.enrol(new._replace(labels=(label,) * len(new.names)))
     return unfit
 
 

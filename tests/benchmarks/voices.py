@@ -97,7 +97,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
 def _enrol(gallery: Gallery, vectors: Vectors, names: set[str]) -> None:
     some = vectors.only(names)
     labels = tuple(name.partition("/")[0] for name in some.names)
-    gallery.enrol_vectors(some._replace(labels=labels))
+    gallery.enrol(some._replace(labels=labels))
 
 
 def _shares(right: np.ndarray, named: np.ndarray, alarms: list[bool]) -> dict[str, float]:

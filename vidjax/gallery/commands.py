@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
     from vidjax.extract.folder import Film
-    from vidjax.gallery.changes import Draft
     from vidjax.gallery.gallery import Gallery, Vectors
 
-Done = tuple[str, Mapping[str, object]]  # what a change did, in words and for --json
-Change = Callable[["Draft"], Done]
 HELP = """\
 A gallery knows people who are enrolled, found and deleted without training.
 
@@ -104,7 +101,7 @@ def _add_enrol(parser: Parser) -> None:
     who.add_argument("--labels", metavar="FILE", help=about)
     about = "instead: the clips show strangers"
     who.add_argument("--strangers", action="store_true", help=about)
-    parser.command(_change, "G --input=PATH --identity=Ada", "G --split=val --strangers")
+    parser.command(_enrol, "G --input=PATH --identity=Ada", "G --split=val --strangers")
 
 
 def _add_identify(parser: Parser) -> None:
@@ -148,7 +145,7 @@ def _add_rename(parser: Parser) -> None:
     parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
     about = "two people are the same: makes one of them"
     parser.add_argument("--merge", action="store_true", help=about)
-    parser.command(_change, "G --identity=Adda --to=Ada")
+    parser.command(_rename, "G --identity=Adda --to=Ada")
 
 
 def _add_relabel(parser: Parser) -> None:
@@ -157,14 +154,14 @@ def _add_relabel(parser: Parser) -> None:
     who.add_argument("--identity", metavar="NAME", help="the person")
     about = "instead: it shows nobody of the gallery"
     who.add_argument("--strangers", action="store_true", help=about)
-    parser.command(_change, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
+    parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
 
 def _add_remove(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--identity", metavar="NAME", help="the person")
     what.add_argument("--clip", metavar="NAME", help="instead: the clip")
-    parser.command(_change, "G --identity=Ada")
+    parser.command(_remove, "G --identity=Ada")
 
 
 def _add_threshold(parser: Parser) -> None:
@@ -243,20 +240,21 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
     if args.input:
-        _check_models(args, gallery)
-        return gallery.load(args.input)
+        return gallery.load(_of_the_models(args, gallery))
     from vidjax import config_io
     from vidjax.api import load_data
 
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
 
-def _check_models(args: argparse.Namespace, gallery: "Gallery") -> None:
-    """Refuses features of other models than the gallery's."""
+def _of_the_models(args: argparse.Namespace, gallery: "Gallery") -> Path:
+    """Returns the path of the clips; refuses features of other models than the gallery's."""
+    path = Path(args.input).expanduser()
     if gallery.origin.cards:
         from vidjax.extract import folder
 
-        folder.check_models(Path(args.input).expanduser(), gallery.origin.cards)
+        folder.check_models(path, gallery.origin.cards)
+    return path
 
 
 def _progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
@@ -273,10 +271,10 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
         return began, gallery.embed(clips, split, advance=bar.advance)
 
 
-def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
+def _enrol(args: argparse.Namespace) -> Result:
     from vidjax.data.memory import MemoryClips, load_people
 
-    strangers = args.strangers
+    gallery, strangers = _opened(args), args.strangers
     if args.labels:
         clips, identity = _clips(args, gallery), _read_labels(Path(args.labels).expanduser())
     elif args.input and not args.identity and not strangers:
@@ -287,23 +285,18 @@ def _enrol(args: argparse.Namespace, gallery: "Gallery") -> Change:
                 "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
             )
         widths, quality = gallery.reads
-        _check_models(args, gallery)
-        clips, identity = load_people(args.input, widths, quality=quality)
+        path = _of_the_models(args, gallery)
+        clips, identity = load_people(path, widths, quality=quality)
     else:
         clips, identity = _clips(args, gallery), args.identity
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _without_crowds(Path(args.input).expanduser(), clips.names, identity)
-    shown, refused = gallery.to_enrol(clips, identity, split=args.split, strangers=strangers)
-    if refused:
+    done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
+    if refused := done.refused:
         named = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
         warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {named}")
-
-    def change(draft: "Draft") -> Done:
-        new = draft.add(shown)
-        counts = {"enrolled": new, "unchanged": len(shown) - new, "refused": refused}
-        return f"{_of(new, 'clip')}, {len(shown) - new:,} were there", counts
-
-    return change
+    told = f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"
+    return _counts(gallery, {"enrolled": told}, done.to_dict())
 
 
 def _without_crowds(
@@ -441,57 +434,28 @@ def _rank(args: argparse.Namespace) -> Result:
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
 
 
-def _remove(args: argparse.Namespace, gallery: "Gallery") -> Change:
-    del gallery
-
-    def change(draft: "Draft") -> Done:
-        count = draft.remove(identity=args.identity, clip=args.clip)
-        return _of(count, "clip"), {"removed": count}
-
-    return change
+def _remove(args: argparse.Namespace) -> Result:
+    gallery = _opened(args)
+    count = gallery.remove(identity=args.identity, clip=args.clip)
+    return _counts(gallery, {"removed": _of(count, "clip")}, {"removed": count})
 
 
-def _rename(args: argparse.Namespace, gallery: "Gallery") -> Change:
-    del gallery
-
-    def change(draft: "Draft") -> Done:
-        count = draft.rename(args.identity, args.to, merge=args.merge)
-        told = f"{args.identity} is {args.to}, with {_of(len(draft.groups[args.to]), 'clip')}"
-        return told, {"renamed": count}
-
-    return change
+def _rename(args: argparse.Namespace) -> Result:
+    gallery = _opened(args)
+    count = gallery.rename(args.identity, args.to, merge=args.merge)
+    clips = _of(gallery.identities[args.to], "clip")
+    told = f"{args.identity} is {args.to}, with {clips}"
+    return _counts(gallery, {"renamed": told}, {"renamed": count})
 
 
-def _relabel(args: argparse.Namespace, gallery: "Gallery") -> Change:
-    del gallery
-    identity = args.identity
-
-    def change(draft: "Draft") -> Done:
-        new = identity is not None and identity not in draft.groups
-        before = draft.relabel(args.clip, identity)
-        gone = before is not None and before not in draft.groups
-        told = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
-        told += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
-        return told, {"clip": args.clip, "before": before}
-
-    return change
-
-
-# Command -> a function that reads what it needs, and returns what changes a draft; the word for it.
-CHANGES: Mapping[str, tuple[Callable[[argparse.Namespace, "Gallery"], Change], str]] = {
-    "enrol": (_enrol, "enrolled"),
-    "remove": (_remove, "removed"),
-    "rename": (_rename, "renamed"),
-    "relabel": (_relabel, "relabelled"),
-}
-
-
-def _change(args: argparse.Namespace) -> Result:
-    gallery, (prepare, word) = _opened(args), CHANGES[args.command]
-    change = prepare(args, gallery)
-    with gallery.change() as draft:
-        told, content = change(draft)
-    return _counts(gallery, {word: told}, content)
+def _relabel(args: argparse.Namespace) -> Result:
+    gallery, identity = _opened(args), args.identity
+    new = identity is not None and identity not in gallery
+    before = gallery.relabel(args.clip, identity)
+    gone = before is not None and before not in gallery
+    told = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
+    told += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
+    return _counts(gallery, {"relabelled": told}, {"clip": args.clip, "before": before})
 
 
 def _list(args: argparse.Namespace) -> Result:

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from vidjax.predict import Predictor
     from vidjax.steps.topk import ScoreBlock, TopK
 
-AnyClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
+FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
+AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 256  # clips of a block of scores
 EMBED_ROWS = 32  # clips of a block of vectors
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
@@ -119,9 +120,10 @@ class UnreadableError(UserError):
 class Gallery:
     """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
 
-    Methods take `clips` as a dataset, then with the name of a `split`, or as clips in memory, see
-    `Predictor.embed`. A change raises ValueError while another process changes the gallery, and
-    OSError where it cannot be written; nothing is changed then, unless the error says so.
+    Methods take `clips` as a dataset, then with the name of a `split`; as clips in memory, see
+    `Predictor.embed`; or as the vectors that `embed` returns. A change raises ValueError while
+    another process changes the gallery, and OSError where it cannot be written. Nothing is changed
+    then.
     """
 
     def __init__(
@@ -357,7 +359,12 @@ class Gallery:
     def embed(
         self, clips: AnyClips, split: str | None = None, advance: Callable[[int], None] = uncounted
     ) -> Vectors:
-        """Returns the vectors of clips, see `embed`; by cards, the mean frames of each part."""
+        """Returns the vectors of clips, see `embed`; by cards, the mean frames of each part.
+
+        Vectors are returned as they are.
+        """
+        if isinstance(clips, Vectors):
+            return clips
         if not self.origin.cards:
             return embed(self.run, clips, split, advance)
         widths = self.backend.widths
@@ -463,13 +470,6 @@ class Gallery:
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
         return _usable(found, wanted)
-
-    def enrol_vectors(self, found: Vectors) -> Enrolment:
-        """Enrols clips given as vectors with labels; see `enrol`."""
-        wanted = [name for name, x in zip(found.names, found.labels, strict=True) if x]
-        shown, refused = _usable(found, wanted)
-        new = self.add(shown)
-        return Enrolment(new, len(shown) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors, all or none; returns how many are new.
@@ -628,7 +628,7 @@ class Gallery:
 
     def identify(
         self,
-        clips: AnyClips | Vectors,
+        clips: AnyClips,
         k: int = 5,
         *,
         fpir: float | None = None,
@@ -641,7 +641,7 @@ class Gallery:
         If the gallery compares by cards, nobody is named who has no part in common with the clip.
 
         Args:
-          clips, split: see the class; or the vectors of clips, which `embed` made.
+          clips, split: see the class.
           k: number of identities in `Answer.best`, at most.
           fpir: the largest share of strangers that may get a name. A clip is also unknown where
             somebody new is more probable than the best identity. None is 0.01 if the gallery has
@@ -658,8 +658,7 @@ class Gallery:
         if k < 1:
             raise UserError(f"k={k}: name 1 identity or more")
         self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
-        found = clips if isinstance(clips, Vectors) else self.embed(clips, split)
-        state = self._anybody()
+        found, state = self.embed(clips, split), self._anybody()
         rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
         answers = {}
         for row, (new, best) in enumerate(state.index.nearest(parts, k)):
@@ -788,7 +787,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
 
 def embed(
     run: "Predictor",
-    clips: AnyClips,
+    clips: FrameClips,
     split: str | None = None,
     advance: Callable[[int], None] = uncounted,
 ) -> Vectors:
