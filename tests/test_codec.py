@@ -1,25 +1,21 @@
 """Records: TFDS, batches and the reader without TensorFlow show what was written."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from tests.helpers.datasets import prepare
-from vidjax.batch import BATCHED
-from vidjax.data.clips import Modality, make_batch_plan
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import STORED
 from vidjax.data.records.codec import PackedFrames, tfds
-from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.manifest import Records
-from vidjax.data.records.shard_files import ShardReader, describe_shard
-from vidjax.data.records.tensors import decode_batch, parse_batch, tf, windows
+from vidjax.data.records.reader import Reader
+from vidjax.data.records.tensors import tf
 from vidjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -67,9 +63,8 @@ def raw(records: Records) -> list[bytes]:
     return [bytes(record.numpy()) for record in tf.data.TFRecordDataset(paths)]
 
 
-def test_tfds_shows_what_was_packed_and_the_fast_path_equals_it(
-    clips: Clips, records: Records
-) -> None:
+@pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
+def test_tfds_shows_what_was_packed(clips: Clips, records: Records) -> None:
     facts, in_order = records.splits["train"], tfds.ReadConfig(interleave_cycle_length=1)
     builder = tfds.builder_from_directory(records.splits["train"].shards[0].path.parent)
     shown = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=in_order)))
@@ -77,54 +72,43 @@ def test_tfds_shows_what_was_packed_and_the_fast_path_equals_it(
     assert [e["clip_index"] for e in shown] == facts.order.tolist()
     assert [e["clip"].decode() for e in shown] == [facts.clips[i] for i in facts.order]
     messages = raw(records)
-    clip_index, fields = parse_batch(tf.constant([*messages, b""]), tuple(MODALITIES))
-    assert clip_index.numpy().tolist() == [*facts.order, 0]
+    assert len(messages) == len(shown)
     for name, modality in MODALITIES.items():
-        fast = decode_batch(fields[name], modality, LONGEST, best=False)
-        fast = {field: value.numpy() for field, value in fast.items()}
-        features = fast["features"].view(modality.dtype)
-        fast["features"] = features.reshape(len(messages) + 1, LONGEST, modality.dim)
-        assert not fast["mask"][-1].any()
         nothing = random_clip(np.random.default_rng(0), 0, *modality)
-        for row, example in enumerate(shown):
+        for example in shown:
             assert set(example) == {"clip", "clip_index", "frames"}  # no label
             clip = clips[name].get(example["clip"].decode(), nothing)
-            length = len(clip.features)
-            assert fast["mask"][row].sum() == length == facts.lengths[name][example["clip_index"]]
+            assert len(clip.features) == facts.lengths[name][example["clip_index"]]
             for field in STORED:
                 packed = example["frames"][name][field]
                 assert packed.dtype == getattr(clip, field).dtype
                 np.testing.assert_array_equal(packed, getattr(clip, field))
-                if field in fast:
-                    np.testing.assert_array_equal(fast[field][row, :length], packed)
-                    assert not fast[field][row, length:].any()
-        assert set(fast) == {*STORED, "mask"} - {"box"}
 
 
-def test_every_value_without_tensorflow_is_that_of_the_message(records: Records) -> None:
-    scalars, messages = ("quality", "detection", "number"), iter(raw(records))
-    for shard in records.splits["train"].shards:
-        reader = ShardReader(shard)
-        for row in range(shard.records):
-            values = tf.train.Example.FromString(next(messages)).features.feature
-            assert [reader.clip_index[row]] == list(values["clip_index"].int64_list.value)
-            for name, modality in records.modalities.items():
-                found = reader.frames(name, modality, ("features", *scalars), slice(row, row + 1))
-                assert found["features"].dtype == modality.dtype
-                assert len(found["number"]) == reader.lengths(name)[row]
-                for field, array in found.items():
-                    (wanted,) = values[f"frames/{name}/{field}"].bytes_list.value
-                    assert array.tobytes() == wanted
-                for field in scalars:
-                    assert found[field].dtype == FRAME_FIELDS[field].dtype
-        for name, modality in records.modalities.items():
-            rows = [slice(row, row + 1) for row in range(5)]
-            together, *alone = (
-                reader.frames(name, modality, ("features", "number"), some)
-                for some in (slice(0, 5), *rows)
-            )
-            for field, array in together.items():
-                np.testing.assert_array_equal(array, np.concatenate([one[field] for one in alone]))
+@pytest.mark.parametrize("verify", [False, True])
+def test_every_value_without_tensorflow_is_that_of_the_message(
+    records: Records, verify: bool
+) -> None:
+    messages, reader = raw(records), Reader(records, ["train"])
+    places = np.random.default_rng(0).permutation(len(messages))
+    read = reader.read(places, verify=verify)
+    assert read == [messages[place] for place in places]
+    rows = [tf.train.Example.FromString(message).features.feature for message in read]
+    clip_index = [values["clip_index"].int64_list.value[0] for values in rows]
+    assert reader.clip_index[places].tolist() == clip_index
+    for name, modality in records.modalities.items():
+        length = reader.lengths[name][places]
+        first, size = np.minimum(length, 2), 5
+        whole = reader.frames(name, places, read)
+        window = reader.frames(name, places, read, first, size)
+        assert {one.dtype for one in whole["features"]} == {np.dtype(modality.dtype)}
+        for field, arrays in whole.items():
+            for row, array in enumerate(arrays):
+                assert len(array) == length[row]
+                (wanted,) = rows[row][f"frames/{name}/{field}"].bytes_list.value
+                assert array.tobytes() == wanted
+                cut = array[first[row] : first[row] + size]
+                np.testing.assert_array_equal(window[field][row], cut)
 
 
 def test_packed_frames_refuse_what_they_cannot_hold_exactly() -> None:
@@ -141,52 +125,12 @@ def test_packed_frames_refuse_what_they_cannot_hold_exactly() -> None:
         packed.encode_example({**clip, "features": clip["features"].astype(np.float32)})
 
 
-def test_a_window_is_the_frames_from_its_first_one_on() -> None:
-    frames = [np.arange(length, dtype=np.int32) for length in (10, 10, 7, 3, 0)]
-    strings = tf.constant([one.tobytes() for one in frames])
-    first = np.array([0, 3, 0, 0, 0], np.int32)
-    cut = windows(dict.fromkeys(BATCHED, strings), Modality(2, "int16"), 7, tf.constant(first))
-    for strings in cut.values():
-        for shown, at, one in zip(strings.numpy(), first, frames, strict=True):
-            np.testing.assert_array_equal(np.frombuffer(shown, np.int32), one[at : at + 7])
-
-
-def example(**fields: list[Any]) -> bytes:
-    features = {
-        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
-        if isinstance(values[0], bytes)
-        else tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-        for name, values in fields.items()
-    }
-    message = tf.train.Example(features=tf.train.Features(feature=features))
-    return message.SerializeToString(deterministic=True)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        example(clip_index=[1], other=[b"x"]),
-        example(clip_index=[1, 2], key=[b"x"]),
-        example(clip_index=[1]),
-        example(clip_index=[1], key=[b"x", b"y"]),
-        example(clip_index=[b"x"], key=[b"x"]),
-        b"",
-        b"\n\x03abc",
-        b"\n" + b"\xff" * 30,
-    ],
-)
-def test_records_that_nobody_here_wrote_are_refused(tmp_path: Path, other: bytes) -> None:
-    path = tmp_path / "kind" / "folder" / "1.0" / "a.tfrecord"
-    path.parent.mkdir(parents=True)
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        writer.write(example(clip_index=[0], key=[b"abc"]))
-        writer.write(example(clip_index=[300], key=[b"abcd" * 99]))
-    assert ShardReader(describe_shard(path, 2)).clip_index.tolist() == [0, 300]
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        writer.write(example(clip_index=[0], key=[b"abc"]))
-        writer.write(other)
-    with pytest.raises(ValueError, match=r"records of another layout\ndelete .*kind"):
-        ShardReader(describe_shard(path, 2))
+def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records: Records) -> None:
+    split = records.splits["train"]
+    lengths = {**split.lengths, "face": split.lengths["face"] + 1}
+    other = records._replace(splits={"train": split._replace(lengths=lengths)})
+    with pytest.raises(UserError, match=r"do not follow from the lengths(.|\n)*delete this folder"):
+        Reader(other, ["train"])
 
 
 @pytest.mark.slow
@@ -211,17 +155,6 @@ def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path: Path, official
         assert done.returncode == 0, done.stderr
     first, second = (tmp_path / name / "ranking.txt" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
-
-
-def test_streaming_without_tensorflow_names_the_extra(
-    records: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = Dataset(records, {"train": {}})
-    sizes = {"batch_size": 8, "max_frames": 64, "crop": "quality", "seed": 0}
-    plan = make_batch_plan([data.split("train")], ("face",), **sizes)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"streaming needs tensorflow.*vidjax\[tensorflow\].*resid"):
-        data.train_batches(plan)
 
 
 @pytest.mark.slow

@@ -28,8 +28,9 @@ from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_trut
 from tests.helpers.datasets import load_dataset, prepare
 from vidjax.batch import Batch
 from vidjax.data import clips as clips_lib
-from vidjax.data.records import manifest, padding, shard_files, streaming
+from vidjax.data.records import manifest, shard_files
 from vidjax.data.records.dataset import Dataset
+from vidjax.data.records.reader import Reader
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
@@ -394,21 +395,6 @@ def test_packed_clips_come_once_with_just_their_frames(
     assert sorted(seen) == list(range(len(dataset.split(split).clips)))
 
 
-def test_clips_that_do_not_come_once_are_an_error(found: manifest.Records, source: Path) -> None:
-    val, order = found.splits["val"], found.splits["val"].order.copy()
-    order[0] = order[1]  # the records no longer are what the index says
-    options: dict[str, Any] = {"split": "val", "modalities": ("face",)}
-    message = "did not come exactly once, such as val_0"
-    twice, fewer = (
-        label(found._replace(splits={**found.splits, "val": broken}), source)
-        for broken in (val._replace(order=order), val._replace(shards=val.shards[1:]))
-    )
-    with pytest.raises(ValueError, match=message):
-        list(fewer.packed(**options))
-    with pytest.raises(ValueError, match=r"1 of 1 clips did .* such as val_000"):
-        list(eval_batches(twice, **options, rows=4, only=np.arange(26) == 0))
-
-
 def test_mistakes_are_named_before_anything_is_read(dataset: Dataset) -> None:
     mistakes = [
         ({"splits": ("test",)}, "no split 'test' in the data, only train, val"),
@@ -460,32 +446,6 @@ def test_blocks_have_every_clip_once_and_clips_of_one_bucket(buckets: list[int],
     numbers = [number for number, _ in clips_lib.blocks_of(bucket, rows)]
     wanted = [-(-int((bucket == number).sum()) // rows) for number in range(3)]
     assert np.bincount(numbers, minlength=3).tolist() == wanted
-
-
-def test_files_without_a_clip_of_the_plan_are_not_opened(
-    copied: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    opened = []
-
-    class Spy(padding.ShardReader):
-        def __init__(self, shard: shard_files.Shard):
-            opened.append(shard.path)
-            super().__init__(shard)
-
-    monkeypatch.setattr(padding, "ShardReader", Spy)
-    records = manifest.load_index(tmp_path / "copy").splits["train"]
-    kept, others = records.shards[1:3], [records.shards[0], *records.shards[3:]]
-    first = records.shards[0].records
-    only = np.zeros(len(copied.split("train").clips), bool)
-    only[records.order[first : first + sum(shard.records for shard in kept)]] = True
-    for shard in others:
-        shard.path.rename(f"{shard.path}.away")
-    plan = clips_lib.make_eval_plan(copied.split("train"), ("face",), only=only)
-    list(copied.eval_batches(plan, rows=4))
-    assert sorted(opened) == [shard.path for shard in kept]  # once, with clips of all buckets
-
-
-# Training.
 
 
 def location(data: Dataset, records: manifest.SplitRecords, clip: int) -> tuple[int, int]:
@@ -573,11 +533,11 @@ def test_places_of_records_follow_from_lengths_of_clips(dataset: Dataset) -> Non
         modalities=("face",),
     )
     shards = [one for name in plan.splits for one in dataset._records.splits[name].shards]
-    shard, start = streaming._find_records(dataset._records, plan, shards)
+    reader = Reader(dataset._records, plan.splits)
     orders = dataset.order("val"), 26 + dataset.order("train")
+    assert reader.clip_index.tolist() == np.concatenate(orders).tolist()
     wanted = [(number, at) for number, one in enumerate(shards) for at, _ in places(one)]
-    for clip, place in zip(np.concatenate(orders).tolist(), wanted, strict=True):
-        assert (shard[clip], start[clip]) == place
+    assert [*zip(reader._shard, reader._start - shard_files.HEADER, strict=True)] == wanted
 
 
 @pytest.mark.parametrize("part", ["length", "sum of the length", "content", "sum of the content"])

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.batch import BATCHED, Batch, Frames
-from vidjax.data import iqiyi_vid
+from vidjax.data import iqiyi_vid, padding
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, blocks_of
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
 from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
-from vidjax.data.records import padding
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import show
 from vidjax.errors import NoFileError, UserError, closest, warn
@@ -161,19 +160,16 @@ class MemoryClips:
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
         """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
-        if modality not in self._packed:
-            none = Modality(self._widths[modality], "float32")
-            return padding.pad({}, np.zeros(len(clips), np.int32), shape, none)
-        flat, lengths = self._packed[modality], self._split.lengths[modality][clips]
-        first = self._starts[modality][clips] - (np.cumsum(lengths) - lengths)
-        index = np.repeat(first, lengths) + np.arange(lengths.sum())
-        if (lengths > shape[1]).any():  # before features are gathered
-            kept = padding.best_of_clips(flat.frames["quality"][index], lengths, shape[1])
-            index, lengths = index[kept], np.minimum(lengths, shape[1])
-        frames = {name: flat.frames[name][index] for name in BATCHED}
-        # Without a frame, the features have no width.
-        kind = Modality(self._widths[modality], flat.features.dtype.name)
-        return padding.pad(frames if len(index) else {}, lengths, shape, kind)
+        frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
+        flat, dtype = self._packed.get(modality), "float16"
+        if flat is not None and len(flat.features):  # else the features have no width
+            dtype = flat.features.dtype.name
+            fields = {name: flat.frames[name] for name in BATCHED}
+            start, length = self._starts[modality][clips], self._split.lengths[modality][clips]
+            for first, count in zip(start.tolist(), length.tolist(), strict=True):
+                for name, values in fields.items():
+                    frames[name].append(values[first : first + count])
+        return padding.pad(frames, shape, Modality(self._widths[modality], dtype))
 
 
 def _select(

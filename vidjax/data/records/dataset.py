@@ -1,23 +1,21 @@
-"""Converted clips with their labels: streamed batch by batch, or read as a whole.
+"""Converted clips with their labels: streamed batch by batch, or read as a whole."""
 
-TensorFlow is imported only where batches are streamed.
-"""
-
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vidjax.batch import BATCHED, Batch, Packed
+from vidjax.batch import Batch, Packed
 from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import Origin
 from vidjax.data.labels import Truth
-from vidjax.data.records import padding
+from vidjax.data.records import streaming
 from vidjax.data.records.manifest import Records, SplitRecords
+from vidjax.data.records.reader import Reader, eval_batches
 from vidjax.data.records.report import digest_data, label_records
-from vidjax.data.records.shard_files import Shard, ShardReader, check_changed, check_shard
-from vidjax.errors import UserError, need, warn
+from vidjax.errors import UserError
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
 
@@ -59,7 +57,7 @@ class Dataset:
             *transposed(lengths, widths),
             *equal_quality(self.report, list(self.modalities)),
         ):
-            warn(problem)
+            warnings.warn(problem, stacklevel=2)
 
     def __repr__(self) -> str:
         clips = ", ".join(f"{name} {len(one.clips):,} clips" for name, one in self._splits.items())
@@ -97,10 +95,6 @@ class Dataset:
             raise UserError(f"step={step}: must be 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
-        resident = "choose --config.data.mode=resident if the clips fit into the memory"
-        need("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
-        from vidjax.data.records import streaming
-
         return streaming.train_batches(self._records, plan, step)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
@@ -109,14 +103,10 @@ class Dataset:
         Within a bucket clips come in the order of the records: by name, except in 'train'.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, damaged records, or
-            a clip that did not come exactly once.
+          ValueError: an unknown split, a split without one of the modalities, or damaged records.
         """
-        clips = self.split(plan.split)
-        check_modalities(clips, plan.modalities)
-        batches = padding.eval_batches(self._records, plan, rows)
-        shards = self._records.splits[plan.split].shards
-        return _counted(batches, clips, plan.bucket >= 0, shards)
+        check_modalities(self.split(plan.split), plan.modalities)
+        return eval_batches(self._records, plan, rows)
 
     def packed(
         self, split: str, modalities: Sequence[str]
@@ -126,28 +116,19 @@ class Dataset:
         Every clip of the split comes once, with all its frames, in the order of the records.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, damaged records, or a
-            clip that did not come exactly once.
+          ValueError: an unknown split, a split without one of the modalities, or damaged records.
         """
-        clips = self.split(split)
-        check_modalities(clips, modalities)
-        shards = self._records.splits[split].shards
-
-        times = np.zeros(len(clips.clips), np.int64)
-        for shard in check_changed(shards):
-            reader = ShardReader(shard)
-            for first in range(0, shard.records, PACKED_CLIPS):
-                rows = slice(first, first + PACKED_CLIPS)
-                clip_index = reader.clip_index[rows]
-                np.add.at(times, clip_index, 1)
-                frames = {}
-                for name in modalities:
-                    fields = reader.frames(name, self.modalities[name], BATCHED, rows)
-                    length = reader.lengths(name)[rows]
-                    start = np.cumsum(length, dtype=np.int32) - length
-                    frames[name] = Packed(**fields, start=start, length=length)
-                yield clip_index, frames
-        _check_times(times, clips, np.ones(len(times), bool), shards)
+        check_modalities(self.split(split), modalities)
+        reader = Reader(self._records, [split])
+        for first in range(0, len(reader.clip_index), PACKED_CLIPS):
+            places = np.arange(first, min(first + PACKED_CLIPS, len(reader.clip_index)))
+            messages, packed = reader.read(places, verify=True), {}
+            for name in modalities:
+                frames, length = reader.frames(name, places, messages), reader.lengths[name][places]
+                fields = {field: np.concatenate(some) for field, some in frames.items()}
+                start = np.cumsum(length, dtype=np.int32) - length
+                packed[name] = Packed(**fields, start=start, length=length)
+            yield reader.clip_index[places], packed
 
 
 def _warn_of_gaps(
@@ -159,35 +140,11 @@ def _warn_of_gaps(
     """Warns of modalities that a split lacks, and of frames that were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
-        warn(f"{name}: no file of {', '.join(absent)}")
+        warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=3)
     for modality, counts in report.items():
         if dropped := counts["frames_skipped"].get("non_finite"):
-            warn(
+            warnings.warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN, an Inf or a value beyond float32: left out"
+                "feature with a NaN, an Inf or a value beyond float32: left out",
+                stacklevel=3,
             )
-
-
-def _counted(
-    batches: Iterator[Batch], split: Split, wanted: np.ndarray, shards: Sequence[Shard]
-) -> Iterator[Batch]:
-    """Yields the batches; ValueError at the end unless each clip of `wanted` came exactly once."""
-    times = np.zeros(len(split.clips), np.int64)
-    for batch in batches:
-        np.add.at(times, batch.clip_index[batch.batch_mask], 1)
-        yield batch
-    _check_times(times, split, wanted, shards)
-
-
-def _check_times(
-    times: np.ndarray, split: Split, wanted: np.ndarray, shards: Sequence[Shard]
-) -> None:
-    """Raises ValueError unless `times` [N] is 1 for every clip of `wanted` [N] bool, else 0."""
-    wrong = np.flatnonzero(times != wanted)
-    if wrong.size:
-        for shard in shards:
-            check_shard(shard)
-        raise UserError(
-            f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come exactly "
-            f"once, such as {split.clips[wrong[0]]}"
-        )

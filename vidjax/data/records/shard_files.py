@@ -1,16 +1,13 @@
 """Reads and writes shards without TensorFlow: its import takes longer than reading most datasets.
 
-All records have the same keys in the same order (`encode` sorts them), so each key is found in all
-of them at once. The sha256 of the file is compared with the manifest.
+All records have the same keys in the same order (`encode` sorts them), so the place of each value
+follows from the lengths of the values (`layout`).
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.
 """
 
-import contextlib
 import functools
-import hashlib
-import io
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -101,159 +98,10 @@ def _count_intact(path: Path) -> tuple[int, bool]:
             if len(header) < HEADER or left < 0 or size < SUM:
                 return count, False
             record = file.read(size + SUM)
-            if masked_sum(header[:8]) != header[8:] or masked_sum(record[:size]) != record[size:]:
+            if header != header_of(size) or masked_sum(record[:size]) != record[size:]:
                 return count, False
             count += 1
     return count, True
-
-
-class Spans(NamedTuple):
-    """Where records, or the values of a key, lie in a file: first byte and length, [N] int64."""
-
-    start: np.ndarray
-    size: np.ndarray
-
-
-class ShardReader:
-    """Knows where all values of a shard lie, and reads any of them; `clip_index` is [N] int32.
-
-    No file stays open: there may be more shards than a process may open files. None is mapped into
-    memory: a process is killed if a file that it has mapped is truncated.
-    """
-
-    def __init__(self, shard: Shard):
-        """Reads the file and finds all values; ValueError if it is not the one that was written."""
-        self._shard = shard
-        content, self._state = _read_whole(shard)
-        starts, sizes = _records(content, shard.records)
-        try:
-            self._values = _find(content, starts, sizes)
-            first, size = self._values["clip_index"]
-            index, end = _read_varints(content, first)
-            _expect(bool((end == first + size).all()))
-        except (IndexError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{shard.path}: records of another layout\n"
-                f"delete {shard.path.parents[DEPTH - 1]} to convert again"
-            ) from error
-        self.clip_index = index.astype(np.int32)
-
-    def lengths(self, modality: str) -> np.ndarray:
-        """Returns the number of frames of each record, [N] int32."""
-        size = self._values[f"frames/{modality}/number"].size
-        return (size // np.dtype(FRAME_FIELDS["number"].dtype).itemsize).astype(np.int32)
-
-    def frames(
-        self, name: str, modality: Modality, fields: Sequence[str], rows: slice | np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Returns field -> the frames of some records, concatenated: features [F, D], others [F].
-
-        `rows` are the records, a slice or [n] int. Not for `box`, of four numbers per frame.
-        """
-        values = [self._values[f"frames/{name}/{field}"] for field in fields]
-        starts = np.array([one.start[rows] for one in values])  # [fields, records]
-        sizes = np.array([one.size[rows] for one in values])
-        first, end = starts.min(0), (starts + sizes).max(0)
-        flat, place = self._spans(first, end - first)
-        found = {}
-        for field, start, size in zip(fields, starts - first + place, sizes, strict=True):
-            pairs = zip(start.tolist(), size.tolist(), strict=True)
-            one = np.concatenate([flat[at : at + count] for at, count in pairs])
-            if field == "features":
-                found[field] = one.view(modality.dtype).reshape(-1, modality.dim)
-            else:
-                found[field] = one.view(FRAME_FIELDS[field].dtype)
-        return found
-
-    def _spans(self, first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the bytes of n spans of the file, concatenated, and where each begins in them."""
-        ends = np.cumsum(size)
-        flat = np.empty(int(ends[-1]), np.uint8)
-        place = ends - size
-        with files.open_regular(self._shard.path) as file:
-            spans = zip(first.tolist(), place.tolist(), ends.tolist(), strict=True)
-            whole = all(
-                os.preadv(file.fileno(), [flat.data[start:end]], at) == end - start
-                for at, start, end in spans
-            )
-            if not whole or _state(file) != self._state:
-                raise UserError(f"{self._shard.path}: changed while it was read")
-        return flat, place
-
-
-def _read_whole(shard: Shard) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Returns a shard's bytes, [n] uint8, and its `_state`; ValueError unless it is as written."""
-    with contextlib.suppress(FileNotFoundError), files.open_regular(shard.path) as file:
-        state, size = _state(file), 0
-        content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-        while size < len(content) and (count := file.readinto(content.data[size:])):
-            size += count
-        is_whole = size == shard.size and not file.read(1)
-        if is_whole and hashlib.sha256(content.data).hexdigest() == shard.sha256:
-            return content, state
-    check_shard(shard)  # names the record
-    raise UserError(f"{shard.path}: changed while it was read")
-
-
-def _state(file: io.FileIO) -> tuple[int, ...]:
-    """Returns what changes when a byte of a file is written or the file is replaced."""
-    stat = os.fstat(file.fileno())
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _records(content: np.ndarray, num_records: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns first byte and number of bytes of every record, [N] int64 each."""
-    starts, sizes, at = [], [], 0
-    for _ in range(num_records):
-        (size,) = struct.unpack_from("<Q", content.data, at)
-        starts.append(at + 12)  # behind the length and its checksum
-        sizes.append(size)
-        at += size + FRAMING
-    return np.array(starts, np.int64), np.array(sizes, np.int64)
-
-
-def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, Spans]:
-    """Returns key -> where its values lie, in N `Example`s at `starts` of `sizes` [N] int64."""
-    values: dict[str, Spans] = {}
-    at, end = _message(content, starts, FIRST)  # Features
-    _expect(bool((end == starts + sizes).all()))
-    while (at < end).any():
-        entry, after = _message(content, at, FIRST)  # an entry of the map
-        key_at, value_at = _message(content, entry, FIRST)
-        letters = content[key_at[:, None] + np.arange(int(value_at[0] - key_at[0]))]
-        _expect(bool((value_at - key_at == letters.shape[1]).all()))
-        _expect(bool((letters == letters[0]).all()))
-        feature, feature_end = _message(content, value_at, SECOND)
-        kind = int(content[feature[0]])
-        _expect(kind in (BYTES_LIST, INT64_LIST) and bool((feature_end == after).all()))
-        one, one_end = _message(content, feature, kind)  # a list of one value
-        start, stop = _message(content, one, FIRST)
-        _expect(bool((one_end == after).all() and (stop == after).all()))
-        values[letters[0].tobytes().decode()] = Spans(start, stop - start)
-        at = after
-    return values
-
-
-def _message(content: np.ndarray, at: np.ndarray, tag: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns first and last + 1 byte of the content of N message fields that begin at `at` [N]."""
-    _expect(bool((content[at] == tag).all()))
-    size, first = _read_varints(content, at + 1)
-    return first, first + size
-
-
-def _read_varints(content: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns N numbers stored as varints at bytes `at` [N], and [N] the byte after each."""
-    value, shift, more = np.zeros_like(at), 0, np.ones(len(at), bool)
-    while more.any():
-        byte = np.where(more, content[at], 0).astype(np.int64)
-        value |= (byte & 0x7F) << shift
-        at, more, shift = at + more, more & (byte > 0x7F), shift + 7
-    return value, at
-
-
-def _expect(condition: bool) -> None:
-    if not condition:
-        raise UserError("not what `encode` writes")
 
 
 HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
@@ -262,8 +110,13 @@ SUM = 4  # bytes behind it: its checksum
 
 def framed(content: bytes) -> bytes:
     """Returns a message as a record of a TFRecord file: length, checksum, message, checksum."""
-    size = struct.pack("<Q", len(content))
-    return b"".join([size, masked_sum(size), content, masked_sum(content)])
+    return b"".join([header_of(len(content)), content, masked_sum(content)])
+
+
+def header_of(size: int) -> bytes:
+    """Returns what precedes a message of `size` bytes: the size and its checksum."""
+    packed = struct.pack("<Q", size)
+    return packed + masked_sum(packed)
 
 
 def masked_sum(content: bytes) -> bytes:
@@ -282,7 +135,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
     numbers must not be negative.
     """
     parts = []
-    for key in sorted(values, key=lambda key: f"{key}\U0010ffff"):
+    for key in sorted(values, key=_sorting):
         value = values[key]
         kind, content = (
             (FIRST_TAG, value) if isinstance(value, bytes) else (THIRD_TAG, _varint(value))
@@ -300,13 +153,22 @@ def frame_bytes(modality: Modality) -> dict[str, int]:
     return sizes
 
 
-def encoded_size(sizes: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns [N] int64, the bytes of messages by `encode`; `sizes` [N] are those of the values."""
-    entries = []
-    for key, size in sizes.items():
-        value = _field_size(_field_size(_field_size(size)))  # in a list, in a feature, in its entry
-        entries.append(_field_size(_field_size(np.array(len(key.encode()))) + value))
-    return _field_size(np.sum(entries, axis=0))
+def layout(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns key -> first byte of its value in messages by `encode`, and the bytes of messages.
+
+    `sizes` and all results are [N] int64; `sizes` are the bytes of the values of N messages.
+    """
+    ends, end = {}, np.zeros(1, np.int64)
+    for key in sorted(sizes, key=_sorting):
+        value = _field_size(_field_size(_field_size(sizes[key])))  # in a list, a feature, its entry
+        end = end + _field_size(_field_size(np.array(len(key.encode()))) + value)
+        ends[key] = end  # an entry ends with its value
+    total = _field_size(end)
+    return {key: total - end + at - sizes[key] for key, at in ends.items()}, total
+
+
+def _sorting(key: str) -> str:
+    return f"{key}\U0010ffff"
 
 
 def _field_size(size: np.ndarray) -> np.ndarray:
