@@ -5,8 +5,6 @@ neither TensorFlow nor a dataset.
 """
 
 import argparse
-import ctypes
-import gc
 import math
 import os
 import resource
@@ -120,20 +118,17 @@ def make_run(
     batch_size: int,
     num_identities: int,
     num_clips: int | None = None,
-    settings: Mapping[str, float] | None = None,
-    abstract: bool = False,
 ) -> Run:
     """Returns the system of a configuration on as many clips as there are in four batches.
 
-    `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE. `settings` are what
-    the model has fitted. `abstract` is True for shapes and dtypes in place of the state.
+    `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE.
     """
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])
     num_clips = num_clips or 4 * batch_size
     modalities = dict.fromkeys(config.modalities, DIM)
-    sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True, settings)
+    sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)
     system = make_system(config.to_dict(), sizes)
     members = ensemble.make_members(config.ensemble.to_dict())
     labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
@@ -143,9 +138,7 @@ def make_run(
         rngs = ensemble.make_rngs(members, config.seed)
         return state_lib.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
 
-    state: Any = jax.eval_shape(init)
-    if not abstract:
-        state = state_lib.make_state(init, system.tx, devices.replicated(mesh))
+    state: Any = state_lib.make_state(init, system.tx, devices.replicated(mesh))
     tables = state_lib.make_tables(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
@@ -282,21 +275,6 @@ def peak_bytes() -> int:
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def memory_added(function: Callable[[], Any]) -> tuple[int, int]:
-    """Returns the memory of the process before a call, and how much more its peak is (Linux)."""
-
-    def read(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again, unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = read("VmRSS:")
-    function()
-    return before, read("VmHWM:") - before
 
 
 # Those that products in bfloat16 depend on.

@@ -1,15 +1,12 @@
 """Rate of an evaluation: forward pass over all clips and the exact top 100 of every identity.
 
     python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
-        [--peer] [--rounds=3] [--growth] [--published]
+        [--peer] [--rounds=3] [--published]
 
 Clips are made up and resident. The whole is `vidjax.evaluation.scoring.score`, with MAP and the
 open-set figures; the forward pass is the same blocks without a ranking. With `--peer` the same net
 in PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
-blocks that lie in memory. All take turns in one process. `--growth` shows time and memory for other
-numbers of clips and identities, each in a process of its own, beside the memory that is expected:
-that of the scores of HELD windows and REST. What glibc keeps besides, as it breaks up its heap, is
-not counted: there large arrays are mapped by themselves.
+blocks that lie in memory. All take turns in one process.
 
 `--published` times the nets of the two publications that tell how long their test takes, at the
 official number of identities, on a sample of clips of 30 frames on average. `--clips` should be
@@ -20,7 +17,6 @@ many times `--block_size`, since the last block of each length is filled up.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,8 +33,6 @@ from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.steps import eval_step as eval_step_lib
 
-HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
-REST = 32 * common.MIB
 TESTED = 80_000  # clips of the official test, of which a publication speaks
 TESTS = {  # what a publication times -> one of its nets, and how many there are
     "R31: merged frames": ("residual_dense.py:published,iqiyi_vid,face,one", 3),
@@ -173,24 +167,6 @@ def benchmark(args: argparse.Namespace) -> None:
     common.write_table(["", "ratio"], rows)
 
 
-def grow(args: argparse.Namespace) -> None:
-    """Writes time and memory for growing numbers of clips and of identities."""
-    rows = []
-    sizes = [(clips, args.num_identities) for clips in (10_000, 40_000, 160_000)]
-    sizes += [(10_000, identities) for identities in (1_000, 10_000, 100_000)]
-    for clips, identities in sizes:
-        words = [f"--net={args.net}", f"--clips={clips}", f"--num_identities={identities}", "--one"]
-        variables = {"MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
-        said = common.run_again("evaluation", *words, **variables)
-        seconds, before, added = map(float, said.split()[-3:])
-        expected = REST + HELD * scoring.WINDOW_ROWS * 4 * identities
-        sizes_of = (f"{x / common.MIB:,.0f}" for x in (before, added, expected))
-        rows.append([f"{clips:,}", f"{identities:,}", f"{1e6 * seconds / clips:.0f}", *sizes_of])
-    header = ["clips", "identities", "microseconds a clip"]
-    header += ["MiB before", "MiB that it adds", "expected"]
-    common.write_table(header, rows)
-
-
 def time_tests(args: argparse.Namespace) -> None:
     """Writes how long the published nets take for the official test, from a sample of it."""
     functions, counts = {}, {}
@@ -210,22 +186,11 @@ def time_tests(args: argparse.Namespace) -> None:
     common.write_table(["", "ratio"], [[f"{every} / fused", common.ratio(minutes, every, fused)]])
 
 
-def measure_one(args: argparse.Namespace) -> None:
-    """Writes the seconds of an evaluation, the memory before it and what it adds."""
-    functions, _ = make_functions(args)
-    functions["whole"]()
-    began = time.perf_counter()
-    before, added = common.memory_added(functions["whole"])
-    sys.stdout.write(f"{time.perf_counter() - began} {before} {added}\n")
-
-
 def main() -> None:
     """Prints the tables."""
     sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
-    flags = ("--peer", "--bfloat16", "--growth", "--one", "--published")
-    args = common.parse(__doc__, *flags, net="mlp", **sizes)
-    chosen = {measure_one: args.one, grow: args.growth, time_tests: args.published, benchmark: True}
-    next(function for function, asked in chosen.items() if asked)(args)
+    args = common.parse(__doc__, "--peer", "--bfloat16", "--published", net="mlp", **sizes)
+    (time_tests if args.published else benchmark)(args)
 
 
 if __name__ == "__main__":

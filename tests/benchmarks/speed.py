@@ -25,7 +25,6 @@ RESULTS = FOLDER / "speed.json"
 PAGE = FOLDER / "README.md"
 BENCHMARKS = {
     "first_command": ["first_command"],
-    "products": ["products", "--peer"],
     "training_step": ["training_step", "--peer"],
     "training_step_bfloat16": ["training_step", "--peer", "--bfloat16"],
     "evaluation": ["evaluation", "--peer"],

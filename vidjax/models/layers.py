@@ -119,8 +119,7 @@ def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 def transposed(x: Array) -> Array:
     """Returns x.T; on CPUs, transposed in memory.
 
-    XLA for CPUs has no fast product that sums over the first axis of both operands, see
-    `tests/benchmarks/products.py`.
+    XLA for CPUs has no fast product that sums over the first axis of both operands.
     """
     if jax.default_backend() != "cpu":
         return x.T
