@@ -141,9 +141,9 @@ def test_a_fitted_clip_stays_one_as_a_stranger(tmp_path):
     other = clip._replace(vector=-clip.vector)
     refused(lambda: gallery.add({"clip 30": other}), "another vector")
     assert gallery.add({"clip 30": clip}) == 1
-    digest = gallery.backend.sha256
+    numbers = gallery.backend.numbers()
     gallery.remove(identity="Ada")
-    assert gallery.backend.sha256 != digest
+    assert not np.array_equal(gallery.backend.numbers(), numbers)
 
 
 def several(people):
@@ -257,16 +257,16 @@ def test_a_clip_that_is_removed_and_enrolled_in_one_change_was_removed(gallery):
 def test_a_back_end_does_not_keep_a_clip_that_was_replaced_in_one_change(tmp_path):
     clips = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
     people = made_galleries.make(tmp_path / "g", clips)
-    digest = people.backend.sha256
+    numbers = people.backend.numbers()
     with people.change() as draft:  # of a stranger, to whom nothing is fitted
         draft.remove(clip="stranger 0")
         draft.add({"stranger 0": made_galleries.make_clip(9998, None)})
-    assert people.backend.sha256 == digest
+    assert np.array_equal(people.backend.numbers(), numbers)
     with people.change() as draft:
         draft.remove(clip="clip 71")
         draft.add({"clip 71": made_galleries.make_clip(9999, "person 7")})
     opened = Gallery(people.folder)
-    assert opened.backend.sha256 != digest
+    assert not np.array_equal(opened.backend.numbers(), numbers)
     assert made_galleries.answers(opened) == made_galleries.answers(people)
 
 

@@ -11,7 +11,6 @@ formulas are those of `models.plda_logits.combine` and `logit_ops.log_softmax`.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,11 +125,6 @@ class Backend:
     def widths(self) -> dict[str, int]:
         """Name -> D of every part."""
         return {part.name: len(part.centre) for part in self.parts}
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """The sha256 of `numbers`, as hex digits."""
-        return hashlib.sha256(self.numbers().tobytes()).hexdigest()
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
         """Splits vectors [N, sum of D] into the M parts, each [N, D]."""
