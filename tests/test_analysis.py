@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import made_runs
+from tests.helpers import made_runs, small_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, devices, metrics
 from vidjax.analysis import analysis, open_set, strata
 from vidjax.evaluation import restore
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 from vidjax.steps import topk
 from vidjax.training import train
 
@@ -36,7 +37,7 @@ def workdir(request, data, nearest_run, tmp_path_factory):
 def analysed(workdir, data, *overrides):
     """Evaluates a run with overrides and an analysis; returns metrics, values and arrays."""
     config = config_io.override(config_io.load_workdir(workdir), overrides)
-    results = analysis.evaluate(config, workdir, data, num_devices=1, report=True)
+    results = small_runs.evaluate(config, workdir, data, num_devices=1, report=True)
     split = config.eval.split
     suffix = "" if split == "val" else f"_{split}"
     return results, *made_runs.load_analysis(workdir / f"analysis{suffix}.npz")
@@ -74,7 +75,7 @@ def test_attention_is_a_share(workdir):
 @pytest.mark.parametrize("workdir", [*NETS, "neighbours"], indirect=True)
 def test_groups_and_mistakes_agree_with_map(workdir):
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
-    plain, net = results_lib.read_metrics(workdir)["map"], len(facts["modalities"]) > 1
+    plain, net = RunFolder(workdir).metrics()["map"], len(facts["modalities"]) > 1
     assert arrays["ap"][arrays["positives"] > 0].mean() == pytest.approx(plain)
     assert len(facts["strata"]) == 3 + net  # neighbours have one modality
     for table in facts["strata"]:
@@ -106,13 +107,13 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     config = config_io.load_workdir(folder)
     monkeypatch.setattr(module, "open_set" if module is open_set else "render", fail)
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        results = analysis.evaluate(config, folder, data, num_devices=1, report=True)
+        results = small_runs.evaluate(config, folder, data, num_devices=1, report=True)
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
         trained = train.train(config, folder, data, num_devices=1, analyse=True)
-    assert trained["finished"] and train.finished(folder, config) is not None
+    assert trained["finished"] and train.finished(RunFolder(folder), config) is not None
 
 
 def test_other_blocks_give_the_same_analysis(workdir, data):
@@ -125,9 +126,7 @@ def test_other_blocks_give_the_same_analysis(workdir, data):
 def test_qualities_are_means_of_the_frames(nearest_run, data):
     config = config_io.load_workdir(nearest_run)
     mesh = devices.make_mesh(1)
-    model = restore.make_model(
-        config, nearest_run, restore.find_run(config, nearest_run), data, mesh
-    )
+    model = restore.make_model(config, restore.find_run(config, RunFolder(nearest_run)), data, mesh)
     quality, attention = analysis.look(model, "val", mesh, 16, attention=False)
     assert attention is None
     for clips, packed in data.packed("val", ("face",)):

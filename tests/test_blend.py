@@ -17,6 +17,7 @@ from vidjax import config_io, devices
 from vidjax.commands import blend
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
+from vidjax.run.folder import RunFolder
 from vidjax.steps import mean_scores
 
 TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
@@ -99,8 +100,8 @@ def probabilities(folder, load, split):
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     mesh = devices.make_mesh(1)
-    found = restore.find_run(config, folder)
-    one = restore.make_model(config, folder, found, load(config), mesh)
+    found = restore.find_run(config, RunFolder(folder))
+    one = restore.make_model(config, found, load(config), mesh)
     found = scoring.score([one], split, mesh, block_size=32, each_member=False)
     clips = one.data.split(split).clips
     logs = ranked_scores(found.top, len(clips)).astype(np.float64)
@@ -207,8 +208,8 @@ def test_every_score_equals_the_loop(runs, load):
     models = []
     for folder, weight in zip(runs, (0.3, 0.9), strict=True):
         config = config_io.load_workdir(folder)
-        found = restore.find_run(config, folder)
-        one = restore.make_model(config, folder, found, load(config), mesh)
+        found = restore.find_run(config, RunFolder(folder))
+        one = restore.make_model(config, found, load(config), mesh)
         models.append(one._replace(weight=weight))
     found = scoring.score(models, "val", mesh, block_size=32, each_member=False)
     wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))

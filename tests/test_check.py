@@ -12,7 +12,8 @@ from tests.helpers.datasets import prepare
 from vidjax import api, config_io, ensemble, files
 from vidjax.evaluation import restore
 from vidjax.main import main
-from vidjax.run import checkpoint, resume
+from vidjax.run import checkpoint
+from vidjax.run.folder import RunFolder
 from vidjax.system import TaskSpec
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
     )
     workdir = folder / "run"
     workdir.mkdir()
-    resume.write_config(workdir, config)
+    RunFolder(workdir).write_config(config)
     data = api.load_data(config)
     files.write_json(workdir / "identities.json", list(data.identities))
     training_sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b"), np.ones((1, 2), bool))
@@ -153,7 +154,7 @@ def test_a_joined_folder_names_its_runs(folder, capsys):
     config = api.load_config("knn")
     config.join.runs = ("a", "b")
     (folder / "both").mkdir()
-    resume.write_config(folder / "both", config)
+    RunFolder(folder / "both").write_config(config)
     assert main(["check", f"--workdir={folder}/both"]) == 2
     assert "joins runs: check a and b" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from vidjax.main import main
 from vidjax.report import run_page
 from vidjax.run import checkpoint
 from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -83,8 +84,8 @@ def test_an_evaluation_reads_the_checkpoint_once(on_train, monkeypatch):
 @pytest.mark.slow
 def test_the_only_member_is_ranked_as_others_are_and_cannot_be_left_out(on_train):
     config, mesh = config_io.load_workdir(on_train), devices.make_mesh(1)
-    run = restore.find_run(config, on_train)
-    one = restore.make_model(config, on_train, run, load_data(config), mesh)
+    run = restore.find_run(config, RunFolder(on_train))
+    one = restore.make_model(config, run, load_data(config), mesh)
     clips = one.data.split("val").clips
     scorer = scoring.ModelScorer(one, clips, mesh)
     ranked = scoring.make_ranking(len(one.data.identities), mesh, np.ones(len(clips), bool))

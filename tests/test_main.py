@@ -11,8 +11,8 @@ import pytest
 from vidjax import config_io, messages, ranking
 from vidjax.errors import DiskError, NoFileError, UserError
 from vidjax.main import main
-from vidjax.run import resume
 from vidjax.run.checkpoint import CheckpointError
+from vidjax.run.folder import RunFolder
 from vidjax.run.signals import Interrupted
 
 SHRUNK = (
@@ -40,7 +40,7 @@ def raising(error):
 def test_a_recorded_configuration_starts_another_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = config_io.override(config_io.load_file("knn"), ["--config.seed=7"])
-    resume.write_config(tmp_path, config)
+    RunFolder(tmp_path).write_config(config)
     assert main([f"--config={tmp_path}/config.json", "--mode=config", "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)["fields"]
     assert fields["seed"]["value"] == 7 and fields["model.name"]["value"] == "knn"

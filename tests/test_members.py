@@ -11,6 +11,7 @@ from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble
 from vidjax.evaluation import restore, scoring
+from vidjax.run.folder import RunFolder
 from vidjax.steps import mean_scores
 from vidjax.system import TaskSpec, make_model, make_system
 from vidjax.training import plan as plan_lib
@@ -273,8 +274,8 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
     folder, _ = everyone
     mesh = devices.make_mesh(1)
     config = config_io.load_workdir(folder)
-    found = restore.find_run(config, folder)
-    one = restore.make_model(config, folder, found, data, mesh)
+    found = restore.find_run(config, RunFolder(folder))
+    one = restore.make_model(config, found, data, mesh)
     twice = one._replace(
         params=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.params),
         model_state=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.model_state),

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import small_runs
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import devices
-from vidjax.analysis import analysis
 from vidjax.steps import topk
 
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
@@ -92,7 +92,7 @@ def test_a_ranking_is_the_same_to_the_byte_on_any_number_of_devices(data, tmp_pa
     run(config, tmp_path, data, num_devices=1)
     found = []
     for number in (1, 2, 8):
-        results = analysis.evaluate(config, tmp_path, data, num_devices=number)
+        results = small_runs.evaluate(config, tmp_path, data, num_devices=number)
         scores = [results.get(key) for key in ("map", "top1", "num_ties", "members")]
         found.append((scores, (tmp_path / "ranking.txt").read_bytes()))
     assert found[1] == found[0] and found[2] == found[0]

@@ -17,6 +17,7 @@ from vidjax import config_io, devices, predict
 from vidjax.data import sources
 from vidjax.evaluation import restore, scoring
 from vidjax.run.checkpoint import CheckpointError
+from vidjax.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
@@ -125,8 +126,8 @@ def test_scores_are_those_of_evaluation(name, data, train, clips):
     folder = train(name)
     config = config_io.load_workdir(folder)
     mesh = devices.make_mesh(1)
-    found = restore.find_run(config, folder)
-    model = restore.make_model(config, folder, found, data, mesh)
+    found = restore.find_run(config, RunFolder(folder))
+    model = restore.make_model(config, found, data, mesh)
     step = found.manifest["step"]
     top = scoring.score([model], "val", mesh, block_size=config.eval.block_size).top
     wanted = small_runs.ranked_scores(top, len(clips["val"]))

@@ -18,7 +18,7 @@ from tests.helpers.pages import Page
 from vidjax import tables
 from vidjax.data.memory import load_clips
 from vidjax.main import main
-from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 
 NAMES = odd_names.make_names()
 DIM = 24
@@ -275,7 +275,7 @@ def test_the_core_alone_restores_and_ranks(run_dir, tmp_path):
 @pytest.mark.slow
 def test_the_score_of_an_error_rate_is_known_to_predict(run_dir):
     run = vidjax.restore(run_dir, num_devices=1)
-    metrics = results_lib.read_metrics(run_dir)
+    metrics = RunFolder(run_dir).metrics()
     limit = metrics["threshold_at_fpir_0.01"]
     assert run.threshold == limit is not None
     known, new = make_clips("val", 1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}

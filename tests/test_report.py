@@ -23,6 +23,7 @@ from vidjax.report import html as html_lib
 from vidjax.report import run_page
 from vidjax.run import formats
 from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 from vidjax.training import train
 
 SECTIONS = [
@@ -107,7 +108,7 @@ def test_of_attention(data, tmp_path):
     assert "num_epochs" in section(text, "configuration")
     check_numbers(tmp_path, text)
     before = text
-    run_page.write(tmp_path)
+    run_page.write(RunFolder(tmp_path))
     assert (tmp_path / "report.html").read_text() == before  # the same files, the same page
 
 
@@ -196,7 +197,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
 def test_names_are_text_whatever_they_hold(tmp_path):
     name = EVIL.replace("{}", "") + "$\ud800\u4e2d^{}"
     folder = made_up(tmp_path / "a<b>&", name=name, clip=name)
-    page = check_page(run_page.write(folder).read_text())
+    page = check_page(run_page.write(RunFolder(folder)).read_text())
     assert name.format(1).replace("\ud800", "?") in "".join(text for text, _ in page.texts)
 
 
@@ -224,7 +225,7 @@ def full(tmp_path_factory):
         "metrics.json": results, "config.json": config,
     }.items():  # fmt: skip
         (folder / name).write_text(json.dumps(value))
-    return run_page.load(folder)
+    return run_page.load(RunFolder(folder))
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +301,7 @@ def test_another_split_has_its_page(tmp_path):
     shutil.copy(folder / "analysis.npz", folder / "analysis_test.npz")
     results = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics_test.json").write_text(json.dumps(results | {"num_clips": 71}))
-    assert run_page.write(folder) == folder / "report.html"
+    assert run_page.write(RunFolder(folder)) == folder / "report.html"
     own = (folder / "report.html").read_text()
     check_numbers(folder, own)
     assert check_page(own).all("a")[-1]["href"] == "report_test.html"
@@ -333,22 +334,24 @@ def test_the_interval_is_that_of_the_mean():
 
 def test_what_is_absent_is_explained(tmp_path):
     with pytest.raises(ValueError, match="no run in"):
-        run_page.write(tmp_path)
+        run_page.write(RunFolder(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    text = run_page.write(tmp_path).read_text()
+    text = run_page.write(RunFolder(tmp_path)).read_text()
     check_page(text)
     assert "The run has no results yet" in section(text, "summary")
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
-    assert "and there is no MAP" in section(run_page.write(tmp_path).read_text(), "summary")
+    assert "and there is no MAP" in section(
+        run_page.write(RunFolder(tmp_path)).read_text(), "summary"
+    )
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(ValueError, match=r"metrics\.json' is damaged"):
-        run_page.write(tmp_path)
+        run_page.write(RunFolder(tmp_path))
 
 
 def test_names_from_right_to_left_are_kept_apart_from_what_follows(tmp_path):
     name = "Emmy \u0639\u0644\u064a {}"
     folder = made_up(tmp_path / "run", name=name, clip="\u05d0 {}")
-    page = check_page(run_page.write(folder).read_text())
+    page = check_page(run_page.write(RunFolder(folder)).read_text())
     letters = re.compile("[\u0590-\u06ff]")
     shown = [
         (text, around)
@@ -370,7 +373,7 @@ def test_without_ground_truth_the_clips_have_the_names_that_the_run_gives(page, 
         (folder / "config.json").write_text("{}")
         (folder / "metrics.json").write_text(f'{{"num_clips": {num}}}')
         (folder / "identities.json").write_text('["Ada", "Bo", "Cy"]')
-        text = run_page.write(folder).read_text()
+        text = run_page.write(RunFolder(folder)).read_text()
         shown = [attrs["id"] for attrs in check_page(text).all("section")]
         assert "reading" not in shown and "names" in shown  # no words about MAP and FPIR
         part = section(text, "names")
@@ -392,7 +395,7 @@ def test_the_labels_of_an_axis_are_its_values():
 def test_official_size(tmp_path):
     folder = made_up(tmp_path / "run", identities=10034, clips=72000)
     began = time.process_time()
-    text = run_page.write(folder).read_text()
+    text = run_page.write(RunFolder(folder)).read_text()
     assert time.process_time() - began < 20  # seconds of the processor: others may use it, too
     check_page(text)
 
@@ -433,7 +436,7 @@ def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
         (folder / "config.json").write_text(config_io.to_json(config_lib.default()))
         results = json.loads((folder / "metrics.json").read_text()) | {"median_score": 0.123}
         (folder / "metrics.json").write_text(json.dumps(results))
-        text = section(run_page.write(folder).read_text(), "summary")
+        text = section(run_page.write(RunFolder(folder)).read_text(), "summary")
         assert "median score: half of the clips are below" in text
         assert 0.123 in values(text)
     groups = [[str(folder)] for folder in folders]
@@ -461,7 +464,7 @@ def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
-    path = run_page.write(made_up(tmp_path / "run"))
+    path = run_page.write(RunFolder(made_up(tmp_path / "run")))
     log = tmp_path / "net.json"
     words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())
     done = browse(tmp_path / "profile", *words)
@@ -503,7 +506,7 @@ frame.onload = () => {{
 @pytest.mark.parametrize("width", [320, 390, 1000, 1280])
 @pytest.mark.parametrize("name", ["identity {}", "a" * 40 + "{}"])
 def test_no_word_is_broken_that_fits_into_a_line(tmp_path, width, name):
-    path = run_page.write(made_up(tmp_path / "run", name=name))
+    path = run_page.write(RunFolder(made_up(tmp_path / "run", name=name)))
     measure = tmp_path / "measure.html"
     measure.write_text(MEASURE.format(width=width, uri=path.as_uri()))
     words = ("--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")

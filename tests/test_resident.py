@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
@@ -28,7 +29,6 @@ from tests.helpers.small_runs import (
 )
 from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine
-from vidjax.analysis import analysis
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
@@ -701,7 +701,7 @@ def test_rankings_of_folds_from_resident_clips_are_those_of_the_records(data, tm
     )
     results = run(config, tmp_path, data, num_devices=2)
     rankings = {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
-    found = analysis.evaluate(config, tmp_path, data, num_devices=2)
+    found = small_runs.evaluate(config, tmp_path, data, num_devices=2)
     assert rankings == {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
     for name in ("map", "members", "top1", "auroc", "num_clips"):
         assert found[name] == results[name]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches
 from tests.helpers.small_runs import (
     STREAMED,
@@ -22,9 +23,9 @@ from tests.helpers.small_runs import (
 from vidjax import config as config_lib
 from vidjax import config_io, ensemble
 from vidjax import devices as devices_lib
-from vidjax.analysis import analysis
 from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint, signals
+from vidjax.run.folder import RunFolder
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 from vidjax.training import train
@@ -47,7 +48,7 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < 0.3 * losses[0]
     assert json.loads((tmp_path / "metrics.json").read_text())["map"] == results["map"]
-    assert train.finished(tmp_path, config) == json.loads(json.dumps(results))
+    assert train.finished(RunFolder(tmp_path), config) == json.loads(json.dumps(results))
 
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -77,12 +78,12 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
         with pytest.raises(signals.Interrupted) as caught:
             run(config, parts, Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
-        assert train.finished(parts, config) is None
-    analysis.evaluate(config, parts, data, num_devices=1)
-    assert train.finished(parts, config) is None
+        assert train.finished(RunFolder(parts), config) is None
+    small_runs.evaluate(config, parts, data, num_devices=1)
+    assert train.finished(RunFolder(parts), config) is None
     other = config_io.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
-        analysis.evaluate(other, parts, data, num_devices=1)
+        small_runs.evaluate(other, parts, data, num_devices=1)
     run(config, parts, data)
     for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -104,14 +105,16 @@ def test_a_finished_step_without_results_is_completed(data, on_eight, tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     config = shrunk("--config.num_epochs=1")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
-    assert train.finished(tmp_path, config) is None
+    assert train.finished(RunFolder(tmp_path), config) is None
     results = {"map": 0.5, "map_kind": "val", "num_clips": 3, "num_identities": 2, "finished": True}
     (tmp_path / "metrics.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="another configuration") as caught:
-        train.finished(tmp_path, shrunk("--config.num_epochs=1", "--config.model.gamma=0.1"))
+        train.finished(
+            RunFolder(tmp_path), shrunk("--config.num_epochs=1", "--config.model.gamma=0.1")
+        )
     assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
     moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
-    assert train.finished(tmp_path, moved) == results
+    assert train.finished(RunFolder(tmp_path), moved) == results
 
 
 @pytest.mark.parametrize(
@@ -169,8 +172,8 @@ def test_shipped_configurations_run(data, tmp_path, spec):
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
     mesh = devices_lib.make_mesh(num_devices)
-    found = restore.find_run(config, workdir)
-    one = restore.make_model(config, workdir, found, data, mesh)
+    found = restore.find_run(config, RunFolder(workdir))
+    one = restore.make_model(config, found, data, mesh)
     found = scoring.score([one], "val", mesh, block_size=config.eval.block_size)
     return ranked_scores(found.top, len(data.split("val").clips))
 
@@ -190,13 +193,13 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, on_eight):
 def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, on_eight, tmp_path):
     config, done, first = on_eight
     folder = shutil.copytree(done, tmp_path / "run")
-    again = analysis.evaluate(config, folder, data, num_devices=1)
+    again = small_runs.evaluate(config, folder, data, num_devices=1)
     assert again["map"] == first["map"]
     assert (folder / "ranking.txt").read_bytes() == (done / "ranking.txt").read_bytes()
     kept = json.loads((folder / "metrics.json").read_text())
     assert kept["train_clips_per_second"] == first["train_clips_per_second"]
     on_train = config_io.override(config, ["--config.eval.split=train"])
-    assert analysis.evaluate(on_train, folder, data)["map_kind"] == "in_sample"
+    assert small_runs.evaluate(on_train, folder, data)["map_kind"] == "in_sample"
 
 
 @pytest.mark.slow

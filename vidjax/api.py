@@ -6,13 +6,15 @@ Each does what the command line does, and imports JAX or TensorFlow only when it
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml_collections import ConfigDict
 
-from vidjax import config_io, files, messages
+from vidjax import config as config_lib
+from vidjax import config_io, distributed, files, messages
 from vidjax.config import Config
 from vidjax.errors import ArgumentError, DiskError, UserError, check_argument
+from vidjax.run.folder import CONFIG, RunFolder, locked
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.comparison import Comparison
@@ -39,22 +41,20 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     if Path(spec).name != "config.json":
         config = config_io.load_file(str(spec))
     else:
-        config = run_config(Path(spec).expanduser().absolute().parent)
+        config = open_run(Path(spec).expanduser().absolute().parent).config
     return config_io.override(config, overrides)
 
 
-def run_config(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder; without one, ValueError says what to do."""
-    try:
-        return config_io.load_workdir(workdir)
-    except ValueError as error:
-        if files.exists(workdir / "config.json"):
-            raise
-        runs = [messages.shown(path.parent) for path in sorted(workdir.glob("*/config.json"))]
-        hint = f"train one: vidjax train --config=FILE --workdir={messages.shown(workdir)}"
+def open_run(workdir: str | Path) -> RunFolder:
+    """Returns the folder of a run; if it holds none, ValueError says what to do."""
+    folder = RunFolder(workdir)
+    if not folder.has(CONFIG):
+        runs = [messages.shown(path.parent) for path in sorted(folder.path.glob(f"*/{CONFIG}"))]
+        hint = f"train one: vidjax train --config=FILE --workdir={messages.shown(folder.path)}"
         if runs:
             hint = f"it contains runs, name one: {', '.join(runs[:3])}"
-        raise UserError(f"{error}\n{hint}") from error
+        raise UserError(f"no run in '{workdir}' (no {CONFIG})\n{hint}")
+    return folder
 
 
 def set_up_devices(config: Config) -> None:
@@ -137,8 +137,8 @@ def train(
 ) -> "Results":
     """Trains a system in a folder and returns what it reaches: `map` and all of `metrics.json`.
 
-    The folder is made, and locked until the end. A stopped run goes on from its last checkpoint; a
-    finished run is evaluated again.
+    The folder is made, and locked until the end. A stopped run goes on from its last checkpoint. A
+    finished run is not trained again: its results are returned.
 
     Args:
       config: from `load_config`.
@@ -158,16 +158,57 @@ def train(
         raise ArgumentError(
             f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
         )
-    from vidjax.run import results
-    from vidjax.run import workdir as workdir_lib
-    from vidjax.training import train as train_mode
+    with locked(workdir) as path:
+        metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
+    return _results(RunFolder(path), config, metrics)
 
-    set_up_devices(config)
-    with workdir_lib.locked(workdir) as folder:
-        metrics = train_mode.train(
-            config, folder, data, num_devices=num_devices, analyse=config.eval.report
-        )
-    return results.Results.of(metrics, folder, config.eval.split, config.eval.split)
+
+def train_run(
+    config: Config,
+    folder: RunFolder,
+    data: "TrainingData | None" = None,
+    *,
+    num_devices: int | None = None,
+    command: str | None = None,
+    began: float | None = None,
+) -> tuple[dict[str, Any], bool]:
+    """Trains in a locked folder; returns the metrics, and True if the run was finished before.
+
+    Arguments are those of `train` and `training.train.train`. Data are loaded if they are None.
+    """
+    from vidjax.analysis import analysis
+    from vidjax.evaluation import restore
+    from vidjax.training import train as training
+
+    results = training.finished(folder, config)
+    if results is None:
+        set_up_devices(config)
+    data = load_data(config) if data is None else data
+    _check_same(config, data)
+    report = config.eval.report
+    if results is None:
+        found = training.train(
+            config, folder.path, data,
+            num_devices=num_devices, analyse=report, command=command, began=began,
+        )  # fmt: skip
+        return found, False
+    restore.check_data(folder.path, results["trained_on"], config, data)
+    if report and not files.exists(folder.paths().report) and distributed.is_first():
+        analysis.write_report(folder)  # somebody deleted it
+    return results, True
+
+
+def _results(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> "Results":
+    from vidjax.run import results
+
+    paths = folder.paths(config.eval.split, apart=bool(metrics.get("overrides")))
+    return results.Results.of(metrics, config.eval.split, paths)
+
+
+def _check_same(config: Config, data: "TrainingData") -> None:
+    """Refuses processes of one run with different fields or data; their folders may differ."""
+    fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.MOVABLE}
+    distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
 
 def evaluate(
@@ -194,29 +235,38 @@ def evaluate(
     """
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
     check_argument("evaluate: split", split, (str, type(None)), "the name of a split, or None")
-    path = Path(workdir).expanduser().absolute()
-    config = run_config(path)
+    folder = open_run(workdir)
+    config = folder.config
     if config.join.runs:
         raise UserError(
-            f"'{path}' joins other runs: evaluate one of them, {', '.join(config.join.runs)},\n"
+            f"'{folder.path}' joins other runs: evaluate one, {', '.join(config.join.runs)},\n"
             "or all by command: vidjax evaluate --workdir=FOLDER"
         )
-    own_split = config.eval.split
-    config.eval.split = split or own_split
+    config.eval.split = split or config.eval.split
+    with locked(folder.path):
+        metrics = evaluate_run(config, folder, data, num_devices=num_devices)
+    return _results(folder, config, metrics)
+
+
+def evaluate_run(
+    config: Config,
+    folder: RunFolder,
+    data: "TrainingData | None" = None,
+    *,
+    num_devices: int | None = None,
+) -> dict[str, Any]:
+    """Ranks `config.eval.split` with the run in a locked folder; returns the metrics."""
     from vidjax.analysis import analysis
     from vidjax.evaluation import restore
-    from vidjax.run import results
-    from vidjax.run import workdir as workdir_lib
 
     set_up_devices(config)
-    with workdir_lib.locked(path) as folder:
-        run = restore.find_run(config, folder)
-        if data is None:
-            data = load_data(config)
-        metrics = analysis.evaluate(
-            config, folder, data, run, num_devices=num_devices, report=config.eval.report
-        )
-    return results.Results.of(metrics, folder, config.eval.split, own_split)
+    run = restore.find_run(config, folder)
+    # Errors in files that are read later come before the evaluation.
+    _ = folder.metrics(), folder.other_metrics() if config.eval.report else None
+    data = load_data(config) if data is None else data
+    _check_same(config, data)
+    report = config.eval.report
+    return analysis.evaluate(config, run, data, num_devices=num_devices, report=report)
 
 
 def compare(
@@ -250,9 +300,7 @@ def compare(
 
     found = comparison.compare(groups, split=split)
     if out is not None:
-        from vidjax.run import workdir as workdir_lib
-
-        with workdir_lib.locked(out) as folder:
+        with locked(out) as folder:
             found.write(folder)
     return found
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import config_io, files
-from vidjax.config import Config
+from vidjax import files
 from vidjax.data.sources import describe, is_generated
 from vidjax.errors import UserError
 from vidjax.run import results as results_lib
+from vidjax.run.folder import CONFIG, RunFolder
 
 if TYPE_CHECKING:
     from vidjax.report.comparison_page import RankedRun
@@ -124,20 +124,20 @@ def read(name: str, split: str | None = None) -> "RankedRun":
     """Reads the results of the run in a folder on a split; None for its `eval.split`."""
     from vidjax.report.comparison_page import RankedRun
 
-    folder = Path(name).expanduser().absolute()
-    if not files.exists(folder / "config.json"):
+    folder = RunFolder(name)
+    if not folder.has(CONFIG):
         raise UserError(
             f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
         )
-    config = config_io.load_workdir(folder)
+    config = folder.config
     split = split or str(config.eval.split)
-    paths = results_lib.paths(folder, split, config.eval.split)
+    paths = folder.paths(split)
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
-    metrics = _read_metrics(name, config, paths.metrics, split, remedy)
-    identities = results_lib.load_identities(folder / "identities.json")
-    if not files.exists(paths.analysis):
+    metrics, identities = _read_metrics(name, folder, split, remedy), folder.identities
+    found = folder.analysis(paths)
+    if found is None:
         raise UserError(f"'{name}' has no {paths.analysis.name}\n{remedy}")
-    analysis, arrays = results_lib.load_analysis(paths.analysis)
+    analysis, arrays = found
     if len(identities) != len(arrays.get("ap", ())):
         counts = f"lists {len(identities)} identities, {paths.analysis.name} has others"
         raise UserError(f"'{name}': identities.json {counts}\n{remedy}")
@@ -163,12 +163,13 @@ def read(name: str, split: str | None = None) -> "RankedRun":
     )
 
 
-def _read_metrics(name: str, config: Config, path: Path, split: str, remedy: str) -> dict[str, Any]:
-    if not files.exists(path):
+def _read_metrics(name: str, folder: RunFolder, split: str, remedy: str) -> dict[str, Any]:
+    paths = folder.paths(split)
+    metrics, path = folder.metrics(paths), paths.metrics
+    if not metrics:
         raise UserError(f"'{name}' has no results on split '{split}' ({path.name})\n{remedy}")
-    metrics = results_lib.load_metrics(path)
     if metrics.get("map") is None:
-        reason = results_lib.unmeasured(config.to_dict(), path.parent)
+        reason = results_lib.unmeasured(folder.config.to_dict(), folder.path)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"

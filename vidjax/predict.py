@@ -30,7 +30,7 @@ from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument, warn
 from vidjax.evaluation.restore import check_widths, find_run, load_weights
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
-from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 from vidjax.run.terminal import uncounted
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import topk
@@ -351,8 +351,8 @@ def restore(
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
-    workdir = Path(workdir).expanduser().absolute()
-    config = config_io.load_workdir(workdir)
+    folder = RunFolder(workdir)
+    workdir, config = folder.path, folder.config
     if config.join.runs:
         raise UserError(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
@@ -360,14 +360,14 @@ def restore(
     config.eval.checkpoint = step
     devices.keep_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
-    run = find_run(config, workdir)
+    run = find_run(config, folder)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
     return Predictor(
         workdir=workdir,
         step=run.manifest["step"],
         manifest=run.manifest,
-        results=_results_of(workdir, run.manifest["step"]),
+        results=_results_of(folder, run.manifest["step"]),
         config=config,
         identities=run.identities,
         modalities=dict(run.task.modalities),
@@ -381,10 +381,10 @@ def restore(
     )
 
 
-def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
+def _results_of(folder: RunFolder, step: int) -> Mapping[str, Any]:
     """Returns the content of `metrics.json` if it is of `step`, else {}; warns if it is damaged."""
     try:
-        results = results_lib.read_metrics(workdir)
+        results = folder.metrics()
     except ValueError as error:
         warn(f"{error}\nno score threshold is known: give one")
         return {}

@@ -27,7 +27,8 @@ from vidjax.commands import check, evaluate
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.evaluation import restore
-from vidjax.run import checkpoint, formats, results, resume
+from vidjax.run import checkpoint, formats, results
+from vidjax.run.folder import RunFolder
 
 IMPORTED = (codec, check, evaluate)  # so that a test measures the reading alone
 GB = 1 << 30
@@ -145,9 +146,9 @@ def test_a_threshold_that_is_no_number_is_refused(stranger):
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"threshold_at_fpir_0.01": float("nan")}))
     with pytest.raises(ValueError, match=r"a number, not NaN - at `\$\.threshold_at_fpir_0\.01`"):
-        results.read_metrics(stranger)
+        RunFolder(stranger).metrics()
     path.write_text(json.dumps(values | {"threshold_at_fpir_0.01": float("inf")}))
-    results.read_metrics(stranger)
+    RunFolder(stranger).metrics()
 
 
 @pytest.mark.parametrize("mode", READ)
@@ -168,7 +169,7 @@ def test_a_pipe_or_a_link_in_place_of_a_file_is_refused(stranger, capsys, mode):
 
 def test_companions_that_are_pipes_or_links_are_refused(tmp_path):
     for name, read in {
-        "identities.json": lambda: restore.load_identities(tmp_path, {}),
+        "identities.json": lambda: restore.load_identities(RunFolder(tmp_path), {}),
         "members.npz": lambda: restore.load_training_sets(tmp_path, {}),
     }.items():
         for kind in ("pipe", "zero"):
@@ -583,7 +584,7 @@ def test_no_folder_names_a_cache(tmp_path):
     assert evaluate.settings(args)[0].data.cache_dir is None
     given = main.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
     assert evaluate.settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
-    resume.write_config(theirs, config_io.override(config_lib.default(), [cache]))
+    RunFolder(theirs).write_config(config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 
 
@@ -636,7 +637,7 @@ def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     words = ("--config.data.dir=features", "--config.data.weights=weights.txt")
-    resume.write_config(tmp_path, config_io.override(config_lib.default(), words))
+    RunFolder(tmp_path).write_config(config_io.override(config_lib.default(), words))
     monkeypatch.chdir(tmp_path)
     data = config_io.load_workdir(tmp_path).data
     assert (data.dir, data.weights) == (

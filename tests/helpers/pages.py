@@ -12,6 +12,7 @@ from tests.helpers import made_runs
 from vidjax import config as config_lib
 from vidjax import config_io, metrics, significance
 from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 
 REPORT = Path(__file__).parents[2] / "vidjax" / "report"
 VOID = ("meta", "link", "br", "img", "input")
@@ -88,7 +89,7 @@ def check_numbers(folder, text, split=None):
     assert not wrong, wrong
     for value, shown in page.data:
         assert rounded(shown, float(value)), (value, shown)
-    commit = results_lib.read_metrics(folder).get("versions", {}).get("commit", "")
+    commit = RunFolder(folder).metrics().get("versions", {}).get("commit", "")
     words = page_words() | {commit.partition("-")[0]}  # a hash such as 037e946 looks like a number
     sorted_values = np.array(sorted(exact))
     missing = []
@@ -161,9 +162,7 @@ def derived(folder, split):
     """Returns what a report computes from the files: intervals, shares, differences, defaults."""
     found = set()
     collect(json.loads(config_io.to_json(config_lib.default())), found)  # the column of defaults
-    config = json.loads((folder / "config.json").read_text())
-    own = config.get("eval", {}).get("split", "")
-    path = results_lib.paths(folder, split or own, own).analysis
+    path = RunFolder(folder).paths(split or None).analysis
     if not path.exists():
         return found
     values, arrays = results_lib.load_analysis(path)

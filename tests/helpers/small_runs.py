@@ -9,7 +9,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vidjax import config_io
+from vidjax.analysis import analysis
+from vidjax.evaluation import restore
 from vidjax.run import checkpoint
+from vidjax.run.folder import RunFolder
 from vidjax.steps import feed
 from vidjax.training import train
 
@@ -51,6 +54,11 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
     if main and "layers" in config.model.other:
         small.append("--config.model.other.layers=((6,'prelu',True,0.5),)")
     return config_io.override(config, [*small, *overrides])
+
+
+def evaluate(config, folder, data, **options):
+    """Ranks a split with the run in a folder; `options` are those of `analysis.evaluate`."""
+    return analysis.evaluate(config, restore.find_run(config, RunFolder(folder)), data, **options)
 
 
 def run(config, folder, data, num_devices=1):

@@ -14,16 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import config_io, devices, distributed, ensemble, files, ranking
+from vidjax import devices, distributed, ensemble, ranking
 from vidjax.analysis import open_set, strata
 from vidjax.analysis.open_set import Arrays, Values
 from vidjax.analysis.strata import ScoredSplit
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import warn
-from vidjax.evaluation.restore import FoundRun, find_run, make_model
+from vidjax.evaluation.restore import FoundRun, make_model
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score, windows
 from vidjax.run import results
+from vidjax.run.folder import ResultPaths, RunFolder
 from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
@@ -128,12 +129,12 @@ def import_report(*, wanted: bool) -> None:
 
 
 def write_results(
-    workdir: Path,
+    folder: RunFolder,
     identities: Sequence[str],
     evaluation: Evaluation,
     values: Mapping[str, Any],
     *,
-    own_split: str,
+    paths: ResultPaths,
     analysed: Callable[[], tuple[Values, Arrays]] | None,
     ends_training: bool = False,
 ) -> None:
@@ -146,37 +147,36 @@ def write_results(
 
     Args:
       values: content of `metrics.json`, see `run.formats`.
-      own_split: the split that training evaluates, `config.eval.split`.
+      paths: the files of these results.
       analysed: function that returns the result of `analyse`; None for no analysis and no report.
       ends_training: True if `values` are those of a training that ends here.
     """
-    paths = results.paths(workdir, evaluation.split.name, own_split)
     if distributed.is_first():
         paths.analysis.unlink(missing_ok=True)
         paths.report.unlink(missing_ok=True)
         ranking.write_ranking(paths.ranking, identities, evaluation.split.clips, evaluation.top)
         pending = {"finished": False} if ends_training else {}
-        files.write_json(paths.metrics, {**values, **pending})
+        folder.write_metrics({**values, **pending}, paths)
     if analysed:
-        with warning_of_faults(workdir):
+        with warning_of_faults(folder.path):
             found = analysed()
             if distributed.is_first():
                 results.save_analysis(paths.analysis, *found)
     if not distributed.is_first():
         return
     if analysed:
-        write_report(workdir)
+        write_report(folder)
     if ends_training:
-        files.write_json(paths.metrics, values)
+        folder.write_metrics(values, paths)
 
 
-def write_report(workdir: Path) -> None:
+def write_report(folder: RunFolder) -> None:
     """Writes the report of a run; warns if a fault prevents it."""
     # Not at the top: not every run writes a report.
     from vidjax.report import run_page
 
-    with warning_of_faults(workdir):
-        run_page.write(workdir)
+    with warning_of_faults(folder.path):
+        run_page.write(folder)
 
 
 @contextlib.contextmanager
@@ -199,29 +199,27 @@ def warning_of_faults(workdir: Path) -> Iterator[None]:
 
 def evaluate(
     config: Config,
-    workdir: Path,
+    run: FoundRun,
     data: TrainingData,
-    run: FoundRun | None = None,
     *,
     num_devices: int | None = None,
     report: bool = False,
 ) -> dict[str, Any]:
     """Ranks a split with the weights of a run; writes the results into its folder and returns them.
 
-    The clips of `data` need not be those of the training, nor have a ground truth. `run` is that in
-    the folder, None to find it. `report` also writes the analysis and the report. Scores do not
-    depend on `num_devices`; None uses all. `metrics.json` keeps the metrics of the training, too.
-    If settings differ from those of the run, `metrics_<split>.json` and so on have the results.
+    The clips of `data` need not be those of the training, nor have a ground truth. `report` also
+    writes the analysis and the report. Scores do not depend on `num_devices`; None uses all.
+    `metrics.json` keeps the metrics of the training, too. If settings differ from those of the run,
+    `metrics_<split>.json` and so on have the results.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
-    run = run or find_run(config, workdir)
-    models, spec = [make_model(config, workdir, run, data, mesh)], config.eval
+    folder, models, spec = run.folder, [make_model(config, run, data, mesh)], config.eval
     evaluation = conclude(
         score(models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members)
     )
-    trained = config_io.load_workdir(workdir)
-    changed = overrides(trained, config)
+    changed = overrides(folder.config, config)
+    trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
     values = evaluation.results | {
         "data": data.report["data"],
         "step": run.manifest["step"],
@@ -230,8 +228,8 @@ def evaluate(
         **({"overrides": changed} if changed else {}),
     }
     write_results(
-        workdir, run.identities, evaluation, results.training_metrics(workdir) | values,
-        own_split="" if changed else trained.eval.split,
+        folder, run.identities, evaluation, trained | values,
+        paths=folder.paths(spec.split, apart=bool(changed)),
         analysed=functools.partial(analyse, models, evaluation, mesh, config) if report else None,
     )  # fmt: skip
     return values

@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,12 +15,12 @@ from vidjax.errors import UserError
 from vidjax.evaluation import restore
 from vidjax.evaluation.scoring import TrainedModel, conclude, score
 from vidjax.run import results as results_lib
-from vidjax.run import resume
+from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
 
 
 def blend_runs(
     config: Config,
-    workdir: Path,
+    folder: RunFolder,
     load: Callable[[Config], TrainingData],
     *,
     num_devices: int | None = None,
@@ -42,7 +41,7 @@ def blend_runs(
     evaluation = conclude(
         score(models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members)
     )
-    own_split = _keep_config(config, workdir, weights)
+    _keep_config(config, folder, weights)
     identities = models[0].data.identities
     results = evaluation.results | {
         "data": datasets[repr(configs[0].data)].report["data"],
@@ -51,9 +50,9 @@ def blend_runs(
         "versions": devices.versions(),
         **({"command": command} if command else {}),
     }
-    files.write_json(workdir / "identities.json", list(identities))
+    files.write_json(folder.path / IDENTITIES, list(identities))
     analysis.write_results(
-        workdir, identities, evaluation, results, own_split=own_split,
+        folder, identities, evaluation, results, paths=folder.paths(spec.split),
         analysed=functools.partial(analysis.analyse, models, evaluation, mesh, configs[0])
         if spec.report else None,
     )  # fmt: skip
@@ -84,17 +83,17 @@ def _restore_all(
 ) -> list[TrainedModel]:
     models = []
     for own, name, weight in zip(configs, config.join.runs, weights, strict=True):
-        run = restore.find_run(own, Path(name))
+        run = restore.find_run(own, RunFolder(name))
         if (key := repr(own.data)) not in datasets:
             datasets[key] = load(own)
-        model = restore.make_model(own, Path(name), run, datasets[key], mesh)
+        model = restore.make_model(own, run, datasets[key], mesh)
         models.append(model._replace(weight=weight))
     return models
 
 
 def run_config(config: Config, name: str) -> Config:
     """Returns the configuration of a run, with the split, block size and data of the blend."""
-    own = config_io.load_workdir(Path(name))
+    own = RunFolder(name).config
     if own.join.runs:
         raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
     if own.eval.scores == "logits":  # cosines of one run do not add to probabilities of another
@@ -107,14 +106,13 @@ def run_config(config: Config, name: str) -> Config:
     return own
 
 
-def _keep_config(config: Config, workdir: Path, weights: tuple[float, ...]) -> str:
-    """Writes the configuration of the blend with its weights; returns its `eval.split`.
+def _keep_config(config: Config, folder: RunFolder, weights: tuple[float, ...]) -> None:
+    """Writes the configuration of the blend with its weights.
 
-    It stays the split that the folder was first evaluated on.
+    `eval.split` stays the split that the folder was first evaluated on.
     """
     config = config_io.from_json(config_io.to_json(config))
-    if (workdir / "config.json").exists():
-        config.eval.split = config_io.load_workdir(workdir).eval.split
+    if folder.has(CONFIG):
+        config.eval.split = folder.config.eval.split
     config.join.weights = weights
-    resume.write_config(workdir, config)
-    return config.eval.split
+    folder.write_config(config)

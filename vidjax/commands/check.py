@@ -67,7 +67,7 @@ def checks_of(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     workdir = Path(args.workdir).expanduser().absolute()
     if files.exists(workdir / store.NAME):
         return checks | {"gallery": partial(_gallery, workdir)}
-    config = config_io.override(api.run_config(workdir), args.overrides)
+    config = config_io.override(api.open_run(workdir).config, args.overrides)
     if config.join.runs:
         raise UserError(f"'{workdir}' joins runs: check {' and '.join(config.join.runs)}")
     for step in checkpoint.folders(workdir):
@@ -100,9 +100,10 @@ def _data(config: Config) -> str:
 
 def _run(config: Config, workdir: Path) -> str:
     from vidjax.evaluation import restore
+    from vidjax.run.folder import RunFolder
 
     with warnings.catch_warnings(action="ignore"):  # about damaged checkpoints
-        found = restore.find_run(config, workdir)
+        found = restore.find_run(config, RunFolder(workdir))
     data = api.load_data(config)
     restore.check_data(workdir, found.manifest["data"], config, data, trains=False)
     return f"step {found.manifest['step']:,} and its data: {_counts(data.report['splits'])}"

@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidjax import config as config_lib
-from vidjax import config_io, distributed, messages, metrics
+from vidjax import config_io, messages, metrics
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
 from vidjax.run import results as results_lib
 from vidjax.run import signals
-from vidjax.run import workdir as workdir_lib
+from vidjax.run.folder import RunFolder, locked
 
 if TYPE_CHECKING:
-    from vidjax.data.clips import TrainingData
+    pass
 
 RECORDED = "config.json"  # of a run's folder
 
@@ -79,19 +78,12 @@ def locked_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
     """Makes a run's folder and holds its lock; signals end the process even while it compiles."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
-    return workdir_lib.locked(path)
-
-
-def check_same(config: Config, data: "TrainingData") -> None:
-    """Refuses processes of one run with different fields or data; their folders may differ."""
-    movable = config_lib.MOVABLE
-    fields = {name: x for name, x in config_lib.fields(config) if name not in movable}
-    distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
+    return locked(path)
 
 
 def summary(
     config: Config,
-    workdir: Path,
+    folder: RunFolder,
     results: Mapping[str, Any],
     seconds: float | None,
     *,
@@ -101,22 +93,21 @@ def summary(
 
     `seconds` is None for a run that was finished before.
     """
-    own_split = "" if results.get("overrides") else config_io.load_workdir(workdir).eval.split
-    paths = results_lib.paths(workdir, config.eval.split, own_split)
+    paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     found = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
-    rows = _rows(config, workdir, results, seconds)
+    rows = _rows(config, folder, results, seconds)
     rows |= {name: messages.shown(path) for name, path in found.items()}
-    content = {"workdir": str(workdir), **{name: str(path) for name, path in found.items()}}
+    content = {"workdir": str(folder.path), **{name: str(path) for name, path in found.items()}}
     content |= {"finished_before": finished_before, "metrics": dict(results)}
     note = ": finished before, nothing was trained now" if finished_before else ""
     return Result(content, rows, note=note)
 
 
 def _rows(
-    config: Config, workdir: Path, results: Mapping[str, Any], seconds: float | None
+    config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> dict[str, str]:
     split = config.eval.split
-    rows = {"workdir": messages.shown(workdir)}
+    rows = {"workdir": messages.shown(folder.path)}
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"
@@ -125,7 +116,7 @@ def _rows(
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
-        if reason := results_lib.unmeasured(config.to_dict(), workdir):
+        if reason := results_lib.unmeasured(config.to_dict(), folder.path):
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings

@@ -8,7 +8,7 @@ from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
-from vidjax.run import workdir as workdir_lib
+from vidjax.run.folder import locked
 
 
 def add_flags(parser: Parser) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> Result:
     given = common.given_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if given else None
-    with workdir_lib.locked(args.workdir) as workdir:
+    with locked(args.workdir) as workdir:
         found = comparison.compare([_seeds(name) for name in folders], split=split)
         found.write(workdir)
     page = f"{messages.shown(workdir)}/comparison.html"

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> Result:
         config, file = api.load_config(args.config), args.config
     elif args.workdir:
         workdir = Path(args.workdir).expanduser()
-        config, file = api.run_config(workdir), messages.shown(workdir / common.RECORDED)
+        config, file = api.open_run(workdir).config, messages.shown(workdir / common.RECORDED)
     else:
         config, file = config_lib.default(), DEFAULT
     found = rows(config, args.overrides, file)

@@ -14,10 +14,10 @@ from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
-from vidjax.run import results as results_lib
+from vidjax.run.folder import CONFIG, RunFolder
 
 if TYPE_CHECKING:
-    from vidjax.evaluation.restore import FoundRun
+    pass
 
 # Fields and groups that training alone reads.
 TRAINED = (
@@ -52,7 +52,7 @@ def add_report_flags(parser: Parser) -> None:
     parser.command(report, "--workdir=runs/mma")
 
 
-def settings(args: argparse.Namespace) -> tuple[Config, Path]:
+def settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """Returns the configuration of a run and its folder.
 
     With `--runs` the folder is that of the joined results, and the configuration names the runs.
@@ -66,28 +66,28 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
             "--coordinator does not go with --runs: several processes evaluate one run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
-    workdir = Path(args.workdir).expanduser()
-    config = api.run_config(workdir) if args.runs is None else _joined_config(args, workdir)
+    folder = RunFolder(args.workdir) if args.runs else api.open_run(args.workdir)
+    config = _joined_config(args, folder) if args.runs else folder.config
     config = config_io.override(config, args.overrides)
     if config.join.runs:
         common.given_fields(args, JOINED)
     config_lib.check_ranges(config)
-    return config, workdir
+    return config, folder
 
 
-def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
+def _joined_config(args: argparse.Namespace, folder: RunFolder) -> Config:
     """Returns a configuration that joins the runs of `--runs`, on their split if it is the same."""
     runs = tuple(str(Path(name).expanduser().absolute()) for name in common.run_folders(args.runs))
     if not runs:
         raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
-    if (workdir / "config.json").exists():
-        earlier = tuple(config_io.load_workdir(workdir).join.runs)
+    if folder.has(CONFIG):
+        earlier = tuple(folder.config.join.runs)
         if earlier != runs:
             content = "a blend of other runs" if earlier else "a trained run"
             raise UserError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
-    splits = {api.run_config(Path(name)).eval.split for name in runs}
+    splits = {api.open_run(name).config.eval.split for name in runs}
     if len(splits) == 1:
         (config.eval.split,) = splits
     return config
@@ -96,42 +96,26 @@ def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
 def run(args: argparse.Namespace) -> Result:
     """Ranks a split."""
     began = time.monotonic()
-    config, path = settings(args)
+    config, folder = settings(args)
     from vidjax.training import dry_run
 
     if args.overrides and not config.join.runs:
         dry_run.check(config)
-    with common.locked_folder(path) as workdir:
-        from vidjax.analysis import analysis
-        from vidjax.commands import blend
-
-        api.set_up_devices(config)
+    with common.locked_folder(folder.path):
         if config.join.runs:
-            results = blend.blend_runs(config, workdir, api.load_data, command=args.line)
+            from vidjax.commands import blend
+
+            api.set_up_devices(config)
+            results = blend.blend_runs(config, folder, api.load_data, command=args.line)
         else:
-            found = find_run(config, workdir)
-            data = api.load_data(config)
-            common.check_same(config, data)
-            results = analysis.evaluate(config, workdir, data, found, report=config.eval.report)
-    return common.summary(config, workdir, results, time.monotonic() - began)
-
-
-def find_run(config: Config, workdir: Path) -> "FoundRun":
-    """Returns the run in a folder; also reads other files of an evaluation, for errors in them."""
-    from vidjax.evaluation import restore
-
-    run = restore.find_run(config, workdir)
-    results_lib.read_metrics(workdir)
-    if config.eval.report:
-        results_lib.read_other_metrics(workdir)
-    return run
+            results = api.evaluate_run(config, folder)
+    return common.summary(config, folder, results, time.monotonic() - began)
 
 
 def report(args: argparse.Namespace) -> Result:
     """Writes `report.html`."""
-    workdir = Path(args.workdir).expanduser().absolute()
-    api.run_config(workdir)
+    folder = api.open_run(args.workdir)
     from vidjax.report import run_page
 
-    page = run_page.write(workdir)
-    return Result({"workdir": str(workdir), "report": str(page)}, text=f"report: {page}")
+    page = run_page.write(folder)
+    return Result({"workdir": str(folder.path), "report": str(page)}, text=f"report: {page}")

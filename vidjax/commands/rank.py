@@ -83,7 +83,7 @@ def _run(
     else:
         tables.check_new(out, endings)
     workdir = Path(args.workdir).expanduser()
-    settings = config_io.override(api.run_config(workdir), args.overrides).eval
+    settings = config_io.override(api.open_run(workdir).config, args.overrides).eval
     common.load_definitions(args)
     from vidjax import predict
 

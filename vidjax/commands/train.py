@@ -5,12 +5,13 @@ import copy
 import time
 from pathlib import Path
 
-from vidjax import api, config_io, distributed
+from vidjax import api, config_io
 from vidjax import config as config_lib
 from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
+from vidjax.run.folder import RunFolder
 
 
 def add_flags(parser: Parser) -> None:
@@ -61,26 +62,6 @@ def run(args: argparse.Namespace) -> Result:
         dry_run.check(config)
         api.set_up_devices(config)
     with common.locked_folder(path) as workdir:
-        from vidjax.evaluation import restore
-        from vidjax.run import results as results_lib
-        from vidjax.training import train
-
-        results = train.finished(workdir, config)
-        finished_before = results is not None
-        if results is None:
-            api.set_up_devices(config)
-        data = api.load_data(config)
-        common.check_same(config, data)
-        if results is not None:
-            restore.check_data(workdir, results["trained_on"], config, data)
-        else:
-            results = train.train(
-                config, workdir, data, analyse=config.eval.report, command=args.line, began=began
-            )
-        is_lost = config.eval.report and not (workdir / results_lib.REPORT).exists()
-        if finished_before and distributed.is_first() and is_lost:
-            from vidjax.analysis import analysis
-
-            analysis.write_report(workdir)  # somebody deleted it
-    seconds = None if finished_before else results["seconds"]
-    return common.summary(config, workdir, results, seconds, finished_before=finished_before)
+        results, before = api.train_run(config, RunFolder(workdir), command=args.line, began=began)
+    seconds = None if before else results["seconds"]
+    return common.summary(config, RunFolder(workdir), results, seconds, finished_before=before)

@@ -23,15 +23,14 @@ from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError, warn
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint, resume
-from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
+from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.steps import state as state_lib
 from vidjax.steps.eval_step import make_eval_step
 from vidjax.system import System, TaskSpec, make_system
 
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # as above
-IDENTITIES, CONFIG = "identities.json", "config.json"
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 REMEDY = REWRITE.replace("delete", "delete it and")
 
@@ -44,6 +43,7 @@ class FoundRun(NamedTuple):
       identities: [C] names of the class columns 1..C.
     """
 
+    folder: RunFolder
     checkpoint: checkpoint.Checkpoint
     task: TaskSpec
     identities: tuple[str, ...]
@@ -55,38 +55,43 @@ class FoundRun(NamedTuple):
         return self.checkpoint.manifest
 
 
-def make_model(
-    config: Config, workdir: Path, run: FoundRun, data: TrainingData, mesh: Mesh
-) -> TrainedModel:
+def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
     """Returns the model of a run, with its weights, on a dataset.
 
     Here and below, `config` is that of the run, with the overrides of this evaluation.
     """
-    data = fit_data(data, config, workdir, run)
+    data = fit_data(data, config, run)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
     step = make_eval_step(system, mesh)
-    return TrainedModel(str(workdir), system, step, params, model_state, run.training_sets, data)
+    name = str(run.folder.path)
+    return TrainedModel(name, system, step, params, model_state, run.training_sets, data)
 
 
-def find_run(config: Config, workdir: Path) -> FoundRun:
+def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
     Where the wanted step is damaged, the next good one is used, with a warning.
     """
+    workdir = folder.path
     found = checkpoint.find(workdir, config.eval.checkpoint)
     if found is None:
         raise CheckpointError(f"no checkpoint in '{workdir}'; train first")
     manifest = found.manifest
     check_entries(workdir, manifest)
-    check_config(workdir, manifest)
+    old = config_io.from_json(json.dumps(manifest["config"]))
+    if spoilt := resume.differences(old, folder.config):
+        raise CheckpointError(
+            f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
+            f"{spoilt}"
+        )
     task = task_of(manifest)
     if tuple(config.modalities) != tuple(task.modalities):
         raise UserError(
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
-    identities = load_identities(workdir, manifest)
+    identities = tuple(load_identities(folder, manifest))
     if task.num_identities != len(identities):
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint counts {task.num_identities:,} people, "
@@ -99,7 +104,7 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
             f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
             f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"
         )
-    return FoundRun(found, task, identities, training_sets)
+    return FoundRun(folder, found, task, identities, training_sets)
 
 
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
@@ -121,13 +126,13 @@ def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
     return task._replace(settings=settings or None)
 
 
-def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -> TrainingData:
+def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     """Checks the data of an evaluation against a run, and labels them with its class columns."""
     split = config.eval.split
     check_widths(data, run.task.modalities)
     own = run.manifest
     named = not config.data.dir or config.data.dir != own["config"]["data"].get("dir")
-    check_data(workdir, own["data"], config, data, trains=False, named=named)
+    check_data(run.folder.path, own["data"], config, data, trains=False, named=named)
     data = data.with_identities(run.identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise UserError(
@@ -181,10 +186,10 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
             )
 
 
-def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def load_identities(folder: RunFolder, manifest: Mapping[str, Any]) -> list[str]:
     """Reads the names of the class columns 1..C."""
-    path, wanted = workdir / IDENTITIES, manifest.get("identities_sha256")
-    return _companion(path, lambda: tuple(results_lib.load_identities(path)), _digest, wanted)
+    path, wanted = folder.path / IDENTITIES, manifest.get("identities_sha256")
+    return _companion(path, lambda: folder.identities, _digest, wanted)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
@@ -204,16 +209,6 @@ def _companion(path: Path, read: Callable[[], T], digest: Callable[[T], str], wa
     if digest(found) != wanted:
         raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
     return found
-
-
-def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a `config.json` that differs from the manifest in a field that shapes the model."""
-    old = config_io.from_json(json.dumps(manifest["config"]))
-    if spoilt := resume.differences(old, config_io.load_workdir(workdir)):
-        raise CheckpointError(
-            f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
-            f"{spoilt}"
-        )
 
 
 def _digest(identities: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def _write_run(
     from vidjax import api, devices, predict
     from vidjax.export import function, weights
 
-    api.run_config(source)  # says what to do where there is no run
+    api.open_run(source)  # says what to do where there is no run
     run = predict.restore(source, step="best" if step == "best" else "latest", num_devices=1)
     size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
     if chosen.bounded and size >= function.LARGEST:

@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from vidjax import config_io, devices, files
+from vidjax import devices, files
 from vidjax.config import Config
 from vidjax.ensemble import FILE as MEMBERS
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, formats
+from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.steps import state as state_lib
 from vidjax.system import make_system
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
-NEEDED = (restore.CONFIG, restore.IDENTITIES, MEMBERS)
+NEEDED = (CONFIG, IDENTITIES, MEMBERS)
 COPIED = (*NEEDED, "metrics.json")
 ITEMS = ("params", "model_state")
 OWN = ("step", "files", "arrays", "sha256")  # entries of a manifest that each checkpoint has anew
@@ -35,9 +36,10 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     """Writes the files above into a folder; `step` is `latest` or `best`."""
     from safetensors.numpy import save_file
 
-    config = config_io.load_workdir(workdir)
+    source = RunFolder(workdir)
+    config = source.config
     config.eval.checkpoint = step
-    run = restore.find_run(config, workdir)
+    run = restore.find_run(config, source)
     wanted = _abstract(config, run.manifest, len(run.training_sets.members))
     items = checkpoint.load(run.checkpoint, wanted, devices.replicated(devices.make_mesh(1)))
     save_file(by_path(items), folder / WEIGHTS)
@@ -64,11 +66,12 @@ def read(folder: Path, workdir: Path) -> None:
         for name in COPIED:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, partial / name)
-        config = config_io.load_workdir(partial)
+        made = RunFolder(partial)
+        config = made.config
         sets = restore.load_training_sets(partial, manifest)
         items = _items(folder / WEIGHTS, _abstract(config, manifest, len(sets.members)))
         checkpoint.save(partial, manifest["step"], items, _kept(manifest, without_step=True))
-        restore.find_run(config, partial)  # its files belong together
+        restore.find_run(config, made)  # its files belong together
 
 
 def by_path(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -217,9 +217,9 @@ def _create(args: argparse.Namespace) -> Result:
     if args.models:
         return _counts(Gallery.of_models(args.gallery, args.models, sync=True))
     from vidjax import config_io, predict  # JAX, for galleries of runs alone
-    from vidjax.api import load_data, run_config
+    from vidjax.api import load_data, open_run
 
-    run_config(Path(args.run).expanduser())  # says where there is none
+    open_run(args.run)  # says where there is none
     run = predict.restore(args.run)
     config = config_io.override(run.config, args.overrides)
     data = None if config == run.config else load_data(config)

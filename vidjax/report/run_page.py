@@ -20,6 +20,7 @@ from vidjax.errors import UserError
 from vidjax.report import html
 from vidjax.run import formats
 from vidjax.run import results as results_lib
+from vidjax.run.folder import IDENTITIES, RunFolder
 
 Rows = list[tuple[object, ...]]
 
@@ -621,17 +622,18 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 }
 
 
-def write(workdir: Path) -> Path:
+def write(folder: RunFolder) -> Path:
     """Writes a page for every analysed split; returns the path of the run's own, `report.html`.
 
     A page is written whole or not at all. Missing or damaged files of a run are a UserError.
     """
-    run = load(workdir)
+    run = load(folder)
     for split in run.analysed:
-        page = results_lib.paths(workdir, split, "").report
-        files.write_text(page, _fitting(load(workdir, split)))
-    files.write_text(workdir / results_lib.REPORT, _fitting(run))
-    return workdir / results_lib.REPORT
+        paths = folder.paths(split, apart=True)
+        files.write_text(paths.report, _fitting(load(folder, split)))
+    page = folder.paths().report
+    files.write_text(page, _fitting(run))
+    return page
 
 
 def render(run: RunFiles) -> str:
@@ -658,28 +660,20 @@ def _fitting(run: RunFiles) -> str:
         ) from error
 
 
-def load(workdir: Path, other: str = "") -> RunFiles:
+def load(folder: RunFolder, other: str | None = None) -> RunFiles:
     """Reads the files of a run, with the results of its own split, or of the split `other`."""
-    config = config_io.load_workdir(workdir)
-    own = str(config.eval.split)
-    others = results_lib.read_other_metrics(workdir)
-    values = others[other] if other else results_lib.read_metrics(workdir)
-    identities = workdir / "identities.json"
-    paths = results_lib.paths(workdir, other or own, "" if other else own)
-    analysis, arrays = formats.Analysis(), {}
-    if files.exists(paths.analysis):
-        analysis, arrays = results_lib.load_analysis(paths.analysis)
+    config, paths = folder.config, folder.paths(other, apart=bool(other))
+    others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
+    analysis, arrays = folder.analysis(paths) or (formats.Analysis(), {})
     return RunFiles(
-        folder=workdir,
+        folder=folder.path,
         config=config.to_dict(),
-        lines=[] if other else results_lib.read_lines(workdir / "metrics.jsonl"),
-        identities=results_lib.load_identities(identities) if files.exists(identities) else [],
-        other_metrics={} if other else others,
-        split=other or own,
+        lines=[] if other else results_lib.read_lines(folder.path / "metrics.jsonl"),
+        identities=folder.identities if folder.has(IDENTITIES) else [],
+        other_metrics=others,
+        split=other or config.eval.split,
         analysed=tuple(
-            split
-            for split in (() if other else others)
-            if files.exists(results_lib.paths(workdir, split, "").analysis)
+            split for split in others if files.exists(folder.paths(split, apart=True).analysis)
         ),
         metrics=formats.parse(paths.metrics, values, formats.Metrics, results_lib.REMEDY),
         values=values,

@@ -1,8 +1,4 @@
-"""The result files of a run: their names, and how they are read and written.
-
-Results of the split that training evaluates, `eval.split`, are `metrics.json`, `ranking.txt` and
-`analysis.npz`; those of another one carry its name, `metrics_<split>.json`. See `run.formats`.
-"""
+"""The result files of a run: how they are read, written and described; see `run.formats`."""
 
 import contextlib
 import datetime
@@ -10,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
@@ -19,7 +15,11 @@ from vidjax import config_io, files
 from vidjax.errors import UserError
 from vidjax.run import formats
 
+if TYPE_CHECKING:
+    from vidjax.run.folder import ResultPaths
+
 T = TypeVar("T")
+Arrays = dict[str, np.ndarray]
 
 MOST_LINES = 20_000  # of a log, in memory
 IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
@@ -48,26 +48,6 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-class ResultPaths(NamedTuple):
-    """The result files of one split."""
-
-    metrics: Path
-    ranking: Path
-    analysis: Path
-    report: Path
-
-
-def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
-    """Returns the paths of the results of a split; training evaluates `own_split`."""
-    suffix = "" if split == own_split else f"_{split}"
-    return ResultPaths(
-        workdir / f"metrics{suffix}.json",
-        workdir / f"ranking{suffix}.txt",
-        workdir / f"analysis{suffix}.npz",
-        workdir / f"report{suffix}.html",
-    )
-
-
 class Results(formats.Metrics, kw_only=True):
     """What a run reached on a split: `map`, `top1` and all others of `formats.Metrics`, and files.
 
@@ -78,13 +58,12 @@ class Results(formats.Metrics, kw_only=True):
     """
 
     split: str
-    paths: ResultPaths
+    paths: "ResultPaths"
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], workdir: Path, split: str, own_split: str) -> Self:
+    def of(cls, values: Mapping[str, Any], split: str, found: "ResultPaths") -> Self:
         """Returns the results `values` of a split, as an evaluation in a run's folder made them."""
-        found = paths(workdir, split, own_split)
         plain = files.parse_json(files.to_json(values).encode())
         metrics = formats.parse(found.metrics, plain, formats.Metrics, REMEDY)
         known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
@@ -121,20 +100,6 @@ def load_metrics(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_metrics(workdir: Path) -> dict[str, Any]:
-    """Returns the content of a run's `metrics.json`, empty where there is none."""
-    path = workdir / "metrics.json"
-    return load_metrics(path) if files.exists(path) else {}
-
-
-def read_other_metrics(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Returns split -> content of `metrics_<split>.json`, for splits other than `eval.split`."""
-    return {
-        path.stem.removeprefix("metrics_"): load_metrics(path)
-        for path in sorted(workdir.glob("metrics_*.json"))
-    }
-
-
 def load_identities(path: Path) -> list[str]:
     """Returns the names of class columns 1..C, the content of `identities.json`."""
     return _load(path, cast(type[list[str]], formats.Identities), list, IDENTITIES_BYTES)[1]
@@ -160,12 +125,6 @@ def _load(
     except ValueError as error:
         text = str(error)
         raise UserError(text if "\n" in text else f"{text}\n{REMEDY}") from error
-
-
-def training_metrics(workdir: Path) -> dict[str, Any]:
-    """Returns those entries of `metrics.json` that describe the training (`TRAINING_KEYS`)."""
-    metrics = read_metrics(workdir)
-    return {name: metrics[name] for name in TRAINING_KEYS if name in metrics}
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
@@ -244,7 +203,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
     files.write_bytes(path, content.getvalue())
 
 
-def load_analysis(path: Path) -> tuple[formats.Analysis, dict[str, np.ndarray]]:
+def load_analysis(path: Path) -> tuple[formats.Analysis, Arrays]:
     """Returns the values and the arrays that `save_analysis` wrote."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()

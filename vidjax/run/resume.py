@@ -1,28 +1,10 @@
-"""The configuration of a run: its file, and what may change when the run resumes."""
+"""What may change in the configuration of a run when it resumes."""
 
-import copy
 from pathlib import Path
 
 from vidjax import config as config_lib
-from vidjax import config_io, files
 from vidjax.config import Config
 from vidjax.errors import UserError
-
-
-def write_config(workdir: Path, config: Config) -> None:
-    """Writes `config.json` with absolute paths and no `data.cache_dir`, for `load_workdir`."""
-    config = absolute(config)
-    config.data.cache_dir = None
-    files.write_text(workdir / "config.json", config_io.to_json(config))
-
-
-def absolute(config: Config) -> Config:
-    """Returns a copy of a configuration whose data, cache and weights are absolute paths."""
-    config = copy.deepcopy(config)
-    for field in ("dir", "cache_dir", "weights"):
-        if config.data[field]:
-            config.data[field] = str(files.absolute(config.data[field]))
-    return config
 
 
 def differences(old: Config, new: Config) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import config_io, devices, metrics
+from vidjax import devices, metrics
 from vidjax.analysis import analysis
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation.scoring import Evaluation
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
+from vidjax.run.folder import CONFIG, RunFolder, absolute
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
@@ -23,16 +24,15 @@ from vidjax.training.plan import make_plan, make_schedule, repeated_clips
 from vidjax.training.training_run import TrainingRun
 
 
-def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
+def finished(folder: RunFolder, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if something is left to do for `config`.
 
     Refuses a configuration with which the run may not go on.
     """
-    if not (workdir / "config.json").exists():
+    if not folder.has(CONFIG):
         return None
-    recorded = config_io.load_workdir(workdir)
-    resume.check(workdir, recorded, resume.absolute(config))
-    results = results_lib.read_metrics(workdir)
+    recorded, results = folder.config, folder.metrics()
+    resume.check(folder.path, recorded, absolute(config))
     # Evaluation also writes the file; what lacks a result is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
@@ -67,7 +67,7 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
     """
     began = time.monotonic() if began is None else began
-    config = resume.absolute(config)  # the run may go on from another working directory
+    config = absolute(config)  # the run may go on from another working directory
     config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
@@ -133,9 +133,9 @@ def train(
     }
     if command:
         results["command"] = command
-    models = [run.trained_model()]
+    models, folder = [run.trained_model()], RunFolder(workdir)
     analysis.write_results(
-        workdir, data.identities, evaluation, results, own_split=split, ends_training=True,
+        folder, data.identities, evaluation, results, paths=folder.paths(), ends_training=True,
         analysed=functools.partial(analysis.analyse, models, evaluation, mesh, config)
         if analyse else None,
     )  # fmt: skip

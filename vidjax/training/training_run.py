@@ -21,8 +21,7 @@ from vidjax.errors import UserError, warn
 from vidjax.evaluation import restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.run import checkpoint, resume
-from vidjax.run import results as results_lib
-from vidjax.run import workdir as workdir_lib
+from vidjax.run.folder import CONFIG, RunFolder, check_there
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
@@ -55,8 +54,9 @@ def restore_or_init(
         rngs = ensemble.make_rngs(members, config.seed)
         return state_lib.init_state(system, plan.task.modalities, rngs, labels)
 
-    if (workdir / "config.json").exists():
-        resume.check(workdir, config_io.load_workdir(workdir), config)
+    folder = RunFolder(workdir)
+    if folder.has(CONFIG):
+        resume.check(workdir, folder.config, config)
     found = checkpoint.find(workdir)
     if not found:
         return state_lib.make_state(init, system.tx, layout), {}
@@ -77,9 +77,10 @@ def write_description(
     distributed.barrier()  # all processes have read what is there
     if not distributed.is_first():
         return
-    if metrics := results_lib.read_metrics(workdir):  # of this run with fewer epochs
-        files.write_json(workdir / "metrics.json", {**metrics, "finished": False})
-    resume.write_config(workdir, config)
+    folder = RunFolder(workdir)
+    if metrics := folder.metrics():  # of this run with fewer epochs
+        folder.write_metrics({**metrics, "finished": False})
+    folder.write_config(config)
     files.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]
@@ -312,7 +313,7 @@ class TrainingRun:
 
     def save(self, **more: float) -> None:
         """Saves a checkpoint with `more` in its manifest; if the step has one, only adds `more`."""
-        workdir_lib.check_there(self._workdir)
+        check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, state_lib.as_items(self.state), info)
         self._last_save = time.monotonic()
