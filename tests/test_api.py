@@ -13,6 +13,7 @@ import vidjax
 from tests.helpers import made_runs
 from vidjax import files
 from vidjax.run import results as results_lib
+from vidjax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 KNN = str(ROOT / "configs" / "knn.py")
@@ -86,8 +87,8 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
 def test_results_tell_average_precisions_and_metrics_of_ones_own(tmp_path):
     values = {"Ada": 0.25, "Zoë": 0.75, "Bo": 1.0}
     folder = made_runs.write(tmp_path / "run", values, results={"my_metric": 0.5})
-    metrics = results_lib.load_metrics(folder / "metrics.json")
-    results = results_lib.Results.of(metrics, folder, "val", "val")
+    metrics = RunFolder(folder).metrics()
+    results = results_lib.Results.of(metrics, "val", RunFolder(folder).paths())
     assert results.average_precisions() == values
     assert results.map == pytest.approx(2 / 3) and results.to_dict() == metrics
     assert results.to_dict()["my_metric"] == 0.5
@@ -194,8 +195,8 @@ def test_wrong_arguments_say_what_was_expected(clips, labels, official_dir, cach
 def test_a_training_that_fails_leaves_no_folder(clips, labels, cache_dir, tmp_path):
     data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
     config = vidjax.load_config(KNN)
-    config.optim.lr = 1
-    with pytest.raises(ValueError, match=r"config\.optim\.lr=1: .*config\.optim\.learning_rate"):
+    config.optim.learn_rate = 1
+    with pytest.raises(ValueError, match=r"config\.optim\.learn_rate=1: .*optim\.learning_rate"):
         vidjax.train(config, tmp_path / "new", data)
     assert not (tmp_path / "new").exists()
 

@@ -148,7 +148,7 @@ def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, tmp_path):
     """Cosines are joined as probabilities."""
     runs = nearest_run, shutil.copytree(nearest_run, tmp_path / "copy")
     config = joining(runs, "--config.join.weights=(1,3)")
-    results = blend.blend_runs(config, tmp_path, lambda _: data, num_devices=1)
+    results = blend.blend_runs(config, RunFolder(tmp_path), lambda _: data, num_devices=1)
     wanted, split = probabilities(nearest_run, lambda _: data, "val")
     check_ranking(tmp_path / "ranking.txt", wanted)
     assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
@@ -174,7 +174,7 @@ def test_a_mean_of_probabilities_by_hand():
 @pytest.mark.parametrize("weights", [(), (3.0, 0.0)], ids=["equal", "one"])
 def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
     config = joining(runs, f"--config.join.weights={weights}")
-    results = blend.blend_runs(config, tmp_path, load, num_devices=1)
+    results = blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
     weights = weights or (1.0, 1.0)
     wanted = joined_by_hand(runs, load, "val", weights)
     check_ranking(tmp_path / "ranking.txt", wanted)
@@ -192,7 +192,7 @@ def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path,
     words = ("--config.num_epochs=1", "--config.eval.top_classes=3",
              "--config.eval.temperature=2")  # fmt: skip
     own = train("few", "knn.py:iqiyi_vid", folders["faces"], *words)
-    results = blend.blend_runs(joining((runs[1], own)), tmp_path, load, num_devices=1)
+    results = blend.blend_runs(joining((runs[1], own)), RunFolder(tmp_path), load, num_devices=1)
     assert (probabilities(own, load, "val")[0].popitem()[1] > 0).sum() <= 3
     check_ranking(tmp_path / "ranking.txt", joined_by_hand((runs[1], own), load, "val", (1.0, 1.0)))
     alone = json.loads((own / "metrics.json").read_text())
@@ -226,7 +226,9 @@ def test_other_identities_or_clips_are_refused(
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     others = train("others", "knn.py:iqiyi_vid", fewer, "--config.num_epochs=1")
     with pytest.raises(ValueError, match="different lists of identities"):
-        blend.blend_runs(joining((runs[0], others)), tmp_path / "out", load, num_devices=1)
+        blend.blend_runs(
+            joining((runs[0], others)), RunFolder(tmp_path / "out"), load, num_devices=1
+        )
 
     # The folder of one run gains a clip after training.
     moved = tmp_path / "moved"
@@ -239,9 +241,8 @@ def test_other_identities_or_clips_are_refused(
     config.data.dir = str(moved)
     monkeypatch.setitem(loaded, str(folders["others"]), load(config))
     with pytest.raises(ValueError, match="have different clips in test") as caught:
-        blend.blend_runs(
-            joining(runs, "--config.eval.split=test"), tmp_path / "out", load, num_devices=1
-        )
+        config = joining(runs, "--config.eval.split=test")
+        blend.blend_runs(config, RunFolder(tmp_path / "out"), load, num_devices=1)
     assert "IQIYI_VID_TEST_" in str(caught.value)
 
 
@@ -255,7 +256,7 @@ def test_other_identities_or_clips_are_refused(
 )
 def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
-        blend.blend_runs(joining(runs, *words), tmp_path, load, num_devices=1)
+        blend.blend_runs(joining(runs, *words), RunFolder(tmp_path), load, num_devices=1)
 
 
 def test_the_command_line(runs, load, tmp_path, capsys):
@@ -296,14 +297,16 @@ def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     found = []
     for words in ((), (f"--config.data.dir={official_dir}",)):
         config = config_io.override(joining(runs), words)
-        blend.blend_runs(config, tmp_path, load, num_devices=1)
+        blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
         found.append((tmp_path / "ranking.txt").read_bytes())
     assert found[0] == found[1]
 
 
 def test_the_report_lists_the_runs_and_the_command(runs, load, tmp_path):
     config = joining(runs, "--config.join.weights=(1,3)")
-    results = blend.blend_runs(config, tmp_path, load, num_devices=1, command="vidjax evaluate")
+    results = blend.blend_runs(
+        config, RunFolder(tmp_path), load, num_devices=1, command="vidjax evaluate"
+    )
     text = (tmp_path / "report.html").read_text()
     check_numbers(tmp_path, text)
     assert not Page(text).open

@@ -265,7 +265,7 @@ def test_the_documentation_is_written_into_a_page(tmp_path):
 
 # Fields that nothing reads, one in each group whose fields are looked up by name.
 INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
-            "join.how", "resume.always")  # fmt: skip
+            "join.how")  # fmt: skip
 
 
 @pytest.mark.slow

@@ -272,4 +272,4 @@ def test_an_evaluation_reads_each_file_of_the_run_once(own, monkeypatch):
     evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.report=True"]
     assert main(evaluate) == 0
     assert {opened[name] for name in ("config.json", "metrics.json", "identities.json")} == {1}
-    assert opened["data_report.json"] == opened["members.npz"] == opened["manifest.json"] == 1
+    assert opened["members.npz"] == opened["manifest.json"] == 1
