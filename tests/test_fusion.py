@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.made_frames import make_frames, pad
-from vidjax import augment, config_io, fusion
+from vidjax import augment, fusion
 from vidjax.batch import Frames
-from vidjax.system import TaskSpec, make_system
 
 
 def one_hot_frames(weights, *, padding=3):
@@ -103,7 +102,7 @@ SPECS = [
     {"name": "top", "num_frames": 4, "top_share": 0.7},
     {"name": "mean", "weighting": "graded"},
     {"name": "sample", "num_frames": 4},
-    {"name": "windows", "weighting": "quality", "min_quality": 20.0},
+    {"name": "windows", "min_quality": 20.0},
     {"name": "crops"},
 ]
 # Each spec is a program that takes seconds to compile, so the quick tests have one that draws.
@@ -212,7 +211,7 @@ def test_graded_mean_is_w_of_x():
     np.testing.assert_allclose(mean.features[0, 0], expected / expected.sum(), rtol=1e-5)
 
 
-def windows_oracle(frames, clip, max_frames, weights):
+def windows_oracle(frames, clip, max_frames):
     """The fixed windows of one clip, loop by loop: the originals, then the merged."""
     real = np.flatnonzero(frames.mask[clip])
     ring = sorted(range(len(real)), key=lambda rank: rank * 2654435769 % 2**32)
@@ -221,20 +220,17 @@ def windows_oracle(frames, clip, max_frames, weights):
         count = min(2 + rank % (max_frames - 1), len(real))
         place = ring.index(rank)
         window = [real[ring[(place + slot) % len(ring)]] for slot in range(count)]
-        total = sum(weights[clip, u] for u in window)
         originals.append(frames.features[clip, t])
-        merged.append(sum(weights[clip, u] / total * frames.features[clip, u] for u in window))
+        merged.append(sum(frames.features[clip, u] / len(window) for u in window))
     return np.asarray(originals + merged)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "quality"])
-def test_fixed_windows_match_a_loop(weighting):
+def test_fixed_windows_match_a_loop():
     frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype="float32")
     frames.mask[0, 4] = frames.mask[4, 0] = False  # filters leave holes
-    weights = np.ones((5, 9)) if weighting == "uniform" else frames.quality * frames.detection
-    union = fuse("windows", None, frames, max_frames=4, weighting=weighting)
+    union = fuse("windows", None, frames, max_frames=4)
     for clip in (0, 1, 2, 4):
-        expected = windows_oracle(frames, clip, 4, weights)
+        expected = windows_oracle(frames, clip, 4)
         real = np.asarray(union.mask[clip])
         assert real.sum() == 2 * frames.mask[clip].sum()
         np.testing.assert_allclose(union.features[clip, real], expected, atol=1e-6)
@@ -246,7 +242,7 @@ def test_windows_of_int8_are_rounded_and_not_cut_off():
     features = np.array([[[3], [4], [-3], [-5]]], np.int8)
     frames = make_frames([4], max_frames=4)._replace(features=features)
     union = fuse("windows", None, frames, max_frames=4)
-    expected = windows_oracle(frames, 0, 4, np.ones((1, 4)))
+    expected = windows_oracle(frames, 0, 4)
     assert union.features.dtype == np.int8
     np.testing.assert_array_equal(union.features[0], np.round(expected))
 
@@ -600,37 +596,3 @@ def test_padding_changes_no_joint():
         )
         for clip in range(4):
             np.testing.assert_array_equal(real(first, clip), real(second, clip))
-
-
-@pytest.mark.parametrize("weighting", ["uniform", "quality"])
-def test_mean_and_deviation_match_numpy(weighting):
-    frames = make_frames([5, 1, 0, 9], max_frames=9)
-    mean = fuse("mean", None, frames, weighting=weighting)
-    both = fuse("mean_and_deviation", None, frames, weighting=weighting)
-    expected = np.zeros((4, 1, 12))
-    for clip in (0, 1, 3):
-        real = frames.features[clip][frames.mask[clip]].astype(np.float64)
-        weights = (frames.quality * frames.detection)[clip][frames.mask[clip]]
-        weights = weights if weighting == "quality" else np.ones(len(real))
-        expected[clip, 0, :6] = np.average(real, axis=0, weights=weights)
-        squares = (real - expected[clip, 0, :6]) ** 2
-        expected[clip, 0, 6:] = np.sqrt(np.average(squares, axis=0, weights=weights))
-    np.testing.assert_allclose(both.features, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(mean.features, expected[..., :6], rtol=1e-5, atol=1e-6)
-    for fused in (mean, both):
-        assert fused.features.dtype == np.float32
-        np.testing.assert_array_equal(fused.features[2], 0)
-        np.testing.assert_array_equal(fused.mask[:, 0], [True, True, False, True])
-    padded = fuse("mean_and_deviation", None, pad(frames, 4), weighting=weighting)
-    np.testing.assert_array_equal(padded.features, both.features)
-
-
-def test_a_wider_fusion_makes_a_wider_model():
-    config = config_io.load_file("configs/quality_fusion.py:mlp3,face").to_dict()
-    task = TaskSpec({"face": 6}, 4, None, 9, 3, train_other=False)
-    both = {"name": "mean_and_deviation"}
-    config["fusion"]["face"] = {"train": both, "evaluate": both}
-    assert dict(make_system(config, task).model.modalities) == {"face": 12}
-    config["fusion"]["face"] = {"train": both, "evaluate": {"name": "mean"}}
-    with pytest.raises(ValueError, match="fusions of one width"):
-        make_system(config, task)

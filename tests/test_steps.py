@@ -275,31 +275,6 @@ def test_only_the_best_classes_of_a_clip_keep_their_scores():
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])
 
 
-def test_feature_noise_has_a_tenth_of_the_norm_of_each_feature():
-    batch = make_batch((900, 30, 0), (1, 0, 1), max_frames=1000)
-    clips = augment.MemberClips(batch.frames, np.arange(3), np.ones(3), jnp.float32(0), ())
-    noised = jax.jit(augment.feature_noise)
-    first, again, other = (noised(jax.random.key(seed), clips) for seed in (1, 1, 2))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    for name, frames in batch.frames.items():
-        unchanged = first.frames[name]._replace(features=frames.features)
-        jax.tree.map(np.testing.assert_array_equal, unchanged, frames)
-        noise = first.frames[name].features - frames.features
-        np.testing.assert_array_equal(noise[~frames.mask], 0)  # their features are 0
-        assert (np.asarray(noise)[frames.mask] != 0).all()
-        assert (first.frames[name].features != other.frames[name].features)[frames.mask].all()
-    frames = batch.frames["face"]
-    noise = np.asarray(first.frames["face"].features - frames.features)[frames.mask]
-    norm = np.linalg.norm(frames.features[frames.mask], axis=1, keepdims=True)
-    scaled = noise / norm  # [930, D], normal with variance 0.1^2 / D
-    assert np.sqrt((scaled**2).sum(axis=1).mean()) == pytest.approx(0.1, rel=0.05)
-    assert np.abs(scaled.mean(axis=0)).max() < 5 * 0.1 / np.sqrt(DIMS["face"] * len(scaled))
-    # The noise of a modality is its own, also where two have equal features.
-    twins = {"a": frames, "b": frames}
-    both = noised(jax.random.key(1), clips._replace(frames=twins)).frames
-    assert (both["a"].features != both["b"].features)[frames.mask].all()
-
-
 @pytest.mark.parametrize(("embedding", "dtype"), [("", "float32"), ("triplet", "bfloat16")])
 def test_a_bad_clip_is_found_alone(embedding, dtype):
     system = make(loss__embedding=embedding, dtype=dtype)

@@ -16,7 +16,6 @@ from vidjax.batch import Array, Frames
 from vidjax.errors import UserError, suggest_entry
 
 NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
-FEATURE_NOISE = 0.1  # norm of the noise relative to the norm of the feature vector
 
 
 class MemberClips(NamedTuple):
@@ -178,20 +177,6 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
     )
 
 
-def feature_noise(rng: Array, clips: MemberClips, *, scale: float = FEATURE_NOISE) -> MemberClips:
-    """Adds Gaussian noise to each fused feature vector, by default a tenth of its norm (ours).
-
-    `scale` is the norm of the noise (root mean square) divided by the norm of the vector.
-    """
-    frames = {}
-    for i, (name, fused) in enumerate(clips.frames.items()):
-        features = fused.features.astype(jnp.promote_types(fused.features.dtype, jnp.float32))
-        noise = jax.random.normal(jax.random.fold_in(rng, i), features.shape, features.dtype)
-        norm = jnp.linalg.norm(features, axis=-1, keepdims=True) / features.shape[-1] ** 0.5
-        frames[name] = fused._replace(features=features + scale * norm * noise)
-    return clips._replace(frames=frames)
-
-
 def by_example(rng: Array, clips: MemberClips) -> MemberClips:
     """Weights every clip by the number of its fused frames, so that each of these counts alike.
 
@@ -216,7 +201,6 @@ class Transform(NamedTuple):
 # name in `config.transforms` -> transform. To add one, write a function and add a line here.
 TRANSFORMS: dict[str, Transform] = {
     "by_example": Transform(by_example),
-    "feature_noise": Transform(feature_noise),
 }
 
 

@@ -364,9 +364,7 @@ def random_fusion(
     return _fuse(frames, picks, slots, weights, has_frame)
 
 
-def merged_windows(
-    rng: Array | None, frames: Frames, *, max_frames: int = 5, weighting: str = "uniform"
-) -> Frames:
+def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
     """Returns the frames, and for each frame its mean with 1 to `max_frames` - 1 other frames.
 
     The others are those that follow the frame in a random, cyclic order of the frames of the clip.
@@ -375,14 +373,13 @@ def merged_windows(
     Args:
       rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
       max_frames: most frames in one mean, 2 or more; a shorter clip merges all that it has.
-      weighting: weights of the mean, a weighting of `frame_weights`.
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
         detection are means too; number is that of the frame itself, so numbers are unordered.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 others, and
-    united with the originals. Ours: the weighting; the fixed order for evaluation.
+    united with the originals. Ours: the fixed order for evaluation.
     """
     if max_frames < 2:
         raise UserError(f"merged windows needs max_frames of 2 or more, got {max_frames}")
@@ -399,8 +396,7 @@ def merged_windows(
     slots = [slot < num_fused for slot in range(max_frames)]
     place = jnp.argsort(order, axis=1)
     picks = [take(order, (place + slot) % jnp.maximum(count, 1)) for slot in range(max_frames)]
-    all_weights = frame_weights(frames, weighting)
-    weights = [take(all_weights, index) for index in picks]
+    weights = [take(frames.mask, index).astype(jnp.float32) for index in picks]
     merged = _fuse(frames, picks, slots, weights, frames.mask)
     merged = merged._replace(number=frames.number)
 
@@ -431,13 +427,8 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     )
 
 
-def _mean_over_frames(
-    frames: Frames,
-    weights: Array,
-    values: Array | LazyFeatures,
-    of: Callable[[Array], Array] = lambda x: x,
-) -> Array:
-    """Returns the weighted mean of `of(values)` over the frames: [B, T, ...] to [B, ...]."""
+def _mean_over_frames(frames: Frames, weights: Array, values: Array | LazyFeatures) -> Array:
+    """Returns the weighted mean of values over the frames: [B, T, ...] to [B, ...]."""
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
     # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
@@ -446,7 +437,7 @@ def _mean_over_frames(
     # One frame at a time, read in the stored dtype: 15 times faster on CPU than a sum over float32
     # [B, T, D], and independent of the length of the padding.
     def add(t: Array, total: Array) -> Array:
-        value = of(_frame(values, t))
+        value = _frame(values, t)
         weight = jax.lax.dynamic_index_in_dim(weights, t, axis=1, keepdims=False)
         return total + value * weight.reshape(weight.shape + (1,) * (value.ndim - 1))
 
@@ -491,37 +482,16 @@ def all_frames(frames: Frames) -> Frames:
     return frames
 
 
-def mean_and_deviation(frames: Frames, *, weighting: str = "uniform") -> Frames:
-    """Returns the mean frame of every clip, and beside it the standard deviation of its features.
-
-    Returns Frames [B, 1] with float32 features [B, 1, 2 D], see `mean_frame`; one frame has
-    deviations of 0. `weighting` is one of `frame_weights`, for both.
-
-    Source: statistics pooling, Snyder et al. 2018, X-vectors.
-    """
-    mean = mean_frame(frames, weighting=weighting)
-    squares = _mean_over_frames(
-        frames,
-        frame_weights(frames, weighting),
-        frames.features,
-        of=lambda x: (x - mean.features[:, 0]) ** 2,
-    )
-    both = jnp.concatenate([mean.features, jnp.sqrt(squares)[:, None]], axis=-1)
-    return mean._replace(features=both)
-
-
 class Fusion(NamedTuple):
     """An entry of FUSIONS.
 
     Attributes:
       function: ([rng,] Frames [B, T], *, options) -> Frames [B, T'].
       random: True if it takes a PRNG key, which is None in evaluation.
-      widths: width of a fused feature vector divided by that of a frame.
     """
 
     function: Callable[..., Frames]
     random: bool = False
-    widths: int = 1
 
 
 # name -> fusion. A specification names it and supplies the keyword arguments of its function.
@@ -529,7 +499,6 @@ FUSIONS: dict[str, Fusion] = {
     "all": Fusion(all_frames),
     "crops": Fusion(crop_means),
     "mean": Fusion(mean_frame),
-    "mean_and_deviation": Fusion(mean_and_deviation, widths=2),
     "random": Fusion(random_fusion, random=True),
     "sample": Fusion(sample_frames, random=True),
     "top": Fusion(top_frames, random=True),
@@ -546,8 +515,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         the fused frames to keep at the end.
 
     Returns:
-      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops`, `mean` and
-        `mean_and_deviation` ignore the key; `sample`, `top` and `windows` also accept None.
+      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key;
+        `sample`, `top` and `windows` also accept None.
     """
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)

@@ -219,16 +219,10 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
     modalities, hides = {}, False
     for name, width in task.modalities.items():
-        fused = width * fused_widths(config["fusion"], name)
-        modalities[name] = fused
+        modalities[name] = width
         for seen, chunks, _ in _views_of(config["ensemble"], name):
-            if fused != width:
-                raise UserError(
-                    f"config.ensemble.views: a chunk of {name} would hide a mean or a deviation "
-                    f"alone\nchoose another fusion of {name}"
-                )
-            hides |= fused // chunks > 0
-            modalities[seen] = fused - fused // chunks
+            hides |= width // chunks > 0
+            modalities[seen] = width - width // chunks
     if config["ensemble"]["views"] and not hides:
         raise UserError(
             f"config.ensemble.views: no modality has {config['ensemble']['chunks']} numbers, of "
@@ -246,18 +240,6 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
 def _fusion_spec(specs: Mapping[str, Any], modality: str, phase: str) -> Mapping[str, Any]:
     """Returns the specification of a modality's fusion in a phase; the default is all frames."""
     return specs.get(modality, {}).get(phase) or {"name": "all"}
-
-
-def fused_widths(specs: Mapping[str, Any], modality: str) -> int:
-    """Returns the width of the fused features of a modality, as a multiple of a frame's."""
-    names = [_fusion_spec(specs, modality, phase).get("name") for phase in ("train", "evaluate")]
-    train, evaluate = (fusion.FUSIONS[x].widths if x in fusion.FUSIONS else 1 for x in names)
-    if train != evaluate:
-        raise UserError(
-            f"config.fusion.{modality}: '{names[0]}' in training and '{names[1]}' in evaluation\n"
-            "give features of different widths: choose fusions of one width"
-        )
-    return train
 
 
 def make_fusions(

@@ -40,7 +40,6 @@ class DenseIdentifier(Identifier):
       dropout_rate: for `residual` and `block`, dropout rate of every layer but the last of a block.
       shortcut: for `residual`, add | concat | none.
       gate: for `residual`, True for a sigmoid gate after every layer.
-      norm_first: for `mlp` and `residual`, True for BatchNorm before the activations.
       head: linear | cosine.
       logit_scale: for the cosine head, factor on the cosines.
       feature_scale: factor on the raw features.
@@ -63,7 +62,6 @@ class DenseIdentifier(Identifier):
     dropout_rate: float = 0.5
     shortcut: str = "add"
     gate: bool = False
-    norm_first: bool = False
     head: str = "linear"
     logit_scale: float = 1.0
     feature_scale: float = 1.0
@@ -77,8 +75,6 @@ class DenseIdentifier(Identifier):
         # A changed value without effect would look like an experiment.
         others = {option for options in _OPTIONS.values() for option in options}
         others -= set(_OPTIONS[self.backbone])
-        if self.backbone == "block":
-            others.add("norm_first")
         for field in dataclasses.fields(self):
             if field.name in others and getattr(self, field.name) != field.default:
                 raise UserError(f"backbone {self.backbone!r} has no option {field.name}")
@@ -100,7 +96,7 @@ class DenseIdentifier(Identifier):
         ]
         x = jnp.concatenate(means, axis=-1) * self.feature_scale  # [B, sum of D]
         if self.backbone == "mlp":
-            net = MLP(self.layers, self.norm_first, self.dtype, name="backbone")
+            net = MLP(self.layers, self.dtype, name="backbone")
         elif self.backbone == "block":
             net = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
         else:
@@ -111,7 +107,6 @@ class DenseIdentifier(Identifier):
                 self.dropout_rate,
                 self.shortcut,
                 self.gate,
-                self.norm_first,
                 self.dtype,
                 name="backbone",
             )

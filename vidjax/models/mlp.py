@@ -119,7 +119,6 @@ class MLP(nn.Module):
     """
 
     layers: tuple[Layer, ...]
-    norm_first: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -127,9 +126,7 @@ class MLP(nn.Module):
         """Returns the last layer's output, [B, D'] float32; x itself if there are no layers."""
         for i, layer in enumerate(self.layers):
             _check_layer(layer)
-            x = DenseLayer(*layer, self.norm_first, self.dtype, name=f"layer_{i}")(
-                x, mask, train=train
-            )
+            x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
         return x
 
 
@@ -161,7 +158,6 @@ class ResidualDenseNet(nn.Module):
       activation: activation of every layer, as in DenseLayer.
       shortcut: add | concat | none (the plain net of the same size).
       gate: True to multiply the output y of each layer by sigmoid(W y + b), number by number.
-      norm_first: True for BatchNorm before the activations, False for after.
 
     Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
     fully connected net, BatchNorm, dropout; attention with sigmoid branches as future work. All
@@ -175,7 +171,6 @@ class ResidualDenseNet(nn.Module):
     dropout_rate: float = 0.5
     shortcut: str = "add"
     gate: bool = False
-    norm_first: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -196,7 +191,6 @@ class ResidualDenseNet(nn.Module):
                 self.activation,
                 batch_norm=True,
                 dropout_rate=self.dropout_rate,
-                norm_first=self.norm_first,
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )(x, mask, train=train)
