@@ -93,7 +93,7 @@ def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
         env={"PYTHONPATH": str(ROOT), "VIDJAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cuda"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "unknown model 'mmma'" in done.stderr
+    assert "model.name='mmma'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -462,7 +462,7 @@ def test_random_repeats_without_a_key_are_those_of_the_clip_alone():
     turns = fuse("top", None, frames, num_frames=32)
     np.testing.assert_array_equal(top.number[4], turns.number[4])  # nothing to repeat
     assert np.array_equal(top.mask.sum(axis=1), [32, 32, 0, 32, 32])
-    with pytest.raises(ValueError, match="random or turn"):
+    with pytest.raises(ValueError, match="unknown repeats 'seldom'; choose from random, turn"):
         fusion.top_frames(None, frames, repeats="seldom")
 
 

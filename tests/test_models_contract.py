@@ -307,7 +307,7 @@ BRANCHES = "other_modalities must name modalities beside 'face', got"
             {"other_modalities": ("scene",)},
             "other_modalities of model 'fallback' names scene",
         ),
-        (FALLBACK, {"main": {"name": "none"}}, "unknown model 'none'"),
+        (FALLBACK, {"main": {"name": "none"}}, "model.name='none'"),
         (
             FALLBACK,
             {"main": {**MAIN, "head": "cosine", "logit_scale": 9.0}},
@@ -326,7 +326,6 @@ def test_impossible_options_are_refused(spec, options, message):
     ("name", "options", "message"),
     [
         ("mma", {"modalities": {}}, "at least one modality"),
-        ("mma", {"dtype": "float31"}, "unknown dtype"),
         ("knn", {"modalities": {"head": 5}}, "config.modalities are head"),
     ],
 )

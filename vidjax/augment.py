@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, Frames
-from vidjax.errors import UserError, suggest_entry
+from vidjax.errors import UserError, check_entry
 
 NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
 
@@ -231,8 +231,7 @@ def make_transforms(
     for spec in config["transforms"]:
         options = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = str(options.pop("name", None))
-        if name not in TRANSFORMS:
-            raise UserError(f"config.transforms='{name}': {suggest_entry(name, TRANSFORMS)}")
+        check_entry("config.transforms", name, TRANSFORMS)
         function, before_fusion = TRANSFORMS[name]
         fusion.check_options(f"config.transforms: {name!r}", function, options)
         (before if before_fusion else after).append(functools.partial(function, **options))

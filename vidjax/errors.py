@@ -171,9 +171,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
 
 
-def suggest_entry(name: str, table: Iterable[str]) -> str:
-    """Returns `suggest`, and what helps if a file of the user adds the name to the table."""
-    return (
-        f"{suggest(name, table)}\n"
-        "if your own file adds it: --config=FILE; in Python, vidjax.load_config(FILE) before"
-    )
+def check_entry(field: str, name: object, table: Collection[str]) -> None:
+    """Raises UserError if a field names no entry of a table, to which a user's file may add."""
+    if name not in table:
+        raise UserError(
+            f"{field}='{name}': {suggest(str(name), table)}\n"
+            "if your own file adds it: --config=FILE; in Python, vidjax.load_config(FILE) before"
+        )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.batch import Array, Frames, LazyFeatures
-from vidjax.errors import UserError, check_choice, suggest_entry
+from vidjax.errors import UserError, check_choice, check_entry
 
 
 def filter_frames(
@@ -44,8 +44,7 @@ def filter_frames(
     (training.py:98 at 60f5127) drops poor clips; the best 70 % by quality from Residual Dense Net
     (2nd place 2019). Ours: `keep`.
     """
-    if poor_clips not in ("keep", "drop"):
-        raise UserError(f"poor_clips is 'keep' or 'drop', got {poor_clips!r}")
+    check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
         raise UserError(f"top_share or kept_share: {top_share} must be above 0 and at most 1")
     kept = frames.mask
@@ -81,11 +80,8 @@ def top_frames(
 
     Source: iQIYI-VID paper, section 5.1. Ours: `turn`.
     """
-    if num_frames < 1 or repeats not in ("turn", "random"):
-        raise UserError(
-            f"top frames needs num_frames of 1 or more, and repeats of random or turn: got "
-            f"{num_frames} and {repeats!r}"
-        )
+    _check_count("num_frames", num_frames)
+    check_choice("repeats", repeats, ("random", "turn"))
     order = _best_first(frames.quality, frames.mask)
     return _first_frames(rng, frames, order, num_frames, fixed_draws=repeats == "random")
 
@@ -115,8 +111,7 @@ def sample_frames(
     test as in training. Ours: short clips that keep all frames before they repeat one; the order of
     time; evenly spaced frames without a key, for evaluation.
     """
-    if num_frames < 1:
-        raise UserError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
+    _check_count("num_frames", num_frames)
     check_choice("order", order, ("random", "time"))
     slots = jnp.ones((frames.mask.shape[0], num_frames), bool)
     if rng is not None or replacement:
@@ -136,6 +131,11 @@ def sample_frames(
         return chosen
     turned = shuffle(order_rng, slots)
     return map_fields(lambda values: take(values, turned), chosen)
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise UserError(f"{name}={value}: must be {least} or more")
 
 
 def has_frames(frames: Mapping[str, Frames]) -> Array:
@@ -164,12 +164,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
         return uniform
     factors = {"quality": frames.detection, "graded": frames.detection, "score": 1.0}
     factors["squared"] = frames.quality
-    if weighting not in factors:
-        raise UserError(
-            f"fusion: {weighting!r} is no weighting; choose from "
-            f"{', '.join(sorted([*factors, 'uniform']))}\n"
-            "only `weighting` of the fusion random may be mixup"
-        )
+    check_choice("weighting", weighting, sorted([*factors, "uniform"]))
     weights = frames.quality * factors[weighting]
     if weighting == "graded":
         below = [frames.quality < least for least in (0, 20, 30, 40)]
@@ -338,11 +333,8 @@ def random_fusion(
             "the fusion 'random' is for training: evaluate with sample, top, windows, crops, mean "
             "or all"
         )
-    if num_draws < 1 or max_frames < 1:
-        raise UserError(
-            f"random fusion needs num_draws and max_frames of 1 or more, got {num_draws} and "
-            f"{max_frames}"
-        )
+    _check_count("num_draws", num_draws)
+    _check_count("max_frames", max_frames)
     num_clips = len(frames.mask)
     uniforms = jax.random.uniform(rng, (num_clips, num_draws, max_frames + 1), jnp.float32)
 
@@ -381,8 +373,7 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 others, and
     united with the originals. Ours: the fixed order for evaluation.
     """
-    if max_frames < 2:
-        raise UserError(f"merged windows needs max_frames of 2 or more, got {max_frames}")
+    _check_count("max_frames", max_frames, least=2)
     frames = frames._replace(features=read(frames.features))  # all frames are needed
     order_rng, count_rng = (None, None) if rng is None else jax.random.split(rng)
     order = shuffle(order_rng, frames.mask)
@@ -520,8 +511,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     """
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
-    if name not in FUSIONS:
-        raise UserError(f"unknown fusion {name!r}; {suggest_entry(str(name), sorted(FUSIONS))}")
+    check_entry("name", name, FUSIONS)
     function, filters = FUSIONS[name].function, _options(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}
     check_options(

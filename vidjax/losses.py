@@ -5,11 +5,9 @@ of a model, examples of a clip. To add a loss, write a function here and add a l
 `CLASSIFICATION`, `MARGINS` or `EMBEDDING`.
 """
 
-import functools
 import inspect
-from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ import optax
 
 from vidjax import logit_ops, optim
 from vidjax.batch import Array, ModelOutput
-from vidjax.errors import UserError, suggest_entry
+from vidjax.errors import UserError, check_entry
 
 
 def softmax_cross_entropy(
@@ -258,8 +256,8 @@ def make_objective(
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
-    if name and name not in EMBEDDING:
-        raise UserError(f"config.loss.embedding='{name}': {suggest_entry(name, EMBEDDING)}")
+    if name:
+        check_entry("config.loss.embedding", name, EMBEDDING)
 
     def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
@@ -303,12 +301,9 @@ def make_loss(
       ValueError: a name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
         set without a cosine classifier.
     """
-    tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
-    for field, table in tables.items():
-        if spec[field] not in table:
-            raise UserError(
-                f"config.loss.{field}='{spec[field]}': {suggest_entry(spec[field], table)}"
-            )
+    check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
+    check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)
+    check_entry("config.loss.margin_type", spec["margin_type"], MARGINS)
     if spec["margin"] and logit_scale == 1.0:
         raise UserError(
             f"config.loss.margin={spec['margin']} needs a cosine classifier with a "
@@ -320,33 +315,6 @@ def make_loss(
         raise UserError(
             f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
         )
-    margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
-    values = {
-        "class_mask": class_mask,
-        "logit_scale": logit_scale,
-        "gamma": float(spec["gamma"]),
-        "label_smoothing": float(spec["label_smoothing"]),
-        "margin": margin,
-        "counted": None,
-    }
-    # Not copied: a field is read where a loss takes it, and nowhere else.
-    options = ChainMap(values, cast(MutableMapping[str, Any], spec))
-
-    def with_margin(name: str) -> Callable[..., Array]:
-        loss = _with_options(CLASSIFICATION[name], options)
-
-        def margin_loss(
-            logits: Array, labels: Array, scale: Array | None, counted: Array | None
-        ) -> Array:
-            factor = logit_scale if scale is None else scale
-            if margin and "margin" not in loss.keywords:  # else the loss adds the margin itself
-                logits = margin_fn(logits, labels, margin=margin, scale=factor)
-            given = {"logit_scale": factor, "counted": counted}
-            return loss(logits, labels, **{n: x for n, x in given.items() if n in loss.keywords})
-
-        return margin_loss
-
-    classification, focal = with_margin(spec["classification"]), with_margin(spec["focal"])
 
     def loss_fn(
         logits: Array,
@@ -355,21 +323,26 @@ def make_loss(
         scale: Array | None = None,
         counted: Array | None = None,
     ) -> Array:
-        given = (logits, labels, scale, counted)
+        scale_now = logit_scale if scale is None else scale
+        own = {"class_mask": class_mask, "logit_scale": scale_now, "counted": counted}
+
+        def loss(name: str) -> Array:
+            function = CLASSIFICATION[name]
+            taken = inspect.signature(function).parameters.keys()
+            options = {option: spec[option] for option in taken & spec.keys()}
+            options |= {option: own[option] for option in taken & own.keys()}
+            harder = logits
+            if spec["margin"] and "margin" not in taken:  # else the loss adds the margin itself
+                margin_fn = MARGINS[spec["margin_type"]]
+                harder = margin_fn(logits, labels, margin=spec["margin"], scale=scale_now)
+            return function(harder, labels, **options)
+
         if not weights.any():
-            return classification(*given)
+            return loss(spec["classification"])
         if np.all(weights == 1):
-            return focal(*given)
+            return loss(spec["focal"])
         weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
-        rest = (1 - weight) * classification(*given)
-        return weight * focal(*given) + rest
+        rest = (1 - weight) * loss(spec["classification"])
+        return weight * loss(spec["focal"]) + rest
 
     return loss_fn
-
-
-def _with_options(
-    function: Callable[..., Array], options: Mapping[str, Any]
-) -> functools.partial[Array]:
-    """Returns a loss with those of `options` bound that it accepts."""
-    names = inspect.signature(function).parameters.keys() & options.keys()
-    return functools.partial(function, **{name: options[name] for name in names})

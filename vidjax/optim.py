@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from vidjax.batch import Array
-from vidjax.errors import UserError, suggest_entry
+from vidjax.errors import UserError, check_entry
 
 
 def make_piecewise(
@@ -52,21 +52,14 @@ class Rise(NamedTuple):
     Attributes:
       peak, start: learning rates at the peak, and at the first step of the warm-up.
       warmup_steps, total_steps: steps of the warm-up, 0 for none, and of the run, warm-up included.
-      steps_per_epoch: optimiser steps per epoch, which may be a fraction; None if unknown.
+      steps_per_epoch: optimiser steps per epoch, which may be a fraction.
     """
 
     peak: float
     start: float
     warmup_steps: int
     total_steps: int
-    steps_per_epoch: float | None
-
-    @property
-    def epoch_steps(self) -> float:
-        """The steps of an epoch, which the caller has to know."""
-        if self.steps_per_epoch is None or not self.steps_per_epoch > 0:
-            raise ValueError(f"this decay needs steps_per_epoch, got {self.steps_per_epoch}")
-        return self.steps_per_epoch
+    steps_per_epoch: float
 
     def then(self, scale: optax.Schedule) -> optax.Schedule:
         """Returns a schedule: the warm-up, then the peak, both multiplied by `scale(step)`."""
@@ -102,7 +95,7 @@ def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> opt
 
     `decay_factor` is above 0; so is `decay_every_epochs`, which may be a fraction.
     """
-    width = decay_every_epochs * rise.epoch_steps  # width of a stair in steps
+    width = decay_every_epochs * rise.steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(rise.total_steps / width) + 1
     # Tables computed on the host: in float32, as by `optax.exponential_decay`, rounding could move
     # an edge by a step.
@@ -119,7 +112,7 @@ def piecewise(rise: Rise, *, points: Sequence[Sequence[float]]) -> optax.Schedul
     """
     factor = make_piecewise(points, name="config.optim.points")
     # At the middle of a step: rounding cannot move a jump by a step.
-    return rise.then(lambda step: factor((jnp.asarray(step) + 0.5) / rise.epoch_steps))
+    return rise.then(lambda step: factor((jnp.asarray(step) + 0.5) / rise.steps_per_epoch))
 
 
 # name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of
@@ -133,7 +126,7 @@ DECAYS: dict[str, Callable[..., optax.Schedule]] = {
 
 
 def make_schedule(
-    spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float | None = None
+    spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
     """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
@@ -144,7 +137,7 @@ def make_schedule(
           number of warm-up steps, so that the first step is not wasted.
         decay: a key of DECAYS.
       total_steps: steps of the whole run, warm-up included.
-      steps_per_epoch: optimiser steps per epoch, for decays by the epoch; may be a fraction.
+      steps_per_epoch: optimiser steps per epoch; may be a fraction.
 
     Returns:
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
@@ -154,8 +147,7 @@ def make_schedule(
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
-    if decay not in DECAYS:
-        raise UserError(f"config.optim.decay='{decay}': {suggest_entry(decay, DECAYS)}")
+    check_entry("config.optim.decay", decay, DECAYS)
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     rise = Rise(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
@@ -180,7 +172,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make_optimizer(
-    spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float | None = None
+    spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds an optimiser and its learning-rate schedule.
 
@@ -205,8 +197,7 @@ def make_optimizer(
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
-    if name not in OPTIMIZERS:
-        raise UserError(f"config.optim.name='{name}': {suggest_entry(name, OPTIMIZERS)}")
+    check_entry("config.optim.name", name, OPTIMIZERS)
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:

@@ -15,7 +15,7 @@ from vidjax import augment, ensemble, fusion, logit_ops, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
-from vidjax.errors import UserError, named, suggest_entry
+from vidjax.errors import UserError, check_entry, named
 from vidjax.models import identifier
 from vidjax.models.base import Identifier
 
@@ -167,9 +167,8 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     # Some models have a logit for somebody new; of a net, training must have seen such clips.
     knows_other = task.train_other or model.knows_unknown
     class_mask = jnp.asarray((np.arange(task.num_columns) > 0) | knows_other)
-    if (scores := config["eval"]["scores"]) not in SCORES:
-        raise UserError(f"config.eval.scores='{scores}': {suggest_entry(scores, SCORES)}")
-    score_fn, scores_are_logs = SCORES[scores]
+    check_entry("config.eval.scores", config["eval"]["scores"], SCORES)
+    score_fn, scores_are_logs = SCORES[config["eval"]["scores"]]
     clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
     return System(
         config=config,
@@ -285,22 +284,10 @@ def _check_precision(precision: str) -> None:
         ) from error
 
 
-def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    """Returns the logarithm of the sigmoid."""
-    del class_mask
-    return jax.nn.log_sigmoid(logits)
-
-
-def _logits(logits: Array, class_mask: Array) -> Array:
-    """Returns the logits themselves."""
-    del class_mask
-    return logits
-
-
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
 # of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
     "log_softmax": (logit_ops.log_softmax, True),
-    "log_sigmoid": (_log_sigmoid, True),
-    "logits": (_logits, False),
+    "log_sigmoid": (lambda logits, class_mask: jax.nn.log_sigmoid(logits), True),
+    "logits": (lambda logits, class_mask: logits, False),
 }

@@ -16,7 +16,7 @@ from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
 from vidjax.data.synthetic import SyntheticOptions
-from vidjax.errors import UserError, check_argument, suggest_entry
+from vidjax.errors import UserError, check_argument, check_entry
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.dataset import Dataset
@@ -99,8 +99,7 @@ def open_source(
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
         name, cache = data["name"], data["cache_dir"]
-        if name not in DATASETS:
-            raise UserError(f"config.data.name='{name}': {suggest_entry(name, DATASETS)}")
+        check_entry("config.data.name", name, DATASETS)
         digests = Digests(Path(cache).expanduser() if cache else None, generate)
         return DATASETS[name](data, digests)
     if isinstance(given, Mapping):

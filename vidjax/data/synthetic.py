@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import messages
-from vidjax.errors import UserError
+from vidjax.errors import UserError, check_choice
 
 RANK = 64  # dimensions in which people differ
 _SINGLETON_RATE = 0.4
@@ -166,8 +166,7 @@ def write(
     Raises:
       ValueError: `out_dir` is in use, unknown size, negative seed, or an option out of its range.
     """
-    if size not in SIZES:
-        raise UserError(f"unknown size {size!r}: one of {', '.join(SIZES)}")
+    check_choice("size", size, SIZES)
     if seed < 0:
         raise UserError(f"seed must not be negative, got {seed}")
     for name, value in options._asdict().items():

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from vidjax.errors import UserError, suggest_entry
+from vidjax.errors import UserError, check_entry
 from vidjax.models.base import Identifier
 from vidjax.models.cosine import CosineIdentifier
 from vidjax.models.deepmef import DeepMEF
@@ -49,16 +49,11 @@ def make_identifier(
       dtype: dtype of the matrix products.
 
     Raises:
-      ValueError: A name, an attribute or the dtype is unknown, or an attribute is missing.
+      ValueError: A name or an attribute is unknown, or an attribute is missing.
     """
-    try:
-        product_dtype = jnp.dtype(dtype)
-    except TypeError as error:
-        raise UserError(f"unknown dtype {dtype!r}") from error
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; {suggest_entry(str(name), sorted(MODELS))}")
+    check_entry("model.name", name, MODELS)
     model = MODELS[name]
     if not issubclass(model, Identifier):
         raise UserError(
@@ -69,7 +64,7 @@ def make_identifier(
         "modalities": FrozenDict(modalities),
         "num_classes": num_classes,
         "num_clips": num_clips,
-        "dtype": product_dtype,
+        "dtype": jnp.dtype(dtype),
     }
     fixed = {key: value for key, value in given.items() if key in fields}
     known = fields.keys() - {"parent", "name", *fixed}
@@ -96,7 +91,7 @@ def make_identifier(
             modalities={key: modalities[key] for key in names},
             num_classes=num_classes,
             num_clips=num_clips,
-            dtype=product_dtype,
+            dtype=dtype,
         )
     return model(**options, **fixed)
 
