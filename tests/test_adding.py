@@ -184,36 +184,6 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def statements(package: Path, file: str) -> list[ast.stmt]:
-    """Returns the statements of a module without its imports."""
-    body = ast.parse((package / file).read_text()).body
-    return [item for item in body if not isinstance(item, (ast.Import, ast.ImportFrom))]
-
-
-def table_of(body: list[ast.stmt], name: str) -> dict[str, str]:
-    """Returns key -> value of a table, as source."""
-    (table,) = (
-        item.value
-        for item in body
-        if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == name
-    )
-    assert isinstance(table, ast.Dict)
-    keys = [ast.unparse(key) for key in table.keys if key]
-    return dict(zip(keys, map(ast.unparse, table.values), strict=True))
-
-
-def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
-    for file in sorted({file for file, *_ in ADDITIONS}):
-        tables = [table for other, table, *_ in ADDITIONS if other == file]
-        before, after = statements(ROOT / "vidjax", file), statements(tree / "vidjax", file)
-        assert len(after) == len(before) + len(tables)
-        for table in tables:
-            known, extended = table_of(before, table), table_of(after, table)
-            assert len(extended) == len(known) + 1 and known.items() <= extended.items()
-    for *_, function, line in ADDITIONS:
-        assert len(ast.parse(function).body) == 1 and line.count("\n") == 1
-
-
 @pytest.mark.slow
 def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
     code = f"import sys; sys.path.append({str(ROOT)!r}); from tests.helpers import docs; "

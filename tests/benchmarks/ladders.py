@@ -1,7 +1,6 @@
 """The runs behind the tables of scores, and the comparisons that the publications made.
 
-A rung compares two runs that differ in one thing, which `tests/test_ladders.py` checks field by
-field. `scores` trains the runs and writes the tables.
+A rung compares two runs that differ in one thing. `scores` trains the runs and writes the tables.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Rung(NamedTuple):
-    """A comparison of two rows that differ in one thing, but for those of TOGETHER."""
+    """A comparison of two rows that differ in one thing."""
 
     text: str  # what the row has and its base has not
     key: str
@@ -557,21 +556,3 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
         *_knob("missing modalities filled in", "mma_filled", "mma", "missing", why=UNKNOWN),
     ),
 }  # fmt: skip
-
-# A factor that has several fields -> a pattern of them; every other field is a factor of its own.
-FACTORS = {
-    "which frames count": r"fusion\.\w+\.train\.(min_\w+|top_share|poor_clips)",
-    "the frames of training": r"fusion\.\w+\.train\.\w+",
-    "the frames of the test": r"after_fusion|eval\.reduce|fusion\.\w+\.evaluate\.\w+",
-    "the members": r"ensemble\.\w+",
-    "the classifier": r"model\.(head|logit_scale)",
-    "the warm-up": r"optim\.warmup(_scale)?",
-    "noise classes": r"data\.distractors|noise\.mirror_weight",
-}
-# What is compared -> the words of the publication, where it changes several factors at once.
-TOGETHER = {
-    "dense_narrow against dense_single": "augmented in the same way as training data (L36)",
-    "dense_one against dense_one_single": "augmented in the same way as training data (L36)",
-    "fusion against fusion_raw": "filtered by detection score and quality ... fused (L20)",
-    "noise against leave_out": "training with the added noise data (L32), which the code joins",
-}

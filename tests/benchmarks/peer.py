@@ -1,10 +1,11 @@
 """The peer of the benchmarks: the same nets and data in idiomatic PyTorch, eager or compiled.
 
-    python -m tests.benchmarks.peer DIR [--net=mlp] [--epochs=10] [--batch_size=1024] [--compile]
+    python -m tests.benchmarks.peer DIR [--epochs=10] [--batch_size=1024] [--compile]
 
-Unpickles the official files of DIR into memory, trains, ranks val, saves a checkpoint, and prints
-one line of JSON with the seconds of every phase. `make_step`, `make_scorer` and `rank` are the
-parts of it that other benchmarks time one by one. Needs torch; knows nothing of vidjax.
+Unpickles the faces of the official files of DIR into memory, trains the MLP, ranks val, saves a
+checkpoint, and prints one line of JSON with the seconds of every phase. `make_step`, `make_scorer`
+and `rank` are the parts of it that other benchmarks time one by one. Needs torch; knows nothing of
+vidjax.
 """
 
 # Torch is an extra of the benchmarks: where it is not installed, types are checked without it.
@@ -169,25 +170,6 @@ def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
     return Fused(mean, frames.mask.any(dim=1, keepdim=True))
 
 
-def top_frames(frames: Frames, *, num_frames: int = 32, at_random: bool = True) -> Fused:
-    """Returns the best frames by quality in time order, Fused [B, num_frames] as stored.
-
-    A clip with fewer repeats some: at random, or in turn, the best first.
-    """
-    device = frames.mask.device
-    quality = frames.quality.masked_fill(~frames.mask, -torch.inf)
-    order = quality.sort(dim=1, descending=True, stable=True).indices[:, :num_frames]
-    count = frames.mask.sum(dim=1, keepdim=True).clamp(min=1, max=order.shape[1])
-    slots = torch.arange(num_frames, device=device).expand(len(order), -1)
-    again = slots % count
-    if at_random:
-        again = (torch.rand(slots.shape, device=device) * count).long()
-    place = torch.where(slots < count, slots, again)
-    index = order.gather(1, place).sort(dim=1).values
-    mask = frames.mask.any(dim=1, keepdim=True).expand(-1, num_frames)
-    return Fused(take_frames(frames.features, index), mask)
-
-
 # Nets.
 
 
@@ -290,14 +272,13 @@ class MaskedBatchNorm(nn.Module):
 
 
 class NetVLAD(nn.Module):
-    """Sums, or means, of the differences of frames from learned cluster centres."""
+    """Means of the differences of frames from learned cluster centres."""
 
-    def __init__(self, dim: int, num_clusters: int, reduce: str = "mean"):
+    def __init__(self, dim: int, num_clusters: int):
         super().__init__()
         self.assignment = nn.Linear(dim, num_clusters, bias=False)
         self.norm = MaskedBatchNorm(num_clusters)
         self.centers = nn.Parameter(torch.randn(num_clusters, dim) * dim**-0.5)
-        self.reduce = reduce
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Returns [B, K, D] of features [B, T, D] float32 with mask [B, T]."""
@@ -305,9 +286,7 @@ class NetVLAD(nn.Module):
         assignment = scores.softmax(dim=-1) * mask[..., None]
         weighted = torch.bmm(assignment.transpose(1, 2), features)  # [B, K, D]
         descriptors = weighted - assignment.sum(dim=1)[..., None] * self.centers
-        if self.reduce == "mean":
-            descriptors = descriptors / mask.sum(dim=1).clamp(min=1)[:, None, None]
-        return descriptors
+        return descriptors / mask.sum(dim=1).clamp(min=1)[:, None, None]
 
 
 class MultimodalAttention(nn.Module):
@@ -331,8 +310,7 @@ class MultimodalAttention(nn.Module):
 class MMA(nn.Module):
     """The iQIYI-VID paper's system: NetVLAD on the face, maps, attention, a classifier.
 
-    As published, `netvlad_reduce` is `sum`, `map_norm` False, and both dropout rates are 0. A clip
-    that loses modalities in training never loses all.
+    A clip that loses modalities in training never loses all.
     """
 
     def __init__(
@@ -340,8 +318,6 @@ class MMA(nn.Module):
         dims: Mapping[str, int],
         num_classes: int,
         num_clusters: int = 3,
-        netvlad_reduce: str = "mean",
-        map_norm: bool = True,
         dropout_rate: float = 0.5,
         modality_dropout_rate: float = 0.5,
         embed_dim: int = 512,
@@ -351,12 +327,12 @@ class MMA(nn.Module):
         super().__init__()
         self.counts = {name: num_face_vectors if name == "face" else 1 for name in dims}
         self.embed_dim, self.modality_dropout_rate = embed_dim, modality_dropout_rate
-        self.netvlad = NetVLAD(dims["face"], num_clusters, netvlad_reduce)
+        self.netvlad = NetVLAD(dims["face"], num_clusters)
         widths = {**dims, "face": num_clusters * dims["face"]}
         self.maps = nn.ModuleDict(
             {name: nn.Linear(widths[name], n * embed_dim) for name, n in self.counts.items()}
         )
-        norms = {n: nn.LayerNorm(embed_dim, eps=1e-6) if map_norm else nn.Identity() for n in dims}
+        norms = {name: nn.LayerNorm(embed_dim, eps=1e-6) for name in dims}
         self.map_norms = nn.ModuleDict(norms)
         self.attention = MultimodalAttention(embed_dim, gram_dim)
         self.dropout = nn.Dropout(dropout_rate)
@@ -430,7 +406,6 @@ def make_recipe(
     dims: Mapping[str, int] | None = None,
     width: int = 8192,
     num_draws: int | None = None,
-    published: bool = False,
 ) -> Recipe:
     """Returns one of the three systems, `mlp`, `residual` or `mma`.
 
@@ -440,7 +415,6 @@ def make_recipe(
       dims: modality -> feature width; None: 512 for each modality of the net.
       width: of `residual`.
       num_draws: random fusions of a clip in a step; None: 1, 2 and 4.
-      published: of `mma`: the paper to the letter, with the 32 best faces.
     """
     dims = dims or dict.fromkeys(MMA_MODALITIES if net_name == "mma" else ("face",), 512)
     if net_name == "mlp":
@@ -474,18 +448,14 @@ def make_recipe(
     others = [name for name in dims if name != "face"]
 
     def fuse_mma(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
-        if published:
-            face = top_frames(frames["face"], at_random=train)
-        elif train:
+        if train:
             face = random_fusion(frames["face"], num_draws=num_draws or 4, weighting="quality")
         else:
             face = mean_frame(frames["face"], "quality")
         return {"face": face, **{name: mean_frame(frames[name]) for name in others}}
 
-    plain: dict[str, Any] = {"netvlad_reduce": "sum", "map_norm": False}
-    plain |= {"dropout_rate": 0.0, "modality_dropout_rate": 0.0}
     return Recipe(
-        net=MMA(dims, num_classes, **(plain if published else {})),
+        net=MMA(dims, num_classes),
         fuse_train=lambda frames: fuse_mma(frames, True),
         fuse_eval=lambda frames: fuse_mma(frames, False),
     )
@@ -637,40 +607,28 @@ def mean_average_precision(
 
 
 class Clip(NamedTuple):
-    """One modality of one clip: features [T, D], quality [T], detection [T]."""
+    """The faces of one clip: features [T, D], quality [T], detection [T]."""
 
     features: np.ndarray
     quality: np.ndarray
     detection: np.ndarray
 
 
-def load_clips(directory: Path, modality: str, split: str) -> dict[str, Clip]:
-    """Returns clip name -> Clip, of clips with a frame, unpickled from an official file."""
-    path = directory / f"{modality}_{split}_v2.pickle"
+def load_clips(directory: Path, split: str) -> dict[str, Clip]:
+    """Returns clip name -> Clip, of clips with a face, unpickled from an official file."""
+    path = directory / f"face_{split}_v2.pickle"
     if not path.is_file():
-        path = directory / f"{modality}_{split}.pickle"
+        path = directory / f"face_{split}.pickle"
     with path.open("rb") as file:
         content = pickle.load(file, encoding="bytes")
     clips = {}
     for key, frames in content.items():
         if len(frames):
             name = key.decode() if isinstance(key, bytes) else key
-            clips[name.removesuffix(".mp4")] = _stack(modality, frames)
+            features = np.stack([frame[-1] for frame in frames])
+            detection, quality = np.array([frame[2:4] for frame in frames], np.float32).T
+            clips[name.removesuffix(".mp4")] = Clip(features, quality, detection)
     return clips
-
-
-def _stack(modality: str, frames: Any) -> Clip:
-    if modality == "audio":  # one array a clip
-        features = np.asarray(frames)[None]
-    else:
-        features = np.stack([frame[-1] for frame in frames])
-    quality = np.zeros(len(features), np.float32)
-    detection = np.ones(len(features), np.float32)
-    if modality in ("face", "head"):
-        detection[:] = [frame[2] for frame in frames]
-    if modality == "face":
-        quality[:] = [frame[3] for frame in frames]
-    return Clip(features, quality, detection)
 
 
 def load_truth(directory: Path, split: str) -> dict[str, int]:
@@ -694,68 +652,51 @@ class ClipDataset(Dataset):
         self,
         directory: Path,
         split: str,
-        modalities: Sequence[str],
         columns: Mapping[int, int],
         *,
         train: bool,
         max_frames: int = 64,
     ):
         """Loads the files; `columns` are identity -> class column, from 1."""
-        clips = {name: load_clips(directory, name, split) for name in modalities}
+        clips = load_clips(directory, split)
         truth = load_truth(directory, split)
-        names = sorted(set().union(*clips.values()))
+        names = sorted(clips)
         if train:
             names = [name for name in names if truth.get(name) in columns]
         else:
-            lead = clips[modalities[0]]
-            names.sort(key=lambda name: len(lead[name].features) if name in lead else 0)
-        self.names, self.train, self.max_frames = names, train, max_frames
+            names.sort(key=lambda name: len(clips[name].features))
+        self.train, self.max_frames = train, max_frames
         self.labels = np.array([columns.get(truth.get(n, -1), 0) for n in names], np.int64)
-        self.clips = [{m: clips[m].get(name) for m in modalities} for name in names]
-        self.dims = {m: next(iter(clips[m].values())).features.shape[1] for m in modalities}
-        self.dtypes = {m: next(iter(clips[m].values())).features.dtype for m in modalities}
+        self.clips = [clips[name] for name in names]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.clips)
 
-    def __getitem__(self, row: int) -> tuple[dict[str, Clip | None], int]:
-        clips = self.clips[row]
-        if self.train:
-            clips = {name: self._cut(clip) for name, clip in clips.items()}
-        return clips, int(self.labels[row])
+    def __getitem__(self, row: int) -> tuple[Clip, int]:
+        clip = self.clips[row]
+        if self.train and len(clip.features) > self.max_frames:
+            start = int(torch.randint(len(clip.features) - self.max_frames + 1, ()))
+            clip = Clip(*(x[start : start + self.max_frames] for x in clip))
+        return clip, int(self.labels[row])
 
-    def _cut(self, clip: Clip | None) -> Clip | None:
-        if clip is None or len(clip.features) <= self.max_frames:
-            return clip
-        start = int(torch.randint(len(clip.features) - self.max_frames + 1, ()))
-        return Clip(*(x[start : start + self.max_frames] for x in clip))
-
-    def collate(self, examples: Sequence[tuple[dict[str, Clip | None], int]]) -> Batch:
-        """Returns clips as a batch, padded to a multiple of FRAME_STEP where there are several."""
-        frames = {}
-        for name, dim in self.dims.items():
-            clips = [one[name] for one, _ in examples]
-            lengths = [len(clip.features) if clip else 0 for clip in clips]
-            longest = max(1, *lengths)
-            if longest > 1:
-                longest = math.ceil(longest / FRAME_STEP) * FRAME_STEP
-            shape = (len(clips), longest)
-            features = np.zeros((*shape, dim), self.dtypes[name])
-            quality, detection = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-            for i, clip in enumerate(clips):
-                if clip is not None:
-                    features[i, : lengths[i]] = clip.features
-                    quality[i, : lengths[i]] = clip.quality
-                    detection[i, : lengths[i]] = clip.detection
-            mask = np.arange(longest) < np.array(lengths)[:, None]
-            arrays = (features, quality, detection, mask)
-            frames[name] = Frames(*(torch.from_numpy(x) for x in arrays))
-        return Batch(frames, torch.tensor([label for _, label in examples]))
+    def collate(self, examples: Sequence[tuple[Clip, int]]) -> Batch:
+        """Returns clips as a batch, padded to a multiple of FRAME_STEP."""
+        lengths = [len(clip.features) for clip, _ in examples]
+        longest = math.ceil(max(lengths) / FRAME_STEP) * FRAME_STEP
+        first = self.clips[0].features
+        features = np.zeros((len(examples), longest, first.shape[1]), first.dtype)
+        quality, detection = np.zeros((2, len(examples), longest), np.float32)
+        for i, (clip, _) in enumerate(examples):
+            features[i, : lengths[i]] = clip.features
+            quality[i, : lengths[i]] = clip.quality
+            detection[i, : lengths[i]] = clip.detection
+        mask = np.arange(longest) < np.array(lengths)[:, None]
+        arrays = (features, quality, detection, mask)
+        frames = Frames(*(torch.from_numpy(x) for x in arrays))
+        return Batch({"face": frames}, torch.tensor([label for _, label in examples]))
 
 
-def make_loader(
-    dataset: ClipDataset, batch_size: int, *, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
+def make_loader(dataset: ClipDataset, batch_size: int, *, pin_memory: bool = False) -> DataLoader:
     """Returns batches: in training, shuffled and of one size; in evaluation, in order and all."""
     return DataLoader(
         dataset,
@@ -763,8 +704,6 @@ def make_loader(
         shuffle=dataset.train,
         drop_last=dataset.train,
         collate_fn=dataset.collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )
 
@@ -789,31 +728,24 @@ def focal_share(share: float) -> float:
 def fit(
     directory: str | Path,
     *,
-    net_name: str = "mlp",
-    modalities: Sequence[str] | None = None,
     epochs: int = 10,
     batch_size: int = 1024,
     block_size: int = 1024,
     compile: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    num_workers: int = 0,
     learning_rate: float = 1e-3,
     checkpoint: str | Path | None = None,
     each_epoch: bool = False,
     softmax: bool = False,
-    **options: Any,
 ) -> dict[str, Any]:
-    """Trains and evaluates; returns the seconds taken and the MAP@100 on val.
+    """Trains and evaluates the MLP; returns the seconds taken and the MAP@100 on val.
 
     Args:
       directory: the folder of the official files.
-      net_name, options: as in `make_recipe`.
-      modalities: the inputs of `mma`, face among them; None: face, head, body and audio.
       epochs, batch_size: passes over the training clips; clips a step.
       block_size: clips that are scored at a time.
       compile, dtype, device, learning_rate: as in `Step`.
-      num_workers: processes that make batches; 0: none beside the main one.
       checkpoint: where to save; None: a temporary file.
       each_epoch: True to write the MAP after every epoch; its time is part of `train`.
       softmax: True for the softmax loss alone, without the focal loss.
@@ -826,18 +758,16 @@ def fit(
     clock = _Clock(cuda)
     identities = sorted(set(load_truth(directory, "train").values()))
     columns = {identity: 1 + i for i, identity in enumerate(identities)}
-    if net_name != "mma":
-        modalities = ("face",)
-    modalities = modalities or MMA_MODALITIES
-    train = ClipDataset(directory, "train", modalities, columns, train=True)
-    val = ClipDataset(directory, "val", modalities, columns, train=False)
+    train = ClipDataset(directory, "train", columns, train=True)
+    val = ClipDataset(directory, "val", columns, train=False)
     clock.lap("load")
 
     torch.manual_seed(0)
-    recipe = make_recipe(net_name, num_classes=1 + len(columns), dims=train.dims, **options)
+    dims = {"face": train.clips[0].features.shape[1]}
+    recipe = make_recipe("mlp", num_classes=1 + len(columns), dims=dims)
     recipe = recipe._replace(focal=recipe.focal and not softmax)
     step = Step(recipe, compile=compile, dtype=dtype, device=device, learning_rate=learning_rate)
-    loader = make_loader(train, batch_size, num_workers=num_workers, pin_memory=cuda)
+    loader = make_loader(train, batch_size, pin_memory=cuda)
     num_steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         step.optimizer, lambda done: learning_rate_scale(done, num_steps)
@@ -845,7 +775,7 @@ def fit(
     clock.lap("build")
 
     score = make_scorer(recipe, compile=compile, dtype=dtype, device=device)
-    blocks = make_loader(val, block_size, num_workers=num_workers, pin_memory=cuda)
+    blocks = make_loader(val, block_size, pin_memory=cuda)
 
     def evaluate() -> float:
         best, rows = rank(score, (_to_device(batch, device) for batch in blocks))
@@ -877,7 +807,6 @@ def fit(
     clock.lap("save")
     seconds = clock.seconds
     return {
-        "net": net_name,
         "compile": compile,
         "dtype": str(dtype).removeprefix("torch."),
         "map": value,
@@ -948,16 +877,15 @@ def main() -> None:
     """Prints the result of a whole run as one line of JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path, help="of official files")
-    parser.add_argument("--net", choices=("mlp", "residual", "mma"), default="mlp")
-    sizes = {"epochs": 10, "batch_size": 1024, "block_size": 1024, "num_workers": 0, "width": 8192}
+    sizes = {"epochs": 10, "batch_size": 1024, "block_size": 1024}
     for name, value in {**sizes, "learning_rate": 1e-3, "device": "cpu"}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--checkpoint", type=Path)
-    for name in ("compile", "bfloat16", "published", "each_epoch", "softmax"):
+    for name in ("compile", "bfloat16", "each_epoch", "softmax"):
         parser.add_argument(f"--{name}", action="store_true")
     words = vars(parser.parse_args())
     words["dtype"] = torch.bfloat16 if words.pop("bfloat16") else torch.float32
-    result = fit(words.pop("directory"), net_name=words.pop("net"), **words)
+    result = fit(words.pop("directory"), **words)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -3,11 +3,16 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tests.campaigns.same_bytes import digests
+from tests.helpers import clip_files
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "vidjax.main")
@@ -112,3 +117,60 @@ def test_an_accelerator_without_its_extra():
     said = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
     assert said.returncode == 2
     assert "pip install 'vidjax[cuda]'" in said.stdout
+
+
+# Modules of the standard library and of others, which a stranger's folder may hold, too.
+SHADOWS = ("json", "numpy", "typing", "argparse", "jax", "tensorflow", "yaml", "vidjax_config")
+ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMNS": "20"}
+
+
+def write_data(folder, *, backwards=False):
+    """Writes official files and clips to rank, in one order or the opposite one."""
+    made = folder / "made"
+    made.mkdir(parents=True)
+    clip_files.write_learnable(made)
+    for number in range(9):
+        face = np.random.default_rng(number).normal(size=(3, clip_files.WIDTHS["face"]))
+        np.savez(made / f"{number}.npz", face=face.astype(np.float32))
+    (folder / "new").mkdir()
+    for path in sorted(made.iterdir(), reverse=backwards):
+        shutil.copy2(path, folder / "new" if path.suffix == ".npz" else folder)
+    shutil.rmtree(made)
+
+
+@pytest.mark.slow
+def test_results_are_the_same_in_odd_surroundings(tmp_path):
+    """Row 57: a run is trained, checked, evaluated and ranks clips, in two surroundings."""
+    found = []
+    for place in ("plain", "odd"):
+        folder, odd = tmp_path / place, place == "odd"
+        for name in ("home", "tmp", "here"):
+            (folder / name).mkdir(parents=True)
+        write_data(folder / "data", backwards=odd)
+        names = {"HOME": "home", "TMPDIR": "tmp", "MPLCONFIGDIR": "tmp", "VIDJAX_CACHE": "cache"}
+        env = {name: str(folder / value) for name, value in names.items()}
+        env |= {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1", **(ODD if odd else {})}
+        command = [sys.executable, *(("-O", "-W", "error") if odd else ()), "-m", "vidjax"]
+        if odd:
+            for name in SHADOWS:
+                text = f"open({str(folder / 'home' / name)!r}, 'w')\n"
+                (folder / "here" / f"{name}.py").write_text(text)
+            one_core = ["taskset", "-c", "0"] if shutil.which("taskset") else []
+            offline = ["unshare", "-rn"]
+            can = shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode
+            command = [*(offline if can else ()), *one_core, *command]
+        workdir, new, out = folder / "run", folder / "data" / "new", folder / "ranked.tsv"
+        train = [f"--config={ROOT}/configs/quality_fusion.py:iqiyi_vid", "--config.batch_size=32"]
+        train += ["--config.num_epochs=2", f"--config.data.dir={folder / 'data'}"]
+        for words in (
+            train, ["--mode=check"], ["--mode=evaluate", "--config.eval.split=test"],
+            ["--mode=rank", f"--input={new}", f"--out={out}"],
+        ):  # fmt: skip
+            words = [*words, f"--workdir={workdir}"]
+            done = run(*words, env=env, cwd=folder / "here", command=command)
+            assert done.returncode == 0, done.stderr
+        assert not [*(folder / "home").rglob("*")]
+        made = {path.stem for path in (folder / "here").iterdir()}
+        assert made == ({*SHADOWS} if odd else set())
+        found.append({**digests(workdir), "ranked": out.read_text()})
+    assert found[0] == found[1]
