@@ -1,6 +1,8 @@
-"""Converted clips with their labels: streamed batch by batch, or read as a whole."""
+"""Converted clips with their labels: streamed batch by batch, or read as a whole.
 
-import warnings
+TensorFlow is imported only where batches are streamed.
+"""
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +13,10 @@ from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import Origin
 from vidjax.data.labels import Truth
-from vidjax.data.records import streaming
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.reader import Reader, eval_batches
 from vidjax.data.records.report import digest_data, label_records
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need, warn
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
 
@@ -57,7 +58,7 @@ class Dataset:
             *transposed(lengths, widths),
             *equal_quality(self.report, list(self.modalities)),
         ):
-            warnings.warn(problem, stacklevel=2)
+            warn(problem)
 
     def __repr__(self) -> str:
         clips = ", ".join(f"{name} {len(one.clips):,} clips" for name, one in self._splits.items())
@@ -95,6 +96,10 @@ class Dataset:
             raise UserError(f"step={step}: must be 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
+        resident = "choose --config.data.mode=resident if the clips fit into the memory"
+        need("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
+        from vidjax.data.records import streaming
+
         return streaming.train_batches(self._records, plan, step)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
@@ -140,11 +145,10 @@ def _warn_of_gaps(
     """Warns of modalities that a split lacks, and of frames that were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
-        warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=3)
+        warn(f"{name}: no file of {', '.join(absent)}")
     for modality, counts in report.items():
         if dropped := counts["frames_skipped"].get("non_finite"):
-            warnings.warn(
+            warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN, an Inf or a value beyond float32: left out",
-                stacklevel=3,
+                "feature with a NaN, an Inf or a value beyond float32: left out"
             )
