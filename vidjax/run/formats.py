@@ -30,7 +30,6 @@ Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # place of an identity; -1 for none
 Share = Annotated[float, Meta(ge=0, le=1)]
 Known = Annotated[float, Meta(ge=_LOWEST)]  # not NaN: what answers depend on
-Texts = Annotated[list[Text], MANY]
 Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
 
 

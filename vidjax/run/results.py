@@ -23,7 +23,6 @@ Arrays = dict[str, np.ndarray]
 
 MOST_LINES = 20_000  # of a log, in memory
 IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
-REPORT = "report.html"
 REMEDY = "delete it: vidjax evaluate of the run's folder writes its results again"
 # Keys of `metrics.json` that describe the training. A later evaluation keeps them.
 TRAINING_KEYS = (
