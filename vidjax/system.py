@@ -284,10 +284,22 @@ def _check_precision(precision: str) -> None:
         ) from error
 
 
+def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
+    """Returns the logarithm of the sigmoid."""
+    del class_mask
+    return jax.nn.log_sigmoid(logits)
+
+
+def _logits(logits: Array, class_mask: Array) -> Array:
+    """Returns the logits themselves."""
+    del class_mask
+    return logits
+
+
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
 # of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
     "log_softmax": (logit_ops.log_softmax, True),
-    "log_sigmoid": (lambda logits, class_mask: jax.nn.log_sigmoid(logits), True),
-    "logits": (lambda logits, class_mask: logits, False),
+    "log_sigmoid": (_log_sigmoid, True),
+    "logits": (_logits, False),
 }

@@ -1,12 +1,23 @@
 """The contract between a model and the steps that train and evaluate it."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    get_args,
+    get_origin,
+)
 
 import flax.linen as nn
 import numpy as np
 
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.errors import check_choice
 
 # Nested dicts of arrays, as linen makes them.
 Params: TypeAlias = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
@@ -41,7 +52,8 @@ class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
     A plain net needs only the fields below and `__call__`. The other methods are for models that
-    are not fitted by gradients alone, or that treat poor clips in another way.
+    are not fitted by gradients alone, or that treat poor clips in another way. A field of type
+    Literal refuses other values.
 
     Attributes:
       modalities: name -> feature width, of fused frames.
@@ -83,6 +95,12 @@ class Identifier(nn.Module):
             rngs: Mapping[str, Array] | None = None,
             mutable: Sequence[str] | bool = False,
         ) -> Any: ...
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            if get_origin(field.type) is Literal:
+                check_choice(field.name, getattr(self, field.name), get_args(field.type))
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError, check_choice
+from vidjax.errors import UserError
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     CosineClassifier,
@@ -21,12 +22,6 @@ from vidjax.models.layers import (
 from vidjax.models.mlp import KAIMING, DenseLayer, ResidualBlock
 
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-CHANNEL_ATTENTIONS = ("channels", "danet", "features")
-_CHOICES = {
-    "channel_attention": (*CHANNEL_ATTENTIONS, "none"),
-    "aggregation": ("attention", "mean", "quality"),
-    "layer_form": ("ours", "published"),
-}
 
 
 class DeepMEF(Identifier):
@@ -73,15 +68,15 @@ class DeepMEF(Identifier):
     modalities: Mapping[str, int]
     num_classes: int
     modality: str = "face"
-    channel_attention: str = "features"
+    channel_attention: Literal["channels", "danet", "features", "none"] = "features"
     channel_norm: bool = False
     num_frames: int = 40
-    aggregation: str = "attention"
+    aggregation: Literal["attention", "mean", "quality"] = "attention"
     rms_norm: bool = True
     feature_scale: float = 1.0
     branch_dims: tuple[int, ...] = (480, 120)
     hidden_dim: int = 964
-    layer_form: str = "ours"
+    layer_form: Literal["ours", "published"] = "ours"
     dropout_rate: float = 0.5
     modality_dropout_rate: float = 0.0
     logit_scale: float = 30.0
@@ -95,8 +90,6 @@ class DeepMEF(Identifier):
                 f"{','.join(self.modalities)}\n"
                 "add it, or choose one of these for config.model.modality"
             )
-        for field, known in _CHOICES.items():
-            check_choice(field, getattr(self, field), known)
 
     @nn.compact
     def __call__(
@@ -197,7 +190,7 @@ class ChannelAttention(nn.Module):
     `features` with its scaled products.
     """
 
-    form: str = "features"
+    form: Literal["channels", "danet", "features"] = "features"
     num_frames: int = 40
     dtype: jnp.dtype = jnp.float32
     norm: bool = False
@@ -208,7 +201,6 @@ class ChannelAttention(nn.Module):
 
         The form `channels` needs T = `num_frames`, and reads padded frames as 0.
         """
-        check_choice("channel attention", self.form, CHANNEL_ATTENTIONS)
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"

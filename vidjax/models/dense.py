@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError, check_choice
+from vidjax.errors import UserError
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,
@@ -54,15 +55,15 @@ class DenseIdentifier(Identifier):
 
     modalities: Mapping[str, int]
     num_classes: int
-    backbone: str = "mlp"
+    backbone: Literal["block", "mlp", "residual"] = "mlp"
     layers: tuple[Layer, ...] = ((1024, "swish", False, 0.5), (1024, "swish", False, 0.5))
     width: int = 4096
     num_layers: int = 3
     activation: str = "relu"
     dropout_rate: float = 0.5
-    shortcut: str = "add"
+    shortcut: Literal["add", "concat", "none"] = "add"
     gate: bool = False
-    head: str = "linear"
+    head: Literal["cosine", "linear"] = "linear"
     logit_scale: float = 1.0
     feature_scale: float = 1.0
     modality_dropout_rate: float = 0.0
@@ -70,7 +71,6 @@ class DenseIdentifier(Identifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("backbone", self.backbone, sorted(_OPTIONS))
         check_head(self.head, self.logit_scale)
         # A changed value without effect would look like an experiment.
         others = {option for options in _OPTIONS.values() for option in options}

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError, check_choice
+from vidjax.errors import UserError
 from vidjax.models.base import ClipQuality, Identifier, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
 
@@ -56,7 +56,7 @@ class FallbackIdentifier(Identifier):
     main_modalities: tuple[str, ...] = ()
     modality: str = "face"
     missing_scale: float = 0.95
-    measure: str = "norm"
+    measure: Literal["norm", "quality"] = "norm"
     threshold: float = 0.0
     threshold_share: float = 0.0
     main_share: float = 0.2
@@ -65,7 +65,6 @@ class FallbackIdentifier(Identifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("measure", self.measure, ("norm", "quality"))
         if not 0 <= self.threshold_share < 1:
             raise UserError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
         if self.modality not in (self.main_modalities or self.modalities):

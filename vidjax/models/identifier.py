@@ -100,9 +100,7 @@ def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option that is a width or a count and is not at least 1."""
     for option, value in options.items():
         sizes = value if isinstance(value, tuple | list) else (value,)
-        if option == "layers":
-            sizes = [layer[0] for layer in sizes if isinstance(layer, tuple | list) and layer]
-        elif not re.fullmatch(r"num_\w+|width|\w+_dims?", option):
+        if not re.fullmatch(r"num_\w+|width|\w+_dims?", option):
             continue
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise UserError(

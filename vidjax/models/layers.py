@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -19,27 +20,19 @@ def real_frames(
     """Selects the modalities of a model, and masks the frames of padded rows.
 
     Returns modality -> Frames [B, T], in the order of `modalities`, and [B, M] bool, True where the
-    clip has a frame of the modality. Modalities may differ in T.
-    """
-    check_frames(frames, modalities)
-    real = {
-        name: frames[name]._replace(mask=frames[name].mask & batch_mask[:, None])
-        for name in modalities
-    }
-    return real, jnp.stack([real[name].mask.any(axis=1) for name in modalities], axis=1)
-
-
-def check_frames(frames: Mapping[str, Frames], modalities: Mapping[str, int]) -> None:
-    """Checks that a batch has the modalities of a model; linen itself would ignore a missing one.
-
-    Raises:
-      ValueError: A modality is missing or has another width.
+    clip has a frame of the modality. Modalities may differ in T. A modality that is missing or has
+    another width raises ValueError; linen itself would ignore a missing one.
     """
     if missing := sorted(set(modalities) - set(frames)):
         raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
     for name, dim in modalities.items():
         if (width := frames[name].features.shape[-1]) != dim:
             raise ValueError(f"modality {name}: features have width {width}, the model needs {dim}")
+    real = {
+        name: frames[name]._replace(mask=frames[name].mask & batch_mask[:, None])
+        for name in modalities
+    }
+    return real, jnp.stack([real[name].mask.any(axis=1) for name in modalities], axis=1)
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
@@ -174,9 +167,8 @@ def unit_vectors(x: Array) -> Array:
     return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
 
 
-def check_head(head: str, logit_scale: float) -> None:
-    """Raises ValueError unless a head is `linear`, with logits of scale 1, or `cosine`."""
-    check_choice("head", head, ("cosine", "linear"))
+def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
+    """Raises ValueError for a head `linear` with logits of another scale than 1."""
     if head == "linear" and logit_scale != 1.0:
         raise UserError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
 
@@ -250,7 +242,7 @@ class NetVLAD(nn.Module):
     """
 
     num_clusters: int
-    reduce: str = "sum"
+    reduce: Literal["mean", "sum"] = "sum"
     norms: tuple[str, ...] = ("batch",)
     dtype: jnp.dtype = jnp.float32
 
@@ -266,7 +258,6 @@ class NetVLAD(nn.Module):
           train: True to normalise by the batch statistics and to update the running ones in
             `batch_stats`, which must be mutable.
         """
-        check_choice("NetVLAD reduce", self.reduce, ("mean", "sum"))
         for norm in self.norms:
             check_choice("NetVLAD norm", norm, ("batch", "l2"))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -169,18 +170,13 @@ class ResidualDenseNet(nn.Module):
     num_layers: int = 3
     activation: str = "relu"
     dropout_rate: float = 0.5
-    shortcut: str = "add"
+    shortcut: Literal["add", "concat", "none"] = "add"
     gate: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Returns the last layer's output, [B, width] float32, for arguments as in DenseLayer."""
-        check_choice("shortcut", self.shortcut, ("add", "concat", "none"))
-        if self.num_layers < 1:
-            raise UserError(
-                f"ResidualDenseNet needs num_layers of 1 or more, got {self.num_layers}"
-            )
         seen = [x]
         for i in range(self.num_layers):
             connected = 0 < i < _NUM_CONNECTED

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import check_choice
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,
@@ -70,7 +70,7 @@ class MultimodalIdentifier(Identifier):
     num_classes: int
     netvlad: tuple[str, ...] = ("face",)
     num_clusters: int = 8
-    netvlad_reduce: str = "sum"
+    netvlad_reduce: Literal["mean", "sum"] = "sum"
     netvlad_norms: tuple[str, ...] = ("batch",)
     embed_dim: int = 512
     num_face_vectors: int = 3
@@ -79,15 +79,15 @@ class MultimodalIdentifier(Identifier):
     gram_scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
-    attention_form: str = "gram"
+    attention_form: Literal["gram", "two"] = "gram"
     fill_missing: bool = False
-    joined: str = "concat"
+    joined: Literal["concat", "mean"] = "concat"
     gate: bool = False
     feature_scale: float = 0.1
     unit_length: bool = False
     map_norm: bool = False
     modality_dropout_rate: float = 0.0
-    head: str = "linear"
+    head: Literal["cosine", "linear"] = "linear"
     logit_scale: float = 1.0
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -95,7 +95,6 @@ class MultimodalIdentifier(Identifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_head(self.head, self.logit_scale)
-        check_choice("joined", self.joined, ("concat", "mean"))
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -205,7 +204,7 @@ class MultimodalAttention(nn.Module):
     scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
-    form: str = "gram"
+    form: Literal["gram", "two"] = "gram"
     fill_missing: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -222,7 +221,6 @@ class MultimodalAttention(nn.Module):
           Column j of Y sums to 1. It is 0, and so is vector j of O, in clips without any vector
           and, unless `fill_missing`, where vector j is missing.
         """
-        check_choice("attention_form", self.form, ("gram", "two"))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
         project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)

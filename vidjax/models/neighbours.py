@@ -11,7 +11,7 @@ from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models.base import Identifier
-from vidjax.models.layers import check_frames, unit_vectors
+from vidjax.models.layers import real_frames, unit_vectors
 
 
 class NeighbourIdentifier(Identifier):
@@ -37,8 +37,8 @@ class NeighbourIdentifier(Identifier):
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C], 0 in training, and the mean frame as embedding."""
-        check_frames(frames, self.modalities)
-        mean = fusion.mean_frame(frames[self.modality]).features[:, 0]  # [B, D]
+        real, _ = real_frames(frames, self.modalities, clips.mask)
+        mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]
         logits = NearestNeighbours(
             self.num_clips, self.num_classes, self.logit_scale, name="neighbours"
         )(mean, clips, train=train)

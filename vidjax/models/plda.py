@@ -13,7 +13,7 @@ from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models import plda_fit, plda_logits, two_covariance
 from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
-from vidjax.models.layers import check_frames, unit_vectors
+from vidjax.models.layers import real_frames, unit_vectors
 from vidjax.models.plda_logits import combine, unit_mean
 from vidjax.models.two_covariance import Settings
 
@@ -82,8 +82,8 @@ class PLDAIdentifier(Identifier):
 
         Training adds the clips to `sums`, with logits of 0. Evaluation reads `solved`.
         """
-        check_frames(frames, self.modalities)
-        vectors = {name: unit_mean(frames[name]) for name in self.modalities}
+        real, _ = real_frames(frames, self.modalities, clips.mask)
+        vectors = {name: unit_mean(frames) for name, frames in real.items()}
         if not train and self.has_variable("solved", "settings"):
             return self.compare(vectors)
         share = 1.0 if self.centred is None else self.centred  # without it, for shapes alone
