@@ -380,7 +380,8 @@ class Index:
         """
         for new, logits, rows, fine in self._compared(parts, k):
             top = max(new, fine.max(initial=-np.inf))
-            weights = np.exp(logits - np.float32(top))
+            weights = np.subtract(logits, np.float32(top), out=logits)
+            np.exp(weights, out=weights)
             weights[rows] = 0
             rest = weights.sum(dtype=np.float64)
             others = top + np.log(rest) if rest else -np.inf
@@ -429,8 +430,9 @@ class Index:
         def score(place: int) -> None:
             rows = slice(self._ends[place], self._ends[place + 1])
             linear = self.blocks[place].linear
-            products = [x @ own.T for x, own in zip(narrow, linear, strict=True)]
-            logits[:, rows] = self._add_up(products, rows, owner, asked)
+            first = np.matmul(narrow[0], linear[0].T, out=logits[:, rows])
+            others = [x @ own.T for x, own in zip(narrow[1:], linear[1:], strict=True)]
+            self._add_up([first, *others], rows, owner, asked)
 
         with _one_thread():
             list(threads().map(score, range(len(self.blocks))))
@@ -459,7 +461,7 @@ class Index:
         """Returns logits, made of products of clips with the coefficients of people, M arrays.
 
         The products [Q, R] of all of Q clips have `owner` [Q, 1]; those of pairs, [R], `owner` [R].
-        `rows` are the places of the R people. The products are overwritten.
+        `rows` are the places of the R people. The logits overwrite the first of the products.
         """
         settings, kinds = self.backend.settings, self._curves[1]
         several = (np.sum(~asked.missing, axis=0) > 1)[owner]
