@@ -579,8 +579,6 @@ def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data):
         assert order.index(f"batch {number + 1}") < order.index(f"step {number + 1}")
     done = streamed.run(done.states, tables, 5, 9)  # step 6 is one too many
     assert (done.num_steps, done.bad_step) == (3, 6)
-    wanted = next(itertools.islice(setting.host_batches(7), 6, None))
-    np.testing.assert_array_equal(streamed._batch_of(6).clip_index, wanted.clip_index)
 
 
 def first_with_a_face(data, clips):
@@ -589,7 +587,7 @@ def first_with_a_face(data, clips):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run_with_the_clips(data, tmp_path, mode):
+def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, mode):
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
     if mode == "resident":
         order = order_of_plan(Setting(data, spec=MLP))
@@ -610,8 +608,7 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run_with_the_clips(da
         run(config, tmp_path / "one", spoilt(clips[0]))
     with pytest.raises(ValueError, match="not finite at step 8 and") as error:
         run(config, tmp_path / "three", spoilt(*clips))
-    lines = str(error.value).splitlines()
-    assert lines[1] == f"clips: {data.split('train').clips[clips[2]]}" and len(lines) == 3
+    assert "config.optim.learning_rate" in str(error.value)
     assert not manifests(tmp_path / "three")
     for value in weights(tmp_path / "one").values():
         assert np.isfinite(value).all()

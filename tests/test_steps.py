@@ -275,18 +275,6 @@ def test_only_the_best_classes_of_a_clip_keep_their_scores():
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])
 
 
-@pytest.mark.parametrize(("embedding", "dtype"), [("", "float32"), ("triplet", "bfloat16")])
-def test_a_bad_clip_is_found_alone(embedding, dtype):
-    system = make(loss__embedding=embedding, dtype=dtype)
-    batch = make_batch((7, 3, 2, 2, 1), audio=(1, 1, 1, 1, 1))
-    batch.frames["audio"].features[2] = np.nan
-    labels = np.array([3, 3, 4, 4, 5])  # the bad clip is the positive of another, and a negative
-    state = init(system, labels)
-    tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 5)))
-    find = jax.jit(functools.partial(train_step.find_bad_clips, system))
-    np.testing.assert_array_equal(find(state, tables, batch, 0), np.arange(5) == 2)
-
-
 class TwoBranches(Identifier):
     """Two linear layers of the voice and the weights that a test wants."""
 

@@ -59,8 +59,7 @@ class Linear(nn.Module):
         """Returns [..., K], at least float32, for x [..., D] float."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), wide)
-        # Only training has a dropout key. `find_bad_clips` runs without one: it takes forward-mode
-        # derivatives, which a function with a custom VJP does not have.
+        # Only training has a dropout key.
         product = trained_matmul if self.has_rng("dropout") else matmul
         y: Array = product(x.reshape(-1, x.shape[-1]).astype(wide), kernel, self.dtype)
         if self.use_bias:

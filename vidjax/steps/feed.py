@@ -1,14 +1,11 @@
 """Feeds bring clips to the training step: streamed from the records, or resident on the devices."""
 
 import abc
-import collections
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -47,8 +44,7 @@ class Feed(abc.ABC):
     mode: str
     waited = 0.0
 
-    def __init__(self, system: System):
-        self._find = jax.jit(functools.partial(train_step.find_bad_clips, system))
+    def __init__(self) -> None:
         self._compiled = False
         self._step_seconds: float | None = None  # of the last dispatch
         self._fastest = float("inf")  # of all dispatches
@@ -82,22 +78,6 @@ class Feed(abc.ABC):
         are lists by call, of lists by group of members.
         """
 
-    @abc.abstractmethod
-    def _batch_of(self, step: int) -> Batch:
-        """Returns the batch of a step, which must be one of the last two for StreamingFeed."""
-
-    def bad_clips(self, states: States, tables: AllTables, step: int) -> np.ndarray:
-        """Finds the clips of a step whose loss or its derivative is not finite.
-
-        Returns [n] int32, clip_index of these clips, or of all clips of the step if none is bad.
-        The states are those after the last dispatch, of which the step must be one; StreamingFeed
-        may have taken one more step.
-        """
-        batch, groups = self._batch_of(step), zip(states, tables, strict=True)
-        found = devices.fetch([self._find(*pair, batch, np.int32(step)) for pair in groups])
-        bad, clip_index = np.any(found, axis=0), np.asarray(devices.fetch(batch.clip_index))
-        return clip_index[bad] if bad.any() else clip_index
-
 
 class StreamingFeed(Feed):
     """Streams one batch per step; the host fetches it while the devices work on the one before.
@@ -112,10 +92,9 @@ class StreamingFeed(Feed):
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
         """Takes an endless iterator of batches, as numpy arrays."""
         self._mesh, self._batches = mesh, batches
-        super().__init__(system)
+        super().__init__()
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
-        self._latest: collections.deque[tuple[int, Batch]] = collections.deque(maxlen=2)
 
     def _fetch(self) -> Batch:
         return devices.shard_batch(self._mesh, next(self._batches))
@@ -125,9 +104,8 @@ class StreamingFeed(Feed):
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         found: list[list[Outcome]] = []
         first, alone = time.monotonic(), distributed.count() == 1
-        for number in range(step, step + count):
+        for _ in range(count):
             batch = self._next or self._fetch()
-            self._latest.append((number, batch))
             began = time.monotonic()
             pairs = zip(states, tables, strict=True)
             results = [self._loop(*pair, batch, None) for pair in pairs]
@@ -143,9 +121,6 @@ class StreamingFeed(Feed):
                 break
         return list(states), found
 
-    def _batch_of(self, step: int) -> Batch:
-        return next(batch for number, batch in self._latest if number == step)
-
 
 def _is_ready(x: Array) -> bool:
     return x.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
@@ -157,13 +132,12 @@ class ResidentFeed(Feed):
     mode = "resident"
 
     def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
-        super().__init__(system)
+        super().__init__()
         self._clips = clips
 
         def draw(clips: Mapping[str, Packed], step: Array) -> Batch:
             return resident.draw_batch(clips, plan, step)
 
-        self._draw = jax.jit(draw)
         self._loop = train_step.make_train_loop(system, mesh, draw)
 
     def _dispatch(
@@ -173,6 +147,3 @@ class ResidentFeed(Feed):
         pairs = zip(states, tables, strict=True)
         results = [self._loop(*pair, self._clips, np.asarray(count, np.int32)) for pair in pairs]
         return [state for state, _ in results], [[outcome for _, outcome in results]]
-
-    def _batch_of(self, step: int) -> Batch:
-        return self._draw(self._clips, jnp.int32(step))

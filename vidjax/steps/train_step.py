@@ -76,7 +76,7 @@ def member_step(
             mutable=list(learned.model_state),
         )
         per_clip = sum(
-            share * _loss_by_clip(system, step, output, labels, exists, compared=exists)
+            share * _loss_by_clip(system, step, output, labels, exists)
             for labels, share in clips.targets
         )
         counted = clips.weight > 0 if by_clips else clips.weight
@@ -178,20 +178,11 @@ def _model_input(
 
 
 def _loss_by_clip(
-    system: System,
-    step: Array,
-    output: ModelOutput,
-    labels: Array,
-    exists: Array,
-    *,
-    compared: Array,
+    system: System, step: Array, output: ModelOutput, labels: Array, exists: Array
 ) -> Array:
-    """Returns the loss of every clip, [B] float, averaged over its examples in `exists` [B, T'].
-
-    A loss of embeddings compares only the examples in `compared` [B, T'] bool with each other.
-    """
+    """Returns the loss of every clip, [B] float, averaged over its examples in `exists` [B, T']."""
     labels = jnp.repeat(labels, exists.shape[1])
-    losses = system.objective(output, labels, compared.reshape(-1), step)
+    losses = system.objective(output, labels, exists.reshape(-1), step)
     return mean_over_examples(losses, exists)
 
 
@@ -206,40 +197,6 @@ def _sum_of_all(grads: Params) -> Array:
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
     # The barrier keeps the two sums apart. As one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
-
-
-def find_bad_clips(
-    system: System, state: TrainState, tables: Tables, batch: Batch, step: Array
-) -> Array:
-    """Returns [B] bool, the clips of a skipped step whose loss or its derivative is not finite.
-
-    Losses are computed without dropout, transforms after fusion, and losses of embeddings. `state`
-    is the one after the step: a skipped step leaves the parameters as they were.
-    """
-
-    def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
-        params, model_state, (rng, *inputs) = member
-        clips = _draw_clips(system, member_keys(rng, step)[0], batch, *inputs)
-        frames, exists, info = _model_input(system, batch, clips)
-
-        def losses_of(features: Mapping[str, Array]) -> Array:
-            output = system.model.apply(
-                {"params": params, **model_state},
-                {name: x._replace(features=features[name]) for name, x in frames.items()},
-                info,
-                train=False,
-            )
-            # A loss of embeddings would blame a bad clip on those that it is compared with.
-            none = jnp.zeros_like(exists)
-            return _loss_by_clip(system, step, output, clips.labels, exists, compared=none)
-
-        features = {name: x.features.astype(jnp.float32) for name, x in frames.items()}
-        # Clips do not depend on each other here, so one derivative serves all of them.
-        losses, slopes = jax.jvp(losses_of, (features,), (features,))
-        return (clips.weight > 0) & ~(jnp.isfinite(losses) & jnp.isfinite(slopes))
-
-    inputs = _member_inputs(system, state, tables, batch)
-    return jnp.any(jax.lax.map(find, (state.params, state.model_state, inputs)), axis=0)
 
 
 class Outcome(NamedTuple):

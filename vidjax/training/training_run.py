@@ -249,17 +249,13 @@ class TrainingRun:
         return done.num_steps, done.loss
 
     def _bad_step_message(self, bad_step: int) -> str:
-        index = self.feed.bad_clips(self._states, self._tables, bad_step)
-        clips = [self._plan.training_sets.clips[i] for i in index]
-        more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
         rate = float(jnp.asarray(self._system.lr_schedule(bad_step)))
         steps = checkpoint.manifests(self._workdir)
         saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
         return (
             f"loss or gradient is not finite at step {bad_step + 1} and "
             f"{MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
-            f"clips: {', '.join(clips[:5])}{more}\n"
-            f"{saved}lower config.optim.learning_rate or check these clips"
+            f"{saved}lower config.optim.learning_rate, or check the clips for huge features"
         )
 
     def log(self, logs: Logs) -> None:
