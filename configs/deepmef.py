@@ -119,14 +119,6 @@ def get_config(args: str = "") -> config_lib.Config:
         chunks, views = (16, VIEWS) if "face" in config.modalities else (32, SCENE_VIEWS)
         config.ensemble.views = config.ensemble.chunks = chunks  # code
         config.ensemble.only = views  # code
-        if "face" in config.modalities and others:  # the nets of the scene alone have other views
-            table = list(range(chunks))
-            for view, hidden in zip(VIEWS, SCENE_VIEWS, strict=True):
-                table[view] = hidden
-            alone = tuple((f"{name}_alone", name, 32, tuple(table)) for name in others)
-            config.ensemble.more_views = alone  # code
-            model["main_modalities"] = config.modalities
-            model["other_modalities"] = tuple(name for name, *_ in alone)
     config.model = ConfigDict(model)
     sample = {"name": "sample", "num_frames": 40 if full or published else 12}  # code; ours
     evaluate = {"name": "all"}  # ours

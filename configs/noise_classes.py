@@ -57,7 +57,6 @@ def get_config(args: str = "") -> config_lib.Config:
             config.data.distractors = word
 
     if config.data.distractors == "noise":
-        config.noise.method = "dbscan"  # paper
         config.noise.modality = modality
         # Code: 1.2, on features of another scale. The more distractors there are, the smaller eps
         # must be: chance neighbours join strangers in one chain.

@@ -209,9 +209,6 @@ TABLE: tuple[Field | Group, ...] = (
           "features; 0: none", low=0),
     Field("ensemble.chunks", 16, "number of equal chunks that a feature vector is cut into for "
           "`ensemble.views`, 2 or more", low=2, read_when=VIEWS),
-    Field("ensemble.more_views", (), "further modalities, the features of others without another "
-          "chunk: tuples of name, modality, number of chunks, and the chunk that each of the views "
-          "leaves out. With `ensemble.views`", read_when=VIEWS),
     Field("ensemble.min_quality", (), "least quality of the frames that a member is trained on, "
           "one value per member, e.g. `0,20,40`"),
     Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
@@ -226,10 +223,8 @@ TABLE: tuple[Field | Group, ...] = (
 
     Group("noise", "noise classes: clusters of distractors, and a mirror class of every identity "
           "for distractors in no cluster. With `data.distractors=noise`"),
-    Field("noise.method", "dbscan", "clustering of unit vectors: `dbscan` or `hdbscan`",
-          choices=("dbscan", "hdbscan"), read_when=NOISE_CLASSES),
-    Field("noise.eps", 0.9, "Euclidean distance between unit vectors, 0 to 2, up to which two are "
-          "neighbours", low=0, high=2, read_when=NOISE_CLASSES),
+    Field("noise.eps", 0.9, "Euclidean distance between unit vectors, above 0 to 2, up to which "
+          "two are neighbours in DBSCAN", above=0, high=2, read_when=NOISE_CLASSES),
     Field("noise.min_samples", 2, "vectors in a neighbourhood, itself included, that make a "
           "cluster", low=1, read_when=NOISE_CLASSES),
     Field("noise.modality", "face", "modality whose mean frames are clustered",

@@ -3,7 +3,7 @@
 This module takes a configuration as nested dicts; callers have a ConfigDict and pass `to_dict()`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -81,10 +81,9 @@ class System(NamedTuple):
         for i, (name, fuse) in enumerate(fusions.items()):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
+            if self.config["ensemble"]["views"]:
+                features = ensemble.drop_chunk(features, view, self.config["ensemble"]["chunks"])
             fused[name] = result._replace(features=features)
-            for seen, chunks, hidden in _views_of(self.config["ensemble"], name):
-                seen_by = ensemble.drop_chunk(features, jnp.asarray(hidden)[view], chunks)
-                fused[seen] = result._replace(features=seen_by)
         return fused
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
@@ -194,38 +193,18 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     )
 
 
-def _views_of(spec: Mapping[str, Any], modality: str) -> list[tuple[str, int, Sequence[int]]]:
-    """Returns (name, chunks, hidden) of the forms in which models see a modality; [] without views.
-
-    The member `view` sees all chunks but `hidden[view]`.
-    """
-    if not spec["views"]:
-        return []
-    for name, _, chunks, hidden in spec["more_views"]:
-        if len(hidden) != spec["views"] or not all(0 <= one < chunks for one in hidden):
-            raise UserError(
-                f"config.ensemble.more_views: '{name}' hides {hidden}: name a chunk from 0 to "
-                f"{chunks - 1}\nfor each of config.ensemble.views={spec['views']}"
-            )
-    more = [(name, *rest) for name, of, *rest in spec["more_views"] if of == modality]
-    return [(modality, spec["chunks"], range(spec["chunks"])), *more]
-
-
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     """Builds the model of a configuration, for fused frames without the hidden chunk, if any."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
-    modalities, hides = {}, False
+    views, chunks, modalities = config["ensemble"]["views"], config["ensemble"]["chunks"], {}
     for name, width in task.modalities.items():
-        modalities[name] = width
-        for seen, chunks, _ in _views_of(config["ensemble"], name):
-            hides |= width // chunks > 0
-            modalities[seen] = width - width // chunks
-    if config["ensemble"]["views"] and not hides:
+        modalities[name] = width - width // chunks if views else width
+    if views and max(task.modalities.values()) < chunks:
         raise UserError(
-            f"config.ensemble.views: no modality has {config['ensemble']['chunks']} numbers, of "
-            "which a view could hide some\n--config.ensemble.chunks=N, or no views"
+            f"config.ensemble.views: no modality has {chunks} numbers, of which a view could hide "
+            "some\n--config.ensemble.chunks=N, or no views"
         )
     return identifier.make_identifier(
         spec,

@@ -49,7 +49,6 @@ SAME_FILES = (
     "identities.json",
     "members.npz",
     "metrics.jsonl",
-    "noise.jsonl",
     "ranking.txt",
 )
 # Of metrics.json: what no two runs share.

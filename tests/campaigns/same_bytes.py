@@ -59,17 +59,13 @@ RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
     "vmap": ("mma.py:ensemble,face", (*SHORT, "--config.ensemble.mapping=vmap")),
     "streaming": ("mma.py:face,audio", (*PLAIN, STREAMED, "--config.mixup=0.4")),
     "published": ("mma.py:published,face", (*PLAIN, "--config.dtype=bfloat16")),
-    "hdbscan": (
-        "noise_classes.py",
-        (*PLAIN, "--config.ensemble.folds=2", "--config.noise.method=hdbscan", STREAMED),
-    ),
     "smoothed": (
         "quality_fusion.py:mlp3",
         (*PLAIN, "--config.loss.label_smoothing=0.1", "--config.mixup=0.2", FOCAL, BALANCE),
     ),
 }
 # What the folder of a run is hashed by; beside these, its parameters and arrays.
-FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt", "noise.jsonl")
+FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -326,7 +326,7 @@ def test_an_analysis_of_other_types_and_sizes_is_one_error(stranger, capsys, val
 
 def test_logs_and_partial_files_are_not_written_through_links(tmp_path, victim):
     (tmp_path / "run").mkdir()
-    for name in ("metrics.jsonl", "noise.jsonl"):
+    for name in ("metrics.jsonl", "timing.jsonl"):
         path = tmp_path / "run" / name
         path.symlink_to(victim)
         with pytest.raises(ValueError, match="copy"):

@@ -5,7 +5,6 @@ github.com/luckycallor/IQIYI_VID_5th at 72a2368.
 """
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.made_models import init
 from tests.helpers.made_steps import make
-from tests.helpers.small_runs import run, shrunk
+from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import augment, config_io, ensemble, fusion, losses, optim
 from vidjax.batch import Frames, ModelOutput
 from vidjax.models.deepmef import ChannelAttention
@@ -125,7 +124,6 @@ def test_nets_and_their_views_have_the_numbers_of_the_code():
         name: Frames(columns[None, None, :width], one, one, one.astype(jnp.int32), one == 1)
         for name, width in (("face", 512), ("scene", 2048))
     }
-    hidden = []
     for member in members:
         seen = system.fuse(None, frames, jnp.int32(member.view))
         kept = {name: set(np.asarray(x.features[0, 0]).astype(int)) for name, x in seen.items()}
@@ -133,20 +131,8 @@ def test_nets_and_their_views_have_the_numbers_of_the_code():
         assert face == set(range(32 * member.view, 32 * member.view + 32))
         scene = set(range(2048)) - kept["scene"]
         assert scene == set(range(128 * member.view, 128 * member.view + 128))
-        alone = sorted(set(range(2048)) - kept["scene_alone"])
-        assert alone == list(range(alone[0], alone[0] + 64))
-        hidden.append(alone[0] // 64)
-    assert hidden == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
     alone = ensemble.make_members(config_of("deepmef:scene,published,views").ensemble.to_dict())
-    assert [member.view for member in alone] == hidden
-
-
-def test_views_that_no_chunk_answers_are_refused():
-    words = ("--config.ensemble.views=2", "--config.ensemble.more_views=(('b','face',4,(0,)),)")
-    config = config_io.override(config_of("deepmef:face"), words)
-    task = TaskSpec({"face": 512}, 10, None, 100, 10, train_other=False)
-    with pytest.raises(ValueError, match=r"for each of config\.ensemble\.views=2"):
-        make_system(config.to_dict(), task)
+    assert [member.view for member in alone] == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
 
 
 def test_parameters_have_the_names_and_shapes_of_the_code():
@@ -167,8 +153,8 @@ def test_parameters_have_the_names_and_shapes_of_the_code():
     assert found["main/block/hidden/dense/kernel"] == (602, 964)
     assert found["main/block/back/dense/kernel"] == (964, 602)
     assert found["main/classifier/kernel"] == (602, 10_035)
-    assert found["other/backbone/hidden/dense/kernel"] == (1984, 3968)
-    assert found["other/classifier/kernel"] == (1984, 10_035)
+    assert found["other/backbone/hidden/dense/kernel"] == (1920, 3840)
+    assert found["other/classifier/kernel"] == (1920, 10_035)
 
 
 def test_dense_layers_start_with_normal_weights_of_kaiming():
@@ -492,10 +478,8 @@ def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
     for phase in ("train", "evaluate"):
         config = shrunk(*words, f"--config.noise.relabel_by={phase}", spec=spec)
         run(config, tmp_path / phase, data)
-        log = (tmp_path / phase / "noise.jsonl").read_text().splitlines()
-        seen[phase] = [json.loads(line) for line in log]
-        assert sum(line["moved"] for line in seen[phase]) > 0
-    assert seen["train"] != seen["evaluate"]
+        seen[phase] = np.asarray(saved(tmp_path / phase)["train"]["labels"])
+    assert (seen["train"] != seen["evaluate"]).any()
 
 
 @pytest.mark.parametrize("words", ["published", "published,views"])

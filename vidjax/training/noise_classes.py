@@ -10,107 +10,59 @@ takes the prediction (`noise.keep`). The code moves all distractors, the article
 unclustered ones; we follow the article in that.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import devices, distributed, ensemble, files
+from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch, NoiseLayout
-from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.models.base import ModelState, Params
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 
-FILE = "noise.jsonl"
 
-
-def make_relabeller(
-    config: Config,
-    log: Path,
-    identities: Sequence[str],
+def relabelled(
+    state: state_lib.TrainState,
+    *,
     values_of: Callable[[Callable[[Batch], np.ndarray], np.ndarray], np.ndarray],
     predict: eval_step.EvalStep,
     layout: NoiseLayout,
     labels: np.ndarray,
     training_sets: ensemble.TrainingSets,
-) -> Callable[[state_lib.TrainState], np.ndarray]:
-    """Returns a function that moves unclustered distractors to the mirrors of whom they resemble.
-
-    It maps a state to the new labels, [E, N] int32, and appends the changes to `noise.jsonl`.
+    keep: str,
+) -> np.ndarray:
+    """Returns labels [E, N] int32, with unclustered distractors as mirrors of whom they resemble.
 
     Args:
-      log: path of a `noise.jsonl` without later steps.
-      identities: [C] names.
       values_of: maps a function of a block [B] of clips, and wanted clips [N] bool, to its values.
       predict: returns the best class column of every clip of a block, for one member.
       labels: [N] int, class columns of the training clips at step 0.
+      keep: see `relabel`.
     """
-    members, clips = training_sets.members, training_sets.clips
     # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
     movable = np.asarray(layout.is_mirror(labels)) & training_sets.trained  # [E, N]
     wanted = np.any(movable, axis=0)
+    old = np.asarray(devices.fetch(state.labels))
+    weights: list[tuple[Params, ModelState]] = [
+        ensemble.take((state.params, state.model_state), number) for number in range(len(old))
+    ]
 
-    def relabel_clips(state: state_lib.TrainState) -> np.ndarray:
-        old = np.asarray(devices.fetch(state.labels))
-        weights: list[tuple[Params, ModelState]] = [
-            ensemble.take((state.params, state.model_state), number) for number in range(len(old))
+    def best_columns(batch: Batch) -> np.ndarray:  # [B, E]
+        columns = [
+            predict(*own, jnp.int32(member.view), batch)
+            for own, member in zip(weights, training_sets.members, strict=True)
         ]
+        return np.stack(devices.fetch(columns), axis=1)
 
-        def best_columns(batch: Batch) -> np.ndarray:  # [B, E]
-            columns = [
-                predict(*own, jnp.int32(member.view), batch)
-                for own, member in zip(weights, members, strict=True)
-            ]
-            return np.stack(devices.fetch(columns), axis=1)
-
-        predicted = np.zeros_like(old)
-        if wanted.any():
-            predicted[:, wanted] = values_of(best_columns, wanted).T
-        new = relabel(old, predicted, layout, keep=config.noise.keep)
-        new = np.where(movable, new, old).astype(np.int32)
-        if distributed.is_first():
-            with files.open_log(log) as file:
-                for line in describe_moves(int(state.step), old, new, predicted):
-                    files.append(file, (json.dumps(line) + "\n").encode())
-        return new
-
-    def describe_moves(
-        step: int, old: np.ndarray, new: np.ndarray, predicted: np.ndarray
-    ) -> Iterator[dict[str, Any]]:
-        for number, rows in enumerate(movable):
-            before, after = old[number], new[number]
-            moved = np.where(before != after, after, 0)
-            mirrors = np.flatnonzero(layout.is_mirror(moved))
-            inside = np.flatnonzero(layout.is_cluster(moved))
-            line = {
-                "step": step,
-                "member": members[number].number,
-                **audit(before[rows], after[rows], predicted[number, rows], layout),
-                "now_mirrors": {
-                    clips[i]: identities[int(moved[i]) - layout.mirror_shift - 1] for i in mirrors
-                },
-            }
-            if config.noise.keep == "prediction":
-                line["now_in_cluster"] = {
-                    clips[i]: int(moved[i]) - layout.num_identities - 1 for i in inside
-                }
-            yield line
-
-    return relabel_clips
+    predicted = np.zeros_like(old)
+    if wanted.any():
+        predicted[:, wanted] = values_of(best_columns, wanted).T
+    return np.where(movable, relabel(old, predicted, layout, keep=keep), old).astype(np.int32)
 
 
-def cluster(
-    vectors: np.ndarray,
-    *,
-    method: Literal["dbscan", "hdbscan"] = "dbscan",
-    eps: float,
-    min_samples: int,
-) -> np.ndarray:
+def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     """Clusters vectors by direction.
 
     Distances are Euclidean on the unit sphere: a distance of d is a cosine of 1 - d^2 / 2. Vectors
@@ -118,24 +70,19 @@ def cluster(
 
     Args:
       vectors: [n, D] float.
-      method: 'dbscan' joins vectors that a chain of neighbours connects; 'hdbscan' finds a density
-        for every cluster, and never returns a single cluster.
-      eps: largest distance between neighbours, 0 to 2. More vectors need a smaller value, since
-        accidental neighbours join strangers in a long chain. 'hdbscan' merges clusters at a smaller
-        distance; 0 merges none.
-      min_samples: for 'dbscan', number of neighbours, itself included, that make a vector a core.
-        For 'hdbscan', also the smallest size of a cluster, at least 2.
+      eps: largest distance between neighbours, above 0 to 2. A chain of neighbours is a cluster.
+        More vectors need a smaller value, since accidental neighbours join strangers in a long
+        chain.
+      min_samples: number of neighbours, itself included, that make a vector a core.
 
     Returns:
       [n] int32, cluster of every vector, numbered by first members; -1 for vectors in no cluster.
 
-    Source: Ester et al. 1996 (DBSCAN), Campello et al. 2013 (HDBSCAN), both of scikit-learn.
+    Source: Ester et al. 1996 (DBSCAN), of scikit-learn.
     """
-    if method not in ("dbscan", "hdbscan"):
-        raise UserError(f"config.noise.method='{method}': choose from dbscan, hdbscan")
-    if min_samples < 1 or not (0 < eps <= 2 or (method == "hdbscan" and eps == 0)):
+    if min_samples < 1 or not 0 < eps <= 2:
         raise UserError(
-            f"config.noise.eps={eps} must be above 0 and at most 2 (0 for hdbscan only), and "
+            f"config.noise.eps={eps} must be above 0 and at most 2, and "
             f"config.noise.min_samples={min_samples} 1 or more"
         )
     vectors = np.asarray(vectors, np.float64)  # [n, D]
@@ -147,22 +94,13 @@ def cluster(
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)
     clusters = np.full(len(vectors), -1, np.int32)
-    least = max(min_samples, 2) if method == "hdbscan" else 1
-    if len(real) < least:
+    if not len(real):
         return clusters
 
     # Not at the top: the import takes most of a second, and few runs cluster anything.
-    from sklearn.cluster import DBSCAN, HDBSCAN
+    from sklearn.cluster import DBSCAN
 
-    if method == "dbscan":
-        model = DBSCAN(eps=eps, min_samples=min_samples)
-    else:
-        model = HDBSCAN(
-            min_cluster_size=least,
-            min_samples=min_samples,
-            cluster_selection_epsilon=eps,
-            copy=False,  # pyright: ignore[reportArgumentType]  (its default is a string)
-        )
+    model = DBSCAN(eps=eps, min_samples=min_samples)
     labels = model.fit_predict(vectors[real] / lengths[real])
     clustered = labels >= 0
     _, first, number = np.unique(labels[clustered], return_index=True, return_inverse=True)
@@ -207,27 +145,3 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
         return where(layout.is_identity(predicted), mirrors, moved)
     moves = layout.is_mirror(labels) & layout.is_identity(predicted)
     return where(moves, mirrors, labels)
-
-
-def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict[str, int]:
-    """Counts the clips that a relabelling moved, and those that it did not, by reason.
-
-    `unclustered` clips are `moved` or `kept`. Kept clips are counted by kind of predicted column; a
-    clip of `kept_identity` is already in the mirror of the predicted identity.
-    """
-    unclustered = layout.is_mirror(old) | (old != new)
-    kept = unclustered & (old == new)
-    reasons = {
-        "kept_identity": layout.is_identity(predicted),
-        "kept_other": predicted == 0,
-        "kept_cluster": layout.is_cluster(predicted),
-        "kept_mirror": layout.is_mirror(predicted),
-    }
-    masks = {
-        "clustered": layout.is_cluster(old) & (old == new),
-        "unclustered": unclustered,
-        "moved": unclustered & (old != new),
-        "kept": kept,
-        **{name: kept & reason for name, reason in reasons.items()},
-    }
-    return {name: int(np.sum(mask)) for name, mask in masks.items()}

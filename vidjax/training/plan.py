@@ -140,7 +140,6 @@ def label_distractors(
         values_of_clips(
             config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
         ),
-        method=config.noise.method,
         eps=config.noise.eps,
         min_samples=config.noise.min_samples,
     )

@@ -22,7 +22,7 @@ from vidjax.evaluation import restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.run import checkpoint, resume
 from vidjax.run.folder import CONFIG, RunFolder, check_there
-from vidjax.run.logs import Logs, keep_until
+from vidjax.run.logs import Logs
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import feed as feed_lib
@@ -191,23 +191,21 @@ class TrainingRun:
             config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode")
         )
         self._description["mode"] = self.feed.mode
-        self._relabeller = None
+        self._relabelled = None
         if plan.task.layout:
-            log = workdir / noise_classes.FILE
-            if distributed.is_first():
-                keep_until(log, self.step)
             modalities, predicting = tuple(system.fuse_eval), system
             if config.noise.relabel_by == "train":
                 predicting = system._replace(fuse_eval=system.fuse_train)
-            self._relabeller = noise_classes.make_relabeller(
-                config,
-                log,
-                data.identities,
-                functools.partial(values_of_clips, config, self._clips, modalities, mesh=mesh),
-                eval_step.make_predict_step(predicting, mesh),
-                plan.task.layout,
-                plan.labels,
-                plan.training_sets,
+            self._relabelled = functools.partial(
+                noise_classes.relabelled,
+                values_of=functools.partial(
+                    values_of_clips, config, self._clips, modalities, mesh=mesh
+                ),
+                predict=eval_step.make_predict_step(predicting, mesh),
+                layout=plan.task.layout,
+                labels=plan.labels,
+                training_sets=plan.training_sets,
+                keep=config.noise.keep,
             )
         self.rates: list[float] = []
         self.train_seconds = 0.0
@@ -296,8 +294,8 @@ class TrainingRun:
 
     def relabel(self) -> None:
         """Relabels the unclustered distractors by the predictions of the model."""
-        assert self._relabeller is not None
-        labels = ensemble.split(self._relabeller(self.state), self._group_size)
+        assert self._relabelled
+        labels = ensemble.split(self._relabelled(self.state), self._group_size)
         self._states = [
             state.replace(labels=self._replicate(part))
             for state, part in zip(self._states, labels, strict=True)
