@@ -1,6 +1,4 @@
-"""Poor clips: the share of the training clips that a threshold catches, and who is warned."""
-
-from typing import Any
+"""Poor clips: the share of the training clips that a threshold catches."""
 
 import jax
 import numpy as np
@@ -9,13 +7,11 @@ import pytest
 from tests.helpers.batches import eval_batches
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.small_runs import run, shrunk
-from vidjax import config_io, fusion
+from vidjax import fusion
 from vidjax.api import restore
-from vidjax.batch import Batch, LazyFeatures
-from vidjax.evaluation import scoring
-from vidjax.models import dense, fallback
+from vidjax.batch import LazyFeatures
+from vidjax.models import fallback
 from vidjax.run import checkpoint
-from vidjax.system import TaskSpec, make_system
 from vidjax.training import plan as plan_lib
 
 SPEC = "configs/deepmef.py:iqiyi_vid,face,audio"
@@ -39,19 +35,6 @@ def measures(data, split, measure="norm"):
 
 def threshold(config, data):
     return (plan_lib.make_plan(config, data).task.settings or {}).get("threshold")
-
-
-def test_a_model_that_judges_no_clip_may_have_lists():
-    """A list cannot be hashed, and a compiled function would need that."""
-    layers: Any = [[8, "linear", False, 0.0]]
-    model = dense.DenseIdentifier({"face": 6}, 3, layers=layers)
-    found = scoring.count_poor(model, {"face": make_frames([2], max_frames=2)}, np.ones(1, bool))
-    assert found.tolist() == [0, 0]
-
-
-def test_no_clip_may_be_judged():
-    model = dense.DenseIdentifier({"face": 6}, 3)
-    scoring.warn_of_poor(model, (11, 0), "val")
 
 
 @pytest.mark.parametrize("measure", ["norm", "quality"])
@@ -102,35 +85,6 @@ def test_models_without_a_share_have_no_threshold(data):
     assert threshold(absolute, data) is None
     with pytest.raises(ValueError, match="set one of them to 0"):
         threshold(shrunk("--config.model.threshold=2.5", spec=SPEC), data)
-
-
-def make_poor(threshold, **options):
-    config = config_io.load_file("configs/deepmef.py:face,head")
-    config.model.update(options)
-    settings = None if threshold is None else {"threshold": threshold}
-    task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, settings)
-    return make_system(config.to_dict(), task).model
-
-
-def test_far_too_many_poor_clips_are_told():
-    lengths = [5, 3, 0, 1]
-    frames = make_frames(lengths, max_frames=5)
-    norms = np.asarray(mean_measure(frames, "norm"))
-    batch = Batch({"face": frames, "head": frames}, np.arange(4), np.array([True] * 3 + [False]))
-
-    def counted(model, num_blocks):
-        counts = scoring.count_poor(model, batch.frames, batch.batch_mask)
-        return [num_blocks * count for count in counts.tolist()]
-
-    model = make_poor(float(np.median(norms[:2])))
-    assert counted(model, 10) == [10, 20]  # of the two real clips that have a face
-    scoring.warn_of_poor(model, [10, 20], "val")  # 10 clips may be chance
-    with pytest.warns(UserWarning, match="(?s)50.0% of the clips of val.*threshold_share=0.01"):
-        scoring.warn_of_poor(model, counted(model, 20), "val")
-    model = make_poor(float(norms.max()) + 1, threshold_share=0.3)
-    # All are poor, but 5 x 0.3 is more than all.
-    scoring.warn_of_poor(model, counted(model, 10), "val")
-    assert counted(make_poor(None), 1) == [0, 0]
 
 
 @pytest.mark.slow

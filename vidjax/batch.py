@@ -117,7 +117,7 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, `ClipQuality.measure` of the raw frames, before fusion and with all
+      measure: [B] float32, `Identifier.measure_clips` of the raw frames, before fusion and with all
         features; None in training, and for models that treat all clips alike.
     """
 

@@ -3,7 +3,7 @@
 import collections
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics
-from vidjax.batch import Array, Batch, Frames
+from vidjax.batch import Array, Batch
 from vidjax.data.clips import ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
 from vidjax.errors import UserError, warn
 from vidjax.logit_ops import is_best
 from vidjax.metrics import ClipScores
-from vidjax.models.base import Identifier, ModelState, Params
+from vidjax.models.base import ModelState, Params
 from vidjax.run.terminal import Progress
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import mean_scores, topk
@@ -271,7 +271,6 @@ class ModelScores(NamedTuple):
 
     Attributes:
       use, in_sample: as in `ModelScorer`.
-      poor: the number of its poor clips, and of clips that are judged, see `count_poor`.
       top: the best 100 clips of every identity by this model alone; None for the only model.
       member_tops: [E], the same by every single member; empty if members are not ranked.
     """
@@ -282,7 +281,6 @@ class ModelScores(NamedTuple):
     members: Sequence[ensemble.Member]
     use: np.ndarray
     in_sample: bool
-    poor: tuple[int, int]
     top: topk.TopK | None
     member_tops: Iterable[topk.TopK]
 
@@ -348,7 +346,6 @@ def score(
         else []
         for scorer in scorers
     ]
-    poor: list[Any] = [0] * len(models)  # `count_poor` of each
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
     rows = 1 if single else window_rows(num_identities)
@@ -359,10 +356,6 @@ def score(
         for window in windows(models, split.name, block_size, mesh, rows):
             blocks, scores = window[0], []
             for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
-                for block in own:
-                    poor[number] += count_poor(
-                        scorer.model.system.model, block.frames, block.batch_mask
-                    )
                 scores.append(scorer.score(own, rankings=by_member[number]))
                 if several:
                     for block, block_scores in zip(own, scores[-1], strict=True):
@@ -387,7 +380,6 @@ def score(
             members=model.training_sets.members,
             use=scorer.use,
             in_sample=scorer.in_sample,
-            poor=tuple(devices.fetch(poor[number]).tolist()),
             top=alone[number].finish() if several else None,
             member_tops=[ranked.finish() for ranked in by_member[number]],
         )
@@ -411,13 +403,11 @@ def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
 
 
 def conclude(scored: Evaluation) -> Evaluation:
-    """Adds the results of a ranking; warns of clips that are poor or score NaN.
+    """Adds the results of a ranking; warns of clips that score NaN.
 
     It is an error if all scores are NaN.
     """
     split, top, pool, models = scored.split, scored.top, scored.clips.pool, scored.models
-    for model in models:
-        warn_of_poor(model.system.model, model.poor, split.name)
     clips, num_nan = _without_nan(split, scored.clips)
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)
@@ -502,27 +492,3 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
                 f"--runs: {model.name} ranks by scores that are no logarithms of probabilities\n"
                 "train it with --config.eval.scores=log_softmax to blend it with others"
             )
-
-
-FEW = 10  # poor clips that may be chance
-
-
-def count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
-    """Returns the number of poor clips of a block, and of clips that are judged, [2] int32."""
-    if type(model).clip_quality is Identifier.clip_quality:  # it judges no clip
-        return np.zeros(2, np.int32)
-    return _count_poor(model, frames, mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _count_poor(model: Identifier, frames: Mapping[str, Frames], mask: Array) -> Array:
-    quality = model.clip_quality(frames)
-    rows = (mask & quality.poor, mask & quality.judged) if quality else (False, False)
-    return jnp.stack([jnp.sum(row) for row in rows]).astype(jnp.int32)
-
-
-def warn_of_poor(model: Identifier, counts: Sequence[int], split: str) -> None:
-    """Warns if more than `FEW` clips are poor, and far more than the model expects."""
-    poor, judged = counts
-    if poor > FEW and (message := model.many_poor(poor / max(judged, 1), split)):
-        warn(message)

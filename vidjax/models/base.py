@@ -40,14 +40,6 @@ class TrainingClips(NamedTuple):
     tell: Callable[[str], None]  # tells the user a message
 
 
-class ClipQuality(NamedTuple):
-    """How a model judges the raw frames of B clips."""
-
-    measure: Array  # [B] float32, for `ClipInfo.measure`
-    judged: Array  # [B] bool, True for clips that are judged at all
-    poor: Array  # [B] bool, True for clips that are too poor to be treated like others
-
-
 class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
@@ -137,17 +129,12 @@ class Identifier(nn.Module):
         del params
         return model_state
 
-    def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
-        """Returns how good the raw frames of clips are; None for a model that treats all alike.
+    def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
+        """Returns `ClipInfo.measure`, [B] float32, of the raw frames; None if it treats all alike.
 
         The frames, modality -> Frames [B, T], are those before fusion, with all features.
         """
         del frames
-        return None
-
-    def many_poor(self, share: float, split: str) -> str | None:
-        """Returns a warning if an unexpected share of the clips of a split is poor, else None."""
-        del share, split
         return None
 
     def gallery_settings(self) -> Any | None:

@@ -11,10 +11,8 @@ import numpy as np
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models.base import ClipQuality, Identifier, TrainingClips
+from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
-
-FAR_MORE = 0.05  # share of poor clips above which an evaluation warns
 
 
 class FallbackIdentifier(Identifier):
@@ -128,24 +126,9 @@ class FallbackIdentifier(Identifier):
             spec if not spec.get("threshold_share") or spec.get("threshold") else {**spec, **found}
         )
 
-    def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
-        """Returns the measure of `modality` and the clips below `threshold`; None if that is 0."""
-        if not self.threshold:
-            return None
-        own = frames[self.modality]
-        measure, judged = fusion.mean_measure(own, self.measure), jnp.any(own.mask, axis=1)
-        return ClipQuality(measure, judged, judged & (measure < self.threshold))
-
-    def many_poor(self, share: float, split: str) -> str | None:
-        """Returns a warning if far more clips of a split are poor than were meant to be."""
-        if share <= max(FAR_MORE, 5 * self.threshold_share):
-            return None
-        return (
-            f"{share:.1%} of the clips of {split} have a {self.modality} of a {self.measure} "
-            f"below {self.threshold:.4g}\ntheir features differ in scale from those that the "
-            "threshold is made for: with --config.model.threshold=0 and\n"
-            "--config.model.threshold_share=0.01 training finds one for 1 % of its clips"
-        )
+    def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
+        """Returns the measure of `modality`; None without a `threshold`."""
+        return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool

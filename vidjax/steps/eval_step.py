@@ -89,8 +89,7 @@ def attention_step(
 
 def _clip_info(system: System, batch: Batch) -> ClipInfo:
     """Builds the ClipInfo of a batch, with the measure of its raw frames."""
-    quality = system.model.clip_quality(batch.frames)
-    measure = None if quality is None else quality.measure
+    measure = system.model.measure_clips(batch.frames)
     return ClipInfo(index=batch.clip_index, mask=batch.batch_mask, measure=measure)
 
 
