@@ -215,20 +215,18 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     )
 
 
-def _fusion_spec(specs: Mapping[str, Any], modality: str, phase: str) -> Mapping[str, Any]:
-    """Returns the specification of a modality's fusion in a phase; the default is all frames."""
-    return specs.get(modality, {}).get(phase) or {"name": "all"}
-
-
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds modality -> fusion for a phase, `train` or `evaluate`; its errors name the field."""
+    """Builds modality -> fusion for a phase, `train` or `evaluate`; all frames where none is named.
+
+    Errors name the field.
+    """
 
     def make(name: str) -> FuseFn:
         field = f"config.fusion.{name}.{phase}"
         with named(field):
-            fuse = fusion.make_fusion(_fusion_spec(specs, name, phase))
+            fuse = fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
 
         def fuse_named(rng: Array | None, frames: Frames) -> Frames:
             with named(field):

@@ -15,6 +15,7 @@ from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     CosineClassifier,
     Linear,
+    batch_norm,
     drop_modalities,
     real_frames,
     unit_vectors,
@@ -242,12 +243,7 @@ class ChannelAttention(nn.Module):
             x = nn.Dense(to, not self.norm, self.dtype, rows.dtype, kernel_init=init, name=name)(x)
             if not self.norm or name == "g":
                 return x
-            seen = jnp.any(mask, axis=1)
-            norm = nn.BatchNorm(
-                not train, momentum=0.9, param_dtype=rows.dtype, name=f"{name}_norm"
-            )
-            # Without any frame the mean would be 0 / 0.
-            return norm(x, mask=jnp.logical_or(seen, ~jnp.any(seen))[:, None, None])
+            return batch_norm(x, jnp.any(mask, axis=1), train=train, name=f"{name}_norm")
 
         first = zeros if self.norm else default
         theta, phi = (mapped(name, rows, width, first) for name in ("theta", "phi"))

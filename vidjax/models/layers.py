@@ -46,6 +46,19 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
     return present & ((uniforms >= rate) | last)
 
 
+def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Array:
+    """Applies BatchNorm, at least in float32, as a part `name` of the module that calls it.
+
+    `mask` holds True for the rows that count in the batch statistics; it has the leading axes of x.
+    In training the running statistics in `batch_stats` change, which must be mutable.
+    """
+    # Without any real row the mean would be 0 / 0, and the running statistics would stay NaN.
+    counted = jnp.logical_or(mask, ~mask.any())
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    norm = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, param_dtype=dtype, name=name)
+    return norm(x, mask=counted.reshape(counted.shape + (1,) * (x.ndim - counted.ndim)))
+
+
 class Linear(nn.Module):
     """x @ kernel + bias, with parameters, sums and gradients of at least float32."""
 
@@ -264,15 +277,7 @@ class NetVLAD(nn.Module):
         has_bias = "batch" not in self.norms  # BatchNorm has one
         scores = Linear(self.num_clusters, self.dtype, has_bias, name="assignment")(features)
         if "batch" in self.norms:
-            # Without any real frame the mean would be 0 / 0: running statistics would stay NaN.
-            counted = jnp.logical_or(mask, ~mask.any())
-            scores = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                dtype=param_dtype,
-                param_dtype=param_dtype,
-                name="norm",
-            )(scores, mask=counted[..., None])
+            scores = batch_norm(scores, mask, train=train)
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
 
         dim = features.shape[-1]

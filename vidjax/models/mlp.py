@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vidjax.batch import Array
 from vidjax.errors import UserError, check_choice
-from vidjax.models.layers import Dropout, Linear
+from vidjax.models.layers import Dropout, Linear, batch_norm
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "linear": lambda x: x,
@@ -59,30 +59,16 @@ class DenseLayer(nn.Module):
         check_choice("activation", self.activation, sorted([*_ACTIVATIONS, "prelu"]))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = Linear(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name="dense")(x)
-        if self.norm_first:
-            x = self._normalised(x, mask, train)
+        if self.batch_norm and self.norm_first:
+            x = batch_norm(x, mask, train=train)
         if self.activation == "prelu":
             slope = self.param("slope", nn.initializers.constant(0.25), (), param_dtype)
             x = jnp.where(x > 0, x, slope * x)
         else:
             x = _ACTIVATIONS[self.activation](x)
-        if not self.norm_first:
-            x = self._normalised(x, mask, train)
+        if self.batch_norm and not self.norm_first:
+            x = batch_norm(x, mask, train=train)
         return Dropout(self.dropout_rate)(x, deterministic=not train)
-
-    def _normalised(self, x: Array, mask: Array, train: bool) -> Array:
-        if not self.batch_norm:
-            return x
-        # Without any real row the mean would be 0 / 0, and the running statistics would stay NaN.
-        counted = jnp.logical_or(mask, ~mask.any())
-        norm = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            dtype=x.dtype,
-            param_dtype=x.dtype,
-            name="norm",
-        )
-        return norm(x, mask=counted[:, None])
 
 
 class ResidualBlock(nn.Module):
