@@ -6,7 +6,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.test_util import check_grads
 
@@ -480,24 +479,3 @@ def test_the_loss_of_the_embedding_is_added_with_its_weight():
     expected = expected + 0.25 * triplets(embedding, labels, mask)
     loss = objective(output, labels, mask, jnp.int32(0))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_the_focal_loss_is_that_of_optax(gamma):
-    logits, labels = example()
-    target = jax.nn.one_hot(labels, logits.shape[1])
-    expected = optax.losses.sigmoid_focal_loss(logits, target, gamma=gamma).sum(axis=1)
-    np.testing.assert_allclose(losses.binary_focal(logits, labels, gamma), expected, rtol=1e-6)
-    given = jax.grad(lambda z: losses.binary_focal(z, labels, gamma).sum())(jnp.asarray(logits))
-    wanted = jax.grad(lambda z: optax.losses.sigmoid_focal_loss(z, target, gamma=gamma).sum())(
-        jnp.asarray(logits)
-    )
-    np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_smoothing_is_that_of_optax():
-    logits, labels = example()
-    smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[1]), 0.1)
-    expected = optax.losses.softmax_cross_entropy(logits, smooth)
-    found = losses.softmax_cross_entropy(logits, labels, label_smoothing=0.1)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -135,14 +135,6 @@ def test_every_readme_is_tested_and_linked_from_the_first():
     assert linked >= set(PAGES) - {"README.md"}
 
 
-def test_the_table_of_folders_is_complete():
-    named = {folder.rstrip("/") for folder in table("README.md", "Where things are")}
-    packages = {path.parent.relative_to(ROOT) for path in ROOT.glob("vidjax/**/__init__.py")}
-    packages |= {path.parent.relative_to(ROOT) for path in ROOT.glob("tests/**/__init__.py")}
-    folders = {name for name in named if not name.endswith(".py")}
-    assert folders == {str(path) for path in packages} | {"configs", "colab"}
-
-
 @pytest.mark.slow
 def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     assert not (ROOT / "configs" / "mine.py").exists()

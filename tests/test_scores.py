@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import scores
-from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Rung
+from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC
 from tests.helpers import made_runs
 from vidjax import config_io, significance
 
@@ -24,19 +24,6 @@ def test_configurations_tell_what_was_collected():
         text = (scores.ROOT / "configs" / f"{ROWS[key].config}.py").read_text()
         lines = scores.header(ROWS[key], found)
         assert scores.replace_header(text, lines) == text, f"{key}: write it with scores.py"
-
-
-def test_a_header_tells_time_and_score():
-    figures = {SYNTHETIC: {"map": [0.84, 0.86, 0.88]}, REAL: {"map": [0.8, 0.8, 0.8]}}
-    found = {"rows": {"dense": figures}, "seconds": {"dense": 139.6}}
-    assert scores.header(ROWS["dense"], found).splitlines() == [
-        "Time: about 140 seconds on 2 CPU cores with the argument `face`.",
-        "Score: MAP@100 0.860 on the small synthetic dataset, "
-        "0.800 on the small real dataset with the",
-        "argument `face` (means of 3 seeds).",
-    ]
-    with pytest.raises(ValueError, match="Time:"):
-        scores.replace_header('"""A system."""', "Time: 1\nScore: 2\n")
 
 
 def test_a_rung_compares_two_rows():
@@ -121,19 +108,6 @@ def test_a_verdict_looks_at_the_interval():
     for mean, wanted in ((0.03, "yes"), (-0.03, "no"), (0.01, "open"), (-0.01, "open")):
         assert scores.verdict({"mean": mean, "error": 0.01}) == wanted
     assert scores.verdict(None) == ""
-
-
-def test_a_published_gain_is_that_of_the_two_rows():
-    gains = {
-        scores.pair_name(rung): scores.published_gain(rung)
-        for rung in scores.all_rungs()
-        if rung.base
-    }
-    assert gains["mma_nets against mma_netvlad_nets"] == pytest.approx(0.0024)
-    assert gains["dense_both against dense_narrow"] == pytest.approx(0.0016)
-    assert gains["fusion against fusion_voting"] is None
-    assert gains["mma against mma_concat"] is None
-    assert scores.published_gain(Rung("x", "dense_narrow", "dense_one")) is None
 
 
 def test_a_page_without_the_table_is_an_error():
