@@ -101,7 +101,7 @@ def test_distances_alone_decide_where_the_mean_is_unknown():
     np.testing.assert_allclose(plda_logits.log_ratios(space, moved, z + 7), ratios, atol=1e-4)
 
 
-def test_mean_vectors_weigh_frames_by_quality(tmp_path):
+def test_mean_vectors_weigh_frames_by_quality(tmp_path, monkeypatch):
     from vidjax.data.memory import MemoryClips
 
     rng = np.random.default_rng(0)
@@ -119,6 +119,10 @@ def test_mean_vectors_weigh_frames_by_quality(tmp_path):
     np.testing.assert_allclose(found["b"], (features[0] + 3 * features[2]) / 4, rtol=1e-6)
     np.testing.assert_allclose(found["a"], features[:2].mean(0), rtol=1e-6)
     assert not found["none"].any() and loaded.mean_vectors("audio").shape == (3, 2)
+    whole = loaded.mean_vectors("face")
+    for frames in (1, 2, 5):
+        monkeypatch.setattr("vidjax.data.memory.MEAN_FRAMES", frames)
+        np.testing.assert_array_equal(loaded.mean_vectors("face"), whole)
 
 
 @pytest.fixture

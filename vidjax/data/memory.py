@@ -26,6 +26,8 @@ from vidjax.data.untrusted.names import show
 from vidjax.errors import NoFileError, UserError, closest, warn
 from vidjax.machine import memory_bytes
 
+MEAN_FRAMES = 1 << 12  # frames that are averaged at once
+
 
 class MemoryClips:
     """Clips in memory; a `ClipSource` with one split, `clips`.
@@ -145,17 +147,24 @@ class MemoryClips:
         flat = self._packed.get(modality)
         if flat is None or not len(flat.features):
             return vectors
-        lengths = self._split.lengths[modality][self.places]
-        first = self._starts[modality][self.places] - (np.cumsum(lengths) - lengths)
-        index = np.repeat(first, lengths) + np.arange(lengths.sum())
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        weight = np.maximum(flat.frames["quality"][index].astype(np.float64), 0.0)
-        total = np.bincount(owner, weight, len(lengths))
-        weight = np.where(total[owner] > 0, weight, 1.0)
-        total = np.bincount(owner, weight, len(lengths))
-        has, begins = np.unique(owner, return_index=True)
-        features = np.asarray(flat.features[index], np.float64) * weight[:, None]
-        vectors[has] = np.add.reduceat(features, begins, axis=0) / total[has, None]
+        lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
+        quality, features = flat.frames["quality"], flat.features
+        # A block at a time: float64 of all frames would take eight times their memory.
+        blocks = np.flatnonzero(np.diff(np.cumsum(lengths, dtype=np.int64) // MEAN_FRAMES)) + 1
+        for clips in np.split(np.arange(len(lengths)), blocks):
+            length = lengths[clips]
+            first = starts[self.places[clips]] - (np.cumsum(length) - length)
+            owner = np.repeat(np.arange(len(clips)), length)
+            index = np.repeat(first, length) + np.arange(len(owner))
+            weight = np.maximum(quality[index].astype(np.float64), 0.0)
+            total = np.bincount(owner, weight, len(clips))
+            weight = np.where(total[owner] > 0, weight, 1.0)
+            total = np.bincount(owner, weight, len(clips))
+            has, begins = np.unique(owner, return_index=True)
+            if len(has):
+                weighted = features[index].astype(np.float64) * weight[:, None]
+                sums = np.add.reduceat(weighted, begins, axis=0)
+                vectors[clips[has]] = sums / total[has, None]
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
