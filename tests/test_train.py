@@ -106,7 +106,8 @@ def test_another_configuration_is_refused(tmp_path):
     config = shrunk("--config.num_epochs=1")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
     assert train.finished(RunFolder(tmp_path), config) is None
-    results = {"map": 0.5, "map_kind": "val", "num_clips": 3, "num_identities": 2, "finished": True}
+    results = {"map": 0.5, "map_kind": "val", "num_clips": 3, "num_identities": 2}
+    results |= {"trained_on": {"splits": {}}, "finished": True}
     (tmp_path / "metrics.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="another configuration") as caught:
         train.finished(

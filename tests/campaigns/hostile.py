@@ -633,7 +633,6 @@ class _Fork(processes.Children):
                 for number, stream in enumerate(streams):
                     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
                     os.dup2(os.open(stream, flags), number)
-                sys.stdin = open(0, closefd=False)  # noqa: SIM115
                 status = limits.serve(sandbox.work)
             except BaseException:
                 os.write(2, traceback.format_exc().encode())

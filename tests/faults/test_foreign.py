@@ -321,7 +321,7 @@ def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_
 def test_an_analysis_of_other_types_and_sizes_is_one_error(stranger, capsys, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
     code, said = complaint(capsys, *words_of("report", stranger))
-    assert code == 2 and "--mode=evaluate" in said
+    assert code == 2 and "vidjax evaluate" in said
 
 
 def test_logs_and_partial_files_are_not_written_through_links(tmp_path, victim):

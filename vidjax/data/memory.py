@@ -170,7 +170,7 @@ class MemoryClips:
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
         """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
         frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
-        flat, dtype = self._packed.get(modality), "float16"
+        flat, dtype = self._packed.get(modality), "float32"
         if flat is not None and len(flat.features):  # else the features have no width
             dtype = flat.features.dtype.name
             fields = {name: flat.frames[name] for name in BATCHED}

@@ -98,7 +98,8 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     standard error.
     """
     end_with_parent()
-    job = json.load(sys.stdin)
+    with open(0, "rb", closefd=False) as given:
+        job = json.load(given)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     limit_resources(job["memory_bytes"], job["cpu_seconds"])
