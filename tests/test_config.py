@@ -295,6 +295,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         if name == "b":
             words += ["--config.optim.name=sgd", "--config.optim.decay=steps"]
             words += ["--config.ensemble.min_quality=(0.0,)"]
+            words += ["--config.loss.schedule=((0,0.5),)"]  # a focal loss reads its exponent
         if name == "d":
             words += ["--config.optim.decay=piecewise", "--config.ensemble.views=2"]
         assert main(words) == 0, capsys.readouterr().err

@@ -171,8 +171,7 @@ def test_a_comparison_is_refused_or_names_the_run_that_knows_the_clips(
     assert FOLDS in said and len(said.splitlines()) <= 3
     (line,) = [line for line in said_by(*words, MEASURED).splitlines() if "In sample" in line]
     assert str(folder) in line and str(on_train) not in line
-    for name in ("comparison.md", "comparison.html"):
-        assert "In sample: " in (tmp_path / "out" / name).read_text()
+    assert "In sample: " in (tmp_path / "out" / "comparison.html").read_text()
 
 
 @pytest.mark.slow

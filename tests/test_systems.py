@@ -146,7 +146,7 @@ def parameters_by_hand():
 
     sizes["deepmef:iqiyi_vid,published"] = as_published(514, 0)
     sizes[f"{with_scene},published"] = as_published(514, scene, scene)
-    sizes[f"{with_scene},published,views"] = as_published(482, scene - 128, scene - 64)
+    sizes[f"{with_scene},published,views"] = as_published(482, scene - 128, scene - 128)
     columns = 1 + 2 * 10_034 + NUM_CLUSTERS
     sizes["noise_classes:iqiyi_vid"] = dense(face, 512) + 512 * columns
     for name in ("noise_classes:iqiyi_vid", "quality_fusion:iqiyi_vid"):  # other numbers, one net

@@ -57,6 +57,11 @@ class Done(NamedTuple):
     groups: int
     failed: dict[str, str]
 
+    @property
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Of each appearance: the film, the time, and who it is."""
+        return [*map(_line, self.found)]
+
 
 def who(
     films: Sequence[Path],
@@ -143,9 +148,10 @@ def _gallery(out: Path, models: Path) -> Gallery:
             f"--out={out}: it holds '{show(foreign)}', which no earlier call wrote\n"
             "name a new folder"
         )
-    if not files.exists(path / store.NAME):
+    try:
+        gallery = Gallery(path, sync=True)
+    except store.NoGalleryError:  # or a killed call has left one without tables
         return Gallery.of_models(path, models, sync=True)
-    gallery = Gallery(path, sync=True)
     if new := gallery.widen(models):
         say(f"new in the models: {', '.join(new)}: names stay, films and photos are read once more")
     return gallery
@@ -380,7 +386,7 @@ def run(args: argparse.Namespace) -> Result:
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
         rows["to name them"] = f"write names into {out / UNKNOWN}, and call again"
-    text = "\n".join(f"  {line}" for line in messages.aligned([*map(_line, done.found)]))
+    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 

@@ -26,7 +26,7 @@ from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, file_limit
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
-from vidjax.gallery import appearances
+from vidjax.gallery import appearances, store
 from vidjax.gallery.gallery import Gallery
 
 pytestmark = pytest.mark.slow
@@ -470,9 +470,26 @@ def test_who_writes_into_no_folder_of_other_things(drawn):
     assert contents(drawn.folder) == before
 
 
-def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn):
-    (drawn.out / "gallery").mkdir(parents=True)
-    (drawn.out / "gallery" / ".gallery.sqlite.0badc0de.partial").write_bytes(b"half")
+@pytest.mark.parametrize("left", ["probe", "empty", "half"])
+def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, left):
+    """It left the file that tried the folder, an empty gallery, or half of one and a journal."""
+    path = drawn.out / "gallery" / store.NAME
+    path.parent.mkdir(parents=True)
+    if left == "probe":
+        (path.parent / ".write-test-0badc0de").touch()
+    else:
+        path.touch()
+    if left == "half":
+        code = (
+            "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
+            "c.execute('PRAGMA cache_size=1')\nc.execute('BEGIN')\n"
+            "c.execute('CREATE TABLE clip (vector BLOB)')\n"
+            "for _ in range(400):\n"
+            "    c.execute('INSERT INTO clip VALUES (?)', (os.urandom(3000),))\n"
+            "os._exit(1)\n"
+        )
+        subprocess.run([sys.executable, "-c", code, path], check=False)
+        assert path.stat().st_size and path.with_name(store.JOURNAL).stat().st_size
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
 
 

@@ -362,15 +362,16 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def kill_child(process: subprocess.Popen[bytes], module: str, place: Path) -> bool:
-    """Kills the first child of a command that runs a module and names a folder in its words."""
+def kill_child(process: subprocess.Popen[bytes], module: str) -> bool:
+    """Kills the first child of a command that runs a module; False if the command ended first."""
     while process.poll() is None:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = path.read_bytes().split(b"\0")
+                status = path.with_name("status").read_text()
             except OSError:  # it ended meanwhile
                 continue
-            if module.encode() in words and any(str(place).encode() in word for word in words):
+            if module.encode() in words and f"\nPPid:\t{process.pid}\n" in status:
                 os.kill(int(path.parent.name), signal.SIGKILL)
                 return True
     return False
@@ -394,7 +395,7 @@ def test_a_killed_reader_is_one_error_and_leaves_nothing(tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert kill_child(process, "vidjax.data.untrusted.sandbox", cache)
+    assert kill_child(process, "vidjax.data.untrusted.sandbox")
     out, err = process.communicate()
     assert process.returncode == 2 and not out
     lines = err.decode().splitlines()[1:]  # after what is converted

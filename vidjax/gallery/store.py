@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sqlite3
 import stat
 import time
@@ -42,6 +43,7 @@ from vidjax.run import formats
 
 NAME = "gallery.sqlite"
 JOURNAL = f"{NAME}-journal"
+PROBE = re.compile(r"\.write-test-[0-9a-f]{8}")  # of `files.make_folder`
 FORMAT = 3  # `user_version` of the file
 MOST_PARTS, MOST_WIDTH = 64, 16_384
 MOST_LETTERS = 1000  # of a name
@@ -146,6 +148,10 @@ def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
     }
 
 
+class NoGalleryError(UserError):
+    """A folder has no file of a gallery, or one that is still empty."""
+
+
 class Store:
     """Reads and writes a gallery's `folder`, an absolute path; with `sync`, waits for the disk."""
 
@@ -167,15 +173,19 @@ class Store:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that is no gallery's; None if there is none."""
-        return min({*os.listdir(self.folder)} - {NAME, JOURNAL}, default=None)
+        """Returns the name of a file in the folder that is no gallery's; None if there is none.
 
-    def _no_gallery(self) -> UserError:
+        What a process left that was killed as it made a gallery is no such file.
+        """
+        found = {*os.listdir(self.folder)} - {NAME, JOURNAL}
+        return min((name for name in found if not PROBE.fullmatch(name)), default=None)
+
+    def _no_gallery(self) -> NoGalleryError:
         command = "vidjax gallery create"
         make = f"a gallery is made of a run: {command} {self.folder} --run=RUN"
         if files.exists(self.folder / "config.json"):
             make = f"it is a run: {command} NEW_FOLDER --run={self.folder} makes a gallery of it"
-        return UserError(f"'{self.folder}' holds no gallery: is the path right?\n{make}")
+        return NoGalleryError(f"'{self.folder}' holds no gallery: is the path right?\n{make}")
 
     def _check_files(self, *, write: bool) -> None:
         """Refuses links (hard links only to `write`), -wal and -shm files, and foreign journals."""

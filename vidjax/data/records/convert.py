@@ -100,13 +100,14 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    with ThreadPoolExecutor(workers or num_cores()) as threads:
+    at_once = writers.num_threads(workers or num_cores(), len(modalities))
+    with ThreadPoolExecutor(at_once) as threads:
         reports = {}
         for name, split in staged.items():
             paths = {modality: source.file_of(modality, name) for modality in split.packed}
             reports[name] = threads.submit(report_split, split, paths)
         tasks = {
-            name: writers.shard_tasks(split, modalities, records / f"{NAME}-{name}")
+            name: writers.shard_tasks(split, modalities, records / f"{NAME}-{name}", at_once)
             for name, split in staged.items()
         }
         written = threads.map(writers.write_shard, itertools.chain(*tasks.values()))

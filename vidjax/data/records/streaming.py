@@ -1,11 +1,14 @@
-"""Endless batches of records in the order of training: a tf.data pipeline.
+"""Endless batches of records in the order of training, read ahead while earlier ones are in use.
 
-The order comes from `vidjax.data.order`. tf.data calls the reader of records for several batches at
-once, and keeps batches ready while earlier ones are in use. Features keep their stored dtype.
+The order comes from `vidjax.data.order`. Threads of Python make the batches, and a tf.data pipeline
+yields them from a queue. TensorFlow's own threads run no Python: a process that ends while they do
+hangs or aborts. Features keep their stored dtype.
 """
 
+import collections
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,48 +20,35 @@ from vidjax.data.clips import BatchPlan
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.reader import Reader, read_batch
 from vidjax.data.records.tensors import tf
-from vidjax.errors import UserError
 
-READERS = 2  # batches that are read at once
+AHEAD = 4  # batches that are read at once, before they are asked for
 
 
 def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batch]:
     """Yields batches without end, see `TrainingData.train_batches`."""
     reader = Reader(records, plan.splits)
     rows, sizes = plan.batch_size, plan.padded_lengths
-    failures: list[UserError] = []
 
-    def read(places: np.ndarray, first: np.ndarray) -> list[np.ndarray]:
+    def make(places: np.ndarray, first: np.ndarray) -> Batch:
         windows = dict(zip(plan.windowed, first, strict=True))
-        try:
-            batch = read_batch(reader, records, places, sizes, rows, windows, verify=False)
-        except UserError as error:  # tf.data would put it into the words of TensorFlow
-            failures.append(error)
-            raise
-        return jax.tree.leaves(batch)
+        return read_batch(reader, records, places, sizes, rows, windows, verify=False)
 
     none = np.zeros(0, np.int64)
     like, structure = jax.tree.flatten(read_batch(reader, records, none, sizes, rows, verify=False))
-    signature = (
-        tf.TensorSpec([rows], tf.int64),
-        tf.TensorSpec([len(plan.windowed), rows], tf.int32),
+    queue = tf.queue.FIFOQueue(1, [x.dtype for x in like], [x.shape for x in like])
+    values = (
+        tf.data.Dataset.counter()
+        .map(lambda _: queue.dequeue(), num_parallel_calls=1)
+        .prefetch(1)
+        .as_numpy_iterator()
     )
-    places = tf.data.Dataset.from_generator(
-        lambda: _places(records, plan, reader, step), output_signature=signature
-    )
-    batches = places.map(
-        lambda *at: tf.numpy_function(read, at, [x.dtype for x in like]),
-        num_parallel_calls=READERS,
-        deterministic=True,
-    ).prefetch(1)
-    values = batches.as_numpy_iterator()
-    while True:
-        try:
-            found = next(values)
-        except tf.errors.OpError as error:
-            reason = f"{records.folder}: cannot read the records: {error.message[:200]}"
-            raise (failures[0] if failures else UserError(reason)) from error
-        yield jax.tree.unflatten(structure, found)
+    waiting: collections.deque[Future[Batch]] = collections.deque()
+    with ThreadPoolExecutor(AHEAD) as threads:
+        for places, first in _places(records, plan, reader, step):
+            waiting.append(threads.submit(make, places, first))
+            if len(waiting) == AHEAD:
+                queue.enqueue(jax.tree.leaves(waiting.popleft().result()))
+                yield jax.tree.unflatten(structure, next(values))
 
 
 def _places(

@@ -16,7 +16,7 @@ from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips
 from vidjax.data.packing import StagedSplit
 from vidjax.data.records import shard_files
-from vidjax.machine import most_files, num_cores
+from vidjax.machine import most_files
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
@@ -30,6 +30,7 @@ class ShardTask(NamedTuple):
       order: [n] int32, the clip index of each record.
       starts: modality -> [n] int64, first frame of each record, counted over all parts.
       lengths: modality -> [n] int32, number of frames of each record.
+      threads: how many tasks are written at once, see `num_threads`.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class ShardTask(NamedTuple):
     order: np.ndarray
     starts: Mapping[str, np.ndarray]
     lengths: Mapping[str, np.ndarray]
+    threads: int = 1
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Yields the fields of each record; its frames are views of mapped files.
@@ -49,9 +51,9 @@ class ShardTask(NamedTuple):
             name: [*itertools.accumulate(int(part.lengths.sum()) for part in parts)]
             for name, parts in self.packed.items()
         }
-        # Several threads map files at once.
-        fitting = int(min(sum(map(len, ends.values())), most_files() // 2 // len(STORED)))
-        mapped = functools.lru_cache(max(len(ends), fitting // num_cores()))(
+        fitting = int(min(sum(map(len, ends.values())), fitting_parts() / self.threads))
+        # The record before keeps parts mapped that the cache has dropped.
+        mapped = functools.lru_cache(max(len(ends), fitting - len(ends)))(
             lambda name, number: dict(self.packed[name][number].frames)
         )
         none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
@@ -75,6 +77,16 @@ class ShardTask(NamedTuple):
             yield {"clip": clip, "clip_index": int(index), "frames": frames}
 
 
+def fitting_parts() -> float:
+    """Returns how many parts may be mapped at once, which takes half of the files of a process."""
+    return most_files() / 2 / len(STORED)
+
+
+def num_threads(workers: int, num_modalities: int) -> int:
+    """Returns how many of `workers` may write at once, each mapping the parts of two records."""
+    return max(1, int(min(workers, fitting_parts() / (2 * num_modalities))))
+
+
 def feature_bytes(
     lengths: Mapping[str, Sequence[int] | np.ndarray], modalities: Mapping[str, Modality]
 ) -> int:
@@ -89,7 +101,7 @@ def feature_bytes(
 
 
 def shard_tasks(
-    split: StagedSplit, modalities: dict[str, Modality], prefix: Path
+    split: StagedSplit, modalities: dict[str, Modality], prefix: Path, threads: int
 ) -> list[ShardTask]:
     """Returns the task of each shard, none of them empty; their files begin with `prefix`."""
     size = feature_bytes(split.lengths, modalities)
@@ -102,7 +114,8 @@ def shard_tasks(
         clips = tuple(split.clips[clip] for clip in order.tolist())
         starts = {name: starts[order] for name, starts in split.starts.items()}
         lengths = {name: lengths[order] for name, lengths in split.lengths.items()}
-        tasks.append(ShardTask(path, modalities, split.packed, clips, order, starts, lengths))
+        facts = (path, modalities, split.packed, clips, order, starts, lengths, threads)
+        tasks.append(ShardTask(*facts))
     return tasks
 
 
