@@ -1,6 +1,5 @@
 """Folders of parquet tables: kills, changes, faults; the joint ranking; Ray Data."""
 
-import contextlib
 import json
 import os
 import re
