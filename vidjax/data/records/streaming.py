@@ -1,8 +1,8 @@
 """Endless batches of records in the order of training, read ahead while earlier ones are in use.
 
-The order comes from `vidjax.data.order`. Threads of Python make the batches, and a tf.data pipeline
-yields them from a queue. TensorFlow's own threads run no Python: a process that ends while they do
-hangs or aborts. Features keep their stored dtype.
+The order comes from `vidjax.data.order`. Python threads make the batches, and a tf.data pipeline
+yields them from a queue. The threads of TensorFlow run no Python code, because a process that ends
+during such a call hangs or aborts. Features keep their stored dtype.
 """
 
 import collections
