@@ -40,7 +40,8 @@ def test_a_flag_that_is_missing_is_told(words):
 
 @pytest.fixture
 def start(official_dir, tmp_path):
-    """Returns a function that starts a command in `count` processes, with two devices in all."""
+    """Yields a function that starts a command in `count` processes, with two devices in all."""
+    every = []
 
     def run(name, *words, count=2, own=((), ())):
         with socket.socket() as free:
@@ -58,9 +59,13 @@ def start(official_dir, tmp_path):
                     [sys.executable, "-m", "vidjax.main", *words, *more],
                     cwd=ROOT, env=env, stdout=file, stderr=file,
                 ))  # fmt: skip
+        every.extend(started)
         return started
 
-    return run
+    yield run
+    for process in every:  # one that waits for another would wait for ever
+        process.kill()
+        process.wait(SECONDS)
 
 
 def wait(processes):

@@ -1,5 +1,6 @@
 """The terminal: help at 80 columns, and a quiet first run."""
 
+import contextlib
 import io
 import os
 import pty
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -91,14 +93,17 @@ def test_a_run_shows_nothing_but_its_own_lines(tmp_path, official_dir, cache_dir
         stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(theirs)
-    content = io.BytesIO()
-    while True:
-        try:
-            content.write(os.read(ours, 65536))
-        except OSError:  # the other end was closed
-            break
-    os.close(ours)
-    assert child.wait() == 0
+    content, end = io.BytesIO(), threading.Timer(600, child.kill)
+    end.start()
+    try:
+        with contextlib.suppress(OSError):  # the other end was closed
+            while True:
+                content.write(os.read(ours, 65536))
+        assert child.wait(60) == 0
+    finally:
+        end.cancel()
+        child.kill()
+        os.close(ours)
     text = content.getvalue().decode()
     assert unknown(text) == []
     bar = re.search(r"train +\d+% \|[^\r]*clips/s, loss [\d.]+[^\r]*, [\d:]+ left", text)

@@ -61,7 +61,7 @@ def run(path: Path, folder: Path, cache_dir: Path) -> Any:
         "JUPYTER_DATA_DIR": str(folder / "jupyter"),  # no kernel of the user's own
     }
     command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     if ran.returncode:
         raise RuntimeError(f"{path}: {ran.stderr}")
     return nbformat.read(done, as_version=4)
