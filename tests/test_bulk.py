@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vidjax
+from tests.helpers import limits
 from vidjax import bulk
 from vidjax.errors import UserError
 from vidjax.main import main
@@ -230,15 +231,22 @@ def test_a_killed_call_is_continued_to_the_same_bytes(people, day, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
 
     def start(folder):
-        return subprocess.Popen([*words, f"--out={folder}", "--quiet"], stdout=subprocess.DEVNULL)
+        return limits.running([*words, f"--out={folder}", "--quiet"], stdout=subprocess.DEVNULL)
 
-    killed, other = start(out), start(out)
-    until = time.monotonic() + 100
-    while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL and other.wait() == 0
-    assert start(out).wait() == 0 and start(whole).wait() == 0
+    def finish(process):
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+
+    with start(out) as killed, start(out) as other:
+        until = time.monotonic() + 100
+        while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        finish(other)
+    for folder in (out, whole):
+        with start(folder) as process:
+            finish(process)
     assert contents(out) == contents(whole) and len(contents(out)) == 40
 
 

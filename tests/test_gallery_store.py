@@ -394,7 +394,7 @@ def test_reading_meets_the_old_state_or_the_new_one(gallery):
     finally:
         stop.set()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     assert sizes <= {len(CLIPS), len(CLIPS) + 1} and not wrong
 
 
@@ -415,15 +415,11 @@ def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeyp
         "    draft.rename('person 3', 'Ada')\n"
         "    print('locked', flush=True)\n    time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
+    with limits.running([sys.executable, "-c", code]) as process:
         assert process.stdout and process.stdout.readline() == "locked\n"
         said = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
         assert said.startswith("gallery ") and str(gallery.folder) in said
         assert made_galleries.answers(Gallery(gallery.folder))  # reading needs no lock
-    finally:
-        process.kill()
-        process.communicate()
     assert gallery.remove(clip=["clip 30"]) == 1
 
 

@@ -213,7 +213,10 @@ def test_of_two_processes_one_converts_and_one_waits(source: Path, cache: Path) 
     ]
     for process in processes:
         process.start()
-    counts = sorted(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
+    try:
+        counts = sorted(queue.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
     assert counts == [0, 5]

@@ -53,7 +53,8 @@ class Inside(servers.Served):
 
     def __exit__(self, *_):
         self.server.should_exit = True
-        self.thread.join()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +193,11 @@ def test_requests_that_come_together_get_the_answers_they_get_alone(inside, peop
         body = {"clips": servers.as_json(clips), "k": 1 + n % 3}
         found[n] = (inside.ask("POST", "/identify", body), people.identify(clips, 1 + n % 3))
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(10)]
+    threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len(found) == 10
     for (status, answer), wanted in found.values():
         assert status == 200
@@ -654,11 +655,12 @@ def test_enrolments_that_wait_are_bounded_like_questions(tmp_path, monkeypatch):
             enrol("Bob")
             assert found == [429]
             go.set()
-            first.join()
+            first.join(60)
             enrol("Bob")
             assert found == [429, 200, 200]
         finally:
             go.set()
+            first.join(60)
 
 
 # ---- about the server

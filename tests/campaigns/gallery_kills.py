@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.helpers import made_galleries
+from tests.helpers import limits, made_galleries
 from vidjax.gallery import store
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip
@@ -97,18 +97,14 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
     code = (
         f"from tests.campaigns import gallery_kills as g; g.work(g.Path({str(folder)!r}), {seed})"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin and process.stdout
-    with process, process.stdin, process.stdout:
+    pipes = {"stdin": subprocess.PIPE, "stderr": None}
+    with limits.running([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdin and process.stdout
         for _ in range(last + 1):
             process.stdout.readline()
             process.stdin.write("go\n")
             process.stdin.flush()
         time.sleep(rng.uniform(0, rng.choice(SPANS)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     litter = len([path for path in folder.iterdir() if path.name != store.NAME])
     people = Gallery(folder)  # opens, and goes on
     found = made_galleries.contents(folder)

@@ -23,7 +23,7 @@ pytest.importorskip("onnx")
 from tests.benchmarks import extract
 from tests.helpers import films
 from tests.helpers.drawn_people import write_film, write_photo
-from tests.helpers.limits import ROOT, file_limit
+from tests.helpers.limits import ROOT, file_limit, running
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.gallery import appearances, store
@@ -43,9 +43,7 @@ def contents(out):
 
 def start(*words):
     words = [sys.executable, "-m", "vidjax", "extract", *map(str, words)]
-    return subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return running(words, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def finish(*words):
@@ -86,16 +84,14 @@ def kill_extractions(drawn, rng, count):
     finish(*inputs, f"--out={like}")
     longest = time.monotonic() - began
     for number in range(count):
-        process = start(*inputs, f"--out={out}")
-        if rng.random() < 0.5:  # while clips are written and moved
-            while process.poll() is None and not holds_clips(out):
-                time.sleep(0.002)
-            time.sleep(rng.random() * 0.05)
-        else:
-            time.sleep(rng.random() * longest)
-        started = children_of(process.pid)
-        process.kill()
-        process.communicate()
+        with start(*inputs, f"--out={out}") as process:
+            if rng.random() < 0.5:  # while clips are written and moved
+                while process.poll() is None and not holds_clips(out):
+                    time.sleep(0.002)
+                time.sleep(rng.random() * 0.05)
+            else:
+                time.sleep(rng.random() * longest)
+            started = children_of(process.pid)
         check_whole(out, like)
         for child in started:
             assert ended(child), "a child goes on without its parent"
@@ -126,17 +122,19 @@ def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_child_costs_its_file_and_two_at_once_are_refused(drawn):
     film, out = drawn.film(), drawn.out
-    process = start(film, f"--out={out}", f"--models={drawn.models}", "--workers=1")
-    while not (children := children_of(process.pid)) and process.poll() is None:
-        time.sleep(0.005)
-    for child in children:
-        os.kill(child, signal.SIGSTOP)  # it holds the folder until it is killed
-    _, said = drawn.extract(film, code=2)
-    assert f"in use by process {process.pid} on {socket.gethostname()}" in said
-    assert len(said.splitlines()) <= 3
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    with start(film, f"--out={out}", f"--models={drawn.models}", "--workers=1") as process:
+        while not (children := children_of(process.pid)) and process.poll() is None:
+            time.sleep(0.005)
+        for child in children:
+            os.kill(child, signal.SIGSTOP)  # it holds the folder until it is killed
+        try:
+            _, said = drawn.extract(film, code=2)
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        assert f"in use by process {process.pid} on {socket.gethostname()}" in said
+        assert len(said.splitlines()) <= 3
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "killed from outside" in said
     assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
     assert drawn.extract(film)[0]["clips"] == 4

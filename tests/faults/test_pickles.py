@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,24 @@ import numpy as np
 import pytest
 
 from tests.campaigns import hostile
-from tests.helpers import python2
+from tests.helpers import limits, python2
 from vidjax.data.untrusted import sandbox
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(canary: Path, *words: str | Path) -> subprocess.Popen[bytes]:
+def start(canary: Path, *words: str | Path) -> AbstractContextManager[subprocess.Popen[str]]:
     """Starts a reader of hostile files in the folder that they may not change."""
     env = os.environ | {"HOME": str(canary), "TMPDIR": str(canary), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.campaigns.hostile", *map(str, words)]
     env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen(
-        command, cwd=canary, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return limits.running(command, cwd=canary, env=env)
 
 
-def end(reader: subprocess.Popen[bytes]) -> list[Any]:
+def end(reader: subprocess.Popen[str]) -> list[Any]:
     """Returns the report of a reader, one entry per file; no file may have ended it."""
-    output, errors = reader.communicate(timeout=3000)
-    assert reader.returncode == 0, errors.decode()
+    output, errors = reader.communicate(timeout=800)
+    assert reader.returncode == 0, errors
     return [json.loads(line) for line in output.splitlines()]
 
 
@@ -42,13 +41,14 @@ def read_all(
     canary = folder / "canary"
     hostile.set_canary(canary)
     before = hostile.listing(canary)
-    started = []
-    for number in range(readers):
-        (folder / f"{number}").mkdir()
-        for name in list(files)[number::readers]:
-            (folder / f"{number}" / name).write_bytes(files[name])
-        started.append(start(canary, mode, folder / f"{number}"))
-    found = {name: rest for reader in started for name, *rest in end(reader)}
+    with ExitStack() as stack:
+        started = []
+        for number in range(readers):
+            (folder / f"{number}").mkdir()
+            for name in list(files)[number::readers]:
+                (folder / f"{number}" / name).write_bytes(files[name])
+            started.append(stack.enter_context(start(canary, mode, folder / f"{number}")))
+        found = {name: rest for reader in started for name, *rest in end(reader)}
     assert found.keys() == files.keys()
     assert hostile.listing(canary) == before
     for number in range(readers):
@@ -90,7 +90,8 @@ def test_attacks_would_work_elsewhere(tmp_path: Path) -> None:
     armed = {name for name, attack in attacks.items() if attack.fires}
     for name in armed:
         (folder / name).write_bytes(attacks[name].data)
-    assert set(end(start(canary, "fire", folder, canary))) == armed
+    with start(canary, "fire", folder, canary) as reader:
+        assert set(end(reader)) == armed
     assert len(armed) > 40
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import prepare
@@ -362,7 +363,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def kill_child(process: subprocess.Popen[bytes], module: str) -> bool:
+def kill_child(process: subprocess.Popen[str], module: str) -> bool:
     """Kills the first child of a command that runs a module; False if the command ended first."""
     while process.poll() is None:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -390,15 +391,11 @@ def write_much(folder: Path) -> Path:
 def test_a_killed_reader_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = digests(prepare(source, tmp_path / "whole"))
-    process = subprocess.Popen(
-        [*convert_command(source, cache), "--workers=2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert kill_child(process, "vidjax.data.untrusted.sandbox")
-    out, err = process.communicate()
+    with limits.running([*convert_command(source, cache), "--workers=2"]) as process:
+        assert kill_child(process, "vidjax.data.untrusted.sandbox")
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 2 and not out
-    lines = err.decode().splitlines()[1:]  # after what is converted
+    lines = err.splitlines()[1:]  # after what is converted
     assert "killed from outside: is memory short?" in lines[0] and len(lines) <= 3, lines
     assert names(cache / "iqiyi_vid") == set()
     assert iqiyi_vid.main([str(source), f"--cache_dir={cache}", "--workers=2"]) == 0
@@ -418,12 +415,10 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
     words = [*convert_command(source, cache), f"--workers={workers}"]
     root, killed = cache / "iqiyi_vid", []
     for _ in range(30 if campaign else 3):
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while process.poll() is None and not list(root.glob("*.partial")):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, seconds) if killed else 0)  # the first one hits it at work
-        process.kill()
-        process.communicate()
+        with limits.running(words) as process:
+            while process.poll() is None and not list(root.glob("*.partial")):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, seconds) if killed else 0)  # the first one hits it at work
         killed.append(process.returncode == -signal.SIGKILL)
         left = names(root)
         if killed[-1] and not any((root / name / "manifest.json").exists() for name in left):

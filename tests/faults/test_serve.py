@@ -138,11 +138,13 @@ def test_what_a_killed_server_answered_is_there_and_nobody_removed_is_named(
             unsure.clear()
             timer = threading.Timer(rng.uniform(2, 4), server.process.kill)
             timer.start()
-            with contextlib.suppress(OSError, http.client.HTTPException, json.JSONDecodeError):
-                while True:
-                    number += 1
-                    use(server, rng, held, unsure, number)
-            timer.join()
+            try:
+                with contextlib.suppress(OSError, http.client.HTTPException, json.JSONDecodeError):
+                    while True:
+                        number += 1
+                        use(server, rng, held, unsure, number)
+            finally:
+                timer.join()
     assert number > 10
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.helpers import limits
 from tests.helpers.limits import file_limit
 from tests.helpers.small_runs import ROOT
 from vidjax import files, main
@@ -53,19 +53,12 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(capsys, tmp_path
         words.append(f"--config={ROOT / 'configs/mma.py'}")
     else:
         (tmp_path / "config.json").write_text("{}")
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    try:
-        assert child.stdout.readline() == "held\n"
+    with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
+        assert child.stdout and child.stdout.readline() == "held\n"
         assert main.main(words) == 2
         said = capsys.readouterr().err
         assert f"in use by process {child.pid} on {socket.gethostname()}" in said
         assert len(said.strip().splitlines()) <= 3
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
     assert str(child.pid) in (tmp_path / ".lock").read_text()  # of the dead, and nobody's
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
         (tmp_path / ".lock").write_text(dead)

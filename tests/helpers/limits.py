@@ -1,4 +1,4 @@
-"""Commands on a small machine: few open files, little memory."""
+"""Processes that end, and commands on a small machine: few open files, little memory."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 GB = 1 << 30
@@ -30,6 +30,21 @@ class Ended(NamedTuple):
     stdout: str
     stderr: str
     peak: int
+
+
+@contextlib.contextmanager
+def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Runs a program while the context is open; `options` go to `subprocess.Popen`.
+
+    Its output is text, in pipes. At the end it is killed, if it still runs, and its pipes are
+    closed.
+    """
+    chosen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    with subprocess.Popen([str(word) for word in words], **chosen) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers import made_galleries
+from tests.helpers import limits, made_galleries
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Origin
 
@@ -79,28 +79,16 @@ class Served:
         return self.process.wait(60)
 
 
-def start(folder: Path, *words: str) -> Served:
-    """Starts `vidjax serve` at a free port of this machine."""
-    command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
-    assert process.stdout and process.stderr
-    line = process.stdout.readline()
-    if not line.startswith("http://"):
-        raise AssertionError(process.stderr.read())
-    return Served(process, int(line.rsplit(":", 1)[1]))
-
-
 @contextlib.contextmanager
 def served(folder: Path, *words: str) -> Iterator[Served]:
-    """Runs a server while the context is open; it is ready."""
-    server = start(folder, *words)
-    try:
+    """Runs `vidjax serve` at a free port while the context is open; it is ready."""
+    command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    with limits.running([*command, *words], env=env) as process:
+        assert process.stdout and process.stderr
+        line = process.stdout.readline()
+        if not line.startswith("http://"):
+            raise AssertionError(process.stderr.read())
+        server = Served(process, int(line.rsplit(":", 1)[1]))
         server.wait()
         yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate()
