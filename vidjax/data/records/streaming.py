@@ -43,12 +43,15 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
         .as_numpy_iterator()
     )
     waiting: collections.deque[Future[Batch]] = collections.deque()
-    with ThreadPoolExecutor(AHEAD) as threads:
-        for places, first in _places(records, plan, reader, step):
-            waiting.append(threads.submit(make, places, first))
-            if len(waiting) == AHEAD:
-                queue.enqueue(jax.tree.leaves(waiting.popleft().result()))
-                yield jax.tree.unflatten(structure, next(values))
+    try:
+        with ThreadPoolExecutor(AHEAD) as threads:
+            for places, first in _places(records, plan, reader, step):
+                waiting.append(threads.submit(make, places, first))
+                if len(waiting) == AHEAD:
+                    queue.enqueue(jax.tree.leaves(waiting.popleft().result()))
+                    yield jax.tree.unflatten(structure, next(values))
+    finally:
+        queue.close()  # TensorFlow crashes if a queue is freed while a thread waits for it
 
 
 def _places(
