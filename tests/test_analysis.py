@@ -54,8 +54,6 @@ def test_average_precisions_are_those_of_map(workdir, data):
     seen = np.any([data.split("val").lengths[name] > 0 for name in names], axis=0).sum()
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == seen
     assert arrays["calibration"][:, 0].sum() == seen
-    if "calibration_after" in arrays:
-        assert arrays["calibration_after"][:, 0].sum() == seen
     assert facts["open_set"]["num_known"] == 40
     assert facts["open_set"]["num_strange"] == results["num_distractors"] == 20
     few, row = facts["open_set"]["rates"]
@@ -137,16 +135,9 @@ def test_qualities_are_means_of_the_frames(nearest_run, data):
 
 
 def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
-    results, facts, arrays = analysed(workdir, data, "--config.eval.split=test")
+    results, _, arrays = analysed(workdir, data, "--config.eval.split=test")
     assert "map" not in results
     assert set(arrays) == {"attention"}
-    rows = facts["named"]["rows"]
-    assert len(rows) == min(facts["named"]["num"], strata.NUM_NAMED) > 0
-    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    assert {row["clip"] for row in rows} <= set(data.split("test").clips)
-    lists = made_runs.lists(workdir / "ranking_test.txt")
-    for row in rows:
-        assert f"{row['clip']}.mp4" in lists[data.identities[row["identity"]]]
 
 
 def test_map_among_some_clips_by_hand():

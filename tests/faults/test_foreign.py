@@ -315,7 +315,6 @@ def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_
         ),
         ({}, {"ap": np.array(["<b>"]), "positives": np.array([1])}),
         ({}, {"ap": np.array([0.5])}),
-        ({"named": {"num": 1, "rows": [{"clip": "x"}]}}, {}),
     ],
 )
 def test_an_analysis_of_other_types_and_sizes_is_one_error(stranger, capsys, values, arrays):

@@ -59,12 +59,11 @@ def analyse(
     arrays: Arrays = {}
     if matrix is not None:
         values["vectors"], arrays["attention"] = list(names), matrix
+    if evaluation.results.get("map") is None:
+        return values, arrays
     scored = ScoredSplit(
         evaluation.top, split.labels, split.clips, evaluation.clips.pool, evaluation.positives
     )
-    if evaluation.results.get("map") is None:
-        values["named"] = strata.named_clips(scored)
-        return values, arrays
     train_clips = strata.count_train_clips(model, config.data.train_splits)
     if train_clips is not None:
         arrays["train_clips"] = train_clips

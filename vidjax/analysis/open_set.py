@@ -1,10 +1,9 @@
 """Known clips against distractors: scores of both, errors at thresholds, and calibration."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import scipy
 
 from vidjax import metrics
 from vidjax.metrics import ClipScores
@@ -12,7 +11,6 @@ from vidjax.metrics import ClipScores
 SCORE_BINS, CONFIDENCE_BINS = 40, 10
 RATES = (0.01, 0.1)  # FPIR of the thresholds that are shown
 RESAMPLES = 1000  # of the bootstrap
-MOST_ODDS = 100.0  # a probability of 1 in float32 counts as these log-odds
 
 
 Values = dict[str, Any]  # of `run.formats.Analysis`
@@ -30,10 +28,6 @@ def measure(
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
     if logs and (calibrated := calibration(clips)):
         arrays["calibration"], values["calibration_error"] = calibrated
-        if after := recalibration(clips, labels):
-            arrays["calibration_after"] = after.bins
-            values["calibration_error_after"] = after.error
-            values["calibration_maps"] = after.maps
     return values, arrays
 
 
@@ -152,68 +146,3 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, 
     ]
     error = np.sum(count * np.abs(means[0] - means[1])) / max(count.sum(), 1)
     return np.stack([count, *means], axis=1), float(error)
-
-
-class Recalibration(NamedTuple):
-    """Probabilities after their log-odds were mapped to slope * log-odds + offset.
-
-    Attributes:
-      bins: [bins, 3] float, as `reliability` returns them.
-      error: the expected calibration error.
-      maps: for each half of the people {slope: float, offset: float}, fitted on the other half.
-    """
-
-    bins: np.ndarray
-    error: float
-    maps: list[dict[str, float]]
-
-
-def recalibration(clips: ClipScores, labels: np.ndarray) -> Recalibration | None:
-    """Measures calibration after a linear map of log-odds that was fitted on other people.
-
-    People, with all their clips, and distractors are split into halves; the map of each half is
-    fitted on the other. None where a half has no clip that is right or none that is wrong.
-
-    Source: Platt 1999, Probabilistic outputs for support vector machines.
-    """
-    scored = clips.pool & (clips.best > -np.inf)
-    logs, right = clips.best.astype(np.float64)[scored], clips.right[scored]
-    logs = np.minimum(logs, -np.exp(-MOST_ODDS))
-    odds = logs - np.log(-np.expm1(logs))
-    first = _first_half(labels[scored])
-    confidence, maps = np.zeros(len(odds)), []
-    for half in (first, ~first):
-        if not right[~half].any() or right[~half].all():
-            return None
-        slope, offset = _fit_map(odds[~half], right[~half])
-        confidence[half] = scipy.special.expit(slope * odds[half] + offset)
-        maps.append({"slope": slope, "offset": offset})
-    return Recalibration(*reliability(confidence, right), maps)
-
-
-def _first_half(labels: np.ndarray) -> np.ndarray:
-    """Returns [n] bool, True for the clips of a random half of the people and distractors."""
-    rng = np.random.default_rng(0)
-    names = rng.permutation(np.unique(labels[labels > 0]))
-    first = np.isin(labels, names[: len(names) // 2])
-    strange = rng.permutation(np.flatnonzero(labels == 0))
-    first[strange[: len(strange) // 2]] = True
-    return first
-
-
-def _fit_map(odds: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """Fits P(right) = sigmoid(slope * odds + offset) to log-odds [n] and `right` [n] bool.
-
-    A standard normal prior keeps slope near 1 and offset near 0 where clips do not determine them.
-    """
-
-    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = point[0] * odds + point[1]
-        away = point - [1.0, 0.0]
-        surplus = scipy.special.expit(logits) - right
-        slope = np.array([surplus @ odds, surplus.sum()]) + away
-        value = np.sum(np.logaddexp(0, logits) - right * logits) + away @ away / 2
-        return float(value) / len(odds), slope / len(odds)
-
-    slope, offset = scipy.optimize.minimize(loss, [1.0, 0.0], jac=True, method="BFGS").x.tolist()
-    return slope, offset

@@ -21,7 +21,6 @@ QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
 NUM_WORST = 20  # identities
 NUM_WRONG = 15  # clips of each kind of mistake
-NUM_NAMED = 60  # clips of a split without ground truth
 
 Groups = list[tuple[str, np.ndarray]]  # label, and bool: the clips or identities of the group
 Row = dict[str, Any]  # of a table in `run.formats.Analysis`
@@ -249,17 +248,6 @@ def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
         ]
         for kind, chosen in kinds.items()
     }
-
-
-def named_clips(scored: ScoredSplit) -> Row:
-    """Lists the highest-scoring clips with their best identity; `num` counts clips in any list."""
-    identity, score = scored.best_lists
-    listed = _highest(score, identity >= 0)
-    rows = [
-        {"clip": scored.names[i], "identity": int(identity[i]), "score": float(score[i])}
-        for i in listed[:NUM_NAMED]
-    ]
-    return {"num": len(listed), "rows": rows}
 
 
 def _highest(score: np.ndarray, chosen: np.ndarray) -> np.ndarray:

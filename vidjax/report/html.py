@@ -164,14 +164,12 @@ MAX_LETTERS = 20  # letters of a name within a figure
 WIDTH = 4.8  # inches: the text of a figure is still readable on a phone
 # Placeholders in the drawing; the page replaces them by colours of its light or dark theme.
 INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-BAR = "#060606"
 THEME = {
     INK: "currentColor",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
     FIRST: "var(--first)",
     SECOND: "var(--second)",
-    BAR: "var(--bar)",
 }
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

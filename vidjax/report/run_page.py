@@ -11,10 +11,8 @@ from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.patches import Rectangle
 
-from vidjax import config as config_lib
-from vidjax import config_io, files, metrics, significance
+from vidjax import files, metrics, significance
 from vidjax.data import sources
 from vidjax.errors import UserError
 from vidjax.report import html
@@ -24,7 +22,6 @@ from vidjax.run.folder import IDENTITIES, RunFolder
 
 Rows = list[tuple[object, ...]]
 
-MAX_MEMBERS = 60  # rows in the table of members
 MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
@@ -184,6 +181,7 @@ def run_rows(run: RunFiles) -> Rows:
         "trained on": _listed(config["data"]["train_splits"]),
         "evaluated on": run.split,
         "modalities": _listed(config["modalities"]),
+        "joined runs": _listed(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
@@ -214,25 +212,6 @@ def _data_of(run: RunFiles) -> str:
     folder = Path(str(values["dir"])).name if values.get("dir") else ""
     named = {key: value for key, value in values.items() if value is not None}
     return " ".join(word for word in (sources.describe(named), folder) if word)
-
-
-def names(run: RunFiles) -> Markup | None:
-    """Returns the clips of a split without ground truth with the names that the run gives them."""
-    found = run.analysis.named
-    if found is None:
-        return None
-    rows = [(row.clip, run.identity(row.identity), row.score) for row in found.rows]
-    about = (
-        "The clips with the highest scores, each with the identity that suits it best. Nothing "
-        "here says whether a clip shows anybody known: a gallery of this run answers unknown where "
-        "it does not. "
-    ) + (LOGARITHMS if run.analysis.logs else "")
-    more = html.number(found.num - len(rows))
-    return Markup().join([
-        html.paragraph(about),
-        html.table("Clips and their best identities", ("clip", "best identity", "score"), rows),
-        html.paragraph("The ranking has {} more clips, the 100 best of every identity.", more),
-    ])  # fmt: skip
 
 
 def reading(run: RunFiles) -> Markup | None:
@@ -503,122 +482,30 @@ def _errors(run: RunFiles) -> Markup:
 
 
 def _calibration(run: RunFiles) -> Markup:
-    error, after = run.analysis.calibration_error, run.arrays.get("calibration_after")
+    error = run.analysis.calibration_error
     plot = html.Plot(x="probability of the best identity", y="share that is right")
     plot.axes.plot([0, 1], [0, 1], color=html.MUTED, linewidth=1, linestyle="--", label="perfect")
-    for label, bins, colour in (
-        ("this run" if after is None else "before", run.arrays["calibration"], html.FIRST),
-        ("after", after, html.SECOND),
-    ):
-        if bins is not None:
-            _, confidence, right = bins[bins[:, 0] > 0].T
-            plot.axes.plot(confidence, right, "o-", color=colour, ms=4, label=label)
+    bins = run.arrays["calibration"]
+    _, confidence, right = bins[bins[:, 0] > 0].T
+    plot.axes.plot(confidence, right, "o-", color=html.FIRST, ms=4, label="this run")
     plot.legend()
     caption = Markup(
         "Calibration: on average a probability is {} away from the share of clips that are right "
         "(the expected calibration error). A distractor is never right."
     ).format(html.number(error))
-    if after is not None:
-        maps = [
-            Markup("slope {} with offset {}").format(
-                html.number(one.slope, 2), html.number(one.offset, 2)
-            )
-            for one in run.analysis.calibration_maps or ()
-        ]
-        caption += Markup(
-            " After a correction, which multiplies the log-odds by a slope and adds an offset, it "
-            "is {} away. Two corrections were fitted, each on a half of the people and measured on "
-            "the other: {}. A slope below 1 says that the run is too sure."
-        ).format(html.number(run.analysis.calibration_error_after), Markup(", and ").join(maps))
     description = f"The expected calibration error is {error:.3f}."
     return plot.html("trust", "Calibration of the probabilities", description, caption)
-
-
-def attention(run: RunFiles) -> Markup | None:
-    """Returns the average attention matrix as a heat map."""
-    if "attention" not in run.arrays:
-        return None
-    matrix, names = run.arrays["attention"], run.analysis.vectors or []
-    size, top = len(matrix), max(float(matrix.max()), 1e-9)
-    plot = html.Plot(max(0.42 * size + 1.0, 2.2), x="vector j (takes)", y="vector i (gives)")
-    axes, labels = plot.axes, [html.short(name) for name in names]
-    axes.grid(False)
-    for i, j in np.ndindex(matrix.shape):
-        share = float(np.clip(matrix[i, j] / top, 0, 1))
-        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=html.BAR, alpha=share, linewidth=0))
-        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center")
-    axes.set_xlim(0, size)
-    axes.set_ylim(size, 0)
-    middles = np.arange(size) + 0.5
-    axes.set_xticks(middles, labels, rotation=30, ha="right", parse_math=False)
-    axes.set_yticks(middles, labels, parse_math=False)
-    most = [
-        f"{name} takes most from {names[int(np.argmax(column))]}"
-        for name, column in zip(names, matrix.T, strict=True)
-    ]
-    words = html.paragraph(
-        "The mean over the split of the softmax of the Gram matrix, as in figure 10 of the "
-        "iQIYI-VID paper. Column j says how much vector j takes from each vector i, on average "
-        "over the clips in which it takes anything; it sums to 1. For an ensemble, this is the "
-        "first member."
-    )
-    figure = plot.html("gram", "Average attention matrix", "; ".join(most) + ".")
-    return words + html.figures([figure])
-
-
-def ensemble(run: RunFiles) -> Markup | None:
-    """Returns tables of the joined runs and of the members, each with its own MAP."""
-    members, runs = run.metrics.members or [], run.metrics.runs or []
-    if not members and not runs:
-        return None
-    joined = [(row.name, row.weight, html.bar(row.map)) for row in runs]
-    rows = member_rows(members[:MAX_MEMBERS])
-    caption = "The members, each on the clips that it was not trained on"
-    tables = [
-        html.table("The joined runs", ("run", "weight", "MAP@100 alone"), joined),
-        html.table(caption, ("member", "MAP@100 alone"), rows),
-    ]
-    more = len(members) - MAX_MEMBERS
-    words = "{} more are in metrics.json."
-    return html.tables(tables) + (html.paragraph(words, html.number(more)) if more > 0 else "")
-
-
-def member_rows(members: Sequence[Mapping[str, Any]]) -> Rows:
-    """Returns rows of member and MAP."""
-    kinds = sorted({key for member in members for key in member} - {"map", "member", "run"})
-    rows: Rows = []
-    for member in members:
-        name = " ".join(str(member[key]) for key in ("run", "member") if key in member)
-        words = [name, *(f"{key} {member[key]}" for key in kinds if key in member)]
-        rows.append((", ".join(words), html.bar(member.get("map"))))
-    return rows
-
-
-def configuration(run: RunFiles) -> Markup | None:
-    """Returns the fields of `config.json` that differ from their defaults."""
-    defaults = dict(config_lib.fields(config_lib.default()))
-    rows = [
-        (name, config_io.value_text(value), config_io.value_text(defaults.get(name, "")))
-        for name, value in config_lib.fields(run.config)
-        if value != defaults.get(name)
-    ]
-    caption = "Fields that differ from their defaults"
-    return html.table(caption, ("field", "value", "default"), rows) or None
 
 
 # Function of a section -> its heading.
 SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
     summary: "Summary",
-    names: "Clips and names",
     reading: "How to read it",
     learning: "Learning curves",
     identities: "Identities",
     mistakes: "Mistakes",
     strata: "Kinds of clips",
     open_set: "Distractors and calibration",
-    attention: "Attention between modalities",
-    ensemble: "Ensemble",
-    configuration: "Configuration",
 }
 
 

@@ -110,12 +110,6 @@ class Metrics(Struct, kw_only=True):
     members: Annotated[list[dict[str, Plain]], MANY] | None = None  # name, MAP and own options
     runs: Annotated[list[JoinedRun], TABLE] | None = None  # of a blend
 
-    def __post_init__(self) -> None:
-        for i, row in enumerate(self.members or ()):
-            value = row.get("map", 0)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-                raise ValueError(f"members[{i}].map must be a number from 0 to 1")
-
 
 class Manifest(Struct, kw_only=True):
     """`manifest.json` of a checkpoint; keys that are absent have the defaults."""
@@ -161,7 +155,7 @@ class DataReport(Struct, kw_only=True):
 
 
 class Clip(Struct, kw_only=True):
-    """A row for a clip: in a table of mistakes, of named clips, or of a ranked list."""
+    """A row for a clip in a table of mistakes."""
 
     clip: Text
     score: float
@@ -208,13 +202,6 @@ class WrongClips(Struct, kw_only=True):
     known: Clips | None = None
 
 
-class NamedClips(Struct, kw_only=True):
-    """For a split without ground truth: number of clips in any list, and those that score best."""
-
-    num: Count
-    rows: Clips
-
-
 class Rate(Struct, kw_only=True):
     """The threshold for FPIR `rate`, and its errors; none with fewer than `fewest` distractors."""
 
@@ -240,13 +227,6 @@ class OpenSet(Struct, kw_only=True):
     rates: Annotated[list[Rate], FEW]
 
 
-class OddsMap(Struct, kw_only=True):
-    """Calibration `slope * x + offset` of log-odds x, fitted on the other half of the people."""
-
-    slope: float
-    offset: float
-
-
 class Analysis(Struct, kw_only=True):
     """The entry `facts` of `analysis.npz`, UTF-8 JSON; `ARRAYS` are its other entries."""
 
@@ -260,11 +240,8 @@ class Analysis(Struct, kw_only=True):
     strata: Annotated[list[Strata], FEW] | None = None
     fewest_identities: Whole | None = None
     wrong_clips: WrongClips | None = None
-    named: NamedClips | None = None
     open_set: OpenSet | None = None  # none without distractors
     calibration_error: float = math.nan  # expected calibration error
-    calibration_error_after: float = math.nan  # the same after `calibration_maps`
-    calibration_maps: Annotated[list[OddsMap], MANY] | None = None
 
 
 # Array of `analysis.npz` -> its shape, and the largest length of an axis. A letter stands for one
@@ -280,7 +257,6 @@ ARRAYS: dict[str, tuple[tuple[int | str, ...], int]] = {
     "fpir": (("F",), 10_000),  # errors of identification, threshold by threshold
     "fnir": (("F",), 10_000),
     "calibration": (("bins", 3), 1000),  # clips, mean confidence, share that is right
-    "calibration_after": (("bins", 3), 1000),
 }
 # Arrays that come together, or not at all.
 TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange"), ("fpir", "fnir"))
