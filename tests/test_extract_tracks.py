@@ -152,3 +152,22 @@ def test_overlap_is_intersection_over_union() -> None:
     both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
     either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
     np.testing.assert_allclose(tracks.overlaps(boxes[0], boxes[1]), both / either)
+
+
+def test_the_main_figure_by_its_definition():
+    """Against the paper, section 3.2: alone, or three times larger; in more than 30 % of frames."""
+
+    def boxes(*sides):
+        return np.array([[0, 0, side, 1] for side in sides], np.float32).reshape(-1, 4)
+
+    def seen(frames, fps=5):
+        shots = tracks.MainFigures()
+        for number, sides in enumerate(frames):
+            shots.update(number / fps, boxes(*sides))
+        shots.cut(len(frames) / fps)
+        return [len(track.times) for track in shots.take_ended()]
+
+    assert seen([[3, 1]] * 10) == [10] and seen([[2.9, 1]] * 10) == []
+    assert seen([[1]] * 3 + [[]] * 7) == [] and seen([[1]] * 4 + [[]] * 6) == [4]
+    assert seen([[1]] * 4) == [] and seen([[1]] * 5) == [5]
+    assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []

@@ -52,7 +52,7 @@ def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
     # Seen from 0 to 3.8 s; windows of 1.6 s, of which one hears the tone for 0.6 s alone.
     np.testing.assert_allclose(first["audio_number"], [800, 1600], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1], atol=0.03)
-    embed = voices.VoiceEmbedder(cards.load(models)["voice_embedder"])
+    embed = voices.voice_embedder(cards.load(models)["voice_embedder"])
     wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))[1]
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
     (clip, *_) = read_clips([path.with_suffix("") / "film.s000.t00.npz"])
@@ -302,3 +302,21 @@ def test_who_tells_by_what_a_person_was_found(tmp_path, models, drawn):
     drawn.who(film, people=False)
     rows = drawn.rows()
     assert rows[0]["identity"] == "Ada" and rows[0]["evidence"] == ["face", "audio"]
+
+
+def test_a_shot_is_a_clip_of_its_main_figure(tmp_path, drawn):
+    """Alone; beside somebody as large, in too few frames, and too short: no clip."""
+    write_film(
+        tmp_path / "film.mkv",
+        (2, 20, [("Ada", 20, 30)]),
+        (2, 60, [("Bob", 10, 60), ("Eve", 90, 20)]),
+        (2, 35, []),
+        (0.6, 70, [("Eve", 80, 50)]),
+        (2, 25, [("Bob", 10, 20)]),
+    )
+    drawn.extract(tmp_path / "film.mkv", flags=["--unit=shot"])
+    (film,) = folder.read_films(drawn.out)
+    assert [track.clip for track in film.tracks] == ["film.s000", "film.s004"]
+    assert [track.shot for track in film.tracks] == [0, 4]
+    for track in film.tracks:
+        assert len(np.load(drawn.out / f"{track.clip}.npz")["face"]) == track.seen

@@ -21,7 +21,7 @@ def noise(*shape, seed=0):
 
 def embedder(folder):
     made_nets.write(folder, "voice", "voice_embedder")
-    return voices.VoiceEmbedder(cards.load(folder)["voice_embedder"])
+    return voices.voice_embedder(cards.load(folder)["voice_embedder"])
 
 
 def listener(folder):
@@ -100,7 +100,7 @@ def test_each_probability_hears_what_came_before(tmp_path, count):
 def test_a_wrong_width_of_voices_is_named(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
     with pytest.raises(UserError, match=r"voice.json[\s\S]*width"):
-        voices.VoiceEmbedder(card)(noise(1, voices.WINDOW))
+        voices.voice_embedder(card)(noise(1, voices.WINDOW))
 
 
 def test_a_voice_answers_to_the_formula(tmp_path):

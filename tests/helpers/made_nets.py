@@ -132,9 +132,7 @@ def write(folder, name="face", role="face_embedder", content=None, **fields):
         "voice_embedder": (voice_embedder, "vectors", {"layout": "mels"}),
         "voice_activity": (voice_activity, "silero", {"layout": "samples"}),
         "face_embedder": (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}),
-        **{
-            f"{part}_detector": (detector, "centerface", IMAGE) for part in ("face", "head", "body")
-        },
+        "face_detector": (detector, "centerface", IMAGE),
     }.get(role, (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}))
     content = content or make()
     (folder / f"{name}.onnx").write_bytes(content)

@@ -26,9 +26,8 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Serves until a signal; the address is the first line of the output."""
-    need("serve", "starlette", "uvicorn", "httptools", extra="serve")
+    need("serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve")
     from vidjax.serve import limits as limits_lib
-    from vidjax.serve import server
 
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
     if token is None and not limits_lib.is_loopback(args.host):
@@ -38,19 +37,19 @@ def run(args: argparse.Namespace) -> Result:
         )
     from vidjax import predict
     from vidjax.gallery.gallery import Gallery
-    from vidjax.serve.app import make_app
+    from vidjax.serve import app as app_lib
 
     restored = predict.restore(args.run) if args.run else None
     gallery = Gallery(args.gallery, sync=True)
     if restored is not None and not gallery.origin.cards:
         gallery = Gallery(args.gallery, run=restored, sync=True)
     limits = limits_lib.Limits()
-    app = make_app(gallery, restored, limits, token)
-    listener = server.listen(args.host, args.port)
+    app = app_lib.make_app(gallery, restored, limits, token)
+    listener = app_lib.listen(args.host, args.port)
     with listener:
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         messages.say(f"http://{shown}:{number}")
-        complete = server.serve(app, listener, limits)
+        complete = app_lib.serve(app, listener, limits)
     text = "ended" if complete else "ended: requests under way were cut off"
     return Result({"ended": True, "complete": complete}, text=text)

@@ -1,41 +1,57 @@
 """The people of one video or photo: found, followed within a shot, cut out and made vectors.
 
+The module runs in a child process with limits, see `work`: FFmpeg is large, and the file is of
+unknown origin.
+
 A voice goes with the one face that is seen alone meanwhile. It may be of somebody off screen. With
 `--unit=shot` a clip has the voice that is heard while its main figure is the only face.
 """
 
 import heapq
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from vidjax import files
-from vidjax.extract import align, decode, figures, folder
-from vidjax.extract.figures import Figures, Nets
-from vidjax.extract.models import Embedder
+from vidjax.data.untrusted import limits
+from vidjax.extract import align, cards, decode, folder
+from vidjax.extract.models import Detector, Embedder, Faces
 from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker, gap_at
-from vidjax.extract.voices import RATE, Voice, alone, listen
+from vidjax.extract.voices import RATE, Listener, Voice, alone, listen
 
 MOST_FRAMES = 32  # of a clip: the best ones, also of its voice
 
 
-class Sighting(NamedTuple):
-    """A person in a frame: `quality`, then a number of its own, which makes the order total.
+class Nets(NamedTuple):
+    """The nets that find faces, that make vectors of faces, and that hear voices."""
 
-    `quality` is that of the face, and below 0 without one. `boxes` and `crops` are by part.
-    """
+    detect: Detector
+    embed: Embedder
+    listen: Listener | None = None
+
+
+def load(known: Mapping[cards.Role, cards.Card], size: int) -> Nets:
+    """Returns the nets of cards; `size` is the longer side that pictures are shrunk to."""
+    listener = Listener(known) if known.keys() >= {*cards.VOICES} else None
+    return Nets(Detector(known["face_detector"], size), Embedder(known["face_embedder"]), listener)
+
+
+class Sighting(NamedTuple):
+    """A face in a frame: `quality`, then a number of its own, which makes the order total."""
 
     quality: float
     number: int
     frame: int
     detection: float
-    boxes: dict[str, np.ndarray]
-    crops: dict[str, np.ndarray]
+    box: np.ndarray
+    crop: np.ndarray
 
 
 class Clips:
@@ -47,24 +63,19 @@ class Clips:
         self._numbers = itertools.count()
         self.tracks: list[folder.Track] = []
 
-    def add(self, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray) -> None:
-        """Takes the people in a frame; `owners` [N] are their tracks, -1 for none."""
+    def add(self, frame: int, owners: np.ndarray, found: Faces, rgb: np.ndarray) -> None:
+        """Takes the faces in a frame; `owners` [N] are their tracks, -1 for none."""
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
-        found = found.of(chosen)
-        crops = {part: figures.crops(self._nets, part, found, rgb) for part in self._nets.embed}
-        quality = found.scores - 1.0
-        faces = {place: crop for place, crop in enumerate(crops["face"]) if crop is not None}
-        if faces:
-            at, cut = [*faces], np.stack([*faces.values()])
-            quality[at] = align.quality(found.scores[at], found.points[at], cut)
+        boxes, scores, points = (part[chosen] for part in found)
+        card = self._nets.embed.card
+        turns = align.similarity(points, np.array(card.template))
+        crops = align.warp(rgb, turns, (card.input.size or (0, 0))[0])
+        quality = align.quality(scores, points, crops)
         for place, track in enumerate(owners[chosen].tolist()):
-            own = {part: crop for part, each in crops.items() if (crop := each[place]) is not None}
-            seen = Sighting(
-                float(quality[place]), next(self._numbers), frame, float(found.scores[place]),
-                {part: found.parts[part][place] for part in own}, own,
-            )  # fmt: skip
+            detected = float(quality[place]), next(self._numbers), frame, float(scores[place])
+            seen = Sighting(*detected, boxes[place], crops[place])
             best = self._best.setdefault(track, [])
             full = len(best) >= MOST_FRAMES
             (heapq.heappushpop if full else heapq.heappush)(best, seen)
@@ -72,15 +83,16 @@ class Clips:
     def end(self, track: Track, name: str) -> None:
         """Writes the clip of a track that has ended."""
         best = sorted(self._best.pop(track.number), key=lambda seen: (seen.frame, seen.number))
-        arrays: dict[str, np.ndarray] = {}
-        for part, embed in self._nets.embed.items():
-            seen = [one for one in best if part in one.crops]
-            # Without a face a clip tells so: a gallery of faces refuses clips of other modalities.
-            arrays |= _arrays(part, seen, embed) if seen else {part: embed.nothing}
+        arrays = {
+            "face": self._nets.embed(np.stack([seen.crop for seen in best])),
+            "face_number": np.array([seen.frame for seen in best], np.int32),
+            "face_detection": np.array([seen.detection for seen in best], np.float32),
+            "face_box": np.stack([seen.box for seen in best]).astype(np.float32),
+            "face_quality": np.array([seen.quality for seen in best], np.float32),
+        }
         self._write(name, arrays)
-        faces = [seen for seen in best if "face" in seen.crops]
-        if faces and (thumbnails := self._out / folder.THUMBNAILS).is_dir():
-            crop = max(faces, key=lambda seen: (seen.quality, seen.number)).crops["face"]
+        if (thumbnails := self._out / folder.THUMBNAILS).is_dir():
+            crop = max(best, key=lambda seen: (seen.quality, seen.number)).crop
             files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
         self.tracks.append(_times(track, name))
 
@@ -190,7 +202,7 @@ def _follow(
         if cuts.update(frame.time_s, frame.small) and number:
             cut(frame.time_s)
         if frame.rgb is not None:
-            people = figures.find(nets, frame.rgb)
+            people = nets.detect(frame.rgb)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
                 owners = main.update(frame.time_s, people.boxes)
@@ -204,8 +216,7 @@ def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> 
     """Writes a clip of each face in a photo; returns all who are seen."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
-    people = figures.find(nets, frame.rgb)
-    people = people.of(~np.isnan(people.parts["face"][:, 0]))
+    people = nets.detect(frame.rgb)
     count = len(people.boxes)
     clips.add(0, np.arange(count), people, frame.rgb)
     for number in range(count):
@@ -222,15 +233,16 @@ def _times(track: Track, clip: str) -> folder.Track:
     )
 
 
-def _arrays(part: str, seen: list[Sighting], embed: Embedder) -> dict[str, np.ndarray]:
-    """Returns the arrays of a clip for one part, in the order of frames."""
-    arrays = {
-        part: embed(np.stack([one.crops[part] for one in seen])),
-        f"{part}_number": np.array([one.frame for one in seen], np.int32),
-    }
-    if part != "scene":
-        arrays[f"{part}_detection"] = np.array([one.detection for one in seen], np.float32)
-        arrays[f"{part}_box"] = np.stack([one.boxes[part] for one in seen]).astype(np.float32)
-    if part == "face":
-        arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
-    return arrays
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Calls `extract` with the values that `arguments` name, in a child of `limits.run_limited`."""
+    settings = msgspec.convert(arguments["settings"], folder.Settings)
+    nets = load(cards.load(Path(arguments["models"])), settings.size)
+    found = extract(
+        Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
+        arguments["sha256"],
+    )  # fmt: skip
+    return msgspec.to_builtins(found)
+
+
+if __name__ == "__main__":
+    sys.exit(limits.serve(work))

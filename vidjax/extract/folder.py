@@ -147,15 +147,13 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
 
     The clip of a poor face is usable, so that both may be there.
     """
-    arrays = {one.clip: files.read_npz(folder / f"{one.clip}.npz") for one in film.tracks}
-    # Somebody without a face has an empty array; features of heads alone have none.
-    faces = [clip for clip, own in arrays.items() if np.size(own.get("face", 1))]
-    if len(faces) != 1:
-        found = f"{len(faces)} faces are" if faces else "no face is"
+    if len(film.tracks) != 1:
+        found = f"{len(film.tracks)} faces are" if film.tracks else "no face is"
         return None, f"{found} found: give a photo of one person alone"
-    best = float(np.max(arrays[faces[0]].get("face_quality", 1.0)))
+    clip = film.tracks[0].clip
+    best = float(np.max(files.read_npz(folder / f"{clip}.npz").get("face_quality", 1.0)))
     about = f"a poor face, quality {best:.3f} of 1: a larger or sharper one from the front helps"
-    return faces[0], about if best < POOR else ""
+    return clip, about if best < POOR else ""
 
 
 def write(path: Path, value: Struct) -> None:

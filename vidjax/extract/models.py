@@ -67,25 +67,31 @@ class Detector:
 
 
 class Embedder:
-    """Turns crops into vectors of `card.width` numbers."""
+    """Turns crops, or windows of sound, into vectors of `card.width` numbers."""
 
-    def __init__(self, card: Card):
+    def __init__(
+        self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
+    ):
+        """Opens the net of a card; `make_input` returns its input, None for `prepare`."""
         self.card, self.session = card, open_session(card)
+        self._make_input = make_input or prepare
 
-    @property
-    def nothing(self) -> np.ndarray:
-        """The vectors of no crop, float32 [0, width]."""
-        return np.zeros((0, self.card.width or 0), np.float32)
+    def __call__(self, given: np.ndarray) -> np.ndarray:
+        """Returns vectors float32 [N, width], of crops uint8 [N, S, S, 3] rgb or of N windows.
 
-    def __call__(self, crops: np.ndarray) -> np.ndarray:
-        """Returns vectors float32 [N, width] of crops, uint8 [N, S, S, 3] rgb."""
-        vectors = np.zeros((len(crops), self.card.width or 0), np.float32)
-        for start in range(0, len(crops), BLOCK):
-            block = crops[start : start + BLOCK]
-            inputs = {self.card.input.name: prepare(block, self.card.input)}
-            vectors[start : start + len(block)] = ask_vectors(
-                self.session, self.card, inputs, len(block)
-            )
+        Raises:
+          UserError: the net gives other vectors than its card says.
+        """
+        vectors = np.zeros((len(given), self.card.width or 0), np.float32)
+        for start in range(0, len(given), BLOCK):
+            block = self._make_input(given[start : start + BLOCK], self.card.input)
+            (found, *_) = ask(self.session, self.card, {self.card.input.name: block}).values()
+            if found.shape != (len(block), self.card.width):
+                raise UserError(
+                    f"'{self.card.path}': its net gives {list(found.shape)} for {len(block)} "
+                    f"inputs, not vectors of {self.card.width} numbers\ncorrect the card's width"
+                )
+            vectors[start : start + len(block)] = found
         return vectors
 
 
@@ -172,19 +178,6 @@ def ask(
     except Exception as error:  # another input than the card says
         raise _no_net(card, error) from error
     return {name: np.asarray(answer) for name, answer in zip(names, answers, strict=True)}
-
-
-def ask_vectors(
-    session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray], count: int
-) -> np.ndarray:
-    """Returns `count` vectors, float32 [count, width], the first output of a net."""
-    (vectors, *_) = ask(session, card, inputs).values()
-    if vectors.shape != (count, card.width):
-        raise UserError(
-            f"'{card.path}': its net gives {list(vectors.shape)} for {count} inputs, not vectors "
-            f"of {card.width} numbers\ncorrect the card's width"
-        )
-    return vectors
 
 
 def prepare(images: np.ndarray, wanted: Input) -> np.ndarray:

@@ -8,16 +8,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from vidjax import files
 from vidjax.data.processes import Children, map_children
+from vidjax.data.untrusted import limits
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
-from vidjax.extract import child, folder
+from vidjax.extract import film as film_lib
+from vidjax.extract import folder
+from vidjax.run import formats
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # What a killed call leaves in the folder, and in that of the videos.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial|\.write-test-[0-9a-f]{8}")
+MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
+CPU_SECONDS = 600
+CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file would fail, too
 
 
@@ -243,7 +251,7 @@ def _one(
         try:
             if thumbnails[1].exists():
                 thumbnails[0].mkdir(mode=0o700)
-            film = child.extract(path, partial, stem, models, settings, sha256, children)
+            film = _extract(path, partial, stem, models, settings, sha256, children)
             for track in film.tracks:
                 os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
             if thumbnails[0].exists():
@@ -263,6 +271,32 @@ def _one(
         text = text if str(path) in text else f"'{path}': {text}"
         return Outcome(path, None, text, remedy=remedy)
     return Outcome(path, film, replaced=before is not None)
+
+
+def _extract(
+    path: Path,
+    out: Path,
+    stem: str,
+    models: Path,
+    settings: folder.Settings,
+    sha256: str,
+    children: Children,
+) -> folder.Film:
+    """Extracts a file in a child process with limits, see `film.extract`."""
+    arguments = {
+        "path": str(path.absolute()),
+        "out": str(out.absolute()),
+        "stem": stem,
+        "models": str(models.absolute()),
+        "settings": msgspec.to_builtins(settings),
+        "sha256": sha256,
+    }
+    seconds = CPU_SECONDS + path.stat().st_size // CPU_BYTES_PER_SECOND
+    found = limits.run_limited(
+        film_lib.__name__, path, arguments,
+        memory_bytes=MEMORY_BYTES, cpu_seconds=seconds, children=children,
+    )  # fmt: skip
+    return formats.parse(path, found, folder.Film, "leave it out")
 
 
 def _remove(out: Path, stem: str) -> None:

@@ -48,22 +48,9 @@ class VoiceActivity:
         return found
 
 
-class VoiceEmbedder:
-    """Turns windows of speech into vectors of `card.width` numbers, of unit length."""
-
-    def __init__(self, card: Card):
-        self.card, self.session = card, models.open_session(card)
-
-    def __call__(self, windows: np.ndarray) -> np.ndarray:
-        """Returns vectors float32 [N, width] of windows of samples [N, WINDOW], -1 to 1."""
-        vectors = np.zeros((len(windows), self.card.width or 0), np.float32)
-        for start in range(0, len(windows), models.BLOCK):
-            block = windows[start : start + models.BLOCK]
-            inputs = {self.card.input.name: mels(raise_level(block))}
-            vectors[start : start + len(block)] = models.ask_vectors(
-                self.session, self.card, inputs, len(block)
-            )
-        return vectors
+def voice_embedder(card: Card) -> models.Embedder:
+    """Returns the net that turns windows of samples [N, WINDOW], -1 to 1, into unit vectors."""
+    return models.Embedder(card, lambda windows, _: mels(raise_level(windows)))
 
 
 class Span(NamedTuple):
@@ -90,7 +77,7 @@ class Listener:
 
     def __init__(self, cards: Mapping[Role, Card]):
         self._hears = VoiceActivity(cards["voice_activity"])
-        self._embeds = VoiceEmbedder(cards["voice_embedder"])
+        self._embeds = voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
         """Returns the windows of samples [N], N >= WINDOW, that have enough speech."""

@@ -47,6 +47,8 @@ from vidjax.models.two_covariance import Settings
 from vidjax.run.terminal import uncounted
 
 if TYPE_CHECKING:
+    from vidjax.batch import Batch
+    from vidjax.data.clips import ClipSource
     from vidjax.data.frame_fields import Quality
     from vidjax.data.packing import Clips
     from vidjax.extract.cards import BackEnd
@@ -771,11 +773,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
 
     path = Path(models).expanduser().absolute()
     usable = cards.embedders(cards.load(path))
-    # Clothes and places tell no person: they change, and others wear and visit the same.
-    back_ends = {
-        part: card.back_end for part, card in usable.items()
-        if card.back_end and part not in ("body", "scene")
-    }  # fmt: skip
+    back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
             f"'{path}' holds no net of faces or voices whose card has a back end\n"
@@ -800,24 +798,33 @@ def embed(
         raise UserError("name the split of the dataset: --split=S, or split=S")
     source, split, places, names, _ = run.request(clips, split)
     values: np.ndarray | None = None
-    lengths = longest(source.split(split), tuple(run.modalities))
-    pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
-    for number in np.unique(pad).tolist():
-        bucket = np.where(pad == number, 0, -1)
-        padded = dict.fromkeys(run.modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
-        plan = EvalPlan(split, tuple(run.modalities), bucket, padded)
-        for batch in source.eval_batches(plan, rows=EMBED_ROWS):
-            (block,) = run.embed_blocks([batch])
-            if values is None:
-                values = np.zeros((len(lengths), block.shape[1]), np.float32)
-            real = np.asarray(batch.batch_mask)
-            values[np.asarray(batch.clip_index)[real]] = block[real]
-            advance(int(real.sum()))
-    assert values is not None  # there is at least one clip
     found = source.split(split)
+    for batch in padded_batches(source, split, tuple(run.modalities), EMBED_ROWS):
+        (block,) = run.embed_blocks([batch])
+        if values is None:
+            values = np.zeros((len(found.clips), block.shape[1]), np.float32)
+        real = np.asarray(batch.batch_mask)
+        values[np.asarray(batch.clip_index)[real]] = block[real]
+        advance(int(real.sum()))
+    assert values is not None  # there is at least one clip
     known = (None, *source.identities) if found.labelled else (None,)
     labels = tuple(known[label] for label in found.labels[places].tolist())
     return Vectors(names, _parts(run, values[places]), labels)
+
+
+def padded_batches(
+    source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
+) -> "Iterator[Batch]":
+    """Yields the clips of a split in batches of `rows`, whose shapes are few: each compiles once.
+
+    A clip is padded to the least of PAD_LENGTHS that its longest modality needs.
+    """
+    lengths = longest(source.split(split), modalities)
+    pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
+    for number in np.unique(pad).tolist():
+        bucket = np.where(pad == number, 0, -1)
+        padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
+        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=rows)
 
 
 def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,8 +1,7 @@
 """Answers to other programs over HTTP: the Open Inference Protocol, and people by name in JSON.
 
-`app` makes the ASGI application of a gallery and perhaps a run; `server` runs it until a signal.
+`app` makes the ASGI application of a gallery and perhaps a run, and runs it until a signal.
 `models` turns tensors into answers, `protocol` bytes into tensors and back. `batcher` scores
-requests that arrive together, together. `limits` bounds what a stranger may send, and knows who may
-ask; `connection` bounds what comes before a request is one. `metrics` counts, `openapi` describes.
-The command is `vidjax/commands/serve.py`.
+requests that arrive together, together. `limits` bounds what a stranger may send, knows who may
+ask, and counts. The command is `vidjax/commands/serve.py`.
 """

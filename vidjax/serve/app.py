@@ -1,40 +1,57 @@
-"""The application: what a server answers to which request.
+"""The application: what a server answers to which request; and the server, until a signal.
 
     app = make_app(Gallery("people", sync=True), run=None)  # any ASGI server runs it
 
-`/v2/...` is the Open Inference Protocol. All else is JSON about people by name; `openapi` describes
-it. An answer is made of what the folder of the gallery holds at that moment. A removal is answered
-when the disk has it and no answer under way can name the person any more.
+`/v2/...` is the Open Inference Protocol. All else is JSON about people by name; `describe` tells
+programs of it. An answer is made of what the folder of the gallery holds at that moment. A removal
+is answered when the disk has it and no answer under way can name the person any more.
 """
 
 import asyncio
 import contextlib
+import functools
+import gc
 import importlib.metadata
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import logging
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+import uvicorn
 from msgspec import Meta, Struct
+from prometheus_client import Gauge, exposition
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.data.untrusted.names import check_identity, show
+from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery.gallery import Enrolment, Gallery
 from vidjax.gallery.store import Clip as Enrolled
 from vidjax.predict import Predictor
-from vidjax.serve import openapi, protocol
+from vidjax.serve import models, protocol
 from vidjax.serve.batcher import Batcher, Changes
-from vidjax.serve.limits import LOG, Bodies, Guard, Limits, Refused, one_line, unprocessable
-from vidjax.serve.metrics import Metrics
+from vidjax.serve.limits import (
+    LOG,
+    Bodies,
+    Guard,
+    Limits,
+    Metrics,
+    Refused,
+    one_line,
+    unprocessable,
+)
 from vidjax.serve.models import Frames, GalleryModel, Model, Question, RunModel, check_finite
-from vidjax.serve.openapi import Answer
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LISTED = 10_000  # people of one answer
 LARGE = 1 << 16  # bytes of a body that a thread of its own parses
 NPZ = ("application/x-npz", "application/zip", "application/octet-stream")
@@ -69,6 +86,24 @@ class Page(Struct, forbid_unknown_fields=True):
     after: Annotated[str, Meta(description="the last name of the answer before")] = ""
 
 
+class Answer(NamedTuple):
+    """An answer of a server: method and path of its requests, and the function that makes it.
+
+    `body` and `query` are the types of the body of JSON and of the words of the query.
+    """
+
+    method: str
+    path: str
+    answer: Callable[[Request], Awaitable[Response]]
+    body: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
+
+    @property
+    def about(self) -> str:
+        """What the answer is, in words."""
+        return str(self.answer.__doc__).partition("\n")[0]
+
+
 class Application:
     """The answers of one server; `answers` lists them."""
 
@@ -82,14 +117,29 @@ class Application:
     ):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
         self.people = GalleryModel(gallery)
-        models: list[Model] = [self.people, *([RunModel(run)] if run else [])]
+        nets: list[Model] = [self.people, *([RunModel(run)] if run else [])]
         self.served: dict[str, tuple[Model, Batcher[Question, Any]]] = {
-            one.name: (one, Batcher(one.answer, limits, metrics)) for one in models
+            one.name: (one, Batcher(functools.partial(models.answer, one), limits, metrics))
+            for one in nets
         }
         _, self.asked = self.served[self.people.name]
         self.changes = Changes(limits)
         self.embedding = 0  # clips of enrolments that wait for their vectors
         self.ready = self.broken = False
+        for name, about, value in (
+            ("ready", "1 when all is compiled.", lambda: self.ready),
+            ("waiting_clips", "Clips that wait to be scored or enrolled.", lambda: self.waiting),
+            ("waiting_changes", "Changes that wait.", lambda: self.changes.waiting),
+            ("people", "People at the last look.", lambda: len(gallery.index.names)),
+            ("clips", "Clips at the last look.", lambda: len(gallery.clips)),
+        ):
+            gauge = Gauge(name, about, namespace="vidjax", registry=metrics.registry)
+            gauge.set_function(value)
+
+    @property
+    def waiting(self) -> int:
+        """The number of clips that wait to be scored or enrolled."""
+        return self.embedding + sum(batcher.size for _, batcher in self.served.values())
 
     def answers(self) -> list[Answer]:
         """Returns every answer; requests look at them from the first to the last."""
@@ -108,7 +158,6 @@ class Application:
             Answer("GET", "/threshold", self.threshold, query=protocol.Rule),
             Answer("GET", "/metrics", self.counters),
             Answer("GET", "/openapi.json", self.describe),
-            Answer("GET", "/docs", self.page),
         ]
 
     @contextlib.asynccontextmanager
@@ -170,7 +219,7 @@ class Application:
         """Describes a model's tensors."""
         model, _ = self._model(request)
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        for kind, specs in (("inputs", model.inputs), ("outputs", model.outputs)):
+        for kind, specs in (("inputs", models.inputs(model)), ("outputs", model.outputs)):
             content[kind] = [one._asdict() for one in specs]
         return _json(content)
 
@@ -181,9 +230,9 @@ class Application:
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.Ask, Question]:
-            asked, tensors = protocol.parse(body, length, model.inputs, self.limits)
+            asked, tensors = protocol.parse(body, length, models.inputs(model), self.limits)
             protocol.check_outputs(asked, model.outputs)
-            return asked, model.question(tensors, asked.parameters, self.limits)
+            return asked, models.question(model, tensors, asked.parameters, self.limits)
 
         asked, question = await _parsed(read, len(body))
         self._check_ready()
@@ -277,27 +326,13 @@ class Application:
     async def counters(self, request: Request) -> Response:
         """Counts what the server has done, for Prometheus."""
         del request
-        gallery = self.people.gallery
-        waiting = self.embedding + sum(batcher.size for _, batcher in self.served.values())
-        text = self.metrics.text({
-            "ready": ("1 when all is compiled.", float(self.ready)),
-            "waiting_clips": ("Clips that wait to be scored or enrolled.", waiting),
-            "waiting_changes": ("Changes that wait.", self.changes.waiting),
-            "people": ("People of the gallery, at the last look.", len(gallery.index.names)),
-            "clips": ("Clips of the gallery, at the last look.", len(gallery.clips)),
-        })  # fmt: skip
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        content = exposition.generate_latest(self.metrics.registry)
+        return Response(content, headers={"content-type": exposition.CONTENT_TYPE_LATEST})
 
     async def describe(self, request: Request) -> Response:
         """Describes the requests of this server as OpenAPI."""
         del request
-        return _json(openapi.describe(self.answers()))
-
-    async def page(self, request: Request) -> Response:
-        """Shows this description."""
-        del request
-        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return HTMLResponse(openapi.page(self.answers()), headers=policy)
+        return _json(describe(self.answers()))
 
     # ---- reading
 
@@ -393,3 +428,100 @@ def make_app(
     routes = [Route(one.path, one.answer, methods=[one.method]) for one in answers.answers()]
     router = Router(routes, redirect_slashes=False, lifespan=answers.life)
     return Guard(router, bodies, limits, metrics, token)
+
+
+def describe(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Returns the description for `/openapi.json`."""
+    kinds = [kind for one in answers for kind in (one.body, one.query) if kind]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    paths: dict[str, dict[str, object]] = {}
+    for one in answers:
+        words = schemas[one.query.__name__]["properties"] if one.query else {}
+        parameters = [
+            {"name": name, "in": "query", "schema": schema} for name, schema in words.items()
+        ]
+        path = one.path.replace(":path", "")
+        parameters += [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)}", path)
+        ]
+        error = {"$ref": "#/components/responses/Error"}
+        about: dict[str, object] = {
+            "summary": one.about,
+            "parameters": parameters,
+            "responses": {"200": {"description": "done"}, "default": error},
+        }
+        if one.body:
+            schema = {"$ref": f"#/components/schemas/{one.body.__name__}"}
+            content: dict[str, object] = {"application/json": {"schema": schema}}
+            if not path.startswith("/v2"):
+                content["application/x-npz"] = {"schema": {"type": "string", "format": "binary"}}
+            about["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(path, {})[one.method.lower()] = about
+    error = {"type": "object", "properties": {"error": {"type": "string"}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "vidjax", "version": importlib.metadata.version("vidjax")},
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {
+                "Error": {
+                    "description": "one line that says what is wrong",
+                    "content": {"application/json": {"schema": error}},
+                }
+            },
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"token": []}],
+    }
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens; port 0 is any free one. UserError if it cannot."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        raise UserError(
+            f"cannot listen at {host}:{port}: {error.strerror}\nname another --host or --port"
+        ) from None
+    return listener
+
+
+def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
+    """Returns uvicorn's settings."""
+    return uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=limits.connections,
+        backlog=min(2 * limits.connections, 1024),
+        timeout_keep_alive=int(limits.idle_seconds),
+        timeout_graceful_shutdown=int(limits.drain_seconds),
+    )
+
+
+def serve(app: Guard, listener: socket.socket, limits: Limits) -> bool:
+    """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off."""
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # warnings about strangers' requests
+    gc.freeze()  # modules and people live on: no collection looks at them
+    server = uvicorn.Server(make_config(app, limits))
+    # uvicorn handles a signal, and raises it again when all is answered: then it does nothing.
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return server.started and not server.force_exit

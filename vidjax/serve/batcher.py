@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Generic, NamedTuple, TypeVar
 
-from vidjax.serve.limits import Limits, Refused
-from vidjax.serve.metrics import Metrics
+from vidjax.serve.limits import Limits, Metrics, Refused
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -73,7 +72,7 @@ class Batcher(Generic[Q, A]):
                     found = await loop.run_in_executor(self._thread, self._answer, questions)
                 except Exception as error:
                     found = [error] * len(batch)
-                self._metrics.batches.add(sum(one.size for one in batch))
+                self._metrics.clips.observe(sum(one.size for one in batch))
                 for one, answer in zip(batch, found, strict=True):
                     if one.answer.done():
                         continue

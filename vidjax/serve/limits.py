@@ -1,8 +1,9 @@
 """What a stranger may send, and who may ask: sizes, a token, and where a request comes from.
 
-`Guard` stands before the application: it checks the sender, and turns errors into answers. `Bodies`
-reads bodies, and bounds them while they arrive. uvicorn bounds the number of connections. Slow
-clients and long headers are left to the proxy that a server in an open net needs for TLS.
+`Guard` stands before the application: it checks the sender, turns errors into answers, and counts
+both. `Bodies` reads bodies, and bounds them while they arrive. uvicorn bounds the number of
+connections. Slow clients and long headers are left to the proxy that a server in an open net needs
+for TLS.
 """
 
 import asyncio
@@ -15,10 +16,11 @@ import stat
 import traceback
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,7 +32,6 @@ from vidjax import files
 from vidjax.errors import Expected, InUseError, UserError, of_the_system
 from vidjax.gallery.changes import NotEnrolledError
 from vidjax.gallery.gallery import NobodyError, UnreadableError
-from vidjax.serve.metrics import Metrics
 
 LOG = logging.getLogger("vidjax.serve")
 LEAST_TOKEN = 16  # letters
@@ -70,6 +71,22 @@ class Limits(NamedTuple):
     request_seconds: float = 130.0
     idle_seconds: float = 30.0
     drain_seconds: float = 20.0
+
+
+class Metrics:
+    """Counters of a server for Prometheus; no name of a person or clip is in them.
+
+    The `route` of a request is a pattern of the application, such as `/clips/{name}`.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"namespace": "vidjax", "registry": self.registry}
+        about = "Requests that got an answer."
+        self.requests = Counter("requests", about, ["route", "code"], **own)
+        self.seconds = Histogram("request_seconds", "Seconds until the answer.", **own)
+        about, sizes = "Clips that were scored together.", [2**n for n in range(9)]
+        self.clips = Histogram("batch_clips", about, buckets=sizes, **own)
 
 
 class Refused(Expected):
@@ -187,7 +204,8 @@ class Guard:
             self._bodies.release(scope)
         seconds = asyncio.get_running_loop().time() - began
         path = self._paths.get(scope.get("endpoint"), "other").replace(":path", "")
-        self._metrics.count_request(path, status, seconds)
+        self._metrics.requests.labels(path, status).inc()
+        self._metrics.seconds.observe(seconds)
 
     def _check_sender(self, path: str, headers: Headers) -> None:
         """Refuses a false token, and pages of other sites that a browser on this machine shows."""
@@ -209,7 +227,7 @@ def refusal_of(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, HTTPException):
-        return Refused(HTTPStatus(error.status_code), f"{error.detail}: see /docs")
+        return Refused(HTTPStatus(error.status_code), f"{error.detail}: see /openapi.json")
     if isinstance(error, NotEnrolledError):
         return Refused(HTTPStatus.NOT_FOUND, "no such name is enrolled")
     if isinstance(error, NobodyError):

@@ -4,7 +4,6 @@ A model answers a batch of questions at once, as it would answer each question w
 If a batch fails, each question is answered separately and gets an error of its own.
 """
 
-import abc
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import devices
-from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, longest
+from vidjax.data.clips import PAD_LENGTHS
 from vidjax.evaluation.scoring import ModelScorer
 from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery
+from vidjax.gallery.gallery import Gallery, padded_batches
 from vidjax.predict import SMALL_REQUEST, Predictor
 from vidjax.serve.limits import Limits, unprocessable
 from vidjax.serve.protocol import DEFAULT_K, Parameters, Spec
@@ -51,91 +50,66 @@ class Scored(NamedTuple):
     vectors: np.ndarray
 
 
-class Model(abc.ABC):
-    """What the protocol serves: a name, the widths of its modalities, and its outputs."""
+def inputs(model: "Model") -> list[Spec]:
+    """Returns the input tensors of a model: features, quality and mask of each modality."""
+    found = []
+    for name, width in model.widths.items():
+        found.append(Spec(name, "FP32", (-1, -1, width)))
+        found.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
+        found.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
+    return found
 
-    name: str
 
-    @property
-    @abc.abstractmethod
-    def widths(self) -> dict[str, int]:
-        """Modality -> width."""
+def question(
+    model: "Model", tensors: Mapping[str, np.ndarray], asked: Parameters, limits: Limits
+) -> Question:
+    """Returns the question that input tensors ask; Refused names a wrong one.
 
-    @property
-    @abc.abstractmethod
-    def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors."""
+    Frames that the mask leaves out are not looked at; all others must be finite.
+    """
+    present = [name for name in model.widths if name in tensors]
+    if not present:
+        raise unprocessable(f"no features: wanted one of {', '.join(model.widths)}")
+    count = len(tensors[present[0]])
+    if not 0 < count <= limits.clips:
+        raise unprocessable(f"{count} clips: a request has 1 to {limits.clips}")
+    clips: dict[str, dict[str, Frames]] = {str(number): {} for number in range(count)}
+    for name in model.widths:
+        fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
+        given = {field: tensors[key] for field, key in fields.items() if key in tensors}
+        if given and name not in tensors:
+            raise unprocessable(f"input '{fields[next(iter(given))]}' without '{name}'")
+        for field, array in given.items():
+            wanted = (count, *tensors[name].shape[1:2])
+            if array.shape[:2] != wanted:
+                raise unprocessable(f"input '{fields[field]}': wanted shape {list(wanted)}")
+        mask = given.pop("mask", None)
+        for row, clip in enumerate(clips.values() if given else ()):
+            kept = slice(None) if mask is None else mask[row]
+            frames = {field: array[row][kept] for field, array in given.items()}
+            check_finite(frames, f"clip {row}, {name}")
+            if len(frames["features"]):
+                clip[name] = frames
+    return Question(clips, asked.k, asked.fpir, asked.threshold)
 
-    @property
-    def inputs(self) -> list[Spec]:
-        """The input tensors: features, quality and mask of each modality."""
-        found = []
-        for name, width in self.widths.items():
-            found.append(Spec(name, "FP32", (-1, -1, width)))
-            found.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
-            found.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
-        return found
 
-    def question(
-        self, tensors: Mapping[str, np.ndarray], asked: Parameters, limits: Limits
-    ) -> Question:
-        """Returns the question that input tensors ask; Refused names a wrong one.
+def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
+    """Returns an answer, or an error, for each question."""
+    try:
+        return [*model.answer_batch(questions)]
+    except Exception as error:
+        if len(questions) == 1:
+            return [error]
+        return [found for one in questions for found in answer(model, [one])]
 
-        Frames that the mask leaves out are not looked at; all others must be finite.
-        """
-        present = [name for name in self.widths if name in tensors]
-        if not present:
-            raise unprocessable(f"no features: wanted one of {', '.join(self.widths)}")
-        count = len(tensors[present[0]])
-        if not 0 < count <= limits.clips:
-            raise unprocessable(f"{count} clips: a request has 1 to {limits.clips}")
-        clips: dict[str, dict[str, Frames]] = {str(number): {} for number in range(count)}
-        for name in self.widths:
-            fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
-            given = {field: tensors[key] for field, key in fields.items() if key in tensors}
-            if given and name not in tensors:
-                raise unprocessable(f"input '{fields[next(iter(given))]}' without '{name}'")
-            for field, array in given.items():
-                wanted = (count, *tensors[name].shape[1:2])
-                if array.shape[:2] != wanted:
-                    raise unprocessable(f"input '{fields[field]}': wanted shape {list(wanted)}")
-            mask = given.pop("mask", None)
-            for row, clip in enumerate(clips.values() if given else ()):
-                kept = slice(None) if mask is None else mask[row]
-                frames = {field: array[row][kept] for field, array in given.items()}
-                check_finite(frames, f"clip {row}, {name}")
-                if len(frames["features"]):
-                    clip[name] = frames
-        return Question(clips, asked.k, asked.fpir, asked.threshold)
 
-    def answer(self, questions: Sequence[Question]) -> list[Any]:
-        """Returns an answer, or an error, for each question."""
-        try:
-            return self.answer_batch(questions)
-        except Exception as error:
-            if len(questions) == 1:
-                return [error]
-            return [answer for question in questions for answer in self.answer([question])]
-
-    @abc.abstractmethod
-    def answer_batch(self, questions: Sequence[Question]) -> list[Any]:
-        """Returns an answer for each question."""
-
-    @abc.abstractmethod
-    def tensors(self, question: Question, answer: Any) -> dict[str, np.ndarray]:  # noqa: ANN401
-        """Returns an answer as the model's outputs."""
-
-    @abc.abstractmethod
-    def warm(self) -> None:
-        """Compiles all that a question may need."""
-
-    def ones(self, length: int, count: int = 1) -> Question:
-        """Returns a question about `count` clips of `length` frames."""
-        clip = {
-            name: {"features": np.ones((length, width), np.float32)}
-            for name, width in self.widths.items()
-        }
-        return Question({str(number): clip for number in range(count)})
+def _ones(model: "Model", length: int, count: int = 1) -> Question:
+    """Returns a question about `count` clips of `length` frames."""
+    clip = {
+        name: {"features": np.ones((length, width), np.float32)}
+        for name, width in model.widths.items()
+    }
+    return Question({str(number): clip for number in range(count)})
 
 
 def check_finite(frames: Frames, place: str) -> None:
@@ -164,7 +138,7 @@ def _slices(questions: Sequence[Question]) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
 
-class GalleryModel(Model):
+class GalleryModel:
     """The people of a gallery."""
 
     name = "gallery"
@@ -227,16 +201,16 @@ class GalleryModel(Model):
         """Compiles the run's vectors for clips of every padded length, and compares one clip."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
-                self.gallery.embed(self.ones(length).clips)
+                self.gallery.embed(_ones(self, length).clips)
         if self.gallery.index.names:
-            self.answer([self.ones(1)])
+            self.answer_batch([_ones(self, 1)])
 
 
 def _log(probability: float) -> np.float32:
     return np.float32(np.log(probability)) if probability > 0 else np.float32(-np.inf)
 
 
-class RunModel(Model):
+class RunModel:
     """The net of a run: scores of its classes, and embeddings.
 
     A clip is padded to the least of PAD_LENGTHS that its longest modality needs, in blocks of as
@@ -247,7 +221,7 @@ class RunModel(Model):
 
     def __init__(self, run: Predictor):
         self.run = run
-        self._width = self.answer_batch([self.ones(1)])[0].vectors.shape[1]
+        self._width = self.answer_batch([_ones(self, 1)])[0].vectors.shape[1]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -274,22 +248,17 @@ class RunModel(Model):
         scorer = ModelScorer(run.model_of(data), names, run.mesh)
         scores = np.full((len(request.names), len(run.identities)), -np.inf, np.float32)
         vectors: np.ndarray | None = None
-        modalities = tuple(run.modalities)
-        pad = np.searchsorted(PAD_LENGTHS, np.minimum(longest(split, modalities), MAX_EVAL_FRAMES))
-        for number in np.unique(pad).tolist():
-            bucket = np.where(pad == number, 0, -1)
-            padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
-            plan = EvalPlan(request.split, modalities, bucket, padded)
-            for host in data.eval_batches(plan, rows=request.block_size * run.mesh.size):
-                block = devices.shard_batch(run.mesh, host)
-                (found,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
-                real = np.asarray(host.batch_mask)
-                places = np.asarray(host.clip_index)[real]
-                scores[places] = np.asarray(found)[real][:, : scores.shape[1]]
-                norms = np.linalg.norm(embedded[real], axis=1, keepdims=True)
-                if vectors is None:
-                    vectors = np.zeros((len(scores), embedded.shape[1]), np.float32)
-                vectors[places] = embedded[real] / np.where(norms > 0, norms, 1.0)
+        rows = request.block_size * run.mesh.size
+        for host in padded_batches(data, request.split, tuple(run.modalities), rows):
+            block = devices.shard_batch(run.mesh, host)
+            (found,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
+            real = np.asarray(host.batch_mask)
+            places = np.asarray(host.clip_index)[real]
+            scores[places] = np.asarray(found)[real][:, : scores.shape[1]]
+            norms = np.linalg.norm(embedded[real], axis=1, keepdims=True)
+            if vectors is None:
+                vectors = np.zeros((len(scores), embedded.shape[1]), np.float32)
+            vectors[places] = embedded[real] / np.where(norms > 0, norms, 1.0)
         assert vectors is not None  # there is at least one clip
         scores, vectors = scores[request.clip_index], vectors[request.clip_index]
         return [Scored(scores[rows], vectors[rows]) for rows in _slices(questions)]
@@ -305,5 +274,8 @@ class RunModel(Model):
     def warm(self) -> None:
         """Compiles the programs for both sizes of blocks, and every padded length."""
         for length in PAD_LENGTHS:
-            self.answer_batch([self.ones(length)])
-            self.answer_batch([self.ones(length, SMALL_REQUEST + 1)])
+            self.answer_batch([_ones(self, length)])
+            self.answer_batch([_ones(self, length, SMALL_REQUEST + 1)])
+
+
+Model = GalleryModel | RunModel
