@@ -187,7 +187,7 @@ def test_a_second_call_reads_no_video_again(drawn, monkeypatch):
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
     first, _ = drawn.who(film)
     before = (drawn.out / "names.tsv").read_bytes()
-    monkeypatch.setattr(pipeline, "child", None)
+    monkeypatch.setattr(pipeline, "film_lib", None)
     second, said = drawn.who(film)
     assert first == second and "as before" in said
     assert (drawn.out / "names.tsv").read_bytes() == before
