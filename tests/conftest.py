@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -201,6 +201,47 @@ def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -
 
     folder = tmp_path_factory.mktemp("runs") / "knn"
     return small_runs.nearest(folder, official_data, official_dir)
+
+
+class Done(NamedTuple):
+    """A command that has ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, *words: str) -> bool:
+        """Returns whether it was a mistake of the user, told with these words in three lines."""
+        lines = self.err.strip().splitlines()
+        return self.code == 2 and 1 <= len(lines) <= 3 and all(word in self.err for word in words)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs `vidjax WORDS` in this process."""
+    from vidjax.main import main
+
+    def run(*words: str | Path) -> Done:
+        capsys.readouterr()
+        return Done(main([*map(str, words)]), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def python(cache_dir: Path) -> Callable[..., str]:
+    """Runs a program in a process of its own, which must succeed; returns what it printed."""
+
+    def run(program: str, *words: str | Path, cwd: Path = ROOT, **env: str) -> str:
+        env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **env}
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, words)],
+            cwd=cwd, env=env, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

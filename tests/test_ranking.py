@@ -2,15 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from tests.helpers import made_runs
 from vidjax import ranking
-from vidjax.main import main
 from vidjax.steps import topk
 
 
@@ -96,14 +93,14 @@ def files(tmp_path):
     return write
 
 
-def test_main_prints_the_score_last(files, capsys):
+def test_main_prints_the_score_last(files, command):
     paths = files("1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
     for words in (paths, [*paths, "--strict"]):
-        assert main(["score", *words]) == 0
-        out, err = capsys.readouterr()
+        code, out, err = command("score", *words)
+        assert (code, err) == (0, "")
         assert float(out.splitlines()[-1]) == ranking.score_files(*paths)
         assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
-        assert "2 of them ranked, 1 missing, 0 others ignored" in out and err == ""
+        assert "2 of them ranked, 1 missing, 0 others ignored" in out
 
 
 # (submission, score against "1 a.mp4", what the warning names)
@@ -127,24 +124,21 @@ BORNE = [
 
 
 @pytest.mark.parametrize(("submission", "score", "place"), BORNE)
-def test_faults_are_warnings_and_errors_with_strict(files, capsys, submission, score, place):
+def test_faults_are_warnings_and_errors_with_strict(files, command, submission, score, place):
     paths = files("1 a.mp4\n", submission)
-    assert main(["score", *paths]) == 0
-    out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == score
+    code, out, err = command("score", *paths)
+    assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
     assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and place in warning
-
-    assert main(["score", *paths, "--strict"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == [warning.replace("warning", "error", 1)]
+    error = f"{warning.replace('warning', 'error', 1)}\n"
+    assert command("score", *paths, "--strict") == (2, "", error)
 
 
-def test_every_kind_of_fault_is_one_line(files, capsys):
+def test_every_kind_of_fault_is_one_line(files, command):
     lines = ["", "", "1 a.mp4 a.mp4", "1 a.mp4", "1 b.mp4 b.mp4", "8 a.mp4", "9 a.mp4"]
-    assert main(["score", *files("1 a.mp4\n", "\n".join(lines))]) == 0
-    complaints = [line.split("ranking.txt: ")[1] for line in capsys.readouterr().err.splitlines()]
+    code, _, err = command("score", *files("1 a.mp4\n", "\n".join(lines)))
+    complaints = [line.split("ranking.txt: ")[1] for line in err.splitlines()]
+    assert code == 0
     assert [line.split(":")[0] for line in complaints[:4]] == [
         f"line {number}" for number in (1, 3, 4, 6)
     ]
@@ -155,30 +149,22 @@ def test_every_kind_of_fault_is_one_line(files, capsys):
     ("gt", "submission", "hint"),
     [("1 a.mp4\n", "1 a b\n", "suffix"), ("1 a.mp4\n", "id1 a.mp4\n", "no identity")],
 )
-def test_main_hints_when_nothing_matches(files, capsys, gt, submission, hint):
-    assert main(["score", *files(gt, submission)]) == 0
-    out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == "0" and hint in err
+def test_main_hints_when_nothing_matches(files, command, gt, submission, hint):
+    code, out, err = command("score", *files(gt, submission))
+    assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
     assert all(line.startswith("vidjax: warning: ") for line in err.splitlines())
 
 
-def test_main_refuses_in_a_line(files, capsys, tmp_path):
+def test_main_refuses_in_a_line(files, command, tmp_path):
     gt, submission = files("1 a.mp4\n\n", "1 a.mp4\n")
-    for arguments in ([gt, submission], [str(tmp_path / "none"), submission], [gt, str(tmp_path)]):
-        assert main(["score", *arguments]) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and len(err.splitlines()) <= 2 and str(tmp_path) in err
+    for arguments in ([gt, submission], [tmp_path / "none", submission], [gt, tmp_path]):
+        done = command("score", *arguments)
+        assert done.refused(str(tmp_path)) and done.out == ""
     for arguments in ([], [gt], [gt, submission, "more"], ["--fast", gt, submission]):
-        assert main(["score", *arguments]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("vidjax: ") and len(err.splitlines()) <= 3
+        assert command("score", *arguments).refused("vidjax: ")
 
 
-def test_the_command_needs_no_tensorflow(files):
+def test_the_command_needs_no_tensorflow(files, python):
     paths = files("1 a.mp4\n", "1 x.mp4 a.mp4\n")
     program = "import sys; sys.modules['tensorflow'] = None; from vidjax.main import main; "
-    program += "sys.exit(main(['score', *{}]))"
-    done = subprocess.run(
-        [sys.executable, "-c", program.format(paths)], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr, done.stdout.split()[-1]) == (0, "", "0.5")
+    assert python(f"{program}sys.exit(main(['score', *{paths}]))").split()[-1] == "0.5"
