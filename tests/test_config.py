@@ -228,6 +228,11 @@ def test_suggestions(word, known, match):
     assert suggest(word, known) == match
 
 
+@pytest.mark.parametrize("word", ["optim.lr", "lr", "optim.learning-rate"])
+def test_the_rate_is_found_by_its_short_name(word):
+    assert config_lib.closest_field(word, config_lib.FIELDS) == "optim.learning_rate"
+
+
 def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_io.load_file("mma:face").modalities == ("face",)

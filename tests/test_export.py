@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, small_runs
 from vidjax import fusion, main, predict
-from vidjax.export import arrays, function, reader, weights
+from vidjax.export import formats, function, reader, weights
 from vidjax.export.formats import FORMATS
 from vidjax.extract.cards import BackEnd
 from vidjax.gallery import backend as backend_lib
@@ -39,7 +39,7 @@ SYSTEMS = {
 }
 # What a format cannot hold, and says in one line. All else it holds.
 CANNOT = {
-    (name, "numpy"): f"--format=numpy {arrays.ONLY}, not '{model}'"
+    (name, "numpy"): f"--format=numpy {formats.ONLY}, not '{model}'"
     for name, model in {
         "knn": "knn", "quality_fusion": "dense", "deepmef": "fallback",
         "residual_dense": "fallback", "noise_classes": "dense", "mma": "mma", "cosine": "cosine",

@@ -1,29 +1,59 @@
 """Compares runs, or groups of seeds, on the same clips, with intervals for differences of MAP.
 
-No model is run and no data is read: average precisions come from `analysis.npz`.
+No model is run and no data is read: average precisions come from `analysis.npz`. A comparison is
+text for the terminal, JSON, LaTeX, and a page of HTML.
 """
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from vidjax import config as config_lib
-from vidjax import files
+from vidjax import config_io, files, metrics, significance
 from vidjax.data.sources import describe, is_generated
 from vidjax.errors import UserError
+from vidjax.report import html
 from vidjax.run import results as results_lib
 from vidjax.run.folder import CONFIG, RunFolder
-
-if TYPE_CHECKING:
-    from vidjax.report.comparison_page import RankedRun
-    from vidjax.significance import Difference
+from vidjax.significance import Difference
 
 # Fields in which the runs of one group may differ.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
 MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
+MAX_IDENTITIES = 20  # identities in a table of the page
+HOLM = "p (Holm)"
+
+
+class RankedRun(NamedTuple):
+    """The results of a run on a split.
+
+    Attributes:
+      name: the folder, as the user gave it.
+      identities: [C] names of those identities of the ground truth that the run knows.
+      ap, positives: [C], their average precision and number of clips.
+      num_others: identities of the ground truth that the run does not know.
+      map_kind: the key `map_kind` of `metrics.json`: `val`, `out_of_fold` or `in_sample`.
+      data: name, size and seed of a generated dataset, empty for any other.
+      seeds: of a group, the name and the MAP of each of its runs.
+    """
+
+    name: str
+    split: str
+    identities: tuple[str, ...]
+    ap: np.ndarray
+    positives: np.ndarray
+    num_others: int
+    map_kind: str
+    num_clips: int
+    data: str
+    metrics: Mapping[str, Any]
+    config: Mapping[str, Any]
+    seeds: tuple[tuple[str, float], ...] = ()
 
 
 class Comparison(NamedTuple):
@@ -34,38 +64,72 @@ class Comparison(NamedTuple):
       differences: of every run but the first.
     """
 
-    runs: "list[RankedRun]"
-    differences: "list[Difference]"
+    runs: list[RankedRun]
+    differences: list[Difference]
 
     def __repr__(self) -> str:
         return self.text()
 
     def text(self) -> str:
         """Returns a table for the terminal."""
-        from vidjax.report import comparison_page
-
-        return comparison_page.printed(self.runs, self.differences)
+        head, rows = difference_table(self.runs, self.differences)
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in [head, *rows]
+        ]
+        first = self.runs[0]
+        clips = f"{first.num_clips:,} clips of {first.split}"
+        others = f" ({first.num_others:,} that no run knows left out)" if first.num_others else ""
+        title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
+        return "\n".join([title, *(f"  {line}" for line in [*lines, *in_sample(self.runs)])])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the numbers as plain values for JSON."""
-        from vidjax.report import comparison_page
-
-        return comparison_page.as_json(self.runs, self.differences)
+        first = self.runs[0]
+        rows: list[dict[str, Any]] = [
+            {"run": run.name, "map": float(run.ap.mean()), "map_kind": run.map_kind}
+            for run in self.runs
+        ]
+        for row, run in zip(rows, self.runs, strict=True):
+            if run.seeds:
+                row["seeds"] = [{"run": name, "map": value} for name, value in run.seeds]
+        for row, gap in zip(rows[1:], self.differences, strict=True):
+            numbers = gap._asdict()
+            row |= {"difference": numbers.pop("mean"), **numbers}
+        return {
+            "split": first.split,
+            "num_identities": len(first.identities),
+            "num_others": first.num_others,
+            "num_clips": first.num_clips,
+            "level": significance.LEVEL,
+            "method": significance.METHOD_OF_SEEDS if first.seeds else significance.METHOD,
+            "runs": rows,
+        }
 
     def to_latex(self) -> str:
         """Returns the table for a paper; it needs the LaTeX package booktabs."""
-        from vidjax.report import comparison_page
-
-        return comparison_page.latex(self.runs, self.differences)
+        head, rows = difference_table(
+            [
+                run._replace(name=n)
+                for run, n in zip(self.runs, short_names(self.runs), strict=True)
+            ],
+            self.differences,
+        )
+        lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]]
+        body = "\n".join(lines[1:])
+        note = "".join(f"% {line}\n" for text in sentences(self.runs) for line in text.splitlines())
+        return (
+            f"{note}\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
+            f"{lines[0]}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+        )
 
     def write(self, folder: Path) -> None:
         """Writes `comparison.html`, `.json` and `.tex` into a folder."""
-        from vidjax.report import comparison_page, html
-
         for name, content in {
             "comparison.json": files.to_json(self.to_dict()),
             "comparison.tex": self.to_latex(),
-            "comparison.html": comparison_page.page(self.runs, self.differences),
+            "comparison.html": _page(self.runs, self.differences),
         }.items():
             files.write_text(folder / name, html.plain(content))
 
@@ -77,9 +141,6 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
       groups: the folders of one run each, or of as many runs each: the same system, other seeds.
       split: the split to compare on; None for the `eval.split` of each run.
     """
-    from vidjax import significance
-    from vidjax.report import comparison_page
-
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
         raise UserError(f"--runs={','.join(map('+'.join, groups))}: a run is named twice")
@@ -97,15 +158,13 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
     for group in seeds:
         _check_seeds(group)
     return Comparison(
-        [comparison_page.mean_of(group) for group in seeds],
+        [mean_of(group) for group in seeds],
         significance.differences_of_seeds([[run.ap for run in group] for group in seeds]),
     )
 
 
-def _check_seeds(runs: "Sequence[RankedRun]") -> None:
+def _check_seeds(runs: Sequence[RankedRun]) -> None:
     """Refuses runs of a group that differ in more than their seeds, or in no seed."""
-    from vidjax.report.comparison_page import fields_of
-
     fields = [fields_of(run) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
@@ -120,10 +179,8 @@ def _check_seeds(runs: "Sequence[RankedRun]") -> None:
         raise UserError(f"--runs={'+'.join(names)}: two of them have the same seed")
 
 
-def read(name: str, split: str | None = None) -> "RankedRun":
+def read(name: str, split: str | None = None) -> RankedRun:
     """Reads the results of the run in a folder on a split; None for its `eval.split`."""
-    from vidjax.report.comparison_page import RankedRun
-
     folder = RunFolder(name)
     if not folder.has(CONFIG):
         raise UserError(
@@ -180,7 +237,7 @@ def _read_metrics(name: str, folder: RunFolder, split: str, remedy: str) -> dict
     return metrics
 
 
-def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
+def align(first: RankedRun, run: RankedRun) -> RankedRun:
     """Returns a run with identities in the order of the first run's; refuses one on other clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
@@ -220,7 +277,7 @@ def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
 
 
-def _differ(first: "RankedRun", run: "RankedRun", name: str) -> bool:
+def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
     """Returns True if both runs know a digest of their split, `names` or `labels`, and it differs.
 
     A digest of features may differ: runs may read other features of the same clips.
@@ -228,3 +285,209 @@ def _differ(first: "RankedRun", run: "RankedRun", name: str) -> bool:
     known = ((one.metrics.get("trained_on") or {}).get("splits", {}) for one in (first, run))
     mine, others = (splits.get(first.split, {}).get(name) for splits in known)
     return bool(mine and others) and mine != others
+
+
+def mean_of(seeds: Sequence[RankedRun]) -> RankedRun:
+    """Returns a group of seeds as one run: with the means of all that is measured."""
+    first, kinds = seeds[0], [run.map_kind for run in seeds]
+    measured: dict[str, Any] = {}
+    for key in first.metrics:
+        values = [run.metrics.get(key) for run in seeds]
+        if all(map(_is_number, values)):
+            measured[key] = float(np.mean(np.array(values, float)))
+    return first._replace(
+        name="+".join(run.name for run in seeds),
+        ap=np.mean([run.ap for run in seeds], axis=0),
+        map_kind=next((one for one in ("in_sample", "out_of_fold") if one in kinds), kinds[0]),
+        metrics={k: x for k, x in first.metrics.items() if not _is_number(x)} | measured,
+        seeds=tuple((run.name, float(run.ap.mean())) for run in seeds),
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+Rows = list[list[str]]
+
+
+def difference_table(
+    runs: Sequence[RankedRun], differences: Sequence[Difference]
+) -> tuple[list[str], Rows]:
+    """Returns head and rows of the table of MAP and its differences, as plain text."""
+    head = ["run", "MAP@100", "difference", "95 % interval"]
+    if not runs[0].seeds:
+        head.append(HOLM if len(differences) > 1 else "p")
+    head += ["better", "worse", "equal"]
+    rows = [[runs[0].name, f"{runs[0].ap.mean():.4f}", *[""] * (len(head) - 2)]]
+    for run, gap in zip(runs[1:], differences, strict=True):
+        ps = [] if gap.p_holm is None else [gap.p_holm]
+        rows.append(
+            [
+                run.name,
+                f"{run.ap.mean():.4f}",
+                f"{gap.mean:+z.4f}",
+                f"{gap.low:+z.4f} to {gap.high:+z.4f}",
+                *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in ps),
+                f"{gap.better:,}",
+                f"{gap.worse:,}",
+                f"{gap.equal:,}",
+            ]
+        )
+    return head, rows
+
+
+def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+    """Returns head and rows of the table of CLIP_METRICS, to which a user's file may add."""
+    head, columns = ["run"], [[run.name for run in runs]]
+    for name, metric in metrics.CLIP_METRICS.items():
+        values = [run.metrics.get(name) for run in runs]
+        if any(value is not None for value in values):
+            head.append(metric.label)
+            columns.append(["none" if x is None else f"{x:z,.{metric.digits}f}" for x in values])
+    return head, [list(row) for row in zip(*columns, strict=True)] if head[1:] else []
+
+
+def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+    """Returns head and rows of the fields in which the configurations differ, as plain text."""
+    every = [fields_of(run) for run in runs]
+    names = dict.fromkeys(name for values in every for name in values)
+    rows = [[name, *(values.get(name, "") for values in every)] for name in names]
+    return ["field", *short_names(runs)], [row for row in rows if len({*row[1:]}) > 1]
+
+
+def fields_of(run: RankedRun) -> dict[str, str]:
+    """Returns field -> value as text, with the settings of the evaluation."""
+    values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
+    return {name: config_io.value_text(value) for name, value in values.items()}
+
+
+def sentences(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns sentences, as plain text, that state the data and the method of a comparison."""
+    first, method = runs[0], f"Interval and p: {significance.METHOD}"
+    if first.seeds:
+        method = f"Interval: {significance.METHOD_OF_SEEDS}"
+    text = [
+        f"{len(first.identities):,} identities and {first.num_clips:,} clips of {first.split}. "
+        f"Every run is compared with {first.name}.",
+        f"{method}, paired. Better, worse, equal: the number of identities by average precision.",
+    ]
+    if first.seeds:
+        text.append(
+            f"A run is the mean of {len(first.seeds)} seeds, paired in the order given. "
+            "The interval is wide where few seeds vary more than the identities do; of two seeds "
+            "it then holds the true difference in about 9 of 10 cases. "
+            "The intervals are not corrected for the number of comparisons."
+        )
+    elif len(runs) > 2:
+        text.append(
+            f"{HOLM} is corrected for the number of comparisons. The intervals are not corrected."
+        )
+    if len(first.identities) < significance.FEWEST_IDENTITIES:
+        text.append(
+            f"With fewer than {significance.FEWEST_IDENTITIES} identities nothing is known of how "
+            "often the interval holds the true difference."
+        )
+    if first.num_others:
+        text.append(
+            f"{first.num_others:,} identities of the ground truth that no run knows are left out."
+        )
+    return text + trained_on(runs)
+
+
+def trained_on(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns sentences on whether the runs were trained on the clips that they are compared on."""
+    folds = [run.name for run in runs if run.map_kind == "out_of_fold"]
+    known, text = in_sample(runs), []
+    if not folds and not known:
+        text.append("No run was trained on these clips.")
+    if folds:
+        score = f"{', '.join(folds)} {'scores' if len(folds) == 1 else 'score'}"
+        text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
+    return text + known
+
+
+def in_sample(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns a warning that names the runs that were trained on these clips; [] if none was."""
+    known = [run.name for run in runs if run.map_kind == "in_sample"]
+    were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
+    return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
+
+
+LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+)
+
+
+def _latex_cell(text: str) -> str:
+    """Returns text for LaTeX; a signed number gets a real minus."""
+    if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
+        return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
+    return html.plain(text).translate(LATEX).replace("<", r"$<$")
+
+
+def short_names(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns the last part of every run's path, or the whole paths where these are ambiguous."""
+    last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
+    return last if len(set(last)) == len(last) else [run.name for run in runs]
+
+
+def _page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
+    """Returns the comparison as a page of HTML."""
+    first, names = runs[0], short_names(runs)
+    caption = f"MAP and its difference to {first.name}"
+    summary = [
+        _table(caption, *difference_table(runs, differences)),
+        *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
+        html.figures([_intervals(names, differences)]),
+        _table("Other metrics", *metric_table(runs)),
+    ]
+    changed = html.table("Fields in which the configurations differ", *config_table(runs))
+    others = zip(runs[1:], names[1:], strict=True)
+    gaps = [_largest_gaps(first, run, names[0], name) for run, name in others]
+    return html.page(
+        f"Comparison of {', '.join(names[:-1])} and {names[-1]}",
+        [
+            ("summary", "Summary", Markup().join(summary)),
+            ("configuration", "Configurations", changed or html.paragraph("They are equal.")),
+            ("identities", "Identities", html.tables(gaps)),
+        ],
+        lead=f"{first.num_clips:,} clips of {first.split}",
+        footer="vidjax made this page from the results of these runs. It contains names of "
+        "identities, and no features.",
+    )
+
+
+def _table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
+    cells = ([row[0], *map(html.Number.escape, row[1:])] for row in rows)
+    return html.table(caption, head, cells)
+
+
+def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
+    plot = html.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
+    places = np.arange(len(differences))
+    lows, highs = [gap.low for gap in differences], [gap.high for gap in differences]
+    plot.axes.axvline(0, color=html.MUTED, linewidth=1)
+    plot.axes.hlines(places, lows, highs, color=html.FIRST)
+    plot.axes.plot([gap.mean for gap in differences], places, "o", color=html.FIRST)
+    plot.axes.set_yticks(places, [html.short(name) for name in names[1:]])
+    plot.axes.set_ylim(len(differences) - 0.5, -0.5)
+    description = " ".join(
+        f"{name}: {gap.mean:+z.4f}, from {gap.low:+z.4f} to {gap.high:+z.4f}."
+        for name, gap in zip(names[1:], differences, strict=True)
+    )
+    return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
+
+
+def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
+    gaps = run.ap - first.ap
+    order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
+    rows = []
+    for i in order[np.abs(gaps[order]) >= significance.EQUAL]:
+        both = html.bar(float(first.ap[i])), html.bar(float(run.ap[i]))
+        clips = int(first.positives[i])
+        rows.append((first.identities[i], clips, *both, html.signed(float(gaps[i]))))
+    caption = f"The {len(rows)} identities with the largest difference for {other}"
+    head = ("identity", "clips", own, other, "difference")
+    return html.table(caption, head, rows)

@@ -6,6 +6,7 @@ training refuses such a value, which looks like an experiment and is none.
 
 import math
 import operator
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,25 +99,14 @@ FOLDER = _is_not(
     "synthetic",
     "arrays, or --config.data.name=iqiyi_vid for official files",
 )
-EXAMPLES = _is("after_fusion", "examples")
-BOOTSTRAPS = _is_not("ensemble.bootstraps", 0, 11)
-VIEWS = _is_not("ensemble.views", 0, 2)
-MIN_QUALITY = _is_not("ensemble.min_quality", (), "0,20,40")
 NOISE_CLASSES = _is("data.distractors", "noise")
-JOIN = _is_not("noise.join", False, True)
-DISTRACTORS = _is_not("data.distractors", "leave_out", "noise")
 CLASSIFICATION = _by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
 FOCAL = _by_schedule(lambda values: any(_focal_weights(values)), 1)
 GAMMA = _by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
 SMOOTHING = _by_schedule(
     lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
 )
-MARGIN = _is_not("loss.margin", 0, 0.5)
-EMBEDDING = _is_not("loss.embedding", "", "triplet")
-SGD = _is("optim.name", "sgd")
-WARMUP = _is_not("optim.warmup", 0, 0.1)
-COSINE, STEPS = _is("optim.decay", "cosine"), _is("optim.decay", "steps")
-PIECEWISE = _is("optim.decay", "piecewise")
+STEPS = _is("optim.decay", "steps")
 JOINED = ReadWhen(
     "join.runs",
     lambda values: bool(values["join.runs"]),
@@ -204,16 +194,17 @@ TABLE: tuple[Field | Group, ...] = (
           "per member; 0: none", low=0),
     Field("ensemble.resample", "identity", "what a bootstrap sample draws from: each `identity` by "
           "itself, or `all` clips together, which loses identities of few clips. With "
-          "`ensemble.bootstraps`", choices=("identity", "all"), read_when=BOOTSTRAPS),
+          "`ensemble.bootstraps`", choices=("identity", "all"),
+          read_when=_is_not("ensemble.bootstraps", 0, 11)),
     Field("ensemble.views", 0, "number of members that each leave out another chunk of the "
           "features; 0: none", low=0),
     Field("ensemble.chunks", 16, "number of equal chunks that a feature vector is cut into for "
-          "`ensemble.views`, 2 or more", low=2, read_when=VIEWS),
+          "`ensemble.views`, 2 or more", low=2, read_when=_is_not("ensemble.views", 0, 2)),
     Field("ensemble.min_quality", (), "least quality of the frames that a member is trained on, "
           "one value per member, e.g. `0,20,40`"),
     Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
           "all their frames, `drop` leaves them out. With `ensemble.min_quality`",
-          choices=("keep", "drop"), read_when=MIN_QUALITY),
+          choices=("keep", "drop"), read_when=_is_not("ensemble.min_quality", (), "0,20,40")),
     Field("ensemble.seeds", 1, "number of members that differ in their random draws alone", low=1),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
@@ -240,9 +231,11 @@ TABLE: tuple[Field | Group, ...] = (
           "of `evaluate` or of `train`, which must draw nothing",
           choices=("evaluate", "train"), read_when=NOISE_CLASSES),
     Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
-          "`data.distractors` `noise` or `other`", read_when=DISTRACTORS),
+          "`data.distractors` `noise` or `other`",
+          read_when=_is_not("data.distractors", "leave_out", "noise")),
     Field("noise.pieces", "equal", "pieces that long ones are cut into: `equal`, of 50 frames, or "
-          "of `random` length. With `noise.join`", choices=("equal", "random"), read_when=JOIN),
+          "of `random` length. With `noise.join`", choices=("equal", "random"),
+          read_when=_is_not("noise.join", False, True)),
 
     Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
@@ -256,7 +249,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.top_classes", 0, "rank each clip only for this many identities, those with its "
           "highest scores; 0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
-          "`after_fusion=examples`", choices=("mean", "max"), read_when=EXAMPLES),
+          "`after_fusion=examples`", choices=("mean", "max"),
+          read_when=_is("after_fusion", "examples")),
     Field("eval.members", True, "rank every member of an ensemble by itself, too"),
     Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
@@ -284,10 +278,10 @@ TABLE: tuple[Field | Group, ...] = (
     Field("loss.margin", 0.0, "margin of a cosine classifier in training, 0 to pi/2, in radians "
           "for `angular`; 0: none", low=0, high=math.pi / 2),
     Field("loss.margin_type", "angular", "kind of margin, used with losses that define none "
-          "themselves. With `loss.margin` above 0", read_when=MARGIN),
+          "themselves. With `loss.margin` above 0", read_when=_is_not("loss.margin", 0, 0.5)),
     Field("loss.embedding", "", "loss of the embeddings, beside that of the logits; empty: none"),
     Field("loss.embedding_weight", 1.0, "factor of the loss of the embeddings, 0 or more. With "
-          "`loss.embedding`", low=0, read_when=EMBEDDING),
+          "`loss.embedding`", low=0, read_when=_is_not("loss.embedding", "", "triplet")),
     Field("loss.label_smoothing", 0.0, "share of the target that is spread over all classes in the "
           "softmax cross-entropy, from 0 to below 1", low=0, below=1, read_when=SMOOTHING),
 
@@ -298,16 +292,17 @@ TABLE: tuple[Field | Group, ...] = (
           "rises to its peak", low=0, high=1),
     Field("optim.warmup_scale", 0.0, "learning rate at the start of the warm-up, relative to the "
           "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
-          read_when=WARMUP),
+          read_when=_is_not("optim.warmup", 0, 0.1)),
     Field("optim.decay", "cosine", "learning rate after the warm-up"),
     Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak, 0 to 1. "
-          "With `optim.decay=cosine`", low=0, high=1, read_when=COSINE),
+          "With `optim.decay=cosine`", low=0, high=1, read_when=_is("optim.decay", "cosine")),
     Field("optim.decay_factor", 0.7, "factor of the learning rate at every step of the stairs. "
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two steps of the stairs; a fraction is "
           "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
-          "linear between them. With `optim.decay=piecewise`", read_when=PIECEWISE),
+          "linear between them. With `optim.decay=piecewise`",
+          read_when=_is("optim.decay", "piecewise")),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient", low=0),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
@@ -315,7 +310,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.decay_all", False, "let both decays act on biases and on the parameters of "
           "normalisations, too"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
-          read_when=SGD),
+          read_when=_is("optim.name", "sgd")),
     Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "
           "clipped", low=0),
 
@@ -492,7 +487,7 @@ def _unread(values: Values) -> Iterator[str]:
 
 def closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the one of `known` that a wrong dotted name was meant to be; None if none is near."""
-    name = name.replace("-", "_").lower()
+    name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
     if name.startswith("fusion.") and name.split(".")[1] not in modalities:
         return None  # another modality is no misspelling of this one

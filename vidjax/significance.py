@@ -112,8 +112,8 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     """Returns how the mean of every other group of seeds differs from that of the first group.
 
     `groups` are [C] average precisions of each of two seeds or more, of the same identities. Seeds
-    are paired in their order. The interval is a t interval, by the standard error of `paired`: two
-    standard errors would be far too narrow where two or three seeds vary more than the identities.
+    are paired in their order. The interval is a t interval, by `squared_errors`: two standard
+    errors would be far too narrow where two or three seeds vary more than the identities.
 
     Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
     """
@@ -124,8 +124,9 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
         raise UserError("one identity has no interval: compare runs on two or more")
     for own in groups[1:]:
         gaps = [new - old for new, old in zip(own, first, strict=True)]
-        mean, error = paired(gaps, same_identities=True)
-        squared = _squared_errors(gaps, same_identities=True)
+        squared = squared_errors(gaps)
+        mean = float(np.mean([gap.mean() for gap in gaps]))
+        error = math.sqrt(sum(squared))
         sizes = len(first[0]), len(first)  # identities and seeds
         spread = sum(x**2 / max(num - 1, 1) for x, num in zip(squared, sizes, strict=True))
         freedom = sum(squared) ** 2 / spread if spread else math.inf
@@ -146,29 +147,14 @@ def _counts(gaps: np.ndarray) -> tuple[int, int, int]:
     return better, worse, len(gaps) - better - worse
 
 
-def paired(gaps: Sequence[np.ndarray], *, same_identities: bool) -> tuple[float, float]:
-    """Returns the mean difference in AP and its standard error.
+def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Returns the squared standard errors of a mean difference: over identities, and over seeds.
 
-    The squared error is the sum of two: that of the mean over identities, and that of the mean over
-    seeds. So it is not too small where the nets of two seeds differ more than the identities do.
-
-    Args:
-      gaps: for each seed [C], the difference in AP of each identity.
-      same_identities: True if all seeds rank the same identities; False if each has its own.
+    Their sum is not too small where the nets of two seeds differ more than the identities do.
+    `gaps` are the differences in AP of the same identities [C], for each seed.
     """
-    error = math.sqrt(sum(_squared_errors(gaps, same_identities=same_identities)))
-    return float(np.mean([gap.mean() for gap in gaps])), error
-
-
-def _squared_errors(gaps: Sequence[np.ndarray], *, same_identities: bool) -> tuple[float, float]:
-    """Returns the squared errors of the mean over identities, and of that over seeds."""
-    means = np.array([gap.mean() for gap in gaps])
-    if same_identities:
-        averaged = np.mean(gaps, axis=0)
-        identities = averaged.var(ddof=1) / len(averaged)
-    else:
-        identities = sum(gap.var(ddof=1) / len(gap) for gap in gaps) / len(gaps) ** 2
-    return float(identities), float(means.var(ddof=1) / len(means))
+    averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
+    return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

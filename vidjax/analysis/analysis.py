@@ -118,8 +118,6 @@ def import_report(*, wanted: bool) -> None:
     """Imports in a thread, if `wanted`, what analysis and report use: nearly a second of work."""
 
     def load() -> None:
-        import scipy.optimize  # noqa: F401
-
         with contextlib.suppress(ImportError):  # which `write_results` tells of
             from vidjax.report import run_page as run_page
 

@@ -1,19 +1,18 @@
 """`evaluate --runs`: ranks by the weighted mean of the probabilities of several runs."""
 
+import copy
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from jax.sharding import Mesh
-
-from vidjax import config_io, devices, files
+from vidjax import devices, files
 from vidjax.analysis import analysis
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
-from vidjax.evaluation.scoring import TrainedModel, conclude, score
+from vidjax.evaluation.scoring import conclude, score
 from vidjax.run import results as results_lib
 from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
 
@@ -36,7 +35,13 @@ def blend_runs(
     weights = _weights(config)
     configs = [run_config(config, name) for name in config.join.runs]
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share one
-    models = _restore_all(configs, weights, config, load, datasets, mesh)
+    models = []
+    for own, name, weight in zip(configs, config.join.runs, weights, strict=True):
+        run = restore.find_run(own, RunFolder(name))
+        if (key := repr(own.data)) not in datasets:
+            datasets[key] = load(own)
+        model = restore.make_model(own, run, datasets[key], mesh)
+        models.append(model._replace(weight=weight))
     spec = config.eval
     evaluation = conclude(
         score(models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members)
@@ -44,7 +49,7 @@ def blend_runs(
     _keep_config(config, folder, weights)
     identities = models[0].data.identities
     results = evaluation.results | {
-        "data": datasets[repr(configs[0].data)].report["data"],
+        "data": models[0].data.report["data"],
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
         "versions": devices.versions(),
@@ -73,24 +78,6 @@ def _weights(config: Config) -> tuple[float, ...]:
     return tuple(map(float, weights))
 
 
-def _restore_all(
-    configs: Sequence[Config],
-    weights: Sequence[float],
-    config: Config,
-    load: Callable[[Config], TrainingData],
-    datasets: dict[str, TrainingData],
-    mesh: Mesh,
-) -> list[TrainedModel]:
-    models = []
-    for own, name, weight in zip(configs, config.join.runs, weights, strict=True):
-        run = restore.find_run(own, RunFolder(name))
-        if (key := repr(own.data)) not in datasets:
-            datasets[key] = load(own)
-        model = restore.make_model(own, run, datasets[key], mesh)
-        models.append(model._replace(weight=weight))
-    return models
-
-
 def run_config(config: Config, name: str) -> Config:
     """Returns the configuration of a run, with the split, block size and data of the blend."""
     own = RunFolder(name).config
@@ -111,7 +98,7 @@ def _keep_config(config: Config, folder: RunFolder, weights: tuple[float, ...]) 
 
     `eval.split` stays the split that the folder was first evaluated on.
     """
-    config = config_io.from_json(config_io.to_json(config))
+    config = copy.deepcopy(config)
     if folder.has(CONFIG):
         config.eval.split = folder.config.eval.split
     config.join.weights = weights

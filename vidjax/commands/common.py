@@ -8,7 +8,7 @@ import contextlib
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidjax import config_io, messages, metrics
 from vidjax.config import Config
@@ -17,9 +17,6 @@ from vidjax.messages import Parser, Result
 from vidjax.run import results as results_lib
 from vidjax.run import signals
 from vidjax.run.folder import RunFolder, locked
-
-if TYPE_CHECKING:
-    pass
 
 RECORDED = "config.json"  # of a run's folder
 

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from vidjax import comparison, config_io, files, messages
 from vidjax import config as config_lib
+from vidjax import config_io, files, messages
 from vidjax.commands import common
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> Result:
     given = common.given_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if given else None
+    from vidjax import comparison
+
     with locked(args.workdir) as workdir:
         found = comparison.compare([_seeds(name) for name in folders], split=split)
         found.write(workdir)

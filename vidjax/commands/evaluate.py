@@ -6,7 +6,6 @@
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vidjax import api, config_io
 from vidjax import config as config_lib
@@ -15,9 +14,6 @@ from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
 from vidjax.run.folder import CONFIG, RunFolder
-
-if TYPE_CHECKING:
-    pass
 
 # Fields and groups that training alone reads.
 TRAINED = (

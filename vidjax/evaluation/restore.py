@@ -22,9 +22,9 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError, warn
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.run import checkpoint, resume
+from vidjax.run import checkpoint
 from vidjax.run.checkpoint import CheckpointError
-from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder, changes
 from vidjax.steps import state as state_lib
 from vidjax.steps.eval_step import make_eval_step
 from vidjax.system import System, TaskSpec, make_system
@@ -80,7 +80,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     manifest = found.manifest
     check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
-    if spoilt := resume.differences(old, folder.config):
+    if spoilt := changes(old, folder.config):
         raise CheckpointError(
             f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
             f"{spoilt}"

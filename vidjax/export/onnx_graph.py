@@ -304,41 +304,35 @@ def _one_to_one(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 emits(*_ONE_TO_ONE)(_one_to_one)
 
+_EMITTERS |= {
+    "ne": lambda graph, eqn, x: graph.node("Not", graph.node("Equal", *x)),
+    "square": lambda graph, eqn, x: graph.node("Mul", x[0], x[0]),
+    "integer_pow": lambda graph, eqn, x: graph.node(
+        "Pow", x[0], graph.constant(eqn.params["y"], _dtype(eqn.outvars[0].aval))
+    ),
+    "rsqrt": lambda graph, eqn, x: graph.node("Reciprocal", graph.node("Sqrt", x[0])),
+    "rem": lambda graph, eqn, x: graph.node("Mod", *x, fmod=1),
+    "shift_right_logical": lambda graph, eqn, x: graph.node(
+        "Div", x[0], graph.node("Pow", graph.constant(2, np.int64), x[1])
+    ),
+    "clamp": lambda graph, eqn, x: graph.node("Min", graph.node("Max", x[1], x[0]), x[2]),
+    "convert_element_type": lambda graph, eqn, x: graph.cast(x[0], _dtype(eqn.outvars[0].aval)),
+    "dim_as_value": lambda graph, eqn, x: graph.cast(
+        graph.size(eqn.params["dim"]), _dtype(eqn.outvars[0].aval)
+    ),
+    "transpose": lambda graph, eqn, x: graph.transpose(x[0], eqn.params["permutation"]),
+    "concatenate": lambda graph, eqn, x: graph.node("Concat", *x, axis=eqn.params["dimension"]),
+    **dict.fromkeys(
+        ("reshape", "squeeze", "expand_dims"),
+        lambda graph, eqn, x: graph.reshape(x[0], eqn.outvars[0].aval.shape),
+    ),
+}
+
 
 @emits("and", "or", "xor", "not")
 def _logic(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     name = {"and": "And", "or": "Or", "xor": "Xor", "not": "Not"}[eqn.primitive.name]
     return graph.node(name if eqn.outvars[0].aval.dtype == bool else f"Bitwise{name}", *x)
-
-
-@emits("ne")
-def _ne(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Not", graph.node("Equal", *x))
-
-
-@emits("square")
-def _square(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Mul", x[0], x[0])
-
-
-@emits("integer_pow")
-def _integer_pow(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Pow", x[0], graph.constant(eqn.params["y"], _dtype(eqn.outvars[0].aval)))
-
-
-@emits("rsqrt")
-def _rsqrt(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Reciprocal", graph.node("Sqrt", x[0]))
-
-
-@emits("rem")
-def _rem(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Mod", *x, fmod=1)
-
-
-@emits("shift_right_logical")
-def _shift(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Div", x[0], graph.node("Pow", graph.constant(2, np.int64), x[1]))
 
 
 @emits("is_finite")
@@ -376,12 +370,6 @@ def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Where", tiny, x[0], found)
 
 
-@emits("clamp")
-def _clamp(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    low, value, high = x
-    return graph.node("Min", graph.node("Max", value, low), high)
-
-
 @emits("select_n")
 def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (which, *cases), aval = x, eqn.outvars[0].aval
@@ -394,27 +382,7 @@ def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return found
 
 
-@emits("convert_element_type")
-def _convert(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Cast", x[0], to=_kind(eqn.outvars[0].aval))
-
-
-@emits("dim_as_value")
-def _dim_as_value(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.cast(graph.size(eqn.params["dim"]), _dtype(eqn.outvars[0].aval))
-
-
 # ---- shapes
-
-
-@emits("reshape", "squeeze", "expand_dims")
-def _reshape(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.reshape(x[0], eqn.outvars[0].aval.shape)
-
-
-@emits("transpose")
-def _transpose(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.transpose(x[0], eqn.params["permutation"])
 
 
 @emits("broadcast_in_dim")
@@ -440,24 +408,11 @@ def _iota(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Expand", line, graph.shape(aval.shape))
 
 
-@emits("concatenate")
-def _concatenate(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Concat", *x, axis=eqn.params["dimension"])
-
-
 @emits("stack")
 def _stack(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     axis = graph.constant([eqn.params.get("axis", 0)], np.int64)
     return graph.node("Concat", *(graph.node("Unsqueeze", one, axis) for one in x),
                       axis=eqn.params.get("axis", 0))  # fmt: skip
-
-
-@emits("pad")
-def _pad(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    low, high, inner = zip(*eqn.params["padding_config"], strict=True)
-    if any(inner) or min((*low, *high)) < 0:
-        raise UserError("onnx: padding of this form is not known\nchoose stablehlo or saved_model")
-    return graph.node("Pad", x[0], graph.constant([*low, *high], np.int64), x[1])
 
 
 @emits("slice")

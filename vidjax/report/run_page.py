@@ -229,7 +229,9 @@ def learning(run: RunFiles) -> Markup | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    figures = html.figures([_loss(train), _scores(train, run.lines), _learning_rate(train)])
+    loss = _curve(train, "train_loss", "Training loss")
+    rate = _curve(train, "learning_rate", "Learning rate")
+    figures = html.figures([loss, _scores(train, run.lines), rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
     if not bad_steps:
         return figures
@@ -237,12 +239,14 @@ def learning(run: RunFiles) -> Markup | None:
     return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
-def _loss(train: Sequence[Mapping[str, Any]]) -> Markup:
-    x, loss = _column(train, "epoch"), _column(train, "train_loss")
-    plot = html.Plot(x="epoch", y="training loss")
-    plot.curve(x, loss)
-    ends = [f"{loss[i]:.3f} at epoch {x[i]:.1f}" for i in (0, -1)]
-    return plot.html("loss", "Training loss", f"The training loss goes from {' to '.join(ends)}.")
+def _curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
+    """Returns the curve of a field of `metrics.jsonl` over the epochs."""
+    x, y = _column(train, "epoch"), _column(train, field)
+    plot = html.Plot(x="epoch", y=title.lower())
+    plot.curve(x, y)
+    first, most, last = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
+    words = f"{title} starts at {first}, is {most} at most, and ends at {last}."
+    return plot.html(field, title, words)
 
 
 def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
@@ -264,16 +268,6 @@ def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
     plot.legend()
     heading = "Training accuracy and MAP" if scored else "Training accuracy"
     return plot.html("scores", heading, description)
-
-
-def _learning_rate(train: Sequence[Mapping[str, Any]]) -> Markup:
-    x, rates = _column(train, "epoch"), _column(train, "learning_rate")
-    plot = html.Plot(x="epoch", y="learning rate")
-    plot.curve(x, rates)
-    plot.axes.set_ylim(bottom=0)
-    first, peak, last = (f"{rate:.3g}" for rate in (rates[0], rates.max(), rates[-1]))
-    description = f"The learning rate starts at {first}, peaks at {peak} and ends at {last}."
-    return plot.html("rate", "Learning rate", description)
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

@@ -6,7 +6,7 @@ or null where their type allows it; keys that are not listed are free, for later
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -228,7 +228,7 @@ class OpenSet(Struct, kw_only=True):
 
 
 class Analysis(Struct, kw_only=True):
-    """The entry `facts` of `analysis.npz`, UTF-8 JSON; `ARRAYS` are its other entries."""
+    """The entry `facts` of `analysis.npz`, UTF-8 JSON; arrays are its other entries."""
 
     split: Text | None = None
     modalities: Annotated[list[Text], TABLE] | None = None
@@ -244,22 +244,15 @@ class Analysis(Struct, kw_only=True):
     calibration_error: float = math.nan  # expected calibration error
 
 
-# Array of `analysis.npz` -> its shape, and the largest length of an axis. A letter stands for one
-# length in the whole file, `B+1` is one more than `B`.
-ARRAYS: dict[str, tuple[tuple[int | str, ...], int]] = {
-    "ap": (("C",), files.MAX_ITEMS),  # average precision
-    "positives": (("C",), files.MAX_ITEMS),  # clips of the evaluated split
-    "train_clips": (("C",), files.MAX_ITEMS),  # clips of the training splits
-    "attention": (("V", "V"), 64),  # row i, column j: what vector j takes from i
-    "score_edges": (("B+1",), 1000),  # of the two histograms that follow
-    "score_known": (("B",), 1000),  # best scores of known clips
-    "score_strange": (("B",), 1000),  # of distractors
-    "fpir": (("F",), 10_000),  # errors of identification, threshold by threshold
-    "fnir": (("F",), 10_000),
-    "calibration": (("bins", 3), 1000),  # clips, mean confidence, share that is right
-}
-# Arrays that come together, or not at all.
-TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange"), ("fpir", "fnir"))
+# Arrays of `analysis.npz`. Those of a line have one length, and come together: `train_clips` may be
+# absent, and `score_edges` has one entry more.
+BY_IDENTITY = ("ap", "positives", "train_clips")  # average precision; clips of both splits
+HISTOGRAMS = ("score_known", "score_strange", "score_edges")  # best scores of known and strange
+ERRORS = ("fpir", "fnir")  # of identification, threshold by threshold
+# attention: row i, column j: what vector j takes from i. calibration [bins, 3]: clips, mean
+# confidence, share that is right.
+MATRICES = ("attention", "calibration")
+MOST_ROWS = 10_000  # of arrays that are not by identity
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
@@ -282,28 +275,18 @@ def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Raises ValueError unless arrays of `analysis.npz` fit ARRAYS and are complete (TOGETHER)."""
-    for names in TOGETHER:
+    """Raises UserError unless arrays of `analysis.npz` fit each other and are complete."""
+    for names in (BY_IDENTITY[:2], HISTOGRAMS, ERRORS):
         if 0 < sum(name in arrays for name in names) < len(names):
             raise UserError(
                 f"'{path}' is damaged: it has some, but not all, of {', '.join(names)}\n{remedy}"
             )
-    lengths: dict[str, int] = {}
-    for name, (wanted, most) in ARRAYS.items():
-        if name in arrays and not _fits(arrays[name], wanted, most, lengths):
-            shape = f"{arrays[name].dtype}{list(arrays[name].shape)}"
-            raise UserError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")
-
-
-def _fits(
-    array: np.ndarray, wanted: Sequence[int | str], most: int, lengths: dict[str, int]
-) -> bool:
-    if array.dtype.kind not in "iuf" or array.ndim != len(wanted) or max(array.shape) > most:
-        return False
-    for axis, length in zip(wanted, array.shape, strict=True):
-        if isinstance(axis, str):
-            letter, plus, _ = axis.partition("+")
-            axis = lengths.setdefault(letter, length - len(plus)) + len(plus)
-        if axis != length:
-            return False
-    return True
+    for names in (BY_IDENTITY, HISTOGRAMS, ERRORS, *((name,) for name in MATRICES)):
+        found = {name: arrays[name] for name in names if name in arrays}
+        lengths = {array.size - (name == "score_edges") for name, array in found.items()}
+        most = files.MAX_ITEMS if names is BY_IDENTITY else MOST_ROWS
+        for name, array in found.items():
+            right = array.dtype.kind in "iuf" and array.ndim == 1 + (name in MATRICES)
+            if not right or max(array.shape) > most or len(lengths) > 1:
+                shape = f"{array.dtype}{list(array.shape)}"
+                raise UserError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")

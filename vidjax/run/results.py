@@ -163,38 +163,25 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the readable lines of `metrics.jsonl` or `timing.jsonl`; none without the file.
 
-    Damaged lines are skipped: a run may be writing the last one. Long logs are thinned out evenly,
-    to MOST_LINES or more of training, and of evaluation.
+    Damaged lines are skipped: a run may be writing the last one. Long logs are thinned out evenly
+    to MOST_LINES, besides as many evaluations.
     """
     if not files.exists(path):
         return []
-    kinds = (_Thinned(), _Thinned())  # lines of training, lines of evaluations
+    step = max(1, -(-sum(1 for _ in files.each_line(path)) // MOST_LINES))
+    found, evaluations = [], 0
     for number, line in enumerate(files.each_line(path)):
         with contextlib.suppress(ValueError):
             value = files.parse_line(line)
             formats.parse(path, value, formats.Line, REMEDY)
-            kinds["split" in value].add(number, value)
-    return [value for _, value in sorted((kinds[0].lines | kinds[1].lines).items())]
-
-
-class _Thinned:
-    """Keeps all lines; of 2 * MOST_LINES or more, evenly spaced ones, at least MOST_LINES."""
-
-    def __init__(self) -> None:
-        self.lines: dict[int, dict[str, Any]] = {}
-        self._seen, self._step = 0, 1
-
-    def add(self, number: int, value: dict[str, Any]) -> None:
-        if self._seen % self._step == 0:
-            self.lines[number] = value
-        self._seen += 1
-        if len(self.lines) == 2 * MOST_LINES:
-            self.lines = dict(list(self.lines.items())[::2])
-            self._step *= 2
+            evaluations += "split" in value
+            if number % step == 0 or ("split" in value and evaluations <= MOST_LINES):
+                found.append(value)
+    return found
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `values` (`formats.Analysis`) and `arrays` (`formats.ARRAYS`) to a file atomically."""
+    """Writes `values` (`formats.Analysis`) and `arrays` to a file atomically."""
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
@@ -214,8 +201,4 @@ def load_analysis(path: Path) -> tuple[formats.Analysis, Arrays]:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
     analysis = formats.parse(path, values, formats.Analysis, REMEDY)
     formats.check_arrays(path, arrays, REMEDY)
-    if "attention" in arrays and len(analysis.vectors or ()) != len(arrays["attention"]):
-        raise UserError(
-            f"'{path}' is damaged: `vectors` and `attention` differ in length\n{REMEDY}"
-        )
     return analysis, arrays

@@ -13,9 +13,9 @@ from vidjax.analysis import analysis
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation.scoring import Evaluation
-from vidjax.run import checkpoint, resume, signals
+from vidjax.run import checkpoint, signals
 from vidjax.run import results as results_lib
-from vidjax.run.folder import CONFIG, RunFolder, absolute
+from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
@@ -32,7 +32,7 @@ def finished(folder: RunFolder, config: Config) -> dict[str, Any] | None:
     if not folder.has(CONFIG):
         return None
     recorded, results = folder.config, folder.metrics()
-    resume.check(folder.path, recorded, absolute(config))
+    check_resumes(folder.path, recorded, absolute(config))
     # Evaluation also writes the file; what lacks a result is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []

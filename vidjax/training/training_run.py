@@ -20,8 +20,8 @@ from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cro
 from vidjax.errors import UserError, warn
 from vidjax.evaluation import restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
-from vidjax.run import checkpoint, resume
-from vidjax.run.folder import CONFIG, RunFolder, check_there
+from vidjax.run import checkpoint
+from vidjax.run.folder import CONFIG, RunFolder, check_resumes, check_there
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
@@ -56,13 +56,13 @@ def restore_or_init(
 
     folder = RunFolder(workdir)
     if folder.has(CONFIG):
-        resume.check(workdir, folder.config, config)
+        check_resumes(workdir, folder.config, config)
     found = checkpoint.find(workdir)
     if not found:
         return state_lib.make_state(init, system.tx, layout), {}
     manifest = found.manifest
     restore.check_entries(workdir, manifest)
-    resume.check(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
+    check_resumes(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
     restore.check_data(workdir, manifest["data"], config, data)
     restore.check_digests(workdir, manifest, digests)
     items = checkpoint.load(found, state_lib.as_items(jax.eval_shape(init)), layout)
