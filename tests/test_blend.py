@@ -18,7 +18,6 @@ from vidjax.commands import blend
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
 from vidjax.run.folder import RunFolder
-from vidjax.steps import mean_scores
 
 TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
 FOLDS = "--config.ensemble.folds=2"
@@ -161,8 +160,7 @@ def test_a_mean_of_probabilities_by_hand():
     scores[1, 4] = np.nan
 
     def joined(numbers, weights):
-        (found,) = mean_scores.blend([[jnp.asarray(scores[n])] for n in numbers], weights)
-        return np.asarray(found)
+        return np.asarray(scoring.blend([jnp.asarray(scores[n]) for n in numbers], weights))
 
     found = joined((0, 1, 2), (0.5, 2.0, 1.0))
     wanted = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))

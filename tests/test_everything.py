@@ -11,14 +11,11 @@ import pytest
 from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section
 from vidjax import config as config_lib
-from vidjax import config_io, devices, ensemble, ranking
-from vidjax.api import load_data
-from vidjax.evaluation import restore, scoring
+from vidjax import config_io, ensemble, ranking
 from vidjax.main import main
 from vidjax.report import run_page
 from vidjax.run import checkpoint
 from vidjax.run import results as results_lib
-from vidjax.run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -79,22 +76,6 @@ def test_an_evaluation_reads_the_checkpoint_once(on_train, monkeypatch):
     monkeypatch.setattr(checkpoint, "verify", lambda *args: read.append(args) or verify(*args))
     said_by("--mode=evaluate", f"--workdir={on_train}", "--config.eval.split=test")
     assert len(read) == 1
-
-
-@pytest.mark.slow
-def test_the_only_member_is_ranked_as_others_are_and_cannot_be_left_out(on_train):
-    config, mesh = config_io.load_workdir(on_train), devices.make_mesh(1)
-    run = restore.find_run(config, RunFolder(on_train))
-    one = restore.make_model(config, run, load_data(config), mesh)
-    clips = one.data.split("val").clips
-    scorer = scoring.ModelScorer(one, clips, mesh)
-    ranked = scoring.make_ranking(len(one.data.identities), mesh, np.ones(len(clips), bool))
-    for window in scoring.windows([one], "val", 16, mesh, 1):
-        scorer.score(window[0], rankings=[ranked])
-        assert scorer.score(window[0], without=0) == []
-    np.testing.assert_array_equal(
-        ranked.finish().index, scoring.score([one], "val", mesh, block_size=16).top.index
-    )
 
 
 @pytest.mark.slow

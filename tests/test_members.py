@@ -10,9 +10,10 @@ import pytest
 from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble
+from vidjax.data.clips import EvalPlan, blocks_of
 from vidjax.evaluation import restore, scoring
 from vidjax.run.folder import RunFolder
-from vidjax.steps import mean_scores
+from vidjax.steps import eval_step
 from vidjax.system import TaskSpec, make_model, make_system
 from vidjax.training import plan as plan_lib
 
@@ -184,10 +185,10 @@ def test_scores_combine_as_means(logs):
     use = rng.random((4, 6)) < 0.6
     use[:, 0], use[:, 1] = False, True
     scores = np.minimum(scores, 0) if logs else scores
-    total = mean_scores.no_scores(jnp.zeros((6, 5)), logs=logs)
+    total = eval_step.no_scores(jnp.zeros((6, 5)), logs=logs)
     for one, rows in zip(scores, use, strict=True):
-        total = mean_scores.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
-    found = np.asarray(mean_scores.mean_scores(total))
+        total = eval_step.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
+    found = np.asarray(eval_step.mean_scores(total))
     assert (found[0] == -np.inf).all()
     for clip in range(1, 6):
         voted = scores[use[:, clip], clip]
@@ -198,31 +199,31 @@ def test_scores_combine_as_means(logs):
 def test_means_of_probabilities_near_one_keep_their_digits():
     """Two members are sure of a clip, one more than the other: the mean lies between them."""
     lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
-    total = mean_scores.no_scores(jnp.zeros((2, 1)), logs=True)
+    total = eval_step.no_scores(jnp.zeros((2, 1)), logs=True)
     for lack in lacks:
         logs = jnp.asarray(np.log1p(-lack)[:, None], jnp.float32)
         logs = jnp.where(logs == 0, -jnp.asarray(lack, jnp.float32)[:, None], logs)
-        total = mean_scores.add_scores(total, logs, jnp.ones(2))
+        total = eval_step.add_scores(total, logs, jnp.ones(2))
     wanted = -lacks.mean(axis=0)  # log(1 - x) is -x
-    np.testing.assert_allclose(mean_scores.mean_scores(total)[:, 0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(eval_step.mean_scores(total)[:, 0], wanted, rtol=1e-5)
 
 
 def test_a_weighted_sum_counts_what_lacks_to_one_as_probability_zero():
-    total = mean_scores.no_scores(jnp.zeros((2, 1)), logs=True)
+    total = eval_step.no_scores(jnp.zeros((2, 1)), logs=True)
     for weight in (0.5, 0.25):
         one = jnp.full((2, 1), -1e-12, jnp.float32)
-        total = mean_scores.add_scores(total, one, jnp.array([weight, 2 * weight - 0.25]))
-    found = np.exp(np.asarray(mean_scores.sum_scores(total), np.float64))[:, 0]
+        total = eval_step.add_scores(total, one, jnp.array([weight, 2 * weight - 0.25]))
+    found = np.exp(np.asarray(eval_step.sum_scores(total), np.float64))[:, 0]
     np.testing.assert_allclose(found, [0.75, 1.0], rtol=1e-6)
 
 
 def test_a_sum_of_weights_above_one_rises_with_every_probability():
     """Two branches of weight 1 each, from unlikely to nearly sure."""
     p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
-    total = mean_scores.no_scores(jnp.zeros((6, 1)), logs=True)
+    total = eval_step.no_scores(jnp.zeros((6, 1)), logs=True)
     for _ in range(2):
-        total = mean_scores.add_scores(total, jnp.log(jnp.asarray(p[:, None])), jnp.ones(6))
-    found = np.asarray(mean_scores.sum_scores(total), np.float64)[:, 0]
+        total = eval_step.add_scores(total, jnp.log(jnp.asarray(p[:, None])), jnp.ones(6))
+    found = np.asarray(eval_step.sum_scores(total), np.float64)[:, 0]
     np.testing.assert_allclose(found, np.log(2 * p), rtol=1e-6, atol=1e-6)
 
 
@@ -275,7 +276,7 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
             trained=np.concatenate([one.training_sets.trained] * 2),
         ),
     )
-    most = []
+    most, calls = [], []
     for model in (one, twice):
         alive = []
 
@@ -285,12 +286,43 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
             return scores
 
         scoring.score([model._replace(eval_step=counting)], "val", mesh, block_size=16)
-        members = len(model.training_sets.members)
-        blocks, left_over = len(alive) // members, len(alive) % members
-        assert blocks > 3 and not left_over
+        calls.append(len(alive))
         most.append(max(alive) - alive[0])
+    # Each clip was left out by one of three members: no other member scores it.
+    used, in_sample = ensemble.scoring_members(one.training_sets, one.data.split("val").clips)
+    assert not in_sample and (used.sum(axis=0) == 1).all()
+    # A block for every 16 clips, and for each of three lengths a last one and a mixed one.
+    assert len(used[0]) / 16 <= calls[0] <= len(used[0]) / 16 + 3 * (3 + 3)
+    assert calls[1] == 2 * calls[0]
     # Every block holds its running sums, however many members there are.
-    assert most[1] == most[0] < 4 * blocks
+    assert most[1] == most[0] < 4 * calls[0]
+
+
+def test_a_block_holds_clips_of_the_same_members():
+    """Folds cost one pass over the clips; sets of few clips share blocks, and nobody is lost."""
+    rng = np.random.default_rng(0)
+    num_clips, rows = 1000, 16
+    bucket = rng.integers(-1, 3, num_clips)
+    plan = EvalPlan("val", ("face",), bucket, {"face": (32, 128, 512)})
+    folds = rng.integers(0, 5, num_clips) == np.arange(5)[:, None]  # [E, N]
+    rare = np.zeros((5, num_clips), bool)
+    rare[:3, :4] = True  # a set of four clips
+
+    def work(use):
+        found = scoring.by_members(plan, use, rows)
+        blocks = [(number, clips) for number, clips in blocks_of(found.bucket, rows)]
+        clips = np.concatenate([clips for _, clips in blocks])
+        assert sorted(clips) == np.flatnonzero(bucket >= 0).tolist()
+        for number, clips in blocks:
+            assert (bucket[clips] == bucket[clips[0]]).all()
+            assert found.padded_lengths["face"][number] == (32, 128, 512)[bucket[clips[0]]]
+        return sum(rows * use[:, clips].any(axis=1).sum() for _, clips in blocks)
+
+    wanted = np.sum(bucket >= 0)
+    assert wanted <= work(folds) <= wanted + 3 * 5 * rows
+    assert work(folds | rare) <= wanted + 3 * 5 * rows + 3 * 5 * rows
+    alone = np.eye(5, num_clips, dtype=bool) | (np.arange(num_clips) >= 5)
+    assert work(alone) <= 5 * (num_clips + 3 * 2 * rows)
 
 
 @pytest.mark.slow

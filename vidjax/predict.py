@@ -239,8 +239,9 @@ class Predictor(NamedTuple):
             `vidjax.models.layers`.
         """
         request = self.request(clips, split)
+        model, size = self.model_of(request.data), request.block_size
         vectors: np.ndarray | None = None
-        for blocks in self._windows(request):
+        for (blocks,) in windows([model], request.split, size, self.mesh):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
                 if vectors is None:
                     shape = (len(request.clip_index), block_vectors.shape[1])
@@ -291,31 +292,18 @@ class Predictor(NamedTuple):
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
-    def _windows(self, request: Request) -> Iterator[list[Batch]]:
-        """Yields a few blocks of clips at a time, on the devices."""
-        models, size = [self.model_of(request.data)], request.block_size
-        rows = 1 if len(self.training_sets.members) == 1 else WINDOW_ROWS
-        for window in windows(models, request.split, size, self.mesh, rows):
-            yield window[0]
-
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip_index [B] and the mask [B] of clips that have a score."""
-        clips = request.data.split(request.split).clips
-        scorer = ModelScorer(self.model_of(request.data), clips, self.mesh)
-        pool = scorer.use.any(axis=0)
-        if not pool.any():
+        model, size = self.model_of(request.data), request.block_size
+        scorer = ModelScorer(model, request.data.split(request.split).clips, self.mesh)
+        if not scorer.use.any():
             raise UserError(
                 f"{self.workdir}: all members were trained on every one of these clips\n"
                 "score clips that were not in the training"
             )
-        pool = jnp.asarray(pool)
-        for blocks in self._windows(request):
+        for (blocks,) in windows([model], request.split, size, self.mesh, scorer.use):
             for block, scores in zip(blocks, scorer.score(blocks), strict=True):
-                yield (
-                    scores,
-                    block.clip_index,
-                    topk.in_pool(pool, block.clip_index, block.batch_mask),
-                )
+                yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
         """Returns for every block of clips the embeddings of all members side by side, [B, D]."""

@@ -92,7 +92,7 @@ def make_model(
 def rank(model: TrainedModel, block_size: int = 256) -> dict[str, Any]:
     """Returns the results of an evaluation."""
     mesh = devices.make_mesh(1)
-    return scoring.conclude(scoring.score([model], "val", mesh, block_size=block_size)).results
+    return scoring.score([model], "val", mesh, block_size=block_size).results
 
 
 def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:

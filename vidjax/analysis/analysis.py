@@ -22,7 +22,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import warn
 from vidjax.evaluation.restore import FoundRun, make_model
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score, windows
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, windows
 from vidjax.run import results
 from vidjax.run.folder import ResultPaths, RunFolder
 from vidjax.run.signals import Interrupted
@@ -96,7 +96,8 @@ def look(
     step = jax.jit(functools.partial(eval_step_lib.attention_step, model.system))
     attention = attention and not model.system.frame_is_example
     total = None
-    for ((block,),) in windows([model], split_name, block_size, mesh, rows=1):
+    blocks = (block for (own,) in windows([model], split_name, block_size, mesh) for block in own)
+    for block in blocks:
         frames = block.frames[model.modalities[0]]
         found = step(params, model_state, view, block) if attention else None
         given, mask, clips, real, found = devices.fetch(
@@ -212,8 +213,8 @@ def evaluate(
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
     folder, models, spec = run.folder, [make_model(config, run, data, mesh)], config.eval
-    evaluation = conclude(
-        score(models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members)
+    evaluation = score(
+        models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
     changed = overrides(folder.config, config)
     trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}

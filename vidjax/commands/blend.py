@@ -12,7 +12,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
-from vidjax.evaluation.scoring import conclude, score
+from vidjax.evaluation.scoring import score
 from vidjax.run import results as results_lib
 from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
 
@@ -43,8 +43,8 @@ def blend_runs(
         model = restore.make_model(own, run, datasets[key], mesh)
         models.append(model._replace(weight=weight))
     spec = config.eval
-    evaluation = conclude(
-        score(models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members)
+    evaluation = score(
+        models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
     _keep_config(config, folder, weights)
     identities = models[0].data.identities

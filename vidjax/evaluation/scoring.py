@@ -1,9 +1,8 @@
 """Evaluation: scores of the clips of a split by trained models, their ranking and its metrics."""
 
-import collections
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch
-from vidjax.data.clips import ClipSource, EvalPlan, Split, longest, make_eval_plan
+from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
 from vidjax.errors import UserError, warn
 from vidjax.logit_ops import is_best
@@ -21,8 +20,8 @@ from vidjax.metrics import ClipScores
 from vidjax.models.base import ModelState, Params
 from vidjax.run.terminal import Progress
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import mean_scores, topk
-from vidjax.steps.mean_scores import blend
+from vidjax.steps import topk
+from vidjax.steps.eval_step import MeanScores, add_scores, mean_scores, no_scores
 from vidjax.system import System
 
 # Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:
@@ -30,67 +29,6 @@ from vidjax.system import System
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
 WAITING_BYTES = 1 << 30  # of scores that wait for a merge of the ranking at most
-
-
-def window_rows(num_identities: int) -> int:
-    """Returns the number of clips of a window, which are merged into the ranking together."""
-    return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
-
-
-def make_ranking(num_identities: int, mesh: Mesh, pool: np.ndarray) -> topk.RunningTopK:
-    """Returns an empty ranking of the clips `pool` [N] bool."""
-    rows = min(window_rows(num_identities), len(pool))
-    return topk.RunningTopK(num_identities, rows=rows, mesh=mesh, pool=pool)
-
-
-def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns [C] int, the number of ground-truth clips of every identity in a pool [N] bool."""
-    outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
-    return split.positives - outside
-
-
-def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of a top k over a pool [N] bool; None if the pool has no positive clip."""
-    positives = positives_in(split, pool)
-    if not split.labelled or not positives.any():
-        return None
-    others = split.num_others if pool.all() else 0
-    return metrics.mean_average_precision(top.index, split.labels, positives, others)
-
-
-class ClipScoreBuffer:
-    """Collects in `clips` the `ClipScores` of all flushed blocks.
-
-    A flush frees the results of a block on the device: many small arrays between the large ones of
-    an evaluation would fragment the device's memory.
-    """
-
-    def __init__(self, split: Split, pool: np.ndarray, mesh: Mesh):
-        best = np.full(len(pool), -np.inf, np.float32)
-        self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
-        self._known = split.labels > 0
-        self._places = devices.replicate(mesh, jnp.asarray(split.labels - 1))
-        self._waiting: collections.deque[tuple[Array, ...]] = collections.deque()
-
-    def add(self, scores: Array, block: Batch) -> None:
-        """Adds the scores [B, C] of a block."""
-        best, right = _best_of_clips(scores, self._places, block.clip_index)
-        self._waiting.append((best, right, block.clip_index, block.batch_mask))
-
-    def flush(self, keep: int = 0) -> None:
-        """Copies the results of all added blocks to the host, except the last `keep` blocks."""
-        while len(self._waiting) > keep:
-            best, right, clip_index, mask = devices.fetch(self._waiting.popleft())
-            real = mask & self.clips.pool[clip_index]
-            best, right, clip_index = best[real], right[real], clip_index[real]
-            self.clips.best[clip_index] = best
-            self.clips.right[clip_index] = right & self._known[clip_index] & (best > -np.inf)
-
-
-@jax.jit
-def _best_of_clips(scores: Array, places: Array, clip_index: Array) -> tuple[Array, Array]:
-    """Returns [B], the best score of each clip, and [B] bool, True if its column is the label's."""
-    return jnp.max(scores, axis=1), is_best(scores, places[clip_index])
 
 
 class TrainedModel(NamedTuple):
@@ -130,45 +68,46 @@ class ModelScorer:
         """Takes the names `clips` [N], in the order of clip_index."""
         self.model = model
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
-        self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
-        self._weights = (model.params, model.model_state)
+        self._use = devices.replicate(mesh, jnp.asarray(self.use))
+        self._weights: tuple[Params, ModelState] = (model.params, model.model_state)
         self._single = ensemble.take(self._weights, 0) if len(self.use) == 1 else None
 
-    @property
-    def num_members(self) -> int:
-        """Number of members, E."""
-        return len(self.use)
-
     def score(
-        self,
-        blocks: Sequence[Batch],
-        *,
-        without: int | None = None,
-        rankings: Sequence[topk.RunningTopK] = (),
+        self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK] = ()
     ) -> list[Array]:
         """Returns mean scores [B, C] of every block, over the members that may score its clips.
 
-        `without` is the position of a member to leave out. `rankings` has one ranking per member,
-        to which the member's own scores are added.
+        A member does not run on blocks of which it may score no clip. `rankings` has one ranking
+        per member, to which the member's own scores are added.
         """
-        logs = self.model.system.scores_are_logs
+        model = self.model
+        if self._single:
+            view = jnp.int32(model.training_sets.members[0].view)
+            scores = [model.eval_step(*self._single, view, block) for block in blocks]
+            return [self._keep_top_classes(x) for x in scores]
         totals: list[Any] = [None] * len(blocks)
-        for number, member in enumerate(self.model.training_sets.members):
-            if number == without:
+        judges = np.stack([self._judges(block) for block in blocks], axis=1)
+        for number, member in enumerate(model.training_sets.members):
+            if not judges[number].any():
                 continue
-            params, model_state = self._single or ensemble.take(self._weights, number)
-            for i, block in enumerate(blocks):
-                scores = self.model.eval_step(params, model_state, jnp.int32(member.view), block)
+            own = ensemble.take(self._weights, number)
+            for i in np.flatnonzero(judges[number]).tolist():
+                block = blocks[i]
+                scores = model.eval_step(*own, jnp.int32(member.view), block)
+                used = _used(self._use, number, block.clip_index, block.batch_mask)
                 if rankings:
-                    rankings[number].add((scores, block.clip_index, block.batch_mask))
-                if not self._single:
-                    use = _rows(self._use, number, block.clip_index)
-                    scores = _add(totals[i], scores, use, logs=logs)
-                totals[i] = scores
+                    rankings[number].add((scores, block.clip_index, used))
+                logs = model.system.scores_are_logs
+                totals[i] = _add(totals[i], scores, used, logs=logs)
             if rankings:
                 rankings[number].flush()  # frees the scores of this member
-        means = totals if self._single else map(_mean, totals)
-        return [self._keep_top_classes(mean) for mean in means if mean is not None]
+        return [self._keep_top_classes(_mean(total)) for total in totals]
+
+    def _judges(self, block: Batch) -> np.ndarray:
+        """Returns [E] bool, the members that may score a clip of a block; at least one."""
+        clips, real = devices.fetch((block.clip_index, block.batch_mask))
+        found = np.any(self.use[:, clips[real]], axis=1)
+        return found if np.any(found) else np.arange(len(found)) == 0
 
     def _keep_top_classes(self, scores: Array) -> Array:
         """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
@@ -188,21 +127,31 @@ def keep_best(scores: Array, count: int) -> Array:
     return jnp.where(scores >= least, scores, -jnp.inf)
 
 
-_mean = jax.jit(mean_scores.mean_scores)
+_mean = jax.jit(mean_scores)
 
 
 @jax.jit
-def _rows(table: Array, member: Array | int, clip_index: Array) -> Array:
-    return table[member, clip_index]
+def _used(use: Array, member: Array | int, clip_index: Array, batch_mask: Array) -> Array:
+    return use[member, clip_index] & batch_mask
 
 
 @functools.partial(jax.jit, static_argnames="logs")
-def _add(
-    total: mean_scores.MeanScores | None, scores: Array, weight: Array, *, logs: bool
-) -> mean_scores.MeanScores:
-    """Adds scores [B, C] of weight [B] to a running mean; None for a new one."""
-    total = mean_scores.no_scores(scores, logs=logs) if total is None else total
-    return mean_scores.add_scores(total, scores, weight)
+def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) -> MeanScores:
+    """Adds the scores [B, C] of the rows `used` [B] to a running mean; None for a new one."""
+    total = no_scores(scores, logs=logs) if total is None else total
+    return add_scores(total, scores, used.astype(scores.dtype))
+
+
+@jax.jit
+def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
+    """Returns the logarithm of the weighted mean of probabilities, [B, C].
+
+    `scores` has for each model log-probabilities [B, C], and `weights` its weight, 0 or more.
+    """
+    total = no_scores(scores[0], logs=True)
+    for one, weight in zip(scores, weights, strict=True):
+        total = add_scores(total, one, jnp.full(len(one), weight, one.dtype))
+    return mean_scores(total)
 
 
 def windows(
@@ -210,12 +159,16 @@ def windows(
     split_name: str,
     block_size: int,
     mesh: Mesh,
-    rows: int,
+    use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
     """Yields windows of a split: for every model a list of blocks, on the devices.
 
-    A block has `block_size` clips per device; a window ends at `rows` clips or `WINDOW_BYTES`. A
+    A block has `block_size` clips per device. A window is one block if there is only one member;
+    otherwise it ends at WINDOW_ROWS clips, WAITING_BYTES of scores or WINDOW_BYTES of features. A
     dataset that models share is read only once; different datasets must have the same clips.
+
+    `use` is [E, N] bool, True for the members, of all models, that score a clip: clips with equal
+    members form blocks together, and clips without any are left out. None for all clips.
     """
     modalities: dict[int, dict[str, None]] = {}  # dataset -> modalities that its models read
     for model in models:
@@ -224,15 +177,20 @@ def windows(
     splits = {key: data.split(split_name) for key, data in datasets.items()}
     lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
     join = not any(model.system.frame_is_example for model in models)
+    only = None if use is None else np.any(use, axis=0)
     plans = {
-        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths, join=join)
-        for key in datasets
+        key: make_eval_plan(split, tuple(modalities[key]), lengths=lengths, only=only, join=join)
+        for key, split in splits.items()
     }
+    if use is not None and len(use) > 1:
+        plans = {key: by_members(plan, use, block_size * mesh.size) for key, plan in plans.items()}
     for model in models:
         _check_memory(model.system, plans[id(model.data)], block_size, mesh)
     streams = [
         data.eval_batches(plans[key], rows=block_size * mesh.size) for key, data in datasets.items()
     ]
+    single = sum(len(model.training_sets.members) for model in models) == 1
+    rows = 1 if single else window_rows(models[0].system.task.num_identities)
     window: list[dict[int, Batch]] = []
     size = 0
     for host in zip(*streams, strict=True):
@@ -247,6 +205,30 @@ def windows(
             window, size = [], 0
     if window:
         yield [[batches[id(model.data)] for batches in window] for model in models]
+
+
+def window_rows(num_identities: int) -> int:
+    """Returns the number of clips of a window, which are merged into the ranking together."""
+    return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
+
+
+def by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
+    """Divides the buckets of a plan by the members that score a clip, `use` [E, N] bool.
+
+    Clips whose set of members has fewer than `rows` clips, a block, of their length form blocks
+    together: blocks of their own would be mostly padding.
+    """
+    _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
+    group = group.reshape(-1) * len(BUCKETS) + plan.bucket
+    _, number, counts = np.unique(group, return_inverse=True, return_counts=True)
+    group = np.where(counts[number] < rows, plan.bucket - len(BUCKETS), group)
+    groups, number = np.unique(group, return_inverse=True)
+    lengths = {
+        name: tuple(sizes[at] for at in groups % len(BUCKETS))
+        for name, sizes in plan.padded_lengths.items()
+    }
+    bucket = np.where(plan.bucket < 0, -1, number)
+    return plan._replace(bucket=bucket, padded_lengths=lengths)
 
 
 def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
@@ -266,48 +248,40 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
         )
 
 
-class ModelScores(NamedTuple):
-    """The scores of one model, and the members that made them.
-
-    Attributes:
-      use, in_sample: as in `ModelScorer`.
-      top: the best 100 clips of every identity by this model alone; None for the only model.
-      member_tops: [E], the same by every single member; empty if members are not ranked.
-    """
-
-    name: str
-    weight: float
-    system: System
-    members: Sequence[ensemble.Member]
-    use: np.ndarray
-    in_sample: bool
-    top: topk.TopK | None
-    member_tops: Iterable[topk.TopK]
-
-
 class Evaluation(NamedTuple):
     """The scores of the clips of a split, as far as a ranking needs them.
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
-      clips: the best score of every clip; NaN where any of its scores is.
-      seconds: time that scoring took, without compilation.
-      results: what `conclude` adds: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if
-        the split has a ground truth; counts; `eval_clips_per_second`; and the MAP of single models
-        and members.
+      clips: the best score of every clip; -inf where any of its scores is NaN.
+      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
+        truth; counts; `eval_clips_per_second`; and the MAP of single models and members.
     """
 
     split: Split
     top: topk.TopK
     clips: ClipScores
-    models: Sequence[ModelScores]
-    seconds: float
     results: dict[str, Any]
 
     @property
     def positives(self) -> np.ndarray:
         """[C] int, the number of ground-truth clips of every identity among the ranked clips."""
         return positives_in(self.split, self.clips.pool)
+
+
+def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
+    """Returns [C] int, the number of ground-truth clips of every identity in a pool [N] bool."""
+    outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
+    return split.positives - outside
+
+
+def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
+    """Returns the MAP of a top k over a pool [N] bool; None if the pool has no positive clip."""
+    positives = positives_in(split, pool)
+    if not split.labelled or not positives.any():
+        return None
+    others = split.num_others if pool.all() else 0
+    return metrics.mean_average_precision(top.index, split.labels, positives, others)
 
 
 def score(
@@ -319,9 +293,10 @@ def score(
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores the clips of a split by one model, or by a blend of several.
+    """Scores and ranks the clips of a split by one model, or by a blend of several.
 
-    Clips that no member may score are not ranked; see `ModelScorer`.
+    Clips that no member may score are left out; see `ModelScorer`. Clips that score NaN are ranked
+    last, with a warning; it is an error if all do.
 
     Args:
       models: one model, or several whose scores are logarithms, on the same clips.
@@ -335,84 +310,55 @@ def score(
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
     scorers = [ModelScorer(model, split.clips, mesh) for model in models]
-    num_identities, several = models[0].system.task.num_identities, len(models) > 1
-    pool = pool_of([scorer.use for scorer in scorers], split_name)
-    ranking = make_ranking(num_identities, mesh, pool)
-    clips = ClipScoreBuffer(split, pool, mesh)
-    alone = [make_ranking(num_identities, mesh, pool) for _ in models if several]
-    by_member = [
-        [make_ranking(num_identities, mesh, used & pool) for used in scorer.use]
-        if each_member and scorer.num_members > 1
-        else []
-        for scorer in scorers
-    ]
-    # A window is one block if there is only one member.
-    single = not several and scorers[0].num_members == 1
-    rows = 1 if single else window_rows(num_identities)
-
-    began = time.monotonic()
-    with devices.CompileClock() as compiling:
-        progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
-        for window in windows(models, split.name, block_size, mesh, rows):
-            blocks, scores = window[0], []
-            for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
-                scores.append(scorer.score(own, rankings=by_member[number]))
-                if several:
-                    for block, block_scores in zip(own, scores[-1], strict=True):
-                        alone[number].add((block_scores, block.clip_index, block.batch_mask))
-                    alone[number].flush()
-            blended = blend(scores, [model.weight for model in models])
-            for block, block_scores in zip(blocks, blended, strict=True):
-                ranking.add((block_scores, block.clip_index, block.batch_mask))
-                clips.add(block_scores, block)
-            clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
-            progress.advance(sum(int(np.sum(devices.fetch(block.batch_mask))) for block in blocks))
-            check()
-        progress.close()
-        top = ranking.finish()
-    seconds = time.monotonic() - began - compiling.seconds
-    clips.flush()
-    scored = [
-        ModelScores(
-            name=model.name,
-            weight=model.weight,
-            system=model.system,
-            members=model.training_sets.members,
-            use=scorer.use,
-            in_sample=scorer.in_sample,
-            top=alone[number].finish() if several else None,
-            member_tops=[ranked.finish() for ranked in by_member[number]],
-        )
-        for number, (model, scorer) in enumerate(zip(models, scorers, strict=True))
-    ]
-    return Evaluation(split, top, clips.clips, scored, seconds, {})
-
-
-def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
-    """Returns [N] bool, the ranked clips: those that some member of every model may score.
-
-    `uses` has for each model [E, N] bool, the members that score a clip. An empty pool is an error.
-    """
-    pool = np.all([use.any(axis=0) for use in uses], axis=0)
+    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)  # [N]
     if not pool.any():
         raise UserError(
             f"config.eval.split={split_name}: all members were trained on all of its clips\n"
             "choose another split with --config.eval.split"
         )
-    return pool
+    use = np.concatenate([scorer.use for scorer in scorers]) & pool
+    num_identities, several = models[0].system.task.num_identities, len(models) > 1
 
+    def new_ranking() -> topk.RunningTopK:
+        rows = min(window_rows(num_identities), len(pool))
+        return topk.RunningTopK(num_identities, rows=rows, mesh=mesh)
 
-def conclude(scored: Evaluation) -> Evaluation:
-    """Adds the results of a ranking; warns of clips that score NaN.
+    ranking = new_ranking()
+    alone = [new_ranking() for _ in models if several]
+    by_member = [
+        [new_ranking() for _ in scorer.use] if each_member and len(scorer.use) > 1 else []
+        for scorer in scorers
+    ]
+    best = ClipScores(pool, np.full(len(pool), -np.inf, np.float32), np.zeros(len(pool), bool))
+    best, labels = devices.replicate(mesh, (best, split.labels))
 
-    It is an error if all scores are NaN.
-    """
-    split, top, pool, models = scored.split, scored.top, scored.clips.pool, scored.models
-    clips, num_nan = _without_nan(split, scored.clips)
+    began = time.monotonic()
+    with devices.CompileClock() as compiling:
+        progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
+        for window in windows(models, split.name, block_size, mesh, use):
+            scores = []
+            for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
+                scores.append(scorer.score(own, by_member[number]))
+                if several:
+                    for block, block_scores in zip(own, scores[-1], strict=True):
+                        alone[number].add((block_scores, block.clip_index, block.batch_mask))
+                    alone[number].flush()
+            before = best
+            for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
+                found = blend(each, [model.weight for model in models]) if several else each[0]
+                ranking.add((found, block.clip_index, block.batch_mask))
+                best = _add_best(best, labels, found, block.clip_index, block.batch_mask)
+                progress.advance(int(np.sum(devices.fetch(block.batch_mask))))
+            jax.block_until_ready(before)  # a window behind, so that the devices never wait
+            check()
+        progress.close()
+        top = ranking.finish()
+    seconds = time.monotonic() - began - compiling.seconds
+    clips, num_nan = _without_nan(split, devices.fetch(best))
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)
     if value is not None:
-        results |= {"map": value, "map_kind": _map_kind(split.name, models)}
+        results |= {"map": value, "map_kind": _map_kind(split.name, scorers)}
         for name, metric in metrics.CLIP_METRICS.items():
             results[name] = metric.fn(clips, split.labels)
     results |= {
@@ -421,19 +367,34 @@ def conclude(scored: Evaluation) -> Evaluation:
         "num_distractors": int(np.sum(split.labels[pool] == 0)) if split.labelled else None,
         **num_nan,
         "num_ties": topk.count_ties(top),
-        "eval_clips_per_second": len(split.clips) / max(scored.seconds, 1e-9),
+        "eval_clips_per_second": int(pool.sum()) / max(seconds, 1e-9),
     }
-    for model in models:
+    for number, (model, scorer) in enumerate(zip(models, scorers, strict=True)):
         run: dict[str, Any] = {}
-        if model.top is not None:
-            value = map_of(model.top, split, pool)
+        if several:
+            value = map_of(alone[number].finish(), split, pool)
             row = {"name": model.name, "weight": model.weight, "map": value}
             results.setdefault("runs", []).append(row)
             run = {"run": model.name}
-        for member, used, own in zip(model.members, model.use, model.member_tops, strict=False):
-            row = {**run, **_describe(member), "map": map_of(own, split, used & pool)}
+        members = zip(model.training_sets.members, scorer.use, by_member[number], strict=False)
+        for member, used, ranked in members:
+            row = {**run, **_describe(member), "map": map_of(ranked.finish(), split, used & pool)}
             results.setdefault("members", []).append(row)
-    return scored._replace(clips=clips, results=results)
+    return Evaluation(split, top, clips, results)
+
+
+@jax.jit
+def _add_best(
+    clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
+) -> ClipScores:
+    """Adds the best scores of a block [B, C] to those of all clips; `labels` are [N] int32."""
+    rows = jnp.where(batch_mask, clip_index, len(labels))  # padding lies outside
+    best, label = jnp.max(scores, axis=1), labels[clip_index]
+    right = is_best(scores, label - 1) & (label > 0) & (best > -jnp.inf)
+    return clips._replace(
+        best=jnp.asarray(clips.best).at[rows].set(best, mode="drop"),
+        right=jnp.asarray(clips.right).at[rows].set(right, mode="drop"),
+    )
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
@@ -455,15 +416,15 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 
 
-def _map_kind(split_name: str, models: Sequence[ModelScores]) -> str:
+def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
     """Returns the kind of clips that MAP is computed on.
 
     It is `in_sample` if a model scores clips it was trained on, the name of the split if all
     members score all clips, and `out_of_fold` otherwise.
     """
-    if any(model.in_sample for model in models):
+    if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
-    return split_name if all(model.use.all() for model in models) else "out_of_fold"
+    return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
 
 
 def _describe(member: ensemble.Member) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.errors import UserError
 from vidjax.evaluation.scoring import keep_best
 from vidjax.predict import Predictor
-from vidjax.steps import eval_step, mean_scores
+from vidjax.steps import eval_step
 from vidjax.system import System
 
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.
@@ -166,10 +166,10 @@ def _scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     ]
     scores = each[0]
     if len(each) > 1:
-        total = mean_scores.no_scores(scores, logs=system.scores_are_logs)
+        total = eval_step.no_scores(scores, logs=system.scores_are_logs)
         for one in each:
-            total = mean_scores.add_scores(total, one, jnp.ones(scores.shape[0], scores.dtype))
-        scores = mean_scores.mean_scores(total)
+            total = eval_step.add_scores(total, one, jnp.ones(scores.shape[0], scores.dtype))
+        scores = eval_step.mean_scores(total)
     top = cast(int, run.config.eval.top_classes)
     return keep_best(scores, top) if 0 < top < count else scores
 

@@ -109,27 +109,23 @@ class RunningTopK:
         *,
         rows: int = 2048,
         mesh: Mesh | None = None,
-        pool: np.ndarray | None = None,
     ):
         """Starts an empty top k of C identities.
 
-        It merges after `rows` clips, which takes memory O(C x rows) and changes no result. Given
-        `pool` [N] bool, it ranks only its clips.
+        It merges after `rows` clips, which takes memory O(C x rows) and changes no result.
         """
         mesh = mesh or devices.make_mesh(1)
         self._layout = devices.by_rows(mesh)
-        self._top = _make_init(mesh, num_identities, k)()
+        shape = (mesh.size, num_identities, k)
+        empty = TopK(np.full(shape, -np.inf, np.float32), np.full(shape, NO_CLIP, np.int32))
+        self._top = devices.put(empty, self._layout)
         self._update, self._rows = _make_update(mesh), rows
-        self._pool = None if pool is None else devices.replicate(mesh, jnp.asarray(pool))
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
         """Adds a block, see `update_top`; all blocks must have the same shape."""
-        scores, clip_index, batch_mask = block
-        if self._pool is not None:
-            batch_mask = in_pool(self._pool, clip_index, batch_mask)
-        self._waiting.append(devices.put((scores, clip_index, batch_mask), self._layout))
-        if len(self._waiting) * len(scores) >= self._rows:
+        self._waiting.append(devices.put(block, self._layout))
+        if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
 
     def flush(self) -> None:
@@ -148,23 +144,6 @@ class RunningTopK:
         """Returns the sorted top k of every identity as numpy arrays."""
         self.flush()
         return devices.fetch(_join(self._top))
-
-
-@jax.jit
-def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
-    """Returns [B] bool, True for the rows of a block whose clips are in `pool` [N] bool."""
-    return pool[clip_index] & batch_mask
-
-
-@functools.cache
-def _make_init(mesh: Mesh, num_identities: int, k: int) -> Callable[[], TopK]:
-    """Compiles a function that returns an empty TopK [devices, C, k]."""
-
-    def init() -> TopK:
-        top = init_top(num_identities, k)
-        return TopK(*(jnp.tile(part, (mesh.size, 1, 1)) for part in top))
-
-    return jax.jit(init, out_shardings=devices.by_rows(mesh))
 
 
 @functools.cache

@@ -19,9 +19,15 @@ from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.errors import UserError, warn
 from vidjax.evaluation import restore
+<<<<<<< HEAD
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, conclude, score
 from vidjax.run import checkpoint
 from vidjax.run.folder import CONFIG, RunFolder, check_resumes, check_there
+=======
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
+from vidjax.run import checkpoint, resume
+from vidjax.run.folder import CONFIG, RunFolder, check_there
+>>>>>>> f0fce65 (One scoring loop: a member scores only clips that it may score; means of scores live with the evaluation step)
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
@@ -316,7 +322,7 @@ class TrainingRun:
         """Ranks `config.eval.split` by the weights of this step; `check` as in `scoring.score`."""
         spec = self._config.eval
         options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
-        return conclude(score([self.trained_model()], spec.split, self._mesh, **options))
+        return score([self.trained_model()], spec.split, self._mesh, **options)
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the weights of this step."""
