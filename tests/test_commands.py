@@ -16,7 +16,7 @@ from vidjax import main as main_lib
 from vidjax.commands import train
 from vidjax.main import main
 from vidjax.run import terminal
-from vidjax.training import dry_run
+from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +112,7 @@ def test_a_user_s_day(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_a_shipped_configuration_passes_the_dry_run(name):
-    dry_run.check(config_io.load_file(f"{ROOT}/configs/{name}.py"))
+    plan.dry_run(config_io.load_file(f"{ROOT}/configs/{name}.py"))
 
 
 def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
@@ -126,7 +126,7 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
     )
     args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
     config, _ = train.settings(args)
-    dry_run.check(config)
+    plan.dry_run(config)
     assert count.read_text() == "x"
 
 

@@ -15,7 +15,7 @@ from vidjax.extract.folder import Film, Track
 from vidjax.gallery import appearances, backend
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
-from vidjax.models import plda_logits, two_covariance
+from vidjax.models import plda_fit, two_covariance
 
 # Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
@@ -87,7 +87,7 @@ def test_distances_alone_decide_where_the_mean_is_unknown():
     sums = np.stack([clips[0, 0], clips[1].sum(0)])
     z = rng.normal(size=(5, 4))
     found = two_covariance.distance_coefficients(space, count, sums)
-    ratios = plda_logits.log_ratios(space, found, z)
+    ratios = plda_fit.log_ratios(space, found, z)
 
     def density(x, mean, variance):
         return np.sum(-0.5 * (x - mean) ** 2 / variance - 0.5 * np.log(variance), axis=-1)
@@ -98,7 +98,7 @@ def test_distances_alone_decide_where_the_mean_is_unknown():
         other = density(z, mean, 2 * space.ratio + 1 + 1 / k)
         np.testing.assert_allclose(ratios[:, person], own - other, rtol=1e-5, atol=1e-5)
     moved = two_covariance.distance_coefficients(space, count, sums + 7 * count[:, None])
-    np.testing.assert_allclose(plda_logits.log_ratios(space, moved, z + 7), ratios, atol=1e-4)
+    np.testing.assert_allclose(plda_fit.log_ratios(space, moved, z + 7), ratios, atol=1e-4)
 
 
 def test_mean_vectors_weigh_frames_by_quality(tmp_path, monkeypatch):

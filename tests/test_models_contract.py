@@ -24,8 +24,8 @@ from tests.test_models_fallback import MAIN
 from tests.test_models_fallback import SPEC as FALLBACK
 from tests.test_models_plda import SETTINGS
 from vidjax.models import identifier
+from vidjax.models.dense import NearestNeighbours
 from vidjax.models.layers import Classifier, CosineClassifier
-from vidjax.models.neighbours import NearestNeighbours
 
 MMA_WIDTH = 5 * 8  # three vectors of the face, one of the head, one of the voice
 DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.0),)}

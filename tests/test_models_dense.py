@@ -17,8 +17,8 @@ from tests.helpers.made_models import (
     make_model,
     randomised,
 )
+from vidjax.models.dense import MLP, ResidualDenseNet
 from vidjax.models.layers import CosineClassifier
-from vidjax.models.mlp import MLP, ResidualDenseNet
 
 FLOAT64 = jnp.dtype("float64")
 ACTIVATIONS = {

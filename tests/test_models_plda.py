@@ -16,9 +16,9 @@ from tests.helpers.made_models import init_identifier
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
 from vidjax.gallery import backend as backend_lib
-from vidjax.models import plda_fit, plda_logits, two_covariance
+from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
-from vidjax.models.plda_logits import combine as combine_ratios
+from vidjax.models.plda_fit import combine as combine_ratios
 from vidjax.models.two_covariance import Settings
 from vidjax.system import TaskSpec, make_system
 from vidjax.training import plan
@@ -26,7 +26,7 @@ from vidjax.training import plan
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 5, 23
 combine = jax.jit(combine_ratios)
-log_ratios = jax.jit(plda_logits.log_ratios)
+log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 
 

@@ -36,7 +36,6 @@ from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step
-from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 MMA = "configs/mma.py:iqiyi_vid"
@@ -416,11 +415,11 @@ class Setting:
         layout = resident.plan_resident(data, self.plan, "val")
         self.clips = resident.Resident(data, layout, self.mesh).train
         self.tables = devices_lib.replicate(
-            self.mesh, state_lib.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
+            self.mesh, train_step.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
         )
         rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-        self._start = state_lib.make_state(
-            lambda: state_lib.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+        self._start = train_step.make_state(
+            lambda: train_step.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
             self.system.tx,
             devices_lib.replicated(self.mesh),
         )

@@ -16,7 +16,6 @@ from vidjax.batch import Batch, ModelOutput
 from vidjax.evaluation import scoring
 from vidjax.models.base import Identifier
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
@@ -63,7 +62,7 @@ def init(system, labels, num_members=1):
     members = tuple(ensemble.Member(seed) for seed in range(num_members))
     rngs = ensemble.make_rngs(members, 3)
     labels = jnp.tile(jnp.asarray(labels, jnp.int32), (num_members, 1))
-    state = jax.jit(lambda: state_lib.init_state(system, DIMS, rngs, labels))()
+    state = jax.jit(lambda: train_step.init_state(system, DIMS, rngs, labels))()
     return state.replace(params=_moved(state.params))
 
 
@@ -80,7 +79,7 @@ def trainer(system):
     def train(state, batch, weight=None):
         members = tuple(ensemble.Member(seed) for seed in range(len(state.labels)))
         weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
-        return step(state, state_lib.make_tables(members, weight), batch)
+        return step(state, train_step.make_tables(members, weight), batch)
 
     return train
 

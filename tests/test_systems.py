@@ -15,7 +15,7 @@ from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
 from vidjax.devices import CompileClock
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import state as state_lib
+from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
 pytestmark = pytest.mark.slow
@@ -184,7 +184,7 @@ def full_size(name):
 
 def init_one(system, sizes, labels):
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    return state_lib.init_state(system, sizes.modalities, rngs, labels)
+    return train_step.init_state(system, sizes.modalities, rngs, labels)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -237,7 +237,7 @@ def test_published_size(name):
     replicated = devices.replicated(mesh)
     state = jax.jit(lambda: init_one(system, sizes, labels), out_shardings=replicated)()
     batch = devices.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
-    tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
+    tables = train_step.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
     tables = devices.replicate(mesh, tables)
     step = make_train_step(system, mesh)
     state, loss = step(state, tables, batch)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax.models import plda_logits, two_covariance
+from vidjax.models import plda_fit, two_covariance
 from vidjax.models.two_covariance import Sums
 
 CLASSES, WIDTH = 7, 5
@@ -58,7 +58,7 @@ def test_ratios_are_those_of_joint_densities(within, between):
     covariances = shrunk(found, within, between)
     new = np.random.default_rng(1).normal(size=(4, WIDTH))
     with jax.enable_x64(True):
-        ratios = np.asarray(plda_logits.log_ratios(space, enrolled, jnp.asarray(new)))
+        ratios = np.asarray(plda_fit.log_ratios(space, enrolled, jnp.asarray(new)))
     for clip, label in itertools.product(range(len(new)), range(1, CLASSES)):
         own = list(vectors[labels == label])
         wanted = (
@@ -107,7 +107,7 @@ def test_poor_data_give_finite_ratios(labels):
     space = two_covariance.make_space(two_covariance.covariances(sums), within=0.0, between=0.0)
     enrolled = two_covariance.enrol(space, sums.count, sums.total)
     assert (space.ratio >= 0).all()
-    assert np.isfinite(plda_logits.log_ratios(space, enrolled, jnp.asarray(vectors))).all()
+    assert np.isfinite(plda_fit.log_ratios(space, enrolled, jnp.asarray(vectors))).all()
 
 
 def test_a_class_with_more_clips_is_surer():
@@ -119,7 +119,7 @@ def test_a_class_with_more_clips_is_surer():
     counts = np.array([1.0, 4.0, 50.0])
     enrolled = two_covariance.enrol(space, counts, counts[:, None] * mean)
     near, far = np.asarray(
-        plda_logits.log_ratios(space, enrolled, jnp.stack([mean, space.mean - 2 * direction]))
+        plda_fit.log_ratios(space, enrolled, jnp.stack([mean, space.mean - 2 * direction]))
     )
     assert near[0] < near[1] < near[2]
     assert far[0] > far[1] > far[2]

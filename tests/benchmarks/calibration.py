@@ -17,7 +17,7 @@ import numpy as np
 from tests.helpers import embeddings
 from vidjax import metrics
 from vidjax.gallery import backend as backend_lib
-from vidjax.models import plda_logits, two_covariance
+from vidjax.models import plda_fit, two_covariance
 from vidjax.models.two_covariance import Settings
 
 CASES = [  # people, clips of each, width, share of the variance that is not the person's
@@ -49,16 +49,16 @@ def measure(
     front = backend_lib.fit({"face": enrolled}, labels, centred=False)
     part, settings = front.parts[0], front.settings
     sums = two_covariance.make_sums(backend_lib.unit(part, enrolled), labels, num_people + 1)
-    space, people = plda_logits.as_arrays(
+    space, people = plda_fit.as_arrays(
         part.space, two_covariance.enrol(part.space, sums.count, sums.total), jnp.dtype("float32")
     )
 
     def logs_of(queries: np.ndarray) -> np.ndarray:
         some = jnp.asarray(backend_lib.unit(part, queries), jnp.float32)
-        ratios = plda_logits.log_ratios(space, people, some)[None]
+        ratios = plda_fit.log_ratios(space, people, some)[None]
         every = jnp.ones((1, len(some)), bool)
         return np.asarray(
-            jax.nn.log_softmax(plda_logits.combine(ratios, people.known[None], every, settings))
+            jax.nn.log_softmax(plda_fit.combine(ratios, people.known[None], every, settings))
         )
 
     places = rng.permutation(2 * num_people)[:MOST]

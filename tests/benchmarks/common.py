@@ -25,7 +25,6 @@ from vidjax import config_io, devices, ensemble, fusion
 from vidjax.batch import Array, Frames, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System, TaskSpec, make_system
 
@@ -104,8 +103,8 @@ class Run(NamedTuple):
     """A system on made-up resident clips, ready to train."""
 
     system: System
-    state: state_lib.TrainState
-    tables: state_lib.Tables
+    state: train_step.TrainState
+    tables: train_step.Tables
     clips: dict[str, Packed]
     plan: BatchPlan
     num_params: int
@@ -134,12 +133,12 @@ def make_run(
     labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
     mesh = devices.make_mesh(1)
 
-    def init() -> state_lib.TrainState:
+    def init() -> train_step.TrainState:
         rngs = ensemble.make_rngs(members, config.seed)
-        return state_lib.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
+        return train_step.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
 
-    state: Any = state_lib.make_state(init, system.tx, devices.replicated(mesh))
-    tables = state_lib.make_tables(members, np.ones((len(members), num_clips)))
+    state: Any = train_step.make_state(init, system.tx, devices.replicated(mesh))
+    tables = train_step.make_tables(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     places = {name: PLACES[name] for name in modalities}

@@ -21,7 +21,7 @@ import numpy as np
 
 from tests.benchmarks import common
 from vidjax import ensemble
-from vidjax.steps import state as state_lib
+from vidjax.steps import train_step
 
 SPEC = "quality_fusion.py"
 
@@ -31,7 +31,7 @@ def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) 
     sizes = {"batch_size": batch_size, "num_identities": args.num_identities}
     run = common.make_run(SPEC, [f"ensemble.seeds={count}"], **sizes)
     loop = common.make_loop(run)
-    states = list(state_lib.split_state(run.state, size))
+    states = list(train_step.split_state(run.state, size))
     tables = ensemble.split(run.tables, size)
 
     def train() -> list[Any]:

@@ -9,7 +9,6 @@ import numpy as np
 
 from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
-from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System, TaskSpec, make_system
 
@@ -28,8 +27,8 @@ class MadeRun(NamedTuple):
 
     system: System
     mesh: jax.sharding.Mesh
-    state: state_lib.TrainState
-    tables: state_lib.Tables
+    state: train_step.TrainState
+    tables: train_step.Tables
     batch: Batch
 
     def compiled(self):
@@ -84,9 +83,9 @@ def make(spec, *words, num_identities=50, num_devices=1, batch_size=32, other=Fa
 
     def init():
         rngs = ensemble.make_rngs(members, 0)
-        return state_lib.init_state(system, modalities, rngs, labels.astype(np.int32))
+        return train_step.init_state(system, modalities, rngs, labels.astype(np.int32))
 
     state = jax.jit(init, out_shardings=devices.replicated(mesh))()
-    tables = state_lib.make_tables(members, np.ones(labels.shape))
+    tables = train_step.make_tables(members, np.ones(labels.shape))
     tables = devices.replicate(mesh, tables)
     return MadeRun(system, mesh, state, tables, devices.shard_batch(mesh, batch))

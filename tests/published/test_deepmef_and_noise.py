@@ -21,9 +21,8 @@ from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import augment, config_io, ensemble, fusion, losses, optim
 from vidjax.batch import Frames, ModelOutput
 from vidjax.models.deepmef import ChannelAttention
-from vidjax.models.mlp import ResidualBlock
-from vidjax.steps import eval_step
-from vidjax.steps import state as state_lib
+from vidjax.models.layers import ResidualBlock
+from vidjax.steps import eval_step, train_step
 from vidjax.system import System, TaskSpec, make_system
 
 pytestmark = pytest.mark.slow
@@ -61,7 +60,7 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     system = official(spec)
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
     modalities, labels = system.task.modalities, jnp.zeros((1, 2), jnp.int32)
-    state = jax.eval_shape(lambda: state_lib.init_state(system, modalities, rngs, labels))
+    state = jax.eval_shape(lambda: train_step.init_state(system, modalities, rngs, labels))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     return {"/".join(part.key for part in path): leaf.shape[1:] for path, leaf in leaves}
 

@@ -14,7 +14,6 @@ from tests.helpers.made_frames import make_frames
 from vidjax import config_io, ensemble, fusion, losses
 from vidjax.augment import MemberClips
 from vidjax.batch import ClipInfo, ModelOutput
-from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
@@ -47,7 +46,7 @@ def shapes(name, words=""):
     labels = jnp.zeros((1, CLIPS), jnp.int32)
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
     state = jax.eval_shape(
-        lambda: state_lib.init_state(system, system.task.modalities, rngs, labels)
+        lambda: train_step.init_state(system, system.task.modalities, rngs, labels)
     )
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     return {

@@ -89,10 +89,10 @@ def _environment() -> str:
 
 
 def _data(config: Config) -> str:
-    from vidjax.training import dry_run, plan
+    from vidjax.training import plan
 
     config_lib.check(config)
-    dry_run.check(config)
+    plan.dry_run(config)
     data = api.load_data(config)
     plan.make_plan(config, data)
     return _counts(data.report["splits"])

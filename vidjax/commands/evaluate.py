@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> Result:
     """Ranks a split."""
     began = time.monotonic()
     config, folder = settings(args)
-    from vidjax.training import dry_run
+    from vidjax.training import plan
 
     if args.overrides and not config.join.runs:
-        dry_run.check(config)
+        plan.dry_run(config)
     with common.locked_folder(folder.path):
         if config.join.runs:
             from vidjax.commands import blend

@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> Result:
     """Trains a run, resumes it, or shows the results of one that was finished before."""
     began = time.monotonic()
     config, path = settings(args)
-    from vidjax.training import dry_run
+    from vidjax.training import plan
 
     if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
-        dry_run.check(config)
+        plan.dry_run(config)
         api.set_up_devices(config)
     with common.locked_folder(path) as workdir:
         results, before = api.train_run(config, RunFolder(workdir), command=args.line, began=began)

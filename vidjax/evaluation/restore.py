@@ -25,7 +25,7 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder, changes
-from vidjax.steps import state as state_lib
+from vidjax.steps import train_step
 from vidjax.steps.eval_step import make_eval_step
 from vidjax.system import System, TaskSpec, make_system
 
@@ -154,7 +154,7 @@ def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Loads the parameters of a run, and the collections of `Identifier.solve`, all [E, ...]."""
-    saved = state_lib.abstract_state(system, run.task.modalities, len(run.training_sets.members))
+    saved = train_step.abstract_state(system, run.task.modalities, len(run.training_sets.members))
     items = checkpoint.load(
         run.checkpoint,
         {"params": saved.params, "model_state": saved.model_state},

@@ -69,8 +69,10 @@ class ModelScorer:
         self.model = model
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use))
-        self._weights: tuple[Params, ModelState] = (model.params, model.model_state)
-        self._single = ensemble.take(self._weights, 0) if len(self.use) == 1 else None
+        self._single = self._weights(0) if len(self.use) == 1 else None
+
+    def _weights(self, member: int) -> tuple[Params, ModelState]:
+        return ensemble.take((self.model.params, self.model.model_state), member)
 
     def score(
         self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK] = ()
@@ -90,7 +92,7 @@ class ModelScorer:
         for number, member in enumerate(model.training_sets.members):
             if not judges[number].any():
                 continue
-            own = ensemble.take(self._weights, number)
+            own = self._weights(number)
             for i in np.flatnonzero(judges[number]).tolist():
                 block = blocks[i]
                 scores = model.eval_step(*own, jnp.int32(member.view), block)

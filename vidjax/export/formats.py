@@ -31,7 +31,7 @@ from vidjax.export.function import Exported
 from vidjax.gallery.backend import MOST_OF_VOICE
 from vidjax.gallery.gallery import Gallery
 from vidjax.models.plda import PLDAIdentifier
-from vidjax.models.plda_logits import unit_mean
+from vidjax.models.plda_fit import unit_mean
 from vidjax.predict import Predictor
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -13,14 +13,16 @@ from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
+    KAIMING,
     CosineClassifier,
+    DenseLayer,
     Linear,
+    ResidualBlock,
     batch_norm,
-    drop_modalities,
+    kept_modalities,
     real_frames,
     unit_vectors,
 )
-from vidjax.models.mlp import KAIMING, DenseLayer, ResidualBlock
 
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -99,9 +101,7 @@ class DeepMEF(Identifier):
         """Returns logits [B, 1, 1 + C] and the vectors before the classifier as embedding."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         seen = jnp.any(present, axis=1)
-        if train and self.modality_dropout_rate > 0:
-            rng = self.make_rng("modality_dropout")
-            present = drop_modalities(rng, present, self.modality_dropout_rate)
+        present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
 
         published = self.layer_form == "published"
         vectors = []

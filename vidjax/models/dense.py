@@ -1,25 +1,31 @@
-"""A fully connected net on the mean frame of every modality."""
+"""Models of the mean frame of every modality: dense nets, cosines, and nearest neighbours."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vidjax import fusion
-from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,
     CosineClassifier,
+    DenseLayer,
+    Linear,
+    ResidualBlock,
     check_head,
-    drop_modalities,
+    kept_modalities,
     real_frames,
+    unit_vectors,
 )
-from vidjax.models.mlp import MLP, Layer, ResidualBlock, ResidualDenseNet
 
+# (width, activation, batch_norm, dropout_rate)
+Layer = tuple[int, str, bool, float]
 # Backbone -> the attributes that it alone reads.
 _OPTIONS = {
     "mlp": ("layers",),
@@ -87,9 +93,7 @@ class DenseIdentifier(Identifier):
         frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not move the batch statistics.
         seen = jnp.any(present, axis=1)
-        if train and self.modality_dropout_rate > 0:
-            rng = self.make_rng("modality_dropout")
-            present = drop_modalities(rng, present, self.modality_dropout_rate)
+        present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
         means = [
             fusion.mean_frame(real).features[:, 0] * present[:, i, None]
             for i, real in enumerate(frames.values())
@@ -119,3 +123,245 @@ class DenseIdentifier(Identifier):
                 self.num_classes, dtype=self.dtype, kernel_init=init, name="classifier"
             )(x, train=train)
         return ModelOutput(logits[:, None], embedding=x)
+
+
+class MLP(nn.Module):
+    """A sequence of dense layers.
+
+    Source: quality fusion (4th place 2019), whose five nets are such sequences.
+    """
+
+    layers: tuple[Layer, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Returns the last layer's output, [B, D'] float32; x itself if there are no layers."""
+        for i, layer in enumerate(self.layers):
+            _check_layer(layer)
+            x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
+        return x
+
+
+def _check_layer(layer: object) -> None:
+    """Raises ValueError unless a layer has its four values, each in its range."""
+    if not isinstance(layer, tuple) or len(layer) != 4:
+        raise UserError(f"a layer is (width, activation, batch_norm, dropout_rate), got {layer!r}")
+    width, _, _, dropout_rate = layer
+    if not isinstance(width, int) or width < 1:
+        raise UserError(f"the width of a layer must be a whole number of 1 or more, got {width!r}")
+    if not isinstance(dropout_rate, (int, float)) or not 0 <= dropout_rate <= 1:
+        raise UserError(f"the dropout rate of a layer must be 0 to 1, got {dropout_rate!r}")
+
+
+_NUM_CONNECTED = 3
+
+
+class ResidualDenseNet(nn.Module):
+    """Dense layers of equal width, with shortcuts between the first three.
+
+    With x the input and f_1, f_2, ... the layers, dropout included:
+
+    - `add`: h_1 = f_1(x), and h_i = h_{i-1} + f_i(h_{i-1}) for i = 2, 3;
+    - `concat`: h_1 = f_1(x), h_2 = f_2([x, h_1]), h_3 = f_3([x, h_1, h_2]);
+    - `none`, and for i > 3 always: h_i = f_i(h_{i-1}).
+
+    Attributes:
+      num_layers: number of layers, not counting the classifier.
+      activation: activation of every layer, as in DenseLayer.
+      shortcut: add | concat | none (the plain net of the same size).
+      gate: True to multiply the output y of each layer by sigmoid(W y + b), number by number.
+
+    Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
+    fully connected net, BatchNorm, dropout; attention with sigmoid branches as future work. All
+    else is ours; the article leaves it open. No shortcut bypasses the first layer, since input and
+    output widths differ. The weights of a gate start at 0.
+    """
+
+    width: int = 4096
+    num_layers: int = 3
+    activation: str = "relu"
+    dropout_rate: float = 0.5
+    shortcut: Literal["add", "concat", "none"] = "add"
+    gate: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Returns the last layer's output, [B, width] float32, for arguments as in DenseLayer."""
+        seen = [x]
+        for i in range(self.num_layers):
+            connected = 0 < i < _NUM_CONNECTED
+            if connected and self.shortcut == "concat":
+                x = jnp.concatenate(seen, axis=-1)  # [B, D + i width]
+            new = DenseLayer(
+                self.width,
+                self.activation,
+                batch_norm=True,
+                dropout_rate=self.dropout_rate,
+                dtype=self.dtype,
+                name=f"layer_{i}",
+            )(x, mask, train=train)
+            if self.gate:
+                branch = Linear(
+                    self.width,
+                    dtype=self.dtype,
+                    kernel_init=nn.initializers.zeros,
+                    name=f"gate_{i}",
+                )
+                new = new * jax.nn.sigmoid(branch(new))
+            x = x + new if connected and self.shortcut == "add" else new
+            seen.append(new)
+        return x
+
+
+class CosineIdentifier(Identifier):
+    """One unit vector per modality, their weighted concatenation, and a cosine classifier.
+
+    With the mean frame x_m of modality m and learned weights a_m:
+
+        e_m = unit(BatchNorm(Linear(feature_scale x_m))), 0 for a clip without m
+        z = unit([a_1 e_1; a_2 e_2; ...])
+        logits = s dropout(z) . unit(W)^T with a learned s
+
+    The margin of training belongs to the loss, as `config.loss.margin_type=cosine`.
+
+    Attributes:
+      modalities: name -> feature width, from the strongest to the weakest: the weights start at 1,
+        1/2, 1/4 and so on.
+      embed_dim: width of each e_m.
+      feature_scale: factor on the raw features.
+      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
+      dropout_rate: dropout rate of z.
+      logit_scale: first value of s.
+      dtype: dtype of the linear maps; parameters and everything else are at least float32.
+
+    Source: ours, of known parts. The scaled cosine is that of CosFace (Wang et al.), the linear map
+    with BatchNorm before the unit vector that of ArcFace (Deng et al., section 3.1). New are one
+    unit vector per modality, their weights, masks, and a learned s.
+    """
+
+    modalities: Mapping[str, int]
+    num_classes: int
+    embed_dim: int = 512
+    feature_scale: float = 0.1
+    modality_dropout_rate: float = 0.0
+    dropout_rate: float = 0.0
+    logit_scale: float = 16.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns logits [B, 1, 1 + C], z as embedding, and s.
+
+        Without dropout the logits lie in [-s, s]; they are 0 for clips without frames.
+        """
+        frames, present = real_frames(frames, self.modalities, clips.mask)
+        kept = kept_modalities(self, present, self.modality_dropout_rate, train=train)
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        first = 0.5 ** jnp.arange(len(self.modalities), dtype=param_dtype)
+        weights = self.param("weights", lambda _: first)
+        share = weights * kept  # [B, M]
+        parts = [
+            share[:, i, None] * self._vector(name, real, present[:, i], train=train)
+            for i, (name, real) in enumerate(frames.items())
+        ]
+        z = unit_vectors(jnp.concatenate(parts, axis=-1))  # [B, M embed_dim]
+        cosines = CosineClassifier(self.num_classes, 1.0, self.dropout_rate, name="classifier")(
+            z, train=train
+        )
+        scale = self.param("scale", nn.initializers.constant(self.logit_scale), (), param_dtype)
+        return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
+
+    def _vector(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
+        """Returns the unit vector of a modality, [B, embed_dim]; arbitrary without frames."""
+        x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
+        layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")
+        # Statistics are of all clips that have the modality, dropped or not.
+        return unit_vectors(layer(x, exists, train=train))
+
+
+class NeighbourIdentifier(Identifier):
+    """The baseline: cosine of a clip to the nearest training clip of each class, by mean frames."""
+
+    modalities: Mapping[str, int]
+    num_classes: int
+    num_clips: int
+    modality: str = "face"
+    logit_scale: float = 1.0
+    exact_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modality not in self.modalities:
+            raise UserError(
+                f"model 'knn' needs the modality {self.modality!r}; config.modalities are "
+                f"{', '.join(self.modalities)}"
+            )
+
+    @nn.compact
+    def __call__(
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns logits [B, 1, 1 + C], 0 in training, and the mean frame as embedding."""
+        real, _ = real_frames(frames, self.modalities, clips.mask)
+        mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]
+        logits = NearestNeighbours(
+            self.num_clips, self.num_classes, self.logit_scale, name="neighbours"
+        )(mean, clips, train=train)
+        return ModelOutput(logits[:, None], embedding=mean)
+
+
+# Below every cosine, and finite, so that losses and log-softmax stay finite.
+_NO_NEIGHBOUR = -2.0
+
+
+class NearestNeighbours(nn.Module):
+    """Scores a clip by its cosine to the nearest training clip of every class.
+
+    Training stores the clips in the collection `memory`: `vectors` [N, D] float32 of unit length,
+    and `labels` [N] int32. Rows that were never written, and vectors of 0, are never neighbours.
+
+    Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Ours: k = 1
+    for each class.
+    """
+
+    num_clips: int
+    num_classes: int
+    logit_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array, clips: ClipInfo, *, train: bool) -> Array:
+        """Returns the largest cosine to a training clip of every class, times `logit_scale`.
+
+        Args:
+          x: [B, D] float, 0 for clips without frames.
+          clips: B clips, in training with labels; padded rows are not stored.
+          train: True to store clips at the rows `clips.index` of `memory`, which must be mutable.
+
+        Returns:
+          [B, 1 + C] float32, 0 in training. Without a training clip or a frame the cosine is -2.
+        """
+        unit = unit_vectors(x)
+        vectors = self.variable(
+            "memory", "vectors", jnp.zeros, (self.num_clips, x.shape[-1]), unit.dtype
+        )
+        owners = self.variable(
+            "memory", "labels", jnp.full, (self.num_clips,), self.num_classes, jnp.int32
+        )
+        seen = jnp.any(unit != 0, axis=-1)
+        if train:
+            if clips.labels is None:
+                raise ValueError("model 'knn' needs ClipInfo.labels in training")
+            if not self.is_initializing():
+                rows = jnp.where(clips.mask, clips.index, self.num_clips)
+                owner = jnp.where(seen, clips.labels, self.num_classes)
+                vectors.value = vectors.value.at[rows].set(unit, mode="drop")
+                owners.value = owners.value.at[rows].set(owner, mode="drop")
+            return jnp.zeros((x.shape[0], self.num_classes), unit.dtype)
+        cosines = vectors.value @ unit.T  # [N, B]
+        best = jax.ops.segment_max(cosines, owners.value, num_segments=self.num_classes)
+        best = jnp.where(seen, best, -jnp.inf)  # [1 + C, B]
+        return self.logit_scale * jnp.maximum(best, _NO_NEIGHBOUR).T

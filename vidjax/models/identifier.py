@@ -10,12 +10,10 @@ from flax.core import FrozenDict
 
 from vidjax.errors import UserError, check_entry
 from vidjax.models.base import Identifier
-from vidjax.models.cosine import CosineIdentifier
 from vidjax.models.deepmef import DeepMEF
-from vidjax.models.dense import DenseIdentifier
+from vidjax.models.dense import CosineIdentifier, DenseIdentifier, NeighbourIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
-from vidjax.models.neighbours import NeighbourIdentifier
 from vidjax.models.plda import PLDAIdentifier
 
 # name -> model. To add one, write a file in this folder and add a line here.

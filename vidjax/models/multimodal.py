@@ -17,7 +17,7 @@ from vidjax.models.layers import (
     Linear,
     NetVLAD,
     check_head,
-    drop_modalities,
+    kept_modalities,
     real_frames,
     unit_vectors,
 )
@@ -112,9 +112,7 @@ class MultimodalIdentifier(Identifier):
         """Returns logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        if train and self.modality_dropout_rate > 0:
-            rng = self.make_rng("modality_dropout")
-            present = drop_modalities(rng, present, self.modality_dropout_rate)
+        present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
 
         vectors, vector_mask, attention = [], [], None
         for position, name in enumerate(self.modalities):

@@ -11,10 +11,10 @@ import numpy as np
 from vidjax import devices
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import plda_fit, plda_logits, two_covariance
+from vidjax.models import plda_fit, two_covariance
 from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
-from vidjax.models.plda_logits import combine, unit_mean
+from vidjax.models.plda_fit import combine, unit_mean
 from vidjax.models.two_covariance import Settings
 
 
@@ -100,7 +100,7 @@ class PLDAIdentifier(Identifier):
             _centre(x, solved[name]["centre"]) for name, x in vectors.items()
         ]  # [B, D] of each modality
         ratios = [
-            plda_logits.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
+            plda_fit.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
             for name, x in zip(vectors, centred, strict=True)
         ]
         logits = combine(
@@ -135,7 +135,7 @@ class PLDAIdentifier(Identifier):
             if np.sum(count) > 0:
                 space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
-            space, enrolled = plda_logits.as_arrays(space, enrolled, dtype)
+            space, enrolled = plda_fit.as_arrays(space, enrolled, dtype)
             centre = jnp.asarray(_mean(sums[name], settings.centred), dtype)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
         return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}

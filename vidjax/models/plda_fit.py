@@ -1,4 +1,4 @@
-"""The settings of PLDA, fitted on training clips: those that do best on clips held out.
+"""PLDA on the device: the logits of clips, and settings that do best on clips held out.
 
 A part of the clips is held out, and the others are enrolled. Some identities are strangers: no clip
 of theirs is enrolled. If there are several modalities, some identities are not enrolled in one of
@@ -31,10 +31,10 @@ from vidjax import ensemble, fusion
 from vidjax.batch import Array, Frames
 from vidjax.logit_ops import log_softmax
 from vidjax.machine import num_cores
-from vidjax.models import plda_logits, two_covariance
+from vidjax.models import two_covariance
 from vidjax.models.base import TrainingClips
-from vidjax.models.plda_logits import combine, unit_mean
-from vidjax.models.two_covariance import Settings
+from vidjax.models.layers import unit_vectors
+from vidjax.models.two_covariance import Enrolled, Settings, Space, stranger_logit
 
 # Shares of shrinkage that are tried, the first value of each while the other share is chosen.
 SHARES: Mapping[str, tuple[float, ...]] = {
@@ -54,6 +54,55 @@ FOLDS = 4
 HIDDEN = 0.2  # share of the identities that no enrolled clip shows in a modality, of several
 STRANGERS = 0.2  # share of the identities that no enrolled clip shows at all
 MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are drawn
+
+
+def unit_mean(frames: Frames) -> Array:
+    """Returns the mean frame of every clip [B, D], scaled to length 1; 0 for clips without one."""
+    return unit_vectors(fusion.mean_frame(frames).features[:, 0])
+
+
+def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
+    """Returns both on the device, with floats of a dtype."""
+
+    def cast(x: Array) -> jax.Array:
+        floats = np.issubdtype(np.asarray(x).dtype, np.floating)
+        return jnp.asarray(x, dtype if floats else None)
+
+    return Space(*map(cast, space)), Enrolled(*map(cast, enrolled))
+
+
+def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
+    """Returns log(p(x | clip of the class) / p(x | clip of somebody new)), [B, K].
+
+    `vectors` are the x, [B, D] float. Columns of classes without a clip are 0, up to rounding.
+    """
+    z = (vectors - space.mean) @ space.transform
+    squares = (z * z) @ enrolled.curve.T  # [B, U]
+    return jnp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
+
+
+def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
+    """Returns the logits of clips, from their log-likelihood ratios in each modality.
+
+    The logit of an identity is a sum over the modalities of the clip: of scale x ratio, or of
+    `unenrolled` where no clip of the identity has the modality. The logit of somebody new is
+    `stranger_logit`: chance likeness grows with the number of people.
+
+    Args:
+      ratios: [M, B, K] float.
+      known: [M, K] bool, False for classes without a clip that has the modality.
+      present: [M, B] bool, False for clips that lack the modality.
+      settings: `scale`, `unenrolled` and `stranger` are read.
+
+    Returns:
+      [B, K] float, somebody new in column 0; -inf for identities that are known in no modality.
+    """
+    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
+    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
+    anywhere = jnp.any(known, axis=0)
+    logits = jnp.where(anywhere, logits, -jnp.inf)
+    stranger = stranger_logit(settings, jnp.sum(anywhere), jnp)
+    return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
 
 
 def training_settings(
@@ -207,7 +256,7 @@ def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class _Ratios(NamedTuple):
-    """Arguments of `plda_logits.combine` for the held-out clips of a fold, and their labels."""
+    """Arguments of `combine` for the held-out clips of a fold, and their labels."""
 
     ratios: Array  # [M, Q, K] float32, log-likelihood ratios
     known: Array  # [M, K] bool, False for classes without an enrolled clip
@@ -223,9 +272,9 @@ def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     ):
         space = two_covariance.make_space(found, within=within, between=between)
         enrolled = two_covariance.enrol(space, count, total)
-        arrays = plda_logits.as_arrays(space, enrolled, jnp.dtype("float32"))
+        arrays = as_arrays(space, enrolled, jnp.dtype("float32"))
         with jax.default_matmul_precision("highest"):  # as in evaluation
-            ratios.append(plda_logits.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
+            ratios.append(log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
     return _Ratios(
         jnp.stack(ratios),
         jnp.asarray(np.stack(fold.counts) > 0),

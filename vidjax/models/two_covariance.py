@@ -3,7 +3,7 @@
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
 e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive:
 enrolling a clip adds to them, removing it subtracts. The fit takes three eigendecompositions of [D,
-D] in float64. All is numpy, for galleries do not wait for JAX; `plda_logits` is for the device.
+D] in float64. All is numpy, for galleries do not wait for JAX; `plda_fit` is for the device.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model);
 shrinkage of both covariances towards a multiple of the identity is ours.

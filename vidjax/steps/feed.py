@@ -14,8 +14,7 @@ from vidjax.batch import Array, Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import train_step
-from vidjax.steps.state import Tables, TrainState
-from vidjax.steps.train_step import Outcome
+from vidjax.steps.train_step import Outcome, Tables, TrainState
 from vidjax.system import System
 
 DISPATCH_SECONDS = 1.0  # duration of a dispatch of steps

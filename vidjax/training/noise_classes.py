@@ -19,26 +19,25 @@ from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch, NoiseLayout
 from vidjax.errors import UserError
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import eval_step
-from vidjax.steps import state as state_lib
+from vidjax.steps import eval_step, train_step
 
 
 def relabelled(
-    state: state_lib.TrainState,
+    state: train_step.TrainState,
+    training_sets: ensemble.TrainingSets,
+    labels: np.ndarray,
+    layout: NoiseLayout,
     *,
     values_of: Callable[[Callable[[Batch], np.ndarray], np.ndarray], np.ndarray],
     predict: eval_step.EvalStep,
-    layout: NoiseLayout,
-    labels: np.ndarray,
-    training_sets: ensemble.TrainingSets,
     keep: str,
 ) -> np.ndarray:
     """Returns labels [E, N] int32, with unclustered distractors as mirrors of whom they resemble.
 
     Args:
+      labels: [N] int, class columns of the training clips at step 0.
       values_of: maps a function of a block [B] of clips, and wanted clips [N] bool, to its values.
       predict: returns the best class column of every clip of a block, for one member.
-      labels: [N] int, class columns of the training clips at step 0.
       keep: see `relabel`.
     """
     # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.

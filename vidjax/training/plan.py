@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,16 +15,17 @@ from vidjax import config as config_lib
 from vidjax import devices, ensemble, fusion
 from vidjax.batch import Array, Batch, Frames, NoiseLayout
 from vidjax.config import Config
+from vidjax.data import sources
 from vidjax.data.checks import unusable
-from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan, select_modalities
+from vidjax.data.clips import ClipSource, Modality, TrainingData, make_eval_plan, select_modalities
 from vidjax.data.labels import load_clip_weights
 from vidjax.errors import UserError, warn
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
 from vidjax.run import results
 from vidjax.run.terminal import say
-from vidjax.steps import state as state_lib
-from vidjax.system import TaskSpec, make_fusions, make_model
+from vidjax.steps import train_step
+from vidjax.system import TaskSpec, make_fusions, make_model, make_system
 from vidjax.training.noise_classes import cluster, initial_labels
 
 # Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
@@ -33,6 +35,11 @@ UNREAD_BY_EXACT = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
 MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
+
+# Of a dry run:
+WIDTH = 512  # feature width of a modality whose files have not been read
+CLIPS, STEPS = 64, 10  # sizes of the training
+MOST_PARAMS = 10**10  # parameters of one member; more fit no device
 
 
 class RunPlan(NamedTuple):
@@ -47,7 +54,7 @@ class RunPlan(NamedTuple):
     task: TaskSpec
     training_sets: ensemble.TrainingSets
     labels: np.ndarray
-    tables: state_lib.Tables
+    tables: train_step.Tables
 
 
 def nobody_is_named(config: Config) -> str:
@@ -116,7 +123,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     )
     settings = _prepared(config, data, task, labels, weight > 0)
     task = task._replace(settings=settings)
-    return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight))
+    return RunPlan(task, training_sets, labels, train_step.make_tables(members, weight))
 
 
 def label_distractors(
@@ -251,6 +258,47 @@ def check_model(config: Config) -> None:
                 f"config.{field}={value}: model '{name}' optimises nothing and takes each clip "
                 f"once, as it is\nleave it out: --config.{field}={defaults[field]}"
             )
+
+
+def dry_run(config: Config) -> None:
+    """Refuses a configuration that cannot be trained, before any data are read.
+
+    Tracing the system and its parameters takes a tenth of a second and no device.
+    """
+    check_model(config)
+    known = sources.modalities(config.data) or dict.fromkeys(config.modalities, 0)
+    known = {name: Modality(width or WIDTH, "float32") for name, width in known.items()}
+    widths = select_modalities(config.modalities, known)
+    spec = config.to_dict()
+    members = ensemble.make_members(spec["ensemble"])[:1]
+    spec["optim"]["total_decay"] = 0.0  # it asks for the sum of the schedule, on a device
+    clusters = 1 if config.data.distractors == "noise" else None
+    task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
+
+    def init() -> train_step.TrainState:
+        system = make_system(spec, task)
+        rngs = ensemble.make_rngs(members, config.seed)
+        system.fuse(None, train_step.blank_clip(widths), jnp.int32(0))  # as an evaluation does
+        return train_step.init_state(system, widths, rngs, jnp.zeros((1, CLIPS), jnp.int32))
+
+    try:
+        params = jax.eval_shape(init).params
+    except ValueError as error:
+        place = "" if "config." in str(error) else "config.model: "
+        raise UserError(f"{place}{error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a model of the user's own raises what it likes
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise UserError(
+            f"the model '{spec['model'].get('name')}' cannot be built: "
+            f"{type(error).__name__}: {reason}\n--debug shows where"
+        ) from error
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    if count > MOST_PARAMS:
+        raise UserError(
+            f"the model '{spec['model'].get('name')}' has {count:,} parameters: choose smaller ones"
+        )
 
 
 def repeated_clips(config: Config, task: TaskSpec) -> str | None:

@@ -2,26 +2,39 @@
 
 import contextlib
 import functools
+import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, metrics
+from vidjax import config_io, devices, distributed, ensemble, files, metrics
 from vidjax.analysis import analysis
 from vidjax.config import Config
-from vidjax.data.clips import TrainingData
-from vidjax.evaluation.scoring import Evaluation
+from vidjax.data import resident
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
+from vidjax.errors import UserError, warn
+from vidjax.evaluation import restore
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
 from vidjax.run import checkpoint, signals
 from vidjax.run import results as results_lib
-from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes
+from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes, check_there
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
+from vidjax.steps import eval_step, train_step
+from vidjax.steps import feed as feed_lib
 from vidjax.system import make_system
-from vidjax.training import training_run
-from vidjax.training.plan import make_plan, make_schedule, repeated_clips
-from vidjax.training.training_run import TrainingRun
+from vidjax.training import noise_classes
+from vidjax.training.plan import RunPlan, make_plan, make_schedule, repeated_clips, values_of_clips
+
+Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def finished(folder: RunFolder, config: Config) -> dict[str, Any] | None:
@@ -72,12 +85,10 @@ def train(
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
-    split = config.eval.split
-    system = make_system(config.to_dict(), plan.task)
     if note := repeated_clips(config, plan.task):
         say(note)
-    run = TrainingRun(config, workdir, data, plan, system, mesh, began=began)
-    training_run.write_description(workdir, config, data, plan.training_sets)
+    run = TrainingRun(config, workdir, data, plan, mesh, began=began)
+    write_description(workdir, config, data, plan.training_sets)
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
     with contextlib.ExitStack() as stack:
@@ -96,7 +107,7 @@ def train(
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
             scores = metrics.logged(evaluated.results)
-            logs.metrics(run.step, {"split": split, **scores})
+            logs.metrics(run.step, {"split": config.eval.split, **scores})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"step {run.step} of {total_steps}: {shown or 'ranked'}")
             if "map" in scores:
@@ -126,11 +137,7 @@ def train(
                 interruption.raise_if_asked(run.step)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluation = evaluated or run.evaluate()
-    results = {
-        "data": data.report["data"],
-        **evaluation.results,
-        **_training_results(workdir, config, run),
-    }
+    results = {"data": data.report["data"], **evaluation.results, **run.results()}
     if command:
         results["command"] = command
     models, folder = [run.trained_model()], RunFolder(workdir)
@@ -142,26 +149,286 @@ def train(
     return results
 
 
-def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:
-    steps = checkpoint.manifests(workdir)
-    best_step = checkpoint.best(steps)
-    best: dict[str, Any] = {}
-    if best_step is not None:
-        best = {"best_step": best_step, "best_map": steps[best_step]["map"]}
-    rates = run.rates[1:] or run.rates  # the first dispatch compiles
-    return {
-        **best,
-        "num_params": run.num_params,
-        "num_members": run.num_members,
-        "train_clips_per_second": statistics.median(rates) if rates else None,
-        "mode": run.feed.mode,
-        "waited_seconds": run.feed.waited,
-        "train_seconds": run.train_seconds,
-        "seconds": run.seconds,
-        "date": results_lib.now(),
-        "seed": config.seed,
-        "step": run.step,
-        "finished": True,
-        "trained_on": run.data_digests,
-        "versions": devices.versions(),
-    }
+def write_description(
+    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
+) -> None:
+    """Writes the files that describe a run: config, identities, members and data report."""
+    distributed.barrier()  # all processes have read what is there
+    if not distributed.is_first():
+        return
+    folder = RunFolder(workdir)
+    if metrics := folder.metrics():  # of this run with fewer epochs
+        folder.write_metrics({**metrics, "finished": False})
+    folder.write_config(config)
+    files.write_json(workdir / "identities.json", list(data.identities))
+    ensemble.save(workdir, training_sets)
+    splits = [data.split(name) for name in config.data.train_splits]
+    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
+    report = {**data.report, "cropped_in_an_epoch": cropped}
+    files.write_json(workdir / "data_report.json", report)
+
+
+class TrainingRun:
+    """A run in training: its step, its states, and the operations on them.
+
+    Members that are trained by one program share a TrainState, and large matrix products. Otherwise
+    every member has its own: this needs less memory, and each is bit-equal to a run of its own.
+
+    Attributes:
+      step: optimiser steps done.
+      is_evaluated: True if the restored checkpoint has been evaluated.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: TrainingData,
+        plan: RunPlan,
+        mesh: Mesh,
+        *,
+        began: float,
+    ):
+        """Restores the newest checkpoint, or starts at step 0; `began` is a `time.monotonic()`."""
+        self._config, self._workdir, self._plan = config, workdir, plan
+        self._mesh = mesh
+        self._system = make_system(config.to_dict(), plan.task)
+        self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
+        self._num_members = len(plan.training_sets.members)
+        self._description: dict[str, Any] = {
+            **plan.task._asdict(),
+            **restore.companion_digests(data.identities, plan.training_sets),
+            "data": restore.data_digests(config, data),
+            "config": config.to_dict(),
+        }
+        state, manifest = self._restore_or_init(data)
+        self.step = int(state.step)
+        self.is_evaluated = bool(manifest.get("evaluated"))
+        self._seconds_before, self._began = manifest.get("seconds", 0.0), began
+        self._last_save = time.monotonic()
+        if self.step:
+            say(f"resuming at step {self.step} of {plan.task.total_steps}")
+
+        self._group_size = size = self._num_members if self._system.vmap_members else 1
+        self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
+        self._states = [self._replicate(part) for part in train_step.split_state(state, size)]
+        del state  # frees its memory; the parts are copies
+        self._feed, self._clips = self._make_feed(data, manifest.get("mode"))
+        self._description["mode"] = self._feed.mode
+        if plan.task.layout:
+            system = self._system
+            if config.noise.relabel_by == "train":
+                system = system._replace(fuse_eval=system.fuse_train)
+            self._predict = eval_step.make_predict_step(system, self._mesh)
+        self._rates: list[float] = []  # clips per second of every dispatch of steps so far
+        self._train_seconds = 0.0  # of these dispatches, with compilation
+        self._num_logged = 0  # number of rates in the log
+
+    def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
+        """Restores the newest checkpoint and its manifest; a new run gets step 0 and {}.
+
+        Damaged checkpoints of later steps are set aside: training will save these steps again.
+        """
+        config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
+        layout = devices.replicated(self._mesh)
+
+        def init() -> train_step.TrainState:
+            members = plan.training_sets.members
+            labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
+            rngs = ensemble.make_rngs(members, config.seed)
+            return train_step.init_state(system, plan.task.modalities, rngs, labels)
+
+        folder = RunFolder(workdir)
+        if folder.has(CONFIG):
+            check_resumes(workdir, folder.config, config)
+        found = checkpoint.find(workdir)
+        if not found:
+            return train_step.make_state(init, system.tx, layout), {}
+        manifest = found.manifest
+        restore.check_entries(workdir, manifest)
+        check_resumes(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
+        restore.check_data(workdir, manifest["data"], config, data)
+        restore.check_digests(workdir, manifest, self._description)
+        items = checkpoint.load(found, train_step.as_items(jax.eval_shape(init)), layout)
+        checkpoint.set_aside_later(workdir, manifest["step"])
+        return train_step.of_items(items), manifest
+
+    def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
+        """Builds the feed of training clips from this step on, and the source of clips to evaluate.
+
+        Both feeds give the same batches, but their compiled steps round differently: so a resumed
+        run keeps its mode, `streaming` or `resident`; `mode` is None for a new run.
+        """
+        config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
+        batches = make_batch_plan(
+            [data.split(name) for name in config.data.train_splits],
+            tuple(plan.task.modalities),
+            batch_size=config.batch_size,
+            max_frames=config.data.max_frames,
+            crop=config.data.crop,
+            seed=config.seed,
+        )
+        layout = resident.plan_resident(data, batches, config.eval.split)
+        num_drawn = plan.task.total_steps * config.batch_size
+        mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+        (is_streaming,) = distributed.largest(int(mode == "streaming"))
+        if is_streaming:
+            say("clips are streamed from the records")
+            stream = data.train_batches(batches, step=self.step)
+            return feed_lib.StreamingFeed(system, mesh, stream), data
+        began = time.monotonic()
+        clips = resident.Resident(data, layout, mesh)
+        say(
+            f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
+            f"read in {time.monotonic() - began:.1f} s"
+        )
+        return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
+
+    def _replicate(self, tree: Tree) -> Tree:
+        return devices.replicate(self._mesh, tree)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the run by all processes so far."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def state(self) -> train_step.TrainState:
+        """The state of all members together."""
+        return train_step.merge_states(self._states)
+
+    def advance(self, stop: int) -> tuple[int, float]:
+        """Trains for one dispatch of the feed, at most to step `stop`.
+
+        Returns the number of steps, and the last loss, averaged over members. `MAX_BAD_STEPS`
+        consecutive steps of a member without a finite loss are an error.
+        """
+        dispatched = time.monotonic()
+        done = self._feed.run(self._states, self._tables, self.step, stop - self.step)
+        self._states = done.states
+        self.step += done.num_steps
+        seconds = time.monotonic() - dispatched
+        self._train_seconds += seconds
+        self._rates.append(done.num_steps * self._config.batch_size / seconds)
+        if done.bad_step is not None:
+            raise UserError(self._bad_step_message(done.bad_step))
+        return done.num_steps, done.loss
+
+    def _bad_step_message(self, bad_step: int) -> str:
+        rate = float(jnp.asarray(self._system.lr_schedule(bad_step)))
+        steps = checkpoint.manifests(self._workdir)
+        saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
+        return (
+            f"loss or gradient is not finite at step {bad_step + 1} and "
+            f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
+            f"{saved}lower config.optim.learning_rate, or check the clips for huge features"
+        )
+
+    def log(self, logs: Logs) -> None:
+        """Logs the means since the last line of the log, and starts new sums."""
+        logs.metrics(self.step, self._mean_metrics())
+        # New arrays for every state, since the next step donates them.
+        self._states = [
+            state.replace(sums=self._replicate(train_step.zero_sums(self._group_size)))
+            for state in self._states
+        ]
+        rate = statistics.median(self._rates[self._num_logged :])
+        self._num_logged = len(self._rates)
+        timing = {"clips_per_second": rate, "waited_seconds": self._feed.waited}
+        logs.timing(self.step, timing)
+
+    def _mean_metrics(self) -> dict[str, float]:
+        """Returns the metrics that depend on config, data and step alone."""
+        sums = {
+            name: sum(float(np.sum(state.sums[name])) for state in self._states)
+            for name in self._states[0].sums
+        }
+        if sums["bad_steps"]:
+            warn(
+                f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
+                "loss or gradient is not finite"
+            )
+        weight = max(sums["weight"], 1e-6)
+        rate = {}
+        if not self._system.model.exact_inputs:
+            rate["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
+        return {
+            "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
+            **rate,
+            "train_loss": sums["loss"] / weight,
+            "train_accuracy": sums["correct"] / weight,
+            "bad_steps": sums["bad_steps"],
+        }
+
+    def relabel(self) -> None:
+        """Relabels the unclustered distractors by the predictions of the model."""
+        config, layout = self._config, self._plan.task.layout
+        modalities = tuple(self._system.fuse_eval)
+        assert layout
+        values_of = functools.partial(
+            values_of_clips, config, self._clips, modalities, mesh=self._mesh
+        )
+        labels = noise_classes.relabelled(
+            self.state, self._plan.training_sets, self._plan.labels, layout,
+            values_of=values_of, predict=self._predict, keep=config.noise.keep,
+        )  # fmt: skip
+        labels = ensemble.split(labels, self._group_size)
+        self._states = [
+            state.replace(labels=self._replicate(part))
+            for state, part in zip(self._states, labels, strict=True)
+        ]
+
+    def is_save_due(self) -> bool:
+        """Returns True if the last checkpoint is `checkpoint_every_seconds` old."""
+        return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
+
+    def save(self, **more: float) -> None:
+        """Saves a checkpoint with `more` in its manifest; if the step has one, only adds `more`."""
+        check_there(self._workdir)
+        info = {**self._description, **more, "seconds": self.seconds}
+        checkpoint.save(self._workdir, self.step, train_step.as_items(self.state), info)
+        self._last_save = time.monotonic()
+
+    def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
+        """Ranks `config.eval.split` by the weights of this step; `check` as in `scoring.score`."""
+        spec = self._config.eval
+        options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
+        return score([self.trained_model()], spec.split, self._mesh, **options)
+
+    def trained_model(self) -> TrainedModel:
+        """Returns the model with the weights of this step."""
+        state = self.state
+        return TrainedModel(
+            str(self._workdir),
+            self._system,
+            self._eval_step,
+            state.params,
+            self._replicate(self._system.model.solve(state.params, state.model_state)),
+            self._plan.training_sets,
+            self._clips,
+        )
+
+    def results(self) -> dict[str, Any]:
+        """Returns what `metrics.json` says of the training itself."""
+        steps = checkpoint.manifests(self._workdir)
+        best_step = checkpoint.best(steps)
+        best: dict[str, Any] = {}
+        if best_step is not None:
+            best = {"best_step": best_step, "best_map": steps[best_step]["map"]}
+        rates = self._rates[1:] or self._rates  # the first dispatch compiles
+        return {
+            **best,
+            "num_params": sum(x.size // len(x) for x in jax.tree.leaves(self._states[0].params)),
+            "num_members": self._num_members,
+            "train_clips_per_second": statistics.median(rates) if rates else None,
+            "mode": self._feed.mode,
+            "waited_seconds": self._feed.waited,
+            "train_seconds": self._train_seconds,
+            "seconds": self.seconds,
+            "date": results_lib.now(),
+            "seed": self._config.seed,
+            "step": self.step,
+            "finished": True,
+            "trained_on": self._description["data"],
+            "versions": devices.versions(),
+        }
