@@ -12,11 +12,10 @@ from tests.helpers import made_runs, small_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, devices, metrics
 from vidjax.analysis import analysis, open_set, strata
-from vidjax.evaluation import restore
+from vidjax.evaluation import restore, topk
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.run.folder import RunFolder
-from vidjax.steps import topk
 from vidjax.training import train
 
 NETS = [pytest.param("net", marks=pytest.mark.slow)]

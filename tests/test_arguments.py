@@ -11,8 +11,8 @@ import pytest
 from vidjax import config as config_lib
 from vidjax import config_io, ensemble
 from vidjax.batch import Frames
-from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import train_step
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -125,7 +125,7 @@ def shapes(name, words=""):
     rngs = ensemble.make_rngs(ensemble.make_members(config.ensemble)[:1], 0)
 
     def init():
-        return train_step.init_state(system, widths, rngs, jnp.zeros((1, 96), jnp.int32))
+        return train_step.init_state(system, rngs, jnp.zeros((1, 96), jnp.int32))
 
     state = jax.eval_shape(init)
 

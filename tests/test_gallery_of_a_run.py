@@ -8,8 +8,8 @@ import pytest
 import vidjax
 from tests.helpers import embeddings, small_runs
 from vidjax import config_io, metrics, predict
+from vidjax.evaluation import topk
 from vidjax.gallery.answers import Answer
-from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow  # trains
 

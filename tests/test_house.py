@@ -22,8 +22,8 @@ PACKAGES = sorted(
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
     "__main__", "main", "who", "forget", "commands", "export", "serve", "gallery",
-    "extract", "api", "predict", "bulk", "comparison", "training", "analysis", "evaluation",
-    "report", "significance", "ranking", "steps", "system", "models", "losses", "logit_ops",
+    "extract", "api", "predict", "bulk", "comparison", "training", "analysis",
+    "report", "significance", "ranking", "evaluation", "system", "models", "losses", "logit_ops",
     "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config",
     "data", "devices", "distributed", "batch",
 )  # fmt: skip

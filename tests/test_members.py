@@ -11,9 +11,8 @@ from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble
 from vidjax.data.clips import EvalPlan, blocks_of
-from vidjax.evaluation import restore, scoring
+from vidjax.evaluation import eval_step, restore, scoring
 from vidjax.run.folder import RunFolder
-from vidjax.steps import eval_step
 from vidjax.system import TaskSpec, make_model, make_system
 from vidjax.training import plan as plan_lib
 

@@ -10,7 +10,7 @@ from tests.helpers import small_runs
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import devices
-from vidjax.steps import topk
+from vidjax.evaluation import topk
 
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
 STEPS = "--config.num_epochs=3.3"  # 10 of them

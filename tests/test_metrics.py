@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.helpers import map_oracle
 from vidjax import metrics, ranking
-from vidjax.steps import topk
+from vidjax.evaluation import topk
 
 F = Fraction
 MANY = [f"p{i}.mp4" for i in range(150)]

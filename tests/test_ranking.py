@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import made_runs
 from vidjax import ranking
-from vidjax.steps import topk
+from vidjax.evaluation import topk
 
 
 def top_of(*rows):

@@ -19,8 +19,7 @@ from tests.helpers.small_runs import (
 )
 from vidjax import ensemble
 from vidjax.run import checkpoint, signals
-from vidjax.steps import feed
-from vidjax.training import noise_classes, plan
+from vidjax.training import feed, noise_classes, plan
 
 pytestmark = pytest.mark.slow  # several trainings
 

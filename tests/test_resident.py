@@ -35,8 +35,8 @@ from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
-from vidjax.steps import feed, train_step
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import feed, train_step
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -419,7 +419,7 @@ class Setting:
         )
         rngs = ensemble.make_rngs((ensemble.Member(),), 0)
         self._start = train_step.make_state(
-            lambda: train_step.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+            lambda: train_step.init_state(self.system, rngs, jnp.asarray(labels)[None]),
             self.system.tx,
             devices_lib.replicated(self.mesh),
         )

@@ -13,8 +13,7 @@ from vidjax.evaluation import restore
 from vidjax.files import reading
 from vidjax.main import main
 from vidjax.run import checkpoint
-from vidjax.steps import feed
-from vidjax.training import plan
+from vidjax.training import feed, plan
 
 CLIPS = 6  # of each split
 CONFIG = ("--config=knn:face", "--config.eval.report=False")

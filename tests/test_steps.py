@@ -13,11 +13,11 @@ from tests.helpers.made_frames import make_frames
 from vidjax import augment, ensemble, logit_ops
 from vidjax import config as config_lib
 from vidjax.batch import Batch, ModelOutput
+from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import scoring
 from vidjax.models.base import Identifier
-from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import train_step
 
 log_probabilities = jax.jit(logit_ops.log_softmax)
 DIMS = {"face": 6, "audio": 4}
@@ -62,7 +62,7 @@ def init(system, labels, num_members=1):
     members = tuple(ensemble.Member(seed) for seed in range(num_members))
     rngs = ensemble.make_rngs(members, 3)
     labels = jnp.tile(jnp.asarray(labels, jnp.int32), (num_members, 1))
-    state = jax.jit(lambda: train_step.init_state(system, DIMS, rngs, labels))()
+    state = jax.jit(lambda: train_step.init_state(system, rngs, labels))()
     return state.replace(params=_moved(state.params))
 
 

@@ -14,9 +14,9 @@ from tests.helpers.made_steps import make_train_step
 from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
 from vidjax.devices import CompileClock
-from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import train_step
+from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -184,7 +184,7 @@ def full_size(name):
 
 def init_one(system, sizes, labels):
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    return train_step.init_state(system, sizes.modalities, rngs, labels)
+    return train_step.init_state(system, rngs, labels)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vidjax import devices
-from vidjax.steps import topk
+from vidjax.evaluation import topk
 
 C, K = 7, 20
 

@@ -26,9 +26,8 @@ from vidjax import devices as devices_lib
 from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint, signals
 from vidjax.run.folder import RunFolder
-from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
-from vidjax.training import train
+from vidjax.training import train, train_step
 from vidjax.training.plan import make_schedule
 
 
@@ -325,7 +324,7 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path):
     sizes = TaskSpec({"face": 24}, 12, None, len(clips), 1, train_other=True)
     system = make_system(config.to_dict(), sizes)
     rngs = ensemble.make_rngs((ensemble.Member(),), config.seed)
-    first = train_step.init_state(system, sizes.modalities, rngs, labels[None])
+    first = train_step.init_state(system, rngs, labels[None])
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
     losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():

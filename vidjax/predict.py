@@ -28,12 +28,12 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument, warn
+from vidjax.evaluation import eval_step as eval_step_lib
+from vidjax.evaluation import topk
 from vidjax.evaluation.restore import check_widths, find_run, load_weights
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
 from vidjax.run.folder import RunFolder
 from vidjax.run.terminal import uncounted
-from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import topk
 from vidjax.system import System, make_system
 
 SMALL_REQUEST = 4  # clips, and rows of the block that scores them

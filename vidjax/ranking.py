@@ -17,7 +17,7 @@ import numpy as np
 from vidjax import files, messages, metrics
 from vidjax.data.untrusted.names import check_name, escape
 from vidjax.errors import UserError
-from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
+from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
 
 
 def write_ranking(

@@ -14,10 +14,10 @@ import optax
 from vidjax import augment, ensemble, fusion, logit_ops, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
-from vidjax.batch import Array, Frames, NoiseLayout
+from vidjax.batch import Array, ClipInfo, Frames, NoiseLayout
 from vidjax.errors import UserError, check_entry, named
 from vidjax.models import identifier
-from vidjax.models.base import Identifier
+from vidjax.models.base import Identifier, ModelState, Params
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 
@@ -86,6 +86,20 @@ class System(NamedTuple):
             fused[name] = result._replace(features=features)
         return fused
 
+    def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
+        """Draws the parameters of one member; returns them and the other collections."""
+        fused = self.fuse(fuse_rng, blank_clip(self.task.modalities), jnp.int32(0))
+        fused, exists = self.to_examples(fused)
+        rows = jnp.zeros(exists.size, jnp.int32)
+        clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
+        variables = dict(self.model.init(rng, fused, clips, train=False))
+        return variables.pop("params", {}), variables
+
+    def shapes(self, num_members: int) -> tuple[Params, ModelState]:
+        """Returns the shapes and dtypes of what `init` returns, of all members: [E, ...]."""
+        rngs = jax.random.split(jax.random.key(0), num_members)
+        return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
+
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
@@ -116,6 +130,15 @@ class System(NamedTuple):
             return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
 
         return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
+
+
+def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
+    """Returns one clip of one frame: the shapes of parameters depend on widths alone."""
+    row = jnp.zeros((1, 1))
+    return {
+        name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
+        for name, dim in modalities.items()
+    }
 
 
 class TaskSpec(NamedTuple):

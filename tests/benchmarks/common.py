@@ -25,8 +25,8 @@ from vidjax import config_io, devices, ensemble, fusion
 from vidjax.batch import Array, Frames, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.steps import train_step
 from vidjax.system import System, TaskSpec, make_system
+from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -135,7 +135,7 @@ def make_run(
 
     def init() -> train_step.TrainState:
         rngs = ensemble.make_rngs(members, config.seed)
-        return train_step.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
+        return train_step.init_state(system, rngs, jnp.asarray(labels, jnp.int32))
 
     state: Any = train_step.make_state(init, system.tx, devices.replicated(mesh))
     tables = train_step.make_tables(members, np.ones((len(members), num_clips)))

@@ -29,9 +29,9 @@ from vidjax import devices, ensemble
 from vidjax.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, blocks_of, make_eval_plan
+from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.steps import eval_step as eval_step_lib
 
 TESTED = 80_000  # clips of the official test, of which a publication speaks
 TESTS = {  # what a publication times -> one of its nets, and how many there are

@@ -21,7 +21,7 @@ import numpy as np
 
 from tests.benchmarks import common
 from vidjax import ensemble
-from vidjax.steps import train_step
+from vidjax.training import train_step
 
 SPEC = "quality_fusion.py"
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from tests.benchmarks import common
 from vidjax.data import resident
-from vidjax.steps import train_step
+from vidjax.training import train_step
 
 STEPS = 4  # a dispatch
 

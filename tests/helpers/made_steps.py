@@ -9,8 +9,8 @@ import numpy as np
 
 from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
-from vidjax.steps import train_step
 from vidjax.system import System, TaskSpec, make_system
+from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 24  # of features
@@ -83,7 +83,7 @@ def make(spec, *words, num_identities=50, num_devices=1, batch_size=32, other=Fa
 
     def init():
         rngs = ensemble.make_rngs(members, 0)
-        return train_step.init_state(system, modalities, rngs, labels.astype(np.int32))
+        return train_step.init_state(system, rngs, labels.astype(np.int32))
 
     state = jax.jit(init, out_shardings=devices.replicated(mesh))()
     tables = train_step.make_tables(members, np.ones(labels.shape))

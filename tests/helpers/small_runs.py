@@ -13,8 +13,7 @@ from vidjax.analysis import analysis
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint
 from vidjax.run.folder import RunFolder
-from vidjax.steps import feed
-from vidjax.training import train
+from vidjax.training import feed, train
 
 ROOT = Path(__file__).parents[2]
 MODALITIES = "--config.modalities=face,head,audio"

@@ -20,10 +20,11 @@ from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import augment, config_io, ensemble, fusion, losses, optim
 from vidjax.batch import Frames, ModelOutput
+from vidjax.evaluation import eval_step
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.layers import ResidualBlock
-from vidjax.steps import eval_step, train_step
 from vidjax.system import System, TaskSpec, make_system
+from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
 
@@ -59,8 +60,8 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     """Name of each parameter of one member -> its shape."""
     system = official(spec)
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    modalities, labels = system.task.modalities, jnp.zeros((1, 2), jnp.int32)
-    state = jax.eval_shape(lambda: train_step.init_state(system, modalities, rngs, labels))
+    labels = jnp.zeros((1, 2), jnp.int32)
+    state = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     return {"/".join(part.key for part in path): leaf.shape[1:] for path, leaf in leaves}
 

@@ -14,8 +14,8 @@ from tests.helpers.made_frames import make_frames
 from vidjax import config_io, ensemble, fusion, losses
 from vidjax.augment import MemberClips
 from vidjax.batch import ClipInfo, ModelOutput
-from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +45,7 @@ def shapes(name, words=""):
     _, system = published(name, words)
     labels = jnp.zeros((1, CLIPS), jnp.int32)
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    state = jax.eval_shape(
-        lambda: train_step.init_state(system, system.task.modalities, rngs, labels)
-    )
+    state = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels))
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.shape[1:] for path, x in leaves

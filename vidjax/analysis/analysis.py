@@ -21,13 +21,13 @@ from vidjax.analysis.strata import ScoredSplit
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import warn
+from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation.restore import FoundRun, make_model
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, windows
 from vidjax.run import results
 from vidjax.run.folder import ResultPaths, RunFolder
 from vidjax.run.signals import Interrupted
 from vidjax.significance import FEWEST_IDENTITIES
-from vidjax.steps import eval_step as eval_step_lib
 
 
 def analyse(

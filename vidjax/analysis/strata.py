@@ -12,8 +12,8 @@ import numpy as np
 from vidjax import metrics
 from vidjax.data.clips import Split
 from vidjax.evaluation.scoring import TrainedModel
+from vidjax.evaluation.topk import TopK
 from vidjax.significance import FEWEST_IDENTITIES, map_interval
-from vidjax.steps.topk import TopK
 
 MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
 DRAWS = 1000  # of the interval of a group, which has one from FEWEST_IDENTITIES on

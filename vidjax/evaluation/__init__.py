@@ -1,1 +1,1 @@
-"""From trained weights to a ranking: restored runs, scores of a split, and their metrics."""
+"""From trained weights to a ranking: restored runs, the step, scores of a split, the top k."""

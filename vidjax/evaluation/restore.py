@@ -21,12 +21,11 @@ from vidjax import config_io, devices, ensemble, files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError, warn
+from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder, changes
-from vidjax.steps import train_step
-from vidjax.steps.eval_step import make_eval_step
 from vidjax.system import System, TaskSpec, make_system
 
 T = TypeVar("T")
@@ -154,12 +153,9 @@ def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Loads the parameters of a run, and the collections of `Identifier.solve`, all [E, ...]."""
-    saved = train_step.abstract_state(system, run.task.modalities, len(run.training_sets.members))
-    items = checkpoint.load(
-        run.checkpoint,
-        {"params": saved.params, "model_state": saved.model_state},
-        devices.replicated(mesh),
-    )
+    params, model_state = system.shapes(len(run.training_sets.members))
+    saved = {"params": params, "model_state": model_state}
+    items = checkpoint.load(run.checkpoint, saved, devices.replicated(mesh))
     params = items["params"]
     return params, devices.replicate(mesh, system.model.solve(params, items["model_state"]))
 

@@ -15,13 +15,13 @@ from vidjax.batch import Array, Batch
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
 from vidjax.errors import UserError, warn
+from vidjax.evaluation import eval_step as eval_step_lib
+from vidjax.evaluation import topk
+from vidjax.evaluation.eval_step import MeanScores, add_scores, mean_scores, no_scores
 from vidjax.logit_ops import is_best
 from vidjax.metrics import ClipScores
 from vidjax.models.base import ModelState, Params
 from vidjax.run.terminal import Progress
-from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import topk
-from vidjax.steps.eval_step import MeanScores, add_scores, mean_scores, no_scores
 from vidjax.system import System
 
 # Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:

@@ -17,9 +17,9 @@ from vidjax import ensemble, fusion
 from vidjax.batch import Array, Batch, Frames
 from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.errors import UserError
+from vidjax.evaluation import eval_step
 from vidjax.evaluation.scoring import keep_best
 from vidjax.predict import Predictor
-from vidjax.steps import eval_step
 from vidjax.system import System
 
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.

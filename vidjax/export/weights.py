@@ -22,7 +22,6 @@ from vidjax.errors import UserError
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, formats
 from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
-from vidjax.steps import train_step
 from vidjax.system import make_system
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
@@ -95,8 +94,7 @@ def _abstract(config: Config, manifest: Mapping[str, Any], members: int) -> dict
     """Returns the shapes and dtypes of the weights that a configuration and a manifest want."""
     task = restore.task_of(manifest)
     system = make_system(config.to_dict(), task)
-    state = train_step.abstract_state(system, task.modalities, members)
-    return {name: getattr(state, name) for name in ITEMS}
+    return dict(zip(ITEMS, system.shapes(members), strict=True))
 
 
 def _items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from vidjax.data.clips import ClipSource
     from vidjax.data.frame_fields import Quality
     from vidjax.data.packing import Clips
+    from vidjax.evaluation.topk import ScoreBlock, TopK
     from vidjax.extract.cards import BackEnd
     from vidjax.predict import Predictor
-    from vidjax.steps.topk import ScoreBlock, TopK
 
 FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
@@ -704,7 +704,7 @@ class Gallery:
 
         `advance` is called with the number of clips of each finished block.
         """
-        from vidjax.steps import topk  # JAX, for those alone who rank
+        from vidjax.evaluation import topk  # JAX, for those alone who rank
 
         state = self._anybody()
         chosen = fpir is not None or threshold is not None

@@ -1,1 +1,1 @@
-"""From data to trained weights: the plan of a run, its loop, and what is fitted beside it."""
+"""From data to trained weights: the plan of a run, its loop, feeds, step and noise classes."""

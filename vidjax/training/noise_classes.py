@@ -18,8 +18,9 @@ import numpy as np
 from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch, NoiseLayout
 from vidjax.errors import UserError
+from vidjax.evaluation import eval_step
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import eval_step, train_step
+from vidjax.training import train_step
 
 
 def relabelled(

@@ -24,8 +24,8 @@ from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
 from vidjax.run import results
 from vidjax.run.terminal import say
-from vidjax.steps import train_step
-from vidjax.system import TaskSpec, make_fusions, make_model, make_system
+from vidjax.system import TaskSpec, blank_clip, make_fusions, make_model, make_system
+from vidjax.training import train_step
 from vidjax.training.noise_classes import cluster, initial_labels
 
 # Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
@@ -278,8 +278,8 @@ def dry_run(config: Config) -> None:
     def init() -> train_step.TrainState:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
-        system.fuse(None, train_step.blank_clip(widths), jnp.int32(0))  # as an evaluation does
-        return train_step.init_state(system, widths, rngs, jnp.zeros((1, CLIPS), jnp.int32))
+        system.fuse(None, blank_clip(widths), jnp.int32(0))  # as an evaluation does
+        return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
 
     try:
         params = jax.eval_shape(init).params

@@ -21,17 +21,16 @@ from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.errors import UserError, warn
-from vidjax.evaluation import restore
+from vidjax.evaluation import eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
 from vidjax.run import checkpoint, signals
 from vidjax.run import results as results_lib
 from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes, check_there
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
-from vidjax.steps import eval_step, train_step
-from vidjax.steps import feed as feed_lib
 from vidjax.system import make_system
-from vidjax.training import noise_classes
+from vidjax.training import feed as feed_lib
+from vidjax.training import noise_classes, train_step
 from vidjax.training.plan import RunPlan, make_plan, make_schedule, repeated_clips, values_of_clips
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -236,7 +235,7 @@ class TrainingRun:
             members = plan.training_sets.members
             labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
             rngs = ensemble.make_rngs(members, config.seed)
-            return train_step.init_state(system, plan.task.modalities, rngs, labels)
+            return train_step.init_state(system, rngs, labels)
 
         folder = RunFolder(workdir)
         if folder.has(CONFIG):

@@ -13,9 +13,9 @@ from vidjax import devices, distributed
 from vidjax.batch import Array, Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.steps import train_step
-from vidjax.steps.train_step import Outcome, Tables, TrainState
 from vidjax.system import System
+from vidjax.training import train_step
+from vidjax.training.train_step import Outcome, Tables, TrainState
 
 DISPATCH_SECONDS = 1.0  # duration of a dispatch of steps
 # One for each group of members, that is, for those that one program trains.

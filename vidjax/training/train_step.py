@@ -51,9 +51,7 @@ def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
     )
 
 
-def init_state(
-    system: System, modalities: Mapping[str, int], rngs: Array, labels: Array
-) -> TrainState:
+def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0.
 
     `rngs` [E] has one key per member, for its parameters and draws. Labels are [E, N] int32.
@@ -61,12 +59,7 @@ def init_state(
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
-        fused = system.fuse(fuse_rng, blank_clip(modalities), jnp.int32(0))
-        fused, exists = system.to_examples(fused)
-        rows = jnp.zeros(exists.size, jnp.int32)
-        clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
-        variables = dict(system.model.init(init_rng, fused, clips, train=False))
-        return variables.pop("params", {}), variables, state_rng
+        return *system.init(init_rng, fuse_rng), state_rng
 
     params, model_state, rngs = jax.lax.map(init_member, rngs)
     return TrainState(
@@ -79,27 +72,6 @@ def init_state(
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
     )
-
-
-def abstract_state(
-    system: System, modalities: Mapping[str, int], num_members: int = 1
-) -> TrainState:
-    """Returns the shapes and dtypes of the state of a system for one training clip."""
-
-    def init() -> TrainState:
-        rngs = jax.random.split(jax.random.key(0), num_members)
-        return init_state(system, modalities, rngs, jnp.zeros((num_members, 1), jnp.int32))
-
-    return jax.eval_shape(init)
-
-
-def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns one clip of one frame: the shapes of parameters depend on widths alone."""
-    row = jnp.zeros((1, 1))
-    return {
-        name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
-        for name, dim in modalities.items()
-    }
 
 
 def make_state(
