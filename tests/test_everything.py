@@ -239,5 +239,6 @@ def test_a_test_split_with_a_ground_truth_is_measured(tmp_path, cache_dir):
     assert f"{results['map']:.4f} on test;" in said
     assert "measured" not in said
     (truth,) = cache_dir.glob("synthetic/small-0-*/test_gt.txt")
-    value = ranking.score_files(truth, tmp_path / "run" / "ranking.txt")
+    submission = ranking.read_submission(tmp_path / "run" / "ranking.txt")
+    value = ranking.score(ranking.read_ground_truth(truth), submission.ranking)
     assert np.isclose(value, results["map"], rtol=0, atol=1e-12)

@@ -159,7 +159,10 @@ def test_the_official_journey(vidjax_command, official_dir, tmp_path, capsys):
     assert check.stdout.count(f"checkpoint {metrics['step']}") == 1
     assert main([*words, "--config.seed=5"]) == 2
     assert "seed: 0 -> 5" in capsys.readouterr().err
-    scored = ranking.score_files(official_dir / "val_gt.txt", workdir / "ranking.txt")
+    submission = ranking.read_submission(workdir / "ranking.txt")
+    scored = ranking.score(
+        ranking.read_ground_truth(official_dir / "val_gt.txt"), submission.ranking
+    )
     assert scored == pytest.approx(metrics["map"], abs=1e-12)
 
     moved = tmp_path / "moved"

@@ -148,7 +148,8 @@ def test_held_out_goes_by_name():
     training_sets = ensemble.TrainingSets(
         (ensemble.Member(), ensemble.Member(1)), ("a", "b", "c"), trained
     )
-    found = ensemble.held_out(training_sets, ("c", "new", "b", "a"))
+    found, in_sample = ensemble.scoring_members(training_sets, ("c", "new", "b", "a"))
+    assert not in_sample
     np.testing.assert_array_equal(found, [[0, 1, 1, 0], [0, 1, 0, 1]])
 
 

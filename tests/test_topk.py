@@ -11,6 +11,12 @@ from vidjax.evaluation import topk
 C, K = 7, 20
 
 
+def empty_top() -> topk.TopK:
+    shape = (C, K)
+    scores = jnp.full(shape, -jnp.inf, jnp.float32)
+    return topk.TopK(scores, jnp.full(shape, topk.NO_CLIP, jnp.int32))
+
+
 def full_sort(scores: np.ndarray, clip_index: np.ndarray, k: int) -> topk.TopK:
     """The oracle: every score of every clip, sorted by two keys."""
     num_identities = scores.shape[1]
@@ -84,7 +90,7 @@ def test_equals_a_full_sort_when_identities_take_several_chunks(monkeypatch):
     rng = np.random.default_rng(0)
     scores = np.round(4 * rng.standard_normal((90, C), np.float32))
     clip_index = rng.permutation(90).astype(np.int32)
-    top = topk.init_top(C, K)
+    top = empty_top()
     for block in blocks_of(scores, clip_index, 30, rng):
         top = jax.jit(topk.update_top)(top, [block])
     assert_exact(topk.finish_top(top), full_sort(scores, clip_index, K))
@@ -98,7 +104,7 @@ def test_equals_a_full_sort_where_few_rows_are_looked_into(monkeypatch):
         rng = np.random.default_rng(1)
         scores = stream(rng.standard_normal((1500, C), np.float32), rng).astype(np.float32)
         clip_index = rng.permutation(1500).astype(np.int32)
-        top, most = topk.init_top(C, K), []
+        top, most = empty_top(), []
         for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
             rows = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
             least = np.min(top.scores, axis=1)
@@ -130,7 +136,7 @@ def test_scores_split_over_devices():
     split = [jax.device_put(block, devices.by_rows(mesh)) for block in blocks]
     expected = full_sort(scores, clip_index, K)
     assert_exact(topk.rank(split, C, K, rows=64), expected)
-    top = jax.jit(topk.update_top)(devices.replicate(mesh, topk.init_top(C, K)), split)
+    top = jax.jit(topk.update_top)(devices.replicate(mesh, empty_top()), split)
     assert_exact(jax.jit(topk.finish_top)(top), expected)
 
 

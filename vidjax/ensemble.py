@@ -214,23 +214,16 @@ def load(folder: Path) -> TrainingSets:
     return TrainingSets(members, tuple(names.split("\n")), trained)
 
 
-def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
-    """Returns [E, n] bool, True where a member was not trained on a clip and so may score it.
-
-    Clips are matched by name, whatever split they belong to.
-    """
-    position = _positions(training_sets.clips)
-    rows = np.array([position.get(name, -1) for name in clips], np.int64)
-    return ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
-
-
 def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[np.ndarray, bool]:
     """Returns the members that score each clip, [E, n] bool, and True if they were trained on some.
 
-    A clip is scored by the members that were not trained on it. But if all members were trained on
-    all training clips (no folds), and `clips` has some of these, all members score all of `clips`.
+    A clip is scored by the members that were not trained on a clip of its name, in any split. But
+    if all members were trained on all training clips (no folds), and `clips` has some of these, all
+    members score all of `clips`.
     """
-    use = held_out(training_sets, clips)
+    position = _positions(training_sets.clips)
+    rows = np.array([position.get(name, -1) for name in clips], np.int64)
+    use = ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
     if training_sets.trained.all() and not use.all():
         return np.ones_like(use), True
     return use, False

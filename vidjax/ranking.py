@@ -8,7 +8,7 @@ two hexadecimal digits. No other character is escaped.
 import argparse
 import codecs
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,27 +137,12 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     return Submission(ranking, faults)
 
 
-def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
-    """Returns MAP@100 of a submission, as the organisers' script computes it.
+def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]) -> float:
+    """Returns MAP@100 of a ranking, as the organisers' script computes it.
 
-    A submission with faults is scored as `read_submission` says. An identity that it lacks counts
-    0, one that the ground truth lacks is ignored. Names match as exact strings: both files escape
-    them alike.
-
-    Args:
-      gt_path: `NAME.mp4 ID` lines or `ID NAME.mp4 NAME.mp4 ...` lines.
-      ranking_path: the submission.
-
-    Raises:
-      ValueError: the ground truth has an empty line, a second `ID NAME ...` line of an identity, an
-        identity without a clip, a clip that is listed twice, or lines of neither form. The message
-        has the line's number.
+    Both map identities to clips. An identity that the ranking lacks counts 0, one that the ground
+    truth lacks is ignored. Names match as exact strings: both files escape them alike.
     """
-    positives = _read_ground_truth(Path(gt_path))
-    return _score(positives, read_submission(ranking_path).ranking)
-
-
-def _score(positives: dict[str, list[str]], ranking: dict[str, list[str]]) -> float:
     columns = [column for column, clips in enumerate(positives.values(), 1) for _ in clips]
     clips = [clip for clips in positives.values() for clip in clips]
     rows = {clip: row for row, clip in enumerate(clips)}
@@ -169,8 +154,17 @@ def _score(positives: dict[str, list[str]], ranking: dict[str, list[str]]) -> fl
     return metrics.mean_average_precision(index, np.array(columns), counts)
 
 
-def _read_ground_truth(path: Path) -> dict[str, list[str]]:
-    """Returns identity -> the clips that show it, from either form of `score_files`."""
+def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
+    """Returns identity -> the clips that show it, of a file with lines of one of two forms.
+
+    They are `NAME.mp4 ID`, or `ID NAME.mp4 NAME.mp4 ...`.
+
+    Raises:
+      ValueError: an empty line, a second `ID NAME ...` line of an identity, an identity without a
+        clip, a clip that is listed twice, or lines of neither form. The message has the line's
+        number.
+    """
+    path = Path(path)
     lines = _read_lines(path)
     if not lines:
         raise UserError(f"{path}: the file is empty")
@@ -243,7 +237,7 @@ def add_flags(parser: messages.Parser) -> None:
 
 def _score_files(args: argparse.Namespace) -> messages.Result:
     """Prints the score on the last line. Faults are warnings; with `--strict` they are errors."""
-    positives = _read_ground_truth(args.gt)
+    positives = read_ground_truth(args.gt)
     submission = read_submission(args.ranking, identities=positives)
     for complaint in submission.complaints():
         messages.complain(f"{'error' if args.strict else 'warning'}: {complaint}")
@@ -251,14 +245,14 @@ def _score_files(args: argparse.Namespace) -> messages.Result:
         return messages.Result({"faults": submission.complaints()}, code=2)
     _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
     common = len(positives.keys() & submission.ranking.keys())
-    score = _score(positives, submission.ranking)
+    value = score(positives, submission.ranking)
     text = (
         f"{args.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
         f"{args.ranking}: {common} of them ranked, {len(positives) - common} missing, "
         f"{len(submission.ranking) - common} others ignored\n"
-        f"MAP@{MAX_NAMES}\n{score:.17g}"
+        f"MAP@{MAX_NAMES}\n{value:.17g}"
     )
-    return messages.Result({"map": score, "faults": submission.complaints()}, text=text)
+    return messages.Result({"map": value, "faults": submission.complaints()}, text=text)
 
 
 def _warn_if_nothing_matches(

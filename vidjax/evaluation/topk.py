@@ -38,14 +38,6 @@ class TopK(NamedTuple):
 ScoreBlock = tuple[Array, Array, Array]  # scores [B, C], clip_index [B], batch_mask [B]
 
 
-def init_top(num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns an empty top k of C identities."""
-    return TopK(
-        scores=jnp.full((num_identities, k), -jnp.inf, jnp.float32),
-        index=jnp.full((num_identities, k), NO_CLIP, jnp.int32),
-    )
-
-
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into a top k, exactly; `finish_top` sorts the result.
 

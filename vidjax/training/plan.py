@@ -4,7 +4,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
     )
-    settings = _prepared(config, data, task, labels, weight > 0)
+    # Fitted before the first step; constants of compiled programs.
+    clips = training_clips(config, data, labels, weight > 0)
+    settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
     task = task._replace(settings=settings)
     return RunPlan(task, training_sets, labels, train_step.make_tables(members, weight))
 
@@ -194,15 +196,6 @@ def values_of_clips(
         value, index, real = (np.concatenate(part) for part in zip(*found, strict=True))
         values.append(value[real][np.argsort(index[real])])
     return np.concatenate(values)
-
-
-def _prepared(
-    config: Config, data: TrainingData, task: TaskSpec, labels: np.ndarray, used: np.ndarray
-) -> dict[str, Any] | None:
-    """Returns `TaskSpec.settings`, fitted before the first step; constants of compiled programs."""
-    model = make_model(config.to_dict(), task)
-    clips = training_clips(config, data, labels, used)
-    return dict(model.prepare(clips)) or None
 
 
 def training_clips(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vidjax import devices, ensemble, fusion
 from vidjax.augment import MemberClips
-from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
+from vidjax.batch import Array, Batch, ClipInfo, Packed
 from vidjax.logit_ops import is_best
 from vidjax.models.base import ModelState, Params
 from vidjax.system import System
@@ -143,12 +143,15 @@ def train_step(
     A member whose loss or gradient is not finite keeps its parameters; `sums["bad_steps"]` counts
     it. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect.
     """
+    usable = batch.batch_mask & fusion.has_frames({x: batch.frames[x] for x in system.fuse_train})
+    labels = state.labels[:, batch.clip_index]  # [E, B]
+    weight = tables.weight[:, batch.clip_index] * usable
+    inputs = (state.rng, labels, weight, tables.min_quality, tables.view)
+    members = (state.replace(step=None, rng=None, labels=None), inputs)
 
     def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
         return member_step(system, state.step, learned, batch, inputs)
 
-    inputs = _member_inputs(system, state, tables, batch)
-    members = (_learned(state), inputs)
     if len(state.rng) > 1:
         learned, losses = jax.vmap(step)(*members)
     else:
@@ -174,8 +177,14 @@ def member_step(
         key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
 
-    frames, exists, info = _model_input(system, batch, clips)
-    assert info.labels is not None
+    frames, exists = system.to_examples(clips.frames)
+    exists = exists & (clips.weight > 0)[:, None]  # [B, T']
+
+    def repeat(values: Array) -> Array:  # one for each example
+        return jnp.repeat(values, exists.shape[1])
+
+    labels, mask = repeat(clips.labels), exists.reshape(-1)
+    info = ClipInfo(index=repeat(batch.clip_index), mask=mask, labels=labels)
     by_clips = system.config["loss"]["mean_over"] == "clips"
 
     def mean_loss(params: Params) -> tuple[Array, tuple[Array, ModelState]]:
@@ -187,9 +196,10 @@ def member_step(
             rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
             mutable=list(learned.model_state),
         )
+        losses = [system.objective(output, repeat(own), mask, step) for own, _ in clips.targets]
         per_clip = sum(
-            share * _loss_by_clip(system, step, output, labels, exists)
-            for labels, share in clips.targets
+            share * mean_over_examples(loss, exists)
+            for loss, (_, share) in zip(losses, clips.targets, strict=True)
         )
         counted = clips.weight > 0 if by_clips else clips.weight
         loss = jnp.sum(per_clip * clips.weight) / jnp.maximum(jnp.sum(counted), 1e-6)
@@ -197,7 +207,7 @@ def member_step(
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (logits, model_state)), grads = gradient(learned.params)
-    is_right = is_best(jnp.where(system.class_mask, logits, -jnp.inf), info.labels)
+    is_right = is_best(jnp.where(system.class_mask, logits, -jnp.inf), labels)
     correct = mean_over_examples(is_right, exists)
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
@@ -226,26 +236,9 @@ def member_step(
     return new, loss
 
 
-def _learned(state: TrainState) -> TrainState:
-    """Returns the part of a state that a step changes and that has an axis E."""
-    return state.replace(step=None, rng=None, labels=None)
-
-
 def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
     """Returns keys for fusion, dropout, modality dropout and transforms."""
     return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
-
-
-def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
-    """Gathers the inputs of a step for every member, with a leading axis E.
-
-    The weight is 0 for padded rows, clips without frames, and clips that a member must not see.
-    """
-    frames = {name: batch.frames[name] for name in system.fuse_train}
-    usable = batch.batch_mask & fusion.has_frames(frames)
-    labels = state.labels[:, batch.clip_index]  # [E, B]
-    weight = tables.weight[:, batch.clip_index] * usable
-    return state.rng, labels, weight, tables.min_quality, tables.view
 
 
 def _draw_clips(
@@ -273,29 +266,6 @@ def _draw_clips(
         clips = transform(jax.random.fold_in(rng, number), clips)
     fused = system.fuse(rng, clips.frames, view)
     return clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
-
-
-def _model_input(
-    system: System, batch: Batch, clips: MemberClips
-) -> tuple[Mapping[str, Frames], Array, ClipInfo]:
-    """Returns the examples of clips: frames, mask [B, T'] of those that count, and ClipInfo."""
-    frames, exists = system.to_examples(clips.frames)
-    exists = exists & (clips.weight > 0)[:, None]
-    info = ClipInfo(
-        index=jnp.repeat(batch.clip_index, exists.shape[1]),
-        mask=exists.reshape(-1),
-        labels=jnp.repeat(clips.labels, exists.shape[1]),
-    )
-    return frames, exists, info
-
-
-def _loss_by_clip(
-    system: System, step: Array, output: ModelOutput, labels: Array, exists: Array
-) -> Array:
-    """Returns the loss of every clip, [B] float, averaged over its examples in `exists` [B, T']."""
-    labels = jnp.repeat(labels, exists.shape[1])
-    losses = system.objective(output, labels, exists.reshape(-1), step)
-    return mean_over_examples(losses, exists)
 
 
 def mean_over_examples(values: Array, exists: Array) -> Array:
@@ -335,8 +305,10 @@ def make_train_loop(
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry
             batch = devices.constrain_batch(mesh, draw(clips, state.step))
-            new_state, losses = train_step(system, state, tables, batch)
-            return new_state, add_to_outcome(outcome, new_state, losses)
+            new, losses = train_step(system, state, tables, batch)
+            is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
+            bad_step = jnp.where(is_first, state.step, outcome.bad_step)
+            return new, Outcome(losses.astype(jnp.float32), bad_step)
 
         num_members = len(state.rng)
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
@@ -345,10 +317,3 @@ def make_train_loop(
         return jax.lax.fori_loop(0, count, body, (state, start))
 
     return jax.jit(loop, donate_argnums=0, out_shardings=devices.replicated(mesh))
-
-
-def add_to_outcome(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
-    """Adds one step to the outcome, given the state after that step and its losses [E]."""
-    is_first = (outcome.bad_step < 0) & jnp.any(state.bad_steps >= MAX_BAD_STEPS)
-    bad_step = jnp.where(is_first, state.step - 1, outcome.bad_step)
-    return Outcome(losses.astype(jnp.float32), bad_step)
