@@ -294,8 +294,8 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
     # A block for every 16 clips, and for each of three lengths a last one and a mixed one.
     assert len(used[0]) / 16 <= calls[0] <= len(used[0]) / 16 + 3 * (3 + 3)
     assert calls[1] == 2 * calls[0]
-    # Every block holds its running sums, however many members there are.
-    assert most[1] == most[0] < 4 * calls[0]
+    # Every block holds its two running sums, however many members there are.
+    assert most[1] <= most[0] + 2 < 4 * calls[0]
 
 
 def test_a_block_holds_clips_of_the_same_members():
