@@ -56,7 +56,7 @@ class Feed(abc.ABC):
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.largest(max(1, min(most, count)))
         began = time.monotonic()
-        states, dispatched = self._dispatch(states, tables, step, count)
+        states, dispatched = self._dispatch(states, tables, count)
         outcomes = devices.fetch(dispatched)
         count = int(states[0].step) - step
         if self._compiled:
@@ -69,7 +69,7 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def _dispatch(
-        self, states: States, tables: AllTables, step: int, count: int
+        self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         """Dispatches `count` steps or fewer; returns states, and the outcomes of one or two calls.
 
@@ -99,7 +99,7 @@ class StreamingFeed(Feed):
         return devices.shard_batch(self._mesh, next(self._batches))
 
     def _dispatch(
-        self, states: States, tables: AllTables, step: int, count: int
+        self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         found: list[list[Outcome]] = []
         first, alone = time.monotonic(), distributed.count() == 1
@@ -140,9 +140,8 @@ class ResidentFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, draw)
 
     def _dispatch(
-        self, states: States, tables: AllTables, step: int, count: int
+        self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        del step
         pairs = zip(states, tables, strict=True)
         results = [self._loop(*pair, self._clips, np.asarray(count, np.int32)) for pair in pairs]
         return [state for state, _ in results], [[outcome for _, outcome in results]]
