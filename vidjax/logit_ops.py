@@ -63,31 +63,12 @@ def leave_out(logits: Array, class_mask: Array | None) -> Array:
     return jnp.where(jnp.asarray(class_mask), logits, jnp.finfo(logits.dtype).min / 2)
 
 
-def sum_of_shares(shares: Array) -> Array:
-    """Returns the sum of numbers from 0 to 1 over the last axis, which is kept with length 1.
-
-    float32 numbers are rounded to multiples of 2**-34 or less and added as integers, in any order:
-    the sum is the same to the bit if the axis is split over several devices.
-    """
-    if shares.dtype != jnp.float32:
-        return jnp.sum(shares, axis=-1, keepdims=True)
-    bits = 30 - max(shares.shape[-1] - 1, 1).bit_length()  # of a number; the sum has 31 at most
-    total, scale = jnp.zeros((*shares.shape[:-1], 1)), 1.0
-    for _ in range(-(-34 // bits)):
-        shares, scale = shares * 2.0**bits, scale / 2.0**bits
-        whole = shares.astype(jnp.int32)
-        shares = shares - whole
-        total = total + jnp.sum(whole, axis=-1, keepdims=True) * scale
-    return total
-
-
 def log_softmax(logits: Array, class_mask: Array) -> Array:
     """Returns the logarithm of the softmax over the columns that training sees.
 
     For the best column it is log_sigmoid(lead), with lead = logit - logsumexp(the others). In
     float32 this keeps all digits up to a lead of 87 nats; logit - logsumexp(all) would round to 0
-    from 17 nats on, and clips that differ in certainty would tie. The result [..., K] is the same
-    to the bit on any number of devices that share the columns.
+    from 17 nats on, and clips that differ in certainty would tie. The result is [..., K].
 
     `class_mask` is [K] bool, True for columns that training sees; other columns may exceed 0.
     """
@@ -99,7 +80,7 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
     others = jnp.where(is_best, -jnp.inf, seen)
     second = jnp.max(others, axis=-1, keepdims=True)
     second = jnp.where(second == -jnp.inf, 0.0, second)
-    lead = best - second - jnp.log(sum_of_shares(jnp.exp(others - second)))
+    lead = best - second - jnp.log(jnp.sum(jnp.exp(others - second), axis=-1, keepdims=True))
     total = best + jax.nn.softplus(-lead)
     return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
 
