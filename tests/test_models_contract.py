@@ -298,7 +298,7 @@ BRANCHES = "other_modalities must name modalities beside 'face', got"
         ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
         (FALLBACK, {"measure": "size"}, "unknown measure 'size'"),
         (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
-        (FALLBACK, {"modality": "scene"}, "modality='scene' is not among the main"),
+        (FALLBACK, {"modality": "scene"}, "modality='scene' is not in config.modalities"),
         (FALLBACK, {"main_modalities": ("head",)}, "modality='face' is not among the main"),
         (FALLBACK, {"other_modalities": ()}, f"{BRANCHES} none"),
         (FALLBACK, {"other_modalities": ("face",)}, f"{BRANCHES} face"),
@@ -326,7 +326,7 @@ def test_impossible_options_are_refused(spec, options, message):
     ("name", "options", "message"),
     [
         ("mma", {"modalities": {}}, "at least one modality"),
-        ("knn", {"modalities": {"head": 5}}, "config.modalities are head"),
+        ("knn", {"modalities": {"head": 5}}, "config.modalities=head"),
     ],
 )
 def test_impossible_tasks_are_refused(name, options, message):

@@ -17,7 +17,7 @@ import flax.linen as nn
 import numpy as np
 
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import check_choice
+from vidjax.errors import UserError, check_choice
 
 # Nested dicts of arrays, as linen makes them.
 Params: TypeAlias = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
@@ -45,7 +45,7 @@ class Identifier(nn.Module):
 
     A plain net needs only the fields below and `__call__`. The other methods are for models that
     are not fitted by gradients alone, or that treat poor clips in another way. A field of type
-    Literal refuses other values.
+    Literal refuses other values, and a field `modality` the name of no modality.
 
     Attributes:
       modalities: name -> feature width, of fused frames.
@@ -93,6 +93,13 @@ class Identifier(nn.Module):
         for field in dataclasses.fields(self):
             if get_origin(field.type) is Literal:
                 check_choice(field.name, getattr(self, field.name), get_args(field.type))
+        modality = getattr(self, "modality", None)
+        if modality is not None and modality not in self.modalities:
+            raise UserError(
+                f"config.model.modality={modality!r} is not in config.modalities="
+                f"{','.join(self.modalities)}\n"
+                "add it, or choose one of these for config.model.modality"
+            )
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool

@@ -85,15 +85,6 @@ class DeepMEF(Identifier):
     logit_scale: float = 30.0
     dtype: jnp.dtype = jnp.float32
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.modality not in self.modalities:
-            raise UserError(
-                f"config.model.modality={self.modality!r} is not in config.modalities="
-                f"{','.join(self.modalities)}\n"
-                "add it, or choose one of these for config.model.modality"
-            )
-
     @nn.compact
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool

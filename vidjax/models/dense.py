@@ -293,14 +293,6 @@ class NeighbourIdentifier(Identifier):
     logit_scale: float = 1.0
     exact_inputs: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.modality not in self.modalities:
-            raise UserError(
-                f"model 'knn' needs the modality {self.modality!r}; config.modalities are "
-                f"{', '.join(self.modalities)}"
-            )
-
     @nn.compact
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
