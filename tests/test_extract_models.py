@@ -50,7 +50,8 @@ def test_centerface_is_decoded_as_its_paper_says():
                     for i in range(5)
                 ]
                 wanted.append((heat[row, column], (left, top, left + wide, top + tall), points))
-    assert_faces(models.decode_centerface(heat, scale, offset, marks), wanted)
+    outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
+    assert_faces(models.decode_centerface(outputs, 0), wanted)
 
 
 def test_yunet_is_decoded_as_opencv_does():
@@ -72,8 +73,13 @@ def test_yunet_is_decoded_as_opencv_does():
         box = (x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2)
         if (score := math.sqrt(one * two)) > 0.5:
             wanted.append((score, box, points))
-    found = models.decode_yunet(classes, objects, boxes, marks, stride, width)
-    assert_faces(found, wanted)
+    found = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
+    outputs = {
+        f"{kind}_{side}": array[None, : cells if side == stride else 0]
+        for kind, array in found.items()
+        for side in models.STRIDES
+    }
+    assert_faces(models.decode_yunet(outputs, width * stride), wanted)
 
 
 def test_scrfd_is_decoded_as_its_authors_do():
@@ -94,7 +100,12 @@ def test_scrfd_is_decoded_as_its_authors_do():
         if scores[anchor] > 0.5:
             box = (x - left, y - top, x + right, y + bottom)
             wanted.append((scores[anchor], box, points))
-    assert_faces(models.decode_scrfd(scores, boxes, marks, stride, width), wanted)
+    outputs = {
+        f"{kind}_{side}": array[: len(array) if side == stride else 0]
+        for kind, array in enumerate((scores[:, None], boxes, marks))
+        for side in models.STRIDES
+    }
+    assert_faces(models.decode_scrfd(outputs, width * stride), wanted)
 
 
 STRIDES = (8, 16, 32)

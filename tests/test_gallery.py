@@ -209,7 +209,7 @@ def test_a_list_holds_the_clips_that_identify_names(tmp_path):
     for fpir in (0.01, 0.05, 0.2, 0.5):
         answers = people.identify(shown, 1, fpir=fpir)
         named = {name for name, answer in answers.items() if answer.identity}
-        lists = people.top(shown, fpir=fpir).lists()
+        lists = people.rank(shown, fpir=fpir)
         listed = {clip for pairs in lists.values() for clip, _ in pairs}
         assert named == listed and len(named) <= fpir * len(names)
 

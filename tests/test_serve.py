@@ -359,7 +359,7 @@ def test_the_readme_tells_the_limits():
 def test_people_are_enrolled_listed_and_never_named_again_once_removed(tmp_path):
     folder = tmp_path / "g"
     servers.make_gallery(folder)
-    with Inside(Gallery(folder, sync=True)) as one:
+    with Inside(Gallery(folder)) as one:
         zoe = {f"zoe {n}": servers.make_frames(8000 + n, "Zoë / 2") for n in range(3)}
         body = {"clips": servers.as_json(zoe), "identity": "Zoë / 2"}
         assert one.ask("POST", "/enrol", body)[1]["enrolled"] == 3

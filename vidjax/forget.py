@@ -120,7 +120,7 @@ def _search_gallery(
     from vidjax.gallery.gallery import Gallery
 
     try:
-        gallery = Gallery(folder, sync=True)
+        gallery = Gallery(folder)
         shown = {
             name
             for name, clip in gallery.clips.items()

@@ -149,9 +149,9 @@ def _gallery(out: Path, models: Path) -> Gallery:
             "name a new folder"
         )
     try:
-        gallery = Gallery(path, sync=True)
+        gallery = Gallery(path)
     except store.NoGalleryError:  # or a killed call has left one without tables
-        return Gallery.of_models(path, models, sync=True)
+        return Gallery.of_models(path, models)
     if new := gallery.widen(models):
         say(f"new in the models: {', '.join(new)}: names stay, films and photos are read once more")
     return gallery
@@ -324,8 +324,6 @@ def _write(
     films: Sequence[folder.Film],
     gallery: Gallery,
 ) -> None:
-    from vidjax.gallery import names_page
-
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
@@ -346,7 +344,7 @@ def _write(
         if (name := _person(clip)) and shown.identity:
             photo = folder.thumbnail(out / PEOPLE / name, clip.rpartition("/")[2])
             people[shown.identity].append(photo)
-    text = names_page.page(
+    text = appearances.page(
         found, films, people, functools.partial(folder.thumbnail, out / FEATURES)
     )
     files.write_text(out / PAGE, text)

@@ -72,10 +72,7 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     blocks = (block.take(np.arange(len(some)))._replace(names=some) for some in pieces)
     clips = {f"clip_{n:07}": Clip(names[n], few[n % len(few)].vector) for n in numbers}
     folder.mkdir(mode=0o700)
-    store = Store(folder, sync=False)
-    store.make_file()
-    with store.lock() as transaction:
-        store.create(transaction, State(1, RUN, Index(front, blocks), clips, group(clips)))
+    Store(folder).create(State(1, RUN, Index(front, blocks), clips, group(clips)))
 
 
 def timed(action: Callable[[int], object], tries: int) -> str:
@@ -112,21 +109,14 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
         timed(lambda n: people.identify(asked[n], threshold=THRESHOLD), TRIES),
     )
     yield "the same as one product of numpy's", _product(people.index, query[0, :WIDTH])
-    for sync in (False, True):
-        people._store.sync = sync  # to open a million people anew takes half a minute
-        forced = ", forced to the disk" * sync
-        for count, tries in ((1, TRIES), (1000, 1)):
-            first = 2_000_000 * (1 + sync) + 1_000 * count
-            made = make_clips(num_parts, count * tries, rng, first)
-            turns = [dict(list(made.items())[n * count :][:count]) for n in range(tries)]
-            enrolled = "a clip" if count == 1 else f"{count:,} clips at once"
-            yield f"enrol {enrolled}{forced}", timed(lambda n, t=turns: people.add(t[n]), tries)
-            if num_people <= MANY and count == 1:
-                gone = [next(iter(turn.values())).identity or "" for turn in turns]
-                yield (
-                    f"remove a person{forced}",
-                    timed(lambda n, g=gone: people.remove(identity=g[n]), tries),
-                )
+    for count, tries in ((1, TRIES), (1000, 1)):
+        made = make_clips(num_parts, count * tries, rng, 2_000_000 + 1_000 * count)
+        turns = [dict(list(made.items())[n * count :][:count]) for n in range(tries)]
+        enrolled = "a clip" if count == 1 else f"{count:,} clips at once"
+        yield f"enrol {enrolled}", timed(lambda n, t=turns: people.add(t[n]), tries)
+        if num_people <= MANY and count == 1:
+            gone = [next(iter(turn.values())).identity or "" for turn in turns]
+            yield "remove a person", timed(lambda n, g=gone: people.remove(identity=g[n]), tries)
 
 
 def _product(index: Index, vector: np.ndarray) -> str:

@@ -59,10 +59,10 @@ def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
     return backend_lib.fit(vectors, labels, centred=False, settings=settings)
 
 
-def make(folder, clips=None, *, sync: bool = False, settings: Settings = SETTINGS) -> Gallery:
+def make(folder, clips=None, *, settings: Settings = SETTINGS) -> Gallery:
     """Makes a gallery, of `make_clips` unless told otherwise."""
     clips = make_clips() if clips is None else clips
-    return Gallery.of_clips(folder, RUN, make_front(settings), clips, sync=sync)
+    return Gallery.of_clips(folder, RUN, make_front(settings), clips)
 
 
 class Answers(dict[tuple[int, str], float]):

@@ -24,7 +24,7 @@ CARDS = Origin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galle
 def make_gallery(folder: Path, people: int = 12, strangers: int = 6) -> Gallery:
     """Returns a gallery of people whose clips are means of frames, as of a gallery of models."""
     clips = made_galleries.make_clips(people, strangers)
-    return Gallery.of_clips(folder, CARDS, made_galleries.make_front(), clips, sync=True)
+    return Gallery.of_clips(folder, CARDS, made_galleries.make_front(), clips)
 
 
 def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> Result:
     from vidjax.serve import app as app_lib
 
     restored = predict.restore(args.run) if args.run else None
-    gallery = Gallery(args.gallery, sync=True)
+    gallery = Gallery(args.gallery)
     if restored is not None and not gallery.origin.cards:
-        gallery = Gallery(args.gallery, run=restored, sync=True)
+        gallery = Gallery(args.gallery, run=restored)
     limits = limits_lib.Limits()
     app = app_lib.make_app(gallery, restored, limits, token)
     listener = app_lib.listen(args.host, args.port)

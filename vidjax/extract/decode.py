@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg")
@@ -159,9 +160,11 @@ class Video:
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
+        from av.video.reformatter import VideoReformatter
 
         clock = Clock(1.0 / self.info.rate, self.info.seconds)
-        shrink, convert = _Resizer(), _Resizer()
+        # Each keeps the plan that FFmpeg makes for its sizes and formats.
+        shrink, convert = VideoReformatter(), VideoReformatter()
         sample = 0
         for decoded in self._decoded(self._stream, VideoFrame):
             stamp = decoded.time
@@ -169,9 +172,9 @@ class Video:
             # A thousandth of a sample: stamps are rounded to milliseconds.
             sampled = time_s * fps >= sample - 1e-3
             try:
-                small = shrink(decoded, SMALL[1], SMALL[0])
+                small = _resized(shrink, decoded, SMALL[1], SMALL[0])
                 width = max(1, round(decoded.width * self.info.aspect))
-                rgb = convert(decoded, width, decoded.height) if sampled else None
+                rgb = _resized(convert, decoded, width, decoded.height) if sampled else None
             except (FFmpegError, ValueError):  # a format of pixels that cannot be converted
                 self.found.refused += 1
                 continue
@@ -425,16 +428,12 @@ def _check_size(path: Path, info: Info, most_pixels: int) -> None:
         )
 
 
-class _Resizer:
-    """Pictures as RGB of another size; keeps the plan that FFmpeg makes for sizes and formats."""
+def _resized(
+    reformatter: "VideoReformatter", frame: "VideoFrame", width: int, height: int
+) -> np.ndarray:
+    """Returns a frame as rgb of another size, uint8 [height, width, 3]."""
+    from av.video.reformatter import Interpolation
 
-    def __init__(self) -> None:
-        from av.video.reformatter import Interpolation, VideoReformatter
-
-        self._reformat = VideoReformatter().reformat
-        self._area = Interpolation.AREA
-
-    def __call__(self, frame: "VideoFrame", width: int, height: int) -> np.ndarray:
-        """Returns uint8 [height, width, 3]."""
-        made = self._reformat(frame, width, height, "rgb24", interpolation=self._area)
-        return made.to_ndarray()
+    area = Interpolation.AREA
+    made = reformatter.reformat(frame, width, height, "rgb24", interpolation=area)
+    return made.to_ndarray()

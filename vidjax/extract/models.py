@@ -20,6 +20,7 @@ LEAST_SCORE = 0.5
 MOST_OVERLAP = 0.3  # of two boxes of one image, as intersection over union
 MOST_CANDIDATES = 5000  # the best, of which overlapping ones are left out
 FORMULA = 7919
+STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
@@ -258,25 +259,23 @@ def suppress(faces: Faces, most_overlap: float) -> Faces:
     return Faces(*(part[chosen] for part in faces))
 
 
-def decode_centerface(
-    heatmap: np.ndarray,
-    scale: np.ndarray,
-    offset: np.ndarray,
-    landmarks: np.ndarray,
-) -> Faces:
+def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces of CenterFace's outputs, in pixels of its input, unsorted.
 
-    Args:
-      heatmap: [h, w], probability of a face's centre in each cell of 4 x 4 pixels.
-      scale: [2, h, w], logarithm of a face's height and width in cells.
-      offset: [2, h, w], y and x of the centre within its cell, from its middle, in cells.
-      landmarks: [10, h, w], y and x of five points in heights and widths, from the top left corner.
+    The outputs, in this order:
+      heatmap: [1, 1, h, w], probability of a face's centre in each cell of 4 x 4 pixels.
+      scale: [1, 2, h, w], logarithm of a face's height and width in cells.
+      offset: [1, 2, h, w], y and x of the centre within its cell, from its middle, in cells.
+      landmarks: [1, 10, h, w], y and x of five points in heights and widths, from the top left
+        corner.
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
       its published decoder. There a corner beyond the image is moved to its edge before points are
       added to it; here the points of a face that the edge cuts stay in place.
     """
+    del width
+    (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())
     rows, columns = np.nonzero(heatmap > LEAST_SCORE)
     size = 4 * np.exp(scale[::-1, rows, columns]).T  # width, height
     cell = np.stack([columns, rows], axis=1) + 0.5
@@ -289,108 +288,75 @@ def decode_centerface(
     )
 
 
-def decode_yunet(
-    classes: np.ndarray,
-    objects: np.ndarray,
-    boxes: np.ndarray,
-    points: np.ndarray,
-    stride: int,
-    width: int,
-) -> Faces:
-    """Returns the faces that YuNet finds in cells of `stride` pixels, in pixels of its input.
+def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
+    """Returns the faces that YuNet finds, in pixels of its input, `width` pixels wide.
 
-    Args:
-      classes: [n], probability that a cell, of n row by row, shows a face.
-      objects: [n], predicted overlap of the cell's box with the face.
-      boxes: [n, 4], x and y of the centre from the cell's corner, in cells, and the logarithms of
-        width and height in cells.
-      points: [n, 10], x and y of five points from the cell's corner, in cells.
-      stride: side of a cell in pixels.
-      width: cells in a row.
+    The outputs of each of STRIDES, the side of a cell in pixels, for n cells row by row:
+      cls_S: [1, n, 1], probability that a cell shows a face.
+      obj_S: [1, n, 1], predicted overlap of the cell's box with the face.
+      bbox_S: [1, n, 4], x and y of the centre from the cell's corner, in cells, and the logarithms
+        of width and height in cells.
+      kps_S: [1, n, 10], x and y of five points from the cell's corner, in cells.
 
     Source:
       Wu et al., YuNet: A Tiny Millisecond-level Face Detector, 2023; the decoding is that of
       OpenCV's FaceDetectorYN.
     """
-    scores = np.sqrt(np.clip(classes, 0, 1) * np.clip(objects, 0, 1))
-    chosen = np.flatnonzero(scores > LEAST_SCORE)
-    corner = np.stack([chosen % width, chosen // width], axis=1).astype(np.float32)
-    centre = (corner + boxes[chosen, :2]) * stride
-    half = np.exp(boxes[chosen, 2:]) * (stride / 2)
-    return Faces(
-        np.concatenate([centre - half, centre + half], axis=1),
-        scores[chosen],
-        (corner[:, None] + points[chosen].reshape(-1, 5, 2)) * stride,
-    )
+    parts = []
+    for stride in STRIDES:
+        classes, objects, boxes, points = (
+            outputs[f"{kind}_{stride}"][0] for kind in ("cls", "obj", "bbox", "kps")
+        )
+        scores = np.sqrt(np.clip(classes[:, 0], 0, 1) * np.clip(objects[:, 0], 0, 1))
+        chosen = np.flatnonzero(scores > LEAST_SCORE)
+        corner = _corners(chosen, width // stride)
+        centre = (corner + boxes[chosen, :2]) * stride
+        half = np.exp(boxes[chosen, 2:]) * (stride / 2)
+        points = (corner[:, None] + points[chosen].reshape(-1, 5, 2)) * stride
+        box = np.concatenate([centre - half, centre + half], axis=1)
+        parts.append(Faces(box, scores[chosen], points))
+    return _join(parts)
 
 
-def decode_scrfd(
-    scores: np.ndarray,
-    boxes: np.ndarray,
-    points: np.ndarray,
-    stride: int,
-    width: int,
-) -> Faces:
-    """Returns the faces that SCRFD finds in cells of `stride` pixels, in pixels of its input.
+def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
+    """Returns the faces that SCRFD finds, in pixels of its input, `width` pixels wide.
 
-    Args:
-      scores: [2 n], probability of a face for two anchors in each of n cells, row by row.
+    The outputs, first scores, then boxes, then points, each for STRIDES; for two anchors in each of
+    n cells, row by row:
+      scores: [2 n, 1], probability of a face.
       boxes: [2 n, 4], distances from the cell's corner to the box's left, top, right and bottom
         side, in cells.
       points: [2 n, 10], x and y of five points from the cell's corner, in cells.
-      stride: side of a cell in pixels.
-      width: cells in a row.
 
     Source:
       Guo et al., Sample and Computation Redistribution for Efficient Face Detection, 2021, and its
       published decoder.
     """
-    chosen = np.flatnonzero(scores > LEAST_SCORE)
-    cell = chosen // 2
-    corner = np.stack([cell % width, cell // width], axis=1) * np.float32(stride)
-    distance = boxes[chosen] * stride
-    return Faces(
-        np.concatenate([corner - distance[:, :2], corner + distance[:, 2:]], axis=1),
-        scores[chosen],
-        corner[:, None] + points[chosen].reshape(-1, 5, 2) * stride,
-    )
+    flat = [output.reshape(-1, output.shape[-1]) for output in outputs.values()]
+    parts = []
+    for place, stride in enumerate(STRIDES):
+        scores, boxes, points = flat[place :: len(STRIDES)]
+        chosen = np.flatnonzero(scores[:, 0] > LEAST_SCORE)
+        corner = _corners(chosen // 2, width // stride) * stride
+        distance = boxes[chosen] * stride
+        box = np.concatenate([corner - distance[:, :2], corner + distance[:, 2:]], axis=1)
+        points = corner[:, None] + points[chosen].reshape(-1, 5, 2) * stride
+        parts.append(Faces(box, scores[chosen, 0], points))
+    return _join(parts)
+
+
+def _corners(cells: np.ndarray, width: int) -> np.ndarray:
+    """Returns the column and row, float32 [n, 2], of cells in rows of `width`."""
+    return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 
 def _join(parts: list[Faces]) -> Faces:
     return Faces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    del width
-    heatmap, scale, offset, landmarks = (output[0] for output in outputs.values())
-    return decode_centerface(heatmap[0], scale, offset, landmarks)
-
-
-def _yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    parts = []
-    for stride in (8, 16, 32):
-        classes, objects, boxes, points = (
-            outputs[f"{kind}_{stride}"][0] for kind in ("cls", "obj", "bbox", "kps")
-        )
-        parts.append(
-            decode_yunet(classes[:, 0], objects[:, 0], boxes, points, stride, width // stride)
-        )
-    return _join(parts)
-
-
-def _scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Outputs are scores, boxes and points, each for strides 8, 16 and 32."""
-    flat = [output.reshape(-1, output.shape[-1]) for output in outputs.values()]
-    parts = []
-    for place, stride in enumerate((8, 16, 32)):
-        scores, boxes, points = flat[place::3]
-        parts.append(decode_scrfd(scores[:, 0], boxes, points, stride, width // stride))
-    return _join(parts)
-
-
 # Decoder of a card -> function of a net's outputs by name and the width of its input.
 DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int], Faces]] = {
-    "centerface": _centerface,
-    "yunet": _yunet,
-    "scrfd": _scrfd,
+    "centerface": decode_centerface,
+    "yunet": decode_yunet,
+    "scrfd": decode_scrfd,
 }

@@ -1,16 +1,17 @@
-"""Who appears when: answers of a gallery for the tracks of videos, joined in time.
+"""Who appears when: answers of a gallery for the tracks of videos, joined in time; and the page.
 
 A .vtt (WebVTT) or .srt file (SubRip) holds subtitles of one video, a .rttm file the times of all in
 the format of speaker diarisation: video, begin and duration in seconds, person.
 """
 
+import base64
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax import tables
+from vidjax import files, tables
 from vidjax.errors import UserError
 from vidjax.extract.folder import Film, Track
 from vidjax.gallery.answers import Answer
@@ -23,6 +24,9 @@ MARKUP = {
     ".vtt": {"&": "&amp;", "<": "&lt;", "-->": "--&gt;"},
     ".srt": {"<": "\u2039", ">": "\u203a", "{": "(", "}": ")"},
 }
+MOST_PICTURES = 8  # of a person in a video: the longest appearances
+PICTURE_BYTES = 100_000
+LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
 NOBODY = Answer(None, 0.0, float("-inf"), ())  # where nobody is enrolled
 COLUMNS = {
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
@@ -180,3 +184,111 @@ def clock(seconds: float, *, short: bool = False) -> str:
     if short:
         return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
     return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"
+
+
+class Piece(NamedTuple):
+    """A piece of a timeline: begin and width in per cent, and the text that describes it."""
+
+    left: float
+    width: float
+    about: str
+
+
+class Picture(NamedTuple):
+    """A face: the content as an address, and the words for it."""
+
+    source: str
+    about: str
+
+
+class Row(NamedTuple):
+    """A person in a video: name, if it is known, pieces, total seconds as text, and faces."""
+
+    name: str
+    known: bool
+    pieces: list[Piece]
+    total: str
+    faces: list[Picture]
+
+
+def page(
+    found: Sequence[Appearance],
+    films: Sequence[Film],
+    people: Mapping[str, Sequence[Path]],
+    thumbnail: Callable[[str], Path],
+) -> str:
+    """Returns the page of the appearances in films: a timeline each. It loads no file or script.
+
+    `people` are all who are enrolled, with paths of pictures of their photos; `thumbnail` gives
+    that of a clip. Pictures that do not exist are left out.
+    """
+    import jinja2
+
+    from vidjax import report
+
+    # The template, and the style that it includes.
+    folders = (Path(__file__).parent, Path(report.__file__).parent)
+    loader = jinja2.FileSystemLoader(folders)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    videos = [
+        (film.video, "photo" if film.photo else clock(film.seconds, short=True),
+         _rows(found, film, thumbnail), film.damaged)
+        for film in films
+    ]  # fmt: skip
+    seen: dict[str, set[str]] = {name: set() for name in people}
+    for one in found:
+        if one.probability is not None:
+            seen.setdefault(str(one.identity), set()).add(one.video)
+    table = [
+        (name, sorted(videos_of), _pictures((path, name) for path in people.get(name, ())))
+        for name, videos_of in sorted(seen.items())
+    ]
+    return environment.get_template("names.html.j2").render(videos=videos, people=table)
+
+
+def _rows(found: Sequence[Appearance], film: Film, thumbnail: Callable[[str], Path]) -> list[Row]:
+    """Returns a row for each person of a video: known ones first, by time on screen."""
+    own: dict[tuple[bool, str], list[Appearance]] = {}
+    for one in found:
+        if one.video == film.video:
+            own.setdefault((one.probability is None, one.identity or "unknown"), []).append(one)
+    total = {
+        key: round(sum(one.end_s - one.start_s for one in some), 3) for key, some in own.items()
+    }
+    return [
+        Row(key[1], not key[0], [_piece(one, film) for one in own[key]],
+            "" if film.photo else clock(total[key], short=True), _faces(own[key], thumbnail))
+        for key in sorted(own, key=lambda key: (key[0], -total[key], len(key[1]), key[1]))
+    ]  # fmt: skip
+
+
+def _faces(own: Sequence[Appearance], thumbnail: Callable[[str], Path]) -> list[Picture]:
+    """Returns a picture of each appearance of a person in a video, in order of time."""
+    longest = sorted(own, key=lambda one: (one.start_s - one.end_s, one.start_s))[:MOST_PICTURES]
+    shown = sorted(longest, key=lambda one: one.start_s)
+    return _pictures((thumbnail(one.clips[0]), clock(one.start_s, short=True)) for one in shown)
+
+
+def _pictures(paths: Iterable[tuple[Path, str]]) -> list[Picture]:
+    """Returns pictures, of a path and words for each, as far as they exist."""
+    read = (
+        (files.read_bytes(path, PICTURE_BYTES), words) for path, words in paths if path.exists()
+    )
+    return [
+        Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", words)
+        for content, words in read
+    ]
+
+
+def _piece(one: Appearance, film: Film) -> Piece:
+    sure = "" if one.probability is None else f"{one.probability:.0%}"
+    if film.photo:
+        return Piece(0.0, 100.0, sure)
+    length = max(film.seconds, 1e-3)
+    left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
+    width = max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH)
+    about = f"{clock(one.start_s, short=True)} to {clock(one.end_s, short=True)}"
+    about += f", {sure}" if sure else ""
+    return Piece(round(left, 3), round(min(width, 100 - left), 3), about)

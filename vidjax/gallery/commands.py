@@ -215,7 +215,7 @@ def _create(args: argparse.Namespace) -> Result:
     from vidjax.gallery.gallery import Gallery
 
     if args.models:
-        return _counts(Gallery.of_models(args.gallery, args.models, sync=True))
+        return _counts(Gallery.of_models(args.gallery, args.models))
     from vidjax import config_io, predict  # JAX, for galleries of runs alone
     from vidjax.api import load_data, open_run
 
@@ -224,7 +224,7 @@ def _create(args: argparse.Namespace) -> Result:
     config = config_io.override(run.config, args.overrides)
     data = None if config == run.config else load_data(config)
     made = Gallery.create(
-        args.gallery, run, data, strangers=args.strangers or None, empty=args.empty, sync=True
+        args.gallery, run, data, strangers=args.strangers or None, empty=args.empty
     )
     return _counts(made)
 
@@ -235,7 +235,7 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
     if path := getattr(args, "input", None):
         check_path(Path(path).expanduser())
-    return Gallery(args.gallery, run=getattr(args, "run", None), sync=True)
+    return Gallery(args.gallery, run=getattr(args, "run", None))
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
@@ -296,7 +296,7 @@ def _enrol(args: argparse.Namespace) -> Result:
         named = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
         warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {named}")
     told = f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"
-    return _counts(gallery, {"enrolled": told}, done.to_dict())
+    return _counts(gallery, {"enrolled": told}, done._asdict())
 
 
 def _without_crowds(
@@ -404,6 +404,7 @@ def _by_table(
 
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax import ranking
+    from vidjax.evaluation import topk
 
     if found := bulk.tables_of(args.input or ""):
         return _by_table(args, found, bulk.Rank)
@@ -414,23 +415,27 @@ def _rank(args: argparse.Namespace) -> Result:
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
     with _progress("rank", len(vectors.names)) as bar:
-        ranked = gallery.top(vectors, advance=bar.advance, **chosen)
+        ranked = gallery.rank(vectors, advance=bar.advance, **chosen)
     rule = None if rule.default else gallery.rule(**chosen)
-    timed = terminal.timing(began, len(ranked.clips))
+    timed = terminal.timing(began, len(vectors.names))
     if out.suffix == ".txt":
-        text = ranking.to_text(out, ranked.identities, ranked.clips, ranked.top)
+        place = {clip: number for number, clip in enumerate(vectors.names)}
+        index = np.full((len(ranked), topk.MAX_NAMES), topk.NO_CLIP)
+        for row, clips in zip(index, ranked.values(), strict=True):
+            row[: len(clips)] = [place[clip] for clip, _ in clips]
+        text = ranking.to_text(out, [*ranked], vectors.names, topk.TopK(index, index))
         tables.write_new(out, text.encode())
     else:
-        tables.write_ranking(out, ranked.lists())
+        tables.write_ranking(out, ranked)
     rows = {
         "gallery": str(gallery.folder),
         "people": f"{len(gallery.identities):,}",
-        "clips": f"{len(ranked.clips):,}",
+        "clips": f"{len(vectors.names):,}",
         **(answers_lib.describe_rule(rule) if rule else {}),
         **dict(timed[0]),
         "ranking": str(out),
     }
-    content = {"ranking": str(out), "clips": len(ranked.clips), **timed[1]}
+    content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
     return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
 
 

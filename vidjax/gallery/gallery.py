@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from vidjax.data.clips import ClipSource
     from vidjax.data.frame_fields import Quality
     from vidjax.data.packing import Clips
-    from vidjax.evaluation.topk import ScoreBlock, TopK
+    from vidjax.evaluation.topk import ScoreBlock
     from vidjax.extract.cards import BackEnd
     from vidjax.predict import Predictor
 
@@ -68,10 +68,6 @@ class Enrolment(NamedTuple):
     enrolled: int
     unchanged: int
     refused: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        """Returns the counts and names as plain values for JSON."""
-        return {**self._asdict(), "refused": list(self.refused)}
 
 
 class Vectors(NamedTuple):
@@ -93,24 +89,6 @@ class Vectors(NamedTuple):
         )
 
 
-class Ranked(NamedTuple):
-    """The best of N clips for each of C people.
-
-    `identities` are in the order of a submission, `clips` in that of names. `top` has scores and
-    indices into `clips`, numpy arrays [C, 100].
-    """
-
-    identities: tuple[str, ...]
-    clips: tuple[str, ...]
-    top: "TopK"
-
-    def lists(self) -> dict[str, list[tuple[str, float]]]:
-        """Returns identity -> its clips as (name, score), best first."""
-        from vidjax import predict
-
-        return predict.as_lists(self.identities, dict(enumerate(self.clips)), self.top)
-
-
 class NobodyError(UserError):
     """Nobody is enrolled, so that nobody can be named."""
 
@@ -123,28 +101,24 @@ class Gallery:
     """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
 
     Methods take `clips` as a dataset, then with the name of a `split`; as clips in memory, see
-    `Predictor.embed`; or as the vectors that `embed` returns. A change raises ValueError while
-    another process changes the gallery, and OSError where it cannot be written. Nothing is changed
-    then.
+    `Predictor.embed`; or as the vectors that `embed` returns. A change waits until the disk has it.
+    It raises ValueError while another process changes the gallery, and OSError where it cannot be
+    written. Nothing is changed then.
     """
 
-    def __init__(
-        self, folder: str | Path, *, run: "Predictor | str | Path | None" = None, sync: bool = False
-    ):
+    def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
         """Opens a gallery.
 
         Args:
           folder: the folder of the gallery.
           run: the run that the gallery was made with, or its folder; None for the folder that the
             gallery names. The run is restored at its first use.
-          sync: a change waits until the disk has it. A killed process leaves the old state or the
-            new one in any case; with `sync` so does a power cut.
 
         Raises:
           ValueError: there is no gallery, or it is damaged; the error names the file.
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
-        self._store = Store(Path(folder).expanduser().absolute(), sync=sync)
+        self._store = Store(Path(folder).expanduser().absolute())
         self._state = self._store.read()
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
@@ -159,7 +133,6 @@ class Gallery:
         *,
         strangers: str | None = None,
         empty: bool = False,
-        sync: bool = False,
     ) -> "Gallery":
         """Makes a gallery of a run's training clips; settings come from a PLDA run, or are fitted.
 
@@ -170,7 +143,6 @@ class Gallery:
           strangers: the split whose clips without a label are strangers; None for the evaluated
             split, where that has labels.
           empty: True to enrol nobody: only the back end and the strangers are kept.
-          sync: as in the constructor.
 
         Raises:
           ValueError: the folder holds something else, or no clip has a label.
@@ -207,10 +179,10 @@ class Gallery:
             found = _clips_of(embed(run, data, chosen))
             others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
             kept = others | kept
-        return cls.of_clips(folder, origin, backend, kept, run=run, sync=sync)
+        return cls.of_clips(folder, origin, backend, kept, run=run)
 
     @classmethod
-    def of_models(cls, folder: str | Path, models: str | Path, *, sync: bool = False) -> "Gallery":
+    def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
         """Makes a gallery without a run and without anybody: cards of models say what is like.
 
         Clips are then features that `vidjax extract` made with the same models.
@@ -218,13 +190,12 @@ class Gallery:
         Args:
           folder: a folder that is new, or empty.
           models: the folder of models, with a card each; see `vidjax.extract.cards`.
-          sync: as in the constructor.
 
         Raises:
           ValueError: no card of a model that makes vectors has a back end.
         """
         origin, back_ends = origin_of_models(models)
-        return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends), {}, sync=sync)
+        return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends), {})
 
     @classmethod
     def of_clips(
@@ -235,7 +206,6 @@ class Gallery:
         clips: Mapping[str, Clip],
         *,
         run: "Predictor | None" = None,
-        sync: bool = False,
     ) -> "Gallery":
         """Makes a gallery of clips given as vectors, which `origin` made; see `create`."""
         path = Path(folder).expanduser().absolute()
@@ -246,13 +216,11 @@ class Gallery:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
         files.make_folder(path, "gallery:")
-        store = Store(path, sync=sync)
+        store = Store(path)
         if foreign := store.foreign():
             raise UserError(f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder")
-        store.make_file()
-        with store.lock() as transaction:
-            store.create(transaction, _state(1, origin, backend, clips))
-        return cls(path, run=run, sync=sync)
+        store.create(_state(1, origin, backend, clips))
+        return cls(path, run=run)
 
     def __repr__(self) -> str:
         people, clips = len(self._state.index.names), len(self.clips) - len(self.strangers)
@@ -683,30 +651,19 @@ class Gallery:
         fpir: float | None = None,
         threshold: float | None = None,
         split: str | None = None,
+        advance: Callable[[int], None] = uncounted,
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
         Identities are in the order of a submission; scores are logarithms of probabilities. With
         `fpir` or `threshold`, lists hold only clips that pass; see `identify` for the arguments.
-        """
-        self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
-        return self.top(self.embed(clips, split), fpir=fpir, threshold=threshold).lists()
-
-    def top(
-        self,
-        found: Vectors,
-        *,
-        fpir: float | None = None,
-        threshold: float | None = None,
-        advance: Callable[[int], None] = uncounted,
-    ) -> Ranked:
-        """Ranks the clips of `found` for every person; arguments as in `rank`.
-
         `advance` is called with the number of clips of each finished block.
         """
-        from vidjax.evaluation import topk  # JAX, for those alone who rank
+        from vidjax import predict  # JAX, only for those who rank
+        from vidjax.evaluation import topk
 
-        state = self._anybody()
+        self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
+        found, state = self.embed(clips, split), self._anybody()
         chosen = fpir is not None or threshold is not None
         searched, rule = state.index, self._rule(state, fpir, threshold) if chosen else None
         identities = sort_identities(searched.names)
@@ -729,11 +686,11 @@ class Gallery:
                     advance(place % size + 1)
 
         top = topk.rank(blocks(), len(columns), rows=size)
-        clips = tuple(found.names[place] for place in order.tolist())
-        scores, index = np.asarray(top.scores), np.asarray(top.index)
+        names = {place: found.names[row] for place, row in enumerate(order.tolist())}
         if rule is not None:
-            index = np.where(scores > -np.inf, index, topk.NO_CLIP)
-        return Ranked(identities, clips, topk.TopK(scores, index))
+            scores, index = np.asarray(top.scores), np.asarray(top.index)
+            top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
+        return predict.as_lists(identities, names, top)
 
 
 def _check_width(backend: Backend) -> int:

@@ -153,11 +153,10 @@ class NoGalleryError(UserError):
 
 
 class Store:
-    """Reads and writes a gallery's `folder`, an absolute path; with `sync`, waits for the disk."""
+    """Reads and writes a gallery's `folder`, an absolute path; a change waits for the disk."""
 
-    def __init__(self, folder: Path, *, sync: bool):
+    def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / NAME
-        self.sync = sync
 
     # ---- opening
 
@@ -166,11 +165,6 @@ class Store:
         """Begins a change, for `replace` or `insert`; nobody else can change the gallery."""
         with self._opened(write=True) as connection:
             yield connection
-
-    def make_file(self) -> None:
-        """Makes an empty file, unless there is one."""
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def foreign(self) -> str | None:
         """Returns the name of a file in the folder that is no gallery's; None if there is none.
@@ -222,7 +216,7 @@ class Store:
         with contextlib.closing(_connect(self.path)) as connection:
             with _errors(self.path, write=write):
                 if write:
-                    connection.execute(f"PRAGMA synchronous={'EXTRA' if self.sync else 'OFF'}")
+                    connection.execute("PRAGMA synchronous=EXTRA")
                     connection.execute(f"PRAGMA busy_timeout={1000 * LOCK_SECONDS:.0f}")
                     connection.execute("BEGIN IMMEDIATE")
                     connection.execute(f"PRAGMA busy_timeout={1000 * WAIT_SECONDS:.0f}")
@@ -255,17 +249,22 @@ class Store:
                 raise UserError("its pages do not fit together")
             return _read(connection)
 
-    # ---- writing, in a transaction of `lock`, which it ends
+    # ---- writing
 
-    def create(self, connection: sqlite3.Connection, state: State) -> State:
-        """Writes the first state into an empty file; returns it with its digests."""
-        if _version(connection)[1]:
-            raise UserError(f"'{self.folder}' holds a gallery: name another folder")
-        with _errors(self.path, write=True):
-            for table, columns in SCHEMA.items():
-                connection.execute(f"CREATE TABLE {table} {columns}")
-            connection.execute(f"PRAGMA user_version={FORMAT}")
-        return self.replace(connection, state)
+    def create(self, state: State) -> None:
+        """Writes the first state, into a new file or one without tables."""
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with self.lock() as connection:
+            if _version(connection)[1]:
+                raise UserError(f"'{self.folder}' holds a gallery: name another folder")
+            with _errors(self.path, write=True):
+                for table, columns in SCHEMA.items():
+                    connection.execute(f"CREATE TABLE {table} {columns}")
+                connection.execute(f"PRAGMA user_version={FORMAT}")
+            self.replace(connection, state)
+
+    # ---- writing, in a transaction of `lock`, which it ends
 
     def insert(
         self, connection: sqlite3.Connection, state: State, new: Mapping[str, Clip], people: People

@@ -1,6 +1,6 @@
 """The application: what a server answers to which request; and the server, until a signal.
 
-    app = make_app(Gallery("people", sync=True), run=None)  # any ASGI server runs it
+    app = make_app(Gallery("people"), run=None)  # any ASGI server runs it
 
 `/v2/...` is the Open Inference Protocol. All else is JSON about people by name; `describe` tells
 programs of it. An answer is made of what the folder of the gallery holds at that moment. A removal
@@ -417,7 +417,7 @@ def make_app(
     """Returns the ASGI application of a gallery.
 
     Args:
-      gallery: opened with `sync=True`, unless a power cut may undo a change that was answered.
+      gallery: the people.
       run: a run whose net is served, too.
       limits: None for the default ones.
       token: who asks must send it; None for programs of this machine alone.
