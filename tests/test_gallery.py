@@ -98,7 +98,8 @@ def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
     for _ in range(2000):
         found = answers_lib.threshold(rng.random(strangers), fpir, 1)
         rates.append(1 - found.score)
-        inside.append(found.low <= rates[-1] <= found.high)
+        low, high = found.interval
+        inside.append(low <= rates[-1] <= high)
         assert found.num_alarms <= fpir * strangers < found.num_alarms + 1
     assert abs(np.mean(inside) - 0.95) < 0.011  # exact: neither too narrow nor too wide
     assert np.mean(rates) < fpir + 1 / strangers

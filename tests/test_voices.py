@@ -26,7 +26,8 @@ def embedder(folder):
 
 def listener(folder):
     made_nets.write(folder, "speech", "voice_activity")
-    return voices.VoiceActivity(cards.load(folder)["voice_activity"])
+    made_nets.write(folder, "voice", "voice_embedder")
+    return voices.Listener(cards.load(folder)).speech
 
 
 def hz(mel):

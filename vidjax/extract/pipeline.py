@@ -251,7 +251,20 @@ def _one(
         try:
             if thumbnails[1].exists():
                 thumbnails[0].mkdir(mode=0o700)
-            film = _extract(path, partial, stem, models, settings, sha256, children)
+            arguments = {
+                "path": str(path.absolute()),
+                "out": str(partial.absolute()),
+                "stem": stem,
+                "models": str(models.absolute()),
+                "settings": msgspec.to_builtins(settings),
+                "sha256": sha256,
+            }
+            found = limits.run_limited(
+                film_lib.__name__, path, arguments,
+                memory_bytes=MEMORY_BYTES, children=children,
+                cpu_seconds=CPU_SECONDS + path.stat().st_size // CPU_BYTES_PER_SECOND,
+            )  # fmt: skip
+            film = formats.parse(path, found, folder.Film, "leave it out")
             for track in film.tracks:
                 os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
             if thumbnails[0].exists():
@@ -271,32 +284,6 @@ def _one(
         text = text if str(path) in text else f"'{path}': {text}"
         return Outcome(path, None, text, remedy=remedy)
     return Outcome(path, film, replaced=before is not None)
-
-
-def _extract(
-    path: Path,
-    out: Path,
-    stem: str,
-    models: Path,
-    settings: folder.Settings,
-    sha256: str,
-    children: Children,
-) -> folder.Film:
-    """Extracts a file in a child process with limits, see `film.extract`."""
-    arguments = {
-        "path": str(path.absolute()),
-        "out": str(out.absolute()),
-        "stem": stem,
-        "models": str(models.absolute()),
-        "settings": msgspec.to_builtins(settings),
-        "sha256": sha256,
-    }
-    seconds = CPU_SECONDS + path.stat().st_size // CPU_BYTES_PER_SECOND
-    found = limits.run_limited(
-        film_lib.__name__, path, arguments,
-        memory_bytes=MEMORY_BYTES, cpu_seconds=seconds, children=children,
-    )  # fmt: skip
-    return formats.parse(path, found, folder.Film, "leave it out")
 
 
 def _remove(out: Path, stem: str) -> None:

@@ -28,26 +28,6 @@ PIECE_WINDOWS = 74  # that are heard at once, 60 s
 LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square that fainter windows are raised to
 
 
-class VoiceActivity:
-    """Tells where somebody speaks."""
-
-    def __init__(self, card: Card):
-        self.card, self.session = card, models.open_session(card)
-
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the probability of speech, float32 [ceil(N / STEP)], of samples [N], -1 to 1."""
-        count = -(-len(samples) // STEP)
-        padded = np.zeros(CONTEXT + count * STEP, np.float32)
-        padded[CONTEXT : CONTEXT + len(samples)] = samples
-        found, state = np.zeros(count, np.float32), None
-        for place in range(count):
-            piece = padded[None, place * STEP : (place + 1) * STEP + CONTEXT]
-            inputs = models.silero_inputs(self.card, piece, state)
-            probability, state = models.ask(self.session, self.card, inputs).values()
-            found[place] = probability[0, 0]
-        return found
-
-
 def voice_embedder(card: Card) -> models.Embedder:
     """Returns the net that turns windows of samples [N, WINDOW], -1 to 1, into unit vectors."""
     return models.Embedder(card, lambda windows, _: mels(raise_level(windows)))
@@ -76,18 +56,32 @@ class Listener:
     """Finds speech, and makes vectors of it."""
 
     def __init__(self, cards: Mapping[Role, Card]):
-        self._hears = VoiceActivity(cards["voice_activity"])
+        self._hears = cards["voice_activity"]
+        self._session = models.open_session(self._hears)
         self._embeds = voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
         """Returns the windows of samples [N], N >= WINDOW, that have enough speech."""
-        speech = self._hears(samples) > SPEECH
+        speech = self.speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
         begin, steps = begin[steps >= LEAST_STEPS], steps[steps >= LEAST_STEPS]
         windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[begin]
         quality = (steps * STEP / WINDOW).astype(np.float32)
         return Voice(begin, self._embeds(np.ascontiguousarray(windows)), quality)
+
+    def speech(self, samples: np.ndarray) -> np.ndarray:
+        """Returns the probability of speech, float32 [ceil(N / STEP)], of samples [N], -1 to 1."""
+        count = -(-len(samples) // STEP)
+        padded = np.zeros(CONTEXT + count * STEP, np.float32)
+        padded[CONTEXT : CONTEXT + len(samples)] = samples
+        found, state = np.zeros(count, np.float32), None
+        for place in range(count):
+            piece = padded[None, place * STEP : (place + 1) * STEP + CONTEXT]
+            inputs = models.silero_inputs(self._hears, piece, state)
+            probability, state = models.ask(self._session, self._hears, inputs).values()
+            found[place] = probability[0, 0]
+        return found
 
 
 def alone(tracks: "Iterable[Track]") -> Iterator[Span]:

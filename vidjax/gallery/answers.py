@@ -79,18 +79,13 @@ class Threshold(NamedTuple):
     num_alarms: int
 
     @property
-    def low(self) -> float:
-        """The lower end of the interval in which the share of later strangers lies, at 95 %."""
-        return metrics.fpir_interval(self.num_alarms, self.num_strangers)[0]
-
-    @property
-    def high(self) -> float:
-        """The upper end of this interval."""
-        return metrics.fpir_interval(self.num_alarms, self.num_strangers)[1]
+    def interval(self) -> tuple[float, float]:
+        """Both ends of the interval in which the share of later strangers lies, at 95 %."""
+        return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
         """Returns the threshold as plain values for JSON, with the interval."""
-        return {**self._asdict(), "low": self.low, "high": self.high}
+        return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
 class Rule(NamedTuple):
@@ -217,11 +212,12 @@ def rule_as_json(rule: Rule) -> dict[str, object]:
 
 def describe(found: Threshold) -> dict[str, str]:
     """Returns label -> text of the rows that describe a threshold."""
+    low, high = map(share, found.interval)
     return {
         "threshold": f"{share(math.exp(min(found.score, 0.0)))} (logarithm {found.score:.6g})",
         "people": f"{found.num_identities:,}",
         "strangers": f"{found.num_strangers:,}, of whom {found.num_alarms:,} reach it",
-        "rate": f"{share(found.low)} to {share(found.high)} at 95 % confidence",
+        "rate": f"{low} to {high} at 95 % confidence",
     }
 
 

@@ -186,31 +186,6 @@ def clock(seconds: float, *, short: bool = False) -> str:
     return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"
 
 
-class Piece(NamedTuple):
-    """A piece of a timeline: begin and width in per cent, and the text that describes it."""
-
-    left: float
-    width: float
-    about: str
-
-
-class Picture(NamedTuple):
-    """A face: the content as an address, and the words for it."""
-
-    source: str
-    about: str
-
-
-class Row(NamedTuple):
-    """A person in a video: name, if it is known, pieces, total seconds as text, and faces."""
-
-    name: str
-    known: bool
-    pieces: list[Piece]
-    total: str
-    faces: list[Picture]
-
-
 def page(
     found: Sequence[Appearance],
     films: Sequence[Film],
@@ -248,8 +223,13 @@ def page(
     return environment.get_template("names.html.j2").render(videos=videos, people=table)
 
 
-def _rows(found: Sequence[Appearance], film: Film, thumbnail: Callable[[str], Path]) -> list[Row]:
-    """Returns a row for each person of a video: known ones first, by time on screen."""
+def _rows(
+    found: Sequence[Appearance], film: Film, thumbnail: Callable[[str], Path]
+) -> list[tuple[str, bool, list[tuple[float, float, str]], str, list[tuple[str, str]]]]:
+    """Returns for each person of a video what the page shows: known ones first, by time on screen.
+
+    That is the name, whether it is known, pieces as of `_piece`, the time, and faces.
+    """
     own: dict[tuple[bool, str], list[Appearance]] = {}
     for one in found:
         if one.video == film.video:
@@ -258,37 +238,38 @@ def _rows(found: Sequence[Appearance], film: Film, thumbnail: Callable[[str], Pa
         key: round(sum(one.end_s - one.start_s for one in some), 3) for key, some in own.items()
     }
     return [
-        Row(key[1], not key[0], [_piece(one, film) for one in own[key]],
-            "" if film.photo else clock(total[key], short=True), _faces(own[key], thumbnail))
+        (key[1], not key[0], [_piece(one, film) for one in own[key]],
+         "" if film.photo else clock(total[key], short=True), _faces(own[key], thumbnail))
         for key in sorted(own, key=lambda key: (key[0], -total[key], len(key[1]), key[1]))
     ]  # fmt: skip
 
 
-def _faces(own: Sequence[Appearance], thumbnail: Callable[[str], Path]) -> list[Picture]:
+def _faces(own: Sequence[Appearance], thumbnail: Callable[[str], Path]) -> list[tuple[str, str]]:
     """Returns a picture of each appearance of a person in a video, in order of time."""
     longest = sorted(own, key=lambda one: (one.start_s - one.end_s, one.start_s))[:MOST_PICTURES]
     shown = sorted(longest, key=lambda one: one.start_s)
     return _pictures((thumbnail(one.clips[0]), clock(one.start_s, short=True)) for one in shown)
 
 
-def _pictures(paths: Iterable[tuple[Path, str]]) -> list[Picture]:
-    """Returns pictures, of a path and words for each, as far as they exist."""
+def _pictures(paths: Iterable[tuple[Path, str]]) -> list[tuple[str, str]]:
+    """Returns addresses of pictures with words, of paths with words, as far as they exist."""
     read = (
         (files.read_bytes(path, PICTURE_BYTES), words) for path, words in paths if path.exists()
     )
     return [
-        Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", words)
+        (f"data:image/png;base64,{base64.b64encode(content).decode()}", words)
         for content, words in read
     ]
 
 
-def _piece(one: Appearance, film: Film) -> Piece:
+def _piece(one: Appearance, film: Film) -> tuple[float, float, str]:
+    """Returns begin and width on the timeline in per cent, and the text that describes them."""
     sure = "" if one.probability is None else f"{one.probability:.0%}"
     if film.photo:
-        return Piece(0.0, 100.0, sure)
+        return 0.0, 100.0, sure
     length = max(film.seconds, 1e-3)
     left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
     width = max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH)
     about = f"{clock(one.start_s, short=True)} to {clock(one.end_s, short=True)}"
     about += f", {sure}" if sure else ""
-    return Piece(round(left, 3), round(min(width, 100 - left), 3), about)
+    return round(left, 3), round(min(width, 100 - left), 3), about

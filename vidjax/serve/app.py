@@ -184,15 +184,13 @@ class Application:
 
     # ---- the Open Inference Protocol
 
-    async def server(self, request: Request) -> Response:
+    async def server(self, _: Request) -> Response:
         """Says what the server is."""
-        del request
         version = importlib.metadata.version("vidjax")
         return _json({"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]})
 
-    async def live(self, request: Request) -> Response:
+    async def live(self, _: Request) -> Response:
         """Says that the server runs; 503 if it will never get ready."""
-        del request
         if self.broken:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "it cannot answer: see the log")
         return _json({"live": True})
@@ -323,15 +321,13 @@ class Application:
 
     # ---- about the server
 
-    async def counters(self, request: Request) -> Response:
+    async def counters(self, _: Request) -> Response:
         """Counts what the server has done, for Prometheus."""
-        del request
         content = exposition.generate_latest(self.metrics.registry)
         return Response(content, headers={"content-type": exposition.CONTENT_TYPE_LATEST})
 
-    async def describe(self, request: Request) -> Response:
+    async def describe(self, _: Request) -> Response:
         """Describes the requests of this server as OpenAPI."""
-        del request
         return _json(describe(self.answers()))
 
     # ---- reading
