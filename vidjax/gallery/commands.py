@@ -230,31 +230,27 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _opened(args: argparse.Namespace) -> "Gallery":
+    """Returns the gallery; refuses clips that are not there, or of other models than its own."""
     from vidjax.data.memory import check_path
+    from vidjax.extract import folder
     from vidjax.gallery.gallery import Gallery
 
-    if path := getattr(args, "input", None):
-        check_path(Path(path).expanduser())
-    return Gallery(args.gallery, run=getattr(args, "run", None))
+    path = Path(args.input).expanduser() if getattr(args, "input", None) else None
+    if path:
+        check_path(path)
+    gallery = Gallery(args.gallery, run=getattr(args, "run", None))
+    if path and gallery.origin.cards:
+        folder.check_models(path, gallery.origin.cards)
+    return gallery
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
     if args.input:
-        return gallery.load(_of_the_models(args, gallery))
+        return gallery.load(args.input)
     from vidjax import config_io
     from vidjax.api import load_data
 
     return load_data(config_io.override(gallery.run.config, args.overrides))
-
-
-def _of_the_models(args: argparse.Namespace, gallery: "Gallery") -> Path:
-    """Returns the path of the clips; refuses features of other models than the gallery's."""
-    path = Path(args.input).expanduser()
-    if gallery.origin.cards:
-        from vidjax.extract import folder
-
-        folder.check_models(path, gallery.origin.cards)
-    return path
 
 
 def _progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
@@ -285,7 +281,6 @@ def _enrol(args: argparse.Namespace) -> Result:
                 "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
             )
         widths, quality = gallery.reads
-        path = _of_the_models(args, gallery)
         clips, identity = load_people(path, widths, quality=quality)
     else:
         clips, identity = _clips(args, gallery), args.identity

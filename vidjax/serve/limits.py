@@ -7,7 +7,6 @@ for TLS.
 """
 
 import asyncio
-import functools
 import hmac
 import ipaddress
 import logging
@@ -119,7 +118,6 @@ def read_token(path: Path) -> bytes:
     return token
 
 
-@functools.lru_cache(64)
 def is_loopback(host: str) -> bool:
     """Returns True if only programs of this machine reach the address."""
     if host == "localhost":
@@ -269,7 +267,6 @@ def _place_of(error: Exception) -> str:
     return f"{type(error).__name__} at {places}"
 
 
-@functools.lru_cache(64)
 def _hostname(host: str) -> str:
     """Returns the name in a Host header, without the port; empty if it is malformed."""
     try:
