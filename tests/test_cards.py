@@ -2,25 +2,22 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
-from vidjax.errors import UserError
+from tests.helpers import seen
 from vidjax.extract import cards
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 
 IMAGE = {"layout": "NCHW", "colour": "rgb"}
-BACK_END = {"centre": [0.0] * 5, "same": [0.9, 0.1], "different": [0.1, 0.1], "pairs": [1, 1],
-            "data": "none"}  # fmt: skip
+BACK_END = made_nets.back_end(same=(0.9, 0.1))
 
 
 def refused(folder, *words):
     """Expects that a folder is refused with at most three lines, which have these words."""
-    with pytest.raises(UserError) as error:
-        cards.load(folder)
-    text = str(error.value)
-    assert text.count("\n") < 3 and all(word in text for word in words), text
+    seen.refused(lambda: cards.load(folder), *words)
 
 
 def test_a_folder_gives_one_card_for_each_role(tmp_path):
@@ -42,22 +39,44 @@ def test_the_digest_follows_the_card_and_its_net(tmp_path):
     assert cards.read(made_nets.write(tmp_path, content=other)).digest != first
 
 
-def test_two_nets_for_one_role_are_refused(tmp_path):
-    made_nets.write(tmp_path, "one")
-    made_nets.write(tmp_path, "two")
-    refused(tmp_path, "face_embedder", "one.json", "two.json", "move one")
+DAMAGES = {  # of a folder with one net -> words of the error
+    "two nets": (lambda x: made_nets.write(x, "two"), "face_embedder face.json two.json move"),
+    "no net": (lambda x: (x / "face.onnx").unlink(), "face.json face.onnx convert"),
+    "another net": (
+        lambda x: (x / "face.onnx").write_bytes(made_nets.embedder("NHWC")),
+        "face.onnx sha256 convert",
+    ),
+    "a fixed input that strides do not fit": (
+        lambda x: made_nets.write(x, "find", "face_detector", input={"size": [320, 330]}),
+        "find.json 32",
+    ),
+    "too large": (
+        lambda x: (x / "face.json").write_text(" " * cards.CARD_BYTES + "{}"),
+        "face.json large",
+    ),
+    "a pipe": (
+        lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json")),
+        "face.json pipe",
+    ),
+    "no folder": (shutil.rmtree, "models convert"),
+    **{
+        text[:9]: (
+            lambda x, text=text: (x / "face.json").write_text(text, "latin-1"),
+            "face.json convert",
+        )
+        for text in ("", "[" * 100_000, "{", "[]", '{"format": 1}', "\xff")
+    },
+}
 
 
-def test_a_card_without_its_net_is_refused(tmp_path):
-    made_nets.write(tmp_path)
-    (tmp_path / "face.onnx").unlink()
-    refused(tmp_path, "face.json", "face.onnx", "vidjax convert")
-
-
-def test_another_net_than_the_cards_is_refused(tmp_path):
-    made_nets.write(tmp_path)
-    (tmp_path / "face.onnx").write_bytes(made_nets.embedder("NHWC"))
-    refused(tmp_path, "face.onnx", "sha256", "vidjax convert")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused(tmp_path, damage):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    made_nets.write(folder)
+    make, words = DAMAGES[damage]
+    make(folder)
+    refused(folder, *words.split())
 
 
 @pytest.mark.parametrize(
@@ -95,36 +114,9 @@ def test_a_wrong_key_is_named(tmp_path, fields, word):
     refused(tmp_path, "face.json", word, "vidjax convert")
 
 
-def test_a_fixed_input_of_a_detector_fits_its_strides(tmp_path):
-    made_nets.write(tmp_path, "find", "face_detector", input={"size": [320, 330]})
-    refused(tmp_path, "find.json", "32")
-
-
-@pytest.mark.parametrize("text", ["", "[" * 100_000, "{", "[]", '{"format": 1}', "\xff"])
-def test_what_is_no_card_is_refused(tmp_path, text):
-    (tmp_path / "face.json").write_text(text, "latin-1")
-    refused(tmp_path, "face.json", "vidjax convert")
-
-
-def test_a_card_is_a_small_regular_file(tmp_path):
-    path = made_nets.write(tmp_path)
-    path.write_text(path.read_text() + " " * cards.CARD_BYTES)
-    refused(tmp_path, "face.json", "too large")
-    path.unlink()
-    os.mkfifo(path)
-    refused(tmp_path, "face.json", "a pipe")
-
-
-def test_a_folder_that_is_not_there_says_how_to_make_nets(tmp_path):
-    refused(tmp_path / "models", "models", "vidjax convert")
-
-
 @pytest.mark.parametrize("role", ["face_detector", "face_embedder", "voice_embedder"])
 def test_a_missing_role_says_how_to_get_its_net(tmp_path, role):
-    with pytest.raises(UserError) as error:
-        cards.require({}, role, tmp_path)
-    text = str(error.value)
-    assert role in text and "convert" in text and text.count("\n") < 3
+    seen.refused(lambda: cards.require({}, role, tmp_path), role, "convert")
 
 
 def test_a_role_that_is_there_is_returned(tmp_path):

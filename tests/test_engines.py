@@ -1,48 +1,25 @@
 """Conversion by several processes and threads: the files of one, to the byte."""
 
 import functools
-import hashlib
-import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers import clip_files
 from tests.helpers.clip_files import random_clip, write_learnable
+from tests.helpers.datasets import record_digests
 from vidjax.data import arrays, cache, iqiyi_vid, processes
-from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.packing import pack
-from vidjax.data.records import shard_files, writers
-from vidjax.data.records.codec import PackedFrames, tfds
+from vidjax.data.records import shard_files
 from vidjax.data.records.convert import convert
 from vidjax.data.records.tensors import tf
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """Returns file -> sha256 of records; of their manifest without source and times."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        if path.name == "manifest.json":
-            manifest = json.loads(content)
-            del manifest["manifest_sha256"], manifest["sources"]
-            for split in manifest["splits"].values():
-                for shard in split["shards"]:
-                    del shard["mtime_ns"]
-            content = json.dumps(manifest).encode()
-        found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
-    return found
-
-
-def make_clips(seed: int, count: int) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+def make_clips(seed, count):
     """Returns clip -> modality -> field -> frames, with gaps and values that are not finite."""
     rng = np.random.default_rng(seed)
     clips: dict[str, dict[str, dict[str, np.ndarray]]] = {}
@@ -61,20 +38,12 @@ def make_clips(seed: int, count: int) -> dict[str, dict[str, dict[str, np.ndarra
     return clips
 
 
-def write_npz(folder: Path) -> Path:
-    for seed, split in enumerate(("train", "val")):
-        (folder / split).mkdir(parents=True)
-        for name, modalities in make_clips(seed, 40 - 9 * seed).items():
-            fields: dict[str, Any] = {
-                modality if field == "features" else f"{modality}_{field}": values
-                for modality, given in modalities.items()
-                for field, values in given.items()
-            }
-            np.savez(folder / split / f"{name}.npz", **fields)
-    return folder
+def write_some(folder):
+    splits = {"train": make_clips(0, 40), "val": make_clips(1, 31)}
+    return clip_files.write_npz(folder, splits)
 
 
-def write_parquet(folder: Path) -> Path:
+def write_parquet(folder):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -90,81 +59,74 @@ def write_parquet(folder: Path) -> Path:
     return folder
 
 
-def write_gaps(folder: Path) -> Path:
+def write_gaps(folder):
     """Four parts of two clips: no frame of a face, no audio, no clip with a frame, and all."""
     rng = np.random.default_rng(0)
-    (folder / "train").mkdir(parents=True)
     frames = [(0, 2), (0, 1), (2, None), (3, None), (0, 0), (0, 0), (1, 1), (4, 2)]
-    for number, (faces, audio) in enumerate(frames):
-        fields: dict[str, Any] = {"face": rng.normal(size=(faces, 6)).astype(np.float32)}
-        if audio is not None:
-            fields["audio"] = rng.normal(size=(audio, 4)).astype(np.float32)
-        np.savez(folder / "train" / f"{number}.npz", **fields)
-    return folder
+    clips = {
+        str(number): {
+            name: rng.normal(size=(count, width)).astype(np.float32)
+            for name, count, width in (("face", faces, 6), ("audio", audio, 4))
+            if count is not None
+        }
+        for number, (faces, audio) in enumerate(frames)
+    }
+    return clip_files.write_npz(folder, {"train": clips})
 
 
-def write_official(folder: Path) -> Path:
+def write_official(folder):
     folder.mkdir()
     write_learnable(folder, num_clips={"train": 40, "val": 20})
     return folder
 
 
-def open_folder(folder: Path, workers: int) -> arrays.FeatureFolder:
+def open_folder(folder, workers):
     return arrays.FeatureFolder(folder, workers=workers)
 
 
 KINDS = {
     "pickles": (write_official, OfficialFiles),
-    "npz": (write_npz, open_folder),
+    "npz": (write_some, open_folder),
     "parquet": (write_parquet, open_folder),
     "gaps": (write_gaps, open_folder),
 }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, str]]]:
+def alone(tmp_path_factory):
     """Returns the source of a kind, for reading, and the files that one process makes of it."""
 
     @functools.cache
-    def make(kind: str) -> tuple[Path, dict[str, str]]:
+    def make(kind):
         write, open_source = KINDS[kind]
         folder = tmp_path_factory.mktemp(kind)
         source = write(folder / "source")
-        return source, files_of(convert(open_source(source, 1), folder, workers=1).folder)
+        return source, record_digests(convert(open_source(source, 1), folder, workers=1).folder)
 
     return make
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_processes_write_the_files_of_one(kind: str, alone: Any, tmp_path: Path) -> None:
+def test_several_processes_write_the_files_of_one(kind, alone, tmp_path):
     folder, wanted = alone(kind)
     some = convert(KINDS[kind][1](folder, 2), tmp_path, workers=2)
-    assert files_of(some.folder) == wanted and len(wanted) > 10
+    assert record_digests(some.folder) == wanted and len(wanted) > 10
     if kind == "gaps":
         parts = open_folder(folder, 2).read(tmp_path / "parts", "drop")["train"]
         assert len(parts) == 4
         assert some.splits["train"].lengths["face"].tolist() == [0, 0, 2, 3, 0, 0, 1, 4]
 
 
-def test_a_number_of_workers_that_cannot_be_is_told(
-    alone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert arrays.main([str(alone("npz")[0]), f"--cache_dir={tmp_path}", "--workers=0"]) == 2
-    out, err = capsys.readouterr()
-    assert not out and len(err.splitlines()) <= 3 and "1 or more" in err
-
-
-def test_own_features_are_converted_by_a_command(
-    alone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(alone("npz")[0]), f"--cache_dir={tmp_path}", "--workers=1"]
-    assert arrays.main(words) == 0
-    assert "train: 40 clips, no ground truth" in capsys.readouterr().out
-    assert arrays.main([*words, "--quality=norm"]) == 0
+def test_own_features_are_converted_by_a_command(alone, tmp_path, say):
+    cache = f"--cache_dir={tmp_path}"
+    convert = functools.partial(say, alone("npz")[0], cache, program=arrays.main)
+    assert "1 or more" in convert("--workers=0", code=2)
+    assert "train: 40 clips, no ground truth" in convert("--workers=1")
+    convert("--workers=1", "--quality=norm")
     assert len(list(tmp_path.glob("arrays/*/manifest.json"))) == 2
 
 
-def test_arrays_in_memory_are_the_same_files(tmp_path: Path) -> None:
+def test_arrays_in_memory_are_the_same_files(tmp_path):
     """A source may keep frames in memory; other processes get them as files."""
     source = arrays.FeatureDict({"train": make_clips(0, 20)})
     one = convert(source, tmp_path / "one", workers=1)
@@ -174,13 +136,11 @@ def test_arrays_in_memory_are_the_same_files(tmp_path: Path) -> None:
             return {"train": [pack(self._clips("train"), non_finite=non_finite)]}
 
     some = convert(InMemory({"train": make_clips(0, 20)}), tmp_path / "some", workers=2)
-    assert files_of(some.folder) == files_of(one.folder)
+    assert record_digests(some.folder) == record_digests(one.folder)
 
 
-def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_npz(tmp_path / "source")
+def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(tmp_path, monkeypatch):
+    folder = write_some(tmp_path / "source")
     clip = folder / "val" / "1_030.npz"
 
     class Changing(arrays.FeatureFolder):
@@ -201,9 +161,7 @@ def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(
 
 
 @pytest.mark.slow
-def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_path, monkeypatch):
     """A clock of two seconds does not show a write after the times were taken."""
     path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 5 * 10**8
     path.write_bytes(b"1")
@@ -223,7 +181,7 @@ def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count other units")
-def test_the_memory_of_writing_is_bounded_by_a_shard(tmp_path: Path) -> None:
+def test_the_memory_of_writing_is_bounded_by_a_shard(tmp_path, python):
     clips, frames = 2048, 128
     for field, width in {"features": 1024, "number": 4, "quality": 4, "detection": 4}.items():
         with (tmp_path / f"{field}.bin").open("wb") as file:
@@ -252,11 +210,7 @@ def test_the_memory_of_writing_is_bounded_by_a_shard(tmp_path: Path) -> None:
             write_shard(found)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
-    peaks = {}
-    for shards in (0, 16):
-        words = [sys.executable, "-c", code, str(shards)]
-        done = subprocess.run(words, capture_output=True, check=True, text=True)
-        peaks[shards] = 1024 * int(done.stdout)
+    peaks = {shards: 1024 * int(python(code, str(shards))) for shards in (0, 16)}
     size = clips * frames * 1024
     sys.stdout.write(f"{size >> 20} MB in 16 shards: peaks {peaks}\n")
     assert peaks[16] - peaks[0] < size // 2
@@ -265,7 +219,7 @@ def test_the_memory_of_writing_is_bounded_by_a_shard(tmp_path: Path) -> None:
 # Reading by several processes.
 
 
-def outcome(folder: Path, workers: int, scratch: Path) -> Any:
+def outcome(folder, workers, scratch):
     """Returns the summaries of what is read, or the error."""
     try:
         read = arrays.FeatureFolder(folder, workers=workers).read(scratch, "drop")
@@ -285,9 +239,7 @@ def outcome(folder: Path, workers: int, scratch: Path) -> Any:
         ("b", None, ""),  # no array: a clip all the same
     ],
 )
-def test_where_one_process_alone_can_judge_several_end_as_it_does(
-    name: str, features: Any, said: str, tmp_path: Path
-) -> None:
+def test_where_one_process_alone_can_judge_several_end_as_it_does(name, features, said, tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, 6), np.float32))
     path = tmp_path / "train" / f"{name}.npz"
@@ -299,8 +251,8 @@ def test_where_one_process_alone_can_judge_several_end_as_it_does(
     assert (features is None) == (not isinstance(one, str))
 
 
-def test_a_failure_ends_the_other_processes(tmp_path: Path) -> None:
-    def run(children: processes.Children, item: str) -> None:
+def test_a_failure_ends_the_other_processes(tmp_path):
+    def run(children, item):
         if item == "fails":
             time.sleep(0.3)
             raise ValueError("a file is damaged")
@@ -312,7 +264,7 @@ def test_a_failure_ends_the_other_processes(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_pickles_are_read_at_once_as_far_as_memory_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_are_read_at_once_as_far_as_memory_lasts(monkeypatch):
     monkeypatch.setattr(iqiyi_vid, "num_cores", lambda: 8)
     monkeypatch.setattr(iqiyi_vid, "memory_bytes", lambda: 100)
     assert [iqiyi_vid._num_readers(sizes) for sizes in ([1] * 9, [20, 5, 1], [10] * 5, [90])] == [
@@ -326,7 +278,7 @@ def test_pickles_are_read_at_once_as_far_as_memory_lasts(monkeypatch: pytest.Mon
 # The TFRecord files.
 
 
-def test_checksums_are_those_of_tensorflow(tmp_path: Path) -> None:
+def test_checksums_are_those_of_tensorflow(tmp_path):
     rng = np.random.default_rng(0)
     sizes = [0, 1, 4, 8, 5000]
     messages = [rng.bytes(size) for size in sizes]
@@ -335,28 +287,3 @@ def test_checksums_are_those_of_tensorflow(tmp_path: Path) -> None:
         for message in messages:
             writer.write(message)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-def test_a_record_is_what_tfds_makes_of_a_clip() -> None:
-    dtypes = ("float16", "float32", "float64", "int8")
-    modalities = {"face": Modality(5, "float16")}
-    modalities |= {f"a-b_{n}": Modality(300, dtype) for n, dtype in enumerate(dtypes)}
-    packed = {name: PackedFrames(dim=m.dim, dtype=m.dtype) for name, m in modalities.items()}
-    features = tfds.features.FeaturesDict(
-        {
-            "clip": tfds.features.Text(),
-            "clip_index": tfds.features.Scalar(dtype=np.int64),
-            "frames": tfds.features.FeaturesDict(packed),
-        }
-    )
-    rng = np.random.default_rng(0)
-    for index, count in ((0, 0), (1, 1), (127, 3), (128, 40), (2**31 - 1, 300)):
-        frames = {}
-        for name, modality in modalities.items():
-            clip = random_clip(rng, count, *modality)._asdict()
-            frames[name] = {field: clip[field] for field in STORED}
-        example = {"clip": f"clip é {index}", "clip_index": index, "frames": frames}
-        theirs = tf.train.Example.FromString(features.serialize_example(example))
-        ours = writers._record(example, modalities)
-        assert ours == theirs.SerializeToString(deterministic=True)
-    assert set(STORED) == {"features", *FRAME_FIELDS}

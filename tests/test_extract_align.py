@@ -8,7 +8,7 @@ from vidjax.extract import align
 TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
 
 
-def points_of(rng: np.random.Generator, count: int) -> np.ndarray:
+def points_of(rng, count):
     """Returns turned, scaled and shifted templates with noise, [count, 5, 2]."""
     angle, scale = rng.uniform(-3, 3, count), rng.uniform(0.1, 5, count)
     cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
@@ -17,7 +17,7 @@ def points_of(rng: np.random.Generator, count: int) -> np.ndarray:
     return moved + rng.normal(0, 3, moved.shape)
 
 
-def slow_similarity(points: np.ndarray) -> np.ndarray:
+def slow_similarity(points):
     """Solves the linear equations of (a, b, x, y) in u = a x - b y + x0, v = b x + a y + y0."""
     rows, right = [], []
     for (x, y), (u, v) in zip(points, TEMPLATE, strict=True):
@@ -27,7 +27,7 @@ def slow_similarity(points: np.ndarray) -> np.ndarray:
     return np.array([[a, -b, x0], [b, a, y0]])
 
 
-def slow_warp(rgb: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+def slow_warp(rgb, matrix, size):
     """Interpolates pixel by pixel; black outside."""
     height, width = rgb.shape[:2]
     crop = np.zeros((size, size, 3))
@@ -43,18 +43,18 @@ def slow_warp(rgb: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     return crop
 
 
-def turn(angle: float, scale: float, x: float, y: float) -> np.ndarray:
+def turn(angle, scale, x, y):
     cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
     return np.array([[cosine, -sine, x], [sine, cosine, y]])
 
 
-def test_similarity_is_the_least_squares_solution() -> None:
+def test_similarity_is_the_least_squares_solution():
     points = points_of(np.random.default_rng(0), 50)
     wanted = np.stack([slow_similarity(one) for one in points])
     np.testing.assert_allclose(align.similarity(points, TEMPLATE), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_similarity_of_no_faces_and_of_points_that_coincide() -> None:
+def test_similarity_of_no_faces_and_of_points_that_coincide():
     assert align.similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
     found = align.similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
     np.testing.assert_allclose(found @ (7, 7, 1), TEMPLATE.mean(0))
@@ -63,7 +63,7 @@ def test_similarity_of_no_faces_and_of_points_that_coincide() -> None:
 @pytest.mark.parametrize(
     "place", [(0, 1, 0, 0), (0.3, 0.8, -9, 4), (2, 1.7, 20, -20), (1, 0.6, 0, 9)]
 )
-def test_warp_is_bilinear_interpolation(place: tuple[float, float, float, float]) -> None:
+def test_warp_is_bilinear_interpolation(place):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
     matrix = turn(*place)
     found = align.warp(rgb, matrix[None], 24)[0]
@@ -72,7 +72,7 @@ def test_warp_is_bilinear_interpolation(place: tuple[float, float, float, float]
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.25, 0.07])
-def test_crops_that_shrink_are_means_of_areas(scale: float) -> None:
+def test_crops_that_shrink_are_means_of_areas(scale):
     rng = np.random.default_rng(2)
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     rgb = np.stack([board, rng.integers(0, 256, board.shape), np.full_like(board, 80)], -1)
@@ -83,7 +83,7 @@ def test_crops_that_shrink_are_means_of_areas(scale: float) -> None:
     assert inside[:, 1].std() < 30
 
 
-def test_a_crop_that_shrinks_keeps_its_place() -> None:
+def test_a_crop_that_shrinks_keeps_its_place():
     y, x = np.indices((300, 400))
     rgb = np.stack([x // 2, y // 2, x * 0], -1).astype(np.uint8)
     crop = align.warp(rgb, turn(0, 0.2, 0, 0)[None], 50)[0].astype(float)
@@ -93,14 +93,14 @@ def test_a_crop_that_shrinks_keeps_its_place() -> None:
     np.testing.assert_allclose(crop[inner, inner, 1], (v / 0.4)[inner, inner], atol=1)
 
 
-def test_crops_outside_of_the_picture_are_black() -> None:
+def test_crops_outside_of_the_picture_are_black():
     rgb = np.full((20, 20, 3), 200, np.uint8)
     places = np.stack([turn(0, 1, 500, 0), turn(0, 0.1, -300, 0), turn(0, 0, 0, 0)])
     assert not align.warp(rgb, places, 16).any()
     assert align.warp(rgb, places[:0], 16).shape == (0, 16, 16, 3)
 
 
-def test_the_parts_of_quality_go_from_zero_to_one() -> None:
+def test_the_parts_of_quality_go_from_zero_to_one():
     small = TEMPLATE[None] * 0.1
     np.testing.assert_allclose(align.size(TEMPLATE[None]), 1)
     np.testing.assert_allclose(align.size(small), 2 * 5.65 / 80)
@@ -114,15 +114,3 @@ def test_the_parts_of_quality_go_from_zero_to_one() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     sharp, flat = align.sharpness(noise)[0], align.sharpness(np.zeros_like(noise))[0]
     assert 0.9 < sharp < 1 and flat == 0
-
-
-def test_quality_is_the_product() -> None:
-    rng = np.random.default_rng(3)
-    points = points_of(rng, 6)
-    crops = rng.integers(0, 256, (6, 20, 20, 3), np.uint8)
-    scores = rng.uniform(0, 1, 6)
-    parts = scores * align.size(points) * align.sharpness(crops) * align.frontality(points)
-    found = align.quality(scores, points, crops)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, parts, rtol=1e-6)
-    assert align.quality(np.zeros(0), np.zeros((0, 5, 2)), crops[:0]).shape == (0,)

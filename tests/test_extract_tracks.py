@@ -1,7 +1,5 @@
 """tracks: heads that walk, cross, hide and leave."""
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import pytest
 
@@ -11,16 +9,16 @@ from vidjax.extract import tracks
 class Walk:
     """Boxes of one head: where it is at a time."""
 
-    def __init__(self, start: tuple[float, float], speed: tuple[float, float], size: float = 60):
+    def __init__(self, start, speed, size=60):
         self.start, self.speed, self.size = np.array(start, float), np.array(speed, float), size
 
-    def box(self, time_s: float) -> np.ndarray:
+    def box(self, time_s):
         middle = self.start + time_s * self.speed
         half = np.array([self.size * 0.4, self.size * 0.5])
         return np.concatenate([middle - half, middle + half])
 
 
-def one_of_each(boxes: np.ndarray) -> list[int]:
+def one_of_each(boxes):
     """Returns the boxes that overlap no box before them by half, as every detector ends."""
     kept: list[int] = []
     for n in range(len(boxes)):
@@ -29,15 +27,7 @@ def one_of_each(boxes: np.ndarray) -> list[int]:
     return kept
 
 
-def follow(
-    people: Sequence[Walk],
-    seconds: float,
-    *,
-    fps: float = 5,
-    noise: float = 1.0,
-    unseen: Callable[[int, float], bool] = lambda person, time_s: False,
-    seed: int = 0,
-) -> tuple[list[tracks.Track], list[list[int]]]:
+def follow(people, seconds, *, fps=5, noise=1.0, unseen=lambda person, time_s: False, seed=0):
     """Returns the tracks, and of each track the people whose detections it holds."""
     rng = np.random.default_rng(seed)
     tracker = tracks.Tracker()
@@ -55,7 +45,7 @@ def follow(
     return found, [sorted(owners[track.number]) for track in found]
 
 
-def test_one_head_is_one_track() -> None:
+def test_one_head_is_one_track():
     found, people = follow([Walk((100, 100), (80, 10))], 5)
     assert people == [[0]] and len(found[0].times) == 25
     np.testing.assert_allclose(found[0].times, np.arange(25) / 5)
@@ -63,7 +53,7 @@ def test_one_head_is_one_track() -> None:
 
 @pytest.mark.parametrize("fps", [2, 5, 10])
 @pytest.mark.parametrize("below", [0, 10, 25])
-def test_two_heads_that_cross_keep_their_tracks(fps: float, below: float) -> None:
+def test_two_heads_that_cross_keep_their_tracks(fps, below):
     for seed in range(10):
         rng = np.random.default_rng(seed)
         speed = rng.uniform(15, 25) * fps / 5 + 10
@@ -74,7 +64,7 @@ def test_two_heads_that_cross_keep_their_tracks(fps: float, below: float) -> Non
 
 
 @pytest.mark.parametrize("fps", [5, 10])
-def test_a_head_that_passes_behind_another_is_not_switched(fps: float) -> None:
+def test_a_head_that_passes_behind_another_is_not_switched(fps):
     for seed in range(10):
         people = [Walk((100, 100), (40, 0)), Walk((300, 105), (-40, 0))]
         hidden = lambda n, t: n == 1 and abs(t - 2.5) < 0.45  # noqa: E731
@@ -83,7 +73,7 @@ def test_a_head_that_passes_behind_another_is_not_switched(fps: float) -> None:
         assert len(owners) <= 4
 
 
-def test_a_short_gap_is_bridged_and_a_long_one_is_not() -> None:
+def test_a_short_gap_is_bridged_and_a_long_one_is_not():
     person = [Walk((100, 100), (20, 0))]
     short, _ = follow(person, 6, unseen=lambda n, t: 2 < t < 2.7)
     long, _ = follow(person, 6, unseen=lambda n, t: 2 < t < 3.9)
@@ -91,7 +81,7 @@ def test_a_short_gap_is_bridged_and_a_long_one_is_not() -> None:
     assert [track.number for track in long] == [0, 1]
 
 
-def test_no_track_goes_over_a_cut() -> None:
+def test_no_track_goes_over_a_cut():
     tracker = tracks.Tracker()
     box = np.array([[10, 10, 60, 70]])
     for n in range(20):
@@ -106,7 +96,7 @@ def test_no_track_goes_over_a_cut() -> None:
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
 
 
-def test_single_detections_are_dropped() -> None:
+def test_single_detections_are_dropped():
     tracker = tracks.Tracker()
     tracker.update(0.0, np.array([[10, 10, 60, 70]]))
     tracker.cut()
@@ -114,7 +104,7 @@ def test_single_detections_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 24_000 / 24_024, 5.0])
-def test_a_track_of_slow_frames_may_lack_one_of_them(rate: float) -> None:
+def test_a_track_of_slow_frames_may_lack_one_of_them(rate):
     tracker = tracks.Tracker(gap_s=tracks.gap_at(rate))
     for n in (0, 2, 3):
         assert tracker.update(n / rate, np.array([[10, 10, 60, 70]])).tolist() == [0]
@@ -122,7 +112,7 @@ def test_a_track_of_slow_frames_may_lack_one_of_them(rate: float) -> None:
     assert [len(track.times) for track in tracker.take_ended()] == [3]
 
 
-def test_frames_without_detections() -> None:
+def test_frames_without_detections():
     tracker = tracks.Tracker()
     for n in range(5):
         assert tracker.update(n / 5, np.zeros((0, 4))).shape == (0,)
@@ -130,7 +120,7 @@ def test_frames_without_detections() -> None:
     assert tracker.take_ended() == []
 
 
-def test_a_crowd_keeps_its_tracks() -> None:
+def test_a_crowd_keeps_its_tracks():
     rng = np.random.default_rng(0)
     people = [
         Walk((100 + 90 * n, 100 + 150 * row), (float(rng.uniform(-3, 3)), 0.0))
@@ -141,7 +131,7 @@ def test_a_crowd_keeps_its_tracks() -> None:
     assert sorted(owners) == [[n] for n in range(24)]
 
 
-def test_overlap_is_intersection_over_union() -> None:
+def test_overlap_is_intersection_over_union():
     rng = np.random.default_rng(1)
     corners = rng.integers(0, 12, (2, 9, 2, 2))
     boxes = np.concatenate([corners.min(2), corners.max(2) + 1], -1).astype(float)

@@ -8,37 +8,37 @@ import pytest
 
 pytest.importorskip("av", reason="needs the extra [video]")
 
-from tests.helpers import films
+from tests.helpers import films, seen
 from vidjax.errors import UserError
 from vidjax.extract import decode
 
 
-def corner() -> np.ndarray:
+def corner():
     """Returns a picture of 120 x 160 pixels, grey with a red corner at its top left."""
     picture = np.full((120, 160, 3), 90, np.uint8)
     picture[:40, :50] = (250, 0, 0)
     return picture
 
 
-def red(rgb: np.ndarray) -> tuple[bool, ...]:
+def red(rgb):
     """Returns for each corner, from top left with the clock, whether it is red."""
     corners = rgb[[10, 10, -10, -10], [10, -10, -10, 10]].astype(int)
     return tuple((corners[:, 0] - corners[:, 1] > 80).tolist())
 
 
-def read(path: Path, fps: float = 5) -> tuple[list[decode.Frame], decode.Video]:
+def read(path, fps=5):
     with decode.open_video(path) as video:
         return list(video.frames(fps)), video
 
 
-def refused(path: Path, message: str, most_pixels: int = decode.MOST_PIXELS) -> None:
+def refused(path, message, most_pixels=decode.MOST_PIXELS):
     """Expects that a file is refused before anything of it is decoded."""
     with pytest.raises(UserError, match=message), decode.open_video(path, most_pixels=most_pixels):
         pass
 
 
 @pytest.fixture
-def film(tmp_path: Path) -> Path:
+def film(tmp_path):
     films.write(tmp_path / "film.mkv", [films.scene(n) for n in range(60)], "ffv1")
     return tmp_path / "film.mkv"
 
@@ -48,7 +48,7 @@ def film(tmp_path: Path) -> Path:
     [("a.mp4", "libx264"), ("a.mov", "mpeg4"), ("a.mkv", "ffv1"), ("a.webm", "libvpx-vp9"),
      ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video")],
 )  # fmt: skip
-def test_formats_give_the_same_times_and_pictures(tmp_path: Path, name: str, codec: str) -> None:
+def test_formats_give_the_same_times_and_pictures(tmp_path, name, codec):
     path = tmp_path / name
     films.write(path, [corner()] * 30, codec)
     frames, video = read(path)
@@ -65,9 +65,7 @@ def test_formats_give_the_same_times_and_pictures(tmp_path: Path, name: str, cod
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 @pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
-def test_pixels_that_are_no_squares_are_shown_as_such(
-    tmp_path: Path, name: str, aspect: float, width: int
-) -> None:
+def test_pixels_that_are_no_squares_are_shown_as_such(tmp_path, name, aspect, width):
     films.write(tmp_path / name, [corner()] * 5, "mpeg4", aspect=aspect)
     frames, _ = read(tmp_path / name)
     assert frames[0].rgb is not None
@@ -75,12 +73,12 @@ def test_pixels_that_are_no_squares_are_shown_as_such(
     assert red(frames[0].rgb) == (True, False, False, False)
 
 
-def test_wide_pixels_count_for_the_largest_picture(tmp_path: Path) -> None:
+def test_wide_pixels_count_for_the_largest_picture(tmp_path):
     films.write(tmp_path / "a.mp4", [corner()] * 5, "mpeg4", aspect=2.0)
     refused(tmp_path / "a.mp4", "pictures of 320 x 120 pixels", 30_000)
 
 
-def test_a_last_picture_that_is_held_belongs_to_the_film(tmp_path: Path) -> None:
+def test_a_last_picture_that_is_held_belongs_to_the_film(tmp_path):
     films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
     _, video = read(tmp_path / "slides.mp4")
     assert video.found.seconds == pytest.approx(19 / 25 + 6, abs=0.05)
@@ -88,14 +86,14 @@ def test_a_last_picture_that_is_held_belongs_to_the_film(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("degrees", "place"), [(0, 0), (90, 3), (180, 2), (-90, 1)])
-def test_a_turned_film_is_shown_upright(tmp_path: Path, degrees: int, place: int) -> None:
+def test_a_turned_film_is_shown_upright(tmp_path, degrees, place):
     films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
     frame = read(tmp_path / "phone.mp4")[0][0]
     assert frame.rgb is not None and red(frame.rgb).index(True) == place
     assert frame.rgb.shape[0] == (160 if degrees % 180 else 120)
 
 
-def as_exif_says(picture: np.ndarray, orientation: int) -> np.ndarray:
+def as_exif_says(picture, orientation):
     """Returns the picture that EXIF describes: where the first row and first column are seen."""
     shown = picture if orientation < 5 else picture.swapaxes(0, 1)
     down, across = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1),
@@ -104,7 +102,7 @@ def as_exif_says(picture: np.ndarray, orientation: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_shown_upright(tmp_path: Path, orientation: int) -> None:
+def test_a_photo_is_shown_upright(tmp_path, orientation):
     path = tmp_path / "photo.jpg"
     picture = films.scene(3)
     path.write_bytes(films.photo(picture, "mjpeg", orientation))
@@ -120,14 +118,14 @@ def test_a_photo_is_shown_upright(tmp_path: Path, orientation: int) -> None:
 @pytest.mark.parametrize(
     ("name", "codec"), [("a.png", "png"), ("a.webp", "libwebp"), ("a.bmp", "bmp")]
 )
-def test_photos_of_other_formats_are_read(tmp_path: Path, name: str, codec: str) -> None:
+def test_photos_of_other_formats_are_read(tmp_path, name, codec):
     (tmp_path / name).write_bytes(films.photo(corner(), codec))
     assert red(films.read_photo(tmp_path / name)) == (True, False, False, False)
     frames, video = read(tmp_path / name)
     assert len(frames) == 1 and video.info.photo and not video.found.damaged
 
 
-def test_photos_in_the_container_of_films_are_refused(tmp_path: Path) -> None:
+def test_photos_in_the_container_of_films_are_refused(tmp_path):
     """Their tiles would pass for the frames of a film."""
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
@@ -135,7 +133,7 @@ def test_photos_in_the_container_of_films_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "photo.heic", "convert it to JPEG")
 
 
-def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path: Path) -> None:
+def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path):
     stamps = [0, 10, 20, 30, 500, 510, 1000, 1900, 1910, 2000]
     films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
     frames, video = read(tmp_path / "uneven.mkv", fps=2)
@@ -145,7 +143,7 @@ def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path: Path) -> None:
     assert video.found.repaired == 0
 
 
-def test_equal_times_are_replaced_by_numbers(tmp_path: Path) -> None:
+def test_equal_times_are_replaced_by_numbers(tmp_path):
     films.write(tmp_path / "equal.mkv", [films.scene(0)] * 30, "ffv1", stamps=[0] * 30)
     frames, video = read(tmp_path / "equal.mkv")
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(30) / 25)
@@ -162,29 +160,27 @@ def test_equal_times_are_replaced_by_numbers(tmp_path: Path) -> None:
         ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),
     ],
 )
-def test_bad_time_stamps_are_repaired(
-    stamps: list[float | None], times: list[float], repaired: int
-) -> None:
+def test_bad_time_stamps_are_repaired(stamps, times, repaired):
     clock = decode.Clock(step_s=0.1, latest_s=10.0)
     np.testing.assert_allclose([clock.time(stamp) for stamp in stamps], times, atol=1e-6)
     assert clock.repaired == repaired
 
 
-def test_times_count_from_the_first_moment_of_the_file(tmp_path: Path) -> None:
+def test_times_count_from_the_first_moment_of_the_file(tmp_path):
     stamps = [60_000 + 40 * n for n in range(10)]
     films.write(tmp_path / "late.ts", [films.scene(0)] * 10, stamps=stamps)
     frames, _ = read(tmp_path / "late.ts")
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
 
 
-def test_a_film_that_was_cut_off_is_called_damaged(film: Path) -> None:
+def test_a_film_that_was_cut_off_is_called_damaged(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
     frames, video = read(film)
     assert 0 < len(frames) < 30 and video.found.damaged
     assert video.info.seconds == pytest.approx(2.4, abs=0.05)
 
 
-def test_flipped_bits_cost_frames_and_not_the_film(tmp_path: Path) -> None:
+def test_flipped_bits_cost_frames_and_not_the_film(tmp_path):
     film = tmp_path / "film.mkv"
     films.write(film, [films.scene(n) for n in range(60)])
     content = bytearray(film.read_bytes())
@@ -200,15 +196,14 @@ def test_flipped_bits_cost_frames_and_not_the_film(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", films.NO_FILMS)
-def test_what_is_no_film_is_refused(tmp_path: Path, name: str, film: Path) -> None:
+def test_what_is_no_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # which no list may open
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
-    with pytest.raises(UserError, match=r"MP4|an empty file") as caught:
-        read(tmp_path / name)
-    assert name in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+    said = seen.refused(lambda: read(tmp_path / name), name)
+    assert "MP4" in said or "an empty file" in said
 
 
-def test_names_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_no_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
@@ -218,20 +213,20 @@ def test_names_are_no_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert red(films.read_photo(Path("%d.png"))) == (False,) * 4
 
 
-def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe.mp4", tmp_path / "device.mp4", tmp_path):
         refused(path, "not opened")
 
 
-def test_sound_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_sound_without_pictures_is_refused(tmp_path):
     films.write(tmp_path / "voice.m4a", [], sound=np.zeros(8000))
     refused(tmp_path / "voice.m4a", "give a video")
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_sound_is_placed_by_its_time_stamps(tmp_path: Path, rate: int) -> None:
+def test_sound_is_placed_by_its_time_stamps(tmp_path, rate):
     """A tone sounds from 0.85 s, where the sound track begins, to 1.35 s."""
     samples = np.sin(np.arange(rate) / rate * 2 * np.pi * 440) * 0.5
     samples[rate // 2 :] = 0
@@ -250,7 +245,7 @@ def test_sound_is_placed_by_its_time_stamps(tmp_path: Path, rate: int) -> None:
     np.testing.assert_allclose(heard[14_000:20_000], wanted, atol=0.1)
 
 
-def test_sound_ends_where_its_time_stamps_go_back(tmp_path: Path) -> None:
+def test_sound_ends_where_its_time_stamps_go_back(tmp_path):
     """Of two films, one after the other, the second one's sound belongs to unknown frames."""
     samples = np.sin(np.arange(48_000) / 5) * 0.5
     films.write(tmp_path / "a.ts", [films.scene(0)] * 75, sound=samples)
@@ -262,12 +257,12 @@ def test_sound_ends_where_its_time_stamps_go_back(tmp_path: Path) -> None:
             assert video.found.damaged == damaged
 
 
-def test_a_film_without_sound_has_none(film: Path) -> None:
+def test_a_film_without_sound_has_none(film):
     with decode.open_video(film) as video:
         assert not video.info.sound and list(video.sound()) == []
 
 
-def test_size_is_checked_before_anything_is_decoded(tmp_path: Path, film: Path) -> None:
+def test_size_is_checked_before_anything_is_decoded(tmp_path, film):
     refused(film, "smaller", 160 * 120 - 1)
     with decode.open_video(film, most_pixels=160 * 120) as video:
         assert video.info.width == 160
@@ -278,7 +273,7 @@ def test_size_is_checked_before_anything_is_decoded(tmp_path: Path, film: Path) 
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
-def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path: Path) -> None:
+def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path):
     """Two streams of MPEG, one after the other, are one film."""
     for name, size in (("a", 1), ("b", 4)):
         films.write(tmp_path / f"{name}.ts", [films.scene(0, 120 * size, 160 * size)] * 10)

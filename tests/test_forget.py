@@ -1,7 +1,6 @@
 """Every place of a person is named, and what vidjax may delete is deleted: then no byte is left."""
 
-import contextlib
-import io
+import functools
 import json
 import os
 import stat
@@ -17,23 +16,25 @@ import vidjax
 from tests.helpers import made_galleries, small_runs
 from vidjax import config_io, files, tables
 from vidjax.data import cache
-from vidjax.main import main
 
 GONE = "Ada Lovelace"
 
 
-def run(*words, code=0):
+@pytest.fixture
+def run(say):
     """Runs the command and returns what it printed."""
-    told, wrong = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(wrong):
-        assert main(["forget", *map(str, words)]) == code, wrong.getvalue()
-    return (wrong if code == 2 else told).getvalue()
+    return functools.partial(say, "forget")
 
 
-def places(*words, code=0):
+@pytest.fixture
+def places(run):
     """Returns path -> kind and remedy, of what the command names."""
-    found = json.loads(run(*words, "--json", code=code))["places"]
-    return {one["path"]: (one["kind"], one["remedy"]) for one in found}
+
+    def find(*words, code=0):
+        found = run(*words, "--json", code=code)["places"]
+        return {one["path"]: (one["kind"], one["remedy"]) for one in found}
+
+    return find
 
 
 def found_by(command):
@@ -51,7 +52,7 @@ def converted(folder, *clips):
         np.savez(partial / "index.npz", **arrays)
 
 
-def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path):
+def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path, run, places):
     clips = made_galleries.make_clips()
     shown = {"ada 1": made_galleries.make_clip(9001, GONE)._replace(fitted=True)}
     people = made_galleries.make(tmp_path / "g", clips | shown)
@@ -91,18 +92,18 @@ def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path):
     assert "places      4, 0 of them deleted" in said and "train without them" in said
 
 
-def test_the_printed_commands_find_names_in_other_files(tmp_path):
+def test_the_printed_commands_find_names_in_other_files(tmp_path, run):
     (tmp_path / "answers.jsonl").write_text(json.dumps({"clip": "x", "identity": GONE}))
     (tmp_path / "ranking.txt").write_text("Ada%20Lovelace x y\n")
     (tmp_path / f"{GONE}.jpg").write_bytes(b"")
     (tmp_path / "other.txt").write_text("Ada\n")
-    grep, find = json.loads(run(f"--identity={GONE}", "--json", tmp_path))["commands"]
+    grep, find = run(f"--identity={GONE}", "--json", tmp_path)["commands"]
     assert f"  {grep}\n  {find}\n" in run(f"--identity={GONE}", tmp_path)
     for command, names in ((grep, {"answers.jsonl", "ranking.txt"}), (find, {f"{GONE}.jpg"})):
         assert {path.name for path in found_by(command)} == names
 
 
-def test_what_cannot_be_searched_is_named(tmp_path, monkeypatch):
+def test_what_cannot_be_searched_is_named(tmp_path, run, places, monkeypatch):
     for name in ("g", "closed", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "g" / "gallery.sqlite").write_bytes(b"x")
@@ -122,7 +123,7 @@ def test_what_cannot_be_searched_is_named(tmp_path, monkeypatch):
     assert "no such folder" in run("--clip=x", tmp_path / "absent", code=2)
 
 
-def test_a_gallery_that_is_in_use_is_told_and_the_rest_is_deleted(tmp_path):
+def test_a_gallery_that_is_in_use_is_told_and_the_rest_is_deleted(tmp_path, places):
     people = made_galleries.make(tmp_path / "g", {"a/1": made_galleries.make_clip(1, GONE)})
     converted(tmp_path / "records" / "0", "a/1")
     words = (f"--identity={GONE}", tmp_path, "--delete")
@@ -152,7 +153,7 @@ def everything(folder):
 
 
 @pytest.mark.slow
-def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
+def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run, places):
     """Features, conversion, run, gallery, ranking, answers: what is named is dealt with."""
     rng = np.random.default_rng(0)
     features, labels = tmp_path / "features", ["clip,identity"]
@@ -194,7 +195,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
     run(f"--identity={GONE}", *clips, "--delete", tmp_path)
     left = places(f"--identity={GONE}", *clips, tmp_path)
     assert {kind for kind, _ in left.values()} == {"run", "gallery"}
-    answer = json.loads(run(f"--identity={GONE}", *clips, "--json", tmp_path))
+    answer = run(f"--identity={GONE}", *clips, "--json", tmp_path)
     others = [path for command in answer["commands"] for path in found_by(command)]
     for path in {*map(Path, left), *others}:  # what the command says that the user has to do
         if path == features / "labels.csv":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import embeddings, small_runs
+from tests.helpers import small_runs
 from vidjax import config_io, metrics, predict
 from vidjax.evaluation import topk
 from vidjax.gallery.answers import Answer
@@ -236,30 +236,3 @@ def test_fitted_settings_of_a_plda_run_are_kept(tmp_path, data, official_dir):
     settings = dict(run.manifest["settings"]) | {"within": 0.5}
     assert gallery.backend.settings._asdict() == settings
     assert map_of(gallery.rank(data, split="val"), data) == pytest.approx(run.results["map"])
-
-
-@pytest.mark.parametrize(("people", "photos"), [(5, 1), (20, 1), (5, 3)])
-def test_a_photo_each_is_enough(tmp_path, people, photos):
-    """Vectors as dlib makes them of faces, by a run that is trained on one photo of each."""
-    make = embeddings.Faces(8)
-    shown = make.raw(people, photos + 10).astype(np.float32)[:, :, None]
-    strangers = make.raw(100, 1).astype(np.float32)
-    train = {
-        f"p{person}_{photo}": {"face": shown[person, photo]}
-        for person, photo in np.ndindex(people, photos)
-    }
-    labels = {name: f"Person {name[1:].split('_')[0]}" for name in train}
-    splits = {"train": train, "val": {"other": {"face": strangers[0]}}}
-    data = vidjax.load_data(splits, labels, cache_dir=tmp_path / "cache")
-    vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", data)
-    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
-    clips = {
-        f"{person} {turn}": {"face": shown[person, photos + turn]}
-        for person, turn in np.ndindex(people, 10)
-    }
-    answers = gallery.identify(clips)
-    right = [one.best[0][0] == f"Person {name.split()[0]}" for name, one in answers.items()]
-    assert np.mean(right) >= 0.95
-    assert np.mean([one.identity is not None for one in answers.values()]) >= 0.9
-    others = gallery.identify({f"s{n}": {"face": x} for n, x in enumerate(strangers)})
-    assert np.mean([one.identity is not None for one in others.values()]) <= 0.02

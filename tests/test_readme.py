@@ -20,7 +20,7 @@ import pytest
 import vidjax
 from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
-from tests.campaigns import kills, mutations, numbers, same_bytes
+from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
 from vidjax import config as config_lib
 from vidjax import devices, fusion, main, messages
@@ -260,10 +260,6 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "RESULTS", Path(results))
     speed_page = shutil.copy(speed.PAGE, tmp_path / "speed.md")
     monkeypatch.setattr(speed, "PAGE", Path(speed_page))
-    # `tests/faults` runs a sample of both.
-    campaigns, trial = [], mutations.Trial("ranking.txt", "cut 0.5", "check", 0, "")
-    monkeypatch.setattr(kills, "campaign", lambda *args: campaigns.append(args) or 0)
-    monkeypatch.setattr(mutations, "trials", lambda *args: campaigns.append(args) or [trial])
     run = {
         # Trains nothing, or times the shortest command.
         "tests.benchmarks.scores": lambda words: scores.main(
@@ -275,14 +271,8 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         "tests.campaigns.commands": lambda words: command_campaign.main(
             [*words, "--only=--version"]
         ),
-        "tests.campaigns.kills": kills.main,
         # Writes the tables from what was measured.
         "tests.benchmarks.speed": lambda words: speed.main([*words, "--collect"]),
-        # `tests/faults/test_numbers.py` runs more cases.
-        "tests.campaigns.numbers": lambda words: numbers.main(
-            [*words, "--only=zero,batch-1e8", "--systems=knn"]
-        ),
-        "tests.campaigns.mutations": lambda words: mutations.main([*words, "--seed=0"]),
     }
     found = [words for words in commands() if words[0].startswith("tests.")]
     assert {module for module, *_ in found} == set(run)
@@ -292,9 +282,6 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     after = json.loads(Path(results).read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert Path(speed_page).read_text() == (ROOT / "tests/benchmarks/README.md").read_text()
-    folder = tmp_path / "FOLDER"
-    sizes = [(200, 0, None), (2000, 0, mutations.MODES)]
-    assert sorted(campaigns) == [(folder, *size) for size in sizes]
 
 
 @pytest.mark.slow

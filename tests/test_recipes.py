@@ -17,8 +17,7 @@ WIDTH = 16
 
 def test_qdrant_finds_the_clips_of_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
-    back_end = {"centre": [0.0] * WIDTH, "data": "made", "pairs": [100, 100]}
-    back_end |= {"same": [0.958, 0.0146], "different": [0.2, 0.2]}
+    back_end = made_nets.back_end((0.958, 0.0146), (0.2, 0.2), WIDTH)
     (tmp_path / "models").mkdir()
     made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=back_end)
     gallery = Gallery.of_models(tmp_path / "g", tmp_path / "models")

@@ -1,22 +1,18 @@
 """Resident clips: what is drawn, what is shown, and that no bit depends on how steps are called."""
 
-import functools
 import itertools
 import os
 import signal
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
 from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches, train_batches
-from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
-from tests.helpers.made_steps import make_train_step
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -28,20 +24,17 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import devices as devices_lib
-from vidjax import ensemble, fusion, machine
-from vidjax.batch import Batch, Frames, LazyFeatures, Packed
+from vidjax import fusion, machine
+from vidjax.batch import Frames, LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
-from vidjax.system import TaskSpec, make_system
-from vidjax.training import feed, train_step
+from vidjax.training import feed
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-COSINE = "configs/cosine.py:iqiyi_vid"
-PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
@@ -95,13 +88,6 @@ def test_orders_are_even(num_clips):
     assert min(neighbours) > 1e-4
 
 
-def test_unevenness_of_too_few_rounds_would_show(monkeypatch):
-    monkeypatch.setattr(order_lib, "ROUNDS", 3)
-    # A function of its own, so that no program for other rounds is used again.
-    few_rounds = jax.jit(lambda *values: order_lib.shuffled(*values), static_argnums=3)
-    assert min(p_values(order_of(7, 3000, shuffled=few_rounds))) < 1e-9
-
-
 def pack(lengths, *, dim=3, seed=0):
     """Returns Packed of made-up clips; the first feature of a frame is where it lies."""
     lengths = np.asarray(lengths, np.int32)
@@ -112,9 +98,6 @@ def pack(lengths, *, dim=3, seed=0):
         field[-1] = 0
     start = np.cumsum(lengths, dtype=np.int32) - lengths
     return Packed(frames.features, frames.quality, frames.detection, frames.number, start, lengths)
-
-
-LENGTHS = (4, 0, 11, 1, 30, 7, 8)  # of 7 clips
 
 
 def drawer(clips, plan):
@@ -138,50 +121,6 @@ def plan_of(*, batch_size=4, seed=3, num_clips=7, sizes=None, cropped=("face",))
     return BatchPlan(("train",), batch_size, num_clips, sizes, cropped, "window", seed)
 
 
-def two_modalities():
-    return {"face": pack(LENGTHS), "audio": pack((1, 0, 1, 1, 0, 1, 1), seed=1)}
-
-
-def test_batches_give_every_clip_once_an_epoch():
-    draw = drawer(two_modalities(), plan_of(batch_size=4))
-    batches = [draw(step) for step in range(7)]
-    assert all(batch.clip_index.shape == (4,) for batch in batches)
-    assert all(batch.batch_mask.all() for batch in batches)
-    order = np.concatenate([batch.clip_index for batch in batches]).reshape(4, 7)
-    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(7), (4, 1)))
-    assert len(np.unique(order, axis=0)) > 1
-    whole = drawer(two_modalities(), plan_of(batch_size=28))(0)
-    np.testing.assert_array_equal(order.ravel(), whole.clip_index)
-
-
-def test_clips_show_all_their_frames_or_a_window_in_a_row():
-    clips = two_modalities()
-    draw = drawer(clips, plan_of())
-    starts = {2: set(), 4: set()}
-    for step in range(120):
-        batch = draw(step)
-        for name, size in (("face", 8), ("audio", 1)):
-            one, packed = batch.frames[name], clips[name]
-            assert one.features.shape == (4, size, 3)
-            for row, clip in enumerate(batch.clip_index):
-                length = min(packed.length[clip], size)
-                assert one.mask[row].tolist() == [True] * length + [False] * (size - length)
-                for field in FIELDS[:-1]:
-                    assert not getattr(one, field)[row, length:].any()
-                if not length:
-                    continue
-                first = int(one.features[row, 0, 0]) - packed.start[clip]
-                assert 0 <= first <= packed.length[clip] - length
-                at = packed.start[clip] + first + np.arange(int(length))
-                for field in FIELDS[:-1]:
-                    wanted = getattr(packed, field)[at]
-                    np.testing.assert_array_equal(getattr(one, field)[row, :length], wanted)
-                if name == "face" and clip in starts:
-                    starts[clip].add(first)
-    assert starts[2] == {0, 1, 2, 3}
-    assert len(starts[4]) > 15 and min(starts[4]) == 0 and max(starts[4]) == 22
-
-
 def test_a_batch_is_a_function_of_seed_and_step():
     """Its clips are, and its windows: each step and each modality has its own."""
     clips = {name: pack([30] * 7) for name in ("face", "head")}
@@ -197,33 +136,13 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert (both["face"].features != both["head"].features).any()
 
 
-WIDTHS = {"audio": 4, "body": 3, "face": 6}
 COUNTS = {"train": 33, "val": 20, "test": 6}
 
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory):
-    """Clips of 0 to 700 frames; of a few, qualities tie or are not numbers."""
-    folder = tmp_path_factory.mktemp("ragged")
-    for split, count in COUNTS.items():
-        rng = np.random.default_rng(count)
-        names = [f"{split}_{number:03d}" for number in range(count)]
-        clips = {name: {} for name in WIDTHS}
-        for number, name in enumerate(names):
-            length = {1: 700, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
-            clips["face"][name] = random_clip(rng, length, WIDTHS["face"])
-            if number % 3:
-                clips["audio"][name] = random_clip(rng, 1, WIDTHS["audio"])
-            if number % 2:
-                body = random_clip(rng, 600 if number == 7 else 2, WIDTHS["body"])
-                clips["body"][name] = body
-        for name in names[1:3]:
-            quality = clips["face"][name].quality
-            quality[:] = np.round(quality / 20)
-        for modality, of_modality in clips.items():
-            write_pickle(folder, modality, split, of_modality)
-        truth = {name: str(number % 5 + 1) for number, name in enumerate(names)}
-        write_truth(folder, split, truth)
+    """Clips of 0 to 700 frames; of a few, qualities tie."""
+    folder = write_ragged(tmp_path_factory.mktemp("ragged"), COUNTS)
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
@@ -399,187 +318,6 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
         np.testing.assert_array_equal(left, right, err_msg=field)
 
 
-class Setting:
-    """A shipped system on resident clips: its loop, and a state to begin with."""
-
-    def __init__(self, data, *words, spec, devices=1):
-        config = shrunk(*words, spec=spec)
-        modalities = {name: data.modalities[name].dim for name in config.modalities}
-        labels = data.split("train").labels
-        sizes = TaskSpec(modalities, 12, None, len(labels), 24, train_other=False)
-        self.system = make_system(config.to_dict(), sizes)
-        self.mesh = devices_lib.make_mesh(devices)
-        stream = {"max_frames": config.data.max_frames, "crop": "window", "seed": 0}
-        train = data.split("train")
-        self.plan = make_batch_plan([train], tuple(modalities), batch_size=32, **stream)
-        layout = resident.plan_resident(data, self.plan, "val")
-        self.clips = resident.Resident(data, layout, self.mesh).train
-        self.tables = devices_lib.replicate(
-            self.mesh, train_step.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
-        )
-        rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-        self._start = train_step.make_state(
-            lambda: train_step.init_state(self.system, rngs, jnp.asarray(labels)[None]),
-            self.system.tx,
-            devices_lib.replicated(self.mesh),
-        )
-        self.loop: Any = train_step.make_train_loop(
-            self.system, self.mesh, lambda clips, step: resident.draw_batch(clips, self.plan, step)
-        )
-
-    def start(self):
-        return jax.tree.map(lambda x: x.copy(), self._start)
-
-    def run(self, *counts):
-        """Returns the state after some calls, and what the last one said."""
-        state = self.start()
-        outcome = train_step.Outcome(jnp.zeros(1), jnp.int32(-1))
-        for count in counts:
-            state, outcome = self.loop(state, self.tables, self.clips, np.int32(count))
-        return state, outcome
-
-    def host_batches(self, count):
-        """Yields the batches of the first steps, padded by numpy from the clips they name."""
-        draw = jax.jit(lambda clips, step: resident.draw_batch(clips, self.plan, step).clip_index)
-        clips = jax.device_get(self.clips)
-        for step in range(count):
-            clip_index = np.asarray(draw(self.clips, np.int32(step)))
-            frames = {}
-            for name, size in self.plan.padded_lengths.items():
-                packed, parts = clips[name], []
-                for field in FIELDS[:-1]:
-                    values = getattr(packed, field)
-                    padded = np.zeros((len(clip_index), size, *values.shape[1:]), values.dtype)
-                    for row, clip in enumerate(clip_index):
-                        first, length = packed.start[clip], packed.length[clip]
-                        padded[row, :length] = values[first : first + length]
-                    parts.append(padded)
-                mask = np.arange(size) < packed.length[clip_index][:, None]
-                frames[name] = Frames(*parts, mask=mask)
-            yield Batch(frames, clip_index, np.ones(len(clip_index), bool))
-
-
-def assert_same_state(left, right):
-    for name in ("step", "params", "model_state", "opt_state", "sums"):
-        a, b = jax.device_get((getattr(left, name), getattr(right, name)))
-        jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize("spec", [MMA, MLP, COSINE, PLDA], ids=["mma", "mlp", "cosine", "plda"])
-def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
-    setting = Setting(data, spec=spec)
-    assert not setting.plan.windowed
-    wanted, outcome = setting.run(*[1] * 8)
-    for counts in ((3, 5), (8,)):
-        state, last = setting.run(*counts)
-        assert_same_state(state, wanted)
-        jax.tree.map(np.testing.assert_array_equal, last, outcome)
-    assert int(outcome.bad_step) == -1 and outcome.loss.shape == (1,)
-    assert setting.loop._cache_size() == 1
-
-    step, state = make_train_step(setting.system, setting.mesh), setting.start()
-    losses = np.zeros(1)
-    for batch in setting.host_batches(8):
-        on_device = devices_lib.shard_batch(setting.mesh, batch)
-        state, losses = step(state, setting.tables, on_device)
-    assert_same_state(state, wanted)
-    np.testing.assert_array_equal(losses, outcome.loss)
-
-
-@pytest.mark.slow
-def test_parameters_do_not_depend_on_the_number_of_devices(data):
-    sgd = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
-    left, right = (
-        jax.device_get(Setting(data, *sgd, spec=MLP, devices=devices).run(8)[0])
-        for devices in (1, 8)
-    )
-    # Running statistics of raw features are no parameters, and far from 1.
-    for name, rtol, atol in (("params", 0, 1e-6), ("model_state", 1e-6, 0)):
-        for a, b in zip(*(jax.tree.leaves(getattr(x, name)) for x in (left, right)), strict=True):
-            np.testing.assert_allclose(a, b, rtol, atol, err_msg=name)
-
-
-@pytest.mark.slow
-def test_a_loop_leaves_bad_steps_out_and_says_which_was_one_too_many(data):
-    setting = Setting(data, spec=MLP)
-    setting.plan = setting.plan._replace(batch_size=8)
-    order = order_of_plan(setting)
-    for at in (24, 40, 48, 56):  # in steps 3, 5, 6 and 7
-        spoil(setting, first_with_a_face(data, order[at : at + 8]))
-    for counts in ((12,), (3, 5), (7, 1)):
-        assert int(setting.run(*counts)[1].bad_step) == 7
-    state, outcome = setting.run(7)
-    assert int(outcome.bad_step) == -1 and np.asarray(state.bad_steps) == 2
-    assert np.asarray(state.sums["bad_steps"]) == 3
-    before, after = setting.run(3)[0], setting.run(4)[0]
-    for name in ("params", "model_state", "opt_state"):
-        left, right = jax.device_get((getattr(before, name), getattr(after, name)))
-        jax.tree.map(np.testing.assert_array_equal, left, right)
-    assert np.asarray(setting.run(5)[0].bad_steps) == 0
-
-
-def spoil(setting, clip):
-    """Makes the face of a clip NaN."""
-    face = setting.clips["face"]
-    start = int(face.start[clip])
-    spoilt = face.features.at[start : start + int(face.length[clip])].set(jnp.nan)
-    setting.clips["face"] = face._replace(features=spoilt)
-
-
-def order_of_plan(setting):
-    """Returns the clips of the first epoch."""
-    whole = setting.plan._replace(batch_size=setting.plan.num_clips)
-    return drawer(setting.clips, whole)(0).clip_index.tolist()
-
-
-class Told:
-    """A number that tells when it is read."""
-
-    def __init__(self, value, tell: Any = str):
-        self.value, self.tell = value, tell
-
-    def __array__(self, *args, **kwargs):
-        self.tell()
-        return np.asarray(self.value)
-
-    def is_ready(self):
-        return False
-
-
-def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data):
-    setting, events = Setting(data, spec=MLP), []
-
-    def batches():
-        for number, batch in enumerate(setting.host_batches(20)):
-            events.append(f"batch {number}")
-            yield batch
-
-    def loop(state, tables, batch, count):
-        del tables, batch, count
-        number = int(state.step)
-        events.append(f"step {number}")
-        tell = functools.partial(events.append, f"read {number}")
-        outcome: Any = Told(number), Told(number if number == 6 else -1, tell)
-        return state.replace(step=state.step + 1), train_step.Outcome(*outcome)
-
-    streamed = feed.StreamingFeed(setting.system, setting.mesh, batches())
-    streamed._loop = loop
-    states, tables = [setting.start()], [setting.tables]
-    done = streamed.run(states, tables, 0, 9)  # one step compiles
-    assert (done.num_steps, done.loss, done.bad_step) == (1, 0, None)
-    done = streamed.run(done.states, tables, 1, 9)  # and one is timed
-    done = streamed.run(done.states, tables, 2, 3)
-    assert (done.num_steps, done.loss, done.bad_step) == (3, 4, None)
-    order = list(dict.fromkeys(events))
-    for number in (2, 3):
-        assert order.index(f"step {number + 1}") < order.index(f"read {number}")
-        assert order.index(f"batch {number + 1}") < order.index(f"step {number + 1}")
-    done = streamed.run(done.states, tables, 5, 9)  # step 6 is one too many
-    assert (done.num_steps, done.bad_step) == (3, 6)
-
-
 def first_with_a_face(data, clips):
     return next(clip for clip in clips if data.split("train").lengths["face"][clip])
 
@@ -588,14 +326,11 @@ def first_with_a_face(data, clips):
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, mode):
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
-    if mode == "resident":
-        order = order_of_plan(Setting(data, spec=MLP))
-    else:
-        stream = train_batches(
-            data, splits=("train",), modalities=("face",), batch_size=96, max_frames=8,
-            crop="window", seed=0,
-        )  # fmt: skip
-        order = next(stream).clip_index.tolist()
+    stream = train_batches(  # both feeds have its order
+        data, splits=("train",), modalities=("face",), batch_size=96, max_frames=8, crop="window",
+        seed=0,
+    )  # fmt: skip
+    order = next(stream).clip_index.tolist()
     clips = [first_with_a_face(data, order[at : at + 8]) for at in (40, 48, 56)]
     config = shrunk(*words, "--config.log_every_steps=20", spec=MLP)
 
@@ -719,7 +454,7 @@ def layout_of(data, **changed):
 @pytest.mark.parametrize("crop", ["window", "quality"])
 def test_a_layout_says_what_the_clips_take(ragged, crop):
     clips, _, layout = clips_of(ragged, crop=crop)
-    frame = sum(2 * width + resident.SCALAR_BYTES for width in WIDTHS.values())
+    frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     taken = sum(
         getattr(packed, field).nbytes for packed in clips.train.values() for field in FIELDS[:-1]
     )

@@ -338,21 +338,6 @@ def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
         assert name in [spec.name for spec in models.GalleryModel(one.gallery).outputs]
 
 
-def test_the_readme_tells_the_limits():
-    page = (Path(__file__).parent.parent / "vidjax/serve/README.md").read_text()
-    limits = Limits()
-    told = page.split("## Limits")[1]
-    for text in (
-        f"| {limits.body_bytes >> 20} MiB |", f"| {limits.json_bytes >> 20} MiB |",
-        f"| {limits.held_bytes >> 20} MiB |", f"| {limits.clips} |",
-        f"| {limits.waiting_clips:,}; {limits.waiting_changes} |", f"| {limits.connections} |",
-        f"| {limits.request_seconds:g} s |", f"| {limits.idle_seconds:g} s |",
-        f"| {limits.answer_seconds:g} s; {limits.change_seconds:g} s |",
-        f"for {limits.drain_seconds:g} s at most",
-    ):  # fmt: skip
-        assert text in told, text
-
-
 # ---- changes
 
 

@@ -1,7 +1,5 @@
 """sources: datasets by name, and what a new one needs."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -9,10 +7,9 @@ from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from vidjax import files
 from vidjax.data import sources, synthetic
-from vidjax.data.synthetic import SyntheticOptions
 
 
-def test_load_names_what_it_lacks(tmp_path: Path) -> None:
+def test_load_names_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"'imagenet'.* synthetic, iqiyi_vid"):
         load_dataset("imagenet", directory=None, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"config\.data\.dir"):
@@ -21,10 +18,10 @@ def test_load_names_what_it_lacks(tmp_path: Path) -> None:
         load_dataset("iqiyi_vid", directory=tmp_path / "nowhere", cache_dir=tmp_path)
 
 
-def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_data_are_written_once(tmp_path, monkeypatch):
     written = []
 
-    def write(out_dir: Path, *, size: str, seed: int, options: SyntheticOptions) -> None:
+    def write(out_dir, *, size, seed, options):
         written.append((size, seed, options.blur))
         write_pickle(out_dir, "face", "train", {"a": random_clip(np.random.default_rng(), 2, 4)})
         write_truth(out_dir, "train", {"a": "1"})
@@ -44,7 +41,7 @@ def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name for path in tmp_path.iterdir()} - {"digests"} == {"synthetic", "iqiyi_vid"}
 
 
-def test_an_address_is_no_folder_and_a_path_has_no_way_back(tmp_path: Path) -> None:
+def test_an_address_is_no_folder_and_a_path_has_no_way_back(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):
         with pytest.raises(ValueError, match="copy what it holds, or mount it"):
             files.local(text)

@@ -3,9 +3,7 @@
 import io
 import pickle
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +15,11 @@ from vidjax.data.untrusted import unpickle
 DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"]
 
 
-def load(data: bytes) -> Any:
+def load(data):
     return unpickle.load(io.BytesIO(data), len(data))
 
 
-def refusal(data: bytes) -> str:
+def refusal(data):
     with pytest.raises(unpickle.UnpickleError) as caught:
         load(data)
     assert "\n" not in str(caught.value)
@@ -32,9 +30,7 @@ def refusal(data: bytes) -> str:
     ("dumps", "protocol"),
     [*((python2.dumps, p) for p in range(3)), *((pickle.dumps, p) for p in range(6))],
 )
-def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes(
-    dumps: Callable[[Any, int], bytes], protocol: int
-) -> None:
+def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes(dumps, protocol):
     """`faults/test_pickles.py` has files of older numpys."""
     rng = np.random.default_rng(0)
     for code in DTYPES:
@@ -50,7 +46,7 @@ def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes(
         assert load(dumps([scalar, scalar], protocol)) == [scalar, scalar]
 
 
-def test_read_only_arrays_and_scalars_of_any_kind_load() -> None:
+def test_read_only_arrays_and_scalars_of_any_kind_load():
     array = np.arange(5, dtype=np.float16)
     array.flags.writeable = False
     (got,) = load(pickle.dumps([array], 5))
@@ -60,7 +56,7 @@ def test_read_only_arrays_and_scalars_of_any_kind_load() -> None:
     assert load(pickle.dumps([np.int64(-7), np.uint8(200), np.True_])) == [-7, 200, True]
 
 
-def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone() -> None:
+def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone():
     before = {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()}
     attacks = hostile.attacks(Path("/nowhere/mark")).values()
     for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
@@ -68,14 +64,14 @@ def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone() -> None:
         assert {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()} == before
 
 
-def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated() -> None:
+def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated():
     data = hostile.array_pickle((1, (12345,), hostile.F2, False, b"ab"))
     wide = data.replace(b"J" + struct.pack("<i", 12345), b"\x8a\x08" + struct.pack("<q", 10**11))
     assert wide != data
     assert "shape and bytes disagree" in refusal(wide)
 
 
-def test_a_second_dtype_state_does_not_reach_arrays_already_made() -> None:
+def test_a_second_dtype_state_does_not_reach_arrays_already_made():
     array = np.array([1.5, 2.5], "<f2")
     data = python2.dumps([array], 2)[:-1]
     rebuild = b"j\x01\x00\x00\x00" + python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1] + b"b"
@@ -84,7 +80,7 @@ def test_a_second_dtype_state_does_not_reach_arrays_already_made() -> None:
 
 
 @pytest.mark.parametrize("protocol", [0, 2])
-def test_every_truncation_is_told_with_the_byte_where_the_file_ends(protocol: int) -> None:
+def test_every_truncation_is_told_with_the_byte_where_the_file_ends(protocol):
     data = python2.dumps(
         {b"clip": [[b"1", [1.0] * 4, 0.5, 80.0, np.arange(4, dtype="f2")]]}, protocol
     )
@@ -95,7 +91,7 @@ def test_every_truncation_is_told_with_the_byte_where_the_file_ends(protocol: in
     assert f"ends at byte {len(data)}, but 3 bytes follow" in refusal(data + b"abc")
 
 
-def test_text_and_damage_are_told_with_their_byte() -> None:
+def test_text_and_damage_are_told_with_their_byte():
     assert "(at byte 1)" in refusal(b"hello, world\n")
     assert "(at byte 0)" in refusal(b"\xef\xbb\xbfclip 1\n")
     padding = python2.dumps([b"x" * 200] * 2000, 2)[:-1]

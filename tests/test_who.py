@@ -17,7 +17,7 @@ pytest.importorskip("onnx")
 
 from tests.helpers import made_nets
 from tests.helpers.drawn_people import COLOURS, EMBED, tone, write_film, write_photo, write_voices
-from vidjax import main, who
+from vidjax import who
 from vidjax.extract import folder, pipeline
 from vidjax.gallery.gallery import Gallery
 
@@ -349,22 +349,6 @@ def test_a_page_does_not_outlive_a_person_in_a_call_that_fails(drawn):
     drawn.who(film, code=2)
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*"))
-
-
-def test_a_file_that_cannot_be_read_costs_itself_alone(drawn, capsys):
-    bad, worse, out = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.folder / "f"
-    bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
-    worse.write_text("no film")
-    flags = f"--out={out}", f"--models={drawn.models}"
-    code, content, said = drawn.run("extract", bad, worse, drawn.film(), *flags)
-    assert code == 1 and content["failed"] == [str(bad), str(worse)] and content["files"] == 1
-    for path in (bad, worse):
-        (line,) = [line for line in said.splitlines() if path.name in line]
-        assert "is no video" in line
-    assert [one.video for one in folder.read_films(out)] == ["party.mkv"]
-    assert main.main(["extract", str(bad), str(worse), *flags]) == 1
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 2 and said.out.count("give MP4, MKV") == 1
 
 
 def test_a_cut_off_extraction_goes_on(drawn):

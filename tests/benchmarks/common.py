@@ -9,7 +9,6 @@ import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,14 +58,6 @@ def parse(doc: str | None, *flags: str, **options: Any) -> argparse.Namespace:
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
-
-
-def run_again(*words: str, **variables: str) -> str:
-    """Returns what `python -m tests.benchmarks.WORDS` prints, a process of its own."""
-    command = [sys.executable, "-m", f"tests.benchmarks.{words[0]}", *words[1:]]
-    env = os.environ | variables
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
-    return done.stdout
 
 
 def children_seconds() -> float:

@@ -1,7 +1,5 @@
 """Kills changes of a gallery at random moments, and fills the disk; the gallery stays whole.
 
-    python -m tests.campaigns.gallery_kills FOLDER [--kills=100] [--full=100] [--seed=0]
-
 A process of its own makes one change after another and says what it begins and what it has done. A
 SIGKILL hits it some random time after a change began. What is left must be the gallery before that
 change or after it, row by row, and hold no byte of a removed vector. Under a
@@ -9,7 +7,6 @@ random limit of the size of files, which fails writes as a full disk does, a cha
 whole, and work when it is made again.
 """
 
-import argparse
 import contextlib
 import random
 import resource
@@ -18,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -84,8 +80,8 @@ class Expected:
         return self.states[count]
 
 
-def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
-    """Kills a process that changes a gallery, and returns which state it left.
+def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
+    """Kills a process that changes a gallery.
 
     Raises:
       AssertionError: it left another one.
@@ -105,7 +101,6 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
             process.stdin.write("go\n")
             process.stdin.flush()
         time.sleep(rng.uniform(0, rng.choice(SPANS)))
-    litter = len([path for path in folder.iterdir() if path.name != store.NAME])
     people = Gallery(folder)  # opens, and goes on
     found = made_galleries.contents(folder)
     states = {"old": expected.after(last), "new": expected.after(last + 1)}
@@ -118,10 +113,9 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
     content, there = (folder / store.NAME).read_bytes(), {row[0] for row in found["clip"]}
     gone = [clip.vector.tobytes() for name, clip in all_clips().items() if name not in there]
     assert not [vector for vector in gone if vector[:16] in content], f"seed {seed}: bytes are left"
-    return f"{left[0]} state, {'with' if litter else 'no'} files to delete"
 
 
-def fill_once(folder: Path, place: Path, rng: random.Random) -> str:
+def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
     """Makes changes under a limit of the size of files; returns how many failed."""
     seed = rng.randrange(10**9)
     expected = Expected(place / "expected", seed)
@@ -152,35 +146,4 @@ def fill_once(folder: Path, place: Path, rng: random.Random) -> str:
         signal.signal(signal.SIGXFSZ, handler)
     wanted = made_galleries.answers(Gallery(place / "expected"))
     assert made_galleries.answers(people) == wanted == made_galleries.answers(Gallery(folder))
-    return f"{failed} of 4 changes failed"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the campaign from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--full", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    rng, counts = random.Random(args.seed), Counter[str]()
-    wrong = 0
-    for kind, count, once in (("kill", args.kills, kill_once), ("full disk", args.full, fill_once)):
-        for _ in range(count):
-            place = args.folder / "now"
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            try:
-                counts[f"{kind}: {once(place / 'g', place, rng)}"] += 1
-            except (AssertionError, ValueError) as error:
-                wrong += 1
-                place.rename(args.folder / f"wrong-{wrong}")
-                sys.stdout.write(f"WRONG {kind}: {error}\n")
-    for line, number in sorted(counts.items()):
-        sys.stdout.write(f"{number:4}  {line}\n")
-    sys.stdout.write(f"{wrong} wrong\n")
-    return int(wrong > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return failed

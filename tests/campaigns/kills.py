@@ -1,16 +1,13 @@
 """Kills the command at random moments and tells from its folder which ones they were.
 
-    python -m tests.campaigns.kills FOLDER [--kills=200] [--seed=0] [--only=MODE]
-
-runs the campaign: every kind of run is trained once without a break, then again and again under
-kills, and what is left must be the same bytes. `FOLDER/campaign.txt` tells how far it is: a line a
-kill, a line a run, the table of kills by moment at the end.
+`campaign` trains every kind of run once without a break, then again and again under kills, and what
+is left must be the same bytes. `FOLDER/campaign.txt` tells how far it is: a line a kill, a line a
+run, the kills by moment at the end.
 
 Nothing of the program is patched. A SIGKILL is sent some random time after the folder shows that
 the moment began, and what it hit is read from the folder once the process is dead.
 """
 
-import argparse
 import collections
 import contextlib
 import json
@@ -27,12 +24,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files
-from tests.helpers.small_runs import ROOT, saved
+from tests.helpers.small_runs import ROOT
 
 MODES = ("streaming", "resident")
 # How long after a moment began the kill may come, in seconds: about as long as it lasts.
@@ -44,13 +38,7 @@ SPANS: dict[str, float] = {
     "save": 0.25,
     "evaluation": 0.4,
 }
-SAME_FILES = (
-    "config.json",
-    "identities.json",
-    "members.npz",
-    "metrics.jsonl",
-    "ranking.txt",
-)
+SAME_FILES = ("config.json", "identities.json", "members.npz")  # beside those of `digests`
 # Of metrics.json: what no two runs share.
 MEASURED = re.compile("seconds|per_second|^command$|date$")
 
@@ -155,40 +143,23 @@ class Run:
         lines = (self.like or self).lines("metrics.jsonl")
         return {line["step"] for line in lines if "split" in line}
 
+    def outcome(self) -> dict[str, Any]:
+        """Returns what kills may not change, by name: digests, bytes, results, and steps."""
+        paths = (self.workdir / name for name in SAME_FILES)
+        found = {path.name: path.read_bytes() for path in paths if path.exists()}
+        results = _results(self.workdir / "metrics.json")
+        return found | digests(self.workdir) | results | {"steps": sorted(self.manifests())}
+
     def differences(self) -> list[str]:
         """Returns the files and values whose bytes differ from the undisturbed run."""
         assert self.like is not None
-        there = self.like.workdir
-        wrong = [name for name in SAME_FILES if _bytes(there / name) != _bytes(self.workdir / name)]
-        left, right = (_results(folder / "metrics.json") for folder in (there, self.workdir))
-        wrong += [f"metrics.json: {name}" for name in left if left[name] != right.get(name)]
-        left, right = self.like.manifests(), self.manifests()
-        if left.keys() != right.keys():
-            return [*wrong, f"checkpoints: {sorted(left)}, {sorted(right)}"]
-        for step in left:
-            left, right = _arrays(there, step), _arrays(self.workdir, step)
-            wrong += [f"step {step} {name}" for name in left if left[name] != right.get(name)]
-        return wrong
-
-
-def _bytes(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+        left, right = self.like.outcome(), self.outcome()
+        return [name for name in {*left, *right} if left.get(name) != right.get(name)]
 
 
 def _results(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text())
     return {name: value for name, value in found.items() if not MEASURED.search(name)}
-
-
-def _arrays(workdir: Path, step: int) -> dict[str, tuple[Any, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(saved(workdir, step))
-    return {jax.tree_util.keystr(name): _content(leaf) for name, leaf in leaves}
-
-
-def _content(leaf: Any) -> tuple[Any, ...]:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()
 
 
 class Process:
@@ -354,13 +325,13 @@ def official_files(folder: Path) -> Path:
     return official
 
 
-def campaign(folder: Path, kills: int, seed: int, only: str | None = None) -> int:
+def campaign(folder: Path, kills: int, seed: int) -> int:
     """Runs a campaign and returns the number of runs that were not the same."""
     rng = random.Random(seed)
     official = official_files(folder)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     wrong, likes = 0, {}
-    pairs = [(case, mode) for mode in MODES for case in CASES if only in (None, mode)]
+    pairs = [(case, mode) for mode in MODES for case in CASES]
     began = time.monotonic()
     with open(folder / "campaign.txt", "a") as file:
 
@@ -398,30 +369,7 @@ def campaign(folder: Path, kills: int, seed: int, only: str | None = None) -> in
         differences = kill_evaluations(likes[pairs[0]], max(1, kills // 40), rng)
         wrong += bool(differences)
         tell(f"kills of --mode=evaluate: {', '.join(differences) or 'the same bytes'}")
-        tell("\n" + table(counts))
+        for (moment, mode), count in sorted(counts.items()):
+            tell(f"{count:4} kills in {moment}, {mode}")
         tell(f"{counts.total()} kills in {number} runs, {wrong} not the same")
     return wrong
-
-
-def table(counts: Mapping[tuple[str, str], int]) -> str:
-    """Returns kills by moment and mode as text."""
-    rows: list[tuple[Any, ...]] = [("moment", *MODES, "all")]
-    for name in (*SPANS, "end"):
-        row = [counts.get((name, mode), 0) for mode in MODES]
-        rows.append((name, *row, sum(row)))
-    return "\n".join(" ".join(f"{word:>11}" for word in row) for row in rows)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a campaign from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=MODES)
-    args = parser.parse_args(argv)
-    return campaign(args.folder.absolute(), args.kills, args.seed, args.only)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

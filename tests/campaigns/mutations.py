@@ -1,13 +1,10 @@
 """Random mutations of every file of a run, under every command that reads a run's folder.
 
-    python -m tests.campaigns.mutations FOLDER --count=2000 [--seed=N]
-
-A small run is trained in FOLDER. Then each mutation is made in a fresh copy of it, once per mode.
-A mode has to end within 10 s of processor time and 1 GB, with exit code 0, 2 or 3, with at most
-three lines of error, and may change nothing outside of the copy. Everything runs in this process.
+A small run is trained. Then each mutation is made in a fresh copy of it, once per mode. A mode has
+to end within 10 s of processor time and 1 GB, with exit code 0, 2 or 3, with at most three lines of
+error, and may change nothing outside of the copy. Everything runs in this process.
 """
 
-import argparse
 import contextlib
 import faulthandler
 import hashlib
@@ -23,7 +20,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -331,17 +327,10 @@ def digest(*folders: Path) -> str:
     return sha256.hexdigest()
 
 
-def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Iterator[Trial]:
-    """Yields the result of every mutation under every mode.
-
-    Args:
-      folder: for the run and its copies.
-      count: mutations.
-      seed: seed of the choices.
-      modes: of MODES.
-    """
+def trials(folder: Path, count: int, seed: int) -> Iterator[Trial]:
+    """Yields the result of `count` mutations under every mode; the folder is for run and copies."""
     run, training = make_run(folder)
-    for mode in modes:  # compiles what a mode runs, which is not the mutation's time
+    for mode in MODES:  # compiles what a mode runs, which is not the mutation's time
         shutil.rmtree(folder / "copies", ignore_errors=True)
         shutil.copytree(run, folder / "copies" / "copy")
         run_mode(words_of(mode, run, folder / "copies" / "copy", training))
@@ -350,7 +339,7 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
     for number in range(count):
         name = names[number % len(names)]
         mutate, choice = rng.choice(mutations_of(name.name)), rng.random()
-        for mode in modes:
+        for mode in MODES:
             copy = COPY[0] = folder / "copies" / "copy"
             shutil.rmtree(copy.parent, ignore_errors=True)
             shutil.copytree(run, copy)
@@ -364,34 +353,3 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
             if digest(*outside) != before:
                 wrong += "; something outside was changed"
             yield Trial(str(name), f"{mutate.__name__} {choice}", mode, code, wrong)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the campaign and prints its figures; returns 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
-    parser.add_argument("--modes", default=",".join(MODES))
-    args = parser.parse_args(argv)
-    sys.stdout.write(f"--seed={args.seed}\n")
-    codes: Counter[tuple[str, int | None]] = Counter()
-    wrong = []
-    folder, modes = args.folder.absolute(), tuple(args.modes.split(","))
-    for trial in trials(folder, args.count, args.seed, modes):
-        codes[trial.mode, trial.code] += 1
-        if not sum(codes.values()) % (100 * len(modes)):  # hours: what was done is worth a line
-            sys.stdout.write(f"{sum(codes.values()) // len(modes)} mutations\n")
-            sys.stdout.flush()
-        if trial.wrong:
-            wrong.append(trial)
-            sys.stdout.write(f"{trial}\n")
-            sys.stdout.flush()
-    for (mode, code), number in sorted(codes.items(), key=str):
-        sys.stdout.write(f"{mode:10} exit code {code}: {number}\n")
-    sys.stdout.write(f"{sum(codes.values())} trials, {len(wrong)} wrong\n")
-    return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

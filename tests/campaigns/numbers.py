@@ -1,27 +1,19 @@
 """Trains every shipped system on odd numbers: each result is finite, or one clear error.
 
-    python -m tests.campaigns.numbers [--only=NAME,...] [--systems=mma,knn]
-
 The cases are odd features (equal, zero, huge, tiny, not finite), odd sizes (one frame, one clip,
 one identity) and odd values of fields. All run in this process on a few small clips, so that
-programs of the same shape are compiled once. The table has a line per case; the exit code is 1 if
-any is wrong.
+programs of the same shape are compiled once.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import math
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from tests.helpers import small_runs
@@ -228,10 +220,9 @@ def check_finite(value: Any, place: str = "") -> None:
 
 
 def run_all(names: Sequence[str], systems: Sequence[str], root: Path) -> Iterator[tuple[str, ...]]:
-    """Yields (case, system, outcome, seconds) of every case on every system."""
+    """Yields (case, system, outcome) of every case on every system."""
     for system in systems:
         for name in names:
-            began = time.monotonic()
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", RuntimeWarning)
@@ -239,27 +230,4 @@ def run_all(names: Sequence[str], systems: Sequence[str], root: Path) -> Iterato
                     outcome = run(name, system, root / f"{system}-{name}", root / "cache")
                 except Exception as error:  # everything else is a finding
                     outcome = f"WRONG: {type(error).__name__}: {str(error)[:300]}"
-            yield name, system, outcome, f"{time.monotonic() - began:.1f}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases, prints a table and returns the exit code."""
-    parser = argparse.ArgumentParser(description="Odd numbers on every system.")
-    parser.add_argument("--only", default=",".join(CASES))
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
-    args = parser.parse_args(argv)
-    wrong = count = 0
-    with tempfile.TemporaryDirectory() as folder:
-        if not jax.config.values["jax_compilation_cache_dir"]:  # tests have one
-            jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        for row in run_all(args.only.split(","), args.systems.split(","), Path(folder)):
-            wrong, count = wrong + row[2].startswith("WRONG"), count + 1
-            sys.stdout.write(f"{row[1]:15} {row[0]:18} {row[3]:>6} s  {row[2]}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{count} cases, {wrong} wrong\n")
-    return bool(wrong)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            yield name, system, outcome

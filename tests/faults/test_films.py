@@ -24,21 +24,13 @@ from tests.benchmarks import extract
 from tests.helpers import films
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, file_limit, running
+from tests.helpers.seen import contents, refused
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.gallery import appearances, store
 from vidjax.gallery.gallery import Gallery
 
 pytestmark = pytest.mark.slow
-
-
-def contents(out):
-    """Returns path -> bytes of all files below a folder but locks, which name processes."""
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 def start(*words):
@@ -298,9 +290,7 @@ def test_folders_of_strangers_end_in_errors_of_a_line(tmp_path):
     (place / "videos").mkdir(parents=True)
     for text in hostile_films():
         (place / "videos" / "x.json").write_text(text, errors="surrogatepass")
-        with pytest.raises(UserError) as caught:
-            folder.read_films(place)
-        assert len(str(caught.value).splitlines()) <= 3 and len(str(caught.value)) < 1000
+        assert len(refused(lambda: folder.read_films(place))) < 1000
     (place / "videos" / "x.json").unlink()
     (place / "videos" / "x.json").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="link"):

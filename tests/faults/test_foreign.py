@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.campaigns import mutations
-from tests.helpers import made_runs
+from tests.helpers import limits, made_runs
 from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
 from vidjax import config as config_lib
@@ -41,20 +41,6 @@ READ = {
     "evaluate": ("config.json", ".lock"),
 }  # fmt: skip
 DEEP = b"[" * 200_000 + b"]" * 200_000
-# Runs a command after its imports, and prints its code, seconds of processor time, and memory.
-CHILD = """
-import resource, sys, time
-from vidjax import main
-import jax, numpy, matplotlib.pyplot
-from vidjax.commands import check, compare, evaluate
-from vidjax.evaluation import restore
-from vidjax.report import run_page
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-code = main.main(sys.argv[1:])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(f"\\nended {code} {time.process_time() - began:.1f} {(after - before) * 1024}")
-"""
 
 
 @pytest.fixture
@@ -82,19 +68,6 @@ def words_of(mode, folder):
         return [f"--mode={mode}", f"--workdir={folder}"]
     own = made_runs.write(folder.parent / "own", {"anna": 0.6, "ben": 0.6})
     return ["--mode=compare", f"--workdir={folder.parent}/out", f"--runs={own},{folder}"]
-
-
-def run(*words):
-    """Runs a command in a process of its own; returns its code, output and peak memory in bytes."""
-    command = [sys.executable, "-c", CHILD, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "ended" in done.stdout, done.stderr
-    code, seconds, memory = done.stdout.rsplit("ended", 1)[1].split()
-    assert float(seconds) < 10, seconds
-    assert float(memory) < GB, memory
-    assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
-    assert "Traceback" not in done.stderr
-    return int(code), done.stdout + done.stderr
 
 
 def complaint(capsys, *words):
@@ -221,10 +194,12 @@ def test_a_file_of_endless_size_is_not_read(stranger, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["report", "compare"])
 def test_archives_that_unpack_to_gigabytes_are_refused_unread(stranger, mode):
-    bomb(stranger / "analysis.npz", gigabytes=2)
+    bomb(stranger / "analysis.npz", gigabytes=4)
     shutil.copy(stranger / "analysis.npz", stranger / "members.npz")
-    code, said = run(*words_of(mode, stranger))
-    assert code in (2, 3) and "analysis.npz" in said
+    words = [sys.executable, "-m", "vidjax.main", *words_of(mode, stranger)]
+    ended = limits.run(words, memory=2 * GB, timeout=120)  # most of it for what is imported
+    assert ended.returncode in (2, 3) and "analysis.npz" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) <= 3
 
 
 def test_archives_that_lie_about_their_sizes_are_refused(tmp_path):
@@ -350,22 +325,13 @@ def test_checkpoints_elsewhere_are_neither_read_nor_cleared(tmp_path):
         checkpoint.find(folder)
 
 
-def test_a_manifest_names_no_file_outside_and_none_that_is_endless(tmp_path, victim):
+def test_a_manifest_names_no_file_outside(tmp_path, victim):
     checkpoint.save(tmp_path, 1, {"params": {"kernel": np.zeros(3)}}, {})
     folder = tmp_path / "checkpoints" / "1"
     manifest = checkpoint.read_manifest(folder)
     listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
     files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
     with pytest.raises(checkpoint.DamagedError, match="file missing"):
-        checkpoint.verify(folder)
-    shard = next(path for path in (folder / "state").rglob("*") if path.is_file())
-    files.write_manifest(folder / "manifest.json", manifest)
-    os.truncate(shard, 30 * GB)
-    with pytest.raises(checkpoint.DamagedError, match="holes"):
-        checkpoint.verify(folder)
-    shard.unlink()
-    os.mkfifo(shard)
-    with pytest.raises(checkpoint.DamagedError, match="a pipe"):
         checkpoint.verify(folder)
 
 
@@ -663,5 +629,4 @@ def test_a_finished_run_gets_no_other_configuration(vidjax_command, official_dir
 def test_random_mutations_of_a_run_end_in_errors(fault_seed, campaign, tmp_path, monkeypatch):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     count = 2000 if campaign else 5
-    wrong = [t for t in mutations.trials(tmp_path, count, fault_seed, mutations.MODES) if t.wrong]
-    assert not wrong
+    assert not [trial for trial in mutations.trials(tmp_path, count, fault_seed) if trial.wrong]

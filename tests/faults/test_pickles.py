@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import subprocess
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from vidjax.data.untrusted import sandbox
 ROOT = Path(__file__).parents[2]
 
 
-def start(canary: Path, *words: str | Path) -> AbstractContextManager[subprocess.Popen[str]]:
+def start(canary, *words):
     """Starts a reader of hostile files in the folder that they may not change."""
     env = os.environ | {"HOME": str(canary), "TMPDIR": str(canary), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.campaigns.hostile", *map(str, words)]
@@ -27,16 +25,14 @@ def start(canary: Path, *words: str | Path) -> AbstractContextManager[subprocess
     return limits.running(command, cwd=canary, env=env)
 
 
-def end(reader: subprocess.Popen[str]) -> list[Any]:
+def end(reader):
     """Returns the report of a reader, one entry per file; no file may have ended it."""
     output, errors = reader.communicate(timeout=800)
     assert reader.returncode == 0, errors
     return [json.loads(line) for line in output.splitlines()]
 
 
-def read_all(
-    files: dict[str, bytes], folder: Path, mode: str, readers: int = 2
-) -> dict[str, list[Any]]:
+def read_all(files, folder, mode, readers=2):
     """Returns name -> error, CPU seconds, seconds, MB of each; several readers at a time."""
     canary = folder / "canary"
     hostile.set_canary(canary)
@@ -57,7 +53,7 @@ def read_all(
     return found
 
 
-def collection(mark: Path) -> dict[str, bytes]:
+def collection(mark):
     """Returns every hostile or damaged file by a name that a file may have."""
     sound = python2.real()["python2-numpy1.16 protocol 2"]
     groups = {
@@ -74,7 +70,7 @@ def collection(mark: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def ends(tmp_path_factory):
     """What became of each file but the greedy ones, each read in a fork."""
     folder = tmp_path_factory.mktemp("hostile")
     files = collection(folder / "canary" / "mark")
@@ -82,7 +78,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.slow
-def test_attacks_would_work_elsewhere(tmp_path: Path) -> None:
+def test_attacks_would_work_elsewhere(tmp_path):
     canary, folder = tmp_path / "canary", tmp_path / "attacks"
     hostile.set_canary(canary)
     folder.mkdir()
@@ -95,12 +91,12 @@ def test_attacks_would_work_elsewhere(tmp_path: Path) -> None:
     assert len(armed) > 40
 
 
-def test_no_two_files_are_the_same(tmp_path: Path) -> None:
+def test_no_two_files_are_the_same(tmp_path):
     files = collection(tmp_path / "mark")
     assert len(set(files.values())) == len(files) > 150
 
 
-def check_refused(ends: dict[str, list[Any]], *, strict: bool) -> None:
+def check_refused(ends, *, strict):
     """Asserts that all of them ended in one short line, soon, and in little memory.
 
     Elapsed time counts where `strict`, on a machine without other work; CPU time everywhere.
@@ -112,19 +108,19 @@ def check_refused(ends: dict[str, list[Any]], *, strict: bool) -> None:
         assert megabytes < 1024, name
 
 
-def test_hostile_files_end_in_one_line_and_nothing_else(ends: dict[str, list[Any]]) -> None:
+def test_hostile_files_end_in_one_line_and_nothing_else(ends):
     check_refused(ends, strict=False)
 
 
 @pytest.mark.slow
-def test_the_sandbox_limits_memory_and_cpu_time(tmp_path: Path, campaign: bool) -> None:
+def test_the_sandbox_limits_memory_and_cpu_time(tmp_path, campaign):
     files = collection(tmp_path / "canary" / "mark")
     if not campaign:
         files = {n: data for i, (n, data) in enumerate(files.items()) if "greed" in n or i % 4 == 0}
     check_refused(read_all(files, tmp_path, "unpack"), strict=campaign)
 
 
-def test_the_error_names_the_global_and_the_byte(ends: dict[str, list[Any]]) -> None:
+def test_the_error_names_the_global_and_the_byte(ends):
     for name, attack in hostile.attacks(Path("mark")).items():
         error = ends[f"code {name}"][0]
         assert attack.told in error and "byte" in error, name
@@ -132,7 +128,7 @@ def test_the_error_names_the_global_and_the_byte(ends: dict[str, list[Any]]) -> 
         assert "byte" in ends[f"damage {name}"][0], name
 
 
-def mutations(count: int, mark: Path) -> dict[str, bytes]:
+def mutations(count, mark):
     """Returns sound pickles after random changes of their opcodes, always the same ones."""
     chance = random.Random(0)
     seeds = [hostile.operations(data) for data in python2.real().values()]
@@ -141,9 +137,7 @@ def mutations(count: int, mark: Path) -> dict[str, bytes]:
     return {f"{n:05d}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
 
 
-def test_mutated_pickles_are_refused_or_load_to_sound_arrays(
-    tmp_path: Path, campaign: bool
-) -> None:
+def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign):
     count = 2000 if campaign else 200
     found = read_all(mutations(count, tmp_path / "canary" / "mark"), tmp_path, "fork")
     refused = {name: end for name, end in found.items() if end[0]}
@@ -154,9 +148,7 @@ def test_mutated_pickles_are_refused_or_load_to_sound_arrays(
 
 
 @pytest.mark.parametrize("written", python2.real())
-def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(
-    written: str, tmp_path: Path
-) -> None:
+def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(written, tmp_path):
     (tmp_path / "face_train.pickle").write_bytes(python2.real()[written])
     got = sandbox.unpack(tmp_path / "face_train.pickle", "face", tmp_path / "out")
     hostile.check(got, tmp_path / "out")

@@ -22,7 +22,7 @@ SECONDS = 25.0  # of the slowest answer
 SLOW = 0.01  # share of requests whose body has another length than they say
 
 
-def right(rng: random.Random) -> bytes:
+def right(rng):
     """Returns a request that gets a 200."""
     clips = {"q": servers.make_frames(rng.randrange(10**6), f"person {rng.randrange(12)}")}
     if rng.random() < 0.5:
@@ -36,12 +36,12 @@ def right(rng: random.Random) -> bytes:
     return _request("/v2/models/gallery/infer", head + face.tobytes(), [length])
 
 
-def _request(path: str, body: bytes, headers: list[str]) -> bytes:
+def _request(path, body, headers):
     lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", *headers, "Connection: close"]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
-def mutated(rng: random.Random) -> bytes:
+def mutated(rng):
     """Returns a request with something wrong, mostly."""
     head, _, body = right(rng).partition(b"\r\n\r\n")
     kind = rng.randrange(9)
@@ -77,7 +77,7 @@ def mutated(rng: random.Random) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
-def send(port: int, content: bytes) -> int:
+def send(port, content):
     """Sends bytes; returns the status of the answer, 0 if the server only hung up.
 
     Raises:
@@ -93,7 +93,7 @@ def send(port: int, content: bytes) -> int:
     return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
 
 
-def near(content: object) -> object:
+def near(content):
     """Returns what equals the JSON of an answer whose numbers are the same to 1e-6."""
     if isinstance(content, dict):
         return {name: near(one) for name, one in content.items()}
@@ -148,13 +148,7 @@ def test_what_a_killed_server_answered_is_there_and_nobody_removed_is_named(
     assert number > 10
 
 
-def use(
-    server: servers.Served,
-    rng: random.Random,
-    held: dict[str, bool],
-    unsure: set[str],
-    number: int,
-) -> None:
+def use(server, rng, held, unsure, number):
     """Enrols or removes somebody, and looks for somebody who is removed."""
     name = f"made {rng.randrange(30)}"
     unsure.add(name)

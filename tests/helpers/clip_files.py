@@ -1,11 +1,12 @@
 """Writes feature pickles as the official ones are laid out, of any content a test wants."""
 
+import csv
 import io
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +64,61 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
             clips.setdefault(identity, []).append(f"{name}.mp4")
         lines = [" ".join([identity, *names]) for identity, names in clips.items()]
     (directory / f"{split}_gt.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
+    """Writes `SPLIT/CLIP.npz`; a modality has features, or a dict with them and other fields."""
+    for split, clips in splits.items():
+        (folder / split).mkdir(parents=True)
+        for clip, modalities in clips.items():
+            content: dict[str, Any] = {}
+            for name, given in modalities.items():
+                fields = given if isinstance(given, Mapping) else {"features": given}
+                for field, x in fields.items():
+                    content[name if field == "features" else f"{name}_{field}"] = x
+            np.savez(folder / split / f"{clip}.npz", **content)
+    return folder
+
+
+def write_labels(path: Path, labels: Mapping[str, object]) -> Path:
+    """Writes clips and identities as a table."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("clip", "identity"), *labels.items()])
+    return path
+
+
+RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
+
+
+def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
+    """Returns modality -> clip -> frames; a few clips have up to 700, some nothing, some ties."""
+    rng = np.random.default_rng(count)
+    clips: dict[str, dict[str, Clip]] = {name: {} for name in RAGGED}
+    for number in range(count):
+        name = f"{split}_{number:03d}"
+        length = {1: 700, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
+        clips["face"][name] = random_clip(rng, length, RAGGED["face"])
+        if number in (1, 2):  # of two frames of one quality, the earlier one is better
+            quality = clips["face"][name].quality
+            quality[:] = np.round(quality / 20)
+        if number % 3:
+            clips["audio"][name] = random_clip(rng, 1, RAGGED["audio"])
+        if number % 2:
+            clips["body"][name] = random_clip(rng, 600 if number == 7 else 2, RAGGED["body"])
+    return clips
+
+
+def write_ragged(
+    folder: Path, counts: Mapping[str, int], lacks: Collection[tuple[str, str]] = ()
+) -> Path:
+    """Writes splits of `ragged_clips` with ground truth; `lacks` are (modality, split)."""
+    for split, count in counts.items():
+        clips = ragged_clips(split, count)
+        for modality, some in clips.items():
+            if (modality, split) not in lacks:
+                write_pickle(folder, modality, split, some)
+        write_truth(folder, split, {x: str(i % 5 + 1) for i, x in enumerate(clips["face"])})
+    return folder
 
 
 WIDTHS = {"face": 24, "head": 16, "audio": 8}

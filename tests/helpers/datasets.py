@@ -1,5 +1,7 @@
 """Datasets by name, and the records of official files."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,19 @@ def load_dataset(
 def prepare(directory: str | Path, cache_dir: str | Path | None = None, **options: Any) -> Records:
     """Returns the records of a directory of official files."""
     return convert(OfficialFiles(directory, digests=Digests(cache_dir)), cache_dir, **options)
+
+
+def record_digests(folder: Path) -> dict[str, str]:
+    """Returns file -> sha256 of a conversion; of its manifest without the source and times."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "manifest.json":
+            manifest = json.loads(content)
+            del manifest["manifest_sha256"], manifest["sources"]
+            for split in manifest["splits"].values():
+                for shard in split["shards"]:
+                    del shard["mtime_ns"]
+            content = json.dumps(manifest).encode()
+        found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return found

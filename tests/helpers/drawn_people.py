@@ -51,26 +51,18 @@ def tone(hertz, seconds):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * 16_000)) / 16_000)
 
 
-def back_end(data, different):
-    """Returns what the card of a drawn net says of pairs of vectors."""
-    return {
-        "centre": [0.0] * made_nets.WIDTH, "same": [0.95, 0.05], "different": different,
-        "pairs": [10, 10], "data": data,
-    }  # fmt: skip
-
-
 def write_models(folder):
     """Writes nets that find the drawn faces and tell them apart; returns the folder."""
     folder.mkdir()
     made_nets.write(folder, "find", "face_detector")
-    made_nets.write(folder, "embed", back_end=back_end("drawn", [-0.4, 0.2]), **EMBED)
+    made_nets.write(folder, "embed", back_end=made_nets.back_end(different=(-0.4, 0.2)), **EMBED)
     return folder
 
 
 def write_voices(folder):
     """Adds nets that take loud sound for speech and tell tones apart; returns the folder."""
     made_nets.write(folder, "speech", "voice_activity", made_nets.loudness())
-    tones = back_end("tones", [-0.1, 0.3])
+    tones = made_nets.back_end(different=(-0.1, 0.3))
     made_nets.write(folder, "voice", "voice_embedder", back_end=tones)
     return folder
 

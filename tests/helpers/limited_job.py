@@ -4,21 +4,12 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vidjax.data.untrusted import limits
 from vidjax.errors import UserError
-
-
-def count_frames(path: str) -> dict[str, Any]:
-    from vidjax.extract import decode
-
-    with decode.open_video(Path(path)) as video:
-        sampled = sum(frame.rgb is not None for frame in video.frames(5))
-        return {"frames": video.found.frames, "sampled": sampled}
 
 
 def refused(name: str) -> bool:
@@ -35,8 +26,6 @@ def refused(name: str) -> bool:
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     match arguments["wanted"]:
-        case "frames":
-            return count_frames(arguments["path"])
         case "memory":
             return {"sum": float(np.ones(1 << 30).sum())}
         case "time":

@@ -126,6 +126,12 @@ def model(nodes, weights, shape, outputs, more=None):
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
+def back_end(same=(0.95, 0.05), different=(0.1, 0.2), width=WIDTH):
+    """Returns what a card says of pairs of vectors."""
+    pairs = {"same": [*same], "different": [*different], "pairs": [10, 10]}
+    return {"centre": [0.0] * width, "data": "made", **pairs}
+
+
 def write(folder, name="face", role="face_embedder", content=None, **fields):
     """Writes a net and its card, with `fields` in place of the card's; returns the card's path."""
     make, decoder, input_ = {

@@ -1,9 +1,8 @@
 """Pickles of older Pythons: a writer that follows Python 2.7 with numpy 1.16, and real files."""
 
-import base64
-import json
 import struct
-import zlib
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,43 +122,5 @@ def real() -> dict[str, bytes]:
         frame = lambda i: [str(i), [1.0, 2.5, 30.5, 40.25 + i], 0.5, np.float64(80.5 - i), rows[i]]
         {"clip_1": [frame(0), frame(1)], "clip_2": [], "clip_3": [frame(2)]}
     """
-    held = json.loads(zlib.decompress(base64.b85decode(_REAL)))
-    return {name: text.encode("latin-1") for name, text in held.items()}
-
-
-_REAL = (
-    "c-rk;U31$u7X2%#+pX0!Q3+6_sIIn6R*tjY&g6mKdh$SxhLj~SGmb3C^vq^D`R~QY<p)TRqHM*Mo%>)C0zvTN+)La8@Q"
-    "nXDT7ORB>lJ;qy8X2NOnSuatT)%m_3ZkpV;%k4IqF`nNw7LUo?U%hPswqxTGL?Fy;|Gy*cX>9UK{csPOv)VZNpRAbHvH"
-    "E)VXi<s3?S|s$wRe)tg;!=Dkn1SINh4vk5;3tD9MP6>j(wT;8{86s#_j&+9p_8}PdG<Aukcb!PED{-DHPd%X6{7DkNth"
-    "4=5@pS|K2)Pc83qVwY*_`hYD4xRtKK9-#f8*G|x=CkY7O|rS2CEN;P6---QLZdYy!VdAk^W#W$N(4-21nf(eU_aIEC-$"
-    "}hoN;ScFp7~pzDb8L6P+bdD6l8e69ha#YF$BeS1bk8OD}su&0%hx16ITpcS#tQrcn>{QH${vM{pvKZ{_h6tiOTavPEza"
-    "PsSA)$`h4$QWzB_b)%wp8daE$iqghWQM-9mUfN^Se|=FJ6_u|{Uk!&Fchft1*=c&~h<NM1u;A9REYkf`o?Z3!sY*IgXS"
-    ")l9KC~hhR5;ytzl*}cl0UZ`-@R77v}^mDD0o|&ophR8%$0@nRu*oXFx05s@|>Zn2Y?P;cz>ww)QKcM3!<+2VFQ9A{s#V"
-    "6Lbs?MYcD{*N%UtBHIIbPIpVQNyXl6RCL1-X)Nm^S%Olb60%}P*tRyaBK&u#R_KSghF(7PJ-AJ9@<Uq`563ro4=V|m3s"
-    "8}38^ol}g?J<O72+=s$9we&Qa~UbO;<b)>9K;Q77mbL)^_!|MPSokGI-PPi%!^ZutvZ7#hS+e<W|;KC0n9LOJCEp|u;3"
-    "oIje7>|+~ehs5V?fACoH;$s?NO0?Y1mJMHVRlNin0`A)}ZRN=-hI!x%hHQjyPgcgieviRF*HYtKo;I2&7*VPJ@=S*!y?"
-    "Yk=8vrjh*)G1ZvovRyJw7CvdZiQB}2mUc?<urW9XbI(5f6_)+w?&7b(4*t4JGP0XC5_q<|P<cnJ^wg3l-AuUP7sYl$wv"
-    "o`YzUEfK#ey#n#r8qA7#G_BzFOdmRo=x2*7emjxm?>vv+3;maz48WR`Zo8iRNORco6_>4JR>UujHEj;wnr&t|T6g?An!"
-    "93}o4p<sG&ssCj#WW=mSR(p@S$BXPwRKjo9f8r7FeR9===P<=7Krre&T0*{J&heh;kOWb0ot(P^>*#bJrdzKnnqadBRi"
-    "&Hm$ik(|%OABpP<`$}*51U(bApo>J6+QN_K75SZAEaVU<0+jpdAM4cZG9qa>r+{_WmyFCQhH=ra6q3oUn-RQ66Jmg<-S"
-    "1KCa}Yx+jSD8Qz*=#!iZsJgd=_6NPjp~0(7HZIDw?2w(J~k7u4FK)={;tItegkV*t}>0F&+q%us>p=3u%KOjm;GN-$kB"
-    "m~IZHE5US2V7d)pdVxN_2^(@O2NKJH#Bu;wZky+dTQ^qsLvb$E$Y+6ir%Z%)GY<YCXHEKj7Laq?<uUE@DA;JV--X91d1"
-    ">2&6J=lQu0R&7g?t30_+CVnvt~oK5OnxMn}lB>`#@%E<4dI!V7Lj8x|FZMZwkNdw(A8&#mtKaPRa7I0wvkh$8iKyB-Sk"
-    "Sz@j1i4&irHSvjlvS-jQpz)&tL&KI?F=s#W2*zrDG-BHOcAOE1vk%py;Vq=tjmm_oJv+oo3gIL1+qaIPhew?u5=e=(Rm"
-    "?pcvFgda!(XeiY?N2^?k+7eA_A-X(j?2OPDo#VP=d)j`fvC(Qi;~aXI$KIBAVxA{`1{EF>+>a1bK0QHnJ~Axjm-uV=1t"
-    "hJK42*Ob;ADnY&Y@l6)QB0l~LxNfBEdUg#GTb*R`?oCX1DS`)pi|l@oKU)XooH*(AYH*xSscQ=h#{*njw<Z0q`~ZZi-$"
-    "%7gA3?!r*iqWv&v$^)<zwV_d>D#gmX@s&EdqV1F9l%*|WDH@j1megZL?xO9s==^0@`ciz(*Wxg0GblskJ{%^+3W*Ht@~"
-    "tGS`=T)bui!FJED)O56zwUefjBA>8$C)>a#IS1oyiT@g$(CFf~d-Gz(a!MK(WAdj6w89527OD(Szv397K0yJz(7q)W<G"
-    "S9~-F;QXeDr8MpY%%HTVR3*^QJ`mzftv1&*OF_02EhHp4Peu}xj@9TRnCXV5@<rsr{j*$_Zy>bjilYnT9w|&9|HkI!Dq"
-    "#tz2WfPN73~7=wq-V`3#%;g!vJM3BcigQ<ar(j65P;vuTFm|6bKYi*v>%JPK=);t5*#P2+kyc6G+{5c5rCg3?B#^LY9a"
-    "u=38yyCl>m&}ek*1cc%1l*HaXnZ9nR;MnyJODcX;WOF&iYzYm=t?r8F&FFm!T*Op{mj_(k5<@5-KLMWK_rFoElnYCB@-"
-    "O`ccs&Id{ybFPx3F5(7xJ*ywul{TuYYPHJ!O?T3Tr|L|3M_uv35yjX8SB=!Adu1TiMXRh|u-?^di}TRurY*E=Um1O@=s"
-    "JvHkY@i%JME=ZRpWw^0}L^Oq`#*{8zT*Sx+C_$zW0H5%Y?65r#H<_?<+a9_w_5J_edc>AMYaMst;A7gnAj<tHepVpxY_"
-    "9(#2g<<}dkkUYVe&=FQ4wTf1xu2YO)Pu;;YDQzV3k6bU6tP>KXIHK0#MJSOx{7Rtx&EFa79Ljf5I$i77Z8ASovQxK39r"
-    "YaPVeM{mo&G9H4L*W<-$51%-jD=$qg=0_a>#16E%cF;~F_ev^#KjaBC>lf27>dSFG=`$FCfb9dF{C{x8QUfqtK%0a7(>"
-    "Ar3dT?{ws*l8Z6_F086O2>&r>i~%{nL-dl<P`OXN{3hGH=ki=kNTQN&_Si592_IxmnBAR{<HMo_?%7BJ<-`R3!SGURBw"
-    "*j#^#ZWoKW0aY1_L$`Uqb%#xPdVq|;FqstnI@Tr(Fars}o(O?^uLv_HdDU@Pn<Fkuu0$^I$XwtlEMG{t7iK|w{RdQ`Pr"
-    "n@*`V@8Os6$5``a$W?waE@;=zI9)IYk}%L+j9|C`3mgIttNIh>k+^Coe?T2np)YADWz?5dG^4(Wj_HM<qHc(NT$xN_14"
-    "B*YX||q9gBlC?)z7rRXR{M=3f=(NT)NO^UAN=%#;NYN76IpSm-*CR3sC45jEOMMo(*O3_h@{)kd^jTY1>(O)7XKt^!jQ"
-    "gpirDr(VDi;h}!)S{yn{UNpJU;YODjo^;"
-)
+    with zipfile.ZipFile(Path(__file__).with_name("real_pickles.zip")) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
