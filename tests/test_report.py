@@ -90,7 +90,7 @@ def test_of_a_net(data, tmp_path):
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
     text = (tmp_path / "report.html").read_text()
     page = check_page(text)
-    assert len(page.all("figure")) == 7
+    assert len(page.all("figure")) == 6
     shown = values(section(text, "summary"))
     for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
         assert results[name] in shown, name

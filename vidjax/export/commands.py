@@ -53,9 +53,10 @@ def _export(args: argparse.Namespace) -> Result:
     chosen = FORMATS[args.format]
     need(f"--format={args.format}", *chosen.packages, extra=chosen.extra)
     with files.atomic_folder(to) as folder:
-        is_gallery = files.exists(source / NAME)
-        write = _write_gallery if is_gallery else _write_run
-        found = write(source, folder, chosen, args.format, args.checkpoint)
+        if is_gallery := files.exists(source / NAME):
+            found = _write_gallery(source, folder, chosen, args.format)
+        else:
+            found = _write_run(source, folder, chosen, args.format, args.checkpoint)
         written = {"format": args.format, **found, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
@@ -85,24 +86,25 @@ def _write_run(
             f"--format={name} holds {function.LARGEST / 1e9:.1f} GB, and the weights are "
             f"{size / 1e9:.1f} GB: choose safetensors or saved_model"
         )
-    exported = function.export(run)
+    inputs = function.input_shapes(run)
     weights.write(run.workdir, folder, step)
-    answer = chosen.write(run, exported, folder)
+    answer = chosen.write(run, inputs, folder)
     return {
         "step": run.step,
-        "inputs": exported.describe(),
+        "inputs": {
+            name: {"shape": [x if isinstance(x, int) else str(x) for x in one.shape],
+                   "dtype": one.dtype.name}
+            for name, one in inputs.items()
+        },
         "outputs": list(chosen.outputs),
         "num_identities": len(run.identities),
         "scores": run.config.eval.scores,
         "difference": function.check(name, run, answer),
         "versions": devices.versions(),
-    }
+    }  # fmt: skip
 
 
-def _write_gallery(
-    source: Path, folder: Path, chosen: "Format", name: str, step: str
-) -> dict[str, Any]:
-    del step
+def _write_gallery(source: Path, folder: Path, chosen: "Format", name: str) -> dict[str, Any]:
     from vidjax import devices
     from vidjax.gallery.gallery import Gallery
 

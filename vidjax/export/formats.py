@@ -27,7 +27,7 @@ import numpy as np
 from vidjax import devices, predict
 from vidjax.errors import UserError
 from vidjax.export import function, reader, weights
-from vidjax.export.function import Exported
+from vidjax.export.function import Shapes
 from vidjax.gallery.backend import MOST_OF_VOICE
 from vidjax.gallery.gallery import Gallery
 from vidjax.models.plda import PLDAIdentifier
@@ -53,7 +53,7 @@ class Format(NamedTuple):
     """
 
     file: str
-    write: Callable[[Predictor, Exported, Path], Answer]
+    write: Callable[[Predictor, Shapes, Path], Answer]
     packages: tuple[str, ...]
     extra: str
     outputs: tuple[str, ...] = function.OUTPUTS
@@ -61,12 +61,11 @@ class Format(NamedTuple):
     bounded: bool = False
 
 
-def stablehlo(run: Predictor, exported: Exported, folder: Path) -> Answer:
+def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """Writes the compiled form that `jax.export` reads."""
-    del run
     path = folder / "model.stablehlo"
-    compiled = jax.export.export(jax.jit(exported.function), platforms=PLATFORMS)
-    path.write_bytes(compiled(dict(exported.inputs)).serialize())
+    compiled = jax.export.export(jax.jit(function.of_members(run)), platforms=PLATFORMS)
+    path.write_bytes(compiled(dict(inputs)).serialize())
     loaded = jax.export.deserialize(bytearray(path.read_bytes()))
 
     def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -76,7 +75,7 @@ def stablehlo(run: Predictor, exported: Exported, folder: Path) -> Answer:
     return answer
 
 
-def tensorflow(run: Predictor, exported: Exported, folder: Path) -> Answer:
+def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """Writes a SavedModel, the compiled form as one operation that XLA inside of TensorFlow runs.
 
     TensorFlow and TF Serving load it, TensorFlow Lite and runtimes without XLA do not. The weights
@@ -87,7 +86,7 @@ def tensorflow(run: Predictor, exported: Exported, folder: Path) -> Answer:
 
     from vidjax.data.records.tensors import tf
 
-    path, inputs = str(folder / "saved_model"), exported.inputs
+    path = str(folder / "saved_model")
     shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
     converted = jax2tf.convert(
         functools.partial(function.outputs, run),
@@ -116,15 +115,14 @@ def tensorflow(run: Predictor, exported: Exported, folder: Path) -> Answer:
     return answer
 
 
-def onnx(run: Predictor, exported: Exported, folder: Path) -> Answer:
+def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """Writes an ONNX model."""
-    del run
     import onnxruntime
 
     from vidjax.export import onnx_graph
 
     path = folder / "model.onnx"
-    model = onnx_graph.to_model(exported.function, exported.inputs, function.OUTPUTS)
+    model = onnx_graph.to_model(function.of_members(run), inputs, function.OUTPUTS)
     path.write_bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     read = [one.name for one in session.get_inputs()]
@@ -136,20 +134,20 @@ def onnx(run: Predictor, exported: Exported, folder: Path) -> Answer:
     return answer
 
 
-def safetensors(run: Predictor, exported: Exported, folder: Path) -> Answer:
+def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """Makes a run of the weights that lie in the folder already, and asks that."""
-    del run, exported
+    del run, inputs
     again = folder / "again"
     weights.read(folder, again)
     copy = predict.restore(again)
     shutil.rmtree(again)
     compiled, members = jax.jit(functools.partial(function.outputs, copy)), function.members(copy)
-    return lambda inputs: jax.device_get(compiled(members, dict(inputs)))
+    return lambda arrays: jax.device_get(compiled(members, dict(arrays)))
 
 
-def numpy(run: Predictor, exported: Exported, folder: Path) -> Answer:
+def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """Writes the arrays of a PLDA run, and the reader."""
-    del exported
+    del inputs
     read = _with_reader(folder, of_run(run))
 
     def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

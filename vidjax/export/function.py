@@ -4,6 +4,7 @@ The function is what a file of another runtime holds: fusion, net, all members a
 inputs are float32 or bool arrays named MODALITY_FIELD, B clips padded to T frames, see `FIELDS`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -34,32 +35,11 @@ LARGEST = 1 << 31  # bytes of a file with a program: protocol and flat buffers h
 Inputs = Mapping[str, Array]
 Member = tuple[Any, Any, Array]  # parameters, other collections, view
 Outputs = dict[str, Array]
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # symbolic where a size may vary
 
 
-class Exported(NamedTuple):
-    """A run as a function of arrays.
-
-    Attributes:
-      function: inputs -> {"scores": [B, C], "embeddings": [B, D]}, both float32.
-      inputs: name -> shape and dtype of every input, with the symbols B and T_MODALITY.
-      modalities: name -> feature width.
-    """
-
-    function: Callable[[Inputs], Outputs]
-    inputs: Mapping[str, jax.ShapeDtypeStruct]
-    modalities: Mapping[str, int]
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """Returns name -> {shape, dtype} of the inputs, as JSON types."""
-        return {
-            name: {"shape": [x if isinstance(x, int) else str(x) for x in one.shape],
-                   "dtype": one.dtype.name}
-            for name, one in self.inputs.items()
-        }  # fmt: skip
-
-
-def export(run: Predictor) -> Exported:
-    """Returns a run, all its members included, as a function of arrays of any size.
+def input_shapes(run: Predictor) -> Shapes:
+    """Returns the inputs of `outputs` by name, with the symbols B and T_MODALITY.
 
     A clip's frames of a modality are T_MODALITY long. Runs that judge frames one by one, with
     `after_fusion=examples`, want one length T for all modalities.
@@ -73,8 +53,12 @@ def export(run: Predictor) -> Exported:
         for field, dtype in FIELDS.items():
             shape = (*dims, width) if field == "features" else dims
             shapes[f"{name}_{field}"] = jax.ShapeDtypeStruct(shape, dtype)
+    return shapes
 
-    return Exported(lambda inputs: outputs(run, members(run), inputs), shapes, run.modalities)
+
+def of_members(run: Predictor) -> Callable[[Inputs], Outputs]:
+    """Returns `outputs` of a run with all its members as a function of arrays of any size."""
+    return functools.partial(outputs, run, members(run))
 
 
 def outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:

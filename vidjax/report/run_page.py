@@ -275,10 +275,10 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns the distribution of average precision, and a table of the worst identities."""
+    """Returns quantiles of average precision, and a table of the worst identities."""
     if "ap" not in run.arrays:
         return None
-    values = np.sort(run.averages())[::-1]
+    values = run.averages()
     low, median = np.quantile(values, [0.1, 0.5]).tolist()
     perfect = float(np.mean(values == 1))
     words = html.paragraph(
@@ -286,13 +286,7 @@ def identities(run: RunFiles) -> Markup | None:
         html.percent(perfect, 1), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
-    plot = html.Plot(x="share of the identities", y="average precision")
-    plot.curve(np.arange(1, len(values) + 1) / len(values), values)
-    plot.axes.set_ylim(0, 1.04)
-    description = f"{100 * perfect:.1f} % have 1, and the median is {median:.3f}."
-    heading = "Average precision, identities in descending order"
-    figure = html.figures([plot.html("sorted", heading, description)])
-    return words + figure + _worst_identities(run)
+    return words + _worst_identities(run)
 
 
 def _worst_identities(run: RunFiles) -> Markup:
