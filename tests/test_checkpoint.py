@@ -135,11 +135,11 @@ def test_damage_falls_back_to_the_good_step(tmp_path, items, damage):
 def test_another_model_is_an_error(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
     other = {**items, "params": {"a": jnp.ones((4, 3))}}
-    with pytest.raises(checkpoint.OtherModelError, match="another model") as caught:
+    with pytest.raises(checkpoint.CheckpointError, match="another model") as caught:
         restore_latest(tmp_path, other)
     assert "float32[4, 2]" in str(caught.value)
     other = {**items, "params": {"a": jnp.ones((4, 2), jnp.bfloat16)}}
-    with pytest.raises(checkpoint.OtherModelError, match="another model"):
+    with pytest.raises(checkpoint.CheckpointError, match="another model"):
         restore_latest(tmp_path, other)
 
 

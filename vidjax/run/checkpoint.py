@@ -39,10 +39,6 @@ class DamagedError(CheckpointError):
     """The files of a checkpoint differ from those that were saved."""
 
 
-class OtherModelError(CheckpointError):
-    """The arrays of a checkpoint differ from those of the model in name, shape or dtype."""
-
-
 class Checkpoint(NamedTuple):
     """The folder `checkpoints/<step>`, whose files match their digests, and its manifest."""
 
@@ -187,7 +183,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
         from that at saving.
 
     Raises:
-      OtherModelError: an array has another shape or dtype than the checkpoint's.
+      CheckpointError: an array has another shape or dtype than the checkpoint's.
       DamagedError: a file is missing or not listed, or Orbax cannot read the arrays.
     """
     from orbax.checkpoint import v1 as ocp  # half a second, for those alone who need it
@@ -196,7 +192,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
     saved = checkpoint.manifest["arrays"]
     for name, kind in _arrays(abstract).items():
         if saved.get(name) != kind:
-            raise OtherModelError(
+            raise CheckpointError(
                 f"'{checkpoint.folder}' belongs to another model: {name}\n"
                 f"is {saved.get(name, 'absent')} there and {kind} here"
             )

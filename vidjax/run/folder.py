@@ -1,4 +1,4 @@
-"""The folder of a run: its files, each read once, and its lock, which one process holds at a time.
+"""The folder of a run: its files, and its lock, which one process holds at a time.
 
 Results of the split that training evaluates, `eval.split`, are `metrics.json`, `ranking.txt` and
 `analysis.npz`; those of another one carry its name, `metrics_<split>.json`. See `run.formats`.
@@ -8,9 +8,9 @@ import contextlib
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 from vidjax import config as config_lib
 from vidjax import config_io, distributed, files
@@ -18,7 +18,6 @@ from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.run import formats, results
 
-T = TypeVar("T")
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
 # What lies in a folder of features, and in no folder of a run.
@@ -36,20 +35,10 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each is read when it is first asked for, and then kept.
-
-    If another object writes a file, a new RunFolder reads it. An error of a damaged file is a
-    UserError with a remedy.
-    """
+    """The files of a run; an error of a damaged file is a UserError with a remedy."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser().absolute()
-        self._kept: dict[str, Any] = {}
-
-    def _once(self, name: str, read: Callable[[Path], T]) -> T:
-        if name not in self._kept:
-            self._kept[name] = read(self.path / name)
-        return cast(T, self._kept[name])
 
     def has(self, name: str) -> bool:
         """Returns True if the folder has a file of this name."""
@@ -57,20 +46,20 @@ class RunFolder:
 
     @property
     def config(self) -> Config:
-        """A copy of the configuration."""
-        return copy.deepcopy(self._once(CONFIG, lambda path: config_io.load_workdir(path.parent)))
+        """The configuration."""
+        return config_io.load_workdir(self.path)
 
     @property
     def identities(self) -> list[str]:
         """The names of class columns 1..C."""
-        return self._once(IDENTITIES, results.load_identities)
+        return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
         """Returns the paths of the results of a split; None for the one that training evaluates.
 
         `apart` is True for results of other splits, or of other settings than those of the run.
         """
-        own = self._once("split", lambda _: str(self.config.eval.split))
+        own = str(self.config.eval.split)
         suffix = f"_{split or own}" if apart or split not in (None, own) else ""
         return ResultPaths(
             self.path / f"metrics{suffix}.json",
@@ -81,8 +70,8 @@ class RunFolder:
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
         """Returns results, empty if there are none; `paths` None is `metrics.json`."""
-        name = paths.metrics.name if paths else METRICS
-        return self._once(name, results.load_metrics) if self.has(name) else {}
+        path = paths.metrics if paths else self.path / METRICS
+        return results.load_metrics(path) if files.exists(path) else {}
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:
         """Returns split -> results of `metrics_<split>.json`."""
@@ -91,9 +80,7 @@ class RunFolder:
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
         """Writes results; `paths` None is `metrics.json`."""
-        name = paths.metrics.name if paths else METRICS
-        files.write_json(self.path / name, values)
-        self._kept[name] = files.parse_json(files.to_json(values))
+        files.write_json(paths.metrics if paths else self.path / METRICS, values)
 
     def analysis(self, paths: ResultPaths) -> tuple[formats.Analysis, results.Arrays] | None:
         """Returns the values and the arrays of an analysis; None if there is none."""
@@ -104,8 +91,6 @@ class RunFolder:
         config = absolute(config)
         config.data.cache_dir = None
         files.write_text(self.path / CONFIG, config_io.to_json(config))
-        for name in (CONFIG, "split"):
-            self._kept.pop(name, None)
 
 
 def absolute(config: Config) -> Config:
