@@ -487,7 +487,7 @@ def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Mar
     for i in order[np.abs(gaps[order]) >= significance.EQUAL]:
         both = html.bar(float(first.ap[i])), html.bar(float(run.ap[i]))
         clips = int(first.positives[i])
-        rows.append((first.identities[i], clips, *both, html.signed(float(gaps[i]))))
+        rows.append((first.identities[i], clips, *both, html.number(float(gaps[i]), sign="+")))
     caption = f"The {len(rows)} identities with the largest difference for {other}"
     head = ("identity", "clips", own, other, "difference")
     return html.table(caption, head, rows)

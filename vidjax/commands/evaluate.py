@@ -18,7 +18,7 @@ from vidjax.run.folder import CONFIG, RunFolder
 # Fields and groups that training alone reads.
 TRAINED = (
     "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
-    "log_every_steps", "loss", "mixup", "num_epochs", "optim", "resume", "seed", "transforms",
+    "log_every_steps", "loss", "mixup", "num_epochs", "optim", "seed", "transforms",
 )  # fmt: skip
 # Fields that a blend reads. Each of its runs keeps its own values of all other fields.
 JOINED = (

@@ -58,24 +58,21 @@ def paragraph(words: str, *values: object) -> Markup:
     return Markup("<p>{}</p>").format(content) if words else Markup()
 
 
-def number(value: object, digits: int = 4) -> Markup:
-    """Returns a number as HTML: shown rounded, with all digits in an attribute for programs."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:z,.{digits}f}"
-        return _number(value, f"{value:.{digits}g}" if len(shown) > LONGEST_WORD else shown)
-    return Number(NONE) if value is None else Markup.escape(plain(value))
+def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = False) -> Markup:
+    """Returns a number as HTML: shown rounded, with all digits in an attribute for programs.
 
-
-def signed(value: float, digits: int = 4) -> Number:
-    """Returns a number with its sign, such as a difference."""
-    return _number(value, f"{value:+z.{digits}f}")
-
-
-def percent(share: float | None, digits: int = 0) -> Number:
-    """Returns a share in 0..1, such as `95 %`."""
-    if share is None:
+    `sign` is `+` for a difference. A share in 0..1 is shown as 95 % if `percent`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Number(NONE) if value is None else Markup.escape(plain(value))
+    if not math.isfinite(value):
         return Number(NONE)
-    return _number(share, f"{100 * share:z.{digits}f} %")
+    if percent:
+        shown = f"{100 * value:z.{digits}f} %"
+    else:
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:{sign}z,.{digits}f}"
+    shown = f"{value:.{digits}g}" if len(shown) > LONGEST_WORD else shown
+    return Number(Markup('<data value="{}">{}</data>').format(repr(value), shown))
 
 
 def bar(value: float | None) -> Number:
@@ -87,15 +84,10 @@ def bar(value: float | None) -> Number:
     return Bar(shown)
 
 
-def _number(value: float, shown: str) -> Number:
-    if not math.isfinite(value):
-        return Number(NONE)
-    return Number(Markup('<data value="{}">{}</data>').format(repr(value), shown))
-
-
-def between(low: Markup, high: Markup) -> Number:
+def between(low: float, high: float, digits: int, *, percent: bool = False) -> Number:
     """Returns the text of an interval, `low to high`."""
-    return Number(Markup("{} to {}").format(low, high))
+    ends = (number(end, digits, percent=percent) for end in (low, high))
+    return Number(Markup("{} to {}").format(*ends))
 
 
 def cell(value: object) -> Markup:

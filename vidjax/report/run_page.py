@@ -126,9 +126,8 @@ def _score(run: RunFiles) -> Markup:
     kind = f"{run.split} ({KINDS[kind]})" if kind in KINDS else kind
     between = ""
     if "ap" in run.arrays:
-        low, high = map(html.number, significance.map_interval(run.averages()))
-        words = Markup(", 95 % interval {} to {} ({})")
-        between = words.format(low, high, significance.METHOD)
+        interval = html.between(*significance.map_interval(run.averages()), 4)
+        between = Markup(", 95 % interval {} ({})").format(interval, significance.METHOD)
     words = Markup('<p class="lead">MAP@100 <strong>{}</strong> on {}{}</p>')
     return words.format(html.number(run.metrics.map), kind, between)
 
@@ -283,7 +282,7 @@ def identities(run: RunFiles) -> Markup | None:
     perfect = float(np.mean(values == 1))
     words = html.paragraph(
         "{} of {} identities have an average precision of 1. The median is {}; 10 % are below {}.",
-        html.percent(perfect, 1), html.number(len(values)), html.number(median, 3),
+        html.number(perfect, 1, percent=True), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
     return words + _worst_identities(run)
@@ -342,7 +341,7 @@ def strata(run: RunFiles) -> Markup | None:
     def interval(row: formats.Stratum) -> Markup:
         if row.low is None or row.high is None:
             return html.Number("too few")
-        return html.between(html.number(row.low, 3), html.number(row.high, 3))
+        return html.between(row.low, row.high, 3)
 
     tables = []
     for table in run.analysis.strata or ():
@@ -381,12 +380,12 @@ def open_set(run: RunFiles) -> Markup | None:
 def _thresholds(run: RunFiles, found: formats.OpenSet) -> Markup:
     rows = [
         (
-            html.percent(row.rate, 1),
+            html.number(row.rate, 1, percent=True),
             html.number(row.threshold),
-            html.percent(row.fpir, 2),
-            html.between(html.percent(row.fpir_low, 2), html.percent(row.fpir_high, 2)),
-            html.percent(row.fnir, 1),
-            html.between(html.percent(row.fnir_low, 1), html.percent(row.fnir_high, 1)),
+            html.number(row.fpir, 2, percent=True),
+            html.between(row.fpir_low, row.fpir_high, 2, percent=True),
+            html.number(row.fnir, 1, percent=True),
+            html.between(row.fnir_low, row.fnir_high, 1, percent=True),
         )
         for row in found.rates
         if row.threshold is not None
@@ -404,7 +403,7 @@ def _thresholds(run: RunFiles, found: formats.OpenSet) -> Markup:
         html.paragraph(
             words,
             html.number(found.num_strange),
-            html.percent(row.rate, 1),
+            html.number(row.rate, 1, percent=True),
             html.number(row.fewest),
         )
         for row in found.rates

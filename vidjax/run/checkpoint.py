@@ -80,24 +80,18 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
     partial = folder.parent / PARTIAL / folder.name
     _refuse_link(folder.parent)
 
-    def prepare() -> None:
-        files.remove_tree(partial.parent)  # left by a save that was cut short
-        partial.mkdir(parents=True)
-
-    def commit() -> None:
-        contents = {"arrays": _arrays(items), "files": files.sha256_folder(partial / "state")}
-        files.write_manifest(partial / MANIFEST, {**contents, **info})
-        _set_aside(folder)
-        os.rename(partial, folder)
-
     try:
         if distributed.is_first():
-            prepare()
+            files.remove_tree(partial.parent)  # left by a save that was cut short
+            partial.mkdir(parents=True)
         distributed.barrier()
         ocp.save_checkpointables(str(partial / "state"), filled)
         distributed.barrier()
         if distributed.is_first():
-            commit()
+            contents = {"arrays": _arrays(items), "files": files.sha256_folder(partial / "state")}
+            files.write_manifest(partial / MANIFEST, {**contents, **info})
+            _set_aside(folder)
+            os.rename(partial, folder)
     except Exception as error:  # Orbax reports a full disk in a dozen ways
         if distributed.is_first():  # a thread of Orbax may still write there
             shutil.rmtree(partial.parent, ignore_errors=True)
