@@ -35,11 +35,10 @@ def make_piecewise(
         table = np.asarray(points, np.float32)
     except (ValueError, TypeError):
         table = np.empty((0, 0), np.float32)
-    if table.ndim != 2 or table.shape[1] != 2 or not np.all(np.isfinite(table)):
+    pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
+    if not pairs or np.any(np.diff(table[:, 0]) < 0):
         raise UserError(f"{name} must be finite (epoch, value) pairs in order, got {points}")
     epochs, values = table.T
-    if not np.all(np.diff(epochs) >= 0):
-        raise UserError(f"{name} must be (epoch, value) pairs in order, got {points}")
     # `optax.piecewise_interpolate_schedule` multiplies scales: it never leaves 0, and has no jumps.
     # Without a point behind it, a jump at the end would have its first value.
     epochs, values = np.append(epochs, np.inf), np.append(values, values[-1])
@@ -217,10 +216,8 @@ def make_optimizer(
 
 
 def _options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a specification that a function takes as keyword arguments."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return {name: spec[name] for name in names if name in spec}
+    """Returns the fields of a specification that a function takes as arguments."""
+    return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

@@ -1,6 +1,7 @@
 """The logs of a run: `metrics.jsonl`, `timing.jsonl` and TensorBoard's events."""
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -24,21 +25,15 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """
     if not files.exists(path):
         return
-    number, damaged, changed = 0, [], False
-    for number, line in enumerate(files.each_line(path), start=1):
-        kept = _is_kept(line, step, evaluated)
-        changed |= not (kept and line.endswith(b"\n"))
-        if kept is None:
-            damaged.append(number)
-    if not changed:
+    lines = list(files.each_line(path))
+    kept = [_is_kept(line, step, evaluated) for line in lines]
+    if all(kept) and all(line.endswith(b"\n") for line in lines):
         return
-    damaged = [place for place in damaged if place < number]
-    if damaged:
+    if damaged := [number for number, one in enumerate(kept[:-1], start=1) if one is None]:
         warn(f"'{path}': damaged lines are left out: {damaged[:5]}")
     with files.atomic_file(path) as file:
-        for line in files.each_line(path):
-            if _is_kept(line, step, evaluated):
-                file.write(line.rstrip(b"\r\n") + b"\n")
+        for line in itertools.compress(lines, kept):
+            file.write(line.rstrip(b"\r\n") + b"\n")
 
 
 def _is_kept(line: bytes, step: int, evaluated: bool) -> bool | None:
