@@ -190,8 +190,20 @@ def read(name: str, split: str | None = None) -> RankedRun:
     split = split or str(config.eval.split)
     paths = folder.paths(split)
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
-    metrics, identities = _read_metrics(name, folder, split, remedy), folder.identities
-    found = folder.analysis(paths)
+    metrics = folder.metrics(paths)
+    if not metrics:
+        missing = f"has no results on split '{split}' ({paths.metrics.name})"
+        raise UserError(f"'{name}' {missing}\n{remedy}")
+    if metrics.get("map") is None:
+        reason = results_lib.unmeasured(config.to_dict(), folder.path)
+        raise UserError(
+            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
+            f"{reason or 'compare on another: --config.eval.split=val'}"
+        )
+    for key in ("map_kind", "num_clips"):
+        if metrics.get(key) is None:
+            raise UserError(f"'{paths.metrics}' is damaged: no {key}\n{remedy}")
+    identities, found = folder.identities, folder.analysis(paths)
     if found is None:
         raise UserError(f"'{name}' has no {paths.analysis.name}\n{remedy}")
     analysis, arrays = found
@@ -218,23 +230,6 @@ def read(name: str, split: str | None = None) -> RankedRun:
         metrics=metrics,
         config=config.to_dict(),
     )
-
-
-def _read_metrics(name: str, folder: RunFolder, split: str, remedy: str) -> dict[str, Any]:
-    paths = folder.paths(split)
-    metrics, path = folder.metrics(paths), paths.metrics
-    if not metrics:
-        raise UserError(f"'{name}' has no results on split '{split}' ({path.name})\n{remedy}")
-    if metrics.get("map") is None:
-        reason = results_lib.unmeasured(folder.config.to_dict(), folder.path)
-        raise UserError(
-            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
-            f"{reason or 'compare on another: --config.eval.split=val'}"
-        )
-    for key in ("map_kind", "num_clips"):
-        if metrics.get(key) is None:
-            raise UserError(f"'{path}' is damaged: no {key}\n{remedy}")
-    return metrics
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
