@@ -395,28 +395,6 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
     assert len(names(root)) == 1
 
 
-@pytest.mark.slow
-def test_a_shard_that_a_pool_cannot_write_is_one_error_and_leaves_nothing(tmp_path):
-    source, cache = tmp_path / "source", tmp_path / "cache"
-    source.mkdir()
-    for number in range(12):  # a shard holds all of them, an eighth of the clips: it is the largest
-        rng = np.random.default_rng(number)
-        clips = {f"c{i:03d}": random_clip(rng, 4, 64) for i in range(200)}
-        write_pickle(source, f"kind{number:02d}", "train", clips)
-    flat = 200 * 4 * 64 * 2
-    code = (
-        "import resource, sys; from vidjax.data import iqiyi_vid;"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({flat}, {flat}));"
-        "sys.exit(iqiyi_vid.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, str(source), f"--cache_dir={cache}", "--workers=2"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    said = result.stderr
-    assert len(said.splitlines()) <= 3 and os.strerror(errno.EFBIG) in said and str(cache) in said
-    assert names(cache / "iqiyi_vid") == set()
-
-
 # In a child process, which may live on a small file system of its own: one conversion after another
 # with more and more room. Prints, for each, exit code, message and what was left.
 LADDER = """
