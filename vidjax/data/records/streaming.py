@@ -7,6 +7,7 @@ during such a call hangs or aborts. Features keep their stored dtype.
 
 import collections
 import itertools
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -43,6 +44,7 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
         .as_numpy_iterator()
     )
     waiting: collections.deque[Future[Batch]] = collections.deque()
+    is_finalizing = sys.is_finalizing  # the name of a module may be gone at the end
     try:
         with ThreadPoolExecutor(AHEAD) as threads:
             for places, first in _places(records, plan, reader, step):
@@ -51,7 +53,10 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
                     queue.enqueue(jax.tree.leaves(waiting.popleft().result()))
                     yield jax.tree.unflatten(structure, next(values))
     finally:
-        queue.close()  # TensorFlow crashes if a queue is freed while a thread waits for it
+        # TensorFlow crashes if a queue is freed while a thread waits for it. At the end of the
+        # process its modules are gone, and nothing is freed any more.
+        if not is_finalizing():
+            queue.close()
 
 
 def _places(
