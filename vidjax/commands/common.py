@@ -18,8 +18,6 @@ from vidjax.run import results as results_lib
 from vidjax.run import signals
 from vidjax.run.folder import RunFolder, locked
 
-RECORDED = "config.json"  # of a run's folder
-
 
 def workdir_flag(parser: Parser, about: str = "the folder of a trained run") -> None:
     """Adds `--workdir`, which the command needs."""
@@ -79,12 +77,7 @@ def locked_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
 
 
 def summary(
-    config: Config,
-    folder: RunFolder,
-    results: Mapping[str, Any],
-    seconds: float | None,
-    *,
-    finished_before: bool = False,
+    config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> Result:
     """Returns the scores of a run, `results` of `metrics.json`, and the files to look at.
 
@@ -95,8 +88,8 @@ def summary(
     rows = _rows(config, folder, results, seconds)
     rows |= {name: messages.shown(path) for name, path in found.items()}
     content = {"workdir": str(folder.path), **{name: str(path) for name, path in found.items()}}
-    content |= {"finished_before": finished_before, "metrics": dict(results)}
-    note = ": finished before, nothing was trained now" if finished_before else ""
+    content |= {"finished_before": seconds is None, "metrics": dict(results)}
+    note = ": finished before, nothing was trained now" if seconds is None else ""
     return Result(content, rows, note=note)
 
 

@@ -8,7 +8,7 @@ from vidjax import config_io, files, messages
 from vidjax.commands import common
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
-from vidjax.run.folder import locked
+from vidjax.run.folder import CONFIG, locked
 
 
 def add_flags(parser: Parser) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> Result:
             "compare needs --runs=A,B: folders of two runs or more, split by commas\n"
             "all others are compared with the first"
         )
-    if files.exists(Path(args.workdir).expanduser() / common.RECORDED):
+    if files.exists(Path(args.workdir).expanduser() / CONFIG):
         raise UserError(
             f"--workdir={args.workdir} holds a run: name another folder for the comparison"
         )

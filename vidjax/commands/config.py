@@ -12,6 +12,7 @@ from vidjax.config import DEFAULTS, Config
 from vidjax.config_io import override_names, value_text
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
+from vidjax.run.folder import CONFIG
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> Result:
         config, file = api.load_config(args.config), args.config
     elif args.workdir:
         workdir = Path(args.workdir).expanduser()
-        config, file = api.open_run(workdir).config, messages.shown(workdir / common.RECORDED)
+        config, file = api.open_run(workdir).config, messages.shown(workdir / CONFIG)
     else:
         config, file = config_lib.default(), DEFAULT
     found = rows(config, args.overrides, file)

@@ -11,7 +11,7 @@ from vidjax.commands import common
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
-from vidjax.run.folder import RunFolder
+from vidjax.run.folder import CONFIG, RunFolder
 
 
 def add_flags(parser: Parser) -> None:
@@ -43,7 +43,7 @@ def _default_name(args: argparse.Namespace, config: Config) -> str:
     """
     name, _, words = args.config.partition(":")
     file = Path(name)
-    stem = file.absolute().parent.name if file.name == common.RECORDED else file.stem
+    stem = file.absolute().parent.name if file.name == CONFIG else file.stem
     name = "-".join([stem, *(word for word in words.split(",") if word)])
     config = copy.deepcopy(config)
     if config.data.dir:
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> Result:
     config, path = settings(args)
     from vidjax.training import plan
 
-    if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
+    if not (path / CONFIG).exists():  # before there is a folder, or data are read
         plan.dry_run(config)
         api.set_up_devices(config)
     with common.locked_folder(path) as workdir:
         results, before = api.train_run(config, RunFolder(workdir), command=args.line, began=began)
     seconds = None if before else results["seconds"]
-    return common.summary(config, RunFolder(workdir), results, seconds, finished_before=before)
+    return common.summary(config, RunFolder(workdir), results, seconds)
