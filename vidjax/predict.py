@@ -209,8 +209,11 @@ class Predictor(NamedTuple):
         request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
-        blocks = counted(self._score_blocks(request), advance)
-        top = topk.rank(blocks, len(self.identities), k, rows=rows, mesh=self.mesh)
+        running = topk.RunningTopK(len(self.identities), k, rows=rows, mesh=self.mesh)
+        for block in self._score_blocks(request):
+            running.add(block)
+            advance(len(block[1]))  # to count the mask would wait for the device
+        top = running.finish()
         names = {int(place): n for place, n in zip(request.clip_index, request.names, strict=True)}
         return as_lists(self.identities, names, top)
 
@@ -314,15 +317,6 @@ class Predictor(NamedTuple):
                 view = jnp.int32(member.view)
                 part.append(np.asarray(self.embed_fn(params, model_state, view, block)))
         return [np.concatenate(part, axis=1) for part in parts]
-
-
-def counted(
-    blocks: Iterator[topk.ScoreBlock], advance: Callable[[int], None]
-) -> Iterator[topk.ScoreBlock]:
-    """Yields blocks of scores, and calls `advance` with the number of rows of each."""
-    for block in blocks:
-        yield block
-        advance(len(block[1]))  # to count the mask would wait for the device
 
 
 def restore(

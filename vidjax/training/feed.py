@@ -112,17 +112,13 @@ class StreamingFeed(Feed):
             found = [*found[-1:], [outcome for _, outcome in results]]
             self._next = self._fetch()
             fetched = time.monotonic() - began
-            if self._fastest < fetched and jax.tree.all(jax.tree.map(_is_ready, found[-1])):
+            if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(found[-1])):
                 self.waited += fetched - self._fastest
             if len(found) > 1 and any(x.bad_step >= 0 for x in devices.fetch(found[0])):
                 break
             if alone and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # fetches have slowed
                 break
         return list(states), found
-
-
-def _is_ready(x: Array) -> bool:
-    return x.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ResidentFeed(Feed):
