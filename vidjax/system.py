@@ -245,19 +245,13 @@ def make_fusions(
 
     Errors name the field.
     """
-
-    def make(name: str) -> FuseFn:
+    fusions = {}
+    for name in modalities:
         field = f"config.fusion.{name}.{phase}"
         with named(field):
             fuse = fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
-
-        def fuse_named(rng: Array | None, frames: Frames) -> Frames:
-            with named(field):
-                return fuse(rng, frames)
-
-        return fuse_named
-
-    return {name: make(name) for name in modalities}
+        fusions[name] = named(field)(fuse)
+    return fusions
 
 
 def _make_column_weight(
