@@ -12,7 +12,7 @@ from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from tests.helpers.datasets import prepare
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import STORED
-from vidjax.data.records.codec import PackedFrames, tfds
+from vidjax.data.records.codec import tfds
 from vidjax.data.records.reader import Reader
 from vidjax.data.records.tensors import tf
 from vidjax.errors import UserError
@@ -84,42 +84,23 @@ def test_tfds_shows_what_was_packed(clips, records):
                 np.testing.assert_array_equal(packed, getattr(clip, field))
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_every_value_without_tensorflow_is_that_of_the_message(records, verify):
+def test_every_value_without_tensorflow_is_that_of_the_message(records):
     messages, reader = raw(records), Reader(records, ["train"])
     places = np.random.default_rng(0).permutation(len(messages))
-    read = reader.read(places, verify=verify)
+    read = reader.read(places)
     assert read == [messages[place] for place in places]
     rows = [tf.train.Example.FromString(message).features.feature for message in read]
     clip_index = [values["clip_index"].int64_list.value[0] for values in rows]
     assert reader.clip_index[places].tolist() == clip_index
     for name, modality in records.modalities.items():
         length = reader.lengths[name][places]
-        first, size = np.minimum(length, 2), 5
         whole = reader.frames(name, places, read)
-        window = reader.frames(name, places, read, first, size)
         assert {one.dtype for one in whole["features"]} == {np.dtype(modality.dtype)}
         for field, arrays in whole.items():
             for row, array in enumerate(arrays):
                 assert len(array) == length[row]
                 (wanted,) = rows[row][f"frames/{name}/{field}"].bytes_list.value
                 assert array.tobytes() == wanted
-                cut = array[first[row] : first[row] + size]
-                np.testing.assert_array_equal(window[field][row], cut)
-
-
-def test_packed_frames_refuse_what_they_cannot_hold_exactly():
-    packed = PackedFrames(dim=4, dtype="float16")
-    clip = random_clip(np.random.default_rng(0), 3, 4)._asdict()
-    wide = np.repeat(clip["features"].astype(">f2"), 2, axis=1)
-    encoded = packed.encode_example({**clip, "features": wide[:, ::2]})["features"]
-    assert encoded == clip["features"].tobytes()
-    with pytest.raises(ValueError, match=r"features: got shape \(3, 5\), wanted \(3, 4\)"):
-        packed.encode_example({**clip, "features": np.zeros((3, 5), np.float16)})
-    with pytest.raises(ValueError, match=r"number: got shape \(2,\), wanted \(3,\)"):
-        packed.encode_example({**clip, "number": clip["number"][:2]})
-    with pytest.raises(ValueError, match="float32 does not fit float16"):
-        packed.encode_example({**clip, "features": clip["features"].astype(np.float32)})
 
 
 def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records):

@@ -14,8 +14,7 @@ from tests.helpers.datasets import prepare
 from tests.helpers.seen import refused
 from vidjax.data import iqiyi_vid
 from vidjax.data.labels import load_official_truth
-from vidjax.data.records import convert
-from vidjax.data.records import manifest as manifest_lib
+from vidjax.data.records import convert, shard_files
 from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.report import label_records
 from vidjax.data.untrusted import sandbox
@@ -70,7 +69,7 @@ def test_a_second_run_reads_neither_pickle_nor_shard(source, found, monkeypatch)
         raise AssertionError("read again")
 
     monkeypatch.setattr(sandbox, "unpack", refuse)
-    monkeypatch.setattr(manifest_lib, "check_shard", refuse)
+    monkeypatch.setattr(shard_files, "check_shard", refuse)
     again = prepare(source, found.folder.parent.parent)
     assert again.folder == found.folder and again.report == found.report
     for split in ("train", "val"):

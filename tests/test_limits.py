@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import limited_job
+from vidjax.data import processes
 from vidjax.data.processes import Children
-from vidjax.data.untrusted import limits
 from vidjax.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
@@ -16,7 +16,7 @@ FILM = Path("film.mp4")
 
 
 def run(wanted, memory_bytes=1 << 31, cpu_seconds=20, **more):
-    return limits.run_limited(
+    return processes.run_limited(
         limited_job.__name__,
         FILM,
         {"wanted": wanted, **more},
@@ -64,7 +64,7 @@ def test_a_killed_group_ends_its_jobs():
     children = Children()
     threading.Timer(1.0, children.stop).start()
     with pytest.raises(UserError, match="killed from outside"):
-        limits.run_limited(
+        processes.run_limited(
             limited_job.__name__,
             FILM,
             {"wanted": "time"},
@@ -76,7 +76,7 @@ def test_a_killed_group_ends_its_jobs():
 
 def test_the_reader_of_films_imports_no_jax(python):
     code = (
-        "import sys, vidjax.data.untrusted.limits, vidjax.extract.align, vidjax.extract.decode, "
+        "import sys, vidjax.data.processes, vidjax.extract.align, vidjax.extract.decode, "
         "vidjax.extract.shots, vidjax.extract.tracks; "
         "print({'av', 'jax', 'tensorflow', 'torch'} & set(sys.modules))"
     )

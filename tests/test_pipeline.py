@@ -354,7 +354,6 @@ def test_mistakes_are_named_before_anything_is_read(dataset):
         ({"modalities": ()}, "config.modalities=: name one or more"),
         ({"splits": ()}, "config.data.train_splits=: name one or more"),
         ({"splits": ("val", "val")}, "config.data.train_splits=val,val: .* each once"),
-        ({"crop": "centre"}, "'window' or 'quality', got 'centre'"),
         ({"batch_size": 0}, "1 or more"),
     ]
     for changed, message in mistakes:
@@ -362,15 +361,6 @@ def test_mistakes_are_named_before_anything_is_read(dataset):
             train_batches(dataset, **{**TRAIN, **changed})
     with pytest.raises(ValueError, match="no split 'test'"):
         eval_batches(dataset, split="test", modalities=("face",), rows=4)
-    tables: list[tuple[dict[str, Any], str]] = [
-        ({"lengths": np.zeros(25, int)}, r"lengths: got \(25,\), wanted one for 26 clips"),
-        ({"lengths": np.zeros(26, int)}, "lengths: clip val_001 has 700 frames, not 0"),
-        ({"only": np.zeros(26, int)}, r"only: got int64 \(26,\), wanted bool for 26 clips"),
-        ({"only": np.zeros(25, bool)}, r"only: got bool \(25,\), wanted bool for 26 clips"),
-    ]
-    for table, message in tables:
-        with pytest.raises(ValueError, match=message):
-            eval_batches(dataset, split="val", modalities=("face",), rows=4, **table)
     with pytest.raises(ValueError, match="step=-1: must be 0 or more"):
         train_batches(dataset, **TRAIN, step=-1)
     plan = clips_lib.make_eval_plan(dataset.split("val"), ("face",))
@@ -426,17 +416,38 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(copied, tmp_path):
     refused(lambda: take(batches, 20), said, str(shard.path))
 
 
+# Streams that are dropped after a batch, also where the traceback of an error holds one.
+DROPPED = f"""
+held = []
+for number in range(10):
+    try:
+        batches = train_batches(data, **{BOTH!r})
+        next(batches)
+        if number % 2:
+            raise KeyError
+    except KeyError as error:
+        held.append(error)
+    del batches
+    gc.collect()
+held.clear()
+gc.collect()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["", "raise KeyError", "os.kill(os.getpid(), 2)", "sys.exit(3)"])
+@pytest.mark.parametrize(
+    "end", ["", "raise KeyError", "os.kill(os.getpid(), 2)", "sys.exit(3)", "gc.collect()"]
+)
 def test_a_process_ends_while_batches_are_read_ahead(source, found, end):
     code = (
-        "import os, sys, time\n"
+        "import gc, os, sys, time\n"
         "from tests.helpers.batches import train_batches\n"
         "from tests.helpers.datasets import load_dataset\n"
         f"cache = {str(found.folder.parents[1])!r}\n"
         f"data = load_dataset('iqiyi_vid', directory={str(source)!r}, cache_dir=cache)\n"
         f"batches = train_batches(data, **{BOTH | {'batch_size': 690}!r})\n"
         "print(len(next(batches).clip_index), flush=True)\n"
+        f"{DROPPED if end == 'gc.collect()' else ''}\n"
         "print(time.time(), flush=True)\n"
         f"{end}\n"
     )
@@ -446,7 +457,7 @@ def test_a_process_ends_while_batches_are_read_ahead(source, found, end):
     rows, began = done.stdout.split()
     assert int(rows) == 690
     assert time.time() - float(began) < 20, "it waited for what was read ahead"
-    wanted = {"": 0, "raise KeyError": 1, "sys.exit(3)": 3}
+    wanted = {"": 0, "gc.collect()": 0, "raise KeyError": 1, "sys.exit(3)": 3}
     assert done.returncode == wanted.get(end, -2), done.stderr
     assert done.stderr.count("Traceback") == (done.returncode in (1, -2)), done.stderr
 

@@ -101,7 +101,7 @@ def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, t
         lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
     ):
         assert make("given").fingerprint() != make("norm").fingerprint()
-        with pytest.raises(ValueError, match=r"config\.data\.quality is 'given' or 'norm'"):
+        with pytest.raises(ValueError, match=r"config\.data\.quality 'size'; choose from given"):
             make("size")
 
 

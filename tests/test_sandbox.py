@@ -1,5 +1,6 @@
 """sandbox: what the child takes of the official layouts, what it refuses, and what it may cost."""
 
+import gc
 import pickle
 import unicodedata
 from typing import Any
@@ -31,7 +32,11 @@ def convert(folder, value, modality="face", *, drop=True):
     """The summary of a pickle of this value, with its flat files as arrays."""
     path = folder / "x.pickle"
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
-    summary = sandbox.convert(path, modality, folder, "drop" if drop else "error")
+    arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
+    try:
+        summary = sandbox.work(arguments | {"non_finite": "drop" if drop else "error"})
+    finally:
+        gc.enable()
     dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}
     for key, dtype in {"features": summary["dtype"], **dtypes}.items():
         summary[key] = np.fromfile(folder / f"{key}.bin", dtype)

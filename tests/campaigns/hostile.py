@@ -34,7 +34,7 @@ import numpy as np
 from tests.helpers import python2
 from vidjax.data import processes
 from vidjax.data.frame_fields import PackedClips
-from vidjax.data.untrusted import limits, sandbox
+from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 
 # ----------------------------------------------------------------------------------------------
@@ -633,7 +633,7 @@ class _Fork(processes.Children):
                 for number, stream in enumerate(streams):
                     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
                     os.dup2(os.open(stream, flags), number)
-                status = limits.serve(sandbox.work)
+                status = processes.serve(sandbox.work)
             except BaseException:
                 os.write(2, traceback.format_exc().encode())
             os._exit(status)

@@ -133,7 +133,7 @@ def test_frames_that_are_not_finite_are_an_error_by_option(official, tmp_path):
         load(official, cache_dir=cache)
     # A conversion that left them out serves nobody who wants the error.
     assert refused_by(strict) == wanted
-    with pytest.raises(ValueError, match=r"config\.data\.non_finite is 'drop' or 'error'"):
+    with pytest.raises(ValueError, match=r"config\.data\.non_finite 'keep'; choose from drop"):
         load(official, cache_dir=cache, non_finite="keep")
     write_pickle(official, "face", "train", clips_of("train", 20))
     for option in ("error", "drop", "error"):

@@ -7,7 +7,6 @@ from typing import Any
 
 from vidjax.config import default
 from vidjax.data import sources
-from vidjax.data.cache import Digests
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.convert import convert
 from vidjax.data.records.dataset import Dataset
@@ -30,7 +29,7 @@ def load_dataset(
 
 def prepare(directory: str | Path, cache_dir: str | Path | None = None, **options: Any) -> Records:
     """Returns the records of a directory of official files."""
-    return convert(OfficialFiles(directory, digests=Digests(cache_dir)), cache_dir, **options)
+    return convert(OfficialFiles(directory, cache_dir=cache_dir), cache_dir, **options)
 
 
 def record_digests(folder: Path) -> dict[str, str]:

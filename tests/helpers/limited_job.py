@@ -1,4 +1,4 @@
-"""A job of `vidjax.data.untrusted.limits` that does what a test asks for."""
+"""A job of `vidjax.data.processes` that does what a test asks for."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.untrusted import limits
+from vidjax.data import processes
 from vidjax.errors import UserError
 
 
@@ -46,4 +46,4 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(limits.serve(work))
+    sys.exit(processes.serve(work))

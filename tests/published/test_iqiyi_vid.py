@@ -12,8 +12,6 @@ import pytest
 from tests.helpers.made_frames import make_frames
 from vidjax import config_io, ensemble, fusion, metrics
 from vidjax.batch import ClipInfo, Frames
-from vidjax.data.frame_fields import PackedClips
-from vidjax.data.records.report import has_one_person
 from vidjax.models import identifier
 
 ROOT = Path(__file__).parents[2]
@@ -136,39 +134,6 @@ def test_mma_table_3(words, length):
     found = bool(model["netvlad"]), model["attention"]
     members = len(ensemble.make_members(config["ensemble"]))
     assert (config["modalities"], *found, members) == TABLE_3[words]
-
-
-def heads(*clips):
-    """Returns clips of heads: for each clip, for each frame the areas of its heads."""
-    rows = [(number, area) for clip in clips for number, frame in enumerate(clip) for area in frame]
-    number = np.array([row[0] for row in rows], np.int32)
-    side = np.sqrt(np.array([row[1] for row in rows], np.float64))
-    box = np.stack([0 * side + 5, 0 * side, side + 5, side], axis=1).astype(np.float32)
-    return PackedClips(
-        names=tuple(f"clip{i}" for i in range(len(clips))),
-        lengths=np.array([sum(map(len, clip)) for clip in clips], np.int32),
-        frames={"number": number, "box": box},
-        seen=len(rows),
-        skipped={},
-        skipped_clips={},
-        warnings={},
-    )
-
-
-def test_mma_clips_of_one_person():
-    """One head, or "three times larger than the other heads", in over 30 % of the frames (L87)."""
-    found = has_one_person(
-        heads(
-            [[9.0]] * 3,
-            [[100.0, 301.0, 50.0]],
-            [[100.0, 290.0]],
-            [[1.0]] * 4 + [[1.0, 1.0]] * 6,  # 40 %
-            [[1.0]] * 3 + [[1.0, 1.0]] * 7,  # 30 %: not "exceed"
-            [],
-            [[0.0], [0.0, 0.0]],  # a file without boxes
-        )
-    )
-    np.testing.assert_array_equal(found, [True, True, False, True, False, False, True])
 
 
 def test_mma_pooling_takes_a_share_of_a_false_vector():

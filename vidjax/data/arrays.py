@@ -15,7 +15,7 @@ Labels are optional: `labels.csv` with the columns `clip` and `identity`, or off
 fields have the value `missing` of `vidjax.data.frame_fields`. All features are checked, converted
 and reported like official files.
 
-    python -m vidjax.data.arrays DIR [--quality=norm] [--cache_dir=C] [--workers=N]
+    python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 
 converts a folder without training.
 """
@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,16 @@ import numpy as np
 
 from vidjax import messages
 from vidjax.data import clip_files
-from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
+from vidjax.data.cache import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked, check_quality
+from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, as_clips, pack, place_of, read_frames
 from vidjax.data.untrusted.names import show
-from vidjax.errors import NoFileError, UserError
+from vidjax.errors import NoFileError, UserError, check_choice
 
+QUALITIES = typing.get_args(Quality)
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
 
 
@@ -60,8 +62,9 @@ class FeatureDict:
                     f"'{show(str(split))}' is not the name of a split, or its value is not a dict\n"
                     "wanted {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
+        check_choice("config.data.quality", quality, QUALITIES)
         self._splits, self._labels = splits, labels
-        self._quality: Quality = check_quality(quality)
+        self._quality: Quality = quality
 
     def _clips(self, split: str) -> Iterator[Clip]:
         return as_clips(self._splits[split], split)
@@ -106,15 +109,17 @@ class FeatureFolder:
         labels: LabelSource = None,
         quality: Quality = "given",
         workers: int | None = None,
-        digests: Digests = IN_DEFAULT,
+        cache_dir: str | Path | None = None,
     ):
         """Finds the files of each split; `labels` and `quality` are as in `vidjax.load_data`.
 
-        `workers` processes read them; None for one per core, or fewer for little data.
+        `workers` processes read them; None for one per core, or fewer for little data. `cache_dir`
+        keeps the digests of files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
-        self._quality: Quality = check_quality(quality)
-        self._workers, self._kept = workers, digests
+        check_choice("config.data.quality", quality, QUALITIES)
+        self._quality: Quality = quality
+        self._workers, self._cache_dir = workers, cache_dir
         self._files = files_by_split(self._folder)
         self.origin = Origin.of_folder("arrays", folder)
         self.place = str(self._folder)
@@ -128,7 +133,7 @@ class FeatureFolder:
                 "quality": self._quality,
                 "split": split,
                 "files": len(paths),
-                "sha256": digest_files(paths, self._kept, self._workers),
+                "sha256": digest_files(paths, self._cache_dir, self._workers),
             }
             for split, paths in self._files.items()
         ]
@@ -242,11 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vidjax.data.records.convert import run_command
 
     def open_source(args: argparse.Namespace) -> FeatureFolder:
-        digests = Digests(args.cache_dir)
-        return FeatureFolder(args.directory, None, args.quality, args.workers, digests)
+        return FeatureFolder(args.directory, workers=args.workers, cache_dir=args.cache_dir)
 
     description = "Convert a folder of features of your own."
-    return run_command(argv, "vidjax.data.arrays", description, open_source, quality=True)
+    return run_command(argv, "vidjax.data.arrays", description, open_source)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""Files of your own features: a clip as `.npz`, a split as parquet table with a row per frame.
-
-    python -m vidjax.data.clip_files OUT_DIR NON_FINITE QUALITY < PATHS
-
-packs some clips, as a child process of `read_at_once`. PATHS are separated by a zero byte.
-"""
+"""Files of your own features: a clip as `.npz`, a split as parquet table with a row per frame."""
 
 import io
 import json

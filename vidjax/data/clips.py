@@ -7,17 +7,15 @@ Numpy only. The sources are `Dataset` (records on disk), `Resident` (arrays on t
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from vidjax.batch import BATCHED, Batch, Frames, Packed
+from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.errors import UserError, closest, suggest
 
-if TYPE_CHECKING:
-    from vidjax.batch import Batch, Packed
-
 SPLITS = ("train", "val", "test")
-CROPS = ("window", "quality")
 BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
 MAX_EVAL_FRAMES = BUCKETS[-1]
 # A modality is never padded beyond its longest clip of the split, rounded up to one of these:
@@ -129,7 +127,7 @@ class ClipSource(Protocol):
         """Returns one split; ValueError for an unknown name."""
         ...
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> "Iterator[Batch]":
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
         The last block of a bucket is filled up with rows of batch_mask False. A clip of more than
@@ -160,13 +158,13 @@ class TrainingData(ClipSource, Protocol):
         """Returns [N] int32, the clip indices of a split in the order in which clips are stored."""
         ...
 
-    def train_batches(self, plan: BatchPlan, *, step: int = 0) -> "Iterator[Batch]":
+    def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the batches of the steps from `step` on, with the clips of `order.draw`."""
         ...
 
     def packed(
         self, split: str, modalities: Sequence[str]
-    ) -> "Iterator[tuple[np.ndarray, Mapping[str, Packed]]]":
+    ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
         """Yields every clip of a split once, with all its frames, in chunks of n clips.
 
         A chunk is a pair: clip_index [n] int32, and modality -> Packed of these n clips.
@@ -238,17 +236,6 @@ def make_eval_plan(
     most = longest(split, modalities)
     lengths = most if lengths is None else np.asarray(lengths)
     wanted = np.ones(most.shape, bool) if only is None else np.asarray(only)
-    if wanted.shape != most.shape or wanted.dtype != bool:
-        raise ValueError(
-            f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(most)} clips"
-        )
-    if lengths.shape != most.shape:
-        raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(most)} clips")
-    if (lengths < most).any():
-        clip = int(np.argmax(lengths < most))
-        raise ValueError(
-            f"lengths: clip {split.clips[clip]} has {most[clip]} frames, not {lengths[clip]}"
-        )
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
     for shorter, longer in itertools.pairwise(np.unique(bucket)) if join else ():
         added = padded(int(lengths.max()), BUCKETS[longer]) - BUCKETS[shorter]
@@ -282,8 +269,6 @@ def make_batch_plan(
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):
         raise UserError(f"config.data.train_splits={','.join(names)}: name one or more, each once")
-    if crop not in CROPS:
-        raise UserError(f"config.data.crop is 'window' or 'quality', got {crop!r}")
     if batch_size < 1 or max_frames < 1:
         raise UserError(
             f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "
@@ -325,3 +310,29 @@ def best_frames(quality: np.ndarray, count: int) -> np.ndarray:
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
     return np.sort(np.argsort(-ordered, kind="stable")[:count])
+
+
+def batch_of(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
+    """Returns a batch of `rows` rows, of which the first are the clips of `clip_index`."""
+    count = len(clip_index)
+    return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
+
+
+def pad(
+    frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
+) -> Frames:
+    """Returns Frames [B, T] = `shape`; a clip of more than T frames gives its best T by quality.
+
+    `frames` are field -> the frames of each of n <= B clips, [t] or [t, D]. Padding is 0.
+    """
+    size = shape[1]
+    mask = np.zeros(shape, bool)
+    padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
+    padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
+    for row, quality in enumerate(frames["quality"]):
+        count = len(quality)
+        chosen = best_frames(quality, size) if count > size else slice(None)
+        mask[row, :count] = True
+        for field, values in frames.items():
+            padded[field][row, :count] = values[row][chosen]
+    return Frames(mask=mask, **padded)

@@ -12,20 +12,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError
 
 NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
 # Quality of a frame of your own features: `norm` is the L2 norm of the feature (`feature_norms`);
 # `given` is the quality in the file, or the norm where the file has none.
 Quality = Literal["given", "norm"]
 LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32, in which more is infinite
-
-
-def check_quality(quality: Quality) -> Quality:
-    """Returns `config.data.quality`; raises ValueError for an unknown one."""
-    if quality not in ("given", "norm"):
-        raise UserError(f"config.data.quality is 'given' or 'norm', got {quality!r}")
-    return quality
 
 
 class FrameField(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import messages
-from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
+from vidjax.data.cache import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
@@ -38,12 +38,13 @@ class OfficialFiles:
         self,
         directory: str | Path,
         workers: int | None = None,
-        digests: Digests = IN_DEFAULT,
+        cache_dir: str | Path | None = None,
         origin: Origin | None = None,
     ):
         """Finds the feature pickles, of which `workers` are read at once.
 
-        `workers` None is one per core, or fewer where memory would be short.
+        `workers` None is one per core, or fewer where memory would be short. `cache_dir` keeps the
+        digests of files.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
@@ -54,7 +55,7 @@ class OfficialFiles:
                 + _hint(self._directory)
             )
         find_ground_truth(self._directory)  # wrong names are told before anything is read
-        self._workers, self._kept = workers, digests
+        self._workers, self._cache_dir = workers, cache_dir
         self.origin = origin or Origin.of_folder("iqiyi_vid", directory)
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
@@ -71,7 +72,7 @@ class OfficialFiles:
                 "official": VERSION,
                 "modality": modality,
                 "split": split,
-                "sha256": digest_files([path], self._kept, self._workers),
+                "sha256": digest_files([path], self._cache_dir, self._workers),
             }
             for (modality, split), path in sorted(self._files.items())
         ]
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vidjax.data.records.convert import run_command
 
     def open_source(args: argparse.Namespace) -> OfficialFiles:
-        return OfficialFiles(args.directory, args.workers, Digests(args.cache_dir))
+        return OfficialFiles(args.directory, args.workers, args.cache_dir)
 
     description = "Convert a directory of official files."
     return run_command(argv, "vidjax.data.iqiyi_vid", description, open_source)

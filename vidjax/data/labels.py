@@ -194,8 +194,9 @@ def load_ground_truth(
     path, known = Path(path), frozenset(known_clips)
     lines = _lines(path, "NAME.mp4 ID")
     inverted = _is_inverted(path, [fields for _, fields in lines])
-    rows: list[tuple[int, str, str]] = []  # line, clip, identity
-    first_lines: dict[str, int] = {}
+    labels: dict[str, str] = {}
+    first: dict[str, int] = {}  # line of a clip
+    first_of: dict[str, int] = {}  # and of an identity, in the inverted form
     for number, fields in lines:
         where = f"{path}: line {number}:"
         others = fields[:1] if inverted else fields[1:]
@@ -209,14 +210,21 @@ def load_ground_truth(
             raise UserError(f"{where} identity {show(identity)} has no clips")
         if not inverted and len(fields) != 2:
             raise UserError(f"{where} {len(fields)} fields, wanted a clip and its identity")
-        if inverted and first_lines.setdefault(identity, number) != number:
+        if inverted and first_of.setdefault(identity, number) != number:
             raise UserError(
                 f"{where} identity {show(identity)} is already in line "
-                f"{first_lines[identity]}: join the two lines"
+                f"{first_of[identity]}: join the two lines"
             )
-        rows += [(number, _clip_of(name, known, where), unescape(identity)) for name in names]
-    _check_identities(path, rows)
-    return _by_clip(path, rows)
+        for text in names:
+            name = _clip_of(text, known, where)
+            if name in labels:
+                raise UserError(
+                    f"{where} clip {show(name)} is already in line {first[name]}, with label "
+                    f"{show(labels[name])}: delete one"
+                )
+            labels[name], first[name] = unescape(identity), number
+    _check_identities(path, labels, first)
+    return labels
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
@@ -265,40 +273,19 @@ def _is_integer(text: str) -> bool:
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
-def _check_identities(path: Path, rows: list[tuple[int, str, str]]) -> None:
-    whole = sum(_is_integer(identity) for _, _, identity in rows)
-    if 2 * whole <= len(rows):
+def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
+    """Raises ValueError for a label that is no whole number from 1 up where most are.
+
+    `labels` and `lines` are clip -> identity and clip -> number of its line.
+    """
+    if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
-    spellings: dict[int, str] = {}
-    for number, _, identity in rows:
-        where = f"{path}: line {number}: label {show(identity)}"
+    for name, identity in labels.items():
+        where = f"{path}: line {lines[name]}: label {show(identity)}"
         if not _is_integer(identity):
             raise UserError(f"{where} is not a whole number, as others are")
         if int(identity) < 1:
             raise UserError(f"{where} is out of range: identities count from 1")
-        other = spellings.setdefault(int(identity), identity)
-        if other != identity:
-            raise UserError(f"{where} is elsewhere written {show(other)}")
-
-
-def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
-    first: dict[str, tuple[int, str]] = {}  # clip -> line and identity
-    repeated = []
-    for number, name, identity in rows:
-        if name not in first:
-            first[name] = number, identity
-            continue
-        at, label = first[name]
-        if label != identity:
-            raise UserError(
-                f"{path}: line {number}: clip {show(name)} has label {show(identity)}, "
-                f"but {show(label)} in line {at}"
-            )
-        repeated.append(f"{show(name)} (lines {at} and {number})")
-    if repeated:
-        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise UserError(f"{path}: duplicate clips: {', '.join(repeated[:5])}{more}")
-    return {name: label for name, (_, label) in first.items()}
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.batch import BATCHED, Batch, Frames
-from vidjax.data import iqiyi_vid, padding
+from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
-from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, blocks_of
+from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, batch_of, blocks_of, pad
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
 from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
 from vidjax.data.untrusted import sandbox
@@ -136,7 +136,7 @@ class MemoryClips:
                 name: self._padded(name, chosen, (rows, plan.padded_lengths[name][bucket]))
                 for name in plan.modalities
             }
-            yield padding.batch_of(frames, chosen, rows)
+            yield batch_of(frames, chosen, rows)
 
     def mean_vectors(self, modality: str) -> np.ndarray:
         """Returns the mean frame of every clip of `names`, [N, D] float32, 0 without a frame.
@@ -178,7 +178,7 @@ class MemoryClips:
             for first, count in zip(start.tolist(), length.tolist(), strict=True):
                 for name, values in fields.items():
                     frames[name].append(values[first : first + count])
-        return padding.pad(frames, shape, Modality(self._widths[modality], dtype))
+        return pad(frames, shape, Modality(self._widths[modality], dtype))
 
 
 def _select(

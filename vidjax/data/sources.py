@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vidjax import files
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
-from vidjax.data.cache import Digests, exclusive, mark_used
+from vidjax.data.cache import cache_folder, exclusive, mark_used
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, RecordSource
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
@@ -22,10 +22,11 @@ if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.dataset import Dataset
 
 Section = Mapping[str, Any]  # `config.data`
+CacheDir = str | Path | None
 _LOG = logging.getLogger(__name__)
 
 
-def open_synthetic(data: Section, digests: Digests) -> RecordSource:
+def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
     """Returns the built-in dataset as official files, generated at the first call."""
     if data["dir"]:
         raise UserError(
@@ -35,35 +36,28 @@ def open_synthetic(data: Section, digests: Digests) -> RecordSource:
         )
     options = _synthetic_options(data)
     # The source code of the generator is its version: a change cannot be forgotten.
-    version = files.sha256_file(Path(synthetic.__file__))[:12]
-    root = files.cache_root(digests.cache_dir) / "synthetic"
-    changed = "".join(f"-{name}={_shortest(x)}" for name, x in options.changed().items())
-    folder = root / f"{data['size']}-{data['seed']}{changed}-{version}"
+    version = files.sha256_file(Path(synthetic.__file__))
+    key = [data["size"], data["seed"], options._asdict(), version]
+    folder = cache_folder(cache_dir, "synthetic", key)
     if not folder.exists():
         with exclusive(folder):
             if not folder.exists():
                 _LOG.info("making the synthetic dataset in %s", folder)
                 with files.atomic_folder(folder) as partial:
                     synthetic.write(partial, size=data["size"], seed=data["seed"], options=options)
-    if digests.write:
-        mark_used(folder)
-    return OfficialFiles(folder, digests=digests, origin=Origin("synthetic"))
+    mark_used(folder)
+    return OfficialFiles(folder, cache_dir=cache_dir, origin=Origin("synthetic"))
 
 
-def _shortest(value: float) -> str:
-    """Returns a number in six digits, or in as many as tell it from all others."""
-    text = f"{value:g}"
-    return text if float(text) == value else repr(value)
-
-
-def open_iqiyi_vid(data: Section, digests: Digests) -> RecordSource:
+def open_iqiyi_vid(data: Section, cache_dir: CacheDir) -> RecordSource:
     """Returns the official files in the folder `config.data.dir`."""
-    return OfficialFiles(_directory(data, "official files"), digests=digests)
+    return OfficialFiles(_directory(data, "official files"), cache_dir=cache_dir)
 
 
-def open_arrays(data: Section, digests: Digests) -> RecordSource:
+def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
     """Returns your own features in the folder `config.data.dir`, see `vidjax.data.arrays`."""
-    return FeatureFolder(_directory(data, "features"), quality=data["quality"], digests=digests)
+    folder = _directory(data, "features")
+    return FeatureFolder(folder, quality=data["quality"], cache_dir=cache_dir)
 
 
 def _directory(data: Section, content: str) -> Path:
@@ -73,7 +67,7 @@ def _directory(data: Section, content: str) -> Path:
 
 
 # To add a dataset, write a class like `OfficialFiles`, and a line here with what opens it.
-DATASETS: Mapping[str, Callable[[Section, Digests], RecordSource]] = {
+DATASETS: Mapping[str, Callable[[Section, CacheDir], RecordSource]] = {
     "synthetic": open_synthetic,
     "iqiyi_vid": open_iqiyi_vid,
     "arrays": open_arrays,
@@ -84,31 +78,27 @@ def open_source(
     given: Mapping[str, Clips] | str | Path | ConfigDict,
     labels: LabelSource = None,
     *,
-    cache_dir: str | Path | None = None,
+    cache_dir: CacheDir = None,
     quality: Quality = "given",
-    generate: bool = True,
 ) -> RecordSource:
     """Returns the features and labels that a user has named.
 
     Args:
-      given: the section `config.data`, which replaces all other arguments but `generate`; a folder
-        of official pickles or of your own features; or split -> clip -> modality -> features.
+      given: the section `config.data`, which replaces all other arguments; a folder of official
+        pickles or of your own features; or split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`.
-      generate: False writes nothing; no dataset is generated then.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
         name, cache = data["name"], data["cache_dir"]
         check_entry("config.data.name", name, DATASETS)
-        digests = Digests(Path(cache).expanduser() if cache else None, generate)
-        return DATASETS[name](data, digests)
+        return DATASETS[name](data, Path(cache).expanduser() if cache else None)
     if isinstance(given, Mapping):
         return FeatureDict(given, labels, quality)
     check_argument("load_data: source", given, (str, Path), "a folder, a dict, or a configuration")
     folder = files.local(given)
-    digests = Digests(cache_dir, generate)
     if not folder.is_dir() or not iqiyi_vid.find_pickles(folder):
-        return FeatureFolder(folder, labels, quality, digests=digests)
+        return FeatureFolder(folder, labels, quality, cache_dir=cache_dir)
     for name, value, default, where in (
         ("labels", labels, None, "train_gt.txt and val_gt.txt"),
         ("quality", quality, "given", "the pickles"),
@@ -118,7 +108,7 @@ def open_source(
                 f"{name}: {folder} holds official pickles\n"
                 f"leave `{name}` out: it is read from {where}"
             )
-    return OfficialFiles(folder, digests=digests)
+    return OfficialFiles(folder, cache_dir=cache_dir)
 
 
 def load(
@@ -149,7 +139,7 @@ def modalities(data: Section) -> Mapping[str, int]:
     """
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims
-    return getattr(open_source(cast(ConfigDict, data), generate=False), "modalities", {})
+    return getattr(open_source(cast(ConfigDict, data)), "modalities", {})
 
 
 def is_generated(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Pictures of a video or photo of unknown origin; to be called in a process with limits.
 
-`vidjax.data.untrusted.limits` starts such processes. FFmpeg gets the bytes of one open regular file
+`vidjax.data.processes` starts such processes. FFmpeg gets the bytes of one open regular file
 and can open nothing else: no playlist, no network. Times are seconds since the first moment of the
 file, picture or sound, as players show them.
 """

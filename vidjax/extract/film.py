@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from vidjax import files
-from vidjax.data.untrusted import limits
+from vidjax.data import processes
 from vidjax.extract import align, cards, decode, folder
 from vidjax.extract.models import Detector, Embedder, Faces
 from vidjax.extract.shots import Cuts
@@ -234,7 +234,7 @@ def _times(track: Track, clip: str) -> folder.Track:
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls `extract` with the values that `arguments` name, in a child of `limits.run_limited`."""
+    """Calls `extract` with the values that `arguments` name, in a child of `run_limited`."""
     settings = msgspec.convert(arguments["settings"], folder.Settings)
     nets = load(cards.load(Path(arguments["models"])), settings.size)
     found = extract(
@@ -245,4 +245,4 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(limits.serve(work))
+    sys.exit(processes.serve(work))

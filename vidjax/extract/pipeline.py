@@ -11,8 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from vidjax import files
-from vidjax.data.processes import Children, map_children
-from vidjax.data.untrusted import limits
+from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
@@ -259,7 +258,7 @@ def _one(
                 "settings": msgspec.to_builtins(settings),
                 "sha256": sha256,
             }
-            found = limits.run_limited(
+            found = run_limited(
                 film_lib.__name__, path, arguments,
                 memory_bytes=MEMORY_BYTES, children=children,
                 cpu_seconds=CPU_SECONDS + path.stat().st_size // CPU_BYTES_PER_SECOND,

@@ -1,11 +1,16 @@
-"""From any source of frames to records in the cache: converted once, checked at every load."""
+"""From any source of frames to records in the cache: converted once, checked at every load.
+
+Clips are cut, in their order, into shards of about SHARD_BYTES. Threads write these in any order,
+to the same bytes.
+"""
 
 import argparse
+import bisect
+import functools
 import itertools
 import logging
 import sys
 import tempfile
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +21,14 @@ import numpy as np
 from vidjax import files, messages
 from vidjax.data.cache import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import NonFinite, Quality, RecordSource
+from vidjax.data.frame_fields import (
+    FRAME_FIELDS,
+    STORED,
+    NonFinite,
+    RecordSource,
+)
 from vidjax.data.packing import StagedSplit, stage
-from vidjax.data.records import writers
+from vidjax.data.records import shard_files
 from vidjax.data.records.manifest import (
     NAME,
     VERSION,
@@ -28,8 +38,11 @@ from vidjax.data.records.manifest import (
     write_manifest,
 )
 from vidjax.data.records.report import format_report, label_records, report_split
-from vidjax.errors import UserError
-from vidjax.machine import num_cores
+from vidjax.errors import UserError, check_choice
+from vidjax.machine import most_files, num_cores
+
+MIN_SHARDS = 8
+SHARD_BYTES = 256 << 20
 
 
 def convert(
@@ -49,8 +62,7 @@ def convert(
       ValueError: the source contradicts itself or has a feature that is refused, or the records are
         damaged.
     """
-    if non_finite not in ("drop", "error"):
-        raise UserError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
+    check_choice("config.data.non_finite", non_finite, ("drop", "error"))
     if workers is not None and workers < 1:
         raise UserError(f"--workers={workers}: wanted 1 or more")
     fingerprint = source.fingerprint()
@@ -100,18 +112,21 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    at_once = writers.num_threads(workers or num_cores(), len(modalities))
+    at_once = num_threads(workers or num_cores(), len(modalities))
     with ThreadPoolExecutor(at_once) as threads:
         reports = {}
         for name, split in staged.items():
             paths = {modality: source.file_of(modality, name) for modality in split.packed}
             reports[name] = threads.submit(report_split, split, paths)
-        tasks = {
-            name: writers.shard_tasks(split, modalities, records / f"{NAME}-{name}", at_once)
+        cuts = {
+            name: cut(split, modalities, records / f"{NAME}-{name}")
             for name, split in staged.items()
         }
-        written = threads.map(writers.write_shard, itertools.chain(*tasks.values()))
-        shards = {name: tuple(itertools.islice(written, len(some))) for name, some in tasks.items()}
+        written = threads.map(
+            lambda name, path, order: write_shard(path, order, staged[name], modalities, at_once),
+            *zip(*((name, *one) for name, some in cuts.items() for one in some), strict=True),
+        )
+        shards = {name: tuple(itertools.islice(written, len(some))) for name, some in cuts.items()}
         report = {
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
@@ -179,18 +194,99 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
         )
 
 
+def fitting_parts() -> float:
+    """Returns how many parts may be mapped at once, which takes half of the files of a process."""
+    return most_files() / 2 / len(STORED)
+
+
+def num_threads(workers: int, num_modalities: int) -> int:
+    """Returns how many of `workers` may write at once, each mapping the parts of two records."""
+    return max(1, int(min(workers, fitting_parts() / (2 * num_modalities))))
+
+
+def cut(
+    split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
+) -> list[tuple[Path, np.ndarray]]:
+    """Returns path and clip indices [n] of each shard, none of them empty."""
+    size = sum(
+        int(lengths.sum(dtype=np.int64)) * shard_files.frame_bytes(modalities[name])["features"]
+        for name, lengths in split.lengths.items()
+        if name in modalities
+    )
+    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
+    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
+    name = f"{prefix.name}.tfrecord-{{:05}}-of-{num_shards:05}"
+    return [
+        (prefix.with_name(name.format(number)), split.order[first:last])
+        for number, (first, last) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def write_shard(
+    path: Path,
+    order: np.ndarray,
+    split: StagedSplit,
+    modalities: Mapping[str, Modality],
+    threads: int = 1,
+) -> shard_files.Shard:
+    """Writes the clips `order` [n] int32 of a split; returns the shard's entry of the manifest.
+
+    `threads` write shards at once, see `num_threads`.
+    """
+    ends = {
+        name: [*itertools.accumulate(int(part.lengths.sum()) for part in parts)]
+        for name, parts in split.packed.items()
+    }
+    fitting = int(min(sum(map(len, ends.values())), fitting_parts() / threads))
+    # The record before keeps parts mapped that the cache has dropped. The cache is of this call:
+    # what it read of them leaves the memory afterwards.
+    mapped = functools.lru_cache(max(len(ends), fitting - len(ends)))(
+        lambda name, number: dict(split.packed[name][number].frames)
+    )
+    none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+
+    def frames_of(name: str, clip: int) -> dict[str, np.ndarray]:
+        """Returns field -> frames of a clip, which is in one part."""
+        length = int(split.lengths[name][clip]) if name in split.lengths else 0
+        if not length:
+            modality = modalities[name]
+            return {"features": np.zeros((0, modality.dim), modality.dtype), **none}
+        start = int(split.starts[name][clip])
+        number = bisect.bisect_right(ends[name], start)
+        part = mapped(name, number)
+        first = start - (ends[name][number] - len(part["features"]))
+        return {field: part[field][first : first + length] for field in STORED}
+
+    with path.open("wb") as file:
+        for clip in order.tolist():
+            frames = {name: frames_of(name, clip) for name in modalities}
+            file.write(shard_files.framed(_record(split.clips[clip], clip, frames, modalities)))
+    return shard_files.describe_shard(path, len(order))
+
+
+def _record(
+    clip: str,
+    index: int,
+    frames: Mapping[str, Mapping[str, np.ndarray]],
+    modalities: Mapping[str, Modality],
+) -> bytes:
+    """Returns the record of a clip; `codec.write_info` tells TFDS what it holds."""
+    values: dict[str, bytes | int] = {"clip": clip.encode(), "clip_index": index}
+    for name, fields in frames.items():
+        for field, array in fields.items():
+            wanted = FRAME_FIELDS[field] if field in FRAME_FIELDS else modalities[name]
+            dtype = np.dtype(wanted.dtype).newbyteorder("<")
+            values[f"frames/{name}/{field}"] = array.astype(dtype, copy=False).tobytes()
+    return shard_files.encode(values)
+
+
 def run_command(
     argv: Sequence[str] | None,
     module: str,
     description: str,
     open_source: Callable[[argparse.Namespace], RecordSource],
-    *,
-    quality: bool = False,
 ) -> int:
-    """Runs `python -m MODULE DIR`: converts a folder, prints its report, returns the exit code.
-
-    With `quality`, there is the option `--quality`.
-    """
+    """Runs `python -m MODULE DIR`: converts a folder, prints its report, returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)
@@ -200,11 +296,6 @@ def run_command(
     parser.add_argument(
         "--workers", metavar="N", type=int, help="files at once; one per core by default"
     )
-    if quality:
-        choices = typing.get_args(Quality)
-        parser.add_argument(
-            "--quality", choices=choices, default="given", help="config.data.quality"
-        )
 
     def command() -> int:
         args = parser.parse_args(words)

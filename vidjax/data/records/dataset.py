@@ -127,7 +127,7 @@ class Dataset:
         reader = Reader(self._records, [split])
         for first in range(0, len(reader.clip_index), PACKED_CLIPS):
             places = np.arange(first, min(first + PACKED_CLIPS, len(reader.clip_index)))
-            messages, packed = reader.read(places, verify=True), {}
+            messages, packed = reader.read(places), {}
             for name in modalities:
                 frames, length = reader.frames(name, places, messages), reader.lengths[name][places]
                 fields = {field: np.concatenate(some) for field, some in frames.items()}

@@ -17,7 +17,7 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data.clips import Modality
-from vidjax.data.records.shard_files import DEPTH, Shard, check_changed, check_shard
+from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
 from vidjax.errors import UserError
 from vidjax.files import sha256_file, sha256_opened
 
@@ -185,28 +185,6 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
         for modality, lengths in split.lengths.items():
             arrays[f"{name}/lengths/{modality}"] = lengths
     np.savez(path, **arrays)
-
-
-def verify(records: Records) -> list[str]:
-    """Reads every file whole and returns the problems, each with file and damaged record."""
-    problems = []
-    try:
-        load_index(records.folder)
-    except ValueError as error:
-        problems.append(str(error))
-    shards = [shard for split in records.splits.values() for shard in split.shards]
-    for shard in shards:
-        try:
-            check_shard(shard)
-        except ValueError as error:
-            problems.append(str(error))
-    named = {shard.path for shard in shards}
-    problems += [
-        f"{path}: the manifest does not name this shard: it is not read"
-        for path in sorted(records.folder.rglob("*.tfrecord*"))
-        if path not in named
-    ]
-    return problems
 
 
 def _signed(manifest: Mapping[str, Any]) -> bytes:

@@ -7,26 +7,22 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vidjax import files
 from vidjax.batch import BATCHED, Batch
-from vidjax.data.clips import EvalPlan, blocks_of
+from vidjax.data.clips import EvalPlan, batch_of, blocks_of, pad
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.padding import batch_of, pad
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import (
     FRAMING,
     HEADER,
-    SUM,
     check_changed,
     check_shard,
     frame_bytes,
-    header_of,
     layout,
-    masked_sum,
     varint_size,
 )
 from vidjax.errors import UserError
@@ -41,6 +37,8 @@ class Reader:
     Attributes:
       clip_index: [N] int32, the clip of each place, numbered split by split.
       lengths: modality -> [N] int32, number of frames by place.
+      shards: the files; `shard` [N] int32 has the number of the file of each place.
+      start: [N] int64, the first byte of each record in its file.
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
@@ -67,21 +65,21 @@ class Reader:
             )
             for name in records.modalities
         }
-        self._shards = check_changed([shard for split in found for shard in split.shards])
+        self.shards = check_changed([shard for split in found for shard in split.shards])
         self._states: dict[int, tuple[int, ...]] = {}
-        counts = [shard.records for shard in self._shards]
-        self._shard = np.repeat(np.arange(len(counts)), counts)
+        counts = [shard.records for shard in self.shards]
+        self.shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         _, self._size = self._layout(slice(None))
-        ends, sizes = np.cumsum(self._size + FRAMING), [shard.size for shard in self._shards]
-        if not np.array_equal(np.bincount(self._shard, self._size + FRAMING, len(counts)), sizes):
-            for shard in self._shards:
+        ends, sizes = np.cumsum(self._size + FRAMING), [shard.size for shard in self.shards]
+        if not np.array_equal(np.bincount(self.shard, self._size + FRAMING, len(counts)), sizes):
+            for shard in self.shards:
                 check_shard(shard)
             raise UserError(
                 f"{records.folder}: the sizes of shards do not follow from the lengths of clips\n"
                 "delete this folder to convert again"
             )
         begins = np.cumsum(sizes) - sizes
-        self._start = ends - self._size - SUM - begins[self._shard]  # of the message
+        self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns `layout` of the records at some places."""
@@ -92,73 +90,59 @@ class Reader:
                 sizes[f"frames/{name}/{field}"] = length * size
         return layout(sizes)
 
-    def read(self, places: np.ndarray, *, verify: bool) -> list[bytes]:
-        """Returns the messages at some places.
-
-        With `verify`, the sha256 of a file is compared when it is first read. Without, the checksum
-        of each message is.
+    def read(self, places: np.ndarray) -> list[bytes]:
+        """Returns the messages at some places; compares the sha256 of a file at its first use.
 
         Raises:
           ValueError: a file or a record is damaged, or a file changed meanwhile.
         """
         messages = [b""] * len(places)
-        numbers = self._shard[places]
+        numbers = self.shard[places]
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             own = places[rows]
-            with self._open(number, verify=verify) as file:
+            with self._open(number) as file:
                 for row, start, size in zip(
-                    rows.tolist(), self._start[own].tolist(), self._size[own].tolist(), strict=True
+                    rows.tolist(), self.start[own].tolist(), self._size[own].tolist(), strict=True
                 ):
-                    message = _read(file, start, size, check_sums=not verify)
-                    if message is None:
+                    messages[row] = os.pread(file.fileno(), size, start + HEADER)
+                    if len(messages[row]) != size:
                         raise self._damaged(number)
-                    messages[row] = message
         return messages
 
     @contextlib.contextmanager
-    def _open(self, number: int, *, verify: bool) -> Iterator[io.FileIO]:
-        shard = self._shards[number]
+    def _open(self, number: int) -> Iterator[io.FileIO]:
+        shard = self.shards[number]
         if not files.exists(shard.path):
             check_shard(shard)
         with files.open_regular(shard.path) as file:
             stat = os.fstat(file.fileno())
             state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if verify and number not in self._states:
+            if number not in self._states:
                 if files.sha256_opened(file) != shard.sha256:
                     raise self._damaged(number)
                 self._states[number] = state
-            if self._states.setdefault(number, state) != state:
+            if self._states[number] != state:
                 raise self._damaged(number)
             yield file
 
     def _damaged(self, number: int) -> UserError:
         """Returns the error of a file that was as written before; names a damaged record."""
-        check_shard(self._shards[number])
-        return UserError(f"{self._shards[number].path}: changed while it was read")
+        check_shard(self.shards[number])
+        return UserError(f"{self.shards[number].path}: changed while it was read")
 
     def frames(
-        self,
-        name: str,
-        places: np.ndarray,
-        messages: Sequence[bytes],
-        first: np.ndarray | int = 0,
-        size: int | None = None,
+        self, name: str, places: np.ndarray, messages: Sequence[bytes]
     ) -> dict[str, list[np.ndarray]]:
-        """Returns field -> the frames of each clip in one modality: features [t, D], others [t].
-
-        `first` [n] and `size` cut a window of each clip; by default all frames are taken.
-        """
-        modality, length = self._modalities[name], self.lengths[name][places] - first
-        length = length if size is None else np.minimum(length, size)
+        """Returns field -> the frames of each clip in one modality: features [t, D], others [t]."""
+        modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)
         found = {}
         for field in BATCHED:
-            begin = starts[f"frames/{name}/{field}"] + first * frame_bytes(modality)[field]
             shape, dtype = (modality.dim,), modality.dtype
             if field != "features":
                 shape, dtype = (), FRAME_FIELDS[field].dtype
-            width = math.prod(shape)
+            width, begin = math.prod(shape), starts[f"frames/{name}/{field}"]
             spans = zip(messages, begin.tolist(), length.tolist(), strict=True)
             found[field] = [
                 np.frombuffer(message, dtype, width * count, start).reshape(count, *shape)
@@ -167,47 +151,14 @@ class Reader:
         return found
 
 
-def _read(file: io.FileIO, start: int, size: int, *, check_sums: bool) -> bytes | None:
-    """Returns the message of `size` bytes at `start`; None if it is cut, or a checksum is wrong."""
-    message = os.pread(file.fileno(), size, start)
-    if len(message) != size:
-        return None
-    if check_sums:
-        header = os.pread(file.fileno(), HEADER, start - HEADER)
-        end = os.pread(file.fileno(), SUM, start + size)
-        if header != header_of(size) or end != masked_sum(message):
-            return None
-    return message
-
-
 def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
     """Yields each clip of the plan once, in blocks of `rows` rows."""
     reader = Reader(records, [plan.split])
     # Each block comes as soon as its clips are read.
     blocks = sorted(blocks_of(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1])
     for bucket, places in blocks:
-        lengths = {name: sizes[bucket] for name, sizes in plan.padded_lengths.items()}
-        yield read_batch(reader, records, places, lengths, rows, verify=True)
-
-
-def read_batch(
-    reader: Reader,
-    records: Records,
-    places: np.ndarray,
-    padded_lengths: Mapping[str, int],
-    rows: int,
-    first: Mapping[str, np.ndarray] | None = None,
-    *,
-    verify: bool,
-) -> Batch:
-    """Returns the clips at some places as a batch of `rows` rows; `verify` as of `Reader.read`.
-
-    `first` [n] is the first frame of each clip in modalities that are cut to a window.
-    """
-    messages, windows = reader.read(places, verify=verify), first or {}
-    frames = {}
-    for name, size in padded_lengths.items():
-        limit = size if name in windows else None
-        read = reader.frames(name, places, messages, windows.get(name, 0), limit)
-        frames[name] = pad(read, (rows, size), records.modalities[name])
-    return batch_of(frames, reader.clip_index[places], rows)
+        messages, frames = reader.read(places), {}
+        for name, sizes in plan.padded_lengths.items():
+            read = reader.frames(name, places, messages)
+            frames[name] = pad(read, (rows, sizes[bucket]), records.modalities[name])
+        yield batch_of(frames, reader.clip_index[places], rows)

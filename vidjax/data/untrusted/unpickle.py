@@ -6,7 +6,6 @@ This prevents foreign code, not excessive memory: a few bytes can still ask for 
 `load` only in the child process of `sandbox`, which has limits.
 """
 
-import contextlib
 import pickle
 import struct
 from typing import Any, BinaryIO
@@ -202,42 +201,29 @@ class _Unpickler(pickle.Unpickler):
         raise UnpickleError("the pickle asks for a persistent object (PERSID): refused")
 
 
-class _UnbufferedFile:
-    """A file without `peek`: no byte is read ahead of its opcode, so `tell` is exact."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.readline = file.read, file.readline
-
-
 def load(file: BinaryIO, size: int) -> Any:
     """Returns the content of a pickle of `size` bytes, made of Python's own types and Array.
 
-    UnpickleError names the byte where the pickle is refused, damaged, truncated or followed by
-    more. MemoryError if the pickle asks for more than the limit of the process.
+    UnpickleError if the pickle is refused, damaged, truncated or followed by more. MemoryError if
+    it asks for more than the limit of the process.
     """
     if size == 0:
-        raise UnpickleError("the file is empty: no pickle at byte 0")
+        raise UnpickleError("the file is empty: no pickle")
     try:
         content = _Unpickler(file, encoding="bytes").load()
-    except MemoryError:
+    except (MemoryError, UnpickleError):
         raise
     except Exception as error:
-        reason, ended = _reason(error), isinstance(error, EOFError) or "truncated" in str(error)
-    else:
-        end = file.tell()
-        if end != size:
-            raise UnpickleError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
-        return content
-    # The first pass reads ahead: only a second one knows where it stopped.
-    file.seek(0)
-    refuse_others(file)
-    file.seek(0)
-    with contextlib.suppress(Exception):
-        _Unpickler(_UnbufferedFile(file), encoding="bytes").load()
-    at = file.tell()
-    if ended and at == size:
-        raise UnpickleError(f"the pickle is truncated: the file ends at byte {at}")
-    raise UnpickleError(f"{reason} (at byte {max(at - 1, 0)})")
+        file.seek(0)
+        refuse_others(file)
+        if isinstance(error, EOFError) or "truncated" in str(error):
+            raise UnpickleError(f"the pickle is truncated: the file ends at byte {size}") from None
+        reason = f"{type(error).__name__}: {show(str(error))}"
+        raise UnpickleError(f"no readable pickle of {size:,} bytes: {reason}") from None
+    end = file.tell()
+    if end != size:
+        raise UnpickleError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
+    return content
 
 
 def refuse_others(file: BinaryIO, place: str = "") -> None:
@@ -245,10 +231,4 @@ def refuse_others(file: BinaryIO, place: str = "") -> None:
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
-            raise UnpickleError(f"{place}not a pickle (at byte 0): the file is {kind}")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnpickleError):
-        return str(error)
-    return f"not a readable pickle: {type(error).__name__}: {show(str(error))}"
+            raise UnpickleError(f"{place}not a pickle: the file is {kind}")
