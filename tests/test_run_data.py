@@ -1,5 +1,6 @@
 """Results belong to their data: a run meets its own data, or says in what they differ."""
 
+import collections
 import json
 import shutil
 
@@ -255,3 +256,18 @@ def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
         assert restore.difference("val", before, more) == ""
     with pytest.warns(UserWarning, match="other modalities"):
         assert restore.difference("val", before, more | {"labels": "y"}) == "val has other labels"
+
+
+def test_an_evaluation_reads_each_file_of_the_run_once(own, monkeypatch):
+    opened, open_regular = collections.Counter(), files.open_regular
+
+    def count(path, *args, **options):
+        if path.is_relative_to(own / "run"):
+            opened[path.name] += 1
+        return open_regular(path, *args, **options)
+
+    monkeypatch.setattr(files, "open_regular", count)
+    evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.report=True"]
+    assert main(evaluate) == 0
+    assert {opened[name] for name in ("config.json", "metrics.json", "identities.json")} == {1}
+    assert opened["members.npz"] == opened["manifest.json"] == 1

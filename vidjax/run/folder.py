@@ -1,4 +1,4 @@
-"""The folder of a run: its files, and its lock, which one process holds at a time.
+"""The folder of a run: its files, each read once, and its lock, which one process holds at a time.
 
 Results of the split that training evaluates, `eval.split`, are `metrics.json`, `ranking.txt` and
 `analysis.npz`; those of another one carry its name, `metrics_<split>.json`. See `run.formats`.
@@ -6,11 +6,12 @@ Results of the split that training evaluates, `eval.split`, are `metrics.json`, 
 
 import contextlib
 import copy
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from vidjax import config as config_lib
 from vidjax import config_io, distributed, files
@@ -35,21 +36,30 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run; an error of a damaged file is a UserError with a remedy."""
+    """The files of a run. Each is read when it is first asked for, and then kept.
+
+    If another object writes a file, a new RunFolder reads it. An error of a damaged file is a
+    UserError with a remedy.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser().absolute()
+        self._metrics: dict[Path, dict[str, Any]] = {}
 
     def has(self, name: str) -> bool:
         """Returns True if the folder has a file of this name."""
         return files.exists(self.path / name)
 
-    @property
-    def config(self) -> Config:
-        """The configuration."""
+    @functools.cached_property
+    def _config(self) -> Config:
         return config_io.load_workdir(self.path)
 
     @property
+    def config(self) -> Config:
+        """A copy of the configuration."""
+        return copy.deepcopy(self._config)
+
+    @functools.cached_property
     def identities(self) -> list[str]:
         """The names of class columns 1..C."""
         return results.load_identities(self.path / IDENTITIES)
@@ -59,7 +69,7 @@ class RunFolder:
 
         `apart` is True for results of other splits, or of other settings than those of the run.
         """
-        own = str(self.config.eval.split)
+        own = str(self._config.eval.split)
         suffix = f"_{split or own}" if apart or split not in (None, own) else ""
         return ResultPaths(
             self.path / f"metrics{suffix}.json",
@@ -71,7 +81,9 @@ class RunFolder:
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
         """Returns results, empty if there are none; `paths` None is `metrics.json`."""
         path = paths.metrics if paths else self.path / METRICS
-        return results.load_metrics(path) if files.exists(path) else {}
+        if path not in self._metrics and files.exists(path):
+            self._metrics[path] = results.load_metrics(path)
+        return self._metrics.get(path, {})
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:
         """Returns split -> results of `metrics_<split>.json`."""
@@ -80,7 +92,9 @@ class RunFolder:
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
         """Writes results; `paths` None is `metrics.json`."""
-        files.write_json(paths.metrics if paths else self.path / METRICS, values)
+        path = paths.metrics if paths else self.path / METRICS
+        files.write_json(path, values)
+        self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
 
     def analysis(self, paths: ResultPaths) -> tuple[formats.Analysis, results.Arrays] | None:
         """Returns the values and the arrays of an analysis; None if there is none."""
@@ -91,6 +105,7 @@ class RunFolder:
         config = absolute(config)
         config.data.cache_dir = None
         files.write_text(self.path / CONFIG, config_io.to_json(config))
+        vars(self).pop("_config", None)
 
 
 def absolute(config: Config) -> Config:
