@@ -64,6 +64,11 @@ def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path, ru
         (tmp_path / "runs" / name / "identities.json").write_text(json.dumps(identities))
         names = np.frombuffer(f"x\n{clip}".encode(), np.uint8)
         np.savez_compressed(tmp_path / "runs" / name / "members.npz", clips=names)
+    for name, person in {"photos": GONE, "named": "Eve"}.items():
+        (tmp_path / name / "people" / person).mkdir(parents=True)
+        (tmp_path / name / "gallery").mkdir()
+        (tmp_path / name / "names.tsv").write_text("video\tidentity\nx.mp4\tEve\n")
+    (tmp_path / "named" / "names.tsv").write_text(f"video\tidentity\nx.mp4\t{GONE}\n")
     before = made_galleries.contents(others.folder)
 
     found = places(f"--identity={GONE}", tmp_path)
@@ -71,6 +76,7 @@ def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path, ru
         str(tmp_path / name): kind
         for name, kind in {
             "g": "gallery", "cache/arrays/with": "records", "runs/a": "run", "runs/b": "run",
+            "photos": "who", "named": "who",
         }.items()
     }  # fmt: skip
     assert GONE in people.identities  # nothing is deleted yet
@@ -83,7 +89,7 @@ def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path, ru
     assert made_galleries.contents(others.folder) == before
     assert (tmp_path / "cache" / "arrays" / "without").exists()
     said = run(f"--identity={GONE}", "--clip=ada 1", "--delete", tmp_path)
-    assert "places      2, 0 of them deleted" in said and "train without them" in said
+    assert "places      4, 0 of them deleted" in said and "train without them" in said
 
 
 def test_the_printed_commands_find_names_in_other_files(tmp_path, run):
@@ -192,14 +198,10 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run
     clips = [f"--clip={name}" for name in gone]
     run(f"--identity={GONE}", *clips, "--delete", tmp_path)
     left = places(f"--identity={GONE}", *clips, tmp_path)
-    assert {kind for kind, _ in left.values()} == {"run"}
+    assert {kind for kind, _ in left.values()} == {"run", "gallery"}
     answer = run(f"--identity={GONE}", *clips, "--json", tmp_path)
     others = [path for command in answer["commands"] for path in found_by(command)]
-    for path in {
-        *map(Path, left),
-        tmp_path / "g",
-        *others,
-    }:  # what the command says that the user has to do
+    for path in {*map(Path, left), *others}:  # what the command says that the user has to do
         if path == features / "labels.csv":
             path.write_text("\n".join(row for row in labels if GONE not in row) + "\n")
         elif path.is_dir():

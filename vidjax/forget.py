@@ -1,4 +1,4 @@
-"""Finds people and clips in galleries, caches and runs.
+"""Finds people and clips in galleries, caches, runs and folders of `vidjax who`.
 
 It deletes what vidjax may delete. It is no command of the gallery: runs and caches hold names, too.
 """
@@ -18,26 +18,26 @@ from vidjax.data.untrusted.names import escape, show
 from vidjax.errors import UserError
 
 HELP = """\
-Finds people and clips in galleries, caches and runs.
+Finds people and clips in galleries, caches, runs and results of `vidjax who`.
 
 A PLACE is a folder that is searched with all folders in it. The default is
 the current folder and the cache. Without --delete, nothing is changed. With
 --delete, clips are deleted from galleries, whose back ends are fitted again,
 and conversions that hold such a clip are deleted from the cache: the next run
 converts the files that are left. Runs are only listed: their weights remember
-their training clips. Delete such a run and the galleries that it made, and make
-them anew. The last lines are commands that find the names in all other files,
-such as results of `vidjax who`, rankings, answers, exports and your own files.
-The exit code is 1 if a folder could not be searched, or a deletion failed.
+their training clips. The last lines are commands that find the names in all
+other files, such as rankings, answers, exports and your own files. The exit
+code is 1 if a folder could not be searched, or a deletion failed.
 """
 INDEX_BYTES = 1024 * files.MB  # of the names of a conversion, or of the training clips of a run
+TABLE_BYTES = 64 * files.MB
 MOST_SHOWN = 20  # names in the commands that are printed
 
 
 class Found(NamedTuple):
     """A folder that holds a name.
 
-    Its kind is `gallery`, `records`, `run`, or `unread` if it could not be searched.
+    Its kind is `gallery`, `records`, `run`, `who`, or `unread` if it could not be searched.
     `remedy` says how to delete the name: `--delete` if vidjax can, `deleted...` if it did.
     """
 
@@ -72,16 +72,20 @@ def forget(
         names |= shown
     for folder in of_kind("records"):
         found += _search_records(folder, names, delete=delete)
-    remedy = "its weights remember its clips: delete it, train without them"
-    for folder in of_kind("run"):
-        try:
-            held = names.intersection(_names_of_run(folder))
-        except (UserError, OSError) as error:
-            found.append(_unread(folder, error))
-            continue
-        if held:
-            found.append(Found("run", folder, f"{len(held):,} of the names", remedy))
-    return found, names
+    for kind, names_of, remedy in (
+        ("run", _names_of_run, "its weights remember its clips: delete it, train without them"),
+        ("who", _names_of_who, "remove the photos and call `vidjax who` again: it writes all anew"),
+    ):
+        for folder in of_kind(kind):
+            try:
+                held = names.intersection(names_of(folder))
+            except (UserError, OSError) as error:
+                found.append(_unread(folder, error))
+                continue
+            if held:
+                found.append(Found(kind, folder, f"{len(held):,} of the names", remedy))
+    runs = {one.path for one in found if one.kind == "run"}
+    return found + list(_galleries_of_runs(of_kind("gallery"), runs)), names
 
 
 def _survey(root: Path, found: list[Found]) -> dict[Path, str]:
@@ -99,6 +103,8 @@ def _survey(root: Path, found: list[Found]) -> dict[Path, str]:
             inner.clear()
         elif there & {"identities.json", "members.npz"}:
             folders[folder] = "run"
+        elif {"names.tsv", "gallery"} <= there:
+            folders[folder] = "who"
     return folders
 
 
@@ -162,6 +168,29 @@ def _names_of_run(folder: Path) -> Iterator[str]:
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
         yield from _lines(files.read_npz(folder / "members.npz", INDEX_BYTES)["clips"].tobytes())
+
+
+def _names_of_who(folder: Path) -> Iterator[str]:
+    """Yields the cells of the tables of `vidjax who`, and the people whose photos it read."""
+    for table in ("names.tsv", "unknown.tsv"):
+        if files.exists(folder / table):
+            for line in _lines(files.read_bytes(folder / table, TABLE_BYTES)):
+                yield from line.split("\t")
+    yield from (path.name for path in folder.glob("people/*"))
+
+
+def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
+    """Yields galleries whose vectors come from one of `runs`, the runs that hold a name."""
+    from vidjax.gallery.gallery import Gallery
+
+    for folder in galleries:
+        try:
+            run = Path(Gallery(folder).origin.workdir)
+        except UserError:  # it was reported
+            continue
+        if run in runs:
+            about = f"vectors by '{run}', which knows the name"
+            yield Found("gallery", folder, about, "make it anew with the new run")
 
 
 def commands(names: Collection[str], places: Iterable[Path]) -> list[str]:
