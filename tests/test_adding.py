@@ -3,7 +3,6 @@
 The test does what a user would do, in a copy of the tree, and then runs the command there.
 """
 
-import ast
 import json
 import math
 import os
@@ -182,37 +181,6 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-@pytest.mark.slow
-def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from tests.helpers import docs; "
-    done = run(tree, "-c", f"{code}docs.main([])")
-    for field, name in FIELDS.items():
-        group = {"model.name": "model", "fusion.face.train.name": "fusion"}.get(field, field)
-        assert re.search(rf"(?m)^.*`{group}`.* choose from `{name}`", done.stdout), field
-    for *_, function, line in ADDITIONS:
-        (definition,) = ast.parse(function).body
-        assert isinstance(definition, (ast.FunctionDef, ast.ClassDef))
-        meaning = (ast.get_docstring(definition) or "").removeprefix("Returns ").rstrip(".")
-        if "Metric(" in line:
-            meaning = "confident clips: above 0.5"
-        row = f"| `{ast.literal_eval(line.split(':')[0].strip())}` | {meaning} |"
-        assert row.lower() in done.stdout.lower().splitlines()
-
-
-@pytest.mark.slow
-def test_a_misspelt_addition_is_answered_with_the_right_name(tree: Path) -> None:
-    words = [f"--config.{field}={name[:-1]}" for field, name in FIELDS.items()]
-    code = (
-        "import sys\nfrom vidjax.main import main\n"
-        f"for i, word in enumerate({words}):\n"
-        "    assert main(['--config=configs/probe.py', f'--workdir=bad/{i}', word]) == 2\n"
-        "    sys.stderr.write('END\\n')\n"
-    )
-    messages = run(tree, "-c", code).stderr.split("END\n")
-    for name, message in zip(FIELDS.values(), messages, strict=False):
-        assert f"did you mean '{name}'?" in message
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tests.helpers import made_runs, small_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, devices, metrics
 from vidjax.analysis import analysis, open_set, strata
-from vidjax.evaluation import restore, topk
+from vidjax.evaluation import topk
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.run.folder import RunFolder
@@ -121,9 +121,7 @@ def test_other_blocks_give_the_same_analysis(workdir, data):
 
 
 def test_qualities_are_means_of_the_frames(nearest_run, data):
-    config = config_io.load_workdir(nearest_run)
-    mesh = devices.make_mesh(1)
-    model = restore.make_model(config, restore.find_run(config, RunFolder(nearest_run)), data, mesh)
+    model, mesh = small_runs.restored(nearest_run, data), devices.make_mesh(1)
     quality, attention = analysis.look(model, "val", mesh, 16, attention=False)
     assert attention is None
     for clips, packed in data.packed("val", ("face",)):

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files
+from tests.helpers import clip_files, map_oracle, small_runs
 from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import Page, check_numbers, section
-from tests.helpers.small_runs import ranked_scores, run, shrunk
+from tests.helpers.small_runs import run, shrunk
 from vidjax import config as config_lib
-from vidjax import config_io, devices
+from vidjax import config_io
 from vidjax.commands import blend
-from vidjax.evaluation import restore, scoring
-from vidjax.main import main
+from vidjax.evaluation import scoring
 from vidjax.run.folder import RunFolder
 
 TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
@@ -98,18 +97,14 @@ def probabilities(folder, load, split):
     config = config_io.override(config_io.load_workdir(folder), words)
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
-    mesh = devices.make_mesh(1)
-    found = restore.find_run(config, RunFolder(folder))
-    one = restore.make_model(config, found, load(config), mesh)
-    found = scoring.score([one], split, mesh, block_size=32, each_member=False)
-    clips = one.data.split(split).clips
-    logs = ranked_scores(found.top, len(clips)).astype(np.float64)
-    return dict(zip(clips, np.exp(logs), strict=True)), one.data.split(split)
+    one = small_runs.restored(folder, load(config), config)
+    logs = small_runs.scores([one], split, block_size=32)
+    return dict(zip(one.data.split(split).clips, np.exp(logs), strict=True))
 
 
 def joined_by_hand(runs, load, split, weights):
     """The weighted mean of probabilities, clip name by clip name: {clip: [C]}."""
-    found = [probabilities(folder, load, split)[0] for folder in runs]
+    found = [probabilities(folder, load, split) for folder in runs]
     mean = {}
     for clip in found[0]:
         mean[clip] = np.zeros_like(found[0][clip])
@@ -118,24 +113,17 @@ def joined_by_hand(runs, load, split, weights):
     return mean
 
 
-def map_by_hand(scores, split):
-    """MAP of {clip: [C]}, ties by name, one identity after the other."""
-    precisions = []
-    labels = dict(zip(split.clips, split.labels, strict=True))
-    for identity in range(1, len(split.positives) + 1):
-        order = sorted(scores, key=lambda clip: (-scores[clip][identity - 1], clip))[:100]
-        hits, total = 0, 0.0
-        for place, clip in enumerate(order, start=1):
-            if labels[clip] == identity:
-                hits += 1
-                total += hits / place
-        if split.positives[identity - 1]:
-            precisions.append(total / split.positives[identity - 1])
-    return np.mean(precisions)
+def check_ranking(path, scores, truth=None, value=None):
+    """Asserts that a ranking file has all clips, none before one that scores higher, and its MAP.
 
-
-def check_ranking(path, scores):
-    """Asserts that a ranking file has all clips, and none before one that scores higher."""
+    Args:
+      path: the file.
+      scores: clip -> [C].
+      truth: a file of ground truth; None for no MAP.
+      value: the MAP.
+    """
+    if truth:
+        assert value == pytest.approx(float(map_oracle.mean_average_precision(truth, path)))
     for identity, line in enumerate(path.read_text().splitlines()):
         names = [name.removesuffix(".mp4") for name in line.split()[1:]]
         assert sorted(names) == sorted(scores)
@@ -143,14 +131,13 @@ def check_ranking(path, scores):
         assert (values[1:] <= values[:-1] * (1 + 1e-5) + 1e-30).all()
 
 
-def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, tmp_path):
+def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, official_dir, tmp_path):
     """Cosines are joined as probabilities."""
     runs = nearest_run, shutil.copytree(nearest_run, tmp_path / "copy")
     config = joining(runs, "--config.join.weights=(1,3)")
     results = blend.blend_runs(config, RunFolder(tmp_path), lambda _: data, num_devices=1)
-    wanted, split = probabilities(nearest_run, lambda _: data, "val")
-    check_ranking(tmp_path / "ranking.txt", wanted)
-    assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
+    wanted, truth = probabilities(nearest_run, lambda _: data, "val"), official_dir / "val_gt.txt"
+    check_ranking(tmp_path / "ranking.txt", wanted, truth, results["map"])
     assert config_io.load_workdir(tmp_path).join.weights == (1.0, 3.0)
 
 
@@ -170,14 +157,12 @@ def test_a_mean_of_probabilities_by_hand():
 
 
 @pytest.mark.parametrize("weights", [(), (3.0, 0.0)], ids=["equal", "one"])
-def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
+def test_scores_are_weighted_means_by_clip_name(runs, load, official_dir, tmp_path, weights):
     config = joining(runs, f"--config.join.weights={weights}")
     results = blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
     weights = weights or (1.0, 1.0)
     wanted = joined_by_hand(runs, load, "val", weights)
-    check_ranking(tmp_path / "ranking.txt", wanted)
-    _, split = probabilities(runs[0], load, "val")
-    assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
+    check_ranking(tmp_path / "ranking.txt", wanted, official_dir / "val_gt.txt", results["map"])
     assert results["map_kind"] == "val"
     for facts, folder, weight in zip(results["runs"], runs, weights, strict=True):
         assert (facts["name"], facts["weight"]) == (str(folder), weight)
@@ -186,34 +171,29 @@ def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
     assert config_io.load_workdir(tmp_path).join.weights == weights
 
 
-def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, capsys):
+def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, command):
     words = ("--config.num_epochs=1", "--config.eval.top_classes=3",
              "--config.eval.temperature=2")  # fmt: skip
     own = train("few", "knn.py:iqiyi_vid", folders["faces"], *words)
     results = blend.blend_runs(joining((runs[1], own)), RunFolder(tmp_path), load, num_devices=1)
-    assert (probabilities(own, load, "val")[0].popitem()[1] > 0).sum() <= 3
+    assert (probabilities(own, load, "val").popitem()[1] > 0).sum() <= 3
     check_ranking(tmp_path / "ranking.txt", joined_by_hand((runs[1], own), load, "val", (1.0, 1.0)))
     alone = json.loads((own / "metrics.json").read_text())
     assert results["runs"][1]["map"] == pytest.approx(alone["map"], abs=1e-12)
 
     words = ("--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.temperature=3")
-    assert main(words) == 2
-    assert "--config.join.weights" in capsys.readouterr().err
+    assert command(*words).refused("--config.join.weights")
 
 
 def test_every_score_equals_the_loop(runs, load):
-    mesh = devices.make_mesh(1)
-    models = []
-    for folder, weight in zip(runs, (0.3, 0.9), strict=True):
-        config = config_io.load_workdir(folder)
-        found = restore.find_run(config, RunFolder(folder))
-        one = restore.make_model(config, found, load(config), mesh)
-        models.append(one._replace(weight=weight))
-    found = scoring.score(models, "val", mesh, block_size=32, each_member=False)
+    models = [
+        small_runs.restored(folder, load(config_io.load_workdir(folder)))._replace(weight=weight)
+        for folder, weight in zip(runs, (0.3, 0.9), strict=True)
+    ]
+    found = np.exp(small_runs.scores(models, block_size=32))
     wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))
-    clips = models[0].data.split("val").clips
-    scores = np.exp(ranked_scores(found.top, len(clips)).astype(np.float64))
-    np.testing.assert_allclose(scores, [wanted[clip] for clip in clips], rtol=2e-5, atol=1e-12)
+    wanted = [wanted[clip] for clip in models[0].data.split("val").clips]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-12)
 
 
 def test_other_identities_or_clips_are_refused(
@@ -244,38 +224,31 @@ def test_other_identities_or_clips_are_refused(
     assert "IQIYI_VID_TEST_" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--config.join.weights=(1,)",), "want 2 numbers"),
-        (("--config.join.weights=(1,-1)",), "want 2 numbers"),
-        (("--config.join.weights=(0,0)",), "want 2 numbers"),
-    ],
-)
-def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
-    with pytest.raises(ValueError, match=message):
-        blend.blend_runs(joining(runs, *words), RunFolder(tmp_path), load, num_devices=1)
+@pytest.mark.parametrize("weights", ["(1,)", "(1,-1)", "(0,0)"])
+def test_weights_that_do_not_fit(runs, load, tmp_path, weights):
+    config = joining(runs, f"--config.join.weights={weights}")
+    with pytest.raises(ValueError, match="want 2 numbers"):
+        blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
 
 
-def test_the_command_line(runs, load, tmp_path, capsys):
+def test_the_command_line(runs, load, tmp_path, command):
     """Join on val with weights, come back for test with them; folders that cannot be joined."""
     out = tmp_path / "both"
     words = ("--mode=evaluate", f"--workdir={out}")
     given = f"--runs={runs[0]},{runs[1]}"
-    assert main([*words, given, "--config.join.weights=(1,3)"]) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
+    done = command(*words, given, "--config.join.weights=(1,3)")
+    assert done.code == 0, done.err
     results = json.loads((out / "metrics.json").read_text())
-    assert f"{results['map']:.4f} on val" in said
+    assert f"{results['map']:.4f} on val" in done.out
     assert [one["weight"] for one in results["runs"]] == [1, 3]
 
-    assert main([*words, "--config.eval.split=test"]) == 0, capsys.readouterr().err
+    assert command(*words, "--config.eval.split=test").code == 0
     wanted = joined_by_hand(runs, load, "test", (1.0, 3.0))
     check_ranking(out / "ranking_test.txt", wanted)
     assert "map" not in json.loads((out / "metrics_test.json").read_text())
     assert json.loads((out / "metrics.json").read_text()) == results
     assert config_io.load_workdir(out).eval.split == "val"
 
-    capsys.readouterr()
     for bad, message in [
         ((f"--workdir={runs[0]}", given), "use another folder"),
         ((f"--workdir={out}", f"--runs={runs[1]},{runs[0]}"), "use another folder"),
@@ -283,10 +256,7 @@ def test_the_command_line(runs, load, tmp_path, capsys):
         ((f"--workdir={tmp_path / 'y'}", f"--runs={runs[0]},{out}"), "is itself a joined run"),
         ((f"--workdir={tmp_path / 'z'}", f"--runs={runs[0]},nowhere"), "no run in"),
     ]:
-        assert main(["--mode=evaluate", *bad]) == 2
-        said = capsys.readouterr().err
-        assert message in said
-        assert len(said.strip().splitlines()) <= 3
+        assert command("--mode=evaluate", *bad).refused(message)
 
 
 @pytest.mark.filterwarnings("ignore:.*other modalities lie beside")

@@ -11,7 +11,6 @@ from tests.helpers import clip_files
 from tests.helpers.datasets import prepare
 from vidjax import api, config_io, ensemble, files
 from vidjax.evaluation import restore
-from vidjax.main import main
 from vidjax.run import checkpoint
 from vidjax.run.folder import RunFolder
 from vidjax.system import TaskSpec
@@ -60,12 +59,11 @@ def folder(made, tmp_path):
 
 
 @pytest.fixture
-def check(capsys):
+def check(command):
     """Runs a check; returns its exit code and its lines."""
 
     def run(*words):
-        code = main(["check", *map(str, words)])
-        out, err = capsys.readouterr()
+        code, out, err = command("check", *words)
         assert err == ""
         return code, out.splitlines()
 
@@ -150,13 +148,13 @@ def test_data_of_a_configuration(made, check, tmp_path):
         assert code == 2 and message in lines[-2], lines
 
 
-def test_a_joined_folder_names_its_runs(folder, capsys):
+def test_a_joined_folder_names_its_runs(folder, command):
     config = api.load_config("knn")
     config.join.runs = ("a", "b")
     (folder / "both").mkdir()
     RunFolder(folder / "both").write_config(config)
-    assert main(["check", f"--workdir={folder}/both"]) == 2
-    assert "joins runs: check a and b" in capsys.readouterr().err
+    done = command("check", f"--workdir={folder}/both")
+    assert done.refused("joins runs: check a and b")
 
 
 def test_the_environment(check):

@@ -14,29 +14,28 @@ from vidjax import config as config_lib
 from vidjax import config_io
 from vidjax import main as main_lib
 from vidjax.commands import train
-from vidjax.main import main
 from vidjax.run import terminal
 from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
 
 
-def check(case, capsys):
+def check(case, command):
     """Runs a command in this process; returns what it printed to standard output."""
     began = time.process_time()
-    code = main(case.words.split())
-    outcome = commands.Outcome(code, time.process_time() - began, *capsys.readouterr())
+    code, out, err = command(*case.words.split())
+    outcome = commands.Outcome(code, time.process_time() - began, out, err)
     assert commands.faults(case, outcome) == []
-    return outcome.output
+    return out
 
 
 @pytest.mark.parametrize(
     "case", [*commands.WORDS, *commands.FIELDS], ids=lambda case: case.words or "nothing"
 )
-def test_a_mistake_is_told_with_its_remedy(case, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_told_with_its_remedy(case, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    assert check(case, capsys) == ""
+    assert check(case, command) == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -57,11 +56,11 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("case", commands.PLACES, ids=lambda case: case.words)
-def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch, capsys):
+def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch, command):
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = contents(places)
-    check(case._replace(seconds=60), capsys)
+    check(case._replace(seconds=60), command)
     assert contents(places) == before
 
 
@@ -163,20 +162,18 @@ def test_the_name_of_a_folder_is_safe_and_bounded():
         assert "/" not in name and "," not in name
 
 
-def test_the_configuration_is_printed_with_its_origins(capsys):
+def test_the_configuration_is_printed_with_its_origins(command):
     words = ["--mode=config", f"--config={ROOT}/configs/mma.py:face", "--config.seed=3"]
-    assert main(words) == 0
-    rows = {
-        line.split()[0]: line.split(maxsplit=3)[1:] for line in capsys.readouterr().out.splitlines()
-    }
+    lines = command(*words).out.splitlines()
+    rows = {line.split()[0]: line.split(maxsplit=3)[1:] for line in lines}
     assert rows["seed"] == ["3", "0", "command line"]
     assert rows["batch_size"] == ["128", "128", "default"]
     assert rows["num_epochs"][:2] == ["30.0", "1.0"] and rows["num_epochs"][2].endswith(
         "mma.py:face"
     )
     assert {*dict(config_lib.fields(config_lib.default()))} <= rows.keys()
-    assert main([*words, "--json", "--config.checkpoint_every_seconds=inf"]) == 0
-    fields = json.loads(capsys.readouterr().out)["fields"]
+    done = command(*words, "--json", "--config.checkpoint_every_seconds=inf")
+    fields = json.loads(done.out)["fields"]
     assert fields["seed"] == {"value": 3, "default": 0, "from": "command line"}
     assert fields["model.name"]["value"] == "mma"
     assert fields["checkpoint_every_seconds"]["value"] == "inf"

@@ -13,7 +13,6 @@ from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from tests.helpers.pages import Page
 from vidjax import comparison, significance
-from vidjax.main import main
 
 NAMES = [f"person {i}".replace(" ", "_") for i in range(40)]
 
@@ -105,14 +104,18 @@ def words_of(page):
     return "".join(text for text, _ in page.texts)
 
 
-def compared(folder, *words, runs: Sequence[str] = "ab", code=0):
-    """Compares runs in a folder by the command."""
-    folders = ",".join(str(folder / name) for name in runs)
-    assert main(["compare", f"--workdir={folder}/out", f"--runs={folders}", *words]) == code
-    return folder / "out"
+@pytest.fixture
+def compared(command, tmp_path):
+    """Compares runs in a folder by the command: one a letter, several of a group as "a1+a2"."""
+
+    def run(*words, runs: Sequence[str] = "ab"):
+        groups = ("+".join(f"{tmp_path}/{one}" for one in name.split("+")) for name in runs)
+        return command("compare", f"--workdir={tmp_path}/out", f"--runs={','.join(groups)}", *words)
+
+    return run
 
 
-def test_the_command_writes_three_files_that_agree(tmp_path, capsys):
+def test_the_command_writes_three_files_that_agree(tmp_path, compared):
     rng = np.random.default_rng(0)
     first = averages(rng)
     better = {name: value + 0.1 * (1 - value) for name, value in first.items()}
@@ -120,8 +123,7 @@ def test_the_command_writes_three_files_that_agree(tmp_path, capsys):
     worse = dict(reversed({name: 0.5 * value for name, value in first.items()}.items()))
     for name, values in {"a": first, "b<i>": better, "c": worse}.items():
         made_runs.write(tmp_path / name, values)
-    out = compared(tmp_path, runs=("a", "b<i>", "c"))
-    said = capsys.readouterr().out
+    out, said = tmp_path / "out", compared(runs=("a", "b<i>", "c")).out
     gaps = [np.mean(list(values.values())) - np.mean(list(first.values())) for values in
             (better, worse)]  # fmt: skip
     lines = said.splitlines()
@@ -137,18 +139,17 @@ def test_the_command_writes_three_files_that_agree(tmp_path, capsys):
     assert all(link.startswith(("#", "data:")) for link in links)
     assert "prefers-color-scheme: dark" in page
     assert "b<i>" in words_of(found)  # escaped
-    compared(tmp_path, runs=("a", "b<i>", "c"))
+    compared(runs=("a", "b<i>", "c"))
     assert (out / "comparison.html").read_text() == page
 
 
-def test_a_program_gets_the_numbers(tmp_path, capsys):
+def test_a_program_gets_the_numbers(tmp_path, compared):
     rng = np.random.default_rng(4)
     found = {name: averages(rng) for name in "abc"}
     for name, values in found.items():
         made_runs.write(tmp_path / name, values)
     runs = [str(tmp_path / name) for name in "abc"]
-    compared(tmp_path, "--json", runs="abc")
-    told = json.loads(capsys.readouterr().out)
+    told = json.loads(compared("--json", runs="abc").out)
     assert (told["split"], told["num_identities"], told["num_clips"]) == ("val", len(NAMES), 50)
     assert [row["run"] for row in told["runs"]] == runs
     first = told["runs"][0]
@@ -176,12 +177,10 @@ def groups_of(tmp_path, rng):
     return found
 
 
-def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, capsys):
+def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, compared):
     found = groups_of(tmp_path, np.random.default_rng(8))
-    runs = ["+".join(str(tmp_path / f"{group}{n}") for n in (1, 2, 3)) for group in "ab"]
-    words = ["compare", f"--workdir={tmp_path}/out", f"--runs={','.join(runs)}"]
-    assert main([*words, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    runs = "a1+a2+a3", "b1+b2+b3"
+    told = json.loads(compared("--json", runs=runs).out)
     gaps = found["b"] - found["a"]
     over_identities = np.mean(gaps, axis=0).var(ddof=1) / len(NAMES)
     over_seeds = gaps.mean(axis=1).var(ddof=1) / 3
@@ -197,32 +196,23 @@ def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, caps
     assert [second["low"], second["high"]] == pytest.approx(bounds)
     assert second["p"] is None and "seeds" in told["method"]
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"] == told["runs"]
-    assert main(words) == 0
-    said = capsys.readouterr().out
+    said = compared(runs=runs).out
     page = (tmp_path / "out" / "comparison.html").read_text()
     for text in (said, page):
         assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
     assert "mean of 3 seeds" in page
 
-    short = ",".join([runs[0], str(tmp_path / "b1")])
-    assert main([*words[:2], f"--runs={short}"]) == 2
-    assert "--runs=A1+A2+A3,B1+B2+B3" in capsys.readouterr().err
-    twice = f"{runs[0]},{tmp_path / 'a1'}+{tmp_path / 'b2'}+{tmp_path / 'b3'}"
-    assert main([*words[:2], f"--runs={twice}"]) == 2
-    assert "named twice" in capsys.readouterr().err
+    assert compared(runs=(runs[0], "b1")).refused("--runs=A1+A2+A3,B1+B2+B3")
+    assert compared(runs=(runs[0], "a1+b2+b3")).refused("named twice")
 
 
-def test_a_group_is_of_one_system_and_of_several_seeds(tmp_path, capsys):
+def test_a_group_is_of_one_system_and_of_several_seeds(tmp_path, compared):
     rng = np.random.default_rng(8)
     for name, field in (("a1", "seed=1"), ("a2", "seed=2"), ("b1", "seed=1"), ("b2", "seed=1"),
                         ("c2", "num_epochs=7")):  # fmt: skip
         made_runs.write(tmp_path / name, averages(rng), f"--config.{field}")
     for group, words in {"b1+b2": "the same seed", "b1+c2": "differ in num_epochs"}.items():
-        named = ",".join(
-            "+".join(str(tmp_path / n) for n in g.split("+")) for g in ("a1+a2", group)
-        )
-        assert main(["compare", f"--workdir={tmp_path}/out", f"--runs={named}"]) == 2
-        assert words in capsys.readouterr().err
+        assert compared(runs=("a1+a2", group)).refused(words)
 
 
 @pytest.mark.parametrize(("num", "least"), [(2, 0.88), (3, 0.93), (5, 0.93)])
@@ -293,23 +283,22 @@ def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
     assert f"In sample: {tmp_path / 'c'} was trained on these clips" in mixed
 
 
-def test_a_difference_that_rounds_to_0_has_no_minus_and_a_pair_no_correction(tmp_path, capsys):
+def test_a_difference_that_rounds_to_0_has_no_minus_and_a_pair_no_correction(tmp_path, compared):
     values = averages(np.random.default_rng(6))
     made_runs.write(tmp_path / "a", values)
     made_runs.write(tmp_path / "b", {name: max(x - 1e-6, 0) for name, x in values.items()})
-    out = compared(tmp_path)
-    for text in (capsys.readouterr().out, (out / "comparison.html").read_text()):
+    said = compared().out
+    for text in (said, (tmp_path / "out" / "comparison.html").read_text()):
         assert "+0.0000" in text and "Holm" not in text
         assert "-0.0000" not in text and "-0.000 " not in text and "-0.000." not in text
 
 
-def test_another_split_that_both_have_ranked(tmp_path, capsys):
+def test_another_split_that_both_have_ranked(tmp_path, compared):
     rng = np.random.default_rng(2)
     for name in "ab":
         made_runs.write(tmp_path / name, averages(rng))
         made_runs.write(tmp_path / name, averages(rng), split="test", suffix="_test")
-    compared(tmp_path, "--config.eval.split=test")
-    said = capsys.readouterr().out
+    said = compared("--config.eval.split=test").out
     value = json.loads((tmp_path / "b" / "metrics_test.json").read_text())["map"]
     assert "of test" in said and f"{value:.4f}" in said
 
@@ -326,20 +315,17 @@ def test_another_split_that_both_have_ranked(tmp_path, capsys):
         ({"truth": False}, "has no ground truth"),
     ],
 )
-def test_only_runs_on_the_same_clips_are_compared(tmp_path, capsys, change, message):
+def test_only_runs_on_the_same_clips_are_compared(tmp_path, compared, change, message):
     rng = np.random.default_rng(3)
     values = averages(rng)
     made_runs.write(tmp_path / "a", values)
     more = change.pop("averages", {})
-    made_runs.write(tmp_path / "b", values | more, *change.pop("overrides", ()), **change)
-    out = compared(tmp_path, code=2)
-    said = capsys.readouterr().err.strip()
-    assert message in said
-    assert len(said.splitlines()) <= 3
-    assert not out.exists()
+    made_runs.write(tmp_path / "b", values | more, **change)
+    assert compared().refused(message)
+    assert not (tmp_path / "out").exists()
 
 
-def test_clips_and_labels_are_told_apart_by_their_digests(tmp_path, capsys):
+def test_clips_and_labels_are_told_apart_by_their_digests(tmp_path, compared):
     """As many clips may be others; other features of the same clips are no other clips."""
     values = averages(np.random.default_rng(11))
     own = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
@@ -349,16 +335,14 @@ def test_clips_and_labels_are_told_apart_by_their_digests(tmp_path, capsys):
         made_runs.write(tmp_path / name, values, results={"trained_on": trained_on})
     made_runs.write(tmp_path / "old", values)
     for other in ("b", "old"):
-        compared(tmp_path, runs=("a", other))
+        assert compared(runs=("a", other)).code == 0
     for other in ("names", "labels"):
-        compared(tmp_path, runs=("a", other), code=2)
-        said = capsys.readouterr().err
-        assert f"50 and 50 clips, with other {other}\n" in said
+        done = compared(runs=("a", other))
+        assert done.refused(f"50 and 50 clips, with other {other}\n")
 
 
-def test_a_run_without_an_analysis_is_refused(tmp_path, capsys):
+def test_a_run_without_an_analysis_is_refused(tmp_path, compared):
     for name in "ab":
         made_runs.write(tmp_path / name, averages(np.random.default_rng(0)))
     (tmp_path / "b" / "analysis.npz").unlink()
-    compared(tmp_path, code=2)
-    assert f"vidjax evaluate --workdir={tmp_path / 'b'}" in capsys.readouterr().err
+    assert compared().refused(f"vidjax evaluate --workdir={tmp_path / 'b'}")

@@ -78,11 +78,6 @@ def test_the_last_of_two_overrides_counts_and_the_original_is_left_alone():
     assert config_lib.differences(config, load()) == {}
 
 
-def test_differences_names_the_fields():
-    other = config_io.override(load(), ["--config.seed=1", "--config.data.max_frames=5"])
-    assert set(config_lib.differences(load(), other)) == {"seed", "data.max_frames"}
-
-
 def test_differences_leave_out_what_neither_reads():
     """A run that a version with more fields in its files has begun can go on."""
     plain = load("configs/noise_classes.py:other")
@@ -251,19 +246,6 @@ def test_the_documentation_is_that_of_the_fields():
         assert docs.replace_section(page, name, content) == page, (
             f"{name}: python -m tests.helpers.docs configs/README.md"
         )
-
-
-def test_the_documentation_is_written_into_a_page(tmp_path):
-    page = tmp_path / "page.md"
-    names = ("arguments", "fields", "names")
-    sections = [f"<!-- {name} -->\nstale text\n<!-- /{name} -->\n" for name in names]
-    page.write_text("\n".join(["# A page\n", *sections, "The end.\n"]))
-    docs.main([str(page)])
-    written = page.read_text()
-    assert written.startswith("# A page\n") and written.endswith("\nThe end.\n")
-    assert "stale text" not in written
-    assert "`optim.momentum`" in written and "`published`" in written
-    assert "| `mma` |" in written
 
 
 # Fields that nothing reads, one in each group whose fields are looked up by name.

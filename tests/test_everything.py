@@ -132,46 +132,34 @@ def test_val_is_evaluated_in_sample_and_the_run_keeps_no_map(measured):
     page = (folder / "report_val.html").read_text()
     assert run_page.KINDS["in_sample"] in section(page, "summary")
     assert "in_sample" in section((folder / "report.html").read_text(), "summary")
-
-
-@pytest.mark.slow
-def test_a_check_finds_nothing_wrong_and_claims_nothing(measured):
-    folder, _ = measured
-    said = said_by("--mode=check", f"--workdir={folder}")
-    assert "all good" in said
+    assert "all good" in said_by("--mode=check", f"--workdir={folder}")
 
 
 @pytest.mark.slow
 def test_a_comparison_is_refused_or_names_the_run_that_knows_the_clips(
-    measured, on_train, tmp_path, capsys
+    measured, on_train, tmp_path, command
 ):
     folder, _ = measured
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
-    assert main(list(words)) == 2
-    said = capsys.readouterr().err.strip()
-    assert FOLDS in said and len(said.splitlines()) <= 3
+    assert command(*words).refused(FOLDS)
     (line,) = [line for line in said_by(*words, MEASURED).splitlines() if "In sample" in line]
     assert str(folder) in line and str(on_train) not in line
     assert "In sample: " in (tmp_path / "out" / "comparison.html").read_text()
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_refused_with_the_latest(trained, capsys):
+def test_the_best_checkpoint_is_refused_with_the_latest(trained, command):
     folder, _ = trained
-    words = ["--mode=evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best"]
-    assert main(words) == 3
-    assert "--config.eval.checkpoint=latest" in capsys.readouterr().err
+    done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
+    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
 
 
-def test_a_slip_is_refused_with_both_ways_out(tmp_path, official_dir, capsys):
+def test_a_slip_is_refused_with_both_ways_out(tmp_path, official_dir, command):
     slip = "--config.data.train_splits=train,val"
     for words in ([KNN, slip], [f"{KNN},everything", MEASURED]):
         data = [f"--config.data.dir={official_dir}", f"--workdir={tmp_path}/w"]
-        assert main([*words, *data]) == 2
-        said = capsys.readouterr().err.strip()
-        assert FOLDS in said
-        assert "everything" in said and "--config.eval.split=test" in said
-        assert len(said.splitlines()) <= 3
+        done = command(*words, *data)
+        assert done.refused(FOLDS, "everything", "--config.eval.split=test")
         assert not (tmp_path / "w").exists()
     config = config_io.load_file(KNN.removeprefix("--config="))
     for remedy in (FOLDS, "--config.eval.split=test"):

@@ -3,12 +3,11 @@
 import importlib
 import importlib.util
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, small_runs
-from vidjax import fusion, main, predict
+from vidjax import predict
 from vidjax.export import formats, function, reader, weights
 from vidjax.export.formats import FORMATS
 from vidjax.extract.cards import BackEnd
@@ -48,12 +47,16 @@ CANNOT = {
 }  # fmt: skip
 
 
-def export(capsys, run, to, name, *words):
+@pytest.fixture
+def export(command, tmp_path):
     """Exports by the command; returns its exit code, what it told as JSON, and its complaint."""
-    capsys.readouterr()
-    code = main.main(["export", str(run), f"--to={to}", f"--format={name}", "--json", *words])
-    said = capsys.readouterr()
-    return code, json.loads(said.out.splitlines()[-1]), said.err
+
+    def run(source, name, to="out"):
+        words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")
+        code, out, err = command("export", *words)
+        return code, json.loads(out.splitlines()[-1]), err
+
+    return run
 
 
 def missing(name):
@@ -75,12 +78,12 @@ def plda_run(trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_every_system_leaves_in_every_format_or_says_why_not(name, trained, tmp_path, capsys):
+def test_every_system_leaves_in_every_format_or_says_why_not(name, trained, tmp_path, export):
     run = make_run(trained, name)
     for chosen in FORMATS:
         if missing(chosen):
             continue
-        code, told, complaint = export(capsys, run, tmp_path / chosen, chosen)
+        code, told, complaint = export(run, chosen, chosen)
         if reason := CANNOT.get((name, chosen)):
             assert code == 2 and reason in complaint and not (tmp_path / chosen).exists()
             continue
@@ -110,9 +113,9 @@ def random_inputs(shapes, lengths):
     return inputs, clips
 
 
-def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, capsys):
+def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export):
     onnxruntime = pytest.importorskip("onnxruntime")
-    code, told, complaint = export(capsys, nearest_run, tmp_path / "out", "onnx")
+    code, told, complaint = export(nearest_run, "onnx")
     assert code == 0, complaint
     assert told["difference"] <= function.TOLERANCE
     assert told["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
@@ -132,20 +135,22 @@ def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_a_file_repeats_the_only_voice_beside_each_face_as_a_run_does(trained, tmp_path, capsys):
+def test_a_file_repeats_the_only_voice_beside_each_face_as_a_run_does(trained, tmp_path, export):
     """The check of an export has such a clip."""
     run = trained("configs/quality_fusion.py:iqiyi_vid,voting,face,audio")
     for name in ("stablehlo", "onnx"):
-        code, told, complaint = export(capsys, run, tmp_path / name, name)
+        code, told, complaint = export(run, name, name)
         assert code == 0, complaint
         assert told["difference"] <= function.TOLERANCE
 
 
 @pytest.mark.slow
-def test_an_imported_run_evaluates_equal_to_the_bit(plda_run, official_data, tmp_path, capsys):
-    code, _, complaint = export(capsys, plda_run, tmp_path / "out", "safetensors")
+def test_an_imported_run_evaluates_equal_to_the_bit(
+    plda_run, official_data, tmp_path, export, command
+):
+    code, _, complaint = export(plda_run, "safetensors")
     assert code == 0, complaint
-    assert main.main(["import", str(tmp_path / "out"), f"--to={tmp_path / 'again'}"]) == 0
+    assert command("import", tmp_path / "out", f"--to={tmp_path / 'again'}").code == 0
     before, after = (
         predict.restore(folder, num_devices=1) for folder in (plda_run, tmp_path / "again")
     )
@@ -158,8 +163,8 @@ def test_an_imported_run_evaluates_equal_to_the_bit(plda_run, official_data, tmp
 
 
 @pytest.mark.slow
-def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, capsys):
-    export(capsys, plda_run, tmp_path / "out", "safetensors")
+def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, export):
+    export(plda_run, "safetensors")
     found = load_file(tmp_path / "out" / weights.WEIGHTS)
     saved = {
         name: tree
@@ -172,9 +177,9 @@ def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, capsys):
         np.testing.assert_array_equal(found[name], value)
 
 
-def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, capsys, monkeypatch):
+def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
     monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
-    code, told, complaint = export(capsys, nearest_run, tmp_path / "out", "safetensors")
+    code, told, complaint = export(nearest_run, "safetensors")
     assert code == 2 and "its scores differ from ours by 2.0e-05" in complaint
     assert "differ" in told["error"]
     assert not list(tmp_path.iterdir())
@@ -200,7 +205,7 @@ def test_other_values_are_a_difference(value):
     assert function.difference({"scores": [[1.0]]}, wanted) == np.inf
 
 
-def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, capsys):
+def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, command):
     out, again = tmp_path / "out", tmp_path / "again"
     out.mkdir()
     weights.write(nearest_run, out, "latest")
@@ -208,10 +213,9 @@ def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, capsys):
     name = "model_state/memory/neighbours/vectors"
 
     def complaint():
-        capsys.readouterr()
-        assert main.main(["import", str(out), f"--to={again}"]) == 2
-        assert not again.exists()
-        return capsys.readouterr().err
+        done = command("import", out, f"--to={again}")
+        assert done.code == 2 and not again.exists()
+        return done.err
 
     save_file({**good, name: good[name][:, :-1].copy()}, out / weights.WEIGHTS)
     assert f"is of another model: {name}" in complaint()
@@ -241,31 +245,29 @@ def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, capsys):
         (["import", "{run}"], "import needs --to"),
     ],
 )
-def test_a_mistake_is_told_with_its_remedy(words, said, nearest_run, tmp_path, capsys):
+def test_a_mistake_is_told_with_its_remedy(words, said, nearest_run, tmp_path, command):
     places = {"run": nearest_run, "new": tmp_path / "new", "empty": tmp_path / "empty"}
     (tmp_path / "empty").mkdir()
-    assert main.main([word.format(**places) for word in words]) == 2
-    told = capsys.readouterr().err
-    assert said in told and len(told.splitlines()) <= 3
+    assert command(*(word.format(**places) for word in words)).refused(said)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "onnx"])
 def test_weights_that_no_program_holds_are_refused(
-    name, nearest_run, tmp_path, capsys, monkeypatch
+    name, nearest_run, tmp_path, export, monkeypatch
 ):
     if missing(name):
         pytest.skip("the extra is not installed")
     monkeypatch.setattr(function, "LARGEST", 1000)
-    code, _, complaint = export(capsys, nearest_run, tmp_path / "out", name)
+    code, _, complaint = export(nearest_run, name)
     assert code == 2 and "choose safetensors" in complaint and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, capsys, monkeypatch):
+def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, export, monkeypatch):
     """They lie beside its program."""
     monkeypatch.setattr(function, "LARGEST", 1000)
-    code, _, complaint = export(capsys, nearest_run, tmp_path / "out", "saved_model")
+    code, _, complaint = export(nearest_run, "saved_model")
     assert code == 0, complaint
     program = tmp_path / "out" / "saved_model" / "saved_model.pb"
     vectors = load_file(tmp_path / "out" / weights.WEIGHTS)["model_state/memory/neighbours/vectors"]
@@ -273,18 +275,18 @@ def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, capsys, 
 
 
 @pytest.mark.slow
-def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path):
+def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path, python):
     """Each holds all weights, and what nobody looks for is not deleted."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
-    env = os.environ | {"VIDJAX_CACHE": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-m", "vidjax.main", *words], env=env, check=True)
+    program = f"from vidjax.main import main; assert main({words}) == 0"
+    python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
     kept = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
     assert kept and not {name for name in kept if name.startswith("jit_call")}
 
 
-def test_a_format_names_the_extra_that_it_needs(nearest_run, tmp_path, capsys, monkeypatch):
+def test_a_format_names_the_extra_that_it_needs(nearest_run, tmp_path, export, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, _, complaint = export(capsys, nearest_run, tmp_path / "out", "onnx")
+    code, _, complaint = export(nearest_run, "onnx")
     assert code == 2 and "needs onnx and onnxruntime" in complaint
     assert "pip install 'vidjax[onnx]'" in complaint
 
@@ -294,12 +296,9 @@ def make_gallery(folder, kind):
     if kind == "run":
         made_galleries.make(folder)
         return
-    cards = {
-        part: BackEnd(
-            centre=[0.1] * width, same=(0.6, 0.2), different=(0.0, 0.2), pairs=(9, 9), data="made"
-        )
-        for part, width in made_galleries.WIDTHS.items()
-    }
+    fit: Any = {"same": (0.6, 0.2), "different": (0.0, 0.2), "pairs": (9, 9), "data": "made"}
+    widths = made_galleries.WIDTHS.items()
+    cards = {part: BackEnd(centre=[0.1] * width, **fit) for part, width in widths}
     origin = store.Origin("models", "0" * 64, centred=False, cards=dict.fromkeys(cards, "0" * 64))
     clips = made_galleries.make_clips()
     Gallery.of_clips(folder, origin, backend_lib.of_cards(cards), clips)
@@ -307,9 +306,9 @@ def make_gallery(folder, kind):
 
 @pytest.mark.parametrize("kind", ["run", "cards"])
 @pytest.mark.parametrize("name", ["numpy", "safetensors"])
-def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, capsys):
+def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, export):
     make_gallery(tmp_path / "people", kind)
-    code, told, complaint = export(capsys, tmp_path / "people", tmp_path / "out", name)
+    code, told, complaint = export(tmp_path / "people", name)
     assert code == 0, complaint
     assert told["difference"] <= 1e-6 and told["parts"] == made_galleries.WIDTHS
     gallery = Gallery(tmp_path / "people")
@@ -324,9 +323,9 @@ def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, capsys):
     np.testing.assert_allclose(answers, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gallery_has_no_net(tmp_path, capsys):
+def test_a_gallery_has_no_net(tmp_path, export):
     made_galleries.make(tmp_path / "people")
-    code, _, complaint = export(capsys, tmp_path / "people", tmp_path / "out", "stablehlo")
+    code, _, complaint = export(tmp_path / "people", "stablehlo")
     assert code == 2 and "a gallery has none: choose safetensors or numpy" in complaint
     assert not (tmp_path / "out").exists()
 
@@ -349,17 +348,6 @@ def test_the_reader_orders_clips_that_are_all_but_sure_or_hopeless(members):
     other = np.logaddexp.reduce(-np.logaddexp(0, -own), axis=0) - np.log(members)
     np.testing.assert_allclose(logs, np.where(leads > 0, sure, other), rtol=1e-9)
     assert (np.diff(logs) > 0).all()
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1, 1 / 3, 0.3, 0.57, 0.7, 0.9, 0.999])
-def test_the_best_share_of_frames_is_rounded_up_exactly(share):
-    lengths = np.arange(1, 200)
-    mask = np.arange(199) < lengths[:, None]
-    zeros = np.zeros(mask.shape, np.float32)
-    frames = fusion.Frames(zeros[..., None], zeros, zeros, zeros.astype(np.int32), mask)
-    kept = fusion.filter_frames(frames, top_share=share).mask.sum(axis=1)
-    wanted = np.ceil(share * lengths * (1 - 1e-12))  # exact in float64
-    np.testing.assert_array_equal(kept, wanted)
 
 
 # ---- the operations of an ONNX graph
@@ -439,10 +427,10 @@ def snippet(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, capsys, monkeypatch):
+def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, export, monkeypatch):
     if missing(name):
         pytest.skip("the extra is not installed")
-    assert export(capsys, plda_run, tmp_path / "exported", name)[0] == 0
+    assert export(plda_run, name, "exported")[0] == 0
     (tmp_path / "snippet.py").write_text(snippet("inputs") + "\n" + snippet(name))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -454,13 +442,10 @@ def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, capsys, monkeypa
         return
     inputs = {n: x for n, x in found["inputs"].items() if not n.endswith("_mask")}
     run = predict.restore(plda_run, num_devices=1)
+    fields = [field for field in function.FIELDS if field != "mask"]
     clips = {
         str(row): {
-            part: {
-                field: inputs[f"{part}_{field}"][row]
-                for field in function.FIELDS
-                if field != "mask"
-            }
+            part: {field: inputs[f"{part}_{field}"][row] for field in fields}
             for part in run.modalities
         }
         for row in range(3)

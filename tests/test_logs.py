@@ -1,10 +1,6 @@
 """Logs: lines of a resumed run, events that TensorBoard reads, progress on screen or in a file."""
 
-import io
 import json
-import re
-import sys
-import time
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,21 +49,3 @@ def test_progress_tells_a_file_now_and_then(capsys, monkeypatch):
     assert lines[-1].startswith("train: 1,000 of 1,000 clips, ")
     assert lines[-1].endswith(" clips/s, loss 1, MAP 0.5000")
     assert lines[0].endswith(" left") and "MAP" not in lines[0]
-
-
-def test_progress_on_a_terminal_shows_rate_values_and_time_left(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(1000, unit="clip", label="train")
-    progress.keep("MAP 0.5000")
-    time.sleep(0.2)
-    progress.advance(500, "loss 2.5")
-    progress.close()
-    shown = terminal.getvalue().split("\r")[-1].strip()
-    assert re.fullmatch(
-        r"train  50% \|.*\| 500/1.00k, [\d.]+k? clips/s, loss 2.5, MAP 0.5000, [\d:]+ left", shown
-    ), shown

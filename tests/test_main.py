@@ -25,10 +25,10 @@ SHRUNK = (
 )
 
 
-def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_path):
+def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(command, tmp_path):
     (tmp_path / "mine.py").write_text("raise KeyError('x')")
-    assert main([f"--config={tmp_path}/mine.py", "--debug"]) == 2
-    assert "Traceback" in capsys.readouterr().err
+    code, _, err = command(f"--config={tmp_path}/mine.py", "--debug")
+    assert code == 2 and "Traceback" in err
 
 
 def raising(error):
@@ -38,12 +38,12 @@ def raising(error):
     return command
 
 
-def test_a_recorded_configuration_starts_another_run(tmp_path, monkeypatch, capsys):
+def test_a_recorded_configuration_starts_another_run(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     config = config_io.override(config_io.load_file("knn"), ["--config.seed=7"])
     RunFolder(tmp_path).write_config(config)
-    assert main([f"--config={tmp_path}/config.json", "--mode=config", "--json"]) == 0
-    fields = json.loads(capsys.readouterr().out)["fields"]
+    done = command(f"--config={tmp_path}/config.json", "--mode=config", "--json")
+    fields = json.loads(done.out)["fields"]
     assert fields["seed"]["value"] == 7 and fields["model.name"]["value"] == "knn"
 
 

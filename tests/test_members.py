@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
+from tests.helpers.small_runs import ROOT, Spoilt, restored, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble
 from vidjax.data.clips import EvalPlan, blocks_of
-from vidjax.evaluation import eval_step, restore, scoring
-from vidjax.run.folder import RunFolder
+from vidjax.evaluation import eval_step, scoring
 from vidjax.system import TaskSpec, make_model, make_system
 from vidjax.training import plan as plan_lib
 
@@ -255,7 +254,8 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
     only = run(config, tmp_path, data)
     assert_member(folder, tmp_path, 1)
     assert only["map_kind"] == "out_of_fold"
-    assert only["num_clips"] < len(data.split("val").clips)
+    assert only["num_clips"] < together["num_clips"] == len(data.split("val").clips)
+    assert together["map_kind"] == "out_of_fold" and len(together["members"]) == 3
     assert only["map"] == together["members"][1]["map"]
     lines = (tmp_path / "ranking.txt").read_text().split()
     assert len([word for word in lines if word.endswith(".mp4")]) == 12 * only["num_clips"]
@@ -264,10 +264,7 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
 @pytest.mark.slow
 def test_scores_of_all_members_never_exist_at_once(data, everyone):
     folder, _ = everyone
-    mesh = devices.make_mesh(1)
-    config = config_io.load_workdir(folder)
-    found = restore.find_run(config, RunFolder(folder))
-    one = restore.make_model(config, found, data, mesh)
+    mesh, one = devices.make_mesh(1), restored(folder, data)
     twice = one._replace(
         params=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.params),
         model_state=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.model_state),
@@ -397,14 +394,6 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
 def test_a_clip_that_was_trained_on_is_not_scored(data, tmp_path):
     with pytest.raises(ValueError, match=r"ensemble\.folds=5"):
         run(shrunk(SPLITS), tmp_path, data)
-
-
-@pytest.mark.slow
-def test_out_of_fold_scores_of_clips_that_were_trained_on(data, everyone):
-    _, results = everyone
-    assert results["map_kind"] == "out_of_fold"
-    assert results["num_clips"] == len(data.split("val").clips)
-    assert len(results["members"]) == 3
 
 
 @pytest.mark.slow

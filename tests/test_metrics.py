@@ -321,9 +321,3 @@ def test_identification_errors_by_hand():
     for wrong in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match=r"fpir must be within 0\.\.1"):
             errors(wrong)
-
-
-def test_the_oracle_imports_nothing_of_ours():
-    source = Path(map_oracle.__file__).read_text()
-    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert imports == ["import sys", "from fractions import Fraction", "from pathlib import Path"]

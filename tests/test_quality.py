@@ -128,7 +128,7 @@ def test_lengths_that_are_all_one_are_told_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quality", ["given", "norm"])
-def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path):
+def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path, command):
     """Nearest neighbours of quality-weighted means: another quality is another score."""
     rng = np.random.default_rng(0)
     people = rng.normal(size=(4, DIM))
@@ -149,10 +149,8 @@ def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path):
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
     folder = write_folder(tmp_path / "own", splits["val"])
     out = tmp_path / "ranked.tsv"
-    from vidjax.main import main
-
-    words = ["--mode=rank", f"--workdir={tmp_path / 'run'}", f"--input={folder / 'val'}"]
-    assert main([*words, f"--out={out}"]) == 0
+    words = (f"--workdir={tmp_path / 'run'}", f"--input={folder / 'val'}", f"--out={out}")
+    assert command("rank", *words).code == 0
     best = run.rank(splits["val"])
     lines = [line.split("\t") for line in out.read_text().splitlines()[1:]]
     for identity, ranked in best.items():

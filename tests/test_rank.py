@@ -4,7 +4,6 @@ import csv
 import html
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -213,24 +212,22 @@ def test_odd_names_round_trip_through_a_run(run_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, capsys, suffix):
+def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffix):
     clips = make_clips("new", 5)
     table = write_parquet(tmp_path / "new.parquet", clips)
     before = made_runs.snapshot(run_dir)
     out = tmp_path / f"out{suffix}"
     words = ["--mode=rank", f"--workdir={run_dir}", f"--input={table}", f"--out={out}"]
-    assert main([*words, "--json"]) == 0
-    said = capsys.readouterr()
+    said = command(*words, "--json")
     told = json.loads(said.out)
     assert told["num_clips"] == len(clips) and told["seconds"] > 0 < told["clips_per_second"]
     assert f"rank: {len(clips)} of {len(clips)} clips" in said.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
     assert made_runs.snapshot(run_dir) == before
-    assert main(words) == 2
-    assert "name another file, or delete it" in capsys.readouterr().err
-    assert main([*words[:3], f"--out={tmp_path}/b.tsv", "--config.seed=1"]) == 2
-    assert "--config.eval.split" in capsys.readouterr().err
+    assert command(*words).refused("name another file, or delete it")
+    other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
+    assert command(*words[:3], *other).refused("--config.eval.split")
 
 
 @pytest.mark.slow
@@ -245,31 +242,6 @@ def test_ten_thousand_clips_take_seconds(run_dir, tmp_path):
     tables.write_ranking(tmp_path / "out.tsv", found)
     assert time.process_time() - began < 8.0
     assert found == run.rank(clips)
-
-
-@pytest.mark.slow
-def test_the_core_alone_restores_and_ranks(run_dir, tmp_path):
-    """The packages of the extra `train` are not there; training names the extra."""
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    np.savez(clips / "Ada Byron.npz", face=np.ones((2, DIM), np.float32))
-    absent = ("tensorflow", "tensorflow_datasets", "tensorboard", "matplotlib", "sklearn")
-    code = (
-        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        "from vidjax.main import main\nsys.exit(main(sys.argv[1:]))"
-    )
-
-    def command(*words):
-        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-
-    done = command(
-        "--mode=rank", f"--workdir={run_dir}", f"--input={clips}", f"--out={tmp_path / 'o.tsv'}"
-    )
-    assert done.returncode == 0, done.stderr
-    assert {row[2] for row in read(tmp_path / "o.tsv")} == {"Ada Byron"}
-    done = command("--config=knn", f"--workdir={tmp_path / 'w'}")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "pip install 'vidjax[train]'" in done.stderr
 
 
 @pytest.mark.slow

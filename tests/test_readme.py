@@ -22,11 +22,9 @@ from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
-from vidjax import config as config_lib
-from vidjax import devices, fusion, main, messages
+from vidjax import devices, main, messages
 from vidjax.commands import train
 from vidjax.data import arrays, iqiyi_vid, synthetic
-from vidjax.models import identifier
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -386,12 +384,6 @@ def test_every_fault_has_a_row_whose_tests_exist():
             assert function.startswith("test_"), test
 
 
-def test_every_field_is_listed_and_no_other():
-    fields = {name for name, _ in config_lib.fields(config_lib.default())}
-    named = table("configs/README.md", "Fields")
-    assert {name.removeprefix("config.") for name in named} == fields
-
-
 def test_every_flag_and_mode_is_listed_and_no_other():
     # The page is about runs.
     known = main.COMMANDS.keys() - {"gallery", "extract", "convert", "who", "forget"}
@@ -403,20 +395,6 @@ def test_every_flag_and_mode_is_listed_and_no_other():
     named = table("configs/README.md", "Flags")
     assert {re.split(r"[=\[]", word)[0] for word in named if word.startswith("--")} == flags
     assert {word for word in named if not word.startswith("--") and not word.isdigit()} == known
-
-
-def test_every_model_and_fusion_is_listed_and_no_other():
-    known = set()
-    with pytest.raises(ValueError, match="choose from") as model:
-        identifier.make_identifier({"name": ""}, modalities={}, num_classes=2, num_clips=1)
-    with pytest.raises(ValueError, match="choose from") as frames:
-        fusion.make_fusion({"name": ""})
-    for error in (model, frames):
-        first_line = str(error.value).splitlines()[0]
-        known |= set(first_line.partition("choose from ")[2].split(", "))
-    named = table("configs/README.md", "Names")
-    first, end = named.index("model"), named.index("transforms")  # the heads of two tables
-    assert set(named[first:end]) - {"model", "fusion"} == known
 
 
 @pytest.mark.slow

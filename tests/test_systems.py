@@ -1,6 +1,7 @@
 """The shipped experiments at their real size, by the commands that a user types. Minutes long."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import published
 from tests.helpers.made_steps import make_train_step
-from vidjax import config_io, devices, ensemble
+from vidjax import devices, ensemble
 from vidjax.batch import Batch, Frames
 from vidjax.devices import CompileClock
 from vidjax.evaluation import eval_step as eval_step_lib
-from vidjax.system import TaskSpec, make_system
 from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
@@ -73,9 +74,6 @@ def test_real_clips(vidjax_command, tmp_path):
     lines = (tmp_path / "ranking_test.txt").read_text().splitlines()
     assert len(lines) == 413
     assert all(len(line.split()) == 101 for line in lines)
-
-
-NUM_CLUSTERS = 3691  # published: noise classes, 2018
 
 
 def dense(inputs, outputs):
@@ -147,7 +145,7 @@ def parameters_by_hand():
     sizes["deepmef:iqiyi_vid,published"] = as_published(514, 0)
     sizes[f"{with_scene},published"] = as_published(514, scene, scene)
     sizes[f"{with_scene},published,views"] = as_published(482, scene - 128, scene - 128)
-    columns = 1 + 2 * 10_034 + NUM_CLUSTERS
+    columns = 1 + 2 * 10_034 + published.NUM_CLUSTERS
     sizes["noise_classes:iqiyi_vid"] = dense(face, 512) + 512 * columns
     for name in ("noise_classes:iqiyi_vid", "quality_fusion:iqiyi_vid"):  # other numbers, one net
         plain = "quality_fusion:iqiyi_vid,mlp5" if "quality" in name else name
@@ -159,44 +157,27 @@ def parameters_by_hand():
 FULL_SIZE = parameters_by_hand()  # at 10,034 identities
 
 
-def made_up_batch(rng, widths, config, rows, num_classes):
+def made_up_batch(rng, config, rows):
     def frames(name):
         length = 1 if name == "audio" else config.data.max_frames
-        features = rng.normal(size=(rows, length, widths[name])).astype(np.float16)
+        width = 2048 if name == "scene" else 512
+        features = rng.normal(size=(rows, length, width)).astype(np.float16)
         flat = np.ones((rows, length), np.float32)
         mask = np.arange(length) < rng.integers(1, length + 1, (rows, 1))
         return Frames(features, 80 * flat, flat, np.zeros_like(flat, np.int32), mask)
 
-    index = rng.choice(num_classes, rows, replace=False).astype(np.int32)
+    index = rng.choice(published.CLIPS, rows, replace=False).astype(np.int32)
     return Batch({name: frames(name) for name in config.modalities}, index, np.ones(rows, bool))
-
-
-def full_size(name):
-    """Returns a configuration and its system at published size, for one member."""
-    file, _, words = name.partition(":")
-    config = config_io.load_file(f"{ROOT}/configs/{file}.py:{words}")
-    config = config_io.override(config, ["--config.batch_size=8"])
-    widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
-    clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
-    sizes = TaskSpec(widths, 10_034, clusters, 57_820, 1000, train_other=False)
-    return config, sizes, make_system(config.to_dict(), sizes)
-
-
-def init_one(system, sizes, labels):
-    rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    return train_step.init_state(system, rngs, labels)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_parameters_at_published_size(name):
-    _, sizes, system = full_size(name)
-    shapes = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
-    assert sum(x.size for x in jax.tree.leaves(shapes.params)) == FULL_SIZE[name]
+    assert sum(map(math.prod, published.shapes(name).values())) == FULL_SIZE[name]
 
 
 def test_the_residual_net_takes_half_a_gflop_a_frame():
     """Published: about .5; two for every product and its sum, of all layers and the classifier."""
-    _, sizes, system = full_size("residual_dense:iqiyi_vid,face")
+    _, system = published.official("residual_dense:iqiyi_vid,face")
     width, by_hand = 8192, 0
     for inputs, outputs in [(512, width), (width, width), (width, width), (width, 10_035)]:
         by_hand += 2 * inputs * outputs
@@ -209,7 +190,7 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
         system_of_one = system_of_one._replace(frame_is_example=False)
         return eval_step_lib.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
 
-    state = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
+    state = jax.eval_shape(lambda: published.init(system))
     row: Any = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     number: Any = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask: Any = jax.ShapeDtypeStruct((1, 1), bool)
@@ -230,14 +211,14 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
 )
 def test_published_size(name):
     """A few steps of 8 clips at 10,035 classes and more."""
-    config, sizes, system = full_size(name)
+    config, system = published.official(name)
     rng = np.random.default_rng(0)
-    labels = jnp.asarray(rng.integers(1, 10_035, (1, 57_820)), jnp.int32)
+    labels = jnp.asarray(rng.integers(1, 10_035, (1, published.CLIPS)), jnp.int32)
     mesh = devices.make_mesh(1)
     replicated = devices.replicated(mesh)
-    state = jax.jit(lambda: init_one(system, sizes, labels), out_shardings=replicated)()
-    batch = devices.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
-    tables = train_step.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
+    state = jax.jit(lambda: published.init(system, labels), out_shardings=replicated)()
+    batch = devices.shard_batch(mesh, made_up_batch(rng, config, 8))
+    tables = train_step.make_tables((ensemble.Member(),), np.ones((1, published.CLIPS)))
     tables = devices.replicate(mesh, tables)
     step = make_train_step(system, mesh)
     state, loss = step(state, tables, batch)

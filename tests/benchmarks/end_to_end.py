@@ -139,7 +139,7 @@ def compare_with_torch(
 ) -> None:
     """Prints the seconds of whole runs, ours and PyTorch's, and their ratio."""
     theirs = their_words(folder, args.epochs, args.batch_size)
-    theirs += [f"--checkpoint={folder / 'checkpoint.pt'}", *["--compile"] * args.compile]
+    theirs += ["--compile"] * args.compile
     seconds: dict[str, list[float]] = {"vidjax": [], "PyTorch": []}
     starts, waits = [], []
     cold = run([*ours, f"--workdir={folder / 'cold'}"], env)

@@ -120,7 +120,6 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
 
     from tests.benchmarks import peer
 
-    options: dict[str, Any] = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     blocks = []
     for at in range(0, PEER_CLIPS, 1024):
         clip_index, mask = jnp.arange(at, at + 1024, dtype=jnp.int32), jnp.ones(1024, bool)
@@ -128,13 +127,12 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
             name: resident.frames_of(packed, clip_index, mask, common.PLACES[name])
             for name, packed in run.clips.items()
         }
-        clips = common.for_torch(frames)
-        blocks.append(peer.make_batch(clips, np.zeros(1024, np.int64), options["device"]))
+        blocks.append(peer.make_batch(common.for_torch(frames), np.zeros(1024, np.int64)))
     net = common.NETS[args.net]
     recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **net[2])
-    options["dtype"] = torch.bfloat16 if args.bfloat16 else torch.float32
-    eager = peer.make_scorer(recipe, **options)
-    compiled = peer.make_scorer(recipe, compile=True, **options)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    eager = peer.make_scorer(recipe, dtype=dtype)
+    compiled = peer.make_scorer(recipe, compile=True, dtype=dtype)
     return {
         "eager": lambda: peer.rank(eager, blocks),
         "compiled": lambda: peer.rank(compiled, blocks),

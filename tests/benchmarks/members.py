@@ -1,11 +1,10 @@
 """The member axis: a step of E members against E steps, one run of folds against as many runs.
 
-    python -m tests.benchmarks.members [--members=1,5,25] [--batch_size=512,4096] [--runs]
+    python -m tests.benchmarks.members [--members=5] [--batch_size=1024] [--runs]
 
-Steps are those of `configs/quality_fusion.py` on made-up resident clips; `map` is what training
-does on a CPU (a member after the other, each batch drawn anew for it), `vmap` what it does on an
-accelerator (all at once). They take turns in one process. With `--runs` whole trainings follow,
-each a process: start, compilation, input, evaluation.
+Steps are those of `configs/quality_fusion.py` on made-up resident clips, as on a CPU: a member
+after the other, each batch drawn anew for it. They take turns in one process. With `--runs` whole
+trainings follow, each a process: start, compilation, input, evaluation.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,13 +24,12 @@ from vidjax.training import train_step
 SPEC = "quality_fusion.py"
 
 
-def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) -> Any:
-    """Returns a function that does a training step of `count` members, `size` in one program."""
-    sizes = {"batch_size": batch_size, "num_identities": args.num_identities}
+def make_step(args: argparse.Namespace, count: int) -> Any:
+    """Returns a function that does a training step of `count` members."""
+    sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
     run = common.make_run(SPEC, [f"ensemble.seeds={count}"], **sizes)
-    loop = common.make_loop(run)
-    states = list(train_step.split_state(run.state, size))
-    tables = ensemble.split(run.tables, size)
+    loop, states = common.make_loop(run), list(train_step.split_state(run.state, 1))
+    tables = ensemble.split(run.tables, 1)
 
     def train() -> list[Any]:
         outcomes = []
@@ -46,23 +43,14 @@ def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) 
 
 def compare_steps(args: argparse.Namespace) -> None:
     """Writes the cost of a step of E members beside E steps of one."""
-    rows = []
-    for batch_size in map(int, args.batch_size.split(",")):
-        for count in map(int, args.members.split(",")):
-            functions: dict[str, Callable[[], Any]] = {
-                "one": make_step(args, batch_size, 1, 1),
-                "map": make_step(args, batch_size, count, 1),
-                "vmap": make_step(args, batch_size, count, count),
-            }
-            seconds = common.in_turns(functions, args.rounds)
-            seconds["one"] = [count * x for x in seconds["one"]]
-            for name in ("map", "vmap"):
-                rate = f"{count * batch_size / common.median(seconds[name]):,.0f}"
-                cost = common.ratio(seconds, name, "one")
-                rows.append([batch_size, count, name, rate, cost])
+    functions = {"one": make_step(args, 1), "all": make_step(args, args.members)}
+    seconds = common.in_turns(functions, args.rounds)
+    seconds["one"] = [args.members * x for x in seconds["one"]]
+    rate = f"{args.members * args.batch_size / common.median(seconds['all']):,.0f}"
     sys.stdout.write(f"{common.describe()}, {1 + args.num_identities} classes\n\n")
-    header = ["batch", "members", "how", "clips/s x members", "cost / single steps"]
-    common.write_table(header, rows)
+    header = ["batch", "members", "clips/s x members", "cost / single steps"]
+    ratio = common.ratio(seconds, "all", "one")
+    common.write_table(header, [[args.batch_size, args.members, rate, ratio]])
 
 
 def compare_runs(args: argparse.Namespace) -> None:
@@ -91,7 +79,7 @@ def compare_runs(args: argparse.Namespace) -> None:
 def main() -> None:
     """Prints the tables."""
     sizes = {"num_identities": 10_034, "rounds": 5, "run_rounds": 3}
-    args = common.parse(__doc__, "--runs", batch_size="1024", members="5", **sizes)
+    args = common.parse(__doc__, "--runs", batch_size=1024, members=5, **sizes)
     compare_steps(args)
     if args.runs:
         compare_runs(args)

@@ -3,15 +3,15 @@
     python -m tests.benchmarks.peer DIR [--epochs=10] [--batch_size=1024] [--compile]
 
 Unpickles the faces of the official files of DIR into memory, trains the MLP, ranks val, saves a
-checkpoint, and prints one line of JSON with the seconds of every phase. `make_step`, `make_scorer`
-and `rank` are the parts of it that other benchmarks time one by one. Needs torch; knows nothing of
-vidjax.
+checkpoint, and prints one line of JSON. `Step`, `make_scorer` and `rank` are the parts of it
+that other benchmarks time one by one. Needs torch; knows nothing of vidjax. All on the CPU.
 """
 
 # Torch is an extra of the benchmarks: where it is not installed, types are checked without it.
 # pyright: reportMissingImports=false
 
 import argparse
+import collections
 import functools
 import itertools
 import json
@@ -19,8 +19,7 @@ import math
 import pickle
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,23 +56,13 @@ class Fused(NamedTuple):
     mask: Tensor
 
 
-def make_batch(
-    frames: Mapping[str, Sequence[Any]], labels: Any, device: str | torch.device = "cpu"
-) -> Batch:
+def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
     """Returns numpy arrays, modality -> the fields of Frames, as a batch."""
     frames = {
         name: Frames(*(torch.from_numpy(np.array(x)) for x in arrays))
         for name, arrays in frames.items()
     }
-    return _to_device(Batch(frames, torch.from_numpy(np.array(labels)).long()), device)
-
-
-def _to_device(batch: Batch, device: str | torch.device) -> Batch:
-    def put(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
-
-    frames = {name: Frames(*map(put, one)) for name, one in batch.frames.items()}
-    return Batch(frames, put(batch.labels))
+    return Batch(frames, torch.from_numpy(np.array(labels)).long())
 
 
 # Fusion.
@@ -109,7 +98,7 @@ def frame_weights(frames: Frames, weighting: str) -> Tensor:
 def take_frames(features: Tensor, index: Tensor) -> Tensor:
     """Returns features[b, index[b, j]]: of [B, T, D], at [B, T'], in the stored dtype."""
     num_clips, num_frames, dim = features.shape
-    first = torch.arange(num_clips, device=index.device)[:, None] * num_frames
+    first = torch.arange(num_clips)[:, None] * num_frames
     rows = (first + index).flatten()
     return features.flatten(0, 1).index_select(0, rows).view(*index.shape, dim)
 
@@ -127,20 +116,20 @@ def random_fusion(
     `probs` are S probabilities of fusing 1, 2, ... frames, all as likely to be drawn. Without
     `replacement` no frame comes twice in a vector, unless the clip has fewer than are wanted.
     """
-    device, num_slots = frames.mask.device, len(probs)
+    num_slots = len(probs)
     num_clips, num_frames = frames.mask.shape
-    slots = torch.arange(num_slots, device=device)
-    draw = torch.rand(num_clips, num_draws, 1, device=device)
+    slots = torch.arange(num_slots)
+    draw = torch.rand(num_clips, num_draws, 1)
     thresholds = [sum(probs[:i]) / sum(probs) for i in range(1, num_slots)]
     more = [(draw >= threshold).long() for threshold in thresholds]
     used = slots < 1 + sum(more)  # [B, N, S]
 
     if replacement:
         cdf = frames.mask.cumsum(dim=1, dtype=torch.float32)
-        points = torch.rand(num_clips, num_draws * num_slots, device=device) * cdf[:, -1:]
+        points = torch.rand(num_clips, num_draws * num_slots) * cdf[:, -1:]
         index = torch.searchsorted(cdf, points, right=True).clamp(max=num_frames - 1)
     else:
-        keys = torch.rand(num_clips, num_draws, num_frames, device=device)
+        keys = torch.rand(num_clips, num_draws, num_frames)
         keys = keys.masked_fill(~frames.mask[:, None], -1.0)
         order = keys.topk(min(num_slots, num_frames), dim=-1).indices
         turn = slots % frames.mask.sum(dim=1, keepdim=True).clamp(min=1, max=num_slots)  # [B, S]
@@ -160,8 +149,8 @@ def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
     weights = frame_weights(frames, weighting)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
     features, num_clips = frames.features, len(weights)
-    # Eager on a CPU, 8 times faster than one product of all in float32, which leaves the cache.
-    step = num_clips if features.is_cuda or torch.compiler.is_compiling() else 64
+    # Eager, 8 times faster than one product of all in float32, which leaves the cache.
+    step = num_clips if torch.compiler.is_compiling() else 64
     means = [
         torch.bmm(weights[i : i + step, None], features[i : i + step].float())
         for i in range(0, num_clips, step)
@@ -356,7 +345,7 @@ class MMA(nn.Module):
         return self.classifier(self.dropout(x.flatten(1)))
 
     def _drop(self, present: Tensor) -> Tensor:
-        draw = torch.rand(present.shape, device=present.device).masked_fill(~present, -1.0)
+        draw = torch.rand(present.shape).masked_fill(~present, -1.0)
         last = draw == draw.amax(dim=1, keepdim=True)
         return present & ((draw >= self.modality_dropout_rate) | last)
 
@@ -461,9 +450,8 @@ def make_recipe(
     )
 
 
-def _autocast(device: str | torch.device, dtype: torch.dtype) -> torch.autocast:
-    kind = torch.device(device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+def _autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)
 
 
 def _seen(frames: Mapping[str, Frames]) -> Tensor:
@@ -479,7 +467,6 @@ class Step:
         *,
         compile: bool = False,
         dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
         learning_rate: float = 1e-3,
     ):
         """Prepares it.
@@ -488,20 +475,17 @@ class Step:
           recipe: the net and its fusion.
           compile: whether fusion, net and loss are compiled, as one function.
           dtype: of the computation, float32 or bfloat16; parameters are float32.
-          device: where the net lies.
           learning_rate: of Adam.
         """
-        if torch.device(device).type == "cuda":
-            torch.set_float32_matmul_precision("high")  # what jax does by default there
-        self.net = recipe.net.to(device).train()
+        self.net = recipe.net.train()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
         # A tensor, so that another weight compiles nothing anew.
-        self.focal_weight = torch.tensor(0.75, device=device) if recipe.focal else None
+        self.focal_weight = torch.tensor(0.75) if recipe.focal else None
 
         def mean_loss(batch: Batch, focal_weight: Tensor | None) -> Tensor:
             with torch.no_grad():
                 fused = recipe.fuse_train(batch.frames)
-            with _autocast(device, dtype):
+            with _autocast(dtype):
                 logits = recipe.net(fused)
             repeats = len(logits) // len(batch.labels)  # examples of a clip
             labels = batch.labels.repeat_interleave(repeats)
@@ -525,41 +509,22 @@ class Step:
         return loss.detach()
 
 
-def make_step(
-    net_name: str,
-    *,
-    compile: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    learning_rate: float = 1e-3,
-    **options: Any,
-) -> Step:
-    """Returns a training step of one of the nets; `options` go to `make_recipe`."""
-    recipe = make_recipe(net_name, **options)
-    return Step(recipe, compile=compile, dtype=dtype, device=device, learning_rate=learning_rate)
-
-
 def make_scorer(
-    recipe: Recipe,
-    *,
-    compile: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    recipe: Recipe, *, compile: bool = False, dtype: torch.dtype = torch.float32
 ) -> Callable[[Batch], Tensor]:
     """Returns a function of a batch that gives scores [B, C] of identities, -inf where unseen."""
-    net = recipe.net.to(device)
 
     def scores(batch: Batch) -> Tensor:
         fused = recipe.fuse_eval(batch.frames)
-        with _autocast(device, dtype):
-            logits = net(fused)
+        with _autocast(dtype):
+            logits = recipe.net(fused)
         scores = recipe.score(logits.float())[:, 1:]
         return scores.masked_fill(~_seen(batch.frames)[:, None], -torch.inf)
 
     compiled = torch.compile(scores) if compile else scores
 
     def score(batch: Batch) -> Tensor:
-        net.eval()
+        recipe.net.eval()
         with torch.inference_mode():
             return compiled(batch)
 
@@ -577,7 +542,7 @@ def rank(
     with torch.inference_mode():
         for batch in blocks:
             scores = score(batch).T  # [C, B]
-            index = torch.arange(start, start + scores.shape[1], device=scores.device)
+            index = torch.arange(start, start + scores.shape[1])
             start += scores.shape[1]
             index = index.expand(len(scores), -1)
             if best is not None and rows is not None:
@@ -590,17 +555,24 @@ def rank(
 
 
 def mean_average_precision(
-    rows: np.ndarray, scores: np.ndarray, labels: np.ndarray, positives: np.ndarray
+    rows: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    truth: Mapping[str, int],
+    columns: Mapping[int, int],
 ) -> float:
-    """Returns MAP: the mean over identities with positives of the average precision.
+    """Returns MAP over all identities of `truth`; nothing is found of one without a column.
 
-    `rows` and `scores` are those of `rank`, `labels` [N] 1 + identity, or 0, and `positives` [C]
-    the numbers of clips in the ground truth.
+    `rows` and `scores` are those of `rank`; `labels` [N] are class columns, 0 for others; `truth`
+    is clip -> identity, and `columns` identity -> class column, from 1.
     """
     hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(scores)
     precision = np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1])
-    known = positives > 0
-    return float(np.mean((precision * hits).sum(axis=1)[known] / positives[known]))
+    total = (precision * hits).sum(axis=1)
+    positives = collections.Counter(truth.values())
+    known = [identity for identity in positives if identity in columns]
+    found = sum(total[columns[identity] - 1] / positives[identity] for identity in known)
+    return float(found) / len(positives)
 
 
 # The official files in memory.
@@ -696,7 +668,7 @@ class ClipDataset(Dataset):
         return Batch({"face": frames}, torch.tensor([label for _, label in examples]))
 
 
-def make_loader(dataset: ClipDataset, batch_size: int, *, pin_memory: bool = False) -> DataLoader:
+def make_loader(dataset: ClipDataset, batch_size: int) -> DataLoader:
     """Returns batches: in training, shuffled and of one size; in evaluation, in order and all."""
     return DataLoader(
         dataset,
@@ -704,7 +676,6 @@ def make_loader(dataset: ClipDataset, batch_size: int, *, pin_memory: bool = Fal
         shuffle=dataset.train,
         drop_last=dataset.train,
         collate_fn=dataset.collate,
-        pin_memory=pin_memory,
     )
 
 
@@ -726,161 +697,70 @@ def focal_share(share: float) -> float:
 
 
 def fit(
-    directory: str | Path,
+    directory: Path,
     *,
     epochs: int = 10,
     batch_size: int = 1024,
-    block_size: int = 1024,
     compile: bool = False,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
     learning_rate: float = 1e-3,
-    checkpoint: str | Path | None = None,
     each_epoch: bool = False,
     softmax: bool = False,
 ) -> dict[str, Any]:
-    """Trains and evaluates the MLP; returns the seconds taken and the MAP@100 on val.
+    """Trains the MLP, saves a checkpoint and returns the MAP@100 on val.
 
     Args:
       directory: the folder of the official files.
       epochs, batch_size: passes over the training clips; clips a step.
-      block_size: clips that are scored at a time.
-      compile, dtype, device, learning_rate: as in `Step`.
-      checkpoint: where to save; None: a temporary file.
-      each_epoch: True to write the MAP after every epoch; its time is part of `train`.
+      compile, dtype, learning_rate: as in `Step`.
+      each_epoch: True to write the MAP after every epoch.
       softmax: True for the softmax loss alone, without the focal loss.
-
-    Returns:
-      `seconds`, phase -> seconds (`wait`, for batches, and `first_step`, compilation included, are
-      parts of `train`); `map`; `clips_trained`, `clips_ranked`, and clips per second of both.
     """
-    directory, cuda = Path(directory), torch.device(device).type == "cuda"
-    clock = _Clock(cuda)
     identities = sorted(set(load_truth(directory, "train").values()))
     columns = {identity: 1 + i for i, identity in enumerate(identities)}
     train = ClipDataset(directory, "train", columns, train=True)
     val = ClipDataset(directory, "val", columns, train=False)
-    clock.lap("load")
-
     torch.manual_seed(0)
     dims = {"face": train.clips[0].features.shape[1]}
     recipe = make_recipe("mlp", num_classes=1 + len(columns), dims=dims)
     recipe = recipe._replace(focal=recipe.focal and not softmax)
-    step = Step(recipe, compile=compile, dtype=dtype, device=device, learning_rate=learning_rate)
-    loader = make_loader(train, batch_size, pin_memory=cuda)
+    step = Step(recipe, compile=compile, dtype=dtype, learning_rate=learning_rate)
+    loader, blocks = make_loader(train, batch_size), make_loader(val, batch_size)
     num_steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         step.optimizer, lambda done: learning_rate_scale(done, num_steps)
     )
-    clock.lap("build")
-
-    score = make_scorer(recipe, compile=compile, dtype=dtype, device=device)
-    blocks = make_loader(val, block_size, pin_memory=cuda)
+    score = make_scorer(recipe, compile=compile, dtype=dtype)
 
     def evaluate() -> float:
-        best, rows = rank(score, (_to_device(batch, device) for batch in blocks))
+        best, rows = rank(score, blocks)
         recipe.net.train()  # scoring left it in evaluation
-        lists = rows.cpu().numpy(), best.cpu().numpy()
-        return _map_on_val(*lists, val.labels, load_truth(directory, "val"), columns)
+        lists = rows.numpy(), best.numpy()
+        truth = load_truth(directory, "val")
+        return mean_average_precision(*lists, val.labels, truth, columns)
 
     number, loss = 0, torch.zeros(())
-    for batch in clock.waiting(batch for _ in range(epochs) for batch in loader):
+    for batch in (batch for _ in range(epochs) for batch in loader):
         step.set_focal(focal_share(number / num_steps))
-        loss = step(_to_device(batch, device))
+        loss = step(batch)
         schedule.step()
-        if number == 0:
-            clock.note("first_step")
         number += 1
         if each_epoch and number % len(loader) == 0 and number < num_steps:
             sys.stdout.write(f"step {number}: map {evaluate():.4f}\n")
             sys.stdout.flush()
-    clips_trained = number * min(batch_size, len(train))
-    last_loss = loss.item()
-    clock.lap("train")
-
-    value = evaluate()
-    clock.lap("evaluate")
-
+    result = {"map": evaluate(), "loss": loss.item(), "steps": number}
     with tempfile.TemporaryDirectory() as folder:
         state = {"net": step.net.state_dict(), "optimizer": step.optimizer.state_dict()}
-        torch.save({**state, "step": number}, checkpoint or Path(folder) / "checkpoint.pt")
-    clock.lap("save")
-    seconds = clock.seconds
-    return {
-        "compile": compile,
-        "dtype": str(dtype).removeprefix("torch."),
-        "map": value,
-        "loss": last_loss,
-        "steps": number,
-        "clips_trained": clips_trained,
-        "clips_ranked": len(val),
-        "train_clips_per_second": clips_trained / seconds["train"],
-        "eval_clips_per_second": len(val) / seconds["evaluate"],
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
-    }
-
-
-def _map_on_val(
-    rows: np.ndarray,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    truth: Mapping[str, int],
-    columns: Mapping[int, int],
-) -> float:
-    """Returns MAP over all identities of `truth`; those without a column have nothing found."""
-    positives = np.zeros(len(columns), np.int64)
-    strangers = set()
-    for identity in truth.values():
-        if identity in columns:
-            positives[columns[identity] - 1] += 1
-        else:
-            strangers.add(identity)
-    known = int((positives > 0).sum())
-    value = mean_average_precision(rows, scores, labels, positives)
-    return value * known / max(1, known + len(strangers))
-
-
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self, cuda: bool):
-        self.cuda = cuda
-        self.seconds: dict[str, float] = {}
-        self.began = self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Ends a phase."""
-        self.note(name)
-        self.last = time.perf_counter()
-        self.seconds["total"] = self.last - self.began
-
-    def note(self, name: str) -> None:
-        """Notes the seconds since the last phase."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - self.last
-
-    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields batches, and adds up the seconds that they take to come."""
-        self.seconds["wait"] = 0.0
-        iterator = iter(batches)
-        while True:
-            began = time.perf_counter()
-            batch = next(iterator, None)
-            self.seconds["wait"] += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
+        torch.save({**state, "step": number}, Path(folder) / "checkpoint.pt")
+    return result
 
 
 def main() -> None:
     """Prints the result of a whole run as one line of JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path, help="of official files")
-    sizes = {"epochs": 10, "batch_size": 1024, "block_size": 1024}
-    for name, value in {**sizes, "learning_rate": 1e-3, "device": "cpu"}.items():
+    for name, value in {"epochs": 10, "batch_size": 1024, "learning_rate": 1e-3}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--checkpoint", type=Path)
     for name in ("compile", "bfloat16", "each_epoch", "softmax"):
         parser.add_argument(f"--{name}", action="store_true")
     words = vars(parser.parse_args())

@@ -1,7 +1,7 @@
 """Rate of the training step against its bare matrix products, the memory, and PyTorch.
 
     python -m tests.benchmarks.training_step [--nets=mlp,residual,mma] [--peer] [--bfloat16]
-        [--batch_size=1024] [--num_identities=10034] [--rounds=5] [--products]
+        [--batch_size=1024] [--num_identities=10034] [--rounds=5]
 
 Nets are those of `configs/` at published size, the residual one 4096 wide with one draw a clip. A
 step is what training does with resident clips: the draw of a batch, fusion, forward, loss,
@@ -14,9 +14,8 @@ memory. All take turns in one process, because machines drift: the ratios are me
 # pyright: reportMissingImports=false
 
 import argparse
-import collections
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,11 +39,12 @@ def make_peers(
     batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
     options = {"num_classes": 1 + args.num_identities, **common.NETS[name][2]}
     labels = np.random.default_rng(1).integers(0, options["num_classes"], len(batch.clip_index))
-    options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    options["dtype"] = torch.bfloat16 if args.bfloat16 else torch.float32
-    clips = peer.make_batch(common.for_torch(batch.frames), labels, options["device"])
-    eager = peer.make_step(name, **options)
-    compiled = peer.make_step(name, compile=True, **options)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    clips = peer.make_batch(common.for_torch(batch.frames), labels)
+    eager, compiled = (
+        peer.Step(peer.make_recipe(name, **options), compile=compile, dtype=dtype)
+        for compile in (False, True)
+    )
     return {"eager": lambda: float(eager(clips)), "compiled": lambda: float(compiled(clips))}
 
 
@@ -83,8 +83,6 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
         seconds[name_of] = [x / STEPS for x in seconds[name_of]]
     step, flops = common.median(seconds["step"]), sum(product.flops for product in found)
     bandwidth = copied / common.median(seconds["copy"])
-    if args.products:
-        write_products(found)
     if loop._cache_size() != 1:
         raise SystemExit(f"the steps were compiled {loop._cache_size()} times instead of once")
     return [
@@ -99,23 +97,10 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     ]
 
 
-def write_products(found: Sequence[common.Product]) -> None:
-    """Writes the products of a step, the largest first."""
-    table = collections.Counter(product[:4] for product in found)
-    rows = [
-        [f"{list(left)} x {list(right)}", contracted, times, f"{flops * times / 1e9:.2f}"]
-        for (left, right, contracted, flops), times in sorted(
-            table.items(), key=lambda x: -x[0][3] * x[1]
-        )
-    ]
-    common.write_table(["product", "contracted", "times", "GFLOP"], rows)
-
-
 def main() -> None:
     """Prints the table."""
     sizes = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
-    flags = ("--peer", "--bfloat16", "--products")
-    args = common.parse(__doc__, *flags, nets=",".join(common.NETS), **sizes)
+    args = common.parse(__doc__, "--peer", "--bfloat16", nets=",".join(common.NETS), **sizes)
     sys.stdout.write(f"{common.describe()}, batch {args.batch_size}, ")
     sys.stdout.write(f"{1 + args.num_identities} classes\n\n")
     rows = [benchmark(name, args) for name in args.nets.split(",")]

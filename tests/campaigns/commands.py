@@ -12,7 +12,6 @@ at work beside it. No command may end with exit code 1 or a traceback.
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.benchmarks import common
 from tests.helpers import clip_files, made_runs
 
 ROOT = Path(__file__).parents[2]
@@ -337,17 +337,13 @@ def run(folder: Path, case: Case) -> Outcome:
     names = ("JAX_PLATFORMS", "XLA_FLAGS", "TQDM_DISABLE")
     env = {name: value for name, value in os.environ.items() if name not in names}
     env |= {"VIDJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **case.env}
-    began = _seconds_of_children()
+    began = common.children_seconds()
     done = subprocess.run(
         [sys.executable, "-m", "vidjax.main", *case.words.split()],
         cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
-    return Outcome(done.returncode, _seconds_of_children() - began, done.stdout, done.stderr)
-
-
-def _seconds_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    seconds = common.children_seconds() - began
+    return Outcome(done.returncode, seconds, done.stdout, done.stderr)
 
 
 def faults(case: Case, outcome: Outcome) -> list[str]:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vidjax import config_io
+from vidjax import config_io, devices
 from vidjax.analysis import analysis
-from vidjax.evaluation import restore
+from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint
 from vidjax.run.folder import RunFolder
 from vidjax.training import feed, train
@@ -166,8 +166,18 @@ def interrupt_dispatch(monkeypatch, number, signum):
     monkeypatch.setattr(feed.ResidentFeed, "run", interrupted)
 
 
-def ranked_scores(top, num_clips):
-    """Returns the scores [N, C] of every clip, of a ranking that leaves none out."""
+def restored(folder, data, config=None, mesh=None):
+    """Returns the model of a run in a folder, as an evaluation makes it."""
+    config = config or config_io.load_workdir(folder)
+    found = restore.find_run(config, RunFolder(folder))
+    return restore.make_model(config, found, data, mesh or devices.make_mesh(1))
+
+
+def scores(models, split="val", mesh=None, block_size=16):
+    """Returns the scores [N, C] of every clip of a split by some models together."""
+    mesh = mesh or devices.make_mesh(1)
+    top = scoring.score(models, split, mesh, block_size=block_size, each_member=False).top
+    num_clips = len(models[0].data.split(split).clips)
     assert num_clips <= top.index.shape[1]
     found = np.full((num_clips, len(top.index)), np.nan)
     for identity, (scores, index) in enumerate(zip(top.scores, top.index, strict=True)):

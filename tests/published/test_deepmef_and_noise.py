@@ -5,8 +5,6 @@ github.com/luckycallor/IQIYI_VID_5th at 72a2368.
 """
 
 import functools
-import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,53 +15,18 @@ import pytest
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.made_models import init
 from tests.helpers.made_steps import make
+from tests.helpers.published import CLIPS, config_of, official, rates, shapes
 from tests.helpers.small_runs import run, saved, shrunk
-from vidjax import augment, config_io, ensemble, fusion, losses, optim
+from vidjax import augment, ensemble, fusion, losses, optim
 from vidjax.batch import Frames, ModelOutput
 from vidjax.evaluation import eval_step
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.layers import ResidualBlock
-from vidjax.system import System, TaskSpec, make_system
-from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
-
-
-def config_of(spec: str) -> Any:
-    name, _, words = spec.partition(":")
-    return config_io.load_file(f"{ROOT}/configs/{name}.py:{words}")
-
-
-@functools.cache
-def official(spec: str) -> System:
-    """The system of a configuration at 10,034 identities, with 14.125 steps an epoch."""
-    config = config_of(spec)
-    widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
-    clusters = 3691 if config.data.distractors == "noise" else None
-    clips = round(14.125 * config.batch_size)
-    steps = math.ceil(14.125 * config.num_epochs)
-    return make_system(
-        config.to_dict(), TaskSpec(widths, 10_034, clusters, clips, steps, train_other=False)
-    )
-
-
-def rates(spec: str, *epochs: float) -> list[float]:
-    schedule = official(spec).lr_schedule
-    return [float(jnp.asarray(schedule(jnp.int32(np.ceil(14.125 * epoch))))) for epoch in epochs]
-
-
-def shapes(spec: str) -> dict[str, tuple[int, ...]]:
-    """Name of each parameter of one member -> its shape."""
-    system = official(spec)
-    rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    labels = jnp.zeros((1, 2), jnp.int32)
-    state = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels))
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    return {"/".join(part.key for part in path): leaf.shape[1:] for path, leaf in leaves}
 
 
 # ---- DeepMEF, third place of 2019
@@ -75,7 +38,7 @@ def test_deepmef_trains_as_its_code_does():
     assert (config.batch_size, config.num_epochs) == (4096, 100)
     assert (config.optim.name, config.optim.momentum, config.optim.clip_norm) == ("sgd", 0.9, 0)
     assert (config.loss.margin, config.loss.gamma, config.data.distractors) == (0.5, 2, "leave_out")
-    assert official(DEEPMEF).model.logit_scale == 30
+    assert official(DEEPMEF)[1].model.logit_scale == 30
     assert (config.mixup, config.transforms, config.model.main.modality_dropout_rate) == (0, (), 0)
     assert config_of(f"{DEEPMEF},trainval").data.train_splits == ("train", "val")
 
@@ -85,8 +48,8 @@ def test_the_rate_falls_once_an_epoch_and_to_nothing():
     expected = [0.1 * (1 + np.cos(np.pi * epoch / 100)) / 2 for epoch in (0, 1, 10, 50, 99)]
     np.testing.assert_allclose(rates(DEEPMEF, 0, 1, 10, 50, 99), expected, rtol=1e-5)
     np.testing.assert_allclose(rates(DEEPMEF, 99), 2.467e-5, rtol=1e-3)
-    schedule = official(DEEPMEF).lr_schedule
-    steps = np.asarray(schedule(jnp.arange(42)))  # epochs of 14.125 steps
+    schedule = official(DEEPMEF)[1].lr_schedule
+    steps = np.asarray(schedule(jnp.arange(42)))  # epochs of 14.1 steps
     np.testing.assert_array_equal(steps, np.repeat(steps[[0, 14, 28]], 14))
     assert steps[0] > steps[14] > steps[28]
 
@@ -117,7 +80,7 @@ def test_nets_and_their_views_have_the_numbers_of_the_code():
     config = config_of(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
-    system = official(f"{DEEPMEF},views")
+    _, system = official(f"{DEEPMEF},views")
     columns = jnp.arange(2048.0)
     one = jnp.ones((1, 1))
     frames = {
@@ -245,7 +208,7 @@ def test_theta_and_phi_of_the_code_never_move():
 
 def test_features_are_taken_as_they_are():
     """sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection."""
-    main = official(DEEPMEF).model.main
+    main = official(DEEPMEF)[1].model.main
     assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
     assert (main.channel_attention, main.channel_norm, main.layer_form) == (
         "channels", True, "published",
@@ -366,7 +329,7 @@ def test_noise_classes_train_as_their_code_does():
         0,
     )
     assert rates(NOISE, 0, 10, 20, 100, 199) == pytest.approx([1e-3] * 5)
-    assert (config.loss.margin, official(NOISE).model.logit_scale) == (0.5, 64)
+    assert (config.loss.margin, official(NOISE)[1].model.logit_scale) == (0.5, 64)
     assert config.noise.relabel_every_epochs == 1
     found = shapes(NOISE)
     assert found["classifier/kernel"] == (512, 1 + 2 * 10_034 + 3691)
@@ -375,12 +338,11 @@ def test_noise_classes_train_as_their_code_does():
 
 def test_the_weight_of_mirrors_climbs_ten_stairs():
     """noise_weight = [0.1, ..., 0.6], each for a tenth of 200 epochs."""
-    system = official(NOISE)
+    config, system = official(NOISE)
     mirror = jnp.array([10_034 + 3691 + 1])
     epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)
-    found = [
-        float(system.column_weight(mirror, jnp.float32(14.125 * epoch))[0]) for epoch in epochs
-    ]
+    steps = jnp.float32(CLIPS / config.batch_size) * jnp.array(epochs)
+    found = [float(system.column_weight(mirror, step)[0]) for step in steps]
     assert found == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6, 0.6])
 
 
@@ -480,14 +442,3 @@ def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
         run(config, tmp_path / phase, data)
         seen[phase] = np.asarray(saved(tmp_path / phase)["train"]["labels"])
     assert (seen["train"] != seen["evaluate"]).any()
-
-
-@pytest.mark.parametrize("words", ["published", "published,views"])
-def test_deepmef_as_published_trains(data, tmp_path, words):
-    config = shrunk(
-        "--config.num_epochs=2", "--config.optim.learning_rate=0.02",
-        "--config.modalities=face,head",
-        spec=f"configs/deepmef.py:iqiyi_vid,{words},face,head",
-    )  # fmt: skip
-    metrics = run(config, tmp_path, data)
-    assert metrics["num_members" if "num_members" in metrics else "map"] is not None

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,45 +10,18 @@ import pytest
 
 from tests.helpers import made_steps
 from tests.helpers.made_frames import make_frames
-from vidjax import config_io, ensemble, fusion, losses
+from tests.helpers.published import CLIPS, official, rates, shapes
+from vidjax import ensemble, fusion, losses
 from vidjax.augment import MemberClips
 from vidjax.batch import ClipInfo, ModelOutput
-from vidjax.system import TaskSpec, make_system
 from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-CLIPS, IDENTITIES = 57_820, 10_034  # of train; the official files
 
-
-@functools.cache
 def published(name, words=""):
-    """Returns a configuration at the published size, and its system for 57,820 clips."""
-    config = config_io.load_file(f"{ROOT}/configs/{name}.py:iqiyi_vid,published,{words}")
-    widths = dict.fromkeys(config.modalities, 512)
-    steps = round(config.num_epochs * CLIPS / config.batch_size)
-    task = TaskSpec(widths, IDENTITIES, None, CLIPS, steps, train_other=True)
-    return config, make_system(config.to_dict(), task)
-
-
-def rates(name, epochs):
-    """Returns the learning rate of the first step of some epochs."""
-    config, system = published(name)
-    steps = np.ceil(np.asarray(epochs) * CLIPS / config.batch_size).astype(np.int32)
-    return np.asarray(system.lr_schedule(steps))
-
-
-def shapes(name, words=""):
-    """Returns path -> shape of the parameters of one member."""
-    _, system = published(name, words)
-    labels = jnp.zeros((1, CLIPS), jnp.int32)
-    rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    state = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels))
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x.shape[1:] for path, x in leaves
-    }
+    """Returns a configuration at the published size, and its system, with a class of others."""
+    return official(f"{name}:iqiyi_vid,published,{words}", train_other=True)
 
 
 def one_clip(quality, detection=0.9):
@@ -81,7 +53,9 @@ def test_residual_dense_trains_eight_epochs_at_falling_rates():
     config, _ = published("residual_dense")
     assert config.num_epochs == 8 and config.optim.name == "adam"  # L34
     wanted = [0.01, 0.007, 0.0049, 0.00343, 0.002401, 0.0016807, 0.00117649, 0.000823543]
-    np.testing.assert_allclose(rates("residual_dense", range(8)), wanted, rtol=1e-5)  # L34
+    np.testing.assert_allclose(
+        rates("residual_dense:iqiyi_vid,published", *range(8)), wanted, rtol=1e-5
+    )  # L34
     assert (config.optim.total_decay, config.optim.weight_decay, config.mixup) == (0, 0, 0)
     assert (config.loss.classification, config.loss.label_smoothing) == ("softmax", 0)
 
@@ -152,7 +126,7 @@ def test_residual_dense_ranks_the_best_seven_tenths_of_all_and_merged_frames():
 
 
 def test_residual_dense_has_shortcuts_batch_norm_and_a_classifier_of_everybody():
-    found = shapes("residual_dense", "face")
+    found = shapes("residual_dense:iqiyi_vid,published,face")
     layers = {f"backbone/layer_{i}/dense/kernel": (512 if i == 0 else 8192, 8192) for i in range(3)}
     norms = {f"backbone/layer_{i}/norm/scale": (8192,) for i in range(3)}
     kernels = (
@@ -190,7 +164,9 @@ def test_quality_fusion_holds_a_low_rate_jumps_and_halves():
     assert (config.batch_size, config.optim.name) == (512, "adam")  # training.py:215, 314
     epochs = [0, 4, 8.9, 9, 58.9, 59, 108.9, 109, 158.9, 159, 199]
     wanted = [2e-5] * 3 + [1.5e-4] * 2 + [7.5e-5] * 2 + [3.75e-5] * 2 + [1.875e-5] * 2
-    np.testing.assert_allclose(rates("quality_fusion", epochs), wanted, rtol=1e-5)  # :314-331
+    np.testing.assert_allclose(
+        rates("quality_fusion:iqiyi_vid,published", *epochs), wanted, rtol=1e-5
+    )  # :314-331
 
 
 def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
@@ -259,7 +235,7 @@ def test_quality_fusion_weighs_the_faces_of_the_test():
     ],
 )
 def test_quality_fusion_has_the_nets_of_its_code(net, widths, norms):
-    found = shapes("quality_fusion", net)  # inference.py:200-256
+    found = shapes(f"quality_fusion:iqiyi_vid,published,{net}")  # inference.py:200-256
     kernels = [shape for name, shape in sorted(found.items()) if name.endswith("dense/kernel")]
     assert kernels == list(itertools.pairwise(widths))
     assert found["classifier/logits/kernel"] == (1024, 10_035)  # L22

@@ -1,7 +1,5 @@
 """What `CONFIG:published` computes, beside numbers of the publications and their code."""
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,50 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import published
 from tests.helpers.made_frames import make_frames
-from vidjax import config_io, ensemble, fusion, metrics
+from vidjax import ensemble, fusion
 from vidjax.batch import ClipInfo, Frames
 from vidjax.models import identifier
-
-ROOT = Path(__file__).parents[2]
-IDENTITIES = 10_034
 
 # The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).
 
 
 def of_the_paper(words=""):
     """Returns `mma.py:published` at its full size, as nested dicts."""
-    spec = ",".join(filter(None, ("published,iqiyi_vid", words)))
-    return config_io.load_file(f"{ROOT}/configs/mma.py:{spec}").to_dict()
+    return published.config_of(f"mma:published,iqiyi_vid,{words}").to_dict()
 
 
 def fused(phase, rng, frames):
     return fusion.make_fusion(of_the_paper()["fusion"]["face"][phase])(rng, frames)
 
 
-@functools.cache
-def parameters(words):
-    """Returns name -> shape of every parameter, for features of width 512."""
-    config = of_the_paper(words)
-    model: Any = identifier.make_identifier(
-        config["model"],
-        modalities=dict.fromkeys(config["modalities"], 512),
-        num_classes=1 + IDENTITIES,
-        num_clips=8,
-    )
-    frames = {name: make_frames([2, 1], max_frames=2, dim=512) for name in config["modalities"]}
-    clips = ClipInfo(np.arange(2, dtype=np.int32), np.ones(2, bool))
-    made = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
-    paths = jax.tree_util.tree_leaves_with_path(made["params"])
-    return {"/".join(part.key for part in path): leaf.shape for path, leaf in paths}
-
-
 def test_mma_parameters():
-    shapes = parameters("")
+    shapes = published.shapes("mma:published,iqiyi_vid")
     assert shapes["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
     assert not [name for name in shapes if name.startswith("attention_map") and "w_f/k" not in name]
     # "3 of the 6 features come from face" (L170), "squeezed into a vector" (L184)
-    assert shapes["classifier/logits/kernel"] == (6 * 512, 1 + IDENTITIES)
+    assert shapes["classifier/logits/kernel"] == (6 * 512, 10_035)
     assert shapes["face_map/kernel"][1] == 3 * 512
     for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (L254)
         assert shapes[f"{name}_map/kernel"] == (512, 512)
@@ -72,12 +50,6 @@ def test_mma_values():
     assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (L159)
     assert (model["attention_form"], model["gram_scale"]) == ("gram", 1.0)  # equation 2 (L176)
     assert model["netvlad_reduce"] == "sum"  # "a weighted sum" (L153)
-
-
-def test_mma_metric():
-    """Hits at ranks 1 and 3 of four positives: (1/1 + 2/3) / 4, equation 4 (L221)."""
-    found = metrics.average_precision(np.array([[True, False, True]]), np.array([4]))
-    assert found == pytest.approx((1 + 2 / 3) / 4)
 
 
 def test_mma_faces():
