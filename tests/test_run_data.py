@@ -10,6 +10,7 @@ import pytest
 import vidjax
 from vidjax import files, optim
 from vidjax.evaluation import restore
+from vidjax.files import reading
 from vidjax.main import main
 from vidjax.run import checkpoint
 from vidjax.training import feed, plan
@@ -259,14 +260,14 @@ def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
 
 
 def test_an_evaluation_reads_each_file_of_the_run_once(own, monkeypatch):
-    opened, open_regular = collections.Counter(), files.open_regular
+    opened, open_regular = collections.Counter(), reading.open_regular
 
     def count(path, *args, **options):
         if path.is_relative_to(own / "run"):
             opened[path.name] += 1
         return open_regular(path, *args, **options)
 
-    monkeypatch.setattr(files, "open_regular", count)
+    monkeypatch.setattr(reading, "open_regular", count)
     evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.report=True"]
     assert main(evaluate) == 0
     assert {opened[name] for name in ("config.json", "metrics.json", "identities.json")} == {1}

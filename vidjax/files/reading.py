@@ -1,32 +1,25 @@
-"""Reads files that may come from a stranger, writes files whole or not at all, and locks folders.
+"""Reads files that may come from a stranger, and computes digests.
 
 Readers open regular files only, follow no symbolic link at the path, check sizes first, and return
-bytes, JSON, or arrays without objects. They raise ValueError or FileNotFoundError. Writers raise an
-OSError with the path.
+bytes, JSON, or arrays without objects. They raise ValueError or FileNotFoundError.
 """
 
 import contextlib
-import fcntl
-import grp
 import hashlib
 import io
 import json
 import math
 import os
-import pwd
 import re
-import secrets
-import shutil
-import socket
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 
-from vidjax.errors import DiskError, InUseError, UserError
+from vidjax.errors import UserError
 
 T = TypeVar("T")
 
@@ -35,8 +28,6 @@ JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
 LINE_BYTES = MB // 4  # of a log of one JSON value per line
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
-LOCK_BYTES = 1000  # the longest text of a `.lock`
-SMALL_BYTES = MB  # a file of more is hashed in parts, which take longer for a small one
 MAX_DEPTH = 40  # of lists and objects within each other
 LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
 MAX_ITEMS = 2_000_000  # values in one JSON file
@@ -136,7 +127,10 @@ def _open_to_read(
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
     """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`."""
     with _open_to_read(path, limit, below) as (file, size):
-        return file.read(size + 1)  # it may grow
+        content = bytearray()
+        while len(content) <= size and (part := file.read(size + 1 - len(content))):
+            content += part
+        return bytes(content)
 
 
 def read_json(
@@ -267,6 +261,9 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     return found.resolve() if ".." in found.parts else found.absolute()
 
 
+SMALL_BYTES = 1 << 20  # a file of more is read in parts, which take longer for a small one
+
+
 def sha256_file(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb", buffering=0) as file:
@@ -294,217 +291,3 @@ def sha256_folder(folder: Path) -> dict[str, str]:
 def cache_root(given: str | Path | None = None) -> Path:
     """Returns the cache folder: `given`, else `$VIDJAX_CACHE`, else `~/.cache/vidjax`."""
     return Path(given or os.environ.get("VIDJAX_CACHE") or "~/.cache/vidjax").expanduser()
-
-
-def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Returns the absolute path of a writable folder, made if needed; errors call it `name`."""
-    workdir = Path(path).expanduser().absolute()
-    try:
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"{name} '{workdir}' is a file, not a folder")
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-test-{secrets.token_hex(4)}"
-        _create(probe).close()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
-    return workdir
-
-
-def _create(path: Path) -> BinaryIO:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return open(os.open(path, flags, 0o666), "w+b")
-
-
-def open_log(path: Path) -> io.FileIO:
-    """Opens a log to append to, unbuffered; it need not exist yet.
-
-    A log with other hard links, as snapshots make, is copied first, so that these do not change.
-    """
-    if exists(path):
-        with open_regular(path) as file:
-            several = os.fstat(file.fileno()).st_nlink > 1
-            if several:
-                with atomic_file(path) as copy:
-                    shutil.copyfileobj(file, copy)
-    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-
-def remove_tree(folder: Path) -> None:
-    """Removes a folder with all its content; if `folder` is a link, only the link."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically: a reader sees the old content or all of the new."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Writes a file atomically; `sync`: see `atomic_file`."""
-    with atomic_file(path, sync=sync) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Yields a new file to write, which replaces `path` when the context ends without an error.
-
-    `sync` waits until the disk has the content, so that a power cut leaves a whole file, too.
-    """
-    # Not the number of the process: those of containers on a shared disk are often the same.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with _create(partial) as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def append(file: io.FileIO, content: bytes) -> None:
-    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full."""
-    before = file.seek(0, os.SEEK_END)
-    left = content
-    try:
-        while left:
-            left = left[file.write(left) :]
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            file.truncate(before)
-        raise _cannot_write(file.name, error) from error
-
-
-def _cannot_write(path: object, error: OSError) -> DiskError:
-    named = DiskError(f"cannot write '{path}': {error.strerror}")
-    named.errno = error.errno
-    return named
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file atomically; the value may hold numpy scalars and arrays."""
-    write_text(path, to_json(value))
-
-
-def to_json(value: object) -> str:
-    """Returns a value as JSON text; it may hold numpy scalars and arrays."""
-    return json.dumps(value, indent=2, default=_plain) + "\n"
-
-
-def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
-    """Writes a JSON file of `entries` and their digest, as the entry `sha256`."""
-    plain = json.loads(to_json(dict(entries)))  # as a reader will see them
-    write_json(path, {**plain, "sha256": sha256_json(plain)})
-
-
-def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Returns the entries that `write_manifest` was given; refuses them if their digest differs."""
-    manifest = read_json(path, below=below)
-    if manifest.pop("sha256", None) != sha256_json(manifest):
-        raise UserError(f"'{path}' is damaged (its own sha256 differs)")
-    return manifest
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    raise TypeError(f"no JSON form of {type(value).__name__}")
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to fill, which becomes `folder` at the end if no error is raised.
-
-    UserError if `folder` exists then.
-    """
-    # A fresh name each time: a child of a killed process cannot write into this one.
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir(mode=0o700)
-        yield partial
-        for path in partial.rglob("*"):
-            path.chmod(0o700 if path.is_dir() else 0o600)
-        if exists(folder):
-            raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(partial)) from error
-        raise
-
-
-def make_private(folder: Path) -> None:
-    """Makes a folder and its missing parents, with mode 0700."""
-    for path in (*reversed(folder.parents), folder):
-        if not path.is_dir():
-            path.mkdir(mode=0o700, exist_ok=True)
-
-
-@contextlib.contextmanager
-def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
-    """Locks a folder until the context or the process ends; errors call the folder `name`."""
-    path = workdir / ".lock"
-    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = file.read(LOCK_BYTES).decode(errors="replace")
-            owner = "".join(filter(str.isprintable, text)).strip() or "another process"
-            raise InUseError(f"{name} '{workdir}' is in use by {owner}") from None
-        except OSError as error:
-            raise UserError(f"cannot lock '{path}': {error.strerror}") from error
-        content = file.read(LOCK_BYTES)
-        if content and not content.startswith(b"process "):
-            raise UserError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
-        owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
-        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # else it is others', too
-            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
-                file.seek(0)
-                file.write(owner)  # a file that is cut would be waited for, milliseconds
-        yield
-
-
-def foreign_part(folder: Path) -> Path | None:
-    """Returns the first folder on the path from / to `folder` that others may change, or None."""
-    try:
-        real = folder.absolute().resolve()
-        for path in (*reversed(real.parents), real):
-            if not path.exists():
-                break
-            if _may_be_changed(path.stat(), last=path == real):
-                return path
-    except OSError:
-        return folder
-    return None
-
-
-def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if other users but root may replace files in a folder; if `last`, also add."""
-    user = os.geteuid()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
-        return True
-    sticky = status.st_mode & stat.S_ISVTX and not last  # others cannot rename what is not theirs
-    others = status.st_mode & stat.S_IWOTH
-    group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)
-    return bool((others or group) and not sticky)
-
-
-def _is_private(group: int) -> bool:
-    """Returns True for root's group, and for a group of the user's name without other members."""
-    if group == 0:
-        return True
-    try:
-        name, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
-    except KeyError:
-        return False
-    return entry.gr_name == name and set(entry.gr_mem) <= {name}

@@ -1,0 +1,76 @@
+"""Locks folders, and tells whether others may change them."""
+
+import contextlib
+import fcntl
+import grp
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from vidjax.errors import InUseError, UserError
+from vidjax.files.reading import open_regular
+
+LOCK_BYTES = 1000  # the longest text of a `.lock`
+
+
+@contextlib.contextmanager
+def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
+    """Locks a folder until the context or the process ends; errors call the folder `name`."""
+    path = workdir / ".lock"
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read(LOCK_BYTES).decode(errors="replace")
+            owner = "".join(filter(str.isprintable, text)).strip() or "another process"
+            raise InUseError(f"{name} '{workdir}' is in use by {owner}") from None
+        except OSError as error:
+            raise UserError(f"cannot lock '{path}': {error.strerror}") from error
+        content = file.read(LOCK_BYTES)
+        if content and not content.startswith(b"process "):
+            raise UserError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
+        owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
+        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # else it is others', too
+            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+                file.seek(0)
+                file.write(owner)  # a file that is cut would be waited for, milliseconds
+        yield
+
+
+def foreign_part(folder: Path) -> Path | None:
+    """Returns the first folder on the path from / to `folder` that others may change, or None."""
+    try:
+        real = folder.absolute().resolve()
+        for path in (*reversed(real.parents), real):
+            if not path.exists():
+                break
+            if _may_be_changed(path.stat(), last=path == real):
+                return path
+    except OSError:
+        return folder
+    return None
+
+
+def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
+    """Returns True if other users but root may replace files in a folder; if `last`, also add."""
+    user = os.geteuid()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
+        return True
+    sticky = status.st_mode & stat.S_ISVTX and not last  # others cannot rename what is not theirs
+    others = status.st_mode & stat.S_IWOTH
+    group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)
+    return bool((others or group) and not sticky)
+
+
+def _is_private(group: int) -> bool:
+    """Returns True for root's group, and for a group of the user's name without other members."""
+    if group == 0:
+        return True
+    try:
+        name, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return entry.gr_name == name and set(entry.gr_mem) <= {name}

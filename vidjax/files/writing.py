@@ -1,0 +1,170 @@
+"""Writes files and folders whole or not at all; errors are an OSError with the path."""
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vidjax.errors import DiskError, UserError
+from vidjax.files.reading import exists, open_regular, read_json, sha256_json
+
+
+def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
+    """Returns the absolute path of a writable folder, made if needed; errors call it `name`."""
+    workdir = Path(path).expanduser().absolute()
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{name} '{workdir}' is a file, not a folder")
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-test-{secrets.token_hex(4)}"
+        _create(probe).close()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
+    return workdir
+
+
+def _create(path: Path) -> BinaryIO:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "w+b")
+
+
+def open_log(path: Path) -> io.FileIO:
+    """Opens a log to append to, unbuffered; it need not exist yet.
+
+    A log with other hard links, as snapshots make, is copied first, so that these do not change.
+    """
+    if exists(path):
+        with open_regular(path) as file:
+            several = os.fstat(file.fileno()).st_nlink > 1
+            if several:
+                with atomic_file(path) as copy:
+                    shutil.copyfileobj(file, copy)
+    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all its content; if `folder` is a link, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: a reader sees the old content or all of the new."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Writes a file atomically; `sync`: see `atomic_file`."""
+    with atomic_file(path, sync=sync) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Yields a new file to write, which replaces `path` when the context ends without an error.
+
+    `sync` waits until the disk has the content, so that a power cut leaves a whole file, too.
+    """
+    # Not the number of the process: those of containers on a shared disk are often the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with _create(partial) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full."""
+    before = file.seek(0, os.SEEK_END)
+    left = content
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(before)
+        raise _cannot_write(file.name, error) from error
+
+
+def _cannot_write(path: object, error: OSError) -> DiskError:
+    named = DiskError(f"cannot write '{path}': {error.strerror}")
+    named.errno = error.errno
+    return named
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file atomically; the value may hold numpy scalars and arrays."""
+    write_text(path, to_json(value))
+
+
+def to_json(value: object) -> str:
+    """Returns a value as JSON text; it may hold numpy scalars and arrays."""
+    return json.dumps(value, indent=2, default=_plain) + "\n"
+
+
+def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
+    """Writes a JSON file of `entries` and their digest, as the entry `sha256`."""
+    plain = json.loads(to_json(dict(entries)))  # as a reader will see them
+    write_json(path, {**plain, "sha256": sha256_json(plain)})
+
+
+def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
+    """Returns the entries that `write_manifest` was given; refuses them if their digest differs."""
+    manifest = read_json(path, below=below)
+    if manifest.pop("sha256", None) != sha256_json(manifest):
+        raise UserError(f"'{path}' is damaged (its own sha256 differs)")
+    return manifest
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"no JSON form of {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder to fill, which becomes `folder` at the end if no error is raised.
+
+    UserError if `folder` exists then.
+    """
+    # A fresh name each time: a child of a killed process cannot write into this one.
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(mode=0o700)
+        yield partial
+        for path in partial.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        if exists(folder):
+            raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(partial)) from error
+        raise
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder and its missing parents, with mode 0700."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.is_dir():
+            path.mkdir(mode=0o700, exist_ok=True)
