@@ -1,8 +1,10 @@
 """Resident clips: what is drawn, what is shown, and that no bit depends on how steps are called."""
 
+import functools
 import itertools
 import os
 import signal
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
+from tests.helpers.made_steps import make_train_step
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -24,17 +27,20 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import devices as devices_lib
-from vidjax import fusion, machine
+from vidjax import ensemble, fusion, machine
 from vidjax.batch import Frames, LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
-from vidjax.training import feed
+from vidjax.system import TaskSpec, make_system
+from vidjax.training import feed, train_step
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
+COSINE = "configs/cosine.py:iqiyi_vid"
+PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
@@ -304,6 +310,161 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
         left, right = getattr(ours, field), getattr(wanted, field)
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right, err_msg=field)
+
+
+class Setting:
+    """A shipped system on resident clips: its loop, and a state to begin with."""
+
+    def __init__(self, data, *words, spec, devices=1):
+        config = shrunk(*words, spec=spec)
+        train, modalities = data.split("train"), tuple(config.modalities)
+        sizes = {name: data.modalities[name].dim for name in modalities}
+        task = TaskSpec(sizes, 12, None, len(train.labels), 24, train_other=False)
+        self.system = make_system(config.to_dict(), task)
+        self.mesh = devices_lib.make_mesh(devices)
+        self.plan = make_batch_plan(
+            [train], modalities, batch_size=32, max_frames=config.data.max_frames, crop="window",
+            seed=0,
+        )  # fmt: skip
+        layout = resident.plan_resident(data, self.plan, "val")
+        self.clips = resident.Resident(data, layout, self.mesh).train
+        members, labels = (ensemble.Member(),), np.asarray(train.labels, np.int32)[None]
+        tables = train_step.make_tables(members, np.ones(labels.shape))
+        self.tables = devices_lib.replicate(self.mesh, tables)
+        rngs = ensemble.make_rngs(members, 0)
+        self._start = train_step.make_state(
+            lambda: train_step.init_state(self.system, rngs, jax.numpy.asarray(labels)),
+            self.system.tx,
+            devices_lib.replicated(self.mesh),
+        )
+        self.loop: Any = train_step.make_train_loop(
+            self.system, self.mesh, lambda clips, step: resident.draw_batch(clips, self.plan, step)
+        )
+
+    def start(self):
+        return jax.tree.map(lambda x: x.copy(), self._start)
+
+    def run(self, *counts):
+        """Returns the state after some calls, and what the last one said."""
+        state = self.start()
+        outcome: Any = None
+        for count in counts:
+            state, outcome = self.loop(state, self.tables, self.clips, np.int32(count))
+        return state, outcome
+
+    def host_batches(self, count):
+        """Yields the batches of the first steps as numpy arrays."""
+        draw = drawer(self.clips, self.plan)
+        return (draw(step) for step in range(count))
+
+
+def assert_same_state(left, right, names=("step", "params", "model_state", "opt_state", "sums")):
+    for name in names:
+        a, b = jax.device_get((getattr(left, name), getattr(right, name)))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("spec", [MMA, MLP, COSINE, PLDA], ids=["mma", "mlp", "cosine", "plda"])
+def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
+    setting = Setting(data, spec=spec)
+    assert not setting.plan.windowed
+    wanted, outcome = setting.run(*[1] * 8)
+    for counts in ((3, 5), (8,)):
+        state, last = setting.run(*counts)
+        assert_same_state(state, wanted)
+        jax.tree.map(np.testing.assert_array_equal, last, outcome)
+    assert int(outcome.bad_step) == -1 and outcome.loss.shape == (1,)
+    assert setting.loop._cache_size() == 1
+
+    step, state = make_train_step(setting.system, setting.mesh), setting.start()
+    losses = np.zeros(1)
+    for batch in setting.host_batches(8):
+        on_device = devices_lib.shard_batch(setting.mesh, batch)
+        state, losses = step(state, setting.tables, on_device)
+    assert_same_state(state, wanted)
+    np.testing.assert_array_equal(losses, outcome.loss)
+
+
+@pytest.mark.slow
+def test_parameters_do_not_depend_on_the_number_of_devices(data):
+    sgd = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
+    left, right = (
+        jax.device_get(Setting(data, *sgd, spec=MLP, devices=devices).run(8)[0])
+        for devices in (1, 8)
+    )
+    # Running statistics of raw features are no parameters, and far from 1.
+    for name, rtol, atol in (("params", 0, 1e-6), ("model_state", 1e-6, 0)):
+        for a, b in zip(*(jax.tree.leaves(getattr(x, name)) for x in (left, right)), strict=True):
+            np.testing.assert_allclose(a, b, rtol, atol, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_loop_leaves_bad_steps_out_and_says_which_was_one_too_many(data):
+    setting = Setting(data, spec=MLP)
+    setting.plan = setting.plan._replace(batch_size=8)
+    whole = setting.plan._replace(batch_size=setting.plan.num_clips)
+    order = drawer(setting.clips, whole)(0).clip_index.tolist()
+    face: Any = setting.clips["face"]
+    for at in (24, 40, 48, 56):  # in steps 3, 5, 6 and 7
+        clip = first_with_a_face(data, order[at : at + 8])
+        frames = slice(int(face.start[clip]), int(face.start[clip] + face.length[clip]))
+        face = face._replace(features=face.features.at[frames].set(np.nan))
+    setting.clips["face"] = face
+    for counts in ((12,), (3, 5), (7, 1)):
+        assert int(setting.run(*counts)[1].bad_step) == 7
+    state, outcome = setting.run(7)
+    assert int(outcome.bad_step) == -1 and np.asarray(state.bad_steps) == 2
+    assert np.asarray(state.sums["bad_steps"]) == 3
+    before, after = setting.run(3)[0], setting.run(4)[0]
+    assert_same_state(before, after, ("params", "model_state", "opt_state"))
+    assert np.asarray(setting.run(5)[0].bad_steps) == 0
+
+
+class Told:
+    """A number that tells when it is read."""
+
+    def __init__(self, value, tell: Any = str):
+        self.value, self.tell = value, tell
+
+    def __array__(self, *args, **kwargs):
+        self.tell()
+        return np.asarray(self.value)
+
+    def is_ready(self):
+        return False
+
+
+def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data):
+    setting, events = Setting(data, spec=MLP), []
+
+    def batches():
+        for number, batch in enumerate(setting.host_batches(20)):
+            events.append(f"batch {number}")
+            yield batch
+
+    def loop(state, tables, batch, count):
+        number = int(state.step)
+        events.append(f"step {number}")
+        tell = functools.partial(events.append, f"read {number}")
+        outcome: Any = Told(number), Told(number if number == 6 else -1, tell)
+        return state.replace(step=state.step + 1), train_step.Outcome(*outcome)
+
+    streamed = feed.StreamingFeed(setting.system, setting.mesh, batches())
+    streamed._loop = loop
+    states, tables = [setting.start()], [setting.tables]
+    done = streamed.run(states, tables, 0, 9)  # one step compiles
+    assert (done.num_steps, done.loss, done.bad_step) == (1, 0, None)
+    done = streamed.run(done.states, tables, 1, 9)  # and one is timed
+    done = streamed.run(done.states, tables, 2, 3)
+    assert (done.num_steps, done.loss, done.bad_step) == (3, 4, None)
+    order = list(dict.fromkeys(events))
+    for number in (2, 3):
+        assert order.index(f"step {number + 1}") < order.index(f"read {number}")
+        assert order.index(f"batch {number + 1}") < order.index(f"step {number + 1}")
+    done = streamed.run(done.states, tables, 5, 9)  # step 6 is one too many
+    assert (done.num_steps, done.bad_step) == (3, 6)
 
 
 def first_with_a_face(data, clips):

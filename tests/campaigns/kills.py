@@ -24,9 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files
-from tests.helpers.small_runs import ROOT
+from tests.helpers.small_runs import ROOT, saved
 
 MODES = ("streaming", "resident")
 # How long after a moment began the kill may come, in seconds: about as long as it lasts.
@@ -144,11 +148,15 @@ class Run:
         return {line["step"] for line in lines if "split" in line}
 
     def outcome(self) -> dict[str, Any]:
-        """Returns what kills may not change, by name: digests, bytes, results, and steps."""
+        """Returns what kills may not change, by name: digests, bytes, results, and checkpoints.
+
+        Of every checkpoint, these are all arrays: the state of the optimiser is among them.
+        """
         paths = (self.workdir / name for name in SAME_FILES)
         found = {path.name: path.read_bytes() for path in paths if path.exists()}
         results = _results(self.workdir / "metrics.json")
-        return found | digests(self.workdir) | results | {"steps": sorted(self.manifests())}
+        arrays = {f"step {step}": _arrays(self.workdir, step) for step in self.manifests()}
+        return found | digests(self.workdir) | results | arrays
 
     def differences(self) -> list[str]:
         """Returns the files and values whose bytes differ from the undisturbed run."""
@@ -160,6 +168,17 @@ class Run:
 def _results(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text())
     return {name: value for name, value in found.items() if not MEASURED.search(name)}
+
+
+def _arrays(workdir: Path, step: int) -> dict[str, tuple[Any, ...]]:
+    """Returns path -> dtype, shape and bytes of every array of a checkpoint."""
+    found = {}
+    for name, leaf in jax.tree_util.tree_leaves_with_path(saved(workdir, step)):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        found[jax.tree_util.keystr(name)] = array.dtype, array.shape, array.tobytes()
+    assert any("opt_state" in name for name in found)
+    return found
 
 
 class Process:
