@@ -12,9 +12,13 @@ from tests.helpers import clip_files
 from tests.helpers.clip_files import random_clip, write_learnable
 from tests.helpers.datasets import record_digests
 from vidjax.data import arrays, cache, iqiyi_vid, processes
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import STORED
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.packing import pack
+from vidjax.data.records import convert as convert_lib
 from vidjax.data.records import shard_files
+from vidjax.data.records.codec import PackedFrames, tfds
 from vidjax.data.records.convert import convert
 from vidjax.data.records.tensors import tf
 
@@ -287,3 +291,29 @@ def test_checksums_are_those_of_tensorflow(tmp_path):
         for message in messages:
             writer.write(message)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_record_is_what_tfds_makes_of_a_clip():
+    modalities = {"face": Modality(5, "float16")}
+    for number, dtype in enumerate(("float16", "float32", "float64", "int8")):
+        modalities[f"a-b_{number}"] = Modality(300, dtype)
+    packed = {
+        name: PackedFrames(dim=kind.dim, dtype=kind.dtype) for name, kind in modalities.items()
+    }
+    features = tfds.features.FeaturesDict(
+        {
+            "clip": tfds.features.Text(),
+            "clip_index": tfds.features.Scalar(dtype=np.int64),
+            "frames": tfds.features.FeaturesDict(packed),
+        }
+    )
+    rng = np.random.default_rng(0)
+    for index, count in ((0, 0), (1, 1), (127, 3), (128, 40), (2**31 - 1, 300)):
+        frames = {}
+        for name, modality in modalities.items():
+            clip = random_clip(rng, count, *modality)._asdict()
+            frames[name] = {field: clip[field] for field in STORED}
+        example = {"clip": f"clip é {index}", "clip_index": index, "frames": frames}
+        theirs = tf.train.Example.FromString(features.serialize_example(example))
+        ours = convert_lib._record(example["clip"], index, frames, modalities)
+        assert ours == theirs.SerializeToString(deterministic=True)

@@ -1,8 +1,12 @@
 """pickles: official files in, flat arrays and labels out; every mistake named with its place."""
 
 import os
+import pickle
+import resource
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,31 @@ def clips(rng, lengths, width=8):
         ]
         for clip, length in enumerate(lengths)
     }
+
+
+def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path):
+    value = clips(np.random.default_rng(0), [3, 0, 2, 40])
+    value[b"c2"][1][4][5] = np.nan
+    for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
+        (tmp_path / f"face_train_{name}.pickle").write_bytes(data)
+        got = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
+        frames = [frame for entries in value.values() for frame in entries]
+        kept = [frame for frame in frames if np.isfinite(frame[4]).all()]
+        assert got.names == ("c0", "c1", "c2", "c3")
+        assert got.lengths.dtype == np.int32 and got.lengths.tolist() == [3, 0, 1, 40]
+        assert got.seen == 45 == len(got.features) + sum(got.skipped.values())
+        assert got.skipped == {"non_finite": 1} and got.skipped_clips == {"empty": 1}
+        assert got.features.dtype == np.float16
+        np.testing.assert_array_equal(got.features, [frame[4] for frame in kept])
+        for column, place in {"number": 0, "box": 1, "detection": 2, "quality": 3}.items():
+            array = got.frames[column]
+            expected = np.array([frame[place] for frame in kept])
+            assert array.dtype == (np.int32 if column == "number" else np.float32)
+            np.testing.assert_array_equal(array, expected.astype(array.dtype))
+        assert isinstance(got.features.base, np.memmap)
+    with pytest.raises(ValueError, match="clip c2, face: the feature of frame 1 is not finite"):
+        sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
+    assert not list((tmp_path / "x").iterdir())
 
 
 def test_a_file_without_frames_is_an_empty_modality(tmp_path):
@@ -84,6 +113,39 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path):
     assert not list((tmp_path / "out").iterdir())
     with pytest.raises(OSError, match="face_val"):
         sandbox.unpack(path, "face", path)
+
+
+def unpack_measured(path, out):
+    """Returns faces seen, shape, the last one, CPU seconds, and the most bytes of the cage."""
+    got = sandbox.unpack(path, "face", out)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    return got.seen, got.features.shape, np.array(got.features[-1]), cpu, used.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    entries = clips(rng, [2000], width=512)[b"c0"]
+    body = python2.dumps({b"c0": entries}, 1)
+    start, end = body.index(b"(", body.index(b"U\x02c0")), body.rindex(b"u.")
+    # The same two thousand faces again and again, but none shared: every copy is read in full.
+    head, faces = body[: body.index(b"U\x02c0")], body[start:end]
+    path = tmp_path / "face_train.pickle"
+    with path.open("wb") as file:
+        file.write(head)
+        for clip in range(300):
+            file.write(b"U\x04%04d](" % clip + faces[1:])
+        file.write(b"u.")
+    size = path.stat().st_size
+    # In a process of its own: the largest child so far is the cage, whatever tests came before.
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        found = alone.submit(unpack_measured, path, tmp_path / "out").result()
+    seen, shape, last, cpu, peak = found
+    assert seen == 600_000 and shape == (600_000, 512)
+    np.testing.assert_array_equal(last, entries[-1][4])
+    assert 600_000 / cpu > 60_000, cpu
+    assert peak < 2 * size + (1 << 30)
 
 
 def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
@@ -278,3 +340,33 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path):
         weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
         labels_lib.load_clip_weights(tmp_path / "none.txt", clips)
+
+
+@pytest.mark.skipif("VIDJAX_REAL_DATA" not in os.environ, reason="no VIDJAX_REAL_DATA")
+def test_the_real_set_has_the_counts_of_its_card(tmp_path):
+    folder = Path(os.environ["VIDJAX_REAL_DATA"])
+    found = find_pickles(folder)
+    assert {modality for modality, _ in found} == {"face", "head", "audio"}
+    card = {
+        "train": (1580, 11129, 6306, 156, 34, 177),
+        "val": (1232, 8466, 4863, 142, 28, 139),
+        "test": (1210, 8713, 4906, 122, 24, 149),
+    }
+    for split, (count, faces, heads, no_face, no_head, no_audio) in card.items():
+        face, head, audio = (
+            sandbox.unpack(found[modality, split], modality, tmp_path / f"{modality}_{split}")
+            for modality in ("face", "head", "audio")
+        )
+        assert len(face.names) == count and face.skipped_clips == {"empty": no_face}
+        assert (face.seen, head.seen) == (faces, heads)
+        assert len(head.names) == count - no_head and len(audio.names) == count - no_audio
+        for packed in (face, head, audio):
+            assert packed.features.shape == (packed.lengths.sum(), 512)
+            assert packed.features.dtype == np.float16
+            assert packed.skipped == packed.warnings == {}
+        assert np.isclose(np.mean(face.frames["quality"]), 80, atol=2)
+    truths = labels_lib.find_ground_truth(folder)
+    train, val = (labels_lib.load_ground_truth(truths[split]) for split in ("train", "val"))
+    assert len(train) == 1580 and len(val) == 1232 - 373
+    assert labels_lib.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
+    assert len(set(val.values())) == 413 and max(Counter(val.values()).values()) == 5

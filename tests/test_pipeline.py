@@ -216,6 +216,15 @@ def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset):
     assert starts == {0, 1, 2, 3}  # every place of a window of 7 frames out of 10
 
 
+def test_cropped_clips_are_counted(dataset):
+    splits = [dataset.split(name) for name in ("train", "val")]
+    counts = clips_lib.num_cropped(splits, ("face", "audio"), MAX_FRAMES)
+    lengths = [len(clip.features) for split in CLIPS for clip in CLIPS[split]["face"].values()]
+    lost = [length - MAX_FRAMES for length in lengths if length > MAX_FRAMES]
+    cropped = {"clips": len(lost), "frames": sum(lost)}
+    assert counts == {"face": cropped, "audio": {"clips": 0, "frames": 0}}
+
+
 def test_quality_crop_keeps_the_best_frames_in_time_order(dataset):
     (batch,) = take(train_batches(dataset, **{**TRAIN, "crop": "quality", "batch_size": 45}), 1)
     for row, index in enumerate(batch.clip_index.tolist()):

@@ -335,6 +335,15 @@ def test_a_manifest_names_no_file_outside(tmp_path, victim):
         checkpoint.verify(folder)
 
 
+def test_a_pipe_in_place_of_a_listed_file_is_damage(tmp_path):
+    folder = save(tmp_path, 1)
+    path = folder / "state" / max(checkpoint.read_manifest(folder)["files"])
+    path.unlink()
+    os.mkfifo(path)
+    with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="a pipe"):
+        checkpoint.verify(folder)
+
+
 ITEMS = {"params": {"kernel": np.arange(3.0, dtype=np.float32)}}
 
 

@@ -490,3 +490,18 @@ def test_a_cache_that_cannot_be_written_is_one_error(source, tmp_path, capsys):
         assert iqiyi_vid.main([str(source), f"--cache_dir={cache}"]) == 2
         out, err = capsys.readouterr()
         assert not out and len(err.splitlines()) <= 3 and str(tmp_path / "file") in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write anywhere"
+)
+def test_a_cache_without_permission_is_one_error(source, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o555)
+    humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    words = [*(humble if os.geteuid() == 0 else []), *convert_command(source, cache)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) <= 3
+    assert str(cache) in done.stderr and os.strerror(errno.EACCES) in done.stderr
+    assert not list(cache.iterdir())
