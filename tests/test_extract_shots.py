@@ -148,3 +148,11 @@ def test_shots_tell_their_times():
         found.update(n / RATE, small)
     assert found.shots(2.0) == [(0.0, 1.2), (1.2, 2.0)]
     assert shots.Cuts().shots(0.0) == []
+
+
+def test_memory_does_not_grow_with_the_film():
+    found = shots.Cuts()
+    picture = np.random.default_rng(0).integers(0, 256, (36, 64, 3), np.uint8)
+    for n in range(500):
+        found.update(n / RATE, picture)
+    assert len(found._changes) <= 15 and len(found._dissolve._kept) < 30

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import small_runs
+from tests.helpers import embeddings, small_runs
 from vidjax import config_io, metrics, predict
 from vidjax.evaluation import topk
 from vidjax.gallery.answers import Answer
@@ -109,6 +109,27 @@ def test_one_person_with_one_photo_is_a_gallery(tmp_path):
     gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", alone)
     found = {clip: answer.identity for clip, answer in gallery.identify(clips).items()}
     assert found == {"same": "Ada", "other": None}
+
+
+@pytest.mark.parametrize(("people", "photos"), [(5, 1), (20, 1), (5, 3)])
+def test_a_photo_each_is_enough(tmp_path, people, photos):
+    """Vectors as dlib makes them of faces, by a run that is trained on few photos of each."""
+    make = embeddings.Faces(8)
+    shown = make.raw(people, photos + 10).astype(np.float32)[:, :, None]
+    strangers = make.raw(100, 1).astype(np.float32)
+    train = {f"{p} {n}": {"face": shown[p, n]} for p, n in np.ndindex(people, photos)}
+    labels = {name: f"Person {name.split()[0]}" for name in train}
+    splits = {"train": train, "val": {"other": {"face": strangers[0]}}}
+    data = vidjax.load_data(splits, labels, cache_dir=tmp_path / "cache")
+    vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", data)
+    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
+    clips = {f"{p} {n}": {"face": shown[p, photos + n]} for p, n in np.ndindex(people, 10)}
+    answers = gallery.identify(clips)
+    right = [one.best[0][0] == f"Person {name.split()[0]}" for name, one in answers.items()]
+    assert np.mean(right) >= 0.95
+    assert np.mean([one.identity is not None for one in answers.values()]) >= 0.9
+    others = gallery.identify({f"s{n}": {"face": x} for n, x in enumerate(strangers)})
+    assert np.mean([one.identity is not None for one in others.values()]) <= 0.02
 
 
 def in_memory(data, split, places):

@@ -397,6 +397,20 @@ def test_files_of_one_name_keep_apart(drawn):
     assert all(one.kept for one in pipeline.extract([film, twin], drawn.out, drawn.models))
 
 
+def test_files_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(drawn, command):
+    bad, worse, out = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.folder / "f"
+    bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
+    worse.write_text("no film")
+    content, said = drawn.extract(bad, worse, drawn.film(), out=out, code=1)
+    assert content["failed"] == [str(bad), str(worse)] and content["files"] == 1
+    for path in (bad, worse):
+        (line,) = [line for line in said.splitlines() if path.name in line]
+        assert "is no video" in line
+    assert [one.video for one in folder.read_films(out)] == ["party.mkv"]
+    done = command("extract", bad, worse, f"--out={out}", f"--models={drawn.models}")
+    assert done.code == 1 and done.err.count("\n") == 2 and done.out.count("give MP4, MKV") == 1
+
+
 def test_commands_tell_mistakes(drawn):
     models, here = f"--models={drawn.models}", str(Path(__file__))
     for words, message in {
