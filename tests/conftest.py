@@ -16,6 +16,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import contextlib
 import gc
+import json
 import subprocess
 import sys
 import time
@@ -223,8 +224,25 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
     def run(*words: str | Path, program: Callable[[list[str]], int] = main) -> Done:
         capsys.readouterr()
-        code, said = main([*map(str, words)]), capsys.readouterr()
+        code, said = program([*map(str, words)]), capsys.readouterr()
         return Done(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def say(command: Callable[..., Done]) -> Callable[..., Any]:
+    """Runs a command that must end with an exit code: 2 for a mistake of the user.
+
+    Returns the error if the code is 2, else what it printed, parsed if --json is among the words.
+    """
+
+    def run(*words: str | Path, code: int = 0, **options: Any) -> Any:
+        done = command(*words, **options)
+        assert done.code == code and (code != 2 or done.refused()), done.err
+        if code == 2:
+            return done.err
+        return json.loads(done.out) if "--json" in words else done.out
 
     return run
 
