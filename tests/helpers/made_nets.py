@@ -138,7 +138,9 @@ def write(folder, name="face", role="face_embedder", content=None, **fields):
         "voice_embedder": (voice_embedder, "vectors", {"layout": "mels"}),
         "voice_activity": (voice_activity, "silero", {"layout": "samples"}),
         "face_embedder": (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}),
-        "face_detector": (detector, "centerface", IMAGE),
+        **dict.fromkeys(
+            ("face_detector", "head_detector", "body_detector"), (detector, "centerface", IMAGE)
+        ),
     }.get(role, (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}))
     content = content or make()
     (folder / f"{name}.onnx").write_bytes(content)

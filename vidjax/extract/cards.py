@@ -24,7 +24,10 @@ DETECTORS = ("centerface", "yunet", "scrfd")  # decoders; those of embedders are
 SOUND = ("samples", "mels")
 STRIDE = 32  # sides of a detector's input are multiples of it
 
-Role = Literal["face_detector", "face_embedder", "voice_activity", "voice_embedder"]
+Role = Literal[
+    "face_detector", "face_embedder", "voice_activity", "voice_embedder", "body_detector",
+    "body_embedder", "head_detector", "head_embedder", "scene_embedder",
+]  # fmt: skip
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
 Side = Annotated[int, Meta(ge=1, le=8192)]
@@ -105,6 +108,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
     template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
+    around: tuple[Finite, Finite, Finite, Finite] | None = None  # of a head or body, see `figures`
     width: Size | None = None  # of a vector
     norm_is_quality: bool
     back_end: BackEnd | None = None
@@ -128,6 +132,9 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("a face_embedder needs the template")
         if self.role.endswith("_embedder") and not (self.input.size or self.input.layout in SOUND):
             raise ValueError(f"a {self.role} needs the size of its input")
+        left, top, right, bottom = self.around or (0, 0, 1, 1)
+        if left >= right or top >= bottom:
+            raise ValueError("around is left, top, right and bottom, where the face is 0, 0, 1, 1")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
             raise ValueError(f"sides of a detector's input are multiples of {STRIDE}")
         if self.back_end and len(self.back_end.centre) != self.width:
@@ -190,7 +197,10 @@ def how_to_get(role: Role) -> str:
 
 
 # Modality of a clip -> the role of the net that makes its vectors.
-PARTS: dict[str, Role] = {"face": "face_embedder", "audio": "voice_embedder"}
+PARTS: dict[str, Role] = {
+    "face": "face_embedder", "audio": "voice_embedder", "head": "head_embedder",
+    "body": "body_embedder", "scene": "scene_embedder",
+}  # fmt: skip
 VOICES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
 # Kind of `vidjax convert` -> the card of its net, but for what depends on the bytes of the net.
 PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())

@@ -20,38 +20,26 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data import processes
-from vidjax.extract import align, cards, decode, folder
-from vidjax.extract.models import Detector, Embedder, Faces
+from vidjax.extract import align, cards, decode, figures, folder
+from vidjax.extract.figures import Figures, Nets
 from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker, gap_at
-from vidjax.extract.voices import RATE, Listener, Voice, alone, listen
+from vidjax.extract.voices import RATE, Voice, alone, listen
 
 MOST_FRAMES = 32  # of a clip: the best ones, also of its voice
 
 
-class Nets(NamedTuple):
-    """The nets that find faces, that make vectors of faces, and that hear voices."""
-
-    detect: Detector
-    embed: Embedder
-    listen: Listener | None = None
-
-
-def load(known: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Returns the nets of cards; `size` is the longer side that pictures are shrunk to."""
-    listener = Listener(known) if known.keys() >= {*cards.VOICES} else None
-    return Nets(Detector(known["face_detector"], size), Embedder(known["face_embedder"]), listener)
-
-
 class Sighting(NamedTuple):
-    """A face in a frame: `quality`, then a number of its own, which makes the order total."""
+    """A person in a frame: `quality`, then a number that no other has: it makes the order total.
+
+    `quality` is of the face, and below 0 without one. `parts` are part -> box and crop.
+    """
 
     quality: float
     number: int
     frame: int
     detection: float
-    box: np.ndarray
-    crop: np.ndarray
+    parts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Clips:
@@ -63,19 +51,25 @@ class Clips:
         self._numbers = itertools.count()
         self.tracks: list[folder.Track] = []
 
-    def add(self, frame: int, owners: np.ndarray, found: Faces, rgb: np.ndarray) -> None:
-        """Takes the faces in a frame; `owners` [N] are their tracks, -1 for none."""
+    def add(self, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray) -> None:
+        """Takes the people in a frame; `owners` [N] are their tracks, -1 for none."""
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
-        boxes, scores, points = (part[chosen] for part in found)
-        card = self._nets.embed.card
-        turns = align.similarity(points, np.array(card.template))
-        crops = align.warp(rgb, turns, (card.input.size or (0, 0))[0])
-        quality = align.quality(scores, points, crops)
+        found = found.of(chosen)
+        nets = self._nets.embed.items()
+        crops = {part: figures.crops(net.card, part, found, rgb) for part, net in nets}
+        quality = found.scores - 2
+        if faces := [*crops["face"]]:
+            cut = np.stack([*crops["face"].values()])
+            quality[faces] = align.quality(found.scores[faces], found.points[faces], cut)
         for place, track in enumerate(owners[chosen].tolist()):
-            detected = float(quality[place]), next(self._numbers), frame, float(scores[place])
-            seen = Sighting(*detected, boxes[place], crops[place])
+            parts = {
+                part: (found.parts[part][place], each[place]) for part, each in crops.items()
+                if place in each
+            }  # fmt: skip
+            detected = float(quality[place]), next(self._numbers), frame, float(found.scores[place])
+            seen = Sighting(*detected, parts)
             best = self._best.setdefault(track, [])
             full = len(best) >= MOST_FRAMES
             (heapq.heappushpop if full else heapq.heappush)(best, seen)
@@ -83,16 +77,22 @@ class Clips:
     def end(self, track: Track, name: str) -> None:
         """Writes the clip of a track that has ended."""
         best = sorted(self._best.pop(track.number), key=lambda seen: (seen.frame, seen.number))
-        arrays = {
-            "face": self._nets.embed(np.stack([seen.crop for seen in best])),
-            "face_number": np.array([seen.frame for seen in best], np.int32),
-            "face_detection": np.array([seen.detection for seen in best], np.float32),
-            "face_box": np.stack([seen.box for seen in best]).astype(np.float32),
-            "face_quality": np.array([seen.quality for seen in best], np.float32),
-        }
+        arrays: dict[str, np.ndarray] = {}
+        for part, embed in self._nets.embed.items():
+            seen = [one for one in best if part in one.parts]
+            # Empty without a face: a gallery of faces refuses clips of other modalities.
+            arrays[part] = embed(np.array([one.parts[part][1] for one in seen]))
+            arrays[f"{part}_number"] = np.array([one.frame for one in seen], np.int32)
+            if part != "scene":
+                arrays[f"{part}_detection"] = np.array([one.detection for one in seen], np.float32)
+                boxes = np.array([one.parts[part][0] for one in seen], np.float32)
+                arrays[f"{part}_box"] = boxes.reshape(-1, 4)
+            if part == "face":
+                arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
         self._write(name, arrays)
-        if (thumbnails := self._out / folder.THUMBNAILS).is_dir():
-            crop = max(best, key=lambda seen: (seen.quality, seen.number)).crop
+        top = max(best, key=lambda seen: (seen.quality, seen.number))
+        if "face" in top.parts and (thumbnails := self._out / folder.THUMBNAILS).is_dir():
+            crop = top.parts["face"][1]
             files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
         self.tracks.append(_times(track, name))
 
@@ -202,7 +202,7 @@ def _follow(
         if cuts.update(frame.time_s, frame.small) and number:
             cut(frame.time_s)
         if frame.rgb is not None:
-            people = nets.detect(frame.rgb)
+            people = figures.find(nets, frame.rgb)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
                 owners = main.update(frame.time_s, people.boxes)
@@ -216,7 +216,8 @@ def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> 
     """Writes a clip of each face in a photo; returns all who are seen."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
-    people = nets.detect(frame.rgb)
+    people = figures.find(nets, frame.rgb)
+    people = people.of(~np.isnan(people.parts["face"][:, 0]))
     count = len(people.boxes)
     clips.add(0, np.arange(count), people, frame.rgb)
     for number in range(count):
@@ -236,7 +237,7 @@ def _times(track: Track, clip: str) -> folder.Track:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` with the values that `arguments` name, in a child of `run_limited`."""
     settings = msgspec.convert(arguments["settings"], folder.Settings)
-    nets = load(cards.load(Path(arguments["models"])), settings.size)
+    nets = figures.load(cards.load(Path(arguments["models"])), settings.size)
     found = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
         arguments["sha256"],

@@ -730,7 +730,11 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
 
     path = Path(models).expanduser().absolute()
     usable = cards.embedders(cards.load(path))
-    back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
+    # Clothes and places tell no person: they change, and others wear and visit the same.
+    back_ends = {
+        part: card.back_end for part, card in usable.items()
+        if card.back_end and part not in ("body", "scene")
+    }  # fmt: skip
     if not back_ends:
         raise UserError(
             f"'{path}' holds no net of faces or voices whose card has a back end\n"

@@ -1,0 +1,157 @@
+"""Heads, bodies and the scene besides faces. Films and nets are made here."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("onnxruntime")
+
+from tests.helpers import drawn_people, made_nets, seen
+from tests.helpers.drawn_people import write_film, write_photo
+from vidjax.extract import cards, figures, film, folder, pipeline
+from vidjax.extract.models import Faces
+from vidjax.gallery.gallery import origin_of_models
+
+RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
+BACK = ("Back", 100, 60)
+BOTH = [("Ada", 20, 30), BACK]
+
+
+@pytest.fixture(autouse=True)
+def _back(monkeypatch):
+    monkeypatch.setitem(drawn_people.COLOURS, "Back", (255, 60, 0))
+
+
+def add(models, role, **fields):
+    weights = made_nets.embedder(weights=made_nets.colours())
+    content = {} if role.endswith("detector") else {"content": weights}
+    made_nets.write(models, role, role, **(content | fields))
+
+
+def extract(path, out, models):
+    settings = folder.Settings()
+    nets = figures.load(cards.load(models), settings.size)
+    out.mkdir(exist_ok=True)
+    found = film.extract(path, out, path.stem, nets, settings, "0" * 64)
+    return found, {track.clip: dict(np.load(out / f"{track.clip}.npz")) for track in found.tracks}
+
+
+@pytest.fixture
+def models(drawn):
+    return drawn.models
+
+
+def test_parts_are_boxes_around_the_face(tmp_path, models):
+    """A body is below the face, the head around it, and the scene is the whole picture."""
+    add(models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
+    add(models, "body_embedder", around=[0, 1, 1, 3])
+    add(models, "scene_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30)]))
+    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
+    (clip,) = clips.values()
+    left, top, right, bottom = clip["face_box"].T
+    side = right - left
+    np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
+    np.testing.assert_allclose(clip["body_box"].T, [left, bottom, right, top + 3 * side], atol=1e-4)
+    assert np.all(clip["body"][:, :3] < 40), "the picture is dark below the face"
+    mean = drawn_people.EMBED["input"]["mean"][0]
+    assert np.all(clip["face"][:, 0] + mean > clip["head"][:, 0] + 20)
+    assert np.all(clip["head"][:, 0] > clip["scene"][:, 0] + 20)
+    assert not {"scene_box", "head_quality"} & clip.keys()
+    for part in ("head", "body", "scene"):
+        np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
+
+
+def test_a_head_without_a_face_is_followed(tmp_path, models):
+    """A track of it has no face; and a face whose head is not found is a person as before."""
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, [*BOTH, ("Eve", 60, 10)]))
+    found, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
+    assert len(found.tracks) == 3
+    has = sorted((len(clip["face"]) > 0, len(clip["head"]) > 0) for clip in clips.values())
+    assert has == [(False, True), (True, False), (True, True)]
+
+
+def test_a_net_for_heads_changes_nothing_of_faces(tmp_path, models):
+    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30)]))
+    _, before = extract(tmp_path / "film.mkv", tmp_path / "before", models)
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    _, after = extract(tmp_path / "film.mkv", tmp_path / "after", models)
+    for name, arrays in before.items():
+        for field, values in arrays.items():
+            np.testing.assert_array_equal(after[name][field], values)
+
+
+def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
+    """The large one's middle is in the small one, and nearer to its top than the small one's."""
+    add(models, "head_detector")
+    add(models, "head_embedder")
+    nets = figures.load(cards.load(models), 640)
+    boxes = np.array([[14, 1, 38, 25], [20, 10, 30, 20]], np.float32)
+    none = Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2)))
+    heads = Faces(boxes, np.ones(2, np.float32), np.zeros((2, 5, 2), np.float32))
+    detect = {"face": lambda rgb: none, "head": lambda rgb: heads}
+    found = figures.find(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
+    np.testing.assert_array_equal(found.parts["head"], found.boxes)
+
+
+def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
+    """Of two detected bodies each has its own person, and none is given to two."""
+    small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
+    large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
+    np.testing.assert_array_equal(figures._pair(small, large), [0, 1, -1])
+    add(models, "body_detector", **RED)
+    add(models, "body_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30), ("Eve", 60, 10)]))
+    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
+    assert sorted(len(clip["body"]) > 0 for clip in clips.values()) == [False, True]
+
+
+def test_a_body_that_nothing_finds_is_refused(models):
+    add(models, "body_embedder")
+    known = cards.load(models)
+    seen.refused(
+        lambda: figures.load(known, 640), "body_embedder.json", '"around"', "body_detector"
+    )
+    card = made_nets.write(models, "body_embedder", "body_embedder", around=[0, 1, 0, 2])
+    seen.refused(lambda: cards.read(card), "body_embedder", "around")
+
+
+def test_a_photo_counts_faces_alone(tmp_path, models):
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
+    write_photo(tmp_path / "photo.png", *BOTH)
+    found, clips = extract(tmp_path / "photo.png", tmp_path / "out", models)
+    assert [track.clip for track in found.tracks] == ["photo"] and "face" in clips["photo"]
+
+
+def test_a_folder_keeps_to_its_nets(tmp_path, models):
+    write_photo(tmp_path / "photos" / "photo.png", ("Ada", 20, 30))
+    pipeline.extract([tmp_path / "photos"], tmp_path / "out", models)
+    add(models, "scene_embedder")
+    seen.refused(
+        lambda: pipeline.extract([tmp_path / "photos"], tmp_path / "out", models),
+        "another scene_embedder",
+    )
+
+
+def test_clothes_and_places_tell_no_person(models):
+    """A gallery has no part of them, whatever their cards say; of heads it has one."""
+    for part in ("head", "body", "scene"):
+        add(models, f"{part}_embedder", back_end=made_nets.back_end())
+    assert {*origin_of_models(models)[1]} == {"face", "head"}
+
+
+def test_who_has_no_face_is_no_one(drawn, recwarn):
+    """A clip without a vector that the gallery knows has no name, and is in no group."""
+    drawn_people.write_voices(drawn.models)
+    add(drawn.models, "head_detector", **RED)
+    add(drawn.models, "head_embedder")
+    drawn.befriend("Ada")
+    film = drawn.folder / "film.mkv"
+    write_film(film, (2, 20, [*BOTH, ("Eve", 60, 10)]))
+    drawn.who(film)
+    assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
+    assert not [one for one in recwarn if "no clip has" in str(one.message)]
