@@ -628,15 +628,6 @@ def test_memory_of_a_host_is_shared_by_its_emulated_devices():
     assert eight == pytest.approx(one / 8, rel=0.5)
 
 
-def test_mistakes(ragged, held):
-    with pytest.raises(ValueError, match="'window' or 'quality', got 'centre'"):
-        clips_of(ragged, crop="centre")
-    frames = held[2].num_frames
-    layout = held[2]._replace(num_frames={**frames, "face": frames["face"] + 1})
-    with pytest.raises(ValueError, match=r"hold \d+ frames, but their manifest says \d+"):
-        resident.Resident(ragged, layout, devices_lib.make_mesh(1))
-
-
 def test_clips_reach_the_devices_in_pieces(ragged, monkeypatch):
     """A piece holds 40 face frames, so a longer clip is cut between two pieces."""
     wanted, _, _ = clips_of(ragged, crop="quality")
