@@ -329,7 +329,8 @@ def make_loss(
         def loss(name: str) -> Array:
             function = CLASSIFICATION[name]
             taken = inspect.signature(function).parameters.keys()
-            options = {name: value for name, value in {**spec, **own}.items() if name in taken}
+            options = {option: spec[option] for option in taken & spec.keys()}
+            options |= {option: own[option] for option in taken & own.keys()}
             harder = logits
             if spec["margin"] and "margin" not in taken:  # else the loss adds the margin itself
                 margin_fn = MARGINS[spec["margin_type"]]

@@ -57,6 +57,16 @@ class Done(NamedTuple):
     groups: int
     failed: dict[str, str]
 
+    @property
+    def lines(self) -> list[tuple[str, str, str]]:
+        """The film, the time, and the person of each appearance."""
+        rows = []
+        for one in self.found:
+            sure = f", {one.probability:.0%}" if one.probability else ""
+            time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
+            rows.append((one.video, time, f"{one.identity or 'unknown'}{sure}"))
+        return rows
+
 
 def who(
     films: Sequence[Path],
@@ -372,12 +382,7 @@ def run(args: argparse.Namespace) -> Result:
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
         rows["to name them"] = f"write names into {out / UNKNOWN}, and call again"
-    lines = []
-    for one in done.found:
-        sure = f", {one.probability:.0%}" if one.probability else ""
-        time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
-        lines.append((one.video, time, f"{one.identity or 'unknown'}{sure}"))
-    text = "\n".join(f"  {line}" for line in messages.aligned(lines))
+    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 
