@@ -64,9 +64,10 @@ def test_a_campaign_of_kills(campaign, fault_seed, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_evaluations_change_nothing(undisturbed, fault_seed):
-    rng = random.Random(fault_seed)
-    assert not kills.kill_evaluations(undisturbed("mma", "streaming"), 1, rng)
+def test_killed_evaluations_change_nothing(disturbed, fault_seed):
+    run = disturbed("mma", "streaming")
+    run.finish()
+    assert not kills.kill_evaluations(run, 1, random.Random(fault_seed))
 
 
 @pytest.mark.slow
