@@ -133,7 +133,7 @@ class System(NamedTuple):
 
 
 def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns one clip of one frame: the shapes of parameters depend on widths alone."""
+    """Returns one clip of one frame: the shapes of parameters depend only on widths."""
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)

@@ -67,7 +67,7 @@ def train(
     """Trains a system, or resumes a run; returns the content of `metrics.json`.
 
     Args:
-      workdir: the folder of the run, locked by `workdir.lock`.
+      workdir: the folder of the run, locked by `run.folder.locked`.
       num_devices: number of devices to use; None for all.
       analyse: True to write `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
