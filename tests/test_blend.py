@@ -185,17 +185,6 @@ def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path,
     assert command(*words).refused("--config.join.weights")
 
 
-def test_every_score_equals_the_loop(runs, load):
-    models = [
-        small_runs.restored(folder, load(config_io.load_workdir(folder)))._replace(weight=weight)
-        for folder, weight in zip(runs, (0.3, 0.9), strict=True)
-    ]
-    found = np.exp(small_runs.scores(models, block_size=32))
-    wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))
-    wanted = [wanted[clip] for clip in models[0].data.split("val").clips]
-    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-12)
-
-
 def test_other_identities_or_clips_are_refused(
     runs, train, load, loaded, folders, tmp_path, monkeypatch
 ):

@@ -162,21 +162,6 @@ def test_an_imported_run_evaluates_equal_to_the_bit(
     small_runs.assert_equal_weights(plda_run, tmp_path / "again")
 
 
-@pytest.mark.slow
-def test_weights_have_the_names_of_the_checkpoint(plda_run, tmp_path, export):
-    export(plda_run, "safetensors")
-    found = load_file(tmp_path / "out" / weights.WEIGHTS)
-    saved = {
-        name: tree
-        for name, tree in small_runs.saved(plda_run).items()
-        if name in ("params", "model_state")
-    }
-    wanted = weights.by_path(saved)
-    assert found.keys() == wanted.keys() and "model_state/sums/sums/face/total" in found
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(found[name], value)
-
-
 def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
     monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
     code, told, complaint = export(nearest_run, "safetensors")

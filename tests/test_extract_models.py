@@ -54,9 +54,10 @@ def test_centerface_is_decoded_as_its_paper_says():
     assert_faces(models.decode_centerface(outputs, 0), wanted)
 
 
-def test_yunet_is_decoded_as_opencv_does():
+@pytest.mark.parametrize("stride", models.STRIDES)
+def test_yunet_is_decoded_as_opencv_does(stride):
     """OpenCV's face_detect.cpp: the score is the geometric mean of two, each cut to 0 to 1."""
-    width, stride, cells = 5, 16, 20
+    width, cells = 5, 20
     classes, objects = (rng(seed).uniform(-0.2, 1.2, cells).astype(np.float32) for seed in (1, 2))
     boxes = rng(3).normal(size=(cells, 4)).astype(np.float32)
     marks = rng(4).normal(size=(cells, 10)).astype(np.float32)
@@ -79,12 +80,13 @@ def test_yunet_is_decoded_as_opencv_does():
         for kind, array in found.items()
         for side in models.STRIDES
     }
-    assert_faces(models.decode_yunet(outputs, width * stride), wanted)
+    assert_faces(models.DECODERS["yunet"](outputs, width * stride), wanted)
 
 
-def test_scrfd_is_decoded_as_its_authors_do():
+@pytest.mark.parametrize("stride", models.STRIDES)
+def test_scrfd_is_decoded_as_its_authors_do(stride):
     """Its distance2bbox and distance2kps, with two anchors at the corner of each cell."""
-    width, stride, cells = 4, 8, 12
+    width, cells = 4, 12
     scores = rng(1).uniform(size=2 * cells).astype(np.float32)
     boxes = rng(2).uniform(0, 3, (2 * cells, 4)).astype(np.float32)
     marks = rng(3).normal(size=(2 * cells, 10)).astype(np.float32)
@@ -100,51 +102,12 @@ def test_scrfd_is_decoded_as_its_authors_do():
         if scores[anchor] > 0.5:
             box = (x - left, y - top, x + right, y + bottom)
             wanted.append((scores[anchor], box, points))
-    outputs = {
+    outputs = {  # taken in their order, whatever their names
         f"{kind}_{side}": array[: len(array) if side == stride else 0]
         for kind, array in enumerate((scores[:, None], boxes, marks))
         for side in models.STRIDES
     }
-    assert_faces(models.decode_scrfd(outputs, width * stride), wanted)
-
-
-STRIDES = (8, 16, 32)
-
-
-def outputs_of(kinds, anchors, height=64, width=96):
-    """Returns (kind, stride) -> zeros for each cell of an image of 64 x 96 pixels, or anchor."""
-    cells = {stride: height * width // stride**2 * anchors for stride in STRIDES}
-    return {
-        (kind, stride): np.zeros((cells[stride], numbers), np.float32)
-        for kind, numbers in kinds.items()
-        for stride in STRIDES
-    }
-
-
-@pytest.mark.parametrize("stride", STRIDES)
-def test_outputs_of_yunet_are_taken_by_name(stride):
-    outputs = outputs_of({"cls": 1, "obj": 1, "bbox": 4, "kps": 10}, 1)
-    cell = 96 // stride + 2  # the second row, the third column
-    outputs["cls", stride][cell] = outputs["obj", stride][cell] = 0.8
-    outputs["bbox", stride][cell] = 0.5, 0.25, math.log(2), 0
-    outputs["kps", stride][cell] = 1
-    named = {f"{kind}_{step}": output[None] for (kind, step), output in outputs.items()}
-    found = models.DECODERS["yunet"](named, 96)
-    box = np.array([1.5, 0.75, 3.5, 1.75]) * stride
-    assert_faces(found, [(0.8, box, [(3 * stride, 2 * stride)] * 5)])
-
-
-@pytest.mark.parametrize("stride", STRIDES)
-def test_outputs_of_scrfd_are_taken_in_their_order(stride):
-    outputs = outputs_of({"score": 1, "bbox": 4, "kps": 10}, 2)
-    anchor = 2 * (96 // stride + 2) + 1
-    outputs["score", stride][anchor] = 0.8
-    outputs["bbox", stride][anchor] = 1, 0.5, 2, 1
-    outputs["kps", stride][anchor] = 1
-    numbered = {str(400 + place): output for place, output in enumerate(outputs.values())}
-    found = models.DECODERS["scrfd"](numbered, 96)
-    box = np.array([1, 0.5, 4, 2]) * stride
-    assert_faces(found, [(0.8, box, [(3 * stride, 2 * stride)] * 5)])
+    assert_faces(models.DECODERS["scrfd"](outputs, width * stride), wanted)
 
 
 def random_faces(count, seed=0):

@@ -23,14 +23,6 @@ def test_a_file_is_no_workdir(tmp_path):
     assert files.make_folder(tmp_path / "a" / "b").is_dir()
 
 
-def test_write_text_replaces_whole(tmp_path):
-    path = tmp_path / "x.txt"
-    files.write_text(path, "old")
-    files.write_text(path, "new")
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["x.txt"]
-
-
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
         files.write_text(tmp_path / "absent" / "x.txt", "text")

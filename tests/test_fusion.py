@@ -447,24 +447,6 @@ def test_samples_are_different_frames_in_time_order():
     np.testing.assert_array_equal(drawn.features[7, clip], frames.features[clip, t])
 
 
-@pytest.mark.slow
-def test_samples_of_random_order_are_the_same_frames_in_another_order():
-    frames = make_frames([12, 5, 2, 0], max_frames=12)
-    options = {"num_frames": 5, "order": "random"}
-    draw = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, **options))
-    drawn = jax.jit(draw)(jax.random.split(jax.random.key(1), 600))
-    number = np.asarray(drawn.number) // 10  # (600, 4, 5)
-    np.testing.assert_array_equal(np.sort(number[:, 1]), [np.arange(5)] * 600)
-    place = np.argsort(number[:, 1], axis=1)  # of each of the five frames
-    np.testing.assert_allclose(place.mean(axis=0), 2, atol=0.2)
-    np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
-    even, fixed = (
-        fuse("sample", None, frames, **{**options, "order": o}) for o in ("time", "random")
-    )
-    np.testing.assert_array_equal(np.sort(fixed.number), even.number)
-    assert (np.diff(fixed.number[0]) < 0).any()
-
-
 def test_samples_without_a_key_are_evenly_spaced():
     frames = make_frames([12, 10, 2, 0], max_frames=12)
     frames.mask[0, [0, 7]] = False  # 10 are left

@@ -119,18 +119,6 @@ def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
     assert people.threshold(0.15).num_strangers == 7
 
 
-def test_the_threshold_is_that_of_the_people_who_are_there(tmp_path):
-    people = made_galleries.make(tmp_path / "g")
-    before = people.threshold(0.5)
-    stranger = people.clips["stranger 0"].vector
-    people.add({"seen": made_galleries.Clip("a double", stranger)})
-    after = people.threshold(0.5)
-    assert after.num_identities == before.num_identities + 1
-    assert after.score != before.score
-    people.remove(identity=["a double"])
-    assert people.threshold(0.5) == before
-
-
 def named(gallery, count=300, **options):
     """Returns who is named of clips that known people and strangers show, by a rule."""
     shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(count)]
@@ -229,23 +217,29 @@ def test_a_probability_decides_alone(tmp_path):
         gallery.rule(threshold=0.5, fpir=0.01)
 
 
-@pytest.mark.parametrize(("count", "photos"), [(5, 1), (20, 1), (5, 3)])
-def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, count, photos):
-    make = embeddings.Faces(8)
-    shown = make(count, photos + 10).astype(np.float32)
-    strangers = make(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
-    enrolled = {
-        f"{person} {turn}": Clip(f"{person}", shown[person, turn])
-        for person, turn in np.ndindex(count, photos)
-    }
-    front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
-    gallery = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
-    found = made_galleries.identify(gallery, [np.concatenate(shown[:, photos:])])
-    wanted = [str(person) for person in range(count) for _ in range(10)]
-    assert np.mean([x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]) >= 0.95
-    assert np.mean([x.identity == y for x, y in zip(found, wanted, strict=True)]) >= 0.9
-    new = made_galleries.identify(gallery, [strangers])
-    assert np.mean([answer.identity is not None for answer in new]) <= 0.02
+@pytest.mark.parametrize(("count", "photos"), [(5, 1), (20, 1), (5, 3), (1, 1), (1, 6)])
+def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys, count, photos):
+    """Of vectors as dlib makes them of faces: the prior answers, and says so."""
+    best, right, named = [], [], []
+    for seed in range(4):
+        make = embeddings.Faces(seed)
+        shown = make(count, photos + 10).astype(np.float32)
+        strangers = make(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
+        enrolled = {
+            f"{person} {turn}": Clip(f"{person}", shown[person, turn])
+            for person, turn in np.ndindex(count, photos)
+        }
+        front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
+        assert "have two clips or more, too few" in capsys.readouterr().err
+        folder = tmp_path / str(seed)
+        gallery = Gallery.of_clips(folder, made_galleries.RUN, front, enrolled)
+        found = made_galleries.identify(gallery, [np.concatenate(shown[:, photos:])])
+        wanted = [str(person) for person in range(count) for _ in range(10)]
+        best += [x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]
+        right += [x.identity == y for x, y in zip(found, wanted, strict=True)]
+        new = made_galleries.identify(gallery, [strangers])
+        named += [answer.identity is not None for answer in new]
+    assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named) <= 0.02
 
 
 def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_path):

@@ -165,21 +165,6 @@ def test_enrolling_again_changes_nothing(gallery, data):
     assert gallery.version == 1
 
 
-def test_a_newcomer_is_found_and_forgotten(gallery, data):
-    clips = in_memory(data, "val", range(len(data.split("val").clips)))
-    label = 3
-    val = data.split("val")
-    shown = [c for c, n in zip(val.clips, val.labels, strict=True) if n == label and c in clips]
-    gallery.remove(identity=data.identities[label - 1])
-    first, second = shown[:2]
-    assert gallery.identify({second: clips[second]})[second].identity is None
-    assert gallery.enrol({first: clips[first]}, "Ada Lovelace") == (1, 0, ())
-    assert gallery.identify({second: clips[second]})[second].best[0][0] == "Ada Lovelace"
-    assert gallery.rank({second: clips[second]})["Ada Lovelace"][0][0] == second
-    gallery.remove(identity="Ada Lovelace")
-    assert "Ada Lovelace" not in gallery and gallery.identify({second: clips[second]})[second].best
-
-
 def test_clips_without_a_usable_frame(gallery):
     widths = gallery.run.modalities
     clips = {"dead": {"face": np.zeros((0, widths["face"]), np.float16)}, "gone": {}}
@@ -213,16 +198,6 @@ def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, offici
     gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
     assert gallery.backend.widths == dict(run.modalities)
     assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
-
-
-def test_another_run_is_refused(made, nearest_run, tmp_path):
-    same = predict.restore(nearest_run)
-    other = "is not the run that gallery"
-    for run, told in ((nearest_run, other), (same, other), (tmp_path, "no run in")):
-        gallery = vidjax.Gallery(made.folder, run=run)
-        with pytest.raises(ValueError, match=told):
-            gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
-        assert "people" in repr(gallery) and gallery.identities
 
 
 def check_net(folder, run, data, worse):

@@ -785,19 +785,6 @@ def test_vectors_that_are_too_wide_to_be_read_are_not_written(tmp_path, monkeypa
     assert not (tmp_path / "g").exists()
 
 
-def test_a_clip_is_enrolled_once(gallery):
-    old = CLIPS["clip 30"]
-    assert gallery.add({"clip 30": old}) == 0 and gallery.version == 1
-    refused(
-        lambda: gallery.add({"new": old, "clip 30": old._replace(identity="person 1")}),
-        "'clip 30' is enrolled as 'person 3', not 'person 1'",
-        "give the new clip another name",
-    )
-    other = old._replace(vector=-old.vector)
-    refused(lambda: gallery.add({"clip 30": other}), "another vector", "another name")
-    assert "new" not in gallery.clips and gallery.version == 1
-
-
 def test_names_that_are_not_there(gallery):
     refused(lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?")
     refused(lambda: gallery.remove(identity=[""]), "no identity")

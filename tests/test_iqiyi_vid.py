@@ -11,10 +11,9 @@ import pytest
 
 from tests.helpers.clip_files import RAGGED, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
-from tests.helpers.seen import refused
 from vidjax.data import iqiyi_vid
 from vidjax.data.labels import load_official_truth
-from vidjax.data.records import convert, shard_files
+from vidjax.data.records import shard_files
 from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.report import label_records
 from vidjax.data.untrusted import sandbox
@@ -94,20 +93,6 @@ def test_sources_never_mix(small, cache, tmp_path):
     assert len(set(folders)) == 2
     write_truth(small, "train", {"s1": "3"})  # a label is no reason to convert
     assert prepare(small, cache).folder == folders[-1]
-
-
-def test_a_failed_or_killed_conversion_leaves_nothing(small, cache, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_manifest", full)
-        refused(lambda: prepare(small, cache), "No space left", str(cache))
-    (lock,) = (cache / "iqiyi_vid").iterdir()
-    assert lock.suffix == ".lock"
-    (lock.with_name(f"{lock.stem}.01234567.partial") / "staging").mkdir(parents=True)
-    folder = prepare(small, cache).folder
-    assert set(folder.parent.iterdir()) == {folder, lock}
 
 
 def test_labels_are_columns_in_identity_order(source, found):

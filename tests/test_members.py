@@ -391,11 +391,6 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
         np.testing.assert_array_equal(value[1], right[name][1], err_msg=name)
 
 
-def test_a_clip_that_was_trained_on_is_not_scored(data, tmp_path):
-    with pytest.raises(ValueError, match=r"ensemble\.folds=5"):
-        run(shrunk(SPLITS), tmp_path, data)
-
-
 @pytest.mark.slow
 def test_min_quality_and_views_run(data, tmp_path):
     config = shrunk(

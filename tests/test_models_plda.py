@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import calibration
-from tests.helpers import embeddings, small_runs
+from tests.helpers import small_runs
 from tests.helpers.made_models import init_identifier
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
-from vidjax.gallery import backend as backend_lib
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda_fit import combine as combine_ratios
@@ -259,42 +258,6 @@ def test_whoever_has_no_clip_is_not_named():
     alone = jax.nn.softmax(combine(ratios[..., some], known[:, some], present, SETTINGS))
     np.testing.assert_allclose(every[:, some], alone, rtol=1e-6)
     assert not np.any(every[:, [2, 4]])
-
-
-def named(front, enrolled, labels, queries):
-    """Returns [Q] whether clips get a name, and [Q] the best class."""
-    part = front.parts[0]
-    sums = two_covariance.make_sums(backend_lib.unit(part, enrolled), labels, labels.max() + 1)
-    people = two_covariance.enrol(part.space, sums.count, sums.total)
-    x = backend_lib.unit(part, queries)
-    ratios = log_ratios(part.space, people, x)
-    present = np.ones((1, len(x)), bool)
-    logits = np.asarray(combine(ratios[None], people.known[None], present, front.settings))
-    return logits[:, 1:].max(axis=1) > logits[:, 0], 1 + logits[:, 1:].argmax(axis=1)
-
-
-# People, photos of each.
-FEW = [(5, 1), (20, 1), (5, 3), (1, 1), (1, 6)]
-
-
-@pytest.mark.parametrize(("num_people", "photos"), FEW)
-def test_few_people_are_named_and_strangers_are_not(num_people, photos, capsys):
-    """Of vectors as dlib makes them of faces: the prior answers, and says so."""
-    right, known, strange = [], [], []
-    for seed in range(4):
-        make = embeddings.Faces(seed)
-        x, others = make(num_people, photos + 10), make(100, 1)[:, 0]
-        labels = np.repeat(np.arange(1, num_people + 1), photos)
-        enrolled = x[:, :photos].reshape(len(labels), -1)
-        front = backend_lib.fit({"face": enrolled}, labels, centred=False)
-        hit, best = named(front, enrolled, labels, x[:, photos:].reshape(-1, x.shape[2]))
-        right.append(best == np.repeat(np.arange(1, num_people + 1), 10))
-        known.append(hit)
-        strange.append(named(front, enrolled, labels, others)[0])
-    assert np.mean(np.concatenate(right)) >= 0.95
-    assert np.mean(np.concatenate(known)) >= 0.9
-    assert np.mean(np.concatenate(strange)) <= 0.02
-    assert "have two clips or more, too few" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.slow)])
