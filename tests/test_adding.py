@@ -23,19 +23,6 @@ def cosface(logits, labels, class_mask=None, *, logit_scale, margin):
     return softmax_cross_entropy(logits - logit_scale * margin * label, labels, class_mask)
 '''
 
-CONTRASTIVE = '''
-def supervised_contrastive(embedding, labels, mask):
-    """Returns the supervised contrastive loss of each example (Khosla et al., equation 2)."""
-    unit = embedding / jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)
-    others = mask[None, :] & ~jnp.eye(len(labels), dtype=bool)
-    logits = jnp.where(others, unit @ unit.T / 0.1, -1e9)
-    positive = others & (labels[:, None] == labels[None, :]) & (labels > 0)[:, None]
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    count = jnp.sum(positive, axis=1)
-    loss = -jnp.sum(jnp.where(positive, log_probs, 0.0), axis=1) / jnp.maximum(count, 1)
-    return jnp.where(mask & (count > 0), loss, 0.0)
-'''
-
 MODEL = '''
 class Centroid(Identifier):
     """Cosines between the mean frame of the first modality and a direction per class."""
@@ -103,7 +90,6 @@ def confident(clips, labels):
 # file, table, function, line of the table
 ADDITIONS = (
     ("losses.py", "CLASSIFICATION", COSFACE, '    "cosface": cosface,\n'),
-    ("losses.py", "EMBEDDING", CONTRASTIVE, '    "contrastive": supervised_contrastive,\n'),
     ("models/identifier.py", "MODELS", MODEL, '    "centroid": Centroid,\n'),
     ("data/sources.py", "DATASETS", DATASET, '    "blobs": open_blobs,\n'),
     ("fusion.py", "FUSIONS", FUSION, '    "median": Fusion(median_frame),\n'),
@@ -126,7 +112,6 @@ IMPORTS = {
 # field -> its value in the experiment
 FIELDS = {
     "loss.classification": "cosface",
-    "loss.embedding": "contrastive",
     "data.name": "blobs",
     "transforms": "halve",
     "model.name": "centroid",
@@ -144,7 +129,6 @@ def get_config(args=""):
     config.optim.learning_rate = 0.02
     config.transforms = ("halve",)
     config.loss.classification, config.loss.margin = "cosface", 0.2
-    config.loss.embedding, config.loss.embedding_weight = "contrastive", 0.5
     return config
 """
 
@@ -161,7 +145,7 @@ def add(package: Path, file: str, table: str, function: str, line: str) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with the seven additions and an experiment that uses all of them."""
+    """A copy of the package with the six additions and an experiment that uses all of them."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("vidjax", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -184,7 +168,7 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
+def test_a_run_uses_all_six_and_shows_the_metric(tree: Path) -> None:
     done = run(tree, "-m", "vidjax.main", "--config=configs/probe.py", "--workdir=runs/probe")
     workdir = tree / "runs" / "probe"
     results = json.loads((workdir / "metrics.json").read_text())

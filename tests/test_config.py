@@ -92,7 +92,6 @@ UNREAD = {
     "loss.focal": ("multiclass", ["loss.schedule=((0,0.5),)"]),
     "loss.gamma": ("3", ["loss.schedule=((0,0),(1,1))"]),
     "loss.margin_type": ("additive", ["loss.margin=0.1"]),
-    "loss.embedding_weight": ("0.5", ["loss.embedding=triplet"]),
     "optim.momentum": ("0.5", ["optim.name=sgd"]),
     "optim.decay_factor": ("0.5", ["optim.decay=steps"]),
     "optim.decay_every_epochs": ("2", ["optim.decay=steps"]),

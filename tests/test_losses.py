@@ -11,7 +11,6 @@ from jax.test_util import check_grads
 
 from vidjax import config as config_lib
 from vidjax import devices, losses
-from vidjax.batch import ModelOutput
 
 LOSSES = {
     "softmax": losses.softmax_cross_entropy,
@@ -313,7 +312,7 @@ def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
             ({field: known[:-1]}, rf"config\.loss\.{field}=.*'{known}'")
             for field, known in (
                 ("classification", "multiclass"), ("focal", "multiclass"),
-                ("margin_type", "angular"), ("embedding", "triplet"),
+                ("margin_type", "angular"),
             )
         ),
     ],
@@ -377,97 +376,3 @@ def test_losses_are_given_the_options_that_they_take(monkeypatch):
         np.testing.assert_array_equal(loss(logits, labels, jnp.int32(0)), 1)
     assert given.pop("mask") is class_mask
     assert given == {"scale": 4.0, "gamma": 3.0, "smoothing": 0.1, "beta": 7}
-
-
-def triplet_oracle(embedding, labels, mask):
-    """Hermans et al., equation 5, on unit vectors in float64, example by example."""
-    unit = np.asarray(embedding, np.float64)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    out = []
-    for i, label in enumerate(labels):
-        others = [j for j in range(len(labels)) if j != i and mask[j]]
-        distance = {j: np.linalg.norm(unit[i] - unit[j]) for j in others}
-        positive = [distance[j] for j in others if labels[j] == label]
-        negative = [distance[j] for j in others if labels[j] != label]
-        if not mask[i] or label == 0 or not positive or not negative:
-            out.append(0.0)
-        else:
-            out.append(np.log1p(np.exp(max(positive) - min(negative))))
-    return np.asarray(out)
-
-
-triplets = jax.jit(losses.batch_hard_triplet)
-triplet_gradient = jax.jit(jax.grad(lambda x, *args: losses.batch_hard_triplet(x, *args).sum()))
-TRIPLETS = {
-    "three people": [1, 1, 2, 2, 2, 3, 3, 1],
-    "distractors are negatives alone": [0, 1, 0, 1, 0, 2, 0, 2],
-    "a person with one clip": [1, 2, 2, 3, 3, 3, 2, 2],
-    "no positive": [1, 2, 3, 4, 5, 6, 7, 0],
-    "no negative": [1, 1, 1, 1, 1, 1, 1, 1],
-    "distractors alone": [0, 0, 0, 0, 0, 0, 0, 0],
-}
-
-
-@pytest.mark.parametrize("hidden", [(), (0, 3, 6), range(8)], ids=["all", "some", "none"])
-@pytest.mark.parametrize("name", TRIPLETS)
-def test_triplets_match_a_loop(name, hidden):
-    labels = np.asarray(TRIPLETS[name], np.int32)
-    mask = ~np.isin(np.arange(8), hidden)
-    embedding = np.random.default_rng(4).standard_normal((8, 5)).astype(np.float32)
-    expected = triplet_oracle(embedding, labels, mask)
-    loss = triplets(embedding, labels, mask)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
-    is_possible = not hidden and name in ("three people", "distractors are negatives alone")
-    assert (expected > 0).any() or not is_possible
-    # What is masked changes nothing and gets no gradient.
-    changed = np.where(mask[:, None], embedding, 50.0)
-    np.testing.assert_array_equal(triplets(changed, labels, mask), loss)
-    gradient = triplet_gradient(embedding, labels, mask)
-    assert np.isfinite(gradient).all()
-    np.testing.assert_array_equal(gradient[~mask], 0)
-
-
-def test_triplets_at_extremes_have_finite_gradients():
-    labels, mask = np.asarray([1, 1, 2, 2, 0, 1], np.int32), np.ones(6, bool)
-    same = np.ones((6, 4), np.float32)
-    zero = np.zeros((6, 4), np.float32)
-    opposite = same * np.where(labels == 1, 1, -1)[:, None]
-    for embedding in (same, zero, opposite, 1e12 * same, 1e-12 * opposite):
-        assert np.isfinite(triplets(embedding, labels, mask)).all()
-        assert np.isfinite(triplet_gradient(embedding, labels, mask)).all()
-    # The positives are at distance 0, the negatives at 2 or at 0.
-    apart = np.asarray(triplets(opposite, labels, mask))[labels == 1]
-    np.testing.assert_allclose(apart, np.log1p(np.exp(-2.0)), rtol=1e-4)
-    together = np.asarray(triplets(same, labels, mask))[labels > 0]
-    np.testing.assert_allclose(together, np.log(2), rtol=1e-4)
-
-
-def test_an_embedding_of_zero_has_no_gradient_of_a_million():
-    labels, mask = np.asarray([1, 1, 2, 2, 0, 1], np.int32), np.ones(6, bool)
-    embedding = np.random.default_rng(4).standard_normal((6, 4)).astype(np.float32)
-    embedding[2] = 0
-    gradient = np.asarray(triplet_gradient(embedding, labels, mask))
-    assert np.abs(gradient).max() < 10 and not gradient[2].any() and gradient[3].any()
-
-
-def test_triplets_have_the_gradient_of_their_value():
-    with jax.enable_x64(True):
-        labels, mask = np.asarray(TRIPLETS["three people"], np.int32), np.ones(8, bool)
-        embedding = np.random.default_rng(4).standard_normal((8, 5))
-        value = jax.jit(lambda x: losses.batch_hard_triplet(x, labels, mask))
-        assert value(embedding).dtype == np.float64
-        check_grads(value, (jnp.asarray(embedding),), order=1)
-
-
-def test_the_loss_of_the_embedding_is_added_with_its_weight():
-    logits, labels = example(batch=8)
-    labels[:4] = 1
-    mask = np.arange(8) != 2
-    embedding = np.random.default_rng(4).standard_normal((8, 5)).astype(np.float32)
-    output = ModelOutput(logits[:, None], embedding)
-    spec = config_lib.default().loss.to_dict() | {"embedding": "triplet", "embedding_weight": 0.25}
-    objective = jax.jit(losses.make_objective(spec, None, 10, logit_scale=1.0))
-    expected = losses.softmax_cross_entropy(logits, labels)
-    expected = expected + 0.25 * triplets(embedding, labels, mask)
-    loss = objective(output, labels, mask, jnp.int32(0))
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)

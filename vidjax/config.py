@@ -262,7 +262,7 @@ TABLE: tuple[Field | Group, ...] = (
     Group("fusion", "modality -> `train` and `evaluate`: `name` and the arguments of a fusion of "
           "`vidjax/fusion.py`. A modality that is not named keeps all its frames"),
 
-    Group("loss", "the loss of the logits, and of the embeddings"),
+    Group("loss", "the loss of the logits"),
     Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus that "
           "of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
     Field("loss.focal", "binary", "second loss of the logits, weighted by `loss.schedule`: "
@@ -279,9 +279,6 @@ TABLE: tuple[Field | Group, ...] = (
           "for `angular`; 0: none", low=0, high=math.pi / 2),
     Field("loss.margin_type", "angular", "kind of margin, used with losses that define none "
           "themselves. With `loss.margin` above 0", read_when=_is_not("loss.margin", 0, 0.5)),
-    Field("loss.embedding", "", "loss of the embeddings, beside that of the logits; empty: none"),
-    Field("loss.embedding_weight", 1.0, "factor of the loss of the embeddings, 0 or more. With "
-          "`loss.embedding`", low=0, read_when=_is_not("loss.embedding", "", "triplet")),
     Field("loss.label_smoothing", 0.0, "share of the target that is spread over all classes in the "
           "softmax cross-entropy, from 0 to below 1", low=0, below=1, read_when=SMOOTHING),
 

@@ -1,8 +1,8 @@
-"""Losses of logits and of embeddings, with one value per example, and the training objective.
+"""Losses of logits, with one value per example, and the training objective.
 
 Logits are [..., K] with K class columns (see `vidjax.batch`) and any leading axes: clips, branches
 of a model, examples of a clip. To add a loss, write a function here and add a line to
-`CLASSIFICATION`, `MARGINS` or `EMBEDDING`.
+`CLASSIFICATION` or `MARGINS`.
 """
 
 import inspect
@@ -181,38 +181,6 @@ def batch_focal(
     return (jnp.maximum(-jnp.expm1(-mean), tiny) ** gamma * rows).reshape(cross_entropy.shape)
 
 
-def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
-    """Returns the soft-margin triplet loss with the hardest positive and the hardest negative.
-
-    Args:
-      embedding: [B, D] float.
-      labels: [B] int32, class columns; examples of column 0 only serve as negatives.
-      mask: [B] bool, True for real examples.
-
-    Returns:
-      [B] float32, softplus(d(positive) - d(negative)) with d the Euclidean distance of unit
-        vectors; 0 for examples without a positive or without a negative.
-
-    Source: Hermans et al., In Defense of the Triplet Loss, equation 5 in its soft-margin form.
-    Ours: unit vectors.
-    """
-    embedding = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
-    square = jnp.sum(embedding**2, axis=-1, keepdims=True)
-    usable = square > 1e-12  # at 0 the derivative would be a million
-    unit = jnp.where(usable, embedding / jnp.sqrt(jnp.where(usable, square, 1.0) + 1e-12), 0.0)
-    squared = jnp.maximum(2.0 - 2.0 * unit @ unit.T, 0.0) + 1e-12  # a root has no derivative at 0
-    distance = jnp.sqrt(squared)
-    same = labels[:, None] == labels[None, :]
-    is_known = labels > 0
-    pairs = mask[:, None] & mask[None, :] & ~jnp.eye(len(labels), dtype=bool)
-    positive = pairs & same & is_known[:, None]
-    negative = pairs & ~same & is_known[:, None]
-    farthest = jnp.max(jnp.where(positive, distance, 0.0), axis=1)
-    nearest = jnp.min(jnp.where(negative, distance, 2.0), axis=1)
-    counts = positive.any(axis=1) & negative.any(axis=1)
-    return jnp.where(counts, jax.nn.softplus(farthest - nearest), 0.0)
-
-
 # name -> loss (logits, labels, **options) -> [...]. Options with the name of a field of config.loss
 # get its value; `class_mask`, `logit_scale` and `counted` come from the system. A loss with the
 # option `margin` adds the margin itself; the others get logits that already contain it.
@@ -229,11 +197,6 @@ MARGINS: dict[str, Callable[..., Array]] = {
     "cosine": cosine_margin,
 }
 
-# name -> loss of embeddings: (embedding [B, D], labels [B], mask [B]) -> [B]
-EMBEDDING: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "triplet": batch_hard_triplet,
-}
-
 # (output, labels [B] int32, mask [B] bool, step [] int32) -> [B]
 Objective = Callable[[ModelOutput, Array, Array, Array], Array]
 
@@ -245,19 +208,11 @@ def make_objective(
     *,
     logit_scale: float,
 ) -> Objective:
-    """Builds the training objective.
+    """Builds the training objective: sum over branches(train_weight x loss of the logits).
 
-    It is sum over branches(train_weight x loss of the logits) + embedding_weight x embedding loss,
-    where `train_weight` comes from the model.
-
-    Args:
-      spec: see `make_loss`; also `embedding`, a name in EMBEDDING or empty, and its weight.
-      class_mask, steps_per_epoch, logit_scale: see `make_loss`.
+    The model gives `train_weight`. Arguments are those of `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
-    name, weight = spec["embedding"], spec["embedding_weight"]
-    if name:
-        check_entry("config.loss.embedding", name, EMBEDDING)
 
     def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
@@ -271,10 +226,7 @@ def make_objective(
             scale = jnp.tile(scale, len(logits))
         counted = train_weight * mask[:, None]
         per_branch = loss_fn(rows, repeated, step, scale, counted).reshape(logits.shape[:2])
-        loss = jnp.sum(per_branch * train_weight, axis=1)
-        if not name:
-            return loss
-        return loss + weight * EMBEDDING[name](output.embedding, labels, mask)
+        return jnp.sum(per_branch * train_weight, axis=1)
 
     return objective
 

@@ -146,7 +146,6 @@ FIELDS = [
     Case(f"{TRAIN} --config.model.name=knnn", "'knn'"),
     Case(f"{TRAIN} --config.model.nmae=knn", "--config.model.name"),
     Case(f"{TRAIN} --config.loss.classification=sofmax", "softmax"),
-    Case(f"{TRAIN} --config.loss.embedding=triplett", "triplet"),
     Case(f"{TRAIN} --config.loss.gamma=3", "--config.loss.schedule="),
     Case(f"{TRAIN} --config.loss.schedule=3", "config.loss.schedule"),
     Case(f"{TRAIN} --config.loss.margin=9", "margin"),

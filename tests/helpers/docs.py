@@ -34,7 +34,6 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
         "loss.classification": losses.CLASSIFICATION,
         "loss.focal": losses.CLASSIFICATION,
         "loss.margin_type": losses.MARGINS,
-        "loss.embedding": losses.EMBEDDING,
         "optim.name": optim.OPTIMIZERS,
         "optim.decay": optim.DECAYS,
         "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
