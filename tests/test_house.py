@@ -23,7 +23,7 @@ PACKAGES = sorted(
 LAYERS = (
     "__main__", "main", "who", "forget", "commands", "export", "serve", "gallery",
     "extract", "api", "predict", "bulk", "comparison", "training", "analysis",
-    "report", "significance", "ranking", "evaluation", "system", "models", "losses", "logit_ops",
+    "report", "significance", "ranking", "evaluation", "system", "models", "losses",
     "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config",
     "data", "devices", "distributed", "batch",
 )  # fmt: skip
@@ -31,7 +31,7 @@ LAYERS = (
 MAY_IMPORT = {
     "extract": {"data", "errors", "files", "machine", "messages", "run"},  # no JAX
     # Plain arguments, no config objects.
-    "models": {"batch", "devices", "ensemble", "errors", "fusion", "logit_ops", "machine"},
+    "models": {"batch", "devices", "ensemble", "errors", "fusion", "losses", "machine"},
     "report": {"config", "config_io", "data", "errors", "files", "metrics", "run", "significance",
                "tables"},
     "run": {"config", "config_io", "distributed", "errors", "files"},  # no maths

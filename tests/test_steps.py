@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.made_frames import make_frames
-from vidjax import augment, ensemble, logit_ops
+from vidjax import augment, ensemble, losses
 from vidjax import config as config_lib
 from vidjax.batch import Batch, ModelOutput
 from vidjax.evaluation import eval_step as eval_step_lib
@@ -19,7 +19,7 @@ from vidjax.models.base import Identifier
 from vidjax.system import TaskSpec, make_system
 from vidjax.training import train_step
 
-log_probabilities = jax.jit(logit_ops.log_softmax)
+log_probabilities = jax.jit(losses.log_softmax)
 DIMS = {"face": 6, "audio": 4}
 C = 37  # no other axis is as long
 LINEAR = {"name": "dense", "layers": (), "feature_scale": 1.0}
@@ -402,10 +402,10 @@ def test_is_best_is_argmax():
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     column = rng.integers(0, 6, 500).astype(np.int32)
     scores[0] = -np.inf
-    found = jax.jit(logit_ops.is_best)(scores, column)
+    found = jax.jit(losses.is_best)(scores, column)
     np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
     assert 0 < np.sum(found) < 500
-    assert not logit_ops.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+    assert not losses.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
 
 
 def test_logarithms_of_probabilities_near_one_keep_their_order():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vidjax import augment, ensemble, fusion, logit_ops, losses, optim
+from vidjax import augment, ensemble, fusion, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, ClipInfo, Frames, NoiseLayout
@@ -293,7 +293,7 @@ def _logits(logits: Array, class_mask: Array) -> Array:
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
 # of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
-    "log_softmax": (logit_ops.log_softmax, True),
+    "log_softmax": (losses.log_softmax, True),
     "log_sigmoid": (_log_sigmoid, True),
     "logits": (_logits, False),
 }

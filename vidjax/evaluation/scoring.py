@@ -18,7 +18,7 @@ from vidjax.errors import UserError, warn
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
 from vidjax.evaluation.eval_step import MeanScores, add_scores, mean_scores, no_scores
-from vidjax.logit_ops import is_best
+from vidjax.losses import is_best
 from vidjax.metrics import ClipScores
 from vidjax.models.base import ModelState, Params
 from vidjax.run.terminal import Progress

@@ -5,7 +5,7 @@ A clip has one vector in each of M parts: the modalities of a PLDA run, or the e
 
 All people are compared with a clip by products in float32. The most probable people are compared
 once more in float64. So answers are equal to 1e-6 in any order and number of people and clips. The
-formulas are those of `models.plda_fit.combine` and `logit_ops.log_softmax`.
+formulas are those of `models.plda_fit.combine` and `losses.log_softmax`.
 """
 
 import contextlib
@@ -511,7 +511,7 @@ class Index:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns log softmax [K] of logits [K] float64.
 
-    The logarithm of a probability near 1 is computed from the others, as in `logit_ops`.
+    The logarithm of a probability near 1 is computed from the others, as in `losses.log_softmax`.
     """
     best = logits.argmax()
     shifted = logits - logits[best]

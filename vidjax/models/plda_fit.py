@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from vidjax import ensemble, fusion
 from vidjax.batch import Array, Frames
-from vidjax.logit_ops import log_softmax
+from vidjax.losses import log_softmax
 from vidjax.machine import num_cores
 from vidjax.models import two_covariance
 from vidjax.models.base import TrainingClips

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from vidjax import devices, ensemble, fusion
 from vidjax.augment import MemberClips
 from vidjax.batch import Array, Batch, ClipInfo, Packed
-from vidjax.logit_ops import is_best
+from vidjax.losses import is_best
 from vidjax.models.base import ModelState, Params
 from vidjax.system import System
 
