@@ -13,7 +13,7 @@ import pytest
 
 from vidjax import ensemble, files, tables
 from vidjax.run import results, signals
-from vidjax.run.logs import keep_until
+from vidjax.run.results import keep_until
 
 
 def test_a_file_is_no_workdir(tmp_path):

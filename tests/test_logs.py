@@ -5,7 +5,7 @@ import json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vidjax.run import terminal as terminal_lib
-from vidjax.run.logs import Logs, keep_until
+from vidjax.run.results import Logs, keep_until
 from vidjax.run.terminal import Progress
 
 

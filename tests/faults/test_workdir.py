@@ -14,7 +14,7 @@ from tests.helpers import limits
 from tests.helpers.limits import file_limit
 from tests.helpers.small_runs import ROOT
 from vidjax import files
-from vidjax.run.logs import Logs, keep_until
+from vidjax.run.results import Logs, keep_until
 
 
 def test_a_folder_that_cannot_be_written_ends_it_at_once(tmp_path, mounted, say):

@@ -1,9 +1,16 @@
-"""The result files of a run: how they are read, written and described; see `run.formats`."""
+"""The results and the logs of a run: how files are read, written and described.
+
+Their formats are in `run.formats`. `metrics.jsonl` depends only on configuration, data and step:
+two runs of one configuration write the same bytes. Measured times go to `timing.jsonl`.
+"""
 
 import contextlib
 import datetime
 import io
 import json
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -11,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import config_io, files
-from vidjax.errors import UserError
+from vidjax import config_io, distributed, files
+from vidjax.errors import UserError, warn
 from vidjax.run import formats
 
 if TYPE_CHECKING:
@@ -202,3 +209,77 @@ def load_analysis(path: Path) -> tuple[formats.Analysis, Arrays]:
     analysis = formats.parse(path, values, formats.Analysis, REMEDY)
     formats.check_arrays(path, arrays, REMEDY)
     return analysis, arrays
+
+
+def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
+    """Cuts a .jsonl file back to a step, so that a resumed run repeats no line.
+
+    An unfinished last line, left by a kill, is removed silently, and other damaged lines with a
+    warning. Without `evaluated`, the evaluation of `step` itself (a line with a `split`) goes, too.
+    """
+    if not files.exists(path):
+        return
+    lines, kept, damaged = list(files.each_line(path)), list[bytes](), list[int]()
+    for number, line in enumerate(lines, start=1):
+        try:
+            value: Any = files.parse_line(line)
+            if value["step"] + (not evaluated and "split" in value) <= step:
+                kept.append(line.rstrip(b"\r\n") + b"\n")
+        except (ValueError, TypeError, KeyError):
+            damaged.append(number)
+    if kept == lines:
+        return
+    if damaged := [number for number in damaged if number < len(lines)]:
+        warn(f"'{path}': damaged lines are left out: {damaged[:5]}")
+    with files.atomic_file(path) as file:
+        file.writelines(kept)
+
+
+class Logs:
+    """The open logs of a run, TensorBoard's events among them; process 0 writes them.
+
+    From `step` on, the events replace those of earlier files. For `evaluated` see `keep_until`.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
+        self._files: dict[str, io.FileIO] = {}
+        if not distributed.is_first():
+            return
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            keep_until(workdir / name, step, evaluated=evaluated)
+            self._files[name] = files.open_log(workdir / name)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._files["events"] = files.open_log(workdir / name)
+        self._event(file_version="brain.Event:2")
+        self._event(step=step + 1, session_log={"status": "START"})
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of results of a step, and its numbers as events."""
+        self._line("metrics.jsonl", step, values)
+        numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
+        scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
+        self._event(step=step, summary={"value": scalars})
+
+    def timing(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of measured times of a step."""
+        self._line("timing.jsonl", step, values)
+
+    def _line(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        if name in self._files:
+            files.append(self._files[name], f"{json.dumps({'step': step, **values})}\n".encode())
+
+    def _event(self, **content: object) -> None:
+        if "events" in self._files:
+            # Not at the top: only training needs it.
+            from tensorboard.compat.proto import event_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+            record = io.BytesIO()  # so that a kill leaves no part of a record
+            event = event_pb2.Event(wall_time=time.time(), **content)  # type: ignore[attr-defined]
+            RecordWriter(record).write(event.SerializeToString())
+            files.append(self._files["events"], record.getvalue())
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()

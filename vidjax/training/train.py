@@ -26,7 +26,7 @@ from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
 from vidjax.run import checkpoint, signals
 from vidjax.run import results as results_lib
 from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes, check_there
-from vidjax.run.logs import Logs
+from vidjax.run.results import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
 from vidjax.training import feed as feed_lib
