@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import made_runs, small_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, devices, metrics
-from vidjax.analysis import analysis, open_set, strata
+from vidjax.analysis import analysis, measures
 from vidjax.evaluation import topk
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
@@ -94,7 +94,7 @@ def test_an_analysis_leaves_the_run_as_it_is(workdir, data, tmp_path):
     assert not (tmp_path / "analysis.npz").exists()
 
 
-@pytest.mark.parametrize("module", [open_set, run_page])
+@pytest.mark.parametrize("module", [measures, run_page])
 def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypatch, module):
     def fail(*_args, **_kwargs):
         raise MemoryError("cannot allocate 9 GB")
@@ -102,7 +102,7 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     folder = Path(shutil.copytree(workdir, tmp_path / "run"))
     (folder / "ranking.txt").unlink()
     config = config_io.load_workdir(folder)
-    monkeypatch.setattr(module, "open_set" if module is open_set else "render", fail)
+    monkeypatch.setattr(module, "open_set" if module is measures else "render", fail)
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
         results = small_runs.evaluate(config, folder, data, num_devices=1, report=True)
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
@@ -143,7 +143,7 @@ def test_map_among_some_clips_by_hand():
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
     top, everyone = topk.TopK(np.zeros(index.shape, np.float32), index), np.ones(40, bool)
     positives = np.bincount(labels, minlength=5)[1:]
-    scored = strata.ScoredSplit(top, labels, list("c" * 40), everyone, positives)
+    scored = measures.ScoredSplit(top, labels, list("c" * 40), everyone, positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     averages = []
     for identity in range(1, 5):
@@ -164,7 +164,7 @@ def test_the_best_list_of_a_clip_has_its_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
     top, everyone = topk.TopK(scores, index), np.ones(4, bool)
-    scored = strata.ScoredSplit(top, np.zeros(4, int), list("abcd"), everyone, np.zeros(2, int))
+    scored = measures.ScoredSplit(top, np.zeros(4, int), list("abcd"), everyone, np.zeros(2, int))
     best, highest = scored.best_lists
     np.testing.assert_array_equal(highest, np.array([0.5, 0.7, 0.9, -np.inf], np.float32))
     assert best.tolist() == [0, 1, 0, -1]  # clip 2 scores alike in both: the first identity
@@ -172,14 +172,14 @@ def test_the_best_list_of_a_clip_has_its_highest_score():
 
 def test_groups_by_count_and_quantile_hold_everything_once():
     counts = np.arange(200)
-    groups = strata.by_count(counts)
+    groups = measures.by_count(counts)
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 200
     assert [label for label, _ in groups][:5] == ["0", "1", "2", "3 to 4", "5 to 8"]
     assert groups[-1][0] == "over 128"
     values = np.r_[np.zeros(5), np.arange(95.0)]
-    groups = strata.by_quantile(values, np.ones(100, bool))
+    groups = measures.by_quantile(values, np.ones(100, bool))
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 100
-    assert strata.by_quantile(np.zeros(9), np.ones(9, bool)) == []
+    assert measures.by_quantile(np.zeros(9), np.ones(9, bool)) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])

@@ -5,7 +5,7 @@ import pytest
 from scipy import special, stats
 
 from vidjax import metrics
-from vidjax.analysis import open_set
+from vidjax.analysis import measures
 from vidjax.evaluation.scoring import ClipScores
 
 
@@ -20,7 +20,7 @@ def some(function):
     return call
 
 
-summary, calibrated = some(open_set.open_set), some(open_set.calibration)
+summary, calibrated = some(measures.open_set), some(measures.calibration)
 
 
 def clip_scores(best, right):
@@ -64,14 +64,14 @@ def test_few_strangers_show_no_rate(num_strange, shown):
 
 def test_without_strangers_or_known_people_there_is_no_threshold():
     clips, labels = normal(np.random.default_rng(0))
-    assert open_set.open_set(clips, np.maximum(labels, 1), 200) is None
-    assert open_set.open_set(clips, np.zeros_like(labels), 200) is None
+    assert measures.open_set(clips, np.maximum(labels, 1), 200) is None
+    assert measures.open_set(clips, np.zeros_like(labels), 200) is None
 
 
 @pytest.mark.slow
 def test_intervals_hold_in_simulation(monkeypatch):
     """At 10 % the threshold of the population is the .9 quantile; it misses 24 % of the people."""
-    monkeypatch.setattr(open_set, "RESAMPLES", 400)
+    monkeypatch.setattr(measures, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
     truth = stats.norm.cdf(stats.norm.ppf(0.9) - 2)
     held = []

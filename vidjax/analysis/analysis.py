@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 
 from vidjax import config as config_lib
 from vidjax import devices, distributed, ensemble, ranking
-from vidjax.analysis import open_set, strata
-from vidjax.analysis.open_set import Arrays, Values
-from vidjax.analysis.strata import ScoredSplit
+from vidjax.analysis import measures
+from vidjax.analysis.measures import Arrays, ScoredSplit, Values
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.errors import warn
@@ -64,19 +63,19 @@ def analyse(
     scored = ScoredSplit(
         evaluation.top, split.labels, split.clips, evaluation.clips.pool, evaluation.positives
     )
-    train_clips = strata.count_train_clips(model, config.data.train_splits)
+    train_clips = measures.count_train_clips(model, config.data.train_splits)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
     values |= {
         "num_others": split.num_others if scored.pool.all() else 0,
-        "worst": strata.worst_identities(scored),
-        "wrong_clips": strata.wrong_clips(scored),
+        "worst": measures.worst_identities(scored),
+        "wrong_clips": measures.wrong_clips(scored),
         "fewest_identities": FEWEST_IDENTITIES,
-        "strata": strata.strata(scored, split, model.modalities, quality, train_clips),
+        "strata": measures.strata(scored, split, model.modalities, quality, train_clips),
     }
     people = len(model.data.identities)
-    more = open_set.measure(evaluation.clips, split.labels, people, logs=logs)
+    more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
     return values | more[0], arrays | more[1]
 
 
