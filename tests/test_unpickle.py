@@ -11,6 +11,7 @@ import pytest
 from tests.campaigns import hostile
 from tests.helpers import python2
 from vidjax.data.untrusted import unpickle
+from vidjax.errors import UserError
 
 DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"]
 
@@ -20,7 +21,7 @@ def load(data):
 
 
 def refusal(data):
-    with pytest.raises(unpickle.UnpickleError) as caught:
+    with pytest.raises(UserError) as caught:
         load(data)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -153,7 +153,7 @@ def test_a_frame_and_a_modality_of_another_width_are_named(official, refused):
     content = pickle.loads(path.read_bytes())
     content[b"val005"][2][-1] = np.zeros(7, np.float16)
     path.write_bytes(pickle.dumps(content, 2))
-    refused(official, f"{path}: clip val005, face entry 2, feature has width 7, others 4")
+    refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
     write_pickle(official, "face", "val", clips_of("val", 10, dim=6))
     refused(official, "face: features are 4 wide in", "face_train.pickle", "6 wide in", str(path))
 

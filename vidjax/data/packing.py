@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -172,36 +172,51 @@ def pack(
             seen[clip.name] = clip.place
             if not clip.modalities:
                 bare.append(clip)
-            for modality, value in clip.modalities.items():
-                if modality not in packers:
-                    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(modality)):
-                        raise UserError(
-                            f"{clip.place}: clip {show(clip.name)}: modality "
-                            f"'{show(str(modality))}': a name of letters, digits, '-' and '_' "
-                            "is wanted"
-                        )
-                    if modality.casefold() in map(str.casefold, packers):  # one folder on macOS
-                        raise UserError(
-                            f"{clip.place}: clip {show(clip.name)}: modality '{modality}' differs "
-                            "from that of another clip in the size of letters alone"
-                        )
-                    writer = stack.enter_context(FlatWriter(out_dir and out_dir / modality))
-                    packers[modality] = Packer(modality, writer, non_finite, quality)
-                packers[modality].add(clip, value)
+            for name, value in clip.modalities.items():
+                if name not in packers:
+                    _check_modality(clip, name, packers)
+                    folder = out_dir and out_dir / name
+                    packers[name] = stack.enter_context(Packer(name, folder, non_finite, quality))
+                packers[name].add(clip, value)
         for packer in list(packers.values())[:1]:
             for clip in bare:
                 packer.add(clip, None)  # a clip without any modality is still a clip
         return {name: packers[name].finish() for name in sorted(packers)}
 
 
-class FlatWriter:
-    """Collects the frames of clip after clip: in flat files of a folder, which it makes, or memory.
+def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
+    """Refuses a modality whose name cannot be a folder beside the `known` ones."""
+    problem = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
+        problem = ": a name of letters, digits, '-' and '_' is wanted"
+    elif name.casefold() in map(str.casefold, known):  # one folder on macOS
+        problem = " differs from that of another clip in the size of letters alone"
+    if problem:
+        place = f"{clip.place}: clip {show(clip.name)}"
+        raise UserError(f"{place}: modality '{show(str(name))}'{problem}")
 
-    Values of FRAME_FIELDS that are not finite become 0. As a context, it closes its files.
+
+class Packer(contextlib.ExitStack):
+    """Checks the frames of one modality in one split, clip by clip, and writes some at once.
+
+    They go to flat files of a folder, which it makes, or to memory. Values of FRAME_FIELDS that are
+    not finite become 0. As a context, it closes its files.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        modality: str,
+        folder: Path | None,
+        non_finite: NonFinite = "drop",
+        quality: Quality = "given",
+    ) -> None:
+        super().__init__()
+        self._modality, self._folder = modality, folder
+        self._non_finite: NonFinite = non_finite
+        self._quality: Quality = quality
+        self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
+        self._bytes = 0
+        self._kind: tuple[int, np.dtype] | None = None  # width and dtype, once they are decided
         self._names: list[str] = []
         self._seen: list[int] = []
         self._kept: list[int] = []
@@ -210,72 +225,8 @@ class FlatWriter:
         self._files: dict[str, BinaryIO] = {}
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self._files = {name: (folder / f"{name}.bin").open("wb") for name in STORED}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def add(
-        self,
-        names: Sequence[str],
-        lengths: Sequence[int],
-        frames: Mapping[str, np.ndarray],
-        keep: np.ndarray,
-    ) -> None:
-        """Adds n clips of `lengths`; `frames` are field -> [F, ...], `keep` is [F] bool."""
-        self._names += names
-        self._seen += lengths
-        self._write(frames if keep.all() else {k: x[keep] for k, x in frames.items()})
-        owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
-        self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
-
-    def _write(self, frames: Mapping[str, np.ndarray]) -> None:
-        for name, column in frames.items():
-            checked = name in FRAME_FIELDS and column.dtype.kind == "f"
-            if checked and not (finite := np.isfinite(column)).all():
-                wrong = ~finite.reshape(len(column), -1).all(axis=1)
-                self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
-                column = np.where(finite, column, np.float32(0))
-            if self._folder:
-                self._files[name].write(np.ascontiguousarray(column).data)
-            else:
-                self._arrays[name].append(column)
-
-    def finish(self, width: int, dtype: np.dtype) -> PackedClips:
-        """Returns the clips, whose features have this width and dtype."""
-        self.__exit__()
-        lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
-        if self._folder:
-            frames = FlatFiles(self._folder, dtype, width, int(lengths.sum()))
-        else:
-            none = {name: np.empty(of.shape(0), of.dtype) for name, of in FRAME_FIELDS.items()}
-            none["features"] = np.empty((0, width), dtype)
-            frames = {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}
-        return PackedClips(
-            tuple(self._names), lengths, frames, **counts(seen, lengths, self._warnings)
-        )
-
-
-class Packer:
-    """Checks the frames of one modality in one split, clip by clip, and writes some at once."""
-
-    def __init__(
-        self,
-        modality: str,
-        writer: FlatWriter,
-        non_finite: NonFinite = "drop",
-        quality: Quality = "given",
-    ) -> None:
-        self._modality, self._writer = modality, writer
-        self._non_finite: NonFinite = non_finite
-        self._quality: Quality = quality
-        self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
-        self._bytes = 0
-        self._kind: tuple[int, np.dtype] | None = None  # width and dtype, once they are decided
+            for name in STORED:
+                self._files[name] = self.enter_context((folder / f"{name}.bin").open("wb"))
 
     def add(self, clip: Clip, value: Any) -> None:
         """Checks a clip of frames as `read_frames` takes them."""
@@ -296,44 +247,66 @@ class Packer:
             kinds = Counter((one["features"].shape[1], one["features"].dtype) for _, one in some)
             self._kind = kinds.most_common(1)[0][0]
         for clip, frames in some:
-            self._check_kind(clip, frames["features"])
-        names = [clip.name for clip, _ in self._waiting]
+            self._check(clip, frames["features"])
         lengths = [len(frames["features"]) if frames else 0 for _, frames in self._waiting]
+        self._names += [clip.name for clip, _ in self._waiting]
+        self._seen += lengths
         self._waiting, self._bytes = [], 0
+        if not some:
+            self._kept += lengths
+            return
         joined = {
             field: np.concatenate([frames[field] for _, frames in some]) if some[1:] else only
-            for field, only in (some[0][1] if some else {}).items()
+            for field, only in some[0][1].items()
         }
-        keep = usable_rows(joined["features"]) if some else np.zeros(0, bool)
-        if self._non_finite == "error" and not keep.all():
-            ends = np.cumsum(lengths)
-            row = int(np.argmin(keep))
-            at = int(np.searchsorted(ends, row, side="right"))
-            place = f"{some[0][0].place}: clip {show(names[at])}, {self._modality}"
-            frame = row - (ends[at] - lengths[at])
-            raise UserError(f"{place}: the feature of frame {frame} is not finite")
-        self._writer.add(names, lengths, joined, keep)
+        keep = usable_rows(joined["features"])
+        owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
+        self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
+        for name, column in joined.items():
+            self._keep(name, column if keep.all() else column[keep])
 
-    def _check_kind(self, clip: Clip, features: np.ndarray) -> None:
+    def _check(self, clip: Clip, features: np.ndarray) -> None:
         """Raises ValueError for features of another width or dtype than those of most clips."""
         width, dtype = self._kind or (0, None)
-        place = place_of(clip, self._modality)
+        place, problem = place_of(clip, self._modality), ""
         if features.shape[1] != width:
             shape = list(features.shape)
-            raise UserError(
-                f"{place}: features are {shape[1]} wide, others {width}: an array is "
-                f"[frames, width], here {shape}"
-            )
-        if features.dtype != dtype:
-            raise UserError(
-                f"{place}: features are {features.dtype}, others {dtype}: "
-                f"use features.astype('{dtype}')"
-            )
+            problem = f"{shape[1]} wide, others {width}: an array is [frames, width], here {shape}"
+        elif features.dtype != dtype:
+            problem = f"{features.dtype}, others {dtype}: use features.astype('{dtype}')"
+        if problem:
+            raise UserError(f"{place}: features are {problem}")
+        if self._non_finite == "error" and not (keep := usable_rows(features)).all():
+            raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
+
+    def _keep(self, name: str, column: np.ndarray) -> None:
+        """Writes a field of some frames."""
+        if name in FRAME_FIELDS and column.dtype.kind == "f":
+            finite = np.isfinite(column)
+            if not finite.all():
+                wrong = ~finite.reshape(len(column), -1).all(axis=1)
+                self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
+                column = np.where(finite, column, np.float32(0))
+        if self._folder:
+            self._files[name].write(np.ascontiguousarray(column).data)
+        else:
+            self._arrays[name].append(column)
 
     def finish(self) -> PackedClips:
         """Returns the clips."""
         self._write()
-        return self._writer.finish(*(self._kind or (0, np.dtype(np.float16))))
+        self.close()
+        width, dtype = self._kind or (0, np.dtype(np.float16))
+        lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
+        if self._folder:
+            frames = FlatFiles(self._folder, dtype, width, int(lengths.sum()))
+        else:
+            none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+            none["features"] = np.empty((0, width), dtype)
+            frames = {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}
+        return PackedClips(
+            tuple(self._names), lengths, frames, **counts(seen, lengths, self._warnings)
+        )
 
 
 class StagedSplit(NamedTuple):

@@ -24,10 +24,10 @@ import numpy as np
 
 from vidjax.data import processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
-from vidjax.data.packing import PROBE_CLIPS, Clip, FlatWriter, Packer
+from vidjax.data.packing import PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
-from vidjax.data.untrusted.unpickle import Array, UnpickleError, load
-from vidjax.errors import DiskError, NoFileError, UserError
+from vidjax.data.untrusted.unpickle import Array, load
+from vidjax.errors import DiskError, NoFileError, UserError, named
 
 MB = 1 << 20
 # Honest files load at tens of MB per CPU second, so a machine may be 30 times slower.
@@ -42,22 +42,19 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     `arguments` are those of `unpack`; returns `PackedClips.summary`.
     """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
+    modality = arguments["modality"]
     # Nothing here forms reference cycles, and collecting among millions of lists costs a third.
     gc.disable()
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
-            content = load(file, size)
-        with FlatWriter(out_dir) as flat:
-            packer = Packer(arguments["modality"], flat, arguments["non_finite"])
-            for clip in read_clips(content, arguments["modality"], str(path), size):
-                packer.add(clip, clip.modalities[arguments["modality"]])
+            with named(str(path)):
+                content = load(file, size)
+        with Packer(modality, out_dir, arguments["non_finite"]) as packer:
+            for clip in read_clips(content, modality, str(path), size):
+                packer.add(clip, clip.modalities[modality])
             return packer.finish().summary()
-    except UnpickleError as error:
-        raise UserError(f"{path}: {error}") from None
     except OSError as error:
-        if isinstance(error, UserError):
-            raise
         reason = error.strerror or str(error)
         raise DiskError(f"{path}: cannot be read, or not written to {out_dir}: {reason}") from None
 
@@ -138,27 +135,29 @@ def read_clips(content: object, modality: str, place: str, size: int) -> Iterato
 
     Args:
       content: clip name -> list of entries, or -> array [D] or [T, D].
-      modality: `face`, `head`, `body`, `audio` and `scene` have the entries of the official files;
-        for any other name, the entries of most clips decide which fields all must have.
-      place: the file, the start of an error message of `packing`.
+      modality: see `unpack`.
+      place: the file, the start of an error message.
       size: bytes of the file.
 
     Raises:
-      UnpickleError: the content has another structure; the message names clip and field.
+      UserError: the content has another structure; the message names clip and field.
     """
-    refuse_empty(content, size)
-    clips = clips_of(content)
-    fields, budget = _fields_of(clips, modality), _Budget(size)
-    for name in list(clips):
-        where = f"clip {show(name)}, {modality}"
-        frames = _frames_of(clips.pop(name), fields, where, budget)
-        yield Clip(name, place, {modality: frames})
+    with named(place):
+        clips = _by_name(content, size)
+        fields, budget = _fields_of(clips, modality), _Budget(size)
+        for name in list(clips):
+            frames = _frames_of(clips.pop(name), fields, f"clip {show(name)}, {modality}", budget)
+            yield Clip(name, place, {modality: frames})
 
 
-def clips_of(content: object) -> dict[str, Any]:
+def _by_name(content: object, size: int) -> dict[str, Any]:
     """Returns a dict: clip name without `.mp4` -> value. Empties `content`, to free memory."""
     if type(content) is not dict:
-        raise UnpickleError(f"the pickle holds a {type(content).__name__}, not a dict of clips")
+        raise UserError(f"the pickle holds a {type(content).__name__}, not a dict of clips")
+    # An empty clip takes a few bytes of the pickle, but as much time as a real one.
+    empty = sum(_is_list(value) and not value for value in content.values())
+    if empty > MOST_EMPTY + size // BYTES_PER_EMPTY:
+        raise UserError(f"{empty} of {len(content)} clips are empty: refused")
     clips: dict[str, Any] = {}
     repeated = []
     for key in list(content):
@@ -168,19 +167,8 @@ def clips_of(content: object) -> dict[str, Any]:
         clips[name] = content.pop(key)
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise UnpickleError(f"duplicate clips: {', '.join(repeated[:5])}{more}")
+        raise UserError(f"duplicate clips: {', '.join(repeated[:5])}{more}")
     return clips
-
-
-def refuse_empty(content: object, size: int) -> None:
-    """Raises UnpickleError for far more clips without an entry than an honest file has.
-
-    An empty clip takes a few of the `size` bytes of the pickle, but as much time as a real one.
-    """
-    if type(content) is dict:
-        empty = sum(_is_list(value) and not value for value in content.values())
-        if empty > MOST_EMPTY + size // BYTES_PER_EMPTY:
-            raise UnpickleError(f"{empty} of {len(content)} clips are empty: refused")
 
 
 def _clip_name(key: object) -> str:
@@ -188,13 +176,10 @@ def _clip_name(key: object) -> str:
         try:
             key = key.decode("utf-8")
         except UnicodeDecodeError:
-            raise UnpickleError(f"clip name '{show(key)}' is not UTF-8") from None
+            raise UserError(f"clip name '{show(key)}' is not UTF-8") from None
     if type(key) is not str:
-        raise UnpickleError(f"a clip name is a {type(key).__name__}, not text")
-    try:
-        return clean_name(key)
-    except ValueError as error:
-        raise UnpickleError(str(error)) from None
+        raise UserError(f"a clip name is a {type(key).__name__}, not text")
+    return clean_name(key)
 
 
 class _Budget:
@@ -207,13 +192,11 @@ class _Budget:
         self._frames, self._bytes = 100_000 + size // 8, 64 * MB + 4 * size
 
     def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes; raises UnpickleError if they are too many."""
+        """Counts frames and bytes; raises UserError if they are too many."""
         self._frames -= num_frames
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
-            raise UnpickleError(
-                "the pickle repeats its parts beyond what a file of its size may hold"
-            )
+            raise UserError("the pickle repeats its parts beyond what a file of its size may hold")
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
@@ -221,7 +204,10 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _kind(value: object) -> str:
-    return "array" if type(value) is Array else type(value).__name__
+    """Returns the type of a value, for messages."""
+    if type(value) is Array:
+        return f"array {list(value.shape)} of {np.dtype(value.code)}"
+    return type(value).__name__
 
 
 def _fields_of(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
@@ -232,9 +218,7 @@ def _fields_of(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         lengths = Counter(len(one) if _is_list(one) else 1 for one in firsts[:PROBE_CLIPS])
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
-        raise UnpickleError(
-            f"{modality} entries have {length} fields, wanted 2 to 5 or bare arrays"
-        )
+        raise UserError(f"{modality} entries have {length} fields, wanted 2 to 5 or bare arrays")
     return _ENTRIES[length]
 
 
@@ -258,7 +242,7 @@ def _frames_of(value: Any, fields: tuple[str, ...], where: str, budget: _Budget)
             frames[_FIELD_OF[field]] = _read_column(values, field, where)
     else:
         wanted = "array" if fields == _BARE else f"list of [{', '.join(fields)}]"
-        raise UnpickleError(f"{where} is of type {_kind(value)}, wanted {wanted}")
+        raise UserError(f"{where} is of type {_kind(value)}, wanted {wanted}")
     if "quality" not in frames and frames["features"].size:  # it is 0, and no norm
         frames["quality"] = FRAME_FIELDS["quality"].default(count)
     return frames
@@ -267,44 +251,48 @@ def _frames_of(value: Any, fields: tuple[str, ...], where: str, budget: _Budget)
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Returns the features of some entries, [T, D]; UnpickleError unless all have one shape."""
+    """Returns the features of some entries, [T, D]; UserError unless all are of one kind."""
     features: list[Array] = []
     for number, entry in enumerate(entries):
-        if type(entry) not in (list, tuple) or len(entry) != len(fields):
+        if not _is_list(entry) or len(entry) != len(fields):
             got = f"has {len(entry)} fields" if _is_list(entry) else f"is of type {_kind(entry)}"
-            wanted = ", ".join(fields)
-            raise UnpickleError(f"{where} entry {number}, entry {got}, wanted [{wanted}]")
+            raise UserError(f"{where} entry {number}, entry {got}, wanted [{', '.join(fields)}]")
         feature = entry[-1]
         if type(feature) is not Array or len(feature.shape) != 1:
-            got = f"an array {list(feature.shape)}" if type(feature) is Array else _kind(feature)
-            raise UnpickleError(f"{where} entry {number}, feature is {got}, wanted an array [D]")
+            got = _kind(feature)
+            raise UserError(f"{where} entry {number}, feature is {got}, wanted an array [D]")
         features.append(feature)
-    kinds = [(feature.shape[0], feature.code) for feature in features]
-    width, code = most = Counter(kinds).most_common(1)[0][0]
-    for number, (own, dtype) in enumerate(kinds):
-        if (own, dtype) != most:
-            got = f"has width {own}, others {width}"
-            if own == width:
-                got = f"is {np.dtype(dtype)!r}, others {np.dtype(code)!r}"
-            raise UnpickleError(f"{where} entry {number}, feature {got}")
+    kinds = [(feature.code, feature.shape[0]) for feature in features]
+    most = Counter(kinds).most_common(1)[0][0]
+    for number, kind in enumerate(kinds):
+        if kind != most:
+            got, others = _kind(features[number]), _kind(features[kinds.index(most)])
+            raise UserError(f"{where} entry {number}, feature is {got}, others {others}")
     budget.take(0, len(features) * len(features[0].data))
     joined = b"".join([feature.data for feature in features])
-    return np.frombuffer(joined, code).reshape(len(features), width)
+    return np.frombuffer(joined, most[0]).reshape(len(features), most[1])
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
     """Returns one field of T entries, whole numbers or float64, in its shape of FRAME_FIELDS."""
-    convert = _COLUMNS.get(field, _scores)
     try:
-        found = convert(values)
+        found = _convert(values, field)
     except (TypeError, OverflowError, ValueError):
         for number, value in enumerate(values):
             try:
-                convert([value])
+                _convert([value], field)
             except (TypeError, OverflowError, ValueError) as error:
-                raise UnpickleError(f"{where} entry {number}, {field} {error}") from None
+                raise UserError(f"{where} entry {number}, {field} {error}") from None
         raise
     return np.array(found).reshape(FRAME_FIELDS[_FIELD_OF[field]].shape(len(values)))
+
+
+def _convert(values: Sequence[Any], field: str) -> array:
+    if field == "frame":
+        return array("q", map(_frame_number, values))
+    return array(
+        "d", itertools.chain.from_iterable(map(_box, values)) if field == "bbox" else values
+    )
 
 
 def _frame_number(value: Any) -> int:
@@ -318,24 +306,9 @@ def _frame_number(value: Any) -> int:
 def _box(value: Any) -> Sequence[float]:
     is_array = type(value) is Array and len(value.shape) == 1
     numbers: Any = np.frombuffer(value.data, value.code).tolist() if is_array else value
-    if type(numbers) not in (list, tuple) or len(numbers) != 4:
+    if not _is_list(numbers) or len(numbers) != 4:
         raise TypeError("must be four numbers")
     return numbers
-
-
-def _numbers(values: Sequence[Any]) -> array:
-    return array("q", map(_frame_number, values))
-
-
-def _boxes(values: Sequence[Any]) -> array:
-    return array("d", itertools.chain.from_iterable(map(_box, values)))
-
-
-def _scores(values: Sequence[Any]) -> array:
-    return array("d", values)
-
-
-_COLUMNS = {"frame": _numbers, "bbox": _boxes}
 
 
 if __name__ == "__main__":

@@ -35,24 +35,20 @@ _OTHER_FILES = {
 }
 
 
-class UnpickleError(UserError):
-    """A pickle is damaged or refused; the message is one line."""
-
-
 # The globals of a pickle resolve to the classes below. BUILD sets attributes on any object, classes
 # included: their metaclass forbids it, and no global resolves to a function.
 
 
 class _Sealed(type):
     def __setattr__(cls, name: str, value: object) -> None:
-        raise UnpickleError("the pickle tries to change a class: refused")
+        raise UserError("the pickle tries to change a class: refused")
 
 
 class _NdArray(metaclass=_Sealed):
     """numpy.ndarray: valid only as the first argument of _reconstruct."""
 
     def __new__(cls, *args: object) -> "_NdArray":
-        raise UnpickleError("the pickle builds a numpy.ndarray outside _reconstruct: refused")
+        raise UserError("the pickle builds a numpy.ndarray outside _reconstruct: refused")
 
 
 class _DType(metaclass=_Sealed):
@@ -65,7 +61,7 @@ class _DType(metaclass=_Sealed):
     def __new__(cls, code: object, align: object = False, copy: object = False) -> "_DType":
         name = str(code, "latin-1") if isinstance(code, bytes) else code
         if not isinstance(name, str) or name not in _STRUCT_CODES:
-            raise UnpickleError("the pickle holds a dtype that is not a plain number: refused")
+            raise UserError("the pickle holds a dtype that is not a plain number: refused")
         self = object.__new__(cls)
         self.itemsize = int(name[1])
         self.code = ("<" if self.itemsize > 1 else "|") + name
@@ -73,19 +69,19 @@ class _DType(metaclass=_Sealed):
 
     def __setstate__(self, state: object) -> None:
         if type(state) is not tuple or len(state) not in (8, 9):
-            raise UnpickleError("the pickle holds a damaged dtype")
+            raise UserError("the pickle holds a damaged dtype")
         version, order, subarray, names, fields, *layout = state
         if any(part is not None for part in (subarray, names, fields, *layout[3:])):
-            raise UnpickleError("the pickle holds a structured dtype or one with metadata: refused")
+            raise UserError("the pickle holds a structured dtype or one with metadata: refused")
         if type(order) is bytes:
             order = order.decode("latin-1")
         orders = ("<", ">") if self.itemsize > 1 else ("|",)
         # Item size, alignment and flags of a plain number are -1, -1 and 0.
         if type(order) is not str or order not in orders:
-            raise UnpickleError("the pickle holds a dtype with an impossible byte order")
+            raise UserError("the pickle holds a dtype with an impossible byte order")
         whole = all(type(number) is int for number in (version, *layout[:3]))
         if not whole or version not in (3, 4) or layout[:3] != [-1, -1, 0]:
-            raise UnpickleError("the pickle holds a damaged dtype")
+            raise UserError("the pickle holds a damaged dtype")
         self.code = order + self.code[1:]
 
 
@@ -99,23 +95,23 @@ class Array(metaclass=_Sealed):
 
     def __setstate__(self, state: object) -> None:
         if type(state) is not tuple or len(state) != 5:
-            raise UnpickleError("the pickle holds a damaged array")
+            raise UserError("the pickle holds a damaged array")
         _, shape, dtype, fortran, data = state
         self.fill(dtype, shape, bool(fortran), data)
 
     def fill(self, dtype: object, shape: object, fortran: bool, data: object) -> None:
-        """Takes dtype, shape and bytes; UnpickleError unless they fit each other."""
+        """Takes dtype, shape and bytes; UserError unless they fit each other."""
         if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
-            raise UnpickleError("the pickle holds a damaged array")
+            raise UserError("the pickle holds a damaged array")
         if len(shape) > 2:
-            raise UnpickleError(f"the pickle holds an array of {len(shape)} axes")
+            raise UserError(f"the pickle holds an array of {len(shape)} axes")
         wanted = dtype.itemsize
         for length in shape:
             if type(length) is not int or length < 0:
-                raise UnpickleError("the pickle holds an array of impossible shape")
+                raise UserError("the pickle holds an array of impossible shape")
             wanted *= length
         if wanted != len(data):
-            raise UnpickleError("the pickle holds an array whose shape and bytes disagree")
+            raise UserError("the pickle holds an array whose shape and bytes disagree")
         if fortran and len(shape) == 2:
             data = np.frombuffer(data, dtype.code).reshape(shape, order="F").tobytes()
         self.code, self.shape, self.data = dtype.code, shape, data
@@ -126,7 +122,7 @@ class _Reconstruct(metaclass=_Sealed):
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
-            raise UnpickleError("the pickle builds something other than a numpy.ndarray: refused")
+            raise UserError("the pickle builds something other than a numpy.ndarray: refused")
         made = object.__new__(Array)
         made.code, made.shape, made.data = "|i1", (0,), b""
         return made
@@ -139,7 +135,7 @@ class _FromBuffer(metaclass=_Sealed):
         cls, data: object, dtype: object, shape: object, order: object, axes: object = None
     ) -> Array:
         if type(order) is not str or order not in ("C", "F") or axes is not None:
-            raise UnpickleError("the pickle holds an array of unknown order")
+            raise UserError("the pickle holds an array of unknown order")
         made = object.__new__(Array)
         made.fill(dtype, shape, order == "F", bytes(data) if type(data) is bytearray else data)
         return made
@@ -150,7 +146,7 @@ class _Scalar(metaclass=_Sealed):
 
     def __new__(cls, dtype: object, data: object) -> float:
         if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.itemsize:
-            raise UnpickleError("the pickle holds a damaged numpy scalar")
+            raise UserError("the pickle holds a damaged numpy scalar")
         order = ">" if dtype.code[0] == ">" else "<"
         return struct.unpack(order + _STRUCT_CODES[dtype.code[1:]], data)[0]
 
@@ -161,7 +157,7 @@ class _Encode(metaclass=_Sealed):
     def __new__(cls, text: object, encoding: object) -> bytes:
         known = type(encoding) in (str, bytes) and encoding in ("latin1", b"latin1")
         if type(text) is not str or not known:
-            raise UnpickleError("the pickle encodes text other than as latin1: refused")
+            raise UserError("the pickle encodes text other than as latin1: refused")
         return text.encode("latin-1")
 
 
@@ -194,41 +190,41 @@ class _Unpickler(pickle.Unpickler):
         sealed = _GLOBALS.get((module_name, global_name))
         if sealed is None:
             name = show(f"{module_name}.{global_name}")
-            raise UnpickleError(f"the pickle names {name}, which no feature pickle needs: refused")
+            raise UserError(f"the pickle names {name}, which no feature pickle needs: refused")
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        raise UnpickleError("the pickle asks for a persistent object (PERSID): refused")
+        raise UserError("the pickle asks for a persistent object (PERSID): refused")
 
 
 def load(file: BinaryIO, size: int) -> Any:
     """Returns the content of a pickle of `size` bytes, made of Python's own types and Array.
 
-    UnpickleError if the pickle is refused, damaged, truncated or followed by more. MemoryError if
+    UserError if the pickle is refused, damaged, truncated or followed by more. MemoryError if
     it asks for more than the limit of the process.
     """
     if size == 0:
-        raise UnpickleError("the file is empty: no pickle")
+        raise UserError("the file is empty: no pickle")
     try:
         content = _Unpickler(file, encoding="bytes").load()
-    except (MemoryError, UnpickleError):
+    except (MemoryError, UserError):
         raise
     except Exception as error:
         file.seek(0)
         refuse_others(file)
         if isinstance(error, EOFError) or "truncated" in str(error):
-            raise UnpickleError(f"the pickle is truncated: the file ends at byte {size}") from None
+            raise UserError(f"the pickle is truncated: the file ends at byte {size}") from None
         reason = f"{type(error).__name__}: {show(str(error))}"
-        raise UnpickleError(f"no readable pickle of {size:,} bytes: {reason}") from None
+        raise UserError(f"no readable pickle of {size:,} bytes: {reason}") from None
     end = file.tell()
     if end != size:
-        raise UnpickleError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
+        raise UserError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
     return content
 
 
 def refuse_others(file: BinaryIO, place: str = "") -> None:
-    """Raises UnpickleError, after `place`, if a file begins as one of _OTHER_FILES does."""
+    """Raises UserError, after `place`, if a file begins as one of _OTHER_FILES does."""
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
-            raise UnpickleError(f"{place}not a pickle: the file is {kind}")
+            raise UserError(f"{place}not a pickle: the file is {kind}")
