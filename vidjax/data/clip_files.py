@@ -1,21 +1,21 @@
 """Files of your own features: a clip as `.npz`, a split as parquet table with a row per frame."""
 
 import io
-import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from vidjax import files
+from vidjax.data import processes
 from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, PackedClips, Quality
 from vidjax.data.packing import Clip, pack
-from vidjax.data.processes import Children, map_children
+from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.errors import UserError, closest, need
 from vidjax.machine import memory_bytes, num_cores
@@ -229,6 +229,7 @@ def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]
 
 # Less than this is read before another process has started.
 READER_BYTES = 64 << 20
+NO_LIMIT, MOST_SECONDS = 1 << 60, 100_000  # for files of the user's own
 OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
 
 
@@ -265,13 +266,14 @@ def read_at_once(
     ]
 
     def read(children: Children, number: int) -> dict[str, PackedClips]:
-        folder = scratch / str(number)
-        paths = b"\0".join(map(os.fsencode, parts[number][1]))
-        child = children.run(__name__, folder, non_finite, quality, given=paths)
-        if child.returncode:
-            raise RetrySerially
-        summaries = json.loads(child.stdout).items()
-        return {name: PackedClips.of_flat_files(folder / name, one) for name, one in summaries}
+        folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
+        given = {"paths": paths, "out_dir": str(folder), "how": (non_finite, quality)}
+        limits = {"memory_bytes": NO_LIMIT, "cpu_seconds": MOST_SECONDS}
+        try:
+            found = run_limited(__name__, folder, given, **limits, children=children)
+        except UserError:
+            raise RetrySerially from None
+        return {name: PackedClips.of_flat_files(folder / name, one) for name, one in found.items()}
 
     try:
         read_parts = map_children(read, range(len(parts)), workers)
@@ -310,24 +312,18 @@ def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
         raise RetrySerially
 
 
-def main(argv: Sequence[str]) -> int:
-    """Packs some clips and prints modality -> their summary as JSON; returns the exit code."""
-    folder, non_finite, quality = argv
-    paths = [Path(os.fsdecode(path)) for path in sys.stdin.buffer.read().split(b"\0")]
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Packs some clips and returns modality -> their summary, in a child of `run_limited`."""
 
     def clips() -> Iterator[Clip]:
-        for clip in read_clips(paths):
+        for clip in read_clips(list(map(Path, arguments["paths"]))):
             if not clip.modalities:
                 raise UserError("which modality it counts for, the other parts decide")
             yield clip
 
-    try:
-        packed = pack(clips(), Path(folder), cast(NonFinite, non_finite), cast(Quality, quality))
-    except (ValueError, OSError):
-        return 1
-    sys.stdout.write(json.dumps({name: flat.summary() for name, flat in packed.items()}))
-    return 0
+    packed = pack(clips(), Path(arguments["out_dir"]), *arguments["how"])
+    return {name: flat.summary() for name, flat in packed.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(processes.serve(work))

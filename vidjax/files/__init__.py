@@ -1,5 +1,7 @@
 """Files: `reading` trusts no file, `writing` writes whole files, `locks` locks folders."""
 
+from os.path import lexists as exists
+
 from vidjax.files.locks import foreign_part, lock
 from vidjax.files.reading import (
     ARCHIVE_BYTES,
@@ -12,7 +14,6 @@ from vidjax.files.reading import (
     absolute,
     cache_root,
     each_line,
-    exists,
     load_npz,
     local,
     open_input,

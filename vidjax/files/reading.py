@@ -4,7 +4,6 @@ Readers open regular files only, follow no symbolic link at the path, check size
 bytes, JSON, or arrays without objects. They raise ValueError or FileNotFoundError.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -19,7 +18,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from vidjax.errors import UserError
+from vidjax.errors import UserError, named
 
 T = TypeVar("T")
 
@@ -108,29 +107,10 @@ def walk(folder: Path) -> Iterator[str]:
                 yield str(path.relative_to(folder))
 
 
-def exists(path: Path) -> bool:
-    """Returns True if something has this name, also if it is a link to nothing."""
-    return os.path.lexists(path)
-
-
-@contextlib.contextmanager
-def _open_to_read(
-    path: Path, limit: float, below: Path | None = None
-) -> Iterator[tuple[io.FileIO, int]]:
-    try:
-        with open_regular(path, limit=limit, below=below) as file:
-            yield file, os.fstat(file.fileno()).st_size
-    except PermissionError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-
-
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
     """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`."""
-    with _open_to_read(path, limit, below) as (file, size):
-        content = bytearray()
-        while len(content) <= size and (part := file.read(size + 1 - len(content))):
-            content += part
-        return bytes(content)
+    with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
+        return file.read(limit)
 
 
 def read_json(
@@ -186,18 +166,15 @@ def parse_line(line: bytes) -> dict[str, object]:
 
 def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
     """Yields lines with their ends; a line of more than `limit` bytes comes in pieces."""
-    with _open_to_read(path, math.inf) as (file, _), io.BufferedReader(file) as lines:
+    with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(limit):
             yield line
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
     """Returns name -> array of an `.npz` file of at most `limit` bytes, packed and unpacked."""
-    with _open_to_read(path, limit) as (file, _):
-        try:
-            return load_npz(file, limit)
-        except ValueError as error:
-            raise UserError(f"cannot read '{path}': {error}") from error
+    with open_regular(path, limit=limit) as file, named(f"cannot read '{path}'"):
+        return load_npz(file, limit)
 
 
 def load_npz(
@@ -261,15 +238,10 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     return found.resolve() if ".." in found.parts else found.absolute()
 
 
-SMALL_BYTES = 1 << 20  # a file of more is read in parts, which take longer for a small one
-
-
 def sha256_file(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size > SMALL_BYTES:
-            return sha256_opened(file)
-        return hashlib.sha256(file.readall()).hexdigest()
+        return sha256_opened(file)
 
 
 def sha256_opened(file: io.FileIO) -> str:

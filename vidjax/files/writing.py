@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vidjax.errors import DiskError, UserError
-from vidjax.files.reading import exists, open_regular, read_json, sha256_json
+from vidjax.files.reading import open_regular, read_json, sha256_json
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
@@ -23,17 +24,11 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{name} '{workdir}' is a file, not a folder")
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-test-{secrets.token_hex(4)}"
-        _create(probe).close()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise UserError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
     return workdir
-
-
-def _create(path: Path) -> BinaryIO:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return open(os.open(path, flags, 0o666), "w+b")
 
 
 def open_log(path: Path) -> io.FileIO:
@@ -41,7 +36,7 @@ def open_log(path: Path) -> io.FileIO:
 
     A log with other hard links, as snapshots make, is copied first, so that these do not change.
     """
-    if exists(path):
+    if os.path.lexists(path):
         with open_regular(path) as file:
             several = os.fstat(file.fileno()).st_nlink > 1
             if several:
@@ -78,7 +73,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     # Not the number of the process: those of containers on a shared disk are often the same.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with _create(partial) as file:
+        with partial.open("x+b") as file:
             yield file
             file.flush()
             if sync:
@@ -153,7 +148,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
-        if exists(folder):
+        if os.path.lexists(folder):
             raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
         partial.rename(folder)
     except BaseException as error:
