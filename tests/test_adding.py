@@ -58,26 +58,16 @@ def open_blobs(data, digests):
 '''
 
 FUSION = '''
-def median_frame(frames):
-    """Returns the frame of median quality of every clip."""
-    order = jnp.argsort(jnp.where(frames.mask, frames.quality, jnp.inf), axis=1)
-    middle = (jnp.maximum(jnp.sum(frames.mask, axis=1), 1) - 1)[:, None] // 2
-    index = jnp.take_along_axis(order, middle, axis=1)
-    return jax.tree.map(
-        lambda x: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1),
-        frames._replace(features=read(frames.features)),
-    )
+def first_frame(frames):
+    """Returns the first frame of every clip."""
+    return jax.tree.map(lambda x: x[:, :1], frames._replace(features=read(frames.features)))
 '''
 
 TRANSFORM = '''
 def halve(rng, clips):
-    """Halves the features of one clip in two."""
-    keep = jax.random.bernoulli(rng, 0.5, clips.weight.shape)[:, None, None]
-    frames = {
-        name: one._replace(features=jnp.where(keep, one.features, one.features / 2))
-        for name, one in clips.frames.items()
-    }
-    return clips._replace(frames=frames)
+    """Halves the weight of one clip in two."""
+    keep = jax.random.bernoulli(rng, 0.5, clips.weight.shape)
+    return clips._replace(weight=jnp.where(keep, clips.weight, clips.weight / 2))
 '''
 
 METRIC = '''
@@ -92,7 +82,7 @@ ADDITIONS = (
     ("losses.py", "CLASSIFICATION", COSFACE, '    "cosface": cosface,\n'),
     ("models/identifier.py", "MODELS", MODEL, '    "centroid": Centroid,\n'),
     ("data/sources.py", "DATASETS", DATASET, '    "blobs": open_blobs,\n'),
-    ("fusion.py", "FUSIONS", FUSION, '    "median": Fusion(median_frame),\n'),
+    ("fusion.py", "FUSIONS", FUSION, '    "first": Fusion(first_frame),\n'),
     ("augment.py", "TRANSFORMS", TRANSFORM, '    "halve": Transform(halve),\n'),
     (
         "metrics.py",
@@ -115,7 +105,7 @@ FIELDS = {
     "data.name": "blobs",
     "transforms": "halve",
     "model.name": "centroid",
-    "fusion.face.train.name": "median",
+    "fusion.face.train.name": "first",
 }
 EXPERIMENT = """
 from vidjax import config as config_lib
@@ -124,7 +114,7 @@ def get_config(args=""):
     config = config_lib.default()
     config.data.name = "blobs"
     config.model.update(name="centroid", logit_scale=16.0)
-    config.fusion.face = {"train": {"name": "median"}, "evaluate": {"name": "mean"}}
+    config.fusion.face = {"train": {"name": "first"}, "evaluate": {"name": "mean"}}
     config.batch_size, config.num_epochs, config.log_every_steps = 16, 10.0, 4
     config.optim.learning_rate = 0.02
     config.transforms = ("halve",)

@@ -324,13 +324,6 @@ def test_a_bad_clip_is_named(what, cache):
     assert not list(cache.rglob("*.partial"))
 
 
-def test_modalities_that_differ_in_the_size_of_letters_are_refused(cache):
-    """On some disks they would be one file."""
-    splits: Any = make_splits()
-    splits["val"] = {"odd": {"Face": np.zeros((2, DIM)), "face": np.zeros((2, DIM))}}
-    refused("val: clip odd", "'face' differs from that of another", source=splits, cache=cache)
-
-
 ONE = {"f": [1.0]}
 
 
@@ -344,6 +337,10 @@ ONE = {"f": [1.0]}
         ({"train": {"a": ONE, "a.mp4": ONE}}, ("train: clip a comes twice",)),
         ({"train": {"a\nb": ONE}}, ("train: clip name 'a\\nb'", "rename it")),
         ({"train": {7: ONE}}, ("a clip name is text, not int",)),
+        (
+            {"train": {"a": {"F": [1.0], "f": [1.0]}}},
+            ("clip a", "'f' differs from that of"),
+        ),
         ({"train": {"a": ONE}, "val": {"a": ONE}}, ("in two splits", "a (train and val)")),
         (
             {"train": {"a": ONE}, "val": {"b": {"f": [1.0, 2.0]}}},

@@ -96,9 +96,11 @@ def test_no_track_goes_over_a_cut():
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
 
 
-def test_single_detections_are_dropped():
+def test_single_detections_and_frames_without_any_are_no_tracks():
     tracker = tracks.Tracker()
     tracker.update(0.0, np.array([[10, 10, 60, 70]]))
+    for n in range(1, 5):
+        assert tracker.update(n / 5, np.zeros((0, 4))).shape == (0,)
     tracker.cut()
     assert tracker.take_ended() == []
 
@@ -110,14 +112,6 @@ def test_a_track_of_slow_frames_may_lack_one_of_them(rate):
         assert tracker.update(n / rate, np.array([[10, 10, 60, 70]])).tolist() == [0]
     tracker.cut()
     assert [len(track.times) for track in tracker.take_ended()] == [3]
-
-
-def test_frames_without_detections():
-    tracker = tracks.Tracker()
-    for n in range(5):
-        assert tracker.update(n / 5, np.zeros((0, 4))).shape == (0,)
-    tracker.cut()
-    assert tracker.take_ended() == []
 
 
 def test_a_crowd_keeps_its_tracks():

@@ -7,23 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.made_frames import make_frames, pad
+from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from vidjax import augment, devices, fusion
-from vidjax.batch import Frames
-
-
-def one_hot_frames(weights, *, padding=3):
-    """One clip whose frame t is the t-th unit vector: a fused frame shows what was drawn."""
-    length = len(weights)
-    total = length + padding
-    pad = np.zeros(padding, np.float32)
-    return Frames(
-        features=np.eye(total, length, dtype=np.float16)[None],
-        quality=np.concatenate([np.asarray(weights, np.float32), pad])[None],
-        detection=np.ones((1, total), np.float32),
-        number=np.arange(total, dtype=np.int32)[None],
-        mask=np.arange(total)[None] < length,
-    )
 
 
 def fuse(name, rng, frames, **options):
@@ -142,9 +127,8 @@ def test_one_and_eight_devices_draw_the_same(spec):
 
 def test_without_replacement_frames_repeat_only_when_all_were_drawn():
     lengths = [1, 3, 5, 8]
-    clips = [one_hot_frames(np.ones(length), padding=9 - length) for length in lengths]
-    wide = [c._replace(features=np.eye(9, 9, dtype=np.float16)[None]) for c in clips]
-    frames = jax.tree.map(lambda *clip: np.concatenate(clip), *wide)
+    clips = [one_hot_frames(np.ones(length), padding=9 - length, dim=9) for length in lengths]
+    frames = jax.tree.map(lambda *clip: np.concatenate(clip), *clips)
     options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
     fused = np.asarray(fuse("random", jax.random.key(6), frames, **options).features)
     for length, clip in zip(lengths, fused, strict=True):
@@ -180,24 +164,6 @@ def test_mixup_is_a_convex_combination_at_random():
     np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
     np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
-
-
-def graded_oracle(quality, detection):
-    """W(x) of quality fusion, frame by frame."""
-    out = []
-    for q, d in zip(quality, detection, strict=True):
-        g = 0 if q < 0 else 0.2 if q < 20 else 0.3 if q < 30 else 0.6 if q < 40 else 1
-        out.append(float(q) * float(d) * g)
-    return np.asarray(out)
-
-
-def test_graded_mean_is_w_of_x():
-    quality = [-5, 0, 5, 20, 25, 30, 39.5, 40, 90]
-    frames = one_hot_frames(quality)
-    frames.detection[0] = np.linspace(0.5, 1, len(frames.detection[0]))
-    expected = graded_oracle(quality, frames.detection[0][:9])
-    mean = fuse("mean", None, frames, weighting="graded")
-    np.testing.assert_allclose(mean.features[0, 0], expected / expected.sum(), rtol=1e-5)
 
 
 def windows_oracle(frames, clip, max_frames):

@@ -164,29 +164,7 @@ def test_angular_margin_matches_the_equation(margin, scale):
         np.testing.assert_allclose(exact, expected, atol=1e-9)
     logits = (scale * values).astype(np.float32)
     np.testing.assert_allclose(harder(logits, labels), expected, atol=2e-3)
-    assert harder(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
-
-
-def test_angular_margin_falls_with_the_angle_and_spares_other_columns():
-    angle = np.linspace(0, np.pi, 1001)
-    logits = np.stack([30 * np.cos(angle), 7 + angle], axis=1)
-    labels = np.zeros(1001, np.int32)
-    assert losses.angular_margin(logits, labels, margin=0, scale=30.0) is logits
-    for margin in (0.1, 0.5, 1.5):
-        harder = np.asarray(losses.angular_margin(logits, labels, margin=margin, scale=30.0))
-        assert np.all(np.diff(harder[:, 0]) < 0)
-        assert np.all(harder[:, 0] < logits[:, 0])
-        np.testing.assert_array_equal(harder[:, 1], logits[:, 1].astype(np.float32))
-
-
-def test_angular_margin_gradients():
-    values, labels = cosines(count=8, columns=3)
-    with jax.enable_x64(True):
-        # Not at the ends, and both before and past pi - m.
-        inner = jnp.asarray(30 * np.clip(values, -0.97, 0.97))
-        options = {"labels": labels, "margin": 0.5, "scale": 30.0}
-        harder = jax.jit(functools.partial(losses.angular_margin, **options))
-        check_grads(harder, (inner,), order=1, modes=("fwd", "rev"))
+    assert losses.angular_margin(logits, labels, margin=0, scale=scale) is logits
 
 
 def test_angular_margin_has_finite_gradients_at_the_ends():
@@ -219,19 +197,6 @@ def test_angular_margin_keeps_rows_on_their_devices():
     np.testing.assert_allclose(sharded, jax.jit(gradient)(logits, labels), atol=1e-6)
 
 
-def test_cosine_margin_lowers_the_label_alone():
-    """CosFace, equation 4, in float64: scale x (cosine - m) in the column of the label."""
-    values, labels = cosines(count=9)
-    with jax.enable_x64(True):
-        harder = losses.cosine_margin(30 * values, labels, margin=0.35, scale=30.0)
-    expected = np.array(30 * values, np.float64)
-    for row, label in enumerate(labels):
-        expected[row, label] -= 30 * 0.35
-    np.testing.assert_allclose(harder, expected, atol=1e-12)
-    low = losses.cosine_margin((30 * values).astype(np.float16), labels, margin=0.35, scale=30.0)
-    assert low.dtype == np.float32
-
-
 @pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
 def test_margins_take_a_scale_for_every_branch(margin_fn):
     """A model of several branches may learn a scale in each: [G], beside labels [B, G]."""
@@ -244,6 +209,7 @@ def test_margins_take_a_scale_for_every_branch(margin_fn):
     for branch, scale in enumerate(scales):
         alone = margin_fn(branches[:, branch], labels, scale=float(scale))
         np.testing.assert_allclose(harder[:, branch], alone, rtol=1e-5, atol=1e-5)
+    assert margin_fn(branches.astype(np.float16), both, scale=scales).dtype == np.float32
 
 
 def make_loss(spec, logit_scale=1.0):
@@ -278,23 +244,6 @@ def test_pure_losses_need_no_mixture():
     spec = {"focal": "multiclass", "gamma": 1.5, "schedule": [(0, 1.0)]}
     focal = make_loss(spec)(logits, labels, jnp.int32(0))
     np.testing.assert_array_equal(focal, losses.multiclass_focal(logits, labels, gamma=1.5))
-
-
-def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
-    values, labels = cosines(count=9)
-    logits = (30 * values).astype(np.float32)
-    spec = {"margin": 0.5, "label_smoothing": 0.1, "schedule": ((0, 0.25),)}
-    loss = jax.jit(make_loss(spec, logit_scale=30.0))
-
-    @jax.jit
-    def expected(logits, labels):
-        harder = losses.angular_margin(logits, labels, margin=0.5, scale=30.0)
-        softmax = losses.softmax_cross_entropy(harder, labels, label_smoothing=0.1)
-        return 0.25 * losses.binary_focal(harder, labels) + 0.75 * softmax
-
-    np.testing.assert_allclose(
-        loss(logits, labels, jnp.int32(0)), expected(logits, labels), rtol=1e-6
-    )
 
 
 @pytest.mark.parametrize(

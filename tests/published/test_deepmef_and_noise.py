@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.made_frames import make_frames, pad
+from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from tests.helpers.made_models import init
 from tests.helpers.made_steps import make
 from tests.helpers.published import CLIPS, config_of, official, rates, shapes
@@ -41,6 +41,11 @@ def test_deepmef_trains_as_its_code_does():
     assert official(DEEPMEF)[1].model.logit_scale == 30
     assert (config.mixup, config.transforms, config.model.main.modality_dropout_rate) == (0, (), 0)
     assert config_of(f"{DEEPMEF},trainval").data.train_splits == ("train", "val")
+    main = official(DEEPMEF)[1].model.main
+    # sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection.
+    assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
+    assert (main.channel_attention, main.channel_norm) == ("channels", True)
+    assert main.layer_form == "published"
 
 
 def test_the_rate_falls_once_an_epoch_and_to_nothing():
@@ -206,15 +211,6 @@ def test_theta_and_phi_of_the_code_never_move():
     assert np.abs(gradient(params)["g"]["kernel"]).max() > 0  # once out is not 0
 
 
-def test_features_are_taken_as_they_are():
-    """sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection."""
-    main = official(DEEPMEF)[1].model.main
-    assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
-    assert (main.channel_attention, main.channel_norm, main.layer_form) == (
-        "channels", True, "published",
-    )  # fmt: skip
-
-
 def drawn(frames, keys):
     spec = config_of(DEEPMEF).fusion.face.train.to_dict()
     sample = fusion.make_fusion(spec)
@@ -347,15 +343,8 @@ def test_the_weight_of_mirrors_climbs_ten_stairs():
 
 
 def vector_of(spec, quality, detection):
-    """The first fused frame of one clip whose features are one-hot: the share of each frame."""
-    count = len(quality)
-    frames = Frames(
-        np.eye(count, dtype=np.float32)[None],
-        np.array([quality], np.float32),
-        np.array([detection], np.float32),
-        np.arange(count, dtype=np.int32)[None],
-        np.ones((1, count), bool),
-    )
+    """The first fused frame of one clip: the share of each frame."""
+    frames = one_hot_frames(quality, detection, padding=0, dtype="float32")
     return np.asarray(fusion.make_fusion(spec)(None, frames).features[0])
 
 
