@@ -89,7 +89,7 @@ class FeatureDict:
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
         return {
-            split: [pack(self._clips(split), scratch / split, non_finite, self._quality)]
+            split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
         }
 
@@ -152,7 +152,7 @@ class FeatureFolder:
             with contextlib.suppress(clip_files.RetrySerially):
                 return clip_files.read_at_once(self._files, scratch / "parts", workers, *how)
         return {
-            split: [pack(clip_files.read_clips(paths), scratch / split, *how)]
+            split: pack(clip_files.read_clips(paths), scratch / split, *how)
             for split, paths in self._files.items()
         }
 

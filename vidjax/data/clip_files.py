@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data import processes
-from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, PackedClips, Quality
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
 from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import clean_name_at, show
@@ -229,6 +230,7 @@ def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]
 
 # Less than this is read before another process has started.
 READER_BYTES = 64 << 20
+COPY_BYTES = 4 << 20
 NO_LIMIT, MOST_SECONDS = 1 << 60, 100_000  # for files of the user's own
 OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
 
@@ -251,8 +253,8 @@ def read_at_once(
     workers: int,
     non_finite: NonFinite,
     quality: Quality,
-) -> dict[str, list[dict[str, PackedClips]]]:
-    """Reads clips with several processes; returns split -> what `pack` returns for each part.
+) -> dict[str, dict[str, PackedClips]]:
+    """Reads clips with several processes; returns split -> what `pack` returns.
 
     Raises RetrySerially if a process fails or the parts contradict each other, such as by a clip in
     two of them. The arrays lie in `scratch`.
@@ -265,7 +267,7 @@ def read_at_once(
         for first in range(0, len(paths), length)
     ]
 
-    def read(children: Children, number: int) -> dict[str, PackedClips]:
+    def read(children: Children, number: int) -> _Part:
         folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
         given = {"paths": paths, "out_dir": str(folder), "how": (non_finite, quality)}
         limits = {"memory_bytes": NO_LIMIT, "cpu_seconds": MOST_SECONDS}
@@ -273,43 +275,59 @@ def read_at_once(
             found = run_limited(__name__, folder, given, **limits, children=children)
         except UserError:
             raise RetrySerially from None
-        return {name: PackedClips.of_flat_files(folder / name, one) for name, one in found.items()}
+        return {name: (folder / name, summary) for name, summary in found.items()}
 
     try:
-        read_parts = map_children(read, range(len(parts)), workers)
-        found: dict[str, list[dict[str, PackedClips]]] = {split: [] for split in files}
-        for (split, _), packed in zip(parts, read_parts, strict=True):
-            found[split].append(packed)
-        for packed in found.values():
-            _check(packed)
+        found = map_children(read, range(len(parts)), workers)
+        return {
+            split: _join([part for (of, _), part in zip(parts, found, strict=True) if of == split])
+            for split in files
+        }
     except RetrySerially:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return found
 
 
 class RetrySerially(Exception):
     """One process must read all clips: it tells what is wrong."""
 
 
-def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
-    """Raises RetrySerially where parts of a split share a clip, or differ in width or dtype.
+_Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `PackedClips.summary`
 
-    Also where two modalities differ in the size of letters alone.
+
+def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
+    """Returns modality -> the clips of all parts of a split; appends flat files to the first ones.
+
+    Raises RetrySerially where parts share a clip, or differ in width or dtype. Also where two
+    modalities differ in the size of letters alone.
     """
-    names = [{name for flat in part.values() for name in flat.names} for part in parts]
-    if sum(map(len, names)) != len(set().union(*names)):
+    names = [{name for _, one in part.values() for name in one["names"]} for part in parts]
+    modalities = sorted({name for part in parts for name in part})
+    if (
+        sum(map(len, names)) != len(set().union(*names))
+        or len(set(map(str.casefold, modalities))) < len(modalities)
+    ):  # fmt: skip
         raise RetrySerially
-    kinds: dict[str, set[tuple[np.dtype, int]]] = {}
-    for part in parts:
-        for name, flat in part.items():
-            if len(flat.features):
-                kinds.setdefault(name, set()).add((flat.features.dtype, flat.features.shape[1]))
-    modalities = {name for part in parts for name in part}
-    if any(len(found) > 1 for found in kinds.values()) or (
-        len({name.casefold() for name in modalities}) < len(modalities)
-    ):
-        raise RetrySerially
+    joined = {}
+    for modality in modalities:
+        (folder, whole), *others = (part[modality] for part in parts if modality in part)
+        for other, more in others:
+            if any(more["lengths"]):
+                kinds = [(one["width"], one["dtype"]) for one in (whole, more)]
+                if any(whole["lengths"]) and kinds[0] != kinds[1]:
+                    raise RetrySerially
+                whole["width"], whole["dtype"] = kinds[1]
+            for field in ("names", "lengths", "seen"):
+                whole[field] += more[field]
+            for field in ("skipped", "skipped_clips", "warnings"):
+                whole[field] = dict(Counter(whole[field]) + Counter(more[field]))
+            for field in STORED:
+                name = f"{field}.bin"
+                with (other / name).open("rb") as part, (folder / name).open("ab") as file:
+                    shutil.copyfileobj(part, file, COPY_BYTES)
+                (other / name).unlink()
+        joined[modality] = PackedClips.of_flat_files(folder, whole)
+    return joined
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

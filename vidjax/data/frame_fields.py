@@ -4,7 +4,7 @@ To store another attribute per frame, add a line to FRAME_FIELDS. To bring it to
 `vidjax.batch.Frames` and `Packed`, too.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -178,8 +178,8 @@ def counts(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]) -> d
     }
 
 
-# Split -> parts of its clips, each of them modality -> clips, as `pack` returns them.
-Unpacked = Mapping[str, Sequence[Mapping[str, PackedClips]]]
+# Split -> modality -> its clips, as `pack` returns them.
+Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
 class Origin(NamedTuple):
@@ -227,7 +227,7 @@ class RecordSource(Protocol):
         ...
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads all frames; the parts of a split share no clip, and agree in width and dtype.
+        """Reads all frames; those of one modality in a split have one width and dtype.
 
         Args:
           scratch: a folder for flat files; it must outlive the arrays.

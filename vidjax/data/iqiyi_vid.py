@@ -96,7 +96,7 @@ class OfficialFiles:
         unpacked: dict[str, dict[str, PackedClips]] = {}
         for modality, split in sorted(packed):
             unpacked.setdefault(split, {})[modality] = packed[modality, split]
-        return {split: [whole] for split, whole in unpacked.items()}
+        return unpacked
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Reads `{split}_gt.txt`; see `load_official_truth`."""

@@ -65,7 +65,7 @@ class MemoryClips:
                     f"the run wants {modalities[name]}"
                 )
             _tell_of_skipped(name, flat)
-        staged = stage("clips", [packed])
+        staged = stage("clips", packed)
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
         none = np.zeros(len(names), np.int32)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -314,35 +314,30 @@ class StagedSplit(NamedTuple):
 
     Attributes:
       order: [N] int32, clip index of each record.
-      packed: modality -> the parts of its clips, flat.
-      starts: modality -> [N] int64, first frame by clip index, counted over all parts.
+      packed: modality -> its clips, flat.
+      starts: modality -> [N] int64, first frame by clip index.
       lengths: modality -> [N] int32, number of frames of each clip, by clip index.
     """
 
     clips: tuple[str, ...]
     order: np.ndarray
-    packed: dict[str, list[PackedClips]]
+    packed: Mapping[str, PackedClips]
     starts: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
 
 
-def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:
-    """Joins the clips of one split by name over parts and modalities; shuffles those of 'train'."""
-    modalities = sorted({name for part in parts for name in part})
-    packed = {name: [part[name] for part in parts if name in part] for name in modalities}
+def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
+    """Joins the clips of one split by name over modalities; shuffles those of 'train'."""
     # Python orders str by code point, which is the byte order of UTF-8.
-    clips = tuple(sorted({name for part in parts for flat in part.values() for name in flat.names}))
+    clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
     index = {name: position for position, name in enumerate(clips)}
     starts, lengths = {}, {}
-    for modality, flats in packed.items():
+    for modality, flat in packed.items():
+        rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
         starts[modality] = np.zeros(len(clips), np.int64)
         lengths[modality] = np.zeros(len(clips), np.int32)
-        before = 0
-        for flat in flats:
-            rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
-            starts[modality][rows] = before + flat.starts()
-            lengths[modality][rows] = flat.lengths
-            before += len(flat.features)
+        starts[modality][rows] = flat.starts()
+        lengths[modality][rows] = flat.lengths
     # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
     # undo that; one permutation of all training clips does.
     shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))

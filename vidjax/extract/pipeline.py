@@ -21,7 +21,7 @@ from vidjax.run import formats
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # What a killed call leaves in the folder, and in that of the videos.
-PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial|\.write-test-[0-9a-f]{8}")
+PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS = 600
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is

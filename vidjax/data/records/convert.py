@@ -5,8 +5,6 @@ to the same bytes.
 """
 
 import argparse
-import bisect
-import functools
 import itertools
 import logging
 import sys
@@ -112,8 +110,9 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    at_once = num_threads(workers or num_cores(), len(modalities))
-    with ThreadPoolExecutor(at_once) as threads:
+    # Each thread maps all fields of a split, which takes half of the files of a process at most.
+    fitting = most_files() / 2 / (len(STORED) * len(modalities))
+    with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), fitting)))) as threads:
         reports = {}
         for name, split in staged.items():
             paths = {modality: source.file_of(modality, name) for modality in split.packed}
@@ -123,7 +122,7 @@ def write_records(
             for name, split in staged.items()
         }
         written = threads.map(
-            lambda name, path, order: write_shard(path, order, staged[name], modalities, at_once),
+            lambda name, path, order: write_shard(path, order, staged[name], modalities),
             *zip(*((name, *one) for name, some in cuts.items() for one in some), strict=True),
         )
         shards = {name: tuple(itertools.islice(written, len(some))) for name, some in cuts.items()}
@@ -158,13 +157,12 @@ def _joined_modalities(
     first_split: dict[str, str] = {}
     dropped = 0
     for split, clips in staged.items():
-        for name, parts in clips.packed.items():
-            dropped += sum(sum(part.skipped.values()) for part in parts)
-            features = next((part.features for part in parts if len(part.features)), None)
-            if features is None:  # without frames, width and dtype are unknown
+        for name, flat in clips.packed.items():
+            dropped += sum(flat.skipped.values())
+            if not len(flat.features):  # width and dtype are unknown
                 continue
             first = first_split.setdefault(name, split)
-            found = Modality(features.shape[1], features.dtype.name)
+            found = Modality(flat.features.shape[1], flat.features.dtype.name)
             known = modalities.get(name, found)
             if known.dim != found.dim:
                 raise UserError(
@@ -194,16 +192,6 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
         )
 
 
-def fitting_parts() -> float:
-    """Returns how many parts may be mapped at once, which takes half of the files of a process."""
-    return most_files() / 2 / len(STORED)
-
-
-def num_threads(workers: int, num_modalities: int) -> int:
-    """Returns how many of `workers` may write at once, each mapping the parts of two records."""
-    return max(1, int(min(workers, fitting_parts() / (2 * num_modalities))))
-
-
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
@@ -223,39 +211,21 @@ def cut(
 
 
 def write_shard(
-    path: Path,
-    order: np.ndarray,
-    split: StagedSplit,
-    modalities: Mapping[str, Modality],
-    threads: int = 1,
+    path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips `order` [n] int32 of a split; returns the shard's entry of the manifest.
-
-    `threads` write shards at once, see `num_threads`.
-    """
-    ends = {
-        name: [*itertools.accumulate(int(part.lengths.sum()) for part in parts)]
-        for name, parts in split.packed.items()
-    }
-    fitting = int(min(sum(map(len, ends.values())), fitting_parts() / threads))
-    # The record before keeps parts mapped that the cache has dropped. The cache is of this call:
-    # what it read of them leaves the memory afterwards.
-    mapped = functools.lru_cache(max(len(ends), fitting - len(ends)))(
-        lambda name, number: dict(split.packed[name][number].frames)
-    )
+    """Writes the clips `order` [n] int32 of a split; returns the shard's entry of the manifest."""
+    # Mapped anew in each call: what it read of the files leaves the memory afterwards.
+    mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
     none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
 
     def frames_of(name: str, clip: int) -> dict[str, np.ndarray]:
-        """Returns field -> frames of a clip, which is in one part."""
+        """Returns field -> frames of a clip."""
         length = int(split.lengths[name][clip]) if name in split.lengths else 0
         if not length:
             modality = modalities[name]
             return {"features": np.zeros((0, modality.dim), modality.dtype), **none}
         start = int(split.starts[name][clip])
-        number = bisect.bisect_right(ends[name], start)
-        part = mapped(name, number)
-        first = start - (ends[name][number] - len(part["features"]))
-        return {field: part[field][first : first + length] for field in STORED}
+        return {field: mapped[name][field][start : start + length] for field in STORED}
 
     with path.open("wb") as file:
         for clip in order.tolist():

@@ -2,8 +2,7 @@
 
 import copy
 import itertools
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
     """Returns the report of a split, of whose modalities `paths` are the files."""
     nothing = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
     modalities = {
-        name: _report_modality(parts, split.lengths[name], paths[name])
-        for name, parts in split.packed.items()
+        name: _report_modality(flat, split.lengths[name], paths[name])
+        for name, flat in split.packed.items()
     }
     return {
         "clips": nothing.size,
@@ -35,18 +34,16 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
     }
 
 
-def _report_modality(
-    parts: Sequence[PackedClips], lengths: np.ndarray, path: Path
-) -> dict[str, Any]:
+def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict[str, Any]:
     return {
         "file": path.name,
-        "clips_seen": sum(len(part.names) for part in parts),
+        "clips_seen": len(flat.names),
         "clips": int((lengths > 0).sum()),
-        "frames_seen": sum(part.seen for part in parts),
+        "frames_seen": flat.seen,
         "frames": int(lengths.sum()),
-        "frames_skipped": _add(part.skipped for part in parts),
-        "clips_skipped": _add(part.skipped_clips for part in parts),
-        "values_replaced": _add(part.warnings for part in parts),
+        "frames_skipped": flat.skipped,
+        "clips_skipped": flat.skipped_clips,
+        "values_replaced": dict(sorted(flat.warnings.items())),
         "clips_without": int((lengths == 0).sum()),
         "missing_rate": float((lengths == 0).mean()),
         "frames_per_clip": {
@@ -54,18 +51,9 @@ def _report_modality(
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        # Copies: what is mapped counts among the open files.
-        "quality": _histogram(np.concatenate([part.frames["quality"].copy() for part in parts])),
-        "norm": _histogram(np.concatenate([feature_norms(part.features) for part in parts])),
+        "quality": _histogram(flat.frames["quality"]),
+        "norm": _histogram(feature_norms(flat.features)),
     }
-
-
-def _add(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Returns the sums of counts by reason, in alphabetical order."""
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(sorted(total.items()))
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
