@@ -37,8 +37,7 @@ class RankedRun(NamedTuple):
       identities: [C] names of those identities of the ground truth that the run knows.
       ap, positives: [C], their average precision and number of clips.
       num_others: identities of the ground truth that the run does not know.
-      map_kind: the key `map_kind` of `metrics.json`: `val`, `out_of_fold` or `in_sample`.
-      data: name, size and seed of a generated dataset, empty for any other.
+      metrics: `metrics.json`, which has `map_kind` and `num_clips`.
       seeds: of a group, the name and the MAP of each of its runs.
     """
 
@@ -48,12 +47,15 @@ class RankedRun(NamedTuple):
     ap: np.ndarray
     positives: np.ndarray
     num_others: int
-    map_kind: str
-    num_clips: int
-    data: str
     metrics: Mapping[str, Any]
     config: Mapping[str, Any]
     seeds: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def data(self) -> str:
+        """Name, size and seed of a generated dataset; `files` for any other."""
+        data = self.metrics.get("data") or {}
+        return describe(data) if is_generated(data.get("name", "")) else "files"
 
 
 class Comparison(NamedTuple):
@@ -79,7 +81,7 @@ class Comparison(NamedTuple):
             for row in [head, *rows]
         ]
         first = self.runs[0]
-        clips = f"{first.num_clips:,} clips of {first.split}"
+        clips = f"{first.metrics['num_clips']:,} clips of {first.split}"
         others = f" ({first.num_others:,} that no run knows left out)" if first.num_others else ""
         title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
         return "\n".join([title, *(f"  {line}" for line in [*lines, *in_sample(self.runs)])])
@@ -87,21 +89,21 @@ class Comparison(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Returns the numbers as plain values for JSON."""
         first = self.runs[0]
-        rows: list[dict[str, Any]] = [
-            {"run": run.name, "map": float(run.ap.mean()), "map_kind": run.map_kind}
-            for run in self.runs
-        ]
-        for row, run in zip(rows, self.runs, strict=True):
+        rows: list[dict[str, Any]] = []
+        for run, gap in zip(self.runs, [None, *self.differences], strict=True):
+            map_kind = run.metrics["map_kind"]
+            row = {"run": run.name, "map": float(run.ap.mean()), "map_kind": map_kind}
             if run.seeds:
                 row["seeds"] = [{"run": name, "map": value} for name, value in run.seeds]
-        for row, gap in zip(rows[1:], self.differences, strict=True):
-            numbers = gap._asdict()
-            row |= {"difference": numbers.pop("mean"), **numbers}
+            if gap:
+                numbers = gap._asdict()
+                row |= {"difference": numbers.pop("mean"), **numbers}
+            rows.append(row)
         return {
             "split": first.split,
             "num_identities": len(first.identities),
             "num_others": first.num_others,
-            "num_clips": first.num_clips,
+            "num_clips": first.metrics["num_clips"],
             "level": significance.LEVEL,
             "method": significance.METHOD_OF_SEEDS if first.seeds else significance.METHOD,
             "runs": rows,
@@ -109,13 +111,9 @@ class Comparison(NamedTuple):
 
     def to_latex(self) -> str:
         """Returns the table for a paper; it needs the LaTeX package booktabs."""
-        head, rows = difference_table(
-            [
-                run._replace(name=n)
-                for run, n in zip(self.runs, short_names(self.runs), strict=True)
-            ],
-            self.differences,
-        )
+        names = short_names(self.runs)
+        named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
+        head, rows = difference_table(named, self.differences)
         lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]]
         body = "\n".join(lines[1:])
         note = "".join(f"% {line}\n" for text in sentences(self.runs) for line in text.splitlines())
@@ -190,23 +188,20 @@ def read(name: str, split: str | None = None) -> RankedRun:
     split = split or str(config.eval.split)
     paths = folder.paths(split)
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
-    metrics = folder.metrics(paths)
-    if not metrics:
-        missing = f"has no results on split '{split}' ({paths.metrics.name})"
-        raise UserError(f"'{name}' {missing}\n{remedy}")
-    if metrics.get("map") is None:
+    metrics, found = folder.metrics(paths), folder.analysis(paths)
+    if metrics and metrics.get("map") is None:
         reason = results_lib.unmeasured(config.to_dict(), folder.path)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"
         )
+    if not metrics or found is None:
+        missing = (paths.analysis if metrics else paths.metrics).name
+        raise UserError(f"'{name}' has no results on split '{split}' ({missing})\n{remedy}")
     for key in ("map_kind", "num_clips"):
         if metrics.get(key) is None:
             raise UserError(f"'{paths.metrics}' is damaged: no {key}\n{remedy}")
-    identities, found = folder.identities, folder.analysis(paths)
-    if found is None:
-        raise UserError(f"'{name}' has no {paths.analysis.name}\n{remedy}")
-    analysis, arrays = found
+    (analysis, arrays), identities = found, folder.identities
     if len(identities) != len(arrays.get("ap", ())):
         counts = f"lists {len(identities)} identities, {paths.analysis.name} has others"
         raise UserError(f"'{name}': identities.json {counts}\n{remedy}")
@@ -216,7 +211,6 @@ def read(name: str, split: str | None = None) -> RankedRun:
     if abs(value - metrics["map"]) > MAX_MISMATCH:
         both = f"{value:.4f} in {paths.analysis.name} and {metrics['map']:.4f} in"
         raise UserError(f"'{name}': MAP is {both} {paths.metrics.name}\n{remedy}")
-    data = metrics.get("data") or {}
     return RankedRun(
         name=name,
         split=split,
@@ -224,9 +218,6 @@ def read(name: str, split: str | None = None) -> RankedRun:
         ap=np.asarray(ap[known], np.float64),
         positives=np.asarray(positives[known], np.int64),
         num_others=num_others,
-        map_kind=metrics["map_kind"],
-        num_clips=metrics["num_clips"],
-        data=describe(data) if is_generated(data.get("name", "")) else "",
         metrics=metrics,
         config=config.to_dict(),
     )
@@ -240,12 +231,6 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
             "compare on one that both have ranked: --config.eval.split=val"
         )
-    if run.data != first.data:
-        names = [run.data or "files" for run in (first, run)]
-        raise UserError(
-            f"{both} ranked different data: {' and '.join(names)}\n"
-            "compare runs that were evaluated on the same clips"
-        )
     places = {name: i for i, name in enumerate(run.identities)}
     missing = [name for name in first.identities if name not in places]
     extra = sorted(places.keys() - set(first.identities))
@@ -258,13 +243,16 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
         )
     order = np.array([places[name] for name in first.identities], int)
     positives = run.positives[order]
-    text = f"{first.num_clips} and {run.num_clips} clips"
+    counts = [one.metrics["num_clips"] for one in (first, run)]
+    text = f"{counts[0]} and {counts[1]} clips"
+    if run.data != first.data:
+        text += f" of {first.data} and {run.data}"
     different = np.flatnonzero(positives != first.positives)
     for i in different[:1]:
         text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
     if names := [name for name in ("names", "labels") if _differ(first, run, name)]:
         text += f", with other {' and '.join(names)}"
-    if names or len(different) or run.num_clips != first.num_clips:
+    if names or len(different) or run.data != first.data or counts[0] != counts[1]:
         raise UserError(
             f"{both} ranked different clips: {text}\n"
             "compare runs that were evaluated on the same clips"
@@ -284,17 +272,17 @@ def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
 
 def mean_of(seeds: Sequence[RankedRun]) -> RankedRun:
     """Returns a group of seeds as one run: with the means of all that is measured."""
-    first, kinds = seeds[0], [run.map_kind for run in seeds]
-    measured: dict[str, Any] = {}
-    for key in first.metrics:
+    first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
+    metrics = {key: value for key, value in first.metrics.items() if not _is_number(value)}
+    for key in first.metrics.keys() - metrics.keys():
         values = [run.metrics.get(key) for run in seeds]
         if all(map(_is_number, values)):
-            measured[key] = float(np.mean(np.array(values, float)))
+            metrics[key] = float(np.mean(np.array(values, float)))
+    worst = (kind for kind in ("in_sample", "out_of_fold", kinds[0]) if kind in kinds)
     return first._replace(
         name="+".join(run.name for run in seeds),
         ap=np.mean([run.ap for run in seeds], axis=0),
-        map_kind=next((one for one in ("in_sample", "out_of_fold") if one in kinds), kinds[0]),
-        metrics={k: x for k, x in first.metrics.items() if not _is_number(x)} | measured,
+        metrics={**metrics, "map_kind": next(worst)},
         seeds=tuple((run.name, float(run.ap.mean())) for run in seeds),
     )
 
@@ -363,8 +351,8 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     if first.seeds:
         method = f"Interval: {significance.METHOD_OF_SEEDS}"
     text = [
-        f"{len(first.identities):,} identities and {first.num_clips:,} clips of {first.split}. "
-        f"Every run is compared with {first.name}.",
+        f"{len(first.identities):,} identities and {first.metrics['num_clips']:,} clips of "
+        f"{first.split}. Every run is compared with {first.name}.",
         f"{method}, paired. Better, worse, equal: the number of identities by average precision.",
     ]
     if first.seeds:
@@ -387,24 +375,19 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
         text.append(
             f"{first.num_others:,} identities of the ground truth that no run knows are left out."
         )
-    return text + trained_on(runs)
-
-
-def trained_on(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns sentences on whether the runs were trained on the clips that they are compared on."""
-    folds = [run.name for run in runs if run.map_kind == "out_of_fold"]
-    known, text = in_sample(runs), []
-    if not folds and not known:
-        text.append("No run was trained on these clips.")
+    folds = [run.name for run in runs if run.metrics["map_kind"] == "out_of_fold"]
+    known = in_sample(runs)
     if folds:
         score = f"{', '.join(folds)} {'scores' if len(folds) == 1 else 'score'}"
         text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
+    elif not known:
+        text.append("No run was trained on these clips.")
     return text + known
 
 
 def in_sample(runs: Sequence[RankedRun]) -> list[str]:
     """Returns a warning that names the runs that were trained on these clips; [] if none was."""
-    known = [run.name for run in runs if run.map_kind == "in_sample"]
+    known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
 
@@ -448,7 +431,7 @@ def _page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
             ("configuration", "Configurations", changed or html.paragraph("They are equal.")),
             ("identities", "Identities", html.tables(gaps)),
         ],
-        lead=f"{first.num_clips:,} clips of {first.split}",
+        lead=f"{first.metrics['num_clips']:,} clips of {first.split}",
         footer="vidjax made this page from the results of these runs. It contains names of "
         "identities, and no features.",
     )
@@ -478,11 +461,17 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Marku
 def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
     gaps = run.ap - first.ap
     order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
-    rows = []
-    for i in order[np.abs(gaps[order]) >= significance.EQUAL]:
-        both = html.bar(float(first.ap[i])), html.bar(float(run.ap[i]))
-        clips = int(first.positives[i])
-        rows.append((first.identities[i], clips, *both, html.number(float(gaps[i]), sign="+")))
+    rows = [
+        (
+            first.identities[i],
+            int(first.positives[i]),
+            html.bar(float(first.ap[i])),
+            html.bar(float(run.ap[i])),
+            html.number(float(gaps[i]), sign="+"),
+        )
+        for i in order
+        if np.abs(gaps[i]) >= significance.EQUAL
+    ]
     caption = f"The {len(rows)} identities with the largest difference for {other}"
     head = ("identity", "clips", own, other, "difference")
     return html.table(caption, head, rows)
