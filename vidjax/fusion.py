@@ -113,7 +113,6 @@ def sample_frames(
     """
     _check_count("num_frames", num_frames)
     check_choice("order", order, ("random", "time"))
-    slots = jnp.ones((frames.mask.shape[0], num_frames), bool)
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
         order_of_draws = shuffle(shuffle_rng, frames.mask)
@@ -129,7 +128,7 @@ def sample_frames(
         chosen, order_rng = _frames_at(frames, take(in_order, rank)), None
     if order == "time":
         return chosen
-    turned = shuffle(order_rng, slots)
+    turned = shuffle(order_rng, jnp.ones(chosen.mask.shape, bool))
     return map_fields(lambda values: take(values, turned), chosen)
 
 
@@ -180,20 +179,12 @@ def mean_measure(frames: Frames, measure: str) -> Array:
     A quality that is not finite counts as 0; a clip without frames has mean 0.
     """
 
-    def add(t: Array, total: Array) -> Array:
-        frame = map_fields(
-            lambda values: jax.lax.dynamic_slice_in_dim(values, t, 1, axis=1), frames
-        )  # one frame of every clip at a time, as in `fusion.mean_frame`
+    def value(t: Array) -> Array:  # one frame of every clip at a time
         if measure == "norm":
-            value = jnp.linalg.norm(read(frame.features).astype(jnp.float32), axis=-1)
-        else:
-            value = jnp.where(jnp.isfinite(frame.quality), frame.quality, 0.0)
-        return total + jnp.where(frame.mask, value, 0.0)[:, 0]
+            return jnp.linalg.norm(_frame(frames.features, t).astype(jnp.float32), axis=-1)
+        return _frame(_finite(frames.quality), t)
 
-    num_clips, num_frames = frames.mask.shape
-    end = jnp.max(jnp.where(frames.mask, jnp.arange(1, 1 + num_frames), 0))
-    total = jax.lax.fori_loop(0, end, add, jnp.zeros(num_clips, jnp.float32))
-    return total / jnp.maximum(jnp.sum(frames.mask, axis=1), 1)
+    return _mean_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
@@ -288,9 +279,7 @@ def _frames_at(frames: Frames, index: Array) -> Frames:
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
 
 
-# Sampling weights are multiples of 1 / _LEVELS of the clip's largest one. The weights of up to 4096
-# frames add up exactly in float32: draws depend neither on padding nor on the number of devices.
-_LEVELS = 4096
+_LEVELS = 4096  # see `_draw`
 
 
 def random_fusion(
@@ -343,8 +332,7 @@ def random_fusion(
     num_fused = 1 + jnp.sum(uniforms[..., :1] >= thresholds, axis=-1)  # [B, T']
     slots = [slot < num_fused for slot in range(max_frames)]
 
-    levels = _levels(frame_weights(frames, sampling))
-    picks = _draw(levels, uniforms[..., 1:], replacement)  # max_frames x [B, T']
+    picks = _draw(frame_weights(frames, sampling), uniforms[..., 1:], replacement)
     if weighting == "mixup":
         shares = jax.random.exponential(jax.random.fold_in(rng, 1), uniforms[..., 1:].shape)
         weights = [shares[..., slot] for slot in range(max_frames)]
@@ -352,8 +340,7 @@ def random_fusion(
         all_weights = frame_weights(frames, weighting)
         weights = [take(all_weights, index) for index in picks]
     has_frame = jnp.any(frames.mask, axis=1)[:, None]
-    has_frame = jnp.broadcast_to(has_frame, (num_clips, num_draws))
-    return _fuse(frames, picks, slots, weights, has_frame)
+    return _fuse(frames, picks, slots, weights, jnp.broadcast_to(has_frame, picks[0].shape))
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
@@ -408,32 +395,39 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
       Frames [B, 1] with float32 features. Quality and detection are means too; number is that of
         the first real frame. For clips without frames, mask is False and the features are 0.
     """
-    mean = functools.partial(_mean_over_frames, frames, frame_weights(frames, weighting))
+    weights = frame_weights(frames, weighting)
+
+    def mean(values: Array | LazyFeatures) -> Array:
+        means = _mean_over_frames(frames.mask, weights, functools.partial(_frame, values))
+        return means[:, None]
+
     return Frames(
-        features=mean(frames.features)[:, None],  # [B, 1, D]
-        quality=mean(_finite(frames.quality))[:, None],
-        detection=mean(_finite(frames.detection))[:, None],
+        features=mean(frames.features),  # [B, 1, D]
+        quality=mean(_finite(frames.quality)),
+        detection=mean(_finite(frames.detection)),
         number=take(frames.number, jnp.argmax(frames.mask, axis=1)[:, None]),
         mask=jnp.any(frames.mask, axis=1)[:, None],
     )
 
 
-def _mean_over_frames(frames: Frames, weights: Array, values: Array | LazyFeatures) -> Array:
-    """Returns the weighted mean of values over the frames: [B, T, ...] to [B, ...]."""
+def _mean_over_frames(mask: Array, weights: Array, value_of: Callable[[Array], Array]) -> Array:
+    """Returns weighted means over the frames, [B, ...]; `value_of` maps a place to values [B, ...].
+
+    A clip whose weights [B, T] are all 0 has the mean 0.
+    """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
     # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
-    end = jnp.max(jnp.where(frames.mask, jnp.arange(1, 1 + frames.mask.shape[1]), 0))
+    end = jnp.max(jnp.where(mask, jnp.arange(1, 1 + mask.shape[1]), 0))
 
     # One frame at a time, read in the stored dtype: 15 times faster on CPU than a sum over float32
     # [B, T, D], and independent of the length of the padding.
     def add(t: Array, total: Array) -> Array:
-        value = _frame(values, t)
-        weight = jax.lax.dynamic_index_in_dim(weights, t, axis=1, keepdims=False)
-        return total + value * weight.reshape(weight.shape + (1,) * (value.ndim - 1))
+        value = value_of(t)
+        return total + value * _frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
 
-    zeros = jnp.zeros_like(_frame(values, 0))
-    return jax.lax.fori_loop(0, end, add, zeros.astype(_at_least_float32(zeros)))
+    first = jax.eval_shape(value_of, jnp.int32(0))
+    return jax.lax.fori_loop(0, end, add, jnp.zeros(first.shape, _at_least_float32(first)))
 
 
 def crop_means(
@@ -553,12 +547,16 @@ def _options(function: Callable) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _draw(levels: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws frame indices [B, T'] int32 for every slot, with probabilities proportional to levels.
+def _draw(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
+    """Draws frame indices [B, T'] int32 for every slot, with probabilities by weights [B, T].
 
-    `levels` are [B, T], see `_levels`; `uniforms` [B, T', slots] float32 lie in [0, 1). Without
-    `replacement`, all frames that can be drawn are drawn before one is repeated.
+    `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`, all frames that can be
+    drawn are drawn before one is repeated.
     """
+    # Whole numbers up to _LEVELS: those of up to 4096 frames add up exactly in float32, so draws
+    # depend neither on padding nor on the number of devices.
+    largest = jnp.max(weights, axis=1, keepdims=True)
+    levels = jnp.round(weights / jnp.where(largest > 0, largest, 1.0) * _LEVELS)
     num_clips, num_frames = levels.shape
     num_slots = uniforms.shape[-1]
     cdf = jnp.cumsum(levels, axis=1)  # [B, T]
@@ -629,12 +627,6 @@ def _fuse(
         number=take(frames.number, picks[0]),
         mask=mask,
     )
-
-
-def _levels(weights: Array) -> Array:
-    """Rounds weights to whole numbers [B, T] float32 with a maximum of _LEVELS in every clip."""
-    largest = jnp.max(weights, axis=1, keepdims=True)
-    return jnp.round(weights / jnp.where(largest > 0, largest, 1.0) * _LEVELS)
 
 
 def _cumulative_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:

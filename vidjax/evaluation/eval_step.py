@@ -43,14 +43,8 @@ def eval_step(
             total = add_scores(total, scores[:, branch], weight[:, branch])
         return sum_scores(total)
 
-    scores = _over_examples(
-        system,
-        view,
-        batch,
-        scores_of,
-        logs=system.scores_are_logs,
-        reduce=system.config["eval"]["reduce"],
-    )
+    logs, reduce = system.scores_are_logs, system.config["eval"]["reduce"]
+    scores = _over_examples(system, view, batch, scores_of, logs=logs, reduce=reduce)
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
@@ -138,23 +132,23 @@ def _over_examples(
 
             return {name: jax.tree.map(take, frames) for name, frames in fused.items()}
 
-        first = jax.eval_shape(values_of, example(jnp.int32(0)), batch.batch_mask)
+        def values_at(t: Array) -> Array:
+            return values_of(example(t), batch.batch_mask & exists[:, t])
+
+        first = jax.eval_shape(values_at, jnp.int32(0))
         nothing = jnp.zeros(first.shape, first.dtype)
         last = jnp.max(jnp.where(exists, jnp.arange(1, exists.shape[1] + 1), 0))
         if reduce == "max":
 
             def keep_best(t: Array, best: Array) -> Array:
-                values = values_of(example(t), batch.batch_mask & exists[:, t])
-                return jnp.maximum(best, jnp.where(exists[:, t, None], values, -jnp.inf))
+                return jnp.maximum(best, jnp.where(exists[:, t, None], values_at(t), -jnp.inf))
 
             return jax.lax.fori_loop(0, last, keep_best, nothing - jnp.inf)
 
         def add(t: Array, total: MeanScores) -> MeanScores:
-            values = values_of(example(t), batch.batch_mask & exists[:, t])
-            return add_scores(total, values, weight[:, t].astype(first.dtype))
+            return add_scores(total, values_at(t), weight[:, t].astype(first.dtype))
 
-        total = no_scores(nothing, logs=logs)
-        return mean_scores(jax.lax.fori_loop(0, last, add, total))
+        return mean_scores(jax.lax.fori_loop(0, last, add, no_scores(nothing, logs=logs)))
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:

@@ -82,12 +82,19 @@ class ModelScorer:
         A member does not run on blocks of which it may score no clip. `rankings` has one ranking
         per member, to which the member's own scores are added.
         """
-        model = self.model
+        model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
             view = jnp.int32(model.training_sets.members[0].view)
             scores = [model.eval_step(*self._single, view, block) for block in blocks]
-            return [self._keep_top_classes(x) for x in scores]
-        totals: list[Any] = [None] * len(blocks)
+        else:
+            scores = self._mean_scores(blocks, rankings)
+        few = 0 < count < scores[0].shape[1]
+        return [keep_best(x, count) for x in scores] if few else scores
+
+    def _mean_scores(
+        self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK]
+    ) -> list[Array]:
+        model, totals = self.model, list[Any]([None] * len(blocks))
         judges = np.stack([self._judges(block) for block in blocks], axis=1)
         for number, member in enumerate(model.training_sets.members):
             if not judges[number].any():
@@ -99,22 +106,16 @@ class ModelScorer:
                 used = _used(self._use, number, block.clip_index, block.batch_mask)
                 if rankings:
                     rankings[number].add((scores, block.clip_index, used))
-                logs = model.system.scores_are_logs
-                totals[i] = _add(totals[i], scores, used, logs=logs)
+                totals[i] = _add(totals[i], scores, used, logs=model.system.scores_are_logs)
             if rankings:
                 rankings[number].flush()  # frees the scores of this member
-        return [self._keep_top_classes(_mean(total)) for total in totals]
+        return [_mean(total) for total in totals]
 
     def _judges(self, block: Batch) -> np.ndarray:
         """Returns [E] bool, the members that may score a clip of a block; at least one."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         found = np.any(self.use[:, clips[real]], axis=1)
         return found if np.any(found) else np.arange(len(found)) == 0
-
-    def _keep_top_classes(self, scores: Array) -> Array:
-        """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
-        count = self.model.system.config["eval"]["top_classes"]
-        return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
 
 
 @functools.partial(jax.jit, static_argnums=1)
