@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vidjax.batch import NoiseLayout
-from vidjax.training import noise_classes
+from vidjax.training import plan
 
 LAYOUT = NoiseLayout(num_identities=3, num_clusters=2)
 COLUMNS = np.arange(9)  # 0 other, 1-3 identities, 4-5 clusters, 6-8 mirrors
@@ -58,7 +58,7 @@ def strangers(rng: np.random.Generator, count: int, spread: float) -> tuple[np.n
 def test_dbscan_is_what_its_definition_says(eps: float, min_samples: int) -> None:
     vectors, _ = strangers(np.random.default_rng(0), 8, 0.4)
     vectors[[3, 11]] = 0
-    found = noise_classes.cluster(vectors, eps=eps, min_samples=min_samples)
+    found = plan.cluster(vectors, eps=eps, min_samples=min_samples)
     assert found.dtype == np.int32 and found.shape == (32,)
     expected = np.array(slow_dbscan(vectors, eps, min_samples))
     if min_samples <= 2:  # no border may belong to two clusters then
@@ -75,7 +75,7 @@ def test_clear_clusters_are_found_whatever_the_lengths(dtype) -> None:
     vectors, whose = strangers(rng, 6, 0.05)
     vectors = np.concatenate([vectors, rng.normal(size=(5, 16))]).astype(dtype)
     vectors[-1] = 0
-    found = noise_classes.cluster(vectors, eps=0.3, min_samples=2)
+    found = plan.cluster(vectors, eps=0.3, min_samples=2)
     assert found[:24].tolist() == by_first_member(whose.tolist())
     assert found[-1] == -1
     assert (found[24:] == -1).all()
@@ -86,9 +86,9 @@ def test_clear_clusters_are_found_whatever_the_lengths(dtype) -> None:
 def test_a_handful_of_vectors_are_no_mistake(count) -> None:
     apart = np.eye(4)[:count]
     for vectors in (apart, 0 * apart):
-        found = noise_classes.cluster(vectors, eps=0.5, min_samples=2)
+        found = plan.cluster(vectors, eps=0.5, min_samples=2)
         assert found.tolist() == [-1] * count and found.dtype == np.int32
-        found = noise_classes.cluster(vectors, eps=0.5, min_samples=5)
+        found = plan.cluster(vectors, eps=0.5, min_samples=5)
         assert found.tolist() == [-1] * count
 
 
@@ -102,9 +102,9 @@ def test_mistakes_in_clustering_are_named() -> None:
     ]
     for arguments, message in mistakes:
         with pytest.raises(ValueError, match=message):
-            noise_classes.cluster(vectors, **arguments)
+            plan.cluster(vectors, **arguments)
     with pytest.raises(ValueError, match="not finite"):
-        noise_classes.cluster(np.array([[1.0, np.nan]]), eps=0.5, min_samples=2)
+        plan.cluster(np.array([[1.0, np.nan]]), eps=0.5, min_samples=2)
 
 
 @pytest.mark.parametrize("module", [np, jnp])
@@ -129,30 +129,30 @@ def test_published_arithmetic(keep) -> None:
     assert published.num_columns == 1 + 2 * 4934 + 3691
     everything = np.arange(1, published.num_columns)
     start = np.full(len(everything), published.num_columns - 1)  # the last mirror class
-    ours = noise_classes.relabel(start, everything, published, keep=keep)
+    ours = plan.relabel(start, everything, published, keep=keep)
     theirs = everything - 1  # which count columns from 0 and have none for "other"
     other = theirs if keep == "prediction" else start - 1
     np.testing.assert_array_equal(ours, 1 + np.where(theirs < 4934, theirs + 8625, other))
     start, nobody = start[:1], np.zeros(1, int)  # "other", a column that the code does not have
-    np.testing.assert_array_equal(noise_classes.relabel(start, nobody, published, keep=keep), start)
+    np.testing.assert_array_equal(plan.relabel(start, nobody, published, keep=keep), start)
 
 
 def test_clustered_clips_start_in_their_cluster_and_others_anywhere() -> None:
     clusters = np.array([0, -1, 1, -1, 0] * 200, np.int32)
-    labels = noise_classes.initial_labels(clusters, LAYOUT, seed=3)
+    labels = plan.initial_labels(clusters, LAYOUT, seed=3)
     assert labels.dtype == np.int32
     assert (labels[clusters == 0] == 4).all() and (labels[clusters == 1] == 5).all()
     drawn = labels[clusters == -1]
     assert set(drawn.tolist()) == {6, 7, 8}
     assert np.bincount(drawn).max() < 0.45 * len(drawn)
-    np.testing.assert_array_equal(labels, noise_classes.initial_labels(clusters, LAYOUT, seed=3))
-    assert (drawn != noise_classes.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
-    fewer = noise_classes.initial_labels(np.full(1000, -1), LAYOUT, seed=3)
+    np.testing.assert_array_equal(labels, plan.initial_labels(clusters, LAYOUT, seed=3))
+    assert (drawn != plan.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
+    fewer = plan.initial_labels(np.full(1000, -1), LAYOUT, seed=3)
     np.testing.assert_array_equal(drawn, fewer[clusters == -1])
-    assert noise_classes.initial_labels(clusters[:0], LAYOUT, seed=0).shape == (0,)
+    assert plan.initial_labels(clusters[:0], LAYOUT, seed=0).shape == (0,)
     for wrong in ([2], [-2]):
         with pytest.raises(ValueError, match="must lie below 2"):
-            noise_classes.initial_labels(np.array(wrong), LAYOUT, seed=0)
+            plan.initial_labels(np.array(wrong), LAYOUT, seed=0)
 
 
 def slow_relabel(label: int, predicted: int) -> int:
@@ -165,10 +165,10 @@ def slow_relabel(label: int, predicted: int) -> int:
 def test_only_unclustered_clips_taken_for_somebody_move(make) -> None:
     labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]
     expected = [[slow_relabel(old, p) for p in range(9)] for old in range(9)]
-    new = noise_classes.relabel(make(labels.astype(np.int32)), make(predicted), LAYOUT)
+    new = plan.relabel(make(labels.astype(np.int32)), make(predicted), LAYOUT)
     assert isinstance(new, type(make(0))) and new.dtype == np.int32
     np.testing.assert_array_equal(new, expected)
-    again = noise_classes.relabel(new, make(predicted), LAYOUT)
+    again = plan.relabel(new, make(predicted), LAYOUT)
     np.testing.assert_array_equal(again, new)
-    traced = jax.jit(lambda a, b: noise_classes.relabel(a, b, LAYOUT))
+    traced = jax.jit(lambda a, b: plan.relabel(a, b, LAYOUT))
     np.testing.assert_array_equal(traced(labels.astype(np.int32), predicted), expected)

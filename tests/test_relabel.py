@@ -19,7 +19,7 @@ from tests.helpers.small_runs import (
 )
 from vidjax import ensemble
 from vidjax.run import checkpoint, signals
-from vidjax.training import feed, noise_classes, plan
+from vidjax.training import feed, plan
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -175,7 +175,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
                     weight = weight if weight.sum() else one.mask[row]
                     mean = weight @ one.features[row].astype(np.float64) / weight.sum()
                     vectors[offset + batch.clip_index[row]] = mean
-    wanted = noise_classes.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
+    wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     found = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
 

@@ -49,7 +49,6 @@ def keep_quality(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") ->
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Ours: `keep`; a
     frame of the lowest quality itself is kept, while the article has qualities above it.
     """
-    del rng
     frames = {
         name: fusion.filter_frames(frames, min_quality=clips.min_quality)
         for name, frames in clips.frames.items()
@@ -182,7 +181,6 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
     Source: Residual Dense Net (2nd place 2019), whose batches are of frames: long clips count more.
     """
-    del rng
     counts = [jnp.sum(fused.mask, axis=1) for fused in clips.frames.values()]
     return clips._replace(weight=clips.weight * jnp.max(jnp.stack(counts), axis=0))
 
@@ -233,6 +231,7 @@ def make_transforms(
         name = str(options.pop("name", None))
         check_entry("config.transforms", name, TRANSFORMS)
         function, before_fusion = TRANSFORMS[name]
-        fusion.check_options(f"config.transforms: {name!r}", function, options)
+        what, known = f"config.transforms: {name!r}", fusion.options_of(function)
+        fusion.check_options(what, known, options)
         (before if before_fusion else after).append(functools.partial(function, **options))
     return tuple(before), tuple(after)

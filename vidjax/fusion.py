@@ -506,11 +506,11 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
     check_entry("name", name, FUSIONS)
-    function, filters = FUSIONS[name].function, _options(filter_frames)
+    function, filters = FUSIONS[name].function, options_of(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}
     check_options(
         f"fusion {name!r}",
-        function,
+        options_of(function),
         options,
         f", or from those of every fusion: {', '.join(filters)}, kept_share\n"
         "--config.fusion.MODALITY.PHASE.name=NAME keeps the other options of the file: "
@@ -527,24 +527,25 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 
 
 def check_options(
-    what: str, function: Callable[..., Any], options: Collection[str], more: str = ""
+    what: str, known: Mapping[str, bool], options: Collection[str], more: str = ""
 ) -> None:
-    """Refuses unknown and missing options of a function; messages call it `what`, add `more`."""
-    known = _options(function)
+    """Refuses unknown and missing options; `known`: option -> True if it is required.
+
+    Messages call what takes the options `what`, and add `more`.
+    """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
             f"{what} has no option {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(known)) or 'none'}{more}"
         )
-    required = {key for key, p in known.items() if p.default is inspect.Parameter.empty}
-    if missing := sorted(required - set(options)):
+    if missing := sorted(key for key in known if known[key] and key not in options):
         raise UserError(f"{what} needs {', '.join(missing)}")
 
 
-def _options(function: Callable) -> dict[str, inspect.Parameter]:
-    """Returns the keyword-only parameters of a function."""
-    parameters = inspect.signature(function).parameters
-    return {key: p for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def options_of(function: Callable) -> dict[str, bool]:
+    """Returns the keyword-only parameters of a function: name -> True if it has no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _draw(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:

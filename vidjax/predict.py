@@ -24,7 +24,6 @@ from vidjax import config_io, devices, ensemble, files
 from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData
-from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument, warn
@@ -145,7 +144,7 @@ class Predictor(NamedTuple):
             check_argument("identify: threshold", threshold, numbers.Real, "a score, or None")
             if math.isnan(threshold):
                 raise UserError("threshold=nan: wants a score, or None")
-            if threshold > 0 and cast(str, self.config.eval.scores).startswith("log_"):
+            if threshold > 0 and self.config.eval.scores.startswith("log_"):
                 raise UserError(
                     f"threshold={threshold:g}: the scores of this run are logarithms, 0 at most: "
                     "no clip would get a name\nof a probability p it is math.log(p)"
@@ -266,15 +265,14 @@ class Predictor(NamedTuple):
 
     def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
         """Returns the clips of a folder or a parquet table, see `memory.load_clips`."""
-        quality = cast(Quality, self.config.data.quality)
+        quality = self.config.data.quality
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
         """Checks the clips of a call, see the class; a request of few clips has small blocks."""
-        size = cast(int, self.config.eval.block_size)
+        size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
-            split = split or cast(str, self.config.eval.split)
-            data = cast(TrainingData, clips)
+            data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
             check_widths(data, self.modalities)
             names = data.split(split).clips
             return Request(data, split, np.arange(len(names)), names, size)
@@ -283,8 +281,8 @@ class Predictor(NamedTuple):
         if not isinstance(clips, MemoryClips):
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
-            quality = cast(Quality, self.config.data.quality)
-            clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
+            found, quality = cast(Clips, clips), self.config.data.quality
+            clips = MemoryClips.of(found, self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)

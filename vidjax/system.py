@@ -280,13 +280,11 @@ def _check_precision(precision: str) -> None:
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
     """Returns the logarithm of the sigmoid."""
-    del class_mask
     return jax.nn.log_sigmoid(logits)
 
 
 def _logits(logits: Array, class_mask: Array) -> Array:
     """Returns the logits themselves."""
-    del class_mask
     return logits
 
 

@@ -2,16 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    TypeAlias,
-    get_args,
-    get_origin,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import flax.linen as nn
 import numpy as np
@@ -20,8 +11,8 @@ from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError, check_choice
 
 # Nested dicts of arrays, as linen makes them.
-Params: TypeAlias = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
-ModelState: TypeAlias = Mapping[str, Any]  # name -> collection, for all other collections
+Params = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
+ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
@@ -43,9 +34,8 @@ class TrainingClips(NamedTuple):
 class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
-    A plain net needs only the fields below and `__call__`. The other methods are for models that
-    are not fitted by gradients alone, or that treat poor clips in another way. A field of type
-    Literal refuses other values, and a field `modality` the name of no modality.
+    A plain net needs only the fields below and `__call__`. A field of type Literal refuses other
+    values, and a field `modality` the name of no modality.
 
     Attributes:
       modalities: name -> feature width, of fused frames.
@@ -123,7 +113,6 @@ class Identifier(nn.Module):
 
         Values are numbers, tuples of one number of each member, or None.
         """
-        del clips
         return {}
 
     @classmethod
@@ -133,7 +122,6 @@ class Identifier(nn.Module):
 
     def solve(self, params: Params, model_state: ModelState) -> ModelState:
         """Returns the collections that evaluation reads, given those after training, [E, ...]."""
-        del params
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
@@ -141,7 +129,6 @@ class Identifier(nn.Module):
 
         The frames, modality -> Frames [B, T], are those before fusion, with all features.
         """
-        del frames
         return None
 
     def gallery_settings(self) -> Any | None:

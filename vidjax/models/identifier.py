@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from vidjax import fusion
 from vidjax.errors import UserError, check_entry
 from vidjax.models.base import Identifier
 from vidjax.models.deepmef import DeepMEF
@@ -65,16 +66,19 @@ def make_identifier(
         "dtype": jnp.dtype(dtype),
     }
     fixed = {key: value for key, value in given.items() if key in fields}
-    known = fields.keys() - {"parent", "name", *fixed}
-    if unknown := sorted(options.keys() - known):
-        raise UserError(
-            f"model {name!r} has no option {', '.join(unknown)}; choose from "
-            f"{', '.join(sorted(known))}"
-        )
-    _check_sizes(name, options)
-    required = {key for key in known if fields[key].default is dataclasses.MISSING}
-    if missing := sorted(required - options.keys()):
-        raise UserError(f"model {name!r} needs {', '.join(missing)}")
+    known = {
+        key: field.default is dataclasses.MISSING
+        for key, field in fields.items()
+        if key not in ("parent", "name", *fixed)
+    }
+    fusion.check_options(f"model {name!r}", known, options)
+    for option, value in options.items():
+        sizes = value if isinstance(value, tuple | list) else (value,)
+        is_size = re.fullmatch(r"num_\w+|width|\w+_dims?", option)
+        if is_size and not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise UserError(
+                f"model {name!r}: {option}={value}: widths and counts are whole numbers from 1 up"
+            )
     if not modalities:
         raise UserError(f"model {name!r} needs at least one modality")
     for part, choice in model.parts.items():
@@ -92,15 +96,3 @@ def make_identifier(
             dtype=dtype,
         )
     return model(**options, **fixed)
-
-
-def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that is a width or a count and is not at least 1."""
-    for option, value in options.items():
-        sizes = value if isinstance(value, tuple | list) else (value,)
-        if not re.fullmatch(r"num_\w+|width|\w+_dims?", option):
-            continue
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise UserError(
-                f"model {name!r}: {option}={value}: widths and counts are whole numbers from 1 up"
-            )

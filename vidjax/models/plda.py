@@ -116,7 +116,6 @@ class PLDAIdentifier(Identifier):
 
         It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
-        del params
         sums = model_state["sums"]["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
         members = range(len(jax.tree.leaves(parts)[0]))

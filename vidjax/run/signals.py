@@ -26,7 +26,6 @@ class Interruption:
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Stores the first signal; ends the process on the second."""
-        del frame
         if self._received is not None:
             os._exit(128 + signum)
         self._received = signum

@@ -17,12 +17,14 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import config_io, devices, distributed, ensemble, files, metrics
 from vidjax.analysis import analysis
+from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.errors import UserError, warn
 from vidjax.evaluation import eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
+from vidjax.models.base import ModelState, Params
 from vidjax.run import checkpoint, signals
 from vidjax.run import results as results_lib
 from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes, check_there
@@ -30,8 +32,15 @@ from vidjax.run.results import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
 from vidjax.training import feed as feed_lib
-from vidjax.training import noise_classes, train_step
-from vidjax.training.plan import RunPlan, make_plan, make_schedule, repeated_clips, values_of_clips
+from vidjax.training import train_step
+from vidjax.training.plan import (
+    RunPlan,
+    make_plan,
+    make_schedule,
+    relabel,
+    repeated_clips,
+    values_of_clips,
+)
 
 Tree = TypeVar("Tree")  # a tree of arrays
 
@@ -360,21 +369,38 @@ class TrainingRun:
         }
 
     def relabel(self) -> None:
-        """Relabels the unclustered distractors by the predictions of the model."""
+        """Relabels unclustered distractors by the predictions of each member, see `plan.relabel`.
+
+        A member predicts those that it trains on, by fused frames as of `noise.relabel_by`.
+        """
         config, layout = self._config, self._plan.task.layout
-        modalities = tuple(self._system.fuse_eval)
         assert layout
-        values_of = functools.partial(
-            values_of_clips, config, self._clips, modalities, mesh=self._mesh
-        )
-        labels = noise_classes.relabelled(
-            self.state, self._plan.training_sets, self._plan.labels, layout,
-            values_of=values_of, predict=self._predict, keep=config.noise.keep,
-        )  # fmt: skip
-        labels = ensemble.split(labels, self._group_size)
+        state, (members, _, trained) = self.state, self._plan.training_sets
+        # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
+        movable = np.asarray(layout.is_mirror(self._plan.labels)) & trained  # [E, N]
+        old, wanted = np.asarray(devices.fetch(state.labels)), np.any(movable, axis=0)
+        weights: list[tuple[Params, ModelState]] = [
+            ensemble.take((state.params, state.model_state), number) for number in range(len(old))
+        ]
+
+        def best_columns(batch: Batch) -> np.ndarray:  # [B, E]
+            columns = [
+                self._predict(*own, jnp.int32(member.view), batch)
+                for own, member in zip(weights, members, strict=True)
+            ]
+            return np.stack(devices.fetch(columns), axis=1)
+
+        predicted = np.zeros_like(old)
+        if wanted.any():
+            modalities = tuple(self._system.fuse_eval)
+            predicted[:, wanted] = values_of_clips(
+                config, self._clips, modalities, best_columns, wanted, self._mesh
+            ).T
+        labels = np.where(movable, relabel(old, predicted, layout, keep=config.noise.keep), old)
+        parts = ensemble.split(labels.astype(np.int32), self._group_size)
         self._states = [
             state.replace(labels=self._replicate(part))
-            for state, part in zip(self._states, labels, strict=True)
+            for state, part in zip(self._states, parts, strict=True)
         ]
 
     def is_save_due(self) -> bool:
