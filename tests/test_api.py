@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import made_runs
+from tests.helpers import clip_files, made_runs
 from vidjax import files
 from vidjax.run import results as results_lib
 from vidjax.run.folder import RunFolder
@@ -51,6 +51,9 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
     assert results.map == pytest.approx(1.0)
     assert results.to_dict() == json.loads(results.paths.metrics.read_text())
     assert "map=1.0, map_kind='val'" in repr(results)
+    wanted = "top1 num_clips num_identities num_distractors num_params step seconds seed versions"
+    wanted = {*wanted.split(), "train_clips_per_second", "eval_clips_per_second"}
+    assert wanted | {"best_map", "best_step"} <= results.to_dict().keys()
     with files.lock(folder):  # it was released
         pass
     again = vidjax.train(config, folder, data, num_devices=1)
@@ -101,13 +104,8 @@ def test_training_refuses_a_folder_in_use(clips, labels, cache_dir, tmp_path):
 
 
 def test_data_of_folders_and_of_a_configuration(clips, labels, official_dir, cache_dir, tmp_path):
-    for split, named in clips.items():
-        (tmp_path / split).mkdir()
-        for name, modalities in named.items():
-            np.savez(tmp_path / split / f"{name}.npz", **modalities)
-    table = "".join(f"{name},{identity}\n" for name, identity in labels.items())
-    (tmp_path / "labels.csv").write_text(f"clip,identity\n{table}")
-
+    clip_files.write_npz(tmp_path, clips)
+    clip_files.write_labels(tmp_path / "labels.csv", labels)
     own = vidjax.load_data(tmp_path, cache_dir=cache_dir)
     assert own.identities == tuple(f"person_{i}" for i in range(4))
     official = vidjax.load_data(official_dir, cache_dir=cache_dir)

@@ -115,24 +115,6 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     assert data.report == wanted.report
 
 
-def write_parquet(path, clips, features):
-    """Writes a row a frame of the clips of one split, the rows of all clips mixed."""
-    import pyarrow
-    from pyarrow import parquet
-
-    names = ("clip", "modality", "features", *FIELDS[:3])
-    rows = [
-        (name, modality, *(frames[field][i] for field in ("features", *FIELDS[:3])))
-        for name, modalities in clips.items()
-        for modality, frames in modalities.items()
-        for i in range(len(frames["features"]))
-    ]
-    rows = sorted(rows, key=lambda row: (row[-1], row[0]))  # by number of the frame
-    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
-    columns["features"] = pyarrow.array([list(row) for row in columns["features"]], features)
-    parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -146,13 +128,11 @@ def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
     if kind == "npz":
         clip_files.write_npz(folder, splits)
     else:
-        import pyarrow
-
         width = DIM if kind == "a list of fixed length" else -1
         folder.mkdir()
         for split, clips in splits.items():
-            path = folder / f"{split}.parquet"
-            write_parquet(path, clips, pyarrow.list_(pyarrow.float32(), width))
+            path, options = folder / f"{split}.parquet", {"width": width, "row_group_size": 7}
+            clip_files.write_parquet(path, clips, fields=FIELDS[:3], **options)
             for name in [name for name, one in clips.items() if not len(one["face"]["features"])]:
                 del clips[name]  # of a table, a clip without a row is not there
             for one in clips.values():

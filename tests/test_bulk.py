@@ -14,6 +14,7 @@ import pytest
 
 import vidjax
 from tests.helpers import limits
+from tests.helpers.clip_files import write_parquet
 from vidjax import bulk
 from vidjax.errors import UserError
 from vidjax.main import main
@@ -26,24 +27,16 @@ PAGE = Path(vidjax.__file__).parent / "data" / "README.md"
 RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
 
 
-def clip_rows(number, count=6):
-    """Returns the rows of a table: clip, modality, features."""
+def clips_of(number, count=6):
+    """Returns the clips of a table: 1 to 3 faces each."""
     rng = np.random.default_rng(number)
-    return [
-        (f"clip {number}-{i}", "face", rng.normal(size=WIDTH).astype(np.float32))
+    return {
+        f"clip {number}-{i}": {"face": rng.normal(size=(1 + i % 3, WIDTH)).astype(np.float32)}
         for i in range(count)
-        for _ in range(1 + i % 3)
-    ]
-
-
-def write_table(path, rows):
-    names, kinds, features = zip(*rows, strict=True) if rows else ((), (), ())
-    columns = {
-        "clip": pyarrow.array(names, pyarrow.string()),
-        "modality": pyarrow.array(kinds, pyarrow.string()),
-        "features": pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())),
     }
-    parquet.write_table(pyarrow.table(columns), path)
+
+
+CLIPS = {name: one for n, count in enumerate(COUNTS) for name, one in clips_of(n, count).items()}
 
 
 @pytest.fixture
@@ -52,21 +45,11 @@ def day(tmp_path):
     folder = tmp_path / "day"
     folder.mkdir()
     for number, count in enumerate(COUNTS):
-        write_table(folder / f"part-{number}.parquet", clip_rows(number, count))
+        write_parquet(folder / f"part-{number}.parquet", clips_of(number, count))
     (folder / "_SUCCESS").touch()
     (folder / ".part-0.parquet.crc").touch()
     (folder / "_hidden.parquet").touch()
     return folder
-
-
-@pytest.fixture(scope="module")
-def clips():
-    """The clips of the tables in memory."""
-    found = {}
-    for number, count in enumerate(COUNTS):
-        for clip, _, features in clip_rows(number, count):
-            found.setdefault(clip, []).append(features)
-    return {name: {"face": np.stack(frames)} for name, frames in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +87,11 @@ def lists_of(path):
     return found
 
 
-def test_identify_answers_the_clips_of_every_table(say, people, made, day, clips, tmp_path):
+def test_identify_answers_the_clips_of_every_table(say, people, made, day, tmp_path):
     out = tmp_path / "out"
     words = ("gallery", "identify", people, f"--input={day}", f"--out={out}", "--k=3")
     assert say(*words)["tables"] == 4
-    wanted, rows = made.identify(clips, k=3), rows_of(out)
+    wanted, rows = made.identify(CLIPS, k=3), rows_of(out)
     assert [row["clip"] for row in rows] == list(wanted)
     for row in rows:
         answer = wanted[row["clip"]]
@@ -120,12 +103,12 @@ def test_identify_answers_the_clips_of_every_table(say, people, made, day, clips
     assert say(*words)["skipped"] == 4 and contents(out) == before
 
 
-def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, clips, tmp_path):
+def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, tmp_path):
     out = tmp_path / "vectors"
     words = ("embed", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
     say(*words)
-    rows, wanted = rows_of(out), vidjax.restore(nearest_run).embed(clips)
-    assert [row["clip"] for row in rows] == list(clips)
+    rows, wanted = rows_of(out), vidjax.restore(nearest_run).embed(CLIPS)
+    assert [row["clip"] for row in rows] == list(CLIPS)
     assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
     one = (*words[:2], f"--input={day}/part-3.parquet")
     done = say(*one, f"--out={tmp_path / 'alone.parquet'}")
@@ -135,10 +118,10 @@ def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, clips, 
 
 def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path):
     """Also for clips of equal scores, whose order is that of their names."""
-    same = clip_rows(0)[0][2]
-    twins = [(f"twin {n % 2}{n}{'.mp4' * (n == 3)}", "face", same) for n in range(90)]
-    write_table(day / "part-4.parquet", twins[0::2])
-    write_table(day / "part-5.parquet", twins[1::2])
+    same = CLIPS["clip 0-0"]
+    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]
+    for turn in range(2):
+        write_parquet(day / f"part-{4 + turn}.parquet", dict.fromkeys(twins[turn::2], same))
     words = ("rank", f"--workdir={nearest_run}")
     done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
     every = [parquet.read_table(table) for table in bulk.tables_of(day)]
@@ -153,12 +136,12 @@ def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path)
         assert len(scores) == 100 and scores == pytest.approx([x for _, x in clips], abs=1e-5)
 
 
-def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, clips, tmp_path):
+def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, tmp_path):
     words = ("gallery", "rank", people, f"--input={day}")
     for rule in ({}, {"threshold": 0.3}):
         flags = [f"--{name}={value}" for name, value in rule.items()]
         done = say(*words, f"--out={tmp_path / f'out{len(rule)}'}", *flags)
-        wanted = {name: x for name, x in made.rank(clips, **rule).items() if x}
+        wanted = {name: x for name, x in made.rank(CLIPS, **rule).items() if x}
         found = lists_of(done["results"])
         assert {name: [clip for clip, _ in x] for name, x in found.items()} == {
             name: [clip for clip, _ in x] for name, x in wanted.items()
@@ -187,9 +170,9 @@ def test_the_best_lists_are_those_of_a_sort():
 
 def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp_path):
     """Also by another name, and where 100 clips as good as one half keep it from every list."""
-    names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], clip_rows(0)[0][2]
-    write_table(day / "part-4.parquet", [(name, "face", same) for name in names])
-    write_table(day / "part-5.parquet", [("z", "face", same)])
+    names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], CLIPS["clip 0-0"]
+    write_parquet(day / "part-4.parquet", dict.fromkeys(names, same))
+    write_parquet(day / "part-5.parquet", {"z": same})
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path / 'r'}")
     said = say(*words, code=2)
     assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in said
@@ -215,7 +198,7 @@ def test_no_ranking_is_left_of_other_tables(say, nearest_run, people, day, tmp_p
 def test_a_killed_call_is_continued_to_the_same_bytes(people, day, tmp_path):
     """Two calls make all tables at once; one is killed after the first table."""
     for number in range(4, 40):
-        write_table(day / f"part-{number}.parquet", clip_rows(number, 30))
+        write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
     words = [sys.executable, "-m", "vidjax", "gallery", "identify", str(people), f"--input={day}"]
     out, whole = tmp_path / "out", tmp_path / "whole"
 
@@ -246,7 +229,7 @@ def test_results_of_something_else_are_refused_and_kept(say, people, day, tmp_pa
     say(*words)
     (out / "part-0.parquet").unlink()
     if change == "clips":
-        write_table(day / "part-1.parquet", clip_rows(7))
+        write_parquet(day / "part-1.parquet", clips_of(7))
     elif change == "rule":
         words.append("--threshold=0.9")
     elif change == "gallery":
@@ -254,7 +237,7 @@ def test_results_of_something_else_are_refused_and_kept(say, people, day, tmp_pa
     elif change == "damage":
         (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
     else:
-        write_table(out / "part-1.parquet", [])
+        write_parquet(out / "part-1.parquet", {})
     before = contents(out)
     said = say(*words, code=2)
     assert "part-1.parquet'" in said and "--out=FOLDER" in said
@@ -282,7 +265,7 @@ def test_a_gallery_that_changes_meanwhile_ends_the_call(people, day, tmp_path, c
 
 def test_a_bad_table_does_not_keep_the_others_from_answers(say, people, day, tmp_path):
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
-    write_table(day / "part-1.parquet", [("a", "face", np.zeros(3, np.float32))])
+    write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})
     words = ("gallery", "identify", people, f"--input={day}", f"--out={tmp_path / 'out'}")
     said = say(*words, code=2)
     assert "part-0.parquet" in said and "2 of 4 tables failed, the others are done" in said
@@ -344,7 +327,7 @@ def test_ray_makes_the_results_of_one_machine(say, nearest_run, people, day, tmp
     pytest.importorskip("ray")
     (day / "part-2.parquet").unlink()
     for number in range(4, 30):
-        write_table(day / f"part-{number}.parquet", clip_rows(number, 30))
+        write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "own").symlink_to(nearest_run)
     people.rename(tmp_path / "people")

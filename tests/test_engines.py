@@ -47,19 +47,11 @@ def write_some(folder):
     return clip_files.write_npz(folder, splits)
 
 
-def write_parquet(folder):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
+def write_tables(folder):
+    pytest.importorskip("pyarrow")
     folder.mkdir()
     for seed, split in enumerate(("train", "val")):
-        rows = [
-            {"clip": name, "modality": modality, "features": frame.tolist()}
-            for name, modalities in make_clips(seed, 40).items()
-            for modality, given in modalities.items()
-            for frame in given["features"].astype(np.float32)
-        ]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{split}.parquet")
+        clip_files.write_parquet(folder / f"{split}.parquet", make_clips(seed, 40))
     return folder
 
 
@@ -91,7 +83,7 @@ def open_folder(folder, workers):
 KINDS = {
     "pickles": (write_official, OfficialFiles),
     "npz": (write_some, open_folder),
-    "parquet": (write_parquet, open_folder),
+    "parquet": (write_tables, open_folder),
     "gaps": (write_gaps, open_folder),
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import made_galleries, small_runs
+from tests.helpers import clip_files, made_galleries, small_runs
 from vidjax import config_io, files, tables
 from vidjax.data import cache
 
@@ -160,19 +160,21 @@ def everything(folder):
 def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run, places):
     """Features, conversion, run, gallery, ranking, answers: what is named is dealt with."""
     rng = np.random.default_rng(0)
-    features, labels = tmp_path / "features", ["clip,identity"]
     centres = {name: rng.normal(size=16) for name in (GONE, "p1", "p2", "p3")}
-    gone = []
-    for split, count in {"train": 4, "val": 2}.items():
-        (features / split).mkdir(parents=True)
-        for name, centre in centres.items():
-            for turn in range(count):
-                clip = f"{name} {split} {turn}"
-                face = (3 * (centre + 0.5 * rng.normal(size=(3, 16)))).astype(np.float32)
-                np.savez(features / split / f"{clip}.npz", face=face)
-                labels.append(f"{clip},{name}")
-                gone += [clip] if name == GONE else []
-    (features / "labels.csv").write_text("\n".join(labels) + "\n")
+    splits = {
+        split: {
+            f"{name} {split} {turn}": {
+                "face": (3 * (centre + 0.5 * rng.normal(size=(3, 16)))).astype(np.float32)
+            }
+            for name, centre in centres.items()
+            for turn in range(count)
+        }
+        for split, count in {"train": 4, "val": 2}.items()
+    }
+    features = clip_files.write_npz(tmp_path / "features", splits)
+    labels = {clip: clip.rsplit(" ", 2)[0] for clips in splits.values() for clip in clips}
+    clip_files.write_labels(features / "labels.csv", labels)
+    gone = [clip for clip, name in labels.items() if name == GONE]
     vectors = [np.load(path)["face"] for path in features.rglob(f"{GONE}*")]
     pieces = [row[:4].tobytes() for face in vectors for row in face]
 
@@ -203,7 +205,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run
     others = [path for command in answer["commands"] for path in found_by(command)]
     for path in {*map(Path, left), *others}:  # what the command says that the user has to do
         if path == features / "labels.csv":
-            path.write_text("\n".join(row for row in labels if GONE not in row) + "\n")
+            clip_files.write_labels(path, {n: who for n, who in labels.items() if who != GONE})
         elif path.is_dir():
             files.remove_tree(path)
         else:

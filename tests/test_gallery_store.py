@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
+from tests.helpers.made_galleries import answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import gallery as gallery_lib
@@ -33,11 +34,13 @@ from vidjax.gallery.store import Clip, Origin
 from vidjax.models import two_covariance
 
 CLIPS = made_galleries.make_clips()
+FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
+NEW = {"new": make_clip(7777, "new")}
 
 
 @pytest.fixture
 def gallery(tmp_path):
-    return made_galleries.make(tmp_path / "g")
+    return make(tmp_path / "g")
 
 
 # ---- the same, however people came and left
@@ -49,7 +52,7 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
     folder = tmp_path_factory.mktemp("swaps")
     names = sorted(CLIPS)
     first = data.draw(st.sets(st.sampled_from(names)))
-    people = made_galleries.make(folder / "g", {name: CLIPS[name] for name in first})
+    people = make(folder / "g", {name: CLIPS[name] for name in first})
     there, version = set(first), 1
     for _ in range(data.draw(st.integers(1, 4))):
         batch = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=12))
@@ -63,28 +66,28 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
             there -= batch
         if data.draw(st.integers(0, 3)) == 0:
             people = Gallery(folder / "g")
-    at_once = made_galleries.make(folder / "once", {name: CLIPS[name] for name in there})
+    at_once = make(folder / "once", {name: CLIPS[name] for name in there})
     assert people.version == version
-    assert made_galleries.contents(folder / "g") == made_galleries.contents(folder / "once")
+    assert contents(folder / "g") == contents(folder / "once")
     assert people.identities == at_once.identities and people.strangers == at_once.strangers
     for opened in (people, Gallery(folder / "g")):
-        assert made_galleries.answers(opened) == made_galleries.answers(at_once)
+        assert answers(opened) == answers(at_once)
 
 
 def test_one_by_one_is_all_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(backend_lib, "FEW_ROWS", 3)
     monkeypatch.setattr(backend_lib, "MOST_ROWS", 4)
-    people = made_galleries.make(tmp_path / "g", {})
+    people = make(tmp_path / "g", {})
     for name in sorted(CLIPS, key=lambda name: name[::-1]):
         people.add({name: CLIPS[name]})
-    at_once = made_galleries.make(tmp_path / "once")
-    assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(tmp_path / "once")
-    assert made_galleries.answers(people) == made_galleries.answers(at_once)
+    at_once = make(tmp_path / "once")
+    assert contents(tmp_path / "g") == contents(tmp_path / "once")
+    assert answers(people) == answers(at_once)
     assert people.version == 1 + len(CLIPS)
 
 
 def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_path):
-    people = made_galleries.make(tmp_path / "g")
+    people = make(tmp_path / "g")
     wanted = dict(CLIPS)
 
     def relabel(names, to):
@@ -102,15 +105,15 @@ def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_p
     assert people.relabel("clip 90", None) == "person 9"
     relabel(["clip 90"], None)
     assert people.version == 6
-    at_once = made_galleries.make(tmp_path / "once", wanted)
-    assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(tmp_path / "once")
+    at_once = make(tmp_path / "once", wanted)
+    assert contents(tmp_path / "g") == contents(tmp_path / "once")
     for opened in (people, Gallery(tmp_path / "g")):
-        assert made_galleries.answers(opened) == made_galleries.answers(at_once)
+        assert answers(opened) == answers(at_once)
         assert opened.identities == at_once.identities
 
 
 def test_two_people_do_not_become_one_by_a_slip(gallery):
-    before = made_galleries.contents(gallery.folder)
+    before = contents(gallery.folder)
     refused(lambda: gallery.rename("person 3", "person 4"), "one person of two", "--merge")
     refused(lambda: gallery.rename("person 3", "person 3"), "this name already")
     refused(lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'")
@@ -118,13 +121,12 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
     refused(lambda: gallery.rename("person 3", " Ada"), "outer blanks")
     refused(lambda: gallery.relabel("clip 30", "person 3"), "shows 'person 3' already")
     refused(lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'")
-    assert made_galleries.contents(gallery.folder) == before and gallery.version == 1
+    assert contents(gallery.folder) == before and gallery.version == 1
 
 
 def test_a_fitted_clip_stays_one_as_a_stranger(tmp_path):
     """Its back end must be fitted anew when the clip goes, whoever the clip shows by then."""
-    clips = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
-    gallery = made_galleries.make(tmp_path / "g", clips)
+    gallery = make(tmp_path / "g", FITTED)
     gallery.relabel("clip 30", None)
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
     clip = CLIPS["clip 30"]._replace(identity="Ada")
@@ -134,17 +136,6 @@ def test_a_fitted_clip_stays_one_as_a_stranger(tmp_path):
     numbers = gallery.backend.numbers()
     gallery.remove(identity="Ada")
     assert not np.array_equal(gallery.backend.numbers(), numbers)
-
-
-def several(people):
-    with people.change() as draft:
-        draft.add(
-            {f"new {n}": made_galleries.make_clip(7777 + n, f"new {n % 2}") for n in range(5)}
-        )
-        draft.rename("person 3", "new 0", merge=True)
-        draft.relabel("new 0", "person 3")
-        draft.remove(clip="new 2")
-        draft.relabel("stranger 1", "new 1")
 
 
 def test_no_byte_is_left_of_an_old_name(gallery):
@@ -157,7 +148,7 @@ def test_no_byte_is_left_of_an_old_name(gallery):
 
 
 def test_several_changes_are_written_together_or_not_at_all(gallery):
-    before = made_galleries.contents(gallery.folder)
+    before = contents(gallery.folder)
 
     def change():
         with gallery.change() as draft:
@@ -165,17 +156,21 @@ def test_several_changes_are_written_together_or_not_at_all(gallery):
             draft.remove(identity="person 3")
 
     refused(change, "no identity 'person 3'")
-    assert made_galleries.contents(gallery.folder) == before and gallery.version == 1
-    several(gallery)
+    assert contents(gallery.folder) == before and gallery.version == 1
+    with gallery.change() as draft:
+        draft.add({f"new {n}": make_clip(7777 + n, f"new {n % 2}") for n in range(5)})
+        draft.rename("person 3", "new 0", merge=True)
+        draft.relabel("new 0", "person 3")
+        draft.remove(clip="new 2")
+        draft.relabel("stranger 1", "new 1")
     assert gallery.version == 2
-    wanted = made_galleries.make(gallery.folder.parent / "once", gallery.clips)
-    contents = made_galleries.contents
+    wanted = make(gallery.folder.parent / "once", gallery.clips)
     assert contents(gallery.folder) == contents(wanted.folder)
-    assert made_galleries.answers(gallery) == made_galleries.answers(wanted)
+    assert answers(gallery) == answers(wanted)
 
 
 def test_nobody_else_may_read_it(gallery):
-    gallery.add({"new": made_galleries.make_clip(7777, "new")})
+    gallery.add(NEW)
     assert stat.S_IMODE(gallery.folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((gallery.folder / store_lib.NAME).stat().st_mode) == 0o600
 
@@ -213,9 +208,9 @@ def test_no_byte_is_left_of_who_was_removed(gallery, by):
 def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch, page):
     """SQLite copies rows from page to page; with small pages, many times."""
     monkeypatch.setattr(store_lib, "PAGE_BYTES", page)
-    people, rng = made_galleries.make(tmp_path / "g", {}), random.Random(0)
+    people, rng = make(tmp_path / "g", {}), random.Random(0)
     for turn in range(12):
-        some = (made_galleries.make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
+        some = (make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
         people.add({f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(some)})
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
@@ -245,19 +240,18 @@ def test_a_clip_that_is_removed_and_enrolled_in_one_change_was_removed(gallery):
 
 
 def test_a_back_end_does_not_keep_a_clip_that_was_replaced_in_one_change(tmp_path):
-    clips = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
-    people = made_galleries.make(tmp_path / "g", clips)
+    people = make(tmp_path / "g", FITTED)
     numbers = people.backend.numbers()
     with people.change() as draft:  # of a stranger, to whom nothing is fitted
         draft.remove(clip="stranger 0")
-        draft.add({"stranger 0": made_galleries.make_clip(9998, None)})
+        draft.add({"stranger 0": make_clip(9998, None)})
     assert np.array_equal(people.backend.numbers(), numbers)
     with people.change() as draft:
         draft.remove(clip="clip 71")
-        draft.add({"clip 71": made_galleries.make_clip(9999, "person 7")})
+        draft.add({"clip 71": make_clip(9999, "person 7")})
     opened = Gallery(people.folder)
     assert not np.array_equal(opened.backend.numbers(), numbers)
-    assert made_galleries.answers(opened) == made_galleries.answers(people)
+    assert answers(opened) == answers(people)
 
 
 def computed_again(front, centred, others):
@@ -304,7 +298,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
 
 
 def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
-    clips = {name: clip._replace(fitted=True) for name, clip in CLIPS.items() if clip.identity}
+    clips = {name: clip for name, clip in FITTED.items() if clip.fitted}
     front = fit_backend(
         clips, made_galleries.WIDTHS, centred=False, settings=made_galleries.SETTINGS
     )
@@ -312,7 +306,7 @@ def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
     people.remove(identity=list(people.identities))
     for part in people.backend.parts:
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
-    people.add({"new": made_galleries.make_clip(1, "new")})
+    people.add({"new": make_clip(1, "new")})
     assert people.index.names == ["new"]
 
 
@@ -320,7 +314,7 @@ def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
 
 
 def test_an_open_gallery_answers_from_the_changed_one(gallery):
-    open_one, clip = Gallery(gallery.folder), made_galleries.make_clip(700, "person 7")
+    open_one, clip = Gallery(gallery.folder), make_clip(700, "person 7")
     parts = open_one.backend.split(clip.vector[None])
 
     def best():
@@ -360,17 +354,16 @@ def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypat
 
 
 def test_reading_meets_the_old_state_or_the_new_one(gallery):
-    with_new = {"new": made_galleries.make_clip(7777, "new")}
     stop, wrong = threading.Event(), []
 
     def change():
         while not stop.is_set():
-            gallery.add(with_new)
+            gallery.add(NEW)
             gallery.remove(clip=["new"])
 
     def answer():
         open_one = Gallery(gallery.folder)
-        vectors = made_galleries.make_clip(700, "person 7").vector[None]
+        vectors = make_clip(700, "person 7").vector[None]
         while not stop.is_set():
             for logs in made_galleries.search(open_one, open_one.backend.split(vectors)):
                 if len(logs) not in (13, 14):
@@ -391,9 +384,9 @@ def test_reading_meets_the_old_state_or_the_new_one(gallery):
 def test_two_processes_change_in_turn(gallery):
     other = Gallery(gallery.folder)
     other.remove(identity=["person 7"])
-    gallery.add({"new": made_galleries.make_clip(7777, "new")})  # reads what the other one did
+    gallery.add(NEW)  # reads what the other one did
     assert "person 7" not in gallery.identities and "new" in gallery.identities
-    assert made_galleries.answers(Gallery(gallery.folder)) == made_galleries.answers(gallery)
+    assert answers(Gallery(gallery.folder)) == answers(gallery)
     refused(lambda: gallery.remove(identity=["person 7"]), "person 7")
 
 
@@ -409,7 +402,7 @@ def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeyp
         assert process.stdout and process.stdout.readline() == "locked\n"
         said = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
         assert said.startswith("gallery ") and str(gallery.folder) in said
-        assert made_galleries.answers(Gallery(gallery.folder))  # reading needs no lock
+        assert answers(Gallery(gallery.folder))  # reading needs no lock
     assert gallery.remove(clip=["clip 30"]) == 1
 
 
@@ -449,13 +442,13 @@ def cut_off(folder):
 
 @pytest.mark.parametrize("then", ["read", "add", "remove"])
 def test_what_a_killed_change_left_is_undone(gallery, then):
-    before = made_galleries.answers(gallery)
+    before = answers(gallery)
     (gallery.folder / "notes.txt").write_text("mine")
     cut_off(gallery.folder)
-    assert made_galleries.answers(Gallery(gallery.folder)) == before
+    assert answers(Gallery(gallery.folder)) == before
     cut_off(gallery.folder)
     if then == "add":
-        gallery.add({"new": made_galleries.make_clip(7777, "new")})
+        gallery.add(NEW)
     if then == "remove":
         gallery.remove(clip=["clip 30"])
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips)
@@ -463,12 +456,12 @@ def test_what_a_killed_change_left_is_undone(gallery, then):
 
 
 def test_a_gallery_that_may_only_be_read_answers(gallery):
-    wanted = made_galleries.answers(gallery)
+    wanted = answers(gallery)
     gallery.folder.joinpath(store_lib.NAME).chmod(0o400)
     gallery.folder.chmod(0o500)
     names = sorted(os.listdir(gallery.folder))
     try:
-        assert made_galleries.answers(Gallery(gallery.folder)) == wanted
+        assert answers(Gallery(gallery.folder)) == wanted
         assert sorted(os.listdir(gallery.folder)) == names
         if not os.access(gallery.folder, os.W_OK):  # root may write
             refused(lambda: gallery.remove(clip=["clip 30"]), "cannot be changed", "copy it")
@@ -518,14 +511,14 @@ def test_a_folder_that_is_no_gallery(tmp_path):
     refused(lambda: Gallery(tmp_path), "holds no gallery", "create")
     refused(lambda: Gallery(tmp_path / "absent"), "holds no gallery")
     (tmp_path / "file").write_text("mine")
-    refused(lambda: made_galleries.make(tmp_path), "not empty", "file")
-    refused(lambda: made_galleries.make(tmp_path / "file"), "is a file")
-    made_galleries.make(tmp_path / "g")
-    refused(lambda: made_galleries.make(tmp_path / "g"), "holds a gallery")
+    refused(lambda: make(tmp_path), "not empty", "file")
+    refused(lambda: make(tmp_path / "file"), "is a file")
+    make(tmp_path / "g")
+    refused(lambda: make(tmp_path / "g"), "holds a gallery")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / store_lib.NAME).touch()  # of a process that was killed as it made one
     refused(lambda: Gallery(tmp_path / "empty"), "holds no gallery")
-    assert made_galleries.make(tmp_path / "empty").identities
+    assert make(tmp_path / "empty").identities
 
 
 def test_a_gallery_of_another_version_is_refused_in_one_line(gallery):
@@ -575,19 +568,19 @@ def test_reading_leaves_the_garbage_collector_as_it_was(gallery, monkeypatch, co
 
 
 def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):
-    wanted = made_galleries.answers(gallery)
+    wanted = answers(gallery)
     os.truncate(gallery.folder / store_lib.NAME, 1 << 40)
-    assert made_galleries.answers(Gallery(gallery.folder)) == wanted
+    assert answers(Gallery(gallery.folder)) == wanted
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
-    wanted, path = made_galleries.answers(gallery), gallery.folder / store_lib.NAME
+    wanted, path = answers(gallery), gallery.folder / store_lib.NAME
     content, told, rng = path.read_bytes(), 0, random.Random(0)
     used = [at for at in range(len(content)) if content[at]]
     for at in rng.choices(used, k=60):
         path.write_bytes(replaced(content, at, bytes([content[at] ^ 1 << rng.randrange(8)])))
         try:
-            assert made_galleries.answers(Gallery(gallery.folder)) == wanted
+            assert answers(Gallery(gallery.folder)) == wanted
         except ValueError as error:
             told += 1
             assert str(gallery.folder) in str(error)
@@ -732,7 +725,7 @@ def test_a_file_with_two_names_is_not_changed(gallery, tmp_path):
     """The other name would go on holding who is removed."""
     os.link(gallery.folder / store_lib.NAME, tmp_path / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "several names")
-    refused(lambda: gallery.add({"x": made_galleries.make_clip(1, "x")}), "several names")
+    refused(lambda: gallery.add({"x": make_clip(1, "x")}), "several names")
 
 
 # ---- a gallery of another day
@@ -753,7 +746,7 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
     assert [[name for name, _ in answer.best] for answer in found] == frozen["names"].tolist()
     probabilities = [[p for _, p in answer.best] for answer in found]
     np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
-    assert people.add({"new": made_galleries.make_clip(1, "new")}) == 1
+    assert people.add({"new": make_clip(1, "new")}) == 1
     assert people.remove(identity=["Zoë Å"]) == 4
     assert "new" in Gallery(tmp_path).identities
 
@@ -762,7 +755,7 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
 
 
 def test_a_vector_that_cannot_be_is_not_taken(gallery):
-    good = made_galleries.make_clip(1, "x")
+    good = make_clip(1, "x")
     for vector, word in {
         "width": (good.vector[:5], "wanted float32 (13,)"),
         "type": (good.vector.astype(np.float64), "float64"),
@@ -781,7 +774,7 @@ def test_a_vector_that_cannot_be_is_not_taken(gallery):
 
 def test_vectors_that_are_too_wide_to_be_read_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery_lib, "MOST_WIDTH", 12)
-    refused(lambda: made_galleries.make(tmp_path / "g"), "13 numbers are too wide")
+    refused(lambda: make(tmp_path / "g"), "13 numbers are too wide")
     assert not (tmp_path / "g").exists()
 
 

@@ -389,21 +389,3 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
     assert any(changed)
     for name, value in left.items():
         np.testing.assert_array_equal(value[1], right[name][1], err_msg=name)
-
-
-@pytest.mark.slow
-def test_min_quality_and_views_run(data, tmp_path):
-    config = shrunk(
-        "--config.ensemble.views=2",
-        "--config.ensemble.chunks=4",
-        "--config.ensemble.min_quality=(-1000, 80)",
-        "--config.num_epochs=1",
-        spec=MLP,
-    )
-    results = run(config, tmp_path, data)
-    assert len(results["members"]) == 4
-    assert {member.get("view") for member in results["members"]} == {0, 1}
-    whole = config_io.load_workdir(tmp_path)
-    assert whole.ensemble.chunks == 4
-    kernel = weights(tmp_path)["['params']['backbone']['layer_0']['dense']['kernel']"]
-    assert kernel.shape == (4, 18, 8)  # of 24, a quarter is left out

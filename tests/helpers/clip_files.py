@@ -87,6 +87,43 @@ def write_labels(path: Path, labels: Mapping[str, object]) -> Path:
     return path
 
 
+def write_parquet(
+    path: Path,
+    clips: Mapping[str, Mapping[str, Any]],
+    *,
+    fields: Collection[str] = (),
+    width: int = -1,
+    **options: Any,
+) -> None:
+    """Writes a table with a row a frame, the rows of all clips mixed.
+
+    Args:
+      path: the table.
+      clips: clip -> modality -> features, or a dict with them and other fields.
+      fields: what else is written.
+      width: of the lists of features, -1 for lists of any length.
+      options: of `pyarrow.parquet.write_table`.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    every = [
+        (clip, modality, given if isinstance(given, Mapping) else {"features": given})
+        for clip, modalities in clips.items()
+        for modality, given in modalities.items()
+    ]
+    longest = max((len(given["features"]) for _, _, given in every), default=0)
+    rows = [(*one, t) for t in range(longest) for one in every if t < len(one[2]["features"])]
+    features = [np.asarray(given["features"][t], np.float32) for _, _, given, t in rows]
+    columns = {
+        "clip": pyarrow.array([clip for clip, *_ in rows], pyarrow.string()),
+        "modality": pyarrow.array([name for _, name, *_ in rows], pyarrow.string()),
+        "features": pyarrow.array(features, pyarrow.list_(pyarrow.float32(), width)),
+        **{field: [given[field][t] for _, _, given, t in rows] for field in fields},
+    }
+    parquet.write_table(pyarrow.table(columns), path, **options)
+
+
 RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 

@@ -137,6 +137,17 @@ def test_residual_dense_has_shortcuts_batch_norm_and_a_classifier_of_everybody()
     assert 0.4e9 < products < 0.5e9  # L5: about 0.5 GFLOP
 
 
+def test_merged_frames_vary_less_within_a_class():
+    """L32: half of the variance at most, as the mean of two frames has."""
+    rng = np.random.default_rng(0)
+    frames = make_frames([20] * 8, max_frames=20, dtype="float32")
+    people = rng.normal(size=(8, 1, 6))
+    frames = frames._replace(features=(people + rng.normal(size=(8, 20, 6))).astype(np.float32))
+    union = fusion.merged_windows(jax.random.key(0), frames)
+    own, merged = (np.asarray(x) - people for x in np.split(union.features, 2, axis=1))
+    assert np.mean(merged**2) < 0.5 * np.mean(own**2)
+
+
 def test_what_the_article_proposes_trains_on_its_net():
     """L40: gates by a sigmoid, label smoothing and MixUp."""
     words = ("model.width=8", "model.gate=True", "loss.label_smoothing=0.1", "mixup=0.2")
