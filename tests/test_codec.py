@@ -14,7 +14,7 @@ from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import STORED
 from vidjax.data.records.codec import tfds
 from vidjax.data.records.reader import Reader
-from vidjax.data.records.tensors import tf
+from vidjax.data.records.streaming import tf
 from vidjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +137,8 @@ def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path, official_dir):
 
 @pytest.mark.slow
 def test_import_says_nothing_and_takes_no_accelerator():
-    code = "from vidjax.data.records.tensors import tf; print(tf.config.get_visible_devices('GPU'))"
+    code = (
+        "from vidjax.data.records.streaming import tf; print(tf.config.get_visible_devices('GPU'))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr, result.returncode) == ("[]\n", "", 0)

@@ -20,7 +20,7 @@ from vidjax.data.records import convert as convert_lib
 from vidjax.data.records import shard_files
 from vidjax.data.records.codec import PackedFrames, tfds
 from vidjax.data.records.convert import convert
-from vidjax.data.records.tensors import tf
+from vidjax.data.records.streaming import tf
 
 
 def make_clips(seed, count):

@@ -272,7 +272,7 @@ def test_random_damage_to_the_other_files_is_found_at_load(copied, name, campaig
             refused(lambda: manifest_lib.load_records(copied.folder)),
             *verify(copied),
         ):
-            assert f"{copied.folder}: damaged records: {name} does not match" in message
+            assert f"{copied.folder}: damaged records: " in message and name in message
     path.unlink()
     assert name in refused(lambda: manifest_lib.load_records(copied.folder))
     assert len(verify(copied)) == 1

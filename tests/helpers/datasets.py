@@ -39,7 +39,7 @@ def record_digests(folder: Path) -> dict[str, str]:
         content = path.read_bytes()
         if path.name == "manifest.json":
             manifest = json.loads(content)
-            del manifest["manifest_sha256"], manifest["sources"]
+            del manifest["sha256"], manifest["sources"]
             for split in manifest["splits"].values():
                 for shard in split["shards"]:
                     del shard["mtime_ns"]

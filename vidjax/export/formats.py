@@ -84,7 +84,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """
     from jax.experimental import jax2tf
 
-    from vidjax.data.records.tensors import tf
+    from vidjax.data.records.streaming import tf
 
     path = str(folder / "saved_model")
     shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}

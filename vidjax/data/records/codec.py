@@ -1,7 +1,7 @@
 """How the frames of a clip are stored in a record, and what TFDS needs to read it.
 
 Every field of a modality is one bytes string: `tf.train.Example` has no float16, and a ragged float
-list decodes several times slower. `PackedFrames` reads clip by clip, for TFDS; `tensors` reads
+list decodes several times slower. `PackedFrames` reads clip by clip, for TFDS; `streaming` reads
 whole batches, much faster. TensorFlow, whose import takes seconds, is only needed to read.
 """
 
@@ -53,7 +53,7 @@ class PackedFrames(tfds.features.FeatureConnector):
 
     def decode_example(self, tfexample_data: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields of one clip as tensors of the announced shapes."""
-        from vidjax.data.records.tensors import tf
+        from vidjax.data.records.streaming import tf
 
         decoded = {}
         for field, info in self._info.items():

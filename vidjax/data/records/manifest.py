@@ -1,14 +1,12 @@
 """The manifest of a folder of records: counts, sizes and digests that every later read checks.
 
 A folder holds TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json` and
-`manifest.json`. The manifest is written last, with the sha256 of all files and of itself: a
+`manifest.json`. The manifest is written last, with the sha256 of all files and of itself. A
 TFRecord file that is cut between two records reads without an error.
 """
 
 import contextlib
-import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +20,8 @@ from vidjax.errors import UserError
 from vidjax.files import sha256_file, sha256_opened
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 NAME = "iqiyi_vid"  # of the dataset, as TFDS knows it: of any source
-MANIFEST_BYTES = 64 * files.MB
 CLIP_BYTES = 4096  # the most that the index holds of a clip
 DTYPES = ("float16", "float32", "float64", "int8")
 
@@ -62,11 +59,11 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     """Writes index, report and, last, the manifest, which marks the folder as complete."""
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
-    files.write_bytes(folder / "data_report.json", _json(records.report))
+    files.write_json(folder / "data_report.json", records.report)
     manifest = {
         "sources": fingerprint,
         "modalities": {name: kind._asdict() for name, kind in records.modalities.items()},
-        "sha256": {name: sha256_file(folder / name) for name in ("index.npz", "data_report.json")},
+        "files": {name: sha256_file(folder / name) for name in ("index.npz", "data_report.json")},
         "splits": {
             name: {
                 "records": len(split.clips),
@@ -78,7 +75,7 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
             for name, split in records.splits.items()
         },
     }
-    files.write_bytes(folder / "manifest.json", _signed(manifest))
+    files.write_manifest(folder / "manifest.json", manifest)
 
 
 def load_records(folder: Path) -> Records:
@@ -94,7 +91,7 @@ def load_records(folder: Path) -> Records:
 def load_index(folder: Path) -> Records:
     """Loads manifest, index and report, and no shard; ValueError if one is missing or damaged."""
     try:
-        manifest = _read_manifest(folder / "manifest.json")
+        manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {name: _modality(**kind) for name, kind in manifest["modalities"].items()}
         clips = sum(split["records"] for split in manifest["splits"].values())
         with _open(folder / "data_report.json", manifest) as file:
@@ -116,21 +113,11 @@ def load_index(folder: Path) -> Records:
     return Records(folder, modalities, splits, report)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    content = files.read_bytes(path, MANIFEST_BYTES, below=path.parents[2])
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        manifest: Any = files.parse_json(content)
-        del manifest["manifest_sha256"]
-        if _signed(manifest) == content:  # byte for byte
-            return manifest
-    raise UserError(f"{path.name} does not match its sha256")
-
-
 @contextlib.contextmanager
 def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
     """Opens a file beside the manifest, which holds its sha256."""
     with files.open_regular(path, below=path.parents[2]) as file:
-        if sha256_opened(file) != manifest["sha256"][path.name]:
+        if sha256_opened(file) != manifest["files"][path.name]:
             raise UserError(f"{path.name} does not match its sha256")
         file.seek(0)
         yield file
@@ -185,13 +172,3 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
         for modality, lengths in split.lengths.items():
             arrays[f"{name}/lengths/{modality}"] = lengths
     np.savez(path, **arrays)
-
-
-def _signed(manifest: Mapping[str, Any]) -> bytes:
-    """Returns the text of a manifest, with the sha256 of what it says."""
-    digest = hashlib.sha256(_json(manifest)).hexdigest()
-    return _json({**manifest, "manifest_sha256": digest})
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return f"{json.dumps(content, indent=1)}\n".encode()

@@ -4,9 +4,12 @@ The order comes from `vidjax.data.order`. A tf.data pipeline of TensorFlow opera
 records at their places and makes the batches. Its threads run no Python code, because a process
 that ends during such a call hangs or aborts. Records are batched before they are parsed: one by one
 takes three times as long.
+
+TensorFlow is imported and set up here, for TFDS and for SavedModel, too.
 """
 
 import itertools
+import os
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,8 +24,28 @@ from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.reader import Reader
 from vidjax.data.records.shard_files import check_shard, frame_bytes
-from vidjax.data.records.tensors import tf
 from vidjax.errors import UserError
+
+# TensorFlow reads both variables when it is imported. oneDNN would announce itself on stderr.
+# Errors arrive as exceptions, not in the log.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+# Its Keras, which nothing here uses, would write a file into the home folder.
+_keras_home = os.environ.get("KERAS_HOME")
+os.environ["KERAS_HOME"] = os.devnull
+try:
+    import tensorflow
+finally:
+    del os.environ["KERAS_HOME"]
+    if _keras_home is not None:
+        os.environ["KERAS_HOME"] = _keras_home
+
+# TensorFlow ships no types, and the stubs of type checkers cover half of it.
+tf: Any = tensorflow
+
+# The accelerator belongs to JAX: TensorFlow would take all of its memory.
+tf.config.set_visible_devices([], "GPU")
 
 AHEAD = 4  # batches that are known to tf.data before they are asked for
 READERS = 16  # records of a batch that are read at once: most wait for a file, not for a core
