@@ -45,41 +45,29 @@ def by_first_member(clusters: list[int]) -> list[int]:
     return [numbers[number] for number in clusters]
 
 
-def strangers(rng: np.random.Generator, count: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors [n, 16] of any length about `count` random directions, and whose they are."""
+def strangers(rng: np.random.Generator, count: int, spread: float) -> np.ndarray:
+    """Vectors [n, 16] of any length about `count` random directions."""
     centres = rng.normal(size=(count, 16))
     whose = rng.permutation(np.repeat(np.arange(count), 4))
     vectors = centres[whose] + spread * rng.normal(size=(len(whose), 16))
-    return vectors * rng.lognormal(size=(len(whose), 1)), whose
+    return vectors * rng.lognormal(size=(len(whose), 1))
 
 
 @pytest.mark.parametrize("eps", [0.2, 0.5, 0.9, 1.4])
 @pytest.mark.parametrize("min_samples", [1, 2, 4])
-def test_dbscan_is_what_its_definition_says(eps: float, min_samples: int) -> None:
-    vectors, _ = strangers(np.random.default_rng(0), 8, 0.4)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_dbscan_is_what_its_definition_says(eps: float, min_samples: int, dtype) -> None:
+    vectors = strangers(np.random.default_rng(0), 8, 0.4).astype(dtype)
     vectors[[3, 11]] = 0
     found = plan.cluster(vectors, eps=eps, min_samples=min_samples)
     assert found.dtype == np.int32 and found.shape == (32,)
-    expected = np.array(slow_dbscan(vectors, eps, min_samples))
+    expected = np.array(slow_dbscan(vectors.astype(float), eps, min_samples))
     if min_samples <= 2:  # no border may belong to two clusters then
         assert found.tolist() == expected.tolist()
     else:
         assert ((found >= 0) == (expected >= 0)).all()
         assert found.max() == expected.max()
     assert found[3] == found[11] == -1
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_clear_clusters_are_found_whatever_the_lengths(dtype) -> None:
-    rng = np.random.default_rng(1)
-    vectors, whose = strangers(rng, 6, 0.05)
-    vectors = np.concatenate([vectors, rng.normal(size=(5, 16))]).astype(dtype)
-    vectors[-1] = 0
-    found = plan.cluster(vectors, eps=0.3, min_samples=2)
-    assert found[:24].tolist() == by_first_member(whose.tolist())
-    assert found[-1] == -1
-    assert (found[24:] == -1).all()
-    assert found.tolist() == by_first_member(found.tolist())
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

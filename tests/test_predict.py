@@ -46,15 +46,9 @@ def ranked(run, clips):
     return [" ".join([who, *(f"{name}.mp4" for name, _ in found)]) for who, found in lists]
 
 
-def test_bad_clips_are_named(train, data, clips):
-    run = predict.restore(train("knn"), num_devices=1)
-    for function in (run.scores, run.rank, run.embed):
-        with pytest.raises(
-            ValueError, match="clip a, face: features are 23 wide, the run wants 24"
-        ):
-            function({"a": {"face": np.zeros((2, 23))}})
+def test_a_split_that_is_not_there_is_named(train, data):
     with pytest.raises(ValueError, match="no split 'dev'"):
-        run.scores(data, split="dev")
+        predict.restore(train("knn"), num_devices=1).scores(data, split="dev")
 
 
 def test_clips_without_a_frame_come_last(train, clips):
@@ -163,11 +157,6 @@ def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
     small_runs.assert_equal_weights(tmp_path / "run", train("mma"))
     for name in ("ranking.txt", "metrics.jsonl"):
         assert (tmp_path / "run" / name).read_text() == (train("mma") / name).read_text()
-
-
-def test_a_run_is_shown_in_a_line(train):
-    run = predict.restore(train("mma"), num_devices=1)
-    assert len(repr(run)) < 300 and str(train("mma")) in repr(run)
 
 
 @pytest.mark.parametrize("name", ["mma", "ensemble", "knn"])

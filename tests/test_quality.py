@@ -9,6 +9,7 @@ import pytest
 import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches
+from tests.helpers.clip_files import write_npz, write_parquet
 from vidjax import predict
 from vidjax.data import arrays, memory, sources
 
@@ -30,19 +31,6 @@ def clips():
     return {"a": {"face": bare, "voice": voice}, "b": {"face": rated_face}}
 
 
-def write_folder(folder, clips):
-    (folder / "val").mkdir(parents=True)
-    for name, modalities in clips.items():
-        content = {}
-        for modality, value in modalities.items():
-            fields = value if isinstance(value, dict) else {"features": value}
-            content[modality] = fields["features"]
-            if "quality" in fields:
-                content[f"{modality}_quality"] = fields["quality"]
-        np.savez(folder / "val" / f"{name}.npz", **content)
-    return folder
-
-
 def qualities(source, modality="face"):
     """Returns clip number -> qualities of its frames, as a model would get them."""
     found = {}
@@ -59,7 +47,7 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
     b = [norm(frame) for frame in clips["b"]["face"]["features"]]
     wanted = {0: a, 1: GIVEN if quality == "given" else b}
     widths = {"face": DIM, "voice": DIM}
-    folder = write_folder(tmp_path / "own", clips)
+    folder = write_npz(tmp_path / "own", {"val": clips})
     readers = [
         sources.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
         vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
@@ -68,7 +56,10 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
         memory.load_clips(folder / "val", widths, (), quality=quality),
     ]
     if importlib.util.find_spec("pyarrow"):
-        readers.append(memory.load_clips(write_table(tmp_path, clips), widths, ()))
+        faces = {"a": clips["a"]["face"], "b": clips["b"]["face"]["features"]}
+        faces = {clip: {"face": face} for clip, face in faces.items()}
+        table = write_parquet(tmp_path / "table.parquet", faces)
+        readers.append(memory.load_clips(table, widths, ()))
     for reader in readers:
         found = qualities(reader)
         if reader is readers[-1] and len(readers) == 6:  # a table has no column, for all clips
@@ -78,24 +69,8 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
     np.testing.assert_allclose(qualities(readers[0], "voice")[0], [norm(clips["a"]["voice"])])
 
 
-def write_table(folder, clips):
-    """Writes the faces to parquet, without a quality."""
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = []
-    for name, modalities in clips.items():
-        face = modalities["face"]
-        for frame in face["features"] if isinstance(face, dict) else face:
-            rows.append((name, "face", frame.astype(np.float32).tolist()))
-    columns = dict(zip(("clip", "modality", "features"), zip(*rows, strict=True), strict=True))
-    path = folder / "table.parquet"
-    parquet.write_table(pyarrow.table({name: list(v) for name, v in columns.items()}), path)
-    return path
-
-
 def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, tmp_path):
-    folder = write_folder(tmp_path / "own", clips)
+    folder = write_npz(tmp_path / "own", {"val": clips})
     for make in (
         lambda quality: arrays.FeatureFolder(folder, quality=quality),
         lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
@@ -147,7 +122,7 @@ def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path, command
     run = predict.restore(tmp_path / "run", num_devices=1)
     wanted = run.scores(data, split="val")
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
-    folder = write_folder(tmp_path / "own", splits["val"])
+    folder = write_npz(tmp_path / "own", {"val": splits["val"]})
     out = tmp_path / "ranked.tsv"
     words = (f"--workdir={tmp_path / 'run'}", f"--input={folder / 'val'}", f"--out={out}")
     assert command("rank", *words).code == 0

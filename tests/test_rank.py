@@ -34,17 +34,6 @@ def make_clips(split, seed):
     }
 
 
-def write_parquet(path, clips):
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [(clip, frame) for clip, one in clips.items() for frame in one["face"]]
-    names, frames = zip(*rows, strict=True)
-    columns = {"clip": names, "modality": ["face"] * len(rows), "features": list(frames)}
-    parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
 def read(path):
     """Returns the rows (identity, rank, clip, score) of a file, as a user would read it."""
     if path.suffix == ".parquet":
@@ -151,7 +140,7 @@ WIDTHS = {"face": DIM}
 
 def test_every_layout_without_labels_is_read(official_dir, tmp_path):
     clips = make_clips("new", 5)
-    table = write_parquet(tmp_path / "test.parquet", clips)
+    table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     flat = tmp_path / "flat"
     flat.mkdir()
     np.savez(flat / "Ada Byron.npz", **make_clips("a", 1)[NAMES[0] + " a"])
@@ -214,7 +203,7 @@ def test_odd_names_round_trip_through_a_run(run_dir):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffix):
     clips = make_clips("new", 5)
-    table = write_parquet(tmp_path / "new.parquet", clips)
+    table = clip_files.write_parquet(tmp_path / "new.parquet", clips)
     before = made_runs.snapshot(run_dir)
     out = tmp_path / f"out{suffix}"
     words = ["--mode=rank", f"--workdir={run_dir}", f"--input={table}", f"--out={out}"]
@@ -235,7 +224,7 @@ def test_ten_thousand_clips_take_seconds(run_dir, tmp_path):
     rng = np.random.default_rng(3)
     features = rng.normal(size=(10_000, 5, DIM)).astype(np.float32)
     clips = {f"Clip {i}": {"face": frames} for i, frames in enumerate(features)}
-    table = write_parquet(tmp_path / "big.parquet", clips)
+    table = clip_files.write_parquet(tmp_path / "big.parquet", clips)
     run = vidjax.restore(run_dir, num_devices=1)
     began = time.process_time()
     found = run.rank(load_clips(table, run.modalities, run.identities))

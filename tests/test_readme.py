@@ -3,7 +3,6 @@
 import ast
 import functools
 import json
-import os
 import re
 import runpy
 import shlex
@@ -134,21 +133,14 @@ def test_every_readme_is_tested_and_linked_from_the_first():
 
 
 @pytest.mark.slow
-def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
+def test_a_system_of_ones_own(official_dir, vidjax_command, python, tmp_path):
     assert not (ROOT / "configs" / "mine.py").exists()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.py").write_text(example("example: configs/mine.py"))
-    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
-
-    def said(*words, workdir=tmp_path / "run"):
-        """Returns the error message of a command, empty for none."""
-        command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}"]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert bool(done.returncode) == done.stderr.startswith("vidjax: "), done.stderr
-        return done.stderr if done.returncode else ""
 
     def command(*words, workdir=tmp_path / "run"):
-        assert not said(*words, workdir=workdir)
+        done = vidjax_command(*words, f"--workdir={workdir}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         return json.loads((workdir / "metrics.json").read_text())
 
     (words,) = [words for words in commands() if "--config=configs/mine.py" in words]
@@ -169,21 +161,17 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
     own = "--config=configs/mine.py"
-    assert "--config=FILE" in said("--mode=evaluate")
+    refused = vidjax_command("--mode=evaluate", f"--workdir={tmp_path / 'run'}", cwd=tmp_path)
+    assert refused.returncode == 2 and "--config=FILE" in refused.stderr
     assert command("--mode=evaluate", own)["map"] == results["map"]
-    command(
-        "--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=val.tsv"
-    )
+    words = (f"--input={official_dir}", "--config.eval.split=val", "--out=val.tsv")
+    command("--mode=rank", own, *words)
     assert len((tmp_path / "val.tsv").read_text().splitlines()) > 100
-
     code = (
-        "import sys, vidjax\nvidjax.load_config('configs/mine.py')\n"
+        "import vidjax\nvidjax.load_config('configs/mine.py')\n"
         "print(len(vidjax.restore('run').identities))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert int(done.stdout) == 12
+    assert python(code, cwd=tmp_path) == "12\n"
 
 
 def make_films():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import vidjax
+from tests.helpers.clip_files import write_labels, write_npz
 from vidjax import files, optim
 from vidjax.evaluation import restore
 from vidjax.files import reading
@@ -21,14 +22,14 @@ CONFIG = ("--config=knn:face", "--config.eval.report=False")
 
 def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
     """Writes a dataset of own features; returns its flags."""
-    rng, lines = np.random.default_rng(seed), ["clip,identity"]
+    rng, clips, labels = np.random.default_rng(seed), {}, {}
     for split in ("train", "val"):
-        (folder / split).mkdir(parents=True)
+        clips[split] = {}
         for i in range(num_clips):
-            face = rng.normal(size=(2, 4)).astype(np.float32)
-            np.savez(folder / split / f"{split}{i}.npz", face=face, face_quality=np.ones(2))
-            lines.append(f"{split}{i},person {(i + shift * (split == 'train')) % 3}")
-    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+            face = {"features": rng.normal(size=(2, 4)).astype(np.float32), "quality": np.ones(2)}
+            clips[split][f"{split}{i}"] = {"face": face}
+            labels[f"{split}{i}"] = f"person {(i + shift * (split == 'train')) % 3}"
+    write_labels(write_npz(folder, clips) / "labels.csv", labels)
     return ["--config.data.name=arrays", f"--config.data.dir={folder}"]
 
 

@@ -9,6 +9,7 @@ import shlex
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import tritonclient.http as http
 import uvicorn
 
 from tests.helpers import made_galleries, servers
-from vidjax import main as main_lib
 from vidjax import predict
 from vidjax.errors import UserError
 from vidjax.gallery.answers import Answer
@@ -85,6 +85,24 @@ CLIPS = {
 }
 
 
+def clips_of(run, *lengths):
+    """Returns made-up clips of so many frames, with the modalities of a run."""
+    rng = np.random.default_rng(len(lengths))
+    return {
+        f"clip {n}": {
+            name: rng.normal(size=(length, width)).astype(np.float32)
+            for name, width in run.modalities.items()
+        }
+        for n, length in enumerate(lengths)
+    }
+
+
+def question(clips):
+    return models.Question({
+        name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
+    })  # fmt: skip
+
+
 def check_same(found, wanted):
     """Compares answers, of JSON or of Python, to 1e-6."""
     assert found.identity == wanted.identity
@@ -117,16 +135,6 @@ def infer(client, model, arrays, binary=True, **options):
 
 
 # ---- answers
-
-
-def test_identify_says_what_python_says(inside, people):
-    wanted = people.identify(CLIPS)
-    status, found = inside.ask("POST", "/identify", {"clips": servers.as_json(CLIPS)})
-    assert status == 200
-    assert [one["clip"] for one in found["clips"]] == list(wanted)
-    for one, answer in zip(found["clips"], wanted.values(), strict=True):
-        check_same(of_json(one), answer)
-    assert sum(answer.identity is not None for answer in wanted.values()) >= 3
 
 
 def test_an_npz_is_answered_like_json(inside, people):
@@ -186,30 +194,25 @@ def test_masked_frames_are_not_looked_at(triton, people):
     assert found.as_numpy("identity")[4] == b"" and not found.as_numpy("embedding")[4].any()
 
 
-def test_requests_that_come_together_get_the_answers_they_get_alone(inside, people):
-    found = {}
-
+def test_requests_that_come_together_get_what_python_says(inside, people):
     def ask(n):
-        clips = dict(list(CLIPS.items())[n % 5 : n % 5 + 2])
-        body = {"clips": servers.as_json(clips), "k": 1 + n % 3}
-        found[n] = (inside.ask("POST", "/identify", body), people.identify(clips, 1 + n % 3))
+        clips, k = dict(list(CLIPS.items())[n % 5 : n % 5 + 2]), 1 + n % 3
+        answer = inside.ask("POST", "/identify", {"clips": servers.as_json(clips), "k": k})
+        return answer, people.identify(clips, k)
 
-    threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 10
-    for (status, answer), wanted in found.values():
-        assert status == 200
-        for one, alone in zip(answer["clips"], wanted.values(), strict=True):
-            check_same(of_json(one), alone)
+    with ThreadPoolExecutor(10) as pool:
+        for (status, answer), wanted in pool.map(ask, range(10)):
+            assert status == 200
+            assert [one["clip"] for one in answer["clips"]] == list(wanted)
+            for one, alone in zip(answer["clips"], wanted.values(), strict=True):
+                check_same(of_json(one), alone)
+    assert sum(answer.identity is not None for answer in people.identify(CLIPS).values()) >= 3
 
 
 def test_one_wrong_question_of_a_batch_spoils_no_other(people):
     model = models.GalleryModel(people)
-    right = models.Question({"a": {k: {"features": x} for k, x in CLIPS["query 1"].items()}})
-    wrong = models.Question({"b": {"face": {"features": np.ones((1, 3), np.float32)}}})
+    right = question({"a": CLIPS["query 1"]})
+    wrong = question({"b": {"face": np.ones((1, 3), np.float32)}})
     first, error, last = models.answer(model, [right, wrong, right])
     (alone,) = models.answer(model, [right])
     assert isinstance(error, UserError) and "clip b" in str(error)
@@ -221,20 +224,10 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
 @pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_the_net_of_a_run_gives_pythons_scores(net, count):
     model, run = net, net.run
-    rng = np.random.default_rng(count)
-    clips = {
-        f"clip {n}": {
-            name: rng.normal(size=(1 + 7 * n, width)).astype(np.float32)
-            for name, width in run.modalities.items()
-        }
-        for n in range(count)
-    }
-    question = models.Question({
-        name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
-    })  # fmt: skip
-    other = models.Question({"clip 0": question.clips["clip 0"]})
-    (found, _) = models.answer(model, [question, other])
-    outputs = model.tensors(question, found)
+    clips = clips_of(run, *(1 + 7 * n for n in range(count)))
+    asked, other = question(clips), question({"clip 0": clips["clip 0"]})
+    (found, _) = models.answer(model, [asked, other])
+    outputs = model.tensors(asked, found)
     np.testing.assert_array_equal(outputs["scores"], run.scores(clips))
     np.testing.assert_array_equal(outputs["embedding"], run.embed(clips))
     best = [names[0][0] for names in run.identify(clips, threshold=-np.inf).values()]
@@ -244,8 +237,7 @@ def test_the_net_of_a_run_gives_pythons_scores(net, count):
 def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
     monkeypatch.setattr(models, "PAD_LENGTHS", (1,))  # compiles less
     with Inside(people, net.run) as one:
-        face = np.random.default_rng(0).normal(size=(2, 1, net.run.modalities["face"]))
-        face = face.astype(np.float32)
+        face = tensors(clips_of(net.run, 1, 1), "face")
         with http.InferenceServerClient(f"127.0.0.1:{one.port}") as client:
             found = infer(client, "run", {"face": face}, k=2)
         wanted = net.run.scores({"a": {"face": face[0]}, "b": {"face": face[1]}})
@@ -257,21 +249,13 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
 def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
     monkeypatch.setattr(models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
-    rng = np.random.default_rng(0)
     names = list(net.widths)
     with jax.log_compiles():
         for has in (names, names[:1], names[1:]):
             for lengths in ([1], [7, 1], [8] * 6):
-                clips = [
-                    {
-                        name: {"features": rng.normal(size=(length, net.widths[name])).astype("f4")}
-                        for name in has
-                    }
-                    for length in lengths
-                ]
-                (found,) = net.answer_batch(
-                    [models.Question(dict(zip("abcdef", clips, strict=False)))]
-                )
+                clips = clips_of(net.run, *lengths)
+                some = {clip: {name: one[name] for name in has} for clip, one in clips.items()}
+                (found,) = net.answer_batch([question(some)])
                 assert isinstance(found, models.Scored) and len(found.scores) == len(lengths)
     assert not [line for line in caplog.messages if "ompiling" in line]
 
@@ -279,23 +263,13 @@ def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
 def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
     people = Gallery.create(tmp_path / "g", net.run, official_data)
     model = models.GalleryModel(people)
-    rng = np.random.default_rng(0)
-    clips = {
-        f"q{n}": {
-            name: rng.normal(size=(length, width)).astype(np.float32)
-            for name, width in net.run.modalities.items()
-        }
-        for n, length in enumerate((1, 2, 9, 40))
-    }
-    questions = [
-        models.Question({key: {name: {"features": x} for name, x in clip.items()}})
-        for key, clip in clips.items()
-    ]
+    clips = clips_of(net.run, 1, 2, 9, 40)
+    questions = [question({name: clip}) for name, clip in clips.items()]
     together = models.answer(model, questions)
-    for one, question, (name, clip) in zip(together, questions, clips.items(), strict=True):
+    for one, asked, (name, clip) in zip(together, questions, clips.items(), strict=True):
         assert isinstance(one, models.Identified)
         check_same(one.answers[0], people.identify({name: clip})[name])
-        assert len(model.tensors(question, one)["scores"][0]) == 5
+        assert len(model.tensors(asked, one)["scores"][0]) == 5
 
 
 # ---- the README
@@ -684,7 +658,7 @@ def test_texts_are_written_as_triton_reads_them():
     assert json.loads(body[:size])["id"] == "7"
 
 
-def test_the_command_serves_until_a_signal_and_ends_with_0(tmp_path, capsys):
+def test_the_command_serves_until_a_signal_and_ends_with_0(tmp_path, say):
     folder = tmp_path / "g"
     servers.make_gallery(folder)
     with servers.served(folder) as one:
@@ -695,10 +669,7 @@ def test_the_command_serves_until_a_signal_and_ends_with_0(tmp_path, capsys):
         assert one.end() == 0
         out, err = one.process.communicate()
         assert "ended" in out and "Secret" not in out + err and "ready" in err
-    words = ["serve", f"--gallery={folder}"]
-    assert main_lib.main([*words, "--host=0.0.0.0"]) == 2
-    assert "--token-file" in capsys.readouterr().err
-    assert main_lib.main([*words, "--port=99999"]) == 2
-    assert "--port" in capsys.readouterr().err
-    assert main_lib.main(["serve"]) == 2
-    assert "--gallery" in capsys.readouterr().err
+    words = ("serve", f"--gallery={folder}")
+    assert "--token-file" in say(*words, "--host=0.0.0.0", code=2)
+    assert "--port" in say(*words, "--port=99999", code=2)
+    assert "--gallery" in say("serve", code=2)

@@ -1,7 +1,6 @@
 """Training end to end: learning, resuming to the bit, devices, the shipped configurations."""
 
 import json
-import shutil
 import signal
 from types import SimpleNamespace
 from typing import Any
@@ -85,34 +84,6 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert_equal_weights(tmp_path / "whole", parts)
-
-
-@pytest.mark.slow
-def test_a_finished_step_without_results_is_completed(data, on_eight, tmp_path):
-    config, done, first = on_eight
-    folder = shutil.copytree(done, tmp_path / "run")
-    (folder / "metrics.json").unlink()
-    (folder / "ranking.txt").unlink()
-    again = run(config, folder, data)
-    assert again["map"] == first["map"]
-    for name in ("metrics.jsonl", "ranking.txt"):
-        assert (folder / name).read_bytes() == (done / name).read_bytes()
-
-
-def test_another_configuration_is_refused(tmp_path):
-    config = shrunk("--config.num_epochs=1")
-    (tmp_path / "config.json").write_text(config_io.to_json(config))
-    assert train.finished(RunFolder(tmp_path), config) is None
-    results = {"map": 0.5, "map_kind": "val", "num_clips": 3, "num_identities": 2}
-    results |= {"trained_on": {"splits": {}}, "finished": True}
-    (tmp_path / "metrics.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="another configuration") as caught:
-        train.finished(
-            RunFolder(tmp_path), shrunk("--config.num_epochs=1", "--config.model.gamma=0.1")
-        )
-    assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
-    moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
-    assert train.finished(RunFolder(tmp_path), moved) == results
 
 
 @pytest.mark.parametrize(

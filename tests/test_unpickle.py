@@ -90,7 +90,3 @@ def test_every_truncation_is_told_with_the_size_of_the_file(protocol):
         assert f"at byte {end}" in message or f" {end} bytes: " in message
     assert "is empty" in refusal(b"")
     assert f"ends at byte {len(data)}, but 3 bytes follow" in refusal(data + b"abc")
-
-
-def test_text_is_no_pickle():
-    assert "no readable pickle of 13 bytes: " in refusal(b"hello, world\n")

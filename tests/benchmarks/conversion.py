@@ -1,12 +1,9 @@
-"""Rate and peak memory of converting official pickles into records.
+"""Times of converting clips into records by one worker and by two.
 
-    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30] [--rounds=5] [--engines]
+    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30] [--rounds=5]
 
-One face file. Peak memory is that of the converting process and its caged child together; the bound
-is 2 x the pickle + 1 GB.
-
-`--engines` compares one worker with two, in turns: 20,000 clips with face and head as pickles, the
-same as `.npz` files, and the same as parquet tables. All must write the same files.
+Clips with face and head as pickles, the same as `.npz` files, and faces as parquet tables. The
+workers take turns, and all must write the same files.
 """
 
 import argparse
@@ -21,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.benchmarks import common
-from tests.helpers import clip_files, limits
+from tests.helpers import clip_files
 from tests.helpers.clip_files import random_clip, write_pickle
 
 
@@ -77,19 +74,6 @@ SOURCES = {
 }
 
 
-def compare_engines(args: argparse.Namespace) -> None:
-    """Prints the seconds of every engine, and how many times it is faster than one process."""
-    rows: list[list[str]] = [[f"{name}, s"] for name in ENGINES]
-    rows += [[f"{name} are faster by"] for name in ENGINES if name != ONE]
-    for kind in SOURCES:
-        seconds = time_engines(kind, args)
-        cells = [f"{common.median(found):.1f}" for found in seconds.values()]
-        cells += [common.ratio(seconds, ONE, name) for name in ENGINES if name != ONE]
-        for row, cell in zip(rows, cells, strict=True):
-            row.append(cell)
-    common.write_table(["engine", *SOURCES], rows)
-
-
 def time_engines(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Returns the seconds of every engine in every round, in turns; all must write the same."""
     write, module = SOURCES[kind]
@@ -112,32 +96,17 @@ def time_engines(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Prints faces per second and peak memory of one conversion."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--frames", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engines", action="store_true", help="one worker or two")
-    args = parser.parse_args()
-    if args.engines:
-        compare_engines(args)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        clip = random_clip(np.random.default_rng(0), args.frames, 512)
-        clips = {f"clip_{number:06d}": clip for number in range(args.clips)}
-        size = write_pickle(Path(folder), "face", "train", clips).stat().st_size
-        words = [sys.executable, "-m", "vidjax.data.iqiyi_vid", folder]
-        start = time.perf_counter()
-        ended = limits.run([*words, f"--cache_dir={folder}/cache"])
-        seconds = time.perf_counter() - start
-        if ended.returncode:
-            raise SystemExit(ended.stderr)
-    faces = args.clips * args.frames
-    sys.stdout.write(
-        f"{faces} faces, pickle {size / limits.GB:.2f} GiB, {seconds:.1f} s: "
-        f"{faces / seconds:.0f} faces/s (15000 wanted)\n"
-        f"peak {ended.peak / limits.GB:.2f} GiB, {(2 * size + limits.GB) / limits.GB:.2f} allowed\n"
-    )
+    """Prints the seconds of every engine, and how many times it is faster than one process."""
+    args = common.parse(__doc__, clips=20_000, frames=30, rounds=5)
+    rows: list[list[str]] = [[f"{name}, s"] for name in ENGINES]
+    rows += [[f"{name} are faster by"] for name in ENGINES if name != ONE]
+    for kind in SOURCES:
+        seconds = time_engines(kind, args)
+        cells = [f"{common.median(found):.1f}" for found in seconds.values()]
+        cells += [common.ratio(seconds, ONE, name) for name in ENGINES if name != ONE]
+        for row, cell in zip(rows, cells, strict=True):
+            row.append(cell)
+    common.write_table(["engine", *SOURCES], rows)
 
 
 if __name__ == "__main__":

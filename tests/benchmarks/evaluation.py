@@ -89,18 +89,16 @@ def make_model(
     return TrainedModel("", run.system, step, params, model_state, sets, data), data
 
 
-def rank(model: TrainedModel, block_size: int = 256) -> dict[str, Any]:
+def rank(model: TrainedModel, block_size: int) -> dict[str, Any]:
     """Returns the results of an evaluation."""
-    mesh = devices.make_mesh(1)
-    return scoring.score([model], "val", mesh, block_size=block_size).results
+    return scoring.score([model], "val", devices.make_mesh(1), block_size=block_size).results
 
 
 def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:
     """Returns the whole and the forward pass, as functions."""
     spec, overrides, _ = common.NETS.get(args.net, (args.net, (), {}))
-    words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
     sizes = {"num_identities": args.num_identities, "num_clips": args.clips}
-    run = common.make_run(spec, words, batch_size=256, **sizes)
+    run = common.make_run(spec, overrides, batch_size=256, **sizes)
     weights = run.state.params, run.state.model_state
     model, data = make_model(run, args.num_identities, *weights)
     params, model_state = ensemble.take(weights, 0)
@@ -116,8 +114,6 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
 
 def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[[], Any]]:
     """Returns the rankings of PyTorch, eager and compiled."""
-    import torch
-
     from tests.benchmarks import peer
 
     blocks = []
@@ -130,9 +126,7 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
         blocks.append(peer.make_batch(common.for_torch(frames), np.zeros(1024, np.int64)))
     net = common.NETS[args.net]
     recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **net[2])
-    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    eager = peer.make_scorer(recipe, dtype=dtype)
-    compiled = peer.make_scorer(recipe, compile=True, dtype=dtype)
+    eager, compiled = (peer.make_scorer(recipe, compile=compile) for compile in (False, True))
     return {
         "eager": lambda: peer.rank(eager, blocks),
         "compiled": lambda: peer.rank(compiled, blocks),
@@ -187,7 +181,7 @@ def time_tests(args: argparse.Namespace) -> None:
 def main() -> None:
     """Prints the tables."""
     sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
-    args = common.parse(__doc__, "--peer", "--bfloat16", "--published", net="mlp", **sizes)
+    args = common.parse(__doc__, "--peer", "--published", net="mlp", **sizes)
     (time_tests if args.published else benchmark)(args)
 
 

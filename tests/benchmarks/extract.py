@@ -1,6 +1,6 @@
-"""Speed and memory of `vidjax extract`, on made films of moving patches or of a photo.
+"""Speed and memory of `vidjax extract`, on made films of moving patches.
 
-    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--photo=FILE] [--seconds=60]
+    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--seconds=60]
 
 A film of 25 frames a second, in H.264, is extracted in one process with one thread, at each size:
 minutes of film per minute of a core, above 1 faster than real time. `decoding` is pictures and cuts
@@ -26,14 +26,10 @@ SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
 
 
-def pictures(photo: Path | None, height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
+def pictures(height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
     """Yields frames of shots of 4 s: a window that moves over a larger picture."""
     for shot in range(-(-seconds // 4)):
-        if photo:
-            whole = films.resized(films.read_photo(photo), width * 5 // 4, height * 5 // 4)
-            whole = whole[:, :: -1 if shot % 2 else 1]
-        else:
-            whole = films.scene(shot, height * 5 // 4, width * 5 // 4)
+        whole = films.scene(shot, height * 5 // 4, width * 5 // 4)
         for number in range(4 * FPS):
             top, left = number * height // 4 // 100, number * width // 4 // 100
             yield np.ascontiguousarray(whole[top : top + height, left : left + width])
@@ -91,7 +87,6 @@ def main() -> None:
     """Prints the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--photo", type=Path)
     parser.add_argument("--seconds", type=int, default=60)
     args = parser.parse_args()
     models = Path(os.environ["VIDJAX_MODELS"])
@@ -101,12 +96,12 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, (height, width) in SIZES.items():
         path = args.folder / f"{name}.mp4"
-        films.write(path, pictures(args.photo, height, width, args.seconds))
+        films.write(path, pictures(height, width, args.seconds))
         results[name] = speed(path, args.folder, nets)
         sys.stdout.write(json.dumps({name: results[name]}) + "\n")
         sys.stdout.flush()
     minute = args.folder / "minute.mp4"
-    films.write(minute, pictures(args.photo, 180, 320, 60))
+    films.write(minute, pictures(180, 320, 60))
     for minutes in (3, 30):
         path = repeated(args.folder / f"{minutes}.mp4", minute, minutes)
         began = time.monotonic()

@@ -388,6 +388,17 @@ class Recipe(NamedTuple):
     focal: bool = False  # whether the loss has a focal part
 
 
+# Net -> options of the random fusion in training, and the weighting of the mean in evaluation.
+FUSION: dict[str, tuple[dict[str, Any], str]] = {
+    "mlp": ({"num_draws": 1, "probs": (0.25, 0, 0.65, 0, 0.1), "weighting": "quality"}, "graded"),
+    "residual": (
+        {"num_draws": 2, "probs": (0.5, 0.125, 0.125, 0.125, 0.125), "replacement": False},
+        "quality",
+    ),
+    "mma": ({"num_draws": 4, "weighting": "quality"}, "quality"),
+}
+
+
 def make_recipe(
     net_name: str,
     *,
@@ -406,48 +417,25 @@ def make_recipe(
       num_draws: random fusions of a clip in a step; None: 1, 2 and 4.
     """
     dims = dims or dict.fromkeys(MMA_MODALITIES if net_name == "mma" else ("face",), 512)
-    if net_name == "mlp":
+    draw, weighting = FUSION[net_name]
+    if num_draws:
+        draw = {**draw, "num_draws": num_draws}
 
-        def fuse_mlp(frames: Mapping[str, Frames]) -> dict[str, Fused]:
-            face = filter_frames(frames["face"], min_quality=25.0, min_detection=0.7)
-            probs = (0.25, 0.0, 0.65, 0.0, 0.10)
-            draws = num_draws or 1
-            return {"face": random_fusion(face, num_draws=draws, probs=probs, weighting="quality")}
+    def fuse(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
+        face = frames["face"]
+        if train and net_name == "mlp":
+            face = filter_frames(face, min_quality=25.0, min_detection=0.7)
+        fused = random_fusion(face, **draw) if train else mean_frame(face, weighting)
+        others = {name: mean_frame(frames[name]) for name in dims if name != "face"}
+        return {"face": fused, **others}
 
-        return Recipe(
-            net=MLP(dims["face"], num_classes),
-            fuse_train=fuse_mlp,
-            fuse_eval=lambda frames: {"face": mean_frame(frames["face"], "graded")},
-            score=F.logsigmoid,
-            focal=True,
-        )
-    if net_name == "residual":
-
-        def fuse_residual(frames: Mapping[str, Frames]) -> dict[str, Fused]:
-            probs = (0.5, 0.125, 0.125, 0.125, 0.125)
-            draws = num_draws or 2
-            face = random_fusion(frames["face"], num_draws=draws, probs=probs, replacement=False)
-            return {"face": face}
-
-        return Recipe(
-            net=ResidualDense(dims["face"], num_classes, width),
-            fuse_train=fuse_residual,
-            fuse_eval=lambda frames: {"face": mean_frame(frames["face"], "quality")},
-        )
-    others = [name for name in dims if name != "face"]
-
-    def fuse_mma(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
-        if train:
-            face = random_fusion(frames["face"], num_draws=num_draws or 4, weighting="quality")
-        else:
-            face = mean_frame(frames["face"], "quality")
-        return {"face": face, **{name: mean_frame(frames[name]) for name in others}}
-
-    return Recipe(
-        net=MMA(dims, num_classes),
-        fuse_train=lambda frames: fuse_mma(frames, True),
-        fuse_eval=lambda frames: fuse_mma(frames, False),
-    )
+    nets = {
+        "mlp": lambda: MLP(dims["face"], num_classes),
+        "residual": lambda: ResidualDense(dims["face"], num_classes, width),
+        "mma": lambda: MMA(dims, num_classes),
+    }
+    recipe = Recipe(nets[net_name](), lambda x: fuse(x, True), lambda x: fuse(x, False))
+    return recipe._replace(score=F.logsigmoid, focal=True) if net_name == "mlp" else recipe
 
 
 def _autocast(dtype: torch.dtype) -> torch.autocast:

@@ -33,7 +33,7 @@ BENCHMARKS = {
     "end_to_end_compiled": ["end_to_end", "--compile"],
     "streaming": ["end_to_end", "--streaming", "--epochs=5"],
     "time_to_map": ["time_to_map"],
-    "conversion": ["conversion", "--engines", "--rounds=3"],
+    "conversion": ["conversion", "--rounds=3"],
     "gallery": ["gallery"],
     "gallery_million": ["gallery", "--people=1000000"],
     "gallery_start": ["gallery_start"],

@@ -10,6 +10,7 @@ the moment began, and what it hit is read from the folder once the process is de
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -335,60 +336,38 @@ def kill_evaluations(run: Run, count: int, rng: random.Random) -> list[str]:
 PLAN = {"conversion": 2, "start": 2, "compile": 3, "step": 3, "save": 4, "evaluation": 3}
 
 
-def official_files(folder: Path) -> Path:
-    """Returns a folder of official files in the folder of a campaign, which it makes if needed."""
-    official = folder / "official"
-    if not official.exists():
-        official.mkdir(parents=True)
-        clip_files.write_learnable(official)
-    return official
-
-
 def campaign(folder: Path, kills: int, seed: int) -> int:
-    """Runs a campaign and returns the number of runs that were not the same."""
+    """Runs a campaign in an empty folder and returns the number of runs that were not the same."""
     rng = random.Random(seed)
-    official = official_files(folder)
+    official = folder / "official"
+    official.mkdir()
+    clip_files.write_learnable(official)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     wrong, likes = 0, {}
-    pairs = [(case, mode) for mode in MODES for case in CASES]
-    began = time.monotonic()
-    with open(folder / "campaign.txt", "a") as file:
-
-        def tell(text: str) -> None:
-            file.write(f"{time.monotonic() - began:7.0f} s  {text}\n")
-            file.flush()
-
-        number = 0
+    pairs = itertools.cycle((case, mode) for mode in MODES for case in CASES)
+    with open(folder / "campaign.txt", "w", buffering=1) as file:
         while counts.total() < kills:
-            case, mode = pairs[number % len(pairs)]
-            number += 1
-            if (case, mode) not in likes:
-                likes[case, mode] = Run(folder, official, case, mode, None)
-                likes[case, mode].finish()
-                tell(f"{case} {mode}: undisturbed run done")
-            run = Run(folder, official, case, mode, likes[case, mode])
+            case, mode = pair = next(pairs)
+            if pair not in likes:
+                likes[pair] = Run(folder, official, case, mode, None)
+                likes[pair].finish()
+            run = Run(folder, official, case, mode, likes[pair])
             plan = [moment for moment, count in PLAN.items() for _ in range(count)]
             rng.shuffle(plan)
             plan.sort(key=lambda moment: moment not in ("start", "conversion"))
-            died = []
             for moment in plan[: kills - counts.total()]:
                 found = kill_once(run, moment, rng)
                 if found is None:
                     break
-                died.append(found)
                 counts[found, mode] += 1
-                tell(f"{case} {mode}: kill {counts.total()}, aimed at {moment}: {found}")
+                file.write(f"{case} {mode}: kill {counts.total()}, aimed at {moment}: {found}\n")
             run.finish()
             differences = run.differences()
             wrong += bool(differences)
-            says = f"DIFFERS in {', '.join(differences)[:500]}" if differences else "the same bytes"
-            tell(f"{case} {mode}: finished after {len(died)} kills: {says}")
+            file.write(f"{case} {mode}: finished; differs in: {', '.join(differences)[:500]}\n")
             if differences:
-                run.workdir.rename(folder / f"{run.workdir.name}-wrong-{number}")
-        differences = kill_evaluations(likes[pairs[0]], max(1, kills // 40), rng)
+                run.workdir.rename(folder / f"{run.workdir.name}-wrong-{wrong}")
+        differences = kill_evaluations(likes["mma", MODES[0]], max(1, kills // 40), rng)
         wrong += bool(differences)
-        tell(f"kills of --mode=evaluate: {', '.join(differences) or 'the same bytes'}")
-        for (moment, mode), count in sorted(counts.items()):
-            tell(f"{count:4} kills in {moment}, {mode}")
-        tell(f"{counts.total()} kills in {number} runs, {wrong} not the same")
+        file.write(f"kills of --mode=evaluate: {', '.join(differences)}\n{counts}\n")
     return wrong

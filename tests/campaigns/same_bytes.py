@@ -12,7 +12,6 @@ run needs the processor of the first one.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -75,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, help="digests of an earlier version")
     parser.add_argument("--only", default="", help="names of runs, split by commas")
     parser.add_argument("--cache", help="folder of records and compiled programs to use")
-    parser.add_argument("--folder", type=Path, help="where the runs are kept; else they are not")
     args = parser.parse_args(argv)
-    with contextlib.ExitStack() as stack:
-        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         env = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",

@@ -338,23 +338,6 @@ def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path):
 # 38: nothing, or too little.
 
 
-def test_values_of_any_dtype_reach_batches_as_they_are(tmp_path):
-    rng, names = np.random.default_rng(0), [f"c{i}" for i in range(6)]
-    features = {}
-    for number, code in enumerate(("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1")):
-        arrays = [rng.normal(0, 20, (3, 2 * DIM)).astype(code)[:, ::2] for _ in names]
-        content = {x.encode(): array for x, array in zip(names, arrays, strict=True)}
-        dumped = pickle.dumps(content, 4) if number < 4 else python2.dumps(content)
-        (tmp_path / f"kind{number}_train.pickle").write_bytes(dumped)
-        features[f"kind{number}"] = arrays
-    data = load(tmp_path, cache_dir=tmp_path / "cache")
-    for modality, arrays in features.items():
-        assert data.modalities[modality] == (DIM, arrays[0].dtype.newbyteorder("=").name)
-        found = features_of(data, "train", modality)
-        for name, array in zip(names, arrays, strict=True):
-            np.testing.assert_array_equal(found[name], array)
-
-
 def test_nothing_to_convert_is_one_error(official, refused):
     for split in ("train", "val"):
         write_pickle(official, "face", split, {})

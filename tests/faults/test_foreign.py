@@ -81,15 +81,6 @@ def complaint(capsys, *words):
     return code, out + err
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "report", "compare"])
-def test_a_lock_that_is_a_link_leaves_its_target_alone(stranger, victim, capsys, mode):
-    (stranger / ".lock").unlink()
-    (stranger / ".lock").symlink_to(victim)
-    _, said = complaint(capsys, *words_of(mode, stranger))
-    assert victim.read_text() == "mine\n"
-    assert mode in ("report", "compare") or ("'" in said and ".lock" in said)
-
-
 def test_no_file_is_locked_that_vidjax_did_not_write(tmp_path, victim):
     (tmp_path / ".lock").write_text("my notes")
     with pytest.raises(ValueError, match=r"move the file elsewhere"), files.lock(tmp_path):
@@ -129,13 +120,16 @@ def test_a_pipe_or_a_link_in_place_of_a_file_is_refused(stranger, capsys, mode):
     for name in READ[mode]:
         path = stranger / name
         kept = path.rename(stranger / "kept")
-        for kind in ("pipe", "zero", "link", "nothing"):
+        content = kept.read_bytes()
+        for kind in ("pipe", "zero", "link", "nothing", "folder"):
             mutations.put(path, kind, kept)
             code, said = complaint(capsys, *words)
-            found = "a pipe" if kind == "pipe" else "a link"
-            assert code in (2, 3) and f"{name}' is {found}" in said, said
-            assert kind == "pipe" or "put a copy of the file" in said
-        path.unlink()
+            assert code in (2, 3) and name in said, said
+            if kind != "folder":
+                assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in said, said
+                assert kind == "pipe" or "put a copy of the file" in said
+        assert kept.read_bytes() == content
+        path.rmdir()
         kept.rename(path)
 
 
@@ -178,7 +172,7 @@ def test_json_nested_deeply_is_one_error(stranger, capsys, name):
             complaint(capsys, *words_of(mode, stranger))
 
 
-def test_a_file_of_endless_size_is_not_read(stranger, capsys):
+def test_a_file_of_endless_size_is_not_read(stranger, tmp_path, capsys):
     for name in (*RESULTS, "ranking.txt", "config.json"):
         path = stranger / name
         content = path.read_bytes()
@@ -188,6 +182,9 @@ def test_a_file_of_endless_size_is_not_read(stranger, capsys):
         with pytest.raises(ValueError, match="too large"):
             files.read_bytes(path, files.ARCHIVE_BYTES)
         path.write_bytes(content)
+    dense = tmp_path / "dense"
+    dense.write_bytes(b"\1" * (files.LARGE_BYTES + 1))
+    assert len(files.read_bytes(dense, GB)) == files.LARGE_BYTES + 1
 
 
 @pytest.mark.slow
@@ -215,14 +212,6 @@ def test_archives_that_lie_about_their_sizes_are_refused(tmp_path):
     np.savez(path, trained=np.array([{}], object))
     with pytest.raises(ValueError, match=r"members\.npz"):
         ensemble.load(tmp_path)
-
-
-def test_a_folder_in_place_of_a_file_is_named(stranger, capsys):
-    for name in RESULTS:
-        mutations.put(stranger / name, "folder", stranger)
-        code, said = complaint(capsys, *words_of("report", stranger))
-        assert code == 2 and name in said
-        (stranger / name).rmdir()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"map": 1e999}'])
@@ -324,25 +313,6 @@ def test_checkpoints_elsewhere_are_neither_read_nor_cleared(tmp_path):
         checkpoint.find(folder)
 
 
-def test_a_manifest_names_no_file_outside(tmp_path, victim):
-    checkpoint.save(tmp_path, 1, {"params": {"kernel": np.zeros(3)}}, {})
-    folder = tmp_path / "checkpoints" / "1"
-    manifest = checkpoint.read_manifest(folder)
-    listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
-    files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
-    with pytest.raises(checkpoint.DamagedError, match="file missing"):
-        checkpoint.verify(folder)
-
-
-def test_a_pipe_in_place_of_a_listed_file_is_damage(tmp_path):
-    folder = save(tmp_path, 1)
-    path = folder / "state" / max(checkpoint.read_manifest(folder)["files"])
-    path.unlink()
-    os.mkfifo(path)
-    with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="a pipe"):
-        checkpoint.verify(folder)
-
-
 ITEMS = {"params": {"kernel": np.arange(3.0, dtype=np.float32)}}
 
 
@@ -433,17 +403,21 @@ def test_a_checkpoint_that_is_a_link_is_damaged_and_not_written(tmp_path):
     assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
 
 
-def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path):
-    """It takes no room on the disk."""
+@pytest.mark.parametrize("kind", ["a pipe", "holes", "file missing"])
+def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path, victim, kind):
+    """It takes no room on the disk. Nor is a pipe read, or a file outside that is listed."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
-    files.write_manifest(folder / "manifest.json", manifest)
-    os.truncate(folder / "state" / max(manifest["files"]), 500 * GB)
-    with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="holes"):
+    path = folder / "state" / max(manifest["files"])
+    if kind == "a pipe":
+        mutations.put(path, "pipe", victim)
+    elif kind == "holes":
+        os.truncate(path, 500 * GB)
+    else:
+        listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
+        files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
+    with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match=kind):
         checkpoint.verify(folder)
-    dense = tmp_path / "dense"
-    dense.write_bytes(b"\1" * (files.LARGE_BYTES + 1))
-    assert len(files.read_bytes(dense, GB)) == files.LARGE_BYTES + 1
 
 
 @pytest.mark.parametrize("module", ["vidjax", "vidjax.main"])
@@ -466,12 +440,13 @@ def converted(tmp_path_factory):
     """Clips of one's own, and a cache that holds their records."""
     folder = tmp_path_factory.mktemp("shared")
     rng = np.random.default_rng(0)
-    clips = {f"{split}_{i}": (split, i) for split in ("train", "val") for i in range(3)}
-    made: dict[str, dict] = {"train": {}, "val": {}}
-    for name, (split, _) in clips.items():
-        made[split][name] = {"face": rng.normal(size=(2, 4)).astype(np.float32)}
-    sources.load(made, {name: "p" for name in clips}, cache_dir=folder)
-    return folder, made, {name: "p" for name in clips}
+    made = {
+        split: {f"{split}_{i}": {"face": rng.normal(size=(2, 4)).astype("f4")} for i in range(3)}
+        for split in ("train", "val")
+    }
+    labels = dict.fromkeys([*made["train"], *made["val"]], "p")
+    sources.load(made, labels, cache_dir=folder)
+    return folder, made, labels
 
 
 def reload(folder, converted):

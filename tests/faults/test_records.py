@@ -145,12 +145,13 @@ def assert_found_by_all(found, source, path, wanted, readers):
 def test_every_reader_names_file_and_record(copied, source):
     shard = shards_of(copied)[5]
     whole, places = shard.path.read_bytes(), boundaries(shard.path)
-    flipped = bytearray(whole)
-    flipped[places[17] + 40] ^= 4
+    flipped = [bytearray(whole) for _ in range(4)]
+    for one, at in zip(flipped, (40, 0, 9, places[18] - places[17] - 1), strict=True):
+        one[places[17] + at] ^= 16  # of the content, its length, and the sums of both
     for number, (content, wanted) in enumerate(
         (
             (whole[: places[8]], "expected 30 records, found 8\n"),
-            (flipped, "expected 30 records, found 17: record 18 is damaged\n"),
+            *((one, "expected 30 records, found 17: record 18 is damaged\n") for one in flipped),
             (whole[: places[8] + 5], "expected 30 records, found 8: record 9 is damaged\n"),
             (whole + whole[: places[1]], "expected 30 records, found 31\n"),
             (whole + bytes(12), "expected 30 records, found 30: record 31 is damaged\n"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import limits
+from tests.helpers.clip_files import write_labels, write_npz
 from vidjax.data import arrays
 from vidjax.data.records.convert import convert
 
@@ -27,28 +28,29 @@ def test_a_command_cannot_open_more_files_than_it_may():
     assert ended.returncode == 1 and "Too many open files" in ended.stderr
 
 
-def write_npz(folder, splits, widths, dtype=np.float16):
+def write_own(folder, splits, widths):
     """Writes own features, split -> number of clips, and their labels: 20 people."""
     rng = np.random.default_rng(0)
     people = {name: rng.standard_normal((20, width)) for name, width in widths.items()}
-    rows = ["clip,identity"]
-    for split, count in splits.items():
-        (folder / split).mkdir(parents=True)
-        for number in range(count):
-            one = {
-                name: (mean[number % 20] + rng.standard_normal((4, mean.shape[1]))).astype(dtype)
+    labels = {f"{split}{n}": f"p{n % 20}" for split, count in splits.items() for n in range(count)}
+    clips = {
+        split: {
+            f"{split}{number}": {
+                name: (mean[number % 20] + rng.standard_normal((4, widths[name]))).astype("f2")
                 for name, mean in people.items()
             }
-            np.savez(folder / split / f"{split}{number}.npz", **one)
-            rows.append(f"{split}{number},p{number % 20}")
-    (folder / "labels.csv").write_text("\n".join(rows))
+            for number in range(count)
+        }
+        for split, count in splits.items()
+    }
+    write_labels(write_npz(folder, clips) / "labels.csv", labels)
 
 
 @pytest.mark.slow
 def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
     """Forty parts of four modalities have 800 files, which those that write look at."""
     widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
-    write_npz(tmp_path / "data", {"train": 80, "val": 20}, widths)
+    write_own(tmp_path / "data", {"train": 80, "val": 20}, widths)
     words = [sys.executable, "-m", "vidjax.data.arrays", tmp_path / "data"]
     ended = limits.run([*words, "--workers=20", f"--cache_dir={tmp_path / 'some'}"], files=256)
     assert ended.returncode == 0, ended.stderr
@@ -62,7 +64,7 @@ def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
 def half_a_gigabyte(tmp_path_factory):
     """A folder of features, and one for the cache that the first run on them fills."""
     folder = tmp_path_factory.mktemp("half_a_gigabyte")
-    write_npz(folder / "data", {"train": 6000, "val": 2000}, {"face": 2048, "body": 2048})
+    write_own(folder / "data", {"train": 6000, "val": 2000}, {"face": 2048, "body": 2048})
     return folder
 
 

@@ -141,9 +141,3 @@ def read_photo(path: Path) -> np.ndarray:
         (frame,) = video.frames(1.0)
     assert video.info.photo and frame.rgb is not None
     return frame.rgb
-
-
-def resized(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Returns a picture uint8 [H, W, 3] as [height, width, 3]; each pixel is a mean of an area."""
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-    return frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
