@@ -49,7 +49,6 @@ def setup_code(name="quickstart"):
 
 
 def shown(cell):
-    """Yields the texts that a cell left."""
     for output in cell.outputs:
         yield output.get("text", "")
         for kind, text in output.get("data", {}).items():

@@ -44,7 +44,6 @@ SPECS = {
 
 
 def to_torch(frames):
-    """Returns Frames of the peer."""
     arrays = (frames.features, frames.quality, frames.detection, frames.mask)
     return peer.Frames(*(torch.from_numpy(np.array(x)) for x in arrays))
 

@@ -31,7 +31,6 @@ SYSTEMS = {
 
 @pytest.fixture(scope="module")
 def train(trained):
-    """Trains one of SYSTEMS, once; returns its folder."""
     return lambda name: trained(*SYSTEMS[name])
 
 
@@ -41,7 +40,6 @@ def clips(official_arrays):  # noqa: F811
 
 
 def ranked(run, clips):
-    """Returns a ranking as the lines of its file."""
     lists = run.rank(clips).items()
     return [" ".join([who, *(f"{name}.mp4" for name, _ in found)]) for who, found in lists]
 

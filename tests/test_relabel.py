@@ -29,7 +29,6 @@ WORDS = ("--config.num_epochs=4", "--config.eval.block_size=32", "--config.eval.
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """The folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("noise") / "whole"
     run(shrunk(*WORDS, spec=SPEC), folder, data)
     return folder

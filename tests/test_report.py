@@ -201,7 +201,6 @@ def full(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(full):
-    """The page of that run."""
     return run_page.render(full)
 
 
@@ -334,7 +333,6 @@ def luminance(colour):
 
 
 def contrast(one, other):
-    """Returns the contrast of two colours, 1 to 21."""
     low, high = sorted([luminance(one), luminance(other)])
     return (high + 0.05) / (low + 0.05)
 

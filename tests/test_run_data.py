@@ -46,7 +46,6 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def own(trained, tmp_path):
-    """A copy of all that `trained` has."""
     return shutil.copytree(trained, tmp_path / "own")
 
 
@@ -176,7 +175,6 @@ def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypa
     known = dict(optim.OPTIMIZERS)
 
     def said(*words):
-        """Returns the exit code and the messages of a command in a new process."""
         monkeypatch.setattr(optim, "OPTIMIZERS", dict(known))
         capsys.readouterr()
         return main([*words, run]), capsys.readouterr().err
@@ -200,19 +198,6 @@ def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
     own = ("--config=knn:face", "--config.data.name=arrays")
     assert folder(*own, "--config.data.dir=/a/new/") != folder(*own, "--config.data.dir=/a/old")
     assert "data.dir=new" in folder(*own, "--config.data.dir=/a/new/")
-
-
-def test_digests_tell_features_and_labels_apart(tmp_path):
-    one, two = (
-        vidjax.load_data(
-            vidjax.load_config("knn:face", *write(tmp_path / name, shift=shift))
-        ).report["splits"]
-        for name, shift in (("one", 0), ("two", 1))
-    )
-    for name, wanted in (("train", "train has other labels"), ("val", "")):
-        before = one[name]["sha256"]
-        assert restore.difference(name, before, before) == ""
-        assert restore.difference(name, before, two[name]["sha256"]) == wanted
 
 
 def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):

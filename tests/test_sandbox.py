@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import python2
 from vidjax.data import packing
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 from vidjax.errors import UserError
@@ -233,25 +233,6 @@ WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f
 )  # fmt: skip
 def test_what_breaks_the_layout_is_told_with_clip_and_field(value, modality, told, tmp_path):
     assert told in refusal(tmp_path, value, modality)
-
-
-def test_bytes_and_text_names_with_and_without_suffix_are_the_same_clip(tmp_path):
-    names = [
-        "IQIYI_VID_TRAIN_0000001",
-        "名前-é",
-        "First Last",
-        "a\u00a0b",
-        "../../etc/passwd",
-        "x" * 300,
-        "a.mp4.b",
-    ]
-    for suffix in ("", ".mp4"):
-        for spell in (str.encode, str):
-            got = convert(tmp_path, {spell(name + suffix): [] for name in names})
-            assert got["names"] == names
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["x.pickle", *(f"{key}.bin" for key in STORED)]
-    )
 
 
 def test_a_name_of_endless_suffixes_is_cleaned_in_no_time():

@@ -70,7 +70,6 @@ def make(tmp_path_factory):
 
 
 def write_tiny(folder, seed=3, **options):
-    """Writes a set of 30 people."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(synthetic.SIZES, "tiny", TINY)
         synthetic.write(folder, size="tiny", seed=seed, options=SyntheticOptions(**options))

@@ -26,7 +26,6 @@ NO_REPORT = "--config.eval.report=False"
 
 
 def results(vidjax_command, workdir, *words):
-    """Runs a training command, without its report, and returns its metrics.json."""
     done = vidjax_command(*words, NO_REPORT, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return json.loads((workdir / "metrics.json").read_text())

@@ -23,7 +23,6 @@ FILES = f"{MMA}:iqiyi_vid,face,head"  # with --workdir and --config.data.dir of 
 
 
 def helps():
-    """Yields the words of every help."""
     yield from ((name, "--help") for name in main.COMMANDS)
     yield from (("gallery", name, "--help") for name in commands.COMMANDS)
     yield from (("--help",),)

@@ -50,14 +50,6 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 
 
-@pytest.fixture(scope="module")
-def on_eight(data, tmp_path_factory):
-    """The configuration, folder and metrics of a run on eight devices; nobody changes its files."""
-    config = shrunk("--config.num_epochs=2", "--config.eval.block_size=256")
-    folder = tmp_path_factory.mktemp("train") / "on_eight"
-    return config, folder, run(config, folder, data, num_devices=8)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "spec"),
@@ -139,13 +131,14 @@ def test_shipped_configurations_run(data, tmp_path, spec):
 
 
 @pytest.mark.slow
-def test_scores_do_not_depend_on_devices_or_batch_size(data, on_eight):
-    config, folder, _ = on_eight
+def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
+    config = shrunk("--config.num_epochs=2", "--config.eval.block_size=256")
+    run(config, tmp_path, data, num_devices=8)
     found = []
     for devices, batch_size in [(1, 1), (8, 64)]:
         other = config_io.override(config, [f"--config.batch_size={batch_size}"])
         mesh = devices_lib.make_mesh(devices)
-        one = small_runs.restored(folder, data, other, mesh)
+        one = small_runs.restored(tmp_path, data, other, mesh)
         found.append(small_runs.scores([one], mesh=mesh, block_size=256))
     assert found[0].shape == (60, 12)
     np.testing.assert_array_equal(*found)

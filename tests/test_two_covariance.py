@@ -23,7 +23,6 @@ def made_up(seed=0, clips=60):
 
 
 def log_density(x, mean, covariance):
-    """Returns log N(x; mean, covariance) from the formula."""
     _, log_det = np.linalg.slogdet(covariance)
     gap = x - mean
     quadratic = gap @ np.linalg.inv(covariance) @ gap

@@ -179,6 +179,19 @@ MMA_OPTIONS = {
     "unit": "--config.model.unit_length=True",
     "head": "--config.model.head=cosine --config.model.logit_scale=16",
 }
+DEEPMEF_OPTIONS = {
+    "plain": "--config.model.channel_attention=none",
+    "seeds": FIVE,
+    "views": "--config.ensemble.views=5",
+    "bags": "--config.ensemble.bootstraps=5",
+    "bags_lost": "--config.ensemble.bootstraps=5 --config.ensemble.resample=all",
+}
+PUBLISHED_OPTIONS = {
+    "slow": "--config.model.netvlad_norms=()",
+    "l2": "--config.model.netvlad_norms=batch,l2",
+    "masked": "--config.model.fill_missing=False",
+    "two": "--config.model.attention_form=two",
+}
 LARGER = "the standard set is synthetic"
 _ROWS = (
     # Nearest neighbours and noise classes (5th place 2018).
@@ -214,16 +227,9 @@ _ROWS = (
     Row("deepmef", "deepmef", "", "face"),
     Row("deepmef_mean", "deepmef", "average", "face"),
     Row("deepmef_danet", "deepmef", "danet", "face"),
-    Row(
-        "deepmef_plain", "deepmef", "", "face",
-        overrides="--config.model.channel_attention=none",
-    ),
-    Row("deepmef_seeds", "deepmef", "", "face", overrides=FIVE),
-    Row("deepmef_views", "deepmef", "", "face", overrides="--config.ensemble.views=5"),
-    Row("deepmef_bags", "deepmef", "", "face", overrides="--config.ensemble.bootstraps=5"),
-    Row(
-        "deepmef_bags_lost", "deepmef", "", "face",
-        overrides="--config.ensemble.bootstraps=5 --config.ensemble.resample=all",
+    *(
+        Row(f"deepmef_{name}", "deepmef", "", "face", overrides=overrides)
+        for name, overrides in DEEPMEF_OPTIONS.items()
     ),
     Row("deepmef_scene", "deepmef", absent={REAL: NO_SCENE}),
     Row(
@@ -280,20 +286,9 @@ _ROWS = (
     Row("mma_published_pooled", "mma", "published,pooled"),
     Row("mma_unit_published", "mma", "published,unit"),
     Row("mma_unit_published_concat", "mma", "published,unit,concat"),
-    Row(
-        "mma_published_slow", "mma", "published", overrides="--config.model.netvlad_norms=()",
-    ),
-    Row(
-        "mma_published_l2", "mma", "published",
-        overrides="--config.model.netvlad_norms=batch,l2",
-    ),
-    Row(
-        "mma_published_masked", "mma", "published",
-        overrides="--config.model.fill_missing=False",
-    ),
-    Row(
-        "mma_published_two", "mma", "published",
-        overrides="--config.model.attention_form=two",
+    *(
+        Row(f"mma_published_{name}", "mma", "published", overrides=overrides)
+        for name, overrides in PUBLISHED_OPTIONS.items()
     ),
     # Ours: likelihood ratios in closed form, and cosines with a margin.
     Row("plda", "plda"),

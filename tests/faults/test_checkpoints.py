@@ -362,8 +362,6 @@ def test_more_epochs_go_on_and_a_kill_leaves_the_run_unfinished(
 
 
 class Renamed:
-    """A dataset whose identities are others."""
-
     def __init__(self, data):
         self._data = data
         self.identities = ("999", *data.identities[1:])
@@ -450,7 +448,6 @@ def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, part
 
 @pytest.fixture
 def small_disk(mounted):
-    """A file system of its own, of 16 MiB."""
     return mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
 
 

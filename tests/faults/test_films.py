@@ -494,19 +494,6 @@ def test_a_photo_of_a_killed_call_goes_with_the_photo(drawn):
     assert [path.name for path in (features / "thumbnails").iterdir()] == ["1"]
 
 
-def test_a_clip_that_is_gone_is_made_again(drawn):
-    film = drawn.film()
-
-    def written():
-        drawn.who(film, people=False)
-        found = contents(drawn.out).items()
-        return {name: content for name, content in found if "gallery" not in name}
-
-    before = written()
-    (drawn.out / "features" / "party.s000.t00.npz").unlink()
-    assert written() == before
-
-
 def test_a_folder_of_a_thousand_photos(drawn):
     """A second call reads them alone; open files do not grow with their number."""
     place = drawn.folder / "in"

@@ -317,7 +317,6 @@ ITEMS = {"params": {"kernel": np.arange(3.0, dtype=np.float32)}}
 
 
 def save(folder, *steps):
-    """Saves small checkpoints and returns the folder of the last one."""
     for step in steps:
         checkpoint.save(folder, step, ITEMS, {})
     return folder / "checkpoints" / str(steps[-1])
@@ -515,7 +514,6 @@ def test_a_manifest_of_records_that_agrees_with_itself_is_checked(tmp_path, conv
 
 
 def write_config(folder, *overrides):
-    """Writes a run's `config.json` as a stranger may."""
     config = config_io.override(config_lib.default(), overrides)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(config_io.to_json(config))

@@ -20,13 +20,11 @@ COMMAND = (sys.executable, "-m", "vidjax.main")
 
 
 def run(*words, env=None, cwd=ROOT, command=COMMAND):
-    """Runs a command as a user would; returns the finished process."""
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run([*command, *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def check_text(said):
-    """Checks that an error text has at most three lines."""
     assert 1 <= len(said.splitlines()) <= 3, said
     assert "Traceback" not in said
 

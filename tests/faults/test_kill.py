@@ -13,26 +13,15 @@ SECONDS = 120  # limits of time are of the CPU's: other tests may run beside
 
 
 @pytest.fixture(scope="module")
-def undisturbed(official_dir, tmp_path_factory):
-    """Returns a function that trains one kind of run without a break, once, in a folder."""
-    folder, found = tmp_path_factory.mktemp("kills"), {}
-
-    def train(case, mode):
-        if (case, mode) not in found:
-            found[case, mode] = Run(folder, official_dir, case, mode, None)
-            found[case, mode].finish()
-        return found[case, mode]
-
-    return train
-
-
-@pytest.fixture
-def disturbed(undisturbed, official_dir):
-    """Returns a function that lays out the same run once more."""
+def disturbed(official_dir, tmp_path_factory):
+    """Returns a function that lays out a run beside the same one without a break, made once."""
+    folder, likes = tmp_path_factory.mktemp("kills"), {}
 
     def lay_out(case, mode):
-        like = undisturbed(case, mode)
-        return Run(like.workdir.parent, official_dir, case, mode, like)
+        if (case, mode) not in likes:
+            likes[case, mode] = Run(folder, official_dir, case, mode, None)
+            likes[case, mode].finish()
+        return Run(folder, official_dir, case, mode, likes[case, mode])
 
     return lay_out
 

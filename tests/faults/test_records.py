@@ -66,7 +66,6 @@ def stale(tmp_path_factory):
 
 @pytest.fixture
 def copied(converted, tmp_path):
-    """Records to damage."""
     shutil.copytree(converted.folder, tmp_path / "copy")
     return manifest_lib.load_records(tmp_path / "copy")
 
@@ -98,28 +97,16 @@ def as_if_unchanged(found):
     return found._replace(splits={"train": split})
 
 
-def read_packed(data):
-    for _ in data.packed(split="train", modalities=("face",)):
-        pass
-
-
-def read_epoch(data):
-    """Reads until every clip came once; the batch after that begins the next epoch."""
-    for _ in itertools.islice(train_batches(data, **STREAM), 2):
-        pass
-
-
-def read_blocks(data):
-    for _ in eval_batches(data, split="train", modalities=("face",), rows=64):
-        pass
-
-
-Reader = Callable[[Dataset], None]
-READERS: tuple[Reader, ...] = (read_packed, read_epoch, read_blocks)
+# Each reads every clip; after the first batch of training the next epoch begins.
+Reader = Callable[[Dataset], Any]
+READERS: tuple[Reader, ...] = (
+    lambda data: list(data.packed(split="train", modalities=("face",))),
+    lambda data: list(itertools.islice(train_batches(data, **STREAM), 2)),
+    lambda data: list(eval_batches(data, split="train", modalities=("face",), rows=64)),
+)
 
 
 def verify(records):
-    """Reads every file whole and returns the problems."""
     problems = []
     checks = [lambda one=one: check_shard(one) for one in shards_of(records)]
     for check in (lambda: manifest_lib.load_index(records.folder), *checks):
@@ -483,14 +470,6 @@ def test_a_lock_that_nobody_holds_and_one_of_another_conversion_are_not_waited_f
     folder.with_name(f"{folder.name}.lock").write_text("12345\n")
     shutil.rmtree(folder)
     assert len(prepare(source, tmp_path).splits["train"].clips) == NUM_CLIPS
-
-
-def test_a_cache_that_cannot_be_written_is_one_error(source, tmp_path, capsys):
-    (tmp_path / "file").write_text("not a folder")
-    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert iqiyi_vid.main([str(source), f"--cache_dir={cache}"]) == 2
-        out, err = capsys.readouterr()
-        assert not out and len(err.splitlines()) <= 3 and str(tmp_path / "file") in err
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ def run(official_dir, cache_dir, tmp_path_factory):
 
 
 def faces(count, seed=0, width=WIDTH):
-    """Returns `count` clips of 1 to 5 made-up faces."""
     rng = np.random.default_rng(seed)
     return {
         f"clip_{i}": {"face": rng.normal(size=(1 + i % 5, width)).astype(np.float32)}

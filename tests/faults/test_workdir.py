@@ -114,14 +114,3 @@ def test_a_lock_is_held_on_a_full_disk_too(tmp_path):
         files.lock(tmp_path),
     ):
         pass
-
-
-def test_a_folder_of_features_is_none_of_a_run(tmp_path, say):
-    data = tmp_path / "ok"
-    for split in ("train", "val"):
-        (data / split).mkdir(parents=True)
-        np.savez(data / split / f"{split}.npz", face=np.ones((1, 4), np.float32))
-    before = sorted(data.rglob("*"))
-    words = ["--config=knn:face", "--config.data.name=arrays", f"--config.data.dir={data}"]
-    assert "another folder for the run" in say(*words, f"--workdir={data}", code=2)
-    assert sorted(data.rglob("*")) == before
