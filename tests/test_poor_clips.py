@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.batches import eval_batches
+from tests.helpers.batches import real_frames
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.small_runs import run, shrunk
 from vidjax import fusion
@@ -22,14 +22,10 @@ mean_measure = jax.jit(fusion.mean_measure, static_argnums=1)
 def measures(data, split, measure="norm"):
     """Clip by clip in float64: the mean norm or quality of the raw faces; NaN without a face."""
     found = np.full(len(data.split(split).clips), np.nan)
-    for batch in eval_batches(data, split=split, modalities=("face",), rows=7):
-        one = batch.frames["face"]
-        for row in np.flatnonzero(batch.batch_mask):
-            real = one.mask[row]
-            values = np.linalg.norm(one.features[row].astype(np.float64), axis=-1)
-            values = one.quality[row] if measure == "quality" else values
-            if real.any():
-                found[batch.clip_index[row]] = values[real].mean()
+    for clip, frames in real_frames(data, split):
+        norms = np.linalg.norm(frames.features.astype(np.float64), axis=-1)
+        if len(norms):
+            found[clip] = (frames.quality if measure == "quality" else norms).mean()
     return found
 
 

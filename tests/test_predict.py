@@ -9,6 +9,7 @@ from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import config_io, predict
 from vidjax.data import sources
+from vidjax.data.labels import load_ground_truth
 from vidjax.evaluation import scoring
 from vidjax.run import checkpoint
 from vidjax.run.checkpoint import CheckpointError
@@ -143,13 +144,8 @@ np.savez({str(tmp_path / "found.npz")!r}, scores=run.scores(clips), vectors=run.
 
 
 def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
-    labels = {}
-    for split in ("train", "val"):
-        for line in (official_dir / f"{split}_gt.txt").read_text().splitlines():
-            names = line.split()
-            pairs = [names] if split == "train" else [(name, names[0]) for name in names[1:]]
-            labels |= dict(pairs)
-    own = sources.load(clips, labels, cache_dir=tmp_path / "cache")
+    labels = [load_ground_truth(official_dir / f"{split}_gt.txt") for split in ("train", "val")]
+    own = sources.load(clips, labels[0] | labels[1], cache_dir=tmp_path / "cache")
     config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
     small_runs.run(config, tmp_path / "run", own)
     small_runs.assert_equal_weights(tmp_path / "run", train("mma"))

@@ -8,7 +8,7 @@ import pytest
 
 import vidjax
 from tests.helpers import small_runs
-from tests.helpers.batches import eval_batches
+from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import write_npz, write_parquet
 from vidjax import predict
 from vidjax.data import arrays, memory, sources
@@ -33,12 +33,7 @@ def clips():
 
 def qualities(source, modality="face"):
     """Returns clip number -> qualities of its frames, as a model would get them."""
-    found = {}
-    for batch in eval_batches(source, split="val", modalities=(modality,), rows=4):
-        frames = batch.frames[modality]
-        for row in np.flatnonzero(batch.batch_mask):
-            found[int(batch.clip_index[row])] = frames.quality[row][frames.mask[row]]
-    return found
+    return {clip: frames.quality for clip, frames in real_frames(source, "val", modality)}
 
 
 @pytest.mark.parametrize("quality", ["given", "norm"])

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.helpers.batches import eval_batches
+from tests.helpers.batches import weighted_means
 from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
@@ -164,16 +164,9 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
     start, layout = starting(data, config)
     labels = training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
-    first = {"train": 0, "val": len(data.split("train").clips)}
-    for split, offset in first.items():
-        for batch in eval_batches(data, split=split, modalities=("face",), rows=7):
-            one = batch.frames["face"]
-            for row in np.flatnonzero(batch.batch_mask):
-                weight = np.maximum(one.quality[row] * one.detection[row], 0) * one.mask[row]
-                if one.mask[row].any():
-                    weight = weight if weight.sum() else one.mask[row]
-                    mean = weight @ one.features[row].astype(np.float64) / weight.sum()
-                    vectors[offset + batch.clip_index[row]] = mean
+    for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
+        for clip, mean in weighted_means(data, split).items():
+            vectors[offset + clip] = mean
     wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     found = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)

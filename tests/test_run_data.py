@@ -54,15 +54,13 @@ def command(own, words, *more):
     return main([*CONFIG, *words, weights, f"--workdir={own}/run", *more])
 
 
-def test_results_of_other_settings_do_not_replace_those_of_the_run(own, capsys):
+def test_results_of_other_settings_do_not_replace_those_of_the_run(own, say):
     run = own / "run"
     evaluate = ["--mode=evaluate", f"--workdir={run}", "--config.eval.report=True"]
-    assert main([*evaluate, "--config.eval.block_size=3"]) == 0
+    say(*evaluate, "--config.eval.block_size=3")
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
-    capsys.readouterr()
-    assert main([*evaluate, "--config.eval.temperature=4"]) == 0
-    said = capsys.readouterr().out
+    said = say(*evaluate, "--config.eval.temperature=4")
     assert "eval.temperature=4.0" in said and "ranking_val.txt" in said
     assert [(run / name).read_bytes() for name in names] == before
     assert 'href="report_val.html"' in (run / "report.html").read_text()

@@ -66,8 +66,8 @@ def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone():
 
 
 def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated():
-    data = hostile.array_pickle((1, (12345,), hostile.F2, False, b"ab"))
-    wide = data.replace(b"J" + struct.pack("<i", 12345), b"\x8a\x08" + struct.pack("<q", 10**11))
+    data = hostile.array_pickle((1, (123456,), hostile.F2, False, b"ab"))
+    wide = data.replace(b"J" + struct.pack("<i", 123456), b"\x8a\x08" + struct.pack("<q", 10**11))
     assert wide != data
     assert "shape and bytes disagree" in refusal(wide)
 

@@ -25,13 +25,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files
-from tests.helpers.small_runs import ROOT, saved
+from tests.helpers.small_runs import ROOT, flat, saved
 
 MODES = ("streaming", "resident")
 # How long after a moment began the kill may come, in seconds: about as long as it lasts.
@@ -173,13 +169,9 @@ def _results(path: Path) -> dict[str, Any]:
 
 def _arrays(workdir: Path, step: int) -> dict[str, tuple[Any, ...]]:
     """Returns path -> dtype, shape and bytes of every array of a checkpoint."""
-    found = {}
-    for name, leaf in jax.tree_util.tree_leaves_with_path(saved(workdir, step)):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-        found[jax.tree_util.keystr(name)] = array.dtype, array.shape, array.tobytes()
+    found = flat(saved(workdir, step))
     assert any("opt_state" in name for name in found)
-    return found
+    return {name: (x.dtype, x.shape, x.tobytes()) for name, x in found.items()}
 
 
 class Process:

@@ -9,14 +9,13 @@ import signal
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.campaigns.mutations import cut, flip, remove
-from tests.helpers.limits import file_limit
+from tests.helpers.limits import file_limit, filled
 from tests.helpers.seen import contents
-from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
+from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, flat, run
 from vidjax import config_io, devices, files, main, messages
 from vidjax.run import checkpoint, signals
 
@@ -53,15 +52,8 @@ def make_items(seed):
     return {"params": params, "train": {"rng": jax.random.key(seed)}, "model_state": {}}
 
 
-def flat(items):
-    leaves = jax.tree_util.tree_leaves_with_path(items)
-    keys = jax.dtypes.prng_key
-    return {
-        jax.tree_util.keystr(name): np.asarray(
-            jax.random.key_data(x) if jnp.issubdtype(x.dtype, keys) else x
-        ).tobytes()
-        for name, x in leaves
-    }
+def content_of(items):
+    return {name: x.tobytes() for name, x in flat(items).items()}
 
 
 @pytest.mark.slow
@@ -70,7 +62,7 @@ def test_random_damage_is_never_restored(tmp_path, campaign):
     pristine = tmp_path / "pristine"
     everywhere = devices.replicated(devices.make_mesh(1))
     scores = {3: 0.9, 8: 0.1}
-    saved = {step: flat(make_items(step)) for step in scores}
+    saved = {step: content_of(make_items(step)) for step in scores}
     for step, score in scores.items():
         checkpoint.save(pristine, step, make_items(step), {"map": score, "evaluated": True})
     folder = pristine / "checkpoints"
@@ -109,7 +101,7 @@ def test_random_damage_is_never_restored(tmp_path, campaign):
             else:
                 step = found.manifest["step"]
                 restored = checkpoint.load(found, make_items(0), everywhere)
-                assert flat(restored) == saved[step], trial
+                assert content_of(restored) == saved[step], trial
                 assert step == wanted or step in touched, trial  # a blank that means nothing
                 assert step == order[0] or caught, trial
                 found_steps.append(step)
@@ -119,7 +111,7 @@ def test_random_damage_is_never_restored(tmp_path, campaign):
                 checkpoint.save(workdir, 8, make_items(8), {"map": 0.2})
                 again = checkpoint.find(workdir)
                 assert again is not None and again.manifest["step"] == 8
-                assert flat(checkpoint.load(again, make_items(0), everywhere)) == saved[8]
+                assert content_of(checkpoint.load(again, make_items(0), everywhere)) == saved[8]
         left = contents(workdir / "checkpoints")
         texts = set(left.values())
         assert all(before[name] in texts for name in users), trial
@@ -463,17 +455,9 @@ def test_a_disk_that_fills_up_loses_nothing(config, data, stopped, whole, small_
     for size in (int(share * one_save) for share in shares):
         shutil.copytree(stopped, parts)
         before = contents(parts / "checkpoints")
-        filler = small_disk / "filler"
-        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
-            file.truncate(0)
-            while file.write(bytes(4096)):
-                pass
-        filler_size = filler.stat().st_size
-        with open(filler, "ab") as file:
-            file.truncate(filler_size - size // 4096 * 4096)
-        said = failing_run(config, parts, data)
+        with filled(small_disk, size):
+            said = failing_run(config, parts, data)
         assert str(parts) in said and "No space left" in said, said
-        filler.unlink()
         assert_nothing_lost(parts, before)
         failed.append(said.split("'")[1].removeprefix(str(parts)))
         run(config, parts, data)

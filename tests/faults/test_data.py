@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import python2, small_runs
-from tests.helpers.batches import eval_batches, train_batches
+from tests.helpers.batches import eval_batches, real_frames, train_batches
 from tests.helpers.clip_files import random_clip, write_learnable, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
@@ -49,13 +49,8 @@ def load(folder, **options):
 
 def features_of(data, split, modality="face"):
     """Returns clip name -> features [T, D] as the model gets them."""
-    found = {}
-    for batch in eval_batches(data, split=split, modalities=(modality,), rows=8):
-        frames = batch.frames[modality]
-        for row in np.flatnonzero(batch.batch_mask):
-            name = data.split(split).clips[batch.clip_index[row]]
-            found[name] = np.asarray(frames.features[row])[frames.mask[row]]
-    return found
+    clips = data.split(split).clips
+    return {clips[n]: frames.features for n, frames in real_frames(data, split, modality)}
 
 
 def assert_adds_up(report):

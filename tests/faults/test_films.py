@@ -1,6 +1,5 @@
 """Faults of `vidjax extract`, `who` and galleries of films: kills, full disks, hostile files."""
 
-import contextlib
 import json
 import os
 import random
@@ -23,7 +22,7 @@ pytest.importorskip("onnx")
 from tests.benchmarks import extract
 from tests.helpers import films
 from tests.helpers.drawn_people import write_film, write_photo
-from tests.helpers.limits import ROOT, file_limit, running
+from tests.helpers.limits import ROOT, children_of, file_limit, running
 from tests.helpers.seen import contents, refused
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
@@ -42,14 +41,6 @@ def finish(*words):
     with start(*words) as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-
-
-def children_of(pid):
-    """Returns the processes that one started, in whichever of its threads."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-        return [int(word) for text in tasks for word in text.split()]
-    return []
 
 
 def check_whole(out, like):

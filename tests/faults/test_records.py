@@ -1,8 +1,9 @@
 """Records that were damaged, cut, swapped or half written: found, named, never read in silence."""
 
+import contextlib
 import errno
+import functools
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import prepare, record_digests
+from tests.helpers.limits import filled
 from tests.helpers.seen import refused
 from vidjax.data import cache as cache_lib
 from vidjax.data import iqiyi_vid
@@ -316,21 +318,17 @@ def convert_command(source, cache):
 
 
 def names(folder):
-    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 
 def kill_child(process, module):
-    """Kills the first child of a command that runs a module; False if the command ended first."""
+    """Kills a child of a command that runs a module; False if the command ended first."""
     while process.poll() is None:
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-                status = path.with_name("status").read_text()
-            except OSError:  # it ended meanwhile
-                continue
-            if module.encode() in words and f"\nPPid:\t{process.pid}\n" in status:
-                os.kill(int(path.parent.name), signal.SIGKILL)
-                return True
+        for child in limits.children_of(process.pid):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(child, signal.SIGKILL)
+                    return True
     return False
 
 
@@ -391,75 +389,34 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
     assert len(names(root)) == 1
 
 
-# In a child process, which may live on a small file system of its own: one conversion after another
-# with more and more room. Prints, for each, exit code, message and what was left.
-LADDER = """
-import contextlib, io, json, resource, subprocess, sys
-from pathlib import Path
-from vidjax.data import iqiyi_vid
-
-kind, source, cache, *sizes = sys.argv[1:]
-if kind == "file system":
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "vidjax", cache], check=True)
-for size in sizes:
-    if kind == "file system":
-        subprocess.run(["mount", "-o", f"remount,size={size}k", cache], check=True)
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size) << 10, resource.RLIM_INFINITY))
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = iqiyi_vid.main([source, f"--cache_dir={cache}"])
-    left = sorted(path.name for path in Path(cache, "iqiyi_vid").glob("*"))
-    done = len(list(Path(cache).rglob("manifest.json")))
-    print(json.dumps([code, said.getvalue(), left, done]))
-"""
-
-
-def can_mount(folder):
-    """Returns True if a process here may mount a small file system of its own."""
-    if not shutil.which("unshare"):
-        return False
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "vidjax", str(folder)]
-    return not subprocess.run([*OWN_MOUNTS, *mount], capture_output=True).returncode
-
-
-OWN_MOUNTS = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "-m"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file system", "file size"])
-def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(tmp_path, kind, campaign):
+def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(
+    tmp_path, kind, campaign, command, mounted
+):
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()
-    cache.mkdir()
-    if kind == "file system" and not can_mount(cache):
-        pytest.skip("no file system of its own here")
     clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 10, 128) for i in range(400)}
     write_pickle(source, "face", "train", clips)
     found = prepare(source, tmp_path / "whole")
-    kilobytes = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file()) >> 10
-    count, room = 40 if campaign else 5, 4 * kilobytes
+    size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
+    count = 40 if campaign else 5
     if kind == "file system":  # staged features and records are there together
-        sizes = np.linspace(16, 1.9 * kilobytes, count).astype(int).tolist()
+        cache = mounted(f"size={4 * size},mode=777") or pytest.skip("nothing may be mounted here")
+        sizes, limit = np.linspace(16 << 10, 1.9 * size, count), functools.partial(filled, cache)
     else:  # of the longest file: staged features, a shard, or the index
-        sizes = np.geomspace(1, 0.8 * kilobytes, count).astype(int).tolist()
-    command = [sys.executable, "-c", LADDER, kind, str(source), str(cache)]
-    prefix = OWN_MOUNTS if kind == "file system" else []
-    result = subprocess.run(
-        [*prefix, *command, *map(str, [*sizes, room])], capture_output=True, text=True
-    )
-    assert not result.returncode, result.stderr
-    outcomes = [json.loads(line) for line in result.stdout.splitlines()]
-    failed = [outcome for outcome in outcomes if outcome[0]]
-    assert len(outcomes) == len(sizes) + 1 and len(failed) >= len(sizes) - 1, outcomes
-    for code, message, left, done in failed:
-        assert code == 2 and not done
-        assert 1 <= len(message.splitlines()) <= 3 and str(cache) in message, message
-        full = errno.ENOSPC if kind == "file system" else errno.EFBIG
-        assert os.strerror(full) in message or "No space left" in message, message
-        assert all(name.endswith(".lock") for name in left)
-    code, message, left, done = outcomes[-1]
-    assert (code, done, len(left)) == (0, 1, 2), message
+        sizes, limit = np.geomspace(1 << 10, 0.8 * size, count), limits.file_limit
+    full = os.strerror(errno.ENOSPC if kind == "file system" else errno.EFBIG)
+    for number, room in enumerate(sizes.astype(int).tolist()):
+        with limit(room):
+            done = command(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
+        if number == count - 1 and not done.code:
+            break
+        assert done.refused(str(cache)), done.err
+        assert full in done.err or "No space left" in done.err, done.err
+        assert names(cache / "iqiyi_vid") == set() and not [*cache.rglob("manifest.json")]
+    assert command(source, f"--cache_dir={cache}", program=iqiyi_vid.main).code == 0
+    assert len(names(cache / "iqiyi_vid")) == 1
 
 
 def test_a_lock_that_nobody_holds_and_one_of_another_conversion_are_not_waited_for(

@@ -108,6 +108,28 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@contextlib.contextmanager
+def filled(folder: Path, left: int) -> Iterator[None]:
+    """A small file system is full but for so many bytes."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(filler, filler.stat().st_size - left // 4096 * 4096)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def children_of(pid: int) -> list[int]:
+    """Returns the processes that one started, in whichever of its threads."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+        return [int(word) for text in tasks for word in text.split()]
+    return []
+
+
 def _watch(
     child: subprocess.Popen[str], limit: int | None, peak: list[int], done: threading.Event
 ) -> None:

@@ -1,115 +1,61 @@
 """Pickles of older Pythons: a writer that follows Python 2.7 with numpy 1.16, and real files."""
 
+import io
+import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+PYTHONS: Any = vars(pickle)["_Pickler"]  # its pickler in Python, whose methods can be replaced
+# Where numpy 1.16 had what arrays are made by.
+NAMES = {
+    np.zeros(0).__reduce__()[0]: "numpy.core.multiarray _reconstruct",
+    np.float64().__reduce__()[0]: "numpy.core.multiarray scalar",
+    np.ndarray: "numpy ndarray",
+    np.dtype: "numpy dtype",
+}
 
 
 def dumps(value: Any, protocol: int = 2) -> bytes:
     """Returns value pickled: bytes as Python 2 str, str as unicode, arrays as numpy 1.16 wrote."""
-    writer = _Writer(protocol)
-    writer.save(value)
-    return (b"\x80\x02" if protocol == 2 else b"") + b"".join(writer.out) + b"."
+    file = io.BytesIO()
+    _Pickler(file, protocol).dump(value)
+    return file.getvalue()
 
 
-class _Writer:
-    def __init__(self, protocol: int) -> None:
-        self.protocol = protocol
-        self.out: list[bytes] = []
-        self.memo: dict[Any, int] = {}
-        self.alive: list[Any] = []  # an id is only good while its object lives
+class _Pickler(PYTHONS):
+    dispatch: ClassVar[dict[Any, Any]] = dict(PYTHONS.dispatch)
 
-    def save(self, value: Any) -> None:
-        write = self.out.append
-        key = ("dtype", value.str) if isinstance(value, np.dtype) else id(value)
-        if key in self.memo:
-            place = self.memo[key]
-            write(b"g%d\n" % place if not self.protocol else b"j" + struct.pack("<I", place))
-        elif value is None:
-            write(b"N")
-        elif isinstance(value, bool):
-            write(b"\x89\x88"[value : value + 1] if self.protocol == 2 else b"I0%d\n" % value)
-        elif isinstance(value, int):
-            binary = b"K%c" % value if 0 <= value < 256 else b"J" + struct.pack("<i", value)
-            write(binary if self.protocol else b"I%d\n" % value)
-        elif type(value) is float:
-            write(b"G" + struct.pack(">d", value) if self.protocol else b"F%r\n" % value)
-        elif isinstance(value, bytes):
-            binary = (
-                b"U%c" % len(value) if len(value) < 256 else b"T" + struct.pack("<i", len(value))
-            )
-            write(binary + value if self.protocol else b"S" + repr(value)[1:].encode() + b"\n")
-        elif isinstance(value, str):
-            text = value.encode()
-            write(b"X" + struct.pack("<I", len(text)) + text if self.protocol else _line(value))
-        elif isinstance(value, tuple):
-            short = self.protocol == 2 and 0 < len(value) <= 3
-            write(b"" if short else b"(")
-            self.save_all(value)
-            write(b"\x84\x85\x86\x87"[len(value) : len(value) + 1] if short else b"t")
-        elif isinstance(value, list):
-            write(b"]" if self.protocol else b"(l")
-            self.put(value, key)
-            self.gather(value, b"e", b"a")
-        elif isinstance(value, dict):
-            write(b"}" if self.protocol else b"(d")
-            self.put(value, key)
-            self.gather([part for item in value.items() for part in item], b"u", b"s")
-        elif isinstance(value, np.ndarray):
-            self.call("numpy.core.multiarray _reconstruct", (_NDARRAY, (0,), b"b"))
-            fortran = value.ndim > 1 and value.flags.f_contiguous and not value.flags.c_contiguous
-            data = value.tobytes("F" if fortran else "C")
-            self.save((1, value.shape, value.dtype, fortran, data))
-            write(b"b")
-        elif isinstance(value, np.dtype):
-            self.call("numpy dtype", (value.str[1:].encode(), 0, 1))
-            self.put(value, key)
-            self.save((3, value.str[:1].encode(), None, None, None, -1, -1, 0))
-            write(b"b")
-        elif isinstance(value, np.generic):
-            self.call("numpy.core.multiarray scalar", (value.dtype, value.tobytes()))
-        elif value is _NDARRAY:
-            self.name("numpy ndarray")
+    def save_bytes(self, value: bytes) -> None:
+        if not self.bin:
+            self.write(b"S" + repr(value)[1:].encode() + b"\n")
+        elif len(value) < 256:
+            self.write(b"U%c" % len(value) + value)
         else:
-            raise TypeError(type(value))
+            self.write(b"T" + struct.pack("<i", len(value)) + value)
 
-    def save_all(self, values: Any) -> None:
-        for value in values:
-            self.save(value)
+    dispatch[bytes] = save_bytes
 
-    def gather(self, values: list[Any], many: bytes, one: bytes) -> None:
-        if self.protocol:
-            self.out.append(b"(")
-            self.save_all(values)
-            self.out.append(many)
-            return
-        step = 2 if one == b"s" else 1
-        for at in range(0, len(values), step):
-            self.save_all(values[at : at + step])
-            self.out.append(one)
+    def memoize(self, value: Any) -> None:
+        """Keeps what may come again; all others would fill the memo of a large file."""
+        if isinstance(value, (list, dict, np.dtype)):
+            super().memoize(value)
 
-    def put(self, value: Any, key: Any) -> None:
-        self.alive.append(value)
-        place = self.memo[key] = len(self.memo)
-        self.out.append(b"r" + struct.pack("<I", place) if self.protocol else b"p%d\n" % place)
+    def save_global(self, value: Any, name: str | None = None) -> None:
+        del name
+        self.write(b"c" + NAMES[value].replace(" ", "\n").encode() + b"\n")
 
-    def name(self, words: str) -> None:
-        self.out.append(b"c" + words.replace(" ", "\n").encode() + b"\n")
-
-    def call(self, words: str, arguments: tuple[Any, ...]) -> None:
-        self.name(words)
-        self.save(arguments)
-        self.out.append(b"R")
-
-
-_NDARRAY = object()
-
-
-def _line(text: str) -> bytes:
-    return b"V" + text.encode("raw-unicode-escape") + b"\n"
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.dtype):
+            order = value.str[:1].encode()
+            state = (3, order, None, None, None, -1, -1, 0)
+            return np.dtype, (value.str[1:].encode(), 0, 1), state
+        if isinstance(value, (np.ndarray, np.generic)):
+            return value.__reduce__()
+        return NAMES[value] if callable(value) else NotImplemented
 
 
 def real() -> dict[str, bytes]:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -92,9 +93,17 @@ def saved(workdir, step=None):
 def weights(workdir, step=None):
     """Returns every saved parameter and running statistic by its path."""
     tree = saved(workdir, step)
-    learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
-    leaves = jax.tree_util.tree_leaves_with_path(learned)
-    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+    return flat({key: tree[key] for key in ("params", "model_state") if key in tree})
+
+
+def flat(tree):
+    """Returns path -> array of a tree; keys of random numbers as they are stored."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        found[jax.tree_util.keystr(path)] = array
+    return found
 
 
 def assert_equal_weights(left, right):
