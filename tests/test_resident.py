@@ -20,7 +20,7 @@ from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
     Spoilt,
-    assert_equal_weights,
+    assert_same_run,
     interrupt_dispatch,
     run,
     shrunk,
@@ -508,12 +508,6 @@ def whole(data, tmp_path_factory):
     return folder
 
 
-def assert_same_runs(left, right):
-    for name in ("metrics.jsonl", "ranking.txt"):
-        assert (left / name).read_bytes() == (right / name).read_bytes(), name
-    assert_equal_weights(left, right)
-
-
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, monkeypatch):
     """And stays resident where there is no longer room for it by what a new run would say."""
@@ -529,7 +523,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
         run(config, tmp_path, data)
     assert max(manifests(tmp_path)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
     run(config, tmp_path, data)
-    assert_same_runs(tmp_path, whole)
+    assert_same_run(tmp_path, whole)
     assert {one["mode"] for one in manifests(tmp_path).values()} == {"resident"}
 
 
@@ -556,7 +550,7 @@ def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
         patch.setattr(resident, "free_bytes", lambda mesh: 0.0)
         run(config, parts, Interrupting(data, 4, signal.SIGINT))
     run(config, parts, data)
-    assert_same_runs(parts, tmp_path / "whole")
+    assert_same_run(parts, tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from scipy import special
 from tests.helpers import map_oracle, small_runs
 from tests.helpers.batches import real_frames, weighted_means
 from tests.helpers.small_runs import (
+    RUN_FILES,
     STREAMED,
     Interrupting,
-    assert_equal_weights,
+    assert_same_run,
     run,
     shrunk,
 )
@@ -74,9 +75,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     with pytest.raises(ValueError, match="trained on face,head,audio"):
         small_runs.evaluate(other, parts, data, num_devices=1)
     run(config, parts, data)
-    for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
-        assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert_equal_weights(tmp_path / "whole", parts)
+    assert_same_run(parts, tmp_path / "whole", RUN_FILES)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +189,7 @@ def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
             run(config, tmp_path / "parts", Failing(data, evaluation))
         assert max(checkpoint.manifests(tmp_path / "parts")) == (9, 18)[evaluation]
     run(config, tmp_path / "parts", data)
-    for name in ("metrics.jsonl", "ranking.txt"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.slow

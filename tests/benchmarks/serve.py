@@ -10,16 +10,11 @@ other programs took meanwhile, on average: with more than 0.1, rates say little.
 `PLAIN`: Python's own http.server, and the same gallery.
 """
 
-import argparse
 import asyncio
-import http.client
 import itertools
 import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +24,9 @@ from pathlib import Path
 import numpy as np
 import uvloop
 
+from tests.benchmarks import common
 from tests.benchmarks import gallery as made
+from tests.helpers import limits, servers
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip, Origin
 
@@ -156,19 +153,12 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
 
 def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, seconds: float) -> dict:
     """Starts a server by a command that prints its address, and loads it."""
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    try:
+    with limits.running([sys.executable, *words], stderr=None) as process:
+        assert process.stdout
         began = time.perf_counter()
         port = int(process.stdout.readline().rsplit(":", 1)[1])
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        while "serve" in words:
-            connection.request("GET", "/v2/health/ready")
-            answer = connection.getresponse()
-            answer.read()
-            if answer.status == 200:
-                break
-            time.sleep(0.1)
+        if "serve" in words:
+            servers.Served(process, port).wait()
         ready = time.perf_counter() - began
         load(port, requests, clients, min(2, seconds))
         before, busy = cpu_seconds(process.pid), busy_seconds()
@@ -183,21 +173,14 @@ def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, secon
             "server_cpu_ms": cpu, "cores_of_others": cores, "ready_seconds": ready,
             "memory_mb": memory,
         }  # fmt: skip
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Prints the figures of both servers as JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--people", type=int, default=20_000)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60)
-    args = parser.parse_args(argv)
+    args = common.parse(__doc__, people=20_000, clients=32, seconds=60.0)
     rng = np.random.default_rng(0)
-    folder = Path(tempfile.mkdtemp()) / "gallery"
-    try:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "gallery"
         centres = rng.standard_normal((args.people, made.WIDTH), np.float32)
         rows = made._near(centres, rng)
         clips = {f"clip_{n:07}": Clip(f"person_{n:07}", row) for n, row in enumerate(rows)}
@@ -210,8 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = measure(words, requests, args.clients, args.seconds)
             sys.stdout.write(json.dumps({"server": name, **found, "cores": os.cpu_count()}) + "\n")
             sys.stdout.flush()
-    finally:
-        shutil.rmtree(folder.parent)
     return 0
 
 

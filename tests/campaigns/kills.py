@@ -15,7 +15,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import common
 from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files
 from tests.helpers.small_runs import ROOT, flat, saved
@@ -213,12 +213,12 @@ class Process:
         stat = Path(f"/proc/{self._process.pid}/stat").read_text()
         ticks = map(int, stat.rpartition(")")[2].split()[11:15])
         before = sum(ticks) / os.sysconf("SC_CLK_TCK")
-        reaped = _reaped()
+        reaped = common.children_seconds()
         try:
             self._process.wait(seconds)
         finally:
             self.kill()
-        return _reaped() - reaped - before
+        return common.children_seconds() - reaped - before
 
     def send(self, signum: int) -> None:
         """Sends it a signal."""
@@ -272,12 +272,6 @@ class Process:
             return path.stat().st_mtime > self._began  # not left over from another process
         except FileNotFoundError:
             return False
-
-
-def _reaped() -> float:
-    """Returns the CPU seconds of the processes that this one has waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:

@@ -15,7 +15,15 @@ import pytest
 from tests.campaigns.mutations import cut, flip, remove
 from tests.helpers.limits import file_limit, filled
 from tests.helpers.seen import contents
-from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, flat, run
+from tests.helpers.small_runs import (
+    ROOT,
+    RUN_FILES,
+    STREAMED,
+    Interrupting,
+    assert_same_run,
+    flat,
+    run,
+)
 from vidjax import config_io, devices, files, main, messages
 from vidjax.run import checkpoint, signals
 
@@ -171,12 +179,6 @@ def parts(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "parts")
 
 
-def assert_same_run(folder, whole):
-    for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    assert_equal_weights(folder, whole)
-
-
 def command(capsys, *words):
     """Runs the command line in this process; returns the exit code and what it complained of."""
     capsys.readouterr()
@@ -309,7 +311,7 @@ def test_what_was_lost_beside_the_checkpoint_is_written_anew(
     told = pytest.warns(UserWarning, match="checkpoint 24 is not used")
     with told if damaged else contextlib.nullcontext():
         run(config, finished, data)
-    assert_same_run(finished, whole)
+    assert_same_run(finished, whole, RUN_FILES)
     assert (finished / "checkpoints" / "24.damaged" / "manifest.json").exists() == damaged
     assert (finished / "members.npz").read_bytes() == (whole / "members.npz").read_bytes()
 
@@ -396,7 +398,7 @@ def test_a_moved_run_with_half_lines_goes_on_to_the_same_bytes(config, data, par
             file.write(f'{{"step": {step + 1}, "train_loss": 9.0}}\n{{"step": {step + 2}, "tra')
     place = parts.rename(parts.parent / "elsewhere")
     run(config, place, data)
-    assert_same_run(place, whole)
+    assert_same_run(place, whole, RUN_FILES)
     steps = [json.loads(line)["step"] for line in (place / "timing.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
 
@@ -435,7 +437,7 @@ def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, part
     assert max(line["step"] for line in lines) < 18 + 5  # the save of step 18 was the last act
     assert not (parts / "metrics.json").exists()
     run(config, parts, data)
-    assert_same_run(parts, whole)
+    assert_same_run(parts, whole, RUN_FILES)
 
 
 @pytest.fixture
@@ -461,6 +463,6 @@ def test_a_disk_that_fills_up_loses_nothing(config, data, stopped, whole, small_
         assert_nothing_lost(parts, before)
         failed.append(said.split("'")[1].removeprefix(str(parts)))
         run(config, parts, data)
-        assert_same_run(parts, whole)
+        assert_same_run(parts, whole, RUN_FILES)
         shutil.rmtree(parts)
     assert len(set(failed)) > 1, failed

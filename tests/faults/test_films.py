@@ -58,33 +58,6 @@ def holds_clips(out):
     return any(name.endswith(".npz") for _, _, names in os.walk(out) for name in names)
 
 
-def kill_extractions(drawn, rng, count):
-    """Kills the command at random moments, and its children; it ends with the same bytes."""
-    write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    inputs = [drawn.film(), drawn.folder / "photo.png", f"--models={drawn.models}", "--workers=2"]
-    like, out = drawn.folder / "like", drawn.out
-    began = time.monotonic()
-    finish(*inputs, f"--out={like}")
-    longest = time.monotonic() - began
-    for number in range(count):
-        with start(*inputs, f"--out={out}") as process:
-            if rng.random() < 0.5:  # while clips are written and moved
-                while process.poll() is None and not holds_clips(out):
-                    time.sleep(0.002)
-                time.sleep(rng.random() * 0.05)
-            else:
-                time.sleep(rng.random() * longest)
-            started = children_of(process.pid)
-        check_whole(out, like)
-        for child in started:
-            assert ended(child), "a child goes on without its parent"
-        if number % 3 == 2 and count > 3:  # begin anew
-            for path in (out / "videos").glob("*.json"):
-                path.unlink()
-    finish(*inputs, f"--out={out}")
-    assert contents(out) == contents(like)
-
-
 def ended(pid, seconds=5):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -99,7 +72,30 @@ def ended(pid, seconds=5):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign):
-    kill_extractions(drawn, random.Random(fault_seed), 50 if campaign else 6)
+    rng = random.Random(fault_seed)
+    write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    inputs = [drawn.film(), drawn.folder / "photo.png", f"--models={drawn.models}", "--workers=2"]
+    like, out = drawn.folder / "like", drawn.out
+    began = time.monotonic()
+    finish(*inputs, f"--out={like}")
+    longest = time.monotonic() - began
+    for number in range(50 if campaign else 6):
+        with start(*inputs, f"--out={out}") as process:
+            if rng.random() < 0.5:  # while clips are written and moved
+                while process.poll() is None and not holds_clips(out):
+                    time.sleep(0.002)
+                time.sleep(rng.random() * 0.05)
+            else:
+                time.sleep(rng.random() * longest)
+            started = children_of(process.pid)
+        check_whole(out, like)
+        for child in started:
+            assert ended(child), "a child goes on without its parent"
+        if number % 3 == 2:  # begin anew
+            for path in (out / "videos").glob("*.json"):
+                path.unlink()
+    finish(*inputs, f"--out={out}")
+    assert contents(out) == contents(like)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -189,12 +185,11 @@ def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(drawn):
         server.accept()
 
 
-def odd_names():
-    return [
-        b"blank name.png", b"x..png", b"=cmd().png", b"new\nline.png", b"\x1b[2J.png",
-        b"not \xff utf-8.png", b"<script>.png", b"x" * 251 + b".png", "字".encode() * 83 + b".png",
-        b"a.s000.t00.png", b"a.png", b"A.png", b"a.PNG", b"--.png", b"\xe2\x80\xaetxt.png",
-    ]  # fmt: skip
+ODD_NAMES = [
+    b"blank name.png", b"x..png", b"=cmd().png", b"new\nline.png", b"\x1b[2J.png",
+    b"not \xff utf-8.png", b"<script>.png", b"x" * 251 + b".png", "字".encode() * 83 + b".png",
+    b"a.s000.t00.png", b"a.png", b"A.png", b"a.PNG", b"--.png", b"\xe2\x80\xaetxt.png",
+]  # fmt: skip
 
 
 def test_odd_names_of_files_are_kept_apart_and_printable(drawn):
@@ -202,17 +197,17 @@ def test_odd_names_of_files_are_kept_apart_and_printable(drawn):
     write_photo(drawn.folder / "one.png", ("Ada", 20, 20))
     content = (drawn.folder / "one.png").read_bytes()
     place.mkdir()
-    for number, name in enumerate(odd_names()):
+    for number, name in enumerate(ODD_NAMES):
         (place / os.fsdecode(name)).write_bytes(content + bytes([number]))
     film = drawn.film().rename(place / "a.mkv")
     found, said = drawn.who(place, people=False, flags=["--workers=4"])
     assert found["groups"] >= 1 and "\x1b" not in said and "\u202e" not in said
     told = folder.read_films(out / "features")
-    assert len(told) == len(odd_names()) + 1
+    assert len(told) == len(ODD_NAMES) + 1
     clips = [track.clip for film in told for track in film.tracks]
     assert len({*clips}) == len(clips) == len([*(out / "features").glob("*.npz")])
     assert all("/" not in clip and clip.isprintable() for clip in clips)
-    assert len(drawn.rows()) >= len(odd_names())
+    assert len(drawn.rows()) >= len(ODD_NAMES)
     paths = [film, *reversed(sorted(place.iterdir()))]
     again = pipeline.extract(paths, out / "features", drawn.models)
     assert all(outcome.kept for outcome in again), "another order of the files"

@@ -114,6 +114,16 @@ def assert_equal_weights(left, right):
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
+RUN_FILES = ("metrics.jsonl", "ranking.txt", "config.json", "identities.json")
+
+
+def assert_same_run(left, right, names=RUN_FILES[:2]):
+    """Asserts that two folders hold the same weights and the same files of some names."""
+    for name in names:
+        assert (left / name).read_bytes() == (right / name).read_bytes(), name
+    assert_equal_weights(left, right)
+
+
 class Spoilt:
     """A dataset with one value for the training features of hidden clips: [n] bool by split."""
 
