@@ -184,7 +184,6 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
         labels_lib.find_ground_truth(tmp_path / "train_gt.txt")
 
 
-# ----------------------------------------------------------------------------------------------
 # Ground truth.
 
 

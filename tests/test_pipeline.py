@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.batches import eval_batches, labelled, train_batches
+from tests.helpers.batches import assert_equal, eval_batches, labelled, rows_of, train_batches
 from tests.helpers.clip_files import (
     RAGGED,
     ragged_clips,
@@ -85,29 +84,6 @@ def take(batches, count):
 
 def order_of(batches):
     return np.concatenate([batch.clip_index for batch in batches]).tolist()
-
-
-def assert_equal(left, right):
-    def check(one, other):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-
-    jax.tree.map(check, left, right)
-
-
-def rows_of(batches):
-    """Returns clip index -> modality -> frames [T] of all real rows, each of which comes once."""
-    rows: dict[int, Any] = {}
-    for batch in batches:
-        for row in range(len(batch.batch_mask)):
-            frames = jax.tree.map(lambda array, row=row: array[row], batch.frames)
-            if batch.batch_mask[row]:
-                assert int(batch.clip_index[row]) not in rows
-                rows[int(batch.clip_index[row])] = frames
-            else:
-                assert not batch.clip_index[row]
-                assert not any(np.any(array) for array in jax.tree.leaves(frames))
-    return rows
 
 
 def source_clip(dataset, split, modality, index):
@@ -318,7 +294,7 @@ def test_evaluation_pads_a_clip_alike_whatever_the_rows_and_the_other_clips(data
     def shown(rows=4, **chosen):
         modalities = ("body", "face") if split == "train" else ("face", "audio")
         blocks = eval_batches(dataset, split=split, modalities=modalities, rows=rows, **chosen)
-        return rows_of(list(blocks))
+        return rows_of(blocks)
 
     every, only = shown(), np.random.default_rng(0).random(COUNTS[split]) < 0.4
     assert sorted(every) == list(range(COUNTS[split]))

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from tests.helpers import small_runs
-from tests.helpers.batches import eval_batches, train_batches
+from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.made_steps import make_train_step
@@ -28,7 +28,7 @@ from tests.helpers.small_runs import (
 )
 from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine
-from vidjax.batch import Frames, LazyFeatures, Packed
+from vidjax.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
@@ -162,34 +162,6 @@ def clips_of(data, *, devices=1, max_frames=7, crop="window", modalities=("face"
     return resident.Resident(data, layout, mesh), plan, layout
 
 
-def shown(batches):
-    """Returns clip -> its Frames by modality, read, each clip once; padding must be empty."""
-    found = {}
-    for batch in batches:
-        frames = {
-            name: Frames(fusion.read(one.features), *one[1:]) for name, one in batch.frames.items()
-        }
-        frames, mask = jax.device_get((frames, batch.batch_mask))
-        for row, clip in enumerate(np.asarray(batch.clip_index).tolist()):
-            one = jax.tree.map(lambda x, row=row: x[row], frames)
-            if not mask[row]:
-                assert clip == 0 and not any(frames.mask.any() for frames in one.values())
-                continue
-            assert clip not in found
-            found[clip] = one
-    return found
-
-
-def assert_same_clips(left, right):
-    assert left.keys() == right.keys()
-    for clip, frames in left.items():
-        for name, one in frames.items():
-            for field in FIELDS:
-                a, b = getattr(one, field), getattr(right[clip][name], field)
-                assert a.dtype == b.dtype
-                np.testing.assert_array_equal(a, b, err_msg=f"{clip} {name} {field}")
-
-
 @pytest.fixture(scope="module")
 def held(ragged):
     return clips_of(ragged)
@@ -212,8 +184,8 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split, devices):
     ]
     for names, chosen, number in cases:
         arguments = {"split": split, "rows": 2 * devices, "modalities": names, **chosen}
-        wanted = shown(eval_batches(ragged, **arguments))
-        assert_same_clips(shown(eval_batches(clips, **arguments)), wanted)
+        wanted = rows_of(eval_batches(ragged, **arguments))
+        assert_equal(rows_of(eval_batches(clips, **arguments)), wanted)
         assert len(wanted) == number
 
 

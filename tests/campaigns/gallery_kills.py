@@ -8,10 +8,9 @@ whole, and work when it is made again.
 """
 
 import contextlib
+import itertools
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -122,30 +121,17 @@ def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
     seed = rng.randrange(10**9)
     expected = Expected(place / "expected", seed)
     shutil.copytree(place / "expected", folder)
-    people, clips, done, failed = Gallery(folder), all_clips(), 0, 0
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    sizes = sorted(path.stat().st_size for path in folder.iterdir())
-    sequence = changes(seed)
-    what, whom = next(sequence)
-    try:
-        for _ in range(4):
-            limit = rng.randrange(sizes[-1] + 1)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            try:
+    people, clips, failed = Gallery(folder), all_clips(), 0
+    largest = max(path.stat().st_size for path in folder.iterdir())
+    for done, (what, whom) in enumerate(itertools.islice(changes(seed), 4)):
+        try:
+            with limits.file_limit(rng.randrange(largest + 1)):
                 change(people, clips, what, whom)
-            except OSError:
-                failed += 1
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-                assert made_galleries.contents(folder) == expected.after(done)
-                change(people, clips, what, whom)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            done += 1
+        except OSError:
+            failed += 1
             assert made_galleries.contents(folder) == expected.after(done)
-            what, whom = next(sequence)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+            change(people, clips, what, whom)
+        assert made_galleries.contents(folder) == expected.after(done + 1)
     wanted = made_galleries.answers(Gallery(place / "expected"))
     assert made_galleries.answers(people) == wanted == made_galleries.answers(Gallery(folder))
     return failed

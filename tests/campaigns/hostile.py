@@ -37,7 +37,6 @@ from vidjax.data.frame_fields import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 
-# ----------------------------------------------------------------------------------------------
 # Parts of pickles.
 
 
@@ -88,7 +87,6 @@ def dtype_pickle(code: bytes, *state: Any) -> bytes:
     return name("numpy dtype") + part((code, 0, 1)) + b"R" + build + b"."
 
 
-# ----------------------------------------------------------------------------------------------
 # Code.
 
 
@@ -334,7 +332,6 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
 
 TRICKS = dict(_tricks())
 
-# ----------------------------------------------------------------------------------------------
 # Greed: each of these asks for gigabytes, for ever, or for a deep stack.
 
 
@@ -412,7 +409,6 @@ GREED = {
     "a list in itself": b"}U\x01a]q\x00h\x00as.",
 }  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------
 # Damage, and files that are no pickles.
 
 
@@ -460,7 +456,6 @@ def damage(sound: bytes) -> dict[str, bytes]:
     }
 
 
-# ----------------------------------------------------------------------------------------------
 # Mutations.
 
 
@@ -586,7 +581,6 @@ def mutate(seeds: list[list[bytes]], grafts: list[bytes], chance: random.Random)
     return b"".join(made)
 
 
-# ----------------------------------------------------------------------------------------------
 # The readers.
 
 

@@ -1,11 +1,13 @@
 """Batches of a dataset in one call: the plan is made on the way."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from vidjax import fusion
 from vidjax.batch import Batch, Frames
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
@@ -44,15 +46,42 @@ def train_batches(
     return data.train_batches(plan, step=step)
 
 
+def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
+    """Returns clip -> its frames by modality, read; each clip comes once, and padding is empty."""
+    found: dict[int, Any] = {}
+    for batch in batches:
+        frames = {
+            name: Frames(fusion.read(one.features), *one[1:]) for name, one in batch.frames.items()
+        }
+        frames, mask = jax.device_get((frames, batch.batch_mask))
+        for row, clip in enumerate(np.asarray(batch.clip_index).tolist()):
+            one = jax.tree.map(lambda x, row=row: x[row], frames)
+            if mask[row]:
+                assert clip not in found
+                found[clip] = one
+            else:
+                assert clip == 0 and not any(x.any() for x in jax.tree.leaves(one))
+    return found
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    """Asserts that two trees hold the same arrays, of the same dtypes."""
+
+    def check(one: Any, other: Any) -> None:
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+    jax.tree.map(check, left, right)
+
+
 def real_frames(
     data: ClipSource, split: str, modality: str = "face"
 ) -> Iterator[tuple[int, Frames]]:
     """Yields the number of every clip of a split, and its real frames [T, ...]."""
-    for batch in eval_batches(data, split=split, modalities=(modality,), rows=7):
-        one = batch.frames[modality]
-        for row in np.flatnonzero(batch.batch_mask).tolist():
-            real = np.asarray(one.mask[row])
-            yield int(batch.clip_index[row]), Frames(*(np.asarray(x[row])[real] for x in one))
+    blocks = eval_batches(data, split=split, modalities=(modality,), rows=7)
+    for clip, frames in rows_of(blocks).items():
+        one = frames[modality]
+        yield clip, Frames(*(x[one.mask] for x in one))
 
 
 def weighted_means(data: ClipSource, split: str) -> dict[int, np.ndarray]:
