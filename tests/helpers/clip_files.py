@@ -80,22 +80,6 @@ def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]
     return folder
 
 
-def write_parquet(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> Path:
-    """Writes the features [T, D] of clips as a table of frames, without a quality."""
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [
-        (clip, modality, frame.astype(np.float32))
-        for clip, modalities in clips.items()
-        for modality, frames in modalities.items()
-        for frame in frames
-    ]
-    columns = zip(("clip", "modality", "features"), zip(*rows, strict=True), strict=True)
-    parquet.write_table(pyarrow.table({name: list(column) for name, column in columns}), path)
-    return path
-
-
 def write_labels(path: Path, labels: Mapping[str, object]) -> Path:
     """Writes clips and identities as a table."""
     with path.open("w", newline="") as file:
@@ -110,8 +94,8 @@ def write_parquet(
     fields: Collection[str] = (),
     width: int = -1,
     **options: Any,
-) -> None:
-    """Writes a table with a row a frame, the rows of all clips mixed.
+) -> Path:
+    """Writes a table with a row a frame, the rows of all clips mixed; returns its path.
 
     Args:
       path: the table.
@@ -138,6 +122,7 @@ def write_parquet(
         **{field: [given[field][t] for _, _, given, t in rows] for field in fields},
     }
     parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
 
 
 RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
