@@ -252,7 +252,7 @@ def test_random_damage_to_the_other_files_is_found_at_load(copied, name, campaig
         lambda: flip(rng, whole, 1),
         lambda: flip(rng, whole, 5),
         lambda: whole[: int(rng.integers(len(whole)))],
-        lambda: whole + b"\n",
+        lambda: whole + b"x",
         lambda: b"",
         lambda: b"[" * 100_000,
     ]
