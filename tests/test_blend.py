@@ -79,12 +79,6 @@ def runs(train, folders):
     return (dense, mma)
 
 
-@pytest.fixture(scope="module")
-def plain(train, folders):
-    """A run without folds, which ranks by cosines."""
-    return train("plain", "knn.py:iqiyi_vid", folders["faces"], "--config.num_epochs=1")
-
-
 def joining(runs, *overrides):
     config = config_lib.default()
     config.join.runs = tuple(map(str, runs))

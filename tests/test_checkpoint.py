@@ -21,13 +21,9 @@ def restore_latest(workdir, items):
     """Does what a training does before it goes on."""
     found = checkpoint.find(workdir)
     assert found is not None
-    restored = checkpoint.load(found, items, everywhere())
+    restored = checkpoint.load(found, items, devices.replicated(devices.make_mesh()))
     checkpoint.set_aside_later(workdir, found.manifest["step"])
     return restored, found.manifest
-
-
-def everywhere():
-    return devices.replicated(devices.make_mesh())
 
 
 def assert_same(left, right):
@@ -103,16 +99,12 @@ def test_dropping_a_step_that_was_cut_short_is_finished(tmp_path, items):
     folder = tmp_path / "checkpoints"
     (folder / ".partial").mkdir()
     (folder / "1").rename(folder / ".partial" / "1")
-    largest_file(tmp_path, ".partial/1").unlink()
+    left = (folder / ".partial" / "1" / "state").rglob("*")
+    max((one for one in left if one.is_file()), key=lambda one: one.stat().st_size).unlink()
     (folder / "2" / ".manifest.json.77.partial").write_text("{")  # a kill while facts were added
     for step in (3, 4):
         checkpoint.save(tmp_path, step, items, {})
     assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]
-
-
-def largest_file(tmp_path, step):
-    files = (tmp_path / "checkpoints" / str(step) / "state").rglob("*")
-    return max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def test_another_model_is_an_error(tmp_path, items):

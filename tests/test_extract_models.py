@@ -137,11 +137,6 @@ def test_the_better_of_two_overlapping_faces_is_kept(seed):
         np.testing.assert_array_equal(part, whole[kept])
 
 
-def test_no_face_stays_no_face():
-    found = models.suppress(random_faces(0), 0.3)
-    assert [part.shape for part in found] == [(0, 4), (0,), (0, 5, 2)]
-
-
 def interpolated(image, height, width):
     """Bilinear interpolation between centres of pixels, one pixel after another."""
     out = np.zeros((height, width, 3))

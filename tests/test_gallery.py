@@ -7,11 +7,20 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import embeddings, made_galleries
+from tests.helpers.made_galleries import identify, make, make_clip, make_clips
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery, Vectors, fit_backend
 from vidjax.gallery.store import Clip
+
+NOBODY_IS_NEW = made_galleries.SETTINGS._replace(stranger=-6.0)
+
+
+def parts_of(gallery, clips):
+    """Returns the vectors of clips as a gallery takes them."""
+    return gallery.backend.split(np.stack([clip.vector for clip in clips]))
+
 
 # ---- probabilities
 
@@ -64,8 +73,8 @@ def made_unit(part, x):
 
 @pytest.mark.parametrize("lacks", ["", "audio", "face"])
 def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
-    people = made_galleries.make(tmp_path / "g")
-    clip = made_galleries.make_clip(777, "person 3", lacks=lacks)
+    people = make(tmp_path / "g")
+    clip = make_clip(777, "person 3", lacks=lacks)
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
     wanted = oracle(people, clip)
     found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
@@ -106,7 +115,7 @@ def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
 
 
 def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
-    people = made_galleries.make(tmp_path / "g")
+    people = make(tmp_path / "g")
     found = people.threshold(1 / 6)
     assert (found.num_strangers, found.num_alarms) == (6, 1)
     assert found.num_identities == len(people.identities)
@@ -115,22 +124,21 @@ def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
     for fpir in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match="rate above 0 and below 1"):
             people.threshold(fpir)
-    people.add({"one more": made_galleries.make_clip(1234, None)})
+    people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.15).num_strangers == 7
 
 
 def named(gallery, count=300, **options):
     """Returns who is named of clips that known people and strangers show, by a rule."""
-    shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(count)]
-    parts = gallery.backend.split(np.stack([clip.vector for clip in shown]))
-    answers = made_galleries.identify(gallery, parts, **options)
+    shown = [make_clip(700 + n, f"person {n % 24}") for n in range(count)]
+    answers = identify(gallery, parts_of(gallery, shown), **options)
     return [answer.identity for answer in answers], gallery.rule(**options)
 
 
 def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
     """Strangers of another world reach nobody: a share of them alone would let everybody pass."""
     rng = np.random.default_rng(0)
-    people = made_galleries.make(tmp_path / "g")
+    people = make(tmp_path / "g")
     gallery = Gallery(tmp_path / "g")
     by_new, rule = named(gallery)
     assert rule.by == "new" and rule.default and "100 clips of strangers instead of 6" in rule.about
@@ -138,7 +146,7 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
     for n in range(200):
         x = rng.normal(size=13) * [5, *[1e-3] * 7, 5, *[1e-3] * 4]
         x = np.concatenate([x[:8] / np.linalg.norm(x[:8]), x[8:] / np.linalg.norm(x[8:])])
-        far[f"far {n}"] = made_galleries.Clip(None, x.astype(np.float32))
+        far[f"far {n}"] = Clip(None, x.astype(np.float32))
     people.remove(clip=people.strangers)
     people.add(far)
     gallery = Gallery(tmp_path / "g")
@@ -151,34 +159,28 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
 
 def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     """Of strangers like those of the gallery 1 % are named, not the share that new lets pass."""
-    clips = made_galleries.make_clips()
-    clips |= {f"s{n}": made_galleries.make_clip(9000 + n, None) for n in range(1000)}
-    nobody_is_new = made_galleries.SETTINGS._replace(stranger=-6.0)
-    people = made_galleries.make(tmp_path / "g", clips, settings=nobody_is_new)
+    clips = make_clips()
+    clips |= {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
+    people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     gallery = Gallery(people.folder)
     found, rule = named(gallery)
     assert rule.default and rule.by == "fpir" and rule.found == gallery.threshold(0.01)
     assert found == named(gallery, fpir=0.01)[0]
-    vectors = np.stack([made_galleries.make_clip(70_000 + n, None).vector for n in range(1000)])
-    parts = people.backend.split(vectors)
-    answers = made_galleries.identify(gallery, parts)
+    others = [make_clip(70_000 + n, None) for n in range(1000)]
+    answers = identify(gallery, parts_of(gallery, others))
     share = np.mean([answer.identity is not None for answer in answers])
     assert share < 0.03
 
 
 def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_path):
-    clips = made_galleries.make_clips() | {
-        f"s{n}": made_galleries.make_clip(9000 + n, None) for n in range(200)
-    }
-    settings = made_galleries.SETTINGS._replace(stranger=-6.0)  # nobody is new
-    people = made_galleries.make(tmp_path / "g", clips, settings=settings)
-    strangers = np.stack([clips[name].vector for name in people.strangers])
-    parts = people.backend.split(strangers)
+    clips = make_clips() | {f"s{n}": make_clip(9000 + n, None) for n in range(200)}
+    people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
+    parts = parts_of(people, [clips[name] for name in people.strangers])
     before = people.rule(fpir=0.25)
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
     rules: list[dict[str, float]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
     for rule in rules:
-        found = made_galleries.identify(people, parts, 1, **rule)
+        found = identify(people, parts, 1, **rule)
         assert [one.identity is not None for one in found] == [
             bool(people.rule(**rule).names(one.score, -np.inf)) for one in found
         ]
@@ -187,11 +189,10 @@ def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_
 
 def test_a_list_holds_the_clips_that_identify_names(tmp_path):
     """The clip that sets a threshold lies just below it, which no rounding may hide."""
-    clips = made_galleries.make_clips(strangers=100)
-    settings = made_galleries.SETTINGS._replace(stranger=-6.0)  # nobody is new
-    people = made_galleries.make(tmp_path / "g", clips, settings=settings)
+    clips = make_clips(strangers=100)
+    people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     names = people.strangers
-    parts = people.backend.split(np.stack([clips[name].vector for name in names]))
+    parts = parts_of(people, [clips[name] for name in names])
     shown = Vectors(
         tuple(names), dict(zip(made_galleries.WIDTHS, parts, strict=True)), (None,) * len(names)
     )
@@ -204,11 +205,11 @@ def test_a_list_holds_the_clips_that_identify_names(tmp_path):
 
 
 def test_a_probability_decides_alone(tmp_path):
-    gallery = Gallery(made_galleries.make(tmp_path / "g").folder)
-    shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(50)]
-    parts = gallery.backend.split(np.stack([clip.vector for clip in shown]))
+    gallery = Gallery(make(tmp_path / "g").folder)
+    shown = [make_clip(700 + n, f"person {n % 24}") for n in range(50)]
+    parts = parts_of(gallery, shown)
     for least in (1e-6, 0.3, 0.999, 1.0):
-        for answer in made_galleries.identify(gallery, parts, threshold=least):
+        for answer in identify(gallery, parts, threshold=least):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
     for wrong in (0, -3.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="a probability above 0 and at most 1"):
@@ -233,26 +234,26 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys
         assert "have two clips or more, too few" in capsys.readouterr().err
         folder = tmp_path / str(seed)
         gallery = Gallery.of_clips(folder, made_galleries.RUN, front, enrolled)
-        found = made_galleries.identify(gallery, [np.concatenate(shown[:, photos:])])
+        found = identify(gallery, [np.concatenate(shown[:, photos:])])
         wanted = [str(person) for person in range(count) for _ in range(10)]
         best += [x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]
         right += [x.identity == y for x, y in zip(found, wanted, strict=True)]
-        new = made_galleries.identify(gallery, [strangers])
+        new = identify(gallery, [strangers])
         named += [answer.identity is not None for answer in new]
     assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named) <= 0.02
 
 
 def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_path):
-    people = made_galleries.make(tmp_path / "g")
+    people = make(tmp_path / "g")
     assert len(people) == 12 and list(people) == list(people.identities)
     assert "person 3" in people and "Ada" not in people
     people.remove(identity="person 3")
     assert len(people) == 11 and "person 3" not in people
-    shown = made_galleries.make_clip(700, "person 5")
-    (answer,) = made_galleries.identify(people, people.backend.split(shown.vector[None]), 2)
+    shown = make_clip(700, "person 5")
+    (answer,) = identify(people, people.backend.split(shown.vector[None]), 2)
     told = json.loads(json.dumps(answer.to_dict()))
     assert told["identity"] == answer.identity and told["score"] == answer.score
     assert [one["identity"] for one in told["best"]] == [name for name, _ in answer.best]
     assert Answer(None, 0.0, -np.inf, ()).to_dict()["score"] is None
-    nobody = made_galleries.make(tmp_path / "none", {})
+    nobody = make(tmp_path / "none", {})
     assert len(nobody) == 0 and nobody

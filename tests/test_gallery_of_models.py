@@ -1,5 +1,7 @@
 """Galleries that cards of models make, without a run: friends, strangers, groups, times."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,13 +19,6 @@ SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH, INDEPENDENT = 128, 23  # numbers of a vector, and independent dimensions among them
 
 
-def like_dlib(width=WIDTH):
-    """Returns a back end of a card with the cosines of dlib's net."""
-    return cards.BackEnd(
-        centre=[0.0] * width, same=SAME, different=DIFFERENT, pairs=(134, 5119), data="made"
-    )
-
-
 def draw(rng, people, clips):
     """Draws unit vectors [people, clips, 128] whose cosines have about the means of the card."""
     fixed = np.random.default_rng(7)
@@ -39,11 +34,13 @@ def draw(rng, people, clips):
 
 @pytest.mark.parametrize(("photos", "least"), [(3, 0.93), (1, 0.85)])
 def test_five_friends_are_named_and_strangers_are_not(photos, least):
+    pairs: Any = {"same": SAME, "different": DIFFERENT, "pairs": (134, 5119), "data": "made"}
+    card = cards.BackEnd(centre=[0.0] * WIDTH, **pairs)
     right = named = wrong = 0
     for seed in range(30):
         rng = np.random.default_rng(seed)
         friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1).reshape(-1, WIDTH)
-        found = backend.of_cards({"face": like_dlib()})
+        found = backend.of_cards({"face": card})
         people = found.enrol(
             [f"friend {n}" for n in range(5)],
             friends[:, :photos].reshape(-1, WIDTH),

@@ -139,6 +139,3 @@ def test_frames_that_are_not_finite_are_counted(tmp_path):
         memory.load_clips(pickled, {"face": 4}, ())
     # Commands show the warnings of this category only.
     assert {one.category for one in (*caught, *warned)} == {errors.VidjaxWarning}
-
-
-# ---- a cache that others write, too

@@ -10,50 +10,49 @@ from vidjax import machine
 GB = 1 << 30
 
 
-V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"}
-V2 = {"proc/self/cgroup": "0::/pod/one\n"}
-MEMORY, CPU = "sys/fs/cgroup/memory", "sys/fs/cgroup/cpu"
+V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
+V2 = "0::/pod/one\n"
 ALL = f"{1 << 63}\n"
 
 
 @pytest.mark.parametrize(
-    ("files", "most", "free", "cores"),
+    ("groups", "files", "most", "free", "cores"),
     [
-        ({}, None, None, None),  # no Linux
-        (V2 | {"sys/fs/cgroup/pod/one/memory.max": "max\n"}, None, None, None),
+        (None, {}, None, None, None),  # no Linux
+        (V2, {"pod/one/memory.max": "max\n"}, None, None, None),
         (
-            V2
-            | {
-                "sys/fs/cgroup/pod/one/memory.max": f"{GB >> 6}\n",
-                "sys/fs/cgroup/pod/one/memory.current": f"{GB >> 7}\n",
-                "sys/fs/cgroup/pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
-                "sys/fs/cgroup/pod/one/cpu.max": "max 100000\n",
-                "sys/fs/cgroup/pod/cpu.max": "80000 100000\n",
+            V2,
+            {
+                "pod/one/memory.max": f"{GB >> 6}\n",
+                "pod/one/memory.current": f"{GB >> 7}\n",
+                "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
+                "pod/one/cpu.max": "max 100000\n",
+                "pod/cpu.max": "80000 100000\n",
             },
             GB >> 6,
             (GB >> 7) + (GB >> 8),
             1,
         ),
-        (V2 | {"sys/fs/cgroup/memory.max": f"{GB >> 6}\n"}, GB >> 6, GB >> 6, None),  # seen as top
+        (V2, {"memory.max": f"{GB >> 6}\n"}, GB >> 6, GB >> 6, None),  # seen as top
         (
-            V1
-            | {
-                f"{MEMORY}/pod/one/memory.limit_in_bytes": ALL,
-                f"{MEMORY}/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
-                f"{MEMORY}/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
-                f"{CPU}/pod/one/cpu.cfs_quota_us": "50000\n",
-                f"{CPU}/pod/one/cpu.cfs_period_us": "100000\n",
+            V1,
+            {
+                "memory/pod/one/memory.limit_in_bytes": ALL,
+                "memory/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
+                "memory/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
+                "cpu/pod/one/cpu.cfs_quota_us": "50000\n",
+                "cpu/pod/one/cpu.cfs_period_us": "100000\n",
             },
             GB >> 6,
             GB >> 7,
             1,
         ),
         (
-            V1
-            | {
-                f"{MEMORY}/memory.limit_in_bytes": f"{GB >> 6}\n",
-                f"{CPU}/cpu.cfs_quota_us": "-1\n",
-                f"{CPU}/cpu.cfs_period_us": "100000\n",
+            V1,
+            {
+                "memory/memory.limit_in_bytes": f"{GB >> 6}\n",
+                "cpu/cpu.cfs_quota_us": "-1\n",
+                "cpu/cpu.cfs_period_us": "100000\n",
             },
             GB >> 6,
             GB >> 6,
@@ -61,8 +60,12 @@ ALL = f"{1 << 63}\n"
         ),
     ],
 )
-def test_the_limits_of_a_container_are_those_of_its_groups(tmp_path, files, most, free, cores):
-    for name, text in files.items():
+def test_the_limits_of_a_container_are_those_of_its_groups(
+    tmp_path, groups, files, most, free, cores
+):
+    texts = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    texts |= {"proc/self/cgroup": groups} if groups else {}
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,15 +15,7 @@ from vidjax.evaluation import eval_step, scoring
 from vidjax.system import TaskSpec, make_model, make_system
 from vidjax.training import plan as plan_lib
 
-SPEC = {
-    "folds": 0,
-    "bootstraps": 0,
-    "views": 0,
-    "chunks": 16,
-    "min_quality": (),
-    "seeds": 1,
-    "only": (),
-}
+SPEC = config_lib.default().ensemble.to_dict()
 
 
 def test_members_are_the_product_of_what_varies():

@@ -1,6 +1,6 @@
 """What a user sees: errors, and files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ def refused(action: Callable[[], object], *words: str) -> str:
     return message
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Returns path -> bytes of all files below a folder but locks, which name processes."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+def contents(folder: Path, but: Collection[str] = ()) -> dict[str, bytes]:
+    """Returns path -> bytes of all files but locks, which name processes, and some folders."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    left_out = {".lock", *but}
+    return {str(x): (folder / x).read_bytes() for x in paths if not left_out & {*x.parts}}

@@ -138,11 +138,6 @@ def test_dense_layers_start_with_normal_weights_of_kaiming():
         np.testing.assert_array_equal(params[name]["dense"]["bias"], 0)
 
 
-def batch_norm(rows):
-    """[B, D, T] by the mean and variance of each of the T channels."""
-    return (rows - rows.mean((0, 1))) / np.sqrt(rows.var((0, 1)) + 1e-5)
-
-
 def test_channel_attention_is_that_of_the_code():
     """Maps of 4 frames without bias, BatchNorm after theta, phi and out, softmax over channels."""
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
@@ -162,7 +157,10 @@ def test_channel_attention_is_that_of_the_code():
     def mapped(name, x):
         y = x @ params[name]["kernel"].astype(np.float64)
         norm = params.get(f"{name}_norm")
-        return y if norm is None else batch_norm(y) * norm["scale"] + norm["bias"]
+        if norm is None:
+            return y
+        unit = (y - y.mean((0, 1))) / np.sqrt(y.var((0, 1)) + 1e-5)  # of each of the T channels
+        return unit * norm["scale"] + norm["bias"]
 
     theta, phi, g = (mapped(name, rows) for name in ("theta", "phi", "g"))
     energy = np.einsum("bdi,bdj->bij", theta, phi)
@@ -211,16 +209,12 @@ def test_theta_and_phi_of_the_code_never_move():
     assert np.abs(gradient(params)["g"]["kernel"]).max() > 0  # once out is not 0
 
 
-def drawn(frames, keys):
-    spec = config_of(DEEPMEF).fusion.face.train.to_dict()
-    sample = fusion.make_fusion(spec)
-    return np.asarray(jax.jit(jax.vmap(lambda key: sample(key, frames).number))(keys)) // 10
-
-
 def test_forty_frames_are_drawn_and_short_clips_draw_with_replacement():
     """np.random.choice(frames, 40, replace=len(frames) < 40)."""
     frames = make_frames([50, 40, 5, 1, 0], max_frames=50)
-    number = drawn(frames, jax.random.split(jax.random.key(0), 400))  # [400, 5, 40]
+    sample = fusion.make_fusion(config_of(DEEPMEF).fusion.face.train.to_dict())
+    draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
+    number = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10  # [400, 5, 40]
     assert all(len(set(row)) == 40 for row in number[:, 0].tolist())
     share = np.bincount(number[:, 0].ravel(), minlength=50) / 400
     np.testing.assert_allclose(share, 0.8, atol=0.08)
