@@ -6,20 +6,35 @@ import json
 import os
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vidjax
-from tests.helpers import clip_files, made_runs, odd_names, small_runs
+from tests.helpers import clip_files, made_runs, small_runs
 from tests.helpers.pages import Page
 from vidjax import tables
 from vidjax.data.memory import load_clips
 from vidjax.main import main
 from vidjax.run.folder import RunFolder
 
-NAMES = odd_names.make_names()
+# What breaks programs: blanks, quotes, HTML, formulas, forms of unicode.
+FRAGMENTS = (
+    *(" ", "  ", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u202e"),
+    *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "$"),
+    *("{0}", "${HOME}", "[x](y)", "**b**"),
+    *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->"),
+    *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "%zz", "%2520"),
+    *(unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "名前", "🎬", "ß"),
+    *("NaN", "null", "-inf", "1e5", "007", ".mp4", "x" * 300),
+)
+FORMS = ("{0}Ada Byron", "Ada{0}Byron", "Ada Byron{0}", "{0}{0}", "{0} {0}")
+# Over 200 names without outer blanks; some differ in one letter alone.
+NAMES = [*dict.fromkeys(form.format(part).strip() for part in FRAGMENTS for form in FORMS)]
+# As a clip, a name loses `.mp4` at its end, and two clips may not become one.
+NAMES = [name for name in NAMES if name and not name.endswith(".mp4")]
 DIM = 24
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 

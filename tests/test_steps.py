@@ -58,10 +58,9 @@ def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1), *, max_frames=11, se
     return Batch(frames, np.arange(len(face), dtype=np.int32), np.ones(len(face), bool))
 
 
-def init(system, labels, num_members=1):
-    members = tuple(ensemble.Member(seed) for seed in range(num_members))
-    rngs = ensemble.make_rngs(members, 3)
-    labels = jnp.tile(jnp.asarray(labels, jnp.int32), (num_members, 1))
+def init(system, labels):
+    rngs = ensemble.make_rngs((ensemble.Member(),), 3)
+    labels = jnp.asarray(labels, jnp.int32)[None]
     state = jax.jit(lambda: train_step.init_state(system, rngs, labels))()
     return state.replace(params=_moved(state.params))
 
@@ -77,9 +76,8 @@ def trainer(system):
     step = jax.jit(functools.partial(train_step.train_step, system))
 
     def train(state, batch, weight=None):
-        members = tuple(ensemble.Member(seed) for seed in range(len(state.labels)))
         weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
-        return step(state, train_step.make_tables(members, weight), batch)
+        return step(state, train_step.make_tables((ensemble.Member(),), weight), batch)
 
     return train
 

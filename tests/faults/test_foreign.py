@@ -532,22 +532,6 @@ def test_no_folder_names_a_cache(tmp_path):
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 
 
-@pytest.mark.slow
-def test_programs_in_a_strangers_cache_are_not_run(vidjax_command, tmp_path):
-    """The folder has a cache of compiled programs, which an evaluation leaves alone."""
-    words = (f"--config={ROOT}/configs/knn.py", f"--workdir={tmp_path}/R")
-    assert vidjax_command(*words).returncode == 0
-    folder = tmp_path / "R"
-    cache = folder / "cache"
-    config = json.loads((folder / "config.json").read_text())
-    config["data"]["cache_dir"] = str(cache)
-    (folder / "config.json").write_text(json.dumps(config))
-    (cache / "programs").mkdir(parents=True)
-    done = vidjax_command("--mode=evaluate", f"--workdir={folder}")
-    assert done.returncode == 0, done.stderr
-    assert list(cache.rglob("*")) == [cache / "programs"]
-
-
 @pytest.fixture
 def no_programs():
     """No folder of compiled programs is chosen, as in a command that starts."""

@@ -33,34 +33,8 @@ def browse(profile: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def take_picture(page: Path, picture: Path, *, width: int, height: int, dark: bool = False) -> None:
-    """Writes the top of a page as PNG.
-
-    Args:
-      page: a file of HTML.
-      picture: the PNG.
-      width: pixels.
-      height: pixels.
-      dark: True for dark colours.
-
-    Raises:
-      ValueError: Chromium wrote no picture.
-    """
-    with tempfile.TemporaryDirectory() as profile:
-        done = browse(
-            Path(profile),
-            f"--window-size={width},{height}",
-            f"--screenshot={picture.absolute()}",
-            "--hide-scrollbars",
-            *(("--blink-settings=preferredColorScheme=0",) if dark else ()),
-            page.absolute().as_uri(),
-        )
-    if not picture.is_file():
-        raise ValueError(f"no picture of '{page}': {done.stderr[-500:]}")
-
-
 def main(argv: Sequence[str]) -> None:
-    """Takes the picture that the command line asks for."""
+    """Writes the top of a page as PNG."""
     parser = argparse.ArgumentParser(prog="python -m tests.helpers.browser")
     parser.add_argument("page", type=Path, help="a report")
     parser.add_argument("picture", type=Path, help="the PNG")
@@ -68,7 +42,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--height", type=int, default=1280, help="pixels")
     parser.add_argument("--dark", action="store_true", help="dark colours")
     args = parser.parse_args(argv)
-    take_picture(args.page, args.picture, width=args.width, height=args.height, dark=args.dark)
+    with tempfile.TemporaryDirectory() as profile:
+        done = browse(
+            Path(profile),
+            f"--window-size={args.width},{args.height}",
+            f"--screenshot={args.picture.absolute()}",
+            "--hide-scrollbars",
+            *(("--blink-settings=preferredColorScheme=0",) if args.dark else ()),
+            args.page.absolute().as_uri(),
+        )
+    if not args.picture.is_file():
+        raise SystemExit(f"no picture of '{args.page}': {done.stderr[-500:]}")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ NO_FILMS = {
 }
 
 
-def scene(seed: int, height: int = 120, width: int = 160, bright: float = 1.0) -> np.ndarray:
+def scene(seed: int, height: int = 120, width: int = 160) -> np.ndarray:
     """Returns a picture of soft patches in the colours of a room, uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     low, high = np.sort(rng.uniform(0, 255, (2, 3)), axis=0)
     coarse = rng.uniform(low, high, (6, 8, 3)).repeat(-(-height // 6), 0).repeat(-(-width // 8), 1)
-    return (coarse[:height, :width] * bright).astype(np.uint8)
+    return coarse[:height, :width].astype(np.uint8)
 
 
 def write(
