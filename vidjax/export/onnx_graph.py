@@ -2,7 +2,7 @@
 
 The jaxpr is traced with symbols for B and T, so the graph takes arrays of any size. What depends on
 no input is computed here and stored: weights and random draws become constants. A new primitive
-gets a function below with the decorator `emits`.
+gets a line in RULES, with a function above it where one line does not do.
 
 ONNX Runtime lacks some operators for bool and uint32. So choices between bools are logic, and
 uint32 is int64 modulo 2**32.
@@ -31,8 +31,7 @@ _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": 
            "float16": np.float32}  # fmt: skip
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a derivative of their own
 Eqn = Any  # a JaxprEqn, whose types lack the shapes of its values
-Emit = Callable[["Graph", Any, Sequence[str]], Any]
-_EMITTERS: dict[str, Emit] = {}
+Rule = Callable[["Graph", Any, Sequence[str]], Any]  # of an Eqn and the names of its arguments
 
 
 def to_model(
@@ -90,12 +89,9 @@ def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 
 
 def _info(name: str, aval: Any) -> onnx.ValueInfoProto:
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(aval.dtype))
-    return helper.make_tensor_value_info(name, kind, [_plain(dim) for dim in aval.shape])
-
-
-def _plain(dim: Any) -> int | str:
-    return int(dim) if isinstance(dim, int) else str(dim)
+    kind = helper.np_dtype_to_tensor_dtype(_dtype(aval))
+    dims = [int(dim) if isinstance(dim, int) else str(dim) for dim in aval.shape]
+    return helper.make_tensor_value_info(name, kind, dims)
 
 
 def _dtype(aval: Any) -> np.dtype:
@@ -103,8 +99,8 @@ def _dtype(aval: Any) -> np.dtype:
     return np.dtype(_DTYPES.get(aval.dtype.name, aval.dtype))
 
 
-def _kind(aval: Any) -> int:
-    return helper.np_dtype_to_tensor_dtype(_dtype(aval))
+def _unknown(what: str) -> UserError:
+    return UserError(f"onnx: no {what} is known\nchoose stablehlo or saved_model")
 
 
 class Graph:
@@ -138,11 +134,18 @@ class Graph:
         """Returns a new name."""
         return f"v{next(self._numbers)}"
 
+    def nodes_of(self, op: str, *inputs: str, names: list[str], **attributes: Any) -> list[str]:
+        """Adds a node with outputs of these names, and returns them."""
+        self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
+        return names
+
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Adds a node with one output, whose name it returns."""
-        name = name or self.fresh()
-        self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
-        return name
+        return self.nodes_of(op, *inputs, names=[name or self.fresh()], **attributes)[0]
+
+    def ints(self, value: int | Sequence[int]) -> str:
+        """Returns the name of a constant of int64."""
+        return self.constant(value, np.int64)
 
     def constant(self, value: Any, dtype: Any = None) -> str:
         """Returns the name of a constant; equal ones are stored once."""
@@ -164,7 +167,7 @@ class Graph:
     def size(self, dim: Any) -> str:
         """Returns a dimension as int64 []; symbolic ones are computed from the inputs' shapes."""
         if isinstance(dim, int):
-            return self.constant(dim, np.int64)
+            return self.ints(dim)
         text = str(dim)
         if text not in self._sizes:
             self._sizes[text] = self._expression(ast.parse(text, mode="eval").body)
@@ -177,7 +180,7 @@ class Graph:
         if isinstance(tree, ast.Name):
             name, axis = self.symbols[tree.id]
             shape = self.node("Shape", name)
-            return self.node("Gather", shape, self.constant(axis, np.int64))
+            return self.node("Gather", shape, self.ints(axis))
         if isinstance(tree, ast.UnaryOp):
             return self.node("Neg", self._expression(tree.operand))
         if isinstance(tree, ast.BinOp):
@@ -191,25 +194,22 @@ class Graph:
     def shape(self, dims: Sequence[Any]) -> str:
         """Returns a shape, as int64 [n]."""
         if all(isinstance(dim, int) for dim in dims):
-            return self.constant(list(dims), np.int64)
+            return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
 
     def vector(self, scalar: str) -> str:
         """Returns an int64 [1] of a scalar of any integer type."""
         if scalar in self.known:
             return self.constant(self.known[scalar].reshape(1), np.int64)
-        one = self.node("Reshape", scalar, self.constant([1], np.int64))
-        return self.node("Cast", one, to=onnx.TensorProto.INT64)
+        return self.cast(self.node("Reshape", scalar, self.ints([1])), np.int64)
 
     # ---- what several primitives use
 
     def reshape(self, x: str, dims: Sequence[Any]) -> str:
         """Returns x in another shape; one unknown size is left to the runtime."""
-        unknown = [axis for axis, dim in enumerate(dims) if not isinstance(dim, int)]
-        if len(unknown) == 1 and all(
-            dims[axis] for axis in range(len(dims)) if axis not in unknown
-        ):
-            dims = [-1 if axis in unknown else dim for axis, dim in enumerate(dims)]
+        known = [dim for dim in dims if isinstance(dim, int)]
+        if len(known) == len(dims) - 1 and all(known):
+            dims = [dim if isinstance(dim, int) else -1 for dim in dims]
         return self.node("Reshape", x, self.shape(dims))
 
     def transpose(self, x: str, order: Sequence[int]) -> str:
@@ -221,6 +221,25 @@ class Graph:
         """Returns x in another dtype of the graph."""
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
+    def line(self, dims: Sequence[Any], axis: int) -> str:
+        """Returns the places 0, 1, ... along one axis of an array of `dims`, 1 long elsewhere."""
+        line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
+        if len(dims) == 1:
+            return line
+        return self.reshape(line, [dim if n == axis else 1 for n, dim in enumerate(dims)])
+
+    def reduced(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
+        """Returns a reduction over some axes; with `logic`, x are bools."""
+        x = self.cast(x, np.int32) if logic else x
+        found = self.node(op, x, self.ints(list(axes)), keepdims=0)
+        return self.cast(found, np.bool_) if logic else found
+
+    def top(self, x: str, count: Any, axis: int, *, largest: bool) -> list[str]:
+        """Returns the first of the sorted values along an axis, and their places."""
+        names, how = [self.fresh(), self.fresh()], {"largest": int(largest), "sorted": 1}
+        count = self.vector(self.size(count))
+        return self.nodes_of("TopK", x, count, names=names, axis=axis, **how)
+
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
         """Returns `yes` where `which` is True, else `no`."""
         if aval.dtype != bool:
@@ -231,7 +250,7 @@ class Graph:
     def clamp(self, index: str, most: str) -> str:
         """Returns an int64 index between 0 and `most`."""
         index = self.cast(index, np.int64)
-        return self.node("Max", self.node("Min", index, most), self.constant(0, np.int64))
+        return self.node("Max", self.node("Min", index, most), self.ints(0))
 
     # ---- the jaxpr
 
@@ -254,13 +273,13 @@ class Graph:
                 found = found if eqn.primitive.multiple_results else [found]
                 values |= dict(zip(eqn.outvars, map(self.constant, found), strict=True))
                 continue
-            emit = _EMITTERS.get(eqn.primitive.name)
-            if emit is None:
+            rule = RULES.get(eqn.primitive.name)
+            if rule is None:
                 raise UserError(
                     f"onnx: no form is known of the operation '{eqn.primitive.name}' of this model"
                     "\nchoose stablehlo or saved_model"
                 )
-            out = emit(self, eqn, args)
+            out = rule(self, eqn, args)
             values |= dict(zip(eqn.outvars, [out] if isinstance(out, str) else out, strict=True))
         return [read(x) for x in jaxpr.outvars]
 
@@ -274,74 +293,6 @@ def _is_foldable(eqn: Eqn) -> bool:
     )
 
 
-def emits(*names: str) -> Callable[[Emit], Emit]:
-    """Declares the function below to emit the primitives of these names."""
-
-    def add(emit: Emit) -> Emit:
-        _EMITTERS.update(dict.fromkeys(names, emit))
-        return emit
-
-    return add
-
-
-_ONE_TO_ONE = {
-    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min",
-    "pow": "Pow", "neg": "Neg", "abs": "Abs", "sign": "Sign", "exp": "Exp", "log": "Log",
-    "sqrt": "Sqrt", "logistic": "Sigmoid", "tanh": "Tanh", "erf": "Erf", "floor": "Floor",
-    "ceil": "Ceil", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
-    "ge": "GreaterOrEqual", "sin": "Sin", "cos": "Cos", "stop_gradient": "Identity",
-    "copy": "Identity", "copy_p": "Identity", "optimization_barrier": "Identity",
-}  # fmt: skip
-
-
-def _one_to_one(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    aval = eqn.outvars[0].aval
-    out = graph.node(_ONE_TO_ONE[eqn.primitive.name], *x)
-    if aval.dtype.name == "uint32":
-        out = graph.node("Mod", out, graph.constant(1 << 32, np.int64))
-    return out
-
-
-emits(*_ONE_TO_ONE)(_one_to_one)
-
-_EMITTERS |= {
-    "ne": lambda graph, eqn, x: graph.node("Not", graph.node("Equal", *x)),
-    "square": lambda graph, eqn, x: graph.node("Mul", x[0], x[0]),
-    "integer_pow": lambda graph, eqn, x: graph.node(
-        "Pow", x[0], graph.constant(eqn.params["y"], _dtype(eqn.outvars[0].aval))
-    ),
-    "rsqrt": lambda graph, eqn, x: graph.node("Reciprocal", graph.node("Sqrt", x[0])),
-    "rem": lambda graph, eqn, x: graph.node("Mod", *x, fmod=1),
-    "shift_right_logical": lambda graph, eqn, x: graph.node(
-        "Div", x[0], graph.node("Pow", graph.constant(2, np.int64), x[1])
-    ),
-    "clamp": lambda graph, eqn, x: graph.node("Min", graph.node("Max", x[1], x[0]), x[2]),
-    "convert_element_type": lambda graph, eqn, x: graph.cast(x[0], _dtype(eqn.outvars[0].aval)),
-    "dim_as_value": lambda graph, eqn, x: graph.cast(
-        graph.size(eqn.params["dim"]), _dtype(eqn.outvars[0].aval)
-    ),
-    "transpose": lambda graph, eqn, x: graph.transpose(x[0], eqn.params["permutation"]),
-    "concatenate": lambda graph, eqn, x: graph.node("Concat", *x, axis=eqn.params["dimension"]),
-    **dict.fromkeys(
-        ("reshape", "squeeze", "expand_dims"),
-        lambda graph, eqn, x: graph.reshape(x[0], eqn.outvars[0].aval.shape),
-    ),
-}
-
-
-@emits("and", "or", "xor", "not")
-def _logic(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    name = {"and": "And", "or": "Or", "xor": "Xor", "not": "Not"}[eqn.primitive.name]
-    return graph.node(name if eqn.outvars[0].aval.dtype == bool else f"Bitwise{name}", *x)
-
-
-@emits("is_finite")
-def _is_finite(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    bad = graph.node("Or", graph.node("IsNaN", x[0]), graph.node("IsInf", x[0]))
-    return graph.node("Not", bad)
-
-
-@emits("log1p")
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Emits log(u) x / (u - 1) with u = 1 + x, which keeps all digits of a small x.
 
@@ -357,7 +308,6 @@ def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Where", tiny, x[0], found)
 
 
-@emits("expm1")
 def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Emits (u - 1) x / log(u) with u = exp(x), see `_log1p`; exact also for x of -inf and 0."""
     one = graph.constant(1, _dtype(eqn.outvars[0].aval))
@@ -370,7 +320,6 @@ def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Where", tiny, x[0], found)
 
 
-@emits("select_n")
 def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (which, *cases), aval = x, eqn.outvars[0].aval
     if eqn.invars[0].aval.dtype == bool:
@@ -382,10 +331,6 @@ def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return found
 
 
-# ---- shapes
-
-
-@emits("broadcast_in_dim")
 def _broadcast(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     inner = [1] * len(after)
@@ -397,37 +342,29 @@ def _broadcast(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     )
 
 
-@emits("iota")
 def _iota(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    aval, axis = eqn.outvars[0].aval, eqn.params["dimension"]
-    ends = graph.constant(0, np.int64), graph.size(aval.shape[axis]), graph.constant(1, np.int64)
-    line = graph.cast(graph.node("Range", *ends), _dtype(aval))
-    if len(aval.shape) == 1:
-        return line
-    line = graph.reshape(line, [d if n == axis else 1 for n, d in enumerate(aval.shape)])
-    return graph.node("Expand", line, graph.shape(aval.shape))
+    aval = eqn.outvars[0].aval
+    line = graph.cast(graph.line(aval.shape, eqn.params["dimension"]), _dtype(aval))
+    return line if len(aval.shape) == 1 else graph.node("Expand", line, graph.shape(aval.shape))
 
 
-@emits("stack")
 def _stack(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    axis = graph.constant([eqn.params.get("axis", 0)], np.int64)
-    return graph.node("Concat", *(graph.node("Unsqueeze", one, axis) for one in x),
-                      axis=eqn.params.get("axis", 0))  # fmt: skip
+    axis = eqn.params.get("axis", 0)
+    return graph.node("Concat", *(graph.node("Unsqueeze", one, graph.ints([axis])) for one in x),
+                      axis=axis)  # fmt: skip
 
 
-@emits("slice")
 def _slice(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     steps = eqn.params["strides"] or [1] * len(eqn.params["start_indices"])
-    axes = graph.constant(list(range(len(steps))), np.int64)
+    axes = graph.ints(list(range(len(steps))))
     bounds = (graph.shape(eqn.params[name]) for name in ("start_indices", "limit_indices"))
     return graph.node("Slice", x[0], *bounds, axes, graph.shape(steps))
 
 
-@emits("rev")
 def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     axes = list(eqn.params["dimensions"])
     ends = [[-1] * len(axes), [np.iinfo(np.int64).min] * len(axes), axes, [-1] * len(axes)]
-    return graph.node("Slice", x[0], *(graph.constant(one, np.int64) for one in ends))
+    return graph.node("Slice", x[0], *map(graph.ints, ends))
 
 
 def _windowed(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
@@ -439,56 +376,23 @@ def _windowed(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, t
         most = graph.node("Sub", graph.size(dims[axis]), graph.size(size))
         start = graph.clamp(graph.reshape(start, ()), most)
         end = graph.node("Add", start, graph.size(size))
-        x = graph.node("Slice", x, graph.vector(start), graph.vector(end),
-                       graph.constant([axis], np.int64))  # fmt: skip
+        x = graph.node("Slice", x, graph.vector(start), graph.vector(end), graph.ints([axis]))
     return x
 
 
-@emits("dynamic_slice")
 def _dynamic_slice(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     sizes = eqn.params["slice_sizes"]
     windows = {axis: (x[1 + axis], size) for axis, size in enumerate(sizes)}
     return _windowed(graph, x[0], eqn.invars[0].aval.shape, windows)
 
 
-# ---- sums and searches
-
-
-@emits("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
-def _reduce(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    name = {"sum": "ReduceSum", "max": "ReduceMax", "min": "ReduceMin", "prod": "ReduceProd"}
-    axes = graph.constant(list(eqn.params["axes"]), np.int64)
-    return graph.node(name[eqn.primitive.name.removeprefix("reduce_")], x[0], axes, keepdims=0)
-
-
-@emits("reduce_or", "reduce_and")
-def _reduce_logic(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    name = "ReduceMax" if eqn.primitive.name == "reduce_or" else "ReduceMin"
-    return _reduced(graph, name, x[0], eqn.params["axes"])
-
-
-def _reduced(graph: Graph, name: str, x: str, axes: Sequence[int]) -> str:
-    """Returns a reduction of bools over some axes."""
-    places = graph.constant(list(axes), np.int64)
-    return graph.cast(graph.node(name, graph.cast(x, np.int32), places, keepdims=0), np.bool_)
-
-
-@emits("argmax", "argmin")
 def _argmax(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (axis,) = eqn.params["axes"]
     value = graph.cast(x[0], np.int32) if eqn.invars[0].aval.dtype == bool else x[0]
     name = "ArgMax" if eqn.primitive.name == "argmax" else "ArgMin"
-    found = graph.node(name, value, axis=axis, keepdims=0)
-    return graph.cast(found, _dtype(eqn.outvars[0].aval))
+    return graph.cast(graph.node(name, value, axis=axis, keepdims=0), _dtype(eqn.outvars[0].aval))
 
 
-@emits("cumsum")
-def _cumsum(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    axis = graph.constant(eqn.params["axis"], np.int64)
-    return graph.node("CumSum", x[0], axis, reverse=int(eqn.params["reverse"]))
-
-
-@emits("dot_general")
 def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     letters = iter(string.ascii_letters)
@@ -507,33 +411,23 @@ def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Einsum", *x, equation=text)
 
 
-@emits("sort")
 def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     """Sorts all operands by the first one, in ascending order; equal keys keep theirs."""
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
-        raise UserError("onnx: no sort by several keys is known\nchoose stablehlo or saved_model")
+        raise _unknown("sort by several keys")
     aval = eqn.invars[0].aval
     if aval.dtype == bool:
         key = graph.cast(key, np.int32)
-    names = [graph.fresh(), graph.fresh()]
-    size = graph.vector(graph.size(aval.shape[axis]))
-    graph.nodes.append(helper.make_node("TopK", [key, size], names, axis=axis, largest=0, sorted=1))
-    return [graph.node("GatherElements", one, names[1], axis=axis) for one in x]
+    _, places = graph.top(key, aval.shape[axis], axis, largest=False)
+    return [graph.node("GatherElements", one, places, axis=axis) for one in x]
 
 
-@emits("top_k")
 def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    names = [graph.fresh(), graph.fresh()]
-    size = graph.vector(graph.size(eqn.params["k"]))
-    graph.nodes.append(helper.make_node("TopK", [x[0], size], names, axis=-1, largest=1, sorted=1))
-    return [names[0], graph.cast(names[1], np.int32)]
+    values, places = graph.top(x[0], eqn.params["k"], -1, largest=True)
+    return [values, graph.cast(places, np.int32)]
 
 
-# ---- gathering and scattering
-
-
-@emits("gather")
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Emits a gather whose slices are whole along all axes but those that are indexed.
 
@@ -552,7 +446,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise UserError("onnx: no gather of this form is known\nchoose stablehlo or saved_model")
+        raise _unknown("gather of this form")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
     own = [int(axis) for axis in numbers.start_indices_batching_dims]
@@ -560,7 +454,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     order = [*own, *rest]  # of the axes of the indices before the last one
     parts = []
     for n, axis in zip(indexed, axes, strict=True):
-        most = graph.node("Sub", graph.size(dims[axis]), graph.constant(1, np.int64))
+        most = graph.node("Sub", graph.size(dims[axis]), graph.ints(1))
         part = graph.transpose(_component(graph, x[1], n, keep=True), [*order, prefix])
         parts.append(graph.clamp(part, most))
     index = parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=prefix)
@@ -579,27 +473,22 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
     """Returns number n along the last axis of indices."""
-    place = graph.constant([n] if keep else n, np.int64)
+    place = graph.ints([n] if keep else n)
     return graph.node("Gather", index, place, axis=-1)
 
 
-@emits("scatter")
 def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Emits the replacement of one slice, at one place along one axis."""
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise UserError("onnx: no scatter of this form is known\nchoose stablehlo or saved_model")
+        raise _unknown("scatter of this form")
     (axis,) = axes
-    ends = graph.constant(0, np.int64), graph.size(aval.shape[axis]), graph.constant(1, np.int64)
-    line = graph.reshape(graph.node("Range", *ends),
-                         [d if n == axis else 1 for n, d in enumerate(aval.shape)])  # fmt: skip
-    here = graph.node("Equal", line, graph.cast(x[1], np.int64))
-    new = graph.node("Unsqueeze", x[2], graph.constant([axis], np.int64))
+    here = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
+    new = graph.node("Unsqueeze", x[2], graph.ints([axis]))
     return graph.select(here, new, x[0], aval)
 
 
-@emits("scatter-max", "scatter-add")
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Emits the largest, or the sum, of rows [N, ...] by their place in [K, ...].
 
@@ -607,23 +496,19 @@ def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:
-        raise UserError("onnx: no scatter of this form is known\nchoose stablehlo or saved_model")
-    zero, one = graph.constant([0], np.int64), graph.constant([1], np.int64)
-    spare = graph.node("Slice", x[0], zero, one, zero)
+        raise _unknown("scatter of this form")
+    zero = graph.ints([0])
+    spare = graph.node("Slice", x[0], zero, graph.ints([1]), zero)
     operand = graph.node("Concat", x[0], spare, axis=0)
     count = graph.size(dims[0])
     index = graph.cast(x[1], np.int64)
-    outside = graph.node("Less", index, graph.constant(0, np.int64))
+    outside = graph.node("Less", index, graph.ints(0))
     index = graph.node("Min", graph.node("Where", outside, count, index), count)
     how = eqn.primitive.name.removeprefix("scatter-")
     found = graph.node("ScatterND", operand, index, x[2], reduction=how)
     return graph.node("Slice", found, zero, graph.vector(count), zero)
 
 
-# ---- functions and loops
-
-
-@emits("jit", "pjit", "closed_call", "core_call", "checkpoint", *CUSTOM)
 def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     closed = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"]
     if isinstance(closed, core.ClosedJaxpr):
@@ -634,10 +519,9 @@ def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _as_column(graph: Graph, flags: str, rank: int, aval: Any) -> str:
     """Returns flags of the first `rank` axes, for a choice between values of more axes."""
     axes = list(range(rank, len(aval.shape)))
-    return graph.node("Unsqueeze", flags, graph.constant(axes, np.int64)) if axes else flags
+    return graph.node("Unsqueeze", flags, graph.ints(axes)) if axes else flags
 
 
-@emits("while")
 def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     """Emits a Loop, whose condition for the first round is computed before it."""
     params = eqn.params
@@ -658,21 +542,101 @@ def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     (again,) = inner.run(cond.jaxpr, cond.consts, [*cond_consts, *after])
     if several:
         start, again = (
-            _reduced(one, "ReduceMax", flags, range(several))
+            one.reduced("ReduceMax", flags, range(several), logic=True)
             for one, flags in ((graph, start), (inner, again))
         )
     ends = [inner.node("Identity", value) for value in (again, *after)]
     count, going = inner.fresh(), inner.fresh()
-
-    def info(name: str, aval: Any) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, _kind(aval), [_plain(d) for d in aval.shape])
-
     flag = helper.make_tensor_value_info
     entering = [flag(count, onnx.TensorProto.INT64, []), flag(going, onnx.TensorProto.BOOL, [])]
     leaving = [flag(ends[0], onnx.TensorProto.BOOL, [])]
-    entering += [info(name, var.aval) for name, var in zip(names, carried, strict=True)]
-    leaving += [info(name, var.aval) for name, var in zip(ends[1:], carried, strict=True)]
+    entering += [_info(name, var.aval) for name, var in zip(names, carried, strict=True)]
+    leaving += [_info(name, var.aval) for name, var in zip(ends[1:], carried, strict=True)]
     proto = helper.make_graph(inner.nodes, inner.fresh(), entering, leaving)
     results = [graph.fresh() for _ in carried]
-    graph.nodes.append(helper.make_node("Loop", ["", start, *state], results, body=proto))
-    return results
+    return graph.nodes_of("Loop", "", start, *state, names=results, body=proto)
+
+
+def _one_to_one(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
+    out = graph.node(ONE_TO_ONE[eqn.primitive.name], *x)
+    if eqn.outvars[0].aval.dtype.name == "uint32":
+        out = graph.node("Mod", out, graph.ints(1 << 32))
+    return out
+
+
+def _logic(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
+    name = eqn.primitive.name.capitalize()
+    return graph.node(name if eqn.outvars[0].aval.dtype == bool else f"Bitwise{name}", *x)
+
+
+def _is_finite(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
+    return graph.node("Not", graph.node("Or", graph.node("IsNaN", x[0]), graph.node("IsInf", x[0])))
+
+
+def _reduce(op: str, *, logic: bool = False) -> Rule:
+    return lambda graph, eqn, x: graph.reduced(op, x[0], eqn.params["axes"], logic=logic)
+
+
+ONE_TO_ONE = {
+    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min",
+    "pow": "Pow", "neg": "Neg", "abs": "Abs", "sign": "Sign", "exp": "Exp", "log": "Log",
+    "sqrt": "Sqrt", "logistic": "Sigmoid", "tanh": "Tanh", "erf": "Erf", "floor": "Floor",
+    "ceil": "Ceil", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
+    "ge": "GreaterOrEqual", "sin": "Sin", "cos": "Cos", "stop_gradient": "Identity",
+    "copy": "Identity", "copy_p": "Identity", "optimization_barrier": "Identity",
+}  # fmt: skip
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ONE_TO_ONE, _one_to_one),
+    **dict.fromkeys(("and", "or", "xor", "not"), _logic),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", *CUSTOM), _call),
+    **dict.fromkeys(
+        ("reshape", "squeeze", "expand_dims"),
+        lambda graph, eqn, x: graph.reshape(x[0], eqn.outvars[0].aval.shape),
+    ),
+    "argmax": _argmax,
+    "argmin": _argmax,
+    "broadcast_in_dim": _broadcast,
+    "clamp": lambda graph, eqn, x: graph.node("Min", graph.node("Max", x[1], x[0]), x[2]),
+    "concatenate": lambda graph, eqn, x: graph.node("Concat", *x, axis=eqn.params["dimension"]),
+    "convert_element_type": lambda graph, eqn, x: graph.cast(x[0], _dtype(eqn.outvars[0].aval)),
+    "cumsum": lambda graph, eqn, x: graph.node(
+        "CumSum", x[0], graph.ints(eqn.params["axis"]), reverse=int(eqn.params["reverse"])
+    ),
+    "dim_as_value": lambda graph, eqn, x: graph.cast(
+        graph.size(eqn.params["dim"]), _dtype(eqn.outvars[0].aval)
+    ),
+    "dot_general": _dot,
+    "dynamic_slice": _dynamic_slice,
+    "expm1": _expm1,
+    "gather": _gather,
+    "integer_pow": lambda graph, eqn, x: graph.node(
+        "Pow", x[0], graph.constant(eqn.params["y"], _dtype(eqn.outvars[0].aval))
+    ),
+    "iota": _iota,
+    "is_finite": _is_finite,
+    "log1p": _log1p,
+    "ne": lambda graph, eqn, x: graph.node("Not", graph.node("Equal", *x)),
+    "reduce_and": _reduce("ReduceMin", logic=True),
+    "reduce_max": _reduce("ReduceMax"),
+    "reduce_min": _reduce("ReduceMin"),
+    "reduce_or": _reduce("ReduceMax", logic=True),
+    "reduce_prod": _reduce("ReduceProd"),
+    "reduce_sum": _reduce("ReduceSum"),
+    "rem": lambda graph, eqn, x: graph.node("Mod", *x, fmod=1),
+    "rev": _rev,
+    "rsqrt": lambda graph, eqn, x: graph.node("Reciprocal", graph.node("Sqrt", x[0])),
+    "scatter": _scatter,
+    "scatter-add": _scatter_rows,
+    "scatter-max": _scatter_rows,
+    "select_n": _select,
+    "shift_right_logical": lambda graph, eqn, x: graph.node(
+        "Div", x[0], graph.node("Pow", graph.ints(2), x[1])
+    ),
+    "slice": _slice,
+    "sort": _sort,
+    "square": lambda graph, eqn, x: graph.node("Mul", x[0], x[0]),
+    "stack": _stack,
+    "top_k": _top_k,
+    "transpose": lambda graph, eqn, x: graph.transpose(x[0], eqn.params["permutation"]),
+    "while": _while,
+}
