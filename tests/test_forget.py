@@ -131,7 +131,7 @@ def test_a_gallery_that_is_in_use_is_told_and_the_rest_is_deleted(tmp_path, plac
     people = made_galleries.make(tmp_path / "g", {"a/1": made_galleries.make_clip(1, GONE)})
     converted(tmp_path / "records" / "0", "a/1")
     words = (f"--identity={GONE}", tmp_path, "--delete")
-    with people._store.lock():
+    with people._store.open(write=True):
         found = places(*words, code=1)
     assert found[str(people.folder)] == ("gallery", "--delete")
     assert found[str(tmp_path / "records" / "0")][1].startswith("deleted")

@@ -90,7 +90,7 @@ def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
         zip(index.nearest(parts, 5), index.search(parts), strict=True)
     ):
         if asked.missing[:, row].all():
-            assert one == (0.0, []) and (logs[1:] == -np.inf).all()
+            assert one == (0.0, [], ()) and (logs[1:] == -np.inf).all()
             continue
         logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)
         new = stranger + np.log(PEOPLE)

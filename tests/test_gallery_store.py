@@ -785,3 +785,4 @@ def test_names_that_are_not_there(gallery):
     assert gallery.version == 1
     gallery.remove(identity=list(gallery.identities))
     refused(lambda: gallery.threshold(0.5), "nobody enrolled")
+    refused(lambda: gallery.rule(fpir=0.5), "nobody enrolled")

@@ -350,7 +350,7 @@ def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, caplog):
     people = servers.make_gallery(folder)
     body = {"clips": servers.as_json({"q": CLIPS["query 1"]})}
     with Inside(people) as one:
-        with people._store.lock():
+        with people._store.open(write=True):
             status, answer = one.ask("DELETE", "/clips/x")
         assert status == 503 and "another process" in answer["error"]
         people.remove(identity=list(people.identities))
@@ -585,14 +585,15 @@ def test_a_removal_is_answered_after_all_that_was_begun_before():
 
 def test_enrolments_that_wait_are_bounded_like_questions(tmp_path, monkeypatch):
     begun, go = threading.Event(), threading.Event()
-    to_enrol = Gallery.to_enrol
+    embed = Gallery.embed
 
-    def slow(*args, **words):
-        begun.set()
-        go.wait(10)
-        return to_enrol(*args, **words)
+    def slow(people, clips, *more):
+        if "Ada 0" in clips:
+            begun.set()
+            go.wait(10)
+        return embed(people, clips, *more)
 
-    monkeypatch.setattr(Gallery, "to_enrol", slow)
+    monkeypatch.setattr(Gallery, "embed", slow)
     with Inside(
         servers.make_gallery(tmp_path / "g"), limits=SMALL._replace(waiting_clips=4)
     ) as one:

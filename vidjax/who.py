@@ -19,9 +19,12 @@ to the models, for which all films and photos are read once more.
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta, Struct
 
 from vidjax import files, messages, tables
 from vidjax.data.clip_files import read_clips
@@ -31,18 +34,22 @@ from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
-from vidjax.gallery import appearances, store, unknown
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.appearances import NOBODY, Appearance, clock
+from vidjax.gallery import answers as answers_lib
+from vidjax.gallery import appearances, store
+from vidjax.gallery.answers import NOBODY, Answer
+from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.messages import Parser, Result
+from vidjax.run import formats
+from vidjax.run.formats import Sha256, Size, Text
 from vidjax.run.terminal import say
 
 TOLD = "told"  # the evidence of a clip that was itself enrolled
 PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", "unknown.json"
-GROUPS = {"clip": "string", "identity": "string"}
+NUMBERS_REMEDY = "delete it: unknown people are numbered anew"
+NUMBERS_BYTES = 256 * files.MB
 
 
 class Done(NamedTuple):
@@ -66,6 +73,56 @@ class Done(NamedTuple):
             time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
             rows.append((one.video, time, f"{one.identity or 'unknown'}{sure}"))
         return rows
+
+
+class Numbers(Struct, kw_only=True):
+    """Digest of a film's clips -> clip -> the number of its group when it was last unknown.
+
+    A film that was replaced, or cut in other clips, has another digest: numbers go with films. One
+    without unknown people is there, too.
+    """
+
+    format: Literal[1] = 1
+    films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
+
+    def of(self, films: Iterable[folder.Film]) -> dict[str, int]:
+        """Returns clip -> number, of films."""
+        return {c: n for film in films for c, n in self.films.get(_digest(film), {}).items()}
+
+    def clips(self, films: Iterable[folder.Film]) -> set[str]:
+        """Returns all clips of those films that are here."""
+        return {one.clip for film in films if _digest(film) in self.films for one in film.tracks}
+
+    @property
+    def highest(self) -> int:
+        """The highest number that a clip has; 0 without any."""
+        return max((n for clips in self.films.values() for n in clips.values()), default=0)
+
+    def only(self, films: Iterable[folder.Film]) -> "Numbers":
+        """Returns the numbers of films, without those of all others."""
+        kept = sorted({_digest(film) for film in films} & self.films.keys())
+        return Numbers(films={digest: self.films[digest] for digest in kept})
+
+    def updated(self, films: Iterable[folder.Film], groups: Mapping[str, str]) -> "Numbers":
+        """Returns these numbers, and those of groups, clip -> `unknown N`, of clips of films."""
+        found = {**self.films}
+        for film in films:
+            clips = {one.clip for one in film.tracks} & groups.keys()
+            new = {clip: answers_lib.number_of(groups[clip]) for clip in sorted(clips)}
+            found[_digest(film)] = found.get(_digest(film), {}) | new
+        return Numbers(films=found)
+
+
+def _digest(film: folder.Film) -> str:
+    tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
+    return files.sha256_json([film.sha256, tracks])
+
+
+def _read_numbers(path: Path) -> Numbers:
+    """Returns what a file of numbers says; none if there is no file."""
+    if not files.exists(path):
+        return Numbers(films={})
+    return formats.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
 def who(
@@ -121,7 +178,7 @@ def who(
         if not thumbnails:
             for one in (out / PEOPLE).glob("*"):
                 files.remove_tree(one / folder.THUMBNAILS)
-        before = unknown.read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
+        before = _read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
         outcomes = extract(films, out / FEATURES, settings=settings, workers=workers, done=done)
         return _look(gallery, failed, outcomes, before, out)
 
@@ -130,7 +187,7 @@ def _look(
     gallery: Gallery,
     failed: dict[str, str],
     outcomes: Sequence[Outcome],
-    before: unknown.Numbers,
+    before: Numbers,
     out: Path,
 ) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
@@ -138,7 +195,8 @@ def _look(
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     shown = [outcome.film for outcome in outcomes if outcome.film]
     found, groups = _name(gallery, features, shown, before.of(shown), before.highest)
-    unknown.write_numbers(out / NUMBERS, before.updated(shown, groups))  # rows without are not read
+    numbers = msgspec.to_builtins(before.updated(shown, groups))
+    files.write_json(out / NUMBERS, numbers)  # rows without are not read
     _write(out, found, groups, shown, gallery)
     return Done(gallery.identities, found, len({*groups.values()}), failed)
 
@@ -165,11 +223,11 @@ def _gallery(out: Path, models: Path) -> Gallery:
 def _enrol_named(gallery: Gallery, out: Path) -> None:
     """Enrols the clips of films to which somebody wrote names in the table of the unknown."""
     path, features = out / UNKNOWN, out / FEATURES
-    names = unknown.read_names(path) if files.exists(path) else {}
+    names = answers_lib.read_groups(path) if files.exists(path) else {}
     if not names:
         return
     # A film that was replaced in a call that was cut off has other clips of the same names.
-    there = unknown.read_numbers(out / NUMBERS).clips(folder.read_films(features))
+    there = _read_numbers(out / NUMBERS).clips(folder.read_films(features))
     known = {clip: name for clip, name in names.items() if clip in there}
     if len(known) < len(names):
         away = show(min(names.keys() - there))
@@ -191,10 +249,10 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
 
 def _take_out(path: Path, shown: Mapping[str, str | None]) -> None:
     """Takes rows that are in `shown`, clip -> name, out of the table of the unknown."""
-    rows = dict(unknown.read(path)) if files.exists(path) else {}
+    rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     left = {clip: name for clip, name in rows.items() if shown.get(clip) != name}
     if len(left) < len(rows):
-        files.write_text(path, tables.to_text([GROUPS, *left.items()], ".tsv"))
+        files.write_text(path, tables.to_text([answers_lib.GROUPS, *left.items()], ".tsv"))
 
 
 def _photos(people: Path) -> dict[str, list[Path]]:
@@ -311,8 +369,30 @@ def _name(
     for clip, name in told.items():
         answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
     nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
-    groups = unknown.keep_numbers(gallery.group(vectors.only(nobody)), before, highest)
+    groups = _keep_numbers(gallery.group(vectors.only(nobody)), before, highest)
     return appearances.find(answers, films, groups), groups
+
+
+def _keep_numbers(
+    groups: Mapping[str, str], before: Mapping[str, int], highest: int
+) -> dict[str, str]:
+    """Returns clip -> `unknown N`, where groups keep the numbers that their clips had.
+
+    A group takes the number that most of its clips had, if no other group has more clips of it.
+    Others get numbers above the `highest`, larger groups lower ones.
+    `groups` are clip -> name of its group, see `answers.name_groups`; `before` clip -> number.
+    """
+    votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
+    number: dict[str, int] = {}
+    order = sorted(votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.number_of(pair[0])))
+    for group, old in order:
+        if group not in number and old not in number.values():
+            number[group] = old
+    new = max(highest, *before.values(), 0)
+    for group in sorted({*groups.values()} - number.keys(), key=answers_lib.number_of):
+        new += 1
+        number[group] = new
+    return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
 def _write(
@@ -326,7 +406,7 @@ def _write(
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
         appearances.write(out / name, found)
-    tables.write(out / UNKNOWN, GROUPS, unknown.rows(groups), ())
+    answers_lib.write_groups(out / UNKNOWN, groups)
     subtitles = out / SUBTITLES
     subtitles.mkdir(mode=0o700)
     for film in films:

@@ -225,27 +225,25 @@ def of_gallery(gallery: Gallery) -> Arrays:
     index, backend = gallery.index, gallery.backend
     if not index.names:
         raise UserError(f"gallery '{gallery.folder}' has nobody: there is nothing to export")
-    arrays: Arrays = {
+    arrays: dict[str, Any] = {
         name: np.asarray(getattr(backend.settings, name), np.float64)
         for name in ("scale", "unenrolled", "stranger")
     }
     arrays["temperature"] = np.ones(())
     for number, part in enumerate(backend.parts):
-        counts, none = np.unique(index.counts[number], return_inverse=True)
-        blank = part.coefficients(counts, np.zeros((len(counts), len(part.centre))))
-        own: dict[str, Any] = {
+        curve, kind = index.curves[number]
+        arrays |= {
             f"{part.name}/centre": part.centre,
             f"{part.name}/mean": part.space.mean,
             f"{part.name}/transform": part.space.transform,
             f"{part.name}/linear": np.concatenate([b.linear[number] for b in index.blocks]),
             f"{part.name}/constant": np.concatenate([b.constant[number] for b in index.blocks]),
-            f"{part.name}/curve": np.asarray(blank.curve),
-            f"{part.name}/kind": none.astype(np.int32),
+            f"{part.name}/curve": curve,
+            f"{part.name}/kind": kind,
             f"{part.name}/known": (index.counts[number] > 0).astype(np.int32),
             f"{part.name}/scale": np.asarray(part.scale),
             f"{part.name}/limit": np.asarray(MOST_OF_VOICE if part.hearsay else np.inf),
         }
-        arrays |= own
     return {name: np.ascontiguousarray(value)[None] for name, value in arrays.items()}
 
 

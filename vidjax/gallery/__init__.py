@@ -3,7 +3,7 @@
 `gallery` is what a user calls from Python, `commands` what a user types. `backend` whitens vectors
 and compares them with enrolled people. `answers` sets thresholds and shows answers, `changes` edits
 what is held, `store` reads and writes the file. `appearances` joins
-answers in time, and `unknown` numbers those whom nobody knows.
+answers in time.
 
 Nothing here imports JAX at the top: only runs and `rank` need it, and people wait.
 """

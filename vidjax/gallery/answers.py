@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from vidjax import bulk, messages, metrics, tables
+from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
 
 if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
+    from vidjax.gallery.backend import Nearest
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 NEW = "nobody new is more probable"
 UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
+GROUPS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 SHOWN = 3  # identities of a line of the table
 ROUNDING = 1e-7  # a stranger's score may differ by this share between two batches of clips
 
@@ -60,6 +63,7 @@ class Answer(NamedTuple):
 
 
 Answers = Mapping[str, Answer]  # clip -> answer
+NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 class Threshold(NamedTuple):
@@ -112,6 +116,17 @@ class Rule(NamedTuple):
         best = np.asarray(best)
         passes = (best >= self.score) & (best > -np.inf)
         return passes if self.by == "threshold" else passes & (best >= new)
+
+    def answer(self, found: "Nearest", *, cards: bool) -> Answer:
+        """Returns who a clip shows, of its most probable people, whom `cards` or a run compares."""
+        if not found.best:
+            return NOBODY
+        name, score = found.best[0]
+        best = tuple((name, math.exp(log)) for name, log in found.best)
+        evidence = found.compared if self.names(score, found.new) else ()
+        # By cards, a lone person of other parts is as probable as somebody new.
+        known = self.names(score, found.new) and (evidence or not cards)
+        return Answer(name if known else None, best[0][1], score, best, evidence)
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
@@ -179,6 +194,34 @@ def name_groups(clips: Sequence[str], odds: np.ndarray) -> dict[str, str]:
     order = sorted({*labels}, key=lambda label: (-int(np.sum(labels == label)), int(label)))
     number = {label: place + 1 for place, label in enumerate(order)}
     return {clip: f"{UNKNOWN}{number[label]}" for clip, label in zip(clips, labels, strict=True)}
+
+
+def number_of(group: str) -> int:
+    """Returns N of `unknown N`, the name of a group."""
+    return int(group.removeprefix(UNKNOWN))
+
+
+def write_groups(path: Path, groups: Mapping[str, str]) -> None:
+    """Writes clip -> name of its group to a new table, in which a user writes names of people."""
+    rows = sorted(groups.items(), key=lambda pair: (number_of(pair[1]), pair[0]))
+    tables.write(path, GROUPS, rows, ())
+
+
+def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
+    """Returns clip -> person of a table of groups, with `unknown` also those without a name.
+
+    A line that is wrong is a UserError.
+    """
+    found: dict[str, str] = {}
+    for number, cells in tables.read_tsv(path):
+        if cells == [*GROUPS]:
+            continue
+        if len(cells) != 2 or not all(map(str.strip, cells)):
+            raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
+        clip, identity = (cell.strip() for cell in cells)
+        if found.setdefault(clip, identity) != identity:
+            raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
+    return {n: name for n, name in found.items() if unknown or not name.startswith(UNKNOWN)}
 
 
 def table(answers: Answers) -> list[str]:

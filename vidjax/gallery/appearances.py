@@ -27,7 +27,6 @@ MARKUP = {
 MOST_PICTURES = 8  # of a person in a video: the longest appearances
 PICTURE_BYTES = 100_000
 LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
-NOBODY = Answer(None, 0.0, float("-inf"), ())  # where nobody is enrolled
 COLUMNS = {
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
     "probability": "float64", "clips": "string", "evidence": "string",

@@ -9,7 +9,6 @@ formulas are those of `models.plda_fit.combine` and `losses.log_softmax`.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 from vidjax.errors import UserError
 from vidjax.machine import num_cores
 from vidjax.models import two_covariance
-from vidjax.models.two_covariance import Settings, Space, blank_space
+from vidjax.models.two_covariance import Settings, Space, blank_space, coefficients
 from vidjax.run.terminal import say
 
 if TYPE_CHECKING:
@@ -66,12 +65,8 @@ class Part(NamedTuple):
 
     def coefficients(self, count: np.ndarray, sums: np.ndarray) -> two_covariance.Enrolled:
         """Returns the classes with `count` [K] clips and coordinates of sum `sums` [K, D]."""
-        found = (
-            two_covariance.distance_coefficients
-            if self.by_distance
-            else (two_covariance.coefficients)
-        )
-        return found(self.space, count.astype(np.float64), sums)
+        make = two_covariance.distance_coefficients if self.by_distance else coefficients
+        return make(self.space, count.astype(np.float64), sums)
 
 
 class People(NamedTuple):
@@ -97,10 +92,12 @@ class Nearest(NamedTuple):
     """Log probabilities of a clip: of somebody `new`, and of the `best` people as (name, log p).
 
     The most probable person is first; people of equal probability are in the order of names.
+    `compared` are the parts that the first person and the clip have both.
     """
 
     new: float
     best: list[tuple[str, float]]
+    compared: tuple[str, ...] = ()
 
 
 def join(blocks: Sequence[People]) -> People:
@@ -114,14 +111,13 @@ def join(blocks: Sequence[People]) -> People:
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Backend:
+class Backend(NamedTuple):
     """Coordinates of M parts, and the settings of PLDA."""
 
     parts: tuple[Part, ...]
     settings: Settings
 
-    @functools.cached_property
+    @property
     def widths(self) -> dict[str, int]:
         """Name -> D of every part."""
         return {part.name: len(part.centre) for part in self.parts}
@@ -138,7 +134,8 @@ class Backend:
         """
         found = []
         for part, x in zip(self.parts, parts, strict=True):
-            z = _product(unit(part, x) - part.space.mean, np.asarray(part.space.transform))
+            with _one_thread():
+                z = (unit(part, x) - part.space.mean) @ np.asarray(part.space.transform)
             z[~np.any(x != 0, axis=1)] = np.nan
             found.append(z)
         return found
@@ -150,14 +147,14 @@ class Backend:
         place in `names` of the person whom a clip shows.
         """
         linear, constants, counts = [], [], []
-        for number, x in enumerate(self.split(vectors)):
-            part = self.parts[number]
+        for part, x in zip(self.parts, self.split(vectors), strict=True):
             present = np.any(x != 0, axis=1)
             count = np.bincount(owner[present], minlength=len(names))
             total = np.zeros((len(names), x.shape[1]))
             np.add.at(total, owner, unit(part, x))
             shifted = total - count[:, None] * part.space.mean
-            sums = _product(shifted, np.asarray(part.space.transform))
+            with _one_thread():
+                sums = shifted @ np.asarray(part.space.transform)
             enrolled = part.coefficients(count, sums)
             linear.append(np.asarray(enrolled.linear, np.float32))
             constants.append(np.asarray(enrolled.constant))
@@ -182,14 +179,9 @@ class Backend:
         return (odds + odds.T) / 2
 
     def numbers(self) -> np.ndarray:
-        """Returns the arrays of all parts, flattened and joined, [num_numbers] float64."""
-        return np.concatenate(
-            [
-                np.ravel(array)
-                for part in self.parts
-                for array in (part.centre, part.space.mean, part.space.transform, part.space.ratio)
-            ]
-        ).astype("<f8")
+        """Returns the arrays of all parts, D + 3 rows [D] each, flattened and joined, float64."""
+        rows = [np.vstack([part.centre, *part.space]).ravel() for part in self.parts]
+        return np.concatenate(rows).astype("<f8")
 
 
 def fit(
@@ -258,24 +250,8 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     return np.where(present, shifted / np.maximum(norm, 1e-12), 0.0)
 
 
-def num_numbers(widths: Mapping[str, int]) -> int:
-    """Returns the length of `Backend.numbers` for parts of these widths."""
-    return sum(width * (width + 3) for width in widths.values())
-
-
-def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndarray) -> Backend:
-    """Returns the back end from its `Backend.numbers`; `widths` are part -> D."""
-    parts, at = [], 0
-    for name, width in widths.items():
-        own = numbers[at : at + width * (width + 3)].astype(np.float64).reshape(-1, width)
-        at += own.size
-        parts.append(Part(name, own[0], Space(own[1], own[2:-1], own[-1])))
-    return Backend(tuple(parts), settings)
-
-
 @functools.cache
-def threads() -> ThreadPoolExecutor:
-    """Returns the pool of threads, one per core, that search and whitening share."""
+def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_cores())
 
 
@@ -289,17 +265,12 @@ def _one_thread() -> contextlib.AbstractContextManager[object]:
     return _libraries().limit(limits=1, user_api="blas")
 
 
-def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    with _one_thread():
-        return x @ y
-
-
 class _Asked(NamedTuple):
     """Q clips as people are compared with them.
 
     Attributes:
       coordinates: M arrays [Q, D] float64, scaled; 0 where a clip lacks the part.
-      squares: M arrays [Q, 1 + U] float64, scaled sums of squares by `Index._curves`.
+      squares: M arrays [Q, U] float64, scaled sums of squares by `Index.curves`.
       missing: [M, Q] bool, True where a clip lacks the part.
     """
 
@@ -333,19 +304,18 @@ class Index:
         return np.concatenate([none, *(block.constant for block in self.blocks)], axis=1)
 
     @functools.cached_property
-    def _curves(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Coefficients of z^2, M arrays [1 + U, D], and each identity's row in them, [M, N] int32.
+    def curves(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each part, coefficients of z^2, [U, D], and each identity's row in them, [N] int32.
 
-        Identities with equal numbers of clips share a row; row 0 is for no clip in the part.
+        Identities with equal numbers of clips share a row.
         """
-        curves, kinds = [], []
+        found = []
         for part, counts in zip(self.backend.parts, self.counts, strict=True):
-            values, inverse = np.unique(counts, return_inverse=True)
+            values, kind = np.unique(counts, return_inverse=True)
             none = np.zeros((len(values), len(part.centre)))
-            found = part.coefficients(values, none)
-            curves.append(np.pad(np.asarray(found.curve), ((1, 0), (0, 0))))
-            kinds.append(np.where(counts > 0, inverse + 1, 0).astype(np.int32))
-        return curves, np.stack(kinds)
+            curve = np.asarray(part.coefficients(values, none).curve)
+            found.append((curve, kind.astype(np.int32)))
+        return found
 
     def replaced(self, gone: Collection[str], new: People) -> "Index":
         """Returns an index without the people named `gone`, where it has them, and with `new`."""
@@ -378,7 +348,7 @@ class Index:
 
         A clip that lacks all parts has no best people.
         """
-        for new, logits, rows, fine in self._compared(parts, k):
+        for place, (new, logits, rows, fine) in enumerate(self._compared(parts, k)):
             top = max(new, fine.max(initial=-np.inf))
             weights = np.subtract(logits, np.float32(top), out=logits)
             np.exp(weights, out=weights)
@@ -386,9 +356,12 @@ class Index:
             rest = weights.sum(dtype=np.float64)
             others = top + np.log(rest) if rest else -np.inf
             logs = log_softmax(np.array([new, *fine, others]))
-            pairs = zip((self.names[row] for row in rows), logs[1:-1].tolist(), strict=True)
-            best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:k]
-            yield Nearest(float(logs[0]), [pair for pair in best if pair[1] > -np.inf])
+            found = zip(logs[1:-1].tolist(), rows.tolist(), strict=True)
+            some = [(-log, self.names[row], row) for log, row in found if log > -np.inf]
+            some = sorted(some)[:k]
+            best = [(name, -log) for log, name, _ in some]
+            common = self._common(parts, place, some[0][2]) if some else ()
+            yield Nearest(float(logs[0]), best, common)
 
     def _compared(
         self, parts: Sequence[np.ndarray], k: int
@@ -413,9 +386,8 @@ class Index:
     def _asked(self, parts: Sequence[np.ndarray]) -> _Asked:
         """Returns clips as people are compared with them; `parts` are M arrays [Q, D]."""
         coordinates, squares = [], []
-        for part, z, curve in zip(
-            self.backend.parts, self.backend.whiten(parts), self._curves[0], strict=True
-        ):
+        whitened = self.backend.whiten(parts)
+        for part, z, (curve, _) in zip(self.backend.parts, whitened, self.curves, strict=True):
             scale = self.backend.settings.scale * part.scale
             coordinates.append(scale * np.nan_to_num(z))
             squares.append(scale * np.nan_to_num(z) ** 2 @ curve.T)
@@ -435,7 +407,7 @@ class Index:
             self._add_up([first, *others], rows, owner, asked)
 
         with _one_thread():
-            list(threads().map(score, range(len(self.blocks))))
+            list(_threads().map(score, range(len(self.blocks))))
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, asked: _Asked) -> np.ndarray:
@@ -463,18 +435,18 @@ class Index:
         The products [Q, R] of all of Q clips have `owner` [Q, 1]; those of pairs, [R], `owner` [R].
         `rows` are the places of the R people. The logits overwrite the first of the products.
         """
-        settings, kinds = self.backend.settings, self._curves[1]
+        settings = self.backend.settings
         several = (np.sum(~asked.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
-            own, squares = kinds[number, rows], asked.squares[number].astype(ratios.dtype)
+            squares = asked.squares[number].astype(ratios.dtype)
             scale = settings.scale * part.scale
             ratios += (scale * self._constant[number, rows]).astype(ratios.dtype)
             # Often all people have equally many clips.
-            ratios += squares[owner, 1 if squares.shape[1] == 2 else own]
+            ratios += squares[owner, 0 if squares.shape[1] == 1 else self.curves[number][1][rows]]
             if part.hearsay:
                 np.clip(ratios, -MOST_OF_VOICE, MOST_OF_VOICE, out=ratios, where=several)
-            if not own.all():
-                np.copyto(ratios, settings.unenrolled, where=own == 0)
+            if not (known := self.counts[number, rows] > 0).all():
+                np.copyto(ratios, settings.unenrolled, where=~known)
             if asked.missing[number].any():
                 np.copyto(ratios, 0, where=asked.missing[number][owner])
         total = products[0]
@@ -498,14 +470,10 @@ class Index:
             rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])
         return rows
 
-    @functools.cached_property
-    def _row(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self.names)}
-
-    def compared(self, name: str, clip: Sequence[np.ndarray]) -> tuple[str, ...]:
-        """Returns the parts that the person `name` and a clip, M vectors [D], have both."""
-        both = zip(self.backend.parts, self.counts[:, self._row[name]], clip, strict=True)
-        return tuple(part.name for part, count, x in both if count and x.any())
+    def _common(self, parts: Sequence[np.ndarray], place: int, row: int) -> tuple[str, ...]:
+        """Returns the parts that the person of a row and the clip at a place have both."""
+        both = zip(self.backend.widths, self.counts[:, row], parts, strict=True)
+        return tuple(name for name, count, x in both if count and x[place].any())
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

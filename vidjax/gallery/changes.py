@@ -25,9 +25,7 @@ class Draft:
     def __init__(self, state: State):
         self._state = state
         self.clips, self.groups = dict(state.clips), dict(state.groups)
-        self._completed = False  # clips have new vectors
         self._changed: set[str] = set()  # names of clips
-        self._removed: set[str] = set()  # of them, clips of the state, also if added once more
         self._touched: set[str] = set()  # identities
 
     def __bool__(self) -> bool:
@@ -46,16 +44,17 @@ class Draft:
         self._edit(new)
         return len(new)
 
-    def complete(self, vectors: Mapping[str, np.ndarray]) -> int:
-        """Gives clips the vectors that have more parts; returns for how many that is new."""
-        new = {
-            name: self.clips[name]._replace(vector=vector)
-            for name, vector in vectors.items()
-            if not np.array_equal(self.clips[name].vector, vector)
-        }
-        self._edit(new)
-        self._completed |= bool(new)
-        return len(new)
+    def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
+        """Gives enrolled clips the parts that they lack; returns the clips that had the others."""
+        split, same = self._state.index.backend.split, {}
+        for name in vectors.keys() & self.clips.keys():
+            old, vector = self.clips[name].vector, vectors[name]
+            parts = zip(split(old[None]), split(vector[None]), strict=True)
+            if all(np.array_equal(x, y) for x, y in parts if x.any()):
+                same[name] = np.array_equal(old, vector)
+        new = [name for name, complete in same.items() if not complete]
+        self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
+        return {*same}
 
     def remove(
         self,
@@ -115,22 +114,18 @@ class Draft:
 
     def _edit(self, clips: Mapping[str, Clip | None]) -> None:
         """Replaces clips by name; None removes one."""
-        away: dict[str, set[str]] = {}
-        into: dict[str, set[str]] = {}
+        touched: dict[str, set[str]] = {}  # identity -> clips that it gets
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
-                away.setdefault(old.identity or STRANGER, set()).add(name)
+                touched.setdefault(old.identity or STRANGER, set())
             if clip is not None:
-                into.setdefault(clip.identity or STRANGER, set()).add(name)
+                touched.setdefault(clip.identity or STRANGER, set()).add(name)
                 self.clips[name] = clip
-            elif name in self._state.clips:
-                self._removed.add(name)
-        for one in away.keys() | into.keys():
-            names = ({*self.groups.pop(one, ())} - away.get(one, set())) | into.get(one, set())
-            if names:
+        for one, new in touched.items():
+            if names := ({*self.groups.pop(one, ())} - clips.keys()) | new:
                 self.groups[one] = tuple(sorted(names))
         self._changed |= clips.keys()
-        self._touched |= away.keys() | into.keys()
+        self._touched |= touched.keys()
 
     def _is_new(self, name: str, clip: Clip) -> bool:
         """Returns False for a clip that the gallery has; refuses another clip of the same name."""
@@ -155,21 +150,26 @@ class Draft:
 
     # ---- what is written
 
+    def _pairs(self) -> list[tuple[Clip | None, Clip | None]]:
+        """Returns each changed clip as it was and is; one that was replaced has another vector."""
+        return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed]
+
     @property
     def refits(self) -> bool:
         """True if the back end was fitted to a clip that is removed, and so must be fitted anew."""
-        return any(self._state.clips[name].fitted for name in self._removed)
+        return any(
+            old.fitted and (new is None or new.vector is not old.vector)
+            for old, new in self._pairs()
+            if old
+        )
 
     @property
     def inserted(self) -> dict[str, Clip] | None:
         """The new clips and strangers' that show people now; None if anything else has changed."""
-        if self._removed or self._completed or self.refits:
-            return None
-        new = {name: self.clips.get(name) for name in self._changed}
-        olds = (self._state.clips.get(name) for name in new)
-        if None in new.values() or any(old and old.identity for old in olds):
-            return None
-        return {name: clip for name, clip in new.items() if clip is not None}
+        for old, new in self._pairs():
+            if new is None or (old and (old.identity or new.vector is not old.vector)):
+                return None
+        return {name: self.clips[name] for name in self._changed}
 
     def state(self) -> tuple[State, People]:
         """Returns the next state, by the back end as it is, and its changed people, by name."""
@@ -203,10 +203,8 @@ def enrol(
 
 def stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:
     """Returns the vectors of clips, [N, width] float32."""
-    vectors = np.zeros((len(names), width), np.float32)
-    for row, name in enumerate(names):
-        vectors[row] = clips[name].vector
-    return vectors
+    vectors = [clips[name].vector for name in names]
+    return np.array(vectors, np.float32).reshape(len(names), width)
 
 
 def check_clip(name: str, clip: Clip, width: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from vidjax import bulk, files, messages, tables
 from vidjax.errors import UserError, warn
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, unknown
+from vidjax.gallery import appearances
 from vidjax.gallery.changes import stack
 from vidjax.messages import Parser, Result
 from vidjax.run import terminal
@@ -319,7 +319,7 @@ def _without_crowds(
 
 def _read_labels(path: Path) -> dict[str, str]:
     """Returns clip -> person of a table of groups; one that names nobody is a UserError."""
-    if labels := unknown.read_names(path):
+    if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(
         f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
@@ -336,7 +336,7 @@ def _group(args: argparse.Namespace) -> Result:
         answers = gallery.identify(vectors)
         nobody = {name for name, answer in answers.items() if answer.identity is None}
     groups = gallery.group(vectors.only(nobody))
-    tables.write(out, {"clip": "string", "identity": "string"}, unknown.rows(groups), ())
+    answers_lib.write_groups(out, groups)
     count = len({*groups.values()})
     told = {"clips": f"{len(vectors.names):,}, of which {len(nobody):,} show nobody known"}
     told |= {"people": f"{count:,} unknown", "groups": f"{out}: write names, then enrol --labels"}

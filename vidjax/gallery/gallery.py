@@ -22,10 +22,11 @@ Only another training without the clips ends that.
 """
 
 import contextlib
+import itertools
 import math
 import numbers
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
@@ -371,20 +372,16 @@ class Gallery:
         What is done to it is written at the end, in one; after an error, nothing is. Nobody else
         can change the gallery meanwhile.
         """
-        with self._store.lock() as transaction:
+        with self._store.open(write=True) as transaction:
             self.refresh()
             draft = Draft(self._state)
             yield draft
             if not draft:
                 return
             state, people = draft.state()
-            new = draft.inserted
             if draft.refits:
                 state = _refitted(state)
-            if new is None:
-                self._state = self._store.replace(transaction, state)
-            else:
-                self._state = self._store.insert(transaction, state, new, people)
+            self._state = self._store.write(transaction, state, draft.inserted, people)
 
     def enrol(
         self,
@@ -409,19 +406,6 @@ class Gallery:
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
-        shown, refused = self.to_enrol(clips, identities, split=split, strangers=strangers)
-        new = self.add(shown)
-        return Enrolment(new, len(shown) - new, refused)
-
-    def to_enrol(
-        self,
-        clips: AnyClips,
-        identities: str | Mapping[str, str] | None = None,
-        *,
-        split: str | None = None,
-        strangers: bool = False,
-    ) -> tuple[dict[str, Clip], tuple[str, ...]]:
-        """Returns the clips that `enrol` would add, and the names of those without a frame."""
         found = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(found.names, identities)
@@ -439,7 +423,13 @@ class Gallery:
                     "leave out strangers=True, by command --strangers"
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
-        return _usable(found, wanted)
+        usable = _clips_of(found)
+        shown = {name: usable[name] for name in wanted if name in usable}
+        refused = tuple(sorted(name for name in wanted if name not in usable))
+        if not shown:
+            raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
+        new = self.add(shown)
+        return Enrolment(new, len(shown) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors, all or none; returns how many are new.
@@ -494,7 +484,7 @@ class Gallery:
           ValueError: a model of the gallery is missing, or is another one.
         """
         origin, back_ends = origin_of_models(models)
-        with self._store.lock() as transaction:
+        with self._store.open(write=True) as transaction:
             self.refresh()
             state = self._state
             was, now = state.run.cards, origin.cards
@@ -513,29 +503,15 @@ class Gallery:
                 for name, clip in state.clips.items()
             }
             state = _state(state.version + 1, origin, wide, clips)
-            self._state = self._store.replace(transaction, state)
+            self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
 
     def complete(self, found: Vectors) -> set[str]:
         """Returns the clips that are enrolled with these vectors; they get parts that they lack."""
-        self.refresh()
-        rows = {
-            name: np.concatenate([x[row] for x in found.parts.values()])
-            for row, name in enumerate(found.names)
-            if name in self.clips
-        }
-        same = {}
-        for name, vector in rows.items():
-            old = self.clips[name].vector
-            parts = zip(
-                self.backend.split(old[None]), self.backend.split(vector[None]), strict=True
-            )
-            if all(np.array_equal(x, y) for x, y in parts if x.any()):
-                same[name] = vector
-        if any(not np.array_equal(self.clips[name].vector, x) for name, x in same.items()):
-            with self.change() as draft:
-                draft.complete(same)
-        return {*same}
+        rows = zip(*found.parts.values(), strict=True)
+        vectors = dict(zip(found.names, map(np.concatenate, rows), strict=True))
+        with self.change() as draft:
+            return draft.complete(vectors)
 
     # ---- answers
 
@@ -574,15 +550,14 @@ class Gallery:
         if of is not state:
             vectors = np.stack([state.clips[name].vector for name in strangers])
             found = state.index.nearest(state.index.backend.split(vectors), 1)
-            best = np.array([best[0][1] for _, best in found])
+            best = np.array([one.best[0][1] for one in found])
             self._calibration = state, best
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
         """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
         answers_lib.check_choice(fpir, threshold)
-        self.refresh()
-        return self._rule(self._state, fpir, threshold)
+        return self._rule(self._anybody(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> Rule:
         if threshold is not None:
@@ -631,16 +606,8 @@ class Gallery:
         found, state = self.embed(clips, split), self._anybody()
         rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
         answers = {}
-        for row, (new, best) in enumerate(state.index.nearest(parts, k)):
-            score = best[0][1] if best else -np.inf
-            probabilities = np.exp([log for _, log in best]).tolist()
-            shown = tuple(zip((name for name, _ in best), probabilities, strict=True))
-            passes = bool(best) and rule.names(score, new)
-            compared = state.index.compared(best[0][0], [x[row] for x in parts]) if passes else ()
-            # By cards, a lone person of other parts is as probable as somebody new.
-            identity = best[0][0] if passes and (compared or not state.run.cards) else None
-            probability = shown[0][1] if best else 0.0
-            answers[found.names[row]] = Answer(identity, probability, score, shown, compared)
+        for clip, one in zip(found.names, state.index.nearest(parts, k), strict=True):
+            answers[clip] = rule.answer(one, cards=bool(state.run.cards))
             advance(1)
         return answers
 
@@ -670,20 +637,21 @@ class Gallery:
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
         order = np.argsort(np.array(found.names, object), kind="stable")
-        parts = [x[order] for x in found.parts.values()]
+        logs = searched.search([x[order] for x in found.parts.values()])
         size = min(RANK_ROWS, len(order))
 
         def blocks() -> "Iterator[ScoreBlock]":
-            scores = np.empty((size, len(columns)), np.float32)
-            for place, logs in enumerate(searched.search(parts)):
-                best = logs[columns]
-                # Before they are rounded to float32: a threshold lies just above a stranger.
-                passes = True if rule is None else rule.names(best, logs[0])
-                scores[place % size] = np.where(passes, best, -np.inf)
-                if (place + 1) % size == 0 or place + 1 == len(order):
-                    index = place // size * size + np.arange(size, dtype=np.int32)
-                    yield scores.copy(), index, index <= place
-                    advance(place % size + 1)
+            for at in range(0, len(order), RANK_ROWS):
+                index = np.arange(at, at + size, dtype=np.int32)
+                scores = np.full((size, len(columns)), -np.inf, np.float32)
+                for row, one in zip(scores, itertools.islice(logs, size), strict=False):
+                    best = one[columns]
+                    # Before they are rounded to float32: a threshold lies just above a stranger.
+                    passes = True if rule is None else rule.names(best, one[0])
+                    np.copyto(row, best, where=passes, casting="same_kind")
+                exists = index < len(order)
+                yield scores, index, exists
+                advance(int(exists.sum()))
 
         top = topk.rank(blocks(), len(columns), rows=size)
         names = {place: found.names[row] for place, row in enumerate(order.tolist())}
@@ -706,10 +674,9 @@ def _check_width(backend: Backend) -> int:
 
 def _widened(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
     """Returns the vector of a clip with zeros for the parts that only `wide` has."""
-    parts = {name: np.zeros(width, np.float32) for name, width in wide.widths.items()} | {
-        name: x[0] for name, x in zip(backend.widths, backend.split(vector[None]), strict=True)
-    }
-    return np.concatenate([parts[name] for name in wide.widths])
+    own = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
+    parts = [own.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
+    return np.concatenate(parts, axis=1, dtype=np.float32)[0]
 
 
 def _restored(run: "Predictor | str | Path") -> "Predictor":
@@ -804,15 +771,6 @@ def _clips_of(found: Vectors) -> dict[str, Clip]:
     rows = np.concatenate(list(found.parts.values()), axis=1)
     clips = zip(found.names, found.labels, rows, strict=True)
     return {name: Clip(label, row) for name, label, row in clips if row.any()}
-
-
-def _usable(found: Vectors, wanted: Sequence[str]) -> tuple[dict[str, Clip], tuple[str, ...]]:
-    usable = _clips_of(found)
-    chosen = {name: usable[name] for name in wanted if name in usable}
-    refused = tuple(sorted(name for name in wanted if name not in usable))
-    if not chosen:
-        raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
-    return chosen, refused
 
 
 def fit_backend(

@@ -36,9 +36,8 @@ from msgspec import Meta, Struct
 from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import InUseError, UserError
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People
-from vidjax.models.two_covariance import Settings
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index, Part, People
+from vidjax.models.two_covariance import Settings, Space
 from vidjax.run import formats
 
 NAME = "gallery.sqlite"
@@ -160,12 +159,6 @@ class Store:
 
     # ---- opening
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[sqlite3.Connection]:
-        """Begins a change, for `replace` or `insert`; nobody else can change the gallery."""
-        with self._opened(write=True) as connection:
-            yield connection
-
     def foreign(self) -> str | None:
         """Returns the name of a file in the folder that is no gallery's; None if there is none.
 
@@ -207,10 +200,11 @@ class Store:
                 raise damaged(journal, "it names another file")
 
     @contextlib.contextmanager
-    def _opened(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+    def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Opens the file and begins a transaction, which is undone at the end of the context.
 
-        SQLite first undoes a change that was cut off, also to read.
+        SQLite first undoes a change that was cut off, also to read. Nobody else can change the
+        gallery while it is open to `write`.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -239,12 +233,12 @@ class Store:
 
     def sha256(self) -> bytes:
         """Returns the sha256 of the state in the file; another state has another one."""
-        with self._opened() as connection, _errors(self.path):
+        with self.open() as connection, _errors(self.path):
             return _facts_row(connection)[1]
 
     def read(self) -> State:
         """Reads the file and checks it."""
-        with self._opened() as connection, _errors(self.path), _no_collection():
+        with self.open() as connection, _errors(self.path), _no_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("its pages do not fit together")
             return _read(connection)
@@ -255,63 +249,48 @@ class Store:
         """Writes the first state, into a new file or one without tables."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        with self.lock() as connection:
+        with self.open(write=True) as connection:
             if _version(connection)[1]:
                 raise UserError(f"'{self.folder}' holds a gallery: name another folder")
             with _errors(self.path, write=True):
                 for table, columns in SCHEMA.items():
                     connection.execute(f"CREATE TABLE {table} {columns}")
                 connection.execute(f"PRAGMA user_version={FORMAT}")
-            self.replace(connection, state)
+            self.write(connection, state)
 
-    # ---- writing, in a transaction of `lock`, which it ends
-
-    def insert(
-        self, connection: sqlite3.Connection, state: State, new: Mapping[str, Clip], people: People
+    def write(
+        self,
+        connection: sqlite3.Connection,
+        state: State,
+        new: Mapping[str, Clip] | None = None,
+        people: People | None = None,
     ) -> State:
-        """Writes `new` clips and the rows of `people`; returns the state with its digests."""
-        with _errors(self.path, write=True):
-            rows = state.rows - _take_out(connection, "clip", new)
-            rows += _insert(connection, "clip", _clip_rows(new))
-            rows -= _take_out(connection, "person", people.names)
-            rows += _insert(connection, "person", _person_rows(people))
-            return self._end(connection, state._replace(rows=rows))
+        """Writes a state and ends the transaction; returns the state with its digests.
 
-    def replace(self, connection: sqlite3.Connection, state: State) -> State:
-        """Writes all rows of a state in place of all others; returns it with its digests."""
-        numbers = state.index.backend.numbers()
-        pieces = (numbers[at : at + PIECE].tobytes() for at in range(0, len(numbers), PIECE))
-        people = heapq.merge(*map(_person_rows, state.index.blocks))
+        With `new` and `people`, only these clips and people are written, and the others stay.
+        """
         with _errors(self.path, write=True):
-            for table in SCHEMA:
-                connection.execute(f"DELETE FROM {table}")
-            rows = _insert(connection, "backend", enumerate(pieces))
-            rows += _insert(connection, "person", people)
-            rows += _insert(connection, "clip", _clip_rows(state.clips))
-            return self._end(connection, state._replace(rows=rows))
-
-    def _end(self, connection: sqlite3.Connection, state: State) -> State:
-        """Writes the facts and ends the transaction."""
-        rows = state.rows % (1 << 256)
-        backend = state.index.backend
-        facts = _Facts(
-            version=state.version,
-            run=state.run,
-            parts=[
-                _Part(part.name, len(part.centre), part.scale, part.by_distance)
-                for part in backend.parts
-            ],
-            settings={name: float(x) for name, x in backend.settings._asdict().items()},
-            clips=len(state.clips),
-            people=len(state.index.names),
-            rows=f"{rows:064x}",
-        )
-        text = json.dumps(msgspec.to_builtins(facts))
-        sha256 = hashlib.sha256(text.encode()).digest()
-        connection.execute("DELETE FROM gallery")
-        connection.execute("INSERT INTO gallery VALUES (?, ?)", (text, sha256))
-        connection.execute("COMMIT")
-        return state._replace(rows=rows, sha256=sha256)
+            if new is not None and people is not None:
+                rows = state.rows - _take_out(connection, "clip", new)
+                rows -= _take_out(connection, "person", people.names)
+                rows += _insert(connection, "person", _person_rows(people))
+                rows += _insert(connection, "clip", _clip_rows(new))
+            else:
+                for table in SCHEMA:
+                    connection.execute(f"DELETE FROM {table}")
+                numbers = state.index.backend.numbers()
+                pieces = (numbers[at : at + PIECE] for at in range(0, len(numbers), PIECE))
+                rows = _insert(connection, "backend", enumerate(map(np.ndarray.tobytes, pieces)))
+                blocks = map(_person_rows, state.index.blocks)
+                rows += _insert(connection, "person", heapq.merge(*blocks))
+                rows += _insert(connection, "clip", _clip_rows(state.clips))
+            state = state._replace(rows=rows % (1 << 256))
+            text = _facts(state)
+            sha256 = hashlib.sha256(text.encode()).digest()
+            connection.execute("DELETE FROM gallery")
+            connection.execute("INSERT INTO gallery VALUES (?, ?)", (text, sha256))
+            connection.execute("COMMIT")
+        return state._replace(sha256=sha256)
 
 
 @contextlib.contextmanager
@@ -444,6 +423,17 @@ def _person_rows(people: People) -> Iterator[tuple[str, bytes]]:
         yield people.names[row], rows[row].tobytes()
 
 
+def _facts(state: State) -> str:
+    backend = state.index.backend
+    parts = [_Part(x.name, len(x.centre), x.scale, x.by_distance) for x in backend.parts]
+    settings = {name: float(x) for name, x in backend.settings._asdict().items()}
+    facts = _Facts(
+        state.version, state.run, parts, settings,
+        clips=len(state.clips), people=len(state.index.names), rows=f"{state.rows:064x}",
+    )  # fmt: skip
+    return json.dumps(msgspec.to_builtins(facts))
+
+
 def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
@@ -476,7 +466,8 @@ def _read(connection: sqlite3.Connection) -> State:
 
 def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backend, int]:
     """Returns the back end, and the sum of the digests of its rows."""
-    size, content, total = 8 * backend_lib.num_numbers(facts.widths), bytearray(), 0
+    size = sum(8 * width * (width + 3) for width in facts.widths.values())
+    content, total = bytearray(), 0
     for row in connection.execute("SELECT place, numbers FROM backend ORDER BY place"):
         if not isinstance(row[1], bytes) or len(content) + len(row[1]) > size:
             raise UserError("its back end has another size")
@@ -488,12 +479,15 @@ def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backen
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
         raise UserError("its back end holds a number that is not finite")
-    backend = backend_lib.from_numbers(facts.widths, settings, numbers)
-    told = zip(backend.parts, facts.parts, strict=True)
-    parts = (part._replace(scale=x.scale, by_distance=x.by_distance) for part, x in told)
+    parts, at = [], 0
+    for one in facts.parts:
+        end = at + one.width * (one.width + 3)
+        own, at = numbers[at:end].astype(np.float64).reshape(-1, one.width), end
+        if np.any(own[-1] < 0):
+            raise UserError("a variance is below 0")
+        space = Space(own[1], own[2:-1], own[-1])
+        parts.append(Part(one.name, own[0], space, one.scale, one.by_distance))
     backend = Backend(tuple(parts), settings)
-    if any(np.any(part.space.ratio < 0) for part in backend.parts):
-        raise UserError("a variance is below 0")
     return backend, total
 
 

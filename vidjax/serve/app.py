@@ -18,7 +18,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,8 +34,7 @@ from vidjax.data.packing import Clip
 from vidjax.data.untrusted.names import check_identity, show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery.gallery import Enrolment, Gallery
-from vidjax.gallery.store import Clip as Enrolled
+from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.predict import Predictor
 from vidjax.serve import models, protocol
 from vidjax.serve.batcher import Batcher, Changes
@@ -51,6 +50,7 @@ from vidjax.serve.limits import (
 )
 from vidjax.serve.models import Frames, GalleryModel, Model, Question, RunModel, check_finite
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LISTED = 10_000  # people of one answer
 LARGE = 1 << 16  # bytes of a body that a thread of its own parses
@@ -267,20 +267,20 @@ class Application:
         self._check_ready()
         people = self.people.gallery
 
-        def embed() -> tuple[dict[str, Enrolled], tuple[str, ...]]:
+        def embed() -> Vectors:
             people.refresh()  # the vectors must be as wide as those that it has now
-            return people.to_enrol(clips, shown, strangers=asked.strangers)
+            return people.embed(clips)
 
         waiting = self.asked.size + self.embedding
         if waiting and waiting + len(clips) > self.limits.waiting_clips:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips wait: try again", 1)
         self.embedding += len(clips)
         try:
-            embedded, refused = await self.asked.run(embed)
+            vectors = await self.asked.run(embed)
         finally:
             self.embedding -= len(clips)
-        new = await self._change(lambda: people.add(embedded))
-        return _json(Enrolment(new, len(embedded) - new, refused)._asdict())
+        enrol = functools.partial(people.enrol, vectors, shown, strangers=asked.strangers)
+        return _json((await self._change(enrol))._asdict())
 
     async def identities(self, request: Request) -> Response:
         """Lists people and their numbers of clips by name, 10,000 at a time."""
@@ -305,10 +305,10 @@ class Application:
         await self.asked.settle()  # an answer that was begun before may still name the person
         return _json({"removed": count})
 
-    async def _change(self, change: Callable[[], int]) -> int:
-        count = await self.changes.make(change)
-        LOG.info("changed: version %d, %d clips", self.people.gallery.version, count)
-        return count
+    async def _change(self, change: Callable[[], T]) -> T:
+        done = await self.changes.make(change)
+        LOG.info("changed: version %d", self.people.gallery.version)
+        return done
 
     async def threshold(self, request: Request) -> Response:
         """Says when a clip gets a name."""
