@@ -418,7 +418,7 @@ def _page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     summary = [
         _table(caption, *difference_table(runs, differences)),
         *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
-        html.figures([_intervals(names, differences)]),
+        html.beside("figures", [_intervals(names, differences)]),
         _table("Other metrics", *metric_table(runs)),
     ]
     changed = html.table("Fields in which the configurations differ", *config_table(runs))
@@ -429,7 +429,7 @@ def _page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
         [
             ("summary", "Summary", Markup().join(summary)),
             ("configuration", "Configurations", changed or html.paragraph("They are equal.")),
-            ("identities", "Identities", html.tables(gaps)),
+            ("identities", "Identities", html.beside("tables", gaps)),
         ],
         lead=f"{first.metrics['num_clips']:,} clips of {first.split}",
         footer="vidjax made this page from the results of these runs. It contains names of "

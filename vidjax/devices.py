@@ -9,7 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -115,21 +115,8 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     The axis is Auto: one program runs on any number of devices, with equal draws, and batch
     statistics over all devices.
     """
-    devices = _devices()
-    check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
-    if num_devices is not None and not 0 < num_devices <= len(devices):
-        raise UserError(
-            f"num_devices={num_devices}: there are {len(devices)}\n"
-            f"choose from 1 to {len(devices)}, or None for all of them"
-        )
-    devices = devices[:num_devices]
-    kinds = (AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
-
-
-def _devices() -> list[Any]:
     try:
-        return jax.devices()
+        devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
         platform = jax.config.values["jax_platforms"] or "the default platform"
         reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
@@ -139,6 +126,15 @@ def _devices() -> list[Any]:
             "pip install 'vidjax[cuda]'\n"
             "to use what this machine has: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
         ) from error
+    check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
+    if num_devices is not None and not 0 < num_devices <= len(devices):
+        raise UserError(
+            f"num_devices={num_devices}: there are {len(devices)}\n"
+            f"choose from 1 to {len(devices)}, or None for all of them"
+        )
+    devices = devices[:num_devices]
+    kinds = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -221,19 +217,17 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
     return jax.tree.map(constrain, batch_specs(batch), batch)
 
 
-class CompileClock:
-    """Measures the `seconds` of XLA compilation in this process while the context is open."""
+@contextlib.contextmanager
+def compile_seconds() -> Iterator[list[float]]:
+    """Yields a list that gets the seconds of each XLA compilation in this process meanwhile."""
+    seconds: list[float] = []
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> "CompileClock":
-        jax.monitoring.register_event_duration_secs_listener(self._add)
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._add)
-
-    def _add(self, event: str, duration_secs: float, **kwargs: object) -> None:
+    def add(event: str, duration_secs: float, **kwargs: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += duration_secs
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(add)

@@ -336,7 +336,7 @@ def score(
     best, labels = devices.replicate(mesh, (best, split.labels))
 
     began = time.monotonic()
-    with devices.CompileClock() as compiling:
+    with devices.compile_seconds() as compiling:
         progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
         for window in windows(models, split.name, block_size, mesh, use):
             scores = []
@@ -356,7 +356,7 @@ def score(
             check()
         progress.close()
         top = ranking.finish()
-    seconds = time.monotonic() - began - compiling.seconds
+    seconds = time.monotonic() - began - sum(compiling)
     clips, num_nan = _without_nan(split, devices.fetch(best))
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)

@@ -132,14 +132,9 @@ def parts() -> Any:  # noqa: ANN401
     return ENVIRONMENT.get_template("parts.html.j2").module
 
 
-def figures(found: Sequence[Markup]) -> Markup:
-    """Returns figures side by side, where the page is wide enough."""
-    return Markup('<div class="figures">{}</div>').format(Markup().join(found))
-
-
-def tables(found: Sequence[Markup]) -> Markup:
-    """Returns tables side by side, as many as fit into the width of the page."""
-    return Markup('<div class="tables">{}</div>').format(Markup().join(found))
+def beside(kind: str, found: Sequence[Markup]) -> Markup:
+    """Returns `figures` or `tables` (the `kind`) side by side, as many as the page is wide."""
+    return Markup('<div class="{}">{}</div>').format(kind, Markup().join(found))
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:

@@ -106,7 +106,7 @@ def summary(run: RunFiles) -> Markup:
     ]
     others = [_split_row(run, *item) for item in run.other_metrics.items()]
     head = ("split", "MAP@100", "kind", "clips", "report")
-    parts += [html.tables(tables), html.table("Other evaluations", head, others)]
+    parts += [html.beside("tables", tables), html.table("Other evaluations", head, others)]
     if run.metrics.command:
         words = (Markup("<span>{}</span>").format(word) for word in run.metrics.command.split(" "))
         parts.append(html.paragraph("Command that repeats the run:"))
@@ -230,7 +230,7 @@ def learning(run: RunFiles) -> Markup | None:
         return None
     loss = _curve(train, "train_loss", "Training loss")
     rate = _curve(train, "learning_rate", "Learning rate")
-    figures = html.figures([loss, _scores(train, run.lines), rate])
+    figures = html.beside("figures", [loss, _scores(train, run.lines), rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
     if not bad_steps:
         return figures
@@ -330,7 +330,7 @@ def mistakes(run: RunFiles) -> Markup | None:
     tables = [html.table(caption, head, alarms)]
     caption = "Known clips that score highest for another identity"
     tables.append(html.table(caption, ("clip", "shows", *head[1:]), others))
-    return html.paragraph(LOGARITHMS if run.analysis.logs else "") + html.tables(tables)
+    return html.paragraph(LOGARITHMS if run.analysis.logs else "") + html.beside("tables", tables)
 
 
 def strata(run: RunFiles) -> Markup | None:
@@ -357,7 +357,7 @@ def strata(run: RunFiles) -> Markup | None:
         "interval is from a bootstrap over the identities; fewer than {} are too few for one.",
         html.number(run.analysis.fewest_identities),
     )
-    return words + html.tables(tables)
+    return words + html.beside("tables", tables)
 
 
 def open_set(run: RunFiles) -> Markup | None:
@@ -365,7 +365,9 @@ def open_set(run: RunFiles) -> Markup | None:
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
-    parts = [html.figures([draw(run) for name, draw in shown.items() if name in run.arrays])]
+    parts = [
+        html.beside("figures", [draw(run) for name, draw in shown.items() if name in run.arrays])
+    ]
     if found := run.analysis.open_set:
         parts.append(_thresholds(run, found))
     if "fpir" not in run.arrays:

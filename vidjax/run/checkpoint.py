@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax import distributed, files
-from vidjax.errors import DiskError, Expected, UserError, warn
+from vidjax.errors import DiskError, Expected, warn
 from vidjax.run import formats
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
@@ -141,8 +141,6 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     Raises:
       CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
     """
-    if prefer not in ("latest", "best"):
-        raise UserError(f"config.eval.checkpoint='{prefer}': must be latest or best")
     paths, known = folders(workdir), manifests(workdir)
     if prefer == "best" and paths and best(known) is None and len(known) == len(paths):
         raise CheckpointError(

@@ -142,16 +142,10 @@ class Line(Struct, kw_only=True):
     map: float | None = None
 
 
-class SplitCounts(Struct, kw_only=True):
-    """What is read of the counts of a split."""
-
-    labelled: bool | None = None
-
-
 class DataReport(Struct, kw_only=True):
     """`data_report.json`."""
 
-    splits: Annotated[dict[str, SplitCounts], TABLE] | None = None
+    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts; `labelled`: bool
 
 
 class Clip(Struct, kw_only=True):

@@ -156,7 +156,7 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     """
     path = workdir / "data_report.json"
     report = _load(path, formats.DataReport)[1] if files.exists(path) else formats.DataReport()
-    labelled = {name for name, counts in (report.splits or {}).items() if counts.labelled}
+    labelled = {name for name, counts in report.splits.items() if counts.get("labelled")}
     trained = config.get("data", {}).get("train_splits", ())
     held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
     if held_out or not labelled or not labelled <= set(trained):

@@ -87,23 +87,18 @@ class Progress:
         """Adds `count` finished units and shows the latest values."""
         self._done = min(self._done + count, self._total)
         text = ", ".join(part for part in (text, self._kept) if part)
-        if self._compiles:
-            self._start_again()
+        if self._compiles:  # it is over: rate and time left are measured from now on
+            self._compiles = False
+            self._initial, self._began = self._done, time.monotonic()
+            if self._bar is not None:
+                self._bar.bar_format, self._bar.initial = BAR, self._done
+                self._bar.start_t = self._bar.last_print_t = time.time()
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(min(count, self._total - self._bar.n))
         elif self._done == self._total or time.monotonic() - self._printed > LINE_SECONDS:
             self._printed = time.monotonic()
             say(f"{self._label}: {', '.join(self._parts(text))}")
-
-    def _start_again(self) -> None:
-        """Begins to measure rate and time left, as the compilation is over."""
-        self._compiles = False
-        self._initial, self._began = self._done, time.monotonic()
-        if self._bar is not None:
-            self._bar.bar_format = BAR
-            self._bar.initial = self._done
-            self._bar.start_t = self._bar.last_print_t = time.time()
 
     def _parts(self, text: str) -> Iterator[str]:
         """Yields the parts of a line: units done, units per second, latest values, time left."""

@@ -202,25 +202,18 @@ def training_clips(
 ) -> TrainingClips:
     """Returns the training clips as a model sees them before the first step."""
     splits = [data.split(name) for name in config.data.train_splits]
-    lengths = {
-        name: np.concatenate([split.lengths[name] for split in splits])
+    present = {
+        name: np.concatenate([split.lengths[name] > 0 for split in splits])
         for name in config.modalities
     }
-
-    def values(
-        modality: str, value_of: Callable[[Frames], Array], wanted: np.ndarray
-    ) -> np.ndarray:
-        def value_of_block(batch: Batch) -> Array:
-            return value_of(batch.frames[modality])
-
-        return values_of_clips(config, data, (modality,), value_of_block, wanted)
-
     return TrainingClips(
         labels=labels,
         used=used,
-        present={name: count > 0 for name, count in lengths.items()},
+        present=present,
         fusions=make_fusions(config.fusion.to_dict(), config.modalities, "evaluate"),
-        values=values,
+        values=lambda modality, value_of, wanted: values_of_clips(
+            config, data, (modality,), lambda batch: value_of(batch.frames[modality]), wanted
+        ),
         seed=config.seed,
         tell=say,
     )

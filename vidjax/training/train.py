@@ -319,34 +319,18 @@ class TrainingRun:
         self._train_seconds += seconds
         self._rates.append(done.num_steps * self._config.batch_size / seconds)
         if done.bad_step is not None:
-            raise UserError(self._bad_step_message(done.bad_step))
+            rate = float(jnp.asarray(self._system.lr_schedule(done.bad_step)))
+            steps = checkpoint.manifests(self._workdir)
+            saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
+            raise UserError(
+                f"loss or gradient is not finite at step {done.bad_step + 1} and "
+                f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
+                f"{saved}lower config.optim.learning_rate, or check the clips for huge features"
+            )
         return done.num_steps, done.loss
-
-    def _bad_step_message(self, bad_step: int) -> str:
-        rate = float(jnp.asarray(self._system.lr_schedule(bad_step)))
-        steps = checkpoint.manifests(self._workdir)
-        saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
-        return (
-            f"loss or gradient is not finite at step {bad_step + 1} and "
-            f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
-            f"{saved}lower config.optim.learning_rate, or check the clips for huge features"
-        )
 
     def log(self, logs: Logs) -> None:
         """Logs the means since the last line of the log, and starts new sums."""
-        logs.metrics(self.step, self._mean_metrics())
-        # New arrays for every state, since the next step donates them.
-        self._states = [
-            state.replace(sums=self._replicate(train_step.zero_sums(self._group_size)))
-            for state in self._states
-        ]
-        rate = statistics.median(self._rates[self._num_logged :])
-        self._num_logged = len(self._rates)
-        timing = {"clips_per_second": rate, "waited_seconds": self._feed.waited}
-        logs.timing(self.step, timing)
-
-    def _mean_metrics(self) -> dict[str, float]:
-        """Returns the metrics that depend on config, data and step alone."""
         sums = {
             name: sum(float(np.sum(state.sums[name])) for state in self._states)
             for name in self._states[0].sums
@@ -356,17 +340,24 @@ class TrainingRun:
                 f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
                 "loss or gradient is not finite"
             )
-        weight = max(sums["weight"], 1e-6)
-        rate = {}
+        values = {"epoch": self.step * self._config.batch_size / self._plan.task.num_clips}
         if not self._system.model.exact_inputs:
-            rate["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
-        return {
-            "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
-            **rate,
+            values["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
+        weight = max(sums["weight"], 1e-6)
+        values |= {
             "train_loss": sums["loss"] / weight,
             "train_accuracy": sums["correct"] / weight,
             "bad_steps": sums["bad_steps"],
         }
+        logs.metrics(self.step, values)
+        # New arrays for every state, since the next step donates them.
+        self._states = [
+            state.replace(sums=self._replicate(train_step.zero_sums(self._group_size)))
+            for state in self._states
+        ]
+        rate = statistics.median(self._rates[self._num_logged :])
+        self._num_logged = len(self._rates)
+        logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
         """Relabels unclustered distractors by the predictions of each member, see `plan.relabel`.
