@@ -53,17 +53,12 @@ def load_file(spec: str) -> Config:
         )
     values = dict(fields(config))
     for name, default in DEFAULTS.items():
-        value, kind = values.get(name), str if default is None else type(default)
-        if name not in values:
-            wrong = f"has no field config.{name}"
-        elif (
-            isinstance(value, kind)
-            or (kind is float and type(value) is int)
-            or (value is None and default is None)
-        ):
+        kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
+        if name in values and isinstance(values[name], kinds or type(default)):
             continue
-        else:
-            wrong = f"has config.{name}={value!r}, wanted a value such as {default!r}"
+        wrong = f"has no field config.{name}"
+        if name in values:
+            wrong = f"has config.{name}={values[name]!r}, wanted a value such as {default!r}"
         raise UserError(
             f"--config: '{spec}' {wrong}\n"
             "begin get_config with config = vidjax.config.default(), and change that"

@@ -89,11 +89,7 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
 
     Unlike `angular_margin` it allows cosines beyond 1, which dropout on unit vectors makes.
 
-    Args:
-      logits: [..., K] float, scale x cosine.
-      labels: [...] int32, class columns.
-      margin: m, 0 or more.
-      scale: factor on the cosines, above 0; if it is learned, an array that broadcasts to [...].
+    Arguments are those of `angular_margin`; the margin m is 0 or more.
 
     Returns:
       [..., K], at least float32; scale x (cosine - m) in the column of the label, others unchanged.
@@ -111,9 +107,8 @@ def binary_focal(
     """Returns the sigmoid one-vs-rest focal loss, summed over the class columns.
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns.
+      logits, labels, class_mask: as in `softmax_cross_entropy`.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
-      class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
@@ -139,9 +134,8 @@ def multiclass_focal(
     """Returns the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns.
+      logits, labels, class_mask: as in `softmax_cross_entropy`.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
-      class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
       [...] float; p is the probability of the label.

@@ -25,9 +25,6 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Evaluation steps alone read `fuse_eval`, `score_fn` and `scores_are_logs`; both kinds of step
-    read `model`, `frame_is_example` and `class_mask`.
-
     Attributes:
       config: the configuration, nested dicts; the steps read its plain values.
       task: sizes of the training data.
@@ -179,7 +176,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     `fusion` may contain modalities that are not configured.
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
-    config_lib.check_ranges(config, groups)  # those that are read here
+    config_lib.check_ranges({name: config[name] for name in groups})  # those that are read here
     _check_precision(config["matmul_precision"])
     steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(

@@ -27,10 +27,10 @@ def eval_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> Array:
     """Returns one member's scores for all class columns, [B, K]; -inf without a usable frame."""
-    clips = _clip_info(system, batch)
+    forward = _forward(system, params, model_state, batch)
 
     def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
-        output = _apply(system, params, model_state, frames, clips._replace(mask=clip_mask))
+        output = forward(frames, clip_mask)
         logits = output.logits / system.config["eval"]["temperature"]
         if output.eval_weight is None and logits.shape[1] == 1:
             return system.score_fn(logits[:, 0], system.class_mask)
@@ -56,13 +56,12 @@ def embed_step(
     The embedding of an example has length 1; with several branches, every branch that judges it
     contributes a part of length 1. Clips without a usable frame have embeddings of 0.
     """
-    clips = _clip_info(system, batch)
+    forward = _forward(system, params, model_state, batch)
 
     def embedding_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
-        output = _apply(system, params, model_state, frames, clips._replace(mask=clip_mask))
-        if output.logits.shape[1] > 1:
-            return output.embedding
-        return unit_vectors(output.embedding)
+        output = forward(frames, clip_mask)
+        one = output.logits.shape[1] == 1
+        return unit_vectors(output.embedding) if one else output.embedding
 
     vectors = _over_examples(system, view, batch, embedding_of, logs=False, reduce="mean")
     usable = _is_usable(system, batch)[:, None]
@@ -78,24 +77,20 @@ def attention_step(
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
-        output = _apply(system, params, model_state, fused, _clip_info(system, batch))
-    return output.attention
+        return _forward(system, params, model_state, batch)(fused, batch.batch_mask).attention
 
 
-def _clip_info(system: System, batch: Batch) -> ClipInfo:
-    """Builds the ClipInfo of a batch, with the measure of its raw frames."""
+def _forward(
+    system: System, params: Params, model_state: ModelState, batch: Batch
+) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
+    """Returns the model as a function of fused frames and a mask [B] of the clips of a batch."""
     measure = system.model.measure_clips(batch.frames)
-    return ClipInfo(index=batch.clip_index, mask=batch.batch_mask, measure=measure)
 
+    def apply(frames: Mapping[str, Frames], mask: Array) -> ModelOutput:
+        clips = ClipInfo(index=batch.clip_index, mask=mask, measure=measure)
+        return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
 
-def _apply(
-    system: System,
-    params: Params,
-    model_state: ModelState,
-    frames: Mapping[str, Frames],
-    clips: ClipInfo,
-) -> ModelOutput:
-    return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
+    return apply
 
 
 def _is_usable(system: System, batch: Batch) -> Array:

@@ -199,12 +199,14 @@ def fit_settings(
         def compare(within: float, between: float) -> list[_Ratios]:
             return list(pool.map(lambda fold: _ratios(fold, within, between), folds))
 
+        def quality(values: Mapping[str, float]) -> float:  # mean of MAP and AUROC
+            parts, settings = compare(values["within"], values["between"]), Settings(**values)
+            return float(np.mean([_quality_of_fold(part, settings) for part in parts]))
+
         for name, shares in SHARES.items():
             if name not in given:
                 tries = [{**values, name: share} for share in shares]
-                values = max(
-                    tries, key=lambda one: _quality(compare(one["within"], one["between"]), one)
-                )
+                values = max(tries, key=quality)
         parts = compare(values["within"], values["between"])
         return _fit(parts, values, given)
 
@@ -281,12 +283,6 @@ def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
         jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
         jnp.asarray(fold.labels),
     )
-
-
-def _quality(parts: Sequence[_Ratios], values: Mapping[str, float]) -> float:
-    """Returns the mean of MAP and AUROC of the held-out clips, averaged over the folds."""
-    settings = Settings(**values)
-    return float(np.mean([_quality_of_fold(part, settings) for part in parts]))
 
 
 @jax.jit

@@ -4,6 +4,7 @@ A page needs no other file, no network and no script. No data is read, and no mo
 section is a function of `RunFiles`: it returns HTML, or None to leave the section out.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -380,39 +381,27 @@ def open_set(run: RunFiles) -> Markup | None:
 
 
 def _thresholds(run: RunFiles, found: formats.OpenSet) -> Markup:
-    rows = [
-        (
-            html.number(row.rate, 1, percent=True),
-            html.number(row.threshold),
-            html.number(row.fpir, 2, percent=True),
-            html.between(row.fpir_low, row.fpir_high, 2, percent=True),
-            html.number(row.fnir, 1, percent=True),
-            html.between(row.fnir_low, row.fnir_high, 1, percent=True),
-        )
-        for row in found.rates
-        if row.threshold is not None
-    ]
-    head = ("FPIR wanted", "threshold", "FPIR", "95 % interval", "FNIR", "95 % interval")
+    share = functools.partial(html.number, percent=True)
+    rows, notes = [], []
+    words = "{} distractors cannot show a rate of {}, which takes {} or more: it has no threshold."
+    for row in found.rates:
+        if row.threshold is None:
+            counts = html.number(found.num_strange), share(row.rate, 1), html.number(row.fewest)
+            notes.append(html.paragraph(words, *counts))
+            continue
+        fpir = share(row.fpir, 2), html.between(row.fpir_low, row.fpir_high, 2, percent=True)
+        fnir = share(row.fnir, 1), html.between(row.fnir_low, row.fnir_high, 1, percent=True)
+        rows.append((share(row.rate, 1), html.number(row.threshold), *fpir, *fnir))
     counts = (found.num_known, found.num_people, found.num_strange, found.num_identities)
     words = (
         "{} clips of {} known people and {} distractors, each compared with {} identities. The "
         "best score of a distractor depends on the number of identities, so a gallery of this run "
         "sets its own threshold."
     )
-    parts = [html.paragraph(words, *map(html.number, counts))]
-    words = "{} distractors cannot show a rate of {}, which takes {} or more: it has no threshold."
-    parts += [
-        html.paragraph(
-            words,
-            html.number(found.num_strange),
-            html.number(row.rate, 1, percent=True),
-            html.number(row.fewest),
-        )
-        for row in found.rates
-        if row.threshold is None
-    ]
+    parts = [html.paragraph(words, *map(html.number, counts)), *notes]
     if not rows:
         return Markup().join(parts)
+    head = ("FPIR wanted", "threshold", "FPIR", "95 % interval", "FNIR", "95 % interval")
     parts.append(html.table("Thresholds from which a clip is named", head, rows))
     if run.metrics.map_kind == "out_of_fold" and run.metrics.num_members != 1:
         words = (
@@ -506,28 +495,23 @@ def write(folder: RunFolder) -> Path:
     run = load(folder)
     for split in run.analysed:
         paths = folder.paths(split, apart=True)
-        files.write_text(paths.report, _fitting(load(folder, split)))
+        files.write_text(paths.report, render(load(folder, split)))
     page = folder.paths().report
-    files.write_text(page, _fitting(run))
+    files.write_text(page, render(run))
     return page
 
 
 def render(run: RunFiles) -> str:
-    """Returns the page as HTML."""
-    shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
-    return html.page(
-        title(run),
-        [(key, heading, content) for key, heading, content in shown if content],
-        lead=lead(run),
-        footer="vidjax made this page from the files of the run. It contains names of clips and "
-        "identities, and no features.",
-    )
-
-
-def _fitting(run: RunFiles) -> str:
-    """Returns `render(run)`; UserError if the files, each valid, are of different evaluations."""
+    """Returns the page as HTML; UserError if files, each valid, are of different evaluations."""
     try:
-        return render(run)
+        shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
+        return html.page(
+            title(run),
+            [(key, heading, content) for key, heading, content in shown if content],
+            lead=lead(run),
+            footer="vidjax made this page from the files of the run. It contains names of clips "
+            "and identities, and no features.",
+        )
     except MISFITS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
