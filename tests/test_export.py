@@ -195,7 +195,7 @@ def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, command):
     out.mkdir()
     weights.write(nearest_run, out, "latest")
     good = load_file(out / weights.WEIGHTS)
-    name = "model_state/memory/neighbours/vectors"
+    name = "model_state/memory/vectors"
 
     def complaint():
         done = command("import", out, f"--to={again}")
@@ -255,7 +255,7 @@ def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, export, 
     code, _, complaint = export(nearest_run, "saved_model")
     assert code == 0, complaint
     program = tmp_path / "out" / "saved_model" / "saved_model.pb"
-    vectors = load_file(tmp_path / "out" / weights.WEIGHTS)["model_state/memory/neighbours/vectors"]
+    vectors = load_file(tmp_path / "out" / weights.WEIGHTS)["model_state/memory/vectors"]
     assert vectors[0, 0].tobytes() not in program.read_bytes()
 
 
