@@ -106,7 +106,7 @@ def test_training_adds_up_every_clip_once(size, used):
     stream = [*TWICE, *(row % NUM_CLIPS for row in range(-len(TWICE) % size))]
     stream = np.where(np.isin(stream, used), stream, -1)
     batches = [stream[i : i + size] for i in range(0, len(stream), size)]
-    found = train(make_model(), frames, labels, batches)["sums"]["sums"]
+    found = train(make_model(), frames, labels, batches)["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
         mean = found[name]["centre"] / found[name]["num"]

@@ -87,11 +87,41 @@ class PLDAIdentifier(Identifier):
         if not train and self.has_variable("solved", "settings"):
             return self.compare(vectors)
         share = 1.0 if self.centred is None else self.centred  # without it, for shapes alone
-        sums = RunningSums(self.modalities, self.num_classes, self.num_clips, share, name="sums")
-        centred = sums(vectors, clips, update=train and not self.is_initializing())
+        update = train and not self.is_initializing()
+        centred = self._add_up(vectors, clips, share, update=update)
         # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
         logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
+
+    def _add_up(
+        self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
+    ) -> list[Array]:
+        """Centres vectors, modality -> [B, D] of length 1 or 0; if `update`, adds them to `sums`.
+
+        The first occurrence of a clip adds to the centre, the second one to the sums; later ones
+        add nothing. A batch may hold clips of two passes, and a clip more than once. The `share` of
+        the mean is subtracted.
+        """
+        seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
+        turn = jnp.zeros(len(clips.index), jnp.int32)
+        if update:
+            assert clips.labels is not None
+            turn = seen.value[clips.index] + _occurrence(clips.index, clips.mask)
+            seen.value = seen.value.at[clips.index].add(clips.mask.astype(jnp.int32))
+        centred = []
+        for name, x in vectors.items():
+            width, dtype = self.modalities[name], x.dtype
+            zeros = {
+                "centre": (width,), "num": (), "count": (self.num_classes,),
+                "total": (self.num_classes, width), "scatter": (width, width),
+            }  # fmt: skip
+            part = self.variable(
+                "sums", name, lambda z=zeros, d=dtype: {key: jnp.zeros(z[key], d) for key in z}
+            )
+            if update:
+                part.value = _add(part.value, x, turn, clips, share)
+            centred.append(_centre(x, _mean(part.value, share)))
+        return centred
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
         """Scores unit vectors, modality -> [B, D], by the collection `solved`."""
@@ -116,7 +146,7 @@ class PLDAIdentifier(Identifier):
 
         It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
-        sums = model_state["sums"]["sums"]
+        sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
         members = range(len(jax.tree.leaves(parts)[0]))
         solved = [
@@ -138,46 +168,6 @@ class PLDAIdentifier(Identifier):
             centre = jnp.asarray(_mean(sums[name], settings.centred), dtype)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
         return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
-
-
-class RunningSums(nn.Module):
-    """The sums of training, in the collection `sums`.
-
-    The first occurrence of a clip adds to the centre, the second one to the sums; later ones add
-    nothing. A batch may hold clips of two passes, and a clip more than once. `centred` is as in
-    Settings: the share of the mean that is subtracted.
-    """
-
-    modalities: Mapping[str, int]
-    num_classes: int
-    num_clips: int
-    centred: float
-
-    @nn.compact
-    def __call__(
-        self, vectors: Mapping[str, Array], clips: ClipInfo, *, update: bool
-    ) -> list[Array]:
-        """Centres vectors, modality -> [B, D] of length 1 or 0; if `update`, adds them to sums."""
-        seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
-        turn = jnp.zeros(len(clips.index), jnp.int32)
-        if update:
-            assert clips.labels is not None
-            turn = seen.value[clips.index] + _occurrence(clips.index, clips.mask)
-            seen.value = seen.value.at[clips.index].add(clips.mask.astype(jnp.int32))
-        centred = []
-        for name, x in vectors.items():
-            width, dtype = self.modalities[name], x.dtype
-            zeros = {
-                "centre": (width,), "num": (), "count": (self.num_classes,),
-                "total": (self.num_classes, width), "scatter": (width, width),
-            }  # fmt: skip
-            part = self.variable(
-                "sums", name, lambda z=zeros, d=dtype: {key: jnp.zeros(z[key], d) for key in z}
-            )
-            if update:
-                part.value = _add(part.value, x, turn, clips, self.centred)
-            centred.append(_centre(x, _mean(part.value, self.centred)))
-        return centred
 
 
 def _add(
