@@ -22,7 +22,7 @@ from vidjax.data.clips import TrainingData
 from vidjax.errors import warn
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation.restore import FoundRun, make_model
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, windows
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, positives_in, score, windows
 from vidjax.run import results
 from vidjax.run.folder import ResultPaths, RunFolder
 from vidjax.run.signals import Interrupted
@@ -60,15 +60,15 @@ def analyse(
         values["vectors"], arrays["attention"] = list(names), matrix
     if evaluation.results.get("map") is None:
         return values, arrays
-    scored = ScoredSplit(
-        evaluation.top, split.labels, split.clips, evaluation.clips.pool, evaluation.positives
-    )
+    pool = evaluation.clips.pool
+    positives = positives_in(split, pool)
+    scored = ScoredSplit(evaluation.top, split.labels, split.clips, pool, positives)
     train_clips = measures.count_train_clips(model, config.data.train_splits)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
     values |= {
-        "num_others": split.num_others if scored.pool.all() else 0,
+        "num_others": split.num_others if pool.all() else 0,
         "worst": measures.worst_identities(scored),
         "wrong_clips": measures.wrong_clips(scored),
         "fewest_identities": FEWEST_IDENTITIES,

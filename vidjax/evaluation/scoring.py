@@ -266,11 +266,6 @@ class Evaluation(NamedTuple):
     clips: ClipScores
     results: dict[str, Any]
 
-    @property
-    def positives(self) -> np.ndarray:
-        """[C] int, the number of ground-truth clips of every identity among the ranked clips."""
-        return positives_in(self.split, self.clips.pool)
-
 
 def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
     """Returns [C] int, the number of ground-truth clips of every identity in a pool [N] bool."""

@@ -158,17 +158,12 @@ class Dropout(nn.Module):
         kept = 1 - dropped / 2**bits
         if not kept:
             return jnp.zeros_like(x)
-        is_kept = _draw(self.make_rng("dropout"), x.shape, bits) >= dropped
-        return jnp.where(is_kept, x / kept, 0)
-
-
-def _draw(rng: Array, shape: tuple[int, ...], bits: int) -> Array:
-    """Returns uniform random integers of a shape, uint8 for 8 bits or uint16 for 16."""
-    share = 32 // bits  # numbers of a word
-    words = jax.random.bits(rng, (*shape[:-1], -(-shape[-1] // share)), jnp.uint32)
-    narrow = jnp.uint8 if bits == 8 else jnp.uint16
-    numbers = jax.lax.bitcast_convert_type(words, narrow)  # [..., D / share, share]
-    return numbers.reshape(*shape[:-1], -1)[..., : shape[-1]]
+        *rows, width = x.shape
+        words = (*rows, -(-width * bits // 32))  # each holds several numbers
+        drawn = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
+        narrow = jnp.uint8 if bits == 8 else jnp.uint16
+        numbers = jax.lax.bitcast_convert_type(drawn, narrow).reshape(*rows, -1)[..., :width]
+        return jnp.where(numbers >= dropped, x / kept, 0)
 
 
 _SMALLEST_SQUARE = 1e-24

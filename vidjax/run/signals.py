@@ -79,20 +79,19 @@ def end_on_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
+
+    def read() -> None:
+        stored = None
+        while True:
+            signum = os.read(reader, 1)[0]
+            interruption = _interruption
+            if signum not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if interruption is None or interruption.at_once or stored is interruption:
+                os.write(2, b"vidjax: stopped\n")
+                os._exit(128 + signum)
+            stored = interruption
+
+    threading.Thread(target=read, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe
-
-
-def _end_on_signals(reader: int) -> None:
-    """Reads signals from a pipe for ever, and ends the process on one that no loop waits for."""
-    stored = None
-    while True:
-        signum = os.read(reader, 1)[0]
-        interruption = _interruption
-        if signum not in (signal.SIGINT, signal.SIGTERM):
-            continue
-        if interruption is None or interruption.at_once or stored is interruption:
-            os.write(2, b"vidjax: stopped\n")
-            os._exit(128 + signum)
-        stored = interruption
