@@ -173,27 +173,27 @@ def windows(
     `use` is [E, N] bool, True for the members, of all models, that score a clip: clips with equal
     members form blocks together, and clips without any are left out. None for all clips.
     """
-    modalities: dict[int, dict[str, None]] = {}  # dataset -> modalities that its models read
+    sharing: dict[int, list[TrainedModel]] = {}  # dataset -> its models
     for model in models:
-        modalities.setdefault(id(model.data), {}).update(dict.fromkeys(model.modalities))
-    datasets = {id(model.data): model.data for model in models}
-    splits = {key: data.split(split_name) for key, data in datasets.items()}
-    lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
+        sharing.setdefault(id(model.data), []).append(model)
+    names = {
+        key: tuple(dict.fromkeys(name for model in group for name in model.modalities))
+        for key, group in sharing.items()
+    }
+    splits = {key: group[0].data.split(split_name) for key, group in sharing.items()}
+    lengths = np.max([longest(splits[key], names[key]) for key in sharing], axis=0)
     join = not any(model.system.frame_is_example for model in models)
     only = None if use is None else np.any(use, axis=0)
-    plans = {
-        key: make_eval_plan(split, tuple(modalities[key]), lengths=lengths, only=only, join=join)
-        for key, split in splits.items()
-    }
-    if use is not None and len(use) > 1:
-        plans = {key: by_members(plan, use, block_size * mesh.size) for key, plan in plans.items()}
-    for model in models:
-        _check_memory(model.system, plans[id(model.data)], block_size, mesh)
-    streams = [
-        data.eval_batches(plans[key], rows=block_size * mesh.size) for key, data in datasets.items()
-    ]
+    rows, streams = block_size * mesh.size, []
+    for key, group in sharing.items():
+        plan = make_eval_plan(splits[key], names[key], lengths=lengths, only=only, join=join)
+        if use is not None and len(use) > 1:
+            plan = by_members(plan, use, rows)
+        for model in group:
+            _check_memory(model.system, plan, block_size, mesh)
+        streams.append(group[0].data.eval_batches(plan, rows=rows))
     single = sum(len(model.training_sets.members) for model in models) == 1
-    rows = 1 if single else window_rows(models[0].system.task.num_identities)
+    most = 1 if single else window_rows(models[0].system.task.num_identities)
     window: list[dict[int, Batch]] = []
     size = 0
     for host in zip(*streams, strict=True):
@@ -201,9 +201,9 @@ def windows(
             if not np.array_equal(*map(devices.fetch, (host[0].clip_index, other.clip_index))):
                 raise UserError("--runs: the datasets of the runs have different orders of clips")
         batches = [devices.shard_batch(mesh, batch) for batch in host]
-        window.append(dict(zip(datasets, batches, strict=True)))
+        window.append(dict(zip(sharing, batches, strict=True)))
         size += sum(x.nbytes for x in jax.tree.leaves(batches))
-        if size >= WINDOW_BYTES or len(window) * len(batches[0].clip_index) >= rows:
+        if size >= WINDOW_BYTES or len(window) * len(batches[0].clip_index) >= most:
             yield [[batches[id(model.data)] for batches in window] for model in models]
             window, size = [], 0
     if window:

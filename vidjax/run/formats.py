@@ -258,14 +258,22 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
         raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
 
 
-def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Returns a JSON file of at most `limit` bytes as `kind`; errors are those of `parse`."""
-    content = files.read_bytes(path, limit)
+def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
+    """Returns a JSON file of at most `limit` bytes, as it is and as a `kind`.
+
+    Every error of its content has the `remedy`.
+    """
     try:
-        value = files.parse_json(content)
+        value = files.read_json(path, object, limit)
     except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}\n{remedy}") from error
-    return parse(path, value, kind, remedy)
+        text = str(error)
+        raise UserError(text if "\n" in text else f"{text}\n{remedy}") from error
+    return value, parse(path, value, kind, remedy)
+
+
+def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
+    """Returns the second value of `load`."""
+    return load(path, kind, remedy, limit)[1]
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:

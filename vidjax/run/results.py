@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from vidjax.run import formats
 if TYPE_CHECKING:
     from vidjax.run.folder import ResultPaths
 
-T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
 MOST_LINES = 20_000  # of a log, in memory
@@ -102,13 +101,13 @@ class Results(formats.Metrics, kw_only=True):
 
 def load_metrics(path: Path) -> dict[str, Any]:
     """Returns a file, checked by `formats.Metrics`, as a dict; keys that users add stay in it."""
-    values, _ = _load(path, formats.Metrics)
-    return values
+    return formats.load(path, formats.Metrics, REMEDY)[0]
 
 
 def load_identities(path: Path) -> list[str]:
     """Returns the names of class columns 1..C, the content of `identities.json`."""
-    return _load(path, cast(type[list[str]], formats.Identities), list, IDENTITIES_BYTES)[1]
+    kind = cast(type[list[str]], formats.Identities)
+    return formats.read(path, kind, REMEDY, IDENTITIES_BYTES)
 
 
 def check_identities(identities: Sequence[str]) -> None:
@@ -119,18 +118,6 @@ def check_identities(identities: Sequence[str]) -> None:
             f"{len(identities):,} identities, with names of {size:,} bytes: the most are {most:,}, "
             f"and {IDENTITIES_BYTES:,} bytes\nleave some out of the ground truth"
         )
-
-
-def _load(
-    path: Path, kind: type[T], holds: type = dict, limit: int = files.JSON_BYTES
-) -> tuple[Any, T]:
-    """Returns the content of a JSON file, as it is and as a `kind`; every error has a remedy."""
-    try:
-        value = files.read_json(path, holds, limit)
-        return value, formats.parse(path, value, kind, REMEDY)
-    except ValueError as error:
-        text = str(error)
-        raise UserError(text if "\n" in text else f"{text}\n{REMEDY}") from error
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
@@ -155,7 +142,9 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     members leave clips of it out. `data_report.json` says which splits have a ground truth.
     """
     path = workdir / "data_report.json"
-    report = _load(path, formats.DataReport)[1] if files.exists(path) else formats.DataReport()
+    report = formats.DataReport()
+    if files.exists(path):
+        report = formats.read(path, formats.DataReport, REMEDY)
     labelled = {name for name, counts in report.splits.items() if counts.get("labelled")}
     trained = config.get("data", {}).get("train_splits", ())
     held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
