@@ -26,8 +26,6 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
-
-
 MOST_CLIPS = 10_000_000  # of all training splits
 MOST_BYTES = 1 << 29  # of `members.npz`, unpacked
 
