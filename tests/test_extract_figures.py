@@ -8,7 +8,7 @@ pytest.importorskip("onnxruntime")
 
 from tests.helpers import drawn_people, made_nets, seen
 from tests.helpers.drawn_people import write_film, write_photo
-from vidjax.extract import cards, figures, film, folder, pipeline
+from vidjax.extract import cards, film, folder, pipeline
 from vidjax.extract.models import Faces
 from vidjax.gallery.gallery import origin_of_models
 
@@ -30,7 +30,7 @@ def add(models, role, **fields):
 
 def extract(path, out, models):
     settings = folder.Settings()
-    nets = figures.load(cards.load(models), settings.size)
+    nets = film.load_nets(cards.load(models), settings.size)
     out.mkdir(exist_ok=True)
     found = film.extract(path, out, path.stem, nets, settings, "0" * 64)
     return found, {track.clip: dict(np.load(out / f"{track.clip}.npz")) for track in found.tracks}
@@ -88,12 +88,12 @@ def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
     """The large one's middle is in the small one, and nearer to its top than the small one's."""
     add(models, "head_detector")
     add(models, "head_embedder")
-    nets = figures.load(cards.load(models), 640)
+    nets = film.load_nets(cards.load(models), 640)
     boxes = np.array([[14, 1, 38, 25], [20, 10, 30, 20]], np.float32)
     none = Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2)))
     heads = Faces(boxes, np.ones(2, np.float32), np.zeros((2, 5, 2), np.float32))
     detect = {"face": lambda rgb: none, "head": lambda rgb: heads}
-    found = figures.find(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
+    found = film.find(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
     np.testing.assert_array_equal(found.parts["head"], found.boxes)
 
 
@@ -101,7 +101,7 @@ def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
     """Of two detected bodies each has its own person, and none is given to two."""
     small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
     large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
-    np.testing.assert_array_equal(figures._pair(small, large), [0, 1, -1])
+    np.testing.assert_array_equal(film._pair(small, large), [0, 1, -1])
     add(models, "body_detector", **RED)
     add(models, "body_embedder")
     write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30), ("Eve", 60, 10)]))
@@ -113,7 +113,7 @@ def test_a_body_that_nothing_finds_is_refused(models):
     add(models, "body_embedder")
     known = cards.load(models)
     seen.refused(
-        lambda: figures.load(known, 640), "body_embedder.json", '"around"', "body_detector"
+        lambda: film.load_nets(known, 640), "body_embedder.json", '"around"', "body_detector"
     )
     card = made_nets.write(models, "body_embedder", "body_embedder", around=[0, 1, 0, 2])
     seen.refused(lambda: cards.read(card), "body_embedder", "around")

@@ -21,7 +21,7 @@ from tests.campaigns import commands as command_campaign
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
 from vidjax import devices, main, messages
-from vidjax.commands import train
+from vidjax.commands import runs
 from vidjax.data import arrays, iqiyi_vid, synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +214,7 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         if words[0] == "serve":
             continue  # ends at a signal; tests/test_serve.py asks what its page asks
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
-            _, workdir = train.settings(main.parse(words))
+            _, workdir = runs.train_settings(main.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
             words += CLOSED_FORM if "plda" in " ".join(words) else SHORT
             if Path(workdir) in compared:  # by what a report writes

@@ -187,10 +187,10 @@ def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypa
 
 def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
     from vidjax import main
-    from vidjax.commands import train
+    from vidjax.commands import runs
 
     def folder(*words):
-        return str(train.settings(main.parse(words))[1])
+        return str(runs.train_settings(main.parse(words))[1])
 
     assert folder("--config=mma") == "runs/mma"
     own = ("--config=knn:face", "--config.data.name=arrays")

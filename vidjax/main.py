@@ -185,15 +185,15 @@ def load(name: str) -> Callable[[Parser], None]:
 
             export = name == "export"
             return commands.add_export_flags if export else commands.add_import_flags
-    from vidjax.commands import check, compare, config, evaluate, rank, serve, train
+    from vidjax.commands import check, compare, config, rank, runs, serve
 
     of_runs = {
-        "train": train.add_flags,
-        "evaluate": evaluate.add_flags,
+        "train": runs.add_train_flags,
+        "evaluate": runs.add_evaluate_flags,
         "rank": rank.add_flags,
         "embed": rank.add_embed_flags,
         "compare": compare.add_flags,
-        "report": evaluate.add_report_flags,
+        "report": runs.add_report_flags,
         "check": check.add_flags,
         "config": config.add_flags,
         "serve": serve.add_flags,

@@ -19,7 +19,7 @@ import av
 import numpy as np
 
 from tests.helpers import films, limits
-from vidjax.extract import cards, decode, figures, film, folder
+from vidjax.extract import cards, decode, film, folder
 from vidjax.extract.shots import Cuts
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
@@ -64,7 +64,7 @@ def peak(path: Path, out: Path, models: Path) -> int:
     return done.peak
 
 
-def speed(path: Path, out: Path, nets: figures.Nets) -> dict[str, float]:
+def speed(path: Path, out: Path, nets: film.Nets) -> dict[str, float]:
     """Returns minutes of a film per minute of a core, and the clips that were found."""
     began = time.process_time()
     with decode.open_video(path) as video:
@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     models = Path(os.environ["VIDJAX_MODELS"])
     known = cards.load(models)
-    nets = figures.load(known, 640)
+    nets = film.load_nets(known, 640)
     results: dict[str, object] = {}
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, (height, width) in SIZES.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.campaigns.mutations import cut, flip, insert, repeat
 from tests.helpers import drawn_people, films
 from vidjax.errors import UserError
-from vidjax.extract import cards, figures, film, folder
+from vidjax.extract import cards, film, folder
 
 SECONDS = 10
 MUTATIONS = (flip, cut, insert, repeat)
@@ -41,7 +41,7 @@ def originals(place: Path) -> dict[str, bytes]:
     return found
 
 
-def trial(path: Path, nets: figures.Nets) -> tuple[str, str]:
+def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
     """Returns what became of a file, and what is wrong with that."""
     began = time.process_time()
     wrong = ""
@@ -72,7 +72,7 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     faulthandler.enable()
     models = drawn_people.write_voices(drawn_people.write_models(args.folder / "models"))
-    nets = figures.load(cards.load(models), 640)
+    nets = film.load_nets(cards.load(models), 640)
     counts: dict[str, Counter[str]] = {}
     failed = 0
     for name, content in originals(args.folder).items():

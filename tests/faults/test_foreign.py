@@ -22,14 +22,14 @@ from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, errors, files, main
-from vidjax.commands import check, evaluate
+from vidjax.commands import check, runs
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, formats, results
 from vidjax.run.folder import RunFolder
 
-IMPORTED = (codec, check, evaluate)  # so that a test measures the reading alone
+IMPORTED = (codec, check, runs)  # so that a test measures the reading alone
 GB = 1 << 30
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # The files that a mode reads of a folder without checkpoints.
@@ -525,9 +525,9 @@ def test_no_folder_names_a_cache(tmp_path):
     cache = f"--config.data.cache_dir={tmp_path}/theirs/cache"
     theirs = write_config(tmp_path / "theirs", cache)
     args = main.parse(["--mode=evaluate", f"--workdir={theirs}"])
-    assert evaluate.settings(args)[0].data.cache_dir is None
+    assert runs.evaluate_settings(args)[0].data.cache_dir is None
     given = main.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
-    assert evaluate.settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    assert runs.evaluate_settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
     RunFolder(theirs).write_config(config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 

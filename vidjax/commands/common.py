@@ -1,22 +1,10 @@
-"""What commands share: flags, checks before data are read, the run's folder, its summary.
-
-Functions import what they need: libraries, which take seconds, load after the flags are checked.
-"""
+"""Flags that commands share, and checks of them before data are read."""
 
 import argparse
-import contextlib
-import signal
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from vidjax import config_io, messages, metrics
-from vidjax.config import Config
+from vidjax import config_io
 from vidjax.errors import UserError
-from vidjax.messages import Parser, Result
-from vidjax.run import results as results_lib
-from vidjax.run import signals
-from vidjax.run.folder import RunFolder, locked
+from vidjax.messages import Parser
 
 
 def workdir_flag(parser: Parser, about: str = "the folder of a trained run") -> None:
@@ -67,57 +55,3 @@ def given_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
             f"choose from {', '.join(f'--config.{name}' for name in readable)}"
         )
     return given
-
-
-def locked_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Makes a run's folder and holds its lock; signals end the process even while it compiles."""
-    if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
-        signals.end_on_signals()
-    return locked(path)
-
-
-def summary(
-    config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
-) -> Result:
-    """Returns the scores of a run, `results` of `metrics.json`, and the files to look at.
-
-    `seconds` is None for a run that was finished before.
-    """
-    paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
-    found = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
-    rows = _rows(config, folder, results, seconds)
-    rows |= {name: messages.shown(path) for name, path in found.items()}
-    content = {"workdir": str(folder.path), **{name: str(path) for name, path in found.items()}}
-    content |= {"finished_before": seconds is None, "metrics": dict(results)}
-    note = ": finished before, nothing was trained now" if seconds is None else ""
-    return Result(content, rows, note=note)
-
-
-def _rows(
-    config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
-) -> dict[str, str]:
-    split = config.eval.split
-    rows = {"workdir": messages.shown(folder.path)}
-    if "map" in results:
-        kind = results["map_kind"].replace("_", " ")
-        kind = split if kind in ("val", split) else f"{split}, {kind}"
-        if results["map_kind"] == "in_sample":
-            kind += ": the run was trained on these clips, and MAP is too high"
-        rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
-    else:
-        rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
-        if reason := results_lib.unmeasured(config.to_dict(), folder.path):
-            rows["measured"] = f"nothing: {reason}"
-    if settings := results_lib.describe_overrides(results):
-        rows["scored with"] = settings
-    if "best_map" in results:
-        rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
-    if data := results_lib.describe_data(results):
-        rows["data"] = data
-    rows["clips"] = f"{results['num_clips']:,}"
-    rows["identities"] = f"{results['num_identities']:,}"
-    if seconds is not None:
-        rows["time"] = f"{seconds:.1f} s"
-    elif "seconds" in results:
-        rows["trained in"] = f"{results['seconds']:.1f} s"
-    return rows

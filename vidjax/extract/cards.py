@@ -108,7 +108,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
     template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
-    around: tuple[Finite, Finite, Finite, Finite] | None = None  # of a head or body, see `figures`
+    around: tuple[Finite, Finite, Finite, Finite] | None = None  # of a head or body, see `film`
     width: Size | None = None  # of a vector
     norm_is_quality: bool
     back_end: BackEnd | None = None

