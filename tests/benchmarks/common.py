@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,13 @@ def children_seconds() -> float:
     """Returns the seconds of the processor that ended children of this process have used."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def timed(command: Sequence[str], **options: Any) -> tuple[float, float]:
+    """Runs a command; returns its seconds, and the seconds of all cores."""
+    began, used = time.perf_counter(), children_seconds()
+    subprocess.run(command, capture_output=True, check=True, **options)
+    return time.perf_counter() - began, children_seconds() - used
 
 
 def make_clips(modalities: Sequence[str], num_clips: int, seed: int = 0) -> dict[str, Packed]:

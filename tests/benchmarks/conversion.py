@@ -9,10 +9,8 @@ workers take turns, and all must write the same files.
 import argparse
 import hashlib
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +83,7 @@ def time_engines(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
             for name, words in ENGINES.items():
                 cache = Path(place, "cache")
                 command = [sys.executable, "-m", module, f"{place}/source", *words]
-                start = time.perf_counter()
-                subprocess.run([*command, f"--cache_dir={cache}"], check=True, capture_output=True)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(common.timed([*command, f"--cache_dir={cache}"])[0])
                 digests.add(digest(cache))
                 shutil.rmtree(cache)
     if len(digests) > 1:

@@ -8,10 +8,8 @@ warm one follows it, and trains anew. Figures are medians of the rounds.
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tests.benchmarks import common
@@ -21,9 +19,7 @@ def run(folder: Path, *words: str) -> tuple[float, float]:
     """Trains in `folder/run` with the cache `folder/cache`; returns seconds, and of all cores."""
     command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={folder}/run"]
     env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
-    began, used = time.perf_counter(), common.children_seconds()
-    subprocess.run(command, cwd=common.ROOT, env=env, capture_output=True, check=True)
-    return time.perf_counter() - began, common.children_seconds() - used
+    return common.timed(command, cwd=common.ROOT, env=env)
 
 
 def main() -> None:

@@ -9,10 +9,8 @@ these beside those of a process that imports numpy alone.
 
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +64,9 @@ def measure(folder: Path) -> dict[str, tuple[float, float]]:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in STARTS}
     for turn in range(1 + TURNS):
         for name, words in STARTS.items():
-            began, used = time.perf_counter(), common.children_seconds()
-            command = [sys.executable, *words]
-            subprocess.run(command, cwd=folder, env=env, capture_output=True, check=True)
+            times = common.timed([sys.executable, *words], cwd=folder, env=env)
             if turn:
-                found[name].append((time.perf_counter() - began, common.children_seconds() - used))
+                found[name].append(times)
     pairs = {name: zip(*some, strict=True) for name, some in found.items()}
     return {name: (statistics.median(x), statistics.median(y)) for name, (x, y) in pairs.items()}
 

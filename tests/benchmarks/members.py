@@ -9,10 +9,8 @@ trainings follow, each a process: start, compilation, input, evaluation.
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import numpy as np
@@ -61,11 +59,8 @@ def compare_runs(args: argparse.Namespace) -> None:
         env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
 
         def run(name: str, *words: str) -> float:
-            began = time.perf_counter()
             own = [f"--config.ensemble.folds={folds}", f"--workdir={folder}/{name}", *words]
-            command = [*base, *own]
-            subprocess.run(command, cwd=common.ROOT, env=env, check=True, capture_output=True)
-            return time.perf_counter() - began
+            return common.timed([*base, *own], cwd=common.ROOT, env=env)[0]
 
         run("warm", "--config.num_epochs=1")  # makes the dataset
         for number in range(args.run_rounds):

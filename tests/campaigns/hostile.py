@@ -196,11 +196,8 @@ def attacks(mark: Path) -> dict[str, Attack]:
         "numpy.testing._private.utils runstring": [text(python), b"}"],
     }
     private = {"numpy.core.numeric load", "numpy.testing._private.utils runstring"}
-    for words, arguments in calls.items():
-        told = words.replace(" ", ".")
-        routes[words] = Attack(call(words, *arguments) + b".", told, words not in private)
     # These are only ever loaded in the cage: elsewhere they would end the tests, or wait for ever.
-    for words, arguments in {
+    caged: dict[str, list[bytes]] = {
         "os kill": [part(os.getpid()), part(9)],
         "os _exit": [part(0)],
         "os abort": [],
@@ -234,9 +231,11 @@ def attacks(mark: Path) -> dict[str, Attack]:
         "vidjax.data.untrusted.unpickle Array": [],
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
         "__main__ Array": [],
-    }.items():
+    }
+    for words, arguments in (calls | caged).items():
+        fires = words not in private | caged.keys()
         told = words.replace(" ", ".")
-        routes[words] = Attack(call(words, *arguments) + b".", told, False)
+        routes[words] = Attack(call(words, *arguments) + b".", told, fires)
     for words in (
         "numpy ndarray.__class__",
         "numpy ndarray.__init_subclass__.__self__",
