@@ -135,7 +135,6 @@ def test_configurations_by_name_and_by_file(spec, monkeypatch):
 
 
 def test_importing_is_instant(python):
-    """The names are there, JAX, TensorFlow and numpy are not."""
     python(
         "import sys, vidjax\n"
         "assert set(vidjax.__all__) <= set(dir(vidjax))\n"

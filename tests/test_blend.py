@@ -215,7 +215,6 @@ def test_weights_that_do_not_fit(runs, load, tmp_path, weights):
 
 
 def test_the_command_line(runs, load, tmp_path, command):
-    """Join on val with weights, come back for test with them; folders that cannot be joined."""
     out = tmp_path / "both"
     words = ("--mode=evaluate", f"--workdir={out}")
     given = f"--runs={runs[0]},{runs[1]}"

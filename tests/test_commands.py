@@ -90,7 +90,6 @@ def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
 
 @pytest.mark.slow
 def test_a_user_s_day(tmp_path):
-    """Commands in processes of their own: their time, their folders, a finished run."""
     commands.prepare(tmp_path)
     chosen = [*commands.FIELDS[2::16], *commands.FILES[::4], *commands.WORKS]
     for case in chosen:

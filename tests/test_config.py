@@ -254,7 +254,6 @@ INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold"
 
 @pytest.mark.slow
 def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
-    """A field that nothing reads is a promise that nobody keeps: invented ones are found."""
     reads, override = set(), config_io.override
     invented = {name: config_lib.Field(name, 1, "nothing reads it") for name in INVENTED}
     monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))

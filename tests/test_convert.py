@@ -76,7 +76,6 @@ def test_mistakes_in_the_command_name_the_remedy(fails, tmp_path):
 
 
 def archive(path, name, content):
-    """Writes a package with one file."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr(name, content)

@@ -65,7 +65,6 @@ def missing(name):
 
 
 def make_run(trained, name):
-    """Returns a run of a system."""
     # Closed forms need two passes; two of the eleven nets with views are enough.
     more = {"plda": "--config.num_epochs=2", "views": "--config.ensemble.only=(0,4)"}
     return trained(SYSTEMS[name], *([more[name]] if name in more else []))

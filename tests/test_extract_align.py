@@ -28,7 +28,6 @@ def slow_similarity(points):
 
 
 def slow_warp(rgb, matrix, size):
-    """Interpolates pixel by pixel; black outside."""
     height, width = rgb.shape[:2]
     crop = np.zeros((size, size, 3))
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))

@@ -22,7 +22,6 @@ GONE = "Ada Lovelace"
 
 @pytest.fixture
 def run(say):
-    """Runs the command and returns what it printed."""
     return functools.partial(say, "forget")
 
 
@@ -158,7 +157,6 @@ def everything(folder):
 
 @pytest.mark.slow
 def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run, places):
-    """Features, conversion, run, gallery, ranking, answers: what is named is dealt with."""
     rng = np.random.default_rng(0)
     centres = {name: rng.normal(size=16) for name in (GONE, "p1", "p2", "p3")}
     splits = {

@@ -180,7 +180,6 @@ def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, offici
 
 
 def check_net(folder, run, data, worse):
-    """Checks a gallery of the embeddings of a run."""
     gallery = vidjax.Gallery.create(folder, run, data)
     assert list(gallery.backend.widths) == ["embedding"]
     assert not gallery.origin.centred

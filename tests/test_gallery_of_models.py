@@ -132,7 +132,6 @@ def test_a_gallery_of_models_lives_without_them(tmp_path, models):
 
 
 def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models, python):
-    """Identify, threshold and changes, from Python and by command, where nothing else is."""
     friends = draw(np.random.default_rng(1), 3, 3)
     gallery = enrolled(tmp_path / "g", models, friends[:, :2])
     clips = {

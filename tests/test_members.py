@@ -127,13 +127,6 @@ def test_trainval_of_quality_fusion_is_five_stratified_folds(data):
     assert not plan_of("quality_fusion.py:iqiyi_vid,few", data)[1].task.train_other
 
 
-def test_trainval_of_deepmef_is_everything_but_distractors(data):
-    config, plan = plan_of("deepmef.py:iqiyi_vid,trainval,few", data)
-    truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
-    np.testing.assert_array_equal(np.asarray(plan.tables.weight)[0] > 0, truth > 0)
-    assert not plan.task.train_other and config.eval.split == "test"
-
-
 def test_held_out_goes_by_name():
     trained = np.array([[True, False, True], [False, True, True]])
     training_sets = ensemble.TrainingSets(
@@ -352,7 +345,6 @@ def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):
 
 @pytest.mark.slow
 def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
-    """Other features and labels of a held-out fold change nothing in its member, only in others."""
     config = shrunk(SPLITS, *FOLDS, spec=MLP)
     plain, _ = everyone
     held = ~ensemble.load(plain).trained[1]

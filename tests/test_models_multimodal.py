@@ -250,7 +250,6 @@ def evaluated(scale: Any = 1.0, **options):
 
 
 def test_with_unit_length_only_the_direction_of_features_counts():
-    """A clip whose features are all multiplied by one number gets the same logits."""
     lengths = np.random.default_rng(0).uniform(0.3, 4, (8, 1, 1)).astype(np.float32)
     logits, scaled = (evaluated(x, unit_length=True)[0].logits for x in (1.0, lengths))
     np.testing.assert_allclose(scaled, logits, atol=1e-4)
@@ -258,7 +257,6 @@ def test_with_unit_length_only_the_direction_of_features_counts():
 
 
 def test_unit_length_is_that_of_the_vector_before_the_map():
-    """Without attention and pooled by means, the feature map is the map of the unit mean."""
     options = {"netvlad": (), "attention": False, "feature_scale": 3.0}
     output, params, frames, clips = evaluated(unit_length=True, **options)
     start = 0

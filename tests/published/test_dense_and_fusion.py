@@ -85,7 +85,6 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_ones():
 
 
 def test_each_example_of_a_batch_counts_alike():
-    """The loss of a step is the mean over all frames, whichever clip has them."""
     run = made_steps.make(
         "residual_dense:published,face,one",
         "--config.model.width=8",
