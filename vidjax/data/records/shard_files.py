@@ -26,8 +26,7 @@ from vidjax.files import sha256_file, sha256_opened
 
 FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
 # Tags of message fields: (number of the field << 3) + 2, where 2 stands for a length and bytes.
-FIRST, SECOND, THIRD = 0x0A, 0x12, 0x1A
-BYTES_LIST, INT64_LIST = FIRST, THIRD
+FIRST_TAG, SECOND_TAG, THIRD_TAG = b"\x0a", b"\x12", b"\x1a"
 
 DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
 
@@ -123,9 +122,6 @@ def masked_sum(content: bytes) -> bytes:
     """Returns the masked CRC-32C of TFRecord, 4 bytes."""
     crc = google_crc32c.value(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-FIRST_TAG, SECOND_TAG, THIRD_TAG = bytes([FIRST]), bytes([SECOND]), bytes([THIRD])
 
 
 def encode(values: Mapping[str, bytes | int]) -> bytes:
