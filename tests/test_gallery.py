@@ -182,7 +182,7 @@ def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_
     for rule in rules:
         found = identify(people, parts, 1, **rule)
         assert [one.identity is not None for one in found] == [
-            bool(people.rule(**rule).names(one.score, -np.inf)) for one in found
+            bool(people.rule(**rule).names(one.score)) for one in found
         ]
     assert people.rule(fpir=0.25).score != before.score
 

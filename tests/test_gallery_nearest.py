@@ -5,6 +5,7 @@ import pytest
 from scipy import special
 
 from vidjax.gallery import backend as backend_lib
+from vidjax.models import distance
 from vidjax.models.two_covariance import Settings
 
 PEOPLE = 700
@@ -32,7 +33,8 @@ def make(rng, widths, *, scale, spread, blocks=(300, 1, 399), cards=False):
     fitted = dict(zip(widths, draw(labels, lacks=0), strict=True))
     backend = backend_lib.fit(fitted, labels, centred=False, settings=settings)
     if cards:
-        parts = tuple(part._replace(by_distance=True, scale=0.3) for part in backend.parts)
+        found = distance.of_cosines((1 - 0.4 * spread, 0.1), (0.1, 0.15))
+        parts = tuple(part._replace(space=None, distances=found) for part in backend.parts)
         backend = backend_lib.Backend(parts, settings)
     owner = np.repeat(np.arange(PEOPLE), rng.integers(1, 4, PEOPLE))
     vectors = np.concatenate(draw(owner), axis=1)
@@ -85,7 +87,7 @@ def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
     settings = index.backend.settings._replace(stranger=stranger)
     index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
     parts = draw(np.arange(PEOPLE - 40, PEOPLE))
-    asked = index._asked(parts)
+    asked = index._asked(index.backend.units(parts), [np.ones(len(x)) for x in parts])
     for row, (one, logs) in enumerate(
         zip(index.nearest(parts, 5), index.search(parts), strict=True)
     ):

@@ -118,3 +118,25 @@ def test_a_class_with_more_clips_is_surer():
     )
     assert near[0] < near[1] < near[2]
     assert far[0] > far[1] > far[2]
+
+
+def test_the_ratio_of_two_groups_is_that_of_the_joint_densities():
+    """Against densities of all clips of both groups, in which a class is one variable."""
+    rng = np.random.default_rng(0)
+    space = two_covariance.Space(np.zeros(3), np.eye(3), np.array([0.5, 2.0, 0.1]))
+    counts = [1, 2, 4]
+    groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]
+    mean = np.stack([clips.mean(axis=0) for clips in groups])
+
+    def density(*groups):
+        clips = np.concatenate(groups)
+        one = np.ones((len(clips), len(clips)))
+        return sum(
+            stats.multivariate_normal.logpdf(x, cov=np.eye(len(clips)) + ratio * one)
+            for x, ratio in zip(clips.T, space.ratio, strict=True)
+        )
+
+    for row, own in enumerate(groups):
+        wanted = [density(own, other) - density(own) - density(other) for other in groups]
+        found = two_covariance.pair_log_ratios(space, 1 / np.array(counts), mean, row)
+        np.testing.assert_allclose(np.delete(found, row), np.delete(wanted, row), atol=1e-9)

@@ -60,6 +60,10 @@ def test_unknown_people_keep_their_numbers_while_their_films_stay(drawn):
     table.write_text(table.read_text().replace("unknown 2", "Eve"))
     write_film(films / "d.mkv", (2, 20, [("Bob", 25, 30)]))
     assert numbers() == first | more | {"a.s000.t00": "Eve", "d.s000.t00": "unknown 1"}
+    write_film(films / "e.mkv", (2, 20, [("Bob", 30, 30)]))
+    assert numbers(films / "e.mkv") == {
+        "e.s000.t00": "unknown 1"
+    }  # of films that are not asked for
     drawn.gallery("remove", "--identity=Eve")
     assert numbers()["a.s000.t00"] == "unknown 2"
     # Another film of the same name is another film, and its clips have no number yet.
@@ -90,6 +94,19 @@ def test_names_written_into_the_table_of_the_unknown_are_taken(drawn):
         _, said = drawn.who(film, people=False, code=2)
         assert "unknown.tsv" in said and message in said and len(said.splitlines()) <= 3
         assert table.read_text() == wrong
+
+
+def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
+    film = drawn.film()
+    drawn.befriend("Ada")
+    names = [row["identity"] for row in (drawn.who(film), drawn.rows())[1]]
+    assert "Ada" in names
+    drawn.who(film, flags=["--threshold=1"])
+    assert "Ada" not in [row["identity"] for row in drawn.rows()]
+    _, said = drawn.who(film, flags=["--fpir=0.01"], code=2)
+    assert "fpir=0.01 needs 100 clips of strangers or more" in said
+    _, said = drawn.who(film, flags=["--threshold=2"], code=2)
+    assert "name a probability above 0" in said
 
 
 def cut_off(*args, **options):

@@ -38,12 +38,14 @@ from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
+from vidjax.gallery.commands import add_rule
 from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.messages import Parser, Result
 from vidjax.run import formats
 from vidjax.run.formats import Sha256, Size, Text
 from vidjax.run.terminal import say
 
+STRANGER_ODDS = 3.0  # of the faces of films, three of four show nobody enrolled
 TOLD = "told"  # the evidence of a clip that was itself enrolled
 PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
 TABLES = ("names.tsv", "names.jsonl")
@@ -125,6 +127,13 @@ def _read_numbers(path: Path) -> Numbers:
     return formats.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
+class _Rule(NamedTuple):
+    """When a clip gets a name, see `Gallery.identify`."""
+
+    fpir: float | None
+    threshold: float | None
+
+
 def who(
     films: Sequence[Path],
     people: Path | None,
@@ -134,6 +143,8 @@ def who(
     *,
     workers: int = 1,
     thumbnails: bool = False,
+    fpir: float | None = None,
+    threshold: float | None = None,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Done:
     """Names the people in films, and writes the files of the module's docstring.
@@ -144,11 +155,14 @@ def who(
         name nobody who is not in the gallery of an earlier call.
       out: the folder for results; it is made, and readable by its owner alone.
       thumbnails: shows the face beside each name; False deletes pictures of earlier calls.
+      fpir, threshold: when a clip gets a name, see `Gallery.identify`.
       models, settings, workers, done: as of `pipeline.extract`.
 
     Raises:
       UserError: there is no film or no usable photo of anybody, or a net is missing.
     """
+    rule = _Rule(fpir, threshold)
+    answers_lib.check_choice(*rule)
     pipeline.check_apart(pipeline.list_files(films), out)
     photos = {} if people is None else _photos(people)
     if people and out.resolve().parent == people.resolve():
@@ -175,12 +189,14 @@ def who(
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
+        if gallery.identities:
+            gallery.rule(**rule._asdict())  # a mistake is reported before films are read
         if not thumbnails:
             for one in (out / PEOPLE).glob("*"):
                 files.remove_tree(one / folder.THUMBNAILS)
         before = _read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
         outcomes = extract(films, out / FEATURES, settings=settings, workers=workers, done=done)
-        return _look(gallery, failed, outcomes, before, out)
+        return _look(gallery, failed, outcomes, before, out, rule)
 
 
 def _look(
@@ -189,16 +205,18 @@ def _look(
     outcomes: Sequence[Outcome],
     before: Numbers,
     out: Path,
+    rule: _Rule,
 ) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
-    features = out / FEATURES
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     shown = [outcome.film for outcome in outcomes if outcome.film]
-    found, groups = _name(gallery, features, shown, before.of(shown), before.highest)
-    numbers = msgspec.to_builtins(before.updated(shown, groups))
+    answers, groups = _name(gallery, out, before, rule)
+    found = appearances.find(answers, shown, groups)
+    numbers = msgspec.to_builtins(before.updated(folder.read_films(out / FEATURES), groups))
     files.write_json(out / NUMBERS, numbers)  # rows without are not read
     _write(out, found, groups, shown, gallery)
-    return Done(gallery.identities, found, len({*groups.values()}), failed)
+    strangers = {groups[clip] for one in found for clip in one.clips if clip in groups}
+    return Done(gallery.identities, found, len(strangers), failed)
 
 
 def _gallery(out: Path, models: Path) -> Gallery:
@@ -214,7 +232,7 @@ def _gallery(out: Path, models: Path) -> Gallery:
     try:
         gallery = Gallery(path)
     except store.NoGalleryError:  # or a killed call has left one without tables
-        return Gallery.of_models(path, models)
+        return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
     if new := gallery.widen(models):
         say(f"new in the models: {', '.join(new)}: names stay, films and photos are read once more")
     return gallery
@@ -348,29 +366,29 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 
 
 def _name(
-    gallery: Gallery,
-    features: Path,
-    films: Sequence[folder.Film],
-    before: Mapping[str, int],
-    highest: int,
-) -> tuple[list[Appearance], dict[str, str]]:
-    """Returns the appearances of all people, and clip -> name of a group of unknown ones.
+    gallery: Gallery, out: Path, before: Numbers, rule: _Rule
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """Returns the answers for the clips of all films, and clip -> name of a group of unknown ones.
 
-    Groups keep the numbers that their clips had `before`, or else get one above the `highest`. A
-    clip that was itself enrolled shows whom its label says.
+    Clips that form a group vote. Groups keep the numbers that their clips had `before`, and a new
+    group gets a number above the highest. A clip that is enrolled shows whom its label says.
     """
+    films = folder.read_films(out / FEATURES)
     if not any(film.tracks for film in films):
-        return [], {}
-    vectors = _embed(gallery, features, {track.clip for film in films for track in film.tracks})
+        return {}, {}
+    vectors = _embed(gallery, out / FEATURES, {t.clip for film in films for t in film.tracks})
     told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
+    apart = appearances.seen_together(films)
     answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
-        answers = gallery.identify(vectors)
+        votes = gallery.group(vectors, apart, absorb=False)
+        answers = gallery.identify(vectors, groups=votes, **rule._asdict())
     for clip, name in told.items():
         answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
+    answers = appearances.settle(answers, films)
     nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
-    groups = _keep_numbers(gallery.group(vectors.only(nobody)), before, highest)
-    return appearances.find(answers, films, groups), groups
+    groups = gallery.group(vectors.only(nobody), apart)
+    return answers, _keep_numbers(groups, before.of(films), before.highest)
 
 
 def _keep_numbers(
@@ -442,7 +460,8 @@ def run(args: argparse.Namespace) -> Result:
     done = who(
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), commands.settings_of(args),
-        workers=workers, thumbnails=args.thumbnails, done=commands.tell,
+        workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
+        done=commands.tell,
     )  # fmt: skip
     named = [one.identity for one in done.found if one.probability is not None]
     content = {
@@ -471,6 +490,7 @@ def add_flags(parser: Parser) -> None:
     commands.add_flags(parser)
     about = "photos of people: a folder for each, with the name"
     parser.add_argument("--people", metavar="DIR", help=about)
+    add_rule(parser)
     about = "shows faces on the page; without, those of earlier calls go"
     parser.add_argument("--thumbnails", action="store_true", help=about)
     parser.command(run, "holiday.mp4 --people=friends --models=models --out=names")

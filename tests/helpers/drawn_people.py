@@ -62,7 +62,7 @@ def write_models(folder):
 def write_voices(folder):
     """Adds nets that take loud sound for speech and tell tones apart; returns the folder."""
     made_nets.write(folder, "speech", "voice_activity", made_nets.loudness())
-    tones = made_nets.back_end(different=(-0.1, 0.3))
+    tones = made_nets.back_end(same=(0.95, 0.02), different=(-0.1, 0.3))
     made_nets.write(folder, "voice", "voice_embedder", back_end=tones)
     return folder
 

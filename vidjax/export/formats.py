@@ -28,7 +28,7 @@ from vidjax import devices, predict
 from vidjax.errors import UserError
 from vidjax.export import function, reader, weights
 from vidjax.export.function import Shapes
-from vidjax.gallery.backend import MOST_OF_VOICE
+from vidjax.gallery.backend import MOST_OF_VOICE, Ratios
 from vidjax.gallery.gallery import Gallery
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.models.plda_fit import unit_mean
@@ -231,19 +231,32 @@ def of_gallery(gallery: Gallery) -> Arrays:
     }
     arrays["temperature"] = np.ones(())
     for number, part in enumerate(backend.parts):
-        curve, kind = index.curves[number]
-        arrays |= {
-            f"{part.name}/centre": part.centre,
-            f"{part.name}/mean": part.space.mean,
-            f"{part.name}/transform": part.space.transform,
-            f"{part.name}/linear": np.concatenate([b.linear[number] for b in index.blocks]),
-            f"{part.name}/constant": np.concatenate([b.constant[number] for b in index.blocks]),
-            f"{part.name}/curve": curve,
-            f"{part.name}/kind": kind,
-            f"{part.name}/known": (index.counts[number] > 0).astype(np.int32),
-            f"{part.name}/scale": np.asarray(part.scale),
-            f"{part.name}/limit": np.asarray(MOST_OF_VOICE if part.hearsay else np.inf),
+        scorer = index.scorers[number]
+        own: dict[str, Any] = {
+            "centre": part.centre,
+            "linear": np.concatenate([block.linear[number] for block in index.blocks]),
+            "known": (index.counts[number] > 0).astype(np.int32),
+            "limit": np.asarray(MOST_OF_VOICE if part.hearsay else np.inf),
         }
+        if isinstance(scorer, Ratios):
+            assert part.space is not None
+            own |= {
+                "mean": part.space.mean,
+                "transform": part.space.transform,
+                "constant": np.concatenate([block.constant[number] for block in index.blocks]),
+                "curve": scorer.curve,
+                "kind": scorer.kind.astype(np.int32),
+                "scale": np.ones(()),
+            }
+        elif part.distances is not None:
+            own |= {
+                "mean": scorer.population.mean,
+                "share": scorer.share,
+                "radius": scorer.radius,
+                "variance": scorer.variance + part.distances.within,
+                "card": scorer.card,
+            }
+        arrays |= {f"{part.name}/{name}": value for name, value in own.items()}
     return {name: np.ascontiguousarray(value)[None] for name, value in arrays.items()}
 
 

@@ -20,13 +20,20 @@ def log_probabilities(arrays, vectors):
             there = np.any(vectors[part] != 0, axis=1)[:, None]
             u = vectors[part] - get[f"{part}/centre"]
             u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
-            z = (u - get[f"{part}/mean"]) @ get[f"{part}/transform"]
-            squares = (z**2 @ get[f"{part}/curve"].T)[:, get[f"{part}/kind"].astype(int)]
-            ratio = z @ get[f"{part}/linear"].T + squares + get[f"{part}/constant"]
-            limit = np.where(seen > 1, get[f"{part}/limit"], np.inf)[:, None]
-            ratio = np.clip(get["scale"] * get[f"{part}/scale"] * ratio, -limit, limit)
-            own = np.where(get[f"{part}/known"] > 0, ratio, get["unenrolled"])
-            logits += np.where(there, own, 0)
+            own = {name.split("/")[1]: x for name, x in get.items() if name.startswith(f"{part}/")}
+            x = u - own["mean"]
+            if "card" in own:
+                ratio = _distance_ratios(own, x)
+            else:
+                z = x @ own["transform"]
+                squares = (z**2 @ own["curve"].T)[:, own["kind"].astype(int)]
+                ratio = (
+                    get["scale"] * own["scale"] * (z @ own["linear"].T + squares + own["constant"])
+                )
+            limit = np.where(seen > 1, own["limit"], np.inf)[:, None]
+            ratio = np.clip(ratio, -limit, limit)
+            ratio = np.where(own["known"] > 0, ratio, get["unenrolled"])
+            logits += np.where(there, ratio, 0)
         stranger = get["stranger"] + np.log(max(known.sum(), 1))
         logits = np.where(known, logits, -np.inf)
         logits = np.insert(logits, 0, stranger, axis=1) / get["temperature"]
@@ -39,3 +46,13 @@ def log_probabilities(arrays, vectors):
         lack = lack + np.where(best, rest, 1 + rest - shares) / (1 + rest) / members
     # A probability near 1 has its digits in what it lacks.
     return np.where(lack < 0.5, np.log1p(-np.minimum(lack, 0.5)), logs - np.log(members))
+
+
+def _distance_ratios(own, x):
+    """Returns the log-likelihood ratios [Q, N] of a part with a card; x [Q, D] is less the mean."""
+    same, different, least, constant, slope = own["card"]
+    radius = np.sum(x * x, axis=1)[:, None]
+    across = x @ own["linear"].T - (x @ own["mean"])[:, None]
+    square = np.maximum(radius - 2 * own["share"] * across + own["radius"], least)
+    ratio = same * np.log(same / own["variance"]) + (same - different) * np.log(square)
+    return ratio - same * square / own["variance"] - constant + slope * radius

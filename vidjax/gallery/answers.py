@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from vidjax.gallery.backend import Nearest
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
-NEW = "nobody new is more probable"
+LEAST_NAMED = 0.5  # a name is more probable than all other answers together
+NEW = f"the probability is above {100 * LEAST_NAMED:.0f} %"
 UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
 GROUPS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 SHOWN = 3  # identities of a line of the table
@@ -97,8 +98,8 @@ class Rule(NamedTuple):
 
     Attributes:
       by: `threshold`, if the user chose the lowest probability; `fpir`, if strangers set it; `new`,
-        if there are too few strangers to set it. With `fpir` and `new`, a clip gets no name where
-        somebody new is more probable.
+        if there are too few strangers to set it. With `fpir` and `new`, a name also needs a
+        probability above LEAST_NAMED.
       score: logarithm of the lowest probability at which a clip gets a name.
       default: True if the user chose nothing.
       found: the threshold that strangers set; None except with `fpir`.
@@ -111,11 +112,11 @@ class Rule(NamedTuple):
     found: Threshold | None
     about: str
 
-    def names(self, best: np.ndarray | float, new: np.ndarray | float) -> np.ndarray:
-        """Returns True where a clip gets a name, given log p of the best identity and of new."""
+    def names(self, best: np.ndarray | float) -> np.ndarray:
+        """Returns True where a clip gets a name, given log p of the best identity."""
         best = np.asarray(best)
         passes = (best >= self.score) & (best > -np.inf)
-        return passes if self.by == "threshold" else passes & (best >= new)
+        return passes if self.by == "threshold" else passes & (best > math.log(LEAST_NAMED))
 
     def answer(self, found: "Nearest", *, cards: bool) -> Answer:
         """Returns who a clip shows, of its most probable people, whom `cards` or a run compares."""
@@ -123,9 +124,9 @@ class Rule(NamedTuple):
             return NOBODY
         name, score = found.best[0]
         best = tuple((name, math.exp(log)) for name, log in found.best)
-        evidence = found.compared if self.names(score, found.new) else ()
+        evidence = found.compared if self.names(score) else ()
         # By cards, a lone person of other parts is as probable as somebody new.
-        known = self.names(score, found.new) and (evidence or not cards)
+        known = self.names(score) and (evidence or not cards)
         return Answer(name if known else None, best[0][1], score, best, evidence)
 
 
@@ -175,25 +176,12 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 
 
-def name_groups(clips: Sequence[str], odds: np.ndarray) -> dict[str, str]:
-    """Returns clip -> name of its group, by average linkage while the odds are above even.
-
-    `odds` [Q, Q] float64 are symmetric logarithms. Larger groups have lower numbers.
-    """
-    if not len(clips):
-        return {}
-    from scipy.cluster import hierarchy
-    from scipy.spatial import distance
-
-    labels = np.ones(1, int)
-    if len(clips) > 1:
-        apart = odds.max() - odds
-        np.fill_diagonal(apart, 0.0)
-        tree = hierarchy.linkage(distance.squareform(apart, checks=False), "average")
-        labels = hierarchy.fcluster(tree, odds.max(), "distance")
-    order = sorted({*labels}, key=lambda label: (-int(np.sum(labels == label)), int(label)))
-    number = {label: place + 1 for place, label in enumerate(order)}
-    return {clip: f"{UNKNOWN}{number[label]}" for clip, label in zip(clips, labels, strict=True)}
+def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
+    """Returns clip -> `unknown N` of labels [N] int; larger groups have lower numbers."""
+    found, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    order = np.lexsort((first, -counts))
+    number = {int(found[row]): place + 1 for place, row in enumerate(order.tolist())}
+    return {c: f"{UNKNOWN}{number[label]}" for c, label in zip(clips, labels.tolist(), strict=True)}
 
 
 def number_of(group: str) -> int:

@@ -36,8 +36,8 @@ COLUMNS = {
 class Appearance(NamedTuple):
     """A person in a video, from `start_s` to `end_s`, by the tracks `clips`.
 
-    `probability` is the highest of the tracks'; None for an unknown person, whose `identity` is
-    the name of a group, or None. `evidence` are the parts by which a known one was found.
+    `probability` is the lowest of all tracks; None for an unknown person, whose `identity` is the
+    name of a group, or None. `evidence` are the parts by which a known person was found.
     """
 
     video: str
@@ -54,9 +54,13 @@ def find(
 ) -> list[Appearance]:
     """Returns the appearances in videos, in order of time, of the people whom answers name.
 
-    `groups` are clip -> name of unknown people; without a name they are one appearance a track.
+    Args:
+      answers: clip -> answer; they are settled, see `settle`.
+      films: the videos.
+      groups: clip -> name of an unknown person. A track without a name is one appearance.
     """
-    found = []
+    films = list(films)
+    answers, found = settle(answers, films), []
     for film in films:
         by_name: dict[tuple[bool, str | None], list[Track]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):
@@ -70,11 +74,38 @@ def find(
                 found.append(_appearance(film, None, None, [track]))
         for (known, name), tracks in by_name.items():
             for run in _joined(tracks):
-                best = max(answers[track.clip].probability for track in run)
-                one = _appearance(film, name, best if known else None, run)
+                least = min(answers[track.clip].probability for track in run)
+                one = _appearance(film, name, least if known else None, run)
                 parts = dict.fromkeys(p for track in run for p in answers[track.clip].evidence)
                 found.append(one._replace(evidence=tuple(parts)))
     return sorted(found, key=lambda one: (one.video, one.start_s, one.identity or ""))
+
+
+def seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
+    """Returns all pairs of clips that are seen at one time: they do not show one person."""
+    found = []
+    for film in films:
+        live: list[Track] = []
+        for track in sorted(film.tracks, key=lambda track: (track.start_s, track.clip)):
+            live = [other for other in live if film.photo or other.end_s > track.start_s]
+            found += [(other.clip, track.clip) for other in live]
+            live.append(track)
+    return found
+
+
+def settle(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
+    """Returns answers that name nobody twice at one time: the less probable track is unknown."""
+    apart: dict[str, set[str]] = {}
+    for one, other in seen_together(films):
+        apart.setdefault(one, set()).add(other)
+        apart.setdefault(other, set()).add(one)
+    settled = dict(answers)
+    for clip in sorted(answers.keys() & apart.keys(), key=lambda clip: (answers[clip].score, clip)):
+        name = answers[clip].identity
+        rivals = (settled[other].identity for other in apart[clip] & settled.keys())
+        if name is not None and name in rivals:
+            settled[clip] = answers[clip]._replace(identity=None, evidence=())
+    return settled
 
 
 def _appearance(

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from vidjax.errors import UserError
 from vidjax.machine import num_cores
-from vidjax.models import two_covariance
-from vidjax.models.two_covariance import Settings, Space, blank_space, coefficients
+from vidjax.models import distance, two_covariance
+from vidjax.models.distance import Distances
+from vidjax.models.two_covariance import Settings, Space, blank_space
 from vidjax.run.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 QUERIES = 64  # clips of a matrix product
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
-MOST_GROUPED = 8000  # clips, of which all pairs are compared
 # One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
 MOST_OF_VOICE = np.log(9)
 FINE = 16  # people of a clip, the most probable ones, whose logits are computed in float64
@@ -40,40 +39,54 @@ PEAK = 32  # people of whom one is looked at, to find how probable the k-th one 
 
 
 class Part(NamedTuple):
-    """A modality, or `embedding`, and the float64 space in which its vectors are compared.
+    """A modality, or `embedding`, and how two of its vectors are compared.
 
     Attributes:
       name: its name.
       centre: [D] float64, subtracted from unit vectors, which are then scaled to unit length again;
         0 where the run has subtracted its own.
-      space: the coordinates.
-      scale: factor on the log-likelihood ratios of this part, beside that of the settings.
-      by_distance: True if nobody knows the mean of all vectors, see
-        `two_covariance.distance_coefficients`.
+      space: the float64 coordinates of PLDA; None if a card says how vectors are compared.
+      distances: what the card says; None for PLDA.
     """
 
     name: str
     centre: np.ndarray
-    space: Space
-    scale: float = 1.0
-    by_distance: bool = False
+    space: Space | None = None
+    distances: Distances | None = None
 
     @property
     def hearsay(self) -> bool:
         """True for voices that cards compare: that of a clip may be of somebody off screen."""
-        return self.by_distance and self.name == "audio"
+        return self.distances is not None and self.name == "audio"
 
-    def coefficients(self, count: np.ndarray, sums: np.ndarray) -> two_covariance.Enrolled:
-        """Returns the classes with `count` [K] clips and coordinates of sum `sums` [K, D]."""
-        make = two_covariance.distance_coefficients if self.by_distance else coefficients
-        return make(self.space, count.astype(np.float64), sums)
+    def coordinates(self, x: np.ndarray) -> np.ndarray:
+        """Returns unit vectors [N, D] in the coordinates of PLDA, or for a card as they are."""
+        if self.space is None:
+            return x
+        return _product(x - self.space.mean, np.asarray(self.space.transform))
+
+    def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `People.linear` and `constant` of P people, of sums of unit vectors [P, D]."""
+        if self.space is None:
+            mean = total / np.maximum(count, 1)[:, None]
+            return mean, np.vecdot(mean, mean)
+        sums = _product(total - count[:, None] * self.space.mean, np.asarray(self.space.transform))
+        found = two_covariance.coefficients(self.space, count.astype(np.float64), sums)
+        return np.asarray(found.linear), np.asarray(found.constant)
+
+    def arrays(self) -> list[np.ndarray]:
+        """Returns all numbers of the part, see `from_numbers`."""
+        if self.space is None:
+            return [self.centre, np.array(self.distances)]
+        return [self.centre, *map(np.asarray, self.space)]
 
 
 class People(NamedTuple):
-    """A block of P people, and what scores them in M parts, see `two_covariance.Enrolled`.
+    """A block of P people, and what scores them in M parts.
 
-    `linear` are M arrays [P, D] float32, coefficients of z; `constant` is [M, P] float64;
-    `num_clips` is [M, P] int32, the number of each person's clips that have the part.
+    `linear` are M arrays [P, D] float32 and `constant` is [M, P] float64: coefficients of z, see
+    `two_covariance.Enrolled`, or for a part with a card the means of unit vectors and their squared
+    lengths. `num_clips` is [M, P] int32, the number of each person's clips that have the part.
     """
 
     names: tuple[str, ...]
@@ -127,17 +140,21 @@ class Backend(NamedTuple):
         ends = np.cumsum(list(self.widths.values()))[:-1]
         return np.split(vectors, ends.tolist(), axis=1)
 
-    def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the coordinates z of Q clips: M arrays [Q, D] float64, NaN for a missing part.
+    def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns centred unit vectors of Q clips: M arrays [Q, D] float64, 0 for a missing part.
 
         `parts` are the vectors: M arrays [Q, D] float32, 0 where a clip lacks the part.
         """
-        found = []
-        for part, x in zip(self.parts, parts, strict=True):
-            with _one_thread():
-                z = (unit(part, x) - part.space.mean) @ np.asarray(part.space.transform)
+        return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
+
+    def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the coordinates z of Q clips: M arrays [Q, D] float64, NaN for a missing part.
+
+        `parts` are as in `units`. The coordinates of a part with a card are the unit vectors.
+        """
+        found = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
+        for z, x in zip(found, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
-            found.append(z)
         return found
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
@@ -148,40 +165,17 @@ class Backend(NamedTuple):
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
-            present = np.any(x != 0, axis=1)
-            count = np.bincount(owner[present], minlength=len(names))
-            total = np.zeros((len(names), x.shape[1]))
-            np.add.at(total, owner, unit(part, x))
-            shifted = total - count[:, None] * part.space.mean
-            with _one_thread():
-                sums = shifted @ np.asarray(part.space.transform)
-            enrolled = part.coefficients(count, sums)
-            linear.append(np.asarray(enrolled.linear, np.float32))
-            constants.append(np.asarray(enrolled.constant))
+            count, total = sums_of(unit(part, x), owner, len(names))
+            coefficients, constant = part.describe(count, total)
+            linear.append(coefficients.astype(np.float32))
+            constants.append(constant)
             counts.append(count.astype(np.int32))
         return People(tuple(names), tuple(linear), np.stack(constants), np.stack(counts))
 
-    def odds(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns [Q, Q] float64, the log odds that two clips show one person, not somebody new.
-
-        `parts` are the vectors of Q clips, M arrays [Q, D] float32, 0 where a clip lacks a part.
-        Each clip in turn is the only one of a person beside Q - 1 others.
-        """
-        if len(parts[0]) > MOST_GROUPED:
-            raise UserError(
-                f"{len(parts[0]):,} clips are too many to group: {MOST_GROUPED:,} are the most\n"
-                "give fewer, or shorter, videos at once"
-            )
-        names, owner = [str(row) for row in range(len(parts[0]))], np.arange(len(parts[0]))
-        index = Index(self, [self.enrol(names, np.concatenate(parts, axis=1), owner)])
-        logs = np.array(list(index.search(parts))).reshape(len(names), 1 + len(names))
-        odds = logs[:, 1:] - logs[:, :1]
-        return (odds + odds.T) / 2
-
     def numbers(self) -> np.ndarray:
-        """Returns the arrays of all parts, D + 3 rows [D] each, flattened and joined, float64."""
-        rows = [np.vstack([part.centre, *part.space]).ravel() for part in self.parts]
-        return np.concatenate(rows).astype("<f8")
+        """Returns the arrays of all parts, flattened and joined, [num_numbers] float64."""
+        arrays = (np.ravel(array) for part in self.parts for array in part.arrays())
+        return np.concatenate([*arrays]).astype("<f8")
 
 
 def fit(
@@ -219,27 +213,36 @@ def fit(
     return Backend(tuple(parts), settings)
 
 
-def of_cards(back_ends: "Mapping[str, BackEnd]") -> Backend:
+def of_cards(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
     """Returns the back end that cards of models give, part -> `cards.BackEnd`, without any clip.
 
-    A vector less the centre, scaled to unit length, is y + e with covariances that are multiples of
-    the identity. Cosines of pairs of one person have the mean 1 - W, those of two people 1 - W - B,
-    in variances that are summed over all dimensions. If vectors had so many independent dimensions
-    as they have numbers, cosines would differ less than the card says. The scale corrects that: the
-    squared distance has the relative spread of n = 2 (mean / deviation)^2 such dimensions, and the
-    smaller n of both kinds of pairs counts. A face is as probably somebody new as somebody known.
+    `stranger_odds` are the clips of strangers for each clip of somebody enrolled, as expected
+    before a clip is looked at.
     """
-    parts = []
-    for name, found in back_ends.items():
-        width = len(found.centre)
-        within, total = 1 - found.same[0], 1 - found.different[0]
-        spreads = ((within, found.same[1]), (total, found.different[1]))
-        scale = min(1.0, *(2 * (mean / deviation) ** 2 / width for mean, deviation in spreads))
-        axes = np.eye(width) / np.sqrt(within / width)
-        space = Space(np.zeros(width), axes, np.full(width, (total - within) / within))
-        parts.append(Part(name, np.array(found.centre, np.float64), space, scale, True))
-    even = Settings(within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=0.0, centred=1.0)
-    return Backend(tuple(parts), even)
+    parts = tuple(
+        Part(
+            name,
+            np.array(found.centre, np.float64),
+            distances=distance.of_cosines(found.same, found.different),
+        )
+        for name, found in back_ends.items()
+    )
+    odds = float(np.log(stranger_odds))
+    settings = Settings(
+        within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=odds, centred=1.0
+    )
+    return Backend(parts, settings)
+
+
+def sums_of(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number [num] and the sums [num, D] of unit vectors [N, D] by `owner` [N].
+
+    Vectors that are 0 do not count.
+    """
+    count = np.bincount(owner[np.any(units != 0, axis=1)], minlength=num)
+    total = np.zeros((num, units.shape[1]))
+    np.add.at(total, owner, units)
+    return count, total
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
@@ -248,6 +251,30 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     norm = np.sqrt(np.vecdot(shifted, shifted))[:, None]
     present = np.any(np.asarray(x) != 0, axis=1)[:, None]
     return np.where(present, shifted / np.maximum(norm, 1e-12), 0.0)
+
+
+def sizes(width: int, by_card: bool) -> list[int]:
+    """Returns the lengths of `Part.arrays`, flattened."""
+    return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
+
+
+def from_numbers(
+    kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
+) -> Backend:
+    """Returns the back end from its `Backend.numbers`; `kinds` are name, D, and if by a card."""
+    parts, at = [], 0
+    for name, width, by_card in kinds:
+        arrays = []
+        for size in sizes(width, by_card):
+            arrays.append(numbers[at : at + size].astype(np.float64))
+            at += size
+        if by_card:
+            parts.append(Part(name, arrays[0], distances=Distances(*arrays[1].tolist())))
+        else:
+            centre, mean, transform, ratio = arrays
+            space = Space(mean, transform.reshape(width, width), ratio)
+            parts.append(Part(name, centre, space))
+    return Backend(tuple(parts), settings)
 
 
 @functools.cache
@@ -265,18 +292,121 @@ def _one_thread() -> contextlib.AbstractContextManager[object]:
     return _libraries().limit(limits=1, user_api="blas")
 
 
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with _one_thread():
+        return x @ y
+
+
 class _Asked(NamedTuple):
     """Q clips as people are compared with them.
 
     Attributes:
-      coordinates: M arrays [Q, D] float64, scaled; 0 where a clip lacks the part.
-      squares: M arrays [Q, U] float64, scaled sums of squares by `Index.curves`.
+      coordinates: M arrays [Q, D] float64; 0 where a clip lacks the part.
+      terms: M arrays [Q, ...] float64, what else the scorer of the part needs of a clip.
       missing: [M, Q] bool, True where a clip lacks the part.
     """
 
     coordinates: list[np.ndarray]
-    squares: list[np.ndarray]
+    terms: list[np.ndarray]
     missing: np.ndarray
+
+
+class Ratios:
+    """The log-likelihood ratios of N people in one part of PLDA, see `two_covariance.Enrolled`.
+
+    Attributes:
+      curve: [U, D] float64, coefficients of z^2, which people with equally many clips share.
+      kind: [N], the row of each person in `curve`.
+    """
+
+    def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
+        """Takes the numbers [N] of clips and the constants [N] of people."""
+        assert part.space is not None
+        kinds, self.kind = np.unique(count, return_inverse=True)
+        blank = np.zeros((len(kinds), len(part.centre)))
+        found = two_covariance.coefficients(part.space, kinds.astype(np.float64), blank)
+        self.curve = np.asarray(found.curve)
+        self._part, self._scale, self._constant = part, scale, scale * constant
+
+    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns coordinates and terms of clips, whose unit vectors are [Q, D]."""
+        del effective
+        z = self._part.coordinates(units)
+        return self._scale * z, self._scale * z**2 @ self.curve.T
+
+    def finish(
+        self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
+    ) -> None:
+        """Turns products of coordinates and `People.linear` into ratios, in place."""
+        ratios += self._constant[rows].astype(ratios.dtype)
+        # Often all people have equally many clips.
+        column = 0 if terms.shape[1] == 1 else self.kind[rows]
+        ratios += terms.astype(ratios.dtype)[owner, column]
+
+
+class DistanceRatios:
+    """The log-likelihood ratios of N people in one part with a card, see `models.distance`.
+
+    Attributes:
+      population: the mean m of all people.
+      share, variance: [N] float64, see `distance.Posterior`.
+      radius: [N] float64, the squared distance of the posterior mean from m.
+    """
+
+    def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
+        """Takes blocks of people: numbers of clips, means of unit vectors, squared lengths."""
+        counts, means, squares = zip(*people, strict=True)
+        effective = [
+            distance.effective_count(distances, count, square)
+            for count, square in zip(counts, squares, strict=True)
+        ]
+        self._distances = distances
+        self.population = distance.population(distances, means, effective, counts)
+        centre = self.population.mean
+        radius = [
+            square - 2 * mean @ centre + centre @ centre
+            for mean, square in zip(means, squares, strict=True)
+        ]
+        known = distance.posterior(distances, self.population, np.concatenate(effective))
+        self.share, self.variance = known
+        self.radius = known.share**2 * np.concatenate(radius)
+
+    @property
+    def card(self) -> np.ndarray:
+        """[5]: both shapes, the least squared distance, and what `new_density` is linear in."""
+        distances, zero = self._distances, np.zeros(())
+        variance = np.array(distances.within + distances.between + self.population.variance)
+        constant = distance.new_density(distances, zero, variance)
+        slope = distances.different / variance
+        least = distance.LEAST_SQUARE * distances.within
+        return np.array([distances.same, distances.different, least, constant, slope])
+
+    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns coordinates and terms of Q means [Q, D] of `effective` [Q] unit vectors each."""
+        distances, noise = self._distances, self._distances.within / effective
+        x = units - self.population.mean
+        square = np.vecdot(x, x)
+        variance = distances.between + noise + self.population.variance
+        new = distance.new_density(distances, square, variance)
+        return x, np.stack([x @ self.population.mean, square, noise, new], axis=1)
+
+    def finish(
+        self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
+    ) -> None:
+        """Turns products of coordinates and `People.linear` into ratios, in place."""
+        kind = ratios.dtype
+        across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
+        share, radius, variance = (
+            x[rows].astype(kind) for x in (self.share, self.radius, self.variance)
+        )
+        ratios -= across
+        ratios *= -2 * share
+        ratios += radius
+        ratios += square
+        if np.all(noise == noise[:1]):  # as of single clips: fewer logarithms are computed
+            noise = noise[:1]
+        ratios[...] = distance.same_density(self._distances, ratios, variance + noise)
+        ratios -= new
 
 
 class Index:
@@ -299,22 +429,20 @@ class Index:
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
     @functools.cached_property
-    def _constant(self) -> np.ndarray:
-        none = np.zeros((len(self.backend.parts), 0))
-        return np.concatenate([none, *(block.constant for block in self.blocks)], axis=1)
-
-    @functools.cached_property
-    def curves(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each part, coefficients of z^2, [U, D], and each identity's row in them, [N] int32.
-
-        Identities with equal numbers of clips share a row.
-        """
-        found = []
-        for part, counts in zip(self.backend.parts, self.counts, strict=True):
-            values, kind = np.unique(counts, return_inverse=True)
-            none = np.zeros((len(values), len(part.centre)))
-            curve = np.asarray(part.coefficients(values, none).curve)
-            found.append((curve, kind.astype(np.int32)))
+    def scorers(self) -> "list[Ratios | DistanceRatios]":
+        """What makes the log-likelihood ratios of every part."""
+        found: list[Ratios | DistanceRatios] = []
+        for number, part in enumerate(self.backend.parts):
+            people = [
+                (block.num_clips[number], block.linear[number], block.constant[number])
+                for block in self.blocks
+            ] or [(np.zeros(0, int), np.zeros((0, len(part.centre))), np.zeros(0))]
+            if part.distances is None:
+                constant = np.concatenate([constant for _, _, constant in people])
+                scale = float(self.backend.settings.scale)
+                found.append(Ratios(part, scale, self.counts[number], constant))
+            else:
+                found.append(DistanceRatios(part.distances, people))
         return found
 
     def replaced(self, gone: Collection[str], new: People) -> "Index":
@@ -337,18 +465,21 @@ class Index:
         `parts` are M arrays [Q, D], 0 where a clip lacks the part. A clip that lacks all parts
         shows somebody new.
         """
-        for new, logits, rows, fine in self._compared(parts, FINE):
+        for new, logits, rows, fine, _ in self._compared(parts, FINE):
             wide = np.empty(1 + len(logits))
             wide[0], wide[1:] = new, logits
             wide[1 + rows] = fine
             yield log_softmax(wide)
 
-    def nearest(self, parts: Sequence[np.ndarray], k: int) -> Iterator[Nearest]:
+    def nearest(
+        self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
+    ) -> Iterator[Nearest]:
         """Yields the k >= 1 most probable people of Q clips; `parts` as in `search`.
 
-        A clip that lacks all parts has no best people.
+        A clip that lacks all parts has no best people. With `owner` [Q] int, the Q clips show G
+        people, and the answers are of the G groups of clips, not of clips.
         """
-        for place, (new, logits, rows, fine) in enumerate(self._compared(parts, k)):
+        for new, logits, rows, fine, there in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
             weights = np.subtract(logits, np.float32(top), out=logits)
             np.exp(weights, out=weights)
@@ -357,41 +488,59 @@ class Index:
             others = top + np.log(rest) if rest else -np.inf
             logs = log_softmax(np.array([new, *fine, others]))
             found = zip(logs[1:-1].tolist(), rows.tolist(), strict=True)
-            some = [(-log, self.names[row], row) for log, row in found if log > -np.inf]
-            some = sorted(some)[:k]
-            best = [(name, -log) for log, name, _ in some]
-            common = self._common(parts, place, some[0][2]) if some else ()
-            yield Nearest(float(logs[0]), best, common)
+            some = sorted((-log, self.names[row], row) for log, row in found if log > -np.inf)[:k]
+            common = there & (self.counts[:, some[0][2]] > 0) if some else []
+            compared = tuple(self.backend.parts[number].name for number in np.flatnonzero(common))
+            yield Nearest(float(logs[0]), [(name, -log) for log, name, _ in some], compared)
 
     def _compared(
-        self, parts: Sequence[np.ndarray], k: int
-    ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray]]:
+        self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Yields for each clip the logits of somebody new and of all people, [N] float32.
 
-        After these come the rows of the most probable people, k or more, and their logits, [R]
-        float64.
+        After these come the rows of the most probable people, k or more, their logits, [R] float64,
+        and the parts that the clip has, [M] bool.
         """
         new = float(two_covariance.stranger_logit(self.backend.settings, len(self.names)))
-        for at in range(0, len(parts[0]), QUERIES):
-            asked = self._asked([x[at : at + QUERIES] for x in parts])
+        units = self.backend.units(parts)
+        effective = [np.ones(len(x)) for x in units]
+        if owner is not None:
+            units, effective = self._groups(units, owner)
+        for at in range(0, len(units[0]), QUERIES):
+            chosen = slice(at, at + QUERIES)
+            asked = self._asked([x[chosen] for x in units], [k[chosen] for k in effective])
             logits = self._logits(asked)
             logits[asked.missing.all(axis=0)] = -np.inf
             best = [self._best_rows(row, max(k, FINE)) for row in logits]
             owner = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
             fine = self._logits_of(np.concatenate(best), owner, asked)
             ends = np.cumsum([len(rows) for rows in best])[:-1]
-            for row, rows, own in zip(logits, best, np.split(fine, ends), strict=True):
-                yield new, row, rows, own
+            each = zip(logits, best, np.split(fine, ends), ~asked.missing.T, strict=True)
+            for row, rows, own, there in each:
+                yield new, row, rows, own, there
 
-    def _asked(self, parts: Sequence[np.ndarray]) -> _Asked:
-        """Returns clips as people are compared with them; `parts` are M arrays [Q, D]."""
-        coordinates, squares = [], []
-        whitened = self.backend.whiten(parts)
-        for part, z, (curve, _) in zip(self.backend.parts, whitened, self.curves, strict=True):
-            scale = self.backend.settings.scale * part.scale
-            coordinates.append(scale * np.nan_to_num(z))
-            squares.append(scale * np.nan_to_num(z) ** 2 @ curve.T)
-        return _Asked(coordinates, squares, np.array([~x.any(axis=1) for x in parts]))
+    def _groups(
+        self, units: Sequence[np.ndarray], owner: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Returns the means of the unit vectors of groups, and their effective numbers of clips."""
+        means, effective = [], []
+        for part, x in zip(self.backend.parts, units, strict=True):
+            count, total = sums_of(x, owner, int(owner.max()) + 1)
+            mean = total / np.maximum(count, 1)[:, None]
+            means.append(mean)
+            assert part.distances is not None  # only galleries with cards group clips
+            square = np.vecdot(mean, mean)
+            effective.append(distance.effective_count(part.distances, count, square))
+        return means, effective
+
+    def _asked(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Asked:
+        """Returns means of `effective` clips as people are compared with them, M arrays of each."""
+        coordinates, terms = [], []
+        for scorer, x, k in zip(self.scorers, units, effective, strict=True):
+            z, more = scorer.ask(x, k)
+            coordinates.append(np.where(x.any(axis=1, keepdims=True), z, 0))
+            terms.append(more)
+        return _Asked(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
 
     def _logits(self, asked: _Asked) -> np.ndarray:
         """Returns the logits of all people for Q clips, [Q, N] float32."""
@@ -435,18 +584,14 @@ class Index:
         The products [Q, R] of all of Q clips have `owner` [Q, 1]; those of pairs, [R], `owner` [R].
         `rows` are the places of the R people. The logits overwrite the first of the products.
         """
-        settings = self.backend.settings
         several = (np.sum(~asked.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
-            squares = asked.squares[number].astype(ratios.dtype)
-            scale = settings.scale * part.scale
-            ratios += (scale * self._constant[number, rows]).astype(ratios.dtype)
-            # Often all people have equally many clips.
-            ratios += squares[owner, 0 if squares.shape[1] == 1 else self.curves[number][1][rows]]
+            self.scorers[number].finish(ratios, rows, owner, asked.terms[number])
             if part.hearsay:
                 np.clip(ratios, -MOST_OF_VOICE, MOST_OF_VOICE, out=ratios, where=several)
-            if not (known := self.counts[number, rows] > 0).all():
-                np.copyto(ratios, settings.unenrolled, where=~known)
+            unenrolled = self.counts[number, rows] == 0
+            if unenrolled.any():
+                np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)
             if asked.missing[number].any():
                 np.copyto(ratios, 0, where=asked.missing[number][owner])
         total = products[0]
@@ -469,11 +614,6 @@ class Index:
         if len(rows) > MOST_FINE:
             rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])
         return rows
-
-    def _common(self, parts: Sequence[np.ndarray], place: int, row: int) -> tuple[str, ...]:
-        """Returns the parts that the person of a row and the clip at a place have both."""
-        both = zip(self.backend.widths, self.counts[:, row], parts, strict=True)
-        return tuple(name for name, count, x in both if count and x[place].any())
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -76,7 +76,8 @@ def _add_clips(parser: Parser) -> None:
     parser.fields("data.")
 
 
-def _add_rule(parser: Parser) -> None:
+def add_rule(parser: Parser) -> None:
+    """Adds the flags that say when a clip gets a name."""
     rule = parser.add_mutually_exclusive_group()
     about = "share of strangers who may get a name, e.g. 0.01"
     rule.add_argument("--fpir", metavar="R", type=_number, help=about)
@@ -106,7 +107,7 @@ def _add_enrol(parser: Parser) -> None:
 
 def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
-    _add_rule(parser)
+    add_rule(parser)
     about = "names per clip in a file (default: %(default)s)"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole(1, 1_000_000), default=5, help=about
@@ -128,7 +129,7 @@ def _add_group(parser: Parser) -> None:
 
 def _add_rank(parser: Parser) -> None:
     _add_clips(parser)
-    _add_rule(parser)
+    add_rule(parser)
     about = "the new file: .txt, .jsonl, .csv, .tsv, .parquet; a folder for a folder of tables"
     parser.add_argument("--out", metavar="FILE", required=True, help=about)
     parser.command(_rank, "G --split=val --out=ranking.txt")

@@ -40,6 +40,7 @@ from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
+from vidjax.gallery import grouping
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, check_clip, enrol, stack
@@ -183,7 +184,9 @@ class Gallery:
         return cls.of_clips(folder, origin, backend, kept, run=run)
 
     @classmethod
-    def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
+    def of_models(
+        cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
+    ) -> "Gallery":
         """Makes a gallery without a run and without anybody: cards of models say what is like.
 
         Clips are then features that `vidjax extract` made with the same models.
@@ -191,12 +194,14 @@ class Gallery:
         Args:
           folder: a folder that is new, or empty.
           models: the folder of models, with a card each; see `vidjax.extract.cards`.
+          stranger_odds: number of clips of strangers for each clip of somebody enrolled, among the
+            clips that will be identified. 1 says that half of the clips show strangers.
 
         Raises:
           ValueError: no card of a model that makes vectors has a back end.
         """
         origin, back_ends = origin_of_models(models)
-        return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends), {})
+        return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends, stranger_odds), {})
 
     @classmethod
     def of_clips(
@@ -496,7 +501,8 @@ class Gallery:
                 )
             if was == now:
                 return ()
-            backend, wide = state.index.backend, backend_lib.of_cards(back_ends)
+            backend = state.index.backend
+            wide = backend_lib.of_cards(back_ends, float(np.exp(backend.settings.stranger)))
             _check_width(wide)
             clips = {
                 name: clip._replace(vector=_widened(clip.vector, backend, wide))
@@ -515,17 +521,23 @@ class Gallery:
 
     # ---- answers
 
-    def group(self, found: Vectors) -> dict[str, str]:
-        """Groups clips of people who are not enrolled; returns clip -> `unknown 1`, and so on.
+    def group(
+        self, found: Vectors, apart: Collection[tuple[str, str]] = (), *, absorb: bool = True
+    ) -> dict[str, str]:
+        """Groups clips by the people that they show; returns clip -> `unknown 1`, and so on.
 
-        Two clips are as alike as the probability that the other shows the person of the one, beside
-        all N clips, by the back end; groups join while they are so on average (average linkage).
         The largest group is the first. Clips without a usable frame are in none.
+
+        Args:
+          found: vectors of any number of clips.
+          apart: pairs of clips that do not show one person, as they are seen at one time.
+          absorb: False to leave clips that fit no group well on their own.
         """
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in found.parts.values()], axis=0))
         names = [found.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in found.parts.values()]
-        return answers_lib.name_groups(names, self.backend.odds(parts))
+        labels = grouping.group(self.backend, names, parts, apart, absorb=absorb)
+        return answers_lib.name_groups(names, labels)
 
     def _anybody(self) -> State:
         """Returns the state of the folder; ValueError if nobody is enrolled."""
@@ -579,6 +591,7 @@ class Gallery:
         fpir: float | None = None,
         threshold: float | None = None,
         split: str | None = None,
+        groups: Mapping[str, str] | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> dict[str, Answer]:
         """Returns clip -> who it shows; a clip without a usable frame is unknown.
@@ -588,11 +601,13 @@ class Gallery:
         Args:
           clips, split: see the class.
           k: number of identities in `Answer.best`, at most.
-          fpir: the largest share of strangers that may get a name. A clip is also unknown where
-            somebody new is more probable than the best identity. None is 0.01 if the gallery has
-            100 strangers or more; with fewer, only the comparison with somebody new counts.
-          threshold: instead, the lowest probability at which a clip gets a name, even if somebody
-            new is more probable. (The threshold of `Predictor.identify` is a logarithm.)
+          fpir: the largest share of strangers that may get a name. A name also needs a probability
+            above one half. None is 0.01 if the gallery has 100 strangers or more; with fewer, only
+            one half counts.
+          threshold: instead, the lowest probability at which a clip gets a name.
+            (The threshold of `Predictor.identify` is a logarithm.)
+          groups: clip -> group, see `group`, in a gallery of models. All clips of a group vote, and
+            get one answer.
           advance: is called with the number of clips that got an answer, after each.
 
         Raises:
@@ -605,9 +620,13 @@ class Gallery:
         self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
         found, state = self.embed(clips, split), self._anybody()
         rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
+        owner = np.arange(len(found.names))
+        if groups is not None:
+            owner = np.unique([groups.get(n, n) for n in found.names], return_inverse=True)[1]
+        nearest = list(state.index.nearest(parts, k, None if groups is None else owner))
         answers = {}
-        for clip, one in zip(found.names, state.index.nearest(parts, k), strict=True):
-            answers[clip] = rule.answer(one, cards=bool(state.run.cards))
+        for clip, place in zip(found.names, owner.tolist(), strict=True):
+            answers[clip] = rule.answer(nearest[place], cards=bool(state.run.cards))
             advance(1)
         return answers
 
@@ -647,7 +666,7 @@ class Gallery:
                 for row, one in zip(scores, itertools.islice(logs, size), strict=False):
                     best = one[columns]
                     # Before they are rounded to float32: a threshold lies just above a stranger.
-                    passes = True if rule is None else rule.names(best, one[0])
+                    passes = True if rule is None else rule.names(best)
                     np.copyto(row, best, where=passes, casting="same_kind")
                 exists = index < len(order)
                 yield scores, index, exists

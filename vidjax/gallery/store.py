@@ -36,8 +36,8 @@ from msgspec import Meta, Struct
 from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import InUseError, UserError
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index, Part, People
-from vidjax.models.two_covariance import Settings, Space
+from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People, from_numbers, sizes
+from vidjax.models.two_covariance import Settings
 from vidjax.run import formats
 
 NAME = "gallery.sqlite"
@@ -86,8 +86,7 @@ class Origin(Struct, frozen=True, omit_defaults=True):
 class _Part(Struct, omit_defaults=True):
     name: formats.Text
     width: formats.Size
-    scale: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    by_distance: bool = False
+    by_card: bool = False
 
 
 class _Facts(Struct):
@@ -425,7 +424,7 @@ def _person_rows(people: People) -> Iterator[tuple[str, bytes]]:
 
 def _facts(state: State) -> str:
     backend = state.index.backend
-    parts = [_Part(x.name, len(x.centre), x.scale, x.by_distance) for x in backend.parts]
+    parts = [_Part(x.name, len(x.centre), x.distances is not None) for x in backend.parts]
     settings = {name: float(x) for name, x in backend.settings._asdict().items()}
     facts = _Facts(
         state.version, state.run, parts, settings,
@@ -466,7 +465,8 @@ def _read(connection: sqlite3.Connection) -> State:
 
 def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backend, int]:
     """Returns the back end, and the sum of the digests of its rows."""
-    size = sum(8 * width * (width + 3) for width in facts.widths.values())
+    kinds = [(part.name, part.width, part.by_card) for part in facts.parts]
+    size = 8 * sum(sum(sizes(width, by_card)) for _, width, by_card in kinds)
     content, total = bytearray(), 0
     for row in connection.execute("SELECT place, numbers FROM backend ORDER BY place"):
         if not isinstance(row[1], bytes) or len(content) + len(row[1]) > size:
@@ -479,15 +479,11 @@ def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backen
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
         raise UserError("its back end holds a number that is not finite")
-    parts, at = [], 0
-    for one in facts.parts:
-        end = at + one.width * (one.width + 3)
-        own, at = numbers[at:end].astype(np.float64).reshape(-1, one.width), end
-        if np.any(own[-1] < 0):
-            raise UserError("a variance is below 0")
-        space = Space(own[1], own[2:-1], own[-1])
-        parts.append(Part(one.name, own[0], space, one.scale, one.by_distance))
-    backend = Backend(tuple(parts), settings)
+    backend = from_numbers(kinds, settings, numbers)
+    if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
+        raise UserError("a variance is below 0")
+    if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
+        raise UserError("a number of a card is not above 0")
     return backend, total
 
 

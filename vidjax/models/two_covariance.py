@@ -144,27 +144,18 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     )
 
 
-def distance_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Returns what `coefficients` does where nobody knows the mean of all vectors.
+def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, one: int) -> np.ndarray:
+    """Returns log(p(clips | one class) / p(clips | two classes)), [G], of a group and G groups.
 
-    The prior of the mean is flat: a class is all that is known of it. A new clip of the class then
-    has the mean z of its k clips and variance 1 + 1 / k, and somebody else's the same mean and
-    variance 2 psi + 1 + 1 / k: the ratio depends on the distance to that mean alone.
+    `mean` [G, D] is the mean of the coordinates of each group, and `noise` [G] the reciprocal of
+    the number of its clips; `one` is the row of the one group.
     """
-    kinds, kind = np.unique(count, return_inverse=True)  # [U]
-    own = 1 + 1 / np.maximum(kinds, 1)[:, None]  # [U, 1]
-    other = 2 * space.ratio + own  # [U, D]
-    precision = 1 / own - 1 / other
-    mean = sums / np.maximum(count, 1)[:, None]
-    spread = np.sum(np.log(other / own), axis=1)
-    squares = np.sum(mean * mean * precision[kind], axis=1)
-    return Enrolled(
-        linear=mean * precision[kind],
-        constant=(spread[kind] - squares) / 2,
-        curve=-precision / 2,
-        kind=kind.astype(np.int32),
-        known=count > 0,
-    )
+    noise = noise[:, None]
+    share = space.ratio / (space.ratio + noise[one])
+    variance = share * noise[one] + noise  # [G, D], of a mean of the same class
+    other = space.ratio + noise
+    gap = mean - share * mean[one]
+    return np.sum(mean**2 / other - gap**2 / variance + np.log(other / variance), axis=1) / 2
 
 
 class Settings(NamedTuple):

@@ -1,0 +1,201 @@
+"""Unknown people: which clips show one person, without knowing who it is.
+
+Groups of clips are joined two by two, the most probable pair first, while the odds that two groups
+show one person are above even. Among G people, two groups show one person with a prior of 1 / G,
+and G is the number of groups that are left. After this, small groups are given to larger ones. The
+prior that a clip shows the person of a group of n clips is then proportional to n, and the prior of
+somebody new to the number of groups with one clip.
+
+More than MAX_GROUPED_CLIPS clips are grouped film by film, and then the groups.
+
+Source: agglomerative clustering by likelihood ratios, as for speakers in Landini et al. 2022, VBx;
+the share of clips that show somebody new is the estimate of Good 1953, The population frequencies
+of species. The prior of a pair is ours.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+
+from vidjax.gallery.backend import MOST_OF_VOICE, Backend, sums_of
+from vidjax.models import distance, two_covariance
+
+MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
+MAX_SMALL_CLIPS = 3  # clips of a group that may be given to a larger one
+LEAST_SURE = 0.6  # probability from which it is
+MOST_LEFT = 0.95  # share of the groups that are left, above which a round joined too few
+FILM = re.compile(r"\.s\d+(\.t\d+)?$")  # what follows the name of a film in the name of a clip
+
+
+def film_of(clip: str) -> str:
+    """Returns the film of a clip `STEM.s003.t01`; a clip of another name is a film of its own."""
+    return FILM.sub("", clip)
+
+
+class Groups:
+    """Groups of clips, and the log-likelihood ratios of two of them.
+
+    Attributes:
+      counts: M arrays [G], the number of clips with each part.
+      means: M arrays [G, D], the means of the coordinates of these clips.
+      sizes: [G], the number of clips; 0 for a group that was joined to another one.
+      apart: [G, G] bool, True for two groups that show two people for sure.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        coordinates: Sequence[np.ndarray],
+        labels: np.ndarray,
+        apart: Iterable[tuple[int, int]],
+    ):
+        """Makes groups of clips by `labels` [N] int; see `group` for the other arguments."""
+        self._backend, num = backend, int(labels.max()) + 1
+        pairs = [sums_of(x, labels, num) for x in coordinates]
+        self.counts = [count for count, _ in pairs]
+        self.means = [total / np.maximum(count, 1)[:, None] for count, total in pairs]
+        self.sizes = np.bincount(labels)
+        self.apart = np.zeros((num, num), bool)
+        for one, other in apart:
+            self.apart[labels[one], labels[other]] = self.apart[labels[other], labels[one]] = True
+        self._squares = [np.vecdot(mean, mean) for mean in self.means]
+        self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
+
+    def _noise(self, number: int, rows: slice | int) -> np.ndarray:
+        """Returns the reciprocal of the effective number of clips of groups in one part."""
+        count = np.maximum(self.counts[number][rows], 1)
+        distances = self._backend.parts[number].distances
+        if distances is None:
+            return 1 / count
+        return 1 / distance.effective_count(distances, count, self._squares[number][rows])
+
+    def join(self, one: int, other: int) -> None:
+        """Adds the group `other` to the group `one`."""
+        for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
+            total = count[one] * mean[one] + count[other] * mean[other]
+            count[one] += count[other]
+            mean[one] = total / max(count[one], 1)
+            self._squares[number][one] = mean[one] @ mean[one]
+            self._noises[number][one] = self._noise(number, one)
+        self.sizes[one] += self.sizes[other]
+        self.sizes[other] = 0
+        self.apart[one] |= self.apart[other]
+        self.apart[:, one] = self.apart[one]
+
+    def ratios(self, one: int) -> np.ndarray:
+        """Returns log(p(clips | one person) / p(clips | two)), [G] float64, of a group and others.
+
+        The ratio is -inf for the group itself, for a group that is apart from it, and for a group
+        that has no part in common with it.
+        """
+        shared = [(count > 0) & (count[one] > 0) for count in self.counts]
+        several = np.sum(shared, axis=0) > 1
+        found = np.where(np.any(shared, axis=0) & (self.sizes > 0), 0.0, -np.inf)
+        for number, (part, both) in enumerate(zip(self._backend.parts, shared, strict=True)):
+            limit = np.where(several & part.hearsay, MOST_OF_VOICE, np.inf)
+            found += np.where(both, np.clip(self._part_ratios(number, one), -limit, limit), 0)
+        found[self.apart[one]] = -np.inf
+        found[one] = -np.inf
+        return found
+
+    def _part_ratios(self, number: int, one: int) -> np.ndarray:
+        part, mean, noise = self._backend.parts[number], self.means[number], self._noises[number]
+        if part.space is not None:
+            ratios = two_covariance.pair_log_ratios(part.space, noise, mean, one)
+            return float(self._backend.settings.scale) * ratios
+        assert part.distances is not None
+        square = self._squares[number]
+        gap = square + square[one] - 2 * mean @ mean[one]
+        return distance.pair_log_ratios(part.distances, gap, noise + noise[one])
+
+
+def group(
+    backend: Backend,
+    names: Sequence[str],
+    parts: Sequence[np.ndarray],
+    apart: Collection[tuple[str, str]] = (),
+    *,
+    absorb: bool = True,
+) -> np.ndarray:
+    """Returns the group of every clip, [N] int from 0.
+
+    Args:
+      backend: compares the vectors.
+      names: [N] names of clips; the names of a film's clips begin with its name, see `film_of`.
+      parts: the vectors of the clips, M arrays [N, D] float32, 0 where a clip lacks the part.
+      apart: pairs of clips that do not show one person.
+      absorb: True to give small groups to larger ones.
+    """
+    place = {name: number for number, name in enumerate(names)}
+    pairs = np.array([(place[x], place[y]) for x, y in apart if x in place and y in place])
+    coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
+    labels = np.unique([film_of(name) for name in names], return_inverse=True)[1]
+    labels = np.argsort(np.argsort(labels, kind="stable"))  # a group a clip, film by film
+
+    def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
+        """Joins the groups of the clips `rows`, and returns the new labels of the clips, from 0."""
+        local = np.unique(labels[rows], return_inverse=True)[1]
+        here = np.full(len(names), -1)
+        here[rows] = np.arange(len(rows))
+        inside = here[pairs] if len(pairs) else np.zeros((0, 2), int)
+        inside = inside[(inside >= 0).all(axis=1)].tolist()
+        groups = Groups(backend, [z[rows] for z in coordinates], local, inside)
+        joined = _agglomerate(groups)
+        if absorb:
+            joined = _absorb(groups, joined)
+        return np.unique(joined[local], return_inverse=True)[1]
+
+    while (count := int(labels.max(initial=-1)) + 1) > MAX_GROUPED_CLIPS:
+        # Labels of one film, or of a block of groups, follow each other.
+        block, found, first = labels // MAX_GROUPED_CLIPS, np.empty_like(labels), 0
+        for number in range(int(block.max()) + 1):
+            rows = np.flatnonzero(block == number)
+            found[rows] = first + join(rows, absorb=False)
+            first = int(found[rows].max()) + 1
+        labels = found
+        if first > MOST_LEFT * count:  # nearly every group is a person
+            return labels
+    return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
+
+
+def _agglomerate(groups: Groups) -> np.ndarray:
+    """Joins groups, the most probable pair first; returns the new labels [G] of groups."""
+    num = len(groups.sizes)
+    labels, rows = np.arange(num), np.arange(num)
+    ratios = np.stack([groups.ratios(row) for row in range(num)])
+    best = ratios.argmax(axis=1)
+    for left in range(num, 1, -1):
+        values = ratios[rows, best]
+        one = int(values.argmax())
+        if values[one] <= np.log(left):
+            break
+        other = int(best[one])
+        groups.join(one, other)
+        labels[labels == other] = one
+        ratios[other], ratios[:, other] = -np.inf, -np.inf
+        new = groups.ratios(one)
+        ratios[one], ratios[:, one] = new, new
+        stale = (best == one) | (best == other)
+        best[stale] = ratios[stale].argmax(axis=1)
+        best[new > ratios[rows, best]] = one
+        best[one] = new.argmax()
+    return labels
+
+
+def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
+    """Gives groups of few clips to larger ones; returns the new labels [G] of groups."""
+    labels, sizes, changed = labels.copy(), groups.sizes, True
+    while changed:
+        changed, single = False, max(int(np.sum(sizes == 1)), 1)
+        for one in np.argsort(sizes, kind="stable").tolist():
+            if not 0 < sizes[one] <= MAX_SMALL_CLIPS:
+                continue
+            logits = np.where(sizes < sizes[one], -np.inf, groups.ratios(one))
+            logits += np.log(np.maximum(sizes, 1))
+            best = int(logits.argmax())
+            if logits[best] - np.logaddexp.reduce([*logits, np.log(single)]) > np.log(LEAST_SURE):
+                groups.join(best, one)
+                labels[labels == one] = best
+                changed = True
+    return labels
