@@ -24,7 +24,7 @@ from vidjax.models import distance, two_covariance
 MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
 MAX_SMALL_CLIPS = 3  # clips of a group that may be given to a larger one
 LEAST_SURE = 0.6  # probability from which it is
-MOST_LEFT = 0.95  # share of the groups that are left, above which a round joined too few
+TURNS = 4  # at most, in which more clips than that are grouped block by block
 FILM = re.compile(r"\.s\d+(\.t\d+)?$")  # what follows the name of a film in the name of a clip
 
 
@@ -146,17 +146,39 @@ def group(
             joined = _absorb(groups, joined)
         return np.unique(joined[local], return_inverse=True)[1]
 
-    while (count := int(labels.max(initial=-1)) + 1) > MAX_GROUPED_CLIPS:
-        # Labels of one film, or of a block of groups, follow each other.
-        block, found, first = labels // MAX_GROUPED_CLIPS, np.empty_like(labels), 0
-        for number in range(int(block.max()) + 1):
-            rows = np.flatnonzero(block == number)
-            found[rows] = first + join(rows, absorb=False)
+    for turn in range(TURNS):
+        count = int(labels.max(initial=-1)) + 1
+        if count <= MAX_GROUPED_CLIPS:
+            return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
+        block = np.arange(count) // MAX_GROUPED_CLIPS  # the clips of a film follow each other
+        if turn:
+            totals = sums_of(np.concatenate(coordinates, axis=1), labels, count)[1]
+            block = _neighbours(totals / np.bincount(labels)[:, None], turn)
+        found, first = np.empty_like(labels), 0
+        for number in np.unique(block):
+            rows = np.flatnonzero(block[labels] == number)
+            found[rows] = first + join(rows, absorb=absorb and turn == TURNS - 1)
             first = int(found[rows].max()) + 1
         labels = found
-        if first > MOST_LEFT * count:  # nearly every group is a person
-            return labels
-    return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
+    return labels
+
+
+def _neighbours(means: np.ndarray, turn: int) -> np.ndarray:
+    """Returns the block [G] int of every mean [G, D]: a block has MAX_GROUPED_CLIPS near ones.
+
+    Means are cut in halves along the direction in which they differ most, and so on. Each turn
+    leaves out other directions, so that other pairs of neighbours are cut apart.
+    """
+    block, full = np.zeros(len(means), int), [np.arange(len(means))]
+    while full:
+        rows = full.pop()
+        if len(rows) > MAX_GROUPED_CLIPS:
+            axes = np.linalg.eigh(np.cov(means[rows].T))[1]
+            order = rows[np.argsort(means[rows] @ axes[:, -turn % len(axes)], kind="stable")]
+            full += np.array_split(order, 2)
+        else:
+            block[rows] = rows[0]
+    return block
 
 
 def _agglomerate(groups: Groups) -> np.ndarray:
