@@ -147,7 +147,7 @@ def test_identify_says_by_which_rule(say, folder, made):
     content = say(*words, "--json")
     strangers = len(made.strangers)
     assert content["rule"]["by"] == "new" and content["rule"]["default"]
-    assert f"with 100 clips of strangers instead of {strangers}" in content["rule"]["about"]
+    assert f"with 99 clips of strangers instead of {strangers}" in content["rule"]["about"]
     content = say(*words, "--threshold=0.3", "--json")
     assert content["rule"]["by"] == "threshold"
     for one in content["answers"]:
@@ -342,7 +342,7 @@ MISTAKES = {
     "remove G --identity=13": "no identity '13' is enrolled",
     "remove G --clip=x --config.data.dir=y": "no flag --config.data.dir",
     "list /absent": "'/absent' holds no gallery: is the path right?",
-    "threshold G": "fpir=0.01 needs 100 clips of strangers or more",
+    "threshold G": "fpir=0.01 needs 99 clips of strangers or more",
     "list G --identity=13": "no identity '13' is enrolled",
     "create G --run=/absent": "/absent",
     "create G": "create needs one of --run --models",

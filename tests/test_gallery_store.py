@@ -353,6 +353,51 @@ def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypat
     assert Gallery(gallery.folder, run=run_at("two")).run.workdir.name == "two"
 
 
+@pytest.mark.parametrize("rename", [False, True])
+def test_a_change_is_never_made_to_an_older_state(tmp_path, monkeypatch, rename):
+    """Another thread has read the gallery before a removal, and would keep what it read."""
+    people = make(tmp_path / "g")
+    Gallery(people.folder).rename("person 1", "Bob")  # so the thread has to read
+    read, refresh = people._store.read, people.refresh
+    begun, go = threading.Event(), threading.Event()
+
+    def slow_read():
+        state = read()
+        begun.set()
+        go.wait(1)
+        return state
+
+    def late_refresh():
+        refresh()
+        go.set()
+        thread.join()
+
+    monkeypatch.setattr(people._store, "read", slow_read)
+    thread = threading.Thread(target=refresh)
+    thread.start()
+    begun.wait()
+    monkeypatch.setattr(people._store, "read", read)
+    people.remove(identity="person 2")
+    monkeypatch.setattr(people, "refresh", late_refresh)
+    if rename:
+        people.rename("person 3", "Cid")
+    else:
+        people.add({"one more": make_clip(1234, "Cid")})
+    again = Gallery(people.folder)
+    assert "person 2" not in again and {"Bob", "Cid"} <= {*again}
+
+
+def test_a_state_of_another_one_than_the_file_holds_is_not_written(tmp_path):
+    people = make(tmp_path / "g")
+    old, before = people._state, people.folder.joinpath(store_lib.NAME)
+    Gallery(people.folder).remove(identity="person 2")
+    content = before.read_bytes()
+    with people._store.open(write=True) as transaction:  # noqa: SIM117
+        with pytest.raises(ValueError, match="was changed meanwhile"):
+            people._store.write(transaction, old)
+    assert before.read_bytes() == content
+
+
 def test_reading_meets_the_old_state_or_the_new_one(gallery):
     stop, wrong = threading.Event(), []
 

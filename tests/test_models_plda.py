@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import calibration
-from tests.helpers import small_runs
+from tests.helpers import embeddings, small_runs
 from tests.helpers.made_models import init_identifier
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
+from vidjax.gallery import backend as backend_lib
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda_fit import combine as combine_ratios
@@ -265,6 +266,22 @@ def test_probabilities_mean_what_they_say(num_people):
     """Of people exactly of the model, half of the clips of strangers; see the benchmark."""
     found = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
     assert abs(found.new - 0.5) < 0.03 and found.error <= 0.03
+
+
+def test_people_enrolled_later_with_one_clip_are_as_sure():
+    """Before, the mean probability of somebody new was .39 in place of one half."""
+    found = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        x = embeddings.exact(rng, 300, 4, 64, 0.5).reshape(-1, 64)
+        fitted = backend_lib.fit({"face": x}, np.repeat(np.arange(1, 301), 4), centred=False)
+        shown = embeddings.exact(rng, 300, 2, 64, 0.5).astype(np.float32)
+        strangers = embeddings.exact(rng, 300, 1, 64, 0.5).astype(np.float32)
+        people = fitted.enrol([str(n) for n in range(300)], shown[:, 0], np.arange(300))
+        asked = np.concatenate([shown[:, 1], strangers[:, 0]])
+        index = backend_lib.Index(fitted, [people])
+        found.append(np.mean([np.exp(one.new) for one in index.nearest([asked], 1)]))
+    assert abs(np.mean(found) - 0.5) < 0.05, found
 
 
 @pytest.mark.parametrize("name", ["plda", "knn"])

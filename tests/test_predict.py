@@ -173,7 +173,7 @@ def test_few_clips_score_as_many(name, train, clips):
 def test_a_threshold_of_scores_out_of_fold_is_not_that_of_new_clips(train, clips):
     run = predict.restore(train("ensemble"), num_devices=1)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
-    run = run._replace(results={**run.results, predict.THRESHOLD: -1.0})
+    run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99})
     new = {f"new {name}": frames for name, frames in list(clips["val"].items())[:5]}
     assert run.threshold is None
     with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
@@ -181,6 +181,22 @@ def test_a_threshold_of_scores_out_of_fold_is_not_that_of_new_clips(train, clips
     assert run.identify(new, threshold=-1.0).keys() == new.keys()
     val = run._replace(results={**run.results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(new) == run.identify(new, threshold=-1.0)
+
+
+def test_few_distractors_set_no_threshold(train, clips):
+    """Three distractors would let a quarter of all strangers pass at a rate of 1 %."""
+    run = predict.restore(train("mma"), num_devices=1)
+    new = {f"new {name}": frames for name, frames in list(clips["val"].items())[:3]}
+    for count, known in ((1, False), (98, False), (99, True)):
+        results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": count}
+        run = run._replace(results=results)
+        assert run.threshold == (-1.0 if known else None)
+    few = run._replace(results={**run.results, "num_distractors": 98})
+    with pytest.raises(ValueError, match=r"98 distractors cannot show .*\ngive a threshold"):
+        few.identify(new)
+    assert few.identify(new, threshold=-1.0) == run.identify(new)
+    none = run._replace(results={"num_distractors": 0})
+    assert all(none.identify(new).values())
 
 
 def test_blocks_beyond_the_memory_are_told_before_they_are_made(train, clips, monkeypatch):
@@ -194,6 +210,7 @@ def test_blocks_beyond_the_memory_are_told_before_they_are_made(train, clips, mo
 def test_one_clip_after_another_compiles_nothing(train, clips, caplog):
     run = predict.restore(train("mma"), num_devices=1)
     few = [dict([item]) for item in list(clips["val"].items())[:10]]
+    run = run._replace(results={**run.results, "num_distractors": 0})
     for function in (run.scores, run.rank, run.identify):
         first = [function(one) for one in few]
         caplog.clear()

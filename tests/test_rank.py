@@ -91,7 +91,7 @@ def run_dir(tmp_path_factory, cache_dir):
         clip: name for clips in splits.values() for clip, name in zip(clips, NAMES, strict=True)
     }
     distractor = np.random.default_rng(7).normal(size=(1, DIM)).astype(np.float32)
-    splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(9)}
+    splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(99)}
     data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
     config = small_runs.shrunk("--config.data.name=arrays", spec="configs/knn.py:iqiyi_vid")
     config.eval.report = True
@@ -202,7 +202,7 @@ def test_odd_names_round_trip_through_a_run(run_dir):
     )
     lists = made_runs.lists(run_dir / "ranking.txt")
     assert set(lists) == set(NAMES)
-    wanted = {f"{name} val.mp4" for name in NAMES} | {f"nobody {i}.mp4" for i in range(9)}
+    wanted = {f"{name} val.mp4" for name in NAMES} | {f"nobody {i}.mp4" for i in range(99)}
     assert {clip for clips in lists.values() for clip in clips} == wanted
     assert json.loads((run_dir / "metrics.json").read_text())["map"] > 0.99
     page = (run_dir / "report.html").read_text(encoding="utf-8")

@@ -104,7 +104,7 @@ def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
     drawn.who(film, flags=["--threshold=1"])
     assert "Ada" not in [row["identity"] for row in drawn.rows()]
     _, said = drawn.who(film, flags=["--fpir=0.01"], code=2)
-    assert "fpir=0.01 needs 100 clips of strangers or more" in said
+    assert "fpir=0.01 needs 99 clips of strangers or more" in said
     _, said = drawn.who(film, flags=["--threshold=2"], code=2)
     assert "name a probability above 0" in said
 

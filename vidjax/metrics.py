@@ -101,7 +101,7 @@ class IdentificationErrors(NamedTuple):
 def identification_errors(
     scores: ArrayLike, correct: ArrayLike, known: ArrayLike, *, fpir: float
 ) -> IdentificationErrors | None:
-    """Returns the errors at the lowest threshold that keeps FPIR at or below a limit.
+    """Returns the errors at the lowest threshold that keeps FPIR of new clips at or below a limit.
 
     Args:
       scores: [N] float below inf, best identity scores; -inf and NaN are never identified.
@@ -110,8 +110,8 @@ def identification_errors(
       fpir: the limit, a share of the distractors in 0..1; else ValueError.
 
     Returns:
-      The errors, or None without a distractor or a known clip. The threshold has the precision of
-        the scores.
+      The errors; None without a known clip, or with so few distractors that they cannot show the
+        limit. The threshold has the precision of the scores.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -121,7 +121,8 @@ def identification_errors(
     distractors, num_known = scores[~known], int(known.sum())
     if not len(distractors) or not num_known:
         return None
-    threshold = threshold_of(distractors, fpir=fpir)
+    if (threshold := threshold_of(distractors, fpir=fpir)) is None:
+        return None
     hits = known & np.asarray(correct, bool) & (scores >= threshold)
     return IdentificationErrors(
         threshold=threshold,
@@ -130,14 +131,25 @@ def identification_errors(
     )
 
 
-def threshold_of(distractors: np.ndarray, *, fpir: float) -> float:
-    """Returns the lowest threshold that at most a share `fpir` of the distractors reaches.
+def num_allowed(num_distractors: int, fpir: float) -> int:
+    """Returns how many of S distractors may reach a threshold; -1 if S is below 1 / fpir - 1.
+
+    If r of them do, a new one does with probability (r + 1) / (S + 1), on average over all samples
+    of S distractors. That is `fpir` at most, a share in 0..1.
+    """
+    # Counts are compared as shares: 0.29 * 100 is less than 29.
+    return int(np.sum(np.arange(1, num_distractors + 2) / (num_distractors + 1) <= fpir)) - 1
+
+
+def threshold_of(distractors: np.ndarray, *, fpir: float) -> float | None:
+    """Returns the lowest threshold that new distractors reach with probability `fpir` at most.
 
     `distractors` [S] are their best scores, without NaN; the threshold has their dtype's precision.
+    It is None where S is too small, see `num_allowed`.
     """
     ordered = np.sort(distractors)[::-1]  # best first
-    # Counts are compared as shares: 0.29 * 100 is less than 29.
-    allowed = int(np.sum(np.arange(1, len(ordered) + 1) / len(ordered) <= fpir))
+    if (allowed := num_allowed(len(ordered), fpir)) < 0:
+        return None
     refused = ordered[allowed] if allowed < len(ordered) else np.array(-np.inf, ordered.dtype)
     return float(np.nextafter(refused, np.array(np.inf, ordered.dtype)))
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config_io, devices, ensemble, files
+from vidjax import config_io, devices, ensemble, files, metrics
 from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData
@@ -103,13 +103,21 @@ class Predictor(NamedTuple):
 
     @property
     def threshold(self) -> float | None:
-        """The score that at most 1 % of the evaluated distractors reach; None if not known.
+        """The score that at most 1 % of new distractors reach on average; None if not known.
 
-        With folds or bootstrap samples that left out the evaluated clips it is not known: few
-        members scored these clips, but all score a new one, and fewer strangers reach their mean.
+        It is not known with fewer than 99 distractors. Nor is it with folds or bootstrap samples
+        that left out the evaluated clips: few members scored these clips, but all score a new one,
+        and fewer strangers reach their mean.
         """
-        value = None if self._of_few_members else self.results.get(THRESHOLD)
+        unknown = self._of_few_members or self._of_few_distractors
+        value = None if unknown else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
+
+    @property
+    def _of_few_distractors(self) -> bool:
+        """True if the evaluated distractors are too few to show that 1 % of new ones pass."""
+        count = self.results.get("num_distractors") or 0
+        return count > 0 and metrics.num_allowed(count, 0.01) < 0
 
     @property
     def _of_few_members(self) -> bool:
@@ -134,8 +142,7 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
-            the run is not known: there are no `results`, or they are out of fold, see the property
-            `threshold`.
+            the run is not known: there are no `results`, or the property `threshold` says why.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -153,6 +160,12 @@ class Predictor(NamedTuple):
             raise UserError(
                 f"'{self.workdir}' has no results of this step and these settings: no threshold is "
                 "known\ngive one, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
+            )
+        elif self._of_few_distractors:
+            count = self.results["num_distractors"]
+            raise UserError(
+                f"{self.workdir}: {count} distractors cannot show what 1 % of strangers reach, "
+                "which takes 99 or more\ngive a threshold of your own, or float('-inf') for none"
             )
         elif self._of_few_members and self.results.get(THRESHOLD) is not None:
             raise UserError(

@@ -303,7 +303,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     The interval of FNIR is a bootstrap over people, with all their clips, and over distractors;
     each resample sets the threshold anew. In simulation the interval holds the true FNIR in 94 to
     95 % of samples if four or more distractors may pass, in 87 % if one or two may. A rate below
-    1 / S, for S distractors, gets no threshold and no errors.
+    1 / (S + 1), for S distractors, gets no threshold and no errors.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -312,9 +312,9 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         return None
     rows = []
     for rate in RATES:
-        row: dict[str, Any] = {"rate": rate, "fewest": math.ceil(1 / rate)}
+        row: dict[str, Any] = {"rate": rate, "fewest": math.ceil(1 / rate) - 1}
         errors = metrics.identification_errors(best, right, known, fpir=rate)
-        if errors and num_strange >= row["fewest"]:
+        if errors:
             passed = round(errors.fpir * num_strange)
             row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}
             row["fpir_low"], row["fpir_high"] = metrics.fpir_interval(passed, num_strange)
@@ -335,7 +335,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
 def resampled_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
 ) -> np.ndarray:
-    """Returns [RESAMPLES] FNIR, each at the lowest threshold that keeps FPIR at or below `rate`.
+    """Returns [RESAMPLES] FNIR, each at the threshold that `metrics.threshold_of` sets for `rate`.
 
     `strange` [S] and `known` [n] are float64 scores of distractors and of known clips. Known clips
     have `right` [n] bool, True for a right best identity, and `people` [n] int, identities.
@@ -343,8 +343,7 @@ def resampled_fnir(
     rng = np.random.default_rng(0)
     num = len(strange)
     names, person = np.unique(people, return_inverse=True)
-    shares = np.arange(1, num + 1) / num
-    place = num - 1 - int(np.searchsorted(shares, rate, side="right"))  # of the best one refused
+    place = num - 1 - metrics.num_allowed(num, rate)  # of the best one refused
     found = []
     for _ in range(RESAMPLES):
         refused = np.partition(strange[rng.integers(0, num, num)], place)[place]

@@ -113,6 +113,11 @@ def stem_of(path: Path) -> str:
     return word.encode()[:MOST_BYTES].decode(errors="ignore") or "video"
 
 
+def film_of(clip: str) -> str:
+    """Returns the name of a clip without shot and track, the same for all clips of a film."""
+    return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
+
+
 def video_name(path: Path, stem: str) -> str:
     """Returns the name by which people know a file: its own, unless `stem` has `~` for a twin."""
     name = f"{stem}{path.suffix}" if "~" in stem else path.name

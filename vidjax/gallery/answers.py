@@ -147,8 +147,8 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def needed(fpir: float) -> int:
-    """Returns the least number of strangers that can set a threshold of this rate: 1 / fpir."""
-    return math.ceil(1 / fpir - 1e-9)
+    """Returns the least number of strangers that can set a threshold of this rate: 1 / fpir - 1."""
+    return math.ceil(1 / fpir - 1e-9) - 1
 
 
 def check_strangers(count: int, fpir: float) -> None:
@@ -163,15 +163,16 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Returns the lowest threshold that at most a share `fpir` of S strangers reaches.
+    """Returns the lowest threshold that a new stranger reaches with probability `fpir` at most.
 
-    `best` [S] float64 is the logarithm of the best identity's probability for each stranger. Fewer
-    than 1 / fpir strangers are a UserError.
+    `best` [S] float64 is the logarithm of the best identity's probability for each of S strangers.
+    Fewer than 1 / fpir - 1 strangers are a UserError.
 
     Source: FPIR of ISO/IEC 19795-1.
     """
     check_strangers(len(best), fpir)
     score = metrics.threshold_of(best, fpir=fpir)
+    assert score is not None  # there are strangers enough
     score += ROUNDING * abs(score)
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 

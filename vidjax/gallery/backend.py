@@ -181,6 +181,7 @@ class Backend(NamedTuple):
 def fit(
     vectors: Mapping[str, np.ndarray],
     labels: np.ndarray,
+    enrolled: Mapping[str, np.ndarray] | None = None,
     *,
     centred: bool,
     settings: Settings | None = None,
@@ -189,14 +190,18 @@ def fit(
 
     A clip's vector is 0 in a part that it lacks. `labels` [N] int are classes from 1. `centred` is
     True if the run has subtracted a centre from the vectors. With `settings` None, they are fitted.
+    `enrolled` are the vectors that the clips have when they are enrolled, if these differ.
     """
     from vidjax.models import plda_fit  # JAX, for those alone who fit
 
     plda_fit.tell_of_few(labels, say)
     if settings is None:
         wanted = plda_fit.some_identities(labels, 0) if len(labels) else np.zeros(0, bool)
-        some = {name: x[wanted] for name, x in vectors.items()}
-        settings = plda_fit.fit_settings(some, labels[wanted], {}, 0)
+        some, films = (
+            {name: x[wanted] for name, x in found.items()}
+            for found in (vectors, enrolled or vectors)
+        )
+        settings = plda_fit.fit_settings(some, labels[wanted], {}, 0, films)
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)

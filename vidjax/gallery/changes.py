@@ -1,12 +1,13 @@
 """Changes of a gallery: made to a draft, and written together, all or none."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError, check_argument, closest
+from vidjax.extract.folder import film_of
 from vidjax.gallery.backend import Backend, People
 from vidjax.gallery.store import MOST_LETTERS, STRANGER, Clip, State
 
@@ -194,11 +195,45 @@ def _whom(identity: str | None) -> str:
 def enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
 ) -> People:
-    """Returns the people of `groups`, identity -> names of clips, which are added in this order."""
-    names = [name for some in groups.values() for name in some]
-    vectors = stack(names, clips, sum(backend.widths.values()))
-    owner = np.array([number for number, some in enumerate(groups.values()) for _ in some], int)
+    """Returns the people of `groups`, identity -> names of clips, which are added in this order.
+
+    To PLDA the clips of a person in one film are one clip, since they share the light and the mood.
+    Cards tell from the vectors how alike the clips are.
+    """
+    names = (name for some in groups.values() for name in some)
+    films = by_film(names, clips, film_of if backend.parts[0].distances is None else str)
+    place = {identity: number for number, identity in enumerate(groups)}
+    owner = np.array([place[identity] for identity, _ in films], int)
+    vectors = stack_films(films.values(), clips, backend.widths)
     return backend.enrol(tuple(groups), vectors, owner)
+
+
+def by_film(
+    names: Iterable[str], clips: Mapping[str, Clip], film: Callable[[str], str] = film_of
+) -> dict[tuple[str, str], list[str]]:
+    """Returns (identity, film) -> the names of clips; other clips are a film each."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        found.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
+    return found
+
+
+def stack_films(
+    films: Collection[Sequence[str]], clips: Mapping[str, Clip], widths: Mapping[str, int]
+) -> np.ndarray:
+    """Returns a vector for the clips of each film, [N, width] float32.
+
+    Each part is the mean of the vectors of the clips that have it; `widths` are part -> D.
+    """
+    width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
+    vectors = stack([names[0] for names in films], clips, width)
+    for row, names in enumerate(films):
+        if len(names) > 1:
+            parts = np.split(stack(names, clips, width), ends, axis=1)
+            counts = [max(np.any(x != 0, axis=1).sum(), 1) for x in parts]
+            means = [x.sum(axis=0, dtype=float) / n for x, n in zip(parts, counts, strict=True)]
+            vectors[row] = np.concatenate(means)
+    return vectors
 
 
 def stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:

@@ -26,6 +26,7 @@ import itertools
 import math
 import numbers
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
@@ -38,15 +39,16 @@ from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
+from vidjax.extract.folder import film_of
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import grouping
 from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
-from vidjax.gallery.changes import Draft, check_clip, enrol, stack
+from vidjax.gallery.changes import Draft, by_film, check_clip, enrol, stack_films
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Origin, State, Store, group
 from vidjax.models.two_covariance import Settings
-from vidjax.run.terminal import uncounted
+from vidjax.run.terminal import say, uncounted
 
 if TYPE_CHECKING:
     from vidjax.batch import Batch
@@ -122,6 +124,7 @@ class Gallery:
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(Path(folder).expanduser().absolute())
         self._state = self._store.read()
+        self._lock = threading.RLock()  # of `_state`: no older state replaces a newer one
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
         self._calibration: tuple[State, np.ndarray] | None = None  # best scores of its strangers
@@ -236,15 +239,14 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        self.refresh()
-        return len(self._state.groups) - (STRANGER in self._state.groups)
+        groups = self._now().groups
+        return len(groups) - (STRANGER in groups)
 
     def __bool__(self) -> bool:
         return True  # also of a gallery of nobody
 
     def __contains__(self, identity: object) -> bool:
-        self.refresh()
-        return identity != STRANGER and identity in self._state.groups
+        return identity != STRANGER and identity in self._now().groups
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
@@ -264,8 +266,7 @@ class Gallery:
     @property
     def digest(self) -> str:
         """The sha256, in hexadecimal, of what the folder holds now; no other state has it."""
-        self.refresh()
-        return self._state.sha256.hex()
+        return self._now().sha256.hex()
 
     @property
     def origin(self) -> Origin:
@@ -295,16 +296,22 @@ class Gallery:
     @property
     def identities(self) -> dict[str, int]:
         """Identity -> its number of clips, sorted by name, as the folder holds them now."""
-        self.refresh()
-        return {name: len(clips) for name, clips in self._state.people.items()}
+        return {name: len(clips) for name, clips in self._now().people.items()}
 
     def refresh(self) -> None:
         """Reads the gallery anew if this process or another one has changed it."""
         try:
-            if self._store.sha256() != self._state.sha256:
-                self._state = self._store.read()
+            with self._lock:
+                if self._store.sha256() != self._state.sha256:
+                    self._state = self._store.read()
         except UserError as error:
             raise UnreadableError(str(error)) from error
+
+    def _now(self) -> State:
+        """Returns the state of the folder."""
+        with self._lock:
+            self.refresh()
+            return self._state
 
     @property
     def run(self) -> "Predictor":
@@ -378,15 +385,15 @@ class Gallery:
         can change the gallery meanwhile.
         """
         with self._store.open(write=True) as transaction:
-            self.refresh()
-            draft = Draft(self._state)
+            draft = Draft(self._now())
             yield draft
             if not draft:
                 return
             state, people = draft.state()
             if draft.refits:
                 state = _refitted(state)
-            self._state = self._store.write(transaction, state, draft.inserted, people)
+            with self._lock:
+                self._state = self._store.write(transaction, state, draft.inserted, people)
 
     def enrol(
         self,
@@ -434,6 +441,8 @@ class Gallery:
         if not shown:
             raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
         new = self.add(shown)
+        groups, people = self._state.groups, {clip.identity or STRANGER for clip in shown.values()}
+        _tell_of_films({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
         return Enrolment(new, len(shown) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
@@ -490,8 +499,7 @@ class Gallery:
         """
         origin, back_ends = origin_of_models(models)
         with self._store.open(write=True) as transaction:
-            self.refresh()
-            state = self._state
+            state = self._now()
             was, now = state.run.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
@@ -509,7 +517,8 @@ class Gallery:
                 for name, clip in state.clips.items()
             }
             state = _state(state.version + 1, origin, wide, clips)
-            self._state = self._store.write(transaction, state)
+            with self._lock:
+                self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
 
     def complete(self, found: Vectors) -> set[str]:
@@ -541,16 +550,16 @@ class Gallery:
 
     def _anybody(self) -> State:
         """Returns the state of the folder; ValueError if nobody is enrolled."""
-        self.refresh()
-        if not self.index.names:
+        state = self._now()
+        if not state.index.names:
             raise NobodyError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
-        return self._state
+        return state
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the lowest threshold that at most a share `fpir` of the strangers reaches.
+        """Returns the lowest threshold that new strangers reach with probability `fpir` at most.
 
         The strangers are compared with all people at the first call after a change. ValueError if
-        nobody is enrolled, or there are fewer than 1 / fpir strangers.
+        nobody is enrolled, or there are fewer than 1 / fpir - 1 strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         return self._threshold(self._anybody(), fpir)
@@ -602,7 +611,7 @@ class Gallery:
           clips, split: see the class.
           k: number of identities in `Answer.best`, at most.
           fpir: the largest share of strangers that may get a name. A name also needs a probability
-            above one half. None is 0.01 if the gallery has 100 strangers or more; with fewer, only
+            above one half. None is 0.01 if the gallery has 99 strangers or more; with fewer, only
             one half counts.
           threshold: instead, the lowest probability at which a clip gets a name.
             (The threshold of `Predictor.identify` is a logarithm.)
@@ -611,8 +620,8 @@ class Gallery:
           advance: is called with the number of clips that got an answer, after each.
 
         Raises:
-          ValueError: nobody is enrolled, there are fewer than 1 / fpir strangers, or clips do not
-            fit the run.
+          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, or clips
+            do not fit the run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -792,6 +801,14 @@ def _clips_of(found: Vectors) -> dict[str, Clip]:
     return {name: Clip(label, row) for name, label, row in clips if row.any()}
 
 
+def _tell_of_films(groups: Mapping[str, Collection[str]]) -> None:
+    """Tells the user of whom all clips, two or more, are of one film; name -> clips."""
+    few = [name for name, some in groups.items() if len(some) > 1 == len({*map(film_of, some)})]
+    if few:
+        named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
+        say(f"all clips of {named} are of one film, and alike: add clips of another day")
+
+
 def fit_backend(
     clips: Mapping[str, Clip],
     widths: Mapping[str, int],
@@ -799,14 +816,20 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end to the clips with an identity, in any order; see `backend.fit`."""
+    """Fits a back end to the clips with an identity, in any order; see `backend.fit`.
+
+    Of the clips of a person in one film, the first is fitted, and the mean is enrolled.
+    """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    people = [clips[name].identity for name in names]
-    labels = 1 + np.unique(np.array(people, object), return_inverse=True)[1]
-    stacked = stack(names, clips, sum(widths.values()))
-    parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
-    vectors = dict(zip(widths, parts, strict=True))
-    return backend_lib.fit(vectors, labels, centred=centred, settings=settings)
+    films = by_film(names, clips)
+    people = np.array([identity for identity, _ in films], object)
+    labels = 1 + np.unique(people, return_inverse=True)[1]
+    ends = np.cumsum(list(widths.values()))[:-1].tolist()
+    vectors, enrolled = (
+        dict(zip(widths, np.split(stack_films(some, clips, widths), ends, axis=1), strict=True))
+        for some in ([names[:1] for names in films.values()], films.values())
+    )
+    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
 
 
 def _refitted(state: State) -> State:

@@ -266,8 +266,13 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with its digests.
 
-        With `new` and `people`, only these clips and people are written, and the others stay.
+        With `new` and `people`, only these clips and people are written, and the others stay. A
+        state that came from another one than the file holds, by its `sha256`, is refused.
         """
+        with _errors(self.path):
+            newer = bool(state.sha256) and _facts_row(connection)[1] != state.sha256
+        if newer:
+            raise InUseError(f"gallery '{self.folder}' was changed meanwhile\ntry again")
         with _errors(self.path, write=True):
             if new is not None and people is not None:
                 rows = state.rows - _take_out(connection, "clip", new)

@@ -6,8 +6,9 @@ them, since enrolled people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers, so
-that probabilities are calibrated. Their prior counts as much as one clip. With few people the prior
-alone decides, and the user is told.
+that probabilities are calibrated. For that, every other identity has one enrolled clip: people who
+are enrolled later often have fewer clips than the people of the fit. The prior of the settings
+counts as much as one clip. With few people only the prior decides, and the user is informed.
 
 Every member's settings are fitted on its own training clips, never on clips that it scores out of
 fold. `TaskSpec` and every checkpoint keep them.
@@ -173,13 +174,19 @@ def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def fit_settings(
-    vectors: Mapping[str, np.ndarray], labels: np.ndarray, given: Mapping[str, float], seed: int
+    vectors: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    given: Mapping[str, float],
+    seed: int,
+    enrolled: Mapping[str, np.ndarray] | None = None,
 ) -> Settings:
     """Fits settings on held-out clips; those of the prior stay if too few people have two clips.
 
     Vectors are modality -> [N, D] float of unit length, 0 for clips that lack it. Labels are [N]
-    int from 1 on. Settings in `given` stay.
+    int from 1 on. Settings in `given` stay. `enrolled` are the vectors that clips have when they
+    are enrolled, if these differ.
     """
+    sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
     values = {name: shares[0] for name, shares in SHARES.items()} | PRIOR
     values |= {"scale": min(1.0, DIRECTIONS / width)}
@@ -190,7 +197,7 @@ def fit_settings(
     # Matrices of 512 rows gain less from two threads of BLAS than from two folds at a time, and
     # their last digits do not depend on the number of cores then.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
-        found = pool.map(lambda number: _hold_out(vectors, columns, number, seed), range(FOLDS))
+        found = pool.map(lambda k: _hold_out(*sides, columns, k, seed), range(FOLDS))
         folds = [fold for fold in found if fold is not None]
         if not folds:
             return Settings(**values)
@@ -207,22 +214,27 @@ def fit_settings(
             if name not in given:
                 tries = [{**values, name: share} for share in shares]
                 values = max(tries, key=quality)
-        parts = compare(values["within"], values["between"])
-        return _fit(parts, values, given)
+        shares = values["within"], values["between"]
+        parts = pool.map(lambda fold: _ratios(fold._replace(totals=fold.few), *shares), folds)
+        return _fit([*parts], values, given)
 
 
 class _Fold(NamedTuple):
     """The enrolled and the held-out clips of one fold."""
 
     found: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
-    counts: Sequence[np.ndarray]  # [M] of [K], number of enrolled clips
-    totals: Sequence[np.ndarray]  # [M] of [K, D], their sums
+    totals: Sequence[tuple[np.ndarray, np.ndarray]]  # their number [K] and sum [K, D], M pairs
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # the same with one clip of every other identity
     queries: Sequence[np.ndarray]  # [M] of [Q, D], centred unit vectors of the held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 
 
 def _hold_out(
-    vectors: Mapping[str, np.ndarray], labels: np.ndarray, number: int, seed: int
+    vectors: Mapping[str, np.ndarray],
+    films: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    number: int,
+    seed: int,
 ) -> _Fold | None:
     """Holds out fold `number` and hides identities; None if nothing is left to compare."""
     rng = np.random.default_rng((seed, number))
@@ -230,8 +242,8 @@ def _hold_out(
     held = ensemble.stratified_folds(labels, FOLDS, seed) == number
     stranger = rng.random(1 + num_identities) < STRANGERS
     enrolled = ~held & ~stranger[labels]
-    parts: dict[str, list[Any]] = {name: [] for name in ("found", "counts", "totals", "queries")}
-    for x in vectors.values():
+    parts: dict[str, list[Any]] = {name: [] for name in ("found", "totals", "few", "queries")}
+    for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
         hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
         shown = enrolled & present & ~hidden[labels]
@@ -239,13 +251,17 @@ def _hold_out(
             return None
         share = two_covariance.centre_share(len(np.unique(labels[shown])))
         centre = share * x[shown].mean(axis=0)
-        centred = unit_from(centre, x)
+        centred, own = unit_from(centre, x), unit_from(centre, films[name])
         sums = two_covariance.make_sums(centred[shown], labels[shown], 1 + num_identities)
         parts["found"].append(two_covariance.covariances(sums))
-        parts["counts"].append(sums.count)
-        parts["totals"].append(sums.total)
+        rows = np.flatnonzero(shown)
+        few = shown & ((labels + number) % 2 == 1)
+        few[rows[np.unique(labels[rows], return_index=True)[1]]] = True
+        for kind, some in (("totals", shown), ("few", few)):
+            pair = two_covariance.make_totals(own[some], labels[some], 1 + num_identities)
+            parts[kind].append(pair)
         parts["queries"].append(centred[held])
-    known = np.any(np.stack(parts["counts"]) > 0, axis=0)
+    known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
     answers = np.where(known[labels[held]], labels[held], 0).astype(np.int32)
     return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
 
@@ -269,17 +285,15 @@ class _Ratios(NamedTuple):
 def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     """Returns the log-likelihood ratios of the held-out clips, for given shares of shrinkage."""
     ratios = []
-    for found, count, total, queries in zip(
-        fold.found, fold.counts, fold.totals, fold.queries, strict=True
-    ):
+    for found, pair, queries in zip(fold.found, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(found, within=within, between=between)
-        enrolled = two_covariance.enrol(space, count, total)
+        enrolled = two_covariance.enrol(space, *pair)
         arrays = as_arrays(space, enrolled, jnp.dtype("float32"))
         with jax.default_matmul_precision("highest"):  # as in evaluation
             ratios.append(log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
     return _Ratios(
         jnp.stack(ratios),
-        jnp.asarray(np.stack(fold.counts) > 0),
+        jnp.asarray(np.stack([count > 0 for count, _ in fold.totals])),
         jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
         jnp.asarray(fold.labels),
     )

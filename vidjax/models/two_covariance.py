@@ -54,10 +54,16 @@ class Enrolled(NamedTuple):
 def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
     """Adds up the vectors [N, D] of clips, in float64, by their labels [N] int below K."""
     vectors = np.asarray(vectors, np.float64)
+    return Sums(*make_totals(vectors, labels, num_classes), vectors.T @ vectors)
+
+
+def make_totals(
+    vectors: np.ndarray, labels: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first two of `make_sums`: the counts [K] and sums [K, D] of clips."""
     total = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(total, labels, vectors)
-    count = np.bincount(labels, minlength=num_classes).astype(np.float64)
-    return Sums(count, total, vectors.T @ vectors)
+    return np.bincount(labels, minlength=num_classes).astype(np.float64), total
 
 
 class Covariances(NamedTuple):
