@@ -298,7 +298,7 @@ def test_threshold(say, folder, made):
         **found.to_dict(),
     }
     said = say("threshold", folder, "--fpir=0.001", code=2)
-    assert "needs 1,000 clips of strangers or more" in said and "enrol more strangers" in said
+    assert "needs 999 clips of strangers or more" in said and "enrol more strangers" in said
     assert "not a number" in say("threshold", folder, "--fpir=one", code=2)
 
 
@@ -314,7 +314,7 @@ MISTAKES = {
     "identify G --split=val --fpir=1%": "write 0.01",
     "identify G --split=val --threshold=0.5 --fpir=0.1": "not allowed with argument --threshold",
     "identify G --split=val --threshold=-3": "a probability above 0 and at most 1",
-    "identify G --split=val --fpir=0.001": "needs 1,000 clips of strangers or more",
+    "identify G --split=val --fpir=0.001": "needs 999 clips of strangers or more",
     "identify G new": "example: vidjax gallery identify G --input=PATH",
     "create G runs/plda": "example: vidjax gallery create G --run=runs/plda",
     "remove G p1": "example: vidjax gallery remove G --identity=Ada",

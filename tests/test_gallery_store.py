@@ -784,7 +784,7 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
     (tmp_path / store_lib.NAME).write_bytes(frozen["sqlite"].tobytes())
     people = Gallery(tmp_path)
     assert people.identities["Zoë Å"] == 4
-    assert people.threshold(1 / 6).score == pytest.approx(float(frozen["score"]), abs=1e-6)
+    assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
     found = made_galleries.identify(people, parts, len(people.identities))
     assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
