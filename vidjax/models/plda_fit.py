@@ -6,9 +6,10 @@ them, since enrolled people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers, so
-that probabilities are calibrated. For that, every other identity has one enrolled clip: people who
-are enrolled later often have fewer clips than the people of the fit. The prior of the settings
-counts as much as one clip. With few people only the prior decides, and the user is informed.
+that probabilities are calibrated. `stranger`, on which rankings hardly depend, is fitted last. There
+every other identity has one enrolled clip: people who are enrolled later often have fewer clips
+than the people of the fit. The prior of the settings counts as much as one clip. With few people
+only the prior decides, and the user is informed.
 
 Every member's settings are fitted on its own training clips, never on clips that it scores out of
 fold. `TaskSpec` and every checkpoint keep them.
@@ -215,8 +216,10 @@ def fit_settings(
                 tries = [{**values, name: share} for share in shares]
                 values = max(tries, key=quality)
         shares = values["within"], values["between"]
-        parts = pool.map(lambda fold: _ratios(fold._replace(totals=fold.few), *shares), folds)
-        return _fit([*parts], values, given)
+        found = _fit(compare(*shares), values, given)._asdict()
+        few = pool.map(lambda fold: _ratios(fold._replace(totals=fold.few), *shares), folds)
+        others = {name: x for name, x in found.items() if name != "stranger"}
+        return _fit([*few], values | others, others | dict(given))
 
 
 class _Fold(NamedTuple):
