@@ -6,7 +6,7 @@ them, since enrolled people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers, so
-that probabilities are calibrated. `stranger`, on which rankings hardly depend, is fitted last. There
+that probabilities are calibrated. `stranger`, on which rankings hardly depend, is fitted last, when
 every other identity has one enrolled clip: people who are enrolled later often have fewer clips
 than the people of the fit. The prior of the settings counts as much as one clip. With few people
 only the prior decides, and the user is informed.
