@@ -110,6 +110,26 @@ def test_the_parts_of_quality_go_from_zero_to_one():
     profile[2, 0] += 40
     assert align.frontality(profile[None])[0] == 0
     assert align.size(np.zeros((1, 5, 2)))[0] == 0 and align.frontality(np.zeros((1, 5, 2)))[0] <= 1
-    noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-    sharp, flat = align.sharpness(noise)[0], align.sharpness(np.zeros_like(noise))[0]
+    board = np.indices((32, 32)).sum(0)[None, ..., None] // 8 % 2 * np.uint8(255)
+    sharp, flat = (align.sharpness(crop.repeat(3, -1))[0] for crop in (board, 0 * board))
     assert 0.9 < sharp < 1 and flat == 0
+
+
+@pytest.mark.parametrize("side", [112, 150])
+def test_noise_does_not_count_as_sharp(side):
+    """Patches of every size, then out of focus, in the dark, and with the grain of a film."""
+    rng = np.random.default_rng(0)
+    sharp = np.full((side, side), 128.0)
+    for cells in (4, 8, 16, 32):
+        patch = -(-side // cells)
+        coarse = rng.normal(0, 24, (cells, cells)).repeat(patch, 0).repeat(patch, 1)
+        sharp += coarse[:side, :side]
+    soft = sharp
+    for axis in (0, 1, 0, 1):
+        soft = sum(np.roll(soft, shift, axis) for shift in range(-3, 4)) / 7
+    grain = rng.normal(0, 15, sharp.shape)
+    made = np.array([sharp, sharp + grain, soft, soft + grain, 0.2 * sharp, 128 + grain])
+    crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
+    sharp, grained, soft, soft_grained, dark, noise = align.sharpness(crops)
+    assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
+    assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp

@@ -1,9 +1,16 @@
 """tracks: heads that walk, cross, hide and leave."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from vidjax.extract import tracks
+from vidjax.extract import cards, tracks
+from vidjax.extract.cards import BackEnd
+
+# Numbers of the faces of 234 tracks, of real films; the folder lies beside VIDJAX_REAL_DATA.
+TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 
 
 class Walk:
@@ -40,7 +47,7 @@ def follow(people, seconds, *, fps=5, noise=1.0, unseen=lambda person, time_s: F
         here, boxes = [here[n] for n in kept], boxes[kept]
         for number, n in zip(tracker.update(time_s, boxes).tolist(), here, strict=True):
             owners.setdefault(number, set()).add(int(n))
-    tracker.cut()
+    tracker.cut(seconds)
     found = tracker.take_ended()
     return found, [sorted(owners[track.number]) for track in found]
 
@@ -86,14 +93,16 @@ def test_no_track_goes_over_a_cut():
     box = np.array([[10, 10, 60, 70]])
     for n in range(20):
         if n == 10:
-            tracker.cut()
+            tracker.cut(1.9)
             assert [len(track.times) for track in tracker.take_ended()] == [10]
             assert tracker.take_ended() == []
         numbers = tracker.update(n / 5, box)
         assert numbers.tolist() == [n // 10]
-    tracker.cut()
+    tracker.cut(3.9)
     (last,) = tracker.take_ended()
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
+    assert last.times[0] == 1.9, "where the shot begins"
+    assert last.ends == [*last.times[1:], 3.9]
 
 
 def test_single_detections_and_frames_without_any_are_no_tracks():
@@ -101,8 +110,18 @@ def test_single_detections_and_frames_without_any_are_no_tracks():
     tracker.update(0.0, np.array([[10, 10, 60, 70]]))
     for n in range(1, 5):
         assert tracker.update(n / 5, np.zeros((0, 4))).shape == (0,)
-    tracker.cut()
+    tracker.cut(1.0)
     assert tracker.take_ended() == []
+
+
+@pytest.mark.parametrize("held_s", [0.5, 4.0])
+def test_a_picture_that_is_held_makes_a_track(held_s):
+    tracker = tracks.Tracker()
+    tracker.update(1.0, np.array([[10, 10, 60, 70]]))
+    tracker.update(1.0 + held_s, np.zeros((0, 4)))
+    tracker.cut(6.0)
+    (found,) = tracker.take_ended()
+    assert (found.times, found.ends) == ([1.0], [1.0 + held_s])
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 24_000 / 24_024, 5.0])
@@ -110,7 +129,7 @@ def test_a_track_of_slow_frames_may_lack_one_of_them(rate):
     tracker = tracks.Tracker(gap_s=tracks.gap_at(rate))
     for n in (0, 2, 3):
         assert tracker.update(n / rate, np.array([[10, 10, 60, 70]])).tolist() == [0]
-    tracker.cut()
+    tracker.cut(4 / rate)
     assert [len(track.times) for track in tracker.take_ended()] == [3]
 
 
@@ -155,3 +174,85 @@ def test_the_main_figure_by_its_definition():
     assert seen([[1]] * 3 + [[]] * 7) == [] and seen([[1]] * 4 + [[]] * 6) == [4]
     assert seen([[1]] * 4) == [] and seen([[1]] * 5) == [5]
     assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []
+
+
+def dlib(width=128):
+    """Returns what the card of dlib's net says of pairs of vectors."""
+    card = cards.PUBLISHED["dlib"]["back_end"]
+    return BackEnd(**{**card, "centre": [0.0] * width})
+
+
+def people(count, cosine, width=128, seed=0):
+    """Returns unit vectors [count, width], any two of which have this cosine."""
+    axes = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, count + 1)))[0].T
+    return np.sqrt(cosine) * axes[0] + np.sqrt(1 - cosine) * axes[1:]
+
+
+def faces(order, cosine=0.83, alike=0.98, seed=0):
+    """Returns vectors [N, 128] of faces, of a person each; two of one person have `alike`."""
+    noise = np.random.default_rng(seed).normal(size=(len(order), 128)) / np.sqrt(128)
+    return people(max(order) + 1, cosine / alike)[order] + np.sqrt(1 / alike - 1) * noise
+
+
+@pytest.mark.parametrize(
+    ("order", "places"),
+    [
+        ([0] * 40, []),
+        ([0] * 20 + [1] * 20, [20]),
+        ([0] * 10 + [1] * 10 + [0] * 10, [10, 20]),
+        ([0] * 20 + [1] * 20 + [0] * 20 + [2] * 20, [20, 40, 60]),
+        ([0] * 20 + [1] * 5, [20]),
+        ([0] * 20 + [1] * 2, []),  # of a dissolve
+        ([0] * 3, []),
+        ([0], []),
+    ],
+)
+def test_a_track_is_split_where_it_shows_somebody_else(order, places):
+    for seed in range(5):
+        vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
+        assert tracks.changes(vectors, times, False, dlib()) == places
+        assert tracks.changes(vectors, times, False, None) == []
+
+
+def test_pictures_far_apart_may_each_show_somebody_else():
+    for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
+        vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
+        places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
+        assert tracks.changes(vectors, times, True, dlib()) == places
+
+
+def test_the_threshold_follows_from_the_card():
+    card = dlib()
+    for odds in (1.0, 50.0):
+        cosine = tracks.least_cosine(card, odds)
+        same, different = (
+            np.exp(-(((cosine - mean) / spread) ** 2) / 2) / spread
+            for mean, spread in (card.same, card.different)
+        )
+        np.testing.assert_allclose(same / different, odds, rtol=0.02)
+    np.testing.assert_allclose(tracks.least_cosine(card, 50.0), 0.938, atol=0.001)
+
+
+def test_parts_of_a_track_have_its_sightings():
+    track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
+    parts = track.split([0.6, 1.2])
+    assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
+    assert [part.ends for part in parts] == [[0.4, 0.6], [1.2], [2.0]]
+    assert {(part.number, part.shot) for part in parts} == {(3, 7)}
+    assert track.split([])[0] == track
+
+
+@pytest.mark.skipif(not TRACKS.exists(), reason="no tracks beside VIDJAX_REAL_DATA")
+def test_real_tracks_of_two_people_are_split_and_no_other_is():
+    """More than a fifth of the faces of 13 tracks is of somebody else; fewer are of dissolves."""
+    with np.load(TRACKS) as file:
+        arrays = dict(file)
+    split = {True: [], False: []}
+    for low, high in zip(arrays["track_begin"][:-1], arrays["track_begin"][1:], strict=True):
+        person = arrays["person"][low:high]
+        count = np.unique(person, return_counts=True)[1].max()
+        vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
+        found = tracks.changes(vectors, times, False, dlib())
+        split[bool(count < 0.8 * len(person))].append(bool(found))
+    assert len(split[True]) == 13 and sum(split[True]) >= 12
+    assert len(split[False]) == 221 and not any(split[False])

@@ -30,7 +30,7 @@ def test_who_appears_when(drawn):
     assert shown == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
     vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
-    assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:01,")
+    assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
     assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
     page = (out / "names.html").read_text()
     assert "party.mkv" in page and "<script" not in page and page.count('class="line') == 3
@@ -223,7 +223,7 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)
     content, said = drawn.who(film, code=1)
     assert content["people"] == {"Ada": 2} and len(content["failed"]) == 2
-    assert f"{people / 'poor.png'}: a poor face, quality 0.003 of 1" in said
+    assert f"{people / 'poor.png'}: a poor face, quality 0.000 of 1" in said
     assert len([line for line in said.splitlines() if str(people) in line]) == 3
 
 
@@ -270,7 +270,7 @@ def test_enrol_tells_photos_that_do_not_help(drawn, whole):
         f"{people / 'Ada' / name}.png: {problem}"
         for name, problem in {
             "none": "no face is found: give a photo of one person alone",
-            "poor": "a poor face, quality 0.003 of 1: a larger or sharper one from the front helps",
+            "poor": "a poor face, quality 0.000 of 1: a larger or sharper one from the front helps",
             "two": "2 faces are found: give a photo of one person alone",
         }.items()
     ]

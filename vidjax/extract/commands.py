@@ -14,6 +14,7 @@ from vidjax.run.terminal import say
 
 SIZES = (32, 8192)  # pixels of the longer side
 MOST = 10_000  # processes
+SLOW = 2  # pictures a second
 
 
 def workers_of(args: argparse.Namespace) -> int:
@@ -42,6 +43,8 @@ def tell(outcome: pipeline.Outcome) -> None:
         before = ", in place of another file of this name"
     heard = f", {film.voices:,} with a voice" if film.voices else ""
     say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{heard}{before}")
+    if not film.photo and film.frames < SLOW * film.seconds:
+        say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
         "packets could not be decoded": film.refused,

@@ -11,11 +11,10 @@ the face, the card's `around`: left, top, right and bottom in sides of the face,
 0, 0, 1, 1. Boxes are in pixels of the picture.
 """
 
-import heapq
 import itertools
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +27,11 @@ from vidjax.errors import UserError
 from vidjax.extract import align, cards, decode, folder
 from vidjax.extract.models import Detector, Embedder, resize
 from vidjax.extract.shots import Cuts
-from vidjax.extract.tracks import MainFigures, Track, Tracker, gap_at
+from vidjax.extract.tracks import MainFigures, Track, Tracker, changes, gap_at, held_at
 from vidjax.extract.voices import RATE, Listener, Voice, alone, listen
 
-MOST_FRAMES = 32  # of a clip: the best ones, also of its voice
+MOST_FRAMES = 32  # of a clip, spread over its time; of its voice, the best ones
+MOST_KEPT, KEPT_SECONDS = 96, 0.2  # of a track: the best picture of each span of time
 
 
 class Nets(NamedTuple):
@@ -154,21 +154,45 @@ class Sighting(NamedTuple):
 
     quality: float
     number: int
+    time_s: float
     frame: int
     detection: float
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-class Clips:
-    """Writes a clip of each track that ends; keeps the best pictures of those that have not."""
+class Kept:
+    """The best picture of each span of a track's time, in order; the spans grow with the track."""
 
-    def __init__(self, nets: Nets, out: Path):
-        self._nets, self._out = nets, out
-        self._best: dict[int, list[Sighting]] = {}
+    def __init__(self) -> None:
+        self._seconds = KEPT_SECONDS
+        self._best: dict[int, Sighting] = {}
+
+    def add(self, seen: Sighting) -> None:
+        """Takes a picture later than all before."""
+        span = int(seen.time_s / self._seconds + 1e-3)
+        self._best[span] = max(seen, self._best.get(span, seen))
+        if len(self._best) > MOST_KEPT:
+            self._seconds, before, self._best = 2 * self._seconds, self._best, {}
+            for one in before.values():
+                self.add(one)
+
+    def pictures(self) -> list[Sighting]:
+        """Returns them, MOST_KEPT at most."""
+        return [*self._best.values()]
+
+
+class Clips:
+    """Writes clips of each track that ends; keeps the best pictures of those that have not."""
+
+    def __init__(self, nets: Nets, out: Path, held_s: float):
+        self._nets, self._out, self._held = nets, out, held_s
+        self._kept: dict[int, Kept] = {}
         self._numbers = itertools.count()
         self.tracks: list[folder.Track] = []
 
-    def add(self, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray) -> None:
+    def add(
+        self, time_s: float, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray
+    ) -> None:
         """Takes the people in a frame; `owners` [N] are their tracks, -1 for none."""
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
@@ -185,20 +209,42 @@ class Clips:
                 part: (found.parts[part][place], each[place]) for part, each in cut_out.items()
                 if place in each
             }  # fmt: skip
-            detected = float(quality[place]), next(self._numbers), frame, float(found.scores[place])
-            seen = Sighting(*detected, parts)
-            best = self._best.setdefault(track, [])
-            full = len(best) >= MOST_FRAMES
-            (heapq.heappushpop if full else heapq.heappush)(best, seen)
+            detected = float(quality[place]), next(self._numbers), time_s, frame
+            seen = Sighting(*detected, float(found.scores[place]), parts)
+            self._kept.setdefault(track, Kept()).add(seen)
 
-    def end(self, track: Track, name: str) -> None:
-        """Writes the clip of a track that has ended."""
-        best = sorted(self._best.pop(track.number), key=lambda seen: (seen.frame, seen.number))
-        arrays: dict[str, np.ndarray] = {}
+    def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
+        """Writes the clip of a track that has ended, or more if it shows more than one person."""
+        seen = self._kept.pop(track.number).pictures()
+        embed, faces = self._nets.embed["face"], [one for one in seen if "face" in one.parts]
+        vectors = embed(np.array([one.parts["face"][1] for one in faces]))
+        times = np.array([one.time_s for one in faces])
+        places = changes(vectors, times, track.pace_s > self._held, embed.card.back_end)
+        middles = [float(times[n - 1 : n + 1].mean()) for n in places] if split else []
+        vector = {one.number: each for one, each in zip(faces, vectors, strict=True)}
+        parts = np.searchsorted(middles, [one.time_s for one in seen])
+        for number, part in enumerate(track.split(middles)):
+            own = [one for one, n in zip(seen, parts, strict=True) if n == number]
+            self._end(part, next(names), own, vector)
+
+    def _end(
+        self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
+    ) -> None:
+        """Writes a clip of a track, or of a part of it, with the best of its pictures.
+
+        `faces` are number of a sighting -> vector of its face.
+        """
+        spans: dict[int, Sighting] = {}
+        for place, one in enumerate(pictures):
+            span = place * MOST_FRAMES // len(pictures)
+            spans[span] = max(one, spans.get(span, one))
+        best, arrays = [*spans.values()], dict[str, np.ndarray]()
         for part, embed in self._nets.embed.items():
             seen = [one for one in best if part in one.parts]
-            # Empty without a face: a gallery of faces refuses clips of other modalities.
-            arrays[part] = embed(np.array([one.parts[part][1] for one in seen]))
+            if part == "face" and seen:
+                arrays[part] = np.stack([faces[one.number] for one in seen])
+            else:  # empty without a face: a gallery of faces refuses clips of other modalities
+                arrays[part] = embed(np.array([one.parts[part][1] for one in seen]))
             arrays[f"{part}_number"] = np.array([one.frame for one in seen], np.int32)
             if part != "scene":
                 arrays[f"{part}_detection"] = np.array([one.detection for one in seen], np.float32)
@@ -215,7 +261,7 @@ class Clips:
 
     def keep(self, live: set[int]) -> None:
         """Drops the people of all other tracks, which ended too short to be clips."""
-        self._best = {number: best for number, best in self._best.items() if number in live}
+        self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[folder.Track]) -> int:
         """Adds voices to the clips whose person is seen alone; returns the number of these clips.
@@ -258,7 +304,7 @@ def extract(
     A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
     written, too. Memory does not grow with the length of the video, but for the list of its tracks.
     """
-    clips = Clips(nets, out)
+    clips = Clips(nets, out, held_at(settings.fps))
     with decode.open_video(path) as video:
         if video.info.photo:
             shots, seen = [(0.0, 0.0)], _find_in_photo(video, clips, nets, stem)
@@ -293,29 +339,29 @@ def _follow(
 
     With `--unit=shot` a clip is of the main figure of a shot, and others are only seen.
     """
-    cuts, tracker = Cuts(), Tracker(gap_at(min(settings.fps, video.info.rate)))
+    fps, cuts = settings.fps, Cuts()
+    tracker = Tracker(gap_at(min(fps, video.info.rate)), held_at(fps))
     main = MainFigures() if settings.unit == "shot" else None
-    seen, clips_of_shot = [], Counter[int]()
+    seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
 
     def end_clips() -> None:
         for track in tracker.take_ended():
             shot = f"{stem}.s{track.shot:03}"
             if main is None:
-                clips.end(track, f"{shot}.t{clips_of_shot[track.shot]:02}")
-                clips_of_shot[track.shot] += 1
+                clips.end(track, (f"{shot}.t{number:02}" for number in numbers[track.shot]))
             else:
                 seen.append(_times(track, shot))
         for track in main.take_ended() if main else ():
-            clips.end(track, f"{stem}.s{track.shot:03}")
+            clips.end(track, iter([f"{stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
 
     def cut(time_s: float) -> None:
-        tracker.cut()
+        tracker.cut(time_s)
         if main:
             main.cut(time_s)
         end_clips()
 
-    for number, frame in enumerate(video.frames(settings.fps)):
+    for number, frame in enumerate(video.frames(fps)):
         if cuts.update(frame.time_s, frame.small) and number:
             cut(frame.time_s)
         if frame.rgb is not None:
@@ -323,7 +369,7 @@ def _follow(
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
                 owners = main.update(frame.time_s, people.boxes)
-            clips.add(number, owners, people, frame.rgb)
+            clips.add(frame.time_s, number, owners, people, frame.rgb)
             end_clips()
     cut(video.found.seconds)
     return cuts.shots(video.found.seconds), seen if main else clips.tracks
@@ -336,19 +382,17 @@ def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> 
     people = find(nets, frame.rgb)
     people = people.of(~np.isnan(people.parts["face"][:, 0]))
     count = len(people.boxes)
-    clips.add(0, np.arange(count), people, frame.rgb)
+    clips.add(0.0, 0, np.arange(count), people, frame.rgb)
     for number in range(count):
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
-        clips.end(Track(number, shot=0, times=[0.0]), name)
+        clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
     return clips.tracks
 
 
 def _times(track: Track, clip: str) -> folder.Track:
     """Returns when a track is seen, with the clip that it belongs to."""
-    times = track.times
-    return folder.Track(
-        clip=clip, shot=track.shot, start_s=times[0], end_s=times[-1], seen=len(times)
-    )
+    start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
+    return folder.Track(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Extraction(Struct, kw_only=True):
 
 
 class Track(Struct, kw_only=True):
-    """A person in one shot: the clip, seconds of first and last sighting, and their number."""
+    """A person in one shot: the clip, seconds of begin and end, and the number of sightings."""
 
     clip: Text
     shot: Count

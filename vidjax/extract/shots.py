@@ -1,8 +1,8 @@
 """Shots of a film: where one camera's picture ends, found frame by frame in small pictures.
 
-A cut is a change that stands out from the motion before it. Blank pictures between two shots, as of
-a fade, make one cut, at their end; between like pictures, as of a flash, none. A dissolve makes one
-when it is over.
+A cut is a change that stands out from the motion before it; between pictures far apart, as of a
+show of photos, it is any large one. Blank pictures between two shots, as of a fade, make one cut,
+at their end; between like pictures, as of a flash, none. A dissolve makes one when it is over.
 """
 
 import collections
@@ -24,6 +24,7 @@ COLOURS = 0.5  # part of the pixels of another colour that is one, too
 CLEAR = (2.0, 1.5)
 LIKELY = (3.0, 2.0)
 REMEMBERED = 15  # changes
+SLOW_SECONDS = 0.4  # from one picture to the next, which tell no motion
 COMPARED = 3  # pictures before, to one of which the end of a flash is alike
 BLANK, NOT_BLANK = 2.0, 3.5  # standard deviations of the grey levels of a picture
 STILL = 2.5  # difference of two pictures at both ends of a dissolve, at most
@@ -45,6 +46,7 @@ class Cuts:
         self._before_blank: np.ndarray | None = None
         # Of each frame, the difference and the unlikeness to the one before.
         self._last = np.zeros(2)
+        self._time_s = np.inf
         self._changes: collections.deque[np.ndarray] = collections.deque(maxlen=REMEMBERED)
         self._pictures: collections.deque[np.ndarray] = collections.deque(maxlen=COMPARED)
         self._colours: np.ndarray | None = None
@@ -71,7 +73,11 @@ class Cuts:
 
     def _is_cut(self, time_s: float, grey: np.ndarray, colours: np.ndarray) -> bool:
         change = np.array([_difference(grey, self._pictures[-1]), self._unlikeness(grey, 1)])
-        sudden = self._is_sudden(change, grey, colours)
+        slow, self._time_s = time_s - self._time_s > SLOW_SECONDS, time_s
+        if slow:
+            sudden = change[0] >= LEAST and change[1] > 1 - UNLIKE
+        else:
+            sudden = self._is_sudden(change, grey, colours)
         self._last = change
         if not sudden:
             self._changes.append(change)

@@ -1,27 +1,58 @@
 """Tracks: detections of one person in frame after frame of one shot.
 
-Boxes are (left, top, right, bottom) in pixels of the upright picture.
+Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting lasts until the
+next picture that is looked at, or until the shot ends.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
+
+from vidjax.extract.cards import BackEnd
 
 LEAST_OVERLAP = 0.3  # intersection over union
 GAP_SECONDS = 1.0
 PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # of what a detection differs from the expected box
 LARGER, LEAST_SHARE, LEAST_SECONDS, MOST_SECONDS = 3.0, 0.3, 1.0, 30.0  # of a shot's main figure
 CROWDED = 0.4  # overlap of two tracks of which one may hide the other
+HELD_SECONDS = 0.4  # of a picture that is held: who is seen in it has a track by that picture
+# A track is split where the card's densities do not favour one person by ODDS: faces of one shot
+# are far more alike than the photos that cards are measured on. Each part lasts PART_SECONDS, since
+# dissolves show nobody; but where pictures are held, each may show somebody else.
+PART_SECONDS, ODDS = 0.8, 50.0
 
 
 @dataclasses.dataclass
 class Track:
-    """Detections of one person: the `number` of the track in the film, and `times` in seconds."""
+    """Detections of one person: the `number` of the track in the film, and its sightings.
+
+    `times` and `ends` are seconds of their begins and ends; the last one may go on.
+    """
 
     number: int
     shot: int
     times: list[float] = dataclasses.field(default_factory=list)
+    ends: list[float] = dataclasses.field(default_factory=list)
+
+    def look(self, time_s: float) -> None:
+        """Ends the last sighting, if it goes on: there is another picture, or the shot ends."""
+        if len(self.ends) < len(self.times):
+            self.ends.append(time_s)
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds from one of its pictures to the next, at the median."""
+        return float(np.median(np.subtract(self.ends, self.times)))
+
+    def split(self, at: list[float]) -> "list[Track]":
+        """Returns the parts before, between and after some times, each with a sighting or more."""
+        places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
+        return [
+            Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
+            for low, high in itertools.pairwise(places)
+        ]
 
 
 class _Motion:
@@ -33,25 +64,25 @@ class _Motion:
 
     def __init__(self, track: Track, time_s: float, box: np.ndarray):
         self.track, self.last = track, box
-        self._time, self._box = time_s, box
+        self.time_s, self._box = time_s, box
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
     def box(self, time_s: float) -> np.ndarray:
         """Returns the box [4] that is expected at a time."""
         if self._speed is None:
             return self._box
-        return self._box + (time_s - self._time) * self._speed
+        return self._box + (time_s - self.time_s) * self._speed
 
     def add(self, time_s: float, box: np.ndarray) -> None:
         """Learns from a detection."""
         self.last = box
-        expected, step = self.box(time_s), max(time_s - self._time, 1e-3)
+        expected, step = self.box(time_s), max(time_s - self.time_s, 1e-3)
         if self._speed is None:
             self._speed, self._box = (box - self._box) / step, box
         else:
             self._speed = self._speed + SPEED_GAIN * (box - expected) / step
             self._box = expected + PLACE_GAIN * (box - expected)
-        self._time = time_s
+        self.time_s = time_s
 
 
 class Tracker:
@@ -60,14 +91,16 @@ class Tracker:
     A pair of a track and a detection needs an overlap above LEAST_OVERLAP with the box where the
     track's motion leads, else with its last box. While one person hides another, their single
     detection goes to neither: it is lost, but no identity is switched. A track ends at a cut, and
-    `gap_s` seconds after its last detection, see `gap_at`. A track of one detection is dropped.
+    `gap_s` seconds after its last sighting, see `gap_at`. A track of one detection is dropped,
+    unless its picture is held for more than `held_s` seconds.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information" (greedy overlap); the motion, the gap and crossings are ours.
     """
 
-    def __init__(self, gap_s: float = GAP_SECONDS):
-        self._gap = gap_s
+    def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
+        self._gap, self._held = gap_s, held_s
+        self._cut_s: float | None = None  # begin of a shot of which no picture was looked at
         self._live: list[_Motion] = []
         self._ended: list[Track] = []
         self._shot = 0
@@ -83,7 +116,9 @@ class Tracker:
         Returns:
           [N] int, -1 for a detection that was dropped because two people overlap.
         """
-        self._end_if(lambda motion: time_s - motion.track.times[-1] > self._gap)
+        self._look(time_s)
+        self._end_if(lambda motion: time_s - motion.track.ends[-1] > self._gap)
+        begin_s, self._cut_s = time_s if self._cut_s is None else self._cut_s, None
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
         owners, dropped = self._match(time_s, boxes)
         numbers = np.full(len(boxes), -1)
@@ -94,13 +129,15 @@ class Tracker:
                     motion = self._start(time_s, box)
                 else:
                     motion.add(time_s, box)
-                motion.track.times.append(time_s)
+                motion.track.times.append(begin_s)
                 numbers[n] = motion.track.number
         return numbers
 
-    def cut(self) -> None:
-        """Ends all tracks: the next detections are those of another shot."""
+    def cut(self, time_s: float) -> None:
+        """Ends all tracks: the next detections are those of another shot, which begins now."""
+        self._look(time_s)
         self._end_if(lambda motion: True)
+        self._cut_s = time_s
         self._shot += 1
 
     @property
@@ -119,10 +156,16 @@ class Tracker:
         self._live.append(motion)
         return motion
 
+    def _look(self, time_s: float) -> None:
+        for motion in self._live:
+            motion.track.look(time_s)
+
     def _end_if(self, ends: Callable[[_Motion], bool]) -> None:
+        over = [motion for motion in self._live if ends(motion)]
         self._ended += [
-            motion.track for motion in self._live if ends(motion) and len(motion.track.times) > 1
-        ]
+            motion.track for motion in over
+            if len(motion.track.times) > 1 or motion.track.ends[0] - motion.time_s > self._held
+        ]  # fmt: skip
         self._live = [motion for motion in self._live if not ends(motion)]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
@@ -159,6 +202,7 @@ class MainFigures:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Takes the detections of the next frame; returns the shot for the main one, else -1."""
         self._frames += 1
+        self._track.look(time_s)
         numbers = np.full(len(boxes), -1)
         if len(boxes):
             sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).astype(np.float64)
@@ -172,6 +216,7 @@ class MainFigures:
 
     def cut(self, time_s: float) -> None:
         """Ends the shot at the time of the next one's first frame, or of the end of the film."""
+        self._track.look(time_s)
         valid = len(self._track.times) > LEAST_SHARE * self._frames
         # Times that are equal in a file differ in the last digits.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
@@ -190,12 +235,74 @@ class MainFigures:
         return ended
 
 
+def held_at(fps: float) -> float:
+    """Returns the seconds from which on a picture is held, where `fps` of a second are wanted."""
+    return max(HELD_SECONDS, 1.5 / fps)
+
+
 def gap_at(rate: float) -> float:
-    """Returns the seconds after which a track ends, where `rate` frames a second are looked at.
+    """Returns the seconds after a sighting's end at which its track ends; `rate`: looks a second.
 
     One of them may lack the person, so a track of slow frames waits longer than GAP_SECONDS.
     """
-    return max(GAP_SECONDS, 2.5 / rate)
+    return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
+
+
+def least_cosine(back_end: BackEnd, odds: float) -> float:
+    """Returns the cosine at which a pair is `odds` times as likely by `same` as by `different`.
+
+    Both are taken for normal distributions; the cosine lies between their means.
+    """
+    cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
+    same, different = (
+        -0.5 * ((cosines - mean) / deviation) ** 2 - np.log(deviation)
+        for mean, deviation in (back_end.same, back_end.different)
+    )
+    return float(np.interp(np.log(odds), same - different, cosines))
+
+
+def changes(
+    vectors: np.ndarray, times: np.ndarray, held: bool, back_end: BackEnd | None
+) -> list[int]:
+    """Returns the places in a track from which on it shows somebody else, in order.
+
+    Args:
+      vectors: [N, D] of its faces in order of time.
+      times: [N], their seconds.
+      held: whether its pictures are held, so that each may show somebody else.
+      back_end: of the net's card; a track of a net without one is not split.
+
+    The place where the mean vectors of faces before and after are least alike is one, if their
+    cosine is below `least_cosine`; then both parts are looked at.
+    """
+    if back_end is None or len(vectors) < 2:
+        return []
+    least = 1 if held else max(2, round(PART_SECONDS / float(np.median(np.diff(times)))))
+    centred = vectors.astype(np.float64) - back_end.centre
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    sums = np.concatenate([0 * centred[:1], (centred / np.maximum(lengths, 1e-9)).cumsum(0)])
+    least_alike = least_cosine(back_end, 1.0 if held else ODDS)
+
+    def find(low: int, high: int) -> list[int]:
+        places = np.arange(low + 1, high)
+        cosines = np.array(
+            [min(alike(low, at, high, n) for n in (least, 4 * least)) for at in places.tolist()]
+        )
+        around = np.pad(cosines, 1, constant_values=1.0)
+        # Where a place nearer to an end is less alike, the part is too short, as of a dissolve.
+        lowest = (cosines <= around[:-2]) & (cosines <= around[2:]) & (cosines < least_alike)
+        lowest &= (places >= low + least) & (places <= high - least)
+        if not lowest.any():
+            return []
+        at = int(places[np.where(lowest, cosines, 1.0).argmin()])
+        return [*find(low, at), at, *find(at, high)]
+
+    def alike(low: int, at: int, high: int, count: int) -> float:
+        before = sums[at] - sums[max(low, at - count)]
+        after = sums[min(high, at + count)] - sums[at]
+        return float(before @ after / max(np.linalg.norm(before) * np.linalg.norm(after), 1e-9))
+
+    return find(0, len(vectors))
 
 
 def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -117,11 +117,11 @@ def _appearance(
 
 
 def _joined(tracks: Iterable[Track]) -> Iterator[list[Track]]:
-    """Yields runs of tracks, sorted by begin, between which are at most GAP_SECONDS."""
+    """Yields runs of tracks, sorted by begin, between which are less than GAP_SECONDS."""
     run: list[Track] = []
     end = 0.0
     for track in tracks:
-        if run and track.start_s - end > GAP_SECONDS:
+        if run and track.start_s - end >= GAP_SECONDS:
             yield run
             run = []
         end = max(end, track.end_s) if run else track.end_s

@@ -1,0 +1,98 @@
+"""film: which pictures of a track are kept, and when who is seen in films that change slowly."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="needs the extra [video]")
+pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+pytest.importorskip("onnx")
+
+from tests.helpers import films
+from tests.helpers.drawn_people import picture, write_film
+from vidjax.extract import film, folder, pipeline
+
+SLIDES = ("Ada", "Eve", "Ada", "Bob")
+
+
+def found(path, models):
+    """Returns begin, end and colour of each track of a film, in order of time."""
+    out = path.with_suffix("")
+    (outcome,) = pipeline.extract([path], out, models)
+    assert outcome.film
+    people = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
+    seen = []
+    for track in outcome.film.tracks:
+        mean = np.load(out / f"{track.clip}.npz")["face"].mean(0)[:3]
+        who = max(people, key=lambda name: float(mean @ people[name]))
+        seen.append((round(track.start_s, 3), round(track.end_s, 3), who))
+    return seen
+
+
+@pytest.mark.parametrize("fade_s", [0.5, 1.0, 2.0, 3.0])
+def test_a_crossfade_gives_nobody_the_time_of_another(tmp_path, drawn, fade_s):
+    """Slides of 4 s: faces in one place before one background, so that no cut is seen."""
+    still = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]
+    times = np.arange(160) / 10
+    pictures = []
+    for time_s in times:
+        at = int(time_s / 4)
+        share = np.clip((time_s - 4 * (at + 1)) / fade_s + 0.5, 0, 0.5) if at < 3 else 0.0
+        before = np.clip((4 * at - time_s) / fade_s + 0.5, 0, 0.5) if at else 0.0
+        mixed = (1 - share - before) * still[at]
+        mixed += share * still[min(at + 1, 3)] + before * still[max(at - 1, 0)]
+        pictures.append(mixed.round().astype(np.uint8))
+    films.write(tmp_path / "show.mkv", pictures, "ffv1", fps=10)
+    seen = found(tmp_path / "show.mkv", drawn.models)
+    assert [who for _, _, who in seen] == [*SLIDES]
+    for number, (start_s, end_s, _) in enumerate(seen):
+        np.testing.assert_allclose((start_s, end_s), (4 * number, 4 * number + 4), atol=0.41)
+
+
+@pytest.mark.parametrize("held_s", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("alike", [True, False])
+def test_each_picture_of_a_slow_film_has_its_person(tmp_path, drawn, held_s, alike):
+    slides = [picture([(name, 50, 40)]) for name in SLIDES]
+    for number, slide in enumerate([] if alike else slides):
+        np.maximum(slide, films.scene(number, 96, 128) // 4, out=slide)
+    stamps = [round(1000 * held_s * n) for n in range(4)]
+    films.write(tmp_path / "slides.mkv", slides, "ffv1", fps=1 / held_s, stamps=stamps)
+    seen = found(tmp_path / "slides.mkv", drawn.models)
+    ends = [held_s * n for n in range(5)]
+    assert seen == [*zip(ends[:-1], ends[1:], SLIDES, strict=True)]
+
+
+def test_a_track_begins_and_ends_with_its_shot(tmp_path, drawn):
+    write_film(tmp_path / "film.mkv", (1.1, 20, [("Ada", 20, 30)]), (1.3, 60, [("Eve", 80, 50)]))
+    assert found(tmp_path / "film.mkv", drawn.models) == [(0, 1.1, "Ada"), (1.1, 2.4, "Eve")]
+
+
+def test_all_of_a_tracks_time_is_kept():
+    """The best are at its end; at 25 pictures a second, in a film of ten minutes."""
+    kept = film.Kept()
+    for number in range(15_000):
+        kept.add(film.Sighting(number / 15_000, number, number / 25, number, 1.0, {}))
+        assert len(kept.pictures()) <= film.MOST_KEPT
+    times = [one.time_s for one in kept.pictures()]
+    assert len(times) > film.MOST_KEPT / 2 and (np.diff(times) > 0).all()
+    assert times[0] < 20 and np.diff(times).max() < 20
+    short = film.Kept()
+    for number in range(50):
+        short.add(film.Sighting(1.0, number, number / 5, number, 1.0, {}))
+    assert len(short.pictures()) == 50
+
+
+def test_a_clip_has_faces_of_all_its_time(tmp_path, drawn):
+    write_film(tmp_path / "long.mkv", (30, 20, [("Ada", 0, 30)]), size=(96, 256))
+    (outcome,) = pipeline.extract([tmp_path / "long.mkv"], tmp_path / "out", drawn.models)
+    assert outcome.film and len(outcome.film.tracks) == 1
+    number = np.load(tmp_path / "out" / "long.s000.t00.npz")["face_number"]
+    assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
+    assert number[0] < 20 and number[-1] > 280 and np.diff(number).max() < 25
+
+
+def test_a_slow_film_is_told(tmp_path, drawn):
+    films.write(tmp_path / "slow.mkv", [picture([("Ada", 50, 40)])] * 3, "ffv1", fps=1)
+    _, said = drawn.extract(tmp_path / "slow.mkv")
+    assert "fewer than 2 pictures a second" in said
+    (told,) = folder.read_films(drawn.out)
+    assert [(one.start_s, one.end_s, one.seen) for one in told.tracks] == [(0, 3, 3)]
