@@ -13,11 +13,11 @@ the share of clips that show somebody new is the estimate of Good 1953, The popu
 of species. The prior of a pair is ours.
 """
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
+from vidjax.extract.folder import film_of
 from vidjax.gallery.backend import MOST_OF_VOICE, Backend, sums_of
 from vidjax.models import distance, two_covariance
 
@@ -25,12 +25,6 @@ MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
 MAX_SMALL_CLIPS = 3  # clips of a group that may be given to a larger one
 LEAST_SURE = 0.6  # probability from which it is
 TURNS = 4  # at most, in which more clips than that are grouped block by block
-FILM = re.compile(r"\.s\d+(\.t\d+)?$")  # what follows the name of a film in the name of a clip
-
-
-def film_of(clip: str) -> str:
-    """Returns the film of a clip `STEM.s003.t01`; a clip of another name is a film of its own."""
-    return FILM.sub("", clip)
 
 
 class Groups:
@@ -122,7 +116,7 @@ def group(
 
     Args:
       backend: compares the vectors.
-      names: [N] names of clips; the names of a film's clips begin with its name, see `film_of`.
+      names: [N] names of clips, which say the film, see `folder.film_of`.
       parts: the vectors of the clips, M arrays [N, D] float32, 0 where a clip lacks the part.
       apart: pairs of clips that do not show one person.
       absorb: True to give small groups to larger ones.
