@@ -1,9 +1,13 @@
 """Probabilities by the card of a net: densities, calibration, photos of one day, groups."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from tests.benchmarks import decision
 from vidjax.extract import cards
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
@@ -199,3 +203,15 @@ def test_no_clip_is_in_no_group():
     assert answers_lib.name_groups(["b", "a", "c"], np.array([4, 2, 4])) == {
         "b": "unknown 1", "a": "unknown 2", "c": "unknown 1",
     }  # fmt: skip
+
+
+def test_people_of_films_are_named_and_strangers_are_grouped():
+    folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
+    if not folder.exists():
+        pytest.skip("no folder tracks beside VIDJAX_REAL_DATA")
+    films, photos = decision.load(folder)
+    for count, right in ((1, 0.88), (3, 0.9)):
+        found = decision.measure(films, photos, known=8, count=count, draws=5)
+        assert found["right"] >= right and found["wrong"] <= 0.01
+        assert found["strangers named"] <= 0.05 and found["ECE"] <= 0.06
+        assert found["groups per person"] <= 1.3 and found["purity"] >= 0.95

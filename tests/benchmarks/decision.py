@@ -1,0 +1,149 @@
+"""Who is named in films, and how surely: right, wrong, strangers, calibration, unknown people.
+
+    python -m tests.benchmarks.decision --tracks=FOLDER
+
+FOLDER holds `tracks.npz`: the vectors of faces of films and of photos, with the people in truth.
+Some people are enrolled by photos, in many random draws; everybody else is a stranger.
+"""
+
+import argparse
+import itertools
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax.extract.cards import PUBLISHED, BackEnd
+from vidjax.extract.tracks import changes
+from vidjax.gallery import backend, grouping
+from vidjax.who import STRANGER_ODDS
+
+
+class Films(NamedTuple):
+    """N tracks of films: unit vectors, people, names of clips, and pairs seen at one time."""
+
+    vectors: np.ndarray
+    people: np.ndarray
+    clips: list[str]
+    apart: list[tuple[str, str]]
+
+
+def card() -> BackEnd:
+    """Returns the back end of the card of dlib's net."""
+    numbers = PUBLISHED["dlib"]["back_end"]
+    return BackEnd(**{"centre": [0.0] * 128, **numbers})
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Returns vectors of length 1."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def split(data: dict[str, np.ndarray]) -> Films:
+    """Returns the tracks of the films, where a track with two people is split by its vectors."""
+    vectors, people, clips, times = [], [], [], []
+    bounds = data["track_begin"].tolist()
+    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+        at = changes(data["vector"][low:high], data["time_s"][low:high], False, card())
+        for begin, end in zip([0, *at], [*at, high - low], strict=True):
+            rows = slice(low + begin, low + end)
+            weight = np.maximum(data["quality"][rows], 1e-3)
+            vectors.append(unit(weight @ unit(data["vector"][rows])))
+            names, counts = np.unique(data["person"][rows], return_counts=True)
+            people.append(int(names[counts.argmax()]))
+            shot = f"{data['film'][number]}.s{data['shot'][number]:03}"
+            clips.append(f"{shot}.t{len(clips)}")
+            times.append((data["film"][number], *data["time_s"][rows][[0, -1]]))
+    film, begin, end = map(np.array, zip(*times, strict=True))
+    together = (film[:, None] == film) & (
+        np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
+    )
+    pairs = np.argwhere(np.triu(together, 1)).tolist()
+    apart = [(clips[one], clips[other]) for one, other in pairs]
+    return Films(np.array(vectors, np.float32), np.array(people), clips, apart)
+
+
+def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """Returns the expected calibration error of N probabilities of answers that are `right`."""
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = [abs(np.sum(probability[place == n]) - np.sum(right[place == n])) for n in range(bins)]
+    return sum(gaps) / len(right)
+
+
+def measure(
+    films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
+) -> dict[str, float]:
+    """Returns shares of tracks, and what is said of unknown people, over random draws.
+
+    Args:
+      films: the tracks.
+      photos: [P, K, D] vectors of K photos of P people; their places are their numbers.
+      known: number of people that are enrolled.
+      count: number of photos of each.
+      draws: number of random choices of people and photos.
+      votes: True if tracks that form a group vote.
+    """
+    found = backend.of_cards({"face": card()}, STRANGER_ODDS)
+    rng, shares, sure, correct = np.random.default_rng(0), [], [], []
+    groups = grouping.group(found, films.clips, [films.vectors], films.apart, absorb=False)
+    owner = groups if votes else np.arange(len(groups))
+    for _ in range(draws):
+        people = rng.permutation(len(photos))[:known]
+        shown = photos[people][:, rng.permutation(photos.shape[1])[:count]]
+        rows = np.repeat(np.arange(known), count)
+        enrolled = found.enrol([*map(str, people)], shown.reshape(len(rows), -1), rows)
+        nearest = [*backend.Index(found, [enrolled]).nearest([films.vectors], 1, owner)]
+        best = np.array([int(nearest[group].best[0][0]) for group in owner])
+        probability = np.exp([nearest[group].best[0][1] for group in owner])
+        there, named = np.isin(films.people, people), probability > 0.5
+        right = there & (best == films.people)
+        unknown = np.flatnonzero(~named)
+        names = [films.clips[row] for row in unknown]
+        labels = grouping.group(found, names, [films.vectors[unknown]], films.apart)
+        purest = [
+            np.unique(films.people[unknown[labels == n]], return_counts=True)[1].max()
+            for n in np.unique(labels)
+        ]
+        shares.append([
+            np.sum(named & right) / np.sum(there),
+            np.sum(named & there & ~right) / np.sum(there),
+            np.sum(named & ~there) / np.sum(~there),
+            len(purest) / len(np.unique(films.people[unknown])),
+            np.sum(purest) / len(unknown),
+        ])  # fmt: skip
+        sure.append(probability)
+        correct.append(right)
+    names = ("right", "wrong", "strangers named", "groups per person", "purity")
+    means = dict(zip(names, np.mean(shares, axis=0).tolist(), strict=True))
+    return means | {"ECE": calibration_error(np.concatenate(sure), np.concatenate(correct))}
+
+
+def load(folder: pathlib.Path) -> tuple[Films, np.ndarray]:
+    """Returns the tracks, and the unit vectors of photos [P, K, D] float32."""
+    with np.load(folder / "tracks.npz") as file:
+        data = dict(file)
+    photos = unit(data["photo_vector"]).astype(np.float32)
+    return split(data), photos.reshape(data["photo_person"].max() + 1, -1, photos.shape[1])
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tracks", required=True, type=pathlib.Path)
+    parser.add_argument("--draws", type=int, default=20)
+    args = parser.parse_args()
+    films, photos = load(args.tracks)
+    for known in (8, len(photos)):
+        for count in (1, 3):
+            for votes in (False, True):
+                found = measure(
+                    films, photos, known=known, count=count, draws=args.draws, votes=votes
+                )
+                cells = " | ".join(f"{name} {value:.3f}" for name, value in found.items())
+                sys.stdout.write(f"{known} people, {count} photos, votes {votes} | {cells}\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
