@@ -2,8 +2,8 @@
 
 `gallery` is what a user calls from Python, `commands` what a user types. `backend` whitens vectors
 and compares them with enrolled people. `answers` sets thresholds and shows answers, `changes` edits
-what is held, `store` reads and writes the file. `appearances` joins
-answers in time.
+what is held, `store` reads and writes the file. `grouping` groups the clips of unknown people.
+`appearances` joins answers in time.
 
 Nothing here imports JAX at the top: only runs and `rank` need it, and people wait.
 """
