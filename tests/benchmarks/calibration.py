@@ -48,6 +48,7 @@ def measure(
     enrolled = x[:, :clips].reshape(-1, width)
     front = backend_lib.fit({"face": enrolled}, labels, centred=False)
     part, settings = front.parts[0], front.settings
+    assert part.space is not None
     sums = two_covariance.make_sums(backend_lib.unit(part, enrolled), labels, num_people + 1)
     space, people = plda_fit.as_arrays(
         part.space, two_covariance.enrol(part.space, sums.count, sums.total), jnp.dtype("float32")
