@@ -631,6 +631,8 @@ class Gallery:
         rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
         owner = np.arange(len(found.names))
         if groups is not None:
+            if not state.run.cards:
+                raise UserError("groups: only a gallery of models has votes\nleave out groups")
             owner = np.unique([groups.get(n, n) for n in found.names], return_inverse=True)[1]
         nearest = list(state.index.nearest(parts, k, None if groups is None else owner))
         answers = {}
