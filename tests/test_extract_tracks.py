@@ -176,6 +176,17 @@ def test_the_main_figure_by_its_definition():
     assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []
 
 
+def test_a_main_figure_begins_with_its_shot():
+    """The second shot begins 0.1 s before its first picture that is looked at."""
+    shots, box = tracks.MainFigures(), np.array([[0, 0, 9, 9]], np.float32)
+    shots.cut(1.1)
+    for number in range(6, 12):
+        shots.update(number / 5, box)
+    shots.cut(2.3)
+    (track,) = shots.take_ended()
+    assert (track.times[:2], track.ends[-1]) == ([1.1, 1.4], 2.3)
+
+
 def dlib(width=128):
     """Returns what the card of dlib's net says of pairs of vectors."""
     card = cards.PUBLISHED["dlib"]["back_end"]

@@ -314,5 +314,7 @@ def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_pa
     assert told["identity"] == answer.identity and told["score"] == answer.score
     assert [one["identity"] for one in told["best"]] == [name for name, _ in answer.best]
     assert Answer(None, 0.0, -np.inf, ()).to_dict()["score"] is None
+    with pytest.raises(ValueError, match="only in a gallery of models"):
+        people.identify(Vectors((), {}, ()), groups={})
     nobody = make(tmp_path / "none", {})
     assert len(nobody) == 0 and nobody

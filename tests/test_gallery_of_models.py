@@ -304,6 +304,10 @@ def test_clips_of_a_group_vote(tmp_path, models):
     assert {answers[f"e{n}"].identity for n in range(7)} == {None}
     one = {answers[f"a{n}"].probability for n in range(7)}
     assert len(one) == 1 and answers["a0"].evidence == ("face",)
+    assert gallery.identify(vectors.only([]), groups={}) == {}
+    # A clip without a group is not of the group that has its name.
+    answers = gallery.identify(vectors, groups={f"a{n}": "e0" for n in range(7)})
+    assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
 
 
 def seen(name, start, end):

@@ -402,11 +402,13 @@ def _keep_numbers(
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
+    taken: set[int] = set()
     order = sorted(votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.number_of(pair[0])))
     for group, old in order:
-        if group not in number and old not in number.values():
+        if group not in number and old not in taken:
             number[group] = old
-    new = max(highest, *before.values(), 0)
+            taken.add(old)
+    new = highest
     for group in sorted({*groups.values()} - number.keys(), key=answers_lib.number_of):
         new += 1
         number[group] = new
@@ -427,8 +429,9 @@ def _write(
     answers_lib.write_groups(out / UNKNOWN, groups)
     subtitles = out / SUBTITLES
     subtitles.mkdir(mode=0o700)
+    by_video = appearances.by_video(found)
     for film in films:
-        own = [one for one in found if one.video == film.video]
+        own = by_video.get(film.video, [])
         if not film.photo:
             # Names of files have 255 bytes at most, also while they are written.
             name = Path(film.video).stem.encode()[:200].decode(errors="ignore")

@@ -210,7 +210,8 @@ class MainFigures:
             areas = sides.prod(1)[order]
             if len(boxes) == 1 or areas[0] >= LARGER * areas[1]:
                 main = order[0]
-                self._track.times.append(time_s)
+                # In the first picture of a shot, the figure is there from the begin of the shot.
+                self._track.times.append(self._begin_s if self._frames == 1 else time_s)
                 numbers[main] = self._shot
         return numbers
 

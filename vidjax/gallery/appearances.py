@@ -81,6 +81,14 @@ def find(
     return sorted(found, key=lambda one: (one.video, one.start_s, one.identity or ""))
 
 
+def by_video(found: Iterable[Appearance]) -> dict[str, list[Appearance]]:
+    """Returns video -> its appearances, in their order."""
+    videos: dict[str, list[Appearance]] = {}
+    for one in found:
+        videos.setdefault(one.video, []).append(one)
+    return videos
+
+
 def seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
     """Returns all pairs of clips that are seen at one time: they do not show one person."""
     found = []
@@ -237,9 +245,10 @@ def page(
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    of_video = by_video(found)
     videos = [
         (film.video, "photo" if film.photo else clock(film.seconds, short=True),
-         _rows(found, film, thumbnail), film.damaged)
+         _rows(of_video.get(film.video, []), film, thumbnail), film.damaged)
         for film in films
     ]  # fmt: skip
     seen: dict[str, set[str]] = {name: set() for name in people}
@@ -256,14 +265,14 @@ def page(
 def _rows(
     found: Sequence[Appearance], film: Film, thumbnail: Callable[[str], Path]
 ) -> list[tuple[str, bool, list[tuple[float, float, str]], str, list[tuple[str, str]]]]:
-    """Returns for each person of a video what the page shows: known ones first, by time on screen.
+    """Returns what the page shows of a video: a row for each person whom it has `found`.
 
-    That is the name, whether it is known, pieces as of `_piece`, the time, and faces.
+    A row has the name, whether it is known, pieces as of `_piece`, the time, and faces. Known
+    people come first, and then the people who are seen for longer.
     """
     own: dict[tuple[bool, str], list[Appearance]] = {}
     for one in found:
-        if one.video == film.video:
-            own.setdefault((one.probability is None, one.identity or "unknown"), []).append(one)
+        own.setdefault((one.probability is None, one.identity or "unknown"), []).append(one)
     total = {
         key: round(sum(one.end_s - one.start_s for one in some), 3) for key, some in own.items()
     }

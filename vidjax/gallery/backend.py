@@ -244,10 +244,8 @@ def sums_of(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray,
 
     Vectors that are 0 do not count.
     """
-    count = np.bincount(owner[np.any(units != 0, axis=1)], minlength=num)
-    total = np.zeros((num, units.shape[1]))
-    np.add.at(total, owner, units)
-    return count, total
+    there = np.any(units != 0, axis=1)
+    return two_covariance.make_totals(units[there], owner[there], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
@@ -530,7 +528,7 @@ class Index:
         """Returns the means of the unit vectors of groups, and their effective numbers of clips."""
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
-            count, total = sums_of(x, owner, int(owner.max()) + 1)
+            count, total = sums_of(x, owner, int(owner.max(initial=-1)) + 1)
             mean = total / np.maximum(count, 1)[:, None]
             means.append(mean)
             assert part.distances is not None  # only galleries with cards group clips

@@ -586,8 +586,9 @@ class Gallery:
             return Rule("threshold", math.log(threshold), False, None, about)
         wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(state.groups.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
-            about = f"{NEW}; with {wanted} clips of strangers instead of {strangers} it would hold "
-            return Rule("new", -math.inf, True, None, f"{about}{100 * DEFAULT_FPIR:g} % of them")
+            about = f"{NEW}; with {wanted} clips of strangers instead of {strangers}, at most "
+            about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
+            return Rule("new", -math.inf, True, None, about)
         found = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
         about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
         return Rule("fpir", found.score, fpir is None, found, about)
@@ -620,20 +621,23 @@ class Gallery:
           advance: is called with the number of clips that got an answer, after each.
 
         Raises:
-          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, or clips
-            do not fit the run.
+          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, clips do not
+            fit the run, or `groups` are given for a gallery of a run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
             raise UserError(f"k={k}: name 1 identity or more")
+        if groups is not None and not self.origin.cards:
+            raise UserError("groups: clips vote only in a gallery of models\nleave out the groups")
         self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
         found, state = self.embed(clips, split), self._anybody()
         rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
         owner = np.arange(len(found.names))
         if groups is not None:
-            if not state.run.cards:
-                raise UserError("groups: only a gallery of models has votes\nleave out groups")
-            owner = np.unique([groups.get(n, n) for n in found.names], return_inverse=True)[1]
+            # A clip without a group is not of the group that has its name.
+            keys = [(n in groups, groups.get(n, n)) for n in found.names]
+            place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+            owner = np.array([place[key] for key in keys], int)
         nearest = list(state.index.nearest(parts, k, None if groups is None else owner))
         answers = {}
         for clip, place in zip(found.names, owner.tolist(), strict=True):

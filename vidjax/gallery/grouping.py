@@ -100,7 +100,7 @@ class Groups:
             return float(self._backend.settings.scale) * ratios
         assert part.distances is not None
         square = self._squares[number]
-        gap = square + square[one] - 2 * mean @ mean[one]
+        gap = square + square[one] - 2 * (mean @ mean[one])
         return distance.pair_log_ratios(part.distances, gap, noise + noise[one])
 
 
