@@ -723,6 +723,7 @@ def test_forged_tables_are_refused(gallery, sql):
         {"parts": [{"name": "x", "width": 12}]},
         {"parts": []},
         {"parts": [{"name": "x", "width": 8}, {"name": "x", "width": 5}]},
+        {"parts": [{"name": "x", "width": 8, "by_distance": True}, {"name": "y", "width": 5}]},
         {"parts": [{"name": "x", "width": "8"}, {"name": "y", "width": 5}]},
         {"version": -1},
         {"version": 2**63 - 1},

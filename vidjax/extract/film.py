@@ -219,8 +219,9 @@ class Clips:
         embed, faces = self._nets.embed["face"], [one for one in seen if "face" in one.parts]
         vectors = embed(np.array([one.parts["face"][1] for one in faces]))
         times = np.array([one.time_s for one in faces])
-        places = changes(vectors, times, track.pace_s > self._held, embed.card.back_end)
-        middles = [float(times[n - 1 : n + 1].mean()) for n in places] if split else []
+        back_end = embed.card.back_end if split else None
+        places = changes(vectors, times, track.pace_s > self._held, back_end)
+        middles = [float(times[n - 1 : n + 1].mean()) for n in places]
         vector = {one.number: each for one, each in zip(faces, vectors, strict=True)}
         parts = np.searchsorted(middles, [one.time_s for one in seen])
         for number, part in enumerate(track.split(middles)):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 QUERIES = 64  # clips of a matrix product
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
-# One voice in ten that is heard while a face is seen is of somebody else: a choice, not a figure.
+# Of ten voices that are heard while a face is seen, one is of somebody else. This is our choice.
 MOST_OF_VOICE = np.log(9)
 FINE = 16  # people of a clip, the most probable ones, whose logits are computed in float64
 ROUNDED = 1e-3  # more than logits of float32 are off
@@ -56,7 +56,7 @@ class Part(NamedTuple):
 
     @property
     def hearsay(self) -> bool:
-        """True for voices that cards compare: that of a clip may be of somebody off screen."""
+        """True for voices that cards compare: a clip may have one of somebody off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ class Nearest(NamedTuple):
     """Log probabilities of a clip: of somebody `new`, and of the `best` people as (name, log p).
 
     The most probable person is first; people of equal probability are in the order of names.
-    `compared` are the parts that the first person and the clip have both.
+    `compared` are the parts that both the first person and the clip have.
     """
 
     new: float
@@ -376,7 +376,7 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """[5]: both shapes, the least squared distance, and what `new_density` is linear in."""
+        """[5]: both shapes, the least squared distance, constant and slope of `new_density`."""
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
         constant = distance.new_density(distances, zero, variance)
@@ -511,12 +511,12 @@ class Index:
             units, effective = self._groups(units, owner)
         for at in range(0, len(units[0]), QUERIES):
             chosen = slice(at, at + QUERIES)
-            asked = self._asked([x[chosen] for x in units], [k[chosen] for k in effective])
+            asked = self._asked([x[chosen] for x in units], [n[chosen] for n in effective])
             logits = self._logits(asked)
             logits[asked.missing.all(axis=0)] = -np.inf
             best = [self._best_rows(row, max(k, FINE)) for row in logits]
-            owner = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
-            fine = self._logits_of(np.concatenate(best), owner, asked)
+            clip = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
+            fine = self._logits_of(np.concatenate(best), clip, asked)
             ends = np.cumsum([len(rows) for rows in best])[:-1]
             each = zip(logits, best, np.split(fine, ends), ~asked.missing.T, strict=True)
             for row, rows, own, there in each:

@@ -23,8 +23,8 @@ from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
 MAX_SMALL_CLIPS = 3  # clips of a group that may be given to a larger one
-LEAST_SURE = 0.6  # probability from which it is
-TURNS = 4  # at most, in which more clips than that are grouped block by block
+LEAST_SURE = 0.6  # a group is given if the probability is higher
+TURNS = 4  # the most turns in which clips are grouped block by block
 
 
 class Groups:
@@ -158,10 +158,10 @@ def group(
 
 
 def _neighbours(means: np.ndarray, turn: int) -> np.ndarray:
-    """Returns the block [G] int of every mean [G, D]: a block has MAX_GROUPED_CLIPS near ones.
+    """Returns the block [G] int of every mean [G, D]: MAX_GROUPED_CLIPS neighbours, or fewer.
 
-    Means are cut in halves along the direction in which they differ most, and so on. Each turn
-    leaves out other directions, so that other pairs of neighbours are cut apart.
+    In turn 1 the means are cut in halves along the direction in which they differ most, and so are
+    the halves. Turn 2 takes the second direction, and so on: it cuts other neighbours apart.
     """
     block, full = np.zeros(len(means), int), [np.arange(len(means))]
     while full:

@@ -87,6 +87,7 @@ class _Part(Struct, omit_defaults=True):
     name: formats.Text
     width: formats.Size
     by_card: bool = False
+    by_distance: bool = False  # by a card, as earlier versions compared vectors
 
 
 class _Facts(Struct):
@@ -450,6 +451,8 @@ def _read(connection: sqlite3.Connection) -> State:
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("the sha256 of its facts is another")
     facts = formats.parse(Path(NAME), files.parse_json(text), _Facts, REMEDY)
+    if any(part.by_distance for part in facts.parts):
+        raise UserError("an earlier version of vidjax made it, and compared vectors in another way")
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())

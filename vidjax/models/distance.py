@@ -9,8 +9,8 @@ clips of two people. The four numbers give W, B and two effective numbers of dir
     |x - x'|^2 of two people   has the mean 2 (W + B), and spreads as the sum of n_different squares
 
 A sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The difference
-e is drawn with a gamma distribution of its squared length, in a direction that is uniform among
-n_different ones. Vectors of the population are Gaussian in these directions. So all densities are
+e has a direction that is uniform in n_different dimensions, and a squared length with a gamma
+distribution. Vectors of the population are Gaussian in these dimensions. So all densities are
 densities of one space, and their ratios add up to probabilities for any number N of people.
 
 The N people who are enrolled say where m is. The posterior of m has the variance (W + B) / N for
@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The prior of the share of e that clips do not have in common counts as one clip.
+# The prior says that clips share no part of e. It counts as one clip.
 PRIOR_CLIPS = 1.0
-LEAST_SQUARE = 0.01  # of W: the least squared distance, where a ratio of densities ends to grow
+LEAST_SQUARE = 0.01  # of W: a squared distance below it counts as this one
 
 
 class Distances(NamedTuple):
@@ -128,9 +128,10 @@ def posterior(distances: Distances, known: Population, effective: np.ndarray) ->
 
 
 def same_density(distances: Distances, square: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Returns log densities at the squared distances from people, up to a term of `new_density`.
+    """Returns log densities at the squared distances `square` from people.
 
-    The squared distance has the mean `variance`. Both are float arrays that broadcast.
+    They lack the terms that all people have in common: `new_density` lacks them, too. The mean of
+    the squared distance is `variance`. Both are float arrays that broadcast.
     """
     shape = distances.same
     square = np.maximum(square, LEAST_SQUARE * distances.within)
