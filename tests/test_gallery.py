@@ -128,6 +128,7 @@ def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
             people.threshold(fpir)
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
+    assert answers_lib.threshold(np.arange(-9.0, 0), 1 - 0.9, 1).num_alarms == 0
 
 
 def named(gallery, count=300, **options):

@@ -137,8 +137,9 @@ def num_allowed(num_distractors: int, fpir: float) -> int:
     If r of them do, a new one does with probability (r + 1) / (S + 1), on average over all samples
     of S distractors. That is `fpir` at most, a share in 0..1.
     """
-    # Counts are compared as shares: 0.29 * 100 is less than 29.
-    return int(np.sum(np.arange(1, num_distractors + 2) / (num_distractors + 1) <= fpir)) - 1
+    # 1 - 0.9 is less than 0.1 in floating point, and means the same rate.
+    most = fpir * (1 + 1e-9)
+    return int(np.sum(np.arange(1, num_distractors + 2) / (num_distractors + 1) <= most)) - 1
 
 
 def threshold_of(distractors: np.ndarray, *, fpir: float) -> float | None:
