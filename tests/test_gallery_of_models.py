@@ -276,6 +276,18 @@ def test_a_name_needs_more_than_one_half(tmp_path, models):
     assert gallery.identify(asked, threshold=0.4)["q"].identity in ("Ada", "Eve")
 
 
+def test_a_list_leaves_out_whom_no_part_tells(tmp_path, models):
+    """A clip with a voice only is as probable of Ada, who has a photo only, as of somebody new."""
+    made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    x = draw(np.random.default_rng(6), 1, 2)[0]
+    gallery.enrol({"photo": {"face": x[:1]}}, "Ada")
+    voice = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
+    clips = {"voice": {"audio": voice}, "face": {"face": x[1:]}}
+    assert gallery.identify(clips, threshold=0.4)["voice"].identity is None
+    assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
+
+
 def test_more_strangers_are_expected_where_the_user_says_so(tmp_path, models):
     (ada,) = draw(np.random.default_rng(4), 1, 2)
     odds = []

@@ -17,7 +17,7 @@ GAP_SECONDS = 1.0
 PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # of what a detection differs from the expected box
 LARGER, LEAST_SHARE, LEAST_SECONDS, MOST_SECONDS = 3.0, 0.3, 1.0, 30.0  # of a shot's main figure
 CROWDED = 0.4  # overlap of two tracks of which one may hide the other
-HELD_SECONDS = 0.4  # of a picture that is held: who is seen in it has a track by that picture
+HELD_SECONDS = 0.4  # a picture that lasts longer is held: one is enough for a track
 # A track is split where the card's densities do not favour one person by ODDS: faces of one shot
 # are far more alike than the photos that cards are measured on. Each part lasts PART_SECONDS, since
 # dissolves show nobody; but where pictures are held, each may show somebody else.
@@ -242,9 +242,10 @@ def held_at(fps: float) -> float:
 
 
 def gap_at(rate: float) -> float:
-    """Returns the seconds after a sighting's end at which its track ends; `rate`: looks a second.
+    """Returns how many seconds after its last sighting a track ends.
 
-    One of them may lack the person, so a track of slow frames waits longer than GAP_SECONDS.
+    `rate` is the number of pictures looked at in a second. One of them may lack the person, so a
+    track of slow pictures waits longer than GAP_SECONDS.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
@@ -273,8 +274,8 @@ def changes(
       held: whether its pictures are held, so that each may show somebody else.
       back_end: of the net's card; a track of a net without one is not split.
 
-    The place where the mean vectors of faces before and after are least alike is one, if their
-    cosine is below `least_cosine`; then both parts are looked at.
+    A track is split where the mean vectors of the faces before and after are least alike, if their
+    cosine is below `least_cosine`. Then both parts are looked at.
     """
     if back_end is None or len(vectors) < 2:
         return []

@@ -539,7 +539,7 @@ class Gallery:
 
         Args:
           found: vectors of any number of clips.
-          apart: pairs of clips that do not show one person, as they are seen at one time.
+          apart: pairs of clips that do not show one person, such as clips seen at one time.
           absorb: False to leave clips that fit no group well on their own.
         """
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in found.parts.values()], axis=0))
@@ -671,17 +671,21 @@ class Gallery:
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
         order = np.argsort(np.array(found.names, object), kind="stable")
-        logs = searched.search([x[order] for x in found.parts.values()])
+        parts = [x[order] for x in found.parts.values()]
+        logs, there = searched.search(parts), np.array([x.any(axis=1) for x in parts])
+        known = searched.counts[:, columns - 1] > 0
         size = min(RANK_ROWS, len(order))
 
         def blocks() -> "Iterator[ScoreBlock]":
             for at in range(0, len(order), RANK_ROWS):
                 index = np.arange(at, at + size, dtype=np.int32)
                 scores = np.full((size, len(columns)), -np.inf, np.float32)
-                for row, one in zip(scores, itertools.islice(logs, size), strict=False):
-                    best = one[columns]
+                for place, one in enumerate(itertools.islice(logs, size)):
+                    row, best = scores[place], one[columns]
                     # Before they are rounded to float32: a threshold lies just above a stranger.
                     passes = True if rule is None else rule.names(best)
+                    if rule is not None and state.run.cards:  # as in `Rule.answer`
+                        passes &= there[:, at + place] @ known
                     np.copyto(row, best, where=passes, casting="same_kind")
                 exists = index < len(order)
                 yield scores, index, exists

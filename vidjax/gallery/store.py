@@ -268,7 +268,7 @@ class Store:
         """Writes a state and ends the transaction; returns the state with its digests.
 
         With `new` and `people`, only these clips and people are written, and the others stay. A
-        state that came from another one than the file holds, by its `sha256`, is refused.
+        state is refused if it was made from another state than the file holds, by its `sha256`.
         """
         with _errors(self.path):
             newer = bool(state.sha256) and _facts_row(connection)[1] != state.sha256
