@@ -422,7 +422,7 @@ def test_the_snippets_of_the_page_run(name, plda_run, tmp_path, export, monkeypa
         monkeypatch.delitem(sys.modules, module, raising=False)
     found = runpy.run_path(str(tmp_path / "snippet.py"))
     if name == "safetensors":
-        assert found["sizes"]["model_state/sums/sums/face/scatter"] == (1, 24, 24)
+        assert found["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
     inputs = {n: x for n, x in found["inputs"].items() if not n.endswith("_mask")}
     run = predict.restore(plda_run, num_devices=1)

@@ -67,6 +67,17 @@ def write_voices(folder):
     return folder
 
 
+def write_party(path):
+    """Writes a film of three shots with four faces; returns its path."""
+    write_film(
+        path,
+        (2, 20, [("Ada", 20, 30)]),
+        (2, 60, [("Eve", 80, 50)]),
+        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
+    )
+    return path
+
+
 class Drawn:
     """Drawn films and photos in a folder, and commands that run on them in this process.
 
@@ -80,14 +91,7 @@ class Drawn:
 
     def film(self):
         """Writes a film of three shots with four faces; returns its path."""
-        path = self.folder / "party.mkv"
-        write_film(
-            path,
-            (2, 20, [("Ada", 20, 30)]),
-            (2, 60, [("Eve", 80, 50)]),
-            (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
-        )
-        return path
+        return write_party(self.folder / "party.mkv")
 
     def befriend(self, *names):
         """Writes a photo of each person."""
