@@ -256,7 +256,7 @@ def test_nobody_is_seen_twice_at_one_time():
     }
     settled = appearances.settle(answers, [shown])
     assert [settled[clip].identity for clip in "1234"] == [None, "Ada", "Ada", "Bob"]
-    found = appearances.find(answers, [shown], {"1": "unknown 1"})
+    found = appearances.find(settled, [shown], {"1": "unknown 1"})
     assert [(x.identity, x.start_s, x.probability) for x in found] == [
         ("unknown 1", 0, None), ("Ada", 4, 0.9), ("Bob", 5, 0.7), ("Ada", 10, 0.95),
     ]  # fmt: skip

@@ -127,13 +127,6 @@ def _read_numbers(path: Path) -> Numbers:
     return formats.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
-class _Rule(NamedTuple):
-    """When a clip gets a name, see `Gallery.identify`."""
-
-    fpir: float | None
-    threshold: float | None
-
-
 def who(
     films: Sequence[Path],
     people: Path | None,
@@ -161,8 +154,7 @@ def who(
     Raises:
       UserError: there is no film or no usable photo of anybody, or a net is missing.
     """
-    rule = _Rule(fpir, threshold)
-    answers_lib.check_choice(*rule)
+    answers_lib.check_choice(fpir, threshold)
     pipeline.check_apart(pipeline.list_files(films), out)
     photos = {} if people is None else _photos(people)
     if people and out.resolve().parent == people.resolve():
@@ -190,13 +182,15 @@ def who(
         if people is not None and not gallery.identities:
             raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
         if gallery.identities:
-            gallery.rule(**rule._asdict())  # a mistake is reported before films are read
+            # A mistake is reported before films are read.
+            gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
             for one in (out / PEOPLE).glob("*"):
                 files.remove_tree(one / folder.THUMBNAILS)
         before = _read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
         outcomes = extract(films, out / FEATURES, settings=settings, workers=workers, done=done)
-        return _look(gallery, failed, outcomes, before, out, rule)
+        identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
+        return _look(gallery, failed, outcomes, before, out, identify)
 
 
 def _look(
@@ -205,12 +199,12 @@ def _look(
     outcomes: Sequence[Outcome],
     before: Numbers,
     out: Path,
-    rule: _Rule,
+    identify: Callable[..., dict[str, Answer]],
 ) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     shown = [outcome.film for outcome in outcomes if outcome.film]
-    answers, groups = _name(gallery, out, before, rule)
+    answers, groups = _name(gallery, out, before, identify)
     found = appearances.find(answers, shown, groups)
     numbers = msgspec.to_builtins(before.updated(folder.read_films(out / FEATURES), groups))
     files.write_json(out / NUMBERS, numbers)  # rows without are not read
@@ -366,7 +360,7 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 
 
 def _name(
-    gallery: Gallery, out: Path, before: Numbers, rule: _Rule
+    gallery: Gallery, out: Path, before: Numbers, identify: Callable[..., dict[str, Answer]]
 ) -> tuple[dict[str, Answer], dict[str, str]]:
     """Returns the answers for the clips of all films, and clip -> name of a group of unknown ones.
 
@@ -382,7 +376,7 @@ def _name(
     answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
         votes = gallery.group(vectors, apart, absorb=False)
-        answers = gallery.identify(vectors, groups=votes, **rule._asdict())
+        answers = identify(vectors, groups=votes)
     for clip, name in told.items():
         answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
     answers = appearances.settle(answers, films)

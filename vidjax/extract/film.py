@@ -177,7 +177,7 @@ class Kept:
                 self.add(one)
 
     def pictures(self) -> list[Sighting]:
-        """Returns them, MOST_KEPT at most."""
+        """Returns the pictures, MOST_KEPT at most."""
         return [*self._best.values()]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 LEAST_NAMED = 0.5  # a name is more probable than all other answers together
-NEW = f"the probability is above {100 * LEAST_NAMED:.0f} %"
+ABOVE_HALF = f"the probability is above {100 * LEAST_NAMED:.0f} %"
 UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
 GROUPS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 SHOWN = 3  # identities of a line of the table

@@ -55,12 +55,11 @@ def find(
     """Returns the appearances in videos, in order of time, of the people whom answers name.
 
     Args:
-      answers: clip -> answer; they are settled, see `settle`.
+      answers: clip -> answer, after `settle`.
       films: the videos.
       groups: clip -> name of an unknown person. A track without a name is one appearance.
     """
-    films = list(films)
-    answers, found = settle(answers, films), []
+    found = []
     for film in films:
         by_name: dict[tuple[bool, str | None], list[Track]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):

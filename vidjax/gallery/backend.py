@@ -249,11 +249,8 @@ def sums_of(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray,
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Returns (x - centre) / |x - centre| for each row of x [N, D], float64; 0 where x is 0."""
-    shifted = np.asarray(x, np.float64) - part.centre
-    norm = np.sqrt(np.vecdot(shifted, shifted))[:, None]
-    present = np.any(np.asarray(x) != 0, axis=1)[:, None]
-    return np.where(present, shifted / np.maximum(norm, 1e-12), 0.0)
+    """Returns unit vectors [N, D] float64 from the centre of a part to x; 0 where x is 0."""
+    return two_covariance.unit_from(part.centre, np.asarray(x, np.float64))
 
 
 def sizes(width: int, by_card: bool) -> list[int]:

@@ -197,8 +197,8 @@ def enrol(
 ) -> People:
     """Returns the people of `groups`, identity -> names of clips, which are added in this order.
 
-    To PLDA the clips of a person in one film are one clip, since they share the light and the mood.
-    Cards tell from the vectors how alike the clips are.
+    PLDA takes the clips of a person in one film for one clip, since they are alike. With cards, the
+    vectors say how alike clips are, see `distance.effective_count`.
     """
     names = (name for some in groups.values() for name in some)
     films = by_film(names, clips, film_of if backend.parts[0].distances is None else str)

@@ -43,7 +43,7 @@ from vidjax.extract.folder import film_of
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import grouping
-from vidjax.gallery.answers import DEFAULT_FPIR, NEW, Answer, Rule, Threshold
+from vidjax.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
 from vidjax.gallery.changes import Draft, by_film, check_clip, enrol, stack_films
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Origin, State, Store, group
@@ -586,11 +586,12 @@ class Gallery:
             return Rule("threshold", math.log(threshold), False, None, about)
         wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(state.groups.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
-            about = f"{NEW}; with {wanted} clips of strangers instead of {strangers}, at most "
-            about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
+            about = f"{ABOVE_HALF}; with {wanted} clips of strangers instead of {strangers}, "
+            about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return Rule("new", -math.inf, True, None, about)
         found = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
-        about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
+        about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, "
+        about += f"and {ABOVE_HALF}"
         return Rule("fpir", found.score, fpir is None, found, about)
 
     def identify(

@@ -122,7 +122,8 @@ def group(
       absorb: True to give small groups to larger ones.
     """
     place = {name: number for number, name in enumerate(names)}
-    pairs = np.array([(place[x], place[y]) for x, y in apart if x in place and y in place])
+    pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
+    pairs = np.array(pairs, int).reshape(-1, 2)
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
     labels = np.unique([film_of(name) for name in names], return_inverse=True)[1]
     labels = np.argsort(np.argsort(labels, kind="stable"))  # a group a clip, film by film
@@ -132,7 +133,7 @@ def group(
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))
-        inside = here[pairs] if len(pairs) else np.zeros((0, 2), int)
+        inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, inside)
         joined = _agglomerate(groups)

@@ -1,7 +1,7 @@
 """One person or two, by the distance of unit vectors: what the card of a net says.
 
-A unit vector is x = m + y + e. The mean m of the population and the vector y of a person have some
-unknown place. The variance of y, summed over all dimensions, is B, and the variance of e is W. The
+A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
+the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The
 card of a net gives the mean and the deviation of the cosines of two clips of one person, and of
 clips of two people. The four numbers give W, B and two effective numbers of directions:
 
@@ -109,7 +109,7 @@ def population(
 
 
 class Posterior(NamedTuple):
-    """What is known of N people: y + m is N(m + share (mean - m), variance in sum).
+    """What clips tell of the vectors m + y of N people.
 
     Attributes:
       share: [N] how far the posterior mean is on the way from m to the mean of a person's clips.

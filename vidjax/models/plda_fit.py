@@ -254,7 +254,7 @@ def _hold_out(
             return None
         share = two_covariance.centre_share(len(np.unique(labels[shown])))
         centre = share * x[shown].mean(axis=0)
-        centred, own = unit_from(centre, x), unit_from(centre, films[name])
+        centred, own = (two_covariance.unit_from(centre, side) for side in (x, films[name]))
         sums = two_covariance.make_sums(centred[shown], labels[shown], 1 + num_identities)
         parts["found"].append(two_covariance.covariances(sums))
         rows = np.flatnonzero(shown)
@@ -267,13 +267,6 @@ def _hold_out(
     known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
     answers = np.where(known[labels[held]], labels[held], 0).astype(np.int32)
     return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
-
-
-def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Returns unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
-    gap = x - centre
-    unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
-    return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
 
 
 class _Ratios(NamedTuple):

@@ -66,6 +66,13 @@ def make_totals(
     return np.bincount(labels, minlength=num_classes).astype(np.float64), total
 
 
+def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Returns unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
+    gap = x - centre
+    unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
+    return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
+
+
 class Covariances(NamedTuple):
     """Covariances of the vectors of one modality before they are shrunk."""
 
