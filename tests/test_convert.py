@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidjax.extract import cards, convert, models
+from vidjax.extract import align, cards, convert, models
 from vidjax.main import main
 
 onnx = pytest.importorskip("onnx")
@@ -205,6 +205,12 @@ def test_two_people_are_told_apart(nets):
     vectors = models.Embedder(card)(np.stack(crops))
     distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
     assert distance[:3, :3].max() < 0.55 and distance[:3, 3].min() > 0.65
+
+    y, x = np.mgrid[:150, :150]
+    lens = [np.hypot(x - eye[0], y - eye[1]) < 20 for eye in card.template[:2]]
+    glasses = np.where(np.logical_or(*lens)[..., None], np.uint8(30), np.stack(crops))
+    assert not align.has_dark_eyes(np.stack(crops), card.template).any()
+    assert align.has_dark_eyes(glasses, card.template).all()
 
 
 @pytest.mark.slow

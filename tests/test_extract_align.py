@@ -133,3 +133,19 @@ def test_noise_does_not_count_as_sharp(side):
     sharp, grained, soft, soft_grained, dark, noise = align.sharpness(crops)
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
     assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp
+
+
+def test_dark_glasses_and_no_shadow_on_one_side():
+    """A head with bare eyes, lit from one side, and in a dark picture; then with glasses."""
+    y, x = np.mgrid[:150, :150]
+    bare = np.full((150, 150), 150.0)
+    for eye in TEMPLATE[:2]:
+        away = np.hypot((x - eye[0]) / 2, y - eye[1])
+        bare[away < 7] = 200  # the white
+        bare[away < 3] = 20
+    lit = bare * np.where(x < 75, 0.3, 1.0)
+    lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
+    glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
+    pictures = [bare, lit, 0.2 * bare, glasses, np.where(lens, 30.0, bare), 0 * bare]
+    crops = np.array(pictures).astype(np.uint8)[..., None].repeat(3, -1)
+    assert align.has_dark_eyes(crops, TEMPLATE).tolist() == [False] * 3 + [True, False, False]

@@ -15,6 +15,8 @@ SQUARES = 37  # on a side of a crop, in which detail is measured: 4 of 150 pixel
 HALF_SHARP = 1200.0  # variance of their Laplacian, of grey levels 0 to 255, that is half sharp
 PROFILE = 0.5  # distance of the nose from the middle line, in distances of the eyes, of a profile
 SMALL = 80  # pixels of a side of a thumbnail, at most
+EYE_RADIUS = 0.22  # of a disc around an eye or on a cheek, in distances of the eyes
+DARK_EYES = 0.6  # brightness of eyes over cheeks behind dark glasses; bare eyes have 0.8 to 1.2
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
@@ -202,6 +204,33 @@ def frontality(points: np.ndarray) -> np.ndarray:
     length = np.maximum(np.hypot(*line.T), 1e-6)
     off = np.abs(line[:, 0] * nose[:, 1] - line[:, 1] * nose[:, 0]) / length
     return np.clip(1.0 - off / (PROFILE * np.maximum(_eye_distance(points), 1e-6)), 0.0, 1.0)
+
+
+def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
+
+    The brightest fifth of the pixels around a bare eye are skin or the white of the eye. They are
+    about as bright as the cheek below. Each eye is compared with the cheek on its side, since light
+    often comes from one side.
+
+    Args:
+      crops: [N, S, S, 3] uint8, as of `warp`.
+      template: [5, 2], the places of the five points in a crop.
+    """
+    grey, template = crops.astype(np.float32) @ GREY, np.asarray(template, np.float64)
+    eyes, mouth = template[:2], template[3:]
+    radius = EYE_RADIUS * _eye_distance(template[None])[0]
+    y, x = np.mgrid[: grey.shape[1], : grey.shape[2]]
+
+    def level(middle: np.ndarray, percent: float) -> np.ndarray:
+        disc = np.hypot(x - middle[0], y - middle[1]) <= radius
+        return np.percentile(grey[:, disc], percent, axis=1)
+
+    sides = [
+        level(eye, 80) < DARK_EYES * level((eye + corner) / 2, 50)
+        for eye, corner in zip(eyes, mouth, strict=True)
+    ]
+    return np.logical_and(*sides)
 
 
 def _eye_distance(points: np.ndarray) -> np.ndarray:

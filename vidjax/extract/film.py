@@ -255,10 +255,13 @@ class Clips:
                 arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
         self._write(name, arrays)
         top = max(best, key=lambda seen: (seen.quality, seen.number))
-        if "face" in top.parts and (thumbnails := self._out / folder.THUMBNAILS).is_dir():
-            crop = top.parts["face"][1]
-            files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
-        self.tracks.append(_times(track, name))
+        written = _times(track, name)
+        if "face" in top.parts:
+            crop, template = top.parts["face"][1], np.array(self._nets.embed["face"].card.template)
+            written.dark_eyes = bool(align.has_dark_eyes(crop[None], template)[0])
+            if (thumbnails := self._out / folder.THUMBNAILS).is_dir():
+                files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
+        self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
         """Drops the people of all other tracks, which ended too short to be clips."""

@@ -60,13 +60,17 @@ class Extraction(Struct, kw_only=True):
 
 
 class Track(Struct, kw_only=True):
-    """A person in one shot: the clip, seconds of begin and end, and the number of sightings."""
+    """A person in one shot: the clip, seconds of begin and end, and the number of sightings.
+
+    `dark_eyes` if the best face seems to wear sunglasses, see `align.has_dark_eyes`.
+    """
 
     clip: Text
     shot: Count
     start_s: Seconds
     end_s: Seconds
     seen: Size
+    dark_eyes: bool = False
 
     def __post_init__(self) -> None:
         _check_file_name(self.clip)
@@ -155,10 +159,14 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
     if len(film.tracks) != 1:
         found = f"{len(film.tracks)} faces are" if film.tracks else "no face is"
         return None, f"{found} found: give a photo of one person alone"
-    clip = film.tracks[0].clip
+    track = film.tracks[0]
+    clip = track.clip
     best = float(np.max(files.read_npz(folder / f"{clip}.npz").get("face_quality", 1.0)))
-    about = f"a poor face, quality {best:.3f} of 1: a larger or sharper one from the front helps"
-    return clip, about if best < POOR else ""
+    if best < POOR:
+        return clip, (
+            f"a poor face, quality {best:.3f} of 1: a larger or sharper one from the front helps"
+        )
+    return clip, "sunglasses, or a shadow over the eyes: a photo without helps" * track.dark_eyes
 
 
 def write(path: Path, value: Struct) -> None:
