@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax import files, messages, metrics
-from vidjax.data.untrusted.names import check_name, escape
+from vidjax.data.untrusted.names import check_name, escape, normal_form
 from vidjax.errors import UserError
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
 
@@ -120,7 +120,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
             note("separators", f"{place}: fields are not separated by single spaces")
         if not _is_text(line):
             note("encoding", f"{place}: not UTF-8 text")
-        identity, *given = fields
+        identity, given = normal_form(fields[0]), fields[1:]
         names = list(dict.fromkeys(given))
         if len(names) < len(given):
             repeated = next(name for name, count in Counter(given).items() if count > 1)
@@ -183,6 +183,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
         if direct and len(fields) > 2:
             raise UserError(f"{place}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
+        identity = normal_form(identity)
         if identity in positives and not direct:
             raise UserError(f"{place}: identity {identity!r} has a line already")
         for clip in clips:

@@ -30,7 +30,7 @@ from vidjax import files, messages, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
-from vidjax.data.untrusted.names import check_identity, show
+from vidjax.data.untrusted.names import clean_identity, normal_form, show
 from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
@@ -280,8 +280,7 @@ def _photos(people: Path) -> dict[str, list[Path]]:
         if not photos:
             say(f"{show(one.name)}: no photo directly in '{show(str(one))}': not looked for")
         else:
-            name = one.name if one.is_dir() else one.stem
-            check_identity(name)
+            name = clean_identity(one.name if one.is_dir() else one.stem)
             found.setdefault(name, []).extend(photos)
     if not found:
         raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
@@ -324,7 +323,7 @@ def _enrol(
 
 def _person(clip: str) -> str | None:
     """Returns whose photo a clip of the gallery is; None for a clip of a film."""
-    return clip.split("/")[1] if clip.startswith(f"{PEOPLE}/") else None
+    return normal_form(clip.split("/")[1]) if clip.startswith(f"{PEOPLE}/") else None
 
 
 def _forget(gallery: Gallery, names: set[str], out: Path) -> None:

@@ -1,10 +1,12 @@
 """`vidjax serve`: a gallery, and perhaps the net of a run, answers other programs over HTTP."""
 
 import argparse
+import os
+import warnings
 from pathlib import Path
 
 from vidjax import messages
-from vidjax.errors import UserError, need
+from vidjax.errors import UserError, VidjaxWarning, need
 from vidjax.messages import Parser, Result
 
 
@@ -50,6 +52,9 @@ def run(args: argparse.Namespace) -> Result:
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         messages.say(f"http://{shown}:{number}")
+        # What is told the person at a terminal names people. A log names nobody.
+        os.environ[messages.QUIET] = "1"
+        warnings.simplefilter("ignore", VidjaxWarning)
         complete = app_lib.serve(app, listener, limits)
     text = "ended" if complete else "ended: requests under way were cut off"
     return Result({"ended": True, "complete": complete}, text=text)

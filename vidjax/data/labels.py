@@ -14,8 +14,8 @@ import numpy as np
 from vidjax import files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import check_identity, clean_name_at, show, unescape
-from vidjax.errors import NoFileError, UserError, check_argument, closest, warn
+from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
+from vidjax.errors import NoFileError, UserError, check_argument, closest, named, warn
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
@@ -133,11 +133,8 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
             raise UserError(
                 f"{place}: an identity is text or int, not {kind}: use str(), or None for nobody"
             )
-        text = str(identity)
-        try:
-            check_identity(text)
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from None
+        with named(place):
+            text = clean_identity(str(identity))
         if re.fullmatch("-[0-9]+", text):
             raise UserError(
                 f"{place}: identity {text} is negative: leave out clips of nobody on the list"
@@ -206,6 +203,8 @@ def load_ground_truth(
                 "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all"
             )
         identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
+        with named(where.removesuffix(":")):
+            identity = clean_identity(unescape(identity))
         if inverted and not names:
             raise UserError(f"{where} identity {show(identity)} has no clips")
         if not inverted and len(fields) != 2:
@@ -222,7 +221,7 @@ def load_ground_truth(
                     f"{where} clip {show(name)} is already in line {first[name]}, with label "
                     f"{show(labels[name])}: delete one"
                 )
-            labels[name], first[name] = unescape(identity), number
+            labels[name], first[name] = identity, number
     _check_identities(path, labels, first)
     return labels
 

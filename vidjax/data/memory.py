@@ -22,7 +22,7 @@ from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, batch_of, block
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
 from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
 from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.names import show
+from vidjax.data.untrusted.names import clean_identity, show
 from vidjax.errors import NoFileError, UserError, closest, warn
 from vidjax.machine import memory_bytes
 
@@ -312,7 +312,10 @@ def load_people(
     """
     path = Path(path).expanduser()
     found = {one.name: sorted(one.glob("*.npz")) for one in sorted(path.iterdir()) if one.is_dir()}
-    people = {name: files for name, files in found.items() if files}
+    people = dict[str, list[Path]]()
+    for name, paths in found.items():
+        if paths:
+            people.setdefault(clean_identity(name), []).extend(paths)
     if not people or next(path.glob("*.npz"), None):
         problem = "holds clips, and not a folder for each person" if people else "holds no clips"
         raise NoFileError(f"{path}: {problem}\nwanted {path}/PERSON/CLIP.npz")
@@ -326,10 +329,9 @@ def load_people(
     def clips() -> Iterator[Clip]:
         for person, files in people.items():
             for clip in read_clips(files):
-                identity[f"{person}/{clip.given or clip.name}"] = person
-                yield clip._replace(
-                    name=f"{person}/{clip.name}", given=f"{person}/{clip.given or clip.name}"
-                )
+                given = f"{person}/{clip.given or clip.name}"
+                identity[given] = person
+                yield clip._replace(name=f"{person}/{clip.name}", given=given)
 
     return MemoryClips.pack(clips(), modalities, (), quality), identity
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from vidjax import bulk, messages, metrics, tables
-from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError, check_argument
+from vidjax.data.untrusted.names import clean_identity, show
+from vidjax.errors import UserError, check_argument, named
 
 if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
@@ -207,7 +207,8 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
             continue
         if len(cells) != 2 or not all(map(str.strip, cells)):
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
-        clip, identity = (cell.strip() for cell in cells)
+        with named(f"{path}: line {number}"):
+            clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
         if found.setdefault(clip, identity) != identity:
             raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
     return {n: name for n, name in found.items() if unknown or not name.startswith(UNKNOWN)}

@@ -1,11 +1,11 @@
 """Changes of a gallery: made to a draft, and written together, all or none."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from vidjax.data.untrusted.names import check_identity, check_name, show
+from vidjax.data.untrusted.names import check_name, clean_identity, normal_form, show, similar_names
 from vidjax.errors import UserError, check_argument, closest
 from vidjax.extract.folder import film_of
 from vidjax.gallery.backend import Backend, People
@@ -35,8 +35,8 @@ class Draft:
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors; returns how many are new."""
-        for name, clip in clips.items():
-            check_clip(name, clip, sum(self._state.index.backend.widths.values()))
+        width = sum(self._state.index.backend.widths.values())
+        clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         new = {
             name: self.clips.get(name, clip)._replace(identity=clip.identity)
             for name, clip in clips.items()
@@ -80,9 +80,8 @@ class Draft:
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips."""
-        check_word("identity", to)
-        names = self._shown_by(identity)
-        if to == identity:
+        to, names = check_person(to), self._shown_by(identity)
+        if to == normal_form(identity):
             raise UserError(f"'{show(to)}' has this name already")
         if to in self.groups and not merge:
             raise UserError(
@@ -95,8 +94,7 @@ class Draft:
     def relabel(self, clip: str, identity: str | None) -> str | None:
         """Gives a clip another identity; returns the one it had; None is a stranger's."""
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
-        if identity is not None:
-            check_word("identity", identity)
+        identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
         if old is None:  # one that looks alike is a clip of somebody else
             raise UserError(
@@ -111,7 +109,7 @@ class Draft:
     def _shown_by(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
             raise no_such("identity", identity, None)
-        return known("identity", identity, self.groups)
+        return known("identity", normal_form(identity), self.groups)
 
     def _edit(self, clips: Mapping[str, Clip | None]) -> None:
         """Replaces clips by name; None removes one."""
@@ -150,6 +148,12 @@ class Draft:
         return old.identity != clip.identity
 
     # ---- what is written
+
+    @property
+    def similar(self) -> dict[str, str]:
+        """New person -> another person, whose name looks alike."""
+        new = self.groups.keys() & self._touched - self._state.groups.keys() - {STRANGER}
+        return similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
     def _pairs(self) -> list[tuple[Clip | None, Clip | None]]:
         """Returns each changed clip as it was and is; one that was replaced has another vector."""
@@ -242,11 +246,11 @@ def stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.nda
     return np.array(vectors, np.float32).reshape(len(names), width)
 
 
-def check_clip(name: str, clip: Clip, width: int) -> None:
-    """Refuses a clip with a malformed name, or a vector that shows nobody."""
-    check_word("clip name", name)
+def check_clip(name: str, clip: Clip, width: int) -> Clip:
+    """Returns a clip with the cleaned name of its person; refuses one that shows nobody."""
+    _check_length("clip name", check_name(name))
     if clip.identity is not None:
-        check_word("identity", clip.identity)
+        clip = clip._replace(identity=check_person(clip.identity))
     if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
         raise UserError(
             f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
@@ -256,13 +260,18 @@ def check_clip(name: str, clip: Clip, width: int) -> None:
         raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
     if not clip.vector.any():
         raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
+    return clip
 
 
-def check_word(kind: Literal["clip name", "identity"], word: str) -> None:
-    """Refuses a name that a gallery could not write."""
-    check_identity(word) if kind == "identity" else check_name(word)
-    if len(word) > MOST_LETTERS:
-        raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
+def check_person(name: str) -> str:
+    """Returns the cleaned name of a person; refuses a name that a gallery could not write."""
+    return _check_length("identity", clean_identity(name))
+
+
+def _check_length(kind: str, name: str) -> str:
+    if len(name) > MOST_LETTERS:
+        raise UserError(f"{kind} '{show(name)}' is longer than {MOST_LETTERS:,} letters")
+    return name
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vidjax import bulk, files, messages, tables
+from vidjax.data.untrusted.names import normal_form
 from vidjax.errors import UserError, warn
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances
-from vidjax.gallery.changes import stack
+from vidjax.gallery.changes import check_person, stack
 from vidjax.messages import Parser, Result
 from vidjax.run import terminal
 
@@ -271,9 +272,12 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
 def _enrol(args: argparse.Namespace) -> Result:
     from vidjax.data.memory import MemoryClips, load_people
 
+    if args.identity:  # a mistake is reported before clips are read
+        check_person(args.identity)
+    named = _read_labels(Path(args.labels).expanduser()) if args.labels else {}
     gallery, strangers = _opened(args), args.strangers
     if args.labels:
-        clips, identity = _clips(args, gallery), _read_labels(Path(args.labels).expanduser())
+        clips, identity = _clips(args, gallery), named
     elif args.input and not args.identity and not strangers:
         path = Path(args.input).expanduser()
         if path.is_file() or any(path.glob("*.npz")):
@@ -444,7 +448,7 @@ def _remove(args: argparse.Namespace) -> Result:
 def _rename(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
     count = gallery.rename(args.identity, args.to, merge=args.merge)
-    clips = _of(gallery.identities[args.to], "clip")
+    clips = _of(gallery.identities[normal_form(args.to)], "clip")
     told = f"{args.identity} is {args.to}, with {clips}"
     return _counts(gallery, {"renamed": told}, {"renamed": count})
 
@@ -466,7 +470,8 @@ def _list(args: argparse.Namespace) -> Result:
     result = _counts(gallery)
     listed = gallery.identities
     if args.identity is not None:
-        listed = {args.identity: known("identity", args.identity, listed)}
+        name = normal_form(args.identity)
+        listed = {name: known("identity", name, listed)}
     content = {**result.content, "identities": listed}
     lines = [(name, f"{count:,}") for name, count in listed.items()]
     if args.clips:

@@ -26,7 +26,9 @@ import itertools
 import math
 import numbers
 import os
+import shlex
 import threading
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
@@ -37,15 +39,15 @@ from vidjax import files
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
-from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError, check_argument
+from vidjax.data.untrusted.names import normal_form, show, similar_names
+from vidjax.errors import UserError, check_argument, warn
 from vidjax.extract.folder import film_of
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import grouping
 from vidjax.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, Rule, Threshold
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index
-from vidjax.gallery.changes import Draft, by_film, check_clip, enrol, stack_films
+from vidjax.gallery.changes import Draft, by_film, check_clip, check_person, enrol, stack_films
 from vidjax.gallery.store import MOST_WIDTH, STRANGER, Clip, Origin, State, Store, group
 from vidjax.models.two_covariance import Settings
 from vidjax.run.terminal import say, uncounted
@@ -67,11 +69,15 @@ EMBEDDING = "embedding"  # the one part of a run that is no PLDA
 
 
 class Enrolment(NamedTuple):
-    """Counts of new and of already enrolled clips, and names of those without a usable frame."""
+    """Counts of new and of already enrolled clips, and names of those without a usable frame.
+
+    `similar` are new person -> another person, whose name looks alike.
+    """
 
     enrolled: int
     unchanged: int
     refused: tuple[str, ...]
+    similar: dict[str, str]
 
 
 class Vectors(NamedTuple):
@@ -123,7 +129,7 @@ class Gallery:
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(Path(folder).expanduser().absolute())
-        self._state = self._store.read()
+        self._state = _read(self._store)
         self._lock = threading.RLock()  # of `_state`: no older state replaces a newer one
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
@@ -219,8 +225,7 @@ class Gallery:
         """Makes a gallery of clips given as vectors, which `origin` made; see `create`."""
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
-        for name, clip in clips.items():
-            check_clip(name, clip, width)
+        clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
@@ -228,7 +233,9 @@ class Gallery:
         store = Store(path)
         if foreign := store.foreign():
             raise UserError(f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder")
-        store.create(_state(1, origin, backend, clips))
+        state = _state(1, origin, backend, clips)
+        store.create(state)
+        _tell_of_similar(path, similar_names(state.people, ()))
         return cls(path, run=run)
 
     def __repr__(self) -> str:
@@ -246,7 +253,9 @@ class Gallery:
         return True  # also of a gallery of nobody
 
     def __contains__(self, identity: object) -> bool:
-        return identity != STRANGER and identity in self._now().groups
+        if not isinstance(identity, str) or identity == STRANGER:
+            return False
+        return normal_form(identity) in self._now().groups
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
@@ -303,7 +312,7 @@ class Gallery:
         try:
             with self._lock:
                 if self._store.sha256() != self._state.sha256:
-                    self._state = self._store.read()
+                    self._state = _read(self._store)
         except UserError as error:
             raise UnreadableError(str(error)) from error
 
@@ -394,6 +403,7 @@ class Gallery:
                 state = _refitted(state)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
+        _tell_of_similar(self.folder, draft.similar)
 
     def enrol(
         self,
@@ -418,13 +428,17 @@ class Gallery:
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
+            # A mistake is reported before vectors are made.
+            given = {"": identities} if isinstance(identities, str) else identities
+            for name, identity in given.items():
+                wanted = f"the name of a person for clip {name!r}"
+                check_argument("enrol: identities", identity, (str, type(None)), wanted)
+                _ = None if identity is None else check_person(identity)
         found = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(found.names, identities)
         if identities is not None:
-            for name, identity in identities.items():
-                wanted = f"the name of a person for clip {name!r}"
-                check_argument("enrol: identities", identity, (str, type(None)), wanted)
+            _check_given(identities, found.names)
             found = found._replace(labels=tuple(map(identities.get, found.names)))
         wanted = [n for n, label in zip(found.names, found.labels, strict=True)
                   if (label is None) == strangers]  # fmt: skip
@@ -435,15 +449,17 @@ class Gallery:
                     "leave out strangers=True, by command --strangers"
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
-        usable = _clips_of(found)
+        labels = [None if label is None else check_person(label) for label in found.labels]
+        usable = _clips_of(found._replace(labels=tuple(labels)))
         shown = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
         if not shown:
             raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
-        new = self.add(shown)
+        with self.change() as draft:
+            new = draft.add(shown)
         groups, people = self._state.groups, {clip.identity or STRANGER for clip in shown.values()}
         _tell_of_films({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
-        return Enrolment(new, len(shown) - new, refused)
+        return Enrolment(new, len(shown) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
         """Adds clips given as vectors, all or none; returns how many are new.
@@ -812,6 +828,28 @@ def _clips_of(found: Vectors) -> dict[str, Clip]:
     return {name: Clip(label, row) for name, label, row in clips if row.any()}
 
 
+def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
+    """Refuses labels of which none is of a clip that is there; warns if some are not."""
+    stray = sorted(map(str, identities.keys() - {*clips}))
+    if not stray:
+        return
+    place = f"identities: no clip is called '{show(stray[0])}'; one is '{show(min(clips))}'"
+    if len(stray) == len(identities):
+        raise UserError(f"{place}\ngive clips the names that they have in the features")
+    warn(f"{place}: {len(stray):,} of {len(identities):,} names are not used")
+
+
+def _tell_of_similar(folder: Path, names: Mapping[str, str]) -> None:
+    """Warns of new people whose names look like the names of others."""
+    for name, other in itertools.islice(names.items(), 1):
+        more = f" ({len(names):,} new names are such)" if len(names) > 1 else ""
+        words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
+        warn(
+            f"'{show(name)}' looks like '{show(other)}', and is another person here{more}\n"
+            f"if they are the same: {shlex.join([*words, '--merge'])}"
+        )
+
+
 def _tell_of_films(groups: Mapping[str, Collection[str]]) -> None:
     """Tells the user of whom all clips, two or more, are of one film; name -> clips."""
     few = [name for name, some in groups.items() if len(some) > 1 == len({*map(film_of, some)})]
@@ -850,6 +888,22 @@ def _refitted(state: State) -> State:
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
     return _state(state.version, state.run, backend, clips)
+
+
+def _read(store: Store) -> State:
+    """Returns what a folder holds; names in another Unicode form, of earlier versions, are changed.
+
+    The next change then writes the whole file.
+    """
+    state = store.read()
+    if all(unicodedata.is_normalized("NFC", name) for name in state.groups):
+        return state
+    clips = {
+        name: clip._replace(identity=normal_form(clip.identity)) if clip.identity else clip
+        for name, clip in state.clips.items()
+    }
+    new = _state(state.version, state.run, state.index.backend, clips)
+    return new._replace(sha256=state.sha256)
 
 
 def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:

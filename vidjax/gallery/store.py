@@ -34,7 +34,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax import files
-from vidjax.data.untrusted.names import check_identity, check_name, show
+from vidjax.data.untrusted.names import check_name, show
 from vidjax.errors import InUseError, UserError
 from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People, from_numbers, sizes
 from vidjax.models.two_covariance import Settings
@@ -267,15 +267,16 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with its digests.
 
-        With `new` and `people`, only these clips and people are written, and the others stay. A
-        state is refused if it was made from another state than the file holds, by its `sha256`.
+        With `new` and `people`, only these clips and people are written, and the others stay. If
+        `state.rows` is 0, other names are in the file, and all is written. A state is refused if it
+        was made from another state than the file holds, by its `sha256`.
         """
         with _errors(self.path):
             newer = bool(state.sha256) and _facts_row(connection)[1] != state.sha256
         if newer:
             raise InUseError(f"gallery '{self.folder}' was changed meanwhile\ntry again")
         with _errors(self.path, write=True):
-            if new is not None and people is not None:
+            if new is not None and people is not None and state.rows:
                 rows = state.rows - _take_out(connection, "clip", new)
                 rows -= _take_out(connection, "person", people.names)
                 rows += _insert(connection, "person", _person_rows(people))
@@ -507,7 +508,7 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, Cl
                 raise UserError("a clip is not what vidjax writes")
             check_name(name)
             if person != STRANGER:
-                check_identity(person)
+                check_name(person, "identity")
             total += _digest(row)
             x = np.frombuffer(vector, FLOAT)
             clips[name] = Clip(None if person == STRANGER else person, x, bool(fitted))

@@ -31,7 +31,7 @@ from starlette.routing import Route, Router
 
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
-from vidjax.data.untrusted.names import check_identity, show
+from vidjax.data.untrusted.names import clean_identity, normal_form, show
 from vidjax.errors import UserError
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery.gallery import Gallery, Vectors
@@ -261,7 +261,7 @@ class Application:
         # Strangers, too, are no change of whom earlier answers name, but of the threshold.
         shown = {} if asked.strangers else asked.identities or asked.identity
         for name in shown.values() if isinstance(shown, dict) else [shown]:
-            check_identity(str(name))
+            clean_identity(str(name))
         if asked.identities and (stray := asked.identities.keys() - clips.keys()):
             raise unprocessable(f"identities: no clip '{show(min(stray))}' is given")
         self._check_ready()
@@ -284,7 +284,7 @@ class Application:
 
     async def identities(self, request: Request) -> Response:
         """Lists people and their numbers of clips by name, 10,000 at a time."""
-        after = _of_words(request.query_params, Page).after
+        after = normal_form(_of_words(request.query_params, Page).after)
         people = await self.asked.run(lambda: self.people.gallery.identities)
         names = [name for name in people if name > after]
         listed = {name: people[name] for name in names[:LISTED]}

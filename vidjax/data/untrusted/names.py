@@ -1,9 +1,11 @@
 """Names of clips and identities, and text of unknown origin in messages."""
 
+import itertools
 import re
 import sys
 import unicodedata
 import urllib.parse
+from collections.abc import Iterable
 
 from vidjax.errors import UserError
 
@@ -12,6 +14,11 @@ _BREAKS = ("Cc", "Zl", "Zp")
 # White space and the byte order mark, which readers of text drop; and a % before two hexadecimal
 # digits, so that every name is read back.
 _UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
+_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, which Persian and Indic names have between letters
+# Letters without a shape that are not of the category Cf: fillers, and selectors of a variant.
+_SHAPELESS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
 
 
 def show(text: str | bytes) -> str:
@@ -47,11 +54,57 @@ def check_name(name: str, kind: str = "clip name") -> str:
     return name
 
 
-def check_identity(name: str) -> str:
-    """Returns a name as `check_name` does; ValueError for outer blanks, as in `Ann ` for `Ann`."""
+def clean_identity(name: str) -> str:
+    """Returns the name of a person in its `normal_form`. All new names pass through here.
+
+    UserError for outer blanks, as in `Ann ` for `Ann`, for what `check_name` refuses, and for an
+    invisible letter (category Cf). If a joiner stands between two letters, it is allowed.
+    """
     if name != name.strip() and name.strip():
         raise UserError(f"identity '{show(name)}' has outer blanks: strip() it")
-    return check_name(name, "identity")
+    name = normal_form(check_name(name, "identity"))
+    if name.isprintable():  # then it has no letter of the category Cf
+        return name
+    for place, letter in enumerate(name):
+        beside = [unicodedata.category(other)[0] for other in name[place - 1 : place + 2 : 2]]
+        joins = letter in _JOINERS and place and len(beside) == 2 and {*beside} <= {"L", "M"}
+        if unicodedata.category(letter) == "Cf" and not joins:
+            raise UserError(
+                f"identity '{show(name)}' holds the invisible letter {letter!a}: leave it out"
+            )
+    return name
+
+
+def normal_form(name: str) -> str:
+    """Returns a name in the Unicode form NFC: `e` and an accent are one letter.
+
+    Names of people are compared in this form. File systems and keyboards write others.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def fold(name: str) -> str:
+    """Returns the form that a name shares with names that look like it, and may differ from it.
+
+    Case, compatible letters (`\ufb01` and `fi`), invisible letters and runs of blanks do not count.
+
+    Source: NFKC_Casefold of the Unicode standard.
+    """
+    if name.isascii():
+        return " ".join(name.casefold().split())
+    text = unicodedata.normalize("NFKC", name).casefold()
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", _SHAPELESS.sub("", text)).split())
+
+
+def similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Returns new name -> a known or another new name that looks like it and is not equal."""
+    seen, found = dict[str, str](), dict[str, str]()
+    new = [*new]
+    for name in itertools.chain(known, new) if new else ():
+        if (other := seen.setdefault(fold(name), name)) != name:
+            found[name] = other
+    return {name: found[name] for name in new if name in found}
 
 
 def clean_name(name: str) -> str:
