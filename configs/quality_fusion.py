@@ -111,6 +111,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.decay = "cosine"  # paper
     if to_the_letter:
         config.data.max_frames = 4096  # code: draws from all faces of a clip
+        config.data.whole_epochs = True  # code: its loader keeps the short last batch
         # Code: 2e-5 for nine epochs, then 1.5e-4, halved every 50
         config.optim.warmup = config.optim.warmup_scale = 0.0
         config.optim.decay = "piecewise"

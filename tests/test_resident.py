@@ -142,6 +142,31 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert (both["face"].features != both["head"].features).any()
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 8])
+def test_an_epoch_of_examples_ends_with_a_short_batch(batch_size):
+    """Each example comes once an epoch, in ceil(N / B) steps; rows that are left are empty."""
+    examples = np.array([0, 2, 3, 5, 6], np.int32)
+    clips = {"face": pack([9, 3, 12, 8, 1, 2, 30]), "audio": pack([1] * 7)}
+    plan = plan_of(batch_size=batch_size, num_clips=5)._replace(examples=examples)
+    draw, step, drawn, orders = drawer(clips, plan), 0, 0, []
+    for _ in range(4):
+        left, order = set(examples.tolist()), []
+        while left:
+            batch = draw(step)
+            count = min(batch_size, len(left))
+            assert batch.batch_mask.tolist() == [True] * count + [False] * (batch_size - count)
+            order += batch.clip_index[:count].tolist()
+            left -= set(order)
+            for frames in batch.frames.values():
+                assert frames.mask[:count].any(axis=1).all()
+                assert not any(field[count:].any() for field in frames)
+            step, drawn = step + 1, drawn + count
+            assert plan.num_drawn(step) == drawn
+        assert sorted(order) == examples.tolist()
+        orders.append(order)
+    assert step == 4 * -(-5 // batch_size) and len({tuple(order) for order in orders}) > 1
+
+
 COUNTS = {"train": 33, "val": 20, "test": 6}
 
 
@@ -197,16 +222,21 @@ def test_a_split_that_is_not_resident_is_streamed(ragged, held):
 
 
 @pytest.mark.parametrize(
-    ("splits", "modalities", "crop", "first"),
+    ("splits", "modalities", "crop", "first", "num_examples"),
     [
-        (("train",), ("face", "audio", "body"), "window", 0),
-        pytest.param(("val", "train"), ("body", "face"), "quality", 3, marks=pytest.mark.slow),
-        pytest.param(("train", "val"), ("face",), "window", 9, marks=pytest.mark.slow),
-        pytest.param(("val",), ("audio", "face"), "quality", 0, marks=pytest.mark.slow),
+        (("train",), ("face", "audio", "body"), "window", 0, None),
+        (("train",), ("face", "audio"), "window", 2, 31),
+        pytest.param(("val", "train"), ("body", "face"), "quality", 3, 29, marks=pytest.mark.slow),
+        pytest.param(("train", "val"), ("face",), "window", 9, None, marks=pytest.mark.slow),
+        pytest.param(("val",), ("audio", "face"), "quality", 0, None, marks=pytest.mark.slow),
     ],
 )
-def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first):
-    """In every step of several epochs."""
+def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first, num_examples):
+    """In every step of several epochs; of examples, in whole epochs."""
+    examples = None
+    if num_examples:
+        chosen = np.random.default_rng(1).permutation(33)[:num_examples]
+        examples = np.sort(chosen).astype(np.int32)
     plan = make_batch_plan(
         [ragged.split(name) for name in splits],
         modalities,
@@ -214,11 +244,12 @@ def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, firs
         max_frames=7,
         crop=crop,
         seed=3,
+        examples=examples,
     )
     layout = resident.plan_resident(ragged, plan, "val")
     draw = drawer(resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train, plan)
     stream = ragged.train_batches(plan, step=first)
-    for step in range(first, first + 3 * plan.num_clips // 12):
+    for step in range(first, first + 3 * plan.num_places // 12):
         jax.tree.map(np.testing.assert_array_equal, next(stream), draw(step))
 
 

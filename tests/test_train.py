@@ -1,6 +1,7 @@
 """Training end to end: learning, resuming to the bit, devices, the shipped configurations."""
 
 import json
+import math
 import signal
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +79,25 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     assert_same_run(parts, tmp_path / "whole", RUN_FILES)
 
 
+def test_a_run_of_whole_epochs_resumes_within_one(data, tmp_path):
+    """As published: of clips with a good face, and the last batch of an epoch is short."""
+    spec = "configs/quality_fusion.py:iqiyi_vid,published"
+    words = ("--config.num_epochs=3", "--config.fusion.face.train.min_quality=60", STREAMED)
+    config = shrunk(*words, "--config.batch_size=16", spec=spec)
+    faces = [face for _, face in real_frames(data, "train")]
+    is_good = [bool(np.any((x.quality >= 60) & (x.detection >= 0.7))) for x in faces]
+    steps = math.ceil(sum(is_good) / 16)
+    assert sum(is_good) < len(faces) and sum(is_good) % 16 and steps > 2
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(config, whole, data)["step"] == 3 * steps
+    with pytest.raises(signals.Interrupted):
+        run(config, parts, Interrupting(data, steps + 2, signal.SIGTERM))
+    run(config, parts, data)
+    assert_same_run(parts, whole, RUN_FILES)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "epoch" in line][-1] == 3
+
+
 @pytest.mark.parametrize(
     ("total", "logged"),
     [
@@ -87,12 +107,17 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     ],
 )
 def test_a_short_run_has_a_curve(total, logged):
-    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=total, num_clips=583, layout=None))
+    plan: Any = SimpleNamespace(
+        task=SimpleNamespace(total_steps=total, layout=None),
+        batches=SimpleNamespace(num_places=583),
+    )
     assert make_schedule(config_lib.default(), plan).log == logged
 
 
 def test_every_epoch_of_less_than_a_step_is_every_step():
-    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=4, num_clips=10, layout=True))
+    plan: Any = SimpleNamespace(
+        task=SimpleNamespace(total_steps=4, layout=True), batches=SimpleNamespace(num_places=10)
+    )
     config = config_lib.default()
     config.batch_size, config.eval.every_epochs, config.noise.relabel_every_epochs = 64, 1.0, 0.5
     schedule = make_schedule(config, plan)

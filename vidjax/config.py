@@ -178,6 +178,9 @@ TABLE: tuple[Field | Group, ...] = (
           high=2**20),
     Field("data.crop", "window", "frames of a longer clip in training: a random `window`, or the "
           "best by `quality`", choices=("window", "quality")),
+    Field("data.whole_epochs", False, "`True`: an epoch has the clips that a member learns from, "
+          "and its last batch is short; `False`: an epoch has all clips, and batches go on over "
+          "its end"),
     Field("data.distractors", "other", "clips without an identity in training: `other` (class "
           "column 0), `leave_out`, or `noise` (classes of their own, see the group `noise`)",
           choices=("other", "leave_out", "noise")),
@@ -270,7 +273,9 @@ TABLE: tuple[Field | Group, ...] = (
           "`multiclass`: the focal loss of the softmax; `batch`: the same with the focal factor of "
           "the mean over the batch", read_when=FOCAL),
     Field("loss.mean_over", "weights", "the loss of a batch is the sum over its clips, divided by "
-          "the sum of their `weights` or the number of `clips`", choices=("weights", "clips")),
+          "the sum of their `weights` or the number of `clips`; `branches`: as `weights`, and each "
+          "branch of a model takes the mean of only the clips that it learns from",
+          choices=("weights", "clips", "branches")),
     Field("loss.gamma", 2.0, "focusing exponent of the focal loss, 0 or more; 0: cross-entropy",
           low=0, read_when=GAMMA),
     Field("loss.schedule", ((0.0, 0.0),), "weight of the loss `loss.focal`, 0 to 1: pairs (epoch, "

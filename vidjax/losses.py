@@ -205,7 +205,9 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective: sum over branches(train_weight x loss of the logits).
 
-    The model gives `train_weight`. Arguments are those of `make_loss`.
+    The model gives `train_weight`. Arguments are those of `make_loss`. If `spec["mean_over"]` is
+    `branches`, each `train_weight` is divided by the share of the examples that its branch learns
+    from: the mean over all examples becomes the mean over these.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -221,6 +223,9 @@ def make_objective(
             scale = jnp.tile(scale, len(logits))
         counted = train_weight * mask[:, None]
         per_branch = loss_fn(rows, repeated, step, scale, counted).reshape(logits.shape[:2])
+        if spec["mean_over"] == "branches":
+            share = jnp.sum(counted, axis=0) / jnp.maximum(jnp.sum(mask), 1)  # [G]
+            train_weight = train_weight / jnp.maximum(share, 1e-6)
         return jnp.sum(per_branch * train_weight, axis=1)
 
     return objective

@@ -147,6 +147,7 @@ class TaskSpec(NamedTuple):
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
       settings: name -> value of the model's attributes that its `prepare` fitted, or None.
+      num_places: rows of all batches of an epoch, see `BatchPlan`; None: `num_clips`.
     """
 
     modalities: Mapping[str, int]
@@ -156,6 +157,7 @@ class TaskSpec(NamedTuple):
     total_steps: int
     train_other: bool
     settings: Mapping[str, float | tuple[float, ...]] | None = None
+    num_places: int | None = None
 
     @property
     def layout(self) -> NoiseLayout | None:
@@ -178,7 +180,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # those that are read here
     _check_precision(config["matmul_precision"])
-    steps_per_epoch = task.num_clips / config["batch_size"]
+    steps_per_epoch = (task.num_places or task.num_clips) / config["batch_size"]
     tx, schedule = optim.make_optimizer(
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )

@@ -203,12 +203,15 @@ def test_decay_by_learning_rates_of_no_finite_sum_is_refused(rate):
 def test_a_batch_larger_than_the_data_is_told(tmp_path):
     data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
 
-    def note(size):
-        config = make_config(f"batch_size={size}")
-        return plan.repeated_clips(config, plan.make_plan(config, data).task)
+    def note(size, *words):
+        config = make_config(f"batch_size={size}", *words)
+        return plan.repeated_clips(config, plan.make_plan(config, data))
 
     assert note(6) is None
     assert "--config.batch_size=6" in str(note(7))
+    assert note(6, "data.whole_epochs=True") is None
+    told = str(note(7, "data.whole_epochs=True"))
+    assert "a step has all of them" in told and "--config.batch_size=3" in told
     with pytest.raises(ValueError, match=r"batch_size=100000000.*\n--config.batch_size=6"):
         note(100_000_000)
 

@@ -246,7 +246,10 @@ def test_the_test_draws_too_and_repeatably():
 
 
 def test_the_focal_factor_is_that_of_the_mean():
-    """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean."""
+    """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean.
+
+    The batch of each net has only the clips that it learns from.
+    """
     config = config_of(DEEPMEF)
     rng = np.random.default_rng(1)
     cosines = rng.uniform(-0.9, 0.9, (6, 2, 5))
@@ -257,7 +260,8 @@ def test_the_focal_factor_is_that_of_the_mean():
 
     def total(cosines):
         output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
-        return jnp.sum(jnp.where(mask, objective(output, labels, mask, jnp.int32(0)), 0))
+        per_clip = jnp.where(mask, objective(output, labels, mask, jnp.int32(0)), 0)
+        return jnp.sum(per_clip) / mask.sum()
 
     def by_hand(cosines):
         loss = 0.0
@@ -271,7 +275,7 @@ def test_the_focal_factor_is_that_of_the_mean():
                 logits = np.where(np.arange(5) == labels[row], 30 * hard, logits)
                 entropies.append(np.log(np.sum(np.exp(logits))) - logits[labels[row]])
             mean = np.mean(entropies)
-            loss += len(entropies) * (1 - np.exp(-mean)) ** 2 * mean
+            loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
 
     with jax.enable_x64(True):

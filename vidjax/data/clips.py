@@ -5,6 +5,7 @@ Numpy only. The sources are `Dataset` (records on disk), `Resident` (arrays on t
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
@@ -77,12 +78,14 @@ class BatchPlan(NamedTuple):
     Attributes:
       splits: names of the training splits; `clip_index` numbers the clips of all, split by split.
       batch_size: B.
-      num_clips: N, the clips of all these splits.
+      num_clips: N, the clips of an epoch.
       padded_lengths: modality -> T.
       longer: modalities in which some clip has more than T frames.
       crop: how a longer clip is cut to T frames: 'window' takes consecutive frames from a random
         start, 'quality' the best T frames in time order.
       seed: seed of the order of clips and of the windows.
+      examples: [N] int32, the `clip_index` of the clips of an epoch, whose last batch is short;
+        None: an epoch has all clips, and batches go on over its end.
     """
 
     splits: tuple[str, ...]
@@ -92,6 +95,19 @@ class BatchPlan(NamedTuple):
     longer: tuple[str, ...]
     crop: str
     seed: int
+    examples: np.ndarray | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Rows of all batches of an epoch: N, and the empty rows of a short batch."""
+        if self.examples is None:
+            return self.num_clips
+        return math.ceil(self.num_clips / self.batch_size) * self.batch_size
+
+    def num_drawn(self, steps: int) -> int:
+        """Returns the number of clips in the batches of the first `steps` steps."""
+        epochs, place = divmod(steps * self.batch_size, self.num_places)
+        return epochs * self.num_clips + min(place, self.num_clips)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -159,7 +175,10 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of the steps from `step` on, with the clips of `order.draw`."""
+        """Yields the batches of the steps from `step` on, with the clips of `order.draw`.
+
+        Rows of batch_mask False have no frames.
+        """
         ...
 
     def packed(
@@ -256,6 +275,7 @@ def make_batch_plan(
     max_frames: int,
     crop: str,
     seed: int,
+    examples: np.ndarray | None = None,
 ) -> BatchPlan:
     """Plans the batches of training.
 
@@ -263,7 +283,7 @@ def make_batch_plan(
       splits: the training splits; `clip_index` numbers the clips of all, split by split.
       batch_size: B; may exceed the number of clips.
       max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
-      crop: 'window' or 'quality', see BatchPlan.
+      crop, examples: see BatchPlan.
       seed: seed of the order of clips and of the windows.
     """
     names = tuple(split.name for split in splits)
@@ -281,11 +301,12 @@ def make_batch_plan(
     return BatchPlan(
         splits=names,
         batch_size=batch_size,
-        num_clips=sum(len(split.clips) for split in splits),
+        num_clips=sum(len(split.clips) for split in splits) if examples is None else len(examples),
         padded_lengths=padded_lengths,
         longer=tuple(name for name in modalities if most[name] > padded_lengths[name]),
         crop=crop,
         seed=seed,
+        examples=examples,
     )
 
 

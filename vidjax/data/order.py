@@ -24,22 +24,24 @@ class Drawn(NamedTuple):
 
     Attributes:
       clip_index: [B] int32.
+      batch_mask: [B] bool, False for the empty rows of a short batch.
       windows: modality -> [B] float32 in [0, 1), see `first_frame`; only those of `plan.windowed`.
     """
 
     clip_index: Array
+    batch_mask: Array
     windows: Mapping[str, Array]
 
 
 def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> Drawn:
     """Returns the B clips of a step.
 
-    Every clip comes once per epoch. Batches run on across epochs: none is short and no clip is
-    dropped.
+    Every clip of `plan` comes once per epoch.
 
     Args:
       step: [] int32, number of the step, from 0.
-      epoch, place: [B] int32, the quotient and the rest of `step * B + arange(B)` divided by N.
+      epoch, place: [B] int32, the quotient and the rest of `step * B + arange(B)` divided by
+        `plan.num_places`.
     """
     order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
     window_rng = jax.random.fold_in(window_rng, step)
@@ -48,7 +50,12 @@ def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> Drawn:
         for number, name in enumerate(plan.modalities)
         if name in plan.windowed
     }
-    return Drawn(shuffled(order_rng, epoch, place, plan.num_clips), windows)
+    if plan.examples is None:
+        clip_index = shuffled(order_rng, epoch, place, plan.num_clips)
+        return Drawn(clip_index, jnp.ones(place.shape, bool), windows)
+    last = jnp.minimum(place, plan.num_clips - 1)
+    clip_index = jnp.asarray(plan.examples)[shuffled(order_rng, epoch, last, plan.num_clips)]
+    return Drawn(clip_index, place < plan.num_clips, windows)
 
 
 def first_frame(drawn: Array, length: Array, size: int) -> Array:

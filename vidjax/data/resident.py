@@ -46,13 +46,12 @@ def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Bat
       step: [] int32, number of the step, from 0.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
-    drawn = draw(plan, step, position // plan.num_clips, position % plan.num_clips)
-    batch_mask = jnp.ones(plan.batch_size, bool)
+    drawn = draw(plan, step, position // plan.num_places, position % plan.num_places)
     frames = {
-        name: frames_of(clips[name], drawn.clip_index, batch_mask, size, drawn.windows.get(name))
+        name: frames_of(clips[name], *drawn[:2], size, drawn.windows.get(name))
         for name, size in plan.padded_lengths.items()
     }
-    return Batch(frames, drawn.clip_index, batch_mask)
+    return Batch(frames, drawn.clip_index, drawn.batch_mask)
 
 
 def frames_of(

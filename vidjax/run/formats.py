@@ -132,6 +132,7 @@ class Manifest(Struct, kw_only=True):
     evaluated: bool = False
     seconds: float = 0.0
     settings: Annotated[dict[str, Known | Annotated[list[Known], MANY]], TABLE] | None = None
+    num_places: Size | None = None
 
 
 class Line(Struct, kw_only=True):

@@ -17,7 +17,15 @@ from vidjax.batch import Array, Batch, Frames, NoiseLayout
 from vidjax.config import Config
 from vidjax.data import sources
 from vidjax.data.checks import unusable
-from vidjax.data.clips import ClipSource, Modality, TrainingData, make_eval_plan, select_modalities
+from vidjax.data.clips import (
+    BatchPlan,
+    ClipSource,
+    Modality,
+    TrainingData,
+    make_batch_plan,
+    make_eval_plan,
+    select_modalities,
+)
 from vidjax.data.labels import load_clip_weights
 from vidjax.errors import UserError, warn
 from vidjax.models.base import Identifier, TrainingClips
@@ -48,12 +56,14 @@ class RunPlan(NamedTuple):
       training_sets: the E members and the clips that each is trained on.
       labels: [N] int32, class columns of the training clips at step 0.
       tables: weights and settings of the members.
+      batches: the clips of every step.
     """
 
     task: TaskSpec
     training_sets: ensemble.TrainingSets
     labels: np.ndarray
     tables: train_step.Tables
+    batches: BatchPlan
 
 
 def nobody_is_named(config: Config) -> str:
@@ -71,7 +81,7 @@ def nobody_is_named(config: Config) -> str:
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; reads features only for noise classes and for `prepare` of the model."""
+    """Plans a run; reads features for noise classes, whole epochs and `prepare` of the model."""
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
@@ -112,19 +122,54 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         labels, layout = label_distractors(config, data, labels)
         num_clusters = layout.num_clusters
         weight = seen * _clip_weights(config, labels, clips)  # by the size of its own class
+    batches = make_batch_plan(
+        splits,
+        tuple(modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+        examples=examples_of(config, data, weight) if config.data.whole_epochs else None,
+    )
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
         num_clusters=num_clusters,
         num_clips=len(labels),
-        total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
+        total_steps=math.ceil(config.num_epochs * batches.num_places / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
+        num_places=batches.num_places,
     )
     # Fitted before the first step; constants of compiled programs.
     clips = training_clips(config, data, labels, weight > 0)
     settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
     task = task._replace(settings=settings)
-    return RunPlan(task, training_sets, labels, train_step.make_tables(members, weight))
+    tables = train_step.make_tables(members, weight)
+    return RunPlan(task, training_sets, labels, tables, batches)
+
+
+def examples_of(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
+    """Returns [n] int32, the training clips that a member learns from, by `clip_index`.
+
+    These have a weight [E, N] above 0, and frames after fusion. Fusion sees the best 512 frames.
+    """
+    weighted = np.any(weight > 0, axis=0)
+    fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
+
+    @jax.jit
+    def is_example(batch: Batch) -> Array:
+        rng = jax.random.key(config.seed)
+        return fusion.has_frames(
+            {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
+        )
+
+    found = values_of_clips(config, data, tuple(config.modalities), is_example, weighted)
+    if not found.any():
+        raise UserError(
+            "config.data.whole_epochs=True: no training clip has frames that config.fusion keeps\n"
+            "lower its min_quality and min_detection"
+        )
+    return np.flatnonzero(weighted)[found].astype(np.int32)
 
 
 def label_distractors(
@@ -286,14 +331,16 @@ def dry_run(config: Config) -> None:
         )
 
 
-def repeated_clips(config: Config, task: TaskSpec) -> str | None:
-    """Returns a note for the user if a batch holds more clips than there are, else None."""
-    if config.batch_size <= task.num_clips:
+def repeated_clips(config: Config, plan: RunPlan) -> str | None:
+    """Returns a note for the user if a batch has room for more clips than there are, else None."""
+    most, is_whole = plan.batches.num_clips, plan.batches.examples is not None
+    if config.batch_size <= most:
         return None
+    effect, fewer = ("has all of them", -(-most // 2)) if is_whole else ("repeats clips", most)
     return (
-        f"config.batch_size={config.batch_size} is more than the {task.num_clips} training clips: "
-        f"a step repeats clips, and {config.num_epochs:g} epochs are {task.total_steps} steps; "
-        f"--config.batch_size={task.num_clips} or less gives more"
+        f"config.batch_size={config.batch_size} is more than the {most} training clips: "
+        f"a step {effect}, and {config.num_epochs:g} epochs are {plan.task.total_steps} steps; "
+        f"--config.batch_size={fewer} or less gives more"
     )
 
 
@@ -340,7 +387,7 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         # All such steps before the last one; none for 0 epochs.
         if not epochs:
             return frozenset()
-        steps = max(1, round(epochs * plan.task.num_clips / config.batch_size))
+        steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
         return frozenset(range(steps, total, steps))
 
     log = frozenset(

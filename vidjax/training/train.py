@@ -20,7 +20,7 @@ from vidjax.analysis import analysis
 from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data import resident
-from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
+from vidjax.data.clips import ClipSource, TrainingData, num_cropped
 from vidjax.errors import UserError, warn
 from vidjax.evaluation import eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
@@ -93,7 +93,7 @@ def train(
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
-    if note := repeated_clips(config, plan.task):
+    if note := repeated_clips(config, plan):
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began)
     write_description(workdir, config, data, plan.training_sets)
@@ -102,10 +102,10 @@ def train(
     with contextlib.ExitStack() as stack:
         logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
-        size = config.batch_size
         progress = Progress(
-            total_steps * size, initial=run.step * size, unit="clip", label="train", compiles=True
-        )
+            plan.batches.num_drawn(total_steps), initial=plan.batches.num_drawn(run.step),
+            unit="clip", label="train", compiles=True,
+        )  # fmt: skip
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
 
@@ -128,10 +128,10 @@ def train(
             evaluated = evaluate()
         interruption.at_once = True  # before the first step there is nothing to save
         while run.step < total_steps:
-            num_steps, loss = run.advance(schedule.next_stop(run.step))
+            num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
             analysis.import_report(wanted=analyse)
-            progress.advance(num_steps * size, f"loss {loss:.3f}")
+            progress.advance(num_clips, f"loss {loss:.3f}")
             if run.step in schedule.log:
                 run.log(logs)
             if run.step in schedule.relabel:
@@ -268,14 +268,7 @@ class TrainingRun:
         run keeps its mode, `streaming` or `resident`; `mode` is None for a new run.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
-        batches = make_batch_plan(
-            [data.split(name) for name in config.data.train_splits],
-            tuple(plan.task.modalities),
-            batch_size=config.batch_size,
-            max_frames=config.data.max_frames,
-            crop=config.data.crop,
-            seed=config.seed,
-        )
+        batches = plan.batches
         layout = resident.plan_resident(data, batches, config.eval.split)
         num_drawn = plan.task.total_steps * config.batch_size
         mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
@@ -308,16 +301,18 @@ class TrainingRun:
     def advance(self, stop: int) -> tuple[int, float]:
         """Trains for one dispatch of the feed, at most to step `stop`.
 
-        Returns the number of steps, and the last loss, averaged over members. `MAX_BAD_STEPS`
+        Returns the number of clips, and the last loss, averaged over members. `MAX_BAD_STEPS`
         consecutive steps of a member without a finite loss are an error.
         """
         dispatched = time.monotonic()
         done = self._feed.run(self._states, self._tables, self.step, stop - self.step)
         self._states = done.states
+        num_drawn = self._plan.batches.num_drawn
+        num_clips = num_drawn(self.step + done.num_steps) - num_drawn(self.step)
         self.step += done.num_steps
         seconds = time.monotonic() - dispatched
         self._train_seconds += seconds
-        self._rates.append(done.num_steps * self._config.batch_size / seconds)
+        self._rates.append(num_clips / seconds)
         if done.bad_step is not None:
             rate = float(jnp.asarray(self._system.lr_schedule(done.bad_step)))
             steps = checkpoint.manifests(self._workdir)
@@ -327,7 +322,7 @@ class TrainingRun:
                 f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
                 f"{saved}lower config.optim.learning_rate, or check the clips for huge features"
             )
-        return done.num_steps, done.loss
+        return num_clips, done.loss
 
     def log(self, logs: Logs) -> None:
         """Logs the means since the last line of the log, and starts new sums."""
@@ -340,7 +335,7 @@ class TrainingRun:
                 f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
                 "loss or gradient is not finite"
             )
-        values = {"epoch": self.step * self._config.batch_size / self._plan.task.num_clips}
+        values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
         if not self._system.model.exact_inputs:
             values["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
         weight = max(sums["weight"], 1e-6)

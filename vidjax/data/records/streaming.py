@@ -57,8 +57,9 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
     """Yields batches without end, see `TrainingData.train_batches`."""
     reader = Reader(records, plan.splits)
     rows = plan.batch_size
-    shapes = [[rows], [rows], [rows], [len(plan.windowed), rows]]
-    queue = tf.queue.FIFOQueue(AHEAD, [tf.int32, tf.int64, tf.int32, tf.int32], shapes)
+    shapes = [[rows], [rows], [rows], [rows], [len(plan.windowed), rows]]
+    kinds = [tf.int32, tf.int64, tf.int32, tf.bool, tf.int32]
+    queue = tf.queue.FIFOQueue(AHEAD, kinds, shapes)
     batches = _pipeline(records, plan, reader, queue).as_numpy_iterator()
     places = _places(records, plan, reader, step)
     # TensorFlow crashes if a queue is freed while a thread waits for it. So it is closed before:
@@ -83,7 +84,8 @@ def _places(
     """Yields what tf.data must know of the clips of every step, from `step` on.
 
     These are: number of the shard [B] int32, first byte of the record in it [B] int64, clip_index
-    [B] int32, and for each of the M windowed modalities the first frame of the window [M, B] int32.
+    [B] int32, batch_mask [B] bool, and for each of the M windowed modalities the first frame of the
+    window [M, B] int32.
     """
     place_of = np.argsort(reader.clip_index)
     with jax.default_device(_host()):
@@ -93,22 +95,27 @@ def _places(
         }
 
     @jax.jit
-    def draw(step: Array, epoch: Array, place: Array) -> tuple[Array, list[Array]]:
-        clip_index, drawn = order.draw(plan, step, epoch, place)
+    def draw(step: Array, epoch: Array, place: Array) -> tuple[Array, Array, list[Array]]:
+        clip_index, batch_mask, drawn = order.draw(plan, step, epoch, place)
         sizes = plan.padded_lengths
-        return clip_index, [
-            order.first_frame(drawn[name], lengths[name][clip_index], sizes[name])
-            for name in plan.windowed
-        ]
+        return (
+            clip_index,
+            batch_mask,
+            [
+                order.first_frame(drawn[name], lengths[name][clip_index] * batch_mask, sizes[name])
+                for name in plan.windowed
+            ],
+        )
 
     for number in itertools.count(step):
         position = number * plan.batch_size + np.arange(plan.batch_size)
-        epoch, place = (part.astype(np.int32) for part in np.divmod(position, plan.num_clips))
+        epoch, place = (part.astype(np.int32) for part in np.divmod(position, plan.num_places))
         with jax.default_device(_host()):
-            clip_index, first = jax.device_get(draw(np.int32(number), epoch, place))
+            drawn = draw(np.int32(number), epoch, place)
+            clip_index, batch_mask, first = jax.device_get(drawn)
         found = place_of[clip_index]
         first = np.array(first, np.int32).reshape(-1, len(place))
-        yield reader.shard[found], reader.start[found], clip_index, first
+        yield reader.shard[found], reader.start[found], clip_index, batch_mask, first
 
 
 def _host() -> Any:
@@ -135,7 +142,7 @@ def _pipeline(records: Records, plan: BatchPlan, reader: Reader, queue: Any) -> 
         record = tf.data.experimental.from_variant(found, tf.TensorSpec([], tf.string))
         return record.take(1).get_single_element()
 
-    def make(shard: Any, start: Any, clip_index: Any, first: Any) -> Batch:
+    def make(shard: Any, start: Any, clip_index: Any, batch_mask: Any, first: Any) -> Batch:
         places = tf.data.Dataset.from_tensor_slices((shard, start))
         found = places.map(read, num_parallel_calls=READERS, deterministic=True)
         serialized = found.batch(plan.batch_size, drop_remainder=True).get_single_element()
@@ -144,10 +151,12 @@ def _pipeline(records: Records, plan: BatchPlan, reader: Reader, queue: Any) -> 
         frames = {}
         for name, size in plan.padded_lengths.items():
             fields = {field: examples[f"frames/{name}/{field}"] for field in BATCHED}
+            if plan.examples is not None:
+                fields = {key: tf.where(batch_mask, value, "") for key, value in fields.items()}
             best = name in plan.longer and name not in firsts
             modality = records.modalities[name]
             frames[name] = _decode(fields, modality, size, firsts.get(name), best=best)
-        return Batch(frames, clip_index, tf.ones(plan.batch_size, tf.bool))
+        return Batch(frames, clip_index, batch_mask)
 
     batches = tf.data.Dataset.counter().map(lambda _: queue.dequeue())
     return batches.map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
