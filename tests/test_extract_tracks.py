@@ -80,6 +80,14 @@ def test_a_head_that_passes_behind_another_is_not_switched(fps):
         assert len(owners) <= 4
 
 
+@pytest.mark.parametrize("people", [1, 3])
+def test_a_fast_pan_keeps_its_tracks(people):
+    """Faces of 48 pixels that move by 45 in a picture, 110 from each other."""
+    found, owners = follow([Walk((100 + 110 * n, 100), (225, 0)) for n in range(people)], 3)
+    assert sorted(owners) == [[n] for n in range(people)]
+    assert [len(track.times) for track in found] == [15] * people
+
+
 def test_a_short_gap_is_bridged_and_a_long_one_is_not():
     person = [Walk((100, 100), (20, 0))]
     short, _ = follow(person, 6, unseen=lambda n, t: 2 < t < 2.7)
