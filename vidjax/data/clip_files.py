@@ -22,6 +22,7 @@ from vidjax.errors import UserError, closest, need
 from vidjax.machine import memory_bytes, num_cores
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
+FLOAT_BYTES = 4  # of float32, which answers are computed in
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
@@ -38,10 +39,13 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
-    """Returns the clip of an `.npz` file in memory, whose arrays take `limit` bytes at most."""
+    """Returns the clip of an `.npz` in memory, of at most `limit` bytes as float32.
+
+    `files.npz_bytes(content, limit)` counts these bytes before arrays are unpacked.
+    """
     clean = clean_name_at("clip:", name)
     try:
-        arrays = files.load_npz(io.BytesIO(content), limit)
+        arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
     except ValueError as error:
         raise UserError(f"clip {show(clean)}: {error}") from error
     return Clip(clean, "npz", _by_modality(arrays, "npz"), name)

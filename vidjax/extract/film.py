@@ -287,8 +287,7 @@ class Clips:
 
     def _add_voice(self, clip: str, voice: Voice) -> None:
         """Adds windows of speech to a clip; `voice.begin` [n] are seconds of the film."""
-        with np.load(self._out / f"{clip}.npz") as file:
-            arrays = dict(file)
+        arrays = files.read_npz(self._out / f"{clip}.npz")
         order = np.argsort(-voice.quality, kind="stable")
         begin, vectors, quality = (x[np.sort(order[:MOST_FRAMES])] for x in voice)
         number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)

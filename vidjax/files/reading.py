@@ -4,6 +4,7 @@ Readers open regular files only, follow no symbolic link at the path, check size
 bytes, JSON, or arrays without objects. They raise ValueError or FileNotFoundError.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import IO, TypeVar, cast
 
 import numpy as np
 
@@ -27,6 +28,8 @@ JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
 LINE_BYTES = MB // 4  # of a log of one JSON value per line
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
+PIECE_BYTES = MB  # of a zip that are read at once
+MOST_ENTRIES = 1000  # arrays of an `.npz`
 MAX_DEPTH = 40  # of lists and objects within each other
 LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
 MAX_ITEMS = 2_000_000  # values in one JSON file
@@ -177,49 +180,112 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
         return load_npz(file, limit)
 
 
-def load_npz(
-    file: io.FileIO | io.BytesIO, limit: int, group: str | None = None
-) -> dict[str, np.ndarray]:
-    """Reads an open file as `read_npz` does; `group` keeps only arrays `group/NAME`, as NAME."""
-    content = io.BufferedReader(cast(io.RawIOBase, file))
+def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
+    """Reads an open file as `read_npz` does; a number counts for `least` bytes or more."""
+    arrays = {}
+    with _npz_errors():
+        for name, entry, _ in _each_array(file, limit, least):
+            entry.seek(0)
+            arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
+    return arrays
+
+
+def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
+    """Returns how many bytes the arrays of an `.npz` in memory become; unpacks their headers only.
+
+    A number counts for `least` bytes or more: uint8 becomes float32, and 4 are its bytes. UserError
+    if they are more than `limit`, or if the headers are damaged.
+    """
+    with _npz_errors():
+        return sum(size for *_, size in _each_array(io.BytesIO(content), limit, least))
+
+
+@contextlib.contextmanager
+def _npz_errors() -> Iterator[None]:
+    """Turns the errors of zlib, zipfile and numpy for a damaged archive into UserError."""
     try:
-        if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
-            raise UserError("an .npy file, which does not name its array: use numpy.savez")
-        start = "" if group is None else f"{group}/"
-        with zipfile.ZipFile(content) as archive:
-            _check_sizes(archive, limit, start)
-        content.seek(0)
-        with np.load(content, allow_pickle=False) as arrays:
-            names = [name for name in arrays.files if name.startswith(start)]
-            return {name.removeprefix(start): np.asarray(arrays[name]) for name in names}
+        yield
     except UserError:
         raise
-    except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
+    except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"damaged, or no .npz file: write it again ({reason})") from error
+
+
+def _each_array(
+    file: io.FileIO | io.BytesIO, limit: int, least: int
+) -> Iterator[tuple[str, IO[bytes], int]]:
+    """Yields name, open entry and size in bytes of the arrays of an `.npz`, by their headers.
+
+    Refuses arrays of over `limit` bytes together, of Python objects, or with a false header.
+    """
+    if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
+        raise UserError("an .npy file, which does not name its array: use numpy.savez")
+    left = limit
+    with open_zip(file) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > limit or len(entries) > MOST_ENTRIES:
+            raise UserError(f"it unpacks to more than {limit:,} bytes")
+        for entry in entries:
+            with open_entry(archive, entry) as opened:
+                shape, dtype = _read_header(opened)
+                if dtype.hasobject:
+                    raise UserError("holds Python objects: save arrays of numbers [T, D]")
+                if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
+                    raise UserError(f"its array '{entry.filename[:50]}' is not what it says")
+                size = math.prod(shape) * max(dtype.itemsize, least)
+                left -= size
+                if left < 0:
+                    raise UserError(f"its arrays become more than {limit:,} bytes in memory")
+                yield entry.filename.removesuffix(".npy"), opened, size
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns the shape and the dtype of an array, from the start of its `.npy` file."""
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(file)]
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+class _InPieces(io.BufferedReader):
+    """A file of which nobody reads more than PIECE_BYTES at once, such as a long list of a zip."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Returns `size` bytes, or all that are left."""
+        wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
+        content = super().read(wanted)
+        if len(content) > PIECE_BYTES:
+            raise UserError(f"a zip with more than {PIECE_BYTES:,} bytes of names: write it again")
+        return content
+
+
+@contextlib.contextmanager
+def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
+    """Opens a zip whose list of entries is short; `open_entry` opens an entry."""
+    content = _InPieces(cast(io.RawIOBase, file))
+    try:
+        with zipfile.ZipFile(content) as archive:
+            yield archive
     finally:
         content.detach()
 
 
-def _check_sizes(archive: zipfile.ZipFile, limit: int, start: str) -> None:
-    """Refuses arrays named `start...` of over `limit` bytes, of objects, or with a false header."""
-    entries = [entry for entry in archive.infolist() if entry.filename.startswith(start)]
-    if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
-        raise UserError(f"it unpacks to more than {limit:,} bytes")
-    for entry in entries:
-        with archive.open(entry) as file:
-            version = np.lib.format.read_magic(file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, dtype = read(file)
-        if dtype.hasobject:
-            raise UserError("holds Python objects: save arrays of numbers [T, D]")
-        if math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise UserError(f"its array '{entry.filename[:50]}' is not what it says")
+def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
+    """Opens an entry of a zip, stored or deflated; no read may want more than PIECE_BYTES.
+
+    The entry ends after `entry.file_size` bytes. Python unpacks only these two methods in pieces: a
+    piece of bzip2 or LZMA becomes gigabytes, whatever size the entry has.
+    """
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(
+            f"its entry '{entry.filename[:50]}' is neither stored nor deflated: pack it so"
+        )
+    return archive.open(entry)
 
 
 def local(path: str | os.PathLike[str]) -> Path:

