@@ -4,10 +4,10 @@ It deletes what vidjax may delete. It is no command of the gallery: runs and cac
 """
 
 import argparse
+import io
 import itertools
 import os
 import shlex
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,8 @@ their training clips. The last lines are commands that find the names in all
 other files, such as rankings, answers, exports and your own files. The exit
 code is 1 if a folder could not be searched, or a deletion failed.
 """
-INDEX_BYTES = 1024 * files.MB  # of the names of a conversion, or of the training clips of a run
+INDEX_BYTES = 512 * files.MB  # of the names of a conversion, or of the training clips of a run
+MOST_LINES = 10_000_000  # names in it
 TABLE_BYTES = 64 * files.MB
 MOST_SHOWN = 20  # names in the commands that are printed
 
@@ -143,23 +144,33 @@ def _search_gallery(
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
     """Searches converted records for clips; with `delete` removes all of them if one is found."""
+    path = folder / "index.npz"
     try:
-        index = files.read_npz(folder / "index.npz", INDEX_BYTES)
+        limit = min(INDEX_BYTES, files.most_unpacked(os.lstat(path).st_size))
+        index = files.read_npz(path, limit)
+        lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
+        held = set(clips).intersection(itertools.chain(*lists))
     except (UserError, OSError) as error:
         return [_unread(folder, error)]
-    lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
-    held = set(clips).intersection(itertools.chain(*lists))
     if not held:
         return []
+    about, remedy = f"features of {len(held):,} clips", "--delete"
     if delete:
+        from vidjax.data.records.manifest import remove
+
         with cache.exclusive(folder):
-            shutil.rmtree(folder)
-    remedy = "deleted: the next run converts your files anew" if delete else "--delete"
-    return [Found("records", folder, f"features of {len(held):,} clips", remedy)]
+            remedy = "deleted: the next run converts your files anew"
+            if not remove(folder):
+                remedy = "deleted; other files in the folder stay"
+    return [Found("records", folder, about, remedy)]
 
 
-def _lines(content: bytes) -> list[str]:
-    return content.decode("utf-8", "replace").split("\n")
+def _lines(content: bytes) -> Iterator[str]:
+    """Yields the lines of a text; UserError if there are too many to be names."""
+    if content.count(b"\n") > MOST_LINES:
+        raise UserError(f"more than {MOST_LINES:,} names")
+    for line in io.BytesIO(content):
+        yield line.rstrip(b"\n").decode("utf-8", "replace")
 
 
 def _names_of_run(folder: Path) -> Iterator[str]:
@@ -167,7 +178,8 @@ def _names_of_run(folder: Path) -> Iterator[str]:
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
-        yield from _lines(files.read_npz(folder / "members.npz", INDEX_BYTES)["clips"].tobytes())
+        arrays = files.read_npz(folder / "members.npz", INDEX_BYTES)
+        yield from _lines(arrays["clips"].tobytes() if "clips" in arrays else b"")
 
 
 def _names_of_who(folder: Path) -> Iterator[str]:
@@ -176,7 +188,8 @@ def _names_of_who(folder: Path) -> Iterator[str]:
         if files.exists(folder / table):
             for line in _lines(files.read_bytes(folder / table, TABLE_BYTES)):
                 yield from line.split("\t")
-    yield from (path.name for path in folder.glob("people/*"))
+    if not (people := folder / "people").is_symlink():
+        yield from (path.name for path in people.glob("*"))
 
 
 def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:

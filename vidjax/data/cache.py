@@ -80,7 +80,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process that fills %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_over in root.glob(f"{folder.name}.*.partial"):
+        for left_over in files.partials(folder):
             # A child of a killed process may still write there; the next call clears it then.
             shutil.rmtree(left_over, ignore_errors=True)
         yield

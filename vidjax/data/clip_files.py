@@ -31,8 +31,9 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
         with files.open_input(path) as file:
+            size = os.fstat(file.fileno()).st_size
             try:
-                arrays = files.load_npz(file, limit)
+                arrays = files.load_npz(file, min(limit, files.most_unpacked(size)))
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from error
         yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)

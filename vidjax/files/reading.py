@@ -102,12 +102,28 @@ def open_input(path: Path) -> io.FileIO:
 
 def walk(folder: Path) -> Iterator[str]:
     """Yields the path of every file in a folder, relative to it; refuses links and other kinds."""
-    for place, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(place, name)
-            if name in names or path.is_symlink():
-                refuse_odd(path)
-                yield str(path.relative_to(folder))
+    folders = [""]
+    while folders:
+        place = folders.pop()
+        with os.scandir(folder / place) as entries:
+            for entry in entries:
+                path = os.path.join(place, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                    continue
+                if not entry.is_file(follow_symlinks=False):
+                    refuse_odd(folder / path)
+                yield path
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises UserError if there is a link, a pipe or a device in a folder, at any depth.
+
+    Whoever named the folder may have named a link to it. A folder that is absent is in order.
+    """
+    if os.path.isdir(folder):
+        for _ in walk(folder):
+            pass
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
@@ -188,6 +204,14 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
             entry.seek(0)
             arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
     return arrays
+
+
+def most_unpacked(size: int) -> int:
+    """Returns how many bytes a file of `size` bytes of numbers may unpack to, unless it is a bomb.
+
+    Features pack to a tenth at best. Only a file of nearly one value packs to a thousandth.
+    """
+    return max(LARGE_BYTES, 100 * size)
 
 
 def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:

@@ -1,11 +1,14 @@
 """Writes files and folders whole or not at all; errors are an OSError with the path."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +54,30 @@ def remove_tree(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
+
+
+def remove_ours(folder: Path, ours: str) -> bool:
+    """Removes the files of a folder that `ours`, a regular expression, names in full.
+
+    Then removes the folder if it is empty. It follows no link: of a link in the folder, the link
+    goes, and a folder that is a link stays as it is. Returns True if there is no folder afterwards.
+    """
+    if not os.path.lexists(folder):
+        return True
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        return False
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if re.fullmatch(ours, entry.name)]
+    for entry in found:
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.path)
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,23 +166,41 @@ def _plain(value: object) -> object:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill, which becomes `folder` at the end if no error is raised.
 
-    UserError if `folder` exists then.
+    UserError if `folder` exists then: what others made meanwhile stays.
     """
     # A fresh name each time: a child of a killed process cannot write into this one.
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")  # see `partials`
     try:
         partial.mkdir(mode=0o700)
         yield partial
         for path in partial.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
-        if os.path.lexists(folder):
-            raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
-        partial.rename(folder)
+        _rename_onto_nothing(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
+
+
+def partials(folder: Path) -> list[Path]:
+    """Returns the folders that killed processes left where they made `folder`."""
+    ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
+    return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
+
+
+def _rename_onto_nothing(partial: Path, folder: Path) -> None:
+    """Renames a folder; refuses to replace anything but an empty folder."""
+    there = os.path.lexists(folder)
+    try:
+        if not there:
+            os.rename(partial, folder)
+    except OSError as error:  # of a folder that holds something, or of a file
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        there = True
+    if there:
+        raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
 
 
 def make_private(folder: Path) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -129,7 +128,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield workdir
         except BaseException:
             if is_new and [file.name for file in workdir.glob("*")] == [".lock"]:
-                shutil.rmtree(workdir)
+                files.remove_ours(workdir, r"\.lock")
             raise
 
 

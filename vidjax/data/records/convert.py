@@ -33,6 +33,7 @@ from vidjax.data.records.manifest import (
     Records,
     SplitRecords,
     load_records,
+    remove,
     write_manifest,
 )
 from vidjax.data.records.report import format_report, label_records, report_split
@@ -68,7 +69,7 @@ def convert(
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
-                files.remove_tree(folder)  # it is incomplete
+                remove(folder)  # it is incomplete
                 with files.atomic_folder(folder) as partial:
                     write_records(source, fingerprint, partial, non_finite, workers)
                     if source.fingerprint() != fingerprint:

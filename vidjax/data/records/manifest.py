@@ -78,6 +78,21 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     files.write_manifest(folder / "manifest.json", manifest)
 
 
+def remove(folder: Path) -> bool:
+    """Removes a conversion, finished or not; returns False if its folder holds other files, too.
+
+    The manifest goes first: what is left of a removal that is cut off counts as incomplete.
+    """
+    place = folder / NAME
+    if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
+        return not files.exists(folder)
+    if place.is_dir() and not place.is_symlink():
+        for version in sorted(place.iterdir()):
+            files.remove_ours(version, rf"{NAME}-.+|dataset_info\.json|features\.json")
+    files.remove_ours(place, "")
+    return files.remove_ours(folder, r"index\.npz|data_report\.json")
+
+
 def load_records(folder: Path) -> Records:
     """Loads a finished conversion; reads only shards whose size or time is not the manifest's."""
     records = load_index(folder)
