@@ -117,6 +117,7 @@ def get_config(args: str = "") -> config_lib.Config:
         config.optim.decay = "piecewise"
         halved = [(9.0 + 50 * i + end, 0.5**i) for i in range(4) for end in (0, 50)]
         config.optim.points = ((0.0, 2 / 15), (9.0, 2 / 15), *halved)
+        config.optim.restart_epoch = 9.0  # code: another Adam after nine epochs
     if full:
         config.eval.every_epochs = 20.0  # ours
     return config

@@ -146,6 +146,23 @@ def test_weight_decay_is_part_of_the_gradient_of_matrices(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_an_optimizer_that_restarts_is_two_in_a_row(name):
+    options = {**SPEC, "name": name, "decay": "constant", "warmup": 0.0}
+    (plain, _), (restarted, _) = (
+        make_optimizer({**options, "restart_epoch": epoch}, total_steps=9) for epoch in (0.0, 4.0)
+    )
+    params = {"kernel": jnp.full((2, 3), 2.0)}
+    grads = np.random.default_rng(0).normal(size=(9, 2, 3)).astype(np.float32)
+    state, other = restarted.init(params), plain.init(params)
+    for step, grad in enumerate(grads):
+        if step == 4:
+            other = plain.init(params)
+        updates, state = jax.jit(restarted.update)({"kernel": grad}, state, params)
+        wanted, other = plain.update({"kernel": grad}, other, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, wanted)
+
+
 def test_nothing_to_train_is_allowed():
     tx, _ = make_optimizer({**SPEC, "weight_decay": 0.1}, total_steps=3)
     assert tx.update({}, tx.init({}), {})[0] == {}

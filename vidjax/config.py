@@ -313,6 +313,8 @@ TABLE: tuple[Field | Group, ...] = (
           "normalisations, too"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=_is("optim.name", "sgd")),
+    Field("optim.restart_epoch", 0.0, "epoch at which the optimizer forgets its moments, or its "
+          "running sum of gradients; 0: never", low=0, high=1e6),
     Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "
           "clipped", low=0),
 

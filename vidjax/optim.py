@@ -170,6 +170,23 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def restarting(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
+    """Returns an optimiser that forgets its state before its update number `step`, from 0."""
+
+    def init(params: optax.Params) -> tuple[optax.OptState, Array]:
+        return tx.init(params), jnp.int32(0)
+
+    def update(
+        grads: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, tuple[optax.OptState, Array]]:
+        old, count = state
+        old = jax.tree.map(lambda x, new: jnp.where(count == step, new, x), old, tx.init(grads))
+        updates, new = tx.update(grads, old, params)
+        return updates, (new, count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -185,8 +202,8 @@ def make_optimizer(
 
     Args:
       spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the decays;
-        `clip_norm` (largest global norm of the gradient; 0: no limit); `decay_all`; those of
-        `make_schedule`.
+        `clip_norm` (largest global norm of the gradient; 0: no limit); `decay_all`;
+        `restart_epoch` (0: none); those of `make_schedule`.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
@@ -201,7 +218,9 @@ def make_optimizer(
     decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
-    parts.append(OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec)))
+    scaled = OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec))
+    restart = round(spec["restart_epoch"] * steps_per_epoch)
+    parts.append(restarting(scaled, restart) if restart else scaled)
     if spec["total_decay"]:
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
         if not 0 < rates < math.inf:

@@ -89,7 +89,7 @@ THREE = "--config.ensemble.seeds=3"
 FIVE = "--config.ensemble.seeds=5"
 HELD_OUT = "--config.data.train_splits=train,val --config.ensemble.folds=5"
 FIRST_FOLD = "--config.ensemble.only=0"
-MORE_STEPS = "--config.batch_size=64"  # eight times as many in as many epochs
+MORE_STEPS = "--config.batch_size=64"
 MLPS = ("mlp1", "mlp2", "mlp3", "mlp4")  # beside mlp5, the shipped one
 PLAIN = "average,concat"
 PAPER_NETS = ("mma_published", "mma_published_concat", "mma_published_pooled")
@@ -402,7 +402,7 @@ LADDERS: Mapping[str, tuple[Rung, ...]] = {
         Rung("cosine annealing", "fusion", "fusion_constant"),
         Rung("as published, one net", "fusion_published"),
         Rung(
-            "batches of 64 clips, not 512: eight times as many steps", "fusion_published_steps",
+            "batches of 64 clips, not 512: more steps", "fusion_published_steps",
             "fusion_published",
         ),
         Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
