@@ -170,19 +170,27 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+class Restarting(NamedTuple):
+    """The state of `restarting`: that of the optimiser, and the number of updates so far."""
+
+    state: optax.OptState
+    count: Array
+
+
 def restarting(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
     """Returns an optimiser that forgets its state before its update number `step`, from 0."""
 
-    def init(params: optax.Params) -> tuple[optax.OptState, Array]:
-        return tx.init(params), jnp.int32(0)
+    def init(params: optax.Params) -> Restarting:
+        return Restarting(tx.init(params), jnp.int32(0))
 
     def update(
-        grads: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, tuple[optax.OptState, Array]]:
-        old, count = state
-        old = jax.tree.map(lambda x, new: jnp.where(count == step, new, x), old, tx.init(grads))
-        updates, new = tx.update(grads, old, params)
-        return updates, (new, count + 1)
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Restarting]:
+        assert isinstance(state, Restarting)
+        is_due, fresh = state.count == step, tx.init(updates)
+        old = jax.tree.map(lambda x, new: jnp.where(is_due, new, x), state.state, fresh)
+        updates, new = tx.update(updates, old, params)
+        return updates, Restarting(new, state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
