@@ -174,7 +174,7 @@ class Restarting(NamedTuple):
     """The state of `restarting`: that of the optimiser, and the number of updates so far."""
 
     state: optax.OptState
-    count: Array
+    updates: Array
 
 
 def restarting(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
@@ -187,10 +187,10 @@ def restarting(tx: optax.GradientTransformation, step: int) -> optax.GradientTra
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Restarting]:
         assert isinstance(state, Restarting)
-        is_due, fresh = state.count == step, tx.init(updates)
+        is_due, fresh = state.updates == step, tx.init(updates)
         old = jax.tree.map(lambda x, new: jnp.where(is_due, new, x), state.state, fresh)
         updates, new = tx.update(updates, old, params)
-        return updates, Restarting(new, state.count + 1)
+        return updates, Restarting(new, state.updates + 1)
 
     return optax.GradientTransformation(init, update)
 
