@@ -109,7 +109,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused_input(path, "the run knows face")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GB // 1024
-    monkeypatch.setattr("vidjax.data.clip_files.memory_bytes", lambda: 3 * files.MB)
+    monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))
     features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
     parquet.write_table(pyarrow.table({**good, "features": features}), path)

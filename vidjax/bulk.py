@@ -7,7 +7,7 @@
 Data construct them once and call them with paths: see vidjax/data/README.md, "Clips at size".
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from vidjax import files, tables
+from vidjax.data import parquet
 from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_name, show
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vidjax.data.packing import Clips
 
 NOTE = b"vidjax"  # key in the metadata of a table of results: what the results were made of
+JOINED = b"ranking"  # this note of a joint ranking
 HIDDEN = (".", "_")  # begin the names of files that are no data, as in Spark
 LISTS, RANKING = "parts", "ranking.parquet"  # in the folder of a ranking: of each table, and of all
 MOST_CLIPS = 100  # in the list of an identity
@@ -131,8 +133,8 @@ def tables_of(source: str | Path) -> list[Path]:
     return found
 
 
-def check_out(out: str | None, found: Sequence[Path]) -> None:
-    """Raises UserError unless `out` names a folder for the results of tables."""
+def check_out(out: str | None, found: Sequence[Path], work: type[Work]) -> None:
+    """Raises UserError unless `out` names a folder for the results of tables by `work`."""
     path = Path(out).expanduser() if out else None
     if path is None or path.suffix in tables.ENDINGS or (path.exists() and not path.is_dir()):
         given = f"--out={out}" if out else "without --out"
@@ -142,6 +144,13 @@ def check_out(out: str | None, found: Sequence[Path]) -> None:
         )
     if path.exists() and path.samefile(found[0].parent):
         raise UserError(f"--out={out}: that is the folder of the clips: name another one")
+    if work.joined and files.exists(joined := path / RANKING) and _note_in(joined) != JOINED:
+        raise UserError(
+            f"'{joined}' is no ranking of this command: it stays\n"
+            "move it away, or name another folder: --out=FOLDER"
+        )
+    if work.joined and (path / LISTS).is_symlink():
+        raise UserError(f"'{path / LISTS}' is a link\nname another folder: --out=FOLDER")
 
 
 def run(found: Sequence[Path], out: str, work: Work) -> Result:
@@ -157,7 +166,8 @@ def run(found: Sequence[Path], out: str, work: Work) -> Result:
     folder = files.make_folder(place / LISTS if work.joined else place, "--out")
     notes = {table: _note(table, work) for table in found}
     left = [table for table, note in notes.items() if not _is_made(folder / table.name, note)]
-    if left and work.joined:
+    if work.joined:
+        check_out(out, found, type(work))
         (place / RANKING).unlink(missing_ok=True)
     label, failed = type(work).__name__.lower(), []
     progress = terminal.Progress(
@@ -171,7 +181,7 @@ def run(found: Sequence[Path], out: str, work: Work) -> Result:
         else:
             if _note(table, work) != notes[table]:
                 raise UserError(f"'{table}' or what reads it has changed: give the command again")
-            files.write_bytes(folder / table.name, content)
+            tables.write_new(folder / table.name, content)
         progress.advance(1)
     progress.close()
     if failed:
@@ -179,7 +189,8 @@ def run(found: Sequence[Path], out: str, work: Work) -> Result:
         raise UserError("\n".join([*failed[0].splitlines()[:2], others]))
     if work.joined:
         _check_once(found)
-        files.write_bytes(place / RANKING, tables.to_parquet(_join(folder, found)))
+        content = tables.to_parquet(_join(folder, found), {NOTE: JOINED})
+        tables.write_new(place / RANKING, content)
     skipped = len(found) - len(left)
     shown = f"{len(found):,}" + (f", {skipped:,} of them before" if skipped else "")
     results = str(place / RANKING if work.joined else place)
@@ -196,16 +207,9 @@ def _note(table: Path, work: Work) -> bytes:
 
 def _is_made(results: Path, note: bytes) -> bool:
     """Returns True if there are results with this note; others are a UserError."""
-    from pyarrow import ArrowException, parquet
-
-    if not results.exists():
+    if not files.exists(results):
         return False
-    try:
-        with files.open_input(results) as file:
-            found = (parquet.read_metadata(file).metadata or {}).get(NOTE)
-    except ArrowException:
-        found = None
-    if found != note:
+    if _note_in(results) != note:
         raise UserError(
             f"'{results}' is damaged, or was made of other clips, or by another run, gallery or "
             "rule\ndelete it, or name another folder: --out=FOLDER"
@@ -213,21 +217,27 @@ def _is_made(results: Path, note: bytes) -> bool:
     return True
 
 
-def _is_empty(path: Path) -> bool:
-    """Returns True for a table without rows, as Spark writes some."""
+def _note_in(results: Path) -> bytes | None:
+    """Returns what a table of results was made of; None for another file."""
     from pyarrow import ArrowException, parquet
 
     try:
-        return parquet.read_metadata(path).num_rows == 0
+        with files.open_regular(results) as file:
+            return (parquet.read_metadata(file).metadata or {}).get(NOTE)
     except ArrowException:
-        return False  # whoever reads the table says what is wrong
+        return None
+
+
+def _is_empty(path: Path) -> bool:
+    """Returns True for a table without rows, as Spark writes some."""
+    return parquet.num_rows(path) == 0
 
 
 def _check_once(found: Sequence[Path]) -> None:
     """Refuses a clip that is in two tables, with or without `.mp4`."""
     owner: dict[str, Path] = {}
     for table in found:
-        for name in _clips(table):
+        for name in map(clean_name, parquet.clip_names(table)):
             if owner.setdefault(name, table) != table:
                 raise _in_two_tables(name, f", {owner[name].name} and {table.name}")
 
@@ -238,22 +248,16 @@ def _in_two_tables(clip: str, which: str) -> UserError:
     )
 
 
-def _clips(table: Path) -> Iterator[str]:
-    """Yields the names of the clips of a table without `.mp4`."""
-    from pyarrow import parquet
-
-    with files.open_input(table) as file:
-        column = parquet.read_table(file, columns=["clip"]).column(0).unique()
-    yield from (clean_name(name) for name in column.cast("string").to_pylist())
-
-
 def _join(folder: Path, found: Sequence[Path]) -> "pyarrow.Table":
     """Returns the best of the lists of all tables, of which two are in memory at a time."""
     import pyarrow
     from pyarrow import parquet
 
-    joined = parquet.read_table(folder / found[0].name)
+    def lists(table: Path) -> pyarrow.Table:
+        with files.open_regular(folder / table.name) as file:
+            return parquet.read_table(file)
+
+    joined = lists(found[0])
     for table in found[1:]:
-        lists = [joined, parquet.read_table(folder / table.name)]
-        joined = best(pyarrow.concat_tables(lists))
+        joined = best(pyarrow.concat_tables([joined, lists(table)]))
     return best(joined)

@@ -152,7 +152,8 @@ def who(
       models, settings, workers, done: as of `pipeline.extract`.
 
     Raises:
-      UserError: there is no film or no usable photo of anybody, or a net is missing.
+      UserError: there is no film or no usable photo of anybody, a net is missing, or there is a
+        link in the folder for results.
     """
     answers_lib.check_choice(fpir, threshold)
     pipeline.check_apart(pipeline.list_files(films), out)
@@ -161,6 +162,7 @@ def who(
         raise UserError(f"--out={out} would pass for a person of '{people}': name another folder")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
+        files.refuse_links(out)
         gallery = _gallery(out, models)
         extract = functools.partial(
             pipeline.extract, models=models, thumbnails=thumbnails, anew=True
@@ -186,7 +188,7 @@ def who(
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
             for one in (out / PEOPLE).glob("*"):
-                files.remove_tree(one / folder.THUMBNAILS)
+                pipeline.remove_thumbnails(one)
         before = _read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
         outcomes = extract(films, out / FEATURES, settings=settings, workers=workers, done=done)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
@@ -343,8 +345,8 @@ def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
         _take_out(out / UNKNOWN, own)  # rows of a call that was cut off would enrol them again
     gallery.remove(clip=gone | own.keys())
     for one in (out / PEOPLE).iterdir():
-        if one.name not in names:
-            files.remove_tree(one)
+        if one.name not in names and not pipeline.remove_features(one):
+            say(f"'{show(str(one))}' holds files that vidjax did not write: they stay")
     if gone:
         _remove_results(out)
 
@@ -421,7 +423,7 @@ def _write(
         appearances.write(out / name, found)
     answers_lib.write_groups(out / UNKNOWN, groups)
     subtitles = out / SUBTITLES
-    subtitles.mkdir(mode=0o700)
+    subtitles.mkdir(mode=0o700, exist_ok=True)
     by_video = appearances.by_video(found)
     for film in films:
         own = by_video.get(film.video, [])
@@ -446,7 +448,7 @@ def _write(
 def _remove_results(out: Path) -> None:
     for name in (PAGE, *TABLES):
         (out / name).unlink(missing_ok=True)
-    files.remove_tree(out / SUBTITLES)
+    files.remove_ours(out / SUBTITLES, r".+\.(vtt|srt)")
 
 
 def run(args: argparse.Namespace) -> Result:

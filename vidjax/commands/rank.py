@@ -79,7 +79,7 @@ def _run(
             "--config.eval.split: a table, or a folder of tables, has no splits: leave it out"
         )
     if found:
-        bulk.check_out(args.out, found)
+        bulk.check_out(args.out, found, work)
     else:
         tables.check_new(out, endings)
     workdir = Path(args.workdir).expanduser()

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from vidjax import files
-from vidjax.data import processes
+from vidjax.data import parquet, processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
 from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.errors import UserError, closest, need
+from vidjax.errors import UserError, closest
 from vidjax.machine import memory_bytes, num_cores
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
@@ -101,17 +101,14 @@ def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict
     return modalities
 
 
-COLUMNS = ("clip", "modality", "features")
-OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
-
-
 def read_parquet(path: Path) -> Iterator[Clip]:
     """Yields the clips of a parquet table with rows in any order; loads the table as a whole."""
-    columns = _read_columns(path)
-    flat, width = _flat_features(path, columns["features"])
+    columns, values, width = parquet.read(path)
     start = np.cumsum(width, dtype=np.int64) - width
     scalars = {
-        name: columns[name].to_numpy(zero_copy_only=False) for name in OPTIONAL if name in columns
+        name: columns[name].to_numpy(zero_copy_only=False)
+        for name in parquet.OPTIONAL
+        if name in columns
     }
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
@@ -128,99 +125,19 @@ def read_parquet(path: Path) -> Iterator[Clip]:
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
             raise UserError(f"{place}: there with and without .mp4: keep one")
-        index = start[rows][:, None] + np.arange(int(width[rows[0]]))
         fields = {name: column[rows] for name, column in scalars.items()}
-        clips[name][modality] = {"features": flat[index], **fields}
+        features = _lists(values, start[rows], int(width[rows[0]]))
+        clips[name][modality] = {"features": features, **fields}
     for name, modalities in clips.items():
         yield Clip(name, str(path), modalities, given[name])
 
 
-def _read_columns(path: Path) -> Mapping[str, Any]:
-    """Returns name -> pyarrow column without nulls; clip and modality are dictionary-encoded."""
-    need(str(path), "pyarrow", extra="parquet")
-    import pyarrow
-
-    try:
-        with files.open_input(path) as opened:
-            table = _read_table(path, opened)
-        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a damaged table raises whatever pyarrow raises
-        if isinstance(error, OSError) and error.errno:
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"{path}: damaged, or no parquet table: write it again ({reason})"
-        ) from error
-    for name, column in columns.items():
-        if column.null_count:
-            row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-            raise UserError(f"{path}: row {row + 1}: no {name}")
-        if name in ("clip", "modality"):
-            try:
-                codes = column.dictionary_encode()
-                values = codes.dictionary.cast(pyarrow.string())
-            except pyarrow.ArrowException:
-                raise UserError(f"{path}: column {name} is {column.type}, wanted text") from None
-            columns[name] = pyarrow.DictionaryArray.from_arrays(codes.indices, values)
-    return columns
-
-
-def _read_table(path: Path, opened: io.FileIO) -> Any:
-    """Returns the known columns of a parquet file as a pyarrow table, text dictionary-encoded."""
-    import pyarrow
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(opened)
-    names, known = file.schema_arrow.names, (*COLUMNS, *OPTIONAL)
-    for name in names:
-        meant = closest(name.lower(), known, cutoff=0.75)
-        if name not in known and meant and meant not in names:
-            raise UserError(f"{path}: no column '{show(name)}' is read; did you mean '{meant}'?")
-    for name in known:
-        if name in COLUMNS and name not in names:
-            raise UserError(
-                f"{path}: no column {name}; it has {show(', '.join(names))}\n"
-                "write a row per frame: clip (text), modality (text), features (a list of "
-                "numbers)\nand optionally quality, detection, number; or a file CLIP.npz per clip"
-            )
-        if names.count(name) > 1:
-            raise UserError(f"{path}: two columns are named {name}: keep one")
-    wanted = [name for name in known if name in names]
-    size, limit = 0, memory_bytes() // 3
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.partition(".")[0] in wanted:
-                width = 2 if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 4  # bytes or more
-                size += max(column.total_uncompressed_size, width * column.num_values)
-    if size > limit:
-        raise UserError(
-            f"{path}: its columns take {size:,} bytes, and a third of the memory is {limit:,}\n"
-            "split it into several tables, which rank, embed and gallery identify read in turn\n"
-            "for training, write a file SPLIT/CLIP.npz for each clip"
-        )
-    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
-    text = [name for name in COLUMNS if file.schema_arrow.field(name).type in kinds]
-    # A long name that comes a million times is in memory once.
-    file = parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
-    return file.read(columns=wanted)
-
-
-def _flat_features(path: Path, features: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all values of a column of lists, and [F] int, the length of each list."""
-    import pyarrow
-    from pyarrow import compute
-
-    kinds = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
-    if not any(kind(features.type) for kind in kinds):
-        raise UserError(f"{path}: column features is {features.type}, wanted lists of numbers")
-    values = features.flatten()
-    if values.null_count:
-        raise UserError(f"{path}: column features: a list holds a null")
-    width = compute.call_function("list_value_length", [features])
-    return values.to_numpy(zero_copy_only=False), width.to_numpy(zero_copy_only=False)
+def _lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+    """Returns [n, width], lists in `values` that begin at `starts` [n]; a view if they adjoin."""
+    first, count = int(starts[0]), len(starts)
+    if not width or int(starts[-1]) - first == width * (count - 1):
+        return values[first : first + width * count].reshape(count, width)
+    return np.lib.stride_tricks.sliding_window_view(values, width)[starts]
 
 
 def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -7,7 +7,6 @@
 The state of the optimiser stays behind: an imported run evaluates and ranks, and cannot train on.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from vidjax import devices, files
 from vidjax.config import Config
 from vidjax.ensemble import FILE as MEMBERS
+from vidjax.ensemble import MOST_BYTES as MEMBERS_BYTES
 from vidjax.errors import UserError
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, formats
@@ -43,9 +43,7 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     items = checkpoint.load(run.checkpoint, wanted, devices.replicated(devices.make_mesh(1)))
     save_file(by_path(items), folder / WEIGHTS)
     files.write_manifest(folder / CHECKPOINT, {**_kept(run.manifest), "files": {}})
-    for name in COPIED:
-        if (workdir / name).exists():
-            shutil.copyfile(workdir / name, folder / name)
+    _copy(workdir, folder)
 
 
 def read(folder: Path, workdir: Path) -> None:
@@ -62,15 +60,21 @@ def read(folder: Path, workdir: Path) -> None:
     formats.parse(path, manifest, formats.Manifest, "export the run again")
     restore.check_entries(folder, manifest)
     with files.atomic_folder(workdir) as partial:
-        for name in COPIED:
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, partial / name)
+        _copy(folder, partial)
         made = RunFolder(partial)
         config = made.config
         sets = restore.load_training_sets(partial, manifest)
         items = _items(folder / WEIGHTS, _abstract(config, manifest, len(sets.members)))
         checkpoint.save(partial, manifest["step"], items, _kept(manifest, without_step=True))
         restore.find_run(config, made)  # its files belong together
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies the plain files of a run; UserError for a link, a pipe, or results that are none."""
+    RunFolder(source).metrics()
+    for name in COPIED:
+        if files.exists(source / name):
+            (target / name).write_bytes(files.read_bytes(source / name, MEMBERS_BYTES))
 
 
 def by_path(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -20,8 +20,11 @@ from vidjax.extract import folder
 from vidjax.run import formats
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
+# The files of a clip, by its stem and what follows it; see `folder`.
+CLIP = re.compile(r"([^.]+)(\.s\d{3,}(\.t\d{2,})?|\.f\d{2,})?\.npz")
 # What a killed call leaves in the folder, and in that of the videos.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
+PICTURE = r".+\.png"  # of a clip
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS = 600
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
@@ -72,7 +75,7 @@ def extract(
       done: called with each outcome, in any order.
 
     Raises:
-      UserError: a net is missing, or the folder has features of other nets or settings.
+      UserError: a net is missing, or the folder has features of other nets or settings, or a link.
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
@@ -84,17 +87,18 @@ def extract(
     check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "features"):
+        files.refuse_links(out)
         if anew:
             _remove_outgrown(out, digests)
         wanted = _same_extraction(out, digests, settings)
-        for inner in (out / folder.VIDEOS, out / folder.THUMBNAILS):
-            if inner.is_symlink():
-                raise UserError(f"'{inner}' is a link: {folder.REMEDY}")
         (out / folder.VIDEOS).mkdir(exist_ok=True)
         if thumbnails:
             (out / folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
-        else:
-            files.remove_tree(out / folder.THUMBNAILS)
+        elif not remove_thumbnails(out):
+            raise UserError(
+                f"'{out / folder.THUMBNAILS}' holds files that vidjax did not write\n"
+                "move them away, or name another folder"
+            )
         stems = _stems(listed, out)
         _remove_leftovers(out, set(stems.values()) if alone else None)
 
@@ -205,14 +209,9 @@ def _stems(paths: Sequence[Path], out: Path) -> dict[Path, str]:
 
 def _sha256_or_of_name(path: Path) -> str:
     try:
-        return _sha256(path)
+        return files.sha256_file(path)
     except (UserError, OSError):  # which `_one` will tell
         return files.sha256_json(str(path.absolute()))
-
-
-def _sha256(path: Path) -> str:
-    with files.open_input(path) as file:
-        return files.sha256_opened(file)
 
 
 def _film(out: Path, stem: str) -> folder.Film | None:
@@ -235,7 +234,7 @@ def _one(
 ) -> Outcome:
     """Extracts one file, unless it was extracted before."""
     try:
-        sha256 = _sha256(path)
+        sha256 = files.sha256_file(path)
         before = _film(out, stem)
         if before and before.sha256 == sha256:
             name = folder.video_name(path, stem)
@@ -288,22 +287,40 @@ def _one(
 def _remove(out: Path, stem: str) -> None:
     """Removes a video and its clips; first what tells that they are whole."""
     (out / folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
-    files.remove_tree(out / folder.THUMBNAILS / stem)
-    for entry in list(os.scandir(out)):
-        if entry.name.endswith(".npz") and entry.name.partition(".")[0] == stem:
-            os.unlink(entry.path)
+    files.remove_ours(out / folder.THUMBNAILS / stem, PICTURE)
+    for name in os.listdir(out):
+        if (clip := CLIP.fullmatch(name)) and clip[1] == stem:
+            (out / name).unlink()
+
+
+def remove_thumbnails(out: Path) -> bool:
+    """Removes the pictures of all clips; returns False if other files lie among them."""
+    if not files.exists(out / folder.THUMBNAILS):
+        return True
+    for inner in (out / folder.THUMBNAILS).iterdir():
+        files.remove_ours(inner, PICTURE)
+    return files.remove_ours(out / folder.THUMBNAILS, "")
+
+
+def remove_features(out: Path) -> bool:
+    """Removes a folder of features; returns False if other files lie in it, which stay."""
+    if files.exists(out / folder.NAME):  # vidjax has written there
+        remove_thumbnails(out)
+        _remove_leftovers(out, set())
+        files.remove_ours(out / folder.VIDEOS, "")
+    return files.remove_ours(out, rf"\.lock|{re.escape(folder.NAME)}")
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
     """Removes what killed calls left; with `stems` also all videos but these."""
-    for entry in [*out.iterdir(), *(out / folder.VIDEOS).iterdir()]:
+    videos = out / folder.VIDEOS
+    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()
-    there = {path.stem for path in (out / folder.VIDEOS).glob("*.json")}
+    there = {path.stem for path in videos.glob("*.json")}
+    clips = [clip for name in os.listdir(out) if (clip := CLIP.fullmatch(name))]
     # A clip without its video; one without a part after the stem may be of another program,
     # unless the folder is to hold nothing else.
-    ours = r"[^.]+\..+\.npz" if stems is None else r"[^.]+(\..+)?\.npz"
-    clips = [name for name in os.listdir(out) if re.fullmatch(ours, name)]
-    unfinished = {name.partition(".")[0] for name in clips} - there
+    unfinished = {clip[1] for clip in clips if clip[2] or stems is not None} - there
     for stem in unfinished | (set() if stems is None else there - stems):
         _remove(out, stem)

@@ -96,8 +96,14 @@ def refuse_odd(path: Path, descriptor: int | None = None) -> None:
 
 
 def open_input(path: Path) -> io.FileIO:
-    """Opens a file of the user's own data, unbuffered; unlike `open_regular` it follows links."""
-    return open_regular(Path(os.path.realpath(path)))
+    """Opens a file of the user's own data, unbuffered; unlike `open_regular` it follows links.
+
+    Refuses files that the system makes up, which may be endless.
+    """
+    real = Path(os.path.realpath(path))
+    if real.parts[1:2] in (("proc",), ("sys",)):
+        raise UserError(f"'{path}' leads to '{real}', no file of data: it is not opened\nremove it")
+    return open_regular(real)
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -329,8 +335,8 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb", buffering=0) as file:
+    """Returns the sha256 of the bytes of a file, in hexadecimal; opens it by `open_input`."""
+    with open_input(path) as file:
         return sha256_opened(file)
 
 
@@ -346,8 +352,7 @@ def sha256_json(value: object) -> str:
 
 def sha256_folder(folder: Path) -> dict[str, str]:
     """Returns relative path -> sha256 of every file below a folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): sha256_file(path) for path in paths}
+    return {path: sha256_file(folder / path) for path in sorted(walk(folder))}
 
 
 def cache_root(given: str | Path | None = None) -> Path:

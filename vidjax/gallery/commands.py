@@ -396,7 +396,7 @@ def _by_table(
     args: argparse.Namespace, found: Sequence[Path], work: type[bulk.Work], **options: int
 ) -> Result:
     """Writes the results for every table of a folder into another folder."""
-    bulk.check_out(args.out, found)
+    bulk.check_out(args.out, found, work)
     gallery, rule = _opened(args), {"fpir": args.fpir, "threshold": args.threshold}
     gallery.rule(**rule)  # a mistake is reported before tables are read
     return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))

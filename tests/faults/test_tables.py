@@ -1,0 +1,165 @@
+"""Parquet tables of strangers: whatever a footer or a page says, memory stays small."""
+
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+from tests.campaigns import mutations  # noqa: E402
+from vidjax import bulk, files  # noqa: E402
+from vidjax.data import clip_files  # noqa: E402
+from vidjax.errors import UserError  # noqa: E402
+
+ZEROS = 100_000_000  # 400 MB of float32, in a file of a thousand bytes
+
+
+def varint(value, length=1):
+    """Returns a number as Thrift writes it, in `length` bytes or more."""
+    while value >> (7 * length):
+        length += 1
+    pieces = [value >> (7 * place) & 127 for place in range(length)]
+    return bytes([*(piece | 128 for piece in pieces[:-1]), pieces[-1]])
+
+
+def write(path, count, **more):
+    """Writes a table with a frame whose feature has `count` zeros."""
+    lists = pyarrow.ListArray.from_arrays([0, count], np.zeros(count, np.float32))
+    columns = {"clip": ["a"], "modality": ["face"], "features": lists}
+    options = {"compression": "zstd", "data_page_size": 1 << 40, "write_batch_size": 1 << 30}
+    parquet.write_table(pyarrow.table(columns), path, **{**options, **more})
+    return path
+
+
+def footer_says(path, before, after):
+    """Changes a number of the footer, in as many bytes."""
+    content = path.read_bytes()
+    at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    old = varint(2 * before)
+    assert old in content[at:]
+    path.write_bytes(content[:at] + content[at:].replace(old, varint(2 * after, len(old))))
+
+
+def pages_say(path, before, after):
+    """Changes a number in front of the footer, in as many bytes."""
+    content = path.read_bytes()
+    at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    old = varint(2 * before)
+    assert old in content[:at]
+    path.write_bytes(content[:at].replace(old, varint(2 * after, len(old))) + content[at:])
+
+
+@pytest.fixture
+def refused():
+    """Asserts that a table is refused with some words, in little memory and time."""
+
+    def check(path, *words):
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        with mutations.alarm(), pytest.raises(UserError) as caught:
+            list(clip_files.read_parquet(path))
+        assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+        assert all(word in str(caught.value) for word in words), caught.value
+        scale = 1 if sys.platform == "darwin" else 1024
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * scale
+        assert grown < 256 * files.MB and time.process_time() - began < 5
+
+    return check
+
+
+def test_a_table_of_one_value_is_refused_whatever_its_footer_says(tmp_path, refused):
+    path = write(tmp_path / "a.parquet", ZEROS)
+    assert path.stat().st_size < 2000
+    refused(path, "400,0", "bytes of nearly one value")
+    footer_says(path, ZEROS, 1)
+    refused(path, "100,000,000 values of features, its footer says 1")
+    pages_say(path, ZEROS, 1)  # both: the page is cut short
+    refused_or_short(path)
+
+
+def refused_or_short(path):
+    try:
+        (clip,) = clip_files.read_parquet(path)
+        assert clip.modalities["face"]["features"].size <= 1
+    except UserError as error:
+        assert "damaged" in str(error)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_numbers_of_pages_and_footer_that_differ_are_refused(
+    tmp_path, refused, version, dictionary
+):
+    path = tmp_path / "a.parquet"
+    options = {"data_page_version": version, "use_dictionary": dictionary}
+    for change, before, after in (
+        (footer_says, 7001, 7002),
+        (footer_says, 7001, 3),
+        (pages_say, 7001, 3),
+        (pages_say, 7001, 8000),
+    ):
+        write(path, 7001, **options)
+        assert [len(x.modalities["face"]["features"]) for x in clip_files.read_parquet(path)] == [1]
+        change(path, before, after)
+        refused(path, "values of features")
+
+
+def test_a_page_that_says_gigabytes_is_refused(tmp_path, refused):
+    path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
+    sizes = [size for size in range(28_000, 28_400) if varint(2 * size) in path.read_bytes()]
+    content = path.read_bytes()
+    at = content.index(varint(2 * sizes[0]))
+    # The header has fewer bytes for a size than gigabytes take: the ones behind make no sense.
+    path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
+    refused(path, "damaged")
+
+
+def test_a_text_of_megabytes_a_million_times_is_read_once(tmp_path):
+    path = tmp_path / "a.parquet"
+    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
+    table = {"clip": long, "modality": ["face"] * 4000, "features": [[1.0]] * 4000}
+    parquet.write_table(pyarrow.table(table), path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    other = tmp_path / "b.parquet"
+    os.link(path, other)
+    with pytest.raises(UserError, match="in two tables"):
+        bulk._check_once([path, other])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["text", "lists of lists", "bytes"])
+def test_features_that_are_no_numbers_are_refused_unread(tmp_path, refused, kind):
+    features = {
+        "text": [["x"]],
+        "lists of lists": [[[1.0]]],
+        "bytes": pyarrow.array([[b"x" * 100]], pyarrow.list_(pyarrow.binary(100))),
+    }[kind]
+    path = tmp_path / "a.parquet"
+    columns = {"clip": ["a"], "modality": ["face"], "features": features}
+    parquet.write_table(pyarrow.table(columns), path)
+    refused(path, "column features is", "wanted lists of numbers")
+
+
+def test_a_table_of_many_pages_and_row_groups_is_read_as_it_was_written(tmp_path):
+    rng = np.random.default_rng(0)
+    for width, groups, page in ((3, 7, 64), (1, 1000, 1 << 20), (0, 9, 64)):
+        features = rng.normal(size=(200, width)).astype(np.float32)
+        clips = rng.integers(0, 5, 200)
+        table = pyarrow.table({
+            "clip": [f"c{one}" for one in clips],
+            "modality": ["face" if one % 2 else "head" for one in clips],
+            "features": pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())),
+            "quality": np.arange(200.0),
+        })  # fmt: skip
+        path = tmp_path / "a.parquet"
+        parquet.write_table(table, path, row_group_size=groups, data_page_size=page)
+        for clip in clip_files.read_parquet(path):
+            number = int(clip.name[1:])
+            (found,) = clip.modalities.values()
+            rows = clips == number
+            np.testing.assert_array_equal(found["features"], features[rows])
+            np.testing.assert_array_equal(found["quality"], np.flatnonzero(rows))

@@ -1,0 +1,331 @@
+"""Reads tables of frames, a row group at a time; memory stays in bounds, whatever the file says.
+
+The footer of a table counts the values of each column. A reader then decodes what the pages hold,
+however much that is. So the headers of all pages are counted before a page is unpacked.
+
+Source: the format of Apache Parquet, `PageHeader` in `parquet.thrift`; Thrift's compact protocol.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vidjax import files
+from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError, closest, need
+from vidjax.machine import memory_bytes
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow import parquet
+
+TEXT = ("clip", "modality")
+COLUMNS = (*TEXT, "features")
+OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
+MOST_PAGES = 300_000  # of a table; most writers make pages of 1 MB
+HEADER_BYTES = (1 << 10, 1 << 20)  # that are read of a page; the second where the first are few
+MOST_DEPTH = 8  # of structs in a header
+# Physical type -> bytes of a value in memory. Text is read as numbers of its entries in a list.
+VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+
+
+class Rows(NamedTuple):
+    """The rows of a table.
+
+    Attributes:
+      columns: name -> pyarrow column without nulls; clip and modality are dictionary-encoded.
+      values: the values of all lists of features, one list after the other.
+      width: [F] int, the length of each list.
+    """
+
+    columns: dict[str, Any]
+    values: np.ndarray
+    width: np.ndarray
+
+
+def read(path: Path) -> Rows:
+    """Returns all rows of a table; UserError if it is damaged, or takes too much memory."""
+    with files.open_input(path) as opened, _Errors(path):
+        file = _open(path, opened)
+        names = _check_names(path, file.schema_arrow.names)
+        _check_types(path, file.schema_arrow)
+        counted = _check_pages(path, opened, file, names)
+        return _join(path, file, names, counted)
+
+
+def clip_names(path: Path) -> list[str]:
+    """Returns the distinct names of the clips of a table, in any order."""
+    with files.open_input(path) as opened, _Errors(path):
+        file = _open(path, opened)
+        _check_pages(path, opened, file, ["clip"])
+        column = file.read(columns=["clip"])["clip"].unique()
+        return column.cast("string").to_pylist()
+
+
+def num_rows(path: Path) -> int:
+    """Returns the number of rows of a table."""
+    with files.open_input(path) as opened, _Errors(path):
+        return _open(path, opened).metadata.num_rows
+
+
+class _Errors:
+    """A context that turns what pyarrow raises for a damaged table into UserError."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        need(str(self._path), "pyarrow", extra="parquet")
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, (UserError, MemoryError)):
+            return
+        if isinstance(error, OSError) and error.errno:
+            return
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise _damaged(self._path, reason) from error
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: damaged, or no parquet table: write it again ({reason})")
+
+
+def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
+    """Opens a table; a long text that comes a million times is in memory once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(opened)
+    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+    text = [one.name for one in file.schema_arrow if one.name in TEXT and one.type in kinds]
+    if file.schema_arrow.names.count("clip") > 1:
+        raise UserError(f"{path}: two columns are named clip: keep one")
+    return parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
+
+
+def _check_names(path: Path, names: Sequence[str]) -> list[str]:
+    """Returns the names of the columns that are read."""
+    known = (*COLUMNS, *OPTIONAL)
+    for name in names:
+        meant = closest(name.lower(), known, cutoff=0.75)
+        if name not in known and meant and meant not in names:
+            raise UserError(f"{path}: no column '{show(name)}' is read; did you mean '{meant}'?")
+    for name in known:
+        if name in COLUMNS and name not in names:
+            raise UserError(
+                f"{path}: no column {name}; it has {show(', '.join(names))}\n"
+                "write a row per frame: clip (text), modality (text), features (a list of "
+                "numbers)\nand optionally quality, detection, number; or a file CLIP.npz per clip"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two columns are named {name}: keep one")
+    return [name for name in known if name in names]
+
+
+def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
+    """Refuses features that are no lists of numbers, and other columns that are no numbers."""
+    from pyarrow import types
+
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    for one in schema:
+        kind, wanted = one.type, "numbers"
+        if one.name not in ("features", *OPTIONAL):
+            continue
+        if one.name == "features":
+            kind, wanted = getattr(kind, "value_type", None), "lists of numbers"
+            if not any(is_kind(one.type) for is_kind in lists):
+                kind = None
+        if kind is None or not (types.is_integer(kind) or types.is_floating(kind)):
+            raise UserError(f"{path}: column {one.name} is {one.type}, wanted {wanted}")
+
+
+def _check_pages(
+    path: Path, opened: io.FileIO, file: "parquet.ParquetFile", names: Sequence[str]
+) -> int:
+    """Returns how many values the lists of features have at most, by the headers of their pages.
+
+    Refuses pages that hold other numbers of values than the footer says, or too many bytes.
+    """
+    size, count, pages = 0, 0, 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            name = column.path_in_schema.partition(".")[0]
+            if name not in names:
+                continue
+            values = unpacked = 0
+            for page in _pages(opened, column):
+                values, unpacked, pages = values + page.values, unpacked + page.size, pages + 1
+                if pages > MOST_PAGES:
+                    raise _damaged(path, f"more than {MOST_PAGES:,} pages")
+            if values != column.num_values:
+                raise _damaged(
+                    path, f"{values:,} values of {name}, its footer says {column.num_values:,}"
+                )
+            width = VALUE_BYTES.get(column.physical_type, 4)
+            if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+                width = file.schema.column(place).length
+            size += max(unpacked, values * width)
+            count += values if name == "features" else 0
+    limit, room = memory_bytes() // 3, files.most_unpacked(os.fstat(opened.fileno()).st_size)
+    if size > limit:
+        raise UserError(
+            f"{path}: its columns take {size:,} bytes, and a third of the memory is {limit:,}\n"
+            "split it into several tables, which rank, embed and gallery identify read in turn\n"
+            "for training, write a file SPLIT/CLIP.npz for each clip"
+        )
+    if size > room:
+        raise _damaged(path, f"{size:,} bytes of nearly one value")
+    return count
+
+
+class _Page(NamedTuple):
+    """The header of a page: the bytes and the values that it unpacks to."""
+
+    size: int
+    values: int
+
+
+def _pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
+    """Yields the pages of a column in a row group, until there are all values of the footer."""
+    at, first = column.data_page_offset, column.dictionary_page_offset
+    if column.has_dictionary_page and first and first < at:
+        at = first
+    end, left = at + column.total_compressed_size, column.num_values
+    while left > 0 and at < end:
+        length, fields = _header(opened, at)
+        data = fields.get(5) or fields.get(8) or {}  # of version 1 or 2; a dictionary has neither
+        packed, unpacked, values = fields.get(3, -1), fields.get(2, -1), data.get(1, 0)
+        if min(packed, unpacked, values) < 0:
+            raise ValueError("a page of less than nothing")
+        yield _Page(unpacked, values)
+        at += length + packed
+        left -= values
+
+
+def _header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
+    """Returns the length and the fields of the header of the page at a byte of a file."""
+    for size in HEADER_BYTES:
+        header = _Compact(os.pread(opened.fileno(), size, at))
+        with contextlib.suppress(IndexError):
+            fields = header.struct()
+            return header.at, fields
+    raise ValueError("a page without a header")
+
+
+class _Compact:
+    """Reads a struct of Thrift's compact protocol; IndexError if the bytes end before it does."""
+
+    def __init__(self, content: bytes):
+        self._content, self.at = content, 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        """Returns number of a field -> an int, a dict of a struct, or None for other values."""
+        if depth > MOST_DEPTH:
+            raise ValueError("structs within structs")
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():
+            number = number + (head >> 4) if head >> 4 else self._int()
+            fields[number] = self._value(head & 15, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int) -> Any:  # noqa: ANN401 (of that kind)
+        match kind:
+            case 1 | 2:  # a bool is in the head of its field
+                return None
+            case 4 | 5 | 6:
+                return self._int()
+            case 3 | 7:
+                self.at += 1 if kind == 3 else 8
+            case 8:
+                length = self._varint()
+                self.at += length
+            case 9 | 10:
+                head = self._byte()
+                count = self._varint() if head >> 4 == 15 else head >> 4
+                for _ in range(count):
+                    self._value(3 if head & 15 in (1, 2) else head & 15, depth)
+            case 12:
+                return self.struct(depth + 1)
+            case _:
+                raise ValueError("a page with a damaged header")
+        return None
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self._content[self.at - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while shift < 64:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+        raise ValueError("a page with a damaged header")
+
+    def _int(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
+
+
+def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
+    """Returns the rows of all row groups; `counted` values of features are there at most."""
+    import pyarrow
+    from pyarrow import compute
+
+    others, widths, first, at = [], [], 0, 0
+    values = np.empty(0, np.float32)
+    for number in range(file.metadata.num_row_groups):
+        table = file.read_row_group(number, columns=list(names))
+        others.append(table.drop_columns(["features"]))
+        for chunk in table["features"].chunks:
+            _refuse_nulls(path, "features", chunk, first)
+            first += len(chunk)
+            found = chunk.flatten()
+            if found.null_count:
+                raise UserError(f"{path}: column features: a list holds a null")
+            found = found.to_numpy(zero_copy_only=False)
+            width = compute.call_function("list_value_length", [chunk])
+            widths.append(width.to_numpy(zero_copy_only=False))
+            if len(found) == counted:  # all of the table, which need not be copied
+                values = found
+            elif len(found):
+                values = values if at else np.empty(counted, found.dtype)
+                values[at : at + len(found)] = found
+            at += len(found)
+    joined = pyarrow.concat_tables(others) if others else file.schema_arrow.empty_table()
+    columns = {}
+    for name in [name for name in names if name != "features"]:
+        column = joined[name].combine_chunks()
+        _refuse_nulls(path, name, column, 0)
+        columns[name] = _as_text(path, name, column) if name in TEXT else column
+    width = np.concatenate(widths) if widths else np.empty(0, np.int32)
+    return Rows(columns, values[:at], width)
+
+
+def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # noqa: ANN401 (pyarrow)
+    if column.null_count:
+        row = first + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+        raise UserError(f"{path}: row {row + 1}: no {name}")
+
+
+def _as_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (of pyarrow, both)
+    """Returns a dictionary-encoded column of text."""
+    import pyarrow
+
+    try:
+        codes = column.dictionary_encode()
+        values = codes.dictionary.cast(pyarrow.string())
+    except pyarrow.ArrowException:
+        raise UserError(f"{path}: column {name} is {column.type}, wanted text") from None
+    return pyarrow.DictionaryArray.from_arrays(codes.indices, values)
