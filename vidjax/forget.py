@@ -110,7 +110,7 @@ class Others:
         """Looks at a list of names, in their normal form."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
-                self._near[own] = name
+                self._near[own] = min(name, self._near.get(own, name))
         if len(self._few) + len(names) <= MOST_COMPARED:
             self._few |= names
 
