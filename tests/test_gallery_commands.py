@@ -304,7 +304,7 @@ def test_threshold(say, folder, made):
 
 MISTAKES = {
     "": "gallery needs COMMAND",
-    "idenify G": "'identify'",
+    "idenify G": "did you mean vidjax gallery identify",
     "identify": "identify needs G",
     "identify G": "identify needs one of --input --split",
     "identify G --split=val --input=x": "not allowed with argument --split",

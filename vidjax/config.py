@@ -509,7 +509,7 @@ def hint_of_field(name: str, known: Collection[str]) -> str:
         return f"did you mean --config.{match}?"
     group = name.rpartition(".")[0]
     inside = [field.rpartition(".")[2] for field in known if group and within(field, (group,))]
-    if 0 < len(inside) <= MOST_LISTED:
+    if 0 < len(inside) <= MOST_LISTED and not name.startswith(SPECIFICATIONS):
         return f"config.{group} has {', '.join(inside)}"
     return "vidjax config lists them"
 

@@ -272,7 +272,7 @@ def _hint_of_word(word: str, strays: Sequence[str], args: argparse.Namespace) ->
     if args.command == "compare":
         return f"did you mean --runs={','.join(strays)}?"
     flags = ("workdir", "gallery", "input", "config")
-    flag = next((name for name in flags if name in vars(args) and not vars(args)[name]), None)
+    flag = next((name for name in flags if name in vars(args)), None)
     return f"did you mean --{flag}={word}?" if flag else None
 
 
