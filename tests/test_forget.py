@@ -125,6 +125,9 @@ def test_names_in_other_files_are_found(tmp_path, places):
     (tmp_path / GONE).mkdir()
     (tmp_path / GONE / "1.jpg").write_text(GONE)  # goes with its folder
     os.mkfifo(tmp_path / "pipe")
+    for name, start in {"holes": b"", "holes.txt": b"\xff\xfe"}.items():
+        (tmp_path / name).write_bytes(start)
+        os.truncate(tmp_path / name, 1 << 40)
     (tmp_path / "link").symlink_to("/dev/zero")
     found = places(f"--identity={GONE}", tmp_path)
     assert {str(Path(path).relative_to(tmp_path)) for path in found} == {

@@ -47,6 +47,9 @@ TABLE_BYTES = 64 * files.MB
 MOST_SHOWN = 20  # names in the commands that are printed, and places of a kind
 MOST_COMPARED = 20_000  # names that a misspelt one is compared with: takes a second
 MOST_FILES = 1000  # that one process of grep searches
+WIDE_BYTES = 64 * files.MB  # of the largest file that is searched for UTF-16 and UTF-32
+# grep holds a line in memory, and a file may be one line. It then ends with an error.
+GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
 # Endings of files that are not searched -> words of a command that writes what such a file holds.
 UNPACK = {
     (".gz", ".tgz"): "gzip -dc",
@@ -332,7 +335,7 @@ def _search_files(
     patterns = "\n".join(_spellings(names)).encode()
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
-    rows = _grep("-zniawF", patterns, b"\0".join(words))
+    rows = _grep("-zniawF", patterns, text=b"\0".join(words))
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     own = "it is yours: delete it"
@@ -348,10 +351,10 @@ def _search_files(
         closed += [path] if _unpack(path) else []
     held = set[bytes]()
     for some in (read[at : at + MOST_FILES] for at in range(0, len(read), MOST_FILES)):
-        chosen = [*map(os.fsencode, some)]
         try:
-            held |= {*_grep("-liaZwF", patterns, None, chosen)}
-            held |= {*_grep("-liaZP", _wide(given), None, chosen, LC_ALL="C")}
+            small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
+            held |= {*_grep("-liZwF", patterns, some)}
+            held |= {*_grep("-liaZP", _wide(given), small, locale="C")}
         except OSError as error:
             found.append(_unread(some[0].parent, error))
     inside = "it is yours: delete it, or take the name out"
@@ -365,19 +368,18 @@ def _search_files(
 def _grep(
     flags: str,
     patterns: bytes,
-    text: bytes | None,
-    paths: Sequence[bytes] = (),
-    **variables: str,
+    paths: Sequence[Path] = (),
+    *,
+    text: bytes = b"",
+    locale: str = "C.UTF-8",
 ) -> list[bytes]:
-    """Returns what grep prints of a text, or of files, by patterns that it reads from memory."""
+    """Returns what grep prints of files or of a text, by patterns that it reads from memory."""
     memory = os.memfd_create("names")
     try:
         os.write(memory, patterns)
-        ends = ["-D", "skip", "-f", f"/proc/self/fd/{memory}", *(["--"] if text is None else [])]
-        done = subprocess.run(  # noqa: S603 (no shell; paths come after --)
-            ["grep", flags, *ends, *paths], input=text or b"", capture_output=True,  # noqa: S607
-            pass_fds=[memory], env={**os.environ, "LC_ALL": "C.UTF-8", **variables},
-        )  # fmt: skip
+        words = ["sh", "-c", GREP, "grep", locale, flags, "-D", "skip", "-f"]
+        words += [f"/proc/self/fd/{memory}", "--", *map(str, paths), *([] if paths else ["-"])]
+        done = subprocess.run(words, input=text, capture_output=True, pass_fds=[memory])  # noqa: S603
     finally:
         os.close(memory)
     if done.returncode > 1:
@@ -416,7 +418,7 @@ def commands(names: Iterable[str], found: Iterable[Found], places: Iterable[Path
     for ends, unpack in UNPACK.items():
         if unpack in kinds:
             alike = [word for end in ends for word in ("-o", "-iname", f"*{end}")][1:]
-            search = f'{unpack} "$0" | grep -qiawF -e "$N" && echo "$0"'
+            search = f'{unpack} "$0" | grep -qiwF -e "$N" && echo "$0"'
             words = ["find", *map(str, places), "-type", "f", "(", *alike, ")"]
             words += ["-exec", "sh", "-c", search, "{}", ";"]
             lines.append(f"{spelled} {shlex.join(words)}")
