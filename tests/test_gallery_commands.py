@@ -318,7 +318,7 @@ MISTAKES = {
     "identify G new": "example: vidjax gallery identify G --input=PATH",
     "create G runs/plda": "example: vidjax gallery create G --run=runs/plda",
     "remove G p1": "example: vidjax gallery remove G --identity=Ada",
-    "add G": "choose from 'create', 'enrol'",
+    "add G": "did you mean vidjax gallery enrol",
     "rename G --identity=1": "rename needs --to",
     "relabel G --clip=x": "relabel needs one of --identity --strangers",
     "relabel G --clip=x --identity=a --strangers": "not allowed with argument --identity",
