@@ -323,7 +323,7 @@ MISTAKES = {
     "relabel G --clip=x": "relabel needs one of --identity --strangers",
     "relabel G --clip=x --identity=a --strangers": "not allowed with argument --identity",
     "relabel G --strangers": "relabel needs --clip",
-    "rnak G": "'rank'",
+    "rnak G": "did you mean vidjax gallery rank",
     "identify G --split=val --config.model.name=x": "it takes --config.data.FIELD=VALUE",
     "identify G --split=vla": "vla",
     "identify G --split=val --fpir=0": "above 0 and below 1",
