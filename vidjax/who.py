@@ -18,10 +18,12 @@ to the models, for which all films and photos are read once more.
 
 import argparse
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta, Struct
@@ -35,7 +37,7 @@ from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, store
+from vidjax.gallery import appearances, page, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.commands import add_rule
@@ -210,7 +212,11 @@ def _look(
     found = appearances.find(answers, shown, groups)
     numbers = msgspec.to_builtins(before.updated(folder.read_films(out / FEATURES), groups))
     files.write_json(out / NUMBERS, numbers)  # rows without are not read
-    _write(out, found, groups, shown, gallery)
+    addresses = {
+        outcome.film.video: quote(os.path.relpath(outcome.path, out))
+        for outcome in outcomes if outcome.film
+    }  # fmt: skip
+    _write(out, found, groups, shown, gallery, answers, addresses)
     strangers = {groups[clip] for one in found for clip in one.clips if clip in groups}
     return Done(gallery.identities, found, len(strangers), failed)
 
@@ -416,6 +422,8 @@ def _write(
     groups: Mapping[str, str],
     films: Sequence[folder.Film],
     gallery: Gallery,
+    answers: Mapping[str, Answer],
+    addresses: Mapping[str, str],
 ) -> None:
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
@@ -438,9 +446,8 @@ def _write(
         if (name := _person(clip)) and shown.identity:
             photo = folder.thumbnail(out / PEOPLE / name, clip.rpartition("/")[2])
             people[shown.identity].append(photo)
-    text = appearances.page(
-        found, films, people, functools.partial(folder.thumbnail, out / FEATURES)
-    )
+    thumbnail = functools.partial(folder.thumbnail, out / FEATURES)
+    text = page.render(found, films, people, thumbnail, answers, addresses)
     files.write_text(out / PAGE, text)
     (out / PAGE).chmod(0o600)
 
