@@ -1,18 +1,20 @@
 """The page of who appears when: times without a mouse, the order, and addresses."""
 
 import base64
+import copy
 import hashlib
 import re
 from pathlib import Path
 
-from vidjax.extract.folder import Film
+from vidjax.extract.folder import Film, Source
 from vidjax.gallery import page
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.appearances import Appearance
 
 FILM = Film(
-    video="a.mp4", sha256="0" * 64, photo=False, seconds=100.0, shots=[], tracks=[], frames=9
-)
+    video="a.mp4", source=Source(address="/a.mp4", size=1, mtime_ns=0, inode=1), sha256="0" * 64,
+    photo=False, seconds=100.0, shots=[], tracks=[], frames=9,
+)  # fmt: skip
 
 
 def render(found, answers=None, films=(FILM,), people=("Ada", "Bob")):
@@ -26,7 +28,7 @@ def render(found, answers=None, films=(FILM,), people=("Ada", "Bob")):
 def text_of(html):
     """Returns the words of a page as a reader sees them."""
     body = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split()).replace(" ,", ",")
 
 
 def test_times_probabilities_and_links_are_there_without_a_mouse():
@@ -55,7 +57,7 @@ def test_doubtful_names_come_first_with_the_second_best():
     words = text_of(render(found, answers))
     doubtful = words[words.index("or perhaps") : words.index("a.mp4 1:40")]
     assert doubtful == (
-        "or perhaps unknown 2 a.mp4 0:04\u20130:05 Ada 45 % , Bob 10 % "
+        "or perhaps unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
         "Ada a.mp4 0:00\u20130:01 70 % Bob 20 % "
     )
     people = words[words.rindex("People") :]
@@ -71,9 +73,8 @@ def test_many_times_are_folded():
 
 
 def test_photos_have_no_times():
-    photo = FILM.__class__(
-        **{**{n: getattr(FILM, n) for n in FILM.__struct_fields__}, "photo": True}
-    )
+    photo = copy.copy(FILM)
+    photo.photo = True
     html = render([Appearance("a.mp4", 0, 0, "Ada", 0.9, ("c",))], films=(photo,))
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 

@@ -251,7 +251,9 @@ def test_names_of_people_that_no_file_can_hold_are_refused(drawn, name):
 
 
 FILM = {
-    "format": 1, "video": "x.mp4", "sha256": "0" * 64, "photo": False, "seconds": 5.0,
+    "format": 2, "video": "x.mp4",
+    "source": {"address": "/x.mp4", "size": 1, "mtime_ns": 0, "inode": 1},
+    "sha256": "0" * 64, "photo": False, "seconds": 5.0,
     "shots": [[0, 5]], "frames": 5,
     "tracks": [{"clip": "x.s000.t00", "shot": 0, "start_s": 0, "end_s": 1, "seen": 2}],
 }  # fmt: skip
