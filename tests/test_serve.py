@@ -2,16 +2,23 @@
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import socket
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -19,8 +26,9 @@ import pytest
 import tritonclient.http as http
 import uvicorn
 
+from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
-from vidjax import predict
+from vidjax import errors, predict
 from vidjax.errors import UserError
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
@@ -32,8 +40,8 @@ from vidjax.serve.limits import Limits, Metrics, Refused
 
 JSON = {"Content-Type": "application/json"}
 SMALL = Limits(
-    body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=2 << 20, clips=32, connections=12,
-    request_seconds=2, idle_seconds=1, drain_seconds=5,
+    body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
+    connections=12, request_seconds=2, idle_seconds=1, drain_seconds=5,
 )  # fmt: skip
 
 
@@ -146,7 +154,13 @@ def test_an_npz_is_answered_like_json(inside, people):
     wanted = people.identify({"query 3": CLIPS["query 3"]}, 2, threshold=0.2)["query 3"]
     assert status == 200 and len(found["clips"][0]["best"]) == 2
     check_same(of_json(found["clips"][0]), wanted)
-    for wrong in (np.array([{}], object), np.full((1, 8), 1e39)):  # beyond float32
+    for wrong in (
+        np.array([{}], object),
+        np.full((1, 8), 1e39),  # beyond float32
+        np.ones((), np.float32),
+        np.ones((1001, 8), np.uint8),
+        np.ones((1 << 15, 9), np.uint8),  # as float32 it takes more than a body may
+    ):
         content = io.BytesIO()
         np.savez(content, face=wrong)
         assert inside.ask("POST", path, content.getvalue(), headers)[0] == 422
@@ -378,6 +392,7 @@ def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
         (422, clip(face_quality=[1.0, 2.0]), "clip a, face"),
         (422, clip(face=[[0.5] * 8, [1.0]]), "face"),
         (422, clip(face=[["0.5"] * 8]), "str"),
+        (422, clip(face=[[0.5] * 8] * 1001), "clip 'a', face: 1,001 frames: 1,000 are the most"),
         (422, clip(face=[[1e300] * 8]), "finite"),
         (422, {"clips": [{"clip": "a", "nose": [[0.5] * 8]}]}, "nose"),
         (422, {**clip(), "k": 0}, "k"),
@@ -419,10 +434,22 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
         {"data": [1e39] + [0.5] * 7}, {"name": "nose"}, {"data": None}, {"name": ""},
         {"parameters": {"binary_data_size": 32}}, {"parameters": {"binary_data_size": "x"}},
         {"parameters": {"k": []}}, {"shape": []}, {"shape": [0, 1, 8], "data": []},
+        {"shape": [1, 1001, 8], "data": [0.5] * 8008},
     )  # fmt: skip
     for fields in wrong:
         status, content = ask(**fields)
         assert (status, type(content["error"])) == (422, str), fields
+    path = "/v2/models/gallery/infer"
+    for name, value in (("shared_memory_region", "x"), ("classification", 2)):
+        for fields in (
+            {"inputs": [right | {"parameters": {name: value}}]},
+            {"inputs": [right], "outputs": [{"name": "scores", "parameters": {name: value}}]},
+        ):
+            status, content = inside.ask("POST", path, fields)
+            assert status == 422 and name in content["error"]
+    for name in ("priority", "sequence_id"):
+        status, content = inside.ask("POST", path, {"inputs": [right], "parameters": {name: 1}})
+        assert status == 422 and name in content["error"]
     values = np.full(8, 0.5, "<f4").tobytes()
     of_binary = json.dumps({"inputs": [binary | {"parameters": {"binary_data_size": 32}}]}).encode()
     for body, length, status in (
@@ -439,22 +466,90 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
     assert inside.ask("POST", "/v2/models/nobody/infer", of_binary)[0] == 404
 
 
+# Words of each error that has a status of its own, in names that a client chooses.
+WORDS = (
+    "is in use by another process", "was changed meanwhile", "has nobody enrolled", "no such name",
+    "no clip 'x' is enrolled", "is damaged: put back a copy", "holds no gallery", "cannot be read",
+    "cannot be changed: attempt to write a readonly database", "No space left on device",
+    "no answer in time", "is no longer at", "not ready: still compiling", "{folder}/x",
+)  # fmt: skip
+
+
 def test_the_status_of_an_error_does_not_come_from_the_words_of_a_client(tmp_path, caplog):
     folder = tmp_path / "g"
     with Inside(servers.make_gallery(folder)) as one:
-        for name in ("x is in use by y", "has nobody enrolled", f"{folder}/x", "no such"):
-            clips = servers.as_json({name: servers.make_frames(8000, "Eve")})
-            for identity, status in (("Eve", 200), ("Bo", 422)):
+        for number, words in enumerate(WORDS):
+            name = f"Secret {words.format(folder=folder)}"
+            clips = servers.as_json({name: servers.make_frames(8000 + number, "Eve")})
+            for identity, status in ((f"Eve {words}", 200), (f"Bo {words}", 422)):
                 body = {"clips": clips, "identity": identity}
                 assert one.ask("POST", "/enrol", body)[0] == status
-        assert "Eve" not in caplog.text
+            for kind in ("clips", "identities"):
+                path = f"/{kind}/{quote(f'Ada {name}', safe='')}"
+                assert one.ask("DELETE", path)[0] == 404
+        for word in ("Eve", "Bo ", "Ada", "Secret"):
+            assert word not in caplog.text
+
+
+def test_a_server_suggests_nobody(tmp_path, monkeypatch):
+    """To compare long names took minutes, with the lock of the gallery."""
+    monkeypatch.setattr(errors.difflib, "get_close_matches", None)
+    with Inside(servers.make_gallery(tmp_path / "g")) as one:
+        for path in ("/identities/persn%203", "/clips/clp%2030"):
+            assert one.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
+
+
+def test_a_gallery_that_cannot_be_changed_is_a_fault_of_the_server(tmp_path, caplog):
+    folder = tmp_path / "g"
+    body = {"clips": servers.as_json({"Secret": servers.make_frames(8000, "Eve")})}
+    with Inside(servers.make_gallery(folder)) as one:
+        os.link(folder / "gallery.sqlite", tmp_path / "other name")
+        status, answer = one.ask("POST", "/enrol", {**body, "identity": "Eve Secret"})
+        assert status == 503 and "cannot be changed" in answer["error"]
+        assert one.ask("POST", "/identify", body)[0] == 200
+        assert str(folder) in caplog.text and str(tmp_path) not in answer["error"]
+        with contextlib.closing(sqlite3.connect(folder / "gallery.sqlite")) as connection:
+            connection.execute("UPDATE clip SET name = 'Secret\n' WHERE name = 'clip 30'")
+            connection.execute("UPDATE gallery SET sha256 = x'00'")
+            connection.commit()
+        assert one.ask("POST", "/identify", body)[0] == 503
+        assert "is damaged" in caplog.text and "Secret" not in caplog.text
 
 
 def test_pages_of_other_sites_get_nothing(inside):
     ours = f"127.0.0.1:{inside.port}"
-    assert inside.ask("GET", "/identities", headers={"Host": "evil.example"})[0] == 403
-    assert inside.ask("GET", "/identities", headers={"Origin": "http://evil.example"})[0] == 403
-    assert inside.ask("GET", "/identities", headers={"Origin": f"http://{ours}"})[0] == 200
+    for headers, status in (
+        ({"Host": "evil.example"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": f"http://evil//{ours}"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[evil"}, 403),
+        ({"Origin": f"http://{ours}"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+    ):
+        assert inside.ask("GET", "/identities", headers=headers)[0] == status, headers
+
+
+def test_headers_that_change_what_a_request_means_are_refused(inside):
+    host, post = f"Host: 127.0.0.1:{inside.port}\r\n", "POST /identify HTTP/1.1\r\n"
+    upgrade = "Connection: Upgrade\r\nUpgrade: h2c\r\n"
+    body = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    end = "Connection: close\r\n\r\n"
+    for content, status, words in (
+        (f"GET /v2 HTTP/1.1\r\n{host}{host}{end}", 400, b"one header Host"),
+        (f"GET /v2 HTTP/1.1\r\n{end}", 400, b"one header Host"),
+        (f"GET /v2 HTTP/1.1\r\n{host}{end}", 200, b"x-content-type-options: nosniff"),
+        (f"PUT /v2 HTTP/1.1\r\n{host}{end}", 405, b"\r\nallow: "),
+        (f"{post}{host}{upgrade}{body}", 400, b"without the header Upgrade"),
+        (f"{post}{host}Content-Encoding: gzip\r\n{body}", 415, b"without an encoding"),
+        (f"{post}{host}Content-Encoding: identity\r\nConnection: close\r\n{body}", 422, b"clips"),
+    ):
+        answer = talk(inside.port, content.encode())
+        assert int(answer.split()[1]) == status and words in answer
 
 
 def test_a_token_is_asked_for(people, tmp_path):
@@ -471,6 +566,8 @@ def test_a_token_is_asked_for(people, tmp_path):
     token = limits_lib.read_token(path)
     with Inside(people, token=token) as one:
         right = {"Authorization": f"Bearer {token.decode()}", "Host": "people.example"}
+        assert one.ask("GET", "/identities", headers=right)[0] == 200
+        right["Authorization"] = f"bearer  {token.decode()}"  # the scheme has no case
         assert one.ask("GET", "/identities", headers=right)[0] == 200
         for wrong in ({}, {"Authorization": "Bearer " + "b" * 40}, {"Authorization": "ä"}):
             assert one.ask("GET", "/identities", headers=wrong)[0] == 401
@@ -521,7 +618,7 @@ def test_connections_are_counted(inside):
 
 
 def test_a_full_queue_says_when_to_try_again():
-    limits = Limits(waiting_clips=4, batch_clips=2, answer_seconds=0.5, waiting_changes=1)
+    limits = Limits(waiting_clips=4, batch_clips=2, waiting_changes=1)
     sizes = []
     go = threading.Event()
 
@@ -538,13 +635,14 @@ def test_a_full_queue_says_when_to_try_again():
             await asyncio.sleep(0.05)
         with pytest.raises(Refused) as error:
             await batcher.ask(9, 1)
-        assert error.value.status == 429 and error.value.retry_after
+        assert error.value.status == 429 and error.value.headers["retry-after"]
         go.set()
         assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10]
         assert max(sizes) == 2
         go.clear()
         with pytest.raises(TimeoutError):
-            await batcher.ask(9, 1)
+            async with asyncio.timeout(0.5):
+                await batcher.ask(9, 1)
         go.set()
         await batcher.settle()
         assert await batcher.ask(7, 1) == 14
@@ -620,6 +718,132 @@ def test_enrolments_that_wait_are_bounded_like_questions(tmp_path, monkeypatch):
         finally:
             go.set()
             first.join(60)
+
+
+# ---- time and memory
+
+
+def test_the_time_for_an_answer_begins_at_the_end_of_the_body(tmp_path, monkeypatch):
+    """A body that waits to be parsed has no other clock than one that waits to be scored."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(*_):
+        begun.set()
+        go.wait(20)
+
+    content = io.BytesIO()
+    np.savez(content, face=CLIPS["query 3"]["face"])
+    monkeypatch.setattr(app_lib.files, "npz_bytes", slow)
+    limits = SMALL._replace(answer_seconds=0.5, request_seconds=20)
+    with (
+        Inside(servers.make_gallery(tmp_path / "g"), limits=limits) as one,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        try:
+            headers, began = {"Content-Type": "application/x-npz"}, time.monotonic()
+            sent = ("POST", "/identify?clip=a", content.getvalue(), headers)
+            asked = [pool.submit(one.ask, *sent) for _ in range(2)]  # the other waits for a thread
+            assert [future.result() for future in asked] == [
+                (503, {"error": "no answer in time"})
+            ] * 2
+            assert begun.is_set() and time.monotonic() - began < 5
+        finally:
+            go.set()
+
+
+def test_answers_that_nobody_reads_are_counted(tmp_path):
+    clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
+    people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
+    some = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
+    body = json.dumps({"clips": servers.as_json(some), "k": 1000}).encode()  # answer: 14 MB
+    limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)
+    with Inside(people, limits=limits) as one:
+        lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{one.port}\r\n"
+        lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", one.port)) as unread:
+            unread.sendall(lines.encode() + body)
+            assert unread.recv(8) == b"HTTP/1.1"
+            assert one.ask("POST", "/identify", body)[0] == 429
+            time.sleep(limits.request_seconds)
+            assert one.ask("POST", "/identify", body)[0] == 200
+
+
+def test_liveness_is_told_while_programs_compile(tmp_path, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(models.GalleryModel, "warm", lambda self: go.wait(30))
+    one = Inside(servers.make_gallery(tmp_path / "g"))
+    one.thread.start()
+    try:
+        began = time.monotonic()
+        assert one.ask("GET", "/v2/health/live")[0] == 200
+        for method, path in (
+            ("GET", "/v2/health/ready"), ("GET", "/threshold?fpir=0.5"), ("GET", "/identities"),
+            ("DELETE", "/identities/Ada"), ("DELETE", "/clips/c"),
+        ):  # fmt: skip
+            status, answer = one.ask(method, path)
+            assert status == 503 and "compiling" in answer["error"]
+        assert time.monotonic() - began < 5
+    finally:
+        go.set()
+        one.__exit__()
+
+
+STUCK = """\
+import sys, threading
+from vidjax.gallery.gallery import Gallery
+from vidjax.serve import app, models
+from vidjax.serve.limits import Limits
+limits = Limits(drain_seconds=1, end_seconds=3)
+made = app.make_app(Gallery(sys.argv[1]), limits=limits)
+def stuck(*args, **more):
+    print("stuck", flush=True)
+    while True:
+        threading.Event().wait(1)
+Gallery.identities = property(stuck)
+Gallery.remove = stuck
+listener = app.listen("127.0.0.1", 0)
+print(listener.getsockname()[1], flush=True)
+app.serve(made, listener, limits)
+"""
+
+
+def test_a_signal_ends_the_process_whatever_its_threads_do(tmp_path):
+    servers.make_gallery(tmp_path / "g")
+    command = [sys.executable, "-c", STUCK, tmp_path / "g"]
+    with child.running(command) as process:
+        assert process.stdout and process.stderr
+        one = servers.Served(process, int(process.stdout.readline()))
+        one.wait()
+        for method, path in (("GET", "/identities"), ("DELETE", "/identities/person%203")):
+            asks = threading.Thread(target=_ask_in_vain, args=(one, method, path), daemon=True)
+            asks.start()
+            assert process.stdout.readline() == "stuck\n"
+        began = time.monotonic()
+        assert one.end() == 1 and time.monotonic() - began < 10
+        assert process.stderr.read().splitlines()[-1] == "ended: work under way was cut off"
+    assert Gallery(tmp_path / "g").identities["person 3"] == 4
+
+
+def _ask_in_vain(one, method, path):
+    with contextlib.suppress(OSError, HTTPException):
+        one.ask(method, path)
+
+
+def test_a_server_removes_what_a_killed_change_left(tmp_path):
+    servers.make_gallery(tmp_path / "g")
+    code = (
+        "import os, signal, sys, pathlib\n"
+        "from vidjax.gallery.store import Store\n"
+        "with Store(pathlib.Path(sys.argv[1])).open(write=True) as connection:\n"
+        "    connection.execute('DELETE FROM clip')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "g"]).returncode < 0
+    journal = tmp_path / "g" / "gallery.sqlite-journal"
+    assert b"person 3" in journal.read_bytes()
+    with servers.served(tmp_path / "g") as one:
+        assert os.listdir(tmp_path / "g") == ["gallery.sqlite"]
+        assert len(one.ask("GET", "/identities")[1]["identities"]) == 12
 
 
 # ---- about the server

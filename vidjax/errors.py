@@ -17,9 +17,11 @@ import contextlib
 import difflib
 import errno
 import importlib.util
+import itertools
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 
@@ -79,15 +81,9 @@ def need(what: str, *packages: str, extra: str, instead: str = "") -> None:
 
     `instead` says what may be done in place of an installation.
     """
-    for problem in missing(what, *packages, extra=extra, instead=instead):
-        raise UserError(problem)
-
-
-def missing(what: str, *packages: str, extra: str, instead: str = "") -> Iterator[str]:
-    """Yields the message of `need` if a package is not installed."""
-    if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
-        names = " and ".join(absent).replace("_", "-")
-        yield (
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        names = " and ".join(missing).replace("_", "-")
+        raise UserError(
             f"{what} needs {names}, not installed: pip install 'vidjax[{extra}]'"
             + (f", or {instead}" if instead else "")
         )
@@ -159,14 +155,20 @@ _CONTROL = re.compile(
 )
 
 
+SUGGESTED_LETTERS = 64  # of the longest words that are compared
+SUGGEST_SECONDS = 0.5  # after which no other word is compared
+
+
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word that is spelled most like another one, None if none is close enough.
 
     One with the same part after its last dot always is. `cutoff`: least similarity, 0 to 1 (equal).
     """
-    known = list(known)
+    known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
-    candidates = difflib.get_close_matches(word, last or known, n=1, cutoff=cutoff)
+    short = [name for name in last or known if max(len(name), len(word)) <= SUGGESTED_LETTERS]
+    in_time = itertools.takewhile(lambda _: time.monotonic() < end, short)
+    candidates = difflib.get_close_matches(word, in_time, n=1, cutoff=cutoff)
     return (candidates or last or [None])[0]
 
 

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> Result:
     gallery = Gallery(args.gallery)
     if restored is not None and not gallery.origin.cards:
         gallery = Gallery(args.gallery, run=restored)
+    gallery.remove_leftovers()
     limits = limits_lib.Limits()
     app = app_lib.make_app(gallery, restored, limits, token)
     listener = app_lib.listen(args.host, args.port)

@@ -300,13 +300,7 @@ class Clips:
 
 
 def extract(
-    path: Path,
-    out: Path,
-    stem: str,
-    nets: Nets,
-    settings: folder.Settings,
-    source: folder.Source,
-    sha256: str,
+    path: Path, out: Path, stem: str, nets: Nets, settings: folder.Settings, sha256: str
 ) -> folder.Film:
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
@@ -321,8 +315,7 @@ def extract(
             shots, seen = _follow(video, clips, nets, stem, settings)
         found = video.found
     film = folder.Film(
-        video=folder.printable(path.name),
-        source=source,
+        video=folder.video_name(path, stem),
         sha256=sha256,
         photo=video.info.photo,
         seconds=found.seconds,
@@ -411,7 +404,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     nets = load_nets(cards.load(Path(arguments["models"])), settings.size)
     found = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
-        msgspec.convert(arguments["source"], folder.Source), arguments["sha256"],
+        arguments["sha256"],
     )  # fmt: skip
     return msgspec.to_builtins(found)
 

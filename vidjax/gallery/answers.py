@@ -148,7 +148,7 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 def needed(fpir: float) -> int:
     """Returns the least number of strangers that can set a threshold of this rate: 1 / fpir - 1."""
-    return math.ceil(1 / fpir - 1e-9) - 1
+    return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
 
 
 def check_strangers(count: int, fpir: float) -> None:

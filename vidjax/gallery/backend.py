@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vidjax.extract.cards import BackEnd
 
 QUERIES = 64  # clips of a matrix product
+PAIRED = 1 << 20  # numbers of vectors that are multiplied by pairs at once
 MOST_ROWS = 4096  # people of the largest block
 FEW_ROWS = 512  # people of a block that a change joins with another one
 # Of ten voices that are heard while a face is seen, one is of somebody else. This is our choice.
@@ -565,11 +566,13 @@ class Index:
         products = [np.zeros(len(rows)) for _ in asked.coordinates]
         for place in np.unique(places).tolist():
             pairs = np.flatnonzero(places == place)
-            people = rows[pairs] - self._ends[place]
             for product, x, own in zip(
                 products, asked.coordinates, self.blocks[place].linear, strict=True
             ):
-                product[pairs] = np.vecdot(own[people], x[owner[pairs]])
+                size = max(PAIRED // own.shape[1], 1)
+                for some in np.split(pairs, range(size, len(pairs), size)):
+                    people = rows[some] - self._ends[place]
+                    product[some] = np.vecdot(own[people], x[owner[some]])
         return self._add_up(products, rows, owner, asked)
 
     def _add_up(

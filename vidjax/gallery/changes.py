@@ -12,7 +12,6 @@ from vidjax.gallery.backend import Backend, People
 from vidjax.gallery.store import MOST_LETTERS, STRANGER, Clip, State
 
 T = TypeVar("T")
-MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
 
 class Draft:
@@ -108,7 +107,7 @@ class Draft:
 
     def _shown_by(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
-            raise no_such("identity", identity, None)
+            raise NotEnrolledError("identity", identity, ())
         return known("identity", normal_form(identity), self.groups)
 
     def _edit(self, clips: Mapping[str, Clip | None]) -> None:
@@ -275,19 +274,27 @@ def _check_length(kind: str, name: str) -> str:
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`; the UserError of a missing name suggests a similar one."""
-    if name in among:
-        return among[name]
-    raise no_such(kind, name, closest(name, among) if len(among) <= MOST_SUGGESTED else None)
+    """Returns `among[name]`; NotEnrolledError if there is no such name."""
+    if name not in among:
+        raise NotEnrolledError(kind, name, among)
+    return among[name]
 
 
 class NotEnrolledError(UserError):
-    """No person or clip has this name."""
+    """No person or clip has this name.
 
+    The message suggests a similar name. It is made when it is read: the gallery is no longer locked
+    then, and a server, whose answers suggest nobody, makes none.
+    """
 
-def no_such(kind: str, name: str, close: str | None) -> NotEnrolledError:
-    """Returns the error of a missing name; `close` is a similar one that is there."""
-    hint = f": did you mean '{show(close)}'?" if close else ""
-    return NotEnrolledError(
-        f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
-    )
+    def __init__(self, kind: str, name: str, among: Iterable[str]):
+        super().__init__()
+        self._sought = kind, name, among
+
+    def __str__(self) -> str:
+        kind, name, among = self._sought
+        close = closest(name, among)
+        hint = f": did you mean '{show(close)}'?" if close else ""
+        return (
+            f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
+        )

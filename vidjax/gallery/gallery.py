@@ -40,7 +40,7 @@ from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, T
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.untrusted.names import normal_form, show, similar_names
-from vidjax.errors import UserError, check_argument, warn
+from vidjax.errors import InUseError, UserError, check_argument, warn
 from vidjax.extract.folder import film_of
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import backend as backend_lib
@@ -52,10 +52,11 @@ from vidjax.gallery.store import (
     MOST_WIDTH,
     STRANGER,
     Clip,
-    NoGalleryError,
     Origin,
     State,
     Store,
+    UnreadableError,
+    UnwritableError,
     group,
 )
 from vidjax.models.two_covariance import Settings
@@ -112,10 +113,6 @@ class NobodyError(UserError):
     """Nobody is enrolled, so that nobody can be named."""
 
 
-class UnreadableError(UserError):
-    """The file of an open gallery is damaged or gone."""
-
-
 class Gallery:
     """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
 
@@ -170,7 +167,6 @@ class Gallery:
         from vidjax.api import load_data
         from vidjax.evaluation import restore
 
-        check_new(Path(folder))
         run = _restored(run)
         if data is None:
             data = load_data(run.config)
@@ -240,8 +236,9 @@ class Gallery:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
         files.make_folder(path, "gallery:")
-        check_new(path)
         store = Store(path)
+        if foreign := store.foreign():
+            raise UserError(f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder")
         state = _state(1, origin, backend, clips)
         store.create(state)
         _tell_of_similar(path, similar_names(state.people, ()))
@@ -318,12 +315,14 @@ class Gallery:
 
     def refresh(self) -> None:
         """Reads the gallery anew if this process or another one has changed it."""
-        try:
-            with self._lock:
-                if self._store.sha256() != self._state.sha256:
-                    self._state = _read(self._store)
-        except UserError as error:
-            raise UnreadableError(str(error)) from error
+        with self._lock:
+            if self._store.sha256() != self._state.sha256:
+                self._state = _read(self._store)
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a killed process left, unless the folder is changed now, or read-only."""
+        with contextlib.suppress(InUseError, UnwritableError, OSError):
+            self._store.remove_leftovers()
 
     def _now(self) -> State:
         """Returns the state of the folder."""
@@ -343,13 +342,13 @@ class Gallery:
         if self._checked is None or self._checked[0] != wanted:
             place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
-                raise UserError(
+                raise UnreadableError(
                     f"the run of gallery '{self.folder}' is no longer at '{place}'\n"
                     "say where it is: run=FOLDER, by command --run=FOLDER"
                 )
             run = _restored(place if self._run is None else self._run)
             if origin_of(run).digest != wanted:
-                raise UserError(
+                raise UnreadableError(
                     f"'{run.workdir}' is not the run that gallery '{self.folder}' was made "
                     f"with, which was at '{place}'\n"
                     "say where that is: run=FOLDER, by command --run=FOLDER"
@@ -723,21 +722,6 @@ class Gallery:
             scores, index = np.asarray(top.scores), np.asarray(top.index)
             top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
         return predict.as_lists(identities, names, top)
-
-
-def check_new(folder: Path) -> None:
-    """Raises ValueError if a folder holds anything; what a killed process left does not count."""
-    store = Store(folder.expanduser().absolute())
-    if not store.folder.is_dir():
-        return
-    if foreign := store.foreign():
-        remedy = "name a new folder"
-        if files.exists(store.folder / "config.json"):
-            remedy = f"it is a run: Gallery.create('NEW_FOLDER', {str(store.folder)!r})"
-        raise UserError(f"'{store.folder}' is not empty: it holds '{show(foreign)}'\n{remedy}")
-    with contextlib.suppress(NoGalleryError):
-        store.sha256()
-        raise UserError(f"'{store.folder}' holds a gallery: name another folder")
 
 
 def _check_width(backend: Backend) -> int:

@@ -147,7 +147,15 @@ def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
     }
 
 
-class NoGalleryError(UserError):
+class UnreadableError(UserError):
+    """What a gallery needs is damaged, of another version, or gone; the message names nobody."""
+
+
+class UnwritableError(UserError):
+    """A gallery can be read, and not changed, as on a disk that is read-only."""
+
+
+class NoGalleryError(UnreadableError):
     """A folder has no file of a gallery, or one that is still empty."""
 
 
@@ -183,7 +191,7 @@ class Store:
         if not stat.S_ISREG(status.st_mode):
             raise damaged(self.path, "it is a link, or no file")
         if write and status.st_nlink > 1:
-            raise UserError(
+            raise UnwritableError(
                 f"'{self.path}' is one file with several names (hard links): it is not changed, "
                 "since the others would change with it\ncopy the folder, and use the copy"
             )
@@ -221,13 +229,21 @@ class Store:
             if not write and (version, tables) == (0, []):
                 raise self._no_gallery()
             if tables and version != FORMAT:
-                raise UserError(
+                raise UnreadableError(
                     f"'{self.path}' is of another version of vidjax: it has the format {version}, "
                     f"not {FORMAT}; create the gallery anew"
                 )
             if tables and tables != sorted(("table", name) for name in SCHEMA):
                 raise damaged(self.path, "its tables are not those of a gallery")
             yield connection
+
+    def remove_leftovers(self) -> None:
+        """Deletes the journal, with names and vectors, of a change that was cut off early.
+
+        SQLite undoes a change that was cut off, but keeps the journal if the file had not changed.
+        """
+        with self.open(write=True), contextlib.suppress(FileNotFoundError):
+            self.path.with_name(JOURNAL).unlink()
 
     # ---- reading
 
@@ -311,9 +327,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def damaged(path: Path, problem: str) -> UserError:
+def damaged(path: Path, problem: str) -> UnreadableError:
     """Returns the error of a file that is not what vidjax wrote."""
-    return UserError(f"'{path}' is damaged: {problem}\n{REMEDY}")
+    return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
 @contextlib.contextmanager
@@ -330,7 +346,7 @@ def _errors(path: Path, *, write: bool = False) -> Iterator[None]:
                 f"gallery '{path.parent}' is in use by another process\ntry again later"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
-            raise UserError(
+            raise UnwritableError(
                 f"gallery '{path.parent}' cannot be changed: {error}\n"
                 "copy it to a folder in which you may write"
             ) from error
@@ -338,7 +354,7 @@ def _errors(path: Path, *, write: bool = False) -> Iterator[None]:
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
             if write:
                 raise OSError(number, f"cannot write '{path}': {error}") from error
-            raise UserError(f"cannot read '{path}': {error}") from error
+            raise UnreadableError(f"cannot read '{path}': {error}") from error
         raise damaged(path, show(str(error))) from error
 
 
@@ -506,18 +522,23 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, Cl
             name, person, fitted, vector = row
             if tuple(map(type, row)) != CLIP_KINDS or len(vector) != size or fitted not in (0, 1):
                 raise UserError("a clip is not what vidjax writes")
-            check_name(name)
-            if person != STRANGER:
-                check_name(person, "identity")
+            _check_names(name, person)
             total += _digest(row)
             x = np.frombuffer(vector, FLOAT)
             clips[name] = Clip(None if person == STRANGER else person, x, bool(fitted))
         vectors = np.frombuffer(b"".join(row[3] for row in rows), FLOAT).reshape(len(rows), -1)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            name = show(rows[int(np.argmin(finite))][0])
-            raise UserError(f"the vector of clip '{name}' holds a number that is not finite")
+        if not np.isfinite(vectors).all():
+            raise UserError("the vector of a clip holds a number that is not finite")
     return clips, total
+
+
+def _check_names(name: str, person: str) -> None:
+    try:
+        check_name(name)
+        if person != STRANGER:
+            check_name(person, "identity")
+    except UserError:  # it shows the name, and a server logs what is damaged
+        raise UserError("a name is not one that vidjax writes") from None
 
 
 def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list[People], int]:

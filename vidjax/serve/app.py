@@ -13,11 +13,15 @@ import functools
 import gc
 import importlib.metadata
 import logging
+import os
 import re
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from types import FrameType
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -29,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from vidjax import files
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.data.untrusted.names import clean_identity, normal_form, show
@@ -46,6 +51,7 @@ from vidjax.serve.limits import (
     Metrics,
     Refused,
     one_line,
+    set_clock,
     unprocessable,
 )
 from vidjax.serve.models import Frames, GalleryModel, Model, Question, RunModel, check_finite
@@ -57,11 +63,20 @@ LARGE = 1 << 16  # bytes of a body that a thread of its own parses
 NPZ = ("application/x-npz", "application/zip", "application/octet-stream")
 ClipJson = Annotated[
     dict[str, str | float | list[float | list[float]]],
-    Meta(description="clip, its name; for each modality, as face, its frames [T, D]; and "
-         "optionally more of each frame, as face_quality [T]"),
-]  # fmt: skip
+    Meta(
+        description="clip, its name; for each modality, as face, its frames [T, D]; and "
+        "optionally more of each frame, as face_quality [T]",
+        extra_json_schema={
+            "required": ["clip"],
+            "properties": {"clip": {"type": "string", "minLength": 1}},
+        },
+    ),
+]
 Clips = Annotated[list[ClipJson], Meta(min_length=1)]
-MODEL_PATHS = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+EVERYWHERE = (400, 401, 403, 500, 503)  # status of errors
+ERROR = "#/components/responses/Error"
+READING = (413, 415, 422, 429)  # where a body is read
 
 
 class Identify(protocol.Rule, kw_only=True):
@@ -89,12 +104,14 @@ class Page(Struct, forbid_unknown_fields=True):
 class Answer(NamedTuple):
     """An answer of a server: method and path of its requests, and the function that makes it.
 
-    `body` and `query` are the types of the body of JSON and of the words of the query.
+    `errors` are the statuses besides those of EVERYWHERE. `body` and `query` are the types of the
+    body of JSON and of the words of the query.
     """
 
     method: str
     path: str
     answer: Callable[[Request], Awaitable[Response]]
+    errors: tuple[int, ...] = ()
     body: type[msgspec.Struct] | None = None
     query: type[msgspec.Struct] | None = None
 
@@ -124,6 +141,8 @@ class Application:
         }
         _, self.asked = self.served[self.people.name]
         self.changes = Changes(limits)
+        # One large body is parsed at a time: what it becomes meanwhile is not counted.
+        self.reader = ThreadPoolExecutor(1, "vidjax-bodies")
         self.embedding = 0  # clips of enrolments that wait for their vectors
         self.ready = self.broken = False
         for name, about, value in (
@@ -143,19 +162,20 @@ class Application:
 
     def answers(self) -> list[Answer]:
         """Returns every answer; requests look at them from the first to the last."""
+        asks = (404, 409, *READING)
         return [
-            *(Answer("POST", f"{path}/infer", self.infer, protocol.Ask) for path in MODEL_PATHS),
+            *(Answer("POST", f"{x}/infer", self.infer, asks, protocol.Ask) for x in MODEL_PATHS),
             Answer("GET", "/v2", self.server),
             Answer("GET", "/v2/health/live", self.live),
             Answer("GET", "/v2/health/ready", self.is_ready),
-            *(Answer("GET", path, self.metadata) for path in MODEL_PATHS),
-            *(Answer("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
-            Answer("POST", "/identify", self.identify, Identify),
-            Answer("POST", "/enrol", self.enrol, Enrol),
-            Answer("GET", "/identities", self.identities, query=Page),
-            Answer("DELETE", "/identities/{name:path}", self.remove_identity),
-            Answer("DELETE", "/clips/{name:path}", self.remove_clip),
-            Answer("GET", "/threshold", self.threshold, query=protocol.Rule),
+            *(Answer("GET", path, self.metadata, (404,)) for path in MODEL_PATHS),
+            *(Answer("GET", f"{path}/ready", self.is_ready, (404,)) for path in MODEL_PATHS),
+            Answer("POST", "/identify", self.identify, (409, *READING), Identify),
+            Answer("POST", "/enrol", self.enrol, (*READING, 507), Enrol),
+            Answer("GET", "/identities", self.identities, (422,), query=Page),
+            Answer("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
+            Answer("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
+            Answer("GET", "/threshold", self.threshold, (409, 422), query=protocol.Rule),
             Answer("GET", "/metrics", self.counters),
             Answer("GET", "/openapi.json", self.describe),
         ]
@@ -170,6 +190,7 @@ class Application:
             await warm
         for thread in (*(batcher for _, batcher in self.served.values()), self.changes):
             await asyncio.to_thread(thread.stop)
+        self.reader.shutdown()
 
     async def _warm(self) -> None:
         try:
@@ -197,7 +218,7 @@ class Application:
 
     async def is_ready(self, request: Request) -> Response:
         """Says that all programs are compiled; 503 until then."""
-        if "name" in request.path_params:
+        if "model" in request.path_params:
             self._model(request)
         self._check_ready()
         return _json({"ready": True})
@@ -207,7 +228,7 @@ class Application:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "not ready: still compiling", 1)
 
     def _model(self, request: Request) -> tuple[Model, Batcher[Question, Any]]:
-        name, version = request.path_params["name"], request.path_params.get("version", "1")
+        name, version = request.path_params["model"], request.path_params.get("version", "1")
         if name not in self.served or version != "1":
             known = ", ".join(self.served)
             raise Refused(HTTPStatus.NOT_FOUND, f"no such model: choose from {known}, version 1")
@@ -232,8 +253,11 @@ class Application:
             protocol.check_outputs(asked, model.outputs)
             return asked, models.question(model, tensors, asked.parameters, self.limits)
 
-        asked, question = await _parsed(read, len(body))
+        asked, question = await self._parsed(read, large=len(body) > LARGE)
+        self.bodies.hold(request.scope, len(body) + models.count_bytes(question.clips))
         self._check_ready()
+        if timeout := asked.parameters.timeout:
+            set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
         answer = await batcher.ask(question, len(question.clips))
         content, size = protocol.answer(asked, model.name, model.tensors(question, answer))
         if size is None:
@@ -280,11 +304,12 @@ class Application:
         finally:
             self.embedding -= len(clips)
         enrol = functools.partial(people.enrol, vectors, shown, strangers=asked.strangers)
-        return _json((await self._change(enrol))._asdict())
+        return _json((await self._change(request, enrol))._asdict())
 
     async def identities(self, request: Request) -> Response:
         """Lists people and their numbers of clips by name, 10,000 at a time."""
         after = normal_form(_of_words(request.query_params, Page).after)
+        self._check_ready()
         people = await self.asked.run(lambda: self.people.gallery.identities)
         names = [name for name in people if name > after]
         listed = {name: people[name] for name in names[:LISTED]}
@@ -293,19 +318,22 @@ class Application:
     async def remove_identity(self, request: Request) -> Response:
         """Removes a person with all clips."""
         name = request.path_params["name"]
-        return await self._remove(lambda: self.people.gallery.remove(identity=name))
+        return await self._remove(request, lambda: self.people.gallery.remove(identity=name))
 
     async def remove_clip(self, request: Request) -> Response:
         """Removes a clip."""
         name = request.path_params["name"]
-        return await self._remove(lambda: self.people.gallery.remove(clip=name))
+        return await self._remove(request, lambda: self.people.gallery.remove(clip=name))
 
-    async def _remove(self, change: Callable[[], int]) -> Response:
-        count = await self._change(change)
+    async def _remove(self, request: Request, change: Callable[[], int]) -> Response:
+        self._check_ready()
+        count = await self._change(request, change)
         await self.asked.settle()  # an answer that was begun before may still name the person
         return _json({"removed": count})
 
-    async def _change(self, change: Callable[[], T]) -> T:
+    async def _change(self, request: Request, change: Callable[[], T]) -> T:
+        limits = self.limits
+        set_clock(request.scope, limits.change_seconds + limits.answer_seconds)
         done = await self.changes.make(change)
         LOG.info("changed: version %d", self.people.gallery.version)
         return done
@@ -313,6 +341,7 @@ class Application:
     async def threshold(self, request: Request) -> Response:
         """Says when a clip gets a name."""
         asked = _of_words(request.query_params, protocol.Rule)
+        self._check_ready()
         rule = await self.asked.run(
             lambda: self.people.gallery.rule(fpir=asked.fpir, threshold=asked.threshold)
         )
@@ -328,35 +357,49 @@ class Application:
 
     async def describe(self, _: Request) -> Response:
         """Describes the requests of this server as OpenAPI."""
-        return _json(describe(self.answers()))
+        return _json(describe(self.answers(), [*self.served], self.people.widths))
 
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
         """Returns clip -> modality -> frames, and what else a body asks for, in JSON or `.npz`."""
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        limit = self.limits.body_bytes if sent in NPZ else self.limits.json_bytes
-        if sent in NPZ:
-            body = await self.bodies.read(request, limit)
-            words = dict(request.query_params)
-            name = words.pop("clip", None)
-            if not name:
-                raise unprocessable("an .npz needs the name of its clip: ?clip=NAME")
-            asked = _of_words({"clips": [{"clip": name}], **words}, kind)
-            read = lambda: [clip_files.read_npz_bytes(body, name, limit)]  # noqa: E731
-        elif sent == "application/json":
-            body = await self.bodies.read(request, limit)
-            asked = await _parsed(lambda: protocol.decode(body, kind), len(body))
-            if len(asked.clips) > self.limits.clips:
-                raise unprocessable(f"a request has {self.limits.clips} clips at most")
-            read = lambda: [  # noqa: E731
-                clip_files.read_json(one, f"clips[{place}]")
-                for place, one in enumerate(asked.clips)
-            ]
-        else:
+        if sent not in (*NPZ, "application/json"):
             status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
             raise Refused(status, "wanted Content-Type: application/json, or application/x-npz")
-        return _by_name(await _parsed(read, len(body)), self.people.widths), asked
+        npz = sent in NPZ
+        limit = self.limits.body_bytes if npz else self.limits.json_bytes
+        body = await self.bodies.read(request, limit)
+        words = dict(request.query_params)
+        name = words.pop("clip", "")
+        if npz:
+            if not name:
+                raise unprocessable("an .npz needs the name of its clip: ?clip=NAME")
+            size = await self._parsed(lambda: files.npz_bytes(body, limit), large=True)
+            self.bodies.hold(request.scope, len(body) + 2 * size)
+
+        def read() -> tuple[dict[str, Any], Any]:
+            if npz:
+                asked = _of_words({"clips": [{"clip": name}], **words}, kind)
+                clips = [clip_files.read_npz_bytes(body, name, limit)]
+            else:
+                asked = protocol.decode(body, kind)
+                if len(asked.clips) > self.limits.clips:
+                    raise unprocessable(f"a request has {self.limits.clips} clips at most")
+                places = enumerate(asked.clips)
+                clips = [clip_files.read_json(one, f"clips[{n}]") for n, one in places]
+            asked.clips = []  # lists of numbers: the frames take less
+            return _by_name(clips, self.people.widths, self.limits), asked
+
+        clips, asked = await self._parsed(read, large=npz or len(body) > LARGE)
+        self.bodies.hold(request.scope, 2 * models.count_bytes(clips))
+        return clips, asked
+
+    async def _parsed(self, read: Callable[[], T], *, large: bool) -> T:
+        """Returns what `read` makes of a body; a thread reads a large one."""
+        if large:
+            return await asyncio.get_running_loop().run_in_executor(self.reader, read)
+        return read()
 
 
 def _of_words(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of that kind)
@@ -367,10 +410,13 @@ def _of_words(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (o
         raise unprocessable(show(str(error))) from None
 
 
-def _by_name(clips: Sequence[Clip], widths: Mapping[str, int]) -> dict[str, dict[str, Frames]]:
+def _by_name(
+    clips: Sequence[Clip], widths: Mapping[str, int], limits: Limits
+) -> dict[str, dict[str, Frames]]:
     """Returns given name -> modality -> field -> frames, of the modalities in `widths`.
 
-    Refused for a NaN, a name that comes twice, another width, and a clip that has only others.
+    Refused for a NaN, a name that comes twice, another width, too many frames, and a clip that has
+    only other modalities.
     """
     found: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -382,22 +428,20 @@ def _by_name(clips: Sequence[Clip], widths: Mapping[str, int]) -> dict[str, dict
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
             check_finite(frames, f"{place}, {modality}")
-            features = frames["features"] = frames["features"].astype(np.float32)
+            features = np.atleast_1d(frames["features"]).astype(np.float32, copy=False)
+            frames["features"] = features
+            problem = ""
             if features.size and features.shape[-1] != widths[modality]:
-                raise unprocessable(
-                    f"{place}, {modality}: features are {features.shape[-1]} wide, wanted "
-                    f"{widths[modality]}"
-                )
+                problem = f"features are {features.shape[-1]} wide, wanted {widths[modality]}"
+            elif features.ndim > 1 and len(features) > limits.frames:
+                problem = f"{len(features):,} frames: {limits.frames:,} are the most"
+            if problem:
+                raise unprocessable(f"{place}, {modality}: {problem}")
             found[name][modality] = frames
         if clip.modalities and not found[name]:
             others = show(", ".join(map(str, clip.modalities)))
             raise unprocessable(f"{place} has {others}, wanted {', '.join(widths)}")
     return found
-
-
-async def _parsed(read: Callable[[], Any], size: int) -> Any:  # noqa: ANN401 (what `read` returns)
-    """Returns what `read` makes of a body of `size` bytes; a thread reads a large one."""
-    return await asyncio.to_thread(read) if size > LARGE else read()
 
 
 def _json(content: object) -> Response:
@@ -426,35 +470,45 @@ def make_app(
     return Guard(router, bodies, limits, metrics, token)
 
 
-def describe(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Returns the description for `/openapi.json`."""
+def describe(
+    answers: Sequence[Answer], models: Sequence[str], widths: Mapping[str, int]
+) -> dict[str, Any]:
+    """Returns the description for `/openapi.json`; `widths` are modality -> width of clips."""
     kinds = [kind for one in answers for kind in (one.body, one.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for kind in (Identify, Enrol):
+        clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
+        for name, width in widths.items():
+            row = {"type": "array", "items": {"type": "number"}}
+            clip[name] = {"type": "array", "items": {**row, "minItems": width, "maxItems": width}}
+    text: dict[str, object] = {"type": "string"}
+    within = {"model": {**text, "enum": models}, "version": {**text, "enum": ["1"]}}
     paths: dict[str, dict[str, object]] = {}
     for one in answers:
-        words = schemas[one.query.__name__]["properties"] if one.query else {}
-        parameters = [
-            {"name": name, "in": "query", "schema": schema} for name, schema in words.items()
-        ]
         path = one.path.replace(":path", "")
+        words = schemas[one.query.__name__]["properties"] if one.query else {}
+        if one.body in (Identify, Enrol):
+            about = f"of an .npz; its query takes the other fields of {one.body.__name__}, too"
+            words = {"clip": {**text, "description": about}}
+        parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": within.get(name, text)}
             for name in re.findall(r"{(\w+)}", path)
         ]
-        error = {"$ref": "#/components/responses/Error"}
-        about: dict[str, object] = {
+        errors = {str(status): {"$ref": ERROR} for status in (*EVERYWHERE, *one.errors)}
+        described: dict[str, object] = {
             "summary": one.about,
             "parameters": parameters,
-            "responses": {"200": {"description": "done"}, "default": error},
+            "responses": {"200": {"description": "done"}, **errors},
         }
         if one.body:
             schema = {"$ref": f"#/components/schemas/{one.body.__name__}"}
             content: dict[str, object] = {"application/json": {"schema": schema}}
-            if not path.startswith("/v2"):
-                content["application/x-npz"] = {"schema": {"type": "string", "format": "binary"}}
-            about["requestBody"] = {"required": True, "content": content}
-        paths.setdefault(path, {})[one.method.lower()] = about
-    error = {"type": "object", "properties": {"error": {"type": "string"}}}
+            if one.body is not protocol.Ask:
+                content["application/x-npz"] = {"schema": {**text, "format": "binary"}}
+            described["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(path, {})[one.method.lower()] = described
+    error = {"type": "object", "properties": {"error": text}, "required": ["error"]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "vidjax", "version": importlib.metadata.version("vidjax")},
@@ -500,6 +554,7 @@ def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        headers=[("x-content-type-options", "nosniff")],
         limit_concurrency=limits.connections,
         backlog=min(2 * limits.connections, 1024),
         timeout_keep_alive=int(limits.idle_seconds),
@@ -507,12 +562,35 @@ def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
     )
 
 
+class Server(uvicorn.Server):
+    """A server that ends `end_seconds` after a signal, whatever its threads do."""
+
+    def __init__(self, app: Guard, limits: Limits):
+        super().__init__(make_config(app, limits))
+        self._end = threading.Timer(limits.end_seconds, self._give_up)
+        self._end.daemon = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to end; requests under way are answered."""
+        if not self.should_exit:
+            self._end.start()
+        super().handle_exit(sig, frame)
+
+    def _give_up(self) -> None:
+        """Ends the process without its threads; a change of a gallery is made, or is not."""
+        LOG.error("ended: work under way was cut off")
+        os._exit(1)
+
+
 def serve(app: Guard, listener: socket.socket, limits: Limits) -> bool:
-    """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off."""
+    """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off.
+
+    A process that does not end in time is ended with the exit code 1.
+    """
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.ERROR)  # warnings about strangers' requests
     gc.freeze()  # modules and people live on: no collection looks at them
-    server = uvicorn.Server(make_config(app, limits))
+    server = Server(app, limits)
     # uvicorn handles a signal, and raises it again when all is answered: then it does nothing.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:

@@ -46,10 +46,7 @@ class Batcher(Generic[Q, A]):
         self._wanted, self._enough = 0, asyncio.Event()
 
     async def ask(self, question: Q, size: int) -> A:
-        """Returns the answer to a question about `size` clips.
-
-        Refused with 429 if too many wait; TimeoutError if the answer takes too long.
-        """
+        """Returns the answer to a question of `size` clips; Refused with 429 if too many wait."""
         if self.size + size > self._limits.waiting_clips and self._waiting:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips wait: try again", 1)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -59,8 +56,7 @@ class Batcher(Generic[Q, A]):
             self._enough.set()
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
-        async with asyncio.timeout(self._limits.answer_seconds):
-            return await future
+        return await future
 
     async def _work(self) -> None:
         """Answers batch after batch until nobody waits."""
@@ -141,12 +137,12 @@ class Changes:
         self.waiting += 1
         work = asyncio.get_running_loop().run_in_executor(self._thread, change)
         work.add_done_callback(self._done)
-        try:
-            return await asyncio.wait_for(asyncio.shield(work), self._limits.change_seconds)
-        except TimeoutError:
+        await asyncio.wait([work], timeout=self._limits.change_seconds)
+        if not work.done():
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE, "the change takes long: look whether it was made", 5
-            ) from None
+            )
+        return work.result()
 
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1

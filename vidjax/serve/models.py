@@ -12,6 +12,7 @@ import numpy as np
 
 from vidjax import devices
 from vidjax.data.clips import PAD_LENGTHS
+from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 from vidjax.evaluation.scoring import ModelScorer
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery, padded_batches
@@ -21,6 +22,7 @@ from vidjax.serve.protocol import DEFAULT_K, Parameters, Spec
 
 TABLE = 512  # clips, more than one batch has
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
+FIELD_BYTES = sum(np.dtype(one.dtype).itemsize * one.width for one in FRAME_FIELDS.values())
 
 
 class Question(NamedTuple):
@@ -83,6 +85,8 @@ def question(
             wanted = (count, *tensors[name].shape[1:2])
             if array.shape[:2] != wanted:
                 raise unprocessable(f"input '{fields[field]}': wanted shape {list(wanted)}")
+            if array.shape[1] > limits.frames:
+                raise unprocessable(f"input '{name}': a clip has {limits.frames:,} frames at most")
         mask = given.pop("mask", None)
         for row, clip in enumerate(clips.values() if given else ()):
             kept = slice(None) if mask is None else mask[row]
@@ -117,9 +121,15 @@ def check_finite(frames: Frames, place: str) -> None:
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             raise unprocessable(f"{place}: {field} are no numbers")
-        with np.errstate(over="ignore"):
-            if not np.isfinite(array.astype(np.float32)).all():
-                raise unprocessable(f"{place}: {field} hold a number that is not finite")
+        wide = array.dtype.itemsize > np.dtype(np.float32).itemsize
+        if not (np.abs(array) <= LARGEST if wide else np.isfinite(array)).all():
+            raise unprocessable(f"{place}: {field} hold a number that is not finite")
+
+
+def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
+    """Returns the bytes of the frames of clips, with all fields that a frame gets."""
+    features = [frames["features"] for clip in clips.values() for frames in clip.values()]
+    return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
 def _joined(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:

@@ -27,12 +27,15 @@ Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=
 DEFAULT_K = 5
 K = Annotated[int, Meta(ge=1, le=1000, description="the most identities of a clip")]
 
+Fpir = Annotated[float, Meta(gt=0, lt=1, description="share of strangers who may get a name")]
+Probability = Annotated[float, Meta(gt=0, le=1, description="instead: the lowest of a name")]
+
 
 class Rule(Struct, forbid_unknown_fields=True, kw_only=True):
     """When a clip gets a name."""
 
-    fpir: Annotated[float | None, Meta(description="share of strangers who may get a name")] = None
-    threshold: Annotated[float | None, Meta(description="instead: the lowest probability")] = None
+    fpir: Fpir | None = None
+    threshold: Probability | None = None
 
 
 class Parameters(Rule):
@@ -40,27 +43,39 @@ class Parameters(Rule):
 
     k: K = DEFAULT_K
     binary_data_output: bool = False
-    timeout: float | None = None  # of Triton's client; not looked at
+    timeout: Annotated[int, Meta(ge=0, description="microseconds for the answer; 0: no limit")] = 0
 
 
-class Tensor(Struct):
+class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
+    """How an input is sent: without a size, its values are in the JSON."""
+
+    binary_data_size: Annotated[int, Meta(ge=0)] | None = None
+
+
+class Tensor(Struct, forbid_unknown_fields=True):
     """An input: its values are `data`, or lie behind the JSON."""
 
     name: Name
     shape: Sizes
     datatype: Name
-    parameters: dict[str, bool | float | str] = {}
+    parameters: InputParameters = InputParameters()
     data: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
-class Output(Struct):
-    """An output that is wanted; its parameter `binary_data` is true for bytes."""
+class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
+    """How an output is wanted: as bytes, or else in the JSON."""
+
+    binary_data: bool = False
+
+
+class Output(Struct, forbid_unknown_fields=True):
+    """An output that is wanted."""
 
     name: Name
-    parameters: dict[str, bool | float | str] = {}
+    parameters: OutputParameters = OutputParameters()
 
 
-class Ask(Struct):
+class Ask(Struct, forbid_unknown_fields=True):
     """A request for answers to tensors; without `outputs`, all are wanted."""
 
     inputs: Annotated[list[Tensor], Meta(min_length=1, max_length=64)]
@@ -101,7 +116,7 @@ def parse(
         if not _fits(tensor.shape, spec.shape):
             raise unprocessable(f"input '{name}': shape {tensor.shape}, wanted {list(spec.shape)}")
         dtype = DTYPES[spec.datatype]
-        length = tensor.parameters.get("binary_data_size")
+        length = tensor.parameters.binary_data_size
         if length is not None:
             wanted = math.prod(tensor.shape) * dtype.itemsize
             if length != wanted or len(bytes(tensor.data)) or at + wanted > len(body):
@@ -180,7 +195,7 @@ def answer(asked: Ask, model: str, outputs: Mapping[str, np.ndarray]) -> tuple[b
 
     `outputs` are all outputs of the model: float32, bool, or text, an array of dtype object.
     """
-    wanted = {one.name: bool(one.parameters.get("binary_data")) for one in asked.outputs}
+    wanted = {one.name: one.parameters.binary_data for one in asked.outputs}
     described, tails = [], []
     for name, binary in (
         wanted or dict.fromkeys(outputs, asked.parameters.binary_data_output)
