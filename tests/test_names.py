@@ -41,7 +41,13 @@ def test_invisible_letters_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["\u0646\u06cc\u200c\u0645\u0627", "\u0915\u094d\u200d\u0937", NFC]
+    "name",
+    [
+        "\u0646\u06cc\u200c\u0645\u0627",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f469\u200d\U0001f467",
+        NFC,
+    ],
 )
 def test_joiners_between_letters_belong_to_a_name(name):
     assert names.clean_identity(name) == name

@@ -3,6 +3,7 @@
 Each does what the command line does, and imports JAX or TensorFlow only when it is called.
 """
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,9 @@ def open_run(workdir: str | Path) -> RunFolder:
     folder = RunFolder(workdir)
     if not folder.has(CONFIG):
         runs = [messages.shown(path.parent) for path in sorted(folder.path.glob(f"*/{CONFIG}"))]
-        hint = f"train one: vidjax train --config=FILE --workdir={messages.shown(folder.path)}"
+        hint = f"train one: vidjax train --config=mma --workdir={messages.shown(folder.path)}"
+        if folder.path.is_dir() and any(folder.path.iterdir()):  # no run may be trained in it
+            hint = "name the folder of a run; to train one: vidjax train --config=mma"
         if runs:
             hint = f"it contains runs, name one: {', '.join(runs[:3])}"
         raise UserError(f"no run in '{workdir}' (no {CONFIG})\n{hint}")
@@ -141,7 +144,8 @@ def train(
     finished run is not trained again: its results are returned.
 
     Args:
-      config: from `load_config`.
+      config: from `load_config`. The run keeps a copy, whose `data.name` and `data.dir` are those
+        of the data.
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: from `load_data`.
       num_devices: the number of devices to use; None for all.
@@ -158,9 +162,34 @@ def train(
         raise ArgumentError(
             f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
         )
+    config = _of_data(config, data)
     with locked(workdir) as path:
         metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
     return _results(RunFolder(path), config, metrics)
+
+
+def _of_data(config: Config, data: "TrainingData") -> Config:
+    """Returns a copy of a configuration that names the data which are given.
+
+    Fields that nothing reads for such data have their defaults.
+    """
+    config, origin = copy.deepcopy(config), data.report["data"]
+    name, folder = origin["name"], origin["dir"]
+    known = config.data.name, config.data.dir and str(files.absolute(config.data.dir))
+    if known == (name, folder):
+        return config
+    config.data.update(name=name, dir=folder)
+    values = dict(config_lib.fields(config))
+    for field in config_lib.FIELDS.values():
+        when = field.read_when
+        if (
+            when
+            and when.field == "data.name"
+            and not when.condition(values)
+            and field.name != "data.dir"
+        ):
+            config.data[field.name.removeprefix("data.")] = field.default
+    return config
 
 
 def train_run(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from vidjax.data.synthetic import LARGEST
-from vidjax.errors import UserError, closest
+from vidjax.errors import UserError, closest, missing
 from vidjax.files import INTEGER_LIMIT
 
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `default()`
@@ -332,6 +332,7 @@ MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
 SPECIFICATIONS = ("model.", "fusion.")
 # Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
 HOLD_OUT = ("folds", "bootstraps")
+MOST_LISTED = 12  # fields of a group in an error
 
 
 class Config(ConfigDict):
@@ -450,6 +451,11 @@ def _untrainable(values: Values) -> Iterator[str]:
     """Yields an error message for values that no training can use together."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
+    if values["data.mode"] == "streaming":
+        resident = "choose --config.data.mode=resident if the clips fit into the memory"
+        yield from missing(
+            "data.mode streaming", "tensorflow", extra="tensorflow", instead=resident
+        )
     split = values["eval.split"]
     held_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT)
     if split in values["data.train_splits"] and not held_out:
@@ -465,9 +471,7 @@ def _unread(values: Values) -> Iterator[str]:
     """Yields an error message for every value that was chosen and that nothing reads."""
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
-            close = closest_field(name, FIELDS)
-            hint = f"did you mean config.{close}?" if close else "vidjax config lists all"
-            yield f"config.{name}={value}: there is no such field; {hint}"
+            yield f"config.{name}={value}: there is no such field; {hint_of_field(name, FIELDS)}"
     for name, field in FIELDS.items():
         when = field.read_when
         if when and values[name] != field.default and not when.condition(values):
@@ -486,10 +490,28 @@ def _unread(values: Values) -> Iterator[str]:
 def closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the one of `known` that a wrong dotted name was meant to be; None if none is near."""
     name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
+    name = re.sub(r"\b(folder|path)$", "dir", name)
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
     if name.startswith("fusion.") and name.split(".")[1] not in modalities:
         return None  # another modality is no misspelling of this one
+    group, _, leaf = name.rpartition(".")
+    if inside := [field for field in known if group and field.rpartition(".")[0] == group]:
+        if match := closest(leaf, [field.rpartition(".")[2] for field in inside], cutoff=0.7):
+            return f"{group}.{match}"
+        if leaf == "name":  # many groups have one
+            return None
     return closest(name, known, cutoff=0.55)
+
+
+def hint_of_field(name: str, known: Collection[str]) -> str:
+    """Returns the field that a wrong one may mean, as a question, or the fields of its group."""
+    if match := closest_field(name, known):
+        return f"did you mean --config.{match}?"
+    group = name.rpartition(".")[0]
+    inside = [field.rpartition(".")[2] for field in known if group and within(field, (group,))]
+    if 0 < len(inside) <= MOST_LISTED and not name.startswith(SPECIFICATIONS):
+        return f"config.{group} has {', '.join(inside)}"
+    return "vidjax config lists them"
 
 
 # The arguments that every experiment takes: word -> meaning.
@@ -526,8 +548,10 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
     """Returns known words and modalities of `--config=FILE:ARG,ARG`; refuses a misspelt word."""
     words = [word.strip() for word in args.split(",") if word.strip()]
     given = {word for word in words if word in known}
-    modalities = tuple(dict.fromkeys(word for word in words if word not in known))
+    modalities = tuple(word for word in words if word not in known)
     for word in modalities:
+        if words.count(word) > 1:
+            raise UserError(f"config argument '{word}' comes twice: name it once")
         if match := closest(word, known, cutoff=0.7):
             raise UserError(f"unknown config argument '{word}': did you mean '{match}'?")
     return given, modalities

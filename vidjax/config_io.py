@@ -15,7 +15,7 @@ from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import files
-from vidjax.config import DEFAULTS, Config, closest_field, fields
+from vidjax.config import DEFAULTS, Config, fields, hint_of_field
 from vidjax.errors import UserError, suggest
 from vidjax.files import INTEGER_LIMIT
 
@@ -111,6 +111,9 @@ def _description(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     if isinstance(error, TypeError) and text.startswith("get_config() takes 0"):
         text += '\nit takes what follows the colon of --config=FILE:ARGS: def get_config(args="")'
+    if isinstance(error, AttributeError | KeyError) and re.fullmatch(r"[\"']+\w+[\"']+", text):
+        name = text.strip("\"'")  # of ml_collections, which says no more
+        text = f"there is no field '{name}' to change\nset it first: GROUP.{name} = ConfigDict(...)"
     return f"{type(error).__name__}: {text}"
 
 
@@ -133,9 +136,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
             raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{meant}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
-            match = closest_field(name, known)
-            hint = f"did you mean --config.{match}?" if match else "vidjax config lists them"
-            raise UserError(f"no field config.{name}: {hint}")
+            raise UserError(f"no field config.{name}: {hint_of_field(name, known)}")
         if not equals:
             raise UserError(f"--config.{name} needs a value: --config.{name}=...")
         group, _, leaf = name.rpartition(".")

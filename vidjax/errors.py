@@ -81,9 +81,15 @@ def need(what: str, *packages: str, extra: str, instead: str = "") -> None:
 
     `instead` says what may be done in place of an installation.
     """
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        names = " and ".join(missing).replace("_", "-")
-        raise UserError(
+    for problem in missing(what, *packages, extra=extra, instead=instead):
+        raise UserError(problem)
+
+
+def missing(what: str, *packages: str, extra: str, instead: str = "") -> Iterator[str]:
+    """Yields the message of `need` if a package is not installed."""
+    if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
+        names = " and ".join(absent).replace("_", "-")
+        yield (
             f"{what} needs {names}, not installed: pip install 'vidjax[{extra}]'"
             + (f", or {instead}" if instead else "")
         )

@@ -1,44 +1,85 @@
-"""Finds people and clips in galleries, caches, runs and folders of `vidjax who`.
+"""Finds people and clips in galleries, caches, runs, folders of `vidjax who`, and all other files.
 
 It deletes what vidjax may delete. It is no command of the gallery: runs and caches hold names, too.
 """
 
 import argparse
+import html
 import io
 import itertools
+import json
 import os
+import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+import shutil
+import subprocess
+import sys
+import unicodedata
+import urllib.parse
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vidjax import files, messages
 from vidjax.data import cache
-from vidjax.data.untrusted.names import escape, show
-from vidjax.errors import UserError
+from vidjax.data.untrusted.names import escape, fold, normal_form, show, unescape
+from vidjax.errors import UserError, closest
 
 HELP = """\
-Finds people and clips in galleries, caches, runs and results of `vidjax who`.
+Finds people and clips in galleries, caches, runs, results of `vidjax who`, and
+in the names and contents of all other files.
 
 A PLACE is a folder that is searched with all folders in it. The default is
 the current folder and the cache. Without --delete, nothing is changed. With
 --delete, clips are deleted from galleries, whose back ends are fitted again,
 and conversions that hold such a clip are deleted from the cache: the next run
 converts the files that are left. Runs are only listed: their weights remember
-their training clips. The last lines are commands that find the names in all
-other files, such as rankings, answers, exports and your own files. The exit
-code is 1 if a folder could not be searched, or a deletion failed.
+their training clips. Other files are only listed: they are yours. Compressed
+files are not searched: the last lines are commands that search them. In lists
+of names, whole names are compared.
+
+The exit code is 0 if nothing is left. It is 1 while a place is left, or could
+not be searched.
 """
 INDEX_BYTES = 512 * files.MB  # of the names of a conversion, or of the training clips of a run
 MOST_LINES = 10_000_000  # names in it
 TABLE_BYTES = 64 * files.MB
-MOST_SHOWN = 20  # names in the commands that are printed
+MOST_SHOWN = 20  # names in the commands that are printed, and places of a kind
+MOST_COMPARED = 20_000  # names that a misspelt one is compared with: takes a second
+MOST_FILES = 1000  # that one process of grep searches
+WIDE_BYTES = 64 * files.MB  # of the largest file that is searched for UTF-16 and UTF-32
+# grep holds a line in memory, and a file may be one line. It then ends with an error.
+GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
+# Endings of files that are not searched -> words of a command that writes what such a file holds.
+UNPACK = {
+    (".gz", ".tgz"): "gzip -dc",
+    (".bz2", ".tbz", ".tbz2"): "bzip2 -dc",
+    (".xz", ".txz", ".lzma"): "xz -dc",
+    (".zst", ".tzst"): "zstd -dcq",
+    (".zip", ".docx", ".xlsx", ".pptx", ".odt", ".ods", ".epub", ".jar"): "unzip -p",
+    (".7z", ".rar"): "7z e -so",
+    (".parquet",): shlex.join(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
+            "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]",
+        ]
+    ),
+}
+
+
+# Files of runs and results of `who` whose names are compared as whole names.
+OWN = {
+    "run": re.compile(r"(identities|members|ranking|analysis|report|metrics|config|check).*"),
+    "who": re.compile(r"(names|unknown)\..*|subtitles|people"),
+}
 
 
 class Found(NamedTuple):
-    """A folder that holds a name.
+    """A folder or a file that holds a name.
 
-    Its kind is `gallery`, `records`, `run`, `who`, or `unread` if it could not be searched.
+    Its kind is `gallery`, `records`, `run`, `who` or `file`, or `unread` if it was not searched.
     `remedy` says how to delete the name: `--delete` if vidjax can, `deleted...` if it did.
     """
 
@@ -47,6 +88,40 @@ class Found(NamedTuple):
     about: str
     remedy: str
 
+    @property
+    def left(self) -> bool:
+        """True if it still holds the name."""
+        return self.kind != "unread" and not self.remedy.startswith("deleted")
+
+
+class Forgotten(NamedTuple):
+    """The places that hold a name; all names, in their normal form; name -> one that is similar."""
+
+    found: list[Found]
+    names: set[str]
+    similar: dict[str, str]
+
+
+class Others:
+    """Names in lists that look like, or are spelled like, one of the `wanted`."""
+
+    def __init__(self, wanted: Collection[str]):
+        self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
+        self._near, self._few = dict[str, str](), set[str]()
+
+    def add(self, names: set[str]) -> None:
+        """Looks at a list of names, in their normal form."""
+        for name in names.difference(self._wanted):
+            if (own := self._looks.get(fold(name))) is not None:
+                self._near[own] = min(name, self._near.get(own, name))
+        if len(self._few) + len(names) <= MOST_COMPARED:
+            self._few |= names
+
+    def similar(self, *, closely: bool) -> dict[str, str]:
+        """Returns wanted name -> one that looks like it, or, `closely`, is spelled like it."""
+        near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
+        return {name: other for name, other in near.items() if other} | self._near
+
 
 def forget(
     identities: Collection[str],
@@ -54,21 +129,24 @@ def forget(
     places: Iterable[Path],
     *,
     delete: bool = False,
-) -> tuple[list[Found], set[str]]:
-    """Returns the folders that hold people, clips, or clips of the people, and all these names.
+) -> Forgotten:
+    """Finds people, their clips, and other clips, below some folders.
 
     With `delete` it deletes clips from galleries, and records that hold such clips.
     """
     found: list[Found] = []
     folders: dict[Path, str] = {}
+    others: dict[Path, bool] = {}
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
             raise UserError(f"'{root}': no such folder")
-        folders |= _survey(root, found)
+        _survey(root, folders, others, found)
     of_kind = lambda kind: [path for path, own in sorted(folders.items()) if own == kind]  # noqa: E731
-    names = {*identities, *clips}
+    people = {*map(normal_form, identities)}
+    wanted = people | {*map(normal_form, clips)}
+    names, known = {*wanted}, Others(wanted)
     for folder in of_kind("gallery"):
-        own, shown = _search_gallery(folder, identities, clips, delete=delete)
+        own, shown = _search_gallery(folder, people, wanted - people, known, delete=delete)
         found += own
         names |= shown
     for folder in of_kind("records"):
@@ -79,21 +157,31 @@ def forget(
     ):
         for folder in of_kind(kind):
             try:
-                held = names.intersection(names_of(folder))
+                there = {*map(normal_form, itertools.islice(names_of(folder), MOST_LINES))}
             except (UserError, OSError) as error:
                 found.append(_unread(folder, error))
                 continue
-            if held:
+            known.add(there)
+            if held := names & there:
                 found.append(Found(kind, folder, f"{len(held):,} of the names", remedy))
+    listed = {one.path for one in found if one.kind != "gallery"}
+    for path in [path for path in others if listed.intersection(path.parents)]:
+        del others[path]
+    found += _search_files(others, names, wanted)
     runs = {one.path for one in found if one.kind == "run"}
-    return found + list(_galleries_of_runs(of_kind("gallery"), runs)), names
+    found += _galleries_of_runs(of_kind("gallery"), runs)
+    return Forgotten(found, names, known.similar(closely=not found))
 
 
-def _survey(root: Path, found: list[Found]) -> dict[Path, str]:
-    """Returns folder -> kind below a root; follows no link. Adds closed folders to `found`."""
-    from vidjax.gallery.store import NAME
+def _survey(
+    root: Path, folders: dict[Path, str], others: dict[Path, bool], found: list[Found]
+) -> None:
+    """Collects folder -> kind, and other path -> whether it is a file; follows no link.
 
-    folders = {}
+    Closed folders are added to `found`.
+    """
+    from vidjax.gallery.store import JOURNAL, NAME
+
     tell = lambda error: found.append(_unread(error.filename or root, error))  # noqa: E731
     for place, inner, names in os.walk(root, onerror=tell):
         folder, there = Path(place), {*names, *inner}
@@ -102,11 +190,15 @@ def _survey(root: Path, found: list[Found]) -> dict[Path, str]:
         elif {"index.npz", "manifest.json"} <= there:
             folders[folder] = "records"
             inner.clear()
+            continue
         elif there & {"identities.json", "members.npz"}:
             folders[folder] = "run"
         elif {"names.tsv", "gallery"} <= there:
             folders[folder] = "who"
-    return folders
+        own = OWN.get(folders.get(folder, ""), re.compile(f"({NAME}|{JOURNAL})"))
+        inner[:] = [name for name in inner if not own.fullmatch(name)]
+        others |= {folder / name: False for name in inner}
+        others |= {folder / name: True for name in names if not own.fullmatch(name)}
 
 
 def _unread(path: str | Path, error: Exception) -> Found:
@@ -115,31 +207,36 @@ def _unread(path: str | Path, error: Exception) -> Found:
 
 
 def _search_gallery(
-    folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
+    folder: Path, people: set[str], clips: set[str], known: Others, *, delete: bool
 ) -> tuple[list[Found], set[str]]:
-    """Searches a gallery for `clips` and clips of people; also returns their names; may delete."""
+    """Searches a gallery for `clips` and clips of people; also returns their names; may delete.
+
+    `known` gets the names of all its people and clips.
+    """
     from vidjax.gallery.gallery import Gallery
 
     try:
         gallery = Gallery(folder)
+        known.add({*gallery.identities, *map(normal_form, gallery.clips)})
         shown = {
             name
             for name, clip in gallery.clips.items()
-            if clip.identity in identities or name in clips
+            if clip.identity in people or normal_form(name) in clips
         }
     except UserError as error:
         return [_unread(folder, error)], set()
+    names = {*map(normal_form, shown)}
     if not shown:
-        return [], shown
+        return [], names
     about = f"{len(shown):,} of its clips"
     if not delete:
-        return [Found("gallery", folder, about, "--delete")], shown
+        return [Found("gallery", folder, about, "--delete")], names
     try:
         gallery.remove(clip=shown)
     except UserError as error:
         why = str(error).splitlines()[0]
-        return [Found("gallery", folder, f"{about}, not deleted: {why}", "--delete")], shown
-    return [Found("gallery", folder, about, "deleted")], shown
+        return [Found("gallery", folder, f"{about}, not deleted: {why}", "--delete")], names
+    return [Found("gallery", folder, about, "deleted")], names
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
@@ -149,7 +246,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         limit = min(INDEX_BYTES, files.most_unpacked(os.lstat(path).st_size))
         index = files.read_npz(path, limit)
         lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
-        held = set(clips).intersection(itertools.chain(*lists))
+        held = set(clips).intersection(map(normal_form, itertools.chain(*lists)))
     except (UserError, OSError) as error:
         return [_unread(folder, error)]
     if not held:
@@ -174,12 +271,29 @@ def _lines(content: bytes) -> Iterator[str]:
 
 
 def _names_of_run(folder: Path) -> Iterator[str]:
-    """Yields the identities and training clips of a run or of an exported one."""
+    """Yields identities, training clips, and clips in results, of a run or of an exported one."""
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
         arrays = files.read_npz(folder / "members.npz", INDEX_BYTES)
         yield from _lines(arrays["clips"].tobytes() if "clips" in arrays else b"")
+    for path in folder.glob("analysis*.npz"):
+        if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
+            if facts.nbytes > files.JSON_BYTES:
+                raise UserError(f"'{path}': more than {files.JSON_BYTES:,} bytes of text")
+            yield from _texts(files.parse_json(facts.tobytes()))
+    for path in folder.glob("ranking*.txt"):
+        for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
+            yield unescape(word[0].decode(errors="replace").removesuffix(".mp4"))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yields the texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
 
 
 def _names_of_who(folder: Path) -> Iterator[str]:
@@ -206,13 +320,109 @@ def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Ite
             yield Found("gallery", folder, about, "make it anew with the new run")
 
 
-def commands(names: Collection[str], places: Iterable[Path]) -> list[str]:
-    """Returns commands that find `names` in the content and in the names of other files."""
-    # A ranking writes a blank as %20.
-    spelled = sorted({form for name in names for form in (name, escape(name))})
-    roots = shlex.join(map(str, places))
-    patterns = " ".join(f"-e {shlex.quote(form)}" for form in spelled)
-    return [f"grep -rlF {patterns} {roots}", f"find {roots} | grep -F {patterns}"]
+# ---- all other files
+
+
+def _search_files(
+    paths: Mapping[Path, bool], names: Collection[str], given: Collection[str]
+) -> list[Found]:
+    """Searches paths by their names and, of files, by their contents; links are not followed.
+
+    `given` are the names in UTF-16 and UTF-32 that are looked for; `names` are those in UTF-8.
+    """
+    if shutil.which("grep") is None:
+        return [Found("unread", Path(), "grep is not installed", "install it")]
+    patterns = "\n".join(_spellings(names)).encode()
+    words = [os.fsencode(path.name) for path in paths]
+    order = [*paths]
+    rows = _grep("-zniawF", patterns, text=b"\0".join(words))
+    named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
+    named = {path for path in named if not named.intersection(path.parents)}
+    own = "it is yours: delete it"
+    found = [Found("file", path, "its name is one of the names", own) for path in sorted(named)]
+    closed, read = [], []
+    for path, is_file in paths.items():
+        if not is_file or path.is_symlink() or path in named or named.intersection(path.parents):
+            continue
+        if not os.access(path, os.R_OK):
+            found.append(Found("unread", path, "it may not be read", "search it yourself"))
+            continue
+        read.append(path)
+        closed += [path] if _unpack(path) else []
+    held = set[bytes]()
+    for some in (read[at : at + MOST_FILES] for at in range(0, len(read), MOST_FILES)):
+        try:
+            small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
+            held |= {*_grep("-liZwF", patterns, some)}
+            held |= {*_grep("-liaZP", _wide(given), small, locale="C")}
+        except OSError as error:
+            found.append(_unread(some[0].parent, error))
+    inside = "it is yours: delete it, or take the name out"
+    holding = [Path(os.fsdecode(path)) for path in sorted(held)]
+    found += [Found("file", path, "it holds one of the names", inside) for path in holding]
+    packed = [path for path in closed if path not in holding]
+    about = "it is compressed", "search it by the command below"
+    return found + [Found("unread", path, *about) for path in packed]
+
+
+def _grep(
+    flags: str,
+    patterns: bytes,
+    paths: Sequence[Path] = (),
+    *,
+    text: bytes = b"",
+    locale: str = "C.UTF-8",
+) -> list[bytes]:
+    """Returns what grep prints of files or of a text, by patterns that it reads from memory."""
+    memory = os.memfd_create("names")
+    try:
+        os.write(memory, patterns)
+        words = ["sh", "-c", GREP, "grep", locale, flags, "-D", "skip", "-f"]
+        words += [f"/proc/self/fd/{memory}", "--", *map(str, paths), *([] if paths else ["-"])]
+        done = subprocess.run(words, input=text, capture_output=True, pass_fds=[memory])  # noqa: S603
+    finally:
+        os.close(memory)
+    if done.returncode > 1:
+        raise OSError(done.stderr.decode(errors="replace") or "grep failed")
+    return [row for row in done.stdout.split(b"\0") if row]
+
+
+def _spellings(names: Iterable[str]) -> list[str]:
+    """Returns names as files may write them, in both Unicode forms: in JSON, HTML, rankings."""
+    forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
+    ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
+    return sorted({way(form) for form in forms for way in ways})
+
+
+def _wide(names: Iterable[str]) -> bytes:
+    """Returns a pattern of names in UTF-16 and UTF-32, for `grep -P`."""
+    forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
+    wide = {form.encode(way) for form in forms for way in ("utf-16-le", "utf-16-be", "utf-32-le")}
+    return "|".join("".join(f"\\x{byte:02x}" for byte in one) for one in sorted(wide)).encode()
+
+
+def _unpack(path: Path) -> str | None:
+    """Returns words of a command that unpacks a file of this name, None if it is not compressed."""
+    endings = (words for ends, words in UNPACK.items() if path.name.lower().endswith(ends))
+    return next(endings, None)
+
+
+def commands(names: Iterable[str], found: Iterable[Found], places: Iterable[Path]) -> list[str]:
+    """Returns a command for each kind of compressed files that were found; it prints their paths.
+
+    It finds files whose content holds one of the names.
+    """
+    kinds = {_unpack(one.path) for one in found if one.kind == "unread"}
+    spelled = f"N=$(printf '%s\\n' {shlex.join(_spellings(names))})"
+    lines = []
+    for ends, unpack in UNPACK.items():
+        if unpack in kinds:
+            alike = [word for end in ends for word in ("-o", "-iname", f"*{end}")][1:]
+            search = f'{unpack} "$0" | grep -qiwF -e "$N" && echo "$0"'
+            words = ["find", *map(str, places), "-type", "f", "(", *alike, ")"]
+            words += ["-exec", "sh", "-c", search, "{}", ";"]
+            lines.append(f"{spelled} {shlex.join(words)}")
+    return lines
 
 
 def add_flags(parser: messages.Parser) -> None:
@@ -232,22 +442,36 @@ def _run(args: argparse.Namespace) -> messages.Result:
         raise UserError("name somebody: --identity=NAME, or --clip=NAME")
     cached = files.cache_root()
     places = args.places or [Path(), *([cached] if cached.exists() else [])]
-    found, names = forget(args.identity, args.clip, places, delete=args.delete)
-    failed = ("unread", "--delete") if args.delete else ("unread",)
-    code = int(any(one.kind in failed or one.remedy in failed for one in found))
+    found, names, similar = forget(args.identity, args.clip, places, delete=args.delete)
+    left, unread = (sum(one.left for one in found), sum(one.kind == "unread" for one in found))
+    roots = [place.expanduser().absolute() for place in places]
     content = {
         "places": [one._asdict() | {"path": str(one.path)} for one in found],
-        "commands": commands(names, places),
+        "left": left,
+        "unread": unread,
+        "deleted": len(found) - left - unread,
+        "similar": similar,
+        "commands": commands(names, found, roots),
     }
-    lines = [
-        f"  {one.kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}"
-        for one in found
+    lines: list[str] = []
+    for kind, some in itertools.groupby(found, lambda one: one.kind):
+        own = [*some]
+        lines += [
+            f"  {kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}"
+            for one in own[:MOST_SHOWN]
+        ]
+        if len(own) > MOST_SHOWN:
+            lines.append(f"  {kind:8} and {len(own) - MOST_SHOWN:,} more; --json has all")
+    asked = {*map(normal_form, (*args.identity, *args.clip))}
+    shown = sorted(names, key=lambda name: (name not in asked, name))[:MOST_SHOWN]
+    if printed := commands(shown, found, roots):
+        more = f" (by {MOST_SHOWN} of {len(names):,} names; --json has all)"
+        lines.append(f"to search what is compressed{more if len(names) > MOST_SHOWN else ''}:")
+        lines += [f"  {command}" for command in printed]
+    lines += [
+        f"'{show(other)}' is not '{show(name)}', and looks or is spelled like it: it stays"
+        for name, other in similar.items()
     ]
-    shown = sorted(names, key=lambda name: (name not in {*args.identity, *args.clip}, name))
-    more = f" (of {len(names):,} names; --json has all)" if len(names) > MOST_SHOWN else ""
-    lines.append(f"other files that hold the names{more}:")
-    lines += [f"  {command}" for command in commands(shown[:MOST_SHOWN], places)]
-    left = sum(not one.remedy.startswith("deleted") for one in found)
-    done = f", {len(found) - left:,} of them deleted" if args.delete else ""
-    rows = {"places": f"{len(found):,}{done}"}
-    return messages.Result(content, rows, "\n".join(lines), code=code)
+    done = f", {content['deleted']:,} of them deleted" if args.delete else ""
+    rows = {"places": f"{len(found) - unread:,}{done}", "not read": f"{unread:,}"}
+    return messages.Result(content, rows, "\n".join(lines), code=int(left + unread > 0))

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import itertools
+import json
 import os
 import re
 import shlex
@@ -42,8 +43,16 @@ COMMANDS = {
 SLIPS = {
     "predict": "vidjax rank, which ranks clips, or vidjax embed, which makes vectors",
     "test": "vidjax evaluate --config.eval.split=test",
+    "infer": "vidjax rank, which ranks clips, or vidjax embed, which makes vectors",
     "help": "vidjax --help",
     "version": "vidjax --version",
+}
+# Flags that people try -> what to do.
+NO_FLAGS = {
+    "resume": "a run goes on by itself: leave it out",
+    "gpus": "all are used: CUDA_VISIBLE_DEVICES=0 before the command chooses one",
+    "device": "JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda before the command chooses one",
+    "verbose": "all is printed without it: leave it out, and --debug shows tracebacks",
 }
 SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command
 DESCRIPTION = """\
@@ -102,6 +111,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     its parser, `overrides` the words `--config.FIELD=VALUE`, and `line` repeats the command.
     """
     own, overrides = messages.split_overrides(_command_first(words))
+    if own[0] == "--version" and "--json" in own:
+        messages.say(
+            json.dumps({"mode": "version", "version": importlib.metadata.version("vidjax")})
+        )
+        raise SystemExit(0)
+    if own[0] == "gallery":
+        from vidjax.gallery.commands import check_command
+
+        check_command(own[1:])
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
     version = f"vidjax {importlib.metadata.version('vidjax')}"
     parser.add_argument("--version", action="version", version=version)
@@ -111,13 +129,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         one = subparsers.add_parser(name, help=about, description=about_it)
         if name == own[0]:
             load(name)(one)
-    args, strays = parser.parse_known_args(own)
+    args, strays = _parse_known(parser, subparsers.choices.get(own[0]), own)
     group = args.parser.group
     strays += [one for one in overrides if group is None or not one[9:].startswith(group)]
     for word in strays:
         flag = word.partition("=")[0]
         text = f"no flag {flag}" if word.startswith("-") else f"stray word '{word}'"
-        hint = _hint(flag, args) if word.startswith("-") else _hint_of_word(word, args)
+        hint = _hint(flag, args) if word.startswith("-") else _hint_of_word(word, strays, args)
         args.parser.error(f"{text}: {hint}" if hint else text)
     for name, value in vars(args).items():
         if value == "":
@@ -125,6 +143,24 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args.overrides = tuple(overrides)
     args.line = shlex.join(["vidjax", *words])
     return args
+
+
+def _parse_known(
+    parser: Parser, own: Parser | None, words: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags and the words that are none; if there are such, flags may be missing."""
+    try:
+        return parser.parse_known_args(words)
+    except UserError:
+        if own is None:
+            raise
+        for one in (*own._actions, *own._mutually_exclusive_groups):
+            if not isinstance(one, argparse._SubParsersAction):
+                one.required = False
+        args, strays = parser.parse_known_args(words)
+        if strays:
+            return args, strays
+        raise
 
 
 def _command_first(words: Sequence[str]) -> list[str]:
@@ -144,6 +180,10 @@ def _command_first(words: Sequence[str]) -> list[str]:
         match = closest(names[0].lower(), COMMANDS, cutoff=0.7)
         # It says what the command does: some delete data.
         hint = SLIPS.get(names[0]) or (f"{match}, which {COMMANDS[match]}" if match else None)
+        from vidjax.gallery import commands
+
+        if names[0] in commands.COMMANDS:
+            hint = f"vidjax gallery {names[0]}"
         hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"
         raise UserError(
             f"no command '{names[0]}': {hint}\na configuration is named by --config=FILE"
@@ -206,7 +246,12 @@ def _hint(flag: str, args: argparse.Namespace) -> str | None:
     word = flag.lstrip("-").replace("-", "_")
     if word.startswith("config.") and args.parser.group:
         return f"it takes --config.{args.parser.group}FIELD=VALUE"
-    known = re.findall(r"--([\w-]+)[] ]", args.parser.format_usage())
+    if word in NO_FLAGS:
+        return NO_FLAGS[word]
+    usage = args.parser.format_usage()
+    known = re.findall(r"--([\w-]+)[] ]", usage)
+    if word in ("workdir", "run") and re.search(r"\bRUN\b", usage):
+        return "the folder of the run comes without a flag"
     if match := closest(word, known, cutoff=0.7):
         return f"did you mean --{match}?"
     if args.parser.group != "":
@@ -219,12 +264,15 @@ def _hint(flag: str, args: argparse.Namespace) -> str | None:
     return f"did you mean --config.{field}?" if field else None
 
 
-def _hint_of_word(word: str, args: argparse.Namespace) -> str | None:
+def _hint_of_word(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
     if word in COMMANDS:
         return f"a command comes first, vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):
         return f"no blanks between runs, --runs={args.runs.rstrip(',')},{word}"
-    flag = next((name for name in ("workdir", "input", "config") if name in vars(args)), None)
+    if args.command == "compare":
+        return f"did you mean --runs={','.join(strays)}?"
+    flags = ("workdir", "gallery", "input", "config")
+    flag = next((name for name in flags if name in vars(args)), None)
     return f"did you mean --{flag}={word}?" if flag else None
 
 

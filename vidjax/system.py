@@ -179,6 +179,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # those that are read here
+    _check_dtype(config["dtype"])
     _check_precision(config["matmul_precision"])
     steps_per_epoch = (task.num_places or task.num_clips) / config["batch_size"]
     tx, schedule = optim.make_optimizer(
@@ -263,6 +264,16 @@ def _make_column_weight(
     return lambda labels, step: jnp.where(
         layout.is_mirror(labels), mirror_weight(step / steps_per_epoch), 1.0
     )
+
+
+def _check_dtype(dtype: str) -> None:
+    """Raises ValueError if JAX would compute in another dtype without a word."""
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise UserError(
+            f"config.dtype={dtype}: JAX computes in float32 in this process\n"
+            "set JAX_ENABLE_X64=1 before the command: export JAX_ENABLE_X64=1\n"
+            "in Python: jax.config.update('jax_enable_x64', True)"
+        )
 
 
 def _check_precision(precision: str) -> None:

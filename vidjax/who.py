@@ -18,10 +18,12 @@ to the models, for which all films and photos are read once more.
 
 import argparse
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta, Struct
@@ -35,7 +37,7 @@ from vidjax.errors import UserError
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, store
+from vidjax.gallery import appearances, page, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.commands import add_rule
@@ -138,9 +140,13 @@ def who(
     thumbnails: bool = False,
     fpir: float | None = None,
     threshold: float | None = None,
+    check: bool = False,
+    prune: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Done:
     """Names the people in films, and writes the files of the module's docstring.
+
+    The results show these films, and all films of earlier calls.
 
     Args:
       films: videos, or folders of them; photos, too.
@@ -149,7 +155,8 @@ def who(
       out: the folder for results; it is made, and readable by its owner alone.
       thumbnails: shows the face beside each name; False deletes pictures of earlier calls.
       fpir, threshold: when a clip gets a name, see `Gallery.identify`.
-      models, settings, workers, done: as of `pipeline.extract`.
+      prune: removes films of earlier calls that are no longer at their place.
+      models, settings, workers, check, done: as of `pipeline.extract`.
 
     Raises:
       UserError: there is no film or no usable photo of anybody, a net is missing, or there is a
@@ -165,12 +172,12 @@ def who(
         files.refuse_links(out)
         gallery = _gallery(out, models)
         extract = functools.partial(
-            pipeline.extract, models=models, thumbnails=thumbnails, anew=True
+            pipeline.extract, models=models, thumbnails=thumbnails, anew=True, check=check
         )
 
         def read(_: Children, name: str) -> list[Outcome]:
             share = -(-workers // len(photos))
-            return extract(photos[name], out / PEOPLE / name, workers=share, alone=True)
+            return extract(photos[name], out / PEOPLE / name, workers=share, drop="others")
 
         failed: dict[str, str] = {}
         if people is not None:
@@ -190,7 +197,10 @@ def who(
             for one in (out / PEOPLE).glob("*"):
                 pipeline.remove_thumbnails(one)
         before = _read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
-        outcomes = extract(films, out / FEATURES, settings=settings, workers=workers, done=done)
+        drop = "missing" if prune else "nothing"
+        outcomes = extract(
+            films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done
+        )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         return _look(gallery, failed, outcomes, before, out, identify)
 
@@ -205,12 +215,16 @@ def _look(
 ) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
-    shown = [outcome.film for outcome in outcomes if outcome.film]
-    answers, groups = _name(gallery, out, before, identify)
-    found = appearances.find(answers, shown, groups)
-    numbers = msgspec.to_builtins(before.updated(folder.read_films(out / FEATURES), groups))
+    films = folder.read_films(out / FEATURES)
+    missing = [film.video for film in films if not film.source.path.exists()]
+    if missing:
+        count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
+        say(f"not at their place any more: {count}, such as {missing[0]}; --prune removes them")
+    answers, groups = _name(gallery, out, films, before, identify)
+    found = appearances.find(answers, films, groups)
+    numbers = msgspec.to_builtins(before.updated(films, groups))
     files.write_json(out / NUMBERS, numbers)  # rows without are not read
-    _write(out, found, groups, shown, gallery)
+    _write(out, found, groups, films, gallery, answers)
     strangers = {groups[clip] for one in found for clip in one.clips if clip in groups}
     return Done(gallery.identities, found, len(strangers), failed)
 
@@ -361,14 +375,17 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 
 
 def _name(
-    gallery: Gallery, out: Path, before: Numbers, identify: Callable[..., dict[str, Answer]]
+    gallery: Gallery,
+    out: Path,
+    films: Sequence[folder.Film],
+    before: Numbers,
+    identify: Callable[..., dict[str, Answer]],
 ) -> tuple[dict[str, Answer], dict[str, str]]:
     """Returns the answers for the clips of all films, and clip -> name of a group of unknown ones.
 
     Clips that form a group vote. Groups keep the numbers that their clips had `before`, and a new
     group gets a number above the highest. A clip that is enrolled shows whom its label says.
     """
-    films = folder.read_films(out / FEATURES)
     if not any(film.tracks for film in films):
         return {}, {}
     vectors = _embed(gallery, out / FEATURES, {t.clip for film in films for t in film.tracks})
@@ -416,31 +433,35 @@ def _write(
     groups: Mapping[str, str],
     films: Sequence[folder.Film],
     gallery: Gallery,
+    answers: Mapping[str, Answer],
 ) -> None:
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
         appearances.write(out / name, found)
     answers_lib.write_groups(out / UNKNOWN, groups)
-    subtitles = out / SUBTITLES
-    subtitles.mkdir(mode=0o700, exist_ok=True)
     by_video = appearances.by_video(found)
-    for film in films:
-        own = by_video.get(film.video, [])
-        if not film.photo:
-            # Names of files have 255 bytes at most, also while they are written.
-            name = Path(film.video).stem.encode()[:200].decode(errors="ignore")
-            for ending in appearances.SUBTITLES:
-                text = appearances.to_subtitles(own, ending)
-                files.write_text(subtitles / f"{name}{ending}", text)
+    (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
+    names = {film.video: film.video.replace("/", " - ") for film in films if not film.photo}
+    twins = Counter(Path(name).stem.lower() for name in names.values())
+    for video, name in names.items():
+        stem = Path(name).stem if twins[Path(name).stem.lower()] == 1 else name
+        # Names of files have 255 bytes at most, also while they are written.
+        stem = stem.encode()[:200].decode(errors="ignore")
+        for ending in appearances.SUBTITLES:
+            text = appearances.to_subtitles(by_video.get(video, []), ending)
+            files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
     people = {name: [] for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
         if (name := _person(clip)) and shown.identity:
             photo = folder.thumbnail(out / PEOPLE / name, clip.rpartition("/")[2])
             people[shown.identity].append(photo)
-    text = appearances.page(
-        found, films, people, functools.partial(folder.thumbnail, out / FEATURES)
-    )
+    thumbnail = functools.partial(folder.thumbnail, out / FEATURES)
+    addresses = {
+        film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
+        for film in films
+    }
+    text = page.render(found, films, people, thumbnail, answers, addresses)
     files.write_text(out / PAGE, text)
     (out / PAGE).chmod(0o600)
 
@@ -459,7 +480,7 @@ def run(args: argparse.Namespace) -> Result:
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), commands.settings_of(args),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
-        done=commands.tell,
+        check=args.check, prune=args.prune, done=commands.tell,
     )  # fmt: skip
     named = [one.identity for one in done.found if one.probability is not None]
     content = {

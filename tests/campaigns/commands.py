@@ -86,7 +86,7 @@ WORDS = [
     Case("rank", "needs --workdir, --input, --out"),
     Case("rank --workdir=w --input=nowhere --out=o.tsv", "--input=nowhere"),
     Case("--mode=evaluate --workdir=w --config.optim.learning_rate=0.1", "no effect"),
-    Case("--mode evaluate --workdir nowhere", "--config=FILE --workdir=nowhere"),
+    Case("--mode evaluate --workdir nowhere", "--config=mma --workdir=nowhere"),
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is config.data.dir"),
     Case(f"{TRAIN} --config.fusion.head.train.name=all", "vidjax config"),
@@ -102,7 +102,7 @@ WORDS = [
     Case("--mode=compare --workdir=new --runs=run,run --config.seed=1", "--config.eval.split"),
     Case("--mode=config --workdir=run --config=mma", "not both"),
     Case("--mode=check --workdir=run --config=mma", "not both"),
-    Case("--mode=check --workdir=nowhere", "--config=FILE --workdir=nowhere"),
+    Case("--mode=check --workdir=nowhere", "--config=mma --workdir=nowhere"),
     Case("--mode=check --config.seed=1", "--workdir=FOLDER or --config=FILE"),
     Case("--mode=check --config=mma --config.sede=1", "--config.seed"),
     Case("--config=knn --workdir=", "--workdir= is empty"),
@@ -208,7 +208,7 @@ MINE = {
 # In folders with made-up runs and data; a compared run is not trained.
 PLACES = [
     Case("--mode=report --workdir=.", "name one: a, b"),
-    Case("--mode=report --workdir=empty", "vidjax train --config=FILE"),
+    Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
     Case("--config=mma --workdir=a", "another workdir"),
     Case("--mode=evaluate --workdir=a --runs=b,a", "another folder"),
     Case("--mode=evaluate --workdir=both --runs=nowhere,empty", "nowhere'"),

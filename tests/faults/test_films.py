@@ -233,7 +233,7 @@ def test_names_of_people_are_escaped_in_every_format(drawn):
     content, _ = drawn.who(drawn.film())
     assert {*content["people"]} == {*people}
     page, table = (out / "names.html").read_text(), (out / "names.tsv").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert page.count("<script") == 1 and "&lt;script&gt;" in page
     assert "\t'=cmd()\t" in table
     text = (out / "subtitles" / "party.vtt").read_text()
     assert all(line.count("-->") == (":" in line) for line in text.splitlines())
@@ -251,7 +251,9 @@ def test_names_of_people_that_no_file_can_hold_are_refused(drawn, name):
 
 
 FILM = {
-    "format": 1, "video": "x.mp4", "sha256": "0" * 64, "photo": False, "seconds": 5.0,
+    "format": 2, "video": "x.mp4",
+    "source": {"address": "/x.mp4", "size": 1, "mtime_ns": 0, "inode": 1},
+    "sha256": "0" * 64, "photo": False, "seconds": 5.0,
     "shots": [[0, 5]], "frames": 5,
     "tracks": [{"clip": "x.s000.t00", "shot": 0, "start_s": 0, "end_s": 1, "seen": 2}],
 }  # fmt: skip

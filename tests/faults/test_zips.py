@@ -120,7 +120,7 @@ def test_a_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "manifest.json").write_text("{}")
     (tmp_path / "records" / "index.npz").write_bytes(bomb)
-    found, _ = forget.forget(["Ada"], [], [tmp_path / "records"])
+    found = forget.forget(["Ada"], [], [tmp_path / "records"]).found
     assert [one.kind for one in found] == ["unread"]
 
 

@@ -6,6 +6,7 @@ CLIP.npz          one clip
 TABLE.parquet     the clips of one split
 """
 
+import shlex
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -264,25 +265,33 @@ def load_clips(
       FileNotFoundError: no such folder or table, or no clips in it.
     """
     path = Path(path).expanduser()
+    found = find_files(path, split)
+    if not isinstance(found, Mapping):
+        return MemoryClips.pack(read_clips(found), modalities, identities, quality)
+    if not found.keys() & modalities.keys():
+        raise UserError(
+            f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(found))}"
+        )
+    return _load_pickles(found, modalities, identities, quality)
+
+
+def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
+    """Returns the files of clips in a folder, or the one that is named; of pickles, by modality.
+
+    It reads none of them. Errors are those of `load_clips`.
+    """
     check_path(path)
     if path.is_file():
-        return MemoryClips.pack(read_clips([path]), modalities, identities, quality)
+        return [path]
     if found := iqiyi_vid.find_pickles(path):
         split = _choose_split(path, {split for _, split in found}, split)
-        files = {name: file for (name, of), file in found.items() if of == split}
-        if not files.keys() & modalities.keys():
-            raise UserError(
-                f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(files))}"
-            )
-        return _load_pickles(files, modalities, identities, quality)
+        return {name: file for (name, of), file in found.items() if of == split}
     entries = list_entries(path)
-    paths = [entry for entry in entries if entry.suffix == ".npz"]
-    if paths:
+    if paths := [entry for entry in entries if entry.suffix == ".npz"]:
         refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
-    else:
-        splits = files_by_split(path)
-        paths = splits[_choose_split(path, splits, split)]
-    return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
+        return paths
+    splits = files_by_split(path)
+    return splits[_choose_split(path, splits, split)]
 
 
 def _load_pickles(
@@ -356,8 +365,14 @@ def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str
     if split is None or split not in splits:
         problem = f"no split '{split}'" if split else "several splits"
         names = ", ".join(sorted(splits))
-        example = sorted(splits)[0]
-        raise UserError(
-            f"{path}: {problem}; there: {names}\nname one of them: --config.eval.split={example}"
-        )
+        places = (path / f"{sorted(splits)[0]}{ending}" for ending in ("", ".parquet"))
+        place = next((one for one in places if one.exists()), None)
+        remedy = f"name one of them: --input={shlex.quote(str(place))}"
+        if place is None:  # official pickles: all splits lie in one folder
+            remedy = (
+                f"vidjax rank and embed take --config.eval.split={sorted(splits)[0]}\n"
+                f"a gallery takes --split={sorted(splits)[0]} --config.data.name=iqiyi_vid "
+                f"--config.data.dir={shlex.quote(str(path))} in place of --input"
+            )
+        raise UserError(f"{path}: {problem}; there: {names}\n{remedy}")
     return split

@@ -62,7 +62,11 @@ def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
 
 def _directory(data: Section, content: str) -> Path:
     if not data["dir"]:
-        raise UserError(f"config.data.dir is not set: name the directory of the {content}")
+        raise UserError(
+            f"config.data.dir is not set: name the folder of the {content}: "
+            "--config.data.dir=FOLDER\n"
+            "a run on data in memory gets them in Python: vidjax.evaluate(workdir, data)"
+        )
     return files.local(data["dir"])
 
 

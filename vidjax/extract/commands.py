@@ -42,7 +42,7 @@ def tell(outcome: pipeline.Outcome) -> None:
     if outcome.replaced:
         before = ", in place of another file of this name"
     heard = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{folder.video_name(outcome.path, '')}: {about}, {faces}{heard}{before}")
+    say(f"{folder.printable(outcome.path.name)}: {about}, {faces}{heard}{before}")
     if not film.photo and film.frames < SLOW * film.seconds:
         say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
     wrong = {
@@ -71,6 +71,7 @@ def run_extract(args: argparse.Namespace) -> Result:
     outcomes = pipeline.extract(
         [path.expanduser() for path in args.files], Path(args.out).expanduser(),
         Path(args.models).expanduser(), settings_of(args), workers=workers, done=tell,
+        check=args.check, drop="missing" if args.prune else "nothing",
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
@@ -106,6 +107,10 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--size", metavar="N", type=messages.whole(*SIZES), help=about)
     about = "processes at once (default: one a core)"
     parser.add_argument("--workers", metavar="N", type=messages.whole(1, MOST), help=about)
+    about = "reads every file to see whether it changed; without, its size and time tell"
+    parser.add_argument("--check", action="store_true", help=about)
+    about = "removes features of files that are no longer at their place"
+    parser.add_argument("--prune", action="store_true", help=about)
 
 
 def add_extract_flags(parser: Parser) -> None:

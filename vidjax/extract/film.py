@@ -300,7 +300,13 @@ class Clips:
 
 
 def extract(
-    path: Path, out: Path, stem: str, nets: Nets, settings: folder.Settings, sha256: str
+    path: Path,
+    out: Path,
+    stem: str,
+    nets: Nets,
+    settings: folder.Settings,
+    source: folder.Source,
+    sha256: str,
 ) -> folder.Film:
     """Writes the clips of a video or photo into the folder `out`; returns what was found.
 
@@ -315,7 +321,8 @@ def extract(
             shots, seen = _follow(video, clips, nets, stem, settings)
         found = video.found
     film = folder.Film(
-        video=folder.video_name(path, stem),
+        video=folder.printable(path.name),
+        source=source,
         sha256=sha256,
         photo=video.info.photo,
         seconds=found.seconds,
@@ -404,7 +411,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     nets = load_nets(cards.load(Path(arguments["models"])), settings.size)
     found = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
-        arguments["sha256"],
+        msgspec.convert(arguments["source"], folder.Source), arguments["sha256"],
     )  # fmt: skip
     return msgspec.to_builtins(found)
 

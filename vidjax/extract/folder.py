@@ -10,7 +10,9 @@ The clips are what `vidjax.data.arrays` reads. A video without its `.json` was c
 extracted anew. STEM is the name of the file without its ending, and without dots.
 """
 
+import os
 import re
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,7 +56,7 @@ class Settings(Struct, kw_only=True, frozen=True):
 class Extraction(Struct, kw_only=True):
     """`extract.json`: the digests of the cards by role, and the settings."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     models: Annotated[dict[str, Sha256], Meta(max_length=100)]
     settings: Settings
 
@@ -78,6 +80,31 @@ class Track(Struct, kw_only=True):
             raise ValueError(f"it ends at {self.end_s} s, before its begin")
 
 
+class Source(Struct, kw_only=True, frozen=True):
+    """The file of a film: where it is, and what changes if the file changes.
+
+    If none of these changes, the file is not read again. `address` is the absolute path, with `%`
+    and two hexadecimal digits for each byte that is no plain letter.
+    """
+
+    address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
+    size: Size
+    mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
+    inode: Annotated[int, Meta(ge=0)]
+
+    @classmethod
+    def of(cls, path: Path) -> "Source":
+        """Returns what the disk says of a file now."""
+        info, real = path.stat(), os.fsencode(os.path.realpath(path))
+        address = urllib.parse.quote(real)
+        return cls(address=address, size=info.st_size, mtime_ns=info.st_mtime_ns, inode=info.st_ino)
+
+    @property
+    def path(self) -> Path:
+        """The absolute path."""
+        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(self.address)))
+
+
 class Film(Struct, kw_only=True):
     """`videos/STEM.json`: a video or a photo.
 
@@ -86,8 +113,9 @@ class Film(Struct, kw_only=True):
     tracks with a voice, and `lost_sound` counts frames and packets of sound that were not decoded.
     """
 
-    format: Literal[1] = 1
-    video: Text  # the name of the file, without folders
+    format: Literal[2] = 2
+    video: Text  # the name of the file; of two files of one name, with folders: see `read_films`
+    source: Source
     sha256: Sha256
     photo: bool
     seconds: Seconds
@@ -122,9 +150,8 @@ def film_of(clip: str) -> str:
     return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
-def video_name(path: Path, stem: str) -> str:
-    """Returns the name by which people know a file: its own, unless `stem` has `~` for a twin."""
-    name = f"{stem}{path.suffix}" if "~" in stem else path.name
+def printable(name: str) -> str:
+    """Returns the name by which people know a file."""
     return "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
@@ -147,8 +174,23 @@ def read_film(path: Path) -> Film:
 
 
 def read_films(folder: Path) -> list[Film]:
-    """Returns what a folder says of its videos, by name; those that are not finished are absent."""
-    return [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+    """Returns what a folder says of its videos; those that are not finished are absent.
+
+    If several files have one name, `video` begins with as many of their folders as they need to
+    differ.
+    """
+    films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+    by_name: dict[str, list[Film]] = {}
+    for film in films:
+        by_name.setdefault(film.video, []).append(film)
+    for twins in by_name.values():
+        parts = [film.source.path.parts for film in twins]
+        for depth in range(2, max(map(len, parts)) + 1):
+            if len({film.video for film in twins}) == len(twins):
+                break
+            for film, part in zip(twins, parts, strict=True):
+                film.video = "/".join(map(printable, part[-depth:]))
+    return films
 
 
 def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:

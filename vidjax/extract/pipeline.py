@@ -4,9 +4,9 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -52,15 +52,16 @@ def extract(
     settings: folder.Settings | None = None,
     *,
     workers: int = 1,
-    alone: bool = False,
+    drop: Literal["nothing", "missing", "others"] = "nothing",
     thumbnails: bool = False,
     anew: bool = False,
+    check: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Extracts the faces of videos and photos into the folder `out`, see `folder`; voices, too.
 
     A file that cannot be read costs its own outcome alone. A cut-off call goes on where it was: a
-    video counts as done if its bytes, the nets and the settings are the same.
+    video counts as done if its file, the nets and the settings are the same; see `folder.Source`.
 
     Args:
       paths: the videos and photos; folders stand for the files in them.
@@ -68,10 +69,12 @@ def extract(
       models: the folder of nets with cards; voices need the two of `cards.VOICES`.
       settings: None for those of the folder, or else the defaults.
       workers: processes at once.
-      alone: removes from the folder the features of all other files.
+      drop: whose features go from the folder: those of files that are "missing" now, those of
+        all "others" than `paths`, or "nothing".
       thumbnails: keeps a picture of the best face of each clip; False removes those of all.
       anew: where `models` has nets more than made the folder's features, these are removed, and
         those of `paths` made by all nets; False refuses such a folder.
+      check: reads every file to compare its content; False compares size, time and inode.
       done: called with each outcome, in any order.
 
     Raises:
@@ -99,11 +102,16 @@ def extract(
                 f"'{out / folder.THUMBNAILS}' holds files that vidjax did not write\n"
                 "move them away, or name another folder"
             )
-        stems = _stems(listed, out)
-        _remove_leftovers(out, set(stems.values()) if alone else None)
+        names = [path.stem for path in (out / folder.VIDEOS).glob("*.json")]
+        known = {stem: film for stem in names if (film := _film(out, stem))}
+        stems = _stems(listed, known)
+        kept = None if drop == "nothing" else {*stems.values()}
+        if kept is not None and drop == "missing":
+            kept |= {stem for stem, film in known.items() if film.source.path.exists()}
+        _remove_leftovers(out, kept)
 
         def one(children: Children, path: Path) -> Outcome:
-            outcome = _one(children, path, stems[path], out, models, wanted)
+            outcome = _one(children, path, stems[path], out, models, wanted, check)
             done(outcome)
             return outcome
 
@@ -174,36 +182,33 @@ def _same_extraction(
     return before.settings
 
 
-def _stems(paths: Sequence[Path], out: Path) -> dict[Path, str]:
+def _stems(paths: Sequence[Path], known: Mapping[str, folder.Film]) -> dict[Path, str]:
     """Returns path -> stem, see `folder.stem_of`; a copy of another file of its name is left out.
 
-    Of files of one name, all but one get `~` and digits of their content, whatever their order.
+    A file keeps the stem by which it is `known`, also if it was moved. If another file has
+    the stem of a new file, the new one gets `~` and digits of its content.
     """
-    named: dict[str, list[Path]] = {}
-    for path in paths:
-        named.setdefault(folder.stem_of(path).lower(), []).append(path)
-    there = {path.stem for path in (out / folder.VIDEOS).glob("*.json")}
-    written = {stem.lower(): stem for stem in there}
-    with_twins = {stem.partition("~")[0].lower() for stem in there if "~" in stem}
-    stems: dict[str, Path] = {}
-    for word, twins in named.items():
-        plain = written.get(word, folder.stem_of(twins[0]))
-        if len(twins) == 1 and word not in with_twins:
-            stems[plain] = twins[0]
-            continue
-        owner = _film(out, plain)
-        free: dict[str, Path] = {}
-        for path in twins:
+    of_path = {str(film.source.path): stem for stem, film in known.items()}
+    moved = {
+        film.sha256: (stem, film.source.size)
+        for stem, film in known.items() if not film.source.path.exists()
+    }  # fmt: skip
+    sizes = {size for _, size in moved.values()}
+    owners = {stem.lower(): stem for stem in known}
+    stems = {of_path[real]: path for path in paths if (real := os.path.realpath(path)) in of_path}
+    for path in (path for path in paths if os.path.realpath(path) not in of_path):
+        stem = folder.stem_of(path)
+        owner = owners.get(stem.lower())
+        if owner or path.stat().st_size in sizes:
             sha256 = _sha256_or_of_name(path)
-            own = f"{plain}~{sha256[:8]}"
-            if owner and owner.sha256 == sha256:
-                stems.setdefault(plain, path)
-            elif own in there:
-                stems.setdefault(own, path)
-            else:
-                free.setdefault(own, path)
-        for own, path in free.items():
-            stems.setdefault(own if plain in stems else plain, path)
+            if sha256 in moved:
+                stem = moved[sha256][0]
+            elif owner:
+                film = known.get(owner)
+                same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
+                stem = owner if same else f"{stem}~{sha256[:8]}"
+        owners.setdefault(stem.lower(), stem)
+        stems.setdefault(stem, path)
     return {path: stem for stem, path in stems.items()}
 
 
@@ -230,17 +235,23 @@ def _film(out: Path, stem: str) -> folder.Film | None:
 
 
 def _one(
-    children: Children, path: Path, stem: str, out: Path, models: Path, settings: folder.Settings
+    children: Children,
+    path: Path,
+    stem: str,
+    out: Path,
+    models: Path,
+    settings: folder.Settings,
+    check: bool,
 ) -> Outcome:
     """Extracts one file, unless it was extracted before."""
     try:
+        before, source = _film(out, stem), folder.Source.of(path)
+        if before and before.source == source and not check:
+            return Outcome(path, before, kept=True)
         sha256 = files.sha256_file(path)
-        before = _film(out, stem)
         if before and before.sha256 == sha256:
-            name = folder.video_name(path, stem)
-            if before.video != name:  # the file was renamed
-                before.video = name
-                folder.write(out / folder.VIDEOS / f"{stem}.json", before)
+            before.source, before.video = source, folder.printable(path.name)
+            folder.write(out / folder.VIDEOS / f"{stem}.json", before)
             return Outcome(path, before, kept=True)
         _remove(out, stem)
         partial = out / f".extract-{secrets.token_hex(4)}"
@@ -256,6 +267,7 @@ def _one(
                 "models": str(models.absolute()),
                 "settings": msgspec.to_builtins(settings),
                 "sha256": sha256,
+                "source": msgspec.to_builtins(source),
             }
             found = run_limited(
                 film_lib.__name__, path, arguments,

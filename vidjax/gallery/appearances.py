@@ -1,17 +1,16 @@
-"""Who appears when: answers of a gallery for the tracks of videos, joined in time; and the page.
+"""Who appears when: answers of a gallery for the tracks of videos, joined in time.
 
 A .vtt (WebVTT) or .srt file (SubRip) holds subtitles of one video, a .rttm file the times of all in
 the format of speaker diarisation: video, begin and duration in seconds, person.
 """
 
-import base64
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax import files, tables
+from vidjax import tables
 from vidjax.errors import UserError
 from vidjax.extract.folder import Film, Track
 from vidjax.gallery.answers import Answer
@@ -24,9 +23,6 @@ MARKUP = {
     ".vtt": {"&": "&amp;", "<": "&lt;", "-->": "--&gt;"},
     ".srt": {"<": "\u2039", ">": "\u203a", "{": "(", "}": ")"},
 }
-MOST_PICTURES = 8  # of a person in a video: the longest appearances
-PICTURE_BYTES = 100_000
-LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
 COLUMNS = {
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
     "probability": "float64", "clips": "string", "evidence": "string",
@@ -221,93 +217,3 @@ def clock(seconds: float, *, short: bool = False) -> str:
     if short:
         return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
     return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"
-
-
-def page(
-    found: Sequence[Appearance],
-    films: Sequence[Film],
-    people: Mapping[str, Sequence[Path]],
-    thumbnail: Callable[[str], Path],
-) -> str:
-    """Returns the page of the appearances in films: a timeline each. It loads no file or script.
-
-    `people` are all who are enrolled, with paths of pictures of their photos; `thumbnail` gives
-    that of a clip. Pictures that do not exist are left out.
-    """
-    import jinja2
-
-    from vidjax import report
-
-    # The template, and the style that it includes.
-    folders = (Path(__file__).parent, Path(report.__file__).parent)
-    loader = jinja2.FileSystemLoader(folders)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    of_video = by_video(found)
-    videos = [
-        (film.video, "photo" if film.photo else clock(film.seconds, short=True),
-         _rows(of_video.get(film.video, []), film, thumbnail), film.damaged)
-        for film in films
-    ]  # fmt: skip
-    seen: dict[str, set[str]] = {name: set() for name in people}
-    for one in found:
-        if one.probability is not None:
-            seen.setdefault(str(one.identity), set()).add(one.video)
-    table = [
-        (name, sorted(videos_of), _pictures((path, name) for path in people.get(name, ())))
-        for name, videos_of in sorted(seen.items())
-    ]
-    return environment.get_template("names.html.j2").render(videos=videos, people=table)
-
-
-def _rows(
-    found: Sequence[Appearance], film: Film, thumbnail: Callable[[str], Path]
-) -> list[tuple[str, bool, list[tuple[float, float, str]], str, list[tuple[str, str]]]]:
-    """Returns what the page shows of a video: a row for each person whom it has `found`.
-
-    A row has the name, whether it is known, pieces as of `_piece`, the time, and faces. Known
-    people come first, and then the people who are seen for longer.
-    """
-    own: dict[tuple[bool, str], list[Appearance]] = {}
-    for one in found:
-        own.setdefault((one.probability is None, one.identity or "unknown"), []).append(one)
-    total = {
-        key: round(sum(one.end_s - one.start_s for one in some), 3) for key, some in own.items()
-    }
-    return [
-        (key[1], not key[0], [_piece(one, film) for one in own[key]],
-         "" if film.photo else clock(total[key], short=True), _faces(own[key], thumbnail))
-        for key in sorted(own, key=lambda key: (key[0], -total[key], len(key[1]), key[1]))
-    ]  # fmt: skip
-
-
-def _faces(own: Sequence[Appearance], thumbnail: Callable[[str], Path]) -> list[tuple[str, str]]:
-    """Returns a picture of each appearance of a person in a video, in order of time."""
-    longest = sorted(own, key=lambda one: (one.start_s - one.end_s, one.start_s))[:MOST_PICTURES]
-    shown = sorted(longest, key=lambda one: one.start_s)
-    return _pictures((thumbnail(one.clips[0]), clock(one.start_s, short=True)) for one in shown)
-
-
-def _pictures(paths: Iterable[tuple[Path, str]]) -> list[tuple[str, str]]:
-    """Returns addresses of pictures with words, of paths with words, as far as they exist."""
-    read = (
-        (files.read_bytes(path, PICTURE_BYTES), words) for path, words in paths if path.exists()
-    )
-    return [
-        (f"data:image/png;base64,{base64.b64encode(content).decode()}", words)
-        for content, words in read
-    ]
-
-
-def _piece(one: Appearance, film: Film) -> tuple[float, float, str]:
-    """Returns begin and width on the timeline in per cent, and the text that describes them."""
-    sure = "" if one.probability is None else f"{one.probability:.0%}"
-    if film.photo:
-        return 0.0, 100.0, sure
-    length = max(film.seconds, 1e-3)
-    left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
-    width = max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH)
-    about = f"{clock(one.start_s, short=True)} to {clock(one.end_s, short=True)}"
-    about += f", {sure}" if sure else ""
-    return round(left, 3), round(min(width, 100 - left), 3), about

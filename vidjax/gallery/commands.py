@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from vidjax import bulk, files, messages, tables
 from vidjax.data.untrusted.names import normal_form
-from vidjax.errors import UserError, warn
+from vidjax.errors import UserError, closest, warn
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances
 from vidjax.gallery.changes import check_person, stack
@@ -194,6 +195,25 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
 }
 
 
+# Words that people try -> the command that they may mean.
+SLIPS = {"add": "enrol", "delete": "remove", "forget": "remove", "show": "list", "new": "create"}
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Raises UserError for a word that is no command of a gallery; the words follow `gallery`."""
+    if not words or words[0].startswith("-") or words[0] in COMMANDS:
+        return
+    word, *rest = words
+    meant = SLIPS.get(word) or closest(word, COMMANDS, cutoff=0.7)
+    if rest and rest[0] in COMMANDS:
+        hint = f"the command comes first: vidjax gallery {shlex.join([rest[0], word, *rest[1:]])}"
+    elif meant:
+        hint = f"did you mean vidjax gallery {shlex.join([meant, *rest])}?"
+    else:
+        hint = f"choose from {', '.join(COMMANDS)}"
+    raise UserError(f"no command 'gallery {word}': {hint}")
+
+
 def _of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
@@ -214,8 +234,9 @@ def _counts(
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.gallery.gallery import Gallery, check_new
 
+    check_new(Path(args.gallery))
     if args.models:
         return _counts(Gallery.of_models(args.gallery, args.models))
     from vidjax import config_io, predict  # JAX, for galleries of runs alone
@@ -233,13 +254,18 @@ def _create(args: argparse.Namespace) -> Result:
 
 def _opened(args: argparse.Namespace) -> "Gallery":
     """Returns the gallery; refuses clips that are not there, or of other models than its own."""
-    from vidjax.data.memory import check_path
+    from vidjax.data.clips import SPLITS
+    from vidjax.data.memory import check_path, find_files
     from vidjax.extract import folder
     from vidjax.gallery.gallery import Gallery
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
-    if path:
-        check_path(path)
+    if path and args.command == "enrol" and not (args.identity or args.labels or args.strangers):
+        check_path(path)  # a folder for each person
+    elif path:
+        find_files(path)
+    if (split := getattr(args, "split", None)) and split not in SPLITS:
+        raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
     if path and gallery.origin.cards:
         folder.check_models(path, gallery.origin.cards)

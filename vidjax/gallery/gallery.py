@@ -52,6 +52,7 @@ from vidjax.gallery.store import (
     MOST_WIDTH,
     STRANGER,
     Clip,
+    NoGalleryError,
     Origin,
     State,
     Store,
@@ -167,6 +168,7 @@ class Gallery:
         from vidjax.api import load_data
         from vidjax.evaluation import restore
 
+        check_new(Path(folder))
         run = _restored(run)
         if data is None:
             data = load_data(run.config)
@@ -236,9 +238,8 @@ class Gallery:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
         files.make_folder(path, "gallery:")
+        check_new(path)
         store = Store(path)
-        if foreign := store.foreign():
-            raise UserError(f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder")
         state = _state(1, origin, backend, clips)
         store.create(state)
         _tell_of_similar(path, similar_names(state.people, ()))
@@ -722,6 +723,21 @@ class Gallery:
             scores, index = np.asarray(top.scores), np.asarray(top.index)
             top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
         return predict.as_lists(identities, names, top)
+
+
+def check_new(folder: Path) -> None:
+    """Raises ValueError if a folder holds anything; what a killed process left does not count."""
+    store = Store(folder.expanduser().absolute())
+    if not store.folder.is_dir():
+        return
+    if foreign := store.foreign():
+        remedy = "name a new folder"
+        if files.exists(store.folder / "config.json"):
+            remedy = f"it is a run: Gallery.create('NEW_FOLDER', {str(store.folder)!r})"
+        raise UserError(f"'{store.folder}' is not empty: it holds '{show(foreign)}'\n{remedy}")
+    with contextlib.suppress(NoGalleryError):
+        store.sha256()
+        raise UserError(f"'{store.folder}' holds a gallery: name another folder")
 
 
 def _check_width(backend: Backend) -> int:

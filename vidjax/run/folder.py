@@ -161,7 +161,8 @@ def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     if changed := changes(old, new):
         raise UserError(
             f"'{workdir}' holds a run with another configuration\n{changed}\n"
-            "use another workdir, or the configuration of that run; num_epochs may grow"
+            "use another workdir: --workdir=FOLDER, or the configuration of that run, with which "
+            "num_epochs may grow"
         )
 
 

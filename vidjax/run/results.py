@@ -150,10 +150,11 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
     if held_out or not labelled or not labelled <= set(trained):
         return ""
-    return (
-        f"trained on {' and '.join(trained)}, so no split is left; "
-        f"to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
-    )
+    problem = f"trained on {' and '.join(trained)}, so no split is left; "
+    counts = report.splits.get(trained[-1], {})
+    if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # folds would leave nobody
+        return f"{problem}most people have one clip: add a split val with other clips of them"
+    return f"{problem}to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

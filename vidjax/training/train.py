@@ -53,6 +53,8 @@ def finished(folder: RunFolder, config: Config) -> dict[str, Any] | None:
     if not folder.has(CONFIG):
         return None
     recorded, results = folder.config, folder.metrics()
+    if not results and not checkpoint.folders(folder.path):
+        return None  # a run that stopped before its first checkpoint begins anew
     check_resumes(folder.path, recorded, absolute(config))
     # Evaluation also writes the file; what lacks a result is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
@@ -247,7 +249,7 @@ class TrainingRun:
             return train_step.init_state(system, rngs, labels)
 
         folder = RunFolder(workdir)
-        if folder.has(CONFIG):
+        if folder.has(CONFIG) and checkpoint.folders(workdir):
             check_resumes(workdir, folder.config, config)
         found = checkpoint.find(workdir)
         if not found:
@@ -320,7 +322,8 @@ class TrainingRun:
             raise UserError(
                 f"loss or gradient is not finite at step {done.bad_step + 1} and "
                 f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
-                f"{saved}lower config.optim.learning_rate, or check the clips for huge features"
+                f"{saved}lower config.optim.learning_rate, or check the clips for huge features\n"
+                "JAX_DEBUG_NANS=1 before the command says which operation gives the first NaN"
             )
         return num_clips, done.loss
 

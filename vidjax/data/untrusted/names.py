@@ -14,7 +14,7 @@ _BREAKS = ("Cc", "Zl", "Zp")
 # White space and the byte order mark, which readers of text drop; and a % before two hexadecimal
 # digits, so that every name is read back.
 _UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
-_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, which Persian and Indic names have between letters
+_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, of Persian and Indic names, and of emoji
 # Letters without a shape that are not of the category Cf: fillers, and selectors of a variant.
 _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
@@ -58,7 +58,7 @@ def clean_identity(name: str) -> str:
     """Returns the name of a person in its `normal_form`. All new names pass through here.
 
     UserError for outer blanks, as in `Ann ` for `Ann`, for what `check_name` refuses, and for an
-    invisible letter (category Cf). If a joiner stands between two letters, it is allowed.
+    invisible letter (category Cf). A joiner is allowed between two letters, or symbols as in emoji.
     """
     if name != name.strip() and name.strip():
         raise UserError(f"identity '{show(name)}' has outer blanks: strip() it")
@@ -67,7 +67,7 @@ def clean_identity(name: str) -> str:
         return name
     for place, letter in enumerate(name):
         beside = [unicodedata.category(other)[0] for other in name[place - 1 : place + 2 : 2]]
-        joins = letter in _JOINERS and place and len(beside) == 2 and {*beside} <= {"L", "M"}
+        joins = letter in _JOINERS and place and len(beside) == 2 and {*beside} <= {*"LMS"}
         if unicodedata.category(letter) == "Cf" and not joins:
             raise UserError(
                 f"identity '{show(name)}' holds the invisible letter {letter!a}: leave it out"

@@ -1,0 +1,87 @@
+"""The page of who appears when: times without a mouse, the order, and addresses."""
+
+import base64
+import copy
+import hashlib
+import re
+from pathlib import Path
+
+from vidjax.extract.folder import Film, Source
+from vidjax.gallery import page
+from vidjax.gallery.answers import Answer
+from vidjax.gallery.appearances import Appearance
+
+FILM = Film(
+    video="a.mp4", source=Source(address="/a.mp4", size=1, mtime_ns=0, inode=1), sha256="0" * 64,
+    photo=False, seconds=100.0, shots=[], tracks=[], frames=9,
+)  # fmt: skip
+
+
+def render(found, answers=None, films=(FILM,), people=("Ada", "Bob")):
+    nowhere = Path("/nowhere")
+    return page.render(
+        found, films, dict.fromkeys(people, ()), lambda clip: nowhere, answers or {},
+        {"a.mp4": "../a%20film.mp4"},
+    )  # fmt: skip
+
+
+def text_of(html):
+    """Returns the words of a page as a reader sees them."""
+    body = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split()).replace(" ,", ",")
+
+
+def test_times_probabilities_and_links_are_there_without_a_mouse():
+    html = render([Appearance("a.mp4", 12.34, 75.0, "Ada", 0.97, ("c",))])
+    assert "Ada 1:03 0:12\u20131:15 97 %" in text_of(html)
+    assert html.count('href="../a%20film.mp4#t=12.3"') == 3, "bar, time below it, table of Ada"
+    assert "left:12.34%;width:62.66%" in html
+    assert "Bob In no film." in text_of(html)
+
+
+def test_doubtful_names_come_first_with_the_second_best():
+    found = [
+        Appearance("a.mp4", 0, 1, "Ada", 0.7, ("a",)),
+        Appearance("a.mp4", 2, 3, "Bob", 0.95, ("b",)),
+        Appearance("a.mp4", 4, 5, "unknown 2", None, ("c", "d")),
+        Appearance("a.mp4", 6, 7, "unknown 1", None, ("e",)),
+    ]
+    best = {
+        "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)),
+        "b": (("Bob", 0.95), ("Ada", 0.04)),
+        "c": (("Ada", 0.3),),
+        "d": (("Ada", 0.45), ("Bob", 0.1)),
+        "e": (("Ada", 0.02),),
+    }
+    answers = {clip: Answer(None, some[0][1], 0.0, some) for clip, some in best.items()}
+    words = text_of(render(found, answers))
+    doubtful = words[words.index("or perhaps") : words.index("a.mp4 1:40")]
+    assert doubtful == (
+        "or perhaps unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
+        "Ada a.mp4 0:00\u20130:01 70 % Bob 20 % "
+    )
+    people = words[words.rindex("People") :]
+    places = [people.index(name) for name in ("Ada", "Bob", "unknown 1", "unknown 2")]
+    assert places == sorted(places)
+    assert "Doubtful" not in render(found[1:2], answers)
+
+
+def test_many_times_are_folded():
+    found = [Appearance("a.mp4", n, n + 0.5, "Ada", 1.0, (f"c{n}",)) for n in range(40)]
+    html = render(found)
+    assert "34 more" in html and "over 99 %" in html and "<details><summary>40 times" in html
+
+
+def test_photos_have_no_times():
+    photo = copy.copy(FILM)
+    photo.photo = True
+    html = render([Appearance("a.mp4", 0, 0, "Ada", 0.9, ("c",))], films=(photo,))
+    assert "in the photo 90 %" in text_of(html) and "#t=" not in html
+
+
+def test_only_our_script_runs_and_names_are_escaped():
+    name = '"><script>alert(1)</script>'
+    html = render([Appearance("a.mp4", 0, 1, name, 0.5, ("c",))], people=[name])
+    (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html and "alert" not in script

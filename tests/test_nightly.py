@@ -1,0 +1,89 @@
+"""The page `vidjax/gallery/NIGHTLY.md`: its commands, in a shell, over two days."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import clip_files
+from vidjax.gallery import answers as answers_lib
+from vidjax.gallery.gallery import Gallery
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "vidjax" / "gallery" / "NIGHTLY.md"
+BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", PAGE.read_text(), re.S))
+DAYS = ("2026-01-01", "2026-01-02")
+KNOWN = [str(number) for number in range(12)]  # people of the training
+CENTRES = dict(
+    zip(
+        (*KNOWN, "Ada Lovelace", "Eve"), np.random.default_rng(0).normal(size=(14, 16)), strict=True
+    )
+)
+
+
+def clips_of(names, seed, count=3):
+    """Returns clip -> modality -> features, and clip -> person, of some clips of each person."""
+    draw = np.random.default_rng(seed)
+    people = {f"{seed}_{place}_{n}": name for place, name in enumerate(names) for n in range(count)}
+    noise = 0.3 * draw.normal(size=(len(people), 3, 16))
+    rows = zip(people.items(), noise, strict=True)
+    return {
+        clip: {"face": (3 * (CENTRES[name] + one)).astype(np.float32)} for (clip, name), one in rows
+    }, people
+
+
+@pytest.mark.slow
+def test_the_nightly_job_runs(tmp_path):
+    assert [*BLOCKS] == ["day", "named", "forget", "month", "prune"]
+    (train, labels), (val, more) = clips_of(KNOWN, 1), clips_of(KNOWN, 2)
+    clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
+    clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
+    for turn, day in enumerate(DAYS):
+        photos = {"Ada Lovelace": clips_of(["Ada Lovelace"], 10 + turn)[0]}
+        photos["12"] = clips_of(["3"], 20 + turn)[0]
+        clip_files.write_npz(tmp_path / "photos" / day, photos)
+        clips = clips_of(["3", "Ada Lovelace", "Eve"], 30 + turn)[0]
+        clip_files.write_npz(tmp_path / "clips", {day: clips})
+    env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+
+    def run(name, day, code=0):
+        text = f'set -eu; day={day}\nvidjax() {{ "{sys.executable}" -m vidjax "$@"; }}\n'
+        done = subprocess.run(
+            ["/bin/sh", "-c", text + BLOCKS.get(name, name)],
+            cwd=tmp_path, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+
+    month = BLOCKS["month"].splitlines()[:2]
+    run("\n".join(month).replace("people-$day", "people").replace("$day", "first"), DAYS[0])
+    for day in DAYS:
+        run("day", day)
+        groups = answers_lib.read_groups(tmp_path / "unknown" / f"{day}.tsv", unknown=True)
+        assert {*groups.values()} == ({"unknown 1"} if day == DAYS[0] else set())
+        answers = (tmp_path / "answers" / f"{day}.tsv").read_text().splitlines()
+        named = [line.split("\t")[1] for line in answers[1:]]
+        assert named[3:6] == ["Ada Lovelace"] * 3
+        assert named[6:] == [""] * 3 if day == DAYS[0] else ["Eve"] * 3
+        if day == DAYS[0]:  # somebody knows her
+            path = tmp_path / "unknown" / f"{day}.tsv"
+            path.write_text(path.read_text().replace("unknown 1", "Eve"))
+            run("named", day)
+    forget = 'vidjax forget --identity="Ada Lovelace" .'
+    run("forget", DAYS[1], code=1)
+    left = json.loads((tmp_path / "left.json").read_text())
+    assert left["left"] and {one["kind"] for one in left["places"]} == {"file"}
+    (tmp_path / "left.json").unlink()
+    for one in left["places"]:
+        path = Path(one["path"])
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run(forget, DAYS[1])
+    run("month", DAYS[1])
+    run("prune", DAYS[1])
+    assert "Eve" not in Gallery(tmp_path / f"people-{DAYS[1]}")  # nobody took a photo of her
+    assert "12" in Gallery(tmp_path / f"people-{DAYS[1]}")

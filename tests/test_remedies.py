@@ -1,0 +1,220 @@
+"""The remedy of an error works as it is printed; what can be refused at once is refused first."""
+
+import importlib.util
+import json
+import re
+import shlex
+
+import jax
+import numpy as np
+import pytest
+
+import vidjax
+from tests.helpers import clip_files, made_galleries
+from tests.helpers.seen import refused
+from vidjax import config as config_lib
+from vidjax import main, predict
+from vidjax.commands import runs
+from vidjax.data import sources
+from vidjax.gallery.gallery import Gallery
+from vidjax.run import results as results_lib
+from vidjax.training import plan
+
+KNN = "knn"  # its configuration
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, nearest_run, data, official_dir):
+    """A folder with a gallery, a run, and features of two splits, which no test changes."""
+    folder = tmp_path_factory.mktemp("remedies")
+    (folder / "run").symlink_to(nearest_run)
+    (folder / "official").symlink_to(official_dir)
+    Gallery.create(folder / "g", nearest_run, data)
+    rng = np.random.default_rng(0)
+    clips = {"a b": {"face": rng.normal(size=(2, 24)).astype(np.float16)}}
+    clip_files.write_npz(folder / "my own", {"train": clips, "test": clips})
+    return folder
+
+
+# A command, and a pattern of the remedy in its error. "{}" stands for the remedy in the third.
+COMMANDS = [
+    ("evaluate run", r"did you mean (--workdir=\S+)\?", "evaluate {} --config.eval.report=False"),
+    ("check run", r"did you mean (--workdir=\S+)\?", "check {}"),
+    ("gallery g list", r"comes first: (vidjax .*)", "{}"),
+    ("gallery show g --clips", r"did you mean (vidjax .*)\?", "{}"),
+    ("list g", r"did you mean (vidjax gallery list)\?", "{} g"),
+    ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
+    ("rank --workdir=run --input='my own' --out=a.tsv", r"(--input=.*)",
+     "rank --workdir=run {} --out=a.tsv"),
+    ("rank --workdir=run --input=official --out=b.tsv", r"take (--config\S+)",
+     "rank --workdir=run --input=official {} --out=b.tsv"),
+    ("gallery identify g --input=official", r"takes (--split.*) in place", "gallery identify g {}"),
+    ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
+     "config --config=knn {}=1"),
+    ("config --config=knn --config.data.folder=x", r"did you mean (--config\S+)\?",
+     "config --config=knn {}=x"),
+    ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "pattern", "then"), COMMANDS)
+def test_the_remedy_of_a_command_works(typed, pattern, then, place, say, monkeypatch):
+    monkeypatch.chdir(place)
+    found = re.search(pattern, say(*shlex.split(typed), code=2))
+    assert found
+    words = shlex.split(then.format(found[1]))
+    assert say(*words[words[0] == "vidjax" :])
+
+
+# The remedy is parsed, since it would train, serve, or need more runs.
+PARSED = [
+    ("serve g", r"did you mean (--gallery=\S+)\?", "serve {}"),
+    ("compare a b", r"did you mean (--runs=\S+)\?", "compare --workdir=c {}"),
+    ("compare --workdir=c --runs a b", r"(--runs=\S+)", "compare --workdir=c {}"),
+    ("export --workdir=run", r"example: vidjax (.*)", "{}"),
+    ("evaluate --workdir=new", r"vidjax (train .*)", "{}"),
+    ("evaluate --workdir='my own'", r"vidjax (train .*)", "{}"),
+    ("gallery add g --input=x", r"vidjax (gallery .*)\?", "{}"),
+    ("gallery delete g --clip='a b'", r"vidjax (gallery .*)\?", "{}"),
+    ("train --config=knn --resume", r"(leave it out)", "train --config=knn"),
+]
+
+
+@pytest.mark.parametrize(("typed", "pattern", "then"), PARSED)
+def test_the_remedy_of_a_command_is_a_command(typed, pattern, then, place, say, monkeypatch):
+    monkeypatch.chdir(place)
+    found = re.search(pattern, say(*shlex.split(typed), code=2))
+    assert found
+    args = main.parse(shlex.split(then.format(found[1])))
+    if args.command == "train":
+        runs.train_settings(args)
+
+
+@pytest.mark.parametrize(("typed", "words"), [
+    ("train --config=knn --config.loss.name=arcface", "config.loss has classification, focal"),
+    ("train --config=knn --gpus=1", "CUDA_VISIBLE_DEVICES=0"),
+    ("train --config=knn --device=cpu", "JAX_PLATFORMS=cpu"),
+    ("train --config=knn --verbose", "--debug"),
+    ("infer", "vidjax rank"), ("gallery nonsense", "choose from create"),
+    ("export --run=run", "without a flag"),
+])  # fmt: skip
+def test_words_that_people_type_have_a_hint(typed, words, say):
+    assert words in say(*shlex.split(typed), code=2)
+
+
+def test_the_version_comes_as_json(command):
+    with pytest.raises(SystemExit) as ended:
+        command("--version", "--json")
+    assert ended.value.code == 0
+
+
+def test_a_gallery_and_a_run_that_are_swapped_are_told(place):
+    said = refused(lambda: Gallery.create(place / "run", "new"), "is a run: Gallery.create(")
+    assert str(place / "run") in said
+
+
+# ---- at once
+
+
+class Reached(Exception):
+    """Work began that a mistake should have prevented."""
+
+
+def fails(*_, **__):
+    """Stands for work that takes long."""
+    raise Reached
+
+
+@pytest.mark.parametrize(("typed", "words"), [
+    ("gallery create g --run=run", "holds a gallery"),
+    ("gallery create 'my own' --run=run", "not empty"),
+    ("gallery create run --run=run", "not empty"),
+    ("gallery enrol g --input=official --identity=' Ada'", "outer blanks"),
+    ("gallery enrol g --input=official --identity=Ada\u200b", "invisible"),
+    ("gallery enrol g --split=tets", "choose from train, val, test"),
+    ("gallery identify g --split=tets", "choose from train, val, test"),
+    ("gallery identify g --input='my own'", "several splits"),
+    ("gallery enrol g --input='my own' --identity=Ada", "several splits"),
+    ("train --config=knn --config.data.mode=streaming", "vidjax[tensorflow]"),
+    ("train --config=knn --config.dtype=float64", "JAX_ENABLE_X64=1"),
+])  # fmt: skip
+def test_a_mistake_is_told_before_work_begins(typed, words, place, say, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "tensorflow" else find(n)
+    )
+    for module, name in ((predict, "restore"), (sources, "load"), (Gallery, "embed"),
+                         (Gallery, "run")):  # fmt: skip
+        monkeypatch.setattr(module, name, fails)
+    before = made_galleries.contents(place / "g")
+    assert words in say(*shlex.split(typed), code=2)
+    assert made_galleries.contents(place / "g") == before
+
+
+def test_labels_of_clips_that_are_not_there(place):
+    gallery = Gallery(place / "g")
+    clips = {"c": {"face": np.ones((1, 24), np.float32)}}
+    refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; one is 'c'")
+
+
+# ---- settings
+
+
+def test_float64_is_refused_where_jax_would_compute_in_float32():
+    config = vidjax.load_config(KNN, "--config.dtype=float64")
+    refused(lambda: plan.dry_run(config), "config.dtype=float64", "JAX_ENABLE_X64=1")
+    with jax.enable_x64(True):
+        plan.dry_run(config)
+
+
+def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(4, 8))
+    clips = {split: {f"{split} {n}": {"face": people[n % 4] + 0.1 * rng.normal(size=(2, 8))}
+                     for n in range(8)} for split in ("train", "val")}  # fmt: skip
+    labels = {name: f"p{n % 4}" for some in clips.values() for n, name in enumerate(some)}
+    data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
+    words = ("--config.data.size=standard", "--config.data.blur=2", "--config.eval.report=False")
+    config = vidjax.load_config("knn:face", *words)
+    wanted = vidjax.train(config, tmp_path / "run", data, num_devices=1).map
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert (written["name"], written["dir"], written["size"]) == ("arrays", None, "small")
+    assert written["blur"] == config_lib.DEFAULTS["data.blur"] and config.data.name == "synthetic"
+    assert vidjax.train(config, tmp_path / "run", data, num_devices=1).map == wanted
+    refused(lambda: vidjax.evaluate(tmp_path / "run"), "vidjax.evaluate(workdir, data)")
+    assert vidjax.evaluate(tmp_path / "run", data).map == wanted
+    clip_files.write_npz(tmp_path / "own", clips)
+    clip_files.write_labels(tmp_path / "own" / "labels.csv", labels)
+    vidjax.train(config, tmp_path / "two", vidjax.load_data(tmp_path / "own"), num_devices=1)
+    assert vidjax.evaluate(tmp_path / "two").map == pytest.approx(wanted)
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_may_change(tmp_path, data, official_dir):
+    words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
+    config = vidjax.load_config("knn:iqiyi_vid,face", *words)
+    broken = vidjax.load_config("knn:iqiyi_vid,face", *words, "--config.seed=7")
+    vidjax.train(broken, tmp_path / "run", data, num_devices=1)
+    for name in ("checkpoints", "metrics.json"):
+        path = tmp_path / "run" / name
+        path.unlink() if path.is_file() else path.rename(tmp_path / "aside")
+    vidjax.train(config, tmp_path / "run", data, num_devices=1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+    other = vidjax.load_config("knn:iqiyi_vid,face", *words, "--config.seed=8")
+    refused(lambda: vidjax.train(other, tmp_path / "run", data), "--workdir=FOLDER")
+
+
+@pytest.mark.parametrize(("clips", "words"), [(60, "most people have one clip"), (120, "folds=5")])
+def test_folds_are_no_remedy_for_one_clip_of_a_person(clips, words, tmp_path):
+    counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
+    (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
+    config = config_lib.default().to_dict()
+    assert words in results_lib.unmeasured(config, tmp_path)
+
+
+def test_a_missing_field_in_a_file_is_named(tmp_path):
+    path = tmp_path / "own.py"
+    lines = ("made = config.default()", "made.fusion.face.train = 1", "return made")
+    body = "".join(f"    {line}\n" for line in lines)
+    path.write_text(f"from vidjax import config\n\ndef get_config(args=''):\n{body}")
+    refused(lambda: vidjax.load_config(path), "line 5: AttributeError: there is no field 'face'")
