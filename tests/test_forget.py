@@ -187,11 +187,12 @@ def test_both_unicode_forms_are_one_name(typed, stored, tmp_path, run):
     (tmp_path / "notes" / "b.json").write_text(json.dumps(stored))
     (tmp_path / "notes" / "c.html").write_text(html.escape(stored).upper())
     (tmp_path / "notes" / "d.csv").write_text(stored, encoding="utf-16")
+    (tmp_path / "notes" / "e.csv").write_text("x;José Müller;y", encoding="latin-1")
     (tmp_path / f"{stored}.jpg").write_bytes(b"")
     found = run(f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
     kinds = sorted(one["kind"] for one in found["places"])
-    assert kinds == ["file"] * 5 + ["gallery", "records", "run"]
-    assert (found["deleted"], found["left"]) == (2, 6)
+    assert kinds == ["file"] * 6 + ["gallery", "records", "run"]
+    assert (found["deleted"], found["left"]) == (2, 7)
     assert len(gallery) == 0
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.txt").write_text(stored)

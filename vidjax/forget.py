@@ -4,6 +4,7 @@ It deletes what vidjax may delete. It is no command of the gallery: runs and cac
 """
 
 import argparse
+import contextlib
 import html
 import io
 import itertools
@@ -47,7 +48,7 @@ TABLE_BYTES = 64 * files.MB
 MOST_SHOWN = 20  # names in the commands that are printed, and places of a kind
 MOST_COMPARED = 20_000  # names that a misspelt one is compared with: takes a second
 MOST_FILES = 1000  # that one process of grep searches
-WIDE_BYTES = 64 * files.MB  # of the largest file that is searched for UTF-16 and UTF-32
+WIDE_BYTES = 64 * files.MB  # of the largest file that is searched for UTF-16 and others
 # grep holds a line in memory, and a file may be one line. It then ends with an error.
 GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
 # Endings of files that are not searched -> words of a command that writes what such a file holds.
@@ -328,7 +329,7 @@ def _search_files(
 ) -> list[Found]:
     """Searches paths by their names and, of files, by their contents; links are not followed.
 
-    `given` are the names in UTF-16 and UTF-32 that are looked for; `names` are those in UTF-8.
+    `names` are looked for in UTF-8, `given` in other encodings, too.
     """
     if shutil.which("grep") is None:
         return [Found("unread", Path(), "grep is not installed", "install it")]
@@ -354,7 +355,7 @@ def _search_files(
         try:
             small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
             held |= {*_grep("-liZwF", patterns, some)}
-            held |= {*_grep("-liaZP", _wide(given), small, locale="C")}
+            held |= {*_grep("-liaZP", _encoded(given), small, locale="C")}
         except OSError as error:
             found.append(_unread(some[0].parent, error))
     inside = "it is yours: delete it, or take the name out"
@@ -394,11 +395,14 @@ def _spellings(names: Iterable[str]) -> list[str]:
     return sorted({way(form) for form in forms for way in ways})
 
 
-def _wide(names: Iterable[str]) -> bytes:
-    """Returns a pattern of names in UTF-16 and UTF-32, for `grep -P`."""
+def _encoded(names: Iterable[str]) -> bytes:
+    """Returns a pattern of names in UTF-16, UTF-32 and Windows-1252, for `grep -P`."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
-    wide = {form.encode(way) for form in forms for way in ("utf-16-le", "utf-16-be", "utf-32-le")}
-    return "|".join("".join(f"\\x{byte:02x}" for byte in one) for one in sorted(wide)).encode()
+    found = {form.encode(way) for form in forms for way in ("utf-16-le", "utf-16-be", "utf-32-le")}
+    for form in (form for form in forms if not form.isascii()):
+        with contextlib.suppress(UnicodeEncodeError):
+            found.add(form.encode("cp1252"))
+    return "|".join("".join(f"\\x{byte:02x}" for byte in one) for one in sorted(found)).encode()
 
 
 def _unpack(path: Path) -> str | None:

@@ -260,8 +260,9 @@ def _opened(args: argparse.Namespace) -> "Gallery":
     from vidjax.gallery.gallery import Gallery
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
-    if path and args.command == "enrol" and not (args.identity or args.labels or args.strangers):
-        check_path(path)  # a folder for each person
+    people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
+    if path and (people or bulk.tables_of(path)):
+        check_path(path)
     elif path:
         find_files(path)
     if (split := getattr(args, "split", None)) and split not in SPLITS:
