@@ -494,10 +494,10 @@ GOOD = {"face": np.ones((1, 24), np.float32)}
         ({}, "no clips"),
         ([GOOD], "not list"),
         ({"a": GOOD["face"]}, "clip a is of type ndarray"),
-        ({"a": {"fcae": [1.0]}}, "clip a: the run knows face, head, not fcae"),
+        ({"a": {"fcae": [1.0]}}, "clip a: it has fcae, wanted face, head"),
         (
             {"a": {"face": np.zeros((2, 23))}},
-            "clip a, face: features are 23 wide, the run wants 24",
+            "clip a, face: features are 23 wide, wanted 24",
         ),
         (
             {"b": GOOD, "c": GOOD, "a": {"face": np.zeros((2, 23))}},

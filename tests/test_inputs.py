@@ -107,7 +107,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     refused_input(path, "clips.parquet: two columns are named clip: keep one")
     parquet.write_table(many, path)  # of 4 GB, were each name a text of its own
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused_input(path, "the run knows face")
+    refused_input(path, ", wanted face")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GB // 1024
     monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))

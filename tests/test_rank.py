@@ -177,7 +177,7 @@ def test_every_layout_without_labels_is_read(official_dir, tmp_path):
     for path, split in ((tmp_path / "none", None), (tmp_path / "none.parquet", None)):
         with pytest.raises(FileNotFoundError, match="no such file"):
             load_clips(path, WIDTHS, (), split=split)
-    with pytest.raises(ValueError, match=r"the run reads voice; there: .*audio"):
+    with pytest.raises(ValueError, match=r"it has .*audio.*, wanted voice"):
         load_clips(official_dir, {"voice": 3}, (), split="val")
 
 

@@ -426,6 +426,8 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
         return inside.ask("POST", "/v2/models/gallery/infer", body.encode() + tail, length)
 
     assert ask()[0] == 200
+    body = {"model_name": "gallery", "inputs": [right]}  # as the client of KServe
+    assert inside.ask("POST", "/v2/models/gallery/infer", body)[0] == 200
     assert ask(data=[[[0.5] * 8]])[0] == 200
     wrong: tuple[dict[str, Any], ...] = (
         {"datatype": "FP64"}, {"shape": [1, 8]}, {"shape": [1, 1, 9]}, {"shape": [2, 1, 8]},

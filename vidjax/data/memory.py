@@ -63,7 +63,7 @@ class MemoryClips:
                 clip = flat.names[int(np.argmax(flat.lengths > 0))]
                 raise UserError(
                     f"clip {show(clip)}, {name}: features are {width} wide, "
-                    f"the run wants {modalities[name]}"
+                    f"wanted {modalities[name]}"
                 )
             _tell_of_skipped(name, flat)
         staged = stage("clips", packed)
@@ -119,8 +119,8 @@ class MemoryClips:
             meant = [closest(name.lower(), missing) for name in sorted(unread)]
             hint = next((f"; did you mean '{name}'?" for name in meant if name), "")
             warn(
-                f"no clip has {', '.join(missing)}, which the run reads; "
-                f"it does not read {show(', '.join(sorted(unread)))}{hint}"
+                f"no clip has {', '.join(missing)}, wanted with the others; "
+                f"{show(', '.join(sorted(unread)))} of clips is not read{hint}"
             )
         return cls(packed, names, modalities, identities)
 
@@ -196,8 +196,8 @@ def _select(
         if others and not selected:
             meant = closest(others[0].lower(), modalities)
             raise UserError(
-                f"clip {show(clip.name)}: the run knows {', '.join(modalities)}, "
-                f"not {show(', '.join(others))}{f': did you mean {meant!r}?' if meant else ''}"
+                f"clip {show(clip.name)}: it has {show(', '.join(others))}, wanted "
+                f"{', '.join(modalities)}{f': did you mean {meant!r}?' if meant else ''}"
             )
         unread.update(others)
         # A clip without any modality is still a clip.
@@ -270,7 +270,7 @@ def load_clips(
         return MemoryClips.pack(read_clips(found), modalities, identities, quality)
     if not found.keys() & modalities.keys():
         raise UserError(
-            f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(found))}"
+            f"{path}: it has {', '.join(sorted(found))}, wanted {', '.join(modalities)}"
         )
     return _load_pickles(found, modalities, identities, quality)
 

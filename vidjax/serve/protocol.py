@@ -52,7 +52,7 @@ class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
-class Tensor(Struct, forbid_unknown_fields=True):
+class Tensor(Struct):
     """An input: its values are `data`, or lie behind the JSON."""
 
     name: Name
@@ -68,14 +68,14 @@ class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
     binary_data: bool = False
 
 
-class Output(Struct, forbid_unknown_fields=True):
+class Output(Struct):
     """An output that is wanted."""
 
     name: Name
     parameters: OutputParameters = OutputParameters()
 
 
-class Ask(Struct, forbid_unknown_fields=True):
+class Ask(Struct):
     """A request for answers to tensors; without `outputs`, all are wanted."""
 
     inputs: Annotated[list[Tensor], Meta(min_length=1, max_length=64)]
