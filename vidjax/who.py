@@ -80,18 +80,34 @@ class Done(NamedTuple):
 
 
 class Numbers(Struct, kw_only=True):
-    """Digest of a film's clips -> clip -> the number of its group when it was last unknown.
+    """What is known of unknown people, `unknown.json`.
 
-    A film that was replaced, or cut in other clips, has another digest: numbers go with films. One
-    without unknown people is there, too.
+    A film that was replaced, or cut in other clips, has another digest: what is known goes with
+    films.
+
+    Attributes:
+      films: digest of a film's clips -> clip -> the number of its group when it was last unknown. A
+        film without unknown people is there, too.
+      denied: the same digests -> clip -> the people whom somebody said that it does not show.
+      same: pairs of a number and a lower number, of the same person as somebody said.
     """
 
     format: Literal[1] = 1
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
+    denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
+    same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
+
+    def __post_init__(self) -> None:
+        if any(low >= number for number, low in self.same):
+            raise ValueError("`same` leads to a number that is not lower")
 
     def of(self, films: Iterable[folder.Film]) -> dict[str, int]:
         """Returns clip -> number, of films."""
         return {c: n for film in films for c, n in self.films.get(_digest(film), {}).items()}
+
+    def denied_of(self, films: Iterable[folder.Film]) -> dict[str, list[str]]:
+        """Returns clip -> people whom it does not show, of films."""
+        return {c: n for film in films for c, n in self.denied.get(_digest(film), {}).items()}
 
     def clips(self, films: Iterable[folder.Film]) -> set[str]:
         """Returns all clips of those films that are here."""
@@ -102,10 +118,43 @@ class Numbers(Struct, kw_only=True):
         """The highest number that a clip has; 0 without any."""
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
-    def only(self, films: Iterable[folder.Film]) -> "Numbers":
-        """Returns the numbers of films, without those of all others."""
+    def joined(self, group: str) -> str:
+        """Returns the name of the group that a group belongs to, as somebody said."""
+        number, lower = answers_lib.number_of(group), dict(self.same)
+        while number in lower:
+            number = lower[number]
+        return f"{answers_lib.UNKNOWN}{number}"
+
+    def join(self, groups: Iterable[str]) -> "Numbers":
+        """Returns these numbers, where all groups are the one of the lowest number."""
+        numbers = sorted(answers_lib.number_of(self.joined(group)) for group in groups)
+        new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
+        return msgspec.structs.replace(self, same=[*self.same, *new])
+
+    def deny(self, films: Iterable[folder.Film], clips: Collection[str], name: str) -> "Numbers":
+        """Returns these numbers, where clips of films do not show a person."""
+        denied = {**self.denied}
+        for film in films:
+            own = {**denied.get(_digest(film), {})}
+            for clip in {track.clip for track in film.tracks}.intersection(clips):
+                own[clip] = sorted({*own.get(clip, ()), name})
+            if own:
+                denied[_digest(film)] = own
+        return msgspec.structs.replace(self, denied=denied)
+
+    def only(self, films: Iterable[folder.Film], people: Collection[str]) -> "Numbers":
+        """Returns what is known of films and people, without all others."""
         kept = sorted({_digest(film) for film in films} & self.films.keys())
-        return Numbers(films={digest: self.films[digest] for digest in kept})
+        denied = {
+            digest: own
+            for digest in kept
+            if (own := {
+                clip: known for clip, names in self.denied.get(digest, {}).items()
+                if (known := [name for name in names if name in people])
+            })
+        }  # fmt: skip
+        films_kept = {digest: self.films[digest] for digest in kept}
+        return Numbers(films=films_kept, denied=denied, same=self.same)
 
     def updated(self, films: Iterable[folder.Film], groups: Mapping[str, str]) -> "Numbers":
         """Returns these numbers, and those of groups, clip -> `unknown N`, of clips of films."""
@@ -114,7 +163,25 @@ class Numbers(Struct, kw_only=True):
             clips = {one.clip for one in film.tracks} & groups.keys()
             new = {clip: answers_lib.number_of(groups[clip]) for clip in sorted(clips)}
             found[_digest(film)] = found.get(_digest(film), {}) | new
-        return Numbers(films=found)
+        return msgspec.structs.replace(self, films=found)
+
+
+class Decision(NamedTuple):
+    """Who is in the films of a folder.
+
+    Attributes:
+      films: all films.
+      vectors: of all clips; None without clips.
+      answers: clip -> answer.
+      groups: clip -> `unknown N`, of clips without a name.
+      found: the appearances, in order of time.
+    """
+
+    films: Sequence[folder.Film]
+    vectors: Vectors | None
+    answers: dict[str, Answer]
+    groups: dict[str, str]
+    found: list[Appearance]
 
 
 def _digest(film: folder.Film) -> str:
@@ -122,8 +189,9 @@ def _digest(film: folder.Film) -> str:
     return files.sha256_json([film.sha256, tracks])
 
 
-def _read_numbers(path: Path) -> Numbers:
-    """Returns what a file of numbers says; none if there is no file."""
+def read_numbers(out: Path) -> Numbers:
+    """Returns what a folder of results knows of unknown people."""
+    path = out / NUMBERS
     if not files.exists(path):
         return Numbers(films={})
     return formats.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
@@ -196,7 +264,8 @@ def who(
         if not thumbnails:
             for one in (out / PEOPLE).glob("*"):
                 pipeline.remove_thumbnails(one)
-        before = _read_numbers(out / NUMBERS).only(folder.read_films(out / FEATURES))
+        films_before = folder.read_films(out / FEATURES)
+        before = read_numbers(out).only(films_before, gallery.identities)
         drop = "missing" if prune else "nothing"
         outcomes = extract(
             films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done
@@ -220,13 +289,9 @@ def _look(
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(f"not at their place any more: {count}, such as {missing[0]}; --prune removes them")
-    answers, groups = _name(gallery, out, films, before, identify)
-    found = appearances.find(answers, films, groups)
-    numbers = msgspec.to_builtins(before.updated(films, groups))
-    files.write_json(out / NUMBERS, numbers)  # rows without are not read
-    _write(out, found, groups, films, gallery, answers)
-    strangers = {groups[clip] for one in found for clip in one.clips if clip in groups}
-    return Done(gallery.identities, found, len(strangers), failed)
+    decision = decide(gallery, out, films, before, identify)
+    shown = {*decision.groups.values()}
+    return Done(gallery.identities, decision.found, len(shown), failed)
 
 
 def _gallery(out: Path, models: Path) -> Gallery:
@@ -255,7 +320,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     if not names:
         return
     # A film that was replaced in a call that was cut off has other clips of the same names.
-    there = _read_numbers(out / NUMBERS).clips(folder.read_films(features))
+    there = read_numbers(out).clips(folder.read_films(features))
     known = {clip: name for clip, name in names.items() if clip in there}
     if len(known) < len(names):
         away = show(min(names.keys() - there))
@@ -374,33 +439,50 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
     return gallery.embed(MemoryClips.pack(known, reads, ()))
 
 
-def _name(
+def decide(
     gallery: Gallery,
     out: Path,
     films: Sequence[folder.Film],
     before: Numbers,
     identify: Callable[..., dict[str, Answer]],
-) -> tuple[dict[str, Answer], dict[str, str]]:
-    """Returns the answers for the clips of all films, and clip -> name of a group of unknown ones.
+    vectors: Vectors | None = None,
+) -> Decision:
+    """Names the clips of all films, numbers unknown people, and writes the results.
 
     Clips that form a group vote. Groups keep the numbers that their clips had `before`, and a new
     group gets a number above the highest. A clip that is enrolled shows whom its label says.
+
+    Args:
+      identify: `gallery.identify` with a rule.
+      vectors: of all clips; None to read them.
     """
-    if not any(film.tracks for film in films):
-        return {}, {}
-    vectors = _embed(gallery, out / FEATURES, {t.clip for film in films for t in film.tracks})
-    told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
-    apart = appearances.seen_together(films)
-    answers = dict.fromkeys(vectors.names, NOBODY)
-    if gallery.identities:
-        votes = gallery.group(vectors, apart, absorb=False)
-        answers = identify(vectors, groups=votes)
-    for clip, name in told.items():
-        answers[clip] = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),), (TOLD,))
-    answers = appearances.settle(answers, films)
-    nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
-    groups = gallery.group(vectors.only(nobody), apart)
-    return answers, _keep_numbers(groups, before.of(films), before.highest)
+    answers, groups = dict[str, Answer](), dict[str, str]()
+    clips = {track.clip for film in films for track in film.tracks}
+    if clips:
+        vectors = vectors or _embed(gallery, out / FEATURES, clips)
+        told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
+        apart = appearances.seen_together(films)
+        answers = dict.fromkeys(vectors.names, NOBODY)
+        if gallery.identities:
+            votes = gallery.group(vectors, apart, absorb=False)
+            answers = identify(vectors, groups=votes)
+        for clip, names in before.denied_of(films).items():
+            if (answer := answers.get(clip, NOBODY)).identity in names:
+                answers[clip] = answer._replace(identity=None, evidence=())
+        for clip, name in told.items():
+            known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
+            answers[clip] = NOBODY if name is None else known
+        answers = appearances.settle(answers, films)
+        nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
+        groups = gallery.group(vectors.only(nobody), apart)
+        groups = _keep_numbers(groups, before.of(films), before.highest)
+    numbers = msgspec.to_builtins(before.updated(films, groups))
+    files.write_json(out / NUMBERS, numbers)  # rows without are not read
+    groups = {clip: before.joined(group) for clip, group in groups.items()}
+    found = appearances.find(answers, films, groups)
+    decision = Decision(films, vectors, answers, groups, found)
+    _write(out, gallery, decision)
+    return decision
 
 
 def _keep_numbers(
@@ -427,22 +509,16 @@ def _keep_numbers(
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
-def _write(
-    out: Path,
-    found: Sequence[Appearance],
-    groups: Mapping[str, str],
-    films: Sequence[folder.Film],
-    gallery: Gallery,
-    answers: Mapping[str, Answer],
-) -> None:
+def _write(out: Path, gallery: Gallery, decision: Decision) -> None:
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
-        appearances.write(out / name, found)
-    answers_lib.write_groups(out / UNKNOWN, groups)
-    by_video = appearances.by_video(found)
+        appearances.write(out / name, decision.found)
+    answers_lib.write_groups(out / UNKNOWN, decision.groups)
+    by_video = appearances.by_video(decision.found)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
-    names = {film.video: film.video.replace("/", " - ") for film in films if not film.photo}
+    films = [film for film in decision.films if not film.photo]
+    names = {film.video: film.video.replace("/", " - ") for film in films}
     twins = Counter(Path(name).stem.lower() for name in names.values())
     for video, name in names.items():
         stem = Path(name).stem if twins[Path(name).stem.lower()] == 1 else name
@@ -451,19 +527,31 @@ def _write(
         for ending in appearances.SUBTITLES:
             text = appearances.to_subtitles(by_video.get(video, []), ending)
             files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
-    people = {name: [] for name in gallery.identities}
+    addresses = {
+        film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
+        for film in decision.films
+    }
+    files.write_text(out / PAGE, render_page(out, gallery, decision, addresses))
+    (out / PAGE).chmod(0o600)
+
+
+def render_page(
+    out: Path,
+    gallery: Gallery,
+    decision: Decision,
+    addresses: Mapping[str, str],
+    forms: page.Forms | None = None,
+) -> str:
+    """Returns the page of a decision; `addresses` and `forms` are those of `page.render`."""
+    people = {name: list[Path]() for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
         if (name := _person(clip)) and shown.identity:
             photo = folder.thumbnail(out / PEOPLE / name, clip.rpartition("/")[2])
             people[shown.identity].append(photo)
-    thumbnail = functools.partial(folder.thumbnail, out / FEATURES)
-    addresses = {
-        film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
-        for film in films
-    }
-    text = page.render(found, films, people, thumbnail, answers, addresses)
-    files.write_text(out / PAGE, text)
-    (out / PAGE).chmod(0o600)
+    return page.render(
+        decision.found, decision.films, people,
+        functools.partial(folder.thumbnail, out / FEATURES), decision.answers, addresses, forms,
+    )  # fmt: skip
 
 
 def _remove_results(out: Path) -> None:

@@ -23,6 +23,7 @@ class Shown(NamedTuple):
     """An appearance as the page shows it.
 
     Attributes:
+      number: its place in the list of all appearances.
       name: the person, or the group of an unknown person.
       known: whether `name` is a person.
       probability: of a known person.
@@ -32,6 +33,7 @@ class Shown(NamedTuple):
       address: of the film at that second; empty if it is not known.
     """
 
+    number: int
     video: str
     name: str
     known: bool
@@ -51,6 +53,20 @@ class Shown(NamedTuple):
         return 1.0 - self.probability if self.probability < SURE_PROBABILITY else 0.0
 
 
+class Forms(NamedTuple):
+    """What the page needs so that its forms can send changes, see `vidjax.review`.
+
+    Attributes:
+      version: of the decision that the page shows; a change of an older page is refused.
+      done: what the last change did, in words, or empty.
+      can_undo: whether there is a change to take back.
+    """
+
+    version: int
+    done: str
+    can_undo: bool
+
+
 class Row(NamedTuple):
     """A person in a film: the appearances, the time of all, and pictures with words."""
 
@@ -62,12 +78,13 @@ class Row(NamedTuple):
 
 
 def render(
-    found: Iterable[Appearance],
+    found: Sequence[Appearance],
     films: Iterable[Film],
     people: Mapping[str, Iterable[Path]],
     thumbnail: Callable[[str], Path],
     answers: Mapping[str, Answer],
     addresses: Mapping[str, str],
+    forms: Forms | None = None,
 ) -> str:
     """Returns the page of the appearances in films, as HTML.
 
@@ -78,6 +95,7 @@ def render(
       thumbnail: gives the path of the picture of a clip. Pictures that do not exist are left out.
       answers: clip -> answer, for the other people whom a clip may show.
       addresses: film -> its address, which a link opens.
+      forms: for a page on which people correct names; None for a page to look at.
     """
     import jinja2
 
@@ -91,10 +109,13 @@ def render(
     )  # fmt: skip
     script = (Path(__file__).parent / "names.js").read_text()
     of_video = by_video(found)
+    number = {one: place for place, one in enumerate(found)}
     videos, times = [], {(True, name): list[Shown]() for name in people}
     for film in films:
         own = of_video.get(film.video, [])
-        shown = [_show(one, film, answers, addresses.get(film.video, "")) for one in own]
+        shown = [
+            _show(number[one], one, film, answers, addresses.get(film.video, "")) for one in own
+        ]
         length = "photo" if film.photo else clock(film.seconds, short=True)
         videos.append((film.video, length, _rows(own, shown, film, thumbnail), film.damaged))
         for one in shown:
@@ -108,7 +129,9 @@ def render(
             for (known, name), some in sorted(times.items(), key=lambda pair: _order(*pair[0]))
         ],
         doubtful=sorted((x for x in everything if x.doubt), key=lambda x: -x.doubt),
+        unknown=[name for known, name in sorted(times, key=lambda key: _order(*key)) if not known],
         most_times=MOST_TIMES,
+        forms=forms,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -120,7 +143,9 @@ def _order(known: bool, name: str) -> tuple[bool, int, str]:
     return not known, number_of(name) if numbered else 0, name.casefold()
 
 
-def _show(one: Appearance, film: Film, answers: Mapping[str, Answer], address: str) -> Shown:
+def _show(
+    number: int, one: Appearance, film: Film, answers: Mapping[str, Answer], address: str
+) -> Shown:
     """Returns what the page shows of an appearance; see `Shown`."""
     known = one.probability is not None
     name = one.identity or "unknown"
@@ -132,14 +157,16 @@ def _show(one: Appearance, film: Film, answers: Mapping[str, Answer], address: s
     others = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
     likely = [(other, p) for other, p in others if p >= LIKELY_PROBABILITY]
     if film.photo:
-        return Shown(film.video, name, known, one.probability, "", "", 0.0, 100.0, likely, address)
+        return Shown(
+            number, film.video, name, known, one.probability, "", "", 0.0, 100.0, likely, address
+        )
     length = max(film.seconds, 1e-3)
     left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
     width = min(max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH), 100 - left)
     begin, end = (clock(seconds, short=True) for seconds in (one.start_s, one.end_s))
     at = f"{address}#t={one.start_s:.1f}" if address else ""
     return Shown(
-        film.video, name, known, one.probability, begin, end,
+        number, film.video, name, known, one.probability, begin, end,
         round(left, 3), round(width, 3), likely, at,
     )  # fmt: skip
 
