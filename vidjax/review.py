@@ -11,16 +11,17 @@ import mimetypes
 import secrets
 import threading
 import urllib.parse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
-import uvicorn
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
-from starlette.routing import Mount, Route, Router
+from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.routing import Route
 
 from vidjax import files, messages, who
 from vidjax.errors import UserError
@@ -157,75 +158,90 @@ class Review:
         self.version += 1
 
 
-def make_app(review: Review, token: str, port: int) -> Router:
-    """Returns the server: the page, the films, and the changes, below `/TOKEN/`."""
+def make_app(review: Review, token: str, port: int) -> Starlette:
+    """Returns the answers: the page, the films, and the changes, below `/TOKEN/`."""
+    hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
     lock = threading.Lock()
 
-    def locked(action: Callable[[], str | None]) -> str | None:
+    def check(request: Request) -> None:
+        """Refuses who does not know the token, and changes that another page sends."""
+        headers, word = request.headers, request.path_params["token"]
+        if not hmac.compare_digest(word.encode(), token.encode()) or (
+            headers.get("host") not in hosts
+        ):
+            raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
+        ours = headers.get("origin") in (None, *(f"http://{host}" for host in hosts))
+        if headers.get("sec-fetch-site") not in (None, "none", "same-origin"):
+            ours = False
+        if request.method == "POST" and not ours:
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Changes come from this page only.")
+
+    def show(request: Request) -> Response:
+        check(request)
         with lock:
-            return action()
+            return HTMLResponse(review.render(), headers=HEADERS)
 
-    async def show(request: Request) -> Response:
-        return _html(str(await run_in_threadpool(locked, review.render)))
-
-    async def play(request: Request) -> Response:
+    def play(request: Request) -> Response:
+        check(request)
         try:
             path = review.film(request.path_params["number"])
         except IndexError:
-            return _text(HTTPStatus.NOT_FOUND, "There is no such film.")
-        if not path.is_file():
-            return _text(HTTPStatus.NOT_FOUND, "The film is not at its place any more.")
+            path = None
+        if path is None or not path.is_file():
+            raise HTTPException(HTTPStatus.NOT_FOUND, "The film is not at its place.")
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, media_type=kind, headers=HEADERS)
 
     async def change(request: Request) -> Response:
+        check(request)
         form = await _read_form(request)
-        if form is None:
-            return _text(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "This form is too large.")
+        return await run_in_threadpool(apply, form, request.url.path.endswith("/undo"))
 
-        def apply() -> str | None:
+    def apply(form: Mapping[str, str], back: bool) -> Response:
+        with lock:
             if form.get("version") != str(review.version):
-                return "The page was older than the names. Go back, load it again, and repeat."
+                raise HTTPException(
+                    HTTPStatus.CONFLICT, "This page is old. Go back, load it again, and repeat."
+                )
             try:
-                if request.url.path.endswith("/undo"):
+                if back:
                     review.undo()
                 else:
                     review.change(*(form.get(word, "") for word in ("do", "of", "person")))
             except UserError as error:
-                return f"Nothing was changed: {error}"
-            return None
-
-        if problem := await run_in_threadpool(locked, apply):
-            return _text(HTTPStatus.CONFLICT, problem)
+                problem = f"Nothing was changed: {error}"
+                raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, problem) from error
         return Response(status_code=HTTPStatus.SEE_OTHER, headers={"Location": "./", **HEADERS})
 
-    inner = Router(
-        [
-            Route("/", show),
-            Route("/film/{number:int}", play),
-            Route("/change", change, methods=["POST"]),
-            Route("/undo", change, methods=["POST"]),
+    return Starlette(
+        routes=[
+            Route("/{token}/", show),
+            Route("/{token}/film/{number:int}", play),
+            Route("/{token}/change", change, methods=["POST"]),
+            Route("/{token}/undo", change, methods=["POST"]),
         ]
     )
-    hosts = {f"{HOST}:{port}", f"localhost:{port}"}
 
-    async def guard(scope, receive, send) -> None:  # noqa: ANN001
-        if scope["type"] == "http":
-            request = Request(scope)
-            word = scope["path"].split("/")[1]
-            host, origin = request.headers.get("host"), request.headers.get("origin")
-            ours = origin is None or origin in {f"http://{host}" for host in hosts}
-            site = request.headers.get("sec-fetch-site", "none")
-            if not hmac.compare_digest(word.encode(), token.encode()) or host not in hosts:
-                response = _text(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
-            elif request.method == "POST" and (not ours or site not in ("none", "same-origin")):
-                response = _text(HTTPStatus.FORBIDDEN, "Changes come from this page only.")
-            else:
-                response = None
-            if response is not None:
-                await response(scope, receive, send)
-                return
-        await routes(scope, receive, send)
 
-    routes = Router([Mount(f"/{token}", app=inner)])
-    return Router([Mount("/", app=guard)])
+async def _read_form(request: Request) -> dict[str, str]:
+    """Returns the fields of a form."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > FORM_BYTES:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The form is too large.")
+    return dict(urllib.parse.parse_qsl(body.decode(errors="replace")))
+
+
+def run(out: Path, *, fpir: float | None = None, threshold: float | None = None) -> None:
+    """Serves the page of a folder of results until Ctrl-C."""
+    from vidjax.serve import app as app_lib
+    from vidjax.serve.limits import Limits
+
+    token = secrets.token_urlsafe(16)
+    with files.lock(out, "out"), app_lib.listen(HOST, 0) as listener:
+        review = Review(out, fpir=fpir, threshold=threshold)
+        port = listener.getsockname()[1]
+        messages.say(f"http://{HOST}:{port}/{token}/")
+        messages.say("Open this address in a browser on this machine. End with Ctrl-C.")
+        app_lib.serve(make_app(review, token, port), listener, Limits())

@@ -33,7 +33,7 @@ from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import clean_identity, normal_form, show
-from vidjax.errors import UserError
+from vidjax.errors import UserError, need
 from vidjax.extract import commands, folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
@@ -189,6 +189,11 @@ def _digest(film: folder.Film) -> str:
     return files.sha256_json([film.sha256, tracks])
 
 
+def read_films(out: Path) -> list[folder.Film]:
+    """Returns all films of a folder of results."""
+    return folder.read_films(out / FEATURES)
+
+
 def read_numbers(out: Path) -> Numbers:
     """Returns what a folder of results knows of unknown people."""
     path = out / NUMBERS
@@ -264,7 +269,7 @@ def who(
         if not thumbnails:
             for one in (out / PEOPLE).glob("*"):
                 pipeline.remove_thumbnails(one)
-        films_before = folder.read_films(out / FEATURES)
+        films_before = read_films(out)
         before = read_numbers(out).only(films_before, gallery.identities)
         drop = "missing" if prune else "nothing"
         outcomes = extract(
@@ -284,7 +289,7 @@ def _look(
 ) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
-    films = folder.read_films(out / FEATURES)
+    films = read_films(out)
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -562,6 +567,8 @@ def _remove_results(out: Path) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Names the people of films, see `who`."""
+    if args.review:
+        need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
     workers = commands.workers_of(args)
     done = who(
@@ -570,6 +577,10 @@ def run(args: argparse.Namespace) -> Result:
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
         check=args.check, prune=args.prune, done=commands.tell,
     )  # fmt: skip
+    if args.review:
+        from vidjax import review
+
+        review.run(out, fpir=args.fpir, threshold=args.threshold)
     named = [one.identity for one in done.found if one.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
@@ -587,7 +598,7 @@ def run(args: argparse.Namespace) -> Result:
         rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
-        rows["to name them"] = f"write names into {out / UNKNOWN}, and call again"
+        rows["to name them"] = "the same command with --review"
     text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
@@ -600,4 +611,7 @@ def add_flags(parser: Parser) -> None:
     add_rule(parser)
     about = "shows faces on the page; without, those of earlier calls go"
     parser.add_argument("--thumbnails", action="store_true", help=about)
-    parser.command(run, "holiday.mp4 --people=friends --models=models --out=names")
+    about = "then serves the page to this machine, to name people and correct names"
+    parser.add_argument("--review", action="store_true", help=about)
+    example = "holiday.mp4 --people=friends --models=models --out=names"
+    parser.command(run, example, f"{example} --review")

@@ -32,6 +32,7 @@ from prometheus_client import Gauge, exposition
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from vidjax import files
 from vidjax.data import clip_files
@@ -544,7 +545,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
+def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
     """Returns uvicorn's settings."""
     return uvicorn.Config(
         app,
@@ -565,7 +566,7 @@ def make_config(app: Guard, limits: Limits) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """A server that ends `end_seconds` after a signal, whatever its threads do."""
 
-    def __init__(self, app: Guard, limits: Limits):
+    def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))
         self._end = threading.Timer(limits.end_seconds, self._give_up)
         self._end.daemon = True
@@ -582,7 +583,7 @@ class Server(uvicorn.Server):
         os._exit(1)
 
 
-def serve(app: Guard, listener: socket.socket, limits: Limits) -> bool:
+def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
     """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off.
 
     A process that does not end in time is ended with the exit code 1.

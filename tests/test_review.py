@@ -1,0 +1,141 @@
+"""vidjax who --review: names are corrected on the page, and the next call agrees."""
+
+import re
+
+import pytest
+
+from tests.helpers.drawn_people import write_film, write_photo
+from vidjax.gallery.gallery import Gallery
+
+testclient = pytest.importorskip("starlette.testclient")
+TOKEN, PORT = "t" * 22, 8123
+
+
+@pytest.fixture
+def reviewed(drawn):
+    """Results of two films in which Ada is known, Bob and Eve are not."""
+    from vidjax import review
+
+    film = drawn.film()
+    write_film(drawn.folder / "more.mkv", (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
+    write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
+
+    class Reviewed:
+        """The page in a browser."""
+
+        def __init__(self):
+            self.again()
+            self.review = review.Review(drawn.out)
+            self.client = testclient.TestClient(
+                review.make_app(self.review, TOKEN, PORT), base_url=f"http://127.0.0.1:{PORT}",
+                headers={"origin": f"http://127.0.0.1:{PORT}", "sec-fetch-site": "same-origin"},
+            )  # fmt: skip
+
+        def again(self):
+            drawn.who(film, drawn.folder / "more.mkv")
+            return self.names()
+
+        def names(self):
+            """Returns clip -> name."""
+            return {clip: row["identity"] for row in drawn.rows() for clip in row["clips"]}
+
+        def page(self):
+            answer = self.client.get(f"/{TOKEN}/")
+            assert answer.status_code == 200
+            return answer.text
+
+        def post(self, action="change", status=200, **fields):
+            version = re.search('name="version" value="([0-9]+)"', self.page())[1]
+            fields = {"version": version, **fields}
+            answer = self.client.post(f"/{TOKEN}/{action}", data=fields)
+            assert answer.status_code == status, answer.text
+            return answer.text
+
+    return Reviewed()
+
+
+def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed, drawn):
+    before = reviewed.names()
+    unknown = {name: [c for c, x in before.items() if x == name] for name in before.values()}
+    bob = before["party.s002.t01"]
+    assert bob.startswith("unknown ") and before["party.s000.t00"] == "Ada"
+    text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
+    named = dict.fromkeys(unknown[bob], "Zo\u00eb")
+    assert f"Saved: {bob} is Zo" in text and "Undo" in text
+    assert reviewed.names() == before | named == reviewed.again()
+    text = reviewed.post("undo")
+    assert "Taken back" in text and reviewed.names() == before == reviewed.again()
+    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
+
+    places = [row["clips"] for row in drawn.rows()]
+    ada = next(n for n, clips in enumerate(places) if "party.s000.t00" in clips)
+    reviewed.post(do="deny", of=ada)
+    denied = reviewed.names()
+    assert denied["party.s000.t00"].startswith("unknown ")
+    assert reviewed.again() == denied
+    reviewed.post(do="name", of=ada, person="Ada")
+    assert reviewed.names()["party.s000.t00"] == "Ada" == reviewed.again()["party.s000.t00"]
+    reviewed.post("undo")
+    assert reviewed.names() == denied
+    reviewed.post("undo")
+    assert reviewed.names() == before
+    reviewed.post("undo", status=422)
+
+
+def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed):
+    before = reviewed.names()
+    numbers = sorted({name for name in before.values() if name.startswith("unknown ")})
+    assert numbers == ["unknown 1", "unknown 2"]
+    reviewed.post(do="join", of="unknown 2", person="unknown 1")
+    joined = {c: "unknown 1" if name == "unknown 2" else name for c, name in before.items()}
+    assert reviewed.names() == joined == reviewed.again()
+    reviewed.post("undo")
+    assert reviewed.names() == before
+    reviewed.post(do="ignore", of="unknown 2")
+    ignored = {c: None if name == "unknown 2" else name for c, name in before.items()}
+    assert reviewed.names() == ignored == reviewed.again()
+
+
+MISTAKES = [
+    ({"do": "name", "of": "unknown 1", "person": " "}, 422),
+    ({"do": "name", "of": "unknown 1", "person": "a\u202eb"}, 422),
+    ({"do": "name", "of": "unknown 99", "person": "Bob"}, 422),
+    ({"do": "name", "of": "9999", "person": "Bob"}, 422),
+    ({"do": "join", "of": "unknown 1", "person": "Ada"}, 422),
+    ({"do": "burn", "of": "unknown 1"}, 422),
+    ({"do": "name", "of": "unknown 1", "person": "Bob", "version": "0"}, 409),
+    ({"do": "name", "of": "unknown 1", "person": "x" * 20_000}, 413),
+    ({}, 422),
+]
+
+
+def test_mistakes_change_nothing(reviewed):
+    before = reviewed.names()
+    for fields, status in MISTAKES:
+        reviewed.post(status=status, **fields)
+    assert reviewed.names() == before and "Undo" not in reviewed.page()
+
+
+def test_only_the_page_itself_asks_and_changes(reviewed):
+    form = {"version": "1", "do": "name", "of": "unknown 1", "person": "Bob"}
+    client = reviewed.client
+    for path in ("/", "/x/", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", f"/{TOKEN}/film/9", "/\u00e9/"):
+        assert client.get(path).status_code == 404
+    assert client.get(f"/{TOKEN}/", headers={"host": "evil.example"}).status_code == 404
+    for headers in (
+        {"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
+        {"origin": "http://127.0.0.1:1"},
+    ):  # fmt: skip
+        assert client.post(f"/{TOKEN}/change", data=form, headers=headers).status_code == 403
+    answer = client.get(f"/{TOKEN}/")
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert "form-action 'self'" in answer.text
+
+
+def test_films_play_from_any_second(reviewed):
+    page = reviewed.page()
+    assert 'href="film/1#t=' in page
+    whole = reviewed.client.get(f"/{TOKEN}/film/1")
+    assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
+    part = reviewed.client.get(f"/{TOKEN}/film/1", headers={"range": "bytes=10-19"})
+    assert part.status_code == 206 and part.content == whole.content[10:20]
