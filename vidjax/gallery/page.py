@@ -120,16 +120,20 @@ def render(
         videos.append((film.video, length, _rows(own, shown, film, thumbnail), film.damaged))
         for one in shown:
             times.setdefault((one.known, one.name), []).append(one)
-    faces = {name: _pictures((path, name) for path in paths) for name, paths in people.items()}
     everything = [one for some in times.values() for one in some]
+    everybody = sorted(times, key=lambda key: _order(*key))
+
+    def faces(known: bool, name: str) -> list[tuple[str, str]]:
+        if known:
+            return _pictures((path, name) for path in people.get(name, ()))
+        return _faces([found[one.number] for one in times[known, name]], thumbnail)
+
     return environment.get_template("names.html.j2").render(
         videos=videos,
-        people=[
-            (name, known, some, faces.get(name, []) if known else [])
-            for (known, name), some in sorted(times.items(), key=lambda pair: _order(*pair[0]))
-        ],
+        people=[(name, known, times[known, name], faces(known, name)) for known, name in everybody],
+        anchors={key: number for number, key in enumerate(everybody, 1)},
         doubtful=sorted((x for x in everything if x.doubt), key=lambda x: -x.doubt),
-        unknown=[name for known, name in sorted(times, key=lambda key: _order(*key)) if not known],
+        unknown=[name for known, name in everybody if not known],
         most_times=MOST_TIMES,
         forms=forms,
         script=script,
