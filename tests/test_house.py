@@ -21,7 +21,7 @@ PACKAGES = sorted(
 
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
-    "__main__", "main", "who", "forget", "commands", "export", "serve", "gallery",
+    "__main__", "main", "commands", "review", "who", "forget", "export", "serve", "gallery",
     "extract", "api", "predict", "bulk", "comparison", "training", "analysis",
     "report", "significance", "ranking", "evaluation", "system", "models", "losses",
     "optim", "metrics", "augment", "fusion", "ensemble", "tables", "run", "config_io", "config",

@@ -45,7 +45,7 @@ def reviewed(drawn):
             return answer.text
 
         def post(self, action="change", status=200, **fields):
-            version = re.search('name="version" value="([0-9]+)"', self.page())[1]
+            (version, *_) = re.findall('name="version" value="([0-9]+)"', self.page())
             fields = {"version": version, **fields}
             answer = self.client.post(f"/{TOKEN}/{action}", data=fields)
             assert answer.status_code == status, answer.text

@@ -209,7 +209,7 @@ def load(name: str) -> Callable[[Parser], None]:
 
             return convert.add_flags
         case "who":
-            from vidjax import who
+            from vidjax.commands import who
 
             return who.add_flags
         case "score":

@@ -16,7 +16,6 @@ Names that `vidjax gallery rename` and `relabel` changed stay as they are, also 
 to the models, for which all films and photos are read once more.
 """
 
-import argparse
 import functools
 import os
 from collections import Counter
@@ -28,21 +27,19 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax import files, messages, tables
+from vidjax import files, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import clean_identity, normal_form, show
-from vidjax.errors import UserError, need
-from vidjax.extract import commands, folder, pipeline
+from vidjax.errors import UserError
+from vidjax.extract import folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, page, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
-from vidjax.gallery.commands import add_rule
 from vidjax.gallery.gallery import Gallery, Vectors
-from vidjax.messages import Parser, Result
 from vidjax.run import formats
 from vidjax.run.formats import Sha256, Size, Text
 from vidjax.run.terminal import say
@@ -563,55 +560,3 @@ def _remove_results(out: Path) -> None:
     for name in (PAGE, *TABLES):
         (out / name).unlink(missing_ok=True)
     files.remove_ours(out / SUBTITLES, r".+\.(vtt|srt)")
-
-
-def run(args: argparse.Namespace) -> Result:
-    """Names the people of films, see `who`."""
-    if args.review:
-        need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
-    films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
-    workers = commands.workers_of(args)
-    done = who(
-        films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), commands.settings_of(args),
-        workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
-        check=args.check, prune=args.prune, done=commands.tell,
-    )  # fmt: skip
-    if args.review:
-        from vidjax import review
-
-        review.run(out, fpir=args.fpir, threshold=args.threshold)
-    named = [one.identity for one in done.found if one.probability is not None]
-    content = {
-        "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
-        "failed": [*done.failed],
-    }  # fmt: skip
-    few = ", ".join(sorted(done.people)[:5])
-    rows = {
-        "people": f"{len(done.people):,}: {few}" if few else "none",
-        "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
-        "unknown": f"{done.groups:,} {'person' if done.groups == 1 else 'people'}",
-        "page": str(out / PAGE),
-        "table": str(out / TABLES[0]),
-    }
-    if done.failed:
-        rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
-        rows |= commands.to_mend(done.failed.values())
-    if done.groups:
-        rows["to name them"] = "the same command with --review"
-    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
-    return Result(content, rows, text, code=1 if done.failed else 0)
-
-
-def add_flags(parser: Parser) -> None:
-    """Adds the flags of `vidjax who`."""
-    commands.add_flags(parser)
-    about = "photos of people: a folder for each, with the name"
-    parser.add_argument("--people", metavar="DIR", help=about)
-    add_rule(parser)
-    about = "shows faces on the page; without, those of earlier calls go"
-    parser.add_argument("--thumbnails", action="store_true", help=about)
-    about = "then serves the page to this machine, to name people and correct names"
-    parser.add_argument("--review", action="store_true", help=about)
-    example = "holiday.mp4 --people=friends --models=models --out=names"
-    parser.command(run, example, f"{example} --review")

@@ -1,0 +1,62 @@
+"""`vidjax who`: who appears when in videos, by a few photos of people."""
+
+import argparse
+from pathlib import Path
+
+from vidjax import messages, who
+from vidjax.errors import need
+from vidjax.extract import commands
+from vidjax.gallery.commands import add_rule
+from vidjax.messages import Parser, Result
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Names the people of films, see `vidjax.who`."""
+    if args.review:
+        need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
+    films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
+    workers = commands.workers_of(args)
+    done = who.who(
+        films, Path(args.people).expanduser() if args.people else None, out,
+        Path(args.models).expanduser(), commands.settings_of(args),
+        workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
+        check=args.check, prune=args.prune, done=commands.tell,
+    )  # fmt: skip
+    if args.review:
+        from vidjax import review  # it needs starlette
+
+        review.run(out, fpir=args.fpir, threshold=args.threshold)
+    named = [one.identity for one in done.found if one.probability is not None]
+    content = {
+        "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
+        "failed": [*done.failed],
+    }  # fmt: skip
+    few = ", ".join(sorted(done.people)[:5])
+    rows = {
+        "people": f"{len(done.people):,}: {few}" if few else "none",
+        "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
+        "unknown": f"{done.groups:,} {'person' if done.groups == 1 else 'people'}",
+        "page": str(out / who.PAGE),
+        "table": str(out / who.TABLES[0]),
+    }
+    if done.failed:
+        rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
+        rows |= commands.to_mend(done.failed.values())
+    if done.groups:
+        rows["to name them"] = "the same command with --review"
+    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
+    return Result(content, rows, text, code=1 if done.failed else 0)
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax who`."""
+    commands.add_flags(parser)
+    about = "photos of people: a folder for each, with the name"
+    parser.add_argument("--people", metavar="DIR", help=about)
+    add_rule(parser)
+    about = "shows faces on the page; without, those of earlier calls go"
+    parser.add_argument("--thumbnails", action="store_true", help=about)
+    about = "then serves the page to this machine, to name people and correct names"
+    parser.add_argument("--review", action="store_true", help=about)
+    example = "holiday.mp4 --people=friends --models=models --out=names"
+    parser.command(run, example, f"{example} --review")
