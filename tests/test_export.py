@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, small_runs
-from vidjax import predict
+from vidjax import fusion, predict
 from vidjax.export import formats, function, reader, weights
 from vidjax.export.formats import FORMATS
 from vidjax.extract.cards import BackEnd
@@ -112,6 +112,13 @@ def random_inputs(shapes, lengths):
     return inputs, clips
 
 
+def kinds_of_nodes(path):
+    """Returns the operators of the nodes of an ONNX file, but those in the bodies of loops."""
+    import onnx
+
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
 def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export):
     onnxruntime = pytest.importorskip("onnxruntime")
     code, told, complaint = export(nearest_run, "onnx")
@@ -122,6 +129,7 @@ def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, expo
     assert len(identities) == told["num_identities"]
     for file, digest in told["files"].items():
         assert len(digest) == 64 and (tmp_path / "out" / file).is_file()
+    assert kinds_of_nodes(tmp_path / "out" / "model.onnx").count("Loop") == 1  # of long clips
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     wanted = [one.name for one in session.get_inputs()]
     run = predict.restore(nearest_run, num_devices=1)
@@ -357,6 +365,8 @@ OPERATIONS = {
     "softmax": (lambda x: jax.nn.softmax(x, axis=-1), FLOATS),
     "stable sort": (lambda x: jnp.argsort(x, axis=1, stable=True), WHOLE),
     "descending": (lambda x: jnp.argsort(x, axis=1, stable=True, descending=True), WHOLE),
+    "ties": (lambda x: jnp.argsort(x, axis=1, stable=True), np.arange(120).reshape(3, 40) % 3),
+    "shuffle": (lambda x: fusion.shuffle(None, x > 2), np.arange(140).reshape(4, 35) % 9),
     "sort of bools": (lambda x: jnp.argsort(x > 2, axis=1, stable=True), WHOLE),
     "rows": (lambda x: x[jnp.array([2, 0, 0])], FLOATS),
     "along an axis": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1), FLOATS),
@@ -376,20 +386,51 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_onnx_computes_what_jax_does(name):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def as_onnx(compute, x):
     graph = importlib.import_module("vidjax.export.onnx_graph")
-    compute, x = OPERATIONS[name]
     dims = jax.export.symbolic_shape("B") + x.shape[1:] if x.shape[0] > 8 else x.shape
     model = graph.to_model(
         lambda inputs: {"y": compute(inputs["x"])},
         {"x": jax.ShapeDtypeStruct(dims, x.dtype)},
         ["y"],
     )
-    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_onnx_computes_what_jax_does(name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    compute, x = OPERATIONS[name]
+    session = onnxruntime.InferenceSession(as_onnx(compute, x))
     (found,) = session.run(["y"], {"x": x})
     np.testing.assert_allclose(found, np.asarray(compute(jnp.asarray(x))), rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("name", ["stable sort", "descending", "sort of bools", "ties", "shuffle"])
+def test_openvino_orders_as_jax_does(name):
+    """It computes int64 as int32, and its TopK takes equal values in any order."""
+    openvino = pytest.importorskip("openvino")
+    compute, x = OPERATIONS[name]
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(as_onnx(compute, x), b""), "CPU")
+    (found,) = model({"x": x}).values()
+    np.testing.assert_array_equal(found, np.asarray(compute(jnp.asarray(x))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plda", "mma", "residual_dense"])
+def test_openvino_answers_as_the_run_does(name, trained, tmp_path, export):
+    openvino = pytest.importorskip("openvino")
+    path = make_run(trained, name)
+    code, _, complaint = export(path, "onnx")
+    assert code == 0, complaint
+    core, run = openvino.Core(), predict.restore(path, num_devices=1)
+    model = core.read_model(tmp_path / "out" / "model.onnx")
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    made = function.made_up(run)
+    found = compiled({part.any_name: made.inputs[part.any_name] for part in compiled.inputs})
+    answers = {part.any_name: value for part, value in found.items()}
+    assert function.difference(answers, made.expected) <= 1e-4
 
 
 def test_an_operation_without_a_form_is_named():

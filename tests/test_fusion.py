@@ -202,6 +202,29 @@ def test_windows_of_int8_are_rounded_and_not_cut_off():
     np.testing.assert_array_equal(union.features[0], np.round(expected))
 
 
+def test_the_fixed_order_is_by_multiples_of_the_golden_ratio():
+    length = 5000
+    key = np.arange(length, dtype=np.uint64) * 2654435769 % 2**32 >> 1
+    found = fusion.shuffle(None, jnp.ones((1, length), bool))
+    np.testing.assert_array_equal(found[0], np.argsort(key))
+
+
+def test_means_of_an_exported_function_need_no_loop():
+    frames = make_frames([4, 0, 9], max_frames=9)
+    leaves, tree = jax.tree.flatten(frames)
+    sizes = jax.export.symbolic_shape("B, T")
+    shapes = [jax.ShapeDtypeStruct((*sizes, *x.shape[2:]), x.dtype) for x in leaves]
+
+    def mean(leaves):
+        found = fusion.mean_frame(tree.unflatten(leaves), weighting="quality")
+        return found.features, fusion.mean_measure(tree.unflatten(leaves), "norm")
+
+    assert "while" not in str(jax.make_jaxpr(mean)(shapes))
+    found = jax.export.export(jax.jit(mean))(shapes).call(leaves)
+    for one, wanted in zip(found, mean(leaves), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_random_windows_hold_their_frame_and_one_to_four_others():
     length = 12
     frames = one_hot_frames(np.ones(length), padding=2)

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -392,6 +393,31 @@ def test_scores_of_all_examples_never_exist_at_once(reduce):
     assert (B, 1 + C) in shapes
     for shape in shapes:
         assert not {1 + C, C} & set(shape) or not {T, B * T} & set(shape), shape
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_an_exported_step_judges_examples_in_blocks(reduce):
+    """Of two clips it takes 128 examples at once; the last of three blocks is cut off."""
+    system = make(NORMED, **EXAMPLES, eval__reduce=reduce)
+    state = init(system, np.arange(5))
+    one = ensemble.take((state.params, state.model_state), 0)
+    batch = make_batch((300, 11), (1, 0), max_frames=301)
+    sizes = jax.export.symbolic_shape("B, T")
+
+    def symbolic(x):
+        dims = [size if size == 1 else sizes[axis] for axis, size in enumerate(x.shape[:2])]
+        return jax.ShapeDtypeStruct((*dims, *x.shape[2:]), x.dtype)
+
+    def step(frames):
+        rows = jnp.zeros(len(frames["face"].mask), jnp.int32)
+        whole = Batch(frames, rows, rows == 0)
+        return eval_step_lib.eval_step(system, *one, jnp.int32(0), whole)
+
+    leaves, tree = jax.tree.flatten(batch.frames)  # an exported function takes no Frames
+    compiled = jax.jit(lambda leaves: step(tree.unflatten(leaves)))
+    exported = jax.export.export(compiled)([symbolic(leaf) for leaf in leaves])
+    assert (2, 128, 1 + C) not in shapes_in(jax.make_jaxpr(compiled)(leaves).jaxpr)
+    np.testing.assert_allclose(exported.call(leaves), compiled(leaves), rtol=1e-5, atol=1e-6)
 
 
 def test_is_best_is_argmax():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -179,7 +180,7 @@ def mean_measure(frames: Frames, measure: str) -> Array:
     A quality that is not finite counts as 0; a clip without frames has mean 0.
     """
 
-    def value(t: Array) -> Array:  # one frame of every clip at a time
+    def value(t: Array | None) -> Array:
         if measure == "norm":
             return jnp.linalg.norm(_frame(frames.features, t).astype(jnp.float32), axis=-1)
         return _frame(_finite(frames.quality), t)
@@ -194,10 +195,13 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
     """
     if rng is not None:
         return jnp.argsort(jnp.where(mask, per_frame_uniform(rng, mask), 2.0), axis=1)
-    rank = jnp.cumsum(mask, axis=1, dtype=jnp.uint32) - jnp.uint32(1)
-    # Multiples of the golden ratio modulo 1 put frames that are close in time far apart.
-    key = (rank * jnp.uint32(2654435769)) >> 1
-    return jnp.argsort(jnp.where(mask, key, jnp.uint32(2**32 - 1)), axis=1)
+    rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    # Multiples of the golden ratio modulo 1, of 31 bits, put frames that are close in time far
+    # apart. They are computed in halves: OpenVINO has no integers of more than 32 bits.
+    low = rank * 31161
+    high = jax.lax.rem(rank * 40503 + jax.lax.div(low, 1 << 16), 1 << 16)
+    key = high * (1 << 15) + jax.lax.div(jax.lax.rem(low, 1 << 16), 2)
+    return jnp.argsort(jnp.where(mask, key, (1 << 31) - 1), axis=1)
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
@@ -410,13 +414,21 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     )
 
 
-def _mean_over_frames(mask: Array, weights: Array, value_of: Callable[[Array], Array]) -> Array:
+def _mean_over_frames(
+    mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
+) -> Array:
     """Returns weighted means over the frames, [B, ...]; `value_of` maps a place to values [B, ...].
 
-    A clip whose weights [B, T] are all 0 has the mean 0.
+    Without a place it returns the values of all frames, [B, T, ...]. A clip whose weights [B, T]
+    are all 0 has the mean 0.
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
+    if any(map(jax.export.is_symbolic_dim, mask.shape)):  # exported: runtimes are slow at loops
+        values = value_of(None)
+        counts = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
+        values = jnp.where(counts, values, 0)
+        return jnp.einsum("bt,bt...->b...", weights, values, precision=jax.lax.Precision.HIGHEST)
     # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
     end = jnp.max(jnp.where(mask, jnp.arange(1, 1 + mask.shape[1]), 0))
 
@@ -642,8 +654,10 @@ def _at_least_float32(values: Array) -> jnp.dtype:
     return jnp.promote_types(values.dtype, jnp.float32)
 
 
-def _frame(values: Array | LazyFeatures, t: Array | int) -> Array:
-    """Returns the t-th frame of every clip, [B] or [B, D]."""
+def _frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
+    """Returns the t-th frame of every clip, [B] or [B, D]; all frames for a `t` of None."""
+    if t is None:
+        return read(values)
     if isinstance(values, LazyFeatures):
         return read(values._replace(index=_frame(values.index, t)))
     return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)

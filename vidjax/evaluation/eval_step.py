@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
@@ -21,6 +22,7 @@ from vidjax.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
+ROWS_AT_ONCE = 256  # examples of an exported function, over all clips
 
 
 def eval_step(
@@ -29,8 +31,8 @@ def eval_step(
     """Returns one member's scores for all class columns, [B, K]; -inf without a usable frame."""
     forward = _forward(system, params, model_state, batch)
 
-    def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
-        output = forward(frames, clip_mask)
+    def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
+        output = forward(frames, mask)
         logits = output.logits / system.config["eval"]["temperature"]
         if output.eval_weight is None and logits.shape[1] == 1:
             return system.score_fn(logits[:, 0], system.class_mask)
@@ -58,8 +60,8 @@ def embed_step(
     """
     forward = _forward(system, params, model_state, batch)
 
-    def embedding_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
-        output = forward(frames, clip_mask)
+    def embedding_of(frames: Mapping[str, Frames], mask: Array) -> Array:
+        output = forward(frames, mask)
         one = output.logits.shape[1] == 1
         return unit_vectors(output.embedding) if one else output.embedding
 
@@ -77,17 +79,25 @@ def attention_step(
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
-        return _forward(system, params, model_state, batch)(fused, batch.batch_mask).attention
+        mask = batch.batch_mask[:, None]
+        return _forward(system, params, model_state, batch)(fused, mask).attention
 
 
 def _forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns the model as a function of fused frames and a mask [B] of the clips of a batch."""
+    """Returns the model as a function of the frames and mask [B, G] of G examples of each clip."""
     measure = system.model.measure_clips(batch.frames)
 
     def apply(frames: Mapping[str, Frames], mask: Array) -> ModelOutput:
-        clips = ClipInfo(index=batch.clip_index, mask=mask, measure=measure)
+        def repeat(x: Array) -> Array:  # [B] -> [B G]
+            return jnp.broadcast_to(x[:, None], mask.shape).reshape(-1)
+
+        clips = ClipInfo(
+            index=repeat(batch.clip_index),
+            mask=mask.reshape(-1),
+            measure=None if measure is None else repeat(measure),
+        )
         return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
 
     return apply
@@ -109,41 +119,68 @@ def _over_examples(
 ) -> Array:
     """Reduces the values of the T' examples of every clip to one row per clip, [B, K].
 
-    `values_of` maps one example per clip and a mask [B] to values [B, K]; one example at a time
-    saves memory. The mean of `logs` is the logarithm of the mean exponential. `reduce` is `mean` or
+    `values_of` maps G examples per clip, as frames [B G, 1, ...] and a mask [B, G], to values
+    [B G, K]. The mean of `logs` is the logarithm of the mean exponential. `reduce` is `mean` or
     `max`.
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
         if not system.frame_is_example:
-            return values_of(fused, batch.batch_mask)
+            return values_of(fused, batch.batch_mask[:, None])
         _, exists = system.to_examples(fused)
         weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
+        count, size = exists.shape[1], _examples_at_once(*exists.shape)
 
-        def example(t: Array) -> dict[str, Frames]:
+        def block(x: Array, first: Array) -> Array:
+            """Returns x [B, T', ...] from the example `first` on, [B, G, ...]."""
+            if x.shape[1] != count:  # a modality with one frame repeats it
+                return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
+            if size == 1:
+                return jax.lax.dynamic_index_in_dim(x, first, axis=1)
+            return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
+
+        def values_at(first: Array) -> tuple[Array, Array]:
+            """Returns the values [B, G, K] of a block, and True for its examples, [B, G]."""
+            beyond = first + jnp.arange(size) >= count
+            real = block(exists, first) & ~beyond
+
             def take(x: Array) -> Array:
-                at = jnp.minimum(t, x.shape[1] - 1)  # a modality with one frame repeats it
-                return jax.lax.dynamic_index_in_dim(x, at, axis=1)
+                return block(x, first).reshape(-1, 1, *x.shape[2:])
 
-            return {name: jax.tree.map(take, frames) for name, frames in fused.items()}
+            frames = {name: jax.tree.map(take, frames) for name, frames in fused.items()}
+            values = values_of(frames, batch.batch_mask[:, None] & real)
+            return values.reshape(*real.shape, -1), real
 
-        def values_at(t: Array) -> Array:
-            return values_of(example(t), batch.batch_mask & exists[:, t])
-
-        first = jax.eval_shape(values_at, jnp.int32(0))
-        nothing = jnp.zeros(first.shape, first.dtype)
-        last = jnp.max(jnp.where(exists, jnp.arange(1, exists.shape[1] + 1), 0))
+        first = jax.eval_shape(values_at, jnp.int32(0))[0]
+        nothing = jnp.zeros((first.shape[0], first.shape[2]), first.dtype)
+        last = jnp.max(jnp.where(exists, jnp.arange(1, count + 1), 0))
+        blocks = (last + size - 1) // size
         if reduce == "max":
 
-            def keep_best(t: Array, best: Array) -> Array:
-                return jnp.maximum(best, jnp.where(exists[:, t, None], values_at(t), -jnp.inf))
+            def keep_best(n: Array, best: Array) -> Array:
+                values, real = values_at(n * size)
+                values = jnp.where(real[..., None], values, -jnp.inf)
+                return jnp.maximum(best, jnp.max(values, axis=1))
 
-            return jax.lax.fori_loop(0, last, keep_best, nothing - jnp.inf)
+            return jax.lax.fori_loop(0, blocks, keep_best, nothing - jnp.inf)
 
-        def add(t: Array, total: MeanScores) -> MeanScores:
-            return add_scores(total, values_at(t), weight[:, t].astype(first.dtype))
+        def add(n: Array, total: MeanScores) -> MeanScores:
+            values, real = values_at(n * size)
+            share = jnp.where(real, block(weight, n * size), 0.0).astype(first.dtype)
+            return add_scores(total, values, share)
 
-        return mean_scores(jax.lax.fori_loop(0, last, add, no_scores(nothing, logs=logs)))
+        return mean_scores(jax.lax.fori_loop(0, blocks, add, no_scores(nothing, logs=logs)))
+
+
+def _examples_at_once(clips: int, examples: int) -> int:
+    """Returns the number of examples of each clip that are judged together.
+
+    One at a time saves memory in blocks of clips. An exported function, whose sizes are unknown,
+    may get a single clip, and other runtimes take long for the rounds of a loop.
+    """
+    if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
+        return 1
+    return jax.core.max_dim(1, jax.core.min_dim(examples, ROWS_AT_ONCE // clips))
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
@@ -216,15 +253,25 @@ def no_scores(like: Array, *, logs: bool) -> MeanScores:
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] of weight [B] to a running mean; scores of weight 0 may be NaN or Inf."""
-    total, column = mean.weight + weight, weight[:, None]
+    """Adds scores [B, K] of weight [B] to a running mean; scores of weight 0 may be NaN or Inf.
+
+    The scores may also be of G examples of each clip, [B, G, K] of weight [B, G].
+    """
+    if weight.ndim > 1 and weight.shape[1] == 1:
+        scores, weight = scores[:, 0], weight[:, 0]
+    several, column = weight.ndim > 1, weight[..., None]
+    total = mean.weight + (jnp.sum(weight, axis=1) if several else weight)
     counts = column > 0
     if mean.rest is None:
-        return MeanScores(mean.total + jnp.where(counts, scores * column, 0.0), None, total)
+        scores = jnp.where(counts, scores * column, 0.0)
+        return MeanScores(
+            mean.total + (jnp.sum(scores, axis=1) if several else scores), None, total
+        )
     log_weight = jnp.log(column)
 
     def add(part: Array, more: Array) -> Array:
-        return jnp.logaddexp(part, jnp.where(counts, more + log_weight, -jnp.inf))
+        more = jnp.where(counts, more + log_weight, -jnp.inf)
+        return jnp.logaddexp(part, jax.nn.logsumexp(more, axis=1) if several else more)
 
     return MeanScores(add(mean.total, scores), add(mean.rest, log_complement(scores)), total)
 

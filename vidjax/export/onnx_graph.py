@@ -407,6 +407,8 @@ def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     wide = _dtype(eqn.outvars[0].aval)
     x = [one if _dtype(var.aval) == wide else graph.cast(one, wide)
          for one, var in zip(x, eqn.invars, strict=True)]  # fmt: skip
+    if len(names[1]) == 2 and out == [*names[0][:-1], names[1][1]] and names[0][-1] == names[1][0]:
+        return graph.node("MatMul", *x)  # whose constant factor a runtime may pack once
     text = f"{''.join(names[0])},{''.join(names[1])}->{''.join(out)}"
     return graph.node("Einsum", *x, equation=text)
 
@@ -419,8 +421,24 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     aval = eqn.invars[0].aval
     if aval.dtype == bool:
         key = graph.cast(key, np.int32)
-    _, places = graph.top(key, aval.shape[axis], axis, largest=False)
+    ordered, places = graph.top(key, aval.shape[axis], axis, largest=False)
+    if len(x) > 1:
+        places = _ties_by_place(graph, ordered, places, aval.shape[axis], axis)
     return [graph.node("GatherElements", one, places, axis=axis) for one in x]
+
+
+def _ties_by_place(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
+    """Returns the places of sorted values with ascending places for equal values.
+
+    ONNX wants them so of TopK, and OpenVINO does not do it. A second sort has no equal values.
+    """
+    start, one, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
+    earlier = [graph.node("Slice", ordered, start, to, along) for to in (one, end)]
+    same = graph.node("Equal", ordered, graph.node("Concat", *earlier, axis=axis))
+    run = graph.node("CumSum", graph.cast(graph.node("Not", same), np.int64), graph.ints(axis))
+    key = graph.node("Add", graph.node("Mul", run, graph.size(size)), places)
+    found, _ = graph.top(key, size, axis, largest=False)
+    return graph.node("Mod", found, graph.size(size))
 
 
 def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
