@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -365,8 +366,8 @@ OPERATIONS = {
     "softmax": (lambda x: jax.nn.softmax(x, axis=-1), FLOATS),
     "stable sort": (lambda x: jnp.argsort(x, axis=1, stable=True), WHOLE),
     "descending": (lambda x: jnp.argsort(x, axis=1, stable=True, descending=True), WHOLE),
-    "ties": (lambda x: jnp.argsort(x, axis=1, stable=True), np.arange(120).reshape(3, 40) % 3),
-    "shuffle": (lambda x: fusion.shuffle(None, x > 2), np.arange(140).reshape(4, 35) % 9),
+    "ties": (lambda x: jnp.argsort(x, axis=1, stable=True), np.tile(WHOLE, (1, 10))),
+    "shuffle": (lambda x: fusion.shuffle(None, x > 2), np.tile(WHOLE, (1, 9))),
     "sort of bools": (lambda x: jnp.argsort(x > 2, axis=1, stable=True), WHOLE),
     "rows": (lambda x: x[jnp.array([2, 0, 0])], FLOATS),
     "along an axis": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1), FLOATS),
@@ -406,10 +407,16 @@ def test_onnx_computes_what_jax_does(name):
     np.testing.assert_allclose(found, np.asarray(compute(jnp.asarray(x))), rtol=2e-6, atol=1e-30)
 
 
+@pytest.fixture
+def openvino():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks the system for its name in another process
+        return pytest.importorskip("openvino")
+
+
 @pytest.mark.parametrize("name", ["stable sort", "descending", "sort of bools", "ties", "shuffle"])
-def test_openvino_orders_as_jax_does(name):
+def test_openvino_orders_as_jax_does(name, openvino):
     """It computes int64 as int32, and its TopK takes equal values in any order."""
-    openvino = pytest.importorskip("openvino")
     compute, x = OPERATIONS[name]
     core = openvino.Core()
     model = core.compile_model(core.read_model(as_onnx(compute, x), b""), "CPU")
@@ -419,8 +426,7 @@ def test_openvino_orders_as_jax_does(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plda", "mma", "residual_dense"])
-def test_openvino_answers_as_the_run_does(name, trained, tmp_path, export):
-    openvino = pytest.importorskip("openvino")
+def test_openvino_answers_as_the_run_does(name, trained, tmp_path, export, openvino):
     path = make_run(trained, name)
     code, _, complaint = export(path, "onnx")
     assert code == 0, complaint

@@ -409,7 +409,7 @@ def test_an_exported_step_judges_examples_in_blocks(reduce):
         return jax.ShapeDtypeStruct((*dims, *x.shape[2:]), x.dtype)
 
     def step(frames):
-        rows = jnp.zeros(len(frames["face"].mask), jnp.int32)
+        rows = jnp.zeros(frames["face"].mask.shape[:1], jnp.int32)
         whole = Batch(frames, rows, rows == 0)
         return eval_step_lib.eval_step(system, *one, jnp.int32(0), whole)
 

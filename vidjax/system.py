@@ -116,7 +116,7 @@ class System(NamedTuple):
                 f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
                 f"frames, got {sorted(sizes)}"
             )
-        num_examples = max(sizes)
+        num_examples = max(sizes - {1}, default=1)  # the sizes of an exported run are symbols
         masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
         exists = jnp.any(jnp.stack(masks), axis=0)  # [B, T']
         alone = fusion.has_frames(frames) & ~exists.any(axis=1)
