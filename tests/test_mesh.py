@@ -10,6 +10,7 @@ from tests.helpers import small_runs
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import devices
+from vidjax.errors import VidjaxWarning
 from vidjax.evaluation import topk
 
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
@@ -131,3 +132,20 @@ def test_tops_of_devices_are_those_of_one():
         found = top.finish()
         np.testing.assert_array_equal(found.index, wanted.index)
         np.testing.assert_array_equal(found.scores, wanted.scores)
+
+
+def test_a_gpu_that_jax_does_not_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "NVIDIA", tmp_path)
+    chosen = jax.config.values["jax_platforms"]
+    try:
+        jax.config.update("jax_platforms", "cpu")  # on purpose
+        devices.make_mesh(1)
+        jax.config.update("jax_platforms", None)
+        wanted = r"uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"
+        with pytest.warns(VidjaxWarning, match=wanted) as told:
+            devices.make_mesh(1)
+    finally:
+        jax.config.update("jax_platforms", chosen)
+    assert "\n" not in str(told[0].message)
+    monkeypatch.setattr(devices, "NVIDIA", tmp_path / "none")
+    devices.make_mesh(1)

@@ -97,15 +97,15 @@ def test_its_outputs_are_kept_and_tell_nothing_of_a_machine(name):
 @pytest.fixture
 def asked(monkeypatch):
     """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(*names):
+    def run(*names, **versions):
         commands = []
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setattr(
             metadata, "distributions", lambda: [types.SimpleNamespace(name=one) for one in names]
         )
-        monkeypatch.setattr(metadata, "version", HOSTED.__getitem__)
+        monkeypatch.setattr(metadata, "version", {**HOSTED, **versions}.__getitem__)
         monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
         exec(compile(setup_code(), "setup", "exec"), {})
         monkeypatch.undo()
@@ -130,8 +130,25 @@ def test_a_tensorflow_of_whatever_name_is_not_joined_by_another(asked, name):
     ((python, *words),) = asked("jax", "jaxlib", "numpy", *filter(None, [name]))
     assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
     kept = ["jax", "jaxlib", "numpy", *(["tensorflow"] if name == "tensorflow" else [])]
-    assert [word for word in words if "==" in word] == [f"{one}=={HOSTED[one]}" for one in kept]
+    given = sorted(word for word in words if "==" in word)
+    assert given == sorted(f"{one}=={HOSTED[one]}" for one in kept)
     assert set(names_of(words[4:])) == own | {*kept}
+
+
+def test_an_older_jax_is_upgraded_with_its_accelerator_and_a_restart(asked, capsys):
+    ((_, *words),) = asked("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")
+    assert [word for word in words if "==" in word] == [f"numpy=={HOSTED['numpy']}"]
+    assert "jax[cuda12]" in words and any(word.startswith("jax>=") for word in words)
+    assert "['jax'] upgraded: choose Runtime, Restart session" in capsys.readouterr().out
+    asked("jax", "jaxlib", "numpy")
+    assert not capsys.readouterr().out
+
+
+def test_the_setup_finds_the_folder_that_it_downloaded():
+    """A restart begins in the folder above it."""
+    source = next(cell.source for cell in read("quickstart").cells if cell.id == "setup")
+    found = re.search(r'elif Path\("(.*)"\).is_file\(\):.*\n    %cd -q (\w+)', source)
+    assert found and found[1] == f"{found[2]}/configs/mma.py"
 
 
 # From a clean kernel.

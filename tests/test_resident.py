@@ -425,8 +425,16 @@ class Told:
         return False
 
 
-def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data):
+def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data, monkeypatch):
+    """And before the batch after that one is put on the devices, which hold two batches."""
     setting, events = Setting(data, MLP), []
+    put, puts = devices_lib.shard_batch, itertools.count()
+
+    def shard_batch(mesh, batch):
+        events.append(f"put {next(puts)}")
+        return put(mesh, batch)
+
+    monkeypatch.setattr(devices_lib, "shard_batch", shard_batch)
 
     def batches():
         for number, batch in enumerate(setting.host_batches(20)):
@@ -452,6 +460,8 @@ def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data):
     for number in (2, 3):
         assert order.index(f"step {number + 1}") < order.index(f"read {number}")
         assert order.index(f"batch {number + 1}") < order.index(f"step {number + 1}")
+        assert order.index(f"batch {number + 2}") < order.index(f"read {number}")
+        assert order.index(f"read {number}") < order.index(f"put {number + 2}")
     done = streamed.run(done.states, tables, 5, 9)  # step 6 is one too many
     assert (done.num_steps, done.bad_step) == (3, 6)
 
@@ -595,6 +605,10 @@ def test_auto_is_resident_where_it_fits(held, monkeypatch):
         assert resident.choose_mode("auto", layout, mesh, 100) == wanted
         for mode in ("resident", "streaming"):
             assert resident.choose_mode(mode, layout, mesh, 100) == mode
+    free = 2.0 * layout.nbytes + 1000  # of which the step takes some
+    monkeypatch.setattr(resident, "free_bytes", lambda mesh: free)
+    assert resident.choose_mode("auto", layout, mesh, 100, 1000) == "resident"
+    assert resident.choose_mode("auto", layout, mesh, 100, 1001) == "streaming"
     monkeypatch.setattr(resident, "free_bytes", lambda mesh: float("inf"))
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
     for frames, drawn in ((huge, 100), (layout, 2**31)):

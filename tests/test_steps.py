@@ -400,7 +400,7 @@ def test_an_exported_step_judges_examples_in_blocks(reduce):
     """Of two clips it takes 128 examples at once; the last of three blocks is cut off."""
     system = make(NORMED, **EXAMPLES, eval__reduce=reduce)
     state = init(system, np.arange(5))
-    one = ensemble.take((state.params, state.model_state), 0)
+    params, model_state = ensemble.take((state.params, state.model_state), 0)
     batch = make_batch((300, 11), (1, 0), max_frames=301)
     sizes = jax.export.symbolic_shape("B, T")
 
@@ -411,7 +411,7 @@ def test_an_exported_step_judges_examples_in_blocks(reduce):
     def step(frames):
         rows = jnp.zeros(frames["face"].mask.shape[:1], jnp.int32)
         whole = Batch(frames, rows, rows == 0)
-        return eval_step_lib.eval_step(system, *one, jnp.int32(0), whole)
+        return eval_step_lib.eval_step(system, params, model_state, jnp.int32(0), whole)
 
     leaves, tree = jax.tree.flatten(batch.frames)  # an exported function takes no Frames
     compiled = jax.jit(lambda leaves: step(tree.unflatten(leaves)))

@@ -7,13 +7,13 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
-from jax._src import xla_bridge  # nothing public tells whether jax has looked for devices
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -23,6 +23,8 @@ from vidjax.errors import UserError, check_argument, warn
 from vidjax.files import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
+NVIDIA = Path("/dev/nvidia0")
+CUDA = "'vidjax[cuda13]' (driver 580 or newer) or 'vidjax[cuda12]' (driver 525 or newer)"
 
 
 def keep_programs(folder: Path) -> None:
@@ -72,12 +74,15 @@ def be_deterministic() -> None:
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return
-    if xla_bridge.backends_are_initialized() and jax.default_backend() == "gpu":
+    os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
+    # Nothing public tells whether jax has looked for devices. Without this name nobody is warned.
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    looked = getattr(bridge, "backends_are_initialized", lambda: False)
+    if looked() and jax.default_backend() == "gpu":
         warn(
             "config.deterministic=True has no effect: jax has begun to use the GPU\n"
             f"set it before Python starts: XLA_FLAGS={flag}"
         )
-    os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
 
 
 def versions() -> dict[str, str]:
@@ -122,10 +127,14 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
         raise UserError(
             f"jax cannot use {platform}: {reason}\n"
-            "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: "
-            "pip install 'vidjax[cuda]'\n"
+            f"an NVIDIA GPU needs {CUDA}, a TPU 'vidjax[tpu]'\n"
             "to use what this machine has: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
         ) from error
+    if NVIDIA.exists() and devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
+        warn(
+            "jax uses the CPU, and not the NVIDIA GPU of this machine: "
+            f"pip install {CUDA}, or choose the CPU by JAX_PLATFORMS=cpu"
+        )
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
     if num_devices is not None and not 0 < num_devices <= len(devices):
         raise UserError(

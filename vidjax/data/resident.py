@@ -102,6 +102,7 @@ class ResidentPlan(NamedTuple):
       best: (split, phase, modality) -> T, where the phase is `train` or `eval`. In that phase, a
         clip of more than T frames is reduced to its best T, which are stored as a copy.
       nbytes: bytes of all frames.
+      widths: modality -> D.
     """
 
     train_splits: tuple[str, ...]
@@ -110,6 +111,7 @@ class ResidentPlan(NamedTuple):
     num_frames: Mapping[str, int]
     best: Mapping[tuple[str, str, str], int]
     nbytes: int
+    widths: Mapping[str, int]
 
 
 def plan_resident(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
@@ -132,14 +134,32 @@ def plan_resident(data: TrainingData, plan: BatchPlan, eval_split: str) -> Resid
     for name, count in num_frames.items():
         dim, dtype = data.modalities[name]
         nbytes += count * (dim * np.dtype(dtype).itemsize + SCALAR_BYTES)
-    return ResidentPlan(plan.splits, tuple(splits), plan.modalities, num_frames, best, nbytes)
+    widths = {name: data.modalities[name].dim for name in plan.modalities}
+    layout = (plan.splits, tuple(splits), plan.modalities, num_frames, best, nbytes, widths)
+    return ResidentPlan(*layout)
 
 
-def choose_mode(mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int) -> str:
+def step_bytes(
+    layout: ResidentPlan, plan: BatchPlan, params: int, columns: int, mesh: Mesh
+) -> float:
+    """Returns an estimate of the bytes that a training step takes on a device beside the state.
+
+    These are, as float32, the batch, the fused frames and their gradients; logits, losses and their
+    gradients; and the gradients and updates of `params` bytes of parameters. The state, with that
+    of the optimiser, lies on the device already.
+    """
+    frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
+                 for name, width in layout.widths.items())  # fmt: skip
+    return 3 * plan.batch_size * (frames + 4 * columns) / mesh.size + 2 * params
+
+
+def choose_mode(
+    mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
+) -> str:
     """Returns `resident` or `streaming`; the free memory decides for `auto`.
 
-    `mode` is `config.data.mode`; `num_drawn` counts the clips in all batches of the run. ValueError
-    for `resident` with more clips or frames than an int32 counts.
+    `mode` is `config.data.mode`; `num_drawn` counts the clips in all batches of the run; `taken` is
+    `step_bytes`. ValueError for `resident` with more clips or frames than an int32 counts.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
@@ -151,7 +171,7 @@ def choose_mode(mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int) -> 
         return mode
     return (
         "streaming"
-        if too_many or layout.nbytes > MAX_MEMORY_SHARE * free_bytes(mesh)
+        if too_many or layout.nbytes > MAX_MEMORY_SHARE * (free_bytes(mesh) - taken)
         else "resident"
     )
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax import core
 from jax.sharding import Mesh, PartitionSpec
 
 from vidjax import devices, fusion
@@ -180,7 +181,7 @@ def _examples_at_once(clips: int, examples: int) -> int:
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1
-    return jax.core.max_dim(1, jax.core.min_dim(examples, ROWS_AT_ONCE // clips))
+    return core.max_dim(1, core.min_dim(examples, ROWS_AT_ONCE // clips))
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:

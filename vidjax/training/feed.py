@@ -82,8 +82,9 @@ class StreamingFeed(Feed):
     """Streams one batch per step; the host fetches it while the devices work on the one before.
 
     The host reads the outcome of a step after it has dispatched the next one: no device waits for
-    it. `waited` is an estimate: where the devices are ready before a fetch ends, the time of the
-    fetch minus that of a step of the fastest dispatch so far.
+    it. Then the batch of the step that was read is free, so devices hold two batches. `waited` is
+    an estimate: where the devices are ready before a fetch ends, the time of the fetch minus that
+    of a step of the fastest dispatch so far.
     """
 
     mode = "streaming"
@@ -95,8 +96,8 @@ class StreamingFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
 
-    def _fetch(self) -> Batch:
-        return devices.shard_batch(self._mesh, next(self._batches))
+    def _put(self, batch: Batch) -> Batch:
+        return devices.shard_batch(self._mesh, batch)
 
     def _dispatch(
         self, states: States, tables: AllTables, count: int
@@ -104,17 +105,19 @@ class StreamingFeed(Feed):
         found: list[list[Outcome]] = []
         first, alone = time.monotonic(), distributed.count() == 1
         for _ in range(count):
-            batch = self._next or self._fetch()
+            batch = self._next or self._put(next(self._batches))
             began = time.monotonic()
             pairs = zip(states, tables, strict=True)
             results = [self._loop(*pair, batch, None) for pair in pairs]
             states = [state for state, _ in results]
             found = [*found[-1:], [outcome for _, outcome in results]]
-            self._next = self._fetch()
+            after = next(self._batches)
             fetched = time.monotonic() - began
             if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(found[-1])):
                 self.waited += fetched - self._fastest
-            if len(found) > 1 and any(x.bad_step >= 0 for x in devices.fetch(found[0])):
+            before = devices.fetch(found[0]) if len(found) > 1 else []  # waits for that step
+            self._next = self._put(after)
+            if any(x.bad_step >= 0 for x in before):
                 break
             if alone and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # fetches have slowed
                 break

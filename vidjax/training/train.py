@@ -273,7 +273,9 @@ class TrainingRun:
         batches = plan.batches
         layout = resident.plan_resident(data, batches, config.eval.split)
         num_drawn = plan.task.total_steps * config.batch_size
-        mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+        params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
+        taken = resident.step_bytes(layout, batches, params, plan.task.num_columns, mesh)
+        mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn, taken)
         (is_streaming,) = distributed.largest(int(mode == "streaming"))
         if is_streaming:
             say("clips are streamed from the records")
