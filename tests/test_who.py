@@ -38,6 +38,24 @@ def test_who_appears_when(drawn):
     assert os.stat(out).st_mode & 0o077 == 0
 
 
+def test_files_that_are_no_film_and_no_photo_are_left_out(drawn):
+    films = drawn.folder / "films"
+    films.mkdir()
+    drawn.befriend("Ada")
+    for path in (drawn.friends, drawn.friends / "Ada", films):
+        for name in ("Thumbs.db", "desktop.ini", "party.srt", "party.nfo"):
+            (path / name).write_text("no picture")
+    write_film(films / "party.MKV", (2, 20, [("Ada", 20, 30)]))
+    write_photo(films / "party-poster.jpg", ("Bob", 20, 30))
+    write_photo(films / "Bob at the sea.png", ("Bob", 20, 30))
+    content, said = drawn.who(films)
+    assert content["people"] == {"Ada": 1}
+    assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
+    for path, more in ((films, 4), (drawn.friends, 3), (drawn.friends / "Ada", 3)):
+        assert said.count(f"{path}: left out, no film or photo: Thumbs.db and {more} more") == 1
+    drawn.who(films / "party.nfo", code=1)  # a file that is named is read
+
+
 def test_unknown_people_keep_their_numbers_while_their_films_stay(drawn):
     """A call for other films, a film that goes, and a name that is given and taken back."""
     films, table = drawn.folder / "films", drawn.out / "unknown.tsv"

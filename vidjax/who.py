@@ -355,11 +355,13 @@ def _photos(people: Path) -> dict[str, list[Path]]:
     if not people.is_dir():
         raise UserError(f"'{people}' is no folder: wanted {people}/NAME/PHOTO.jpg for each person")
     found: dict[str, list[Path]] = {}
+    pipeline.say_left_out([people])
+    single = pipeline.split_files(people)[0]
     for one in sorted(people.iterdir()):
-        if one.name.startswith("."):
+        if one.name.startswith(".") or (one.is_file() and one not in single):
             continue
-        inside = [p for p in sorted(one.iterdir()) if p.is_file()] if one.is_dir() else [one]
-        photos = [photo for photo in inside if not photo.name.startswith(".")]
+        pipeline.say_left_out([one])
+        photos = pipeline.split_files(one)[0] if one.is_dir() else [one]
         if not photos:
             say(f"{show(one.name)}: no photo directly in '{show(str(one))}': not looked for")
         else:

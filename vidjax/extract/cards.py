@@ -71,6 +71,9 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
             raise ValueError("cosines: wanted a mean of same below 1 and above that of different")
+        # No numbers between -1 and 1 spread more about their mean.
+        if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
+            raise ValueError("cosines: wanted deviations of at most sqrt(1 - mean^2)")
 
 
 class Licence(Struct, kw_only=True, forbid_unknown_fields=True):

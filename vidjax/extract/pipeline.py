@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from vidjax.extract import cards as cards_lib
 from vidjax.extract import film as film_lib
 from vidjax.extract import folder
 from vidjax.run import formats
+from vidjax.run.terminal import say
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # The files of a clip, by its stem and what follows it; see `folder`.
@@ -28,6 +29,16 @@ PICTURE = r".+\.png"  # of a clip
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS = 600
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
+# Endings of films and photos in folders; a file that is named itself may have any.
+FILMS = {
+    ".3gp", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".mxf", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
+PHOTOS = {
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png",
+    ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # of programs for films
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file would fail, too
 
 
@@ -87,6 +98,7 @@ def extract(
         cards_lib.require(known, role, models)
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}
     listed = list_files(paths)
+    say_left_out(paths)
     check_apart(listed, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "features"):
@@ -119,19 +131,43 @@ def extract(
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files that paths name, each once; of folders all that are not hidden, sorted."""
+    """Returns the files that paths name, each once; of folders the films and photos, sorted."""
     found: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
             raise UserError(f"'{path}': no such file or folder")
         inside = [path]
         if path.is_dir():
-            inside = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] != ".")
+            inside = split_files(path)[0]
         for one in inside:
             found.setdefault(Path(os.path.realpath(one)), one)
     if not found:
-        raise UserError(f"'{paths[0]}' holds no file\nname videos, photos, or folders of them")
+        raise UserError(
+            f"'{paths[0]}' holds no video and no photo\nname videos, photos, or folders of them"
+        )
     return list(found.values())
+
+
+def split_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the films and photos of a folder, by their endings, and the files that are neither.
+
+    Hidden files are left out. Beside films, pictures that programs make of films are no photos.
+    """
+    there = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] != ".")
+    taken = {one for one in there if one.suffix.lower() in FILMS}
+    artwork = ARTWORK if taken else ()
+    photos = (one for one in there if one.suffix.lower() in PHOTOS)
+    taken |= {one for one in photos if not one.stem.lower().endswith(artwork)}
+    return [one for one in there if one in taken], [one for one in there if one not in taken]
+
+
+def say_left_out(paths: Iterable[Path]) -> None:
+    """Says in one line for each folder which of its files are no film and no photo."""
+    for path in paths:
+        left = split_files(path)[1] if path.is_dir() else []
+        if left:
+            more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+            say(f"{show(str(path))}: left out, no film or photo: {show(left[0].name)}{more}")
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
