@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import special
 
 from tests.helpers import made_runs, small_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
-from vidjax import config_io, devices, metrics
+from vidjax import config_io, devices, metrics, significance
 from vidjax.analysis import analysis, measures
 from vidjax.evaluation import topk
 from vidjax.report import run_page
@@ -189,3 +190,30 @@ def test_a_damaged_analysis_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read '.*analysis\.npz'"):
         results_lib.load_analysis(path)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_of_one_clip_a_person_the_interval_of_top1_is_that_of_map(share):
+    labels = np.arange(1, 61)
+    right = labels <= 60 * share
+    clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
+    found = measures.clip_intervals(clips, labels)
+    wanted = significance.map_interval(right.astype(float))
+    assert found.keys() == {"top1"}  # no distractor
+    np.testing.assert_allclose(found["top1"], wanted, atol=0.02)
+
+
+def test_intervals_of_shares_of_clips_hold_the_truth():
+    """Of people who differ: some are always found, others half of the time."""
+    rng, held = np.random.default_rng(0), {"top1": 0, "auroc": 0}
+    for _ in range(60):
+        skill = np.repeat(rng.choice([0.5, 1.0], 40), 5)
+        labels = np.concatenate([np.repeat(np.arange(1, 41), 5), np.zeros(50, int)])
+        best = np.concatenate([rng.normal(2 * skill), rng.normal(size=50)])
+        right = np.append(rng.random(200) < skill, np.zeros(50, bool))
+        clips = metrics.ClipScores(np.ones(250, bool), best, right)
+        found = measures.clip_intervals(clips, labels)
+        truth = {"top1": 0.75, "auroc": (special.ndtr(0.5**0.5) + special.ndtr(2**0.5)) / 2}
+        for name, (low, high) in found.items():
+            held[name] += low <= truth[name] <= high
+    assert min(held.values()) >= 52  # 57 of 60 are expected

@@ -52,6 +52,7 @@ def check_page(text):
     assert shown == [name for name in SECTIONS if name in shown]  # in this order
     links = [attrs["href"] for attrs in page.all("a")]
     assert links[: len(shown)] == [f"#{name}" for name in shown]
+    assert links.pop() == "#top" and 'id="top"' in text
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(shown) :])
     assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
@@ -92,8 +93,9 @@ def test_of_a_net(data, tmp_path):
     shown = values(section(text, "summary"))
     for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
         assert results[name] in shown, name
-    _, low, high = shown[:3]
-    assert low < results["map"] < high
+    _, people, low, high = shown[:4]
+    assert low < results["map"] < high and people == results["num_map_identities"]
+    assert "top-1: 95 % interval" in text and "AUROC: 95 % interval" in text
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in section(text, "summary")
     assert results["date"] in section(text, "summary")
     check_numbers(tmp_path, text)

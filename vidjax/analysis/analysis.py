@@ -71,6 +71,7 @@ def analyse(
         "num_others": split.num_others if pool.all() else 0,
         "worst": measures.worst_identities(scored),
         "wrong_clips": measures.wrong_clips(scored),
+        "intervals": measures.clip_intervals(evaluation.clips, split.labels),
         "fewest_identities": FEWEST_IDENTITIES,
         "strata": measures.strata(scored, split, model.modalities, quality, train_clips),
     }

@@ -352,6 +352,38 @@ def resampled_fnir(
     return np.array(found)
 
 
+def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Returns the 95 % intervals of `top1` and, with distractors, of `auroc`.
+
+    Both are Bayesian bootstraps over people, with all their clips, and an unseen person, as that of
+    MAP; half of the unseen person's clips are right and score above all others, half score below.
+    For `auroc` also over distractors and an unseen one.
+    """
+    best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
+    known, rng = people > 0, np.random.default_rng(0)
+    names, person = np.unique(people[known], return_inverse=True)
+    strange = np.sort(best[~known])
+    lower, upper = (np.searchsorted(strange, best[known], side) for side in ("left", "right"))
+    drawn: dict[str, list[float]] = {"top1": [], "auroc": []}
+    for _ in range(RESAMPLES if len(names) else 0):
+        weight = rng.standard_exponential(len(names))[person]
+        half, other = rng.standard_gamma(0.5, 2) * len(person) / len(names)
+        total = weight.sum() + half + other
+        drawn["top1"].append((weight @ right[known] + half) / total)
+        if len(strange):
+            below, above = rng.standard_gamma(0.5, 2)
+            mass = below + np.append(0.0, np.cumsum(rng.standard_exponential(len(strange))))
+            share = (mass[lower] + mass[upper]) / 2 / (mass[-1] + above)
+            drawn["auroc"].append((weight @ share + half) / total)
+    found = {}
+    for name, values in drawn.items():
+        value = metrics.CLIP_METRICS[name].fn(clips, labels)
+        if values and value is not None:
+            low, high = np.quantile(values, [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2])
+            found[name] = min(float(low), value), max(float(high), value)
+    return found
+
+
 def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
     """Compares the probabilities of the best identities with the share that is right.
 

@@ -225,6 +225,8 @@ def _rows(
         rows["data"] = data
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
+    if "num_map_identities" in results:
+        rows["identities"] += f"; MAP is the mean of {results['num_map_identities']:,} with clips"
     if seconds is not None:
         rows["time"] = f"{seconds:.1f} s"
     elif "seconds" in results:

@@ -356,7 +356,12 @@ def score(
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)
     if value is not None:
-        results |= {"map": value, "map_kind": _map_kind(split.name, scorers)}
+        others = split.num_others if pool.all() else 0
+        results |= {
+            "map": value,
+            "map_kind": _map_kind(split.name, scorers),
+            "num_map_identities": int(np.sum(positives_in(split, pool) > 0)) + others,
+        }
         for name, metric in metrics.CLIP_METRICS.items():
             results[name] = metric.fn(clips, split.labels)
     results |= {

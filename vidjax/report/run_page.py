@@ -40,7 +40,7 @@ TERMS = {
     "of another person.",
     "Top-1": "the share of clips of known people whose best identity is right.",
     "AUROC": "the probability that a clip of a known person scores above a distractor.",
-    "95 % interval": "where MAP would probably lie for other identities of the same kind.",
+    "95 % interval": "where the value would probably lie for other identities of the same kind.",
 }
 
 
@@ -102,7 +102,7 @@ def summary(run: RunFiles) -> Markup:
     if run.values and run.analysis.split is None:
         parts.append(html.paragraph("The evaluation was made without an analysis."))
     tables = [
-        html.table("Results", ("result", "value"), result_rows(run.values)),
+        html.table("Results", ("result", "value"), result_rows(run)),
         html.table("The run", ("setting", "value"), run_rows(run)),
     ]
     others = [_split_row(run, *item) for item in run.other_metrics.items()]
@@ -129,8 +129,12 @@ def _score(run: RunFiles) -> Markup:
     if "ap" in run.arrays:
         interval = html.between(*significance.map_interval(run.averages()), 4)
         between = Markup(", 95 % interval {} ({})").format(interval, significance.METHOD)
-    words = Markup('<p class="lead">MAP@100 <strong>{}</strong> on {}{}</p>')
-    return words.format(html.number(run.metrics.map), kind, between)
+    over = ""
+    if run.metrics.num_map_identities:
+        count = html.number(run.metrics.num_map_identities)
+        over = Markup(", the mean of {} identities").format(count)
+    words = Markup('<p class="lead">MAP@100 <strong>{}</strong> on {}{}{}</p>')
+    return words.format(html.number(run.metrics.map), kind, over, between)
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
@@ -146,12 +150,12 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
     )
 
 
-def result_rows(values: Mapping[str, Any]) -> Rows:
-    """Returns name and value of the results in a `metrics.json`."""
+def result_rows(run: RunFiles) -> Rows:
+    """Returns name and value of the results in `metrics.json`, with the intervals of some."""
     labels = [
-        *((name, f"{m.label}: {m.about}", m.digits) for name, m in metrics.CLIP_METRICS.items()),
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
+        ("num_map_identities", "identities with clips, whose mean MAP is", 0),
         ("num_distractors", "distractors", 0),
         ("num_ties", "places in lists that only names decide: equal scores", 0),
         ("eval_clips_per_second", "clips per second of evaluation", 0),
@@ -160,7 +164,13 @@ def result_rows(values: Mapping[str, Any]) -> Rows:
         ("train_seconds", "seconds of training steps, with compilation", 1),
         ("seconds", "seconds in all: start, data, training, evaluations", 1),
     ]
-    return _labelled(values, labels)
+    rows: Rows = []
+    for name, one in metrics.CLIP_METRICS.items():
+        rows += _labelled(run.values, [(name, f"{one.label}: {one.about}", one.digits)])
+        if name in run.analysis.intervals:
+            interval = html.between(*run.analysis.intervals[name], one.digits)
+            rows.append((f"{one.label}: 95 % interval", interval))
+    return rows + _labelled(run.values, labels)
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
@@ -303,11 +313,15 @@ def _worst_identities(run: RunFiles) -> Markup:
 
     rows = []
     for row in run.analysis.worst or ():
+        if row.ap == 1:
+            continue  # nothing was lost
         counts = () if trained is None else (int(trained[row.identity]),)
         others = named(row.lost_to, "no list"), named(row.mixed_with, "distractors")
         rows.append((run.identity(row.identity), html.bar(row.ap), row.clips, *counts, *others))
     known = () if trained is None else ("trained on",)
     head = ("identity", "average precision", "clips", *known, "clips lost to", "mixed with")
+    if not rows:
+        return Markup()
     caption = f"The {len(rows)} identities with the lowest average precision"
     return html.table(caption, head, rows) + html.paragraph(
         "Clips lost to: the other identities whose lists rank the clips of this identity highest; "
@@ -444,8 +458,10 @@ def _score_histograms(run: RunFiles) -> Markup:
 
 def _errors(run: RunFiles) -> Markup:
     fpir, fnir = run.arrays["fpir"], run.arrays["fnir"]
-    plot = html.Plot(x="distractors that pass (FPIR)", y="known clips missed (FNIR)")
     drawn = fpir > 0
+    if not fnir[drawn].any():
+        return html.paragraph("No known clip is missed where a distractor passes.")
+    plot = html.Plot(x="distractors that pass (FPIR)", y="known clips missed (FNIR)")
     plot.axes.plot(fpir[drawn], fnir[drawn], color=html.FIRST)
     plot.axes.set_xscale("log")
     plot.axes.xaxis.set_major_formatter(lambda x, place: f"{x:g}")

@@ -79,6 +79,7 @@ class Metrics(Struct, kw_only=True):
     num_ties: Whole | None = None  # places of equal score, whose order names decide
     num_nan_clips: Whole | None = None  # with a score of NaN, ranked last
     map: Share | None = None  # none without ground truth, as the metrics that follow
+    num_map_identities: Whole | None = None  # that have a clip: MAP is their mean
     map_kind: Text | None = None  # the split's name, `out_of_fold` or `in_sample`
     top1: Share | None = None  # as every row of `metrics.CLIP_METRICS`
     auroc: Share | None = None
@@ -229,6 +230,7 @@ class Analysis(Struct, kw_only=True):
     modalities: Annotated[list[Text], TABLE] | None = None
     lead: Text | None = None  # the modality whose quality and length make the strata
     logs: bool | None = None  # scores are logarithms of probabilities
+    intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}  # 95 %, of `top1` and `auroc`
     vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # rows of `attention`
     num_others: Whole | None = None  # identities of the ground truth that the run cannot name
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
