@@ -207,6 +207,12 @@ def test_whole_names_count_and_similar_names_are_told(tmp_path, run):
     (tmp_path / "who" / "people" / GONE).mkdir(parents=True)
     (tmp_path / "who" / "gallery").mkdir()
     (tmp_path / "who" / "names.tsv").write_text(f"video\tidentity\nx.mp4\t{GONE}\n")
+    notes = [tmp_path / "run" / name for name in ("report on Ada.txt", "checks", "metrics Ada.csv")]
+    for path in notes:
+        path.write_text("Ada\n")  # of no run
+    assert run("--identity=Ada", tmp_path, "--json", code=1)["left"] == 3
+    for path in notes:
+        path.unlink()
     answer = run("--identity=Ada", tmp_path, "--json")  # a part of a name is another name
     assert answer["places"] == [] and answer["similar"] == {}
     said = run("--identity=Ada Lovlace", tmp_path)

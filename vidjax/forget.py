@@ -70,10 +70,13 @@ UNPACK = {
 }
 
 
-# Files of runs and results of `who` whose names are compared as whole names.
+# Files of runs and results of `who`: of their lists of names, whole names are compared.
 OWN = {
-    "run": re.compile(r"(identities|members|ranking|analysis|report|metrics|config|check).*"),
-    "who": re.compile(r"(names|unknown)\..*|subtitles|people"),
+    "run": re.compile(
+        r"(ranking|analysis|report|metrics)(_\w+)?\.(txt|npz|html|json)|checkpoints|members\.npz|"
+        r"(identities|config|data_report)\.json|(metrics|timing)\.jsonl"
+    ),
+    "who": re.compile(r"names\.(tsv|jsonl|html)|unknown\.(tsv|json)|subtitles|people"),
 }
 
 
@@ -144,10 +147,11 @@ def forget(
         _survey(root, folders, others, found)
     of_kind = lambda kind: [path for path, own in sorted(folders.items()) if own == kind]  # noqa: E731
     people = {*map(normal_form, identities)}
-    wanted = people | {*map(normal_form, clips)}
+    asked = {*map(normal_form, clips)}
+    wanted = people | asked
     names, known = {*wanted}, Others(wanted)
     for folder in of_kind("gallery"):
-        own, shown = _search_gallery(folder, people, wanted - people, known, delete=delete)
+        own, shown = _search_gallery(folder, people, asked, known, delete=delete)
         found += own
         names |= shown
     for folder in of_kind("records"):
@@ -259,7 +263,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         with cache.exclusive(folder):
             remedy = "deleted: the next run converts your files anew"
             if not remove(folder):
-                remedy = "deleted; other files in the folder stay"
+                remedy = "its records are deleted; other files in the folder stay: call it again"
     return [Found("records", folder, about, remedy)]
 
 
