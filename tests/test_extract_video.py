@@ -46,7 +46,8 @@ def film(tmp_path):
 @pytest.mark.parametrize(
     ("name", "codec"),
     [("a.mp4", "libx264"), ("a.mov", "mpeg4"), ("a.mkv", "ffv1"), ("a.webm", "libvpx-vp9"),
-     ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video")],
+     ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video"), ("a.wmv", "wmv2"),
+     ("a.flv", "flv1")],
 )  # fmt: skip
 def test_formats_give_the_same_times_and_pictures(tmp_path, name, codec):
     path = tmp_path / name
@@ -116,7 +117,8 @@ def test_a_photo_is_shown_upright(tmp_path, orientation):
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.png", "png"), ("a.webp", "libwebp"), ("a.bmp", "bmp")]
+    ("name", "codec"),
+    [("a.png", "png"), ("a.webp", "libwebp"), ("a.bmp", "bmp"), ("a.tif", "tiff")],
 )
 def test_photos_of_other_formats_are_read(tmp_path, name, codec):
     (tmp_path / name).write_bytes(films.photo(corner(), codec))
@@ -125,12 +127,42 @@ def test_photos_of_other_formats_are_read(tmp_path, name, codec):
     assert len(frames) == 1 and video.info.photo and not video.found.damaged
 
 
-def test_photos_in_the_container_of_films_are_refused(tmp_path):
-    """Their tiles would pass for the frames of a film."""
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("ending", ["heic", "avif", "tiff", "jpg", "png", "webp"])
+def test_photos_of_phones_and_programs_are_upright(tmp_path, ending, orientation):
+    """With a colour profile, as cameras, screens and editors write it."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    from PIL import Image, ImageCms
+
+    picture = films.scene(3, 96, 128)
+    photo, path = Image.fromarray(picture), tmp_path / f"photo.{ending}"
+    exif = photo.getexif()
+    exif[0x112] = orientation
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
+    rgb = films.read_photo(path)
+    wanted = as_exif_says(picture, orientation)
+    assert rgb.shape == wanted.shape and np.abs(rgb.astype(int) - wanted).mean() < 6
+
+
+def test_the_first_picture_of_a_gif_is_a_photo(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pictures = [image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    assert red(films.read_photo(tmp_path / "a.gif")) == (True, False, False, False)
+
+
+def test_a_damaged_or_large_photo_of_a_phone_is_refused(tmp_path):
+    """FFmpeg would show its tiles as frames of a film."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    from PIL import Image
+
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
-    refused(tmp_path / "photo.heic", "convert it to JPEG")
+    refused(tmp_path / "photo.heic", "damaged photo")
+    Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
+    refused(tmp_path / "large.heic", "pixels are more than the most", most_pixels=1000)
 
 
 def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path):

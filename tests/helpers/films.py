@@ -23,7 +23,7 @@ NO_FILMS = {
     "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
     "list.mp4": PLAYLIST.format("secret.mkv").encode(),
     "text.txt": b"notes\n",
-    "moving.gif": b"GIF89a\1\0\1\0\0\0\0;",
+    "layers.psd": b"8BPS\0\1" + bytes(30),
     "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='secret.mkv'/></svg>",
 }
 

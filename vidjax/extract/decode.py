@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
 
-VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg")
-PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe")
-# Brands of photos in the container of MP4. FFmpeg shows their tiles as videos.
-PHOTO_BRANDS = ("heic", "heix", "hevc", "hevx", "heim", "heis", "mif1", "msf1", "avif", "avis")
+VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
+PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "j2k_pipe", "gif")
+# The first bytes of photos in the container of MP4. FFmpeg shows their tiles as videos.
+HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_PIXELS = 50_000_000  # of a picture; 8K video has 33 million
 SMALL = (36, 64)  # rows and columns of the pictures in which cuts are found
 LEAST_ASPECT = 0.25  # of a pixel; beyond it a file does not tell the truth
@@ -141,7 +141,13 @@ class Video:
     It is read once: call `frames` or `sound`. `found` is complete when that has ended.
     """
 
-    def __init__(self, path: Path, file: io.FileIO, container: "InputContainer", most_pixels: int):
+    def __init__(
+        self,
+        path: Path,
+        file: io.FileIO | io.BytesIO,
+        container: "InputContainer",
+        most_pixels: int,
+    ):
         self._path, self._file, self._container = path, file, container
         self._stream = _video_stream(path, container)
         self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
@@ -185,6 +191,8 @@ class Video:
             self.found.repaired = clock.repaired
             self.found.seconds = self._end_of(time_s, decoded)
             yield Frame(time_s, small, rgb)
+            if self.info.photo:  # of a moving GIF, the first picture
+                break
         if not self.found.frames:
             raise UserError(
                 f"'{self._path}': none of its frames can be decoded: it is damaged\n"
@@ -263,6 +271,8 @@ class Video:
 
     def _upright(self, rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
         """Returns a picture as a player shows it."""
+        if self.info.photo:  # PyAV crashes where it reads the colour profile of a PNG
+            return turned(rgb, self._turn(frame.rotation))
         try:
             entry = frame.side_data.get("DISPLAYMATRIX")
         except ValueError:  # the library has no name for the type of another entry, as of EXIF
@@ -285,14 +295,39 @@ def open_video(path: Path, *, most_pixels: int = MOST_PIXELS) -> Iterator[Video]
     """Opens a video, or a photo as a video of one frame, for a `with` block.
 
     Args:
-      path: a regular file: MP4, QuickTime, Matroska, WebM, AVI, MPEG; PNG, JPEG, WebP or BMP.
+      path: a regular file: MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV, FLV; PNG, JPEG, WebP,
+        BMP, TIFF, JPEG 2000, GIF (its first picture), HEIC or AVIF.
       most_pixels: the largest picture that is decoded, width times height.
 
     Raises:
       UserError: no such file or format, no picture in it, too large, or the extra is missing.
     """
-    with files.open_input(path) as file, _open_container(path, file, most_pixels) as container:
-        yield Video(path, file, container, most_pixels)
+    with files.open_input(path) as opened:
+        head = opened.read(12)
+        opened.seek(0)
+        file = _heif_as_bmp(path, opened, most_pixels) if HEIF.match(head) else opened
+        with _open_container(path, file, most_pixels) as container:
+            yield Video(path, file, container, most_pixels)
+
+
+def _heif_as_bmp(path: Path, file: io.FileIO, most_pixels: int) -> io.BytesIO:
+    """Returns a HEIC or AVIF photo, upright, as BMP."""
+    need(f"'{path}', a photo in HEIC or AVIF,", "pillow_heif", extra="heif")
+    import pillow_heif
+    from PIL import Image, ImageOps
+
+    pillow_heif.register_heif_opener()
+    bmp = io.BytesIO()
+    try:
+        with Image.open(file, formats=["HEIF", "AVIF"]) as photo:
+            _check_pixels(path, *photo.size, most_pixels)
+            ImageOps.exif_transpose(photo).convert("RGB").save(bmp, "BMP")
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # its libraries raise what they like
+        raise UserError(f"'{path}' is a damaged photo: {_reason(error)}\ncopy it again") from error
+    bmp.seek(0)
+    return bmp
 
 
 def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
@@ -305,7 +340,7 @@ def turned(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
-def exif_orientation(file: io.FileIO) -> int:
+def exif_orientation(file: io.FileIO | io.BytesIO) -> int:
     """Returns the orientation that the EXIF of a photo tells, 1 to 8; 1 if it tells none."""
     place = file.tell()
     file.seek(0)
@@ -328,11 +363,11 @@ def ends_early(seconds: float, info: Info) -> bool:
 class _Bytes:
     """The bytes of an open file without its name, from which FFmpeg would guess a format."""
 
-    def __init__(self, file: io.FileIO):
+    def __init__(self, file: io.FileIO | io.BytesIO):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def _open_container(path: Path, file: io.FileIO, most_pixels: int) -> "InputContainer":
+def _open_container(path: Path, file: io.FileIO | io.BytesIO, most_pixels: int) -> "InputContainer":
     need(f"'{path}', a video or photo,", "av", extra="video")
     import av
     from av.error import FFmpegError
@@ -355,7 +390,8 @@ def _open_container(path: Path, file: io.FileIO, most_pixels: int) -> "InputCont
         raise UserError(
             f"'{path}' is no video or photo of a format that is read, or damaged: "
             f"{_reason(error)}\n"
-            "give MP4, MKV, WebM, MOV, AVI, MPEG, JPEG, PNG, WebP or BMP: ffmpeg converts others"
+            "give MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "
+            "or AVIF\nothers become MP4 by: ffmpeg -i FILE FILE.mp4"
         ) from error
 
 
@@ -368,8 +404,6 @@ def _video_stream(path: Path, container: "InputContainer") -> "VideoStream":
     from av.stream import Disposition
 
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
-    if container.metadata.get("major_brand", "").strip() in PHOTO_BRANDS:
-        raise UserError(f"'{path}': HEIC and AVIF are not read: convert it to JPEG or PNG")
     for stream in container.streams.video:
         if not stream.disposition & covers:
             if stream.codec_context is None:
@@ -421,9 +455,13 @@ def _check_size(path: Path, info: Info, most_pixels: int) -> None:
             f"'{path}' does not tell the size of its pictures, or they have more than "
             f"{most_pixels:,} pixels\nmake it smaller, or raise the limit on pixels"
         )
-    if (width := round(info.width * max(1.0, info.aspect))) * info.height > most_pixels:
+    _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height, most_pixels)
+
+
+def _check_pixels(path: Path, width: int, height: int, most_pixels: int) -> None:
+    if width * height > most_pixels:
         raise UserError(
-            f"'{path}': pictures of {width} x {info.height} pixels are more than the most, "
+            f"'{path}': pictures of {width} x {height} pixels are more than the most, "
             f"{most_pixels:,}\nmake it smaller, or raise the limit on pixels"
         )
 
