@@ -169,13 +169,44 @@ def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monke
     assert drawn.who(film, people=False)[0]["people"] == {"Ada": 1}, table.read_text()
 
 
+def test_only_numbers_of_unknown_people_are_no_names(drawn):
+    film, table = drawn.film(), drawn.out / "unknown.tsv"
+    write_photo(drawn.friends / "Ada_1.png", ("Ada", 40, 40))
+    write_photo(drawn.friends / "Ada_2.png", ("Ada", 42, 40))
+    _, said = drawn.who(film)
+    assert "Ada_1 and Ada_2 are two people here. If they are one, put the photos into" in said
+    assert f"'{drawn.friends}/Ada/'" in said
+    table.write_text(table.read_text().replace("unknown 1", "unknown neighbour"))
+    content, _ = drawn.who(film)
+    assert "unknown neighbour" in content["people"]
+    for name in ("unknown", "Unknown 7"):
+        write_photo(drawn.friends / name / "1.png", ("Bob", 40, 40))
+        assert "is the name of nobody" in drawn.who(film, code=2)[1]
+        shutil.rmtree(drawn.friends / name)
+
+
+def test_films_and_photos_in_subfolders_and_live_photos(drawn):
+    films = drawn.folder / "films"
+    for place, name in (("", "Ada"), ("2019/summer", "Bob"), (".hidden", "Eve")):
+        (films / place).mkdir(parents=True, exist_ok=True)
+        write_film(films / place / "a.mkv", (2, 20, [(name, 20, 30)]))
+    (films / "link").symlink_to(films / "2019")
+    write_photo(drawn.friends / "Ada" / "2020" / "IMG_1.png", ("Ada", 40, 40))
+    write_film(drawn.friends / "Ada" / "2020" / "IMG_1.mov", (1, 20, [("Ada", 40, 40)]))
+    for _ in range(2):  # the second time, the results lie in the folder of films
+        content, said = drawn.who(films, flags=[f"--out={films / 'names'}"])
+        assert content["people"] == {"Ada": 1} and content["failed"] == [], said
+        rows = (films / "names" / "names.tsv").read_text().splitlines()[1:]
+        assert [row.split("\t")[0] for row in rows] == ["films/a.mkv", "summer/a.mkv"]
+
+
 def test_a_film_that_was_renamed_has_its_new_name_and_a_lost_photo_is_told(drawn):
     film = drawn.folder / "my film.mkv"
     write_film(film, (2, 20, [("Bob", 20, 30)]))
     write_photo(drawn.friends / "Bob.png", ("Bob", 40, 40))
-    write_photo(drawn.friends / "Ada" / "2020" / "1.png", ("Ada", 40, 40))
+    (drawn.friends / "Ada").mkdir()
     content, said = drawn.who(film)
-    assert content["people"] == {"Bob": 1} and "Ada: no photo directly in" in said
+    assert content["people"] == {"Bob": 1} and "Ada: no photo in" in said
     drawn.who(film.rename(drawn.folder / "my_film.mkv"))
     assert "my_film.mkv" in (drawn.out / "names.tsv").read_text()
     assert {path.stem for path in (drawn.out / "subtitles").iterdir()} == {"my_film"}

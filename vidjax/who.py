@@ -18,6 +18,7 @@ to the models, for which all films and photos are read once more.
 
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from vidjax import files, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
-from vidjax.data.untrusted.names import clean_identity, normal_form, show
+from vidjax.data.untrusted.names import normal_form, show
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.extract.pipeline import Outcome
@@ -39,6 +40,7 @@ from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, page, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
+from vidjax.gallery.changes import check_person
 from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.run import formats
 from vidjax.run.formats import Sha256, Size, Text
@@ -48,7 +50,7 @@ STRANGER_ODDS = 3.0  # of the faces of films, three of four show nobody enrolled
 TOLD = "told"  # the evidence of a clip that was itself enrolled
 PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
 TABLES = ("names.tsv", "names.jsonl")
-UNKNOWN, NUMBERS = "unknown.tsv", "unknown.json"
+UNKNOWN, NUMBERS = "unknown.tsv", folder.NUMBERS
 NUMBERS_REMEDY = "delete it: unknown people are numbered anew"
 NUMBERS_BYTES = 256 * files.MB
 
@@ -360,16 +362,39 @@ def _photos(people: Path) -> dict[str, list[Path]]:
     for one in sorted(people.iterdir()):
         if one.name.startswith(".") or (one.is_file() and one not in single):
             continue
-        pipeline.say_left_out([one])
-        photos = pipeline.split_files(one)[0] if one.is_dir() else [one]
+        photos = [one]
+        if one.is_dir():
+            photos = [photo for place in pipeline.walk(one) for photo in _stills(place)]
         if not photos:
-            say(f"{show(one.name)}: no photo directly in '{show(str(one))}': not looked for")
+            say(f"{show(one.name)}: no photo in '{show(str(one))}': not looked for")
         else:
-            name = clean_identity(one.name if one.is_dir() else one.stem)
+            name = check_person(one.name if one.is_dir() else one.stem)
             found.setdefault(name, []).extend(photos)
     if not found:
         raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
+    _say_numbered([one.stem for one in single], people)
     return found
+
+
+def _say_numbered(names: Sequence[str], people: Path) -> None:
+    """Says that photos such as Ada_1.jpg and Ada_2.jpg are two people here."""
+    by_name: dict[str, list[str]] = {}
+    for name in names:
+        if number := re.fullmatch(r"(.*[^\W\d])[\W_]*\d+\W*", name):
+            by_name.setdefault(number[1], []).append(name)
+    for name, twins in by_name.items():
+        if len(twins) > 1:
+            say(
+                f"{show(twins[0])} and {show(twins[1])} are two people here. If they are one, "
+                f"put the photos into '{people}/{show(name)}/'"
+            )
+
+
+def _stills(place: Path) -> list[Path]:
+    """Returns the photos and films of a folder, without the short films of Live Photos."""
+    there = pipeline.split_files(place)[0]
+    photos = {one.stem for one in there if one.suffix.lower() in pipeline.PHOTOS}
+    return [one for one in there if one.suffix.lower() in pipeline.PHOTOS or one.stem not in photos]
 
 
 def _enrol(

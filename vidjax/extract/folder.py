@@ -29,6 +29,7 @@ from vidjax.run import formats
 from vidjax.run.formats import Count, Sha256, Size, Text
 
 NAME = "extract.json"
+NUMBERS = "unknown.json"  # of results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
 FILE_BYTES = 256 * files.MB

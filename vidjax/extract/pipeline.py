@@ -131,14 +131,14 @@ def extract(
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files that paths name, each once; of folders the films and photos, sorted."""
+    """Returns the files that paths name, each once; of folders, see `walk`, films and photos."""
     found: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
             raise UserError(f"'{path}': no such file or folder")
         inside = [path]
         if path.is_dir():
-            inside = split_files(path)[0]
+            inside = [one for place in walk(path) for one in split_files(place)[0]]
         for one in inside:
             found.setdefault(Path(os.path.realpath(one)), one)
     if not found:
@@ -146,6 +146,21 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
             f"'{paths[0]}' holds no video and no photo\nname videos, photos, or folders of them"
         )
     return list(found.values())
+
+
+def walk(path: Path) -> list[Path]:
+    """Returns a folder and all folders in it, sorted.
+
+    Links, hidden folders, and folders that vidjax wrote are left out.
+    """
+    found = []
+    for place, inner, names in os.walk(path):
+        if {folder.NAME, folder.NUMBERS}.intersection(names):
+            inner.clear()
+            continue
+        inner[:] = [name for name in inner if name[0] != "."]
+        found.append(Path(place))
+    return sorted(found)
 
 
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -163,8 +178,8 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 def say_left_out(paths: Iterable[Path]) -> None:
     """Says in one line for each folder which of its files are no film and no photo."""
-    for path in paths:
-        left = split_files(path)[1] if path.is_dir() else []
+    for path in (place for named in paths for place in walk(named)):
+        left = split_files(path)[1]
         if left:
             more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
             say(f"{show(str(path))}: left out, no film or photo: {show(left[0].name)}{more}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from vidjax import bulk, messages, metrics, tables
-from vidjax.data.untrusted.names import clean_identity, show
+from vidjax.data.untrusted.names import clean_identity, is_unknown, show
 from vidjax.errors import UserError, check_argument, named
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
         if found.setdefault(clip, identity) != identity:
             raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
-    return {n: name for n, name in found.items() if unknown or not name.startswith(UNKNOWN)}
+    return {n: name for n, name in found.items() if unknown or not is_unknown(name)}
 
 
 def table(answers: Answers) -> list[str]:

@@ -5,7 +5,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from vidjax.data.untrusted.names import check_name, clean_identity, normal_form, show, similar_names
+from vidjax.data.untrusted.names import (
+    check_name,
+    clean_identity,
+    is_unknown,
+    normal_form,
+    show,
+    similar_names,
+)
 from vidjax.errors import UserError, check_argument, closest
 from vidjax.extract.folder import film_of
 from vidjax.gallery.backend import Backend, People
@@ -264,7 +271,12 @@ def check_clip(name: str, clip: Clip, width: int) -> Clip:
 
 def check_person(name: str) -> str:
     """Returns the cleaned name of a person; refuses a name that a gallery could not write."""
-    return _check_length("identity", clean_identity(name))
+    name = _check_length("identity", clean_identity(name))
+    if is_unknown(name):
+        raise UserError(
+            f"'{show(name)}' is the name of nobody: give another name, such as 'neighbour'"
+        )
+    return name
 
 
 def _check_length(kind: str, name: str) -> str:

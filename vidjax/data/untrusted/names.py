@@ -83,6 +83,11 @@ def normal_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_unknown(name: str) -> bool:
+    """Returns whether a name says that nobody is known: `unknown`, or a number as `unknown 3`."""
+    return re.fullmatch("unknown( [0-9]+)?", name.casefold()) is not None
+
+
 def fold(name: str) -> str:
     """Returns the form that a name shares with names that look like it, and may differ from it.
 
