@@ -380,7 +380,7 @@ def _say_numbered(names: Sequence[str], people: Path) -> None:
     """Says that photos such as Ada_1.jpg and Ada_2.jpg are two people here."""
     by_name: dict[str, list[str]] = {}
     for name in names:
-        if number := re.fullmatch(r"(.*[^\W\d])[\W_]*\d+\W*", name):
+        if number := re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name):
             by_name.setdefault(number[1], []).append(name)
     for name, twins in by_name.items():
         if len(twins) > 1:
