@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,7 @@ from vidjax.serve.models import Frames, GalleryModel, Model, Question, RunModel,
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+UNREAD_SECONDS = 60  # in which a client takes nothing of what is sent, and is hung up on
 LISTED = 10_000  # people of one answer
 LARGE = 1 << 16  # bytes of a body that a thread of its own parses
 NPZ = ("application/x-npz", "application/zip", "application/octet-stream")
@@ -536,6 +538,8 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # else a client that reads nothing keeps its connection
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.bind(address)
         listener.listen()
     except OSError as error:
