@@ -8,7 +8,8 @@ import pytest
 from tests.helpers import made_nets
 from vidjax import main as main_lib
 from vidjax.extract import cards
-from vidjax.extract.folder import Film, Track
+from vidjax.extract.folder import Film, Source, Track
+from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, backend
 from vidjax.gallery.answers import Answer
 from vidjax.gallery.gallery import Gallery
@@ -216,8 +217,9 @@ def film(*tracks, video="a.mp4"):
         Track(clip=clip, shot=0, start_s=start, end_s=end, seen=2) for clip, start, end in tracks
     ]
     return Film(
-        video=video, sha256="0" * 64, photo=False, seconds=99, shots=[], tracks=made, frames=1
-    )
+        video=video, source=Source(address=f"/{video}", size=1, mtime_ns=0, inode=1),
+        sha256="0" * 64, photo=False, seconds=99, shots=[], tracks=made, frames=1,
+    )  # fmt: skip
 
 
 def answer(identity, probability=0.9):
@@ -362,3 +364,22 @@ def test_subtitles_are_read_by_ffmpeg(tmp_path):
 def test_times_as_text(seconds, long, short):
     assert appearances.clock(seconds) == long
     assert appearances.clock(seconds, short=True) == short
+
+
+def test_names_that_differ_in_a_blank_stay_apart_in_rttm():
+    found = [
+        appearances.Appearance("a b.mp4", 0, 1, name, 0.9, ("c",)) for name in ("Ada O", "Ada_O")
+    ]
+    rows = [line.split() for line in appearances.to_rttm(found).splitlines()]
+    assert [row[7] for row in rows] == ["Ada%20O", "Ada_O"] and rows[0][1] == "a_b.mp4"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path, encoding):
+    path = tmp_path / "unknown.tsv"
+    path.write_bytes("clip\tidentity\r\nx\tZo\u00eb\r\n".encode(encoding))
+    if encoding == "cp1252":
+        with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
+            assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
+    else:
+        assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}

@@ -5,6 +5,7 @@ an object per line; .parquet, the columns of .tsv by pyarrow. In .tsv and .csv a
 text that begins with `'` or that a spreadsheet would take for a formula; readers must drop it.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from vidjax import files
-from vidjax.errors import UserError, need
+from vidjax.errors import UserError, need, warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,6 +30,7 @@ Ranking = Mapping[str, Sequence[tuple[str, float]]]
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # a spreadsheet runs what begins so, but for '
+BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MOST_BYTES = 64 * files.MB  # of a table that is read
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -111,13 +113,20 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
         if os.fstat(file.fileno()).st_size > MOST_BYTES:
             raise UserError(f"'{path}' is too large: {MOST_BYTES:,} bytes are the most")
         content = file.read()
+    # Excel writes "Unicode text" in UTF-16, and "Text" in the letters of Windows.
+    encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter="\t")
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+        warn(f"{path}: it is no UTF-8, and is read as Windows-1252: check its names")
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, [cell.removeprefix("'") for cell in cells]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"'{path}' is no .tsv of UTF-8: {error}\nsave it as such") from error
+    except csv.Error as error:
+        raise UserError(f"'{path}' is no .tsv: {error}\nsave it as text with tabs") from error
 
 
 def _guarded(cell: object) -> object:

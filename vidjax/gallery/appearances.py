@@ -5,10 +5,12 @@ the format of speaker diarisation: video, begin and duration in seconds, person.
 """
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from vidjax import tables
 from vidjax.errors import UserError
@@ -195,17 +197,27 @@ def _cues(found: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]
 
 
 def to_rttm(found: Iterable[Appearance]) -> str:
-    """Returns a line for each appearance that has a name, of a person or of a group."""
+    """Returns a line for each appearance that has a name, of a person or of a group.
+
+    A blank in a name becomes `_`. If two names would be equal then, `%20` stands for it.
+    """
+    found = [one for one in found if one.identity is not None]
+    words = _words({text for one in found for text in (one.video, str(one.identity))})
     return "".join(
-        f"SPEAKER {_word(one.video)} 1 {one.start_s:.3f} {one.end_s - one.start_s:.3f} <NA> <NA> "
-        f"{_word(one.identity)} <NA> <NA>\n"
+        f"SPEAKER {words[one.video]} 1 {one.start_s:.3f} {one.end_s - one.start_s:.3f} <NA> <NA> "
+        f"{words[str(one.identity)]} <NA> <NA>\n"
         for one in found
-        if one.identity is not None
     )
 
 
-def _word(text: str) -> str:
-    return "_".join(text.split()) or "_"
+def _words(texts: Collection[str]) -> dict[str, str]:
+    """Returns text -> a word without blanks, of its own."""
+    words = {text: "_".join(text.split()) or "_" for text in texts}
+    count = Counter(words.values())
+    return {
+        text: word if count[word] == 1 else re.sub(r"\s", lambda x: quote(x[0]), text)
+        for text, word in words.items()
+    }
 
 
 def clock(seconds: float, *, short: bool = False) -> str:
