@@ -1,5 +1,6 @@
 """Galleries that cards of models make, without a run: friends, strangers, groups, times."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_mean_vectors_weigh_frames_by_quality(tmp_path, monkeypatch):
     for frames in (1, 2, 5):
         monkeypatch.setattr("vidjax.data.memory.MEAN_FRAMES", frames)
         np.testing.assert_array_equal(loaded.mean_vectors("face"), whole)
+
+
+def test_the_mean_of_a_long_clip_takes_less_memory_than_its_features():
+    from vidjax.data.memory import MemoryClips
+
+    features = np.random.default_rng(0).normal(size=(100_000, 256)).astype(np.float16)
+    loaded = MemoryClips.of({"film": {"face": features}}, {"face": 256}, ())
+    tracemalloc.start()
+    (found,) = loaded.mean_vectors("face")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < features.nbytes
+    weight = np.linalg.norm(features.astype(np.float64), axis=1)
+    np.testing.assert_allclose(found, np.average(features, axis=0, weights=weight), atol=1e-6)
 
 
 @pytest.fixture

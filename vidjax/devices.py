@@ -40,6 +40,8 @@ def keep_programs(folder: Path) -> None:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return  # whoever fills the cache reports it
+    if programs.is_symlink():
+        return  # a link in the cache is not followed
     if foreign := foreign_part(programs):
         warn(
             f"compiled programs are not kept: another user may change '{foreign}'\n"

@@ -39,7 +39,7 @@ def digest_files(
     states = [_state(path) for path in paths]
     place = cache_folder(cache_dir, "digests", [list(map(str, paths)), states])
     with contextlib.suppress(OSError, ValueError):
-        text = files.read_bytes(place, DIGEST_LETTERS).decode()
+        text = files.read_bytes(place, DIGEST_LETTERS, below=place.parents[1]).decode()
         if len(text) == DIGEST_LETTERS:
             return text
     sha256 = hashlib.sha256()
@@ -51,7 +51,7 @@ def digest_files(
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_state(path) for path in paths]
-    if unchanged:
+    if unchanged and not place.parent.is_symlink():
         with contextlib.suppress(OSError):  # a cache that cannot be written saves no time
             files.make_private(place.parent)
             files.write_bytes(place, text.encode(), sync=False)

@@ -161,11 +161,14 @@ class MemoryClips:
             total = np.bincount(owner, weight, len(clips))
             weight = np.where(total[owner] > 0, weight, 1.0)
             total = np.bincount(owner, weight, len(clips))
-            has, begins = np.unique(owner, return_index=True)
-            if len(has):
-                weighted = features[index].astype(np.float64) * weight[:, None]
-                sums = np.add.reduceat(weighted, begins, axis=0)
-                vectors[clips[has]] = sums / total[has, None]
+            sums = np.zeros((len(clips), vectors.shape[1]))
+            for at in range(0, len(owner), MEAN_FRAMES):  # a clip may be longer than a block
+                some = slice(at, at + MEAN_FRAMES)
+                has, begins = np.unique(owner[some], return_index=True)
+                weighted = features[index[some]].astype(np.float64) * weight[some, None]
+                sums[has] += np.add.reduceat(weighted, begins, axis=0)
+            has = length > 0
+            vectors[clips[has]] = sums[has] / total[has, None]
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:

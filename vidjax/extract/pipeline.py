@@ -25,7 +25,6 @@ ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 CLIP = re.compile(r"([^.]+)(\.s\d{3,}(\.t\d{2,})?|\.f\d{2,})?\.npz")
 # What a killed call leaves in the folder, and in that of the videos.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
-PICTURE = r".+\.png"  # of a clip
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS = 600
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
@@ -350,7 +349,7 @@ def _one(
 def _remove(out: Path, stem: str) -> None:
     """Removes a video and its clips; first what tells that they are whole."""
     (out / folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
-    files.remove_ours(out / folder.THUMBNAILS / stem, PICTURE)
+    _remove_pictures(out / folder.THUMBNAILS / stem)
     for name in os.listdir(out):
         if (clip := CLIP.fullmatch(name)) and clip[1] == stem:
             (out / name).unlink()
@@ -361,8 +360,13 @@ def remove_thumbnails(out: Path) -> bool:
     if not files.exists(out / folder.THUMBNAILS):
         return True
     for inner in (out / folder.THUMBNAILS).iterdir():
-        files.remove_ours(inner, PICTURE)
+        _remove_pictures(inner)
     return files.remove_ours(out / folder.THUMBNAILS, "")
+
+
+def _remove_pictures(inner: Path) -> None:
+    """Removes the pictures of the clips of a video from the folder that has its stem as name."""
+    files.remove_ours(inner, rf"{re.escape(inner.name)}(\..+)?\.png")
 
 
 def remove_features(out: Path) -> bool:

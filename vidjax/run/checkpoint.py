@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax import distributed, files
-from vidjax.errors import DiskError, Expected, warn
+from vidjax.errors import DiskError, Expected, UserError, warn
 from vidjax.run import formats
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
@@ -245,6 +245,16 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise DamagedError(f"file missing: '{state / min(missing)}'")
 
 
+def _is_ours(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Returns True if a checkpoint has no other files than those that vidjax wrote."""
+    listed = {MANIFEST, *(f"state/{name}" for name in manifest["files"])}
+    try:
+        others = set(files.walk(folder)) - listed
+        return all(re.fullmatch(rf"\.{MANIFEST}\..+\.partial", name) for name in others)
+    except UserError:  # a link, or a pipe
+        return False
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of `checkpoints/<step>`; DamagedError if its own sha256 differs."""
     path = folder / MANIFEST
@@ -287,6 +297,8 @@ def _drop_others(workdir: Path) -> None:
     evaluated = {step for step in others if steps[step].get("evaluated")}
     before = max(evaluated or others, default=None)
     for step in others - {before, best(steps)}:
+        if not _is_ours(partial.with_name(str(step)), steps[step]):
+            continue
         partial.mkdir(exist_ok=True)
         os.rename(partial.with_name(str(step)), partial / str(step))  # half a folder is no step
     files.remove_tree(partial)

