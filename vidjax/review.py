@@ -240,6 +240,7 @@ def run(out: Path, *, fpir: float | None = None, threshold: float | None = None)
 
     token = secrets.token_urlsafe(16)
     with files.lock(out, "out"), app_lib.listen(HOST, 0) as listener:
+        files.refuse_links(out)
         review = Review(out, fpir=fpir, threshold=threshold)
         port = listener.getsockname()[1]
         messages.say(f"http://{HOST}:{port}/{token}/")
