@@ -213,7 +213,8 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
     Bytes that are not UTF-8 become lone surrogates, by which `_is_text` recognises them.
     """
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    with files.open_input(path) as file:
+        lines = file.readall().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
         lines.pop()
     texts = (line.decode(errors="surrogateescape").rstrip(" \t\r\n") for line in lines)

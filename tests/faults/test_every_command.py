@@ -253,3 +253,14 @@ def test_a_ranking_of_the_users_own_is_not_replaced(world, tmp_path):
         assert call(shlex.split(ROWS[name].words.format(at=at, **world))) == 2
         assert [path.name for path in at.iterdir()] == ["ranking.parquet"]
         assert (at / "ranking.parquet").read_text() == "notes"
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.json", "identities.json", "members.npz"])
+def test_a_private_key_under_the_name_of_a_file_is_not_exported(nearest_run, tmp_path, name):
+    """A hard link is a file like others: what it holds tells."""
+    run = shutil.copytree(nearest_run, tmp_path / "run")
+    (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    (run / name).unlink()
+    os.link(tmp_path / "id_rsa", run / name)
+    assert call(["export", str(run), f"--to={tmp_path / 'new'}", "--format=safetensors"]) in (2, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}

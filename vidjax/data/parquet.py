@@ -30,6 +30,7 @@ COLUMNS = (*TEXT, "features")
 OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
 MOST_PAGES = 300_000  # of a table; most writers make pages of 1 MB
 HEADER_BYTES = (1 << 10, 1 << 20)  # that are read of a page; the second where the first are few
+BATCH_VALUES = 1 << 20  # of features that are decoded at once
 MOST_DEPTH = 8  # of structs in a header
 # Physical type -> bytes of a value in memory. Text is read as numbers of its entries in a list.
 VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
@@ -284,11 +285,15 @@ def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted
     from pyarrow import compute
 
     others, widths, first, at = [], [], 0, 0
+    text = [name for name in names if name != "features"]
     values = np.empty(0, np.float32)
     for number in range(file.metadata.num_row_groups):
-        table = file.read_row_group(number, columns=list(names))
-        others.append(table.drop_columns(["features"]))
-        for chunk in table["features"].chunks:
+        others.append(file.read_row_group(number, columns=text))
+        # A batch at a time: pyarrow takes several times the memory of what it decodes.
+        rows = max(1, BATCH_VALUES * file.metadata.num_rows // max(counted, 1))
+        batches = file.iter_batches(rows, row_groups=[number], columns=["features"])
+        for batch in batches:
+            chunk = batch.column(0)
             _refuse_nulls(path, "features", chunk, first)
             first += len(chunk)
             found = chunk.flatten()
@@ -297,15 +302,13 @@ def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted
             found = found.to_numpy(zero_copy_only=False)
             width = compute.call_function("list_value_length", [chunk])
             widths.append(width.to_numpy(zero_copy_only=False))
-            if len(found) == counted:  # all of the table, which need not be copied
-                values = found
-            elif len(found):
+            if len(found):
                 values = values if at else np.empty(counted, found.dtype)
                 values[at : at + len(found)] = found
             at += len(found)
     joined = pyarrow.concat_tables(others) if others else file.schema_arrow.empty_table()
     columns = {}
-    for name in [name for name in names if name != "features"]:
+    for name in text:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)
         columns[name] = _as_text(path, name, column) if name in TEXT else column
