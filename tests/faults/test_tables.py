@@ -16,7 +16,7 @@ from vidjax import bulk, files  # noqa: E402
 from vidjax.data import clip_files  # noqa: E402
 from vidjax.errors import UserError  # noqa: E402
 
-ZEROS = 100_000_000  # 400 MB of float32, in a file of a thousand bytes
+ZEROS = 40_000_000  # 160 MB of float32, in a file of a thousand bytes
 
 
 def varint(value, length=1):
@@ -74,9 +74,9 @@ def refused():
 def test_a_table_of_one_value_is_refused_whatever_its_footer_says(tmp_path, refused):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
-    refused(path, "400,0", "bytes of nearly one value")
+    refused(path, "160,0", "bytes of nearly one value")
     footer_says(path, ZEROS, 1)
-    refused(path, "100,000,000 values of features, its footer says 1")
+    refused(path, "40,000,000 values of features, its footer says 1")
     pages_say(path, ZEROS, 1)  # both: the page is cut short
     refused_or_short(path)
 
