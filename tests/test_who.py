@@ -469,7 +469,7 @@ def test_a_cut_off_extraction_goes_on(drawn):
 
     whole = written()
     assert len(whole) == 8
-    (out / "thumbnails" / "party" / "of a cut-off call.png").write_bytes(b"")
+    (out / "thumbnails" / "party" / "party.s007.t00.png").write_bytes(b"")
     (out / "videos" / "party.json").unlink()  # written last
     (out / "party.s000.t00.npz").unlink()
     (out / "party.s007.t00.npz").write_bytes(b"of a cut-off call")

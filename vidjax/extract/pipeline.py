@@ -328,9 +328,10 @@ def _one(
             for track in film.tracks:
                 os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
             if thumbnails[0].exists():
+                (thumbnails[1] / stem).mkdir(mode=0o700, exist_ok=True)
                 for picture in thumbnails[0].iterdir():
                     picture.chmod(0o600)
-                os.replace(thumbnails[0], thumbnails[1] / stem)
+                    os.replace(picture, thumbnails[1] / stem / picture.name)
             folder.write(out / folder.VIDEOS / f"{stem}.json", film)
         except BaseException:
             _remove(out, stem)
