@@ -32,7 +32,7 @@ def extract(path, out, models):
     settings = folder.Settings()
     nets = film.load_nets(cards.load(models), settings.size)
     out.mkdir(exist_ok=True)
-    found = film.extract(path, out, path.stem, nets, settings, "0" * 64)
+    found = film.extract(path, out, path.stem, nets, settings, folder.Source.of(path), "0" * 64)
     return found, {track.clip: dict(np.load(out / f"{track.clip}.npz")) for track in found.tracks}
 
 

@@ -139,3 +139,6 @@ def test_films_play_from_any_second(reviewed):
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
     part = reviewed.client.get(f"/{TOKEN}/film/1", headers={"range": "bytes=10-19"})
     assert part.status_code == 206 and part.content == whole.content[10:20]
+    path = reviewed.review.film(1)
+    path.write_bytes(b"another file")
+    assert reviewed.client.get(f"/{TOKEN}/film/1").status_code == 404

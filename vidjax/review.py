@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from vidjax import files, messages, who
 from vidjax.errors import UserError
+from vidjax.extract import folder
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.page import Forms
 
@@ -62,9 +63,16 @@ class Review:
         self.version = 0
         self._decide()
 
-    def film(self, number: int) -> Path:
-        """Returns the path of a film; IndexError if there is none of this number."""
-        return self._films[number].source.path
+    def film(self, number: int) -> Path | None:
+        """Returns the path of a film; None without one, or if its file is not the one of the page.
+
+        A folder of a stranger may name any file as a film, but does not know what the disk says.
+        """
+        if number >= len(self._films):
+            return None
+        source = self._films[number].source
+        path = source.path
+        return path if path.is_file() and folder.Source.of(path) == source else None
 
     def render(self) -> str:
         """Returns the page."""
@@ -183,12 +191,11 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
     def play(request: Request) -> Response:
         check(request)
-        try:
-            path = review.film(request.path_params["number"])
-        except IndexError:
-            path = None
-        if path is None or not path.is_file():
-            raise HTTPException(HTTPStatus.NOT_FOUND, "The film is not at its place.")
+        path = review.film(request.path_params["number"])
+        if path is None:
+            raise HTTPException(
+                HTTPStatus.NOT_FOUND, "The film is not at its place, or has changed."
+            )
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, media_type=kind, headers=HEADERS)
 

@@ -73,7 +73,9 @@ def speed(path: Path, out: Path, nets: film.Nets) -> dict[str, float]:
             cuts.update(frame.time_s, frame.small)
         seconds = video.found.seconds
     decoded = time.process_time()
-    found = film.extract(path, out, path.stem, nets, folder.Settings(), "0" * 64)
+    found = film.extract(
+        path, out, path.stem, nets, folder.Settings(), folder.Source.of(path), "0" * 64
+    )
     ended = time.process_time()
     return {
         "decoding": round(seconds / (decoded - began), 2),

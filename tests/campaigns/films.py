@@ -46,7 +46,9 @@ def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
     began = time.process_time()
     wrong = ""
     try:
-        found = film.extract(path, path.parent, "x", nets, folder.Settings(), "0" * 64)
+        found = film.extract(
+            path, path.parent, "x", nets, folder.Settings(), folder.Source.of(path), "0" * 64
+        )
         lost = found.corrupt or found.refused or found.lost_sound
         became = "damaged" if found.damaged or lost else "whole"
     except MemoryError:  # a size that a mutation made: the child would tell
