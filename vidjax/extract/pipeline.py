@@ -249,7 +249,7 @@ def _stems(paths: Sequence[Path], known: Mapping[str, folder.Film]) -> dict[Path
     for path in (path for path in paths if os.path.realpath(path) not in of_path):
         stem = folder.stem_of(path)
         owner = owners.get(stem.lower())
-        if owner or path.stat().st_size in sizes:
+        if owner or (path.exists() and path.stat().st_size in sizes):
             sha256 = _sha256_or_of_name(path)
             if sha256 in moved:
                 stem = moved[sha256][0]

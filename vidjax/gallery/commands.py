@@ -14,7 +14,7 @@ import numpy as np
 
 from vidjax import bulk, files, messages, tables
 from vidjax.data.untrusted.names import normal_form
-from vidjax.errors import UserError, closest, warn
+from vidjax.errors import UserError, closest, named, warn
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances
 from vidjax.gallery.changes import check_person, stack
@@ -301,10 +301,10 @@ def _enrol(args: argparse.Namespace) -> Result:
 
     if args.identity:  # a mistake is reported before clips are read
         check_person(args.identity)
-    named = _read_labels(Path(args.labels).expanduser()) if args.labels else {}
+    labels = _read_labels(Path(args.labels).expanduser()) if args.labels else {}
     gallery, strangers = _opened(args), args.strangers
     if args.labels:
-        clips, identity = _clips(args, gallery), named
+        clips, identity = _clips(args, gallery), labels
     elif args.input and not args.identity and not strangers:
         path = Path(args.input).expanduser()
         if path.is_file() or any(path.glob("*.npz")):
@@ -318,10 +318,11 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, identity = _clips(args, gallery), args.identity
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _without_crowds(Path(args.input).expanduser(), clips.names, identity)
-    done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
+    with named(args.labels) if args.labels else contextlib.nullcontext():
+        done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
     if refused := done.refused:
-        named = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {named}")
+        shown = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
+        warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {shown}")
     told = f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"
     return _counts(gallery, {"enrolled": told}, done._asdict())
 
