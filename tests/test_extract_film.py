@@ -1,5 +1,6 @@
 """film: which pictures of a track are kept, and when who is seen in films that change slowly."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -96,3 +97,12 @@ def test_a_slow_film_is_told(tmp_path, drawn):
     assert "fewer than 2 pictures a second" in said
     (told,) = folder.read_films(drawn.out)
     assert [(one.start_s, one.end_s, one.seen) for one in told.tracks] == [(0, 3, 3)]
+
+
+def test_a_film_of_many_gigabytes_has_a_source(tmp_path):
+    path = tmp_path / "\u00e4 film\n.mp4"
+    with path.open("wb") as file:
+        file.truncate(50 << 30)
+    source = folder.Source.of(path)
+    again = msgspec.json.decode(msgspec.json.encode(source), type=folder.Source)
+    assert again == source and again.path == path and again.size == 50 << 30

@@ -89,7 +89,7 @@ class Source(Struct, kw_only=True, frozen=True):
     """
 
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
-    size: Count
+    size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
 
