@@ -150,7 +150,7 @@ def test_clips_without_a_usable_frame(gallery):
     with pytest.raises(ValueError, match="no clip has a usable frame, as 'dead'"):
         gallery.enrol(clips, "nobody")
     alive = {"alive": {"face": np.ones((1, widths["face"]), np.float16)}}
-    assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"))
+    assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})
     for fpir in (None, 0.5):
         assert gallery.identify(clips, fpir=fpir)["dead"] == Answer(None, 0.0, -np.inf, ())
     assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"

@@ -22,12 +22,12 @@ from vidjax.run.folder import RunFolder
 
 # What breaks programs: blanks, quotes, HTML, formulas, forms of unicode.
 FRAGMENTS = (
-    *(" ", "  ", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u202e"),
+    *(" ", "  ", "\u00a0", "\u3000", "\u200a", "\u2007", "\ufb01", "\u0661"),
     *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "$"),
     *("{0}", "${HOME}", "[x](y)", "**b**"),
     *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->"),
     *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "%zz", "%2520"),
-    *(unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "名前", "🎬", "ß"),
+    *(unicodedata.normalize("NFC", "é"), "名前", "🎬", "ß"),
     *("NaN", "null", "-inf", "1e5", "007", ".mp4", "x" * 300),
 )
 FORMS = ("{0}Ada Byron", "Ada{0}Byron", "Ada Byron{0}", "{0}{0}", "{0} {0}")

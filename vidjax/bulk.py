@@ -181,7 +181,7 @@ def run(found: Sequence[Path], out: str, work: Work) -> Result:
         else:
             if _note(table, work) != notes[table]:
                 raise UserError(f"'{table}' or what reads it has changed: give the command again")
-            tables.write_new(folder / table.name, content)
+            _write(folder / table.name, content, notes[table])
         progress.advance(1)
     progress.close()
     if failed:
@@ -190,12 +190,21 @@ def run(found: Sequence[Path], out: str, work: Work) -> Result:
     if work.joined:
         _check_once(found)
         content = tables.to_parquet(_join(folder, found), {NOTE: JOINED})
-        tables.write_new(place / RANKING, content)
+        _write(place / RANKING, content, JOINED)
     skipped = len(found) - len(left)
     shown = f"{len(found):,}" + (f", {skipped:,} of them before" if skipped else "")
     results = str(place / RANKING if work.joined else place)
     content = {"tables": len(found), "skipped": skipped, "results": results}
     return Result(content, {"tables": shown, "results": results})
+
+
+def _write(results: Path, content: bytes, note: bytes) -> None:
+    """Writes new results, unless another call has made the same meanwhile."""
+    try:
+        tables.write_new(results, content)
+    except UserError:
+        if not _is_made(results, note):
+            raise
 
 
 def _note(table: Path, work: Work) -> bytes:

@@ -115,12 +115,12 @@ def test_tensorboard_is_missing(without, tmp_path):
 
 @pytest.mark.slow
 def test_an_accelerator_without_its_extra():
-    """Row 39: jax is told to use a GPU, and the extra `cuda` is not installed."""
+    """Row 39: jax is to use a GPU, and no extra for one is installed."""
     if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):
         pytest.skip("the extra cuda is installed")
     said = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
     assert said.returncode == 2
-    assert "pip install 'vidjax[cuda]'" in said.stdout
+    assert "needs 'vidjax[cuda13]'" in said.stdout and "'vidjax[cuda12]'" in said.stdout
 
 
 # Modules of the standard library and of others, which a stranger's folder may hold, too.
