@@ -36,6 +36,19 @@ def place(tmp_path_factory, nearest_run, data, official_dir):
     return folder
 
 
+@pytest.fixture
+def remedy(place, say, monkeypatch):
+    """A function that returns the remedy in the error of a command."""
+    monkeypatch.chdir(place)
+
+    def find(typed, pattern):
+        found = re.search(pattern, say(*shlex.split(typed), code=2))
+        assert found
+        return found[1]
+
+    return find
+
+
 # A command, and a pattern of the remedy in its error. "{}" stands for the remedy in the third.
 COMMANDS = [
     ("evaluate run", r"did you mean (--workdir=\S+)\?", "evaluate {} --config.eval.report=False"),
@@ -58,11 +71,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("typed", "pattern", "then"), COMMANDS)
-def test_the_remedy_of_a_command_works(typed, pattern, then, place, say, monkeypatch):
-    monkeypatch.chdir(place)
-    found = re.search(pattern, say(*shlex.split(typed), code=2))
-    assert found
-    words = shlex.split(then.format(found[1]))
+def test_the_remedy_of_a_command_works(typed, pattern, then, remedy, say):
+    words = shlex.split(then.format(remedy(typed, pattern)))
     assert say(*words[words[0] == "vidjax" :])
 
 
@@ -81,11 +91,8 @@ PARSED = [
 
 
 @pytest.mark.parametrize(("typed", "pattern", "then"), PARSED)
-def test_the_remedy_of_a_command_is_a_command(typed, pattern, then, place, say, monkeypatch):
-    monkeypatch.chdir(place)
-    found = re.search(pattern, say(*shlex.split(typed), code=2))
-    assert found
-    args = main.parse(shlex.split(then.format(found[1])))
+def test_the_remedy_of_a_command_is_a_command(typed, pattern, then, remedy):
+    args = main.parse(shlex.split(then.format(remedy(typed, pattern))))
     if args.command == "train":
         runs.train_settings(args)
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Result:
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         messages.say(f"http://{shown}:{number}")
-        # What is told the person at a terminal names people. A log names nobody.
+        # Lines for a person at a terminal name people. The log of a server names nobody.
         os.environ[messages.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
         complete = app_lib.serve(app, listener, limits)

@@ -107,7 +107,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--size", metavar="N", type=messages.whole(*SIZES), help=about)
     about = "processes at once (default: one a core)"
     parser.add_argument("--workers", metavar="N", type=messages.whole(1, MOST), help=about)
-    about = "reads every file to see whether it changed; without, its size and time tell"
+    about = "compares the content of every file; without it, only size, time and inode"
     parser.add_argument("--check", action="store_true", help=about)
     about = "removes features of files that are no longer at their place"
     parser.add_argument("--prune", action="store_true", help=about)

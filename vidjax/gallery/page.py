@@ -15,7 +15,7 @@ MOST_PICTURES = 8  # of a person in a film: the longest appearances
 PICTURE_BYTES = 100_000
 LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
-LIKELY_PROBABILITY = 0.1  # of another person, from which on the page shows the second choice
+LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # of a person below a timeline; the others are folded
 
 
