@@ -71,6 +71,8 @@ def test_a_head_without_a_face_is_followed(tmp_path, models):
     assert len(found.tracks) == 3
     has = sorted((len(clip["face"]) > 0, len(clip["head"]) > 0) for clip in clips.values())
     assert has == [(False, True), (True, False), (True, True)]
+    (back,) = (one for one in found.tracks if not len(clips[one.clip]["face"]))
+    assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "the place of the head"
 
 
 def test_a_net_for_heads_changes_nothing_of_faces(tmp_path, models):

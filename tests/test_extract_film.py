@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra [video]")
 pytest.importorskip("onnx")
 
 from tests.helpers import films
-from tests.helpers.drawn_people import picture, write_film
+from tests.helpers.drawn_people import SIDE, picture, write_film
 from vidjax.extract import film, folder, pipeline
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
@@ -71,14 +71,14 @@ def test_all_of_a_tracks_time_is_kept():
     """The best are at its end; at 25 pictures a second, in a film of ten minutes."""
     kept = film.Kept()
     for number in range(15_000):
-        kept.add(film.Sighting(number / 15_000, number, number / 25, number, 1.0, {}))
+        kept.add(film.Sighting(number / 15_000, number, number / 25, number, 1.0, np.zeros(4), {}))
         assert len(kept.pictures()) <= film.MOST_KEPT
     times = [one.time_s for one in kept.pictures()]
     assert len(times) > film.MOST_KEPT / 2 and (np.diff(times) > 0).all()
     assert times[0] < 20 and np.diff(times).max() < 20
     short = film.Kept()
     for number in range(50):
-        short.add(film.Sighting(1.0, number, number / 5, number, 1.0, {}))
+        short.add(film.Sighting(1.0, number, number / 5, number, 1.0, np.zeros(4), {}))
     assert len(short.pictures()) == 50
 
 
@@ -89,6 +89,21 @@ def test_a_clip_has_faces_of_all_its_time(tmp_path, drawn):
     number = np.load(tmp_path / "out" / "long.s000.t00.npz")["face_number"]
     assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
     assert number[0] < 20 and number[-1] > 280 and np.diff(number).max() < 25
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_a_track_has_the_place_of_its_best_face(tmp_path, drawn, degrees):
+    """As parts of the picture as it is shown, at the time of that picture."""
+    shown = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
+    stored = [np.rot90(one, -degrees // 90) for one in shown]
+    films.write(tmp_path / "film.mp4", stored, "mpeg4", fps=10, rotation=degrees)
+    (outcome,) = pipeline.extract([tmp_path / "film.mp4"], tmp_path / "out", drawn.models)
+    assert outcome.film and len(outcome.film.tracks) >= 2
+    for one in outcome.film.tracks:
+        assert one.box and one.box_at_s is not None and one.start_s <= one.box_at_s < one.end_s
+        left, top = (113, 72) if one.box[0] > 0.7 else (16 + 20 * one.box_at_s, 40)
+        wanted = np.array([left, top, min(left + SIDE, 128), top + SIDE]) / np.tile([128, 96], 2)
+        np.testing.assert_allclose(one.box, wanted, atol=0.02)
 
 
 def test_a_slow_film_is_told(tmp_path, drawn):

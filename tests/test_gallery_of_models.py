@@ -346,7 +346,7 @@ def seen(name, start, end):
 def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
     """Many players show one subtitle at a time."""
     found = [seen("Eve", 0, 9.5), seen("Bob {x}", 3.25, 4), seen("<i>Ada", 4, 9.5), seen("A", 5, 5)]
-    appearances.write(tmp_path / "a.srt", found)
+    appearances.write(tmp_path / "a.srt", found, [])
     assert (tmp_path / "a.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
@@ -364,7 +364,7 @@ def test_subtitles_are_read_by_ffmpeg(tmp_path):
     av = pytest.importorskip("av")
     found = [seen("Eve", 0, 9.5), seen("Bob", 3.25, 4)]
     for ending in appearances.SUBTITLES:
-        appearances.write(tmp_path / f"a{ending}", found)
+        appearances.write(tmp_path / f"a{ending}", found, [])
         with av.open(str(tmp_path / f"a{ending}")) as file:
             cues = [packet for packet in file.demux() if packet.size]
         times = [(float(one.pts * one.time_base), bytes(one).decode()) for one in cues]

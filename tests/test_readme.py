@@ -3,13 +3,16 @@
 import ast
 import functools
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import urllib.parse
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
@@ -358,6 +361,28 @@ def fault_table():
 @functools.cache
 def functions_of(name):
     return set(re.findall(r"^(?:async )?def (\w+)", (ROOT / name).read_text(), re.MULTILINE))
+
+
+def test_a_database_knows_who_is_seen_together(drawn):
+    """By the query of the page, in a database that knows the same SQL."""
+    drawn.befriend("Ada", "Bob")
+    film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"  # no UTF-8
+    drawn_people.write_photo(drawn.folder / "both.png", ("Ada", 16, 40), ("Bob", 80, 40))
+    drawn_people.write_film(strange, (2, 50, [("Ada", 10, 60), ("Bob", 90, 20)]))
+    for path, year in ((strange, 2023), (film, 2024), (drawn.folder / "both.png", 2024)):
+        os.utime(path, (0, datetime(year, 12, 31, 23, 59, tzinfo=UTC).timestamp()))
+    drawn.who(*drawn.folder.glob("*.*"))
+    rows, database = drawn.rows(), sqlite3.connect(":memory:")
+    assert len({row["path"] for row in rows}) == 3
+    database.execute(f"CREATE TABLE names ({', '.join(map(json.dumps, rows[0]))})")
+    marks = ", ".join("?" * len(rows[0]))
+    for row in rows:
+        cells = [json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()]
+        database.execute(f"INSERT INTO names VALUES ({marks})", cells)  # noqa: S608
+    query = example("query: together", "vidjax/extract/README.md")
+    seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
+    place = drawn.folder.resolve()
+    assert seen == [(f"{place}/both.png", 0.0, 0.0), (f"{place}/party.mkv", 4.0, 6.0)]
 
 
 def test_every_fault_has_a_row_whose_tests_exist():

@@ -1,6 +1,7 @@
 """From films and photos to names, with drawn people and nets that are made here."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -29,6 +30,11 @@ def test_who_appears_when(drawn):
     shown = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
     assert shown == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
+    with (out / "names.tsv").open(newline="") as file:
+        (_, cells, *_) = csv.DictReader(file, delimiter="\t")
+    assert cells["box"] == " ".join(map(str, rows[1]["box"])) and cells["probability"] == ""
+    assert 2 <= float(cells["box_at"]) == rows[1]["box_at"] < 4
+    assert cells["path"] == str(drawn.film().resolve()) and cells["date"] == rows[1]["date"]
     vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
     assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
     assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt

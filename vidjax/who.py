@@ -4,7 +4,8 @@
     OUT/features/      features of the videos
     OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
     OUT/*/thumbnails/  only with --thumbnails: a small picture of each face
-    OUT/names.tsv      video, begin, end, person, probability, clips, evidence
+    OUT/names.tsv      video, begin, end, person, probability, clips, evidence, box, path, date
+    OUT/names.jsonl    the same for programs
     OUT/names.html     shows it
     OUT/unknown.tsv    clips of people without a name: write names in it, and call again
     OUT/unknown.json   the numbers of unknown people, which they keep while their films stay
@@ -542,7 +543,7 @@ def _write(out: Path, gallery: Gallery, decision: Decision) -> None:
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
-        appearances.write(out / name, decision.found)
+        appearances.write(out / name, decision.found, decision.films)
     answers_lib.write_groups(out / UNKNOWN, decision.groups)
     by_video = appearances.by_video(decision.found)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)

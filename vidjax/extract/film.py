@@ -149,7 +149,8 @@ def _pair(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 class Sighting(NamedTuple):
     """A person in a frame: `quality`, then a number that no other has: it makes the order total.
 
-    `quality` is of the face, and below 0 without one. `parts` are part -> box and crop.
+    `quality` is of the face, and below 0 without one. `box` [4] is of the face or else of the head,
+    as parts of the picture. `parts` are part -> box and crop.
     """
 
     quality: float
@@ -157,6 +158,7 @@ class Sighting(NamedTuple):
     time_s: float
     frame: int
     detection: float
+    box: np.ndarray
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -198,7 +200,8 @@ class Clips:
         if not len(chosen):
             return
         found = found.of(chosen)
-        nets = self._nets.embed.items()
+        nets, faces = self._nets.embed.items(), found.parts["face"]
+        boxes = np.where(np.isnan(faces), found.boxes, faces) / np.tile(rgb.shape[1::-1], 2)
         cut_out = {part: crops(net.card, part, found, rgb) for part, net in nets}
         quality = found.scores - 2
         if faces := [*cut_out["face"]]:
@@ -210,7 +213,7 @@ class Clips:
                 if place in each
             }  # fmt: skip
             detected = float(quality[place]), next(self._numbers), time_s, frame
-            seen = Sighting(*detected, float(found.scores[place]), parts)
+            seen = Sighting(*detected, float(found.scores[place]), boxes[place], parts)
             self._kept.setdefault(track, Kept()).add(seen)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
@@ -256,6 +259,8 @@ class Clips:
         self._write(name, arrays)
         top = max(best, key=lambda seen: (seen.quality, seen.number))
         written = _times(track, name)
+        written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), folder.Box)
+        written.box_at_s = round(top.time_s, 3)
         if "face" in top.parts:
             crop, template = top.parts["face"][1], np.array(self._nets.embed["face"].card.template)
             written.dark_eyes = bool(align.has_dark_eyes(crop[None], template)[0])

@@ -37,6 +37,8 @@ POOR = 0.01  # quality of a face, that best tells whom it does not name: benchma
 MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
 REMEDY = "delete the folder, and extract anew"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Box = tuple[Share, Share, Share, Share]  # left, top, right, bottom, as parts of the upright picture
 
 
 class Settings(Struct, kw_only=True, frozen=True):
@@ -65,7 +67,8 @@ class Extraction(Struct, kw_only=True):
 class Track(Struct, kw_only=True):
     """A person in one shot: the clip, seconds of begin and end, and the number of sightings.
 
-    `dark_eyes` if the best face seems to wear sunglasses, see `align.has_dark_eyes`.
+    `dark_eyes` if the best face seems to wear sunglasses, see `align.has_dark_eyes`. `box` is where
+    the best face is, or the head without a face, in the picture at `box_at_s` seconds.
     """
 
     clip: Text
@@ -74,6 +77,8 @@ class Track(Struct, kw_only=True):
     end_s: Seconds
     seen: Size
     dark_eyes: bool = False
+    box: Box | None = None
+    box_at_s: Seconds | None = None
 
     def __post_init__(self) -> None:
         _check_file_name(self.clip)

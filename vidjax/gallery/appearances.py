@@ -5,16 +5,18 @@ the format of speaker diarisation: video, begin and duration in seconds, person.
 """
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vidjax import tables
 from vidjax.errors import UserError
-from vidjax.extract.folder import Film, Track
+from vidjax.extract.folder import Box, Film, Track
 from vidjax.gallery.answers import Answer
 
 GAP_SECONDS = 2.0  # between two sightings of a person that are one appearance
@@ -28,6 +30,7 @@ MARKUP = {
 COLUMNS = {
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
     "probability": "float64", "clips": "string", "evidence": "string",
+    "box": "string", "box_at": "float64", "path": "string", "date": "string",
 }  # fmt: skip
 
 
@@ -35,7 +38,8 @@ class Appearance(NamedTuple):
     """A person in a video, from `start_s` to `end_s`, by the tracks `clips`.
 
     `probability` is the lowest of all tracks; None for an unknown person, whose `identity` is the
-    name of a group, or None. `evidence` are the parts by which a known person was found.
+    name of a group, or None. `evidence` are the parts by which a known person was found. `box` is
+    where the face is at `box_at_s` seconds, see `Track`, by the track of the most sightings.
     """
 
     video: str
@@ -45,6 +49,8 @@ class Appearance(NamedTuple):
     probability: float | None
     clips: tuple[str, ...]
     evidence: tuple[str, ...] = ()
+    box: Box | None = None
+    box_at_s: float | None = None
 
 
 def find(
@@ -118,7 +124,10 @@ def _appearance(
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
-    return Appearance(film.video, tracks[0].start_s, end, name, probability, clips)
+    best, begin = max(tracks, key=lambda track: track.seen), tracks[0].start_s
+    return Appearance(
+        film.video, begin, end, name, probability, clips, box=best.box, box_at_s=best.box_at_s
+    )
 
 
 def _joined(tracks: Iterable[Track]) -> Iterator[list[Track]]:
@@ -135,27 +144,35 @@ def _joined(tracks: Iterable[Track]) -> Iterator[list[Track]]:
         yield run
 
 
-def write(path: Path, found: Sequence[Appearance]) -> None:
-    """Writes appearances to a new file, in the format that its ending names."""
+def write(path: Path, found: Sequence[Appearance], films: Iterable[Film]) -> None:
+    """Writes appearances in films to a new file, in the format that its ending names."""
     if path.suffix in SUBTITLES:
         tables.write_new(path, to_subtitles(found, path.suffix).encode())
     elif path.suffix == ".rttm":
         tables.write_new(path, to_rttm(found).encode())
     else:
-        tables.write(path, COLUMNS, map(_row, found), map(as_json, found))
+        files = {film.video: _file_of(film) for film in films}
+        objects = [
+            {name.removesuffix("_s"): value for name, value in one._asdict().items()}
+            | files[one.video]
+            for one in found
+        ]
+        tables.write(path, COLUMNS, map(_row, objects), objects)
 
 
-def as_json(one: Appearance) -> dict[str, object]:
-    """Returns an appearance as plain values for JSON."""
-    values = one._asdict() | {"clips": list(one.clips), "evidence": list(one.evidence)}
-    return {name.removesuffix("_s"): value for name, value in values.items()}
+def _file_of(film: Film) -> dict[str, str]:
+    """Returns the path of a film, and when its file was last changed, by UTC."""
+    source = film.source
+    date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
+    path = os.fsencode(source.path).decode(errors="replace")
+    return {"path": path, "date": date.strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
-def _row(one: Appearance) -> tuple[object, ...]:
-    return (
-        one.video, round(one.start_s, 3), round(one.end_s, 3), one.identity, one.probability,
-        " ".join(one.clips), " ".join(one.evidence),
-    )  # fmt: skip
+def _row(values: Mapping[str, Any]) -> tuple[object, ...]:
+    """Returns the cells of an appearance; several values in one are set apart by blanks."""
+    times = {name: round(values[name], 3) for name in ("start", "end")}
+    cells = [(values | times)[name] for name in COLUMNS]
+    return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 
 def to_subtitles(found: Sequence[Appearance], ending: str) -> str:

@@ -412,7 +412,8 @@ def _identify(args: argparse.Namespace) -> Result:
     content |= {"threshold": rule.found.to_dict() if rule.found else None} | timed[1]
     if out:
         if films:
-            appearances.write(out, appearances.find(appearances.settle(found, films), films))
+            shown = appearances.find(appearances.settle(found, films), films)
+            appearances.write(out, shown, films)
         else:
             answers_lib.write(out, found)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
