@@ -206,6 +206,8 @@ def test_whole_names_count_and_similar_names_are_told(tmp_path, run):
     (tmp_path / "run" / "ranking.txt").write_text("Ada%20Lovelace clip%201.mp4 x.mp4\n")
     (tmp_path / "who" / "people" / GONE).mkdir(parents=True)
     (tmp_path / "who" / "gallery").mkdir()
+    (tmp_path / "who" / "cuts").mkdir()
+    (tmp_path / "who" / "cuts" / f"{GONE}.edl").write_text(GONE)
     (tmp_path / "who" / "names.tsv").write_text(f"video\tidentity\nx.mp4\t{GONE}\n")
     notes = [tmp_path / "run" / name for name in ("report on Ada.txt", "checks", "metrics Ada.csv")]
     for path in notes:

@@ -25,7 +25,7 @@ def reviewed(drawn):
 
         def __init__(self):
             self.again()
-            self.review = review.Review(drawn.out)
+            self.review = review.Review(drawn.out, padding=0.25)
             self.client = testclient.TestClient(
                 review.make_app(self.review, TOKEN, PORT), base_url=f"http://127.0.0.1:{PORT}",
                 headers={"origin": f"http://127.0.0.1:{PORT}", "sec-fetch-site": "same-origin"},
@@ -62,6 +62,8 @@ def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
     named = dict.fromkeys(unknown[bob], "Zo\u00eb")
     assert f"Saved: {bob} is Zo" in text and "Undo" in text
+    edl = (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
+    assert " 00:00:01:18 00:00:03:23 " in edl and " 00:00:03:18 00:00:05:23 " in edl
     assert reviewed.names() == before | named == reviewed.again()
     text = reviewed.post("undo")
     assert "Taken back" in text and reviewed.names() == before == reviewed.again()

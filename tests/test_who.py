@@ -24,7 +24,7 @@ from vidjax.gallery.gallery import Gallery
 
 def test_who_appears_when(drawn):
     drawn.befriend("Ada", "Bob")
-    content, _ = drawn.who(drawn.film(), flags=["--workers=1"])
+    content, _ = drawn.who(drawn.film(), flags=["--workers=1", "--padding=0.5"])
     assert content["people"] == {"Ada": 1, "Bob": 1}
     rows, out = drawn.rows(), drawn.out
     shown = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
@@ -38,6 +38,9 @@ def test_who_appears_when(drawn):
     vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
     assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
     assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
+    assert {path.name for path in (out / "cuts").iterdir()} == {"Ada.edl", "Bob.edl"}
+    edl = (out / "cuts" / "Bob.edl").read_text()
+    assert "  C        00:00:03:12 00:00:05:23 00:00" in edl and "NAME: party.mkv\n" in edl
     page = (out / "names.html").read_text()
     assert "party.mkv" in page and page.count("<script") == 1 and page.count('class="line') == 3
     assert page.count('href="../party.mkv#t=4.0"') == 6, "two people: bar, time, and their table"
@@ -129,6 +132,9 @@ def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
     assert "fpir=0.01 needs 99 clips of strangers or more" in said
     _, said = drawn.who(film, flags=["--threshold=2"], code=2)
     assert "name a probability above 0" in said
+    for padding in ("-1", "nan", "inf"):
+        _, said = drawn.who(film, flags=[f"--padding={padding}"], code=2)
+        assert "give seconds, 0 or more" in said
 
 
 def cut_off(*args, **options):

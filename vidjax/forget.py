@@ -76,7 +76,7 @@ OWN = {
         r"(ranking|analysis|report|metrics)(_\w+)?\.(txt|npz|html|json)|checkpoints|members\.npz|"
         r"(identities|config|data_report)\.json|(metrics|timing)\.jsonl"
     ),
-    "who": re.compile(r"names\.(tsv|jsonl|html)|unknown\.(tsv|json)|subtitles|people"),
+    "who": re.compile(r"names\.(tsv|jsonl|html)|unknown\.(tsv|json)|subtitles|cuts|people"),
 }
 
 

@@ -52,7 +52,15 @@ class Review:
     `version` grows with each change.
     """
 
-    def __init__(self, out: Path, *, fpir: float | None = None, threshold: float | None = None):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        fpir: float | None = None,
+        threshold: float | None = None,
+        padding: float = who.PADDING,
+    ):
+        self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
         self._films = who.read_films(out)
@@ -159,8 +167,9 @@ class Review:
 
     def _decide(self) -> None:
         self._decision = who.decide(
-            self._gallery, self._out, self._films, self._numbers, self._identify, self._vectors
-        )
+            self._gallery, self._out, self._films, self._numbers, self._identify, self._vectors,
+            padding=self._padding,
+        )  # fmt: skip
         self._vectors = self._decision.vectors
         self._numbers = who.read_numbers(self._out)
         self.version += 1
@@ -240,7 +249,13 @@ async def _read_form(request: Request) -> dict[str, str]:
     return dict(urllib.parse.parse_qsl(body.decode(errors="replace")))
 
 
-def run(out: Path, *, fpir: float | None = None, threshold: float | None = None) -> None:
+def run(
+    out: Path,
+    *,
+    fpir: float | None = None,
+    threshold: float | None = None,
+    padding: float = who.PADDING,
+) -> None:
     """Serves the page of a folder of results until Ctrl-C."""
     from vidjax.serve import app as app_lib
     from vidjax.serve.limits import Limits
@@ -248,7 +263,7 @@ def run(out: Path, *, fpir: float | None = None, threshold: float | None = None)
     token = secrets.token_urlsafe(16)
     with files.lock(out, "out"), app_lib.listen(HOST, 0) as listener:
         files.refuse_links(out)
-        review = Review(out, fpir=fpir, threshold=threshold)
+        review = Review(out, fpir=fpir, threshold=threshold, padding=padding)
         port = listener.getsockname()[1]
         messages.say(f"http://{HOST}:{port}/{token}/")
         messages.say("Open this address in a browser on this machine. End with Ctrl-C.")

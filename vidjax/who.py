@@ -10,6 +10,7 @@
     OUT/unknown.tsv    clips of people without a name: write names in it, and call again
     OUT/unknown.json   the numbers of unknown people, which they keep while their films stay
     OUT/subtitles/     a .vtt and a .srt for each video
+    OUT/cuts/          a .edl for each person, for programs that edit films
 
 Everything but features, numbers and the gallery is written anew by each call. People and photos
 that `people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
@@ -18,6 +19,7 @@ to the models, for which all films and photos are read once more.
 """
 
 import functools
+import math
 import os
 import re
 from collections import Counter
@@ -33,12 +35,12 @@ from vidjax import files, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
-from vidjax.data.untrusted.names import normal_form, show
+from vidjax.data.untrusted.names import file_stems, normal_form, show
 from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, page, store
+from vidjax.gallery import appearances, cuts, page, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.changes import check_person
@@ -49,7 +51,8 @@ from vidjax.run.terminal import say
 
 STRANGER_ODDS = 3.0  # of the faces of films, three of four show nobody enrolled
 TOLD = "told"  # the evidence of a clip that was itself enrolled
-PAGE, SUBTITLES, PEOPLE, FEATURES = "names.html", "subtitles", "people", "features"
+PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
+PADDING = 1.0  # seconds
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", folder.NUMBERS
 NUMBERS_REMEDY = "delete it: unknown people are numbered anew"
@@ -213,6 +216,7 @@ def who(
     thumbnails: bool = False,
     fpir: float | None = None,
     threshold: float | None = None,
+    padding: float = PADDING,
     check: bool = False,
     prune: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
@@ -228,6 +232,7 @@ def who(
       out: the folder for results; it is made, and readable by its owner alone.
       thumbnails: shows the face beside each name; False deletes pictures of earlier calls.
       fpir, threshold: when a clip gets a name, see `Gallery.identify`.
+      padding: seconds that cut lists show before and after each appearance.
       prune: removes films of earlier calls that are no longer at their place.
       models, settings, workers, check, done: as of `pipeline.extract`.
 
@@ -236,6 +241,8 @@ def who(
         link in the folder for results.
     """
     answers_lib.check_choice(fpir, threshold)
+    if not 0 <= padding < math.inf:
+        raise UserError(f"--padding={padding:g}: give seconds, 0 or more")
     pipeline.check_apart(pipeline.list_files(films), out)
     photos = {} if people is None else _photos(people)
     if people and out.resolve().parent == people.resolve():
@@ -276,7 +283,7 @@ def who(
             films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done
         )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
-        return _look(gallery, failed, outcomes, before, out, identify)
+        return _look(gallery, failed, outcomes, before, out, identify, padding)
 
 
 def _look(
@@ -286,6 +293,7 @@ def _look(
     before: Numbers,
     out: Path,
     identify: Callable[..., dict[str, Answer]],
+    padding: float,
 ) -> Done:
     """Finds the people of the gallery in films, and writes the results."""
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
@@ -294,7 +302,7 @@ def _look(
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(f"not at their place any more: {count}, such as {missing[0]}; --prune removes them")
-    decision = decide(gallery, out, films, before, identify)
+    decision = decide(gallery, out, films, before, identify, padding=padding)
     shown = {*decision.groups.values()}
     return Done(gallery.identities, decision.found, len(shown), failed)
 
@@ -476,6 +484,8 @@ def decide(
     before: Numbers,
     identify: Callable[..., dict[str, Answer]],
     vectors: Vectors | None = None,
+    *,
+    padding: float = PADDING,
 ) -> Decision:
     """Names the clips of all films, numbers unknown people, and writes the results.
 
@@ -485,6 +495,7 @@ def decide(
     Args:
       identify: `gallery.identify` with a rule.
       vectors: of all clips; None to read them.
+      padding: of cut lists, see `who`.
     """
     answers, groups = dict[str, Answer](), dict[str, str]()
     clips = {track.clip for film in films for track in film.tracks}
@@ -511,7 +522,7 @@ def decide(
     groups = {clip: before.joined(group) for clip, group in groups.items()}
     found = appearances.find(answers, films, groups)
     decision = Decision(films, vectors, answers, groups, found)
-    _write(out, gallery, decision)
+    _write(out, gallery, decision, padding)
     return decision
 
 
@@ -539,7 +550,7 @@ def _keep_numbers(
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
-def _write(out: Path, gallery: Gallery, decision: Decision) -> None:
+def _write(out: Path, gallery: Gallery, decision: Decision, padding: float) -> None:
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
@@ -550,13 +561,15 @@ def _write(out: Path, gallery: Gallery, decision: Decision) -> None:
     films = [film for film in decision.films if not film.photo]
     names = {film.video: film.video.replace("/", " - ") for film in films}
     twins = Counter(Path(name).stem.lower() for name in names.values())
-    for video, name in names.items():
-        stem = Path(name).stem if twins[Path(name).stem.lower()] == 1 else name
-        # Names of files have 255 bytes at most, also while they are written.
-        stem = stem.encode()[:200].decode(errors="ignore")
+    stems = file_stems(
+        Path(name).stem if twins[Path(name).stem.lower()] == 1 else name for name in names.values()
+    )
+    for video, stem in zip(names, stems, strict=True):
         for ending in appearances.SUBTITLES:
             text = appearances.to_subtitles(by_video.get(video, []), ending)
             files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
+    (out / CUTS).mkdir(mode=0o700, exist_ok=True)
+    cuts.write(out / CUTS, decision.found, decision.films, padding)
     addresses = {
         film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
         for film in decision.films
@@ -588,3 +601,4 @@ def _remove_results(out: Path) -> None:
     for name in (PAGE, *TABLES):
         (out / name).unlink(missing_ok=True)
     files.remove_ours(out / SUBTITLES, r".+\.(vtt|srt)")
+    files.remove_ours(out / CUTS, r".+\.edl")

@@ -20,12 +20,12 @@ def run(args: argparse.Namespace) -> Result:
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), commands.settings_of(args),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
-        check=args.check, prune=args.prune, done=commands.tell,
+        padding=args.padding, check=args.check, prune=args.prune, done=commands.tell,
     )  # fmt: skip
     if args.review:
         from vidjax import review  # it needs starlette
 
-        review.run(out, fpir=args.fpir, threshold=args.threshold)
+        review.run(out, fpir=args.fpir, threshold=args.threshold, padding=args.padding)
     named = [one.identity for one in done.found if one.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
@@ -56,6 +56,8 @@ def add_flags(parser: Parser) -> None:
     add_rule(parser)
     about = "shows faces on the page; without, those of earlier calls go"
     parser.add_argument("--thumbnails", action="store_true", help=about)
+    about = "seconds before and after each appearance in cut lists, 1 by default"
+    parser.add_argument("--padding", metavar="SECONDS", type=float, default=who.PADDING, help=about)
     about = "then serves the page to this machine, to name people and correct names"
     parser.add_argument("--review", action="store_true", help=about)
     example = "holiday.mp4 --people=friends --models=models --out=names"

@@ -338,6 +338,7 @@ def extract(
         refused=found.refused,
         repaired=found.repaired,
         damaged=found.damaged,
+        rate=None if video.info.photo else video.info.rate,
     )
     if nets.listen and video.info.sound and not film.photo:
         with decode.open_video(path) as video:

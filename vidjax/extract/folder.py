@@ -115,8 +115,9 @@ class Film(Struct, kw_only=True):
     """`videos/STEM.json`: a video or a photo.
 
     `shots` are seconds of begin and end. `corrupt`, `refused` and `repaired` count frames, packets
-    and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `voices` are the
-    tracks with a voice, and `lost_sound` counts frames and packets of sound that were not decoded.
+    and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `rate`: frames of a
+    second. `voices` are the tracks with a voice, and `lost_sound` counts frames and packets of
+    sound that were not decoded.
     """
 
     format: Literal[2] = 2
@@ -132,6 +133,7 @@ class Film(Struct, kw_only=True):
     refused: Count = 0
     repaired: Count = 0
     damaged: bool = False
+    rate: Annotated[float, Meta(gt=0, le=1000)] | None = None
     voices: Count = 0
     lost_sound: Count = 0
 

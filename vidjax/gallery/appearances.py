@@ -171,7 +171,7 @@ def _file_of(film: Film) -> dict[str, str]:
 def _row(values: Mapping[str, Any]) -> tuple[object, ...]:
     """Returns the cells of an appearance; several values in one are set apart by blanks."""
     times = {name: round(values[name], 3) for name in ("start", "end")}
-    cells = [(values | times)[name] for name in COLUMNS]
+    cells = [{**values, **times}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 import unicodedata
 import urllib.parse
+from collections import Counter
 from collections.abc import Iterable
 
 from vidjax.errors import UserError
@@ -19,6 +20,8 @@ _JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, of Persian and Indic names, and of em
 _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
+
+STEM_BYTES = 200  # names of files have 255 bytes at most, also while they are written
 
 
 def show(text: str | bytes) -> str:
@@ -110,6 +113,28 @@ def similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
         if (other := seen.setdefault(fold(name), name)) != name:
             found[name] = other
     return {name: found[name] for name in new if name in found}
+
+
+def file_stems(labels: Iterable[str]) -> list[str]:
+    """Returns the begin of a file's name for each label: STEM_BYTES at most, and none looks alike.
+
+    Many systems do not tell `ada` from `Ada`: the second one becomes `ada (2)`.
+    """
+    stems, taken = list[str](), Counter[str]()
+    for label in labels:
+        stem = _cut(label, STEM_BYTES)
+        word, number = fold(stem), 1
+        while fold(stem) in taken:
+            number = max(number, taken[word]) + 1
+            stem = f"{_cut(label, STEM_BYTES - 10)} ({number})"
+        taken[word] = number
+        taken[fold(stem)] = max(1, taken[fold(stem)])
+        stems.append(stem)
+    return stems
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    return text.encode()[:most_bytes].decode(errors="ignore")
 
 
 def clean_name(name: str) -> str:

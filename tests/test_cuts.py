@@ -1,0 +1,101 @@
+"""cuts: lists of the stretches that show a person, read back as the format CMX 3600 says."""
+
+import re
+
+import pytest
+
+from vidjax.extract.folder import Film, Source
+from vidjax.gallery import cuts
+from vidjax.gallery.appearances import Appearance
+
+NTSC = 30000 / 1001
+
+
+def film(name, rate, seconds=100.0):
+    source = Source(address=f"/films/{name}", size=1, mtime_ns=0, inode=0)
+    return Film(
+        video=name, source=source, sha256="0" * 64, photo=rate is None, seconds=seconds,
+        shots=[], tracks=[], frames=1, rate=rate,
+    )  # fmt: skip
+
+
+def seen(film, start, end, name="Ada", probability=0.9):
+    return Appearance(film.video, start, end, name, probability, ("c",))
+
+
+def read(path, base):
+    """Returns (clip, begin, end) in frames of each event, whose records follow one another."""
+    title, mode, *rest = path.read_text().splitlines()
+    assert (
+        re.fullmatch(r"TITLE: Ada [\d.]+ fps|TITLE: Bob 25 fps", title)
+        and mode == "FCM: NON-DROP FRAME"
+    )
+    found, at = [], 0
+    for number, (_, event, clip, source) in enumerate(zip(*[iter(rest)] * 4, strict=True), 1):
+        fields = event.split()
+        assert fields[:4] == [f"{number:03}", "AX", "AA/V", "C"]
+        parts = [[*map(int, time.split(":"))] for time in fields[4:]]
+        assert all(m < 60 and s < 60 and f < base for _, m, s, f in parts)
+        times = [((h * 60 + m) * 60 + s) * base + f for h, m, s, f in parts]
+        assert times[2:] == [at, at + times[1] - times[0]] and times[1] > times[0]
+        at = times[3]
+        name = clip.removeprefix("* FROM CLIP NAME: ")
+        assert source == f"* SOURCE FILE: /films/{name}"
+        found.append((name, *times[:2]))
+    return found
+
+
+def test_appearances_are_events_with_time_around_them(tmp_path):
+    """They end with the film and join where they touch; photos and unknown people have none."""
+    one, other = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
+    photo = film("c.jpg", None, 0.0)
+    found = [
+        seen(one, 0.4, 3), seen(one, 4.9, 6), seen(one, 5.2, 5.5), seen(one, 98, 100),
+        seen(one, 20, 30, "unknown 1", None), seen(one, 50, 51, "Bob"),
+        seen(other, 3600.01, 3601), seen(photo, 0, 0),
+    ]  # fmt: skip
+    cuts.write(tmp_path, found, [one, other, photo], 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
+    assert read(tmp_path / "Ada.edl", 25) == [
+        ("a.mp4", 0, 7 * 25), ("a.mp4", 97 * 25, 2500), ("b.mov", 3599 * 25, 3602 * 25)
+    ]  # fmt: skip
+    assert read(tmp_path / "Bob.edl", 25) == [("a.mp4", 49 * 25, 52 * 25)]
+    cuts.write(tmp_path, found, [one, other, photo], 0.0)
+    assert len(read(tmp_path / "Ada.edl", 25)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rate", "exact", "base"),
+    [
+        (23.976, 24000 / 1001, 24), (29.98, NTSC, 30), (30.0, 30.0, 30), (50.0, 50.0, 50),
+        (59.93, 2 * NTSC, 60), (14.7, 24000 / 1001, 24),
+    ],
+)  # fmt: skip
+def test_a_list_has_the_rate_of_its_films(tmp_path, rate, exact, base):
+    """Of 29.97 frames a second, a time code has 30 frames a second, and runs slow."""
+    one = film("a.mp4", rate, 5000.0)
+    cuts.write(tmp_path, [seen(one, 1000, 2000)], [one], 0.0)
+    (event,) = read(tmp_path / "Ada.edl", base)
+    assert event == ("a.mp4", round(1000 * exact), round(2000 * exact))
+
+
+def test_films_of_other_rates_and_long_lists_go_to_more_files(tmp_path):
+    films = [film("a.mp4", NTSC), film("b.mp4", 25, 9000.0)]
+    found = [seen(films[0], 1, 2)]
+    found += [seen(films[1], 4 * n, 4 * n + 1) for n in range(cuts.MOST_EVENTS + 1)]
+    cuts.write(tmp_path, found, films, 1.0)
+    count = {path.stem: len(read(path, 30 if "29" in path.stem else 25))
+             for path in tmp_path.iterdir()}  # fmt: skip
+    assert count == {"Ada 29.97 fps": 1, "Ada 25 fps": 999, "Ada 25 fps part 2": 1}
+
+
+def test_each_person_has_a_file_whatever_the_name(tmp_path):
+    long = "\U0001f600" * 300
+    names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
+    one = film("a.mp4", 25)
+    (tmp_path / "cuts").mkdir()
+    cuts.write(tmp_path / "cuts", [seen(one, 1, 2, name) for name in names], [one], 1.0)
+    found = [path.name for path in (tmp_path / "cuts").iterdir()]
+    assert len({name.casefold() for name in found}) == len(names)
+    assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in found)
+    assert len([*tmp_path.iterdir()]) == 1
