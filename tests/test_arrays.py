@@ -13,6 +13,7 @@ from tests.helpers import clip_files, seen
 from tests.helpers.batches import eval_batches, labelled
 from tests.helpers.datasets import load_dataset, prepare
 from vidjax.data import arrays, iqiyi_vid, memory, sources
+from vidjax.data.clip_files import write_npz
 from vidjax.data.labels import load_ground_truth
 from vidjax.data.records.convert import convert
 
@@ -119,6 +120,7 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     "kind",
     [
         "npz",
+        "npz of several clips",
         pytest.param("a list", marks=needs_pyarrow),
         pytest.param("a list of fixed length", marks=needs_pyarrow),
     ],
@@ -127,6 +129,16 @@ def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
     splits, folder = make_splits(), tmp_path / "own"
     if kind == "npz":
         clip_files.write_npz(folder, splits)
+    elif kind == "npz of several clips":
+        for split, clips in splits.items():
+            (folder / split).mkdir(parents=True)
+            flat = {
+                name: {
+                    "face" if f == "features" else f"face_{f}": x for f, x in one["face"].items()
+                }
+                for name, one in clips.items()
+            }
+            write_npz(folder / split / "all.npz", flat)
     else:
         width = DIM if kind == "a list of fixed length" else -1
         folder.mkdir()
@@ -142,7 +154,7 @@ def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
     assert source.truth(records.clips) == {}
     assert shards(records) == shards(convert(arrays.FeatureDict(splits), cache))
     counts = records.splits["train"].lengths["face"].tolist()
-    assert counts == ([0, 1, 2, 3] if kind == "npz" else [1, 2, 3]) * 3
+    assert counts == ([0, 1, 2, 3] if "npz" in kind else [1, 2, 3]) * 3
 
 
 def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
@@ -394,6 +406,21 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     clip_files.write_truth(folder, "train", {"one": "1"})
     clip_files.write_labels(folder / "labels.csv", {"one": 1})
     refused("labels.csv and train_gt.txt: keep one", source=folder, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "length", [None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]]
+)
+def test_frames_of_several_clips_are_counted(tmp_path, length):
+    more = {} if length is None else {"face_length": length}
+    path = tmp_path / "all.npz"
+    np.savez(path, clips=["a", "b"], face=np.ones((3, 2), np.float32), **more)
+    said = str(path), "'face_length' are not the frames of each of its clips"
+    seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), *said)
+    np.savez(path, clips=["a", "a"], face=np.ones((3, 2), np.float32), face_length=[1, 2])
+    seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), "clip a comes twice")
+    np.savez(path, clips=np.ones((3, 2), np.float32))  # a modality of this name
+    assert memory.load_clips(tmp_path, {"clips": 2}, ()).split("clips").clips == ("all",)
 
 
 def test_parts_of_a_split_are_not_passed_over(tmp_path, cache):

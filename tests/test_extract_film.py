@@ -9,6 +9,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra [video]")
 pytest.importorskip("onnx")
 
 from tests.helpers import films
+from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import SIDE, picture, write_film
 from vidjax.extract import film, folder, pipeline
 
@@ -22,8 +23,9 @@ def found(path, models):
     assert outcome.film
     people = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
     seen = []
+    clips = read_arrays(out)
     for track in outcome.film.tracks:
-        mean = np.load(out / f"{track.clip}.npz")["face"].mean(0)[:3]
+        mean = clips[track.clip]["face"].mean(0)[:3]
         who = max(people, key=lambda name: float(mean @ people[name]))
         seen.append((round(track.start_s, 3), round(track.end_s, 3), who))
     return seen
@@ -86,7 +88,7 @@ def test_a_clip_has_faces_of_all_its_time(tmp_path, drawn):
     write_film(tmp_path / "long.mkv", (30, 20, [("Ada", 0, 30)]), size=(96, 256))
     (outcome,) = pipeline.extract([tmp_path / "long.mkv"], tmp_path / "out", drawn.models)
     assert outcome.film and len(outcome.film.tracks) == 1
-    number = np.load(tmp_path / "out" / "long.s000.t00.npz")["face_number"]
+    number = read_arrays(tmp_path / "out")["long.s000.t00"]["face_number"]
     assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
     assert number[0] < 20 and number[-1] > 280 and np.diff(number).max() < 25
 

@@ -1,6 +1,5 @@
 """Voices of films: whose face is seen alone, where sound lies in time, and what clips get of it."""
 
-import shutil
 import tracemalloc
 
 import numpy as np
@@ -11,9 +10,10 @@ pytest.importorskip("onnxruntime", reason="needs the extra [video]")
 pytest.importorskip("onnx")
 
 from tests.helpers import made_nets
+from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import tone, write_film, write_models, write_photo, write_voices
 from tests.helpers.seen import contents, refused
-from vidjax.data.clip_files import read_clips
+from vidjax.data.clip_files import read_clips, write_npz
 from vidjax.extract import cards, folder, pipeline, voices
 from vidjax.extract.folder import Track
 from vidjax.gallery import backend
@@ -32,8 +32,7 @@ def extract(path, models, out=None):
     out = out or path.with_suffix("")
     (outcome,) = pipeline.extract([path], out, models)
     assert outcome.film
-    clips = {file.stem: dict(np.load(file)) for file in sorted(out.glob("*.npz"))}
-    return clips, outcome.film
+    return read_arrays(out), outcome.film
 
 
 def track(clip, start_s, end_s, shot=0):
@@ -56,7 +55,7 @@ def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
     embed = voices.voice_embedder(cards.load(models)["voice_embedder"])
     wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))[1]
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
-    (clip, *_) = read_clips([path.with_suffix("") / "film.s000.t00.npz"])
+    (clip, *_) = read_clips([path.with_suffix("") / "film.npz"])
     assert {*clip.modalities} == {"face", "audio"}
     assert {*clip.modalities["audio"]} == {"features", "quality", "number"}
 
@@ -117,7 +116,7 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
                sound=tone(440, 16), size=(240, 320))  # fmt: skip
     out = tmp_path / "shots"
     pipeline.extract([path], out, models, folder.Settings(unit="shot"))
-    clips = {file.stem: dict(np.load(file)) for file in out.glob("*.npz")}
+    clips = read_arrays(out)
     assert {*clips} == {"film.s000", "film.s002"}
     by_track, film = extract(path, models, tmp_path / "tracks")
     gone = max(one.end_s for one in film.tracks if one.shot == 0 and one.end_s < 7)
@@ -136,8 +135,8 @@ def test_one_and_two_processes_write_the_same_bytes(tmp_path, models, drawn):
         out = tmp_path / f"by{workers}"
         pipeline.extract(paths, out, models, workers=workers)
         written.append(contents(out))
-    assert written[0] == written[1] and len(written[0]) == 6 + 3 + 1
-    assert sum("audio" in np.load(path) for path in (tmp_path / "by1").glob("*.npz")) == 2
+    assert written[0] == written[1] and len(written[0]) == 3 + 3 + 1
+    assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
 
 
 @pytest.mark.parametrize(
@@ -217,8 +216,7 @@ def speak(film, models, *, name, hertz):
 
 def modalities(features):
     """Returns modality -> its features and their quality, of the one clip of a folder."""
-    (file,) = features.glob("*.npz")
-    arrays = np.load(file)
+    (arrays,) = read_arrays(features).values()
     return {
         name: {"features": arrays[name], "quality": arrays[f"{name}_quality"]}
         for name in ("face", "audio")
@@ -293,7 +291,9 @@ def test_who_tells_by_what_a_person_was_found(tmp_path, models, drawn):
         ("Ada", ["face"]), ("unknown 1", []),
     ]  # fmt: skip
     assert "\tclips\tevidence\tbox\t" in (out / "names.tsv").read_text()
-    again = shutil.copy(out / "features" / f"{rows[0]['clips'][0]}.npz", tmp_path / "again.npz")
+    (clip,) = rows[0]["clips"]
+    again = tmp_path / "again.npz"
+    write_npz(again, {"again": read_arrays(out / "features")[clip]})
     drawn.gallery("enrol", f"--input={again}", "--identity=Ada")
     answers = tmp_path / "answers.jsonl"
     drawn.gallery("identify", f"--input={out / 'features'}", f"--out={answers}")
@@ -317,4 +317,4 @@ def test_a_shot_is_a_clip_of_its_main_figure(tmp_path, drawn):
     assert [track.clip for track in film.tracks] == ["film.s000", "film.s004"]
     assert [track.shot for track in film.tracks] == [0, 4]
     for track in film.tracks:
-        assert len(np.load(drawn.out / f"{track.clip}.npz")["face"]) == track.seen
+        assert len(read_arrays(drawn.out)[track.clip]["face"]) == track.seen

@@ -16,8 +16,11 @@ pytest.importorskip("onnxruntime", reason="needs the extra [video]")
 pytest.importorskip("onnx")
 
 from tests.helpers import made_nets
+from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, EMBED, tone, write_film, write_photo, write_voices
 from vidjax import who
+from vidjax.data.clip_files import write_npz
+from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.gallery.gallery import Gallery
 
@@ -343,12 +346,12 @@ def test_what_a_person_says_of_a_clip_counts(drawn):
 
     before = shown()
     assert before["party.s000.t00"] == ("Ada", ["face"])
-    clip = f"--input={drawn.out / 'features' / 'party.s000.t00.npz'}"
-    drawn.gallery("enrol", clip, "--identity=Bob")
+    clip = (f"--input={drawn.out / 'features'}", "--clip=party.s000.t00")
+    drawn.gallery("enrol", *clip, "--identity=Bob")
     assert shown()["party.s000.t00"] == ("Bob", ["told"])
     drawn.gallery("remove", "--clip=party.s000.t00")
     assert shown() == before
-    drawn.gallery("enrol", clip, "--strangers")
+    drawn.gallery("enrol", *clip, "--strangers")
     assert shown()["party.s000.t00"] == (None, [])
     drawn.gallery("relabel", "--clip=party.s000.t00", "--identity=Ada")
     assert shown()["party.s000.t00"] == ("Ada", ["told"])
@@ -380,7 +383,7 @@ def test_enrol_tells_photos_that_do_not_help(drawn, whole):
     ]
     prefix = "Ada/" if whole else ""
     assert {*Gallery(g).clips} == {f"{prefix}one", f"{prefix}poor"}
-    words = (f"--input={people / 'Ada' / 'two.f02.npz'}", "--identity=Bob")
+    words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
     assert drawn.run("gallery", "enrol", g, *words)[0] == 0  # one of two faces, by its name
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
 
@@ -391,8 +394,8 @@ def test_enrol_judges_only_clips_that_it_was_given(drawn):
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     write_photo(photos / "odd.png", ("Ada", 20, 20))
     pipeline.extract([photos], made, drawn.models)
-    (made / "two.f02.npz").unlink()
-    np.savez(made / ".x.npz", face=np.ones((1, made_nets.WIDTH)), face_quality=np.zeros(0))
+    (_, face), *_ = read_arrays(made).items()
+    write_npz(made / "two.npz", {"two.f01": face})
     told = made / "videos" / "odd.json"
     odd = json.loads(told.read_text())
     odd["tracks"][0]["clip"] = ".x"
@@ -432,13 +435,14 @@ def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(drawn):
 
     drawn.who(film)
     assert not pictures() and "<img" not in page.read_text()
-    features = {path.name: path.read_bytes() for path in (out / "features").glob("*.npz")}
+    features = (out / "features" / "party.npz").read_bytes()
+    clips = sorted(read_arrays(out / "features"))
 
     _, said = drawn.who(film, flags=["--thumbnails"])
     assert "as before" not in said
-    found = [f"features/thumbnails/party/{name[:-4]}.png" for name in sorted(features)]
+    found = [f"features/thumbnails/party/{clip}.png" for clip in clips]
     assert pictures() == [*found, *(f"people/{n}/thumbnails/1/1.png" for n in ("Ada", "Bob"))]
-    assert {path.name: path.read_bytes() for path in (out / "features").glob("*.npz")} == features
+    assert (out / "features" / "party.npz").read_bytes() == features
     for path in out.rglob("thumbnails"):
         assert path.stat().st_mode & 0o777 == 0o700
         assert all(one.stat().st_mode & 0o777 == 0o700 for one in path.iterdir())
@@ -481,18 +485,43 @@ def test_a_cut_off_extraction_goes_on(drawn):
         return {str(path): path.read_bytes() for path in paths}
 
     whole = written()
-    assert len(whole) == 8
+    assert len(whole) == 5
     (out / "thumbnails" / "party" / "party.s007.t00.png").write_bytes(b"")
     (out / "videos" / "party.json").unlink()  # written last
-    (out / "party.s000.t00.npz").unlink()
-    (out / "party.s007.t00.npz").write_bytes(b"of a cut-off call")
+    (out / "party.npz").write_bytes(b"of a cut-off call")
     (out / ".extract-0badc0de").mkdir()
     assert written() == whole
     shutil.rmtree(out / "thumbnails" / "party")
     assert written() == whole
-    (out / "party.s001.t00.npz").unlink()
+    (out / "party.npz").unlink()
     assert written() == whole
     assert not (out / ".extract-0badc0de").exists()
+
+
+def test_one_process_reads_the_photos_of_all_people(drawn, monkeypatch):
+    """If it crashes at one photo, only this photo is lost."""
+    read, batches = pipeline.run_limited_each, []
+    bad = drawn.friends / "Bob" / "2.png"
+
+    def spy(module, given, **limits):
+        batches.append([path.relative_to(drawn.folder) for path, _ in given])
+        if any(path == bad for path, _ in given):
+            raise UserError(f"{given[0][0]}: its reader ended with SIGSEGV")
+        return read(module, given, **limits)
+
+    monkeypatch.setattr(pipeline, "run_limited_each", spy)
+    drawn.befriend("Ada", "Bob", "Eve")
+    drawn.who(drawn.film(), flags=["--workers=1"])
+    assert [len(one) for one in batches] == [3, 1] and len(
+        list((drawn.out / "features").iterdir())
+    ) == 4
+    batches.clear()
+    for name in ("Ada", "Bob", "Eve"):
+        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
+    content, said = drawn.who(drawn.film(), flags=["--workers=1"], code=1)
+    assert [len(one) for one in batches] == [3, 1, 2, 1, 1]
+    assert content["people"] == {"Ada": 2, "Bob": 1, "Eve": 2} and content["failed"] == [str(bad)]
+    assert said.count("SIGSEGV") == 1 and not [*drawn.out.rglob(".extract-*")]
 
 
 def test_features_of_another_net_or_setting_are_refused(drawn):
@@ -517,7 +546,7 @@ def test_files_of_one_name_keep_apart(drawn):
     assert [one.film.video for one in outcomes if one.film] == ["party.mkv"] * 2
     shown = [film.video for film in folder.read_films(drawn.out)]
     assert shown == [f"{drawn.folder.name}/party.mkv", "elsewhere/party.mkv"]
-    assert len(list(drawn.out.glob("*.npz"))) == 5
+    assert len(list(drawn.out.glob("*.npz"))) == 2
     assert all(one.kept for one in pipeline.extract([film, twin], drawn.out, drawn.models))
 
 

@@ -25,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -251,21 +251,14 @@ def who(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _gallery(out, models)
-        extract = functools.partial(
-            pipeline.extract, models=models, thumbnails=thumbnails, anew=True, check=check
-        )
-
-        def read(_: Children, name: str) -> list[Outcome]:
-            share = -(-workers // len(photos))
-            return extract(photos[name], out / PEOPLE / name, workers=share, drop="others")
-
+        how = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
         failed: dict[str, str] = {}
         if people is not None:
-            outcomes = map_children(read, [*photos], workers)
-            gallery.refresh()
-            for name, own in zip(photos, outcomes, strict=True):
-                others = photos.keys() - {name}
-                failed |= _enrol(gallery, name, own, others, out / PEOPLE / name)
+            read = _read_photos(photos, out / PEOPLE, workers, how)
+            gallery.refresh()  # others may have changed it meanwhile
+            for place, own in read.items():
+                others = photos.keys() - {place.name}
+                failed |= _enrol(gallery, place.name, own, others, place)
             _forget(gallery, {*photos}, out)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
@@ -279,11 +272,29 @@ def who(
         films_before = read_films(out)
         before = read_numbers(out).only(films_before, gallery.identities)
         drop = "missing" if prune else "nothing"
-        outcomes = extract(
-            films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done
+        outcomes = pipeline.extract(
+            films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done, **how
         )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         return _look(gallery, failed, outcomes, before, out, identify, padding)
+
+
+def _read_photos(
+    photos: Mapping[str, Sequence[Path]], out: Path, workers: int, how: Mapping[str, Any]
+) -> dict[Path, list[Outcome]]:
+    """Extracts the photos of all people; returns folder of a person -> outcomes."""
+    groups: list[dict[Path, Sequence[Path]]] = [{}]
+    for name, own in photos.items():
+        if sum(map(len, groups[-1].values())) >= pipeline.BATCH:
+            groups.append({})
+        groups[-1][out / name] = own
+
+    def read(_: Children, group: Mapping[Path, Sequence[Path]]) -> dict[Path, list[Outcome]]:
+        share = -(-workers // len(groups))
+        return pipeline.extract_folders(group, workers=share, drop="others", **how)
+
+    found = map_children(read, groups, workers)
+    return {place: outcomes for group in found for place, outcomes in group.items()}
 
 
 def _look(
@@ -418,7 +429,7 @@ def _enrol(
     usable = []
     for outcome in outcomes:
         film = outcome.film
-        clip, problem = folder.judge_photo(out, film) if film else (None, outcome.error)
+        clip, problem = folder.judge_photo(film) if film else (None, outcome.error)
         if problem:
             say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
         usable += [clip] if clip else []
@@ -469,11 +480,11 @@ def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    paths, reads = [features / f"{clip}.npz" for clip in sorted(clips)], gallery.reads[0]
+    paths, reads = sorted({folder.features(features, clip) for clip in clips}), gallery.reads[0]
     known = (
         clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
-        for clip in read_clips(paths)
-    )
+        for clip in read_clips(paths) if clip.name in clips
+    )  # fmt: skip
     return gallery.embed(MemoryClips.pack(known, reads, ()))
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.data.clip_files import read_npz
+
 
 class Clip(NamedTuple):
     """The frames of one clip in one modality; what a modality does not have is not written."""
@@ -64,6 +66,19 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
             clips.setdefault(identity, []).append(f"{name}.mp4")
         lines = [" ".join([identity, *names]) for identity, names in clips.items()]
     (directory / f"{split}_gt.txt").write_text("\n".join(lines) + "\n")
+
+
+def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Returns clip -> its arrays that are not empty, of all `.npz` files of a folder."""
+    return {
+        clip.name: {
+            part if field == "features" else f"{part}_{field}": array
+            for part, fields in clip.modalities.items()
+            for field, array in fields.items()
+            if len(array)
+        }
+        for clip in read_npz(sorted(folder.glob("*.npz")))
+    }
 
 
 def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:

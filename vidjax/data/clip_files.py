@@ -1,4 +1,8 @@
-"""Files of your own features: a clip as `.npz`, a split as parquet table with a row per frame."""
+"""Files of your own features: clips as `.npz`, a split as parquet table with a row per frame.
+
+An `.npz` of several clips has their names in `clips` [N], and joins their frames: `face` [T, D],
+`face_quality` [T] and so on. `face_length` [N] counts the frames of each clip.
+"""
 
 import io
 import os
@@ -26,7 +30,7 @@ FLOAT_BYTES = 4  # of float32, which answers are computed in
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files, one in memory at a time."""
+    """Yields the clips of `.npz` files, one file in memory at a time."""
     limit = min(CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
@@ -36,7 +40,55 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
                 arrays = files.load_npz(file, min(limit, files.most_unpacked(size)))
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from error
-        yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
+        if is_joined(arrays):
+            yield from _split(arrays, str(path))
+        else:
+            yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
+
+
+def is_joined(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Tells if arrays of an `.npz` are of several clips; features of a modality may be `clips`."""
+    return "clips" in arrays and arrays["clips"].dtype.kind == "U"
+
+
+def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
+    """Yields the clips of an `.npz` of several."""
+    names = arrays["clips"]
+    length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    for key, array in arrays.items():
+        modality, _, field = key.rpartition("_")
+        if field == "length" and modality in arrays:
+            length[modality] = array
+        elif key != "clips":
+            frames[key] = array
+    parts = [dict[str, dict[str, np.ndarray]]() for _ in range(names.size)]
+    for modality, fields in _by_modality(frames, path).items():
+        count = length.get(modality, np.empty(0))
+        if (
+            count.dtype.kind not in "iu" or count.shape != names.shape or (count < 0).any()
+            or any(len(np.atleast_1d(x)) != count.sum() for x in fields.values())
+        ):  # fmt: skip
+            raise UserError(f"{path}: '{modality}_length' are not the frames of each of its clips")
+        ends = np.cumsum(count)[:-1]
+        for field, array in fields.items():
+            for part, own in zip(parts, np.split(array, ends), strict=False):
+                part.setdefault(modality, {})[field] = own
+    for given, modalities in zip(names.ravel().tolist(), parts, strict=True):
+        yield Clip(clean_name_at(f"{path}:", given), path, modalities, given)
+
+
+def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes a new `.npz` of several clips: name -> arrays as in an `.npz` of one clip."""
+    keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
+    joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
+    for key in keys:
+        parts = [arrays[key] for arrays in clips.values() if key in arrays]
+        joined[key] = np.concatenate(parts)
+        if key.rpartition("_")[2] not in FRAME_FIELDS:
+            lengths = [len(arrays[key]) if key in arrays else 0 for arrays in clips.values()]
+            joined[f"{key}_length"] = np.array(lengths, np.int32)
+    with files.atomic_file(path) as file:
+        np.savez(file, **joined)  # pyright: ignore[reportArgumentType]
 
 
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
@@ -49,6 +101,8 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
     except ValueError as error:
         raise UserError(f"clip {show(clean)}: {error}") from error
+    if is_joined(arrays):
+        raise UserError(f"clip {show(clean)}: an .npz of several clips\nsend one clip at a time")
     return Clip(clean, "npz", _by_modality(arrays, "npz"), name)
 
 

@@ -4,9 +4,10 @@ The pools of Python import the user's program again in each child, which would r
 `if __name__ == "__main__"`. So a child here runs a module of this package.
 
 A job is such a module, and ends with `sys.exit(processes.serve(work))`. `run_limited` starts it,
-gives `work` its arguments, and returns its answer, both as JSON; arrays go through files. A job has
-three limits: address space (on Linux), CPU time, and that it may open no connection and start no
-program (on Linux). There it also ends with the process that started it.
+gives `work` its arguments, and returns its answer, both as JSON; arrays go through files.
+`run_limited_each` calls `work` several times in one process. A job has three limits: address space
+(on Linux), CPU time, and that it may open no connection and start no program (on Linux). There it
+also ends with the process that started it.
 """
 
 import contextlib
@@ -30,7 +31,6 @@ from vidjax.errors import DiskError, UserError, of_the_system
 from vidjax.machine import most_files
 
 LARGEST_BLOCK = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
-EXIT_REFUSED = 2
 MB = 1 << 20
 # A process waits on a slow disk, or for a core that others use.
 WALL_SECONDS = 60
@@ -191,31 +191,37 @@ def end_with_parent() -> None:
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """Does the job on standard input under its limits, prints the answer, returns the exit status.
+    """Does the jobs on standard input under their limits, prints the answers, returns 0.
 
-    `work` gets the arguments and returns the answer, both for JSON. What libraries print goes to
-    standard error.
+    `work` gets the arguments of a job and returns its answer, both for JSON. What libraries print
+    goes to standard error.
     """
     end_with_parent()
     with open(0, "rb", closefd=False) as given:
-        job = json.load(given)
+        jobs = json.load(given)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    limit_resources(job["memory_bytes"], job["cpu_seconds"])
+    limit_resources(jobs["memory_bytes"], jobs["cpu_seconds"])
     forbid_connections()
+    most = f"{jobs['memory_bytes'] // MB:,} MB"
+    with answers:
+        json.dump([_answer(work, path, given, most) for path, given in jobs["given"]], answers)
+    return 0
+
+
+def _answer(
+    work: Callable[[dict[str, Any]], dict[str, Any]], path: str, given: dict[str, Any], most: str
+) -> dict[str, Any]:
+    """Returns what `work` finds, or its error; `most` is the memory that it may take."""
     try:
-        answer = {"found": work(job["arguments"])}
+        return {"found": work(given)}
     except MemoryError:
-        most = f"{job['memory_bytes'] // MB:,} MB"
-        answer = {"error": f"{job['path']}: refused: reading it needs more memory than {most}"}
+        return {"error": f"{path}: refused: reading it needs more memory than {most}"}
     except UserError as error:
         kind = "os_error" if isinstance(error, OSError) else "error"
-        answer = {kind: str(error), "errno": getattr(error, "errno", None)}
+        return {kind: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
-        answer = {"os_error": of_the_system(error) or str(error), "errno": error.errno}
-    with answers:
-        json.dump(answer, answers)
-    return 0 if "found" in answer else EXIT_REFUSED
+        return {"os_error": of_the_system(error) or str(error), "errno": error.errno}
 
 
 def run_limited(
@@ -241,10 +247,32 @@ def run_limited(
       DiskError: it could not read or write a file.
     """
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
-    job = json.dumps({"path": os.fspath(path), "arguments": dict(arguments), **limits})
+    (found,) = run_limited_each(module, [(path, arguments)], **limits, children=children)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def run_limited_each(
+    module: str,
+    given: Sequence[tuple[Path, Mapping[str, object]]],
+    *,
+    memory_bytes: int,
+    cpu_seconds: int,
+    children: Children | None = None,
+) -> list[dict[str, Any] | UserError]:
+    """Runs a module as `run_limited` does, with several pairs of a path and arguments, in turn.
+
+    Returns what each call of `work` returned or raised. The limits are of the process: it raises
+    UserError if the process meets one or crashes, in the name of the first path.
+    """
+    path = given[0][0]
+    limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
+    jobs = {"given": [(os.fspath(path), dict(one)) for path, one in given], **limits}
     seconds = WALL_SECONDS + WALL_PER_CPU * cpu_seconds
     try:
-        child = (children or Children()).run(module, given=job.encode(), timeout=seconds)
+        input_ = json.dumps(jobs).encode()
+        child = (children or Children()).run(module, given=input_, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise UserError(f"{path}: refused: reading it needs more than {seconds} s") from None
     if child.returncode == -signal.SIGXCPU:
@@ -256,17 +284,19 @@ def run_limited(
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
         raise UserError(f"{path}: damaged or hostile: its reader ended with {name}")
-    if child.returncode not in (0, EXIT_REFUSED):
+    if child.returncode:
         last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise UserError(
             f"{path}: the process that reads it failed: {show(last)}\n"
             "install vidjax again; if that does not help, report it"
         )
-    answer = json.loads(child.stdout)
+    return [_found(answer) for answer in json.loads(child.stdout)]
+
+
+def _found(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
+    """Returns what a job found, or its error."""
     if "os_error" in answer:
         failed = DiskError(answer["os_error"])
         failed.errno = answer.get("errno")
-        raise failed
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["found"]
+        return failed
+    return UserError(answer["error"]) if "error" in answer else answer["found"]

@@ -11,6 +11,7 @@ the face, the card's `around`: left, top, right and bottom in sides of the face,
 0, 0, 1, 1. Boxes are in pixels of the picture.
 """
 
+import functools
 import itertools
 import sys
 from collections import defaultdict
@@ -23,6 +24,7 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data import processes
+from vidjax.data.clip_files import write_npz
 from vidjax.errors import UserError
 from vidjax.extract import align, cards, decode, folder
 from vidjax.extract.models import Detector, Embedder, resize
@@ -184,13 +186,19 @@ class Kept:
 
 
 class Clips:
-    """Writes clips of each track that ends; keeps the best pictures of those that have not."""
+    """The clips of all tracks that have ended, and the best pictures of all others.
 
-    def __init__(self, nets: Nets, out: Path, held_s: float):
-        self._nets, self._out, self._held = nets, out, held_s
+    Attributes:
+      tracks: of the clips, in order of their end.
+      arrays: clip -> its arrays, as in an `.npz` of a clip.
+    """
+
+    def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
+        self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, Kept] = {}
         self._numbers = itertools.count()
         self.tracks: list[folder.Track] = []
+        self.arrays: dict[str, dict[str, np.ndarray]] = {}
 
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray
@@ -217,7 +225,7 @@ class Clips:
             self._kept.setdefault(track, Kept()).add(seen)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
-        """Writes the clip of a track that has ended, or more if it shows more than one person."""
+        """Makes the clip of a track that has ended, or more if it shows more than one person."""
         seen = self._kept.pop(track.number).pictures()
         embed, faces = self._nets.embed["face"], [one for one in seen if "face" in one.parts]
         vectors = embed(np.array([one.parts["face"][1] for one in faces]))
@@ -234,7 +242,7 @@ class Clips:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Writes a clip of a track, or of a part of it, with the best of its pictures.
+        """Makes a clip of a track, or of a part of it, with the best of its pictures.
 
         `faces` are number of a sighting -> vector of its face.
         """
@@ -256,16 +264,18 @@ class Clips:
                 arrays[f"{part}_box"] = boxes.reshape(-1, 4)
             if part == "face":
                 arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
-        self._write(name, arrays)
+        self.arrays[name] = arrays
         top = max(best, key=lambda seen: (seen.quality, seen.number))
         written = _times(track, name)
         written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), folder.Box)
         written.box_at_s = round(top.time_s, 3)
         if "face" in top.parts:
             crop, template = top.parts["face"][1], np.array(self._nets.embed["face"].card.template)
+            written.quality = top.quality
             written.dark_eyes = bool(align.has_dark_eyes(crop[None], template)[0])
-            if (thumbnails := self._out / folder.THUMBNAILS).is_dir():
-                files.write_bytes(thumbnails / f"{name}.png", align.thumbnail(crop), sync=False)
+            if self._thumbnails.is_dir():
+                picture = self._thumbnails / f"{name}.png"
+                files.write_bytes(picture, align.thumbnail(crop), sync=False)
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
@@ -292,16 +302,10 @@ class Clips:
 
     def _add_voice(self, clip: str, voice: Voice) -> None:
         """Adds windows of speech to a clip; `voice.begin` [n] are seconds of the film."""
-        arrays = files.read_npz(self._out / f"{clip}.npz")
         order = np.argsort(-voice.quality, kind="stable")
         begin, vectors, quality = (x[np.sort(order[:MOST_FRAMES])] for x in voice)
         number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
-        new = {"audio": vectors, "audio_quality": quality, "audio_number": number}
-        self._write(clip, arrays | new)
-
-    def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        with files.atomic_file(self._out / f"{name}.npz") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        self.arrays[clip] |= {"audio": vectors, "audio_quality": quality, "audio_number": number}
 
 
 def extract(
@@ -313,12 +317,12 @@ def extract(
     source: folder.Source,
     sha256: str,
 ) -> folder.Film:
-    """Writes the clips of a video or photo into the folder `out`; returns what was found.
+    """Writes the clips of a video or photo to `out/STEM.npz`; returns what was found.
 
     A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
-    written, too. Memory does not grow with the length of the video, but for the list of its tracks.
+    written, too. Memory grows only with the clips: 12 kB each, if vectors are 128 wide.
     """
-    clips = Clips(nets, out, held_at(settings.fps))
+    clips = Clips(nets, out / folder.THUMBNAILS, held_at(settings.fps))
     with decode.open_video(path) as video:
         if video.info.photo:
             shots, seen = [(0.0, 0.0)], _find_in_photo(video, clips, nets, stem)
@@ -345,13 +349,14 @@ def extract(
             film.voices = clips.hear(video.sound(), seen)
             lost = video.found
             film.lost_sound = lost.corrupt + lost.refused + lost.damaged
+    write_npz(out / f"{stem}.npz", clips.arrays)
     return film
 
 
 def _follow(
     video: decode.Video, clips: Clips, nets: Nets, stem: str, settings: folder.Settings
 ) -> tuple[list[tuple[float, float]], list[folder.Track]]:
-    """Writes the clips of a video; returns its shots, and all who are seen, as `hear` takes them.
+    """Makes the clips of a video; returns its shots, and all who are seen, as `hear` takes them.
 
     With `--unit=shot` a clip is of the main figure of a shot, and others are only seen.
     """
@@ -392,7 +397,7 @@ def _follow(
 
 
 def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> list[folder.Track]:
-    """Writes a clip of each face in a photo; returns all who are seen."""
+    """Makes a clip of each face in a photo; returns all who are seen."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find(nets, frame.rgb)
@@ -414,12 +419,17 @@ def _times(track: Track, clip: str) -> folder.Track:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` with the values that `arguments` name, in a child of `run_limited`."""
     settings = msgspec.convert(arguments["settings"], folder.Settings)
-    nets = load_nets(cards.load(Path(arguments["models"])), settings.size)
     found = extract(
-        Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
+        Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],
+        _nets(arguments["models"], settings.size), settings,
         msgspec.convert(arguments["source"], folder.Source), arguments["sha256"],
     )  # fmt: skip
     return msgspec.to_builtins(found)
+
+
+@functools.lru_cache(1)
+def _nets(models: str, size: int) -> Nets:
+    return load_nets(cards.load(Path(models)), size)
 
 
 if __name__ == "__main__":

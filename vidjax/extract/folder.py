@@ -1,13 +1,14 @@
 """The folder of features that `vidjax extract` writes, and what its files say.
 
-    OUT/STEM.s003.t01.npz   a clip: one track of a person; a photo is STEM.npz, or STEM.f01.npz
-    OUT/STEM.s003.npz       a clip of a whole shot, by --unit=shot
+    OUT/STEM.npz            the clips of a video or photo
     OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
     OUT/extract.json        the nets and settings of all
     OUT/thumbnails/STEM/    only where asked for: the best face of each clip, CLIP.png
 
-The clips are what `vidjax.data.arrays` reads. A video without its `.json` was cut off, and is
-extracted anew. STEM is the name of the file without its ending, and without dots.
+A clip is one track of a person, `STEM.s003.t01`. By --unit=shot it is a whole shot, `STEM.s003`. Of
+a photo it is a face, `STEM`; of several faces `STEM.f01`. `vidjax.data.arrays` reads the clips. A
+video without its `.json` was cut off, and is extracted anew. STEM is the name of the file without
+its ending, and without dots.
 """
 
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax import files
@@ -59,7 +59,7 @@ class Settings(Struct, kw_only=True, frozen=True):
 class Extraction(Struct, kw_only=True):
     """`extract.json`: the digests of the cards by role, and the settings."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     models: Annotated[dict[str, Sha256], Meta(max_length=100)]
     settings: Settings
 
@@ -67,8 +67,9 @@ class Extraction(Struct, kw_only=True):
 class Track(Struct, kw_only=True):
     """A person in one shot: the clip, seconds of begin and end, and the number of sightings.
 
-    `dark_eyes` if the best face seems to wear sunglasses, see `align.has_dark_eyes`. `box` is where
-    the best face is, or the head without a face, in the picture at `box_at_s` seconds.
+    `quality` is of the best face. `dark_eyes` if that face seems to wear sunglasses, see
+    `align.has_dark_eyes`. `box` is where the face is, or the head without a face, in the picture at
+    `box_at_s` seconds.
     """
 
     clip: Text
@@ -76,6 +77,7 @@ class Track(Struct, kw_only=True):
     start_s: Seconds
     end_s: Seconds
     seen: Size
+    quality: Annotated[float, Meta(ge=0, le=1)] = 0.0
     dark_eyes: bool = False
     box: Box | None = None
     box_at_s: Seconds | None = None
@@ -120,7 +122,7 @@ class Film(Struct, kw_only=True):
     sound that were not decoded.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     video: Text  # the name of the file; of two files of one name, with folders: see `read_films`
     source: Source
     sha256: Sha256
@@ -151,6 +153,11 @@ def stem_of(path: Path) -> str:
     """Returns the begin of the clips' names of a file: letters, digits, `_` and `-`."""
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_BYTES].decode(errors="ignore") or "video"
+
+
+def features(folder: Path, clip: str) -> Path:
+    """Returns the path of the file that has a clip."""
+    return folder / f"{clip.partition('.')[0]}.npz"
 
 
 def film_of(clip: str) -> str:
@@ -201,7 +208,7 @@ def read_films(folder: Path) -> list[Film]:
     return films
 
 
-def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
+def judge_photo(film: Film) -> tuple[str | None, str]:
     """Returns the clip of the one face in a photo, None for none or several, and what is wrong.
 
     The clip of a poor face is usable, so that both may be there.
@@ -210,13 +217,15 @@ def judge_photo(folder: Path, film: Film) -> tuple[str | None, str]:
         found = f"{len(film.tracks)} faces are" if film.tracks else "no face is"
         return None, f"{found} found: give a photo of one person alone"
     track = film.tracks[0]
-    clip = track.clip
-    best = float(np.max(files.read_npz(folder / f"{clip}.npz").get("face_quality", 1.0)))
-    if best < POOR:
-        return clip, (
-            f"a poor face, quality {best:.3f} of 1: a larger or sharper one from the front helps"
+    if track.quality < POOR:
+        return track.clip, (
+            f"a poor face, quality {track.quality:.3f} of 1: "
+            "a larger or sharper one from the front helps"
         )
-    return clip, "sunglasses, or a shadow over the eyes: a photo without helps" * track.dark_eyes
+    return (
+        track.clip,
+        "sunglasses, or a shadow over the eyes: a photo without helps" * track.dark_eyes,
+    )
 
 
 def write(path: Path, value: Struct) -> None:

@@ -1,17 +1,18 @@
 """Extraction of many videos and photos, several at once; what is there already is kept."""
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from vidjax import files
-from vidjax.data.processes import Children, map_children, run_limited
+from vidjax.data.processes import Children, map_children, run_limited_each
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
@@ -21,12 +22,11 @@ from vidjax.run import formats
 from vidjax.run.terminal import say
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
-# The files of a clip, by its stem and what follows it; see `folder`.
-CLIP = re.compile(r"([^.]+)(\.s\d{3,}(\.t\d{2,})?|\.f\d{2,})?\.npz")
 # What a killed call leaves in the folder, and in that of the videos.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS = 600
+BATCH = 50  # photos that a process reads
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
 # Endings of films and photos in folders; a file that is named itself may have any.
 FILMS = {
@@ -53,6 +53,15 @@ class Outcome(NamedTuple):
     kept: bool = False
     replaced: bool = False
     remedy: str = ""
+
+
+class _Job(NamedTuple):
+    """A file to extract, its stem, and the folder of features with its settings."""
+
+    path: Path
+    stem: str
+    out: Path
+    settings: folder.Settings
 
 
 def extract(
@@ -91,42 +100,94 @@ def extract(
       UserError: a net is missing, or the folder has features of other nets or settings, or a link.
       DiskError: the disk is full.
     """
+    found = extract_folders(
+        {out: paths}, models, settings, workers=workers, drop=drop, thumbnails=thumbnails,
+        anew=anew, check=check, done=done,
+    )  # fmt: skip
+    return found[out]
+
+
+def extract_folders(
+    paths: Mapping[Path, Sequence[Path]],
+    models: Path,
+    settings: folder.Settings | None = None,
+    *,
+    workers: int = 1,
+    drop: Literal["nothing", "missing", "others"] = "nothing",
+    thumbnails: bool = False,
+    anew: bool = False,
+    check: bool = False,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> dict[Path, list[Outcome]]:
+    """Extracts files into several folders, see `extract`: `paths` are folder -> its files.
+
+    One process reads many photos, also of several folders. All folders are locked meanwhile.
+    """
     known = cards_lib.load(models)
     voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}
-    listed = list_files(paths)
-    say_left_out(paths)
-    check_apart(listed, out)
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with files.lock(files.make_folder(out, "out"), "features"):
-        files.refuse_links(out)
-        if anew:
-            _remove_outgrown(out, digests)
-        wanted = _same_extraction(out, digests, settings)
-        (out / folder.VIDEOS).mkdir(exist_ok=True)
-        if thumbnails:
-            (out / folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
-        elif not remove_thumbnails(out):
-            raise UserError(
-                f"'{out / folder.THUMBNAILS}' holds files that vidjax did not write\n"
-                "move them away, or name another folder"
-            )
-        names = [path.stem for path in (out / folder.VIDEOS).glob("*.json")]
-        known = {stem: film for stem in names if (film := _film(out, stem))}
-        stems = _stems(listed, known)
-        kept = None if drop == "nothing" else {*stems.values()}
-        if kept is not None and drop == "missing":
-            kept |= {stem for stem, film in known.items() if film.source.path.exists()}
-        _remove_leftovers(out, kept)
+    jobs: list[_Job] = []
+    with contextlib.ExitStack() as locked:
+        for out, own in paths.items():
+            listed = list_files(own)
+            say_left_out(own)
+            check_apart(listed, out)
+            out.mkdir(mode=0o700, parents=True, exist_ok=True)
+            locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
+            files.refuse_links(out)
+            if anew:
+                _remove_outgrown(out, digests)
+            wanted = _same_extraction(out, digests, settings)
+            stems = _make_ready(out, listed, drop, thumbnails)
+            jobs += [_Job(path, stem, out, wanted) for path, stem in stems.items()]
 
-        def one(children: Children, path: Path) -> Outcome:
-            outcome = _one(children, path, stems[path], out, models, wanted, check)
-            done(outcome)
-            return outcome
+        def read(children: Children, batch: Sequence[_Job]) -> list[Outcome]:
+            outcomes = _extract(children, batch, models, check)
+            for outcome in outcomes:
+                done(outcome)
+            return outcomes
 
-        return map_children(one, [*stems], workers)
+        batches = _batches(jobs, workers)
+        found: dict[Path, list[Outcome]] = {out: [] for out in paths}
+        for batch, outcomes in zip(batches, map_children(read, batches, workers), strict=True):
+            for job, outcome in zip(batch, outcomes, strict=True):
+                found[job.out].append(outcome)
+    return found
+
+
+def _make_ready(
+    out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
+) -> dict[Path, str]:
+    """Makes and removes what a folder has too little or too much; returns path -> stem."""
+    (out / folder.VIDEOS).mkdir(exist_ok=True)
+    if pictures:
+        (out / folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
+    elif not remove_thumbnails(out):
+        raise UserError(
+            f"'{out / folder.THUMBNAILS}' holds files that vidjax did not write\n"
+            "move them away, or name another folder"
+        )
+    names = [path.stem for path in (out / folder.VIDEOS).glob("*.json")]
+    known = {stem: film for stem in names if (film := _film(out, stem))}
+    stems = _stems(listed, known)
+    kept = None if drop == "nothing" else {*stems.values()}
+    if kept is not None and drop == "missing":
+        kept |= {stem for stem, film in known.items() if film.source.path.exists()}
+    _remove_leftovers(out, kept)
+    return stems
+
+
+def _batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
+    """Returns jobs, one film or many photos at a time.
+
+    A process takes longer to start than to read a photo.
+    """
+    photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
+    films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
+    size = max(1, min(BATCH, -(-len(photos) // workers)))
+    return [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
@@ -278,82 +339,117 @@ def _film(out: Path, stem: str) -> folder.Film | None:
         film = folder.read_film(path)
     except UserError:
         return None
-    whole = all(files.exists(out / f"{track.clip}.npz") for track in film.tracks)
+    whole = files.exists(out / f"{stem}.npz")
     thumbnails = out / folder.THUMBNAILS
     whole &= not thumbnails.exists() or (thumbnails / stem).exists()
     return film if whole else None
 
 
-def _one(
-    children: Children,
-    path: Path,
-    stem: str,
-    out: Path,
-    models: Path,
-    settings: folder.Settings,
-    check: bool,
-) -> Outcome:
-    """Extracts one file, unless it was extracted before."""
-    try:
-        before, source = _film(out, stem), folder.Source.of(path)
-        if before and before.source == source and not check:
-            return Outcome(path, before, kept=True)
-        sha256 = files.sha256_file(path)
-        if before and before.sha256 == sha256:
-            before.source, before.video = source, folder.printable(path.name)
-            folder.write(out / folder.VIDEOS / f"{stem}.json", before)
-            return Outcome(path, before, kept=True)
-        _remove(out, stem)
-        partial = out / f".extract-{secrets.token_hex(4)}"
-        partial.mkdir(mode=0o700)
-        thumbnails = [one / folder.THUMBNAILS for one in (partial, out)]
+def _extract(children: Children, jobs: Sequence[_Job], models: Path, check: bool) -> list[Outcome]:
+    """Extracts files by one process, except those that were extracted before."""
+    found: list[Outcome | None] = []
+    given: dict[int, dict[str, Any]] = {}
+    for number, job in enumerate(jobs):
         try:
-            if thumbnails[1].exists():
-                thumbnails[0].mkdir(mode=0o700)
-            arguments = {
-                "path": str(path.absolute()),
-                "out": str(partial.absolute()),
-                "stem": stem,
-                "models": str(models.absolute()),
-                "settings": msgspec.to_builtins(settings),
-                "sha256": sha256,
-                "source": msgspec.to_builtins(source),
-            }
-            found = run_limited(
-                film_lib.__name__, path, arguments,
-                memory_bytes=MEMORY_BYTES, children=children,
-                cpu_seconds=CPU_SECONDS + path.stat().st_size // CPU_BYTES_PER_SECOND,
-            )  # fmt: skip
-            film = formats.parse(path, found, folder.Film, "leave it out")
-            for track in film.tracks:
-                os.replace(partial / f"{track.clip}.npz", out / f"{track.clip}.npz")
-            if thumbnails[0].exists():
-                (thumbnails[1] / stem).mkdir(mode=0o700, exist_ok=True)
-                for picture in thumbnails[0].iterdir():
-                    picture.chmod(0o600)
-                    os.replace(picture, thumbnails[1] / stem / picture.name)
-            folder.write(out / folder.VIDEOS / f"{stem}.json", film)
-        except BaseException:
-            _remove(out, stem)
-            raise
-        finally:
-            files.remove_tree(partial)
+            outcome = _compare(job, check)
+            if isinstance(outcome, dict):
+                given[number] = outcome | {"models": str(models.absolute())}
+            found.append(None if isinstance(outcome, dict) else outcome)
+        except (UserError, OSError) as error:
+            found.append(_failed(job, error))
+    try:
+        answers = _read(children, [(jobs[n].path, arguments) for n, arguments in given.items()])
+        for (number, arguments), answer in zip(given.items(), answers, strict=True):
+            found[number] = _take(jobs[number], arguments, answer)
+    finally:
+        for arguments in given.values():
+            files.remove_tree(Path(arguments["out"]))
+    return [outcome for outcome in found if outcome]
+
+
+def _compare(job: _Job, check: bool) -> Outcome | dict[str, Any]:
+    """Returns the outcome of a file that was extracted before, or what `film.work` needs."""
+    before, source = _film(job.out, job.stem), folder.Source.of(job.path)
+    if before and before.source == source and not check:
+        return Outcome(job.path, before, kept=True)
+    sha256 = files.sha256_file(job.path)
+    if before and before.sha256 == sha256:
+        before.source, before.video = source, folder.printable(job.path.name)
+        folder.write(job.out / folder.VIDEOS / f"{job.stem}.json", before)
+        return Outcome(job.path, before, kept=True)
+    _remove(job.out, job.stem)
+    partial = job.out / f".extract-{secrets.token_hex(4)}"
+    partial.mkdir(mode=0o700)
+    if (job.out / folder.THUMBNAILS).exists():
+        (partial / folder.THUMBNAILS).mkdir(mode=0o700)
+    return {
+        "path": str(job.path.absolute()),
+        "out": str(partial.absolute()),
+        "stem": job.stem,
+        "settings": msgspec.to_builtins(job.settings),
+        "sha256": sha256,
+        "source": msgspec.to_builtins(source),
+        "replaced": before is not None,
+    }
+
+
+def _read(
+    children: Children, given: Sequence[tuple[Path, dict[str, Any]]]
+) -> list[dict[str, Any] | UserError]:
+    """Returns what `film.work` finds in files, or its errors.
+
+    If its process crashes at one of several files, both halves of them are read again.
+    """
+    if not given:
+        return []
+    size = sum(arguments["source"]["size"] for _, arguments in given)
+    try:
+        return run_limited_each(
+            film_lib.__name__, given, memory_bytes=MEMORY_BYTES, children=children,
+            cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
+        )  # fmt: skip
+    except UserError as error:
+        if len(given) == 1:
+            return [error]
+    half = len(given) // 2
+    return _read(children, given[:half]) + _read(children, given[half:])
+
+
+def _take(job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError) -> Outcome:
+    """Takes what `film.work` has written into the folder of features."""
+    try:
+        if isinstance(answer, UserError):
+            raise answer
+        film = formats.parse(job.path, answer, folder.Film, "leave it out")
+        partial = Path(arguments["out"])
+        os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
+        thumbnails = [one / folder.THUMBNAILS for one in (partial, job.out)]
+        if thumbnails[0].exists():
+            (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
+            for picture in thumbnails[0].iterdir():
+                picture.chmod(0o600)
+                os.replace(picture, thumbnails[1] / job.stem / picture.name)
+        folder.write(job.out / folder.VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise
-        text, _, remedy = (of_the_system(error) or str(error)).partition("\n")
-        text = text if str(path) in text else f"'{path}': {text}"
-        return Outcome(path, None, text, remedy=remedy)
-    return Outcome(path, film, replaced=before is not None)
+        _remove(job.out, job.stem)
+        return _failed(job, error)
+    return Outcome(job.path, film, replaced=arguments["replaced"])
+
+
+def _failed(job: _Job, error: UserError | OSError) -> Outcome:
+    """Returns the outcome of a file that cannot be read; raises the error of a full disk."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise error
+    text, _, remedy = (of_the_system(error) or str(error)).partition("\n")
+    text = text if str(job.path) in text else f"'{job.path}': {text}"
+    return Outcome(job.path, None, text, remedy=remedy)
 
 
 def _remove(out: Path, stem: str) -> None:
     """Removes a video and its clips; first what tells that they are whole."""
     (out / folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / folder.THUMBNAILS / stem)
-    for name in os.listdir(out):
-        if (clip := CLIP.fullmatch(name)) and clip[1] == stem:
-            (out / name).unlink()
+    (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
@@ -385,10 +481,8 @@ def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()
-    there = {path.stem for path in videos.glob("*.json")}
-    clips = [clip for name in os.listdir(out) if (clip := CLIP.fullmatch(name))]
-    # A clip without its video; one without a part after the stem may be of another program,
-    # unless the folder is to hold nothing else.
-    unfinished = {clip[1] for clip in clips if clip[2] or stems is not None} - there
-    for stem in unfinished | (set() if stems is None else there - stems):
-        _remove(out, stem)
+    if stems is not None:
+        there = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
+        for stem in there - stems:
+            if "." not in stem:
+                _remove(out, stem)

@@ -100,11 +100,14 @@ def _add_enrol(parser: Parser) -> None:
     _add_clips(parser)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person")
+    parser.add_argument("--clip", metavar="CLIP", help="only this one of the clips")
     about = "instead: a table of clip and identity, as `group` writes it"
     who.add_argument("--labels", metavar="FILE", help=about)
     about = "instead: the clips show strangers"
     who.add_argument("--strangers", action="store_true", help=about)
-    parser.command(_enrol, "G --input=PATH --identity=Ada", "G --split=val --strangers")
+    parser.command(
+        _enrol, "G --input=PATH --identity=Ada", "G --input=PATH --clip=CLIP --identity=Ada"
+    )
 
 
 def _add_identify(parser: Parser) -> None:
@@ -302,7 +305,7 @@ def _enrol(args: argparse.Namespace) -> Result:
     if args.identity:  # a mistake is reported before clips are read
         check_person(args.identity)
     labels = _read_labels(Path(args.labels).expanduser()) if args.labels else {}
-    gallery, strangers = _opened(args), args.strangers
+    gallery, strangers, split = _opened(args), args.strangers, args.split
     if args.labels:
         clips, identity = _clips(args, gallery), labels
     elif args.input and not args.identity and not strangers:
@@ -316,10 +319,14 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, identity = load_people(path, widths, quality=quality)
     else:
         clips, identity = _clips(args, gallery), args.identity
+    if args.clip:
+        clips, split = gallery.embed(clips, split).only({args.clip}), None
+        if not clips.names:
+            raise UserError(f"--clip={args.clip}: no clip has this name")
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _without_crowds(Path(args.input).expanduser(), clips.names, identity)
     with named(args.labels) if args.labels else contextlib.nullcontext():
-        done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
+        done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
         shown = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
         warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {shown}")
@@ -342,7 +349,7 @@ def _without_crowds(
         prefix = "" if place == path else f"{place.name}/"
         for film in folder.read_films(place):
             film.tracks = [one for one in film.tracks if f"{prefix}{one.clip}" in people]
-            alone, problem = folder.judge_photo(place, film) if film.photo else ("", "")
+            alone, problem = folder.judge_photo(film) if film.photo else ("", "")
             for track in film.tracks if alone is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
             if problem:
