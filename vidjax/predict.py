@@ -29,7 +29,7 @@ from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument, warn
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
-from vidjax.evaluation.restore import check_widths, find_run, load_weights
+from vidjax.evaluation.restore import check_widths, find_run, load_weights, sets_for
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
 from vidjax.run.folder import RunFolder
 from vidjax.run.terminal import uncounted
@@ -58,8 +58,8 @@ class Predictor(NamedTuple):
       quality; or `MemoryClips`. A clip may lack modalities; one without a usable frame scores -inf.
     - a dataset of `vidjax.load_data`; `split` names a split, None the one that the run evaluates.
 
-    A clip is scored by the members that were not trained on a clip of that name. If all members
-    were trained on all training clips, and a call has one of these, all members score all clips.
+    All members of an ensemble score a clip. But in a dataset of the run's own data a clip is scored
+    by the members that were not trained on it, unless all were trained on all training clips.
 
     Attributes:
       workdir: the run's folder.
@@ -306,9 +306,14 @@ class Predictor(NamedTuple):
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
+    def model_for(self, request: Request) -> TrainedModel:
+        """Returns the weights of the run as they score the clips of a request, see the class."""
+        sets = sets_for(self.training_sets, self.manifest["data"], request.data, request.split)
+        return self.model_of(request.data)._replace(training_sets=sets)
+
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip_index [B] and the mask [B] of clips that have a score."""
-        model, size = self.model_of(request.data), request.block_size
+        model, size = self.model_for(request), request.block_size
         scorer = ModelScorer(model, request.data.split(request.split).clips, self.mesh)
         if not scorer.use.any():
             raise UserError(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from vidjax import config_io, devices, ensemble, files
 from vidjax.config import Config
-from vidjax.data.clips import TrainingData, select_modalities
+from vidjax.data.clips import ClipSource, TrainingData, select_modalities
 from vidjax.errors import UserError, warn
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
@@ -64,7 +64,8 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
     params, model_state = load_weights(run, system, mesh)
     step = make_eval_step(system, mesh)
     name = str(run.folder.path)
-    return TrainedModel(name, system, step, params, model_state, run.training_sets, data)
+    sets = sets_for(run.training_sets, run.manifest["data"], data, config.eval.split)
+    return TrainedModel(name, system, step, params, model_state, sets, data)
 
 
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
@@ -243,6 +244,37 @@ def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | N
         )
     others = [kind for kind in kinds if now[kind] != before[kind]]
     return f"{split} has other {' and '.join(others)}" if others else ""
+
+
+def sets_for(
+    sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
+) -> ensemble.TrainingSets:
+    """Returns the training sets as a split of `data` is scored, with a warning if they change.
+
+    A clip of the run's own data, by its digests `own`, is scored by the members that were not
+    trained on it. Other data may have the name of a training clip for another clip: all members
+    score all of their clips.
+    """
+    if ensemble.scoring_members(sets, data.split(split).clips)[0].all():
+        return sets
+    before, now = own["splits"], getattr(data, "report", {"splits": {}})["splits"]
+    names = [split] if split in before else before
+    if now and all(_same_clips(before[name], now.get(name, {}).get("sha256")) for name in names):
+        return sets
+    warn(
+        "some clips have names of training clips, but these are not the data of the run: all "
+        "members score them\nvidjax evaluate scores training clips by the members that were not "
+        "trained on them"
+    )
+    return sets._replace(trained=np.zeros_like(sets.trained))
+
+
+def _same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
+    """Returns False if the digests of a split are of other clips than before."""
+    kinds = ["names", "features"]
+    if now and now["modalities"] != before["modalities"]:  # in the same records
+        kinds.remove("features")
+    return now is not None and all(now[kind] == before[kind] for kind in kinds)
 
 
 def check_data(

@@ -209,7 +209,6 @@ def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
         inputs[f"{name}_mask"] = real
         for row in np.flatnonzero(real.any(axis=1)):
             clips[row][name] = {field: value[row][real[row]] for field, value in values.items()}
-    # Members score no clip of a name that they were trained on: no dataset has these.
     named = [(f"made up by vidjax export {row}", clip) for row, clip in enumerate(clips)]
     requests = [dict(part) for part in (named[: len(LENGTHS)], named[len(LENGTHS) :]) if part]
     expected = {

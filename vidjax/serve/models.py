@@ -255,7 +255,7 @@ class RunModel:
         # Tables of members have a row for each name: as many as no other batch compiles for.
         rest = -len(split.clips) % TABLE
         names = [*split.clips, *(f"none/{number}" for number in range(rest))]
-        scorer = ModelScorer(run.model_of(data), names, run.mesh)
+        scorer = ModelScorer(run.model_for(request), names, run.mesh)
         scores = np.full((len(request.names), len(run.identities)), -np.inf, np.float32)
         vectors: np.ndarray | None = None
         rows = request.block_size * run.mesh.size
