@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from vidjax.extract import align, cards, convert, models
+from vidjax.gallery import doubts
 from vidjax.main import main
+from vidjax.models import distance
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -231,16 +233,40 @@ def test_speakers_are_named_and_the_card_tells_their_cosines(nets):
         assert count == back_end.pairs[number]
 
 
-def test_the_card_says_what_photos_of_decades_have():
-    """Half of the photos that the card was measured on."""
+@pytest.fixture
+def decades():
+    """Vectors of photos of decades, [120, 128], and whom they show; half of those of the card."""
     path = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks/tracks.npz"
     if not path.exists():
         pytest.skip("no folder tracks beside VIDJAX_REAL_DATA")
     with np.load(path) as data:
         vectors, people = data["photo_vector"], data["photo_person"]
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), people
+
+
+def test_the_card_says_what_photos_of_decades_have(decades):
+    vectors, people = decades
     pairs = np.triu_indices(len(people), 1)
     cosines, same = (vectors @ vectors.T)[pairs], (people[:, None] == people)[pairs]
     back_end = cards.PUBLISHED["dlib"]["back_end"]
     for kind, found in (("same", cosines[same]), ("different", cosines[~same])):
         np.testing.assert_allclose((found.mean(), found.std()), back_end[kind], atol=0.005)
+
+
+def test_photos_of_decades_are_doubted_where_they_show_somebody_else(decades):
+    """Three photos of each of twelve people, and then one of another of them in place of one."""
+    vectors, _ = decades
+    back_end = cards.PUBLISHED["dlib"]["back_end"]
+    distances = distance.of_cosines(*(tuple(back_end[kind]) for kind in ("same", "different")))
+    rng, found, right = np.random.default_rng(0), 0, 0
+    for _ in range(20):
+        order = rng.permutation(10) + 10 * np.arange(12)[:, None]  # photos of a person are in order
+        given, owner = vectors[order[:, :3]].reshape(36, -1), np.repeat(np.arange(12), 3)
+        assert doubts.find(distances, given, owner) == {}
+        place, other = rng.choice(12, 2, replace=False)
+        given[3 * place] = vectors[order[other, 3]]
+        told = doubts.find(distances, given, owner)
+        assert told.keys() <= {3 * place}
+        found += bool(told)
+        right += told.get(3 * place) == other
+    assert found >= 16 and right >= 15

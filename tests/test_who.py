@@ -335,6 +335,31 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
     assert len([line for line in said.splitlines() if str(people) in line]) == 3
 
 
+def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
+    """A photo among those of another person, a stranger's, and one file as two people."""
+    film = drawn.film()
+    for name in ("Ada", "Bob"):
+        for number in (1, 2, 3):
+            write_photo(drawn.friends / name / f"{number}.png", (name, 40, 36 + 2 * number))
+    photos = {drawn.friends / "Ada" / "4.png": "Bob", drawn.friends / "Bob" / "5.png": "Eve"}
+    _, said = drawn.who(film)
+    assert "given as" not in said and "same file" not in said
+    for path, name in photos.items():
+        write_photo(path, (name, 42, 40))
+    shutil.copy(drawn.friends / "Ada" / "1.png", drawn.friends / "Eve.png")
+    for _ in range(2):
+        content, said = drawn.who(film)
+        told = [line for line in said.splitlines() if "given as" in line or "same file" in line]
+        assert content["failed"] == [] and told == [
+            f"{drawn.friends}/Ada/1.png: the same file is a photo of Eve: delete the wrong one",
+            f"{drawn.friends}/Ada/4.png: given as Ada, and looks like Bob: move it if it shows "
+            "somebody else",
+            f"{drawn.friends}/Bob/5.png: given as Bob, and unlike the other photos of Bob: move it "
+            "if it shows somebody else",
+            f"{drawn.friends}/Eve.png: the same file is a photo of Ada: delete the wrong one",
+        ]  # fmt: skip
+
+
 def test_what_a_person_says_of_a_clip_counts(drawn):
     """A clip that was enrolled shows whom its label says, and goes with this person."""
     film = drawn.film()

@@ -40,7 +40,7 @@ from vidjax.errors import UserError
 from vidjax.extract import folder, pipeline
 from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, cuts, page, store
+from vidjax.gallery import appearances, cuts, doubts, page, store
 from vidjax.gallery.answers import NOBODY, Answer
 from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.changes import check_person
@@ -260,6 +260,7 @@ def who(
                 others = photos.keys() - {place.name}
                 failed |= _enrol(gallery, place.name, own, others, place)
             _forget(gallery, {*photos}, out)
+            _say_doubts(gallery, read)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
@@ -449,6 +450,31 @@ def _enrol(
     if new.names:
         gallery.enrol(new._replace(labels=(label,) * len(new.names)))
     return unfit
+
+
+def _say_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[Outcome]]) -> None:
+    """Says which photos, place of a person -> photos, may show others, or are given twice."""
+    given = {
+        f"{PEOPLE}/{place.name}/{track.clip}": (outcome.path, outcome.film.sha256)
+        for place, own in outcomes.items()
+        for outcome in own if outcome.film
+        for track in outcome.film.tracks
+    }  # fmt: skip
+    shown = {clip: one.identity for clip, one in gallery.clips.items() if one.identity}
+    owners: dict[str, set[str]] = {}  # digest of a file -> people
+    for clip in given.keys() & shown.keys():
+        owners.setdefault(given[clip][1], set()).add(shown[clip])
+    twins = {clip for clip, (_, digest) in given.items() if len(owners.get(digest, ())) > 1}
+    doubtful = doubts.among(gallery, {clip: shown[clip] for clip in shown.keys() - twins})
+    for clip in sorted(given.keys() & (twins | doubtful.keys()) & shown.keys()):
+        (path, digest), name = given[clip], show(shown[clip])
+        if clip in twins:
+            others = ", ".join(map(show, sorted(owners[digest] - {shown[clip]})))
+            say(f"{path}: the same file is a photo of {others}: delete the wrong one")
+        else:
+            like = doubtful[clip]
+            seems = f"looks like {show(like)}" if like else f"unlike the other photos of {name}"
+            say(f"{path}: given as {name}, and {seems}: move it if it shows somebody else")
 
 
 def _person(clip: str) -> str | None:
