@@ -12,10 +12,11 @@ TOKEN, PORT = "t" * 22, 8123
 
 
 @pytest.fixture
-def reviewed(drawn):
+def reviewed(drawn, monkeypatch):
     """Results of two films in which Ada is known, Bob and Eve are not."""
     from vidjax import review
 
+    monkeypatch.setattr(review, "IDLE_SECONDS", 0)
     film = drawn.film()
     write_film(drawn.folder / "more.mkv", (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
@@ -32,7 +33,7 @@ def reviewed(drawn):
             )  # fmt: skip
 
         def again(self):
-            drawn.who(film, drawn.folder / "more.mkv")
+            drawn.who(film, drawn.folder / "more.mkv", flags=["--thumbnails"])
             return self.names()
 
         def names(self):
@@ -69,14 +70,17 @@ def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed
     assert "Taken back" in text and reviewed.names() == before == reviewed.again()
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
 
-    places = [row["clips"] for row in drawn.rows()]
-    ada = next(n for n, clips in enumerate(places) if "party.s000.t00" in clips)
-    reviewed.post(do="deny", of=ada)
+    ada = "clip: party.s000.t00"
+    text = reviewed.post(do="deny", of=ada)
     denied = reviewed.names()
+    assert f"Saved: this is not Ada, but {denied['party.s000.t00']}." in text
     assert denied["party.s000.t00"].startswith("unknown ")
     assert reviewed.again() == denied
     reviewed.post(do="name", of=ada, person="Ada")
     assert reviewed.names()["party.s000.t00"] == "Ada" == reviewed.again()["party.s000.t00"]
+    reviewed.post(do="deny", of=ada)
+    assert reviewed.names() == denied == reviewed.again(), "also what somebody said before"
+    reviewed.post("undo")
     reviewed.post("undo")
     assert reviewed.names() == denied
     reviewed.post("undo")
@@ -84,11 +88,60 @@ def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed
     reviewed.post("undo", status=422)
 
 
+def test_the_page_asks_about_a_name_that_is_nearly_another(reviewed):
+    before = reviewed.names()
+    for word in ("ada", "Ad a", "ad\u0430a"):
+        text = reviewed.post(status=422, do="name", of="unknown 1", person=word)
+        assert "there is Ada already" in text and f">{word} is somebody else<" in text
+    assert reviewed.names() == before
+    assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
+    assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
+    assert "Saved: Ad a is Guest 1." in reviewed.post(do="name", of="Ad a", person="Guest 1")
+    assert "Saved: unknown 2 is Guest 2." in reviewed.post(
+        do="name", of="unknown 2", person="Guest 2"
+    )
+    names = reviewed.names()
+    assert {*names.values()} == {"Ada", "Guest 1", "Guest 2"} and names == reviewed.again()
+    reviewed.post("undo")
+    reviewed.post("undo")
+    assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
+
+
+def test_the_reader_comes_back_to_the_next_person(reviewed):
+    text = reviewed.post(do="name", of="unknown 2", next="unknown 1", person="Bob")
+    place = text.index("autofocus")
+    assert text.index("Saved: unknown 2 is Bob.") < text.index("Undo: unknown 2 is Bob") < place
+    assert "Who is unknown 1?" in text[place - 200 : place]
+    assert "Saved" not in reviewed.page() and "Undo" in reviewed.page(), "it is said once"
+    text = reviewed.post("undo", view="person=Ada")
+    assert "<title>Ada: " in text and "Taken back" in text
+    text = reviewed.post(do="name", of="Ada", person="Eva", view="person=Ada")
+    assert "<title>Eva: " in text and "In no film" not in text
+    text = reviewed.client.get(f"/{TOKEN}/?film=more.mkv").text
+    assert "<title>more.mkv: " in text and 'value="clip: more.s000.t00"' in text
+    assert "<title>Who appears" in reviewed.client.get(f"/{TOKEN}/?film=less.mkv").text
+
+
+def test_faces_are_shown_and_nothing_else_of_the_folder(reviewed, drawn):
+    pictures = re.findall('<img[^>]* src="([^"]+)"', reviewed.page())
+    assert len(pictures) > 2
+    for address in pictures:
+        answer = reviewed.client.get(f"/{TOKEN}/{address}")
+        assert answer.status_code == 200 and answer.content.startswith(b"\x89PNG")
+    assert all((drawn.out / address).exists() for address in pictures)
+    other = drawn.folder / "thumbnails" / "x" / "x.png"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"")
+    for address in ("names.tsv", "unknown.json", "..%2fthumbnails%2fx%2fx.png", f"%2f{other}"):
+        assert reviewed.client.get(f"/{TOKEN}/{address}").status_code == 404
+
+
 def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed):
     before = reviewed.names()
     numbers = sorted({name for name in before.values() if name.startswith("unknown ")})
     assert numbers == ["unknown 1", "unknown 2"]
-    reviewed.post(do="join", of="unknown 2", person="unknown 1")
+    text = reviewed.post(do="name", of="unknown 2", person="Unknown  1")
+    assert "Saved: unknown 2 is unknown 1." in text
     joined = {c: "unknown 1" if name == "unknown 2" else name for c, name in before.items()}
     assert reviewed.names() == joined == reviewed.again()
     reviewed.post("undo")
@@ -102,10 +155,13 @@ MISTAKES = [
     ({"do": "name", "of": "unknown 1", "person": " "}, 422),
     ({"do": "name", "of": "unknown 1", "person": "a\u202eb"}, 422),
     ({"do": "name", "of": "unknown 99", "person": "Bob"}, 422),
-    ({"do": "name", "of": "9999", "person": "Bob"}, 422),
-    ({"do": "join", "of": "unknown 1", "person": "Ada"}, 422),
+    ({"do": "name", "of": "clip: 9999", "person": "Bob"}, 422),
+    ({"do": "name", "of": "", "person": "Bob"}, 422),
+    ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
+    ({"do": "name", "of": "unknown 1", "person": "unknown 9"}, 422),
+    ({"do": "name", "of": "unknown 1", "person": "unknown"}, 422),
     ({"do": "burn", "of": "unknown 1"}, 422),
-    ({"do": "name", "of": "unknown 1", "person": "Bob", "version": "0"}, 409),
+    ({"do": "name", "of": "unknown 1", "person": "Bob", "version": "9"}, 409),
     ({"do": "name", "of": "unknown 1", "person": "x" * 20_000}, 413),
     ({}, 422),
 ]
@@ -114,12 +170,12 @@ MISTAKES = [
 def test_mistakes_change_nothing(reviewed):
     before = reviewed.names()
     for fields, status in MISTAKES:
-        reviewed.post(status=status, **fields)
+        assert "Nothing was changed" in reviewed.post(status=status, **fields) or status == 413
     assert reviewed.names() == before and "Undo" not in reviewed.page()
 
 
 def test_only_the_page_itself_asks_and_changes(reviewed):
-    form = {"version": "1", "do": "name", "of": "unknown 1", "person": "Bob"}
+    form = {"version": "0", "do": "name", "of": "unknown 1", "person": "Bob"}
     client = reviewed.client
     for path in ("/", "/x/", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", f"/{TOKEN}/film/9", "/\u00e9/"):
         assert client.get(path).status_code == 404
@@ -130,17 +186,22 @@ def test_only_the_page_itself_asks_and_changes(reviewed):
     ):  # fmt: skip
         assert client.post(f"/{TOKEN}/change", data=form, headers=headers).status_code == 403
     answer = client.get(f"/{TOKEN}/")
-    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["referrer-policy"] == "same-origin"
     assert "form-action 'self'" in answer.text
 
 
 def test_films_play_from_any_second(reviewed):
     page = reviewed.page()
-    assert 'href="film/1#t=' in page
+    assert 'href="play/1?t=2.0"' in page
+    text = reviewed.client.get(f"/{TOKEN}/play/1?t=2.0").text
+    assert 'src="../film/1#t=2.0"' in text and "party.mkv, from 0:02" in text and "VLC" in text
+    assert "#t=0.0" in reviewed.client.get(f"/{TOKEN}/play/1?t=%22%3E").text
     whole = reviewed.client.get(f"/{TOKEN}/film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
     part = reviewed.client.get(f"/{TOKEN}/film/1", headers={"range": "bytes=10-19"})
     assert part.status_code == 206 and part.content == whole.content[10:20]
     path = reviewed.review.film(1)
     path.write_bytes(b"another file")
-    assert reviewed.client.get(f"/{TOKEN}/film/1").status_code == 404
+    for word in ("film", "play"):
+        answer = reviewed.client.get(f"/{TOKEN}/{word}/1")
+        assert answer.status_code == 404 and "vidjax who again" in answer.text

@@ -70,6 +70,13 @@ class Done(NamedTuple):
     found: list[Appearance]
     groups: int
     failed: dict[str, str]
+    decision: "Decision"
+
+    @classmethod
+    def of(cls, gallery: Gallery, decision: "Decision", failed: dict[str, str]) -> "Done":
+        """Returns what a decision says."""
+        groups = len({*decision.groups.values()})
+        return cls(gallery.identities, decision.found, groups, failed, decision)
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
@@ -175,6 +182,7 @@ class Decision(NamedTuple):
     Attributes:
       films: all films.
       vectors: of all clips; None without clips.
+      votes: clip -> the group with which it votes on its name.
       answers: clip -> answer.
       groups: clip -> `unknown N`, of clips without a name.
       found: the appearances, in order of time.
@@ -182,6 +190,7 @@ class Decision(NamedTuple):
 
     films: Sequence[folder.Film]
     vectors: Vectors | None
+    votes: dict[str, str]
     answers: dict[str, Answer]
     groups: dict[str, str]
     found: list[Appearance]
@@ -314,9 +323,9 @@ def _look(
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(f"not at their place any more: {count}, such as {missing[0]}; --prune removes them")
-    decision = decide(gallery, out, films, before, identify, padding=padding)
-    shown = {*decision.groups.values()}
-    return Done(gallery.identities, decision.found, len(shown), failed)
+    decision = decide(gallery, out, films, before, identify)
+    write(out, gallery, decision, padding)
+    return Done.of(gallery, decision, failed)
 
 
 def _gallery(out: Path, models: Path) -> Gallery:
@@ -520,29 +529,27 @@ def decide(
     films: Sequence[folder.Film],
     before: Numbers,
     identify: Callable[..., dict[str, Answer]],
-    vectors: Vectors | None = None,
-    *,
-    padding: float = PADDING,
+    last: Decision | None = None,
 ) -> Decision:
-    """Names the clips of all films, numbers unknown people, and writes the results.
+    """Names the clips of all films, and numbers unknown people, for this call and the next.
 
     Clips that form a group vote. Groups keep the numbers that their clips had `before`, and a new
     group gets a number above the highest. A clip that is enrolled shows whom its label says.
 
     Args:
       identify: `gallery.identify` with a rule.
-      vectors: of all clips; None to read them.
-      padding: of cut lists, see `who`.
+      last: a decision on the same films, before people corrected names; None without.
     """
+    vectors, votes = (last.vectors, last.votes) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
     clips = {track.clip for film in films for track in film.tracks}
     if clips:
         vectors = vectors or _embed(gallery, out / FEATURES, clips)
         told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
         apart = appearances.seen_together(films)
+        votes = votes or gallery.group(vectors, apart, absorb=False)
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
-            votes = gallery.group(vectors, apart, absorb=False)
             answers = identify(vectors, groups=votes)
         for clip, names in before.denied_of(films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
@@ -552,15 +559,13 @@ def decide(
             answers[clip] = NOBODY if name is None else known
         answers = appearances.settle(answers, films)
         nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
-        groups = gallery.group(vectors.only(nobody), apart)
+        groups = gallery.group(vectors.only(nobody), apart, begin=votes)
         groups = _keep_numbers(groups, before.of(films), before.highest)
     numbers = msgspec.to_builtins(before.updated(films, groups))
     files.write_json(out / NUMBERS, numbers)  # rows without are not read
     groups = {clip: before.joined(group) for clip, group in groups.items()}
     found = appearances.find(answers, films, groups)
-    decision = Decision(films, vectors, answers, groups, found)
-    _write(out, gallery, decision, padding)
-    return decision
+    return Decision(films, vectors, votes, answers, groups, found)
 
 
 def _keep_numbers(
@@ -587,7 +592,8 @@ def _keep_numbers(
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
-def _write(out: Path, gallery: Gallery, decision: Decision, padding: float) -> None:
+def write(out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING) -> None:
+    """Writes the results: tables, subtitles, cut lists, and the page; `padding` is as of `who`."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
@@ -607,11 +613,15 @@ def _write(out: Path, gallery: Gallery, decision: Decision, padding: float) -> N
             files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
     cuts.write(out / CUTS, decision.found, decision.films, padding)
-    addresses = {
+    places = {
         film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
         for film in decision.films
     }
-    files.write_text(out / PAGE, render_page(out, gallery, decision, addresses))
+
+    def address(film: folder.Film, seconds: float) -> str:
+        return places[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
+
+    files.write_text(out / PAGE, render_page(out, gallery, decision, address))
     (out / PAGE).chmod(0o600)
 
 
@@ -619,19 +629,26 @@ def render_page(
     out: Path,
     gallery: Gallery,
     decision: Decision,
-    addresses: Mapping[str, str],
+    address: Callable[[folder.Film, float], str],
     forms: page.Forms | None = None,
 ) -> str:
-    """Returns the page of a decision; `addresses` and `forms` are those of `page.render`."""
-    people = {name: list[Path]() for name in gallery.identities}
+    """Returns the page of a decision; `address` and `forms` are those of `page.render`."""
+    people = {name: list[page.Picture]() for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
-        if (name := _person(clip)) and shown.identity:
-            photo = folder.thumbnail(out / PEOPLE / name, clip.rpartition("/")[2])
-            people[shown.identity].append(photo)
+        if (name := _person(clip)) and shown.identity in people:
+            photo = _picture(out, out / PEOPLE / name, clip.rpartition("/")[2])
+            people[shown.identity] += [(photo, shown.identity)] if photo else []
+    shows = (out / FEATURES / folder.THUMBNAILS).exists()
+    picture = functools.partial(_picture, out, out / FEATURES) if shows else lambda clip: ""
     return page.render(
-        decision.found, decision.films, people,
-        functools.partial(folder.thumbnail, out / FEATURES), decision.answers, addresses, forms,
-    )  # fmt: skip
+        decision.found, decision.films, people, picture, decision.answers, address, forms
+    )
+
+
+def _picture(out: Path, features: Path, clip: str) -> str:
+    """Returns the address of the picture of a clip, from the page on; empty without."""
+    path = folder.thumbnail(features, clip)
+    return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 
 
 def _remove_results(out: Path) -> None:

@@ -25,7 +25,10 @@ def run(args: argparse.Namespace) -> Result:
     if args.review:
         from vidjax import review  # it needs starlette
 
-        review.run(out, fpir=args.fpir, threshold=args.threshold, padding=args.padding)
+        reviewed = review.run(
+            out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
+        )
+        done = reviewed._replace(failed=done.failed)
     named = [one.identity for one in done.found if one.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,

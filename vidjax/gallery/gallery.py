@@ -179,7 +179,7 @@ class Gallery:
             found = embed(run, data, split)
             widths = {name: x.shape[1] for name, x in found.parts.items()}
             labelled += sum(label is not None for label in found.labels)
-            for name, clip in _clips_of(found).items():
+            for name, clip in clips_of(found).items():
                 if clip.identity is not None:
                     clips[name] = clip._replace(fitted=True)
         if not labelled:
@@ -195,7 +195,7 @@ class Gallery:
         chosen = strangers or run.config.eval.split
         kept = {} if empty else clips
         if strangers or data.split(chosen).labelled:
-            found = _clips_of(embed(run, data, chosen))
+            found = clips_of(embed(run, data, chosen))
             others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
             kept = others | kept
         return cls.of_clips(folder, origin, backend, kept, run=run)
@@ -459,7 +459,7 @@ class Gallery:
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
         labels = [None if label is None else check_person(label) for label in found.labels]
-        usable = _clips_of(found._replace(labels=tuple(labels)))
+        usable = clips_of(found._replace(labels=tuple(labels)))
         shown = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
         if not shown:
@@ -556,7 +556,12 @@ class Gallery:
     # ---- answers
 
     def group(
-        self, found: Vectors, apart: Collection[tuple[str, str]] = (), *, absorb: bool = True
+        self,
+        found: Vectors,
+        apart: Collection[tuple[str, str]] = (),
+        *,
+        begin: Mapping[str, str] | None = None,
+        absorb: bool = True,
     ) -> dict[str, str]:
         """Groups clips by the people that they show; returns clip -> `unknown 1`, and so on.
 
@@ -565,12 +570,14 @@ class Gallery:
         Args:
           found: vectors of any number of clips.
           apart: pairs of clips that do not show one person, such as clips seen at one time.
+          begin: clip -> group, of all clips with a usable frame: groups that are joined further.
           absorb: False to leave clips that fit no group well on their own.
         """
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in found.parts.values()], axis=0))
         names = [found.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in found.parts.values()]
-        labels = grouping.group(self.backend, names, parts, apart, absorb=absorb)
+        first = None if begin is None else [begin[name] for name in names]
+        labels = grouping.group(self.backend, names, parts, apart, begin=first, absorb=absorb)
         return answers_lib.name_groups(names, labels)
 
     def _anybody(self) -> State:
@@ -664,10 +671,11 @@ class Gallery:
             keys = [(n in groups, groups.get(n, n)) for n in found.names]
             place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             owner = np.array([place[key] for key in keys], int)
-        nearest = list(state.index.nearest(parts, k, None if groups is None else owner))
+        nearest = state.index.nearest(parts, k, None if groups is None else owner)
+        known = [rule.answer(one, cards=bool(state.run.cards)) for one in nearest]
         answers = {}
         for clip, place in zip(found.names, owner.tolist(), strict=True):
-            answers[clip] = rule.answer(nearest[place], cards=bool(state.run.cards))
+            answers[clip] = known[place]
             advance(1)
         return answers
 
@@ -846,7 +854,8 @@ def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     return parts
 
 
-def _clips_of(found: Vectors) -> dict[str, Clip]:
+def clips_of(found: Vectors) -> dict[str, Clip]:
+    """Returns clip -> as it is enrolled, of clips with a usable frame."""
     rows = np.concatenate(list(found.parts.values()), axis=1)
     clips = zip(found.names, found.labels, rows, strict=True)
     return {name: Clip(label, row) for name, label, row in clips if row.any()}

@@ -110,6 +110,7 @@ def group(
     parts: Sequence[np.ndarray],
     apart: Collection[tuple[str, str]] = (),
     *,
+    begin: Sequence[str] | None = None,
     absorb: bool = True,
 ) -> np.ndarray:
     """Returns the group of every clip, [N] int from 0.
@@ -119,14 +120,17 @@ def group(
       names: [N] names of clips, which say the film, see `folder.film_of`.
       parts: the vectors of the clips, M arrays [N, D] float32, 0 where a clip lacks the part.
       apart: pairs of clips that do not show one person.
+      begin: [N] names of groups that are joined further; None to begin with single clips.
       absorb: True to give small groups to larger ones.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
     pairs = np.array(pairs, int).reshape(-1, 2)
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
-    labels = np.unique([film_of(name) for name in names], return_inverse=True)[1]
-    labels = np.argsort(np.argsort(labels, kind="stable"))  # a group a clip, film by film
+    order = np.argsort([film_of(name) for name in names], kind="stable")
+    labels = np.argsort(order)  # a group a clip, film by film
+    if begin is not None:
+        labels = np.unique(begin, return_inverse=True)[1]
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
         """Joins the groups of the clips `rows`, and returns the new labels of the clips, from 0."""
@@ -136,9 +140,9 @@ def group(
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, inside)
-        joined = _agglomerate(groups)
+        joined, ratios = _agglomerate(groups)
         if absorb:
-            joined = _absorb(groups, joined)
+            joined = _absorb(groups, joined, ratios)
         return np.unique(joined[local], return_inverse=True)[1]
 
     for turn in range(TURNS):
@@ -176,8 +180,11 @@ def _neighbours(means: np.ndarray, turn: int) -> np.ndarray:
     return block
 
 
-def _agglomerate(groups: Groups) -> np.ndarray:
-    """Joins groups, the most probable pair first; returns the new labels [G] of groups."""
+def _agglomerate(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Joins groups, the most probable pair first.
+
+    Returns the new labels [G] of groups, and the ratios [G, G] of those that are left.
+    """
     num = len(groups.sizes)
     labels, rows = np.arange(num), np.arange(num)
     ratios = np.stack([groups.ratios(row) for row in range(num)])
@@ -188,19 +195,25 @@ def _agglomerate(groups: Groups) -> np.ndarray:
         if values[one] <= np.log(left):
             break
         other = int(best[one])
-        groups.join(one, other)
         labels[labels == other] = one
-        ratios[other], ratios[:, other] = -np.inf, -np.inf
-        new = groups.ratios(one)
-        ratios[one], ratios[:, one] = new, new
+        new = _join(groups, ratios, one, other)
         stale = (best == one) | (best == other)
         best[stale] = ratios[stale].argmax(axis=1)
         best[new > ratios[rows, best]] = one
         best[one] = new.argmax()
-    return labels
+    return labels, ratios
 
 
-def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
+def _join(groups: Groups, ratios: np.ndarray, one: int, other: int) -> np.ndarray:
+    """Adds a group to another one, also in their ratios [G, G]; returns its new ratios [G]."""
+    groups.join(one, other)
+    ratios[other], ratios[:, other] = -np.inf, -np.inf
+    new = groups.ratios(one)
+    ratios[one], ratios[:, one] = new, new
+    return new
+
+
+def _absorb(groups: Groups, labels: np.ndarray, ratios: np.ndarray) -> np.ndarray:
     """Gives groups of few clips to larger ones; returns the new labels [G] of groups."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
@@ -208,11 +221,13 @@ def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
         for one in np.argsort(sizes, kind="stable").tolist():
             if not 0 < sizes[one] <= MAX_SMALL_CLIPS:
                 continue
-            logits = np.where(sizes < sizes[one], -np.inf, groups.ratios(one))
+            logits = np.where(sizes < sizes[one], -np.inf, ratios[one])
             logits += np.log(np.maximum(sizes, 1))
             best = int(logits.argmax())
-            if logits[best] - np.logaddexp.reduce([*logits, np.log(single)]) > np.log(LEAST_SURE):
-                groups.join(best, one)
+            if logits[best] - np.logaddexp.reduce(np.append(logits, np.log(single))) > np.log(
+                LEAST_SURE
+            ):
+                _join(groups, ratios, best, one)
                 labels[labels == one] = best
                 changed = True
     return labels

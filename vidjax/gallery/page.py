@@ -1,45 +1,54 @@
 """The page of who appears when: a timeline of each film, and the times of each person."""
 
 import base64
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlencode
 
-from vidjax import files
 from vidjax.extract.folder import Film
-from vidjax.gallery.answers import UNKNOWN, Answer, number_of
+from vidjax.gallery.answers import Answer, number_of
 from vidjax.gallery.appearances import Appearance, by_video, clock
 
+if TYPE_CHECKING:
+    import jinja2
+
 MOST_PICTURES = 8  # of a person in a film: the longest appearances
-PICTURE_BYTES = 100_000
 LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # of a person below a timeline; the others are folded
+MOST_DOUBTFUL = 100  # names that are listed
+NOBODY = "ignored or unclear"  # stands for whom has no name and no number
+CLIP = "clip: "  # begins the key of an appearance
+
+Picture = tuple[str, str]  # the address, and words
 
 
 class Shown(NamedTuple):
     """An appearance as the page shows it.
 
     Attributes:
-      number: its place in the list of all appearances.
+      key: says which one; it is no name of a person.
       name: the person, or the group of an unknown person.
       known: whether `name` is a person.
       probability: of a known person.
-      begin, end: times such as 3:12; empty for a photo.
+      time: begin and end, such as 3:12\u20133:15.
+      seconds: how long it is.
       left, width: the place on the timeline, in per cent.
       others: other people whom it may show, with their probabilities, the most likely first.
       address: of the film at that second; empty if it is not known.
     """
 
-    number: int
+    key: str
     video: str
     name: str
     known: bool
     probability: float | None
-    begin: str
-    end: str
+    time: str
+    seconds: float
     left: float
     width: float
     others: list[tuple[str, float]]
@@ -58,32 +67,61 @@ class Forms(NamedTuple):
 
     Attributes:
       version: of the decision that the page shows; a change of an older page is refused.
-      done: what the last change did, in words, or empty.
-      can_undo: whether there is a change to take back.
+      film, person: the one that the page shows; without, it lists all, and shows the unknown.
+      message: what the last change did, or what is wrong, in words, or empty.
+      last: the change that can be taken back, in words, or empty.
+      at: the person, or the key of the appearance, beside whom the message stands.
+      next: who is beside it after a change.
+      typed: the name that somebody typed and that was not taken.
+      similar: the name of a person that looks like it.
     """
 
     version: int
-    done: str
-    can_undo: bool
+    film: str = ""
+    person: str = ""
+    message: str = ""
+    last: str = ""
+    at: str = ""
+    next: str = ""
+    typed: str = ""
+    similar: str = ""
+
+    @property
+    def part(self) -> str:
+        """The film or the person that the page shows; empty if it lists all."""
+        return self.film or self.person
+
+    @property
+    def view(self) -> str:
+        """The part, as the end of an address."""
+        words = {"film": self.film, "person": self.person}
+        return urlencode({key: word for key, word in words.items() if word})
 
 
 class Row(NamedTuple):
-    """A person in a film: the appearances, the time of all, and pictures with words."""
+    """A person, in a film or in all: the appearances, and the time of all."""
 
     name: str
-    known: bool
     shown: list[Shown]
     total: str
-    faces: list[tuple[str, str]]
+
+
+class Part(NamedTuple):
+    """A film: what is said of it, its people, and all appearances in order of time."""
+
+    video: str
+    about: str
+    rows: list[Row]
+    shown: list[Shown]
 
 
 def render(
     found: Sequence[Appearance],
-    films: Iterable[Film],
-    people: Mapping[str, Iterable[Path]],
-    thumbnail: Callable[[str], Path],
+    films: Sequence[Film],
+    people: Mapping[str, Sequence[Picture]],
+    picture: Callable[[str], str],
     answers: Mapping[str, Answer],
-    addresses: Mapping[str, str],
+    address: Callable[[Film, float], str],
     forms: Forms | None = None,
 ) -> str:
     """Returns the page of the appearances in films, as HTML.
@@ -91,12 +129,63 @@ def render(
     Args:
       found: the appearances, in order of time.
       films: the films, in the order of the page.
-      people: everybody who is enrolled, with the paths of pictures of their photos.
-      thumbnail: gives the path of the picture of a clip. Pictures that do not exist are left out.
+      people: everybody who is enrolled, with pictures of their photos.
+      picture: gives the address of the picture of a clip; empty without.
       answers: clip -> answer, for the other people whom a clip may show.
-      addresses: film -> its address, which a link opens.
+      address: gives the address of a film from a second on, which a link opens; empty without.
       forms: for a page on which people correct names; None for a page to look at.
     """
+    of_video, own = by_video(found), dict[str, list[Shown]]()
+    times = {name: list[Shown]() for name in people}
+    for film in films:
+        appearances = of_video.get(film.video, ())
+        own[film.video] = [_show(one, film, answers, address) for one in appearances]
+        for one in own[film.video]:
+            times.setdefault(one.name, []).append(one)
+    unknown = sorted(times.keys() - people.keys() - {NOBODY}, key=number_of)
+    everybody = [*people, *unknown, *({NOBODY} & times.keys())]
+    doubtful = [one for some in own.values() for one in some if one.doubt]
+    doubtful.sort(key=lambda one: -one.doubt)
+    if forms and forms.film not in own and forms.person not in times:
+        forms = forms._replace(film="", person="")
+    # The page to look at has all; the other one has a part of it, or an overview.
+    part = forms.part if forms else ""
+    open_films = [film for film in films if forms is None or film.video == forms.film]
+    open_people = everybody if forms is None else unknown
+    if forms and forms.part:
+        open_people, doubtful = [forms.person] * (forms.person in times), []
+    listed = doubtful[:MOST_DOUBTFUL]
+    shown = [*listed, *own.get(part, ()), *times.get(part, ())]
+    script = (Path(__file__).parent / "names.js").read_text()
+
+    def faces(shown: Sequence[Shown], name: str = "") -> list[Picture]:
+        """Returns pictures of a person, or else of the longest appearances, in their order."""
+        longest = sorted(range(len(shown)), key=lambda n: -shown[n].seconds)[:MOST_PICTURES]
+        chosen = [shown[n] for n in sorted(longest)]
+        there = [(picture(one.key.removeprefix(CLIP)), one.time) for one in chosen]
+        return [*people.get(name, ())] or [one for one in there if one[0]]
+
+    return _template().render(
+        part=part,
+        doubtful=listed,
+        num_doubtful=len(doubtful),
+        videos=[*own],
+        films=[_part(film, own[film.video], people) for film in open_films],
+        people=[Row(name, times[name], "") for name in open_people],
+        faces=faces,
+        named=[*people],
+        unknown=unknown,
+        anchors={name: number for number, name in enumerate(everybody, 1)},
+        placed=forms and forms.at in {*open_people, *(one.key for one in shown)},
+        most_times=MOST_TIMES,
+        forms=forms,
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+@functools.cache
+def _template() -> "jinja2.Template":
     import jinja2
 
     from vidjax import report
@@ -107,52 +196,17 @@ def render(
         loader=jinja2.FileSystemLoader(folders), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    script = (Path(__file__).parent / "names.js").read_text()
-    of_video = by_video(found)
-    number = {one: place for place, one in enumerate(found)}
-    videos, times = [], {(True, name): list[Shown]() for name in people}
-    for film in films:
-        own = of_video.get(film.video, [])
-        shown = [
-            _show(number[one], one, film, answers, addresses.get(film.video, "")) for one in own
-        ]
-        length = "photo" if film.photo else clock(film.seconds, short=True)
-        videos.append((film.video, length, _rows(own, shown, film, thumbnail), film.damaged))
-        for one in shown:
-            times.setdefault((one.known, one.name), []).append(one)
-    everything = [one for some in times.values() for one in some]
-    everybody = sorted(times, key=lambda key: _order(*key))
-
-    def faces(known: bool, name: str) -> list[tuple[str, str]]:
-        if known:
-            return _pictures((path, name) for path in people.get(name, ()))
-        return _faces([found[one.number] for one in times[known, name]], thumbnail)
-
-    return environment.get_template("names.html.j2").render(
-        videos=videos,
-        people=[(name, known, times[known, name], faces(known, name)) for known, name in everybody],
-        anchors={key: number for number, key in enumerate(everybody, 1)},
-        doubtful=sorted((x for x in everything if x.doubt), key=lambda x: -x.doubt),
-        unknown=[name for known, name in everybody if not known],
-        most_times=MOST_TIMES,
-        forms=forms,
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-
-
-def _order(known: bool, name: str) -> tuple[bool, int, str]:
-    """Sorts people by name, and then unknown people by number."""
-    numbered = not known and name.startswith(UNKNOWN)
-    return not known, number_of(name) if numbered else 0, name.casefold()
+    return environment.get_template("names.html.j2")
 
 
 def _show(
-    number: int, one: Appearance, film: Film, answers: Mapping[str, Answer], address: str
+    one: Appearance,
+    film: Film,
+    answers: Mapping[str, Answer],
+    address: Callable[[Film, float], str],
 ) -> Shown:
     """Returns what the page shows of an appearance; see `Shown`."""
-    known = one.probability is not None
-    name = one.identity or "unknown"
+    name = one.identity or NOBODY
     best = dict[str, float]()
     for clip in one.clips:
         for other, probability in answers[clip].best if clip in answers else ():
@@ -160,61 +214,33 @@ def _show(
     best.pop(name, None)
     others = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
     likely = [(other, p) for other, p in others if p >= LIKELY_PROBABILITY]
-    if film.photo:
-        return Shown(
-            number, film.video, name, known, one.probability, "", "", 0.0, 100.0, likely, address
-        )
+    begin, end = (clock(seconds, short=True) for seconds in (one.start_s, one.end_s))
+    time = "in the photo" if film.photo else f"{begin}\u2013{end}"
     length = max(film.seconds, 1e-3)
     left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
     width = min(max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH), 100 - left)
-    begin, end = (clock(seconds, short=True) for seconds in (one.start_s, one.end_s))
-    at = f"{address}#t={one.start_s:.1f}" if address else ""
+    if film.photo:
+        left, width = 0.0, 100.0
     return Shown(
-        number, film.video, name, known, one.probability, begin, end,
-        round(left, 3), round(width, 3), likely, at,
+        CLIP + one.clips[0], film.video, name, one.probability is not None, one.probability, time,
+        one.end_s - one.start_s, round(left, 2), round(width, 2), likely,
+        address(film, one.start_s),
     )  # fmt: skip
 
 
-def _rows(
-    found: Sequence[Appearance],
-    shown: Sequence[Shown],
-    film: Film,
-    thumbnail: Callable[[str], Path],
-) -> list[Row]:
-    """Returns a row for each person in a film.
+def _part(film: Film, own: list[Shown], people: Collection[str]) -> Part:
+    """Returns a film with a row for each person.
 
     Known people come first, and then the people who are seen for longer.
     """
-    own: dict[tuple[bool, str], list[int]] = {}
-    for number, one in enumerate(shown):
-        own.setdefault((not one.known, one.name), []).append(number)
-    total = {
-        key: round(sum(found[n].end_s - found[n].start_s for n in some), 3)
-        for key, some in own.items()
-    }
-    return [
-        Row(
-            name, not unknown, [shown[n] for n in own[unknown, name]],
-            "" if film.photo else clock(total[unknown, name], short=True),
-            _faces([found[n] for n in own[unknown, name]], thumbnail),
-        )
-        for unknown, name in sorted(own, key=lambda k: (k[0], -total[k], len(k[1]), k[1]))
-    ]  # fmt: skip
-
-
-def _faces(own: Sequence[Appearance], thumbnail: Callable[[str], Path]) -> list[tuple[str, str]]:
-    """Returns a picture of each appearance of a person in a film, in order of time."""
-    longest = sorted(own, key=lambda one: (one.start_s - one.end_s, one.start_s))[:MOST_PICTURES]
-    chosen = sorted(longest, key=lambda one: one.start_s)
-    return _pictures((thumbnail(one.clips[0]), clock(one.start_s, short=True)) for one in chosen)
-
-
-def _pictures(paths: Iterable[tuple[Path, str]]) -> list[tuple[str, str]]:
-    """Returns addresses of pictures with words, of paths with words, as far as they exist."""
-    contents = (
-        (files.read_bytes(path, PICTURE_BYTES), words) for path, words in paths if path.exists()
-    )
-    return [
-        (f"data:image/png;base64,{base64.b64encode(content).decode()}", words)
-        for content, words in contents
-    ]
+    by_name: dict[str, list[Shown]] = {}
+    for one in own:
+        by_name.setdefault(one.name, []).append(one)
+    total = {name: round(sum(one.seconds for one in some), 3) for name, some in by_name.items()}
+    order = sorted(by_name, key=lambda name: (name not in people, -total[name], len(name), name))
+    length = "photo" if film.photo else clock(film.seconds, short=True)
+    about = "; the file ends before the end that it declares" if film.damaged else ""
+    return Part(film.video, length + about, [
+        Row(name, by_name[name], "" if film.photo else clock(total[name], short=True))
+        for name in order
+    ], own)  # fmt: skip
