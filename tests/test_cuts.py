@@ -19,7 +19,7 @@ def film(name, rate, seconds=100.0):
     )  # fmt: skip
 
 
-def seen(film, start, end, name="Ada", probability=0.9):
+def seen(film, start, end, name="Ada", probability: float | None = 0.9):
     return Appearance(film.video, start, end, name, probability, ("c",))
 
 

@@ -51,6 +51,22 @@ def test_a_crossfade_gives_nobody_the_time_of_another(tmp_path, drawn, fade_s):
         np.testing.assert_allclose((start_s, end_s), (4 * number, 4 * number + 4), atol=0.41)
 
 
+@pytest.mark.parametrize("fade_s", [0.5, 1.5])
+def test_people_of_two_scenes_change_in_the_middle_of_a_dissolve(tmp_path, drawn, fade_s):
+    """Within a picture that is looked at, five of which are in a second."""
+    one, other = (
+        np.maximum(picture([face]), films.scene(number, 96, 128) // 4).astype(float)
+        for number, face in ((3, ("Ada", 30, 40)), (4, ("Eve", 70, 50)))
+    )
+    shares = np.clip((np.arange(200) / 25 - 4) / fade_s + 0.5, 0, 1)
+    mixed = [((1 - share) * one + share * other).round().astype(np.uint8) for share in shares]
+    films.write(tmp_path / "film.mkv", mixed, "ffv1", fps=25)
+    seen = found(tmp_path / "film.mkv", drawn.models)
+    ends = [end_s for _, end_s, who in seen if who == "Ada"]
+    begins = [start_s for start_s, _, who in seen if who == "Eve"]
+    np.testing.assert_allclose([max(ends), min(begins)], 4, atol=0.2)
+
+
 @pytest.mark.parametrize("held_s", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("alike", [True, False])
 def test_each_picture_of_a_slow_film_has_its_person(tmp_path, drawn, held_s, alike):

@@ -64,6 +64,14 @@ def cuts(film):
     return [n for n, small in enumerate(film) if found.update(n / RATE, small)][1:]
 
 
+def started(film):
+    """Returns the numbers of the frames at which shots begin, but the first."""
+    found = shots.Cuts()
+    for n, small in enumerate(film):
+        found.update(n / RATE, small)
+    return [time_s * RATE for time_s in found.starts][1:]
+
+
 def fade(start, steps):
     return start * np.linspace(1, 0, steps)[:, None, None, None]
 
@@ -116,14 +124,17 @@ def test_a_fade_out_at_the_end_and_black_frames_are_no_shots():
 
 
 @pytest.mark.parametrize("steps", [8, 15, 25])
-def test_a_dissolve_is_one_cut_when_it_is_over(steps):
-    found = []
+def test_a_dissolve_is_one_cut_in_its_middle_when_it_is_over(steps):
+    found, starts = [], []
     for seed in range(5):
         rng = np.random.default_rng(seed)
         one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
         mixed = fade(one[-1:], steps) + two[:1] - fade(two[:1], steps)
-        found += cuts(filmed(rng, one[-1:].repeat(40, 0), mixed, two[:1].repeat(60, 0)))
+        film = filmed(rng, one[-1:].repeat(40, 0), mixed, two[:1].repeat(60, 0))
+        found += cuts(film)
+        starts += started(film)
     assert len(found) == 5 and all(40 < n <= 40 + steps + 15 for n in found)
+    np.testing.assert_allclose(starts, 40 + (steps - 1) / 2, atol=RATE / 5)
 
 
 def test_a_flash_is_no_cut():

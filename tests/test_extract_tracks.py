@@ -113,6 +113,25 @@ def test_no_track_goes_over_a_cut():
     assert last.ends == [*last.times[1:], 3.9]
 
 
+def test_people_change_in_the_middle_of_a_dissolve():
+    """It lasts from 1 to 2 s: the first one is seen until 1.8, the second one from 1.2 on."""
+    tracker, main = tracks.Tracker(), tracks.MainFigures()
+    one, other = np.array([[10, 10, 60, 70]]), np.array([[200, 10, 260, 70]])
+    for n in range(20):
+        if n == 10:
+            for each in (tracker, main):
+                each.cut(1.5)
+        boxes = one if n < 6 else other if n > 8 else np.concatenate([one, other])
+        tracker.update(n / 5, boxes)
+        main.update(n / 5, one)
+    for each in (tracker, main):
+        each.cut(3.9)
+        first, last = each.take_ended()
+        assert (first.shot, first.times[0], first.times[-1], first.ends[-1]) == (0, 0.0, 1.4, 1.5)
+        assert len(first.times) == len(first.ends) == 8
+        assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
+
+
 def test_single_detections_and_frames_without_any_are_no_tracks():
     tracker = tracks.Tracker()
     tracker.update(0.0, np.array([[10, 10, 60, 70]]))

@@ -226,7 +226,8 @@ class Clips:
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes the clip of a track that has ended, or more if it shows more than one person."""
-        seen = self._kept.pop(track.number).pictures()
+        kept = self._kept.pop(track.number).pictures()
+        seen = [one for one in kept if one.time_s < track.ends[-1]] or kept  # not in a dissolve
         embed, faces = self._nets.embed["face"], [one for one in seen if "face" in one.parts]
         vectors = embed(np.array([one.parts["face"][1] for one in faces]))
         times = np.array([one.time_s for one in faces])
@@ -384,7 +385,7 @@ def _follow(
 
     for number, frame in enumerate(video.frames(fps)):
         if cuts.update(frame.time_s, frame.small) and number:
-            cut(frame.time_s)
+            cut(cuts.starts[-1])
         if frame.rgb is not None:
             people = find(nets, frame.rgb)
             owners = tracker.update(frame.time_s, people.boxes)

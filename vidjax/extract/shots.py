@@ -2,7 +2,8 @@
 
 A cut is a change that stands out from the motion before it; between pictures far apart, as of a
 show of photos, it is any large one. Blank pictures between two shots, as of a fade, make one cut,
-at their end; between like pictures, as of a flash, none. A dissolve makes one when it is over.
+at their end; between like pictures, as of a flash, none. A dissolve makes one, in its middle, which
+is found when it is over.
 """
 
 import collections
@@ -53,9 +54,10 @@ class Cuts:
         self._dissolve = _Dissolve()
 
     def update(self, time_s: float, small: np.ndarray) -> bool:
-        """Takes the next frame, uint8 [h, w, 3]; returns True if it is the first of a shot.
+        """Takes the next frame, uint8 [h, w, 3]; returns True if it shows that a shot has begun.
 
-        The first frame of a film is the first of shot 0.
+        The first frame of a film is the first of shot 0. `starts` say when a shot began: after a
+        dissolve, earlier.
         """
         grey, colours = small.astype(np.float32) @ GREY, _histogram(small)
         first = not self._pictures
@@ -63,7 +65,7 @@ class Cuts:
         self._colours = colours
         self._pictures.append(grey)
         if cut:
-            self.starts.append(time_s)
+            self.starts.append(min(time_s, self._dissolve.middle_s))
             self._dissolve = _Dissolve()
         return cut
 
@@ -121,9 +123,13 @@ class _Dissolve:
 
     def __init__(self) -> None:
         self._kept: collections.deque[tuple[float, np.ndarray, float]] = collections.deque()
+        self.middle_s = np.inf
 
     def ended(self, time_s: float, grey: np.ndarray, difference: float) -> bool:
-        """Takes the next picture [h, w]; returns True for the first still one after a dissolve."""
+        """Takes the next picture [h, w]; returns True for the first still one after a dissolve.
+
+        Then `middle_s` is when there was as much of the one as of the other.
+        """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
             return False
@@ -133,19 +139,26 @@ class _Dissolve:
         if difference > STILL or kept[0][2] > STILL or len(kept) < 4:
             return False
         _, start, _ = kept[0]
-        return _is_mixed(start, grey, [picture for _, picture, _ in kept])
+        middle = _middle(start, grey, [picture for _, picture, _ in kept])
+        if middle is not None:
+            self.middle_s = kept[middle][0]
+        return middle is not None
 
 
-def _is_mixed(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) -> bool:
-    """Returns whether two pictures are unlike, and pictures between them are sums of both."""
+def _middle(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) -> int | None:
+    """Returns the place of the first picture that is more of the second than of the first of two.
+
+    None if the two are alike, or pictures between them are not sums of both.
+    """
     contrast = min(float(start.std()), float(end.std()))
     if contrast < BLANK or _difference(start, end) < LEAST or _likeness(start, end) > UNLIKE:
-        return False
+        return None
     ends = np.stack([_centred(start), _centred(end)], 1)
     middle = np.stack([_centred(picture) for picture in between], 1)
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # they are unlike: not singular
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
-    return int(((parts.min(0) > 0.15) & (rest < MIXED)).sum()) >= 2
+    mixed = (parts.min(0) > 0.15) & (rest < MIXED)
+    return int((parts[1] > parts[0]).argmax()) if mixed.sum() >= 2 else None
 
 
 def _centred(picture: np.ndarray) -> np.ndarray:

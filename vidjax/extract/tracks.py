@@ -41,6 +41,12 @@ class Track:
         if len(self.ends) < len(self.times):
             self.ends.append(time_s)
 
+    def cut(self, time_s: float) -> None:
+        """Ends the track with its shot; what was seen later, in a dissolve, does not count."""
+        self.times = [begin_s for begin_s in self.times if begin_s < time_s]
+        self.ends = [min(end_s, time_s) for end_s in self.ends[: len(self.times)]]
+        self.look(time_s)
+
     @property
     def pace_s(self) -> float:
         """Seconds from one of its pictures to the next, at the median."""
@@ -105,6 +111,7 @@ class Tracker:
         self._cut_s: float | None = None  # begin of a shot of which no picture was looked at
         self._live: list[_Motion] = []
         self._ended: list[Track] = []
+        self._time_s = 0.0  # of the last picture
         self._shot = 0
         self._tracks = 0
 
@@ -119,6 +126,7 @@ class Tracker:
           [N] int, -1 for a detection that was dropped because two people overlap.
         """
         self._look(time_s)
+        self._time_s = time_s
         self._end_if(lambda motion: time_s - motion.track.ends[-1] > self._gap)
         begin_s, self._cut_s = time_s if self._cut_s is None else self._cut_s, None
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
@@ -136,8 +144,14 @@ class Tracker:
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends all tracks: the next detections are those of another shot, which begins now."""
-        self._look(time_s)
+        """Ends all tracks: the next detections are those of another shot, which began then.
+
+        Whoever came in a dissolve, of which `time_s` is the middle, comes with the next shot.
+        """
+        came_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
+        for motion in self._live:
+            motion.track.cut(time_s)
+        self._live = [one for one in self._live if one.track.times and one.track.times[0] < came_s]
         self._end_if(lambda motion: True)
         self._cut_s = time_s
         self._shot += 1
@@ -222,8 +236,8 @@ class MainFigures:
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends the shot at the time of the next one's first frame, or of the end of the film."""
-        self._track.look(time_s)
+        """Ends the shot at the time of the next one's begin, or of the end of the film."""
+        self._track.cut(time_s)
         valid = len(self._track.times) > LEAST_SHARE * self._frames
         # Times that are equal in a file differ in the last digits.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
