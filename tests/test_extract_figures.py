@@ -7,6 +7,7 @@ pytest.importorskip("av")
 pytest.importorskip("onnxruntime")
 
 from tests.helpers import drawn_people, made_nets, seen
+from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.extract import cards, film, folder, pipeline
 from vidjax.extract.models import Faces
@@ -33,7 +34,8 @@ def extract(path, out, models):
     nets = film.load_nets(cards.load(models), settings.size)
     out.mkdir(exist_ok=True)
     found = film.extract(path, out, path.stem, nets, settings, folder.Source.of(path), "0" * 64)
-    return found, {track.clip: dict(np.load(out / f"{track.clip}.npz")) for track in found.tracks}
+    none = dict.fromkeys(nets.embed, np.zeros((0, 1)))
+    return found, {clip: none | arrays for clip, arrays in read_arrays(out).items()}
 
 
 @pytest.fixture

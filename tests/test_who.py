@@ -436,7 +436,7 @@ def pictures_of(path):
 
     found, page = {}, path.read_text()
     for source, words in re.findall(r'<img [^>]*src="([^"]+)" alt="([^"]*)"', page):
-        with av.open(path.parent / source) as file:
+        with av.open(str(path.parent / source)) as file:
             (frame,) = file.decode(video=0)
         rgb = frame.to_ndarray(format="rgb24")
         height, width = rgb.shape[:2]
