@@ -132,6 +132,18 @@ def test_a_slow_film_is_told(tmp_path, drawn):
     assert [(one.start_s, one.end_s, one.seen) for one in told.tracks] == [(0, 3, 3)]
 
 
+@pytest.mark.parametrize("ending", [".ts", ".mp4"])
+def test_pictures_that_are_not_looked_at_are_told(tmp_path, drawn, ending):
+    """Those of a second programme or camera; a cover is none."""
+    alone, both = tmp_path / f"alone{ending}", tmp_path / f"of both{ending}"
+    write_film(alone, (2, 20, [("Ada", 20, 30)]))
+    films.double(alone, both, cover=ending == ".mp4")
+    for path, told in ((alone, 0), (both, 1)):
+        _, said = drawn.extract(path)
+        assert said.count("  only the first pictures of 2 are looked at; the second become") == told
+        assert said.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == told
+
+
 def test_a_film_of_many_gigabytes_has_a_source(tmp_path):
     path = tmp_path / "\u00e4 film\n.mp4"
     with path.open("wb") as file:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vidjax import config as config_lib
-from vidjax import main
+from vidjax import main, messages
 from vidjax.gallery import commands
 
 ROOT = Path(__file__).parent.parent
@@ -135,3 +135,9 @@ def assert_summary(text, workdir):
     assert re.fullmatch(r"[01]\.\d{4} at step \d+", rows["best"])
     assert re.fullmatch(r"iqiyi_vid in \S+, sha256 [0-9a-f]{12}", rows["data"])
     assert {len(re.sub(r"(  \S+ +).*", r"\1", line)) for line in lines[1:]} == {14}
+
+
+def test_a_long_name_is_printed_without_its_middle():
+    assert messages.short("x" * 40) == "x" * 40
+    name = messages.short("a" * 200 + " (2009).mp4, 97%")
+    assert len(name) == 40 and name.startswith("a" * 24 + "...") and name.endswith(".mp4, 97%")

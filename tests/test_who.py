@@ -323,7 +323,8 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
     assert "no face is found" in said and "2 faces are found" in said
     assert "Ada is not looked for" in said and "nobody to look for" in said
     write_photo(people.parent / "Bob.png", ("Bob", 20, 20))
-    assert drawn.who(film, code=1)[0]["people"] == {"Bob": 1}
+    content, _ = drawn.who(film, code=1)
+    assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
     (people.parent / "Bob.png").unlink()
     write_photo(people / "one.png", ("Ada", 20, 20))
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)

@@ -217,6 +217,12 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def short(text: str, most: int = 40) -> str:
+    """Returns text of at most some letters, of which the middle is left out; the end stays."""
+    tail = most // 3
+    return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns a line for every row of a table; the cells of a column begin below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

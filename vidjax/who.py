@@ -63,7 +63,7 @@ class Done(NamedTuple):
     """People -> number of their clips, all appearances in films, and the number of unknown people.
 
     `failed` are files that could not be read or do not help, each with a remedy that was not told
-    yet, or "".
+    yet, or "". `missed` are people of whom no photo shows one face.
     """
 
     people: dict[str, int]
@@ -71,6 +71,7 @@ class Done(NamedTuple):
     groups: int
     failed: dict[str, str]
     decision: "Decision"
+    missed: Sequence[str] = ()
 
     @classmethod
     def of(cls, gallery: Gallery, decision: "Decision", failed: dict[str, str]) -> "Done":
@@ -286,7 +287,8 @@ def who(
             films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done, **how
         )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
-        return _look(gallery, failed, outcomes, before, out, identify, padding)
+        found = _look(gallery, failed, outcomes, before, out, identify, padding)
+        return found._replace(missed=sorted(photos.keys() - {*map(_person, gallery.clips)}))
 
 
 def _read_photos(

@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> Result:
     named = [one.identity for one in done.found if one.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
-        "failed": [*done.failed],
+        "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
-    few = ", ".join(sorted(done.people)[:5])
+    few = ", ".join(map(messages.short, sorted(done.people)[:5]))
     rows = {
         "people": f"{len(done.people):,}: {few}" if few else "none",
         "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
@@ -42,12 +42,15 @@ def run(args: argparse.Namespace) -> Result:
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }
+    if done.missed:
+        rows["not looked for"] = ", ".join(map(messages.short, done.missed[:5]))
     if done.failed:
         rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
         rows["to name them"] = "the same command with --review"
-    text = "\n".join(f"  {line}" for line in messages.aligned(done.lines))
+    lines = [[messages.short(cell) for cell in line] for line in done.lines]
+    text = "\n".join(f"  {line}" for line in messages.aligned(lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,12 @@ def tell(outcome: pipeline.Outcome) -> None:
     say(f"{folder.printable(outcome.path.name)}: {about}, {faces}{heard}{before}")
     if not film.photo and film.frames < SLOW * film.seconds:
         say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
+    if film.others:
+        path = shlex.quote(str(outcome.path))
+        say(
+            f"  only the first pictures of {film.others + 1} are looked at; the second become a "
+            f"film by: ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
+        )
     wrong = {
         "frames were damaged, and are left out": film.corrupt,
         "packets could not be decoded": film.refused,

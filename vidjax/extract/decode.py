@@ -67,7 +67,8 @@ class Info:
     `width` and `height` are pixels as stored, before the picture is turned upright. `aspect`: width
     of a pixel by its height, as players show it; 1 for photos. `seconds`: declared duration, None
     if unknown. `rate`: frames per second on average. `start_s`: time stamp of the first moment,
-    which all times leave out. `photo`: a file of a single picture.
+    which all times leave out. `photo`: a file of a single picture. `others`: streams of pictures
+    beside the first one, which are not read, such as those of other programmes.
     """
 
     width: int
@@ -78,6 +79,7 @@ class Info:
     start_s: float
     photo: bool
     sound: bool
+    others: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,17 +402,24 @@ def _reason(error: Exception) -> str:
 
 
 def _video_stream(path: Path, container: "InputContainer") -> "VideoStream":
-    """Returns the first stream of pictures that is no cover."""
+    """Returns the first stream of pictures."""
+    stream = next(iter(_video_streams(container)), None)
+    if stream is None:
+        raise UserError(
+            f"'{path}' has no pictures, at most sound or a cover: give a video or a photo"
+        )
+    if stream.codec_context is None:
+        raise UserError(f"'{path}': no decoder for its pictures: convert it to H.264")
+    stream.codec_context.thread_count = 1  # one process a core
+    return stream
+
+
+def _video_streams(container: "InputContainer") -> "list[VideoStream]":
+    """Returns the streams of pictures that are no covers."""
     from av.stream import Disposition
 
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
-    for stream in container.streams.video:
-        if not stream.disposition & covers:
-            if stream.codec_context is None:
-                raise UserError(f"'{path}': no decoder for its pictures: convert it to H.264")
-            stream.codec_context.thread_count = 1  # one process a core
-            return stream
-    raise UserError(f"'{path}' has no pictures, at most sound or a cover: give a video or a photo")
+    return [stream for stream in container.streams.video if not stream.disposition & covers]
 
 
 def _sound_streams(container: "InputContainer") -> "list[AudioStream]":
@@ -439,6 +448,7 @@ def _info(container: "InputContainer", stream: "VideoStream") -> Info:
         start_s=(container.start_time or 0) / av.time_base,
         photo=photo,
         sound=bool(_sound_streams(container)),
+        others=len(_video_streams(container)) - 1,
     )
 
 

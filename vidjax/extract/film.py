@@ -343,6 +343,7 @@ def extract(
         refused=found.refused,
         repaired=found.repaired,
         damaged=found.damaged,
+        others=video.info.others,
         rate=None if video.info.photo else video.info.rate,
     )
     if nets.listen and video.info.sound and not film.photo:

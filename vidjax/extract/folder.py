@@ -117,9 +117,9 @@ class Film(Struct, kw_only=True):
     """`videos/STEM.json`: a video or a photo.
 
     `shots` are seconds of begin and end. `corrupt`, `refused` and `repaired` count frames, packets
-    and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `rate`: frames of a
-    second. `voices` are the tracks with a voice, and `lost_sound` counts frames and packets of
-    sound that were not decoded.
+    and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `others` are streams
+    of pictures that were not looked at. `rate`: frames of a second. `voices` are the tracks with a
+    voice, and `lost_sound` counts frames and packets of sound that were not decoded.
     """
 
     format: Literal[3] = 3
@@ -136,6 +136,7 @@ class Film(Struct, kw_only=True):
     repaired: Count = 0
     damaged: bool = False
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    others: Count = 0
     voices: Count = 0
     lost_sound: Count = 0
 
