@@ -1,9 +1,11 @@
 """vidjax who --review: names are corrected on the page, and the next call agrees."""
 
 import re
+import threading
 
 import pytest
 
+from tests.helpers.browser import CHROMIUM, open_tab
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.gallery.gallery import Gallery
 
@@ -205,3 +207,49 @@ def test_films_play_from_any_second(reviewed):
     for word in ("film", "play"):
         answer = reviewed.client.get(f"/{TOKEN}/{word}/1")
         assert answer.status_code == 404 and "vidjax who again" in answer.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_corrects_names_by_keyboard(reviewed, tmp_path):
+    import uvicorn
+
+    from vidjax import review
+    from vidjax.serve.app import listen
+
+    listener = listen(review.HOST, 0)
+    port = listener.getsockname()[1]
+    app = review.make_app(reviewed.review, TOKEN, port)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    before = reviewed.names()
+    focus = "document.activeElement.ariaLabel || document.activeElement.textContent"
+    try:
+        with open_tab(tmp_path / "profile") as tab:
+            tab.send("Page.navigate", url=f"http://{review.HOST}:{port}/{TOKEN}/")
+            tab.wait("document.querySelectorAll('.person').length == 2")
+            tab.press("Tab")
+            assert tab.ask(focus) == "To the content"
+            for _ in range(20):
+                if tab.ask(focus) == "Who is unknown 1?":
+                    break
+                tab.press("Tab")
+            tab.press("ada", "Enter")
+            tab.wait("document.body.innerText.includes('there is Ada already')")
+            assert tab.ask(focus) == "It is Ada"
+            tab.press("Tab", "Enter")
+            tab.wait("document.body.innerText.includes('Saved: unknown 1 is ada.')")
+            assert tab.ask(focus) == "Who is unknown 2?"
+            tab.press("shift Tab", "Enter")
+            tab.wait("document.body.innerText.includes('Taken back: unknown 1 is ada.')")
+            assert tab.ask(focus) == "Who is unknown 1?"
+            tab.press("unknown 2", "Enter")
+            tab.wait("document.body.innerText.includes('Saved: unknown 1 is unknown 2.')")
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+    reviewed.review.save()
+    joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
+    assert reviewed.names() == joined == reviewed.again()
