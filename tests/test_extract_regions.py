@@ -1,0 +1,220 @@
+"""Names of faces from the XMP of photos: each spelling, each kind of file, and hostile ones."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers import xmp
+from vidjax.extract import regions
+
+Image = pytest.importorskip("PIL.Image")
+TAGS = [("Ada", 0.25, 0.5, 0.2, 0.4), ("Bob Müller & Co", 0.7, 0.4, 0.1, 0.2)]
+SPELLED = [(name.replace("&", "&amp;"), *box) for name, *box in TAGS]
+EVE = ("Eve", 0.5, 0.5, 0.1, 0.1)
+MWG = xmp.packet(xmp.attributes(SPELLED))
+
+
+@pytest.fixture
+def tags_of(tmp_path):
+    """Returns a function: bytes of a photo and of sidecars -> its tags, and what is wrong."""
+
+    def read(content, name="a.jpg", **sidecars):
+        (tmp_path / name).write_bytes(content)
+        for ending, one in sidecars.items():
+            (tmp_path / f"a{'.jpg' * (ending == 'jpg_xmp')}.xmp").write_bytes(one)
+        return regions.read(tmp_path / name)
+
+    return read
+
+
+def shown(found):
+    """Returns tags as (name, x, y, w, h)."""
+    rows = []
+    for name, (left, top, right, bottom) in found.tags:
+        box = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+        rows.append((name, *(round(number, 6) for number in box)))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(xmp.attributes(SPELLED) + xmp.microsoft([EVE]), id="digikam"),
+        pytest.param(xmp.attributes(SPELLED, unit=""), id="lightroom"),
+        pytest.param(xmp.elements(SPELLED), id="apple"),
+        pytest.param(xmp.elements(SPELLED, bag="Bag").replace('"', "'"), id="exiftool"),
+        pytest.param(xmp.elements(SPELLED, resource=""), id="nested descriptions"),
+    ],
+)
+def test_regions_of_the_metadata_working_group(tags_of, body):
+    found = tags_of(xmp.packet(body))
+    assert shown(found) == TAGS and found.shape == (400, 300) and not found.problem
+
+
+@pytest.mark.parametrize("as_elements", [False, True])
+def test_regions_of_microsoft_photo(tags_of, as_elements):
+    found = tags_of(xmp.packet(xmp.microsoft(SPELLED, as_elements), wrapper="xmp"))
+    assert shown(found) == TAGS and found.shape is None and not found.problem
+
+
+def photo(kind, packet):
+    """Returns a photo with XMP in it."""
+    file, picture = io.BytesIO(), Image.new("RGB", (64, 48))
+    options = {"xmp": packet}
+    if kind.startswith("png"):
+        from PIL.PngImagePlugin import PngInfo
+
+        options = {"pnginfo": (info := PngInfo())}
+        info.add_itxt("XML:com.adobe.xmp", packet.decode(), zip=kind == "png, packed")
+    elif kind == "tiff":
+        options = {"tiffinfo": {700: packet}}
+    elif kind in ("heif", "avif"):
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    picture.save(file, kind.partition(",")[0], **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "png, packed", "tiff", "webp", "heif", "avif"])
+def test_tags_lie_in_photos_of_each_kind(tags_of, kind):
+    assert shown(tags_of(photo(kind, MWG))) == TAGS
+    assert tags_of(photo(kind, xmp.packet("")), "b.jpg") == regions.Tags([])
+
+
+def test_a_jpeg_has_several_segments_and_only_one_has_tags(tags_of):
+    begin = xmp.packet("<MP:RegionInfo/>")
+    assert shown(tags_of(photo("jpeg", begin) + photo("jpeg", MWG))) == TAGS
+
+
+@pytest.mark.parametrize("size", [100, 3 << 20, 9 << 20])
+def test_tags_lie_at_the_begin_or_at_the_end(tags_of, size):
+    rest = b"\0" * size
+    assert shown(tags_of(MWG + rest)) == shown(tags_of(rest + MWG)) == TAGS
+
+
+def test_tags_lie_in_sidecars(tags_of, tmp_path):
+    eve, none = xmp.packet(xmp.elements([EVE])), xmp.packet("")
+    own = photo("jpeg", MWG)
+    assert shown(tags_of(own, xmp=none)) == TAGS, "a sidecar without tags"
+    assert shown(tags_of(own, xmp=eve)) == [EVE]
+    assert shown(tags_of(own, jpg_xmp=MWG)) == TAGS
+    assert [one.name for one in regions.sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
+    (tmp_path / "a.jpg.xmp").write_bytes(b"<rdf:RDF RegionList")
+    found = tags_of(own)
+    assert shown(found) == [EVE] and found.problem.startswith("a.jpg.xmp: its face tags cannot be")
+    (tmp_path / "a.jpg.xmp").unlink()
+    (tmp_path / "a.xmp").unlink()
+    (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
+    found = tags_of(own)
+    assert shown(found) == TAGS and "a link, not a file" in found.problem
+
+
+def test_what_is_no_tag_of_a_face_gives_nothing(tags_of):
+    """Pets, tags without a name, of nobody, or of no place in the picture; names are NFC."""
+    rex = xmp.attributes([("Rex", 0.5, 0.5, 0.1, 0.1)], kind="Pet")
+    assert tags_of(xmp.packet(rex)).tags == []
+    bad = [
+        ("", 0.5, 0.5, 0.1, 0.1), (" ", 0.5, 0.5, 0.1, 0.1), ("Unknown", 0.5, 0.5, 0.1, 0.1),
+        ("a" * 1001, 0.5, 0.5, 0.1, 0.1),
+        ("nan", "NaN", 0.5, 0.1, 0.1), ("inf", 0.5, 0.5, "inf", 0.1), ("word", "x", 0.5, 0.1, 0.1),
+        ("none", "", "", "", ""), ("negative", 0.5, 0.5, -0.1, -0.1), ("zero", 0.5, 0.5, 0, 0),
+        ("pixels", 200, 150, 40, 30), ("outside", 1.2, 0.5, 0.1, 0.1), ("left", -0.1, 0.5, 0.5, 1),
+    ]  # fmt: skip
+    for spell in (xmp.attributes, xmp.elements):
+        assert tags_of(xmp.packet(spell(bad))) == regions.Tags([])
+    pixels = xmp.attributes([EVE], unit=' stArea:unit="pixel"')
+    assert tags_of(xmp.packet(pixels)).tags == []
+    found = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *EVE[1:]), ("A\u200eda", *EVE[1:])])))
+    assert [tag.name for tag in found.tags] == ["Zo\u00eb"]
+    assert "a.jpg: identity 'A\\u200eda' holds the invisible letter" in found.problem
+
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(
+    "Ada" * 1000, "&a;" * 1000, "&b;" * 1000
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem", "most"),
+    [
+        pytest.param(
+            BOMB.encode() + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined entity", 0,
+            id="entities",
+        ),
+        pytest.param(
+            MWG.replace(b"<rdf:Bag>", BOMB.encode() + b"<rdf:Bag>"), "not well-formed", 0,
+            id="entities inside",
+        ),
+        pytest.param(b"<rdf:RDF Region" + b" " * 100_000_000, "no end within", 0, id="100 MB"),
+        pytest.param(b"<rdf:RDF" * 1_000_000, "no end within", 0, id="only begins"),
+        pytest.param(b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0, id="many packets"),
+        pytest.param(
+            xmp.packet("<rdf:Bag><rdf:li>" * 60_000 + "</rdf:li></rdf:Bag>" * 60_000)
+            .replace(b"rdf:Bag", b"MPRI:Regions"), "", 0, id="deep",
+        ),
+        pytest.param(MWG[:-200], "no end within", 0, id="cut off"),
+        pytest.param(MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0, id="prefix"),
+        pytest.param(
+            xmp.packet(xmp.attributes([EVE] * 10_000)), "more than 500 face tags", 500, id="10,000"
+        ),
+        pytest.param(
+            xmp.packet(xmp.attributes([(f"{n}\0", *EVE[1:]) for n in range(2)])), "not well", 0,
+            id="zeros",
+        ),
+        pytest.param(
+            photo("png, packed", b" " * 50_000_000 + MWG), "", 0, id="a packed one that is large"
+        ),
+    ],
+)  # fmt: skip
+def test_hostile_and_damaged_tags_cost_a_line(tags_of, content, problem, most):
+    begin = time.process_time()
+    found = tags_of(content)
+    assert time.process_time() - begin < 5
+    assert (
+        len(found.tags) == most
+        and problem in found.problem
+        and bool(found.problem) == bool(problem)
+    )
+    assert "\n" not in found.problem and bool(found.problem) == bool(problem)
+
+
+FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # of a picture 400 x 300
+# Orientation -> the stored picture, of the picture that is shown.
+STORED = {
+    1: np.asarray, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose,
+    6: np.rot90, 7: lambda x: np.rot90(x, 2).T, 8: lambda x: np.rot90(x, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("means", ["stored", "shown"])
+@pytest.mark.parametrize("told", [True, False])
+def test_tags_of_a_turned_photo_find_their_faces(orientation, means, told):
+    tags, shape = [], None
+    for number, (left, top, right, bottom) in enumerate(FACES):
+        picture = np.zeros((300, 400))
+        picture[top:bottom, left:right] = 1
+        drawn = STORED[orientation](picture) if means == "stored" else picture
+        (y, x), shape = np.nonzero(drawn), drawn.shape[::-1]
+        box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / (shape * 2)
+        tags.append(regions.Tag(str(number), tuple(box)))
+    some = regions.Tags(tags, shape if told else None)
+    assert regions.match(some, FACES, (400, 300), orientation).tolist() == [0, 1]
+    assert regions.match(some, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
+    assert regions.match(regions.Tags([]), FACES, (400, 300), orientation).tolist() == []
+
+
+def test_the_shape_that_tags_are_of_counts_more_than_faces_in_them():
+    """One face lies where the tag would be in a picture that is turned otherwise."""
+    box = (0.1, 0.1, 0.3, 0.3)
+    face = np.array([[280, 30, 360, 90]])
+    for shape, found in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
+        tags = regions.Tags([regions.Tag("Ada", box)], shape)
+        assert regions.match(tags, face, (400, 300), 6).tolist() == found, shape
+
+
+def test_a_face_has_one_tag_the_most_alike_first():
+    boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
+    tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
+    assert regions.match(tags, FACES, (400, 300), 1).tolist() == [1, -1, 0, -1]
