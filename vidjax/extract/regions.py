@@ -24,7 +24,7 @@ from vidjax.errors import UserError
 
 MOST_BYTES = 4 * files.MB  # of a packet of XMP
 END_BYTES = 2 * files.MB  # of a photo at its begin and at its end, where XMP lies
-MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 1000
+MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
 BEGIN, END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
 PACKED = b"XML:com.adobe.xmp\0\1\0"  # two texts that end with a zero follow
@@ -113,9 +113,12 @@ def parse(packet: bytes) -> Tags:
     tags, problem = list[Tag](), f"more than {MOST_TAGS:,} face tags" * (len(found) > MOST_TAGS)
     for tag in found[:MOST_TAGS]:
         try:
-            tags.append(tag._replace(name=clean_identity(tag.name)))
+            name = clean_identity(tag.name)
         except UserError as error:
             problem = str(error)
+            continue
+        if not is_unknown(name) and len(name) <= MOST_LETTERS:
+            tags.append(tag._replace(name=name))
     applied = next(map(_values, root.iter(f"{MWG}AppliedToDimensions")), {})
     width, height = (_number(applied.get(SIZE + key)) for key in "wh")
     return Tags(tags, (width, height) if width > 0 and height > 0 else None, problem)
@@ -162,12 +165,11 @@ def _number(text: str | None) -> float:
 
 def _tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
     """Returns a tag, None without a name or a box in the picture."""
-    if not name or not name.strip() or len(name) > MOST_LETTERS or is_unknown(name.strip()):
-        return None
     x, y = left + width / 2, top + height / 2
-    if not (0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
+    name = (name or "").strip()
+    if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
         return None
-    return Tag(name.strip(), (left, top, left + width, top + height))
+    return Tag(name, (left, top, left + width, top + height))
 
 
 def match(tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
