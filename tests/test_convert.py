@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers import xmp
 from vidjax.extract import align, cards, convert, models
 from vidjax.gallery import doubts
+from vidjax.gallery.gallery import Gallery
 from vidjax.main import main
 from vidjax.models import distance
 
@@ -214,6 +216,43 @@ def test_two_people_are_told_apart(nets):
     glasses = np.where(np.logical_or(*lens)[..., None], np.uint8(30), np.stack(crops))
     assert not align.has_dark_eyes(np.stack(crops), template).any()
     assert align.has_dark_eyes(glasses, template).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("place", ["photo", "sidecar"])
+def test_face_tags_in_a_photo_of_two_people_name_both(nets, tmp_path, command, place, orientation):
+    """Tags are of the picture as stored, which lies on its side by the orientation 6."""
+    image = pytest.importorskip("PIL.Image")
+    detector, tags = models.Detector(cards.load(nets)["face_detector"]), []
+    pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]
+    stored = np.concatenate(pair, 1)
+    for name, left, shown in zip(("Barack", "Joe"), (0, 900), pair, strict=True):
+        (box,) = detector(shown).boxes
+        x, y = (box[:2] + box[2:]) / 2 + (left, 0)
+        width, height = (box[2:] - box[:2]) * 1.3
+        if orientation == 6:
+            x, y, width, height = y, 1800 - x, height, width
+        tags.append((name, x, y, width, height))
+    stored = np.rot90(stored) if orientation == 6 else stored
+    size = stored.shape[1::-1]
+    parts = [(name, *(np.array(box) / (size * 2)).tolist()) for name, *box in tags]
+    packet = xmp.packet(xmp.attributes([*parts, ("Rex", 0.1, 0.1, 0.1, 0.1)], size))
+    people, out = tmp_path / "people", tmp_path / "out"
+    people.mkdir()
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    options = {"xmp": packet} if place == "photo" else {}
+    image.fromarray(stored).save(people / "dinner.jpg", quality=95, exif=exif, **options)
+    if place == "sidecar":
+        (people / "dinner.jpg.xmp").write_bytes(packet)
+    image.fromarray(photo("obama2")).save(tmp_path / "later.png")
+    flags = [f"--people={people}", f"--models={nets}", f"--out={out}"]
+    done = command("who", tmp_path / "later.png", *flags)
+    assert done.code == 0 and "dinner.jpg: no face is found where Rex is tagged" in done.err
+    table = (out / "names.tsv").read_text()
+    assert "\tBarack\t" in table and "Joe" not in table
+    assert {*Gallery(out / "gallery").identities} == {"Barack", "Joe"}
 
 
 @pytest.mark.slow

@@ -191,14 +191,15 @@ STORED = {
 @pytest.mark.parametrize("means", ["stored", "shown"])
 @pytest.mark.parametrize("told", [True, False])
 def test_tags_of_a_turned_photo_find_their_faces(orientation, means, told):
-    tags, shape = [], None
+    tags, shape = [], (0, 0)
     for number, (left, top, right, bottom) in enumerate(FACES):
         picture = np.zeros((300, 400))
         picture[top:bottom, left:right] = 1
         drawn = STORED[orientation](picture) if means == "stored" else picture
-        (y, x), shape = np.nonzero(drawn), drawn.shape[::-1]
-        box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / (shape * 2)
-        tags.append(regions.Tag(str(number), tuple(box)))
+        (y, x), (height, width) = np.nonzero(drawn), drawn.shape
+        box = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
+        tags.append(regions.Tag(str(number), box))
+        shape = width, height
     some = regions.Tags(tags, shape if told else None)
     assert regions.match(some, FACES, (400, 300), orientation).tolist() == [0, 1]
     assert regions.match(some, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]

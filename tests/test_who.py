@@ -15,7 +15,15 @@ pytest.importorskip("onnx")
 
 from tests.helpers import made_nets
 from tests.helpers.clip_files import read_arrays
-from tests.helpers.drawn_people import COLOURS, EMBED, tone, write_film, write_photo, write_voices
+from tests.helpers.drawn_people import (
+    COLOURS,
+    EMBED,
+    tags,
+    tone,
+    write_film,
+    write_photo,
+    write_voices,
+)
 from tests.helpers.seen import contents
 from vidjax import who
 from vidjax.data.clip_files import write_npz
@@ -446,6 +454,118 @@ def pictures_of(path):
         found.setdefault(words, []).append(whose)
     assert page.count("<img") == sum(map(len, found.values()))
     return {words: sorted(some) for words, some in found.items()}
+
+
+GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
+
+
+def test_face_tags_name_the_people_of_a_group_photo(drawn):
+    """In a flat file, in a sidecar, in a folder of another name; tags count more than the name."""
+    film, friends = drawn.film(), drawn.friends
+    write_photo(friends / "group.png", *GROUP, ("Eve", 40, 70), tagged=GROUP)
+    content, said = drawn.who(film, flags=["--thumbnails"])
+    assert content["people"] == {"Ada": 1, "Bob": 1} and "group" not in said, said
+    assert {row["identity"] for row in drawn.rows()} == {"Ada", "Bob", "unknown 1"}
+    assert {*Gallery(drawn.out / "gallery").clips} == {
+        "people/group/group.f01/Ada", "people/group/group.f02/Bob",
+    }  # fmt: skip
+    pictures = pictures_of((drawn.out / "names.html").read_text())
+    assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]
+
+    # Bob's own photo, one of a stranger to the folder, and a tag without a face.
+    write_photo(friends / "Bob" / "1.png", ("Bob", 40, 40))
+    write_photo(friends / "Bob" / "2.png", ("Eve", 30, 30))
+    (friends / "Bob" / "2.png.xmp").write_bytes(tags(("Eve", 30, 30)))
+    write_photo(friends / "Bob" / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])
+    content, said = drawn.who(film, code=1)
+    assert content["people"] == {"Ada": 1, "Bob": 2, "Eve": 1}
+    assert content["failed"] == [str(friends / "Bob" / "3.png")]
+    assert f"{friends / 'Bob' / '3.png'}: no face is found where Ada is tagged" in said
+    assert f"{friends / 'Bob' / '2.png'}: its face tags name Eve, not Bob" in said
+    assert "2.png.xmp" not in said and "not looked for" not in said
+    assert said.count("the tags count") == 1
+
+
+def test_a_tag_that_changes_goes_over_to_another_person(drawn):
+    """In a sidecar: the photo stays as it is. What the gallery has renamed stays."""
+    film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
+    drawn.befriend("Ada")
+    write_photo(drawn.friends / "Ada" / "2.png", *GROUP)
+    drawn.who(film, code=1)
+    (drawn.friends / "Ada" / "2.png.xmp").write_bytes(tags(*GROUP))
+
+    def shown():
+        _, said = drawn.who(film)
+        clips = Gallery(drawn.out / "gallery").clips
+        return {clip: one.identity for clip, one in clips.items()}, said
+
+    first = {"people/Ada/1": "Ada", "people/Ada/2.f01": "Ada", "people/Ada/2.f02/Bob": "Bob"}
+    assert shown()[0] == first
+    drawn.gallery("rename", "--identity=Bob", "--to=Robert")
+    drawn.gallery("relabel", "--clip=people/Ada/2.f01", "--strangers")
+    changed = first | {"people/Ada/2.f01": None, "people/Ada/2.f02/Bob": "Robert"}
+    assert shown()[0] == changed
+    sidecar.write_bytes(tags(("Bob", 40, 40)))
+    found, said = shown()
+    changed["people/Ada/1/Bob"] = "Robert"
+    del changed["people/Ada/1"]
+    assert found == changed and "1.png: its face tags name Bob, not Ada" in said
+    sidecar.unlink()
+    changed["people/Ada/1"] = "Ada"
+    del changed["people/Ada/1/Bob"]
+    assert shown()[0] == changed
+
+
+@pytest.mark.parametrize("way", ["untagged", "deleted", "folder deleted"])
+def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
+    film, photo = drawn.film(), drawn.friends / "Ada" / "2.png"
+    drawn.befriend("Ada", "Eve")
+    write_photo(photo, *GROUP, tagged=GROUP)
+    drawn.who(film)
+    clip = f"--input={drawn.out / 'features' / 'party.npz'}"
+    drawn.gallery("enrol", clip, "--clip=party.s002.t00", "--identity=Bob")
+    drawn.who(film)
+    where = ["forget", "--identity=Bob", str(drawn.out)]
+    assert {one["kind"] for one in drawn.run(*where)[1]["places"]} == {"gallery", "who"}
+    (drawn.out / "names.tsv").write_text("video\n")
+    assert {one["kind"] for one in drawn.run(*where)[1]["places"]} == {"gallery", "who"}
+    if way == "untagged":
+        write_photo(photo, ("Ada", 20, 20))
+    elif way == "deleted":
+        photo.unlink()
+    else:
+        shutil.rmtree(photo.parent)
+    _, said = drawn.who(film)
+    assert "Bob is no longer among the people: forgotten" in said
+    assert "Bob" not in Gallery(drawn.out / "gallery").identities
+    assert drawn.run(*where)[1]["places"] == []
+
+
+def test_a_tagged_photo_that_cannot_be_read_now_forgets_nobody(drawn):
+    film, photo = drawn.film(), drawn.friends / "group.png"
+    write_photo(photo, *GROUP, tagged=GROUP)
+    drawn.befriend("Eve")
+    drawn.who(film)
+    whole = photo.read_bytes()
+    photo.write_bytes(b"damaged")
+    _, said = drawn.who(film, code=1)
+    assert "forgotten" not in said and "Bob is not looked for" in said
+    photo.write_bytes(whole)
+    assert drawn.who(film)[0]["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
+
+
+def test_poor_and_damaged_tags_cost_a_line(drawn):
+    film, people = drawn.film(), drawn.friends / "Ada"
+    write_photo(people / "poor.png", ("Ada", 20, 20), dim=True, tagged=[("Ada", 20, 20)])
+    write_photo(people / "bad.png", ("Ada", 20, 20))
+    (people / "bad.xmp").write_bytes(b"<rdf:RDF Region")
+    content, said = drawn.who(film)
+    assert content["people"] == {"Ada": 2} and content["failed"] == []
+    assert f"{people / 'poor.png'}: Ada: a poor face, quality 0.000" in said
+    assert f"{people / 'bad.png'}: bad.xmp: its face tags cannot be read" in said
+    assert "bad.xmp: its face tags cannot be read" in drawn.who(film)[1], (
+        "the next call tells it too"
+    )
 
 
 @pytest.mark.slow

@@ -302,13 +302,18 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _names_of_who(folder: Path) -> Iterator[str]:
-    """Yields the cells of the tables of `vidjax who`, and the people whose photos it read."""
+    """Yields the cells of the tables of `vidjax who`, and the people of photos and of face tags."""
+    from vidjax.extract.folder import read_films
+
     for table in ("names.tsv", "unknown.tsv"):
         if files.exists(folder / table):
             for line in _lines(files.read_bytes(folder / table, TABLE_BYTES)):
                 yield from line.split("\t")
     if not (people := folder / "people").is_symlink():
-        yield from (path.name for path in people.glob("*"))
+        for path in people.glob("*"):
+            yield path.name
+            for film in read_films(path):
+                yield from film.tags
 
 
 def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:

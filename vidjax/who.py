@@ -1,6 +1,6 @@
 """Who appears when in videos, by a few photos of people: extract, enrol, identify, group, a page.
 
-    OUT/people/NAME/   features of the photos of a person
+    OUT/people/NAME/   features of the photos of a person, or of a photo of several with face tags
     OUT/features/      features of the videos
     OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
     OUT/*/thumbnails/  only with --thumbnails: a small picture of each face
@@ -238,7 +238,8 @@ def who(
     Args:
       films: videos, or folders of them; photos, too.
       people: a folder with a folder of photos for each person, or with photos NAME.jpg; None to
-        name nobody who is not in the gallery of an earlier call.
+        name nobody who is not in the gallery of an earlier call. Face tags in a photo count more
+        than the name of its folder or file, see `extract.regions`.
       out: the folder for results; it is made, and readable by its owner alone.
       thumbnails: shows the face beside each name; False deletes pictures of earlier calls.
       fpir, threshold: when a clip gets a name, see `Gallery.identify`.
@@ -266,10 +267,8 @@ def who(
         if people is not None:
             read = _read_photos(photos, out / PEOPLE, workers, how)
             gallery.refresh()  # others may have changed it meanwhile
-            for place, own in read.items():
-                others = photos.keys() - {place.name}
-                failed |= _enrol(gallery, place.name, own, others, place)
-            _forget(gallery, {*photos}, out)
+            failed, names = _enrol_photos(gallery, read, people)
+            _forget(gallery, names, {*photos}, out)
             _say_doubts(gallery, read)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
@@ -303,7 +302,7 @@ def _read_photos(
 
     def read(_: Children, group: Mapping[Path, Sequence[Path]]) -> dict[Path, list[Outcome]]:
         share = -(-workers // len(groups))
-        return pipeline.extract_folders(group, workers=share, drop="others", **how)
+        return pipeline.extract_folders(group, workers=share, drop="others", tagged=True, **how)
 
     found = map_children(read, groups, workers)
     return {place: outcomes for group in found for place, outcomes in group.items()}
@@ -404,7 +403,6 @@ def _photos(people: Path) -> dict[str, list[Path]]:
             found.setdefault(name, []).extend(photos)
     if not found:
         raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
-    _say_numbered([one.stem for one in single], people)
     return found
 
 
@@ -429,80 +427,172 @@ def _stills(place: Path) -> list[Path]:
     return [one for one in there if one.suffix.lower() in pipeline.PHOTOS or one.stem not in photos]
 
 
-def _enrol(
-    gallery: Gallery, name: str, outcomes: Sequence[Outcome], others: Collection[str], out: Path
-) -> dict[str, str]:
-    """Enrols a person by the photos that show one face; returns those that did not help.
+def _enrol_photos(
+    gallery: Gallery, read: Mapping[Path, Sequence[Outcome]], people: Path
+) -> tuple[dict[str, str], set[str]]:
+    """Enrols the faces of photos; returns photos that did not help, and all who have photos.
 
-    A clip is enrolled as `people/NAME/CLIP`. A photo that was renamed or relabelled in the gallery
-    keeps that name. New photos get it, too, but a name of the `others` only if all have such names.
+    `read` are folder of features -> outcomes. A person is looked for by all photos of the folder
+    or file of this name, and by all face tags. A photo with tags shows those whom they name.
     """
-    unfit: dict[str, str] = {}
-    usable = []
-    for outcome in outcomes:
-        film = outcome.film
-        clip, problem = folder.judge_photo(film) if film else (None, outcome.error)
-        if problem:
-            say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
-        usable += [clip] if clip else []
-        unfit |= {} if clip else {str(outcome.path): outcome.remedy}
-    before = {clip: one for clip, one in gallery.clips.items() if _person(clip) == name}
-    if not usable:
+    failed, names = dict[str, str](), set[str]()
+    usable: dict[Path, dict[str, str]] = {}
+    for place, outcomes in read.items():
+        own = usable[place] = {}
+        for outcome in outcomes:
+            people_of, clips = _judge(place.name, outcome)
+            names |= people_of
+            own |= clips
+            failed |= {} if clips else {str(outcome.path): outcome.remedy}
+        if not all(one.film for one in outcomes):  # its tags are not known now
+            there = map(Photo.of, gallery.clips)
+            names |= {one.person for one in there if one and one.folder == place.name}
+        _say_tagged(place.name, [one for one in outcomes if one.path.parent != people])
+    flat = [place.name for place, some in read.items() if some[0].path.parent == people]
+    _say_numbered([name for name in flat if name in names], people)
+    labels = _labels(gallery, names)
+    for place, own in usable.items():
+        _enrol(gallery, place, own, labels)
+    for name in sorted(names.difference(*(own.values() for own in usable.values()))):
         say(f"no photo of {show(name)} shows one face: {show(name)} is not looked for")
-        gallery.remove(clip=before)
-        return unfit
-    vectors = _embed(gallery, out, usable)
-    vectors = vectors._replace(names=tuple(f"{PEOPLE}/{name}/{clip}" for clip in vectors.names))
+    return failed, names
+
+
+def _judge(name: str, outcome: Outcome) -> tuple[set[str], dict[str, str]]:
+    """Returns who has a photo, and clip -> person; says what is wrong with it.
+
+    `name` is of the folder or file, which counts for photos without face tags.
+    """
+    film = outcome.film
+    names, clips, problems = {name}, dict[str, str](), [outcome.error]
+    if film and film.tags:
+        names, problems = film.tags, [film.bad_tags]
+        problems += [f"no face is found where {show(tag)} is tagged" for tag in film.lost_tags]
+        for track in film.tracks:
+            if track.name:
+                clips[track.clip] = track.name
+                problem = folder.judge_face(track)
+                problems += [f"{show(track.name)}: {problem}"] if problem else []
+    elif film:
+        clip, problem = folder.judge_photo(film)
+        clips, problems = {clip: name} if clip else {}, [film.bad_tags, problem]
+    for problem in filter(None, problems):
+        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
+    return names, clips
+
+
+def _say_tagged(name: str, outcomes: Sequence[Outcome]) -> None:
+    """Says if face tags in photos of a person's folder do not name this person."""
+    tags = [(one.path, one.film.tags) for one in outcomes if one.film and one.film.tags]
+    if other := [(path, names) for path, names in tags if name not in names]:
+        path, names = other[0]
+        few = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
+        more = f"; {len(other) - 1:,} more such photos" if len(other) > 1 else ""
+        say(f"{path}: its face tags name {few}, not {show(name)}: the tags count{more}")
+
+
+def _labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
+    """Returns person -> label of new photos: the name, or what the gallery has renamed it to.
+
+    A photo that was renamed or relabelled in the gallery keeps that name. New photos get it, too,
+    but a name of another one of `names` only if all photos have such names.
+    """
+    before = {name: Counter[str]() for name in names}
+    for clip, one in gallery.clips.items():
+        if one.identity and (photo := Photo.of(clip)) and photo.person in before:
+            before[photo.person][one.identity] += 1
+    found = {}
+    for name, labels in before.items():
+        order = [(one != name and one in names, -labels[one], one) for one in labels]
+        found[name] = min(order)[-1] if order else name
+    return found
+
+
+def _enrol(
+    gallery: Gallery, place: Path, usable: Mapping[str, str], labels: Mapping[str, str]
+) -> None:
+    """Enrols clips of the folder of features of some photos: clip -> person.
+
+    Clips of people who have photos elsewhere, and here no more, are removed.
+    """
+    photos = [(clip, photo) for clip in gallery.clips if (photo := Photo.of(clip))]
+    old = {clip for clip, one in photos if one.folder == place.name and one.person in labels}
+    if not usable:
+        gallery.remove(clip=old)
+        return
+    vectors = _embed(gallery, place, usable)
+    photo = {clip: Photo(place.name, clip, usable[clip]) for clip in vectors.names}
+    vectors = vectors._replace(names=tuple(str(photo[clip]) for clip in vectors.names))
     same = gallery.complete(vectors)
-    gallery.remove(clip=before.keys() - same)
-    labels = Counter(old.identity for old in before.values() if old.identity)
-    label = min(labels, key=lambda one: (one in others, -labels[one], one), default=name)
+    gallery.remove(clip=old - same)
     new = vectors.only({*vectors.names} - same)
     if new.names:
-        gallery.enrol(new._replace(labels=(label,) * len(new.names)))
-    return unfit
+        people = {str(one): labels[one.person] for one in photo.values()}
+        gallery.enrol(new._replace(labels=tuple(people[clip] for clip in new.names)))
 
 
 def _say_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[Outcome]]) -> None:
     """Says which photos, place of a person -> photos, may show others, or are given twice."""
     given = {
-        f"{PEOPLE}/{place.name}/{track.clip}": (outcome.path, outcome.film.sha256)
+        str(Photo(place.name, track.clip, track.name or place.name)): (outcome.path, outcome.film)
         for place, own in outcomes.items()
         for outcome in own if outcome.film
         for track in outcome.film.tracks
     }  # fmt: skip
     shown = {clip: one.identity for clip, one in gallery.clips.items() if one.identity}
     owners: dict[str, set[str]] = {}  # digest of a file -> people
-    for clip in given.keys() & shown.keys():
-        owners.setdefault(given[clip][1], set()).add(shown[clip])
-    twins = {clip for clip, (_, digest) in given.items() if len(owners.get(digest, ())) > 1}
+    whole = {clip: film.sha256 for clip, (_, film) in given.items() if not film.tags}
+    for clip in whole.keys() & shown.keys():
+        owners.setdefault(whole[clip], set()).add(shown[clip])
+    twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     doubtful = doubts.among(gallery, {clip: shown[clip] for clip in shown.keys() - twins})
     for clip in sorted(given.keys() & (twins | doubtful.keys()) & shown.keys()):
-        (path, digest), name = given[clip], show(shown[clip])
+        (path, film), name = given[clip], show(shown[clip])
         if clip in twins:
-            others = ", ".join(map(show, sorted(owners[digest] - {shown[clip]})))
+            others = ", ".join(map(show, sorted(owners[film.sha256] - {shown[clip]})))
             say(f"{path}: the same file is a photo of {others}: delete the wrong one")
         else:
             like = doubtful[clip]
             seems = f"looks like {show(like)}" if like else f"unlike the other photos of {name}"
-            say(f"{path}: given as {name}, and {seems}: move it if it shows somebody else")
+            wrong = "mend its tag" if film.tags else "move it"
+            say(f"{path}: given as {name}, and {seems}: {wrong} if it shows somebody else")
 
 
-def _person(clip: str) -> str | None:
-    """Returns whose photo a clip of the gallery is; None for a clip of a film."""
-    return normal_form(clip.split("/")[1]) if clip.startswith(f"{PEOPLE}/") else None
+class Photo(NamedTuple):
+    """A face of a photo by its clip in the gallery, `people/FOLDER/CLIP`.
+
+    It is `people/FOLDER/CLIP/PERSON` where a face tag names a person other than the folder.
+    """
+
+    folder: str
+    clip: str
+    person: str
+
+    def __str__(self) -> str:
+        tag = "" if self.person == self.folder else f"/{self.person}"
+        return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
+
+    @classmethod
+    def of(cls, clip: str) -> "Photo | None":
+        """Returns the photo of a clip of the gallery; None for a clip of a film."""
+        if not clip.startswith(f"{PEOPLE}/"):
+            return None
+        _, place, own, *tag = clip.split("/", 3)
+        return cls(normal_form(place), own, *(tag or [normal_form(place)]))
 
 
-def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
+def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
     """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk.
 
     So are clips of films by which they were enrolled, and the page and tables of the earlier call,
-    which name them, even if this call fails.
+    which name them, even if this call fails. `places` are the folders of photos that are there.
     """
-    photos = {clip: one for clip, one in gallery.clips.items() if _person(clip)}
-    gone = {clip for clip in photos if _person(clip) not in names}
-    kept = {photos[clip].identity for clip in photos.keys() - gone}
-    people = {photos[clip].identity for clip in gone} - kept - {None}
+    photos = {clip: photo for clip in gallery.clips if (photo := Photo.of(clip))}
+    label = {clip: gallery.clips[clip].identity for clip in photos}
+    forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
+    gone = {clip for clip, photo in photos.items() if photo.folder not in places} | forgotten
+    kept = {label[clip] for clip in photos.keys() - gone}
+    people = {label[clip] for clip in forgotten} - kept - {None}
     for name in sorted(map(str, people)):
         say(f"{show(name)} is no longer among the people: forgotten")
     own = {clip: one.identity for clip, one in gallery.clips.items() if one.identity in people}
@@ -510,7 +600,7 @@ def _forget(gallery: Gallery, names: set[str], out: Path) -> None:
         _take_out(out / UNKNOWN, own)  # rows of a call that was cut off would enrol them again
     gallery.remove(clip=gone | own.keys())
     for one in (out / PEOPLE).iterdir():
-        if one.name not in names and not pipeline.remove_features(one):
+        if one.name not in places and not pipeline.remove_features(one):
             say(f"'{show(str(one))}' holds files that vidjax did not write: they stay")
     if gone:
         _remove_results(out)
@@ -637,13 +727,13 @@ def render_page(
     """Returns the page of a decision; `address` and `forms` are those of `page.render`."""
     people = {name: list[page.Picture]() for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
-        if (name := _person(clip)) and shown.identity in people:
-            photo = _picture(out, out / PEOPLE / name, clip.rpartition("/")[2])
-            people[shown.identity] += [(photo, shown.identity)] if photo else []
+        if (photo := Photo.of(clip)) and shown.identity in people:
+            picture = _picture(out, out / PEOPLE / photo.folder, photo.clip)
+            people[shown.identity] += [(picture, shown.identity)] if picture else []
     shows = (out / FEATURES / folder.THUMBNAILS).exists()
-    picture = functools.partial(_picture, out, out / FEATURES) if shows else lambda clip: ""
+    of_clip = functools.partial(_picture, out, out / FEATURES) if shows else lambda clip: ""
     return page.render(
-        decision.found, decision.films, people, picture, decision.answers, address, forms
+        decision.found, decision.films, people, of_clip, decision.answers, address, forms
     )
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tests.helpers import films, made_nets
+from tests.helpers import films, made_nets, xmp
 from vidjax import main
 
 SIDE = made_nets.FACE
@@ -25,14 +25,22 @@ def picture(faces, brightness=20, size=(96, 128)):
     return drawn
 
 
-def write_photo(path, *faces, size=(96, 128), dim=False):
-    """Writes a photo; the faces of a `dim` one hardly differ from what is around them."""
+def tags(*faces, size=(96, 128)):
+    """Returns XMP with a tag (name, left, top) of the place of each drawn face."""
+    places = [(name, left + SIDE / 2, top + SIDE / 2, SIDE, SIDE) for name, left, top in faces]
+    scale = np.array((size[1], size[0]) * 2)
+    parts = [(name, *(np.array(place) / scale).tolist()) for name, *place in places]
+    return xmp.packet(xmp.attributes(parts, shape=size[::-1]))
+
+
+def write_photo(path, *faces, size=(96, 128), dim=False, tagged=()):
+    """Writes a photo, which may be tagged; the faces of a `dim` one hardly differ from around."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rgb = picture(faces, size=size)
     if dim:
         around = np.array(COLOURS[faces[0][0]]) // 3 * 2 * 0.9
         rgb = np.where(rgb.max(-1, keepdims=True) < 21, around, rgb // 3 * 2).astype(np.uint8)
-    path.write_bytes(films.photo(rgb, "png"))
+    path.write_bytes(films.photo(rgb, "png") + (tags(*tagged, size=size) if tagged else b""))
 
 
 def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):

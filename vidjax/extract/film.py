@@ -26,7 +26,7 @@ from vidjax import files
 from vidjax.data import processes
 from vidjax.data.clip_files import write_npz
 from vidjax.errors import UserError
-from vidjax.extract import align, cards, decode, folder
+from vidjax.extract import align, cards, decode, folder, regions
 from vidjax.extract.models import Detector, Embedder, resize
 from vidjax.extract.shots import Cuts
 from vidjax.extract.tracks import MainFigures, Track, Tracker, changes, gap_at, held_at
@@ -317,16 +317,21 @@ def extract(
     settings: folder.Settings,
     source: folder.Source,
     sha256: str,
+    tagged: bool = False,
 ) -> folder.Film:
     """Writes the clips of a video or photo to `out/STEM.npz`; returns what was found.
 
     A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
-    written, too. Memory grows only with the clips: 12 kB each, if vectors are 128 wide.
+    written, too. Memory grows only with the clips: 12 kB each, if vectors are 128 wide. With
+    `tagged`, face tags in a photo name its faces, see `regions`.
     """
     clips = Clips(nets, out / folder.THUMBNAILS, held_at(settings.fps))
+    tags, lost = regions.Tags([]), list[str]()
     with decode.open_video(path) as video:
         if video.info.photo:
-            shots, seen = [(0.0, 0.0)], _find_in_photo(video, clips, nets, stem)
+            shots, seen = [(0.0, 0.0)], clips.tracks
+            tags = regions.read(path) if tagged else tags
+            lost = _find_in_photo(path, video, clips, nets, stem, tags)
         else:
             shots, seen = _follow(video, clips, nets, stem, settings)
         found = video.found
@@ -345,12 +350,14 @@ def extract(
         damaged=found.damaged,
         others=video.info.others,
         rate=None if video.info.photo else video.info.rate,
+        lost_tags=lost,
+        bad_tags=tags.problem,
     )
     if nets.listen and video.info.sound and not film.photo:
         with decode.open_video(path) as video:
             film.voices = clips.hear(video.sound(), seen)
-            lost = video.found
-            film.lost_sound = lost.corrupt + lost.refused + lost.damaged
+            sound = video.found
+            film.lost_sound = sound.corrupt + sound.refused + sound.damaged
     write_npz(out / f"{stem}.npz", clips.arrays)
     return film
 
@@ -398,8 +405,10 @@ def _follow(
     return cuts.shots(video.found.seconds), seen if main else clips.tracks
 
 
-def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> list[folder.Track]:
-    """Makes a clip of each face in a photo; returns all who are seen."""
+def _find_in_photo(
+    path: Path, video: decode.Video, clips: Clips, nets: Nets, stem: str, tags: regions.Tags
+) -> list[str]:
+    """Makes a clip of each face in a photo, with the name of its tag; returns names of no face."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find(nets, frame.rgb)
@@ -409,7 +418,16 @@ def _find_in_photo(video: decode.Video, clips: Clips, nets: Nets, stem: str) -> 
     for number in range(count):
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
-    return clips.tracks
+    if not tags.tags:
+        return []
+    with files.open_input(path) as file:
+        orientation = decode.exif_orientation(file)
+    height, width = frame.rgb.shape[:2]
+    faces = regions.match(tags, people.parts["face"], (width, height), orientation)
+    for tag, face in zip(tags.tags, faces.tolist(), strict=True):
+        if face >= 0:
+            clips.tracks[face].name = tag.name
+    return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0]
 
 
 def _times(track: Track, clip: str) -> folder.Track:
@@ -425,6 +443,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],
         _nets(arguments["models"], settings.size), settings,
         msgspec.convert(arguments["source"], folder.Source), arguments["sha256"],
+        arguments["tagged"],
     )  # fmt: skip
     return msgspec.to_builtins(found)
 

@@ -14,7 +14,7 @@ its ending, and without dots.
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,7 +69,7 @@ class Track(Struct, kw_only=True):
 
     `quality` is of the best face. `dark_eyes` if that face seems to wear sunglasses, see
     `align.has_dark_eyes`. `box` is where the face is, or the head without a face, in the picture at
-    `box_at_s` seconds.
+    `box_at_s` seconds. `name` is of a face tag in a photo, see `regions`.
     """
 
     clip: Text
@@ -81,6 +81,7 @@ class Track(Struct, kw_only=True):
     dark_eyes: bool = False
     box: Box | None = None
     box_at_s: Seconds | None = None
+    name: Text | None = None
 
     def __post_init__(self) -> None:
         _check_file_name(self.clip)
@@ -92,20 +93,28 @@ class Source(Struct, kw_only=True, frozen=True):
     """The file of a film: where it is, and what changes if the file changes.
 
     If none of these changes, the file is not read again. `address` is the absolute path, with `%`
-    and two hexadecimal digits for each byte that is no plain letter.
+    and two hexadecimal digits for each byte that is no plain letter. `sidecars` are size and
+    time of files of face tags beside a photo, where tags are read.
     """
 
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
+    sidecars: Annotated[tuple[tuple[int, int], ...], Meta(max_length=10)] = ()
 
     @classmethod
-    def of(cls, path: Path) -> "Source":
-        """Returns what the disk says of a file now."""
+    def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "Source":
+        """Returns what the disk says of a file now, and of its sidecars."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
-        address = urllib.parse.quote(real)
-        return cls(address=address, size=info.st_size, mtime_ns=info.st_mtime_ns, inode=info.st_ino)
+        beside = [one.stat() for one in sidecars]
+        return cls(
+            address=urllib.parse.quote(real),
+            size=info.st_size,
+            mtime_ns=info.st_mtime_ns,
+            inode=info.st_ino,
+            sidecars=tuple((one.st_size, one.st_mtime_ns) for one in beside),
+        )
 
     @property
     def path(self) -> Path:
@@ -119,7 +128,8 @@ class Film(Struct, kw_only=True):
     `shots` are seconds of begin and end. `corrupt`, `refused` and `repaired` count frames, packets
     and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `others` are streams
     of pictures that were not looked at. `rate`: frames of a second. `voices` are the tracks with a
-    voice, and `lost_sound` counts frames and packets of sound that were not decoded.
+    voice, and `lost_sound` counts frames and packets of sound that were not decoded. `lost_tags`
+    are names of face tags where no face was found, and `bad_tags` says what is wrong with tags.
     """
 
     format: Literal[3] = 3
@@ -139,9 +149,16 @@ class Film(Struct, kw_only=True):
     others: Count = 0
     voices: Count = 0
     lost_sound: Count = 0
+    lost_tags: Annotated[list[Text], Meta(max_length=10_000)] = []
+    bad_tags: Text = ""
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
+
+    @property
+    def tags(self) -> set[str]:
+        """The people whom face tags name."""
+        return {track.name for track in self.tracks if track.name}.union(self.lost_tags)
 
 
 def _check_file_name(name: str) -> None:
@@ -217,16 +234,17 @@ def judge_photo(film: Film) -> tuple[str | None, str]:
     if len(film.tracks) != 1:
         found = f"{len(film.tracks)} faces are" if film.tracks else "no face is"
         return None, f"{found} found: give a photo of one person alone"
-    track = film.tracks[0]
+    return film.tracks[0].clip, judge_face(film.tracks[0])
+
+
+def judge_face(track: Track) -> str:
+    """Returns what is wrong with a face, though it is usable; "" for nothing."""
     if track.quality < POOR:
-        return track.clip, (
+        return (
             f"a poor face, quality {track.quality:.3f} of 1: "
             "a larger or sharper one from the front helps"
         )
-    return (
-        track.clip,
-        "sunglasses, or a shadow over the eyes: a photo without helps" * track.dark_eyes,
-    )
+    return "sunglasses, or a shadow over the eyes: a photo without helps" * track.dark_eyes
 
 
 def write(path: Path, value: Struct) -> None:

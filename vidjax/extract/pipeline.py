@@ -17,7 +17,7 @@ from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, of_the_system
 from vidjax.extract import cards as cards_lib
 from vidjax.extract import film as film_lib
-from vidjax.extract import folder
+from vidjax.extract import folder, regions
 from vidjax.run import formats
 from vidjax.run.terminal import say
 
@@ -62,6 +62,7 @@ class _Job(NamedTuple):
     stem: str
     out: Path
     settings: folder.Settings
+    tagged: bool
 
 
 def extract(
@@ -117,11 +118,13 @@ def extract_folders(
     thumbnails: bool = False,
     anew: bool = False,
     check: bool = False,
+    tagged: bool = False,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> dict[Path, list[Outcome]]:
     """Extracts files into several folders, see `extract`: `paths` are folder -> its files.
 
-    One process reads many photos, also of several folders. All folders are locked meanwhile.
+    One process reads many photos, also of several folders. All folders are locked meanwhile. With
+    `tagged`, face tags in photos name their faces, see `regions`.
     """
     known = cards_lib.load(models)
     voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
@@ -141,7 +144,7 @@ def extract_folders(
                 _remove_outgrown(out, digests)
             wanted = _same_extraction(out, digests, settings)
             stems = _make_ready(out, listed, drop, thumbnails)
-            jobs += [_Job(path, stem, out, wanted) for path, stem in stems.items()]
+            jobs += [_Job(path, stem, out, wanted, tagged) for path, stem in stems.items()]
 
         def read(children: Children, batch: Sequence[_Job]) -> list[Outcome]:
             outcomes = _extract(children, batch, models, check)
@@ -239,8 +242,9 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 def say_left_out(paths: Iterable[Path]) -> None:
     """Says in one line for each folder which of its files are no film and no photo."""
     for path in (place for named in paths for place in walk(named)):
-        left = split_files(path)[1]
-        if left:
+        taken, left = split_files(path)
+        beside = {one for photo in taken for one in regions.sidecars(photo)}
+        if left := [one for one in left if one not in beside]:
             more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
             say(f"{show(str(path))}: left out, no film or photo: {show(left[0].name)}{more}")
 
@@ -369,11 +373,12 @@ def _extract(children: Children, jobs: Sequence[_Job], models: Path, check: bool
 
 def _compare(job: _Job, check: bool) -> Outcome | dict[str, Any]:
     """Returns the outcome of a file that was extracted before, or what `film.work` needs."""
-    before, source = _film(job.out, job.stem), folder.Source.of(job.path)
+    before = _film(job.out, job.stem)
+    source = folder.Source.of(job.path, regions.sidecars(job.path) if job.tagged else ())
     if before and before.source == source and not check:
         return Outcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
-    if before and before.sha256 == sha256:
+    if before and before.sha256 == sha256 and before.source.sidecars == source.sidecars:
         before.source, before.video = source, folder.printable(job.path.name)
         folder.write(job.out / folder.VIDEOS / f"{job.stem}.json", before)
         return Outcome(job.path, before, kept=True)
@@ -387,6 +392,7 @@ def _compare(job: _Job, check: bool) -> Outcome | dict[str, Any]:
         "out": str(partial.absolute()),
         "stem": job.stem,
         "settings": msgspec.to_builtins(job.settings),
+        "tagged": job.tagged,
         "sha256": sha256,
         "source": msgspec.to_builtins(source),
         "replaced": before is not None,
