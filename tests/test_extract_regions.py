@@ -108,6 +108,7 @@ def test_tags_lie_in_sidecars(tags_of, tmp_path):
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
     found = tags_of(own)
     assert shown(found) == TAGS and "a link, not a file" in found.problem
+    assert shown(tags_of(own, "b" * 251 + ".jpg")) == TAGS, "no sidecar has so long a name"
 
 
 def test_what_is_no_tag_of_a_face_gives_nothing(tags_of):

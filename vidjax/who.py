@@ -575,10 +575,10 @@ class Photo(NamedTuple):
     @classmethod
     def of(cls, clip: str) -> "Photo | None":
         """Returns the photo of a clip of the gallery; None for a clip of a film."""
-        if not clip.startswith(f"{PEOPLE}/"):
+        parts = clip.split("/", 3)
+        if parts[0] != PEOPLE or len(parts) < 3:
             return None
-        _, place, own, *tag = clip.split("/", 3)
-        return cls(normal_form(place), own, *(tag or [normal_form(place)]))
+        return cls(normal_form(parts[1]), parts[2], normal_form(parts[-1 if parts[3:] else 1]))
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:

@@ -58,7 +58,7 @@ class Tags(NamedTuple):
 def sidecars(path: Path) -> list[Path]:
     """Returns the sidecars of a photo that are there: PHOTO.JPG.xmp before PHOTO.xmp."""
     names = (name + end for name in (path.name, path.stem) for end in (".xmp", ".XMP"))
-    return [place for name in names if (place := path.with_name(name)).is_file()]
+    return [place for name in names if os.path.isfile(place := path.with_name(name))]
 
 
 def read(path: Path) -> Tags:
