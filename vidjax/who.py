@@ -578,7 +578,7 @@ class Photo(NamedTuple):
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
-        return cls(normal_form(parts[1]), parts[2], normal_form(parts[-1 if parts[3:] else 1]))
+        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
