@@ -469,7 +469,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert {*Gallery(drawn.out / "gallery").clips} == {
         "people/group/group.f01/Ada", "people/group/group.f02/Bob",
     }  # fmt: skip
-    pictures = pictures_of((drawn.out / "names.html").read_text())
+    pictures = pictures_of(drawn.out / "names.html")
     assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]
 
     # Bob's own photo, one of a stranger to the folder, and a tag without a face.
