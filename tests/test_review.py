@@ -238,11 +238,11 @@ def test_a_browser_corrects_names_by_keyboard(reviewed, tmp_path):
             tab.press("ada", "Enter")
             tab.wait("document.body.innerText.includes('there is Ada already')")
             assert tab.ask(focus) == "It is Ada"
-            tab.press("Tab", "Enter")
-            tab.wait("document.body.innerText.includes('Saved: unknown 1 is ada.')")
+            tab.press("Enter")
+            tab.wait("document.body.innerText.includes('Saved: unknown 1 is Ada.')")
             assert tab.ask(focus) == "Who is unknown 2?"
             tab.press("shift Tab", "Enter")
-            tab.wait("document.body.innerText.includes('Taken back: unknown 1 is ada.')")
+            tab.wait("document.body.innerText.includes('Taken back: unknown 1 is Ada.')")
             assert tab.ask(focus) == "Who is unknown 1?"
             tab.press("unknown 2", "Enter")
             tab.wait("document.body.innerText.includes('Saved: unknown 1 is unknown 2.')")

@@ -263,7 +263,7 @@ def who(
         files.refuse_links(out)
         gallery = _gallery(out, models)
         how = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
-        failed: dict[str, str] = {}
+        failed, names = dict[str, str](), set[str]()
         if people is not None:
             read = _read_photos(photos, out / PEOPLE, workers, how)
             gallery.refresh()  # others may have changed it meanwhile
@@ -287,7 +287,8 @@ def who(
         )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         found = _look(gallery, failed, outcomes, before, out, identify, padding)
-        return found._replace(missed=sorted(photos.keys() - {*map(_person, gallery.clips)}))
+        looked_for = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
+        return found._replace(missed=sorted(names - looked_for))
 
 
 def _read_photos(
