@@ -94,7 +94,7 @@ def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
     add(models, "head_embedder")
     nets = film.load_nets(cards.load(models), 640)
     boxes = np.array([[14, 1, 38, 25], [20, 10, 30, 20]], np.float32)
-    none = dict.fromkeys(nets.embed, np.zeros((0, 1)))
+    none = Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2)))
     heads = Faces(boxes, np.ones(2, np.float32), np.zeros((2, 5, 2), np.float32))
     detect = {"face": lambda rgb: none, "head": lambda rgb: heads}
     found = film.find(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))

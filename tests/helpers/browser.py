@@ -48,6 +48,12 @@ class Tab:
         found = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": found["sessionId"]}
 
+    def close(self) -> None:
+        """Closes the pipes."""
+        self._read.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._write.close()
+
     def send(self, method: str, **params: Any) -> Any:
         """Calls a method of the DevTools protocol; returns its result."""
         self._number += 1
@@ -102,11 +108,15 @@ def open_tab(profile: Path) -> Iterator[Tab]:
         process = subprocess.Popen(command, pass_fds=(theirs, answers), stderr=log)
     os.close(theirs)
     os.close(answers)
+    tab = None
     try:
-        yield Tab(read, write)
+        tab = Tab(read, write)
+        yield tab
     finally:
         process.kill()
         process.wait()
+        if tab:
+            tab.close()
 
 
 def main(argv: Sequence[str]) -> None:
