@@ -137,6 +137,19 @@ def test_a_dissolve_is_one_cut_in_its_middle_when_it_is_over(steps):
     np.testing.assert_allclose(starts, 40 + (steps - 1) / 2, atol=RATE / 5)
 
 
+def test_a_slow_pan_over_fine_detail_is_no_dissolve():
+    """A picture a second later is unlike, and those between are nearly sums of both."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        fine = rng.uniform(60, 190, (60, 100, 1)).repeat(3, 2)
+        film = []
+        for place in np.arange(0, 6, 0.025):
+            whole, part = divmod(place, 1)
+            one, two = (fine[10:46, n : n + 64] for n in (int(whole), int(whole) + 1))
+            film.append((1 - part) * one + part * two)
+        assert cuts(filmed(rng, np.array(film))) == []
+
+
 def test_a_flash_is_no_cut():
     rng = np.random.default_rng(1)
     film = filmed(rng, shot(rng, "hand", 60, 0.7))

@@ -1,15 +1,19 @@
 """Speed and memory of `vidjax extract`, on made films of moving patches.
 
-    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--seconds=60]
+    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--seconds=60] [--people=DIR]
 
 A film of 25 frames a second, in H.264, is extracted in one process with one thread, at each size:
 minutes of film per minute of a core, above 1 faster than real time. `decoding` is pictures and cuts
 alone. Then the most memory that the command holds for a film of 3 and one of 30 minutes.
+
+With `--people`, a folder of photos for each person, only the fast preset is compared with the
+default: names, times and CPU time of `vidjax who` for a film of these photos.
 """
 
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +23,14 @@ import av
 import numpy as np
 
 from tests.helpers import films, limits
+from vidjax import who
 from vidjax.extract import cards, decode, film, folder
 from vidjax.extract.shots import Cuts
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
+FAST = folder.Settings(fps=2, size=448)
+SHOT_S = 7
 
 
 def pictures(height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
@@ -85,17 +92,67 @@ def speed(path: Path, out: Path, nets: film.Nets) -> dict[str, float]:
     }
 
 
+def panned(photo: Path, height: int = 720, width: int = 1280) -> Iterator[np.ndarray]:
+    """Yields the frames of a shot: a photo that moves by a tenth of the picture."""
+    from PIL import Image
+
+    picture, room = Image.open(photo).convert("RGB"), height * 9 // 10
+    picture = picture.resize((round(picture.width * room / picture.height), room))
+    for number in range(SHOT_S * FPS):
+        frame = Image.new("RGB", (width, height), (60, 70, 90))
+        step = number / (SHOT_S * FPS)
+        left, top = (width - picture.width) // 3 + step * width / 10, step * height / 10
+        frame.paste(picture, (round(left), round(top)))
+        yield np.array(frame)
+
+
+def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[str, object]]:
+    """Yields the figures of the default, and of the fast preset against them.
+
+    Every person is enrolled by the first photo of a folder, and the film shows all photos in turn.
+    """
+    photos = [sorted(one.iterdir()) for one in sorted(people.iterdir())]
+    first = place / "first"
+    for own in photos:
+        (first / own[0].parent.name).mkdir(parents=True, exist_ok=True)
+        (first / own[0].parent.name / own[0].name).write_bytes(own[0].read_bytes())
+    turns = range(max(map(len, photos)))
+    shown = [own[turn % len(own)] for turn in turns for own in photos]
+    path = place / "photos.mp4"
+    films.write(path, (frame for photo in shown for frame in panned(photo)))
+    before = None
+    for settings in (folder.Settings(), FAST):
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
+        out = place / f"who{settings.size}"
+        found = who.who([path], first, out, models, settings).found
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+        told = {"fps": settings.fps, "size": settings.size, "cpu_s": round(cpu_s, 1)}
+        told["names"] = [str(one.identity) for one in found]
+        if before is not None and told["names"] == before[1]["names"]:
+            pairs = zip(before[0], found, strict=True)
+            gaps = [max(abs(x.start_s - y.start_s), abs(x.end_s - y.end_s)) for x, y in pairs]
+            told |= {"same_names": True, "most_seconds_apart": round(max(gaps), 2)}
+        before = found, told
+        yield told
+
+
 def main() -> None:
     """Prints the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--people", type=Path)
     args = parser.parse_args()
     models = Path(os.environ["VIDJAX_MODELS"])
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.people:
+        for told in compare_presets(args.folder, args.people, models):
+            sys.stdout.write(json.dumps(told) + "\n")
+        return
     known = cards.load(models)
     nets = film.load_nets(known, 640)
     results: dict[str, object] = {}
-    args.folder.mkdir(parents=True, exist_ok=True)
     for name, (height, width) in SIZES.items():
         path = args.folder / f"{name}.mp4"
         films.write(path, pictures(height, width, args.seconds))

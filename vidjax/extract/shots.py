@@ -31,6 +31,8 @@ BLANK, NOT_BLANK = 2.0, 3.5  # standard deviations of the grey levels of a pictu
 STILL = 2.5  # difference of two pictures at both ends of a dissolve, at most
 DISSOLVE_SECONDS = 1.6  # the longest, with the still pictures at its ends
 DISSOLVE_STEPS = 25  # pictures kept of it
+MOVED = 0.8  # likeness after a move, above which a slow pan is no dissolve
+MOST_MOVED = (5, 8)  # pixels down and across
 MIXED = 0.35  # rest of a picture that is not the sum of both ends, in standard deviations
 
 
@@ -148,7 +150,7 @@ class _Dissolve:
 def _middle(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) -> int | None:
     """Returns the place of the first picture that is more of the second than of the first of two.
 
-    None if the two are alike, or pictures between them are not sums of both.
+    None if the two are alike, be it after a move, or pictures between them are not sums of both.
     """
     contrast = min(float(start.std()), float(end.std()))
     if contrast < BLANK or _difference(start, end) < LEAST or _likeness(start, end) > UNLIKE:
@@ -158,7 +160,9 @@ def _middle(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) -> in
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # they are unlike: not singular
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
     mixed = (parts.min(0) > 0.15) & (rest < MIXED)
-    return int((parts[1] > parts[0]).argmax()) if mixed.sum() >= 2 else None
+    if mixed.sum() < 2 or _likeness_moved(start, end) > MOVED:  # the camera moves slowly
+        return None
+    return int((parts[1] > parts[0]).argmax())
 
 
 def _centred(picture: np.ndarray) -> np.ndarray:
@@ -174,6 +178,17 @@ def _likeness(one: np.ndarray, other: np.ndarray) -> float:
     one, other = _centred(one), _centred(other)
     lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(one @ other) / lengths if lengths > one.size else 0.0
+
+
+def _likeness_moved(one: np.ndarray, other: np.ndarray) -> float:
+    """Returns the likeness of the middle of a picture [h, w] and the most alike part of another."""
+    down, across = MOST_MOVED
+    middle = one[down:-down, across:-across]
+    parts = np.lib.stride_tricks.sliding_window_view(other, middle.shape)
+    parts = parts.reshape(-1, middle.size)
+    parts = parts - parts.mean(1, keepdims=True)
+    lengths = np.linalg.norm(parts, axis=1) * np.linalg.norm(_centred(middle))
+    return float((parts @ _centred(middle) / np.maximum(lengths, middle.size)).max())
 
 
 def _histogram(small: np.ndarray) -> np.ndarray:
