@@ -70,8 +70,9 @@ def test_files_that_are_no_film_and_no_photo_are_left_out(drawn):
     content, said = drawn.who(films)
     assert content["people"] == {"Ada": 1}
     assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
-    for path, more in ((films, 4), (drawn.friends, 3), (drawn.friends / "Ada", 3)):
-        assert said.count(f"{path}: left out, no film or photo: Thumbs.db and {more} more") == 1
+    for path, more in ((films, 2), (drawn.friends, 1), (drawn.friends / "Ada", 1)):
+        name = "party-poster.jpg" if path == films else "party.nfo"
+        assert said.count(f"{path}: left out, no film or photo: {name} and {more} more") == 1
     drawn.who(films / "party.nfo", code=1)  # a file that is named is read
 
 
@@ -484,6 +485,10 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert f"{friends / 'Bob' / '2.png'}: its face tags name Eve, not Bob" in said
     assert "2.png.xmp" not in said and "not looked for" not in said
     assert said.count("the tags count") == 1
+    shutil.rmtree(friends / "Bob")
+    content, said = drawn.who(film)
+    assert content["people"] == {"Ada": 1, "Bob": 1}, "of the group photo"
+    assert "Bob has no photos of their own any more: face tags still name them" in said
 
 
 def test_a_tag_that_changes_goes_over_to_another_person(drawn):
@@ -539,6 +544,18 @@ def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
     assert "Bob is no longer among the people: forgotten" in said
     assert "Bob" not in Gallery(drawn.out / "gallery").identities
     assert drawn.run(*where)[1]["places"] == []
+
+
+def test_the_last_person_is_forgotten(drawn):
+    drawn.befriend("Ada")
+    film = drawn.film()
+    drawn.who(film)
+    shutil.rmtree(drawn.friends / "Ada")
+    _, said = drawn.who(film, code=2)
+    assert "Ada is no longer among the people: forgotten" in said
+    assert not Gallery(drawn.out / "gallery").identities and not (drawn.out / "people/Ada").exists()
+    shutil.rmtree(drawn.out)
+    assert "has no photos" in drawn.who(film, code=2)[1] and not drawn.out.exists()
 
 
 def test_a_tagged_photo_that_cannot_be_read_now_forgets_nobody(drawn):

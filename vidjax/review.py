@@ -143,24 +143,25 @@ class Review:
           UserError: there is nobody `of` this key or name, or the name is no name.
         """
         clips, shown = self._clips_of(of)
+        what = self._place_of(of) or shown
         name, enrolled = " ".join(name.split()), self._gallery.clips
         if action == "deny":
             own = {clip: None for clip in clips if clip in enrolled}
             numbers = self._numbers.deny(self._films, clips, shown)
-            self._finish(f"this is not {shown}", of, after, own, numbers)
+            self._finish(f"{what} is not {shown}", of, "", own, numbers)
             now = next(one.identity for one in self._decision.found if clips[0] in one.clips)
-            said = f"Saved: this is not {shown}, but {now or NOBODY}."
+            said = f"Saved: {what} is not {shown}, but {now or NOBODY}."
             self._forms = self._forms._replace(message=said)
         elif action == "ignore":
-            self._finish(f"{shown} is ignored", of, after, self._labelled(clips, None))
+            self._finish(f"{what} is ignored", of, after, self._labelled(clips, None))
         elif action != "name" or not name:
             raise UserError("there is no name: type one")
         elif is_unknown(name):
             group = self._group(name)
             numbers = self._numbers.join([self._group(shown), group])
-            self._finish(f"{shown} is {group}", of, after, {}, numbers)
+            self._finish(f"{what} is {group}", of, after, {}, numbers)
         else:
-            self._finish(f"{shown} is {name}", of, after, self._labelled(clips, check_person(name)))
+            self._finish(f"{what} is {name}", of, after, self._labelled(clips, check_person(name)))
 
     def similar(self, name: str, of: str) -> str | None:
         """Returns the person whose name is nearly, but not quite, a name that somebody typed."""
@@ -206,6 +207,14 @@ class Review:
         if not clips:
             raise UserError(f"'{of}' is not on the page any more")
         return tuple(sorted(clips)), of
+
+    def _place_of(self, of: str) -> str:
+        """Returns the film and the time of an appearance; empty for the key of a person."""
+        for one in self._decision.found:
+            if CLIP + one.clips[0] == of:
+                begin, end = (clock(x, short=True) for x in (one.start_s, one.end_s))
+                return f"{one.video}, {begin}\u2013{end},"
+        return ""
 
     def _group(self, name: str) -> str:
         """Returns an unknown person as the page names it."""
@@ -372,7 +381,7 @@ def _note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
         f'content="light dark"><title>{html.escape(title)}</title><style>body {{ font: 1rem/1.5 '
-        "system-ui, sans-serif; overflow-wrap: anywhere; }} video {{ max-width: 100%; }}</style>"
+        "system-ui, sans-serif; overflow-wrap: anywhere; } video { max-width: 100%; }</style>"
         f"{more}<p>{html.escape(about)}</p></html>"
     )
     return HTMLResponse(page, status, {"Content-Security-Policy": policy, **HEADERS})

@@ -256,6 +256,8 @@ def who(
         raise UserError(f"--padding={padding:g}: give seconds, 0 or more")
     pipeline.check_apart(pipeline.list_files(films), out)
     photos = {} if people is None else _photos(people)
+    if people and not photos and not files.exists(out / "gallery"):
+        raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
     if people and out.resolve().parent == people.resolve():
         raise UserError(f"--out={out} would pass for a person of '{people}': name another folder")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -324,7 +326,7 @@ def _look(
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
-        say(f"not at their place any more: {count}, such as {missing[0]}; --prune removes them")
+        say(f"not at their place any more: {count}, such as {missing[0]}; --prune forgets them")
     decision = decide(gallery, out, films, before, identify)
     write(out, gallery, decision, padding)
     return Done.of(gallery, decision, failed)
@@ -402,8 +404,6 @@ def _photos(people: Path) -> dict[str, list[Path]]:
         else:
             name = check_person(one.name if one.is_dir() else one.stem)
             found.setdefault(name, []).extend(photos)
-    if not found:
-        raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
     return found
 
 
@@ -601,6 +601,8 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
         _take_out(out / UNKNOWN, own)  # rows of a call that was cut off would enrol them again
     gallery.remove(clip=gone | own.keys())
     for one in (out / PEOPLE).iterdir():
+        if one.name not in places and normal_form(one.name) in names:
+            say(f"{show(one.name)} has no photos of their own any more: face tags still name them")
         if one.name not in places and not pipeline.remove_features(one):
             say(f"'{show(str(one))}' holds files that vidjax did not write: they stay")
     if gone:
@@ -646,7 +648,8 @@ def decide(
             answers = identify(vectors, groups=votes)
         for clip, names in before.denied_of(films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
-                answers[clip] = answer._replace(identity=None, evidence=())
+                best = tuple(pair for pair in answer.best if pair[0] not in names)
+                answers[clip] = answer._replace(identity=None, best=best, evidence=())
         for clip, name in told.items():
             known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
             answers[clip] = NOBODY if name is None else known
@@ -733,9 +736,8 @@ def render_page(
             people[shown.identity] += [(picture, shown.identity)] if picture else []
     shows = (out / FEATURES / folder.THUMBNAILS).exists()
     of_clip = functools.partial(_picture, out, out / FEATURES) if shows else lambda clip: ""
-    return page.render(
-        decision.found, decision.films, people, of_clip, decision.answers, address, forms
-    )
+    films = sorted(decision.films, key=lambda film: film.video.casefold())
+    return page.render(decision.found, films, people, of_clip, decision.answers, address, forms)
 
 
 def _picture(out: Path, features: Path, clip: str) -> str:

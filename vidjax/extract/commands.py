@@ -38,7 +38,8 @@ def tell(outcome: pipeline.Outcome) -> None:
         return
     count = len(film.tracks)
     faces = f"{count:,} face{'' if count == 1 else 's'}"
-    about = "photo" if film.photo else f"{film.seconds:.1f} s, {len(film.shots):,} shots"
+    shots = f"{len(film.shots):,} shot{'' if len(film.shots) == 1 else 's'}"
+    about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     before = ", as before" if outcome.kept else ""
     if outcome.replaced:
         before = ", in place of another file of this name"

@@ -37,6 +37,7 @@ PHOTOS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png",
     ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
+OF_WINDOWS = ("thumbs.db", "desktop.ini")  # which it puts into folders
 ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # of programs for films
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file would fail, too
 
@@ -244,7 +245,7 @@ def say_left_out(paths: Iterable[Path]) -> None:
     for path in (place for named in paths for place in walk(named)):
         taken, left = split_files(path)
         beside = {one for photo in taken for one in regions.sidecars(photo)}
-        if left := [one for one in left if one not in beside]:
+        if left := [x for x in left if x not in beside and x.name.lower() not in OF_WINDOWS]:
             more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
             say(f"{show(str(path))}: left out, no film or photo: {show(left[0].name)}{more}")
 

@@ -8,16 +8,17 @@ document.addEventListener("click", (event) => {
   const link = event.target.closest(".times a[href*='t=']");
   if (link) link.target = "film";
 });
+const plain = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
 const find = document.querySelector("#find");
 find.hidden = false;
 find.addEventListener("input", () => {
-  const wanted = find.querySelector("input").value.trim().toLowerCase();
+  const wanted = plain(find.querySelector("input").value.trim());
   let count = 0;
   for (const part of document.querySelectorAll("[data-find]")) {
-    const whole = part.dataset.find.toLowerCase().includes(wanted);
+    const whole = plain(part.dataset.find).includes(wanted);
     const lines = [...part.querySelectorAll(".line")];
     for (const line of lines)
-      line.hidden = !whole && !line.firstElementChild.textContent.toLowerCase().includes(wanted);
+      line.hidden = !whole && !plain(line.firstElementChild.textContent).includes(wanted);
     part.hidden = !whole && lines.every((line) => line.hidden);
     count += !part.hidden;
   }
