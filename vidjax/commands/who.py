@@ -60,11 +60,11 @@ def add_flags(parser: Parser) -> None:
     about = "photos of people: a folder for each, with the name"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
-    about = "shows faces on the page; without, those of earlier calls go"
+    about = "shows faces on the page; without it, pictures of earlier calls are deleted"
     parser.add_argument("--thumbnails", action="store_true", help=about)
     about = "seconds before and after each appearance in cut lists, 1 by default"
     parser.add_argument("--padding", metavar="SECONDS", type=float, default=who.PADDING, help=about)
-    about = "then serves the page to this machine, to name people and correct names"
+    about = "then prints the address of a page on which you name people"
     parser.add_argument("--review", action="store_true", help=about)
     example = "holiday.mp4 --people=friends --models=models --out=names"
     parser.command(run, example, f"{example} --review")

@@ -117,7 +117,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--workers", metavar="N", type=messages.whole(1, MOST), help=about)
     about = "compares the content of every file; without it, only size, time and inode"
     parser.add_argument("--check", action="store_true", help=about)
-    about = "removes features of files that are no longer at their place"
+    about = "forgets films that are no longer at their place; deletes no film"
     parser.add_argument("--prune", action="store_true", help=about)
 
 
