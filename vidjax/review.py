@@ -33,10 +33,10 @@ from vidjax import files, messages, who
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
 from vidjax.errors import Expected, UserError, closest, of_the_system
 from vidjax.extract import folder
-from vidjax.gallery.appearances import clock
+from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.changes import check_person
 from vidjax.gallery.gallery import Gallery, clips_of
-from vidjax.gallery.page import CLIP, NOBODY, Forms
+from vidjax.gallery.page import CLIP, NOBODY, Forms, time_of
 from vidjax.gallery.store import Clip
 
 HOST = "127.0.0.1"
@@ -143,7 +143,10 @@ class Review:
           UserError: there is nobody `of` this key or name, or the name is no name.
         """
         clips, shown = self._clips_of(of)
-        what = self._place_of(of) or shown
+        what = shown
+        if one := self._appearance(of):
+            film = next(film for film in self._films if film.video == one.video)
+            what = f"{one.video}, {time_of(one, film)},"
         name, enrolled = " ".join(name.split()), self._gallery.clips
         if action == "deny":
             own = {clip: None for clip in clips if clip in enrolled}
@@ -199,22 +202,17 @@ class Review:
 
     def _clips_of(self, of: str) -> tuple[tuple[str, ...], str]:
         """Returns the clips of an appearance or a person, and the name on the page."""
-        for one in self._decision.found:
-            if CLIP + one.clips[0] == of:
-                return one.clips, one.identity or NOBODY
+        if one := self._appearance(of):
+            return one.clips, one.identity or NOBODY
         clips = [clip for clip, group in self._decision.groups.items() if group == of]
         clips += [clip for clip, one in self._gallery.clips.items() if of and one.identity == of]
         if not clips:
             raise UserError(f"'{of}' is not on the page any more")
         return tuple(sorted(clips)), of
 
-    def _place_of(self, of: str) -> str:
-        """Returns the film and the time of an appearance; empty for the key of a person."""
-        for one in self._decision.found:
-            if CLIP + one.clips[0] == of:
-                begin, end = (clock(x, short=True) for x in (one.start_s, one.end_s))
-                return f"{one.video}, {begin}\u2013{end},"
-        return ""
+    def _appearance(self, of: str) -> Appearance | None:
+        """Returns the appearance that a key says; None for a person."""
+        return next((one for one in self._decision.found if CLIP + one.clips[0] == of), None)
 
     def _group(self, name: str) -> str:
         """Returns an unknown person as the page names it."""

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> Result:
         reviewed = review.run(
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
         )
-        done = reviewed._replace(failed=done.failed)
+        done = reviewed._replace(failed=done.failed, missed=done.missed)
     named = [one.identity for one in done.found if one.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,

@@ -199,6 +199,12 @@ def _template() -> "jinja2.Template":
     return environment.get_template("names.html.j2")
 
 
+def time_of(one: Appearance, film: Film) -> str:
+    """Returns begin and end of an appearance in a film, such as 3:12\u20133:15."""
+    begin, end = (clock(seconds, short=True) for seconds in (one.start_s, one.end_s))
+    return "in the photo" if film.photo else f"{begin}\u2013{end}"
+
+
 def _show(
     one: Appearance,
     film: Film,
@@ -214,16 +220,14 @@ def _show(
     best.pop(name, None)
     others = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
     likely = [(other, p) for other, p in others if p >= LIKELY_PROBABILITY]
-    begin, end = (clock(seconds, short=True) for seconds in (one.start_s, one.end_s))
-    time = "in the photo" if film.photo else f"{begin}\u2013{end}"
     length = max(film.seconds, 1e-3)
     left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
     width = min(max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH), 100 - left)
     if film.photo:
         left, width = 0.0, 100.0
     return Shown(
-        CLIP + one.clips[0], film.video, name, one.probability is not None, one.probability, time,
-        one.end_s - one.start_s, round(left, 2), round(width, 2), likely,
+        CLIP + one.clips[0], film.video, name, one.probability is not None, one.probability,
+        time_of(one, film), one.end_s - one.start_s, round(left, 2), round(width, 2), likely,
         address(film, one.start_s),
     )  # fmt: skip
 
