@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.benchmarks import common
 from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files
 
@@ -65,13 +64,10 @@ def test_a_workdir_that_cannot_be(without, tmp_path, mounted):
     places = [tmp_path / "file", tmp_path / "file/below", closed / "w", tmp_path / ("x" * 300)]
     if read_only := mounted("ro"):
         places += [read_only, read_only / "below"]
-    # Without the packages that a run imports later; and what is converted or compiled is cached.
+    # A run imports these packages later. Converted data and compiled steps would be in the cache.
     env = without("tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
-    before = common.children_seconds()
     found, _ = complaints(*(["--config=configs/mma.py", f"--workdir={x}"] for x in places), env=env)
-    # On the processor, since the machine may be busy; of one the clock may show 3 s.
-    assert common.children_seconds() - before < 3
     for place, said in zip(places, found, strict=True):
         check_text(said)
         assert str(place) in said
