@@ -339,6 +339,23 @@ def test_clips_of_a_group_vote(tmp_path, models):
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
 
 
+def test_groups_are_joined_further(tmp_path, models):
+    ada, eve = draw(np.random.default_rng(6), 2, 6)
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    vectors = gallery.embed(
+        {f"{name}{n}": {"face": x[None]} for name, clips in (("a", ada), ("e", eve))
+         for n, x in enumerate(clips)}
+    )  # fmt: skip
+    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}
+    first = dict.fromkeys("a", "unknown 1") | dict.fromkeys("e", "unknown 2")
+    assert gallery.group(vectors, begin=begin) == {clip: first[clip[0]] for clip in begin}
+    begin["e0"] = begin["a0"]
+    found = gallery.group(vectors, begin=begin)
+    assert found["e0"] == found["a0"] == found["a1"], "what somebody grouped stays together"
+    found = gallery.group(vectors, [("a2", "a4")], begin=begin)
+    assert found["a2"] == found["a3"] != found["a4"] == found["a5"]
+
+
 def seen(name, start, end):
     return appearances.Appearance("a.mp4", start, end, name, 0.9, (name,))
 

@@ -25,6 +25,7 @@ MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
 MAX_SMALL_CLIPS = 3  # clips of a group that may be given to a larger one
 LEAST_SURE = 0.6  # a group is given if the probability is higher
 TURNS = 4  # the most turns in which clips are grouped block by block
+SPARSE = 0.75  # with this share of groups left, or fewer, rows of the others are dropped
 
 
 class Groups:
@@ -67,15 +68,23 @@ class Groups:
     def join(self, one: int, other: int) -> None:
         """Adds the group `other` to the group `one`."""
         for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
-            total = count[one] * mean[one] + count[other] * mean[other]
+            shares = count[[one, other]] / max(count[one] + count[other], 1)
             count[one] += count[other]
-            mean[one] = total / max(count[one], 1)
+            mean[one] = shares @ mean[[one, other]]
             self._squares[number][one] = mean[one] @ mean[one]
             self._noises[number][one] = self._noise(number, one)
         self.sizes[one] += self.sizes[other]
         self.sizes[other] = 0
         self.apart[one] |= self.apart[other]
-        self.apart[:, one] = self.apart[one]
+        self.apart[self.apart[other], one] = True
+
+    def drop_joined(self) -> np.ndarray:
+        """Drops the groups that were joined to others; returns the rows [G] of all that stay."""
+        rows = np.flatnonzero(self.sizes)
+        for own in (self.counts, self.means, self._squares, self._noises):
+            own[:] = [x[rows] for x in own]
+        self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
+        return rows
 
     def ratios(self, one: int) -> np.ndarray:
         """Returns log(p(clips | one person) / p(clips | two)), [G] float64, of a group and others.
@@ -84,12 +93,14 @@ class Groups:
         that has no part in common with it.
         """
         shared = [(count > 0) & (count[one] > 0) for count in self.counts]
-        several = np.sum(shared, axis=0) > 1
-        found = np.where(np.any(shared, axis=0) & (self.sizes > 0), 0.0, -np.inf)
+        found = np.zeros(len(self.sizes))
         for number, (part, both) in enumerate(zip(self._backend.parts, shared, strict=True)):
-            limit = np.where(several & part.hearsay, MOST_OF_VOICE, np.inf)
-            found += np.where(both, np.clip(self._part_ratios(number, one), -limit, limit), 0)
-        found[self.apart[one]] = -np.inf
+            ratios = self._part_ratios(number, one)
+            if part.hearsay:
+                limited = np.clip(ratios, -MOST_OF_VOICE, MOST_OF_VOICE)
+                ratios = np.where(np.sum(shared, axis=0) > 1, limited, ratios)
+            found += np.where(both, ratios, 0)
+        found[~np.logical_or.reduce(shared) | (self.sizes == 0) | self.apart[one]] = -np.inf
         found[one] = -np.inf
         return found
 
@@ -140,9 +151,9 @@ def group(
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, inside)
-        joined, ratios = _agglomerate(groups)
+        joined = _agglomerate(groups)
         if absorb:
-            joined = _absorb(groups, joined, ratios)
+            joined = _absorb(groups, joined)
         return np.unique(joined[local], return_inverse=True)[1]
 
     for turn in range(TURNS):
@@ -180,40 +191,38 @@ def _neighbours(means: np.ndarray, turn: int) -> np.ndarray:
     return block
 
 
-def _agglomerate(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """Joins groups, the most probable pair first.
+def _agglomerate(groups: Groups) -> np.ndarray:
+    """Joins groups, the most probable pair first; returns the new labels [G] of groups.
 
-    Returns the new labels [G] of groups, and the ratios [G, G] of those that are left.
+    A ratio that was the highest of its group, and is lower after a join, is compared anew when it
+    is the highest of all.
     """
-    num = len(groups.sizes)
-    labels, rows = np.arange(num), np.arange(num)
-    ratios = np.stack([groups.ratios(row) for row in range(num)])
-    best = ratios.argmax(axis=1)
-    for left in range(num, 1, -1):
-        values = ratios[rows, best]
-        one = int(values.argmax())
-        if values[one] <= np.log(left):
+    num = left = len(groups.sizes)
+    labels, best, highest = np.arange(num), np.zeros(num, int), np.full(num, np.inf)
+    stale = np.ones(num, bool)
+    while left > 1:
+        one = int(highest.argmax())
+        if highest[one] <= np.log(left):
             break
-        other = int(best[one])
-        labels[labels == other] = one
-        new = _join(groups, ratios, one, other)
-        stale = (best == one) | (best == other)
-        best[stale] = ratios[stale].argmax(axis=1)
-        best[new > ratios[rows, best]] = one
-        best[one] = new.argmax()
-    return labels, ratios
+        if not stale[one]:
+            other = int(best[one])
+            left -= 1
+            labels[labels == other] = one
+            groups.join(one, other)
+            highest[other] = -np.inf
+            stale |= (best == one) | (best == other)
+        new = groups.ratios(one)
+        nearer = new >= highest
+        best[nearer], highest[nearer], stale[nearer] = one, new[nearer], False
+        best[one], highest[one], stale[one] = new.argmax(), new.max(), False
+        if left <= SPARSE * len(best):
+            place, rows = np.cumsum(groups.sizes > 0) - 1, groups.drop_joined()
+            labels, best = place[labels], place[best[rows]]
+            highest, stale = highest[rows], stale[rows]
+    return labels
 
 
-def _join(groups: Groups, ratios: np.ndarray, one: int, other: int) -> np.ndarray:
-    """Adds a group to another one, also in their ratios [G, G]; returns its new ratios [G]."""
-    groups.join(one, other)
-    ratios[other], ratios[:, other] = -np.inf, -np.inf
-    new = groups.ratios(one)
-    ratios[one], ratios[:, one] = new, new
-    return new
-
-
-def _absorb(groups: Groups, labels: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
     """Gives groups of few clips to larger ones; returns the new labels [G] of groups."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
@@ -221,13 +230,13 @@ def _absorb(groups: Groups, labels: np.ndarray, ratios: np.ndarray) -> np.ndarra
         for one in np.argsort(sizes, kind="stable").tolist():
             if not 0 < sizes[one] <= MAX_SMALL_CLIPS:
                 continue
-            logits = np.where(sizes < sizes[one], -np.inf, ratios[one])
+            logits = np.where(sizes < sizes[one], -np.inf, groups.ratios(one))
             logits += np.log(np.maximum(sizes, 1))
             best = int(logits.argmax())
             if logits[best] - np.logaddexp.reduce(np.append(logits, np.log(single))) > np.log(
                 LEAST_SURE
             ):
-                _join(groups, ratios, best, one)
+                groups.join(best, one)
                 labels[labels == one] = best
                 changed = True
     return labels
