@@ -34,7 +34,7 @@ def text_of(html):
 
 def test_times_probabilities_and_links_are_there_without_a_mouse():
     html = render([Appearance("a.mp4", 12.34, 75.0, "Ada", 0.97, ("c",))])
-    assert "Ada 1:03 0:12\u20131:15 97 %" in text_of(html)
+    assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2, "below the bar, and in Ada's table"
     assert "left:12.34%;width:62.66%" in html
     assert "Bob In no film." in text_of(html)
@@ -71,6 +71,31 @@ def test_many_times_are_folded():
     found = [Appearance("a.mp4", n, n + 0.5, "Ada", 1.0, (f"c{n}",)) for n in range(40)]
     html = render(found)
     assert "34 more" in html and "over 99 %" in html
+
+
+def test_short_times_have_tenths():
+    found = [
+        Appearance("a.mp4", begin, end, "Ada", 0.7, (f"c{end}",))
+        for begin, end in ((0.0, 0.36), (59.97, 60.2), (7.0, 7.0), (1.4, 1.6))
+    ]
+    words = text_of(render(found[:3]))
+    assert "0:00.0\u20130:00.4 70 % 1:00.0\u20131:00.2 70 % 0:07.0 70 %" in words
+    assert "in all 0:00.6" in words and "0:01\u20130:02 70 %" in text_of(render(found[3:]))
+
+
+def test_bars_of_the_ignored_are_folded_and_last():
+    found = [
+        Appearance("a.mp4", 0, 9, None, None, ("c",)), Appearance("a.mp4", 50, 51, "Ada", 1, ("d",)),
+    ]  # fmt: skip
+    html = render(found)
+    assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
+
+
+def test_the_index_of_people_shows_faces():
+    found = [Appearance("a.mp4", 0, 9, "Ada", 0.95, ("c",))]
+    html = render(found, forms=page.Forms(1))
+    index = html[html.index('<ul class="index">') :]
+    assert 'src="c.png"' in index[: index.index("</ul>")]
 
 
 def test_photos_have_no_times():

@@ -140,7 +140,7 @@ def test_faces_are_shown_and_nothing_else_of_the_folder(reviewed, drawn):
         assert reviewed.client.get(f"/{TOKEN}/{address}").status_code == 404
 
 
-def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed):
+def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed, drawn):
     before = reviewed.names()
     numbers = sorted({name for name in before.values() if name.startswith("unknown ")})
     assert numbers == ["unknown 1", "unknown 2"]
@@ -153,6 +153,7 @@ def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed):
     reviewed.post(do="ignore", of="unknown 2")
     ignored = {c: None if name == "unknown 2" else name for c, name in before.items()}
     assert reviewed.names() == ignored == reviewed.again()
+    assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
 
 
 MISTAKES = [
@@ -175,6 +176,8 @@ def test_mistakes_change_nothing(reviewed):
     before = reviewed.names()
     for fields, status in MISTAKES:
         assert "Nothing was changed" in reviewed.post(status=status, **fields) or status == 413
+    text = reviewed.post(status=422, do="name", of="unknown 1", person="unknown 9")
+    assert "no unknown 9 on the page (any more): type a name, or unknown 1, unknown 2 ..." in text
     assert reviewed.names() == before and "Undo" not in reviewed.page()
 
 

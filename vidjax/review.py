@@ -33,10 +33,11 @@ from vidjax import files, messages, who
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
 from vidjax.errors import Expected, UserError, closest, of_the_system
 from vidjax.extract import folder
+from vidjax.gallery.answers import IGNORED, number_of
 from vidjax.gallery.appearances import Appearance, clock
 from vidjax.gallery.changes import check_person
 from vidjax.gallery.gallery import Gallery, clips_of
-from vidjax.gallery.page import CLIP, NOBODY, Forms, time_of
+from vidjax.gallery.page import CLIP, Forms, time_of
 from vidjax.gallery.store import Clip
 
 HOST = "127.0.0.1"
@@ -153,7 +154,7 @@ class Review:
             numbers = self._numbers.deny(self._films, clips, shown)
             self._finish(f"{what} is not {shown}", of, "", own, numbers)
             now = next(one.identity for one in self._decision.found if clips[0] in one.clips)
-            said = f"Saved: {what} is not {shown}, but {now or NOBODY}."
+            said = f"Saved: {what} is not {shown}, but {now or IGNORED}."
             self._forms = self._forms._replace(message=said)
         elif action == "ignore":
             self._finish(f"{what} is ignored", of, after, self._labelled(clips, None))
@@ -203,7 +204,7 @@ class Review:
     def _clips_of(self, of: str) -> tuple[tuple[str, ...], str]:
         """Returns the clips of an appearance or a person, and the name on the page."""
         if one := self._appearance(of):
-            return one.clips, one.identity or NOBODY
+            return one.clips, one.identity or IGNORED
         clips = [clip for clip, group in self._decision.groups.items() if group == of]
         clips += [clip for clip, one in self._gallery.clips.items() if of and one.identity == of]
         if not clips:
@@ -218,7 +219,9 @@ class Review:
         """Returns an unknown person as the page names it."""
         group = " ".join(name.casefold().split())
         if group not in self._decision.groups.values():
-            raise UserError(f"'{name}' is no unknown person of this page")
+            there = sorted({*self._decision.groups.values()}, key=number_of)[:5]
+            some = f", or {', '.join(there)} ..." if there else ""
+            raise UserError(f"there is no {group} on the page (any more): type a name{some}")
         return group
 
     def _labelled(self, clips: Iterable[str], name: str | None) -> dict[str, Clip | None]:

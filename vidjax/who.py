@@ -42,7 +42,7 @@ from vidjax.extract.pipeline import Outcome
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import appearances, cuts, doubts, page, store
 from vidjax.gallery.answers import NOBODY, Answer
-from vidjax.gallery.appearances import Appearance, clock
+from vidjax.gallery.appearances import Appearance
 from vidjax.gallery.changes import check_person
 from vidjax.gallery.gallery import Gallery, Vectors
 from vidjax.run import formats
@@ -85,8 +85,8 @@ class Done(NamedTuple):
         rows = []
         for one in self.found:
             sure = f", {one.probability:.0%}" if one.probability else ""
-            time = f"{clock(one.start_s, short=True)} - {clock(one.end_s, short=True)}"
-            rows.append((one.video, time, f"{one.identity or 'unknown'}{sure}"))
+            time = appearances.span(one.start_s, one.end_s)
+            rows.append((one.video, time, f"{one.identity or answers_lib.IGNORED}{sure}"))
         return rows
 
 
@@ -694,7 +694,7 @@ def write(out: Path, gallery: Gallery, decision: Decision, padding: float = PADD
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
         appearances.write(out / name, decision.found, decision.films)
-    answers_lib.write_groups(out / UNKNOWN, decision.groups)
+    answers_lib.write_groups(out / UNKNOWN, decision.groups, appearances.places(decision.films))
     by_video = appearances.by_video(decision.found)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
     films = [film for film in decision.films if not film.photo]

@@ -31,6 +31,8 @@ LEAST_NAMED = 0.5  # a name is more probable than all other answers together
 ABOVE_HALF = f"the probability is above {100 * LEAST_NAMED:.0f} %"
 UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
 GROUPS = {"clip": "string", "identity": "string"}  # columns of a table of groups
+IGNORED = "ignored"  # has no name and no number: somebody said so, or no face is clear
+PLACES = {"video": "string", "start": "string", "end": "string"}  # more columns, where they help
 SHOWN = 3  # identities of a line of the table
 ROUNDING = 1e-7  # a stranger's score may differ by this share between two batches of clips
 
@@ -190,22 +192,28 @@ def number_of(group: str) -> int:
     return int(group.removeprefix(UNKNOWN))
 
 
-def write_groups(path: Path, groups: Mapping[str, str]) -> None:
-    """Writes clip -> name of its group to a new table, in which a user writes names of people."""
-    rows = sorted(groups.items(), key=lambda pair: (number_of(pair[1]), pair[0]))
-    tables.write(path, GROUPS, rows, ())
+def write_groups(
+    path: Path, groups: Mapping[str, str], places: Mapping[str, tuple[str, str, str]] | None = None
+) -> None:
+    """Writes clip -> name of its group to a new table, in which a user writes names of people.
+
+    `places` are clip -> the cells of PLACES, of all clips; None for a table without them.
+    """
+    order = sorted(groups.items(), key=lambda pair: (number_of(pair[1]), pair[0]))
+    rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
+    tables.write(path, GROUPS | PLACES if places else GROUPS, rows, ())
 
 
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Returns clip -> person of a table of groups, with `unknown` also those without a name.
 
-    A line that is wrong is a UserError.
+    Columns after the first two are not read. A line that is wrong is a UserError.
     """
     found: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
-        if cells == [*GROUPS]:
+        if cells[:2] == [*GROUPS]:
             continue
-        if len(cells) != 2 or not all(map(str.strip, cells)):
+        if len(cells) < 2 or not all(map(str.strip, cells[:2])):
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
         with named(f"{path}: line {number}"):
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from vidjax import tables
 from vidjax.errors import UserError
 from vidjax.extract.folder import Box, Film, Track
-from vidjax.gallery.answers import Answer
+from vidjax.gallery.answers import IGNORED, Answer
 
 GAP_SECONDS = 2.0  # between two sightings of a person that are one appearance
 SUBTITLES = (".vtt", ".srt")
@@ -90,6 +90,16 @@ def by_video(found: Iterable[Appearance]) -> dict[str, list[Appearance]]:
     for one in found:
         videos.setdefault(one.video, []).append(one)
     return videos
+
+
+def places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
+    """Returns clip -> the video, and its begin and end there as text, which photos have not."""
+    found = {}
+    for film in films:
+        for track in film.tracks:
+            times = ("", "") if film.photo else (clock(track.start_s), clock(track.end_s))
+            found[track.clip] = (film.video, *times)
+    return found
 
 
 def seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
@@ -169,9 +179,9 @@ def _file_of(film: Film) -> dict[str, str]:
 
 
 def _row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance; several values in one are set apart by blanks."""
+    """Returns the cells of an appearance, of whom is ignored in a word; several values in one are set apart by blanks."""
     times = {name: round(values[name], 3) for name in ("start", "end")}
-    cells = [{**values, **times}[name] for name in COLUMNS]
+    cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 
@@ -235,6 +245,20 @@ def _words(texts: Collection[str]) -> dict[str, str]:
         text: word if count[word] == 1 else re.sub(r"\s", lambda x: quote(x[0]), text)
         for text, word in words.items()
     }
+
+
+def span(begin: float, end: float) -> str:
+    """Returns two times as 3:12\u20133:15; with tenths, as 3:12.1\u20133:12.4, if they are near."""
+    times = [clock(seconds, short=True) for seconds in (begin, end)]
+    if times[0] == times[1]:
+        times = [tenths(seconds) for seconds in (begin, end)]
+    return "\u2013".join(dict.fromkeys(times))
+
+
+def tenths(seconds: float) -> str:
+    """Returns a time as 3:12.4."""
+    count = round(10 * seconds)
+    return f"{clock(count // 10, short=True)}.{count % 10}"
 
 
 def clock(seconds: float, *, short: bool = False) -> str:

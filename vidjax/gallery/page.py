@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
 from vidjax.extract.folder import Film
-from vidjax.gallery.answers import Answer, number_of
-from vidjax.gallery.appearances import Appearance, by_video, clock
+from vidjax.gallery.answers import IGNORED, Answer, number_of
+from vidjax.gallery.appearances import Appearance, by_video, clock, span, tenths
 
 if TYPE_CHECKING:
     import jinja2
@@ -21,7 +21,6 @@ SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # of a person below a timeline; the others are folded
 MOST_DOUBTFUL = 100  # names that are listed
-NOBODY = "ignored or unclear"  # stands for whom has no name and no number
 CLIP = "clip: "  # begins the key of an appearance
 
 Picture = tuple[str, str]  # the address, and words
@@ -142,8 +141,8 @@ def render(
         own[film.video] = [_show(one, film, answers, address) for one in appearances]
         for one in own[film.video]:
             times.setdefault(one.name, []).append(one)
-    unknown = sorted(times.keys() - people.keys() - {NOBODY}, key=number_of)
-    everybody = [*people, *unknown, *({NOBODY} & times.keys())]
+    unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=number_of)
+    everybody = [*people, *unknown, *({IGNORED} & times.keys())]
     doubtful = [one for some in own.values() for one in some if one.doubt]
     doubtful.sort(key=lambda one: -one.doubt)
     if forms and forms.film not in own and forms.person not in times:
@@ -173,6 +172,8 @@ def render(
         films=[_part(film, own[film.video], people) for film in open_films],
         people=[Row(name, times[name], "") for name in open_people],
         faces=faces,
+        shown_of=times,
+        ignored=IGNORED,
         named=[*people],
         unknown=unknown,
         anchors={name: number for number, name in enumerate(everybody, 1)},
@@ -201,8 +202,7 @@ def _template() -> "jinja2.Template":
 
 def time_of(one: Appearance, film: Film) -> str:
     """Returns begin and end of an appearance in a film, such as 3:12\u20133:15."""
-    begin, end = (clock(seconds, short=True) for seconds in (one.start_s, one.end_s))
-    return "in the photo" if film.photo else f"{begin}\u2013{end}"
+    return "in the photo" if film.photo else span(one.start_s, one.end_s)
 
 
 def _show(
@@ -212,7 +212,7 @@ def _show(
     address: Callable[[Film, float], str],
 ) -> Shown:
     """Returns what the page shows of an appearance; see `Shown`."""
-    name = one.identity or NOBODY
+    name = one.identity or IGNORED
     best = dict[str, float]()
     for clip in one.clips:
         for other, probability in answers[clip].best if clip in answers else ():
@@ -235,16 +235,20 @@ def _show(
 def _part(film: Film, own: list[Shown], people: Collection[str]) -> Part:
     """Returns a film with a row for each person.
 
-    Known people come first, and then the people who are seen for longer.
+    Known people come first, then the people who are seen for longer, and whom is ignored last.
     """
     by_name: dict[str, list[Shown]] = {}
     for one in own:
         by_name.setdefault(one.name, []).append(one)
     total = {name: round(sum(one.seconds for one in some), 3) for name, some in by_name.items()}
-    order = sorted(by_name, key=lambda name: (name not in people, -total[name], len(name), name))
+    order = sorted(by_name, key=lambda name: (name == IGNORED, name not in people, -total[name], len(name), name))
     length = "photo" if film.photo else clock(film.seconds, short=True)
     about = "; the file ends before the end that it declares" if film.damaged else ""
     return Part(film.video, length + about, [
-        Row(name, by_name[name], "" if film.photo else clock(total[name], short=True))
+        Row(name, by_name[name], "" if film.photo else f"in all {_length(total[name])}")
         for name in order
     ], own)  # fmt: skip
+
+
+def _length(seconds: float) -> str:
+    return clock(seconds, short=True) if seconds >= 1 else tenths(seconds)
