@@ -56,7 +56,7 @@ def test_doubtful_names_come_first_with_the_second_best():
     }
     answers = {clip: Answer(None, some[0][1], 0.0, some) for clip, some in best.items()}
     words = text_of(render(found, answers))
-    doubtful = words[words.index("or perhaps") : words.index("a.mp4 1:40")]
+    doubtful = words[words.index("or perhaps") : words.index("a.mp4 Length 1:40")]
     assert doubtful == (
         "or perhaps unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
         "Ada a.mp4 0:00\u20130:01 70 % Bob 20 % "

@@ -242,7 +242,7 @@ def _part(film: Film, own: list[Shown], people: Collection[str]) -> Part:
         by_name.setdefault(one.name, []).append(one)
     total = {name: round(sum(one.seconds for one in some), 3) for name, some in by_name.items()}
     order = sorted(by_name, key=lambda name: (name == IGNORED, name not in people, -total[name], len(name), name))
-    length = "photo" if film.photo else clock(film.seconds, short=True)
+    length = "Photo" if film.photo else f"Length {_length(film.seconds)}"
     about = "; the file ends before the end that it declares" if film.damaged else ""
     return Part(film.video, length + about, [
         Row(name, by_name[name], "" if film.photo else f"in all {_length(total[name])}")
