@@ -11,6 +11,7 @@ import pytest
 
 from tests.campaigns import commands
 from tests.helpers import seen
+from tests.helpers.limits import slowness
 from vidjax import config as config_lib
 from vidjax import config_io
 from vidjax import main as main_lib
@@ -25,7 +26,7 @@ def check(case, command):
     """Runs a command in this process; returns what it printed to standard output."""
     began = time.process_time()
     code, out, err = command(*case.words.split())
-    outcome = commands.Outcome(code, time.process_time() - began, out, err)
+    outcome = commands.Outcome(code, (time.process_time() - began) / slowness(), out, err)
     assert commands.faults(case, outcome) == []
     return out
 

@@ -235,16 +235,19 @@ def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffi
 
 
 @pytest.mark.slow
-def test_ten_thousand_clips_take_seconds(run_dir, tmp_path):
+def test_ten_thousand_clips_take_no_longer_each_than_a_thousand(run_dir, tmp_path):
     rng = np.random.default_rng(3)
     features = rng.normal(size=(10_000, 5, DIM)).astype(np.float32)
     clips = {f"Clip {i}": {"face": frames} for i, frames in enumerate(features)}
-    table = clip_files.write_parquet(tmp_path / "big.parquet", clips)
-    run = vidjax.restore(run_dir, num_devices=1)
-    began = time.process_time()
-    found = run.rank(load_clips(table, run.modalities, run.identities))
-    tables.write_ranking(tmp_path / "out.tsv", found)
-    assert time.process_time() - began < 8.0
+    run, seconds = vidjax.restore(run_dir, num_devices=1), []
+    for count in (1000, 1000, 10_000):  # the first call compiles
+        some = dict(list(clips.items())[:count])
+        table = clip_files.write_parquet(tmp_path / "clips.parquet", some)
+        began = time.process_time()
+        found = run.rank(load_clips(table, run.modalities, run.identities))
+        tables.write_ranking(tmp_path / "out.tsv", found)
+        seconds.append(time.process_time() - began)
+    assert seconds[2] < 20 * seconds[1]
     assert found == run.rank(clips)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import made_runs
 from tests.helpers.browser import CHROMIUM, browse
+from tests.helpers.limits import slowness
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
@@ -323,7 +324,7 @@ def test_official_size(tmp_path):
     folder = made_up(tmp_path / "run", identities=10034, clips=72000)
     began = time.process_time()
     text = run_page.write(RunFolder(folder)).read_text()
-    assert time.process_time() - began < 20  # seconds of the processor: others may use it, too
+    assert time.process_time() - began < 20 * slowness()
     check_page(text)
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests.campaigns import numbers
 from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle
 from tests.helpers.datasets import load_dataset
+from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax import config as config_lib
 from vidjax import config_io, optim
@@ -314,10 +315,10 @@ def test_misspelt_labels_fields_and_modalities_are_told(tmp_path):
 def test_a_pickle_of_a_million_empty_clips_is_refused_early(tmp_path):
     clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(1_000_000))
     (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
-    began = time.process_time(), time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match="1000000 of 1000000 clips are empty"):
         iqiyi_vid.OfficialFiles(tmp_path).read(tmp_path / "scratch", "drop")
-    assert time.process_time() - began[0] < 5 and time.monotonic() - began[1] < 20
+    assert time.process_time() - began < 5 * slowness()
 
 
 @pytest.mark.slow

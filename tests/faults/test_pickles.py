@@ -104,7 +104,7 @@ def check_refused(ends, *, strict):
     for name, (error, cpu, seconds, megabytes) in ends.items():
         assert f"/{name}: " in error and error.isprintable() and len(error) < 500, (name, error)
         assert "that reads it failed" not in error, (name, error)
-        assert cpu < 5 and (seconds < 5 or not strict), name
+        assert cpu < 5 * limits.slowness() and (seconds < 5 or not strict), name
         assert megabytes < 1024, name
 
 

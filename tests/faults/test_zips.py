@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
+from tests.helpers.limits import slowness
 from vidjax import files, forget
 from vidjax.data import clip_files, memory
 from vidjax.errors import UserError
@@ -99,7 +100,7 @@ def within_bounds():
     yield
     seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * SMALL and seconds < 10, (peak, seconds)
+    assert peak < 2 * SMALL and seconds < 10 * slowness(), (peak, seconds)
 
 
 @pytest.mark.parametrize("kind", BOMBS)

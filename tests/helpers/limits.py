@@ -1,6 +1,7 @@
 """Processes that end, and commands on a small machine: few open files, little memory."""
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -30,6 +31,17 @@ class Ended(NamedTuple):
     stdout: str
     stderr: str
     peak: int
+
+
+@functools.cache
+def slowness() -> float:
+    """Returns the time of a fixed sum on this machine, in units of 0.1 s, at least 1.
+
+    Limits of processor time are multiples of it, so that they bound the work on any machine.
+    """
+    began = time.process_time()
+    sum(i * i for i in range(1_500_000))
+    return max(1.0, (time.process_time() - began) / 0.1)
 
 
 @contextlib.contextmanager
