@@ -34,7 +34,7 @@ def simulate(rng, repetitions, num):
     return x ** powers[kind] - x, true
 
 
-@pytest.mark.parametrize("num", [50, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [50, pytest.param(400, marks=pytest.mark.nightly)])
 def test_the_interval_covers_the_true_difference(num):
     gaps, true = simulate(np.random.default_rng(num), 400, num)
     low, high, p = np.transpose([significance.gap_interval(row, draws=1000) for row in gaps])

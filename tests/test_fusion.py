@@ -90,7 +90,7 @@ SPECS = [
 # Each spec is a program that takes seconds to compile, so the quick tests have one that draws.
 EACH_SPEC = [
     SPECS[1],
-    *(pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS[:1] + SPECS[2:]),
+    *(pytest.param(spec, marks=pytest.mark.nightly) for spec in SPECS[:1] + SPECS[2:]),
 ]
 
 

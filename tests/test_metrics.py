@@ -139,7 +139,7 @@ def random_files(rng: np.random.Generator) -> tuple[str, str]:
     return bom + gt, submission
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_random_files_against_the_oracle(tmp_path, number):
     rng = np.random.default_rng(0)
     scored, refused, partial = 0, 0, 0

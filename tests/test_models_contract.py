@@ -52,7 +52,7 @@ MODELS = {
 }
 ATTENTIVE = ("mma", "mma, cosine")
 VARIANTS = ("mma, cosine", "mma without attention")
-NETS = [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in MODELS]
+NETS = [pytest.param(name, marks=pytest.mark.nightly if name in VARIANTS else ()) for name in MODELS]
 LEARNED = [net for net in NETS if net.values != ("knn",)]
 
 

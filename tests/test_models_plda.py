@@ -261,7 +261,7 @@ def test_whoever_has_no_clip_is_not_named():
     assert not np.any(every[:, [2, 4]])
 
 
-@pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_probabilities_mean_what_they_say(num_people):
     """Of people exactly of the model, half of the clips of strangers; see the benchmark."""
     found = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)

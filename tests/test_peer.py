@@ -16,7 +16,7 @@ from vidjax.models import identifier
 
 torch = pytest.importorskip("torch")
 peer = pytest.importorskip("tests.benchmarks.peer")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # what the benchmarks compare with
 torch.set_num_threads(1)  # tiny sizes; threads of several processes wait for each other
 
 CLASSES = 11

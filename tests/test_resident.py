@@ -227,8 +227,8 @@ def test_a_split_that_is_not_resident_is_streamed(ragged, held):
         (("train",), ("face", "audio", "body"), "window", 0, None),
         (("train",), ("face", "audio"), "window", 2, 31),
         pytest.param(("val", "train"), ("body", "face"), "quality", 3, 29, marks=pytest.mark.slow),
-        pytest.param(("train", "val"), ("face",), "window", 9, None, marks=pytest.mark.slow),
-        pytest.param(("val",), ("audio", "face"), "quality", 0, None, marks=pytest.mark.slow),
+        pytest.param(("train", "val"), ("face",), "window", 9, None, marks=pytest.mark.nightly),
+        pytest.param(("val",), ("audio", "face"), "quality", 0, None, marks=pytest.mark.nightly),
     ],
 )
 def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first, num_examples):
@@ -291,7 +291,7 @@ SLOW = ("random", "windows", "sample", "crops")
             for spec in FUSIONS
         ),
         *(
-            pytest.param(spec, {}, "float32", id=f"{spec['name']}-whole", marks=pytest.mark.slow)
+            pytest.param(spec, {}, "float32", id=f"{spec['name']}-whole", marks=pytest.mark.nightly)
             for spec in FUSIONS[2:5]
         ),
     ],

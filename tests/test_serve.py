@@ -235,7 +235,7 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
         check_same(one.answers[0], alone.answers[0])
 
 
-@pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
+@pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in (3, 6))])
 def test_the_net_of_a_run_gives_pythons_scores(net, count):
     model, run = net, net.run
     clips = clips_of(run, *(1 + 7 * n for n in range(count)))

@@ -330,9 +330,9 @@ def test_branches_are_weighted(scores, num_branches):
     ("model", "after"),
     [
         (NORMED, "pool"),
-        pytest.param(NORMED, "examples", marks=pytest.mark.slow),
+        pytest.param(NORMED, "examples", marks=pytest.mark.nightly),
         pytest.param(MMA, "examples", marks=pytest.mark.slow),
-        pytest.param(MMA, "pool", marks=pytest.mark.slow),
+        pytest.param(MMA, "pool", marks=pytest.mark.nightly),
     ],
     ids=["normed-pool", "normed-examples", "mma-examples", "mma-pool"],
 )
