@@ -40,6 +40,7 @@ def labels(clips):
     return {name: f"person_{int(name.rsplit('_')[-1]) % 4}" for name in names}
 
 
+@pytest.mark.slow
 def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
     data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
     config = vidjax.load_config(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.helpers.cases import quick_first
 from vidjax import config as config_lib
 from vidjax import config_io, ensemble
 from vidjax.batch import Frames
@@ -181,7 +182,7 @@ def _shapes(tree):
     }
 
 
-@pytest.mark.parametrize(("name", "words"), CASES)
+@pytest.mark.parametrize(("name", "words"), quick_first(CASES, 20))
 def test_an_argument_changes_what_its_description_names(name, words):
     wanted = CHANGES[name][words]
     plain, changed = load(name), load(name, words)
@@ -214,7 +215,7 @@ def test_no_argument_goes_untested_or_undocumented(name, monkeypatch):
     assert all(meaning for meaning in words.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick_first(NAMES))
 def test_a_system_is_made_of_all_arguments_together(name):
     """All arguments that do not exclude each other, at once, make a system."""
     words = {word for words in CHANGES[name] for word in words.split(",")} - set(WIDTHS)

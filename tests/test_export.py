@@ -119,6 +119,7 @@ def kinds_of_nodes(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
+@pytest.mark.slow
 def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export):
     onnxruntime = pytest.importorskip("onnxruntime")
     code, told, complaint = export(nearest_run, "onnx")

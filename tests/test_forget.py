@@ -21,6 +21,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_galleries, small_runs
+from tests.helpers.cases import quick_first
 from vidjax import config_io, files, tables
 from vidjax.data import cache
 
@@ -158,7 +159,7 @@ def _archive(path, text):
         archive.addfile(entry, io.BytesIO(text))
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", quick_first(ODD))
 @pytest.mark.parametrize("file", WRITERS)
 def test_a_printed_command_searches_what_is_compressed(name, file, tmp_path, run):
     folder = tmp_path / "it's a folder"

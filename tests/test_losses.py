@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.helpers.cases import quick_first
 from vidjax import config as config_lib
 from vidjax import devices, losses
 
@@ -54,7 +55,7 @@ def example(batch=7, columns=9, seed=0, dtype="float32"):
         *itertools.product(("binary", "multiclass"), (0.0, 0.5, 2.0)),
     ],
 )
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", quick_first([False, True]))
 def test_matches_the_equation(name, gamma, masked):
     logits, labels = example()
     class_mask = np.arange(logits.shape[1]) >= masked
@@ -71,7 +72,7 @@ def test_matches_the_equation(name, gamma, masked):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", quick_first([False, True], mark=pytest.mark.nightly))
 def test_gradients(name, masked):
     with jax.enable_x64(True):
         logits, labels = example(batch=3, columns=4, dtype="float64")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.made_models import (
     DIMS,
@@ -52,7 +53,8 @@ MODELS = {
 }
 ATTENTIVE = ("mma", "mma, cosine")
 VARIANTS = ("mma, cosine", "mma without attention")
-NETS = [pytest.param(name, marks=pytest.mark.nightly if name in VARIANTS else ()) for name in MODELS]
+MARKS = {"mma": (), "knn": (), **dict.fromkeys(VARIANTS, pytest.mark.nightly)}
+NETS = [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in MODELS]
 LEARNED = [net for net in NETS if net.values != ("knn",)]
 
 
@@ -202,13 +204,15 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("mma", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
-        ("cosine", {"modality_dropout_rate": 0.5, "dropout_rate": 0.5}),
-        ("dense", {"modality_dropout_rate": 0.9, "layers": ((7, "swish", True, 0.5),)}),
-        ("residual", {"dropout_rate": 0.5}),
-        ("deepmef", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
-    ],
+    quick_first(
+        [
+            ("mma", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
+            ("cosine", {"modality_dropout_rate": 0.5, "dropout_rate": 0.5}),
+            ("dense", {"modality_dropout_rate": 0.9, "layers": ((7, "swish", True, 0.5),)}),
+            ("residual", {"dropout_rate": 0.5}),
+            ("deepmef", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
+        ]
+    ),
 )
 def test_dropout_is_for_training_only(name, options):
     plain, variables, frames, clips = made(name)
@@ -309,7 +313,7 @@ def test_impossible_tasks_are_refused(name, options, message):
         make_model({"name": name, "num_classes": 3})
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETS)
 def test_frames_that_do_not_fit_are_refused(name):
     model, _, frames, clips = made(name)
     fewer = {key: value for key, value in frames.items() if key != "head"}
@@ -331,7 +335,7 @@ def assert_embedded(output, given):
     np.testing.assert_allclose(output.embedding, vector.astype(jnp.float32), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETS)
 def test_embedding_logits_and_attention_are_what_they_are_said_to_be(name):
     model, variables, frames, clips = made(name)
     _, width, num_vectors = MODELS[name]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import (
     check_gradients,
@@ -116,7 +117,7 @@ def deepmef_oracle(params, frames, batch_mask, *, form, rms_norm, published):
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("form", "rms_norm", "published"),
-    [("features", True, False), ("danet", False, False), ("channels", True, True)],
+    quick_first([("features", True, False), ("danet", False, False), ("channels", True, True)]),
 )
 def test_deepmef_matches_a_loop(form, rms_norm, published, gradients):
     with jax.enable_x64(True):
@@ -150,7 +151,7 @@ def test_deepmef_matches_a_loop(form, rms_norm, published, gradients):
             check_gradients(forward, params, modes=("rev",), eps=1e-6)
 
 
-@pytest.mark.parametrize("form", [*ORACLES, "aggregation"])
+@pytest.mark.parametrize("form", quick_first([*ORACLES, "aggregation"]))
 def test_attention_learns_from_its_start_and_stays_finite(form):
     """With theta and phi at 0, as published, neither would ever move."""
     frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
@@ -197,17 +198,19 @@ def test_only_the_last_published_layers_have_no_dropout():
 
 @pytest.mark.parametrize(
     ("options", "gone"),
-    [
-        ({"channel_attention": "channels", "num_frames": 4}, set()),
-        (
-            {"channel_attention": "none", "aggregation": "mean"},
-            {"channel_attention", "aggregation"},
-        ),
-        (
-            {"channel_attention": "danet", "aggregation": "quality"},
-            {"aggregation"},
-        ),
-    ],
+    quick_first(
+        [
+            ({"channel_attention": "channels", "num_frames": 4}, set()),
+            (
+                {"channel_attention": "none", "aggregation": "mean"},
+                {"channel_attention", "aggregation"},
+            ),
+            (
+                {"channel_attention": "danet", "aggregation": "quality"},
+                {"aggregation"},
+            ),
+        ]
+    ),
 )
 def test_ablations_start_as_the_cosine_of_the_mean_frame(options, gone):
     frames, clips = make_batch()

@@ -12,6 +12,7 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
+from tests.helpers.cases import quick_first
 from tests.helpers.made_models import init_identifier
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
@@ -97,7 +98,7 @@ TWICE = [*range(NUM_CLIPS)] * 2
 @pytest.mark.parametrize(
     "used", [range(NUM_CLIPS), [clip for clip in range(NUM_CLIPS) if clip % 3]]
 )
-@pytest.mark.parametrize("size", [1, 10, 40, 64])
+@pytest.mark.parametrize("size", quick_first([1, 10, 40, 64], mark=pytest.mark.nightly))
 def test_training_adds_up_every_clip_once(size, used):
     """Batches run on across passes, may hold a clip twice, and repeat clips at the end.
 
@@ -268,6 +269,7 @@ def test_probabilities_mean_what_they_say(num_people):
     assert abs(found.new - 0.5) < 0.03 and found.error <= 0.03
 
 
+@pytest.mark.slow
 def test_people_enrolled_later_with_one_clip_are_as_sure():
     """Before, the mean probability of somebody new was .39 in place of one half."""
     found = []

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.batches import assert_equal, eval_batches, labelled, rows_of, train_batches
+from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import (
     RAGGED,
     ragged_clips,
@@ -118,7 +119,7 @@ def best_frames(clip, count):
     return np.array(sorted(ranked[:count]), int)
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 100])
+@pytest.mark.parametrize("batch_size", quick_first([1, 8, 100], mark=pytest.mark.nightly))
 def test_every_clip_comes_once_an_epoch_across_batches(dataset, batch_size):
     batches = take(
         train_batches(dataset, **{**TRAIN, "batch_size": batch_size}), 3 * 45 // batch_size + 1
@@ -144,7 +145,9 @@ def test_order_depends_on_seed_and_epoch_alone(dataset):
     assert order_of(resumed) == order[48:88]
 
 
-@pytest.mark.parametrize(("crop", "start_batch"), [("quality", 1), ("window", 6), ("window", 23)])
+@pytest.mark.parametrize(
+    ("crop", "start_batch"), quick_first([("quality", 1), ("window", 6), ("window", 23)])
+)
 def test_a_resumed_stream_is_the_uninterrupted_one(dataset, crop, start_batch):
     arguments = {**TRAIN, "crop": crop, "splits": ("train", "val"), "batch_size": 9}
     whole = take(train_batches(dataset, **arguments), start_batch + 9)

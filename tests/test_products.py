@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from vidjax.models import layers
 from vidjax.models.layers import Dropout, Linear
 
@@ -102,7 +103,8 @@ def test_no_bfloat16_product_is_widened():
 
 
 @pytest.mark.parametrize(  # in 8 bits a number and in 16
-    ("rate", "width"), [(0.5, 64), (0.5, 1), (0.25, 63), (0.1, 1), (0.1, 64), (0.7, 63)]
+    ("rate", "width"),
+    quick_first([(0.5, 64), (0.1, 1), (0.25, 63), (0.7, 63)], 2),
 )
 def test_dropout_keeps_the_mean_and_the_rate(rate, width):
     x = jnp.ones((40_000 // width, width))

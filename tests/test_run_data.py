@@ -54,6 +54,7 @@ def command(own, words, *more):
     return main([*CONFIG, *words, weights, f"--workdir={own}/run", *more])
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_do_not_replace_those_of_the_run(own, say):
     run = own / "run"
     evaluate = ["--mode=evaluate", f"--workdir={run}", "--config.eval.report=True"]
@@ -69,6 +70,7 @@ def test_results_of_other_settings_do_not_replace_those_of_the_run(own, say):
     assert vidjax.restore(run).results["map"] == json.loads(before[0])["map"]
 
 
+@pytest.mark.slow
 def test_an_analysis_is_that_of_the_last_evaluation(own):
     run, evaluate = own / "run", ["--mode=evaluate", f"--workdir={own}/run"]
     assert main([*evaluate, "--config.eval.report=True"]) == 0
@@ -87,6 +89,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("different", OTHERS)
 def test_a_command_never_shows_results_of_other_data(own, tmp_path, capsys, different):
     """Not where the run is finished, not where it is resumed, and not where it is evaluated."""
@@ -105,6 +108,7 @@ def test_a_command_never_shows_results_of_other_data(own, tmp_path, capsys, diff
     assert different in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_call_trains_in_no_folder_of_other_data(own, tmp_path):
     """As when a cell of a notebook runs again, after the features were extracted again."""
     words = write(tmp_path / "other", seed=1)
@@ -113,6 +117,7 @@ def test_a_call_trains_in_no_folder_of_other_data(own, tmp_path):
         vidjax.train(config, own / "run", vidjax.load_data(config))
 
 
+@pytest.mark.slow
 def test_the_data_of_a_run_may_move(own, capsys):
     words = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"]
     shutil.move(own / "data", own / "moved")
@@ -121,6 +126,7 @@ def test_the_data_of_a_run_may_move(own, capsys):
     assert main(["--mode=evaluate", f"--workdir={own}/run", words[1]]) == 0
 
 
+@pytest.mark.slow
 def test_a_command_completes_what_was_killed_between_results_and_pages(own, capsys):
     path = own / "run" / "metrics.json"
     results = json.loads(path.read_text())
@@ -132,6 +138,7 @@ def test_a_command_completes_what_was_killed_between_results_and_pages(own, caps
     assert again["finished"] and again["map"] == results["map"]
 
 
+@pytest.mark.slow
 def test_weights_of_clips_are_data_by_their_content(own, capsys):
     words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
     assert command(own, words) == 0  # copied: another path, the same bytes
@@ -140,6 +147,7 @@ def test_weights_of_clips_are_data_by_their_content(own, capsys):
     assert "config.data.weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsys):
     evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.split=test"]
     words = write(tmp_path / "other", seed=1)
@@ -159,6 +167,7 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsy
     assert "--config.data.dir=" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypatch, capsys):
     """The file adds a function of optax as it is. Without the file the name is not known."""
     words = write(tmp_path / "data")
@@ -198,6 +207,7 @@ def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
     assert "data.dir=new" in folder(*own, "--config.data.dir=/a/new/")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
     config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
     data, run = vidjax.load_data(config), feed.ResidentFeed.run
@@ -212,6 +222,7 @@ def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_labelled_clips_of_new_people_are_embedded_and_scored(own, tmp_path):
     """Whom they show does not matter where nothing is measured."""
     words = write(tmp_path / "other")
@@ -243,6 +254,7 @@ def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
         assert restore.difference("val", before, more | {"labels": "y"}) == "val has other labels"
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_each_file_of_the_run_once(own, monkeypatch):
     opened, open_regular = collections.Counter(), reading.open_regular
 

@@ -28,6 +28,7 @@ import uvicorn
 
 from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
+from tests.helpers.cases import quick_first
 from vidjax import errors, predict
 from vidjax.errors import UserError
 from vidjax.gallery.answers import Answer
@@ -235,7 +236,8 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
         check_same(one.answers[0], alone.answers[0])
 
 
-@pytest.mark.parametrize("count", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in (3, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", quick_first([1, 3, 6], mark=pytest.mark.nightly))
 def test_the_net_of_a_run_gives_pythons_scores(net, count):
     model, run = net, net.run
     clips = clips_of(run, *(1 + 7 * n for n in range(count)))
@@ -248,6 +250,7 @@ def test_the_net_of_a_run_gives_pythons_scores(net, count):
     assert outputs["identities"][:, 0].tolist() == best
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
     monkeypatch.setattr(models, "PAD_LENGTHS", (1,))  # compiles less
     with Inside(people, net.run) as one:
@@ -260,6 +263,7 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
         assert identities is not None and identities.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
     monkeypatch.setattr(models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
@@ -274,6 +278,7 @@ def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
     assert not [line for line in caplog.messages if "ompiling" in line]
 
 
+@pytest.mark.slow
 def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
     people = Gallery.create(tmp_path / "g", net.run, official_data)
     model = models.GalleryModel(people)
@@ -753,6 +758,7 @@ def test_the_time_for_an_answer_begins_at_the_end_of_the_body(tmp_path, monkeypa
             go.set()
 
 
+@pytest.mark.slow
 def test_answers_that_nobody_reads_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 4)
     clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}

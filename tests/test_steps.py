@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
 from vidjax import augment, ensemble, losses
 from vidjax import config as config_lib
@@ -120,7 +121,7 @@ EXAMPLES: Any = {"after_fusion": "examples"}
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])
-@pytest.mark.parametrize("scores", ["log_softmax", "log_sigmoid", "logits"])
+@pytest.mark.parametrize("scores", quick_first(["log_softmax", "log_sigmoid", "logits"]))
 def test_voting_is_a_mean_or_a_maximum_over_frames(scores, reduce):
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce)
     batch = make_batch()
@@ -298,8 +299,8 @@ def branch_logits(state, batch, branch):
     return batch.frames["audio"].features[:, 0] @ layer["kernel"] + layer["bias"]
 
 
-@pytest.mark.parametrize("num_branches", [1, 2])
-@pytest.mark.parametrize("scores", ["log_softmax", "logits"])
+@pytest.mark.parametrize("num_branches", quick_first([1, 2]))
+@pytest.mark.parametrize("scores", quick_first(["log_softmax", "logits"]))
 def test_branches_are_weighted(scores, num_branches):
     learn = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])[:, :num_branches]
     answer = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])[:, :num_branches]
@@ -395,7 +396,7 @@ def test_scores_of_all_examples_never_exist_at_once(reduce):
         assert not {1 + C, C} & set(shape) or not {T, B * T} & set(shape), shape
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("reduce", quick_first(["mean", "max"], mark=pytest.mark.nightly))
 def test_an_exported_step_judges_examples_in_blocks(reduce):
     """Of two clips it takes 128 examples at once; the last of three blocks is cut off."""
     system = make(NORMED, **EXAMPLES, eval__reduce=reduce)

@@ -79,6 +79,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     assert_same_run(parts, tmp_path / "whole", RUN_FILES)
 
 
+@pytest.mark.slow
 def test_a_run_of_whole_epochs_resumes_within_one(data, tmp_path):
     """As published: of clips with a good face, and the last batch of an epoch is short."""
     spec = "configs/quality_fusion.py:iqiyi_vid,published"

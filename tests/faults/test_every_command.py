@@ -244,6 +244,7 @@ def test_files_of_the_user_stay(world, tmp_path, name):
         assert left == Counter(path.name for path in mine), inner
 
 
+@pytest.mark.slow
 def test_a_ranking_of_the_users_own_is_not_replaced(world, tmp_path):
     """It is refused before a table is ranked."""
     for name, before in (("rank", "ranked"), ("gallery rank", "lists")):

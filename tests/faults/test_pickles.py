@@ -12,6 +12,7 @@ import pytest
 
 from tests.campaigns import hostile
 from tests.helpers import limits, python2
+from tests.helpers.cases import quick_first
 from vidjax.data.untrusted import sandbox
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +146,7 @@ def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign)
     assert all(error.startswith(f"{tmp_path}/") for error, *_ in refused.values())
 
 
-@pytest.mark.parametrize("written", python2.real())
+@pytest.mark.parametrize("written", quick_first(python2.real(), 3))
 def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(written, tmp_path):
     (tmp_path / "face_train.pickle").write_bytes(python2.real()[written])
     got = sandbox.unpack(tmp_path / "face_train.pickle", "face", tmp_path / "out")

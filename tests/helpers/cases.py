@@ -1,0 +1,22 @@
+"""Cases of a test, of which the quick tests run the first."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+CASE = type(pytest.param())
+
+
+def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.slow) -> list[Any]:
+    """Returns the values of a parametrisation; those after the first `count` get a mark.
+
+    A tuple holds the values of several arguments.
+    """
+    rows = [case if isinstance(case, CASE) else _as_case(case) for case in cases]
+    later = [pytest.param(*row.values, id=row.id, marks=(*row.marks, mark)) for row in rows[count:]]
+    return rows[:count] + later
+
+
+def _as_case(case: Any) -> Any:
+    return pytest.param(*case) if isinstance(case, tuple) else pytest.param(case)
