@@ -71,6 +71,7 @@ def test_attention_is_a_share(workdir):
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workdir", [*NETS, "neighbours"], indirect=True)
 def test_groups_and_mistakes_agree_with_map(workdir):
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")

@@ -104,6 +104,7 @@ def test_identify_answers_the_clips_of_every_table(say, people, made, day, tmp_p
     assert say(*words)["skipped"] == 4 and contents(out) == before
 
 
+@pytest.mark.slow
 def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, tmp_path):
     out = tmp_path / "vectors"
     words = ("embed", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
@@ -137,6 +138,7 @@ def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path)
         assert len(scores) == 100 and scores == pytest.approx([x for _, x in clips], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gallery_ranks_tables_as_it_ranks_all_clips(say, people, made, day, tmp_path):
     words = ("gallery", "rank", people, f"--input={day}")
     for rule in ({}, {"threshold": 0.3}):

@@ -196,6 +196,7 @@ def aligned(image, points, template, side):
     return image[row, column]
 
 
+@pytest.mark.slow
 def test_two_people_are_told_apart(nets):
     """Distances of dlib's vectors: below 0.6 for one person, above for two, as its author says."""
     found = cards.load(nets)
@@ -292,6 +293,7 @@ def test_the_card_says_what_photos_of_decades_have(decades):
         np.testing.assert_allclose((found.mean(), found.std()), back_end[kind], atol=0.005)
 
 
+@pytest.mark.slow
 def test_photos_of_decades_are_doubted_where_they_show_somebody_else(decades):
     """Three photos of each of twelve people, and then one of another of them in place of one."""
     vectors, _ = decades

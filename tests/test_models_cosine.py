@@ -94,6 +94,7 @@ def test_weights_start_at_halves_and_the_scale_as_it_is_given():
     assert make_model(SPEC).logit_scale == 16
 
 
+@pytest.mark.slow
 def test_dropout_leaves_the_statistics_and_the_scale_of_the_unit_vector():
     """Statistics count the clips that have a modality, dropped or not; coordinates are doubled."""
     frames, clips = make_batch()

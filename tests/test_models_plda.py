@@ -299,6 +299,7 @@ def test_what_a_closed_form_does_not_read_is_refused(data, name, word):
         plan.make_plan(config, data)
 
 
+@pytest.mark.slow
 def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch):
     """Without the labels of the clips that a fold leaves out its settings are the same."""
     config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")

@@ -340,6 +340,7 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path):
         labels_lib.load_clip_weights(tmp_path / "none.txt", clips)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("VIDJAX_REAL_DATA" not in os.environ, reason="no VIDJAX_REAL_DATA")
 def test_the_real_set_has_the_counts_of_its_card(tmp_path):
     folder = Path(os.environ["VIDJAX_REAL_DATA"])

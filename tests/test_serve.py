@@ -842,6 +842,7 @@ def _ask_in_vain(one, method, path):
         one.ask(method, path)
 
 
+@pytest.mark.slow
 def test_a_server_removes_what_a_killed_change_left(tmp_path):
     servers.make_gallery(tmp_path / "g")
     code = (

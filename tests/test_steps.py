@@ -396,6 +396,7 @@ def test_scores_of_all_examples_never_exist_at_once(reduce):
         assert not {1 + C, C} & set(shape) or not {T, B * T} & set(shape), shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", quick_first(["mean", "max"], mark=pytest.mark.nightly))
 def test_an_exported_step_judges_examples_in_blocks(reduce):
     """Of two clips it takes 128 examples at once; the last of three blocks is cut off."""

@@ -156,6 +156,7 @@ def test_wrong_clips_show_somebody_else_in_a_third_of_their_frames(make):
     assert np.mean(cosines) < 0.5
 
 
+@pytest.mark.slow
 def test_blur_makes_quality_foretell_the_noise_of_a_frame(make):
     correlation = {}
     for blur in (0.0, 1.0, 2.0):

@@ -118,6 +118,7 @@ def test_frames_that_are_not_finite_are_left_out_and_counted(official):
     assert_adds_up(data.report)
 
 
+@pytest.mark.slow
 def test_frames_that_are_not_finite_are_an_error_by_option(official, tmp_path):
     path, cache = spoilt(official), tmp_path / "cache"
     wanted = f"{path}: clip train005, face: the feature of frame 1 is not finite"
