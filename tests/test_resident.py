@@ -365,7 +365,11 @@ def assert_same_state(left, right, names=("step", "params", "model_state", "opt_
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", [MMA, MLP, COSINE, PLDA], ids=["mma", "mlp", "cosine", "plda"])
+@pytest.mark.parametrize(
+    "spec",
+    quick_first([MMA, MLP, COSINE, PLDA], mark=pytest.mark.nightly),
+    ids=["mma", "mlp", "cosine", "plda"],
+)
 def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     setting = Setting(data, spec)
     assert not setting.plan.windowed
@@ -538,7 +542,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [MLP, MMA])
+@pytest.mark.parametrize("spec", quick_first([MLP, MMA], mark=pytest.mark.nightly))
 def test_both_feeds_train_the_same_weights(data, tmp_path, spec):
     """Runs of several epochs, with windows of longer clips.
 

@@ -24,6 +24,7 @@ for package in ("av", "onnxruntime", "onnx", "pyarrow"):
 
 from tests.campaigns import mutations  # noqa: E402
 from tests.helpers import clip_files, drawn_people, made_runs  # noqa: E402
+from tests.helpers.cases import quick_first  # noqa: E402
 from vidjax import main  # noqa: E402
 from vidjax.data import arrays, iqiyi_vid, synthetic  # noqa: E402
 from vidjax.gallery.commands import COMMANDS as OF_GALLERIES  # noqa: E402
@@ -184,6 +185,9 @@ def entries(folder, depth):
             yield path
 
 
+# The commands that write into folders of the user's, or delete there, come first.
+BOLD = ("train", "who", "extract", "forget", "import", "gallery enrol")
+WRITERS = (*BOLD, *(name for name, row in ROWS.items() if row.words and name not in BOLD))
 KEPT = ("thesis.txt", "wedding.jpg", "a.b.npz", "thumbnails2019/x.png", "old.partial/keep")
 
 
@@ -197,7 +201,7 @@ def keep(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
+@pytest.mark.parametrize("name", quick_first(WRITERS, len(BOLD), mark=pytest.mark.nightly))
 def test_nothing_of_the_victim_changes_behind_a_link(world, tmp_path, name):
     """Nor does a pipe or a device hold a command up."""
     row = ROWS[name]
@@ -228,7 +232,7 @@ def test_nothing_of_the_victim_changes_behind_a_link(world, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
+@pytest.mark.parametrize("name", quick_first(WRITERS, len(BOLD), mark=pytest.mark.nightly))
 def test_files_of_the_user_stay(world, tmp_path, name):
     """Where there is no link, but other files lie beside those of vidjax."""
     row = ROWS[name]
