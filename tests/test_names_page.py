@@ -85,8 +85,9 @@ def test_short_times_have_tenths():
 
 def test_bars_of_the_ignored_are_folded_and_last():
     found = [
-        Appearance("a.mp4", 0, 9, None, None, ("c",)), Appearance("a.mp4", 50, 51, "Ada", 1, ("d",)),
-    ]  # fmt: skip
+        Appearance("a.mp4", 0, 9, None, None, ("c",)),
+        Appearance("a.mp4", 50, 51, "Ada", 0.9, ("d",)),
+    ]
     html = render(found)
     assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
 

@@ -179,7 +179,10 @@ def _file_of(film: Film) -> dict[str, str]:
 
 
 def _row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance, of whom is ignored in a word; several values in one are set apart by blanks."""
+    """Returns the cells of an appearance; several values in one are set apart by blanks.
+
+    The identity of somebody who is ignored is the word IGNORED.
+    """
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)

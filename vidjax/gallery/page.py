@@ -235,13 +235,16 @@ def _show(
 def _part(film: Film, own: list[Shown], people: Collection[str]) -> Part:
     """Returns a film with a row for each person.
 
-    Known people come first, then the people who are seen for longer, and whom is ignored last.
+    Known people come first, then people who are seen for longer, and at last the ignored.
     """
     by_name: dict[str, list[Shown]] = {}
     for one in own:
         by_name.setdefault(one.name, []).append(one)
     total = {name: round(sum(one.seconds for one in some), 3) for name, some in by_name.items()}
-    order = sorted(by_name, key=lambda name: (name == IGNORED, name not in people, -total[name], len(name), name))
+    order = sorted(
+        by_name,
+        key=lambda x: (x == IGNORED, x not in people, -total[x], len(x), x),
+    )
     length = "Photo" if film.photo else f"Length {_length(film.seconds)}"
     about = "; the file ends before the end that it declares" if film.damaged else ""
     return Part(film.video, length + about, [
