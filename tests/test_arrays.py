@@ -415,7 +415,7 @@ def test_frames_of_several_clips_are_counted(tmp_path, length):
     more = {} if length is None else {"face_length": length}
     path = tmp_path / "all.npz"
     np.savez(path, clips=["a", "b"], face=np.ones((3, 2), np.float32), **more)
-    said = str(path), "'face_length' are not the frames of each of its clips"
+    said = str(path), "'face_length' must count the frames of each clip"
     seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), *said)
     np.savez(path, clips=["a", "a"], face=np.ones((3, 2), np.float32), face_length=[1, 2])
     seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), "clip a comes twice")

@@ -144,7 +144,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         "out": r"\.csv, \.tsv, \.jsonl, \.parquet",
         "link.tsv": "name another file",
         "no/out.tsv": "make it first",
-        "out.parquet": r"pip install 'vidjax\[parquet\]', or end the name in",
+        "out.parquet": r"pip install 'vidjax\[parquet\]', .*-e '\.\[parquet\]', or end the name in",
     }.items():
         with pytest.raises(ValueError, match=remedy):
             tables.check_new(tmp_path / name)

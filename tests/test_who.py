@@ -198,7 +198,11 @@ def test_only_numbers_of_unknown_people_are_no_names(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada_1.png", ("Ada", 40, 40))
     write_photo(drawn.friends / "Ada_2.png", ("Ada", 42, 40))
+    alone = f"{drawn.friends}': each photo is another person here, such as Ada_1 and Ada_2. If all"
     _, said = drawn.who(film)
+    assert alone in said and f"name the folder above: --people={drawn.folder}\n" in said
+    _, said = drawn.who(film)
+    assert alone not in said, "once is enough"
     assert "Ada_1 and Ada_2 are two people here. If they are one, put the photos into" in said
     assert f"'{drawn.friends}/Ada/'" in said
     table.write_text(table.read_text().replace("unknown 1", "unknown neighbour"))
@@ -277,7 +281,8 @@ def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
     moved.unlink()
     _, said = drawn.who(other)
     assert "not at their place any more: 1 film, such as the party.mkv; --prune" in said
-    drawn.who(other, flags=["--prune"])
+    _, said = drawn.who(other, flags=["--prune"])
+    assert f"{moved}: not at its place any more: forgotten" in said and str(other) not in said
     assert {row["video"] for row in drawn.rows()} == {"party.mkv"}
     assert not list((drawn.out / "features").glob("party.s002*"))
 
@@ -625,7 +630,11 @@ def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(drawn):
     drawn.who(film, flags=["--thumbnails"])
     assert not [path for path in pictures() if path.startswith("people/Ada")]
     assert len(pictures_of(page)) == 4 and "Ada" not in pictures_of(page)
-    drawn.who(film)
+    kept = pictures()
+    write_photo(drawn.friends / "Eve" / "1.png", ("Eve", 40, 40))
+    _, said = drawn.who(film)
+    assert pictures() == sorted([*kept, "people/Eve/thumbnails/1/1.png"]) and "as before" in said
+    drawn.who(film, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
@@ -712,6 +721,12 @@ def test_files_of_one_name_keep_apart(drawn):
     assert shown == [f"{drawn.folder.name}/party.mkv", "elsewhere/party.mkv"]
     assert len(list(drawn.out.glob("*.npz"))) == 2
     assert all(one.kept for one in pipeline.extract([film, twin], drawn.out, drawn.models))
+    _, said = drawn.extract(film, twin)
+    assert all(f"{path}: " in said for path in (film, twin)), "which film a line is about"
+    copy = shutil.copy(film, drawn.folder / "party.mov")
+    other = drawn.folder / "other"
+    assert f"{copy}: the same as {film}: left out" in drawn.extract(film, copy, out=other)[1]
+    assert "left out" not in drawn.extract(film, copy, out=other)[1], "once is enough"
 
 
 def test_files_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(drawn, command):
@@ -721,8 +736,9 @@ def test_files_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(dr
     content, said = drawn.extract(bad, worse, drawn.film(), out=out, code=1)
     assert content["failed"] == [str(bad), str(worse)] and content["files"] == 1
     for path in (bad, worse):
-        (line,) = [line for line in said.splitlines() if path.name in line]
+        begun, line = [line for line in said.splitlines() if path.name in line]
+        assert begun.endswith(f" of 3: {path.name} ...")
         assert "is no video" in line
     assert [one.video for one in folder.read_films(out)] == ["party.mkv"]
     done = command("extract", bad, worse, f"--out={out}", f"--models={drawn.models}")
-    assert done.code == 1 and done.err.count("\n") == 2 and done.out.count("give MP4, MKV") == 1
+    assert done.code == 1 and done.err.count("\n") == 4 and done.out.count("give MP4, MKV") == 1

@@ -90,8 +90,8 @@ def missing(what: str, *packages: str, extra: str, instead: str = "") -> Iterato
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (
-            f"{what} needs {names}, not installed: pip install 'vidjax[{extra}]'"
-            + (f", or {instead}" if instead else "")
+            f"{what} needs {names}, not installed: pip install 'vidjax[{extra}]', "
+            f"in a checkout pip install -e '.[{extra}]'" + (f", or {instead}" if instead else "")
         )
 
 

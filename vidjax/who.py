@@ -22,6 +22,7 @@ import functools
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax import files, tables
+from vidjax import files, messages, tables
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
@@ -84,7 +85,7 @@ class Done(NamedTuple):
         """The film, the time, and the person of each appearance."""
         rows = []
         for one in self.found:
-            sure = f", {one.probability:.0%}" if one.probability else ""
+            sure = "" if one.probability is None else f", {appearances.percent(one.probability)}"
             time = appearances.span(one.start_s, one.end_s)
             rows.append((one.video, time, f"{one.identity or answers_lib.IGNORED}{sure}"))
         return rows
@@ -223,7 +224,7 @@ def who(
     settings: folder.Settings | None = None,
     *,
     workers: int = 1,
-    thumbnails: bool = False,
+    thumbnails: bool | None = None,
     fpir: float | None = None,
     threshold: float | None = None,
     padding: float = PADDING,
@@ -241,7 +242,8 @@ def who(
         name nobody who is not in the gallery of an earlier call. Face tags in a photo count more
         than the name of its folder or file, see `extract.regions`.
       out: the folder for results; it is made, and readable by its owner alone.
-      thumbnails: shows the face beside each name; False deletes pictures of earlier calls.
+      thumbnails: shows the face beside each name; False deletes pictures of earlier calls, None
+        does as the call before.
       fpir, threshold: when a clip gets a name, see `Gallery.identify`.
       padding: seconds that cut lists show before and after each appearance.
       prune: removes films of earlier calls that are no longer at their place.
@@ -264,6 +266,8 @@ def who(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _gallery(out, models)
+        if thumbnails is None:
+            thumbnails = files.exists(out / FEATURES / folder.THUMBNAILS)
         how = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
@@ -407,8 +411,15 @@ def _photos(people: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _say_numbered(names: Sequence[str], people: Path) -> None:
-    """Says that photos such as Ada_1.jpg and Ada_2.jpg are two people here."""
+def _say_numbered(names: Sequence[str], people: Path, alone: bool) -> None:
+    """Says that photos such as Ada_1.jpg and Ada_2.jpg are two people here; if `alone`, all are."""
+    if alone and len(names) > 1:
+        above = shlex.quote(messages.shown(people.resolve().parent))
+        say(
+            f"'{people}': each photo is another person here, such as {show(names[0])} and "
+            f"{show(names[1])}. If all show one person, name the folder above: --people={above}"
+        )
+        return
     by_name: dict[str, list[str]] = {}
     for name in names:
         if number := re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name):
@@ -448,9 +459,11 @@ def _enrol_photos(
         if not all(one.film for one in outcomes):  # its tags are not known now
             there = map(Photo.of, gallery.clips)
             names |= {one.person for one in there if one and one.folder == place.name}
-        _say_tagged(place.name, [one for one in outcomes if one.path.parent != people])
+        new = [one for one in outcomes if one.path.parent != people and not one.kept]
+        _say_tagged(place.name, new)
     flat = [place.name for place, some in read.items() if some[0].path.parent == people]
-    _say_numbered([name for name in flat if name in names], people)
+    alone = len(flat) == len(read) and not any(map(Photo.of, gallery.clips))
+    _say_numbered([name for name in flat if name in names], people, alone)
     labels = _labels(gallery, names)
     for place, own in usable.items():
         _enrol(gallery, place, own, labels)

@@ -9,6 +9,8 @@ from vidjax.extract import commands
 from vidjax.gallery.commands import add_rule
 from vidjax.messages import Parser, Result
 
+MOST_LINES = 100  # of appearances
+
 
 def run(args: argparse.Namespace) -> Result:
     """Names the people of films, see `vidjax.who`."""
@@ -38,19 +40,21 @@ def run(args: argparse.Namespace) -> Result:
     rows = {
         "people": f"{len(done.people):,}: {few}" if few else "none",
         "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
-        "unknown": f"{done.groups:,} {'person' if done.groups == 1 else 'people'}",
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }
     if done.missed:
         rows["not looked for"] = ", ".join(map(messages.short, done.missed[:5]))
     if done.failed:
-        rows["no use"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
+        rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= commands.to_mend(done.failed.values())
     if done.groups:
-        rows["to name them"] = "the same command with --review"
-    lines = [[messages.short(cell) for cell in line] for line in done.lines]
+        count = f"{done.groups:,} {'person' if done.groups == 1 else 'people'} without a name"
+        rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
+    lines = [[messages.short(cell) for cell in line] for line in done.lines[:MOST_LINES]]
     text = "\n".join(f"  {line}" for line in messages.aligned(lines))
+    if more := len(done.lines) - len(lines):
+        text += f"\n  and {more:,} more, see the page"
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 
@@ -60,8 +64,9 @@ def add_flags(parser: Parser) -> None:
     about = "photos of people: a folder for each, with the name"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
-    about = "shows faces on the page; without it, pictures of earlier calls are deleted"
-    parser.add_argument("--thumbnails", action="store_true", help=about)
+    about = "shows faces on the page, also in later calls; --no-thumbnails deletes them"
+    keep = argparse.BooleanOptionalAction
+    parser.add_argument("--thumbnails", action=keep, help=about)
     about = "seconds before and after each appearance in cut lists, 1 by default"
     parser.add_argument("--padding", metavar="SECONDS", type=float, default=who.PADDING, help=about)
     about = "then prints the address of a page on which you name people"

@@ -68,7 +68,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
             count.dtype.kind not in "iu" or count.shape != names.shape or (count < 0).any()
             or any(len(np.atleast_1d(x)) != count.sum() for x in fields.values())
         ):  # fmt: skip
-            raise UserError(f"{path}: '{modality}_length' are not the frames of each of its clips")
+            raise UserError(f"{path}: '{modality}_length' must count the frames of each clip")
         ends = np.cumsum(count)[:-1]
         for field, array in fields.items():
             for part, own in zip(parts, np.split(array, ends), strict=False):

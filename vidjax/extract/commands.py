@@ -44,7 +44,7 @@ def tell(outcome: pipeline.Outcome) -> None:
     if outcome.replaced:
         before = ", in place of another file of this name"
     heard = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{folder.printable(outcome.path.name)}: {about}, {faces}{heard}{before}")
+    say(f"{folder.printable(outcome.label)}: {about}, {faces}{heard}{before}")
     if not film.photo and film.frames < SLOW * film.seconds:
         say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
     if film.others:

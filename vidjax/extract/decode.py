@@ -140,7 +140,8 @@ class Clock:
 class Video:
     """An open video or photo, see `open_video`; `info` tells what it declares.
 
-    It is read once: call `frames` or `sound`. `found` is complete when that has ended.
+    It is read once: call `frames` or `sound`. `found` is complete when that has ended. `tell` gives
+    the bytes that are read.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Video:
         most_pixels: int,
     ):
         self._path, self._file, self._container = path, file, container
+        self.tell = file.tell
         self._stream = _video_stream(path, container)
         self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
         self.info = _info(container, self._stream)

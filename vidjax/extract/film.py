@@ -333,7 +333,7 @@ def extract(
             tags = regions.read(path) if tagged else tags
             lost = _find_in_photo(path, video, clips, nets, stem, tags)
         else:
-            shots, seen = _follow(video, clips, nets, stem, settings)
+            shots, seen = _follow(video, clips, nets, stem, out, settings)
         found = video.found
     film = folder.Film(
         video=folder.printable(path.name),
@@ -363,7 +363,7 @@ def extract(
 
 
 def _follow(
-    video: decode.Video, clips: Clips, nets: Nets, stem: str, settings: folder.Settings
+    video: decode.Video, clips: Clips, nets: Nets, stem: str, out: Path, settings: folder.Settings
 ) -> tuple[list[tuple[float, float]], list[folder.Track]]:
     """Makes the clips of a video; returns its shots, and all who are seen, as `hear` takes them.
 
@@ -395,6 +395,7 @@ def _follow(
         if cuts.update(frame.time_s, frame.small) and number:
             cut(cuts.starts[-1])
         if frame.rgb is not None:
+            (out / folder.PROGRESS).write_text(str(video.tell()))
             people = find(nets, frame.rgb)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:

@@ -32,6 +32,7 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # of results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
+PROGRESS = "progress"  # the bytes of a film that are read, while it is extracted
 FILE_BYTES = 256 * files.MB
 POOR = 0.01  # quality of a face, that best tells whom it does not name: benchmark photo_quality
 MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems

@@ -5,7 +5,11 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +23,7 @@ from vidjax.extract import cards as cards_lib
 from vidjax.extract import film as film_lib
 from vidjax.extract import folder, regions
 from vidjax.run import formats
-from vidjax.run.terminal import say
+from vidjax.run.terminal import Progress, say
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # What a killed call leaves in the folder, and in that of the videos.
@@ -45,7 +49,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file 
 class Outcome(NamedTuple):
     """What became of a file: its `film`, or an `error` of one line and its `remedy`.
 
-    `kept` if it had been extracted before, `replaced` if another file of its name had been.
+    `kept` if it had been extracted before, `replaced` if another file of its name had been. `label`
+    is the name of the file, or the path if several have this name.
     """
 
     path: Path
@@ -54,6 +59,7 @@ class Outcome(NamedTuple):
     kept: bool = False
     replaced: bool = False
     remedy: str = ""
+    label: str = ""
 
 
 class _Job(NamedTuple):
@@ -147,18 +153,52 @@ def extract_folders(
             stems = _make_ready(out, listed, drop, thumbnails)
             jobs += [_Job(path, stem, out, wanted, tagged) for path, stem in stems.items()]
 
-        def read(children: Children, batch: Sequence[_Job]) -> list[Outcome]:
-            outcomes = _extract(children, batch, models, check)
-            for outcome in outcomes:
-                done(outcome)
+        twins = Counter(job.path.name for job in jobs)
+        label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
+        left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
+        batches = _batches(jobs, workers)
+        films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+
+        def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[Outcome]:
+            number, batch = numbered  # those of films come first
+            title = f"{number:,} of {films:,}: {label[batch[0]]}" if number <= films else ""
+            outcomes = _extract(children, batch, models, check, title)
+            for job, outcome in zip(batch, outcomes, strict=True):
+                left.pop(job)
+                done(outcome._replace(label=label[job]))
             return outcomes
 
-        batches = _batches(jobs, workers)
         found: dict[Path, list[Outcome]] = {out: [] for out in paths}
-        for batch, outcomes in zip(batches, map_children(read, batches, workers), strict=True):
+        shown = bool(films) and sys.stderr.isatty()
+        with _progress(left) if shown else contextlib.nullcontext():
+            several = map_children(read, [*enumerate(batches, 1)], workers)
+        for batch, outcomes in zip(batches, several, strict=True):
             for job, outcome in zip(batch, outcomes, strict=True):
                 found[job.out].append(outcome)
     return found
+
+
+@contextlib.contextmanager
+def _progress(left: Mapping[_Job, int]) -> Iterator[None]:
+    """Shows on a terminal how much of files is read; `left`, with their bytes, shrinks."""
+    total, places = sum(left.values()), {job.out for job in left}
+    bar, ended = Progress(total, unit="byte", label="films", leave=False), threading.Event()
+
+    def watch(shown: int = 0) -> None:
+        while not ended.wait(1):
+            paths = [x for out in places for x in out.glob(f".extract-*/{folder.PROGRESS}")]
+            with contextlib.suppress(OSError, ValueError):  # of one that ends, or is written now
+                now = total - sum([*left.values()]) + sum(int(x.read_text()) for x in paths)
+                bar.advance(max(0, now - shown))
+                shown = max(now, shown)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(watch)
+        try:
+            yield
+        finally:
+            ended.set()
+    bar.close()
 
 
 def _make_ready(
@@ -179,6 +219,9 @@ def _make_ready(
     kept = None if drop == "nothing" else {*stems.values()}
     if kept is not None and drop == "missing":
         kept |= {stem for stem, film in known.items() if film.source.path.exists()}
+        for stem in sorted(known.keys() - kept):
+            path = folder.printable(str(known[stem].source.path))
+            say(f"{path}: not at its place any more: forgotten")
     _remove_leftovers(out, kept)
     return stems
 
@@ -324,7 +367,9 @@ def _stems(paths: Sequence[Path], known: Mapping[str, folder.Film]) -> dict[Path
                 same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
-        stems.setdefault(stem, path)
+        if stems.setdefault(stem, path) != path and stem not in known:
+            twin, other = (folder.printable(str(one)) for one in (path, stems[stem]))
+            say(f"{twin}: the same as {other}: left out")
     return {path: stem for stem, path in stems.items()}
 
 
@@ -350,8 +395,13 @@ def _film(out: Path, stem: str) -> folder.Film | None:
     return film if whole else None
 
 
-def _extract(children: Children, jobs: Sequence[_Job], models: Path, check: bool) -> list[Outcome]:
-    """Extracts files by one process, except those that were extracted before."""
+def _extract(
+    children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
+) -> list[Outcome]:
+    """Extracts files by one process, except those that were extracted before.
+
+    It says when it begins: `title` of a film, or how many photos it reads.
+    """
     found: list[Outcome | None] = []
     given: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):
@@ -362,6 +412,8 @@ def _extract(children: Children, jobs: Sequence[_Job], models: Path, check: bool
             found.append(None if isinstance(outcome, dict) else outcome)
         except (UserError, OSError) as error:
             found.append(_failed(job, error))
+    if given:
+        say(f"{folder.printable(title) or f'{len(given):,} photo' + 's' * (len(given) > 1)} ...")
     try:
         answers = _read(children, [(jobs[n].path, arguments) for n, arguments in given.items()])
         for (number, arguments), answer in zip(given.items(), answers, strict=True):

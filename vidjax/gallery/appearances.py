@@ -164,10 +164,16 @@ def write(path: Path, found: Sequence[Appearance], films: Iterable[Film]) -> Non
         files = {film.video: _file_of(film) for film in films}
         objects = [
             {name.removesuffix("_s"): value for name, value in one._asdict().items()}
+            | {"probability": one.probability and round(one.probability, 4)}
             | files[one.video]
             for one in found
         ]
         tables.write(path, COLUMNS, map(_row, objects), objects)
+
+
+def percent(probability: float) -> str:
+    """Returns how sure a name is, for people; never 100 %, which nothing is."""
+    return "over 99 %" if probability > 0.995 else f"{round(100 * probability)} %"
 
 
 def _file_of(film: Film) -> dict[str, str]:

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from vidjax.extract.folder import Film
 from vidjax.gallery.answers import IGNORED, Answer, number_of
-from vidjax.gallery.appearances import Appearance, by_video, clock, span, tenths
+from vidjax.gallery.appearances import Appearance, by_video, clock, percent, span, tenths
 
 if TYPE_CHECKING:
     import jinja2
@@ -174,6 +174,7 @@ def render(
         faces=faces,
         shown_of=times,
         ignored=IGNORED,
+        percent=percent,
         named=[*people],
         unknown=unknown,
         anchors={name: number for number, name in enumerate(everybody, 1)},
