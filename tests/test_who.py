@@ -40,6 +40,7 @@ def test_who_appears_when(drawn):
     shown = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
     assert shown == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
+    assert all(len(str(row["probability"])) <= 6 for row in rows)
     with (out / "names.tsv").open(newline="") as file:
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
     assert cells["box"] == " ".join(map(str, rows[1]["box"])) and cells["probability"] == ""
@@ -492,10 +493,16 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert f"{friends / 'Bob' / '2.png'}: its face tags name Eve, not Bob" in said
     assert "2.png.xmp" not in said and "not looked for" not in said
     assert said.count("the tags count") == 1
+    _, said = drawn.who(film, code=1)
+    assert "the tags count" not in said, "once is enough"
     shutil.rmtree(friends / "Bob")
     content, said = drawn.who(film)
     assert content["people"] == {"Ada": 1, "Bob": 1}, "of the group photo"
     assert "Bob has no photos of their own any more: face tags still name them" in said
+    for number, tagged in enumerate([GROUP, ()]):
+        write_photo(friends / "Groups" / f"{number}.png", *GROUP, tagged=tagged)
+    content, said = drawn.who(film, code=1)
+    assert content["missed"] == [] and "Groups is not looked for" not in said
 
 
 def test_a_tag_that_changes_goes_over_to_another_person(drawn):
@@ -647,6 +654,36 @@ def test_a_page_does_not_outlive_a_person_in_a_call_that_fails(drawn):
     drawn.who(film, code=2)
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*"))
+
+
+def test_what_a_person_reads_on_the_terminal(drawn, command, monkeypatch):
+    """A line where a film is begun, a bar, words and percentages, and the people without a name."""
+    film, shown = drawn.film(), []
+
+    class Bar:
+        def __init__(self, total, **_):
+            shown.append(-total)
+
+        def advance(self, count):
+            shown.append(count)
+
+        def close(self):
+            shown.append("closed")
+
+    drawn.befriend("Ada", "Bob")
+    flags = (f"--models={drawn.models}", f"--out={drawn.out}", f"--people={drawn.friends}")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "Progress", Bar)
+        patch.setattr(pipeline, "SECONDS", 0.01)
+        patch.setattr(pipeline.sys.stderr, "isatty", lambda: True)
+        done = command("who", film, *flags)
+    total, *counts, closed = shown
+    assert total == -film.stat().st_size and closed == "closed" and 0 < sum(counts) <= -total
+    said = done.err.splitlines()
+    assert said[-2:] == ["1 of 1: party.mkv ...", "party.mkv: 6.0 s, 3 shots, 4 faces"]
+    assert "1 photo ..." in said and "over 99 %" in done.out and "100%" not in done.out
+    assert "1 person without a name: to name them, call again with --review --th" in done.out
+    assert "1 of 1" not in command("who", film, *flags).err, "it is not read again"
 
 
 def test_a_cut_off_extraction_goes_on(drawn):

@@ -3,7 +3,7 @@
     OUT/people/NAME/   features of the photos of a person, or of a photo of several with face tags
     OUT/features/      features of the videos
     OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
-    OUT/*/thumbnails/  only with --thumbnails: a small picture of each face
+    OUT/*/thumbnails/  from --thumbnails on: a small picture of each face
     OUT/names.tsv      video, begin, end, person, probability, clips, evidence, box, path, date
     OUT/names.jsonl    the same for programs
     OUT/names.html     shows it
@@ -449,20 +449,23 @@ def _enrol_photos(
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
+    known = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
     for place, outcomes in read.items():
         own = usable[place] = {}
+        tags = {name for one in outcomes if one.film for name in one.film.tags}
         for outcome in outcomes:
             people_of, clips = _judge(place.name, outcome)
             names |= people_of
             own |= clips
             failed |= {} if clips else {str(outcome.path): outcome.remedy}
+        if tags and place.name not in {*tags, *own.values(), *known}:  # a folder of group photos
+            names.discard(place.name)
         if not all(one.film for one in outcomes):  # its tags are not known now
             there = map(Photo.of, gallery.clips)
             names |= {one.person for one in there if one and one.folder == place.name}
-        new = [one for one in outcomes if one.path.parent != people and not one.kept]
-        _say_tagged(place.name, new)
+        _say_tagged(place.name, [one for one in outcomes if one.path.parent != people])
     flat = [place.name for place, some in read.items() if some[0].path.parent == people]
-    alone = len(flat) == len(read) and not any(map(Photo.of, gallery.clips))
+    alone = len(flat) == len(read) and not known
     _say_numbered([name for name in flat if name in names], people, alone)
     labels = _labels(gallery, names)
     for place, own in usable.items():
@@ -496,8 +499,9 @@ def _judge(name: str, outcome: Outcome) -> tuple[set[str], dict[str, str]]:
 
 
 def _say_tagged(name: str, outcomes: Sequence[Outcome]) -> None:
-    """Says if face tags in photos of a person's folder do not name this person."""
-    tags = [(one.path, one.film.tags) for one in outcomes if one.film and one.film.tags]
+    """Says, once, if face tags in photos of a person's folder do not name this person."""
+    new = (one for one in outcomes if not one.kept)
+    tags = [(one.path, one.film.tags) for one in new if one.film and one.film.tags]
     if other := [(path, names) for path, names in tags if name not in names]:
         path, names = other[0]
         few = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)

@@ -9,8 +9,6 @@ from vidjax.extract import commands
 from vidjax.gallery.commands import add_rule
 from vidjax.messages import Parser, Result
 
-MOST_LINES = 100  # of appearances
-
 
 def run(args: argparse.Namespace) -> Result:
     """Names the people of films, see `vidjax.who`."""
@@ -51,10 +49,8 @@ def run(args: argparse.Namespace) -> Result:
     if done.groups:
         count = f"{done.groups:,} {'person' if done.groups == 1 else 'people'} without a name"
         rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
-    lines = [[messages.short(cell) for cell in line] for line in done.lines[:MOST_LINES]]
+    lines = [[messages.short(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.aligned(lines))
-    if more := len(done.lines) - len(lines):
-        text += f"\n  and {more:,} more, see the page"
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 
@@ -65,8 +61,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
     about = "shows faces on the page, also in later calls; --no-thumbnails deletes them"
-    keep = argparse.BooleanOptionalAction
-    parser.add_argument("--thumbnails", action=keep, help=about)
+    parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds before and after each appearance in cut lists, 1 by default"
     parser.add_argument("--padding", metavar="SECONDS", type=float, default=who.PADDING, help=about)
     about = "then prints the address of a page on which you name people"

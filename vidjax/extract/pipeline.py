@@ -30,6 +30,7 @@ ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
 CPU_SECONDS = 600
+SECONDS = 1.0  # after which progress is shown anew
 BATCH = 50  # photos that a process reads
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
 # Endings of films and photos in folders; a file that is named itself may have any.
@@ -169,8 +170,7 @@ def extract_folders(
             return outcomes
 
         found: dict[Path, list[Outcome]] = {out: [] for out in paths}
-        shown = bool(films) and sys.stderr.isatty()
-        with _progress(left) if shown else contextlib.nullcontext():
+        with _progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
             several = map_children(read, [*enumerate(batches, 1)], workers)
         for batch, outcomes in zip(batches, several, strict=True):
             for job, outcome in zip(batch, outcomes, strict=True):
@@ -181,11 +181,11 @@ def extract_folders(
 @contextlib.contextmanager
 def _progress(left: Mapping[_Job, int]) -> Iterator[None]:
     """Shows on a terminal how much of files is read; `left`, with their bytes, shrinks."""
-    total, places = sum(left.values()), {job.out for job in left}
-    bar, ended = Progress(total, unit="byte", label="films", leave=False), threading.Event()
+    total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
+    bar = Progress(total, unit="byte", label="films", leave=False)
 
     def watch(shown: int = 0) -> None:
-        while not ended.wait(1):
+        while not ended.wait(SECONDS):
             paths = [x for out in places for x in out.glob(f".extract-*/{folder.PROGRESS}")]
             with contextlib.suppress(OSError, ValueError):  # of one that ends, or is written now
                 now = total - sum([*left.values()]) + sum(int(x.read_text()) for x in paths)
@@ -220,8 +220,7 @@ def _make_ready(
     if kept is not None and drop == "missing":
         kept |= {stem for stem, film in known.items() if film.source.path.exists()}
         for stem in sorted(known.keys() - kept):
-            path = folder.printable(str(known[stem].source.path))
-            say(f"{path}: not at its place any more: forgotten")
+            say(f"{known[stem].source.path}: not at its place any more: forgotten")
     _remove_leftovers(out, kept)
     return stems
 
@@ -368,8 +367,7 @@ def _stems(paths: Sequence[Path], known: Mapping[str, folder.Film]) -> dict[Path
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
         if stems.setdefault(stem, path) != path and stem not in known:
-            twin, other = (folder.printable(str(one)) for one in (path, stems[stem]))
-            say(f"{twin}: the same as {other}: left out")
+            say(f"{path}: the same as {stems[stem]}: left out")
     return {path: stem for stem, path in stems.items()}
 
 
@@ -398,10 +396,7 @@ def _film(out: Path, stem: str) -> folder.Film | None:
 def _extract(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[Outcome]:
-    """Extracts files by one process, except those that were extracted before.
-
-    It says when it begins: `title` of a film, or how many photos it reads.
-    """
+    """Extracts files by one process, except those that were extracted before; says a title first."""
     found: list[Outcome | None] = []
     given: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):
