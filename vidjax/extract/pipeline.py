@@ -396,7 +396,7 @@ def _film(out: Path, stem: str) -> folder.Film | None:
 def _extract(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[Outcome]:
-    """Extracts files by one process, except those that were extracted before; says a title first."""
+    """Extracts files by one process, except those that were extracted before; says what begins."""
     found: list[Outcome | None] = []
     given: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):
