@@ -18,7 +18,7 @@ faces these are) or `ours`.
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,

@@ -17,7 +17,7 @@ Arguments: the words of WORDS below (`few` changes nothing here), and one modali
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 WORDS = {**config_lib.SCALE_WORDS}
 

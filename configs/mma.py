@@ -22,7 +22,7 @@ or where the paper gives none and `published` keeps ours, too. No code was publi
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,

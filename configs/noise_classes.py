@@ -21,7 +21,7 @@ github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)  # code: weights of the mirrors
 WORDS = {

@@ -24,7 +24,7 @@ Arguments: the words of WORDS below, in any combination, and names of modalities
 
 from ml_collections import ConfigDict, config_dict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,

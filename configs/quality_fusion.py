@@ -19,7 +19,7 @@ Every value names its source: `paper` (the team's article and slides), `code` (t
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 # Hidden layers of each net, as (width, activation, batch norm after it, dropout rate): code.
 MLPS = {

@@ -21,7 +21,7 @@ Every value names its source: `paper` (the team's article) or `ours`. No code wa
 import numpy as np
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,

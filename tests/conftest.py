@@ -76,7 +76,7 @@ def fault_seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs are compiled once by all processes and later runs; `--cache-clear` forgets them."""
-    from vidjax import devices
+    from vidjax.core import devices
 
     kept = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
     devices.keep_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
@@ -228,7 +228,7 @@ class Done(NamedTuple):
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Runs `vidjax WORDS` in this process, or the main function of another command."""
-    from vidjax.main import main
+    from vidjax.cli.program import main
 
     def run(*words: str | Path, program: Callable[[list[str]], int] = main) -> Done:
         capsys.readouterr()

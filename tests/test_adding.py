@@ -94,7 +94,8 @@ ADDITIONS = (
 # What the functions above use of the package and the file does not import yet.
 IMPORTS = {
     "models/identifier.py": (
-        "import flax.linen as nn\nfrom vidjax import fusion\nfrom vidjax.batch import ModelOutput\n"
+        "import flax.linen as nn\nfrom vidjax.core import fusion\n"
+        "from vidjax.core.batch import ModelOutput\n"
         "from vidjax.models.layers import CosineClassifier, real_frames\n"
     ),
     "data/sources.py": "import numpy as np\n",
@@ -108,7 +109,7 @@ FIELDS = {
     "fusion.face.train.name": "first",
 }
 EXPERIMENT = """
-from vidjax import config as config_lib
+from vidjax.runs import config as config_lib
 
 def get_config(args=""):
     config = config_lib.default()

@@ -11,13 +11,14 @@ from scipy import special
 
 from tests.helpers import made_runs, small_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
-from vidjax import config_io, devices, metrics, significance
-from vidjax.analysis import analysis, measures
-from vidjax.evaluation import topk
-from vidjax.report import run_page
-from vidjax.run import results as results_lib
-from vidjax.run.folder import RunFolder
-from vidjax.training import train
+from vidjax.core import devices, metrics
+from vidjax.evaluation import significance, topk
+from vidjax.evaluation.analysis import analysis, measures
+from vidjax.evaluation.report import run_page
+from vidjax.runs import config_io
+from vidjax.runs import results as results_lib
+from vidjax.runs.run_folder import RunFolder
+from vidjax.training import loop
 
 NETS = [pytest.param("net", marks=pytest.mark.slow)]
 
@@ -28,7 +29,7 @@ def workdir(request, data, nearest_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed") / "run"
     if request.param == "net":
         folder.mkdir()
-        train.train(shrunk(), folder, data, num_devices=1, analyse=True)
+        loop.train(shrunk(), folder, data, num_devices=1, analyse=True)
     else:
         analysed(shutil.copytree(nearest_run, folder), data)
     return folder
@@ -112,8 +113,8 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        trained = train.train(config, folder, data, num_devices=1, analyse=True)
-    assert trained["finished"] and train.finished(RunFolder(folder), config) is not None
+        trained = loop.train(config, folder, data, num_devices=1, analyse=True)
+    assert trained["finished"] and loop.finished(RunFolder(folder), config) is not None
 
 
 def test_other_blocks_give_the_same_analysis(workdir, data):

@@ -9,9 +9,9 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_runs
-from vidjax import files
-from vidjax.run import results as results_lib
-from vidjax.run.folder import RunFolder
+from vidjax.runs import results as results_lib
+from vidjax.runs.run_folder import RunFolder
+from vidjax.utils import files
 
 ROOT = Path(__file__).parent.parent
 KNN = str(ROOT / "configs" / "knn.py")

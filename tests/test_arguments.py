@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers.cases import quick_first
-from vidjax import config as config_lib
-from vidjax import config_io, ensemble
-from vidjax.batch import Frames
-from vidjax.system import TaskSpec, make_system
+from vidjax.core import ensemble
+from vidjax.core.batch import Frames
+from vidjax.models.system import TaskSpec, make_system
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 from vidjax.training import train_step
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from tests.helpers.datasets import load_dataset, prepare
 from vidjax.data import arrays, iqiyi_vid, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.data.labels import load_ground_truth
-from vidjax.data.records.convert import convert
+from vidjax.data.records.conversion import convert
 
 DIM = 6
 FIELDS = ("quality", "detection", "number", "box")

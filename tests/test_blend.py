@@ -12,11 +12,10 @@ from tests.helpers import clip_files, map_oracle, small_runs
 from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import Page, check_numbers, section
 from tests.helpers.small_runs import run, shrunk
-from vidjax import config as config_lib
-from vidjax import config_io
-from vidjax.commands import blend
-from vidjax.evaluation import scoring
-from vidjax.run.folder import RunFolder
+from vidjax.evaluation import blend, scoring
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs.run_folder import RunFolder
 
 TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
 FOLDS = "--config.ensemble.folds=2"

@@ -16,9 +16,9 @@ import vidjax
 from tests.helpers import limits
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_parquet
-from vidjax import bulk
-from vidjax.errors import UserError
-from vidjax.main import main
+from vidjax.apps import bulk
+from vidjax.cli.program import main
+from vidjax.utils.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -305,7 +305,7 @@ def test_clips_beside_tables_are_not_passed_over(day):
 KILLED = """
 import os, signal
 from pathlib import Path
-from vidjax import bulk
+from vidjax.apps import bulk
 
 class Embed(bulk.Embed):
     done = 0

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.helpers import seen
-from vidjax.extract import cards
+from vidjax.apps.video import cards
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 

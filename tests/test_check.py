@@ -9,11 +9,13 @@ import pytest
 
 from tests.helpers import clip_files
 from tests.helpers.datasets import prepare
-from vidjax import api, config_io, ensemble, files
+from vidjax.core import ensemble
 from vidjax.evaluation import restore
-from vidjax.run import checkpoint
-from vidjax.run.folder import RunFolder
-from vidjax.system import TaskSpec
+from vidjax.models.system import TaskSpec
+from vidjax.runs import checkpoint, config_io
+from vidjax.runs.run_folder import RunFolder
+from vidjax.training import api
+from vidjax.utils import files
 
 ROOT = Path(__file__).parent.parent
 SPEC = f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"

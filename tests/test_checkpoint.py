@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax import devices
-from vidjax.run import checkpoint
+from vidjax.core import devices
+from vidjax.runs import checkpoint
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from tests.helpers.datasets import prepare
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import STORED
 from vidjax.data.records.codec import tfds
-from vidjax.data.records.reader import Reader
+from vidjax.data.records.record_reader import Reader
 from vidjax.data.records.streaming import tf
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 MODALITIES = {
@@ -117,7 +117,7 @@ def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path, official_dir):
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache")}
     code = (
-        "import sys\nfrom vidjax.main import main\nunread, *words = sys.argv[1:]\n"
+        "import sys\nfrom vidjax.cli.program import main\nunread, *words = sys.argv[1:]\n"
         "assert main(words) == 0\nassert not {*unread.split(',')} & {*sys.modules}"
     )
     both = "tensorflow,tensorflow_datasets"

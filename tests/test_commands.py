@@ -12,11 +12,10 @@ import pytest
 from tests.campaigns import commands
 from tests.helpers import seen
 from tests.helpers.limits import slowness
-from vidjax import config as config_lib
-from vidjax import config_io
-from vidjax import main as main_lib
-from vidjax.commands import runs
-from vidjax.run import terminal
+from vidjax.cli import program as main_lib
+from vidjax.cli import run_commands
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io, terminal
 from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +73,7 @@ def test_a_fault_of_a_command_would_be_seen():
 
 def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
     program = (
-        "import sys\nfrom vidjax.main import main\n"
+        "import sys\nfrom vidjax.cli.program import main\n"
         "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
@@ -116,7 +115,7 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
         "        file.write('x')\n    return make(args)\n"
     )
     args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
-    config, _ = runs.train_settings(args)
+    config, _ = run_commands.train_settings(args)
     plan.dry_run(config)
     assert count.read_text() == "x"
 

@@ -12,7 +12,7 @@ import vidjax
 from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from tests.helpers.pages import Page
-from vidjax import comparison, significance
+from vidjax.evaluation import comparison, significance
 
 NAMES = [f"person {i}".replace(" ", "_") for i in range(40)]
 

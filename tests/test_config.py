@@ -9,13 +9,14 @@ import pytest
 
 from tests.helpers import docs, recorded_config
 from tests.test_arguments import CASES, NAMES
-from vidjax import config as config_lib
-from vidjax import config_io, fusion
+from vidjax.cli.program import main
+from vidjax.core import fusion
 from vidjax.data.synthetic import CALIBRATED
-from vidjax.errors import suggest
-from vidjax.main import main
 from vidjax.models import identifier
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 from vidjax.training import plan
+from vidjax.utils.errors import suggest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "configs" / "README.md"
@@ -234,7 +235,7 @@ def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypat
         with pytest.raises(ValueError, match=remedy):
             config_io.load_file(name)
     (tmp_path / "configs").mkdir()
-    own = "from vidjax import config\n\n\ndef get_config(args):\n    c = config.default()\n"
+    own = "from vidjax.runs import config\n\n\ndef get_config(args):\n    c = config.default()\n"
     (tmp_path / "configs" / "mma.py").write_text(f"{own}    c.seed = 7\n    return c\n")
     assert config_io.load_file("mma").seed == 7  # the file of the working directory comes first
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import xmp
-from vidjax.extract import align, cards, convert, models
-from vidjax.gallery import doubts
-from vidjax.gallery.gallery import Gallery
-from vidjax.main import main
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import align, cards, doubts, net_packages
+from vidjax.apps.video import nets as nets_lib
+from vidjax.cli.program import main
 from vidjax.models import distance
 
 onnx = pytest.importorskip("onnx")
@@ -92,7 +92,7 @@ def archive(path, name, content):
 
 @pytest.mark.parametrize(("kind", "file"), [("centerface", "p.whl"), ("dlib", "p.tar.gz")])
 def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, file):
-    source = convert.SOURCES[kind]
+    source = net_packages.SOURCES[kind]
     path, out = tmp_path / file, tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
     archive(path, f"inside/{source['file']}", b"another")
@@ -130,7 +130,7 @@ def test_the_converted_nets_are_ready_to_use(nets):
     found = cards.load(nets)
     assert set(found) == {"face_detector", "face_embedder", *cards.VOICES}
     for card in found.values():
-        models.open_session(card)
+        nets_lib.open_session(card)
     embedder = found["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     assert "CC0" in embedder.licence.code and "FaceScrub" in embedder.licence.training_data
@@ -140,8 +140,8 @@ def test_the_converted_nets_are_ready_to_use(nets):
 @pytest.mark.parametrize("kind", PACKAGES)
 def test_a_conversion_gives_the_same_bytes_again(nets, tmp_path, kind):
     inner = tmp_path / cards.PUBLISHED[kind]["source"]["file"]
-    inner.write_bytes(convert.read_member(package(PACKAGES[kind]), kind))
-    card = convert.convert(kind, inner, tmp_path / "again")
+    inner.write_bytes(net_packages.read_member(package(PACKAGES[kind]), kind))
+    card = net_packages.convert(kind, inner, tmp_path / "again")
     for suffix in (".json", ".onnx"):
         again = card.with_suffix(suffix)
         assert again.read_bytes() == (nets / again.name).read_bytes()
@@ -149,25 +149,25 @@ def test_a_conversion_gives_the_same_bytes_again(nets, tmp_path, kind):
 
 def test_dlibs_net_answers_as_dlib_does(nets):
     card = cards.load(nets)["face_embedder"]
-    vector = models.Embedder(card)(models.formula_image((150, 150), 1)[None])[0]
+    vector = nets_lib.Embedder(card)(nets_lib.formula_image((150, 150), 1)[None])[0]
     np.testing.assert_allclose(vector[:8], RECORDED, atol=2e-6)
 
 
 def test_centerface_answers_for_any_size_as_published(nets):
     card = cards.load(nets)["face_detector"]
-    content = convert.read_member(package(PACKAGES["centerface"]), "centerface")
+    content = net_packages.read_member(package(PACKAGES["centerface"]), "centerface")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     published = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    session = models.open_session(card)
+    session = nets_lib.open_session(card)
 
     def ask(images):
-        inputs = {card.input.name: models.prepare(images, card.input)}
-        return models.ask(session, card, inputs)
+        inputs = {card.input.name: nets_lib.prepare(images, card.input)}
+        return nets_lib.ask(session, card, inputs)
 
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
-    wanted = published.run(None, {"input.1": models.prepare(images, card.input)})
+    wanted = published.run(None, {"input.1": nets_lib.prepare(images, card.input)})
     found = ask(images)
     for one, two in zip(wanted, found.values(), strict=True):
         np.testing.assert_allclose(two, one, atol=1e-5)
@@ -200,14 +200,14 @@ def aligned(image, points, template, side):
 def test_two_people_are_told_apart(nets):
     """Distances of dlib's vectors: below 0.6 for one person, above for two, as its author says."""
     found = cards.load(nets)
-    detector = models.Detector(found["face_detector"])
+    detector = nets_lib.Detector(found["face_detector"])
     card = found["face_embedder"]
     crops = []
     for name in ("obama", "obama2", "obama3", "biden"):
         faces = detector(image := photo(name))
         assert len(faces.scores) == 1 and faces.scores[0] > 0.85, name
         crops.append(aligned(image, faces.points[0], card.template, 150))
-    vectors = models.Embedder(card)(np.stack(crops))
+    vectors = nets_lib.Embedder(card)(np.stack(crops))
     distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
     assert distance[:3, :3].max() < 0.55 and distance[:3, 3].min() > 0.65
 
@@ -225,7 +225,7 @@ def test_two_people_are_told_apart(nets):
 def test_face_tags_in_a_photo_of_two_people_name_both(nets, tmp_path, command, place, orientation):
     """Tags are of the picture as stored, which lies on its side by the orientation 6."""
     image = pytest.importorskip("PIL.Image")
-    detector, tags = models.Detector(cards.load(nets)["face_detector"]), []
+    detector, tags = nets_lib.Detector(cards.load(nets)["face_detector"]), []
     pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]
     stored = np.concatenate(pair, 1)
     for name, left, shown in zip(("Barack", "Joe"), (0, 900), pair, strict=True):

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from vidjax.extract.folder import Film, Source
-from vidjax.gallery import cuts
-from vidjax.gallery.appearances import Appearance
+from vidjax.apps.video import cuts
+from vidjax.apps.video.appearances import Appearance
+from vidjax.apps.video.features_folder import Film, Source
 
 NTSC = 30000 / 1001
 

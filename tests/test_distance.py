@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from tests.benchmarks import decision
-from vidjax.extract import cards
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import grouping
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import grouping
+from vidjax.apps.video import cards
 from vidjax.models import distance
 
 WIDTH = 128

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT, saved
-from vidjax import distributed, main
-from vidjax.errors import UserError
+from vidjax.cli import program
+from vidjax.core import distributed
+from vidjax.utils.errors import UserError
 
 SECONDS = 300
 WORDS = (
@@ -35,7 +36,7 @@ def test_one_process_agrees_with_itself():
 @pytest.mark.parametrize("words", ["--coordinator=h:9", "--process_id=0 --num_processes=2"])
 def test_a_flag_that_is_missing_is_told(words):
     with pytest.raises(UserError, match=r"missing; .*--coordinator=HOST:PORT"):
-        distributed.join(main.parse(["--config=mma", *words.split()]))
+        distributed.join(program.parse(["--config=mma", *words.split()]))
 
 
 @pytest.fixture

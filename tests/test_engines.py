@@ -17,10 +17,10 @@ from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import STORED
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.packing import pack
-from vidjax.data.records import convert as convert_lib
+from vidjax.data.records import conversion as convert_lib
 from vidjax.data.records import shard_files
 from vidjax.data.records.codec import PackedFrames, tfds
-from vidjax.data.records.convert import convert
+from vidjax.data.records.conversion import convert
 from vidjax.data.records.streaming import tf
 
 
@@ -189,7 +189,7 @@ def test_the_memory_of_writing_is_bounded_by_a_shard(tmp_path, python):
         import numpy as np
         from vidjax.data.clips import Modality
         from vidjax.data.frame_fields import FlatFiles, PackedClips
-        from vidjax.data.records.convert import write_shard
+        from vidjax.data.records.conversion import write_shard
         from vidjax.data.packing import StagedSplit
         shards, clips, frames = int(sys.argv[1]), {clips}, {frames}
         folder = Path({str(tmp_path)!r})

@@ -10,12 +10,13 @@ import pytest
 
 from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section
-from vidjax import config as config_lib
-from vidjax import config_io, ensemble, ranking
-from vidjax.main import main
-from vidjax.report import run_page
-from vidjax.run import checkpoint
-from vidjax.run import results as results_lib
+from vidjax.cli.program import main
+from vidjax.core import ensemble
+from vidjax.evaluation import ranking
+from vidjax.evaluation.report import run_page
+from vidjax.runs import checkpoint, config_io
+from vidjax.runs import config as config_lib
+from vidjax.runs import results as results_lib
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -16,15 +16,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, small_runs
-from vidjax import fusion, predict
-from vidjax.export import formats, function, reader, weights
-from vidjax.export.formats import FORMATS
-from vidjax.extract.cards import BackEnd
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import store
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.export import formats, function, reader, weights
+from vidjax.apps.export.formats import FORMATS
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import store
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video.cards import BackEnd
+from vidjax.core import fusion
+from vidjax.evaluation import predict
 
-PAGE = Path(__file__).parent.parent / "vidjax/export/README.md"
+PAGE = Path(__file__).parent.parent / "vidjax/apps/export/README.md"
 SYSTEMS = {
     "knn": "configs/knn.py:iqiyi_vid,face",
     "quality_fusion": "configs/quality_fusion.py:iqiyi_vid,folds",
@@ -271,7 +272,7 @@ def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, export, 
 def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path, python):
     """Each holds all weights, and what nobody looks for is not deleted."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
-    program = f"from vidjax.main import main; assert main({words}) == 0"
+    program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
     kept = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
     assert kept and not {name for name in kept if name.startswith("jit_call")}
@@ -388,7 +389,7 @@ OPERATIONS = {
 
 
 def as_onnx(compute, x):
-    graph = importlib.import_module("vidjax.export.onnx_graph")
+    graph = importlib.import_module("vidjax.apps.export.onnx_graph")
     dims = jax.export.symbolic_shape("B") + x.shape[1:] if x.shape[0] > 8 else x.shape
     model = graph.to_model(
         lambda inputs: {"y": compute(inputs["x"])},
@@ -440,7 +441,7 @@ def test_openvino_answers_as_the_run_does(name, trained, tmp_path, export, openv
 
 def test_an_operation_without_a_form_is_named():
     pytest.importorskip("onnxruntime")
-    graph = importlib.import_module("vidjax.export.onnx_graph")
+    graph = importlib.import_module("vidjax.apps.export.onnx_graph")
     inputs = {"x": jax.ShapeDtypeStruct((3,), np.float32)}
     with pytest.raises(ValueError, match="no form is known of the operation 'lgamma'"):
         graph.to_model(lambda x: {"y": jax.lax.lgamma(x["x"])}, inputs, ["y"])

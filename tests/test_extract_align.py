@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vidjax.extract import align
+from vidjax.apps.video import align
 
 TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
 

@@ -9,9 +9,9 @@ pytest.importorskip("onnxruntime")
 from tests.helpers import drawn_people, made_nets, seen
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
-from vidjax.extract import cards, film, folder, pipeline
-from vidjax.extract.models import Faces
-from vidjax.gallery.gallery import origin_of_models
+from vidjax.apps.gallery.gallery import origin_of_models
+from vidjax.apps.video import cards, features_folder, film, pipeline
+from vidjax.apps.video.nets import Faces
 
 RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
 BACK = ("Back", 100, 60)
@@ -30,10 +30,12 @@ def add(models, role, **fields):
 
 
 def extract(path, out, models):
-    settings = folder.Settings()
+    settings = features_folder.Settings()
     nets = film.load_nets(cards.load(models), settings.size)
     out.mkdir(exist_ok=True)
-    found = film.extract(path, out, path.stem, nets, settings, folder.Source.of(path), "0" * 64)
+    found = film.extract(
+        path, out, path.stem, nets, settings, features_folder.Source.of(path), "0" * 64
+    )
     none = dict.fromkeys(nets.embed, np.zeros((0, 1)))
     return found, {clip: none | arrays for clip, arrays in read_arrays(out).items()}
 

@@ -11,7 +11,7 @@ pytest.importorskip("onnx")
 from tests.helpers import films
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import SIDE, picture, write_film
-from vidjax.extract import film, folder, pipeline
+from vidjax.apps.video import features_folder, film, pipeline
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 
@@ -128,7 +128,7 @@ def test_a_slow_film_is_told(tmp_path, drawn):
     films.write(tmp_path / "slow.mkv", [picture([("Ada", 50, 40)])] * 3, "ffv1", fps=1)
     _, said = drawn.extract(tmp_path / "slow.mkv")
     assert "fewer than 2 pictures a second" in said
-    (told,) = folder.read_films(drawn.out)
+    (told,) = features_folder.read_films(drawn.out)
     assert [(one.start_s, one.end_s, one.seen) for one in told.tracks] == [(0, 3, 3)]
 
 
@@ -148,6 +148,6 @@ def test_a_film_of_many_gigabytes_has_a_source(tmp_path):
     path = tmp_path / "\u00e4 film\n.mp4"
     with path.open("wb") as file:
         file.truncate(50 << 30)
-    source = folder.Source.of(path)
-    again = msgspec.json.decode(msgspec.json.encode(source), type=folder.Source)
+    source = features_folder.Source.of(path)
+    again = msgspec.json.decode(msgspec.json.encode(source), type=features_folder.Source)
     assert again == source and again.path == path and again.size == 50 << 30

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.seen import refused
-from vidjax.extract import cards, models
-from vidjax.extract.models import Faces
+from vidjax.apps.video import cards, nets
+from vidjax.apps.video.nets import Faces
 
 pytest.importorskip("onnxruntime")
 made_nets = pytest.importorskip("tests.helpers.made_nets")
@@ -51,10 +51,10 @@ def test_centerface_is_decoded_as_its_paper_says():
                 ]
                 wanted.append((heat[row, column], (left, top, left + wide, top + tall), points))
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
-    assert_faces(models.decode_centerface(outputs, 0), wanted)
+    assert_faces(nets.decode_centerface(outputs, 0), wanted)
 
 
-@pytest.mark.parametrize("stride", models.STRIDES)
+@pytest.mark.parametrize("stride", nets.STRIDES)
 def test_yunet_is_decoded_as_opencv_does(stride):
     """OpenCV's face_detect.cpp: the score is the geometric mean of two, each cut to 0 to 1."""
     width, cells = 5, 20
@@ -78,12 +78,12 @@ def test_yunet_is_decoded_as_opencv_does(stride):
     outputs = {
         f"{kind}_{side}": array[None, : cells if side == stride else 0]
         for kind, array in found.items()
-        for side in models.STRIDES
+        for side in nets.STRIDES
     }
-    assert_faces(models.DECODERS["yunet"](outputs, width * stride), wanted)
+    assert_faces(nets.DECODERS["yunet"](outputs, width * stride), wanted)
 
 
-@pytest.mark.parametrize("stride", models.STRIDES)
+@pytest.mark.parametrize("stride", nets.STRIDES)
 def test_scrfd_is_decoded_as_its_authors_do(stride):
     """Its distance2bbox and distance2kps, with two anchors at the corner of each cell."""
     width, cells = 4, 12
@@ -105,9 +105,9 @@ def test_scrfd_is_decoded_as_its_authors_do(stride):
     outputs = {  # taken in their order, whatever their names
         f"{kind}_{side}": array[: len(array) if side == stride else 0]
         for kind, array in enumerate((scores[:, None], boxes, marks))
-        for side in models.STRIDES
+        for side in nets.STRIDES
     }
-    assert_faces(models.DECODERS["scrfd"](outputs, width * stride), wanted)
+    assert_faces(nets.DECODERS["scrfd"](outputs, width * stride), wanted)
 
 
 def random_faces(count, seed=0):
@@ -131,7 +131,7 @@ def test_the_better_of_two_overlapping_faces_is_kept(seed):
     for face in sorted(range(60), key=lambda i: -faces.scores[i]):
         if all(overlap(boxes[face], boxes[other]) <= 0.3 for other in kept):
             kept.append(face)
-    found = models.suppress(faces, 0.3)
+    found = nets.suppress(faces, 0.3)
     assert 1 < len(kept) < 60
     for part, whole in zip(found, faces, strict=True):
         np.testing.assert_array_equal(part, whole[kept])
@@ -159,13 +159,13 @@ def test_images_are_resized_linearly(size):
         height, width = 12 // step, 20 // step
         means = means[: height * step, : width * step]
         means = means.reshape(height, step, width, step, 3).mean((1, 3))
-    found = models.resize(image, *size)
+    found = nets.resize(image, *size)
     assert found.dtype == np.uint8
     np.testing.assert_allclose(found, interpolated(means, *size), atol=0.501)
 
 
 def test_one_row_is_resized():
-    assert models.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
+    assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -177,7 +177,7 @@ def test_vectors_are_those_of_the_pixels_as_the_card_says(tmp_path, layout, colo
         content=made_nets.embedder(layout),
         input={"layout": layout, "colour": colour, "mean": mean, "scale": scale},
     )
-    embedder = models.Embedder(cards.load(tmp_path)["face_embedder"])
+    embedder = nets.Embedder(cards.load(tmp_path)["face_embedder"])
     crops = rng().integers(0, 256, (3, 8, 8, 3), np.uint8)
     order = [0, 1, 2] if colour == "rgb" else [2, 1, 0]
     x = (crops.astype(float)[..., order] - mean) * scale
@@ -189,8 +189,8 @@ def test_vectors_are_those_of_the_pixels_as_the_card_says(tmp_path, layout, colo
 
 def test_vectors_do_not_depend_on_the_block(tmp_path):
     made_nets.write(tmp_path)
-    embedder = models.Embedder(cards.load(tmp_path)["face_embedder"])
-    crops = rng().integers(0, 256, (2 * models.BLOCK + 3, 8, 8, 3), np.uint8)
+    embedder = nets.Embedder(cards.load(tmp_path)["face_embedder"])
+    crops = rng().integers(0, 256, (2 * nets.BLOCK + 3, 8, 8, 3), np.uint8)
     alone = np.concatenate([embedder(crop[None]) for crop in crops])
     np.testing.assert_allclose(embedder(crops), alone, rtol=1e-4, atol=1e-2)
     assert embedder(crops[:0]).shape == (0, 5)
@@ -211,7 +211,7 @@ def picture(height, width, places, side):
 def test_faces_are_where_they_are_in_the_image(tmp_path, height, width, factor):
     made_nets.write(tmp_path, "find", "face_detector")
     card = cards.load(tmp_path)["face_detector"]
-    detector = models.Detector(card, size=max(height, width) // factor)
+    detector = nets.Detector(card, size=max(height, width) // factor)
     side, places = made_nets.FACE * factor, [(8, 16), (40, 28)]
     found = detector(picture(height, width, [(x * factor, y * factor) for x, y in places], side))
     assert len(found.scores) == 2
@@ -225,14 +225,14 @@ def test_faces_are_where_they_are_in_the_image(tmp_path, height, width, factor):
 
 def test_a_fixed_input_is_filled_up(tmp_path):
     made_nets.write(tmp_path, "find", "face_detector", input={"size": [64, 96]})
-    detector = models.Detector(cards.load(tmp_path)["face_detector"], size=1)
+    detector = nets.Detector(cards.load(tmp_path)["face_detector"], size=1)
     found = detector(picture(40, 60, [(8, 16)], made_nets.FACE))
     np.testing.assert_allclose(found.boxes[:1], [[8, 16, 24, 32]], atol=1e-3)
 
 
 def test_an_image_without_faces_gives_none(tmp_path):
     made_nets.write(tmp_path, "find", "face_detector")
-    detector = models.Detector(cards.load(tmp_path)["face_detector"])
+    detector = nets.Detector(cards.load(tmp_path)["face_detector"])
     found = detector(np.zeros((33, 1, 3), np.uint8))
     assert [part.shape for part in found] == [(0, 4), (0,), (0, 5, 2)]
 
@@ -240,11 +240,11 @@ def test_an_image_without_faces_gives_none(tmp_path):
 def answers(folder, **fields):
     """Returns the answer that the card of a made net should record."""
     card = cards.read(made_nets.write(folder, **fields))
-    return models.answer_to_formula(card, models.open_session(card), 7)
+    return nets.answer_to_formula(card, nets.open_session(card), 7)
 
 
 def test_the_tests_image_follows_its_formula():
-    image = models.formula_image((5, 4), 7)
+    image = nets.formula_image((5, 4), 7)
     for row in range(5):
         for column in range(4):
             for channel in range(3):
@@ -253,11 +253,11 @@ def test_the_tests_image_follows_its_formula():
 
 
 def test_a_net_answers_as_its_card_says(tmp_path):
-    image = models.formula_image((8, 8), 7).astype(float)
+    image = nets.formula_image((8, 8), 7).astype(float)
     vector = image.ravel() @ made_nets.embedder_weights().astype(float)
     np.testing.assert_allclose(answers(tmp_path), vector[0:4], rtol=1e-4)
     test = {"seed": 7, "output": answers(tmp_path).tolist(), "tolerance": 1e-4}
-    models.open_session(cards.read(made_nets.write(tmp_path, test=test)))
+    nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_net_answers_as_its_card_says(tmp_path):
 def test_a_wrong_card_is_found_by_its_test(tmp_path, wrong):
     test = {"seed": 7, "output": answers(tmp_path).tolist(), "tolerance": 1e-2}
     card = cards.read(made_nets.write(tmp_path, test=test, **wrong))
-    refused(lambda: models.open_session(card), "face.json", "convert")
+    refused(lambda: nets.open_session(card), "face.json", "convert")
 
 
 @pytest.mark.parametrize(
@@ -278,22 +278,22 @@ def test_a_wrong_card_is_found_by_its_test(tmp_path, wrong):
 )  # fmt: skip
 def test_a_net_that_does_not_run_is_named(tmp_path, wrong):
     card = cards.read(made_nets.write(tmp_path, **wrong))
-    refused(lambda: models.Embedder(card), "face.onnx", "convert")
+    refused(lambda: nets.Embedder(card), "face.onnx", "convert")
 
 
 def test_a_wrong_width_is_named(tmp_path):
-    embedder = models.Embedder(cards.read(made_nets.write(tmp_path, width=6)))
+    embedder = nets.Embedder(cards.read(made_nets.write(tmp_path, width=6)))
     refused(lambda: embedder(np.zeros((1, 8, 8, 3), np.uint8)), "face.json", "width")
 
 
 @pytest.mark.parametrize("decoder", ["yunet", "scrfd"])
 def test_a_wrong_decoder_is_named(tmp_path, decoder):
     made_nets.write(tmp_path, "find", "face_detector", decoder=decoder)
-    detector = models.Detector(cards.load(tmp_path)["face_detector"])
+    detector = nets.Detector(cards.load(tmp_path)["face_detector"])
     refused(lambda: detector(np.zeros((32, 32, 3), np.uint8)), "find.onnx")
 
 
 def test_without_the_runtime_an_error_names_the_extra(tmp_path, monkeypatch):
     card = cards.read(made_nets.write(tmp_path))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    refused(lambda: models.Embedder(card), "vidjax[video]")
+    refused(lambda: nets.Embedder(card), "vidjax[video]")

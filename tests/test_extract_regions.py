@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import xmp
-from vidjax.extract import regions
+from vidjax.apps.video import regions
 
 Image = pytest.importorskip("PIL.Image")
 TAGS = [("Ada", 0.25, 0.5, 0.2, 0.4), ("Bob Müller & Co", 0.7, 0.4, 0.1, 0.2)]
@@ -107,7 +107,7 @@ def test_tags_lie_in_sidecars(tags_of, tmp_path):
     (tmp_path / "a.xmp").unlink()
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
     found = tags_of(own)
-    assert shown(found) == TAGS and "a link, not a file" in found.problem
+    assert shown(found) == TAGS and "is a link" in found.problem
     assert shown(tags_of(own, "b" * 251 + ".jpg")) == TAGS, "no sidecar has so long a name"
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vidjax.extract import shots
+from vidjax.apps.video import shots
 
 RATE = 25
 

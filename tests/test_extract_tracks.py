@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidjax.extract import cards, tracks
-from vidjax.extract.cards import BackEnd
+from vidjax.apps.video import cards, tracks
+from vidjax.apps.video.cards import BackEnd
 
 # Numbers of the faces of 234 tracks, of real films; the folder lies beside VIDJAX_REAL_DATA.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("av", reason="needs the extra [video]")
 
 from tests.helpers import films, seen
-from vidjax.errors import UserError
-from vidjax.extract import decode
+from vidjax.apps.video import decode
+from vidjax.utils.errors import UserError
 
 
 def corner():

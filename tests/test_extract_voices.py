@@ -13,11 +13,11 @@ from tests.helpers import made_nets
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import tone, write_film, write_models, write_photo, write_voices
 from tests.helpers.seen import contents, refused
+from vidjax.apps.gallery import backend
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import cards, features_folder, pipeline, voices
+from vidjax.apps.video.features_folder import Track
 from vidjax.data.clip_files import read_clips, write_npz
-from vidjax.extract import cards, folder, pipeline, voices
-from vidjax.extract.folder import Track
-from vidjax.gallery import backend
-from vidjax.gallery.gallery import Gallery
 
 ADA, BOB, EVE = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10)
 
@@ -72,7 +72,7 @@ def test_without_nets_of_voices_nothing_changes(tmp_path, models):
     assert {*two} - {*one} == {"audio", "audio_quality", "audio_number"}
     for field, array in one.items():
         np.testing.assert_array_equal(array, two[field])
-    told = folder.read_extraction(tmp_path / "faces")
+    told = features_folder.read_extraction(tmp_path / "faces")
     assert told and {*told.models} == {*pipeline.ROLES}
 
 
@@ -115,7 +115,7 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
     write_film(path, (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE]),
                sound=tone(440, 16), size=(240, 320))  # fmt: skip
     out = tmp_path / "shots"
-    pipeline.extract([path], out, models, folder.Settings(unit="shot"))
+    pipeline.extract([path], out, models, features_folder.Settings(unit="shot"))
     clips = read_arrays(out)
     assert {*clips} == {"film.s000", "film.s002"}
     by_track, film = extract(path, models, tmp_path / "tracks")
@@ -313,7 +313,7 @@ def test_a_shot_is_a_clip_of_its_main_figure(tmp_path, drawn):
         (2, 25, [("Bob", 10, 20)]),
     )
     drawn.extract(tmp_path / "film.mkv", flags=["--unit=shot"])
-    (film,) = folder.read_films(drawn.out)
+    (film,) = features_folder.read_films(drawn.out)
     assert [track.clip for track in film.tracks] == ["film.s000", "film.s004"]
     assert [track.shot for track in film.tracks] == [0, 4]
     for track in film.tracks:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from tests.benchmarks import common, scores
-from vidjax import config as config_lib
-from vidjax import config_io
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "configs" / "fidelity.md"
@@ -74,7 +74,7 @@ def fields():
     for path in (ROOT / "vidjax" / "models").glob("*.py"):
         attributes = {name.split(".")[1] for name in members(path) if "." in name}
         known |= {f"config.model.{name}" for name in attributes}
-    for node in ast.parse((ROOT / "vidjax" / "fusion.py").read_text()).body:
+    for node in ast.parse((ROOT / "vidjax/core/fusion.py").read_text()).body:
         if isinstance(node, ast.FunctionDef):
             known |= {f"config.fusion.{option.arg}" for option in node.args.kwonlyargs}
     return frozenset(known)

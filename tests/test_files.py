@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vidjax import ensemble, files, tables
-from vidjax.run import results, signals
-from vidjax.run.results import keep_until
+from vidjax.core import ensemble
+from vidjax.runs import results, signals
+from vidjax.runs.results import keep_until
+from vidjax.utils import files, tables
 
 
 def test_a_file_is_no_workdir(tmp_path):
@@ -88,7 +89,7 @@ def test_the_first_signal_is_noted_and_handlers_come_back():
 
 def test_the_second_signal_ends_the_process():
     code = (
-        "import os, signal\nfrom vidjax.run import signals\n"
+        "import os, signal\nfrom vidjax.runs import signals\n"
         "with signals.catch_interruption():\n"
         " os.kill(os.getpid(), signal.SIGINT)\n os.kill(os.getpid(), signal.SIGINT)\n"
     )

@@ -22,8 +22,9 @@ import pytest
 import vidjax
 from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import quick_first
-from vidjax import config_io, files, tables
 from vidjax.data import cache
+from vidjax.runs import config_io
+from vidjax.utils import files, tables
 
 GONE = "Ada Lovelace"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
-from vidjax import augment, devices, fusion
+from vidjax.core import augment, devices, fusion
 
 
 def fuse(name, rng, frames, **options):

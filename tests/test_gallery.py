@@ -8,13 +8,13 @@ from scipy import special, stats
 
 from tests.helpers import embeddings, made_galleries
 from tests.helpers.made_galleries import identify, make, make_clip, make_clips
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.backend import Index
-from vidjax.gallery.changes import enrol
-from vidjax.gallery.gallery import Gallery, Vectors, fit_backend
-from vidjax.gallery.store import Clip, group
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.backend import Index
+from vidjax.apps.gallery.changes import enrol
+from vidjax.apps.gallery.gallery import Gallery, Vectors, fit_backend
+from vidjax.apps.gallery.store import Clip, group
 
 NOBODY_IS_NEW = made_galleries.SETTINGS._replace(stranger=-6.0)
 

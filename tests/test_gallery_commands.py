@@ -13,11 +13,11 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, made_runs
-from vidjax import tables
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery
-from vidjax.main import main
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.cli.program import main
+from vidjax.utils import tables
 
 WIDTH = 24
 

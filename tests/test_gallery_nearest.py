@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from vidjax.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib
 from vidjax.models import distance
 from vidjax.models.two_covariance import Settings
 

@@ -7,9 +7,10 @@ import pytest
 
 import vidjax
 from tests.helpers import embeddings, small_runs
-from vidjax import config_io, metrics, predict
-from vidjax.evaluation import topk
-from vidjax.gallery.answers import Answer
+from vidjax.apps.gallery.answers import Answer
+from vidjax.core import metrics
+from vidjax.evaluation import predict, topk
+from vidjax.runs import config_io
 
 pytestmark = pytest.mark.slow  # trains
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_nets
-from vidjax import main as main_lib
-from vidjax.extract import cards
-from vidjax.extract.folder import Film, Source, Track
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, backend
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import backend
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import appearances, cards
+from vidjax.apps.video.features_folder import Film, Source, Track
+from vidjax.cli import program as main_lib
 
 # Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
@@ -147,7 +147,7 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, models, python):
               "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.main import main\n"
+        "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.cli.program import main\n"
         "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
         "gallery = Gallery('g')\n"
         "assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]\n"

@@ -27,13 +27,13 @@ from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
 from tests.helpers.made_galleries import answers, contents, make, make_clip
 from tests.helpers.seen import refused
-from vidjax import errors
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import gallery as gallery_lib
-from vidjax.gallery import store as store_lib
-from vidjax.gallery.gallery import Gallery, fit_backend
-from vidjax.gallery.store import Clip, Origin
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import gallery as gallery_lib
+from vidjax.apps.gallery import store as store_lib
+from vidjax.apps.gallery.gallery import Gallery, fit_backend
+from vidjax.apps.gallery.store import Clip, Origin
 from vidjax.models import two_covariance
+from vidjax.utils import errors
 
 CLIPS = made_galleries.make_clips()
 FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
@@ -442,7 +442,7 @@ def test_two_processes_change_in_turn(gallery):
 def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     code = (
-        "import time\nfrom vidjax.gallery.gallery import Gallery\n"
+        "import time\nfrom vidjax.apps.gallery.gallery import Gallery\n"
         f"with Gallery({str(gallery.folder)!r}).change() as draft:\n"
         "    draft.rename('person 3', 'Ada')\n"
         "    print('locked', flush=True)\n    time.sleep(60)\n"
@@ -524,10 +524,10 @@ def test_200_000_clips_with_few_open_files_and_little_memory(tmp_path):
 import numpy as np
 from pathlib import Path
 from tests.helpers import made_galleries as made
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip, Origin
-from vidjax import errors
-from vidjax.gallery import backend as backend_lib
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.utils import errors
+from vidjax.apps.gallery import backend as backend_lib
 
 width, rng = 256, np.random.default_rng(0)
 x = rng.standard_normal((200_000, width), np.float32)

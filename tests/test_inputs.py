@@ -11,8 +11,8 @@ import pytest
 from tests.campaigns import mutations
 from tests.helpers.clip_files import bomb
 from tests.helpers.seen import refused
-from vidjax import errors, files
 from vidjax.data import labels, memory
+from vidjax.utils import errors, files
 
 GB = 1 << 30
 

@@ -14,8 +14,8 @@ from tests.helpers.datasets import prepare
 from vidjax.data import iqiyi_vid
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records import shard_files
+from vidjax.data.records.data_report import label_records
 from vidjax.data.records.dataset import Dataset
-from vidjax.data.records.report import label_records
 from vidjax.data.untrusted import sandbox
 
 RNG = np.random.default_rng(1)

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import limited_job
 from vidjax.data import processes
 from vidjax.data.processes import Children
-from vidjax.errors import DiskError, UserError
+from vidjax.utils.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 FILM = Path("film.mp4")
@@ -76,8 +76,8 @@ def test_a_killed_group_ends_its_jobs():
 
 def test_the_reader_of_films_imports_no_jax(python):
     code = (
-        "import sys, vidjax.data.processes, vidjax.extract.align, vidjax.extract.decode, "
-        "vidjax.extract.shots, vidjax.extract.tracks; "
+        "import sys, vidjax.data.processes, vidjax.apps.video.align, vidjax.apps.video.decode, "
+        "vidjax.apps.video.shots, vidjax.apps.video.tracks; "
         "print({'av', 'jax', 'tensorflow', 'torch'} & set(sys.modules))"
     )
     assert python(code) == "set()\n"

@@ -4,9 +4,9 @@ import json
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vidjax.run import terminal as terminal_lib
-from vidjax.run.results import Logs, keep_until
-from vidjax.run.terminal import Progress
+from vidjax.runs import terminal as terminal_lib
+from vidjax.runs.results import Logs, keep_until
+from vidjax.runs.terminal import Progress
 
 
 def test_lines_after_the_step_and_half_lines_go(tmp_path):

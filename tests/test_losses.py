@@ -10,8 +10,8 @@ import pytest
 from jax.test_util import check_grads
 
 from tests.helpers.cases import quick_first
-from vidjax import config as config_lib
-from vidjax import devices, losses
+from vidjax.core import devices, losses
+from vidjax.runs import config as config_lib
 
 LOSSES = {
     "softmax": losses.softmax_cross_entropy,

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vidjax import machine
+from vidjax.utils import machine
 
 GB = 1 << 30
 

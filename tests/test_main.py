@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 
-from vidjax import config_io, messages, ranking
-from vidjax.errors import DiskError, NoFileError, UserError
-from vidjax.main import main
-from vidjax.run.checkpoint import CheckpointError
-from vidjax.run.folder import RunFolder
-from vidjax.run.signals import Interrupted
+from vidjax.cli.program import main
+from vidjax.evaluation import ranking
+from vidjax.runs import config_io
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.run_folder import RunFolder
+from vidjax.runs.signals import Interrupted
+from vidjax.utils import messages
+from vidjax.utils.errors import DiskError, NoFileError, UserError
 
 SHRUNK = (
     "--config.batch_size=32",
@@ -104,7 +106,7 @@ def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys):
 def test_a_warning_is_printed_from_any_thread_and_those_of_libraries_are_not():
     code = (
         "import warnings\nfrom concurrent.futures import ThreadPoolExecutor\n"
-        "from vidjax import errors, messages\n"
+        "from vidjax.utils import errors, messages\n"
         "def main():\n"
         "    ThreadPoolExecutor().submit(errors.warn, 'two of three').result()\n"
         "    warnings.warn('for programmers')\n"

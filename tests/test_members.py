@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT, Spoilt, restored, run, shrunk, weights
-from vidjax import config as config_lib
-from vidjax import config_io, devices, ensemble
+from vidjax.core import devices, ensemble
 from vidjax.data.clips import EvalPlan, blocks_of
 from vidjax.evaluation import eval_step, scoring
-from vidjax.system import TaskSpec, make_model, make_system
+from vidjax.models.system import TaskSpec, make_model, make_system
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 from vidjax.training import plan as plan_lib
 
 SPEC = config_lib.default().ensemble.to_dict()

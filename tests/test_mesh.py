@@ -9,9 +9,9 @@ import pytest
 from tests.helpers import small_runs
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
-from vidjax import devices
-from vidjax.errors import VidjaxWarning
+from vidjax.core import devices
 from vidjax.evaluation import topk
+from vidjax.utils.errors import VidjaxWarning
 
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
 STEPS = "--config.num_epochs=3.3"  # 10 of them

@@ -10,8 +10,8 @@ import pytrec_eval
 from sklearn.metrics import roc_auc_score
 
 from tests.helpers import map_oracle
-from vidjax import metrics, ranking
-from vidjax.evaluation import topk
+from vidjax.core import metrics
+from vidjax.evaluation import ranking, topk
 
 F = Fraction
 MANY = [f"p{i}.mp4" for i in range(150)]

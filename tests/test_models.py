@@ -19,7 +19,7 @@ from tests.helpers.made_models import (
     randomised,
     train_logits,
 )
-from vidjax.batch import ClipInfo
+from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier
 from vidjax.models.layers import NetVLAD, drop_modalities
 from vidjax.models.multimodal import SigmoidGate

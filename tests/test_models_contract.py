@@ -24,7 +24,7 @@ from tests.helpers.made_models import (
 from tests.test_models_fallback import MAIN
 from tests.test_models_fallback import SPEC as FALLBACK
 from tests.test_models_plda import SETTINGS
-from vidjax import fusion
+from vidjax.core import fusion
 from vidjax.models import identifier
 from vidjax.models.layers import Classifier, CosineClassifier
 

@@ -20,8 +20,8 @@ from tests.helpers.made_models import (
     train_logits,
     train_output,
 )
-from vidjax import config as config_lib
-from vidjax import losses
+from vidjax.core import losses
+from vidjax.runs import config as config_lib
 
 SPEC = {"name": "cosine", "embed_dim": 7}
 

@@ -17,9 +17,9 @@ from tests.helpers.made_models import (
     train_logits,
     train_output,
 )
-from vidjax import fusion
-from vidjax.errors import UserError
+from vidjax.core import fusion
 from vidjax.models import identifier
+from vidjax.utils.errors import UserError
 
 MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
 OTHER = {"name": "dense", "layers": ((6, "swish", True, 0.0),)}

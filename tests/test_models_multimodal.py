@@ -19,11 +19,12 @@ from tests.helpers.made_models import (
     make_model,
     randomised,
 )
-from vidjax import config as config_lib
-from vidjax import config_io, fusion
-from vidjax.batch import ClipInfo
+from vidjax.core import fusion
+from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier
 from vidjax.models.multimodal import MultimodalAttention
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,14 +14,15 @@ from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.made_models import init_identifier
-from vidjax import config_io, ensemble
-from vidjax.batch import ClipInfo, Frames
-from vidjax.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.core import ensemble
+from vidjax.core.batch import ClipInfo, Frames
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda_fit import combine as combine_ratios
+from vidjax.models.system import TaskSpec, make_system
 from vidjax.models.two_covariance import Settings
-from vidjax.system import TaskSpec, make_system
+from vidjax.runs import config_io
 from vidjax.training import plan
 
 DIMS = {"face": 6, "audio": 4}

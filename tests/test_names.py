@@ -13,14 +13,15 @@ import vidjax
 from tests.helpers import clip_files, made_galleries
 from tests.helpers.made_galleries import answers, make, make_clip
 from tests.helpers.seen import refused
-from vidjax import main, ranking
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import changes
+from vidjax.apps.gallery import gallery as gallery_lib
+from vidjax.apps.gallery import store as store_lib
+from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.cli import program
 from vidjax.data import labels, memory
 from vidjax.data.untrusted import names
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import changes
-from vidjax.gallery import gallery as gallery_lib
-from vidjax.gallery import store as store_lib
-from vidjax.gallery.gallery import Gallery, Vectors
+from vidjax.evaluation import ranking
 
 NFC, NFD = (unicodedata.normalize(form, "Zoë Müller O'Brien") for form in ("NFC", "NFD"))
 RLO, ZWSP, ZWNJ = "\u202e", "\u200b", "\u200c"
@@ -152,7 +153,7 @@ def test_names_that_look_alike_are_reported(one, other, tmp_path, command):
     said = str(told[0].message)
     assert one in said and new in said
     words = shlex.split(said.partition("the same: ")[2])
-    assert words[0] == "vidjax" and main.main(words[1:]) == 0
+    assert words[0] == "vidjax" and program.main(words[1:]) == 0
     assert Gallery(tmp_path / "a gallery").identities == {one: 2}
 
 

@@ -5,10 +5,10 @@ import copy
 import hashlib
 import re
 
-from vidjax.extract.folder import Film, Source
-from vidjax.gallery import page
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.appearances import Appearance
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.video import names_page
+from vidjax.apps.video.appearances import Appearance
+from vidjax.apps.video.features_folder import Film, Source
 
 FILM = Film(
     video="a.mp4", source=Source(address="/a.mp4", size=1, mtime_ns=0, inode=1), sha256="0" * 64,
@@ -21,7 +21,7 @@ def render(found, answers=None, films=(FILM,), people=("Ada", "Bob"), forms=None
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
     people = {name: [] for name in people}
-    return page.render(
+    return names_page.render(
         found, films, people, lambda clip: f"{clip}.png", answers or {}, address, forms
     )
 
@@ -94,7 +94,7 @@ def test_bars_of_the_ignored_are_folded_and_last():
 
 def test_the_index_of_people_shows_faces():
     found = [Appearance("a.mp4", 0, 9, "Ada", 0.95, ("c",))]
-    html = render(found, forms=page.Forms(1))
+    html = render(found, forms=names_page.Forms(1))
     index = html[html.index('<ul class="index">') :]
     assert 'src="c.png"' in index[: index.index("</ul>")]
 

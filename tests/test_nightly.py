@@ -1,4 +1,4 @@
-"""The page `vidjax/gallery/NIGHTLY.md`: its commands, in a shell, over two days."""
+"""The page `vidjax/apps/gallery/NIGHTLY.md`: its commands, in a shell, over two days."""
 
 import json
 import os
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery.gallery import Gallery
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "vidjax" / "gallery" / "NIGHTLY.md"
+PAGE = ROOT / "vidjax/apps/gallery/NIGHTLY.md"
 BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", PAGE.read_text(), re.S))
 DAYS = ("2026-01-01", "2026-01-02")
 KNOWN = [str(number) for number in range(12)]  # people of the training

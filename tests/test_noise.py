@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax.batch import NoiseLayout
+from vidjax.core.batch import NoiseLayout
 from vidjax.training import plan
 
 LAYOUT = NoiseLayout(num_identities=3, num_clusters=2)

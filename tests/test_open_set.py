@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from vidjax import metrics
-from vidjax.analysis import measures
+from vidjax.core import metrics
+from vidjax.evaluation.analysis import measures
 from vidjax.evaluation.scoring import ClipScores
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from vidjax import config as config_lib
-from vidjax import optim
+from vidjax.core import optim
+from vidjax.runs import config as config_lib
 
 SPEC = {"learning_rate": 0.1, "warmup": 0.2}
 DEFAULTS = config_lib.default().optim.to_dict()

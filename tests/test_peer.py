@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.made_frames import make_frames
-from vidjax import config as config_lib
-from vidjax import fusion, losses, metrics
-from vidjax.batch import ClipInfo
+from vidjax.core import fusion, losses, metrics
+from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier
+from vidjax.runs import config as config_lib
 
 torch = pytest.importorskip("torch")
 peer = pytest.importorskip("tests.benchmarks.peer")

@@ -7,12 +7,12 @@ import pytest
 from tests.helpers.batches import real_frames
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.small_runs import run, shrunk
-from vidjax import fusion
-from vidjax.api import restore
-from vidjax.batch import LazyFeatures
+from vidjax.core import fusion
+from vidjax.core.batch import LazyFeatures
 from vidjax.models import fallback
-from vidjax.run import checkpoint
+from vidjax.runs import checkpoint
 from vidjax.training import plan as plan_lib
+from vidjax.training.api import restore
 
 SPEC = "configs/deepmef.py:iqiyi_vid,face,audio"
 SHARE = "--config.model.threshold_share=0.2"

@@ -6,13 +6,12 @@ import pytest
 
 from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
-from vidjax import config as config_lib
-from vidjax import config_io, predict
 from vidjax.data import sources
 from vidjax.data.labels import load_ground_truth
-from vidjax.evaluation import scoring
-from vidjax.run import checkpoint
-from vidjax.run.checkpoint import CheckpointError
+from vidjax.evaluation import predict, scoring
+from vidjax.runs import checkpoint, config_io
+from vidjax.runs import config as config_lib
+from vidjax.runs.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
@@ -149,7 +148,7 @@ def test_arrays_are_ranked_where_there_is_no_tensorflow(train, clips, tmp_path, 
 import sys
 for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
 import numpy as np
-from vidjax import predict
+from vidjax.evaluation import predict
 clips = {{}}
 with np.load({str(tmp_path / "clips.npz")!r}) as file:
     for key in file.files:

@@ -10,8 +10,8 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import write_npz, write_parquet
-from vidjax import predict
 from vidjax.data import arrays, memory, sources
+from vidjax.evaluation import predict
 
 DIM = 5
 GIVEN = [9.0, 7.0, 8.0]

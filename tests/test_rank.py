@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vidjax
 from tests.helpers import clip_files, made_runs, small_runs
 from tests.helpers.pages import Page
-from vidjax import tables
+from vidjax.cli.program import main
 from vidjax.data.memory import load_clips
-from vidjax.main import main
-from vidjax.run.folder import RunFolder
+from vidjax.runs.run_folder import RunFolder
+from vidjax.utils import tables
 
 # What breaks programs: blanks, quotes, HTML, formulas, forms of unicode.
 FRAGMENTS = (

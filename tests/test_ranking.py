@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_runs
-from vidjax import ranking
-from vidjax.evaluation import topk
+from vidjax.evaluation import ranking, topk
 
 
 def top_of(*rows):
@@ -136,5 +135,5 @@ def test_main_refuses_in_a_line(files, command, tmp_path):
 
 def test_the_command_needs_no_tensorflow(files, python):
     paths = files("1 a.mp4\n", "1 x.mp4 a.mp4\n")
-    program = "import sys; sys.modules['tensorflow'] = None; from vidjax.main import main; "
+    program = "import sys; sys.modules['tensorflow'] = None; from vidjax.cli.program import main; "
     assert python(f"{program}sys.exit(main(['score', *{paths}]))").split()[-1] == "0.5"

@@ -23,21 +23,22 @@ from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
-from vidjax import main, messages
-from vidjax.commands import runs
+from vidjax.cli import program, run_commands
 from vidjax.data import arrays, iqiyi_vid, synthetic
+from vidjax.utils import messages
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FOLDERS = (
-    "configs", "vidjax/data", "vidjax/export", "vidjax/extract", "vidjax/gallery", "vidjax/run",
-    "vidjax/serve",
+    "configs", "vidjax/data", "vidjax/apps/export", "vidjax/apps/video", "vidjax/apps/gallery",
+    "vidjax/runs",
+    "vidjax/apps/serve",
     "tests/benchmarks", "tests",
 )  # fmt: skip
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
-    "vidjax.main": main.main,
+    "vidjax.main": program.main,
     "vidjax.data.arrays": arrays.main,
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
@@ -112,7 +113,7 @@ def links():
 
 def test_links_lead_somewhere():
     found = links()
-    assert {page for page, _ in found} >= {*PAGES} - {"vidjax/run/README.md"}
+    assert {page for page, _ in found} >= {*PAGES} - {"vidjax/runs/README.md"}
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     for page, target in found:
         if target.startswith(blob):  # the notebook itself
@@ -218,7 +219,7 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         if words[0] == "serve":
             continue  # ends at a signal; tests/test_serve.py asks what its page asks
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
-            _, workdir = runs.train_settings(main.parse(words))
+            _, workdir = run_commands.train_settings(program.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
             words += CLOSED_FORM if "plda" in " ".join(words) else SHORT
             if Path(workdir) in compared:  # by what a report writes
@@ -288,15 +289,18 @@ def test_every_command_is_known():
     modules = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
     modules |= {f"tests.campaigns.{path.stem}" for path in ROOT.glob("tests/campaigns/*.py")}
     for page in PAGES.keys() - {
-        "vidjax/serve/README.md"
+        "vidjax/apps/serve/README.md"
     }:  # tests/test_serve.py asks what that asks
         for words in shell_commands(page):
             if words[:2] == ["python", "-m"]:
                 assert words[2] in modules, (page, words)
             elif words[0] == "vidjax":
-                assert words[1] in main.COMMANDS or words[1].startswith("--config"), (page, words)
+                assert words[1] in program.COMMANDS or words[1].startswith("--config"), (
+                    page,
+                    words,
+                )
             elif words[0] != "pytest":
-                films = page == "vidjax/extract/README.md" and words[:2] == ["pip", "download"]
+                films = page == "vidjax/apps/video/README.md" and words[:2] == ["pip", "download"]
                 assert films or words[0] in ("python3", ".", "pip"), (page, words)
                 assert films or page == "README.md", (page, words)
 
@@ -325,7 +329,7 @@ def test_own_features_from_the_shell_and_from_python(cache_dir, tmp_path, monkey
     runpy.run_path(write("features.py"))
     words = shlex.split(example("own: train").replace("\\\n", " "))
     assert words[0] == "vidjax"
-    assert main.main([*words[1:], "--config.eval.report=False"]) == 0
+    assert program.main([*words[1:], "--config.eval.report=False"]) == 0
     assert json.loads(Path("runs/own/metrics.json").read_text())["map"] > 0.5
     found = runpy.run_path(write("memory.py"))
     assert len(found["ranked"]) == 20 and found["scores"].shape == (1, 20)
@@ -379,7 +383,7 @@ def test_a_database_knows_who_is_seen_together(drawn):
     for row in rows:
         cells = [json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()]
         database.execute(f"INSERT INTO names VALUES ({marks})", cells)  # noqa: S608
-    query = example("query: together", "vidjax/extract/README.md")
+    query = example("query: together", "vidjax/apps/video/README.md")
     seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
     place = drawn.folder.resolve()
     assert seen == [(f"{place}/both.png", 0.0, 0.0), (f"{place}/party.mkv", 4.0, 6.0)]
@@ -398,11 +402,11 @@ def test_every_fault_has_a_row_whose_tests_exist():
 
 def test_every_flag_and_mode_is_listed_and_no_other():
     # The page is about runs.
-    known = main.COMMANDS.keys() - {"gallery", "extract", "convert", "who", "forget"}
+    known = program.COMMANDS.keys() - {"gallery", "extract", "convert", "who", "forget"}
     flags = {"--mode", "--version"}
     for name in known:
         parser = messages.Parser("vidjax")
-        main.load(name)(parser)
+        program.load(name)(parser)
         flags |= {*re.findall(r"--[\w.-]+", parser.format_usage())}
     named = table("configs/README.md", "Flags")
     assert {re.split(r"[=\[]", word)[0] for word in named if word.startswith("--")} == flags
@@ -419,7 +423,7 @@ def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir,
     data = vidjax.load_data(official_dir, cache_dir=cache_dir)
     vidjax.train(config, tmp_path, data, num_devices=1)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}
-    rows = [name for name in table("vidjax/run/README.md", "Files") if "SPLIT" not in name]
+    rows = [name for name in table("vidjax/runs/README.md", "Files") if "SPLIT" not in name]
     assert written == {name.split("/")[0] for name in rows}
 
 

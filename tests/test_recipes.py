@@ -1,4 +1,4 @@
-"""The recipe of `vidjax/gallery/RECIPES.md`, in the database it is written for."""
+"""The recipe of `vidjax/apps/gallery/RECIPES.md`, in the database it is written for."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_nets
-from vidjax.gallery.gallery import Gallery
-from vidjax.main import main
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.cli.program import main
 
-PAGE = Path(__file__).parent.parent / "vidjax" / "gallery" / "RECIPES.md"
+PAGE = Path(__file__).parent.parent / "vidjax/apps/gallery/RECIPES.md"
 WIDTH = 16
 
 

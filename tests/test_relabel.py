@@ -18,8 +18,8 @@ from tests.helpers.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import ensemble
-from vidjax.run import checkpoint, signals
+from vidjax.core import ensemble
+from vidjax.runs import checkpoint, signals
 from vidjax.training import feed, plan
 
 pytestmark = pytest.mark.slow  # several trainings

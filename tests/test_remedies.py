@@ -12,12 +12,12 @@ import pytest
 import vidjax
 from tests.helpers import clip_files, made_galleries
 from tests.helpers.seen import refused
-from vidjax import config as config_lib
-from vidjax import main, predict
-from vidjax.commands import runs
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.cli import program, run_commands
 from vidjax.data import sources
-from vidjax.gallery.gallery import Gallery
-from vidjax.run import results as results_lib
+from vidjax.evaluation import predict
+from vidjax.runs import config as config_lib
+from vidjax.runs import results as results_lib
 from vidjax.training import plan
 
 KNN = "knn"  # its configuration
@@ -92,9 +92,9 @@ PARSED = [
 
 @pytest.mark.parametrize(("typed", "pattern", "then"), PARSED)
 def test_the_remedy_of_a_command_is_a_command(typed, pattern, then, remedy):
-    args = main.parse(shlex.split(then.format(remedy(typed, pattern))))
+    args = program.parse(shlex.split(then.format(remedy(typed, pattern))))
     if args.command == "train":
-        runs.train_settings(args)
+        run_commands.train_settings(args)
 
 
 @pytest.mark.parametrize(("typed", "words"), [
@@ -223,5 +223,5 @@ def test_a_missing_field_in_a_file_is_named(tmp_path):
     path = tmp_path / "own.py"
     lines = ("made = config.default()", "made.fusion.face.train = 1", "return made")
     body = "".join(f"    {line}\n" for line in lines)
-    path.write_text(f"from vidjax import config\n\ndef get_config(args=''):\n{body}")
+    path.write_text(f"from vidjax.runs import config\n\ndef get_config(args=''):\n{body}")
     refused(lambda: vidjax.load_config(path), "line 5: AttributeError: there is no field 'face'")

@@ -15,14 +15,13 @@ from tests.helpers.browser import CHROMIUM, browse
 from tests.helpers.limits import slowness
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
-from vidjax import config as config_lib
-from vidjax import config_io
-from vidjax.report import html as html_lib
-from vidjax.report import run_page
-from vidjax.run import formats
-from vidjax.run import results as results_lib
-from vidjax.run.folder import RunFolder
-from vidjax.training import train
+from vidjax.evaluation.report import html as html_lib
+from vidjax.evaluation.report import run_page
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io, schemas
+from vidjax.runs import results as results_lib
+from vidjax.runs.run_folder import RunFolder
+from vidjax.training import loop
 
 SECTIONS = [
     "summary",
@@ -87,7 +86,7 @@ def check_page(text):
 @pytest.mark.slow
 def test_of_a_net(data, tmp_path):
     config = shrunk("--config.num_epochs=2")
-    results = train.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
+    results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
     text = (tmp_path / "report.html").read_text()
     page = check_page(text)
     assert len(page.all("figure")) == 6
@@ -110,7 +109,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     for name in ("knn", "folds"):
         (tmp_path / name).mkdir()
     config = shrunk(spec="configs/knn.py:iqiyi_vid")
-    train.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
+    loop.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
     text = (tmp_path / "knn" / "report.html").read_text()
     check_page(text)
     assert '<section id="learning"' not in text  # nothing is optimised
@@ -119,7 +118,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
 
     words = ("--config.num_epochs=2", "--config.ensemble.folds=2")
     config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
-    results = train.train(config, tmp_path / "folds", data, num_devices=1, analyse=True)
+    results = loop.train(config, tmp_path / "folds", data, num_devices=1, analyse=True)
     text = (tmp_path / "folds" / "report.html").read_text()
     check_page(text)
     assert len(results["members"]) == 2
@@ -134,7 +133,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
     positives = rng.integers(1, 9, identities)
     results = {"map": float(ap.mean()), "map_kind": "val", "num_clips": clips}
     texts = {"clip": clip, "label": name, "vectors": name}
-    facts = made_runs.example(formats.Analysis, texts)
+    facts = made_runs.example(schemas.Analysis, texts)
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
     facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
     facts["wrong_clips"]["distractors"][0]["shows"] = -1
@@ -192,7 +191,7 @@ def spoilt(value):
 def full(tmp_path_factory):
     """The files of a made-up run that has every section, and a value at every key."""
     folder = made_up(tmp_path_factory.mktemp("full") / "run")
-    results = made_runs.example(formats.Metrics, {"command": "vidjax --config={}"})
+    results = made_runs.example(schemas.Metrics, {"command": "vidjax --config={}"})
     results |= json.loads((folder / "metrics.json").read_text())
     config = json.loads(config_io.to_json(config_lib.default()))
     for name, value in {
@@ -356,7 +355,7 @@ def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path, python):
     folder = made_up(tmp_path / "run")
     said = python(
         "import sys\n"
-        "from vidjax.main import main\n"
+        "from vidjax.cli.program import main\n"
         f"assert main(['--mode=report', '--workdir={folder}']) == 0\n"
         "assert not {'jax', 'tensorflow'} & set(sys.modules)\n"
     )

@@ -27,16 +27,17 @@ from tests.helpers.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import devices as devices_lib
-from vidjax import ensemble, fusion, machine
-from vidjax.batch import LazyFeatures, Packed
+from vidjax.core import devices as devices_lib
+from vidjax.core import ensemble, fusion
+from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
-from vidjax.run import signals
-from vidjax.run.checkpoint import manifests
-from vidjax.system import TaskSpec, make_system
+from vidjax.models.system import TaskSpec, make_system
+from vidjax.runs import signals
+from vidjax.runs.checkpoint import manifests
 from vidjax.training import feed, train_step
+from vidjax.utils import machine
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"

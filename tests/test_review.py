@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.browser import CHROMIUM, open_tab
 from tests.helpers.drawn_people import write_film, write_photo
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.gallery.gallery import Gallery
 
 testclient = pytest.importorskip("starlette.testclient")
 TOKEN, PORT = "t" * 22, 8123
@@ -16,7 +16,7 @@ TOKEN, PORT = "t" * 22, 8123
 @pytest.fixture
 def reviewed(drawn, monkeypatch):
     """Results of two films in which Ada is known, Bob and Eve are not."""
-    from vidjax import review
+    from vidjax.apps.video import review
 
     monkeypatch.setattr(review, "IDLE_SECONDS", 0)
     film = drawn.film()
@@ -219,8 +219,8 @@ def test_films_play_from_any_second(reviewed):
 def test_a_browser_corrects_names_by_keyboard(reviewed, tmp_path):
     import uvicorn
 
-    from vidjax import review
-    from vidjax.serve.app import listen
+    from vidjax.apps.serve.app import listen
+    from vidjax.apps.video import review
 
     listener = listen(review.HOST, 0)
     port = listener.getsockname()[1]

@@ -9,12 +9,13 @@ import pytest
 
 import vidjax
 from tests.helpers.clip_files import write_labels, write_npz
-from vidjax import files, optim
+from vidjax.cli.program import main
+from vidjax.core import optim
 from vidjax.evaluation import restore
-from vidjax.files import reading
-from vidjax.main import main
-from vidjax.run import checkpoint
+from vidjax.runs import checkpoint
 from vidjax.training import feed, plan
+from vidjax.utils import files
+from vidjax.utils.files import reading
 
 CLIPS = 6  # of each split
 CONFIG = ("--config=knn:face", "--config.eval.report=False")
@@ -172,7 +173,7 @@ def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypa
     """The file adds a function of optax as it is. Without the file the name is not known."""
     words = write(tmp_path / "data")
     (tmp_path / "own.py").write_text(
-        "import optax, vidjax\nfrom vidjax import optim\n"
+        "import optax, vidjax\nfrom vidjax.core import optim\n"
         'optim.OPTIMIZERS["lion"] = optax.scale_by_lion\n'
         "def get_config(args=''):\n    config = vidjax.load_config('quality_fusion:face')\n"
         "    config.optim.name = 'lion'\n    config.optim.learning_rate = 1e-4\n"
@@ -195,11 +196,10 @@ def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypa
 
 
 def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
-    from vidjax import main
-    from vidjax.commands import runs
+    from vidjax.cli import program, run_commands
 
     def folder(*words):
-        return str(runs.train_settings(main.parse(words))[1])
+        return str(run_commands.train_settings(program.parse(words))[1])
 
     assert folder("--config=mma") == "runs/mma"
     own = ("--config=knn:face", "--config.data.name=arrays")

@@ -15,7 +15,7 @@ from vidjax.data import packing
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 BOX = [1.0, 2.0, 30.5, 40.25]
 

@@ -8,7 +8,8 @@ import pytest
 from tests.benchmarks import scores
 from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC
 from tests.helpers import made_runs
-from vidjax import config_io, significance
+from vidjax.evaluation import significance
+from vidjax.runs import config_io
 
 
 def test_readmes_show_what_was_collected():

@@ -29,15 +29,16 @@ import uvicorn
 from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
 from tests.helpers.cases import quick_first
-from vidjax import errors, predict
-from vidjax.errors import UserError
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery
-from vidjax.serve import app as app_lib
-from vidjax.serve import limits as limits_lib
-from vidjax.serve import models, protocol
-from vidjax.serve.batcher import Batcher, Changes
-from vidjax.serve.limits import Limits, Metrics, Refused
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.serve import app as app_lib
+from vidjax.apps.serve import limits as limits_lib
+from vidjax.apps.serve import protocol, served_models
+from vidjax.apps.serve.batcher import Batcher, Changes
+from vidjax.apps.serve.limits import Limits, Metrics, Refused
+from vidjax.evaluation import predict
+from vidjax.utils import errors
+from vidjax.utils.errors import UserError
 
 JSON = {"Content-Type": "application/json"}
 SMALL = Limits(
@@ -86,7 +87,9 @@ def triton(inside):
 
 @pytest.fixture(scope="module")
 def net(trained):
-    return models.RunModel(predict.restore(trained("configs/mma.py:iqiyi_vid"), num_devices=1))
+    return served_models.RunModel(
+        predict.restore(trained("configs/mma.py:iqiyi_vid"), num_devices=1)
+    )
 
 
 CLIPS = {
@@ -107,7 +110,7 @@ def clips_of(run, *lengths):
 
 
 def question(clips):
-    return models.Question({
+    return served_models.Question({
         name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
     })  # fmt: skip
 
@@ -225,13 +228,13 @@ def test_requests_that_come_together_get_what_python_says(inside, people):
 
 
 def test_one_wrong_question_of_a_batch_spoils_no_other(people):
-    model = models.GalleryModel(people)
+    model = served_models.GalleryModel(people)
     right = question({"a": CLIPS["query 1"]})
     wrong = question({"b": {"face": np.ones((1, 3), np.float32)}})
-    first, error, last = models.answer(model, [right, wrong, right])
-    (alone,) = models.answer(model, [right])
+    first, error, last = served_models.answer(model, [right, wrong, right])
+    (alone,) = served_models.answer(model, [right])
     assert isinstance(error, UserError) and "clip b" in str(error)
-    assert all(isinstance(one, models.Identified) for one in (first, last, alone))
+    assert all(isinstance(one, served_models.Identified) for one in (first, last, alone))
     for one in (first, last):
         check_same(one.answers[0], alone.answers[0])
 
@@ -242,7 +245,7 @@ def test_the_net_of_a_run_gives_pythons_scores(net, count):
     model, run = net, net.run
     clips = clips_of(run, *(1 + 7 * n for n in range(count)))
     asked, other = question(clips), question({"clip 0": clips["clip 0"]})
-    (found, _) = models.answer(model, [asked, other])
+    (found, _) = served_models.answer(model, [asked, other])
     outputs = model.tensors(asked, found)
     np.testing.assert_array_equal(outputs["scores"], run.scores(clips))
     np.testing.assert_array_equal(outputs["embedding"], run.embed(clips))
@@ -252,7 +255,7 @@ def test_the_net_of_a_run_gives_pythons_scores(net, count):
 
 @pytest.mark.slow
 def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
-    monkeypatch.setattr(models, "PAD_LENGTHS", (1,))  # compiles less
+    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1,))  # compiles less
     with Inside(people, net.run) as one:
         face = tensors(clips_of(net.run, 1, 1), "face")
         with http.InferenceServerClient(f"127.0.0.1:{one.port}") as client:
@@ -265,7 +268,7 @@ def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
 
 @pytest.mark.slow
 def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
-    monkeypatch.setattr(models, "PAD_LENGTHS", (1, 8))  # compiles less
+    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
     names = list(net.widths)
     with jax.log_compiles():
@@ -274,19 +277,19 @@ def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
                 clips = clips_of(net.run, *lengths)
                 some = {clip: {name: one[name] for name in has} for clip, one in clips.items()}
                 (found,) = net.answer_batch([question(some)])
-                assert isinstance(found, models.Scored) and len(found.scores) == len(lengths)
+                assert isinstance(found, served_models.Scored) and len(found.scores) == len(lengths)
     assert not [line for line in caplog.messages if "ompiling" in line]
 
 
 @pytest.mark.slow
 def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
     people = Gallery.create(tmp_path / "g", net.run, official_data)
-    model = models.GalleryModel(people)
+    model = served_models.GalleryModel(people)
     clips = clips_of(net.run, 1, 2, 9, 40)
     questions = [question({name: clip}) for name, clip in clips.items()]
-    together = models.answer(model, questions)
+    together = served_models.answer(model, questions)
     for one, asked, (name, clip) in zip(together, questions, clips.items(), strict=True):
-        assert isinstance(one, models.Identified)
+        assert isinstance(one, served_models.Identified)
         check_same(one.answers[0], people.identify({name: clip})[name])
         assert len(model.tensors(asked, one)["scores"][0]) == 5
 
@@ -295,7 +298,7 @@ def test_a_gallery_of_a_run_is_served(tmp_path, net, official_data):
 
 
 def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
-    page = (Path(__file__).parent.parent / "vidjax/serve/README.md").read_text()
+    page = (Path(__file__).parent.parent / "vidjax/apps/serve/README.md").read_text()
     x = np.random.default_rng(0).normal(size=(60, 2))
     unit = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     labels = np.repeat(np.arange(1, 31), 2)
@@ -328,7 +331,7 @@ def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
     program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert program
     for name in re.findall(r'as_numpy\("(\w+)"\)', program[1]):
-        assert name in [spec.name for spec in models.GalleryModel(one.gallery).outputs]
+        assert name in [spec.name for spec in served_models.GalleryModel(one.gallery).outputs]
 
 
 # ---- changes
@@ -783,7 +786,7 @@ def test_answers_that_nobody_reads_are_counted(tmp_path, monkeypatch):
 
 def test_liveness_is_told_while_programs_compile(tmp_path, monkeypatch):
     go = threading.Event()
-    monkeypatch.setattr(models.GalleryModel, "warm", lambda self: go.wait(30))
+    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
     one = Inside(servers.make_gallery(tmp_path / "g"))
     one.thread.start()
     try:
@@ -803,9 +806,9 @@ def test_liveness_is_told_while_programs_compile(tmp_path, monkeypatch):
 
 STUCK = """\
 import sys, threading
-from vidjax.gallery.gallery import Gallery
-from vidjax.serve import app, models
-from vidjax.serve.limits import Limits
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.serve import app, served_models as models
+from vidjax.apps.serve.limits import Limits
 limits = Limits(drain_seconds=1, end_seconds=3)
 made = app.make_app(Gallery(sys.argv[1]), limits=limits)
 def stuck(*args, **more):
@@ -847,7 +850,7 @@ def test_a_server_removes_what_a_killed_change_left(tmp_path):
     servers.make_gallery(tmp_path / "g")
     code = (
         "import os, signal, sys, pathlib\n"
-        "from vidjax.gallery.store import Store\n"
+        "from vidjax.apps.gallery.store import Store\n"
         "with Store(pathlib.Path(sys.argv[1])).open(write=True) as connection:\n"
         "    connection.execute('DELETE FROM clip')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

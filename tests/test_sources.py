@@ -5,8 +5,8 @@ import pytest
 
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
-from vidjax import files
 from vidjax.data import sources, synthetic
+from vidjax.utils import files
 
 
 def test_load_names_what_it_lacks(tmp_path):

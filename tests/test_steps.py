@@ -12,13 +12,13 @@ import pytest
 
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
-from vidjax import augment, ensemble, losses
-from vidjax import config as config_lib
-from vidjax.batch import Batch, ModelOutput
+from vidjax.core import augment, ensemble, losses
+from vidjax.core.batch import Batch, ModelOutput
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import scoring
 from vidjax.models.base import Identifier
-from vidjax.system import TaskSpec, make_system
+from vidjax.models.system import TaskSpec, make_system
+from vidjax.runs import config as config_lib
 from vidjax.training import train_step
 
 log_probabilities = jax.jit(losses.log_softmax)

@@ -13,9 +13,9 @@ import pytest
 
 from tests.helpers import published
 from tests.helpers.made_steps import make_train_step
-from vidjax import devices, ensemble
-from vidjax.batch import Batch, Frames
-from vidjax.devices import compile_seconds
+from vidjax.core import devices, ensemble
+from vidjax.core.batch import Batch, Frames
+from vidjax.core.devices import compile_seconds
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.training import train_step
 

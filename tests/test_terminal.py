@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from vidjax import config as config_lib
-from vidjax import main, messages
-from vidjax.gallery import commands
+from vidjax.cli import gallery_commands, program
+from vidjax.runs import config as config_lib
+from vidjax.utils import messages
 
 ROOT = Path(__file__).parent.parent
 MMA = "--config=configs/mma.py"
@@ -23,8 +23,8 @@ FILES = f"{MMA}:iqiyi_vid,face,head"  # with --workdir and --config.data.dir of 
 
 
 def helps():
-    yield from ((name, "--help") for name in main.COMMANDS)
-    yield from (("gallery", name, "--help") for name in commands.COMMANDS)
+    yield from ((name, "--help") for name in program.COMMANDS)
+    yield from (("gallery", name, "--help") for name in gallery_commands.COMMANDS)
     yield from (("--help",),)
 
 
@@ -32,13 +32,13 @@ def helps():
 def test_help_fits_eighty_columns_and_has_an_example(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
-        main.main(words)
+        program.main(words)
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
     assert len(said.splitlines()) <= 60
     assert words == ("gallery", "--help") or "\nexample" in said
-    every = {("--help",): main.COMMANDS, ("gallery", "--help"): commands.COMMANDS}
+    every = {("--help",): program.COMMANDS, ("gallery", "--help"): gallery_commands.COMMANDS}
     for name in every.get(words, ()):
         assert re.search(rf"^ +{name}\s+\w+", said, re.MULTILINE), name
     known = dict(config_lib.fields(config_lib.default()))

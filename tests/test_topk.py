@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cases import quick_first
-from vidjax import devices
+from vidjax.core import devices
 from vidjax.evaluation import topk
 
 C, K = 7, 20

@@ -21,13 +21,13 @@ from tests.helpers.small_runs import (
     run,
     shrunk,
 )
-from vidjax import config as config_lib
-from vidjax import config_io, ensemble
-from vidjax import devices as devices_lib
-from vidjax.run import checkpoint, signals
-from vidjax.run.folder import RunFolder
-from vidjax.system import TaskSpec, make_system
-from vidjax.training import train, train_step
+from vidjax.core import devices as devices_lib
+from vidjax.core import ensemble
+from vidjax.models.system import TaskSpec, make_system
+from vidjax.runs import checkpoint, config_io, signals
+from vidjax.runs import config as config_lib
+from vidjax.runs.run_folder import RunFolder
+from vidjax.training import loop, train_step
 from vidjax.training.plan import make_schedule
 
 
@@ -47,7 +47,7 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < 0.3 * losses[0]
     assert json.loads((tmp_path / "metrics.json").read_text())["map"] == results["map"]
-    assert train.finished(RunFolder(tmp_path), config) == json.loads(json.dumps(results))
+    assert loop.finished(RunFolder(tmp_path), config) == json.loads(json.dumps(results))
 
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -69,9 +69,9 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
         with pytest.raises(signals.Interrupted) as caught:
             run(config, parts, Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
-        assert train.finished(RunFolder(parts), config) is None
+        assert loop.finished(RunFolder(parts), config) is None
     small_runs.evaluate(config, parts, data, num_devices=1)
-    assert train.finished(RunFolder(parts), config) is None
+    assert loop.finished(RunFolder(parts), config) is None
     other = config_io.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
         small_runs.evaluate(other, parts, data, num_devices=1)

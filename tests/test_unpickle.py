@@ -11,7 +11,7 @@ import pytest
 from tests.campaigns import hostile
 from tests.helpers import python2
 from vidjax.data.untrusted import unpickle
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"]
 

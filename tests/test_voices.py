@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vidjax.errors import UserError
-from vidjax.extract import cards, models, voices
+from vidjax.apps.video import cards, nets, voices
+from vidjax.utils.errors import UserError
 
 pytest.importorskip("onnxruntime")
 made_nets = pytest.importorskip("tests.helpers.made_nets")
@@ -76,7 +76,7 @@ def test_faint_windows_are_raised_to_a_level_and_loud_ones_stay():
 
 
 def test_vectors_are_those_of_the_mels(tmp_path):
-    windows = noise(models.BLOCK + 3, voices.WINDOW)
+    windows = noise(nets.BLOCK + 3, voices.WINDOW)
     found = embedder(tmp_path)(windows)
     wanted = voices.mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
@@ -106,7 +106,7 @@ def test_a_wrong_width_of_voices_is_named(tmp_path):
 
 def test_a_voice_answers_to_the_formula(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
-    numbers = models.formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
+    numbers = nets.formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
-    found = models.answer_to_formula(card, models.open_session(card), 7)
+    found = nets.answer_to_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(found, wanted, rtol=1e-4)

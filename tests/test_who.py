@@ -25,11 +25,10 @@ from tests.helpers.drawn_people import (
     write_voices,
 )
 from tests.helpers.seen import contents
-from vidjax import who
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import features_folder, pipeline, who
 from vidjax.data.clip_files import write_npz
-from vidjax.errors import UserError
-from vidjax.extract import folder, pipeline
-from vidjax.gallery.gallery import Gallery
+from vidjax.utils.errors import UserError
 
 
 def test_who_appears_when(drawn):
@@ -738,7 +737,7 @@ def test_features_of_another_net_or_setting_are_refused(drawn):
     film, out, g = drawn.film(), drawn.folder / "features", drawn.folder / "g"
     pipeline.extract([film], out, drawn.models)
     with pytest.raises(ValueError, match=r"other settings .fps: 5.0, not 2.0"):
-        pipeline.extract([film], out, drawn.models, folder.Settings(fps=2.0))
+        pipeline.extract([film], out, drawn.models, features_folder.Settings(fps=2.0))
     card = json.loads((drawn.models / "embed.json").read_text())
     made_nets.write(drawn.models, "embed", back_end=card["back_end"], **EMBED, notes="another")
     with pytest.raises(ValueError, match="features of another face_embedder"):
@@ -754,7 +753,7 @@ def test_files_of_one_name_keep_apart(drawn):
     write_film(twin, (1.5, 40, [("Bob", 30, 30)]))
     outcomes = pipeline.extract([film, twin], drawn.out, drawn.models)
     assert [one.film.video for one in outcomes if one.film] == ["party.mkv"] * 2
-    shown = [film.video for film in folder.read_films(drawn.out)]
+    shown = [film.video for film in features_folder.read_films(drawn.out)]
     assert shown == [f"{drawn.folder.name}/party.mkv", "elsewhere/party.mkv"]
     assert len(list(drawn.out.glob("*.npz"))) == 2
     assert all(one.kept for one in pipeline.extract([film, twin], drawn.out, drawn.models))
@@ -776,6 +775,6 @@ def test_files_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(dr
         begun, line = [line for line in said.splitlines() if path.name in line]
         assert begun.endswith(f" of 3: {path.name} ...")
         assert "is no video" in line
-    assert [one.video for one in folder.read_films(out)] == ["party.mkv"]
+    assert [one.video for one in features_folder.read_films(out)] == ["party.mkv"]
     done = command("extract", bad, worse, f"--out={out}", f"--models={drawn.models}")
     assert done.code == 1 and done.err.count("\n") == 4 and done.out.count("give MP4, MKV") == 1

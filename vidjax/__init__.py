@@ -24,8 +24,8 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vidjax.api import compare, evaluate, load_config, load_data, restore, train
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.training.api import compare, evaluate, load_config, load_data, restore, train
 
 __version__ = "0.1.0"
 __all__ = ["Gallery", "compare", "evaluate", "load_config", "load_data", "restore", "train"]
@@ -36,10 +36,10 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
     if name == "Gallery":
-        from vidjax.gallery import gallery
+        from vidjax.apps.gallery import gallery
 
         return gallery.Gallery
-    from vidjax import api
+    from vidjax.training import api
 
     return getattr(api, name)
 

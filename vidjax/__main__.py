@@ -1,6 +1,6 @@
 """The command `python -m vidjax`, which is the same as `vidjax`."""
 
-from vidjax.main import run
+from vidjax.cli.program import run
 
 if __name__ == "__main__":
     run()

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers import embeddings
-from vidjax import metrics
-from vidjax.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.core import metrics
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.two_covariance import Settings
 

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from vidjax import config_io, devices, ensemble, fusion
-from vidjax.batch import Array, Frames, Packed
+from vidjax.core import devices, ensemble, fusion
+from vidjax.core.batch import Array, Frames, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.system import System, TaskSpec, make_system
+from vidjax.models.system import System, TaskSpec, make_system
+from vidjax.runs import config_io
 from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]

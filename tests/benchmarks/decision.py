@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.extract.cards import PUBLISHED, BackEnd
-from vidjax.extract.tracks import changes
-from vidjax.gallery import backend, grouping
-from vidjax.who import STRANGER_ODDS
+from vidjax.apps.gallery import backend, grouping
+from vidjax.apps.video.cards import PUBLISHED, BackEnd
+from vidjax.apps.video.tracks import changes
+from vidjax.apps.video.who import STRANGER_ODDS
 
 
 class Films(NamedTuple):

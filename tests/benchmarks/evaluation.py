@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import devices, ensemble
-from vidjax.batch import Batch
+from vidjax.core import devices, ensemble
+from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, blocks_of, make_eval_plan
 from vidjax.evaluation import eval_step as eval_step_lib

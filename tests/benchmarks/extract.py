@@ -23,13 +23,12 @@ import av
 import numpy as np
 
 from tests.helpers import films, limits
-from vidjax import who
-from vidjax.extract import cards, decode, film, folder
-from vidjax.extract.shots import Cuts
+from vidjax.apps.video import cards, decode, features_folder, film, who
+from vidjax.apps.video.shots import Cuts
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
-FAST = folder.Settings(fps=2, size=448)
+FAST = features_folder.Settings(fps=2, size=448)
 SHOT_S = 7
 
 
@@ -81,7 +80,13 @@ def speed(path: Path, out: Path, nets: film.Nets) -> dict[str, float]:
         seconds = video.found.seconds
     decoded = time.process_time()
     found = film.extract(
-        path, out, path.stem, nets, folder.Settings(), folder.Source.of(path), "0" * 64
+        path,
+        out,
+        path.stem,
+        nets,
+        features_folder.Settings(),
+        features_folder.Source.of(path),
+        "0" * 64,
     )
     ended = time.process_time()
     return {
@@ -121,7 +126,7 @@ def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[st
     path = place / "photos.mp4"
     films.write(path, (frame for photo in shown for frame in panned(photo)))
     before = None
-    for settings in (folder.Settings(), FAST):
+    for settings in (features_folder.Settings(), FAST):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         out = place / f"who{settings.size}"
         found = who.who([path], first, out, models, settings).found

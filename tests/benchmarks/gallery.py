@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index
-from vidjax.gallery.gallery import Gallery, Vectors
-from vidjax.gallery.store import Clip, Origin, State, Store, group
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery.backend import MOST_ROWS, Backend, Index
+from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.store import Clip, Origin, State, Store, group
 from vidjax.models.two_covariance import Settings
 
 WIDTH = 512

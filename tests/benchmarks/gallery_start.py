@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax.extract.cards import BackEnd
-from vidjax.gallery import backend
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip, Origin
+from vidjax.apps.gallery import backend
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.video.cards import BackEnd
 
 WIDTH, PEOPLE, STRANGERS, ASKED, TURNS = 128, 20, 150, 5, 7
 CARDS = Origin("made-up", "0" * 64, centred=True, cards={"face": "0" * 64})

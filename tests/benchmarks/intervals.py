@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from tests.benchmarks import common
-from vidjax import significance
+from vidjax.evaluation import significance
 
 DRAWS = 1000  # of each bootstrap, in place of the 10,000 of a report
 IDENTITIES = (20, 37, 100, 300, 1000)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import ensemble
+from vidjax.core import ensemble
 from vidjax.training import train_step
 
 SPEC = "quality_fusion.py"

@@ -33,9 +33,9 @@ import numpy as np
 
 from tests.benchmarks import common, first_command
 from tests.benchmarks.ladders import LADDERS, OPEN_SET, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
-from vidjax import comparison
-from vidjax.comparison import RankedRun
-from vidjax.significance import squared_errors
+from vidjax.evaluation import comparison
+from vidjax.evaluation.comparison import RankedRun
+from vidjax.evaluation.significance import squared_errors
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

@@ -27,8 +27,8 @@ import uvloop
 from tests.benchmarks import common
 from tests.benchmarks import gallery as made
 from tests.helpers import limits, servers
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip, Origin
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Clip, Origin
 
 LENGTH = re.compile(rb"\ncontent-length: *([0-9]+)", re.IGNORECASE)
 CARDS = Origin("made-up", "0" * 64, True, {"face": "0" * 64})

@@ -24,9 +24,9 @@ from typing import Any
 import av
 import numpy as np
 
-from vidjax import metrics
-from vidjax.extract import cards, voices
-from vidjax.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.video import cards, voices
+from vidjax.core import metrics
 
 ENROLLED = 3
 FPIR = 1 / 91  # the least rate that the 90 utterances of all others can show

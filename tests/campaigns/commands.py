@@ -179,7 +179,7 @@ FIELDS = [
     ),
 ]
 # Experiments of one's own: content, and what is said of it.
-BEGIN = "from vidjax import config\n\n\ndef get_config(args=''):\n"
+BEGIN = "from vidjax.runs import config\n\n\ndef get_config(args=''):\n"
 MINE = {
     "empty.py": ("", "get_config"),
     "syntax.py": ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError"),

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tests.campaigns.mutations import cut, flip, insert, repeat
 from tests.helpers import drawn_people, films
-from vidjax.errors import UserError
-from vidjax.extract import cards, film, folder
+from vidjax.apps.video import cards, features_folder, film
+from vidjax.utils.errors import UserError
 
 SECONDS = 10
 MUTATIONS = (flip, cut, insert, repeat)
@@ -47,7 +47,13 @@ def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
     wrong = ""
     try:
         found = film.extract(
-            path, path.parent, "x", nets, folder.Settings(), folder.Source.of(path), "0" * 64
+            path,
+            path.parent,
+            "x",
+            nets,
+            features_folder.Settings(),
+            features_folder.Source.of(path),
+            "0" * 64,
         )
         lost = found.corrupt or found.refused or found.lost_sound
         became = "damaged" if found.damaged or lost else "whole"

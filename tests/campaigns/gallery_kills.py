@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.helpers import limits, made_galleries
-from vidjax.gallery import store
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip
+from vidjax.apps.gallery import store
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Clip
 
 PEOPLE = 300
 BATCH = 60  # people of the largest enrolment or removal

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.helpers import clip_files
-from vidjax import files
-from vidjax import main as vidjax_main
-from vidjax.run import checkpoint
+from vidjax.cli import program as vidjax_main
+from vidjax.runs import checkpoint
+from vidjax.utils import files
 
 ROOT = Path(__file__).parents[2]
 MODES = ("check", "config", "rank", "report", "compare", "evaluate", "again", "resume")

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.helpers import small_runs
 from vidjax.data import sources
-from vidjax.run.checkpoint import CheckpointError
+from vidjax.runs.checkpoint import CheckpointError
 
 SYSTEMS = {
     "mma": "configs/mma.py:iqiyi_vid",

@@ -24,8 +24,10 @@ from tests.helpers.small_runs import (
     flat,
     run,
 )
-from vidjax import config_io, devices, files, main, messages
-from vidjax.run import checkpoint, signals
+from vidjax.cli import program
+from vidjax.core import devices
+from vidjax.runs import checkpoint, config_io, signals
+from vidjax.utils import files, messages
 
 # Where a save fails, threads of Orbax complain after it to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -182,7 +184,7 @@ def parts(stopped, tmp_path):
 def command(capsys, *words):
     """Runs the command line in this process; returns the exit code and what it complained of."""
     capsys.readouterr()
-    code = main.main(words)
+    code = program.main(words)
     said = capsys.readouterr().err.splitlines()
     begin = [i for i, line in enumerate(said) if line.startswith("vidjax: ")]
     complaint = said[begin[-1] :] if begin else []

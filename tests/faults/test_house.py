@@ -31,7 +31,7 @@ def check_text(said):
 def complaints(*commands, env=None):
     """Returns the error text of each of some commands, all in one process, and what they print."""
     code = (
-        "import json, sys\nfrom vidjax.main import main\n"
+        "import json, sys\nfrom vidjax.cli.program import main\n"
         "for words in json.loads(sys.argv[1]):\n    sys.stderr.write(f'exit {main(words)}\\n')\n"
     )
     done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", code))
@@ -85,7 +85,7 @@ def test_the_core_without_what_is_optional(without, tmp_path):
     ]
     code = (
         f"import importlib, sys\nfor room in {rooms}: importlib.import_module(room)\n"
-        "from vidjax.main import main\nsys.exit(main(['--mode=check']))"
+        "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))"
     )
     done = run(env=env, cwd=tmp_path, command=(sys.executable, "-c", code))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,17 +14,18 @@ from tests.helpers.clip_files import random_clip, write_labels, write_npz, write
 from tests.helpers.datasets import load_dataset
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
-from vidjax import config as config_lib
-from vidjax import config_io, optim
-from vidjax.commands import check
+from vidjax.cli import check_command
+from vidjax.core import optim
 from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data import labels as labels_lib
 from vidjax.data.checks import misspelt, unusable
 from vidjax.data.clips import Split
 from vidjax.data.frame_fields import feature_norms
-from vidjax.data.records import report as report_lib
+from vidjax.data.records import data_report as report_lib
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import ClipScores
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 from vidjax.training import plan
 
 DIM = 4
@@ -103,7 +104,7 @@ def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(tmp_path
         pytest.raises(ValueError, match=rf"head: {message}[^\0]*config\.modalities"),
         warnings.catch_warnings(action="ignore"),
     ):
-        check._data(config)
+        check_command._data(config)
 
 
 def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path):

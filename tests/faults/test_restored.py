@@ -8,8 +8,8 @@ import pytest
 
 import vidjax
 from tests.helpers import small_runs
-from vidjax import files
-from vidjax.run import checkpoint
+from vidjax.runs import checkpoint
+from vidjax.utils import files
 
 pytestmark = pytest.mark.slow  # it trains first
 WIDTH = 24

@@ -24,8 +24,8 @@ import pytest
 
 from tests.benchmarks import gallery as made
 from tests.helpers import servers
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip, Origin
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Clip, Origin
 
 pytestmark = pytest.mark.slow
 SECONDS = 25.0  # of the slowest answer

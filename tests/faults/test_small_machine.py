@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import limits
 from tests.helpers.clip_files import write_labels, write_npz
 from vidjax.data import arrays
-from vidjax.data.records.convert import convert
+from vidjax.data.records.conversion import convert
 
 CHILD = "import time; held = bytearray(60 << 20); time.sleep(9)"
 PARENT = f"""

@@ -13,9 +13,10 @@ from pyarrow import parquet  # noqa: E402
 
 from tests.campaigns import mutations  # noqa: E402
 from tests.helpers.limits import slowness  # noqa: E402
-from vidjax import bulk, files  # noqa: E402
+from vidjax.apps import bulk  # noqa: E402
 from vidjax.data import clip_files  # noqa: E402
-from vidjax.errors import UserError  # noqa: E402
+from vidjax.utils import files  # noqa: E402
+from vidjax.utils.errors import UserError  # noqa: E402
 
 ZEROS = 40_000_000  # 160 MB of float32, in a file of a thousand bytes
 

@@ -11,12 +11,12 @@ import pytest
 from tests.helpers import limits
 from tests.helpers.limits import file_limit
 from tests.helpers.small_runs import ROOT
-from vidjax import files
-from vidjax.run.results import Logs, keep_until
+from vidjax.runs.results import Logs, keep_until
+from vidjax.utils import files
 
 HOLD = """
 import pathlib, sys, time
-from vidjax import files
+from vidjax.utils import files
 with files.lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

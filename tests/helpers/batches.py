@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vidjax import fusion
-from vidjax.batch import Batch, Frames
+from vidjax.core import fusion
+from vidjax.core.batch import Batch, Frames
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records.dataset import Dataset

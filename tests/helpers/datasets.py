@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidjax.config import default
 from vidjax.data import sources
 from vidjax.data.iqiyi_vid import OfficialFiles
-from vidjax.data.records.convert import convert
+from vidjax.data.records.conversion import convert
 from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.manifest import Records
+from vidjax.runs.config import default
 
 
 def load_dataset(

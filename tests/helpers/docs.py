@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import augment, config_io, fusion, losses, optim, system
-from vidjax.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
-from vidjax.config_io import value_text
+from vidjax.core import augment, fusion, losses, optim
+from vidjax.core.metrics import CLIP_METRICS
 from vidjax.data import sources
-from vidjax.metrics import CLIP_METRICS
-from vidjax.models import identifier
+from vidjax.models import identifier, system
+from vidjax.runs import config_io
+from vidjax.runs.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
+from vidjax.runs.config_io import value_text
 
 
 def documentation() -> Mapping[str, str]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from tests.helpers import films, made_nets, xmp
-from vidjax import main
+from vidjax.cli import program
 
 SIDE = made_nets.FACE
 # A net that tells people apart by the colour of their faces.
@@ -109,7 +109,7 @@ class Drawn:
     def run(self, *words):
         """Runs a command; returns its exit code, result and complaints of at most three lines."""
         self._capsys.readouterr()
-        code = main.main([*map(str, words), "--json"])
+        code = program.main([*map(str, words), "--json"])
         said = self._capsys.readouterr()
         if code == 2:
             assert "Traceback" not in said.err, said.err

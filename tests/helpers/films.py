@@ -11,7 +11,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from vidjax.extract import decode
+from vidjax.apps.video import decode
 
 RATE = 16_000
 FORMATS = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}  # of pixels; others are yuv420p

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data import processes
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 
 def refused(name: str) -> bool:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vidjax.batch import Frames
+from vidjax.core.batch import Frames
 
 
 def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):

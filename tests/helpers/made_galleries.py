@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import store
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery, Vectors
-from vidjax.gallery.store import Clip, Origin
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import store
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.store import Clip, Origin
 from vidjax.models.two_covariance import Settings
 
 WIDTHS = {"face": 8, "audio": 5}

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from tests.helpers.made_frames import make_frames
-from vidjax.batch import ClipInfo
+from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier
 
 DIMS = {"face": 6, "head": 5, "audio": 4}

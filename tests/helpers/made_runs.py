@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from msgspec import inspect
 
-from vidjax import config as config_lib
-from vidjax import config_io, ranking
 from vidjax.data.untrusted.names import unescape
-from vidjax.run import results as results_lib
+from vidjax.evaluation import ranking
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs import results as results_lib
 
 
 def write(
@@ -87,7 +88,7 @@ def example(
     """Returns JSON of a format with a value at every key, another one each time.
 
     Args:
-      kind: a type of `vidjax.run.formats`, or what msgspec knows of it.
+      kind: a type of `vidjax.runs.schemas`, or what msgspec knows of it.
       texts: key -> its texts, with {} for a number.
       key: that of the value.
       counter: of the numbers.

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vidjax import config_io, devices, ensemble
-from vidjax.batch import Batch, Frames
-from vidjax.system import System, TaskSpec, make_system
+from vidjax.core import devices, ensemble
+from vidjax.core.batch import Batch, Frames
+from vidjax.models.system import System, TaskSpec, make_system
+from vidjax.runs import config_io
 from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from tests.helpers import made_runs
-from vidjax import config as config_lib
-from vidjax import config_io, metrics, significance
-from vidjax.run import results as results_lib
-from vidjax.run.folder import RunFolder
+from vidjax.core import metrics
+from vidjax.evaluation import significance
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs import results as results_lib
+from vidjax.runs.run_folder import RunFolder
 
-REPORT = Path(__file__).parents[2] / "vidjax" / "report"
+REPORT = Path(__file__).parents[2] / "vidjax/evaluation/report"
 VOID = ("meta", "link", "br", "img", "input")
 NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 

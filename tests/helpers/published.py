@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import config_io, ensemble
-from vidjax.system import System, TaskSpec, make_system
+from vidjax.core import ensemble
+from vidjax.models.system import System, TaskSpec, make_system
+from vidjax.runs import config_io
 from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]

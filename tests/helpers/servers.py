@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from tests.helpers import limits, made_galleries
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Origin
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Origin
 
 CARDS = Origin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galleries.WIDTHS})
 

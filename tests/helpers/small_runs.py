@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vidjax import config_io, devices
-from vidjax.analysis import analysis
+from vidjax.core import devices
 from vidjax.evaluation import restore, scoring
-from vidjax.run import checkpoint
-from vidjax.run.folder import RunFolder
-from vidjax.training import feed, train
+from vidjax.evaluation.analysis import analysis
+from vidjax.runs import checkpoint, config_io
+from vidjax.runs.run_folder import RunFolder
+from vidjax.training import feed, loop
 
 ROOT = Path(__file__).parents[2]
 MODALITIES = "--config.modalities=face,head,audio"
@@ -64,7 +64,7 @@ def evaluate(config, folder, data, **options):
 def run(config, folder, data, num_devices=1):
     """Trains into a folder; returns the metrics."""
     folder.mkdir(exist_ok=True, parents=True)
-    return train.train(config, folder, data, num_devices=num_devices)
+    return loop.train(config, folder, data, num_devices=num_devices)
 
 
 def nearest(folder, data, official_dir):

@@ -17,8 +17,8 @@ from tests.helpers.made_models import init
 from tests.helpers.made_steps import make
 from tests.helpers.published import CLIPS, config_of, official, rates, shapes
 from tests.helpers.small_runs import run, saved, shrunk
-from vidjax import augment, ensemble, fusion, losses, optim
-from vidjax.batch import Frames, ModelOutput
+from vidjax.core import augment, ensemble, fusion, losses, optim
+from vidjax.core.batch import Frames, ModelOutput
 from vidjax.evaluation import eval_step
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.layers import ResidualBlock

@@ -11,9 +11,9 @@ import pytest
 from tests.helpers import made_steps
 from tests.helpers.made_frames import make_frames
 from tests.helpers.published import CLIPS, official, rates, shapes
-from vidjax import ensemble, fusion, losses
-from vidjax.augment import MemberClips
-from vidjax.batch import ClipInfo, ModelOutput
+from vidjax.core import ensemble, fusion, losses
+from vidjax.core.augment import MemberClips
+from vidjax.core.batch import ClipInfo, ModelOutput
 from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers import published
 from tests.helpers.made_frames import make_frames
-from vidjax import ensemble, fusion
-from vidjax.batch import ClipInfo, Frames
+from vidjax.core import ensemble, fusion
+from vidjax.core.batch import ClipInfo, Frames
 from vidjax.models import identifier
 
 # The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).

@@ -3,8 +3,9 @@
     FOLDER/NAME.parquet   clips, as `vidjax.data.clip_files` reads them; all frames of a clip in one
     OUT/NAME.parquet      the results for these clips
 
-`Embed`, `Rank` and `vidjax.gallery.answers.Identify` make the results of one table. Workers of Ray
-Data construct them once and call them with paths: see vidjax/data/README.md, "Clips at size".
+`Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results of one table.
+Workers of Ray Data construct them once and call them with paths. See vidjax/data/README.md,
+"Clips at size".
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from vidjax import files, tables
 from vidjax.data import parquet
 from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_name, show
-from vidjax.errors import UserError
-from vidjax.messages import Result
-from vidjax.run import terminal
+from vidjax.runs import terminal
+from vidjax.utils import files, tables
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
 
 if TYPE_CHECKING:
     import pyarrow

@@ -21,10 +21,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax import files, messages
 from vidjax.data import cache
 from vidjax.data.untrusted.names import escape, fold, normal_form, show, unescape
-from vidjax.errors import UserError, closest
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError, closest
 
 HELP = """\
 Finds people and clips in galleries, caches, runs, results of `vidjax who`, and
@@ -185,7 +185,7 @@ def _survey(
 
     Closed folders are added to `found`.
     """
-    from vidjax.gallery.store import JOURNAL, NAME
+    from vidjax.apps.gallery.store import JOURNAL, NAME
 
     tell = lambda error: found.append(_unread(error.filename or root, error))  # noqa: E731
     for place, inner, names in os.walk(root, onerror=tell):
@@ -218,7 +218,7 @@ def _search_gallery(
 
     `known` gets the names of all its people and clips.
     """
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery
 
     try:
         gallery = Gallery(folder)
@@ -303,7 +303,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def _names_of_who(folder: Path) -> Iterator[str]:
     """Yields the cells of the tables of `vidjax who`, and the people of photos and of face tags."""
-    from vidjax.extract.folder import read_films
+    from vidjax.apps.video.features_folder import read_films
 
     for table in ("names.tsv", "unknown.tsv"):
         if files.exists(folder / table):
@@ -318,7 +318,7 @@ def _names_of_who(folder: Path) -> Iterator[str]:
 
 def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
     """Yields galleries whose vectors come from one of `runs`, the runs that hold a name."""
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery
 
     for folder in galleries:
         try:

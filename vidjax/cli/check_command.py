@@ -7,19 +7,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from vidjax import api, config_io, files, messages
-from vidjax import config as config_lib
-from vidjax.commands import common
-from vidjax.config import Config
-from vidjax.errors import UserError
-from vidjax.messages import Parser, Result
+from vidjax.cli import shared_flags
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs.config import Config
+from vidjax.training import api
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     about = "the folder of a run or of a gallery"
     parser.add_argument("--workdir", metavar="FOLDER", help=about)
-    common.config_flag(parser)
+    shared_flags.config_flag(parser)
     parser.fields()
     parser.command(run, "--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH")
 
@@ -55,8 +57,8 @@ def checks_of(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         raise UserError("check with fields needs --workdir=FOLDER or --config=FILE")
     # The run may still be training: its accelerator has no memory to spare.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.gallery import store
-    from vidjax.run import checkpoint
+    from vidjax.apps.gallery import store
+    from vidjax.runs import checkpoint
 
     checks: dict[str, Callable[[], str]] = {"environment": _environment}
     if args.config:
@@ -76,13 +78,13 @@ def checks_of(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
 
 def _checkpoint(folder: Path) -> str:
-    from vidjax.run import checkpoint
+    from vidjax.runs import checkpoint
 
     return f"{len(checkpoint.verify(folder)['files'])} files, every sha256 agrees"
 
 
 def _environment() -> str:
-    from vidjax import devices
+    from vidjax.core import devices
 
     devices.make_mesh()  # says why an accelerator cannot be used
     return ", ".join(f"{name} {version}" for name, version in devices.versions().items())
@@ -100,7 +102,7 @@ def _data(config: Config) -> str:
 
 def _run(config: Config, workdir: Path) -> str:
     from vidjax.evaluation import restore
-    from vidjax.run.folder import RunFolder
+    from vidjax.runs.run_folder import RunFolder
 
     with warnings.catch_warnings(action="ignore"):  # about damaged checkpoints
         found = restore.find_run(config, RunFolder(workdir))
@@ -114,7 +116,7 @@ def _counts(splits: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _gallery(folder: Path) -> str:
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery
 
     gallery = Gallery(folder)
     clips, strangers = sum(gallery.identities.values()), len(gallery.strangers)

@@ -1,19 +1,20 @@
-"""`vidjax compare`: runs, or groups of seeds, on the same clips; see `vidjax.comparison`."""
+"""`vidjax compare`: runs, or groups of seeds, on the same clips."""
 
 import argparse
 from pathlib import Path
 
-from vidjax import config as config_lib
-from vidjax import config_io, files, messages
-from vidjax.commands import common
-from vidjax.errors import UserError
-from vidjax.messages import Parser, Result
-from vidjax.run.folder import CONFIG, locked
+from vidjax.cli import shared_flags
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs.run_folder import CONFIG, locked
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    common.workdir_flag(parser, "where the comparison is written")
+    shared_flags.workdir_flag(parser, "where the comparison is written")
     about = "two runs or more; the first is the base; groups of seeds: A1+A2+A3,B1+B2+B3"
     parser.add_argument("--runs", metavar="A,B", required=True, help=about)
     parser.fields()
@@ -26,7 +27,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Compares runs and writes the comparison."""
-    folders = common.run_folders(args.runs)
+    folders = shared_flags.run_folders(args.runs)
     if len(folders) < 2:
         raise UserError(
             "compare needs --runs=A,B: folders of two runs or more, split by commas\n"
@@ -36,10 +37,10 @@ def run(args: argparse.Namespace) -> Result:
         raise UserError(
             f"--workdir={args.workdir} holds a run: name another folder for the comparison"
         )
-    given = common.given_fields(args, ("eval.split",))
+    given = shared_flags.given_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if given else None
-    from vidjax import comparison
+    from vidjax.evaluation import comparison
 
     with locked(args.workdir) as workdir:
         found = comparison.compare([_seeds(name) for name in folders], split=split)

@@ -5,21 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import api, config_io, messages
-from vidjax import config as config_lib
-from vidjax.commands import common
-from vidjax.config import DEFAULTS, Config
-from vidjax.config_io import override_names, value_text
-from vidjax.errors import UserError
-from vidjax.messages import Parser, Result
-from vidjax.run.folder import CONFIG
+from vidjax.cli import shared_flags
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs.config import DEFAULTS, Config
+from vidjax.runs.config_io import override_names, value_text
+from vidjax.runs.run_folder import CONFIG
+from vidjax.training import api
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    common.config_flag(parser)
+    shared_flags.config_flag(parser)
     parser.add_argument("--workdir", metavar="FOLDER", help="instead: the folder of a run")
     parser.fields()
     parser.command(run, "--config=mma --config.seed=1", "--workdir=runs/mma")

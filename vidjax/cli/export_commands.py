@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidjax import files, messages
-from vidjax.errors import UserError, need
-from vidjax.messages import Parser, Result
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError, need
+from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
-    from vidjax.export.formats import Format
+    from vidjax.apps.export.formats import Format
 
 NAMES = ("stablehlo", "saved_model", "onnx", "safetensors", "numpy")
 MANIFEST = "export.json"
@@ -47,8 +47,8 @@ def add_import_flags(parser: Parser) -> None:
 def _export(args: argparse.Namespace) -> Result:
     """Writes a run or a gallery into a new folder, once it has answered as we do."""
     (source, to), began = _places(args), time.monotonic()
-    from vidjax.export.formats import FORMATS
-    from vidjax.gallery.store import NAME
+    from vidjax.apps.export.formats import FORMATS
+    from vidjax.apps.gallery.store import NAME
 
     chosen = FORMATS[args.format]
     need(f"--format={args.format}", *chosen.packages, extra=chosen.extra)
@@ -75,8 +75,10 @@ def _write_run(
 ) -> dict[str, Any]:
     import jax
 
-    from vidjax import api, devices, predict
-    from vidjax.export import function, weights
+    from vidjax.apps.export import function, weights
+    from vidjax.core import devices
+    from vidjax.evaluation import predict
+    from vidjax.training import api
 
     api.open_run(source)  # says what to do where there is no run
     run = predict.restore(source, step="best" if step == "best" else "latest", num_devices=1)
@@ -105,8 +107,8 @@ def _write_run(
 
 
 def _write_gallery(source: Path, folder: Path, chosen: "Format", name: str) -> dict[str, Any]:
-    from vidjax import devices
-    from vidjax.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.core import devices
 
     if chosen.gallery is None:
         raise UserError(
@@ -127,8 +129,8 @@ def _write_gallery(source: Path, folder: Path, chosen: "Format", name: str) -> d
 
 def _import(args: argparse.Namespace) -> Result:
     """Makes a run of the weights beside any exported model."""
-    from vidjax import predict
-    from vidjax.export import weights
+    from vidjax.apps.export import weights
+    from vidjax.evaluation import predict
 
     source, to = _places(args)
     weights.read(source, to)

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from vidjax import messages
-from vidjax.extract import folder, pipeline
-from vidjax.machine import num_cores
-from vidjax.messages import Parser, Result
-from vidjax.run.terminal import say
+from vidjax.apps.video import features_folder, pipeline
+from vidjax.runs.terminal import say
+from vidjax.utils import messages
+from vidjax.utils.machine import num_cores
+from vidjax.utils.messages import Parser, Result
 
 SIZES = (32, 8192)  # pixels of the longer side
 MOST = 10_000  # processes
@@ -23,11 +23,11 @@ def workers_of(args: argparse.Namespace) -> int:
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
-def settings_of(args: argparse.Namespace) -> folder.Settings | None:
+def settings_of(args: argparse.Namespace) -> features_folder.Settings | None:
     """Returns the settings that flags name; None if they name none."""
     names = ("fps", "size", "unit")
     given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
-    return folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
+    return features_folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
 
 
 def tell(outcome: pipeline.Outcome) -> None:
@@ -44,7 +44,7 @@ def tell(outcome: pipeline.Outcome) -> None:
     if outcome.replaced:
         before = ", in place of another file of this name"
     heard = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{folder.printable(outcome.label)}: {about}, {faces}{heard}{before}")
+    say(f"{features_folder.printable(outcome.label)}: {about}, {faces}{heard}{before}")
     if not film.photo and film.frames < SLOW * film.seconds:
         say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
     if film.others:

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax import bulk, files, messages, tables
+from vidjax.apps import bulk
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery.changes import check_person, stack
+from vidjax.apps.video import appearances
 from vidjax.data.untrusted.names import normal_form
-from vidjax.errors import UserError, closest, named, warn
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances
-from vidjax.gallery.changes import check_person, stack
-from vidjax.messages import Parser, Result
-from vidjax.run import terminal
+from vidjax.runs import terminal
+from vidjax.utils import files, messages, tables
+from vidjax.utils.errors import UserError, closest, named, warn
+from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
+    from vidjax.apps.gallery.gallery import Gallery, Vectors
+    from vidjax.apps.video.features_folder import Film
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
-    from vidjax.extract.folder import Film
-    from vidjax.gallery.gallery import Gallery, Vectors
 
 HELP = """\
 A gallery knows people who are enrolled, found and deleted without training.
@@ -37,7 +38,7 @@ which are those of the run where they are left out. A clip shows one person.
 PATH/NAME/CLIP.npz. All changes wait until the disk has them.
 
 Every command has a --help of its own, with its flags and an example;
-vidjax/gallery/README.md tells the whole way.
+vidjax/apps/gallery/README.md tells the whole way.
 """
 
 
@@ -237,13 +238,14 @@ def _counts(
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax.gallery.gallery import Gallery, check_new
+    from vidjax.apps.gallery.gallery import Gallery, check_new
 
     check_new(Path(args.gallery))
     if args.models:
         return _counts(Gallery.of_models(args.gallery, args.models))
-    from vidjax import config_io, predict  # JAX, for galleries of runs alone
-    from vidjax.api import load_data, open_run
+    from vidjax.evaluation import predict  # JAX, for galleries of runs alone
+    from vidjax.runs import config_io
+    from vidjax.training.api import load_data, open_run
 
     open_run(args.run)  # says where there is none
     run = predict.restore(args.run)
@@ -257,10 +259,10 @@ def _create(args: argparse.Namespace) -> Result:
 
 def _opened(args: argparse.Namespace) -> "Gallery":
     """Returns the gallery; refuses clips that are not there, or of other models than its own."""
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
     from vidjax.data.memory import check_path, find_files
-    from vidjax.extract import folder
-    from vidjax.gallery.gallery import Gallery
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
     people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
@@ -272,15 +274,15 @@ def _opened(args: argparse.Namespace) -> "Gallery":
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
     if path and gallery.origin.cards:
-        folder.check_models(path, gallery.origin.cards)
+        features_folder.check_models(path, gallery.origin.cards)
     return gallery
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
     if args.input:
         return gallery.load(args.input)
-    from vidjax import config_io
-    from vidjax.api import load_data
+    from vidjax.runs import config_io
+    from vidjax.training.api import load_data
 
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
@@ -341,15 +343,15 @@ def _without_crowds(
 
     Only `vidjax extract` tells photos from other clips. A clip named alone is taken as it is.
     """
-    from vidjax.extract import folder
+    from vidjax.apps.video import features_folder
 
     people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
     places = [path] if isinstance(identity, str) else sorted(path.iterdir())
-    for place in (place for place in places if (place / folder.VIDEOS).is_dir()):
+    for place in (place for place in places if (place / features_folder.VIDEOS).is_dir()):
         prefix = "" if place == path else f"{place.name}/"
-        for film in folder.read_films(place):
+        for film in features_folder.read_films(place):
             film.tracks = [one for one in film.tracks if f"{prefix}{one.clip}" in people]
-            alone, problem = folder.judge_photo(film) if film.photo else ("", "")
+            alone, problem = features_folder.judge_photo(film) if film.photo else ("", "")
             for track in film.tracks if alone is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
             if problem:
@@ -384,9 +386,9 @@ def _group(args: argparse.Namespace) -> Result:
 
 
 def _films(args: argparse.Namespace) -> "list[Film]":
-    from vidjax.extract import folder
+    from vidjax.apps.video import features_folder
 
-    films = folder.read_films(Path(args.input).expanduser()) if args.input else []
+    films = features_folder.read_films(Path(args.input).expanduser()) if args.input else []
     if not films:
         raise UserError(
             f"--out={args.out}: {args.command} needs times, which only features of vidjax extract "
@@ -439,8 +441,7 @@ def _by_table(
 
 
 def _rank(args: argparse.Namespace) -> Result:
-    from vidjax import ranking
-    from vidjax.evaluation import topk
+    from vidjax.evaluation import ranking, topk
 
     if found := bulk.tables_of(args.input or ""):
         return _by_table(args, found, bulk.Rank)
@@ -500,7 +501,7 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _list(args: argparse.Namespace) -> Result:
-    from vidjax.gallery.changes import known
+    from vidjax.apps.gallery.changes import known
 
     gallery = _opened(args)
     result = _counts(gallery)

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from vidjax import distributed, machine, messages
-from vidjax.errors import UserError, closest
-from vidjax.messages import Parser
+from vidjax.core import distributed
+from vidjax.utils import machine, messages
+from vidjax.utils.errors import UserError, closest
+from vidjax.utils.messages import Parser
 
 # Command -> what it does.
 COMMANDS = {
@@ -117,7 +118,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         )
         raise SystemExit(0)
     if own[0] == "gallery":
-        from vidjax.gallery.commands import check_command
+        from vidjax.cli.gallery_commands import check_command
 
         check_command(own[1:])
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
@@ -180,9 +181,9 @@ def _command_first(words: Sequence[str]) -> list[str]:
         match = closest(names[0].lower(), COMMANDS, cutoff=0.7)
         # It says what the command does: some delete data.
         hint = SLIPS.get(names[0]) or (f"{match}, which {COMMANDS[match]}" if match else None)
-        from vidjax.gallery import commands
+        from vidjax.cli import gallery_commands
 
-        if names[0] in commands.COMMANDS:
+        if names[0] in gallery_commands.COMMANDS:
             hint = f"vidjax gallery {names[0]}"
         hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"
         raise UserError(
@@ -197,46 +198,53 @@ def load(name: str) -> Callable[[Parser], None]:
     """Returns the function that adds the flags of a command; others of its kind are imported."""
     match name:
         case "gallery":
-            from vidjax.gallery import commands
+            from vidjax.cli import gallery_commands
 
-            return commands.add_flags
+            return gallery_commands.add_flags
         case "extract":
-            from vidjax.extract import commands
+            from vidjax.cli import extract_command
 
-            return commands.add_extract_flags
+            return extract_command.add_extract_flags
         case "convert":
-            from vidjax.extract import convert
+            from vidjax.apps.video import net_packages
 
-            return convert.add_flags
+            return net_packages.add_flags
         case "who":
-            from vidjax.commands import who
+            from vidjax.cli import who_command
 
-            return who.add_flags
+            return who_command.add_flags
         case "score":
-            from vidjax import ranking
+            from vidjax.evaluation import ranking
 
             return ranking.add_flags
         case "forget":
-            from vidjax import forget
+            from vidjax.apps import forget
 
             return forget.add_flags
         case "export" | "import":
-            from vidjax.export import commands
+            from vidjax.cli import export_commands
 
             export = name == "export"
-            return commands.add_export_flags if export else commands.add_import_flags
-    from vidjax.commands import check, compare, config, rank, runs, serve
+            return export_commands.add_export_flags if export else export_commands.add_import_flags
+    from vidjax.cli import (
+        check_command,
+        compare_command,
+        config_command,
+        rank_command,
+        run_commands,
+        serve_command,
+    )
 
     of_runs = {
-        "train": runs.add_train_flags,
-        "evaluate": runs.add_evaluate_flags,
-        "rank": rank.add_flags,
-        "embed": rank.add_embed_flags,
-        "compare": compare.add_flags,
-        "report": runs.add_report_flags,
-        "check": check.add_flags,
-        "config": config.add_flags,
-        "serve": serve.add_flags,
+        "train": run_commands.add_train_flags,
+        "evaluate": run_commands.add_evaluate_flags,
+        "rank": rank_command.add_flags,
+        "embed": rank_command.add_embed_flags,
+        "compare": compare_command.add_flags,
+        "report": run_commands.add_report_flags,
+        "check": check_command.add_flags,
+        "config": config_command.add_flags,
+        "serve": serve_command.add_flags,
     }
     return of_runs[name]
 
@@ -256,7 +264,7 @@ def _hint(flag: str, args: argparse.Namespace) -> str | None:
         return f"did you mean --{match}?"
     if args.parser.group != "":
         return None
-    from vidjax import config
+    from vidjax.runs import config
 
     # Every model has a name, and most have a rate of dropout.
     fields = [*config.DEFAULTS, "model.name", "model.dropout_rate"]
@@ -274,7 +282,3 @@ def _hint_of_word(word: str, strays: Sequence[str], args: argparse.Namespace) ->
     flags = ("workdir", "gallery", "input", "config")
     flag = next((name for name in flags if name in vars(args)), None)
     return f"did you mean --{flag}={word}?" if flag else None
-
-
-if __name__ == "__main__":
-    run()

@@ -1,4 +1,4 @@
-"""`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.bulk`."""
+"""`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.apps.bulk`."""
 
 import argparse
 import time
@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidjax import api, bulk, config_io, messages, tables
-from vidjax.commands import common
-from vidjax.errors import UserError
-from vidjax.messages import Parser, Result
-from vidjax.run import terminal
+from vidjax.apps import bulk
+from vidjax.cli import shared_flags
+from vidjax.runs import config_io, terminal
+from vidjax.training import api
+from vidjax.utils import messages, tables
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
-    from vidjax.predict import Predictor
+    from vidjax.evaluation.predict import Predictor
 
     # (file, run, clips, number of clips that are done -> nothing) -> what it wrote, for --json.
     Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
@@ -43,8 +45,8 @@ def add_embed_flags(parser: Parser) -> None:
 
 
 def _add_flags(parser: Parser, out: str) -> None:
-    common.workdir_flag(parser)
-    common.definitions_flag(parser)
+    shared_flags.workdir_flag(parser)
+    shared_flags.definitions_flag(parser)
     about = "the clips: a folder, a .parquet table, or a folder of such tables"
     parser.add_argument("--input", metavar="PATH", required=True, help=about)
     about = f"{out}; of a folder of tables, a folder"
@@ -72,7 +74,7 @@ def _run(
     """
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
-    given = common.given_fields(args, READ)
+    given = shared_flags.given_fields(args, READ)
     found, out = bulk.tables_of(args.input), Path(args.out).expanduser()
     if "eval.split" in given and (found or Path(args.input).suffix == ".parquet"):
         raise UserError(
@@ -84,8 +86,8 @@ def _run(
         tables.check_new(out, endings)
     workdir = Path(args.workdir).expanduser()
     settings = config_io.override(api.open_run(workdir).config, args.overrides).eval
-    common.load_definitions(args)
-    from vidjax import predict
+    shared_flags.load_definitions(args)
+    from vidjax.evaluation import predict
 
     trained = predict.restore(workdir, step=settings.checkpoint)
     if found:

@@ -13,15 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax import api, config_io, messages, metrics
-from vidjax import config as config_lib
-from vidjax.commands import common
-from vidjax.config import Config
-from vidjax.errors import UserError
-from vidjax.messages import Parser, Result
-from vidjax.run import results as results_lib
-from vidjax.run import signals
-from vidjax.run.folder import CONFIG, RunFolder, locked
+from vidjax.cli import shared_flags
+from vidjax.core import metrics
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io, signals
+from vidjax.runs import results as results_lib
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import CONFIG, RunFolder, locked
+from vidjax.training import api
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
 
 # Fields and groups that training alone reads.
 TRAINED = (
@@ -37,10 +39,10 @@ JOINED = (
 
 def add_train_flags(parser: Parser) -> None:
     """Adds the flags of `train`."""
-    common.config_flag(parser, required=True)
+    shared_flags.config_flag(parser, required=True)
     parser.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.fields()
-    common.process_flags(parser)
+    shared_flags.process_flags(parser)
     examples = ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH")
     parser.command(train, *examples)
 
@@ -90,12 +92,12 @@ def train(args: argparse.Namespace) -> Result:
 
 def add_evaluate_flags(parser: Parser) -> None:
     """Adds the flags of `evaluate`."""
-    common.workdir_flag(parser)
-    common.definitions_flag(parser)
+    shared_flags.workdir_flag(parser)
+    shared_flags.definitions_flag(parser)
     parser.fields()
     about = "folders of runs to join; --workdir is the folder of the results"
     parser.add_argument("--runs", metavar="A,B", help=about)
-    common.process_flags(parser)
+    shared_flags.process_flags(parser)
     parser.command(
         evaluate,
         "--workdir=runs/mma --config.eval.split=test",
@@ -105,7 +107,7 @@ def add_evaluate_flags(parser: Parser) -> None:
 
 def add_report_flags(parser: Parser) -> None:
     """Adds the flags of `report`."""
-    common.workdir_flag(parser)
+    shared_flags.workdir_flag(parser)
     parser.command(report, "--workdir=runs/mma")
 
 
@@ -117,7 +119,7 @@ def evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     for name in config_io.override_names(args.overrides):
         if config_lib.within(name, TRAINED):
             raise UserError(f"evaluate trains nothing: config.{name} has no effect\nleave it out")
-    common.load_definitions(args)
+    shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
         raise UserError(
             "--coordinator does not go with --runs: several processes evaluate one run\n"
@@ -127,14 +129,16 @@ def evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     config = _joined_config(args, folder) if args.runs else folder.config
     config = config_io.override(config, args.overrides)
     if config.join.runs:
-        common.given_fields(args, JOINED)
+        shared_flags.given_fields(args, JOINED)
     config_lib.check_ranges(config)
     return config, folder
 
 
 def _joined_config(args: argparse.Namespace, folder: RunFolder) -> Config:
     """Returns a configuration that joins the runs of `--runs`, on their split if it is the same."""
-    runs = tuple(str(Path(name).expanduser().absolute()) for name in common.run_folders(args.runs))
+    runs = tuple(
+        str(Path(name).expanduser().absolute()) for name in shared_flags.run_folders(args.runs)
+    )
     if not runs:
         raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
     if folder.has(CONFIG):
@@ -160,7 +164,7 @@ def evaluate(args: argparse.Namespace) -> Result:
         plan.dry_run(config)
     with locked_folder(folder.path):
         if config.join.runs:
-            from vidjax.commands import blend
+            from vidjax.evaluation import blend
 
             api.set_up_devices(config)
             results = blend.blend_runs(config, folder, api.load_data, command=args.line)
@@ -172,7 +176,7 @@ def evaluate(args: argparse.Namespace) -> Result:
 def report(args: argparse.Namespace) -> Result:
     """Writes `report.html`."""
     folder = api.open_run(args.workdir)
-    from vidjax.report import run_page
+    from vidjax.evaluation.report import run_page
 
     page = run_page.write(folder)
     return Result({"workdir": str(folder.path), "report": str(page)}, text=f"report: {page}")

@@ -5,9 +5,9 @@ import os
 import warnings
 from pathlib import Path
 
-from vidjax import messages
-from vidjax.errors import UserError, VidjaxWarning, need
-from vidjax.messages import Parser, Result
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError, VidjaxWarning, need
+from vidjax.utils.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
@@ -29,7 +29,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> Result:
     """Serves until a signal; the address is the first line of the output."""
     need("serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve")
-    from vidjax.serve import limits as limits_lib
+    from vidjax.apps.serve import limits as limits_lib
 
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
     if token is None and not limits_lib.is_loopback(args.host):
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> Result:
             f"--host={args.host} is reached from other machines: --token-file=F is needed\n"
             "make one: (umask 077; openssl rand -hex 32 > F)"
         )
-    from vidjax import predict
-    from vidjax.gallery.gallery import Gallery
-    from vidjax.serve import app as app_lib
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.serve import app as app_lib
+    from vidjax.evaluation import predict
 
     restored = predict.restore(args.run) if args.run else None
     gallery = Gallery(args.gallery)

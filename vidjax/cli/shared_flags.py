@@ -2,9 +2,9 @@
 
 import argparse
 
-from vidjax import config_io
-from vidjax.errors import UserError
-from vidjax.messages import Parser
+from vidjax.runs import config_io
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser
 
 
 def workdir_flag(parser: Parser, about: str = "the folder of a trained run") -> None:

@@ -3,27 +3,28 @@
 import argparse
 from pathlib import Path
 
-from vidjax import messages, who
-from vidjax.errors import need
-from vidjax.extract import commands
-from vidjax.gallery.commands import add_rule
-from vidjax.messages import Parser, Result
+from vidjax.apps.video import who
+from vidjax.cli import extract_command
+from vidjax.cli.gallery_commands import add_rule
+from vidjax.utils import messages
+from vidjax.utils.errors import need
+from vidjax.utils.messages import Parser, Result
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Names the people of films, see `vidjax.who`."""
+    """Names the people of films, see `vidjax.apps.video.who`."""
     if args.review:
         need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
-    workers = commands.workers_of(args)
+    workers = extract_command.workers_of(args)
     done = who.who(
         films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), commands.settings_of(args),
+        Path(args.models).expanduser(), extract_command.settings_of(args),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
-        padding=args.padding, check=args.check, prune=args.prune, done=commands.tell,
+        padding=args.padding, check=args.check, prune=args.prune, done=extract_command.tell,
     )  # fmt: skip
     if args.review:
-        from vidjax import review  # it needs starlette
+        from vidjax.apps.video import review  # it needs starlette
 
         reviewed = review.run(
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> Result:
         rows["not looked for"] = ", ".join(map(messages.short, done.missed[:5]))
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
-        rows |= commands.to_mend(done.failed.values())
+        rows |= extract_command.to_mend(done.failed.values())
     if done.groups:
         count = f"{done.groups:,} {'person' if done.groups == 1 else 'people'} without a name"
         rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
-    commands.add_flags(parser)
+    extract_command.add_flags(parser)
     about = "photos of people: a folder for each, with the name"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vidjax import fusion
-from vidjax.batch import Array, Frames
-from vidjax.errors import UserError, check_entry
+from vidjax.core import fusion
+from vidjax.core.batch import Array, Frames
+from vidjax.utils.errors import UserError, check_entry
 
 NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
 

@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax import distributed
-from vidjax.batch import Array, Batch, LazyFeatures
-from vidjax.errors import UserError, check_argument, warn
-from vidjax.files import foreign_part
+from vidjax.core import distributed
+from vidjax.core.batch import Array, Batch, LazyFeatures
+from vidjax.utils.errors import UserError, check_argument, warn
+from vidjax.utils.files import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
 NVIDIA = Path("/dev/nvidia0")
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
     versions = {**package_versions, "python": platform.python_version(), "device": device}
-    commit = _commit(Path(__file__).parents[1])
+    commit = _commit(Path(__file__).parents[2])
     return versions | ({"commit": commit} if commit else {})
 
 

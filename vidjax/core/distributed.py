@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import files
-from vidjax.errors import UserError
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 FLAGS = ("coordinator", "num_processes", "process_id")
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import files
-from vidjax.batch import Array
-from vidjax.errors import UserError
+from vidjax.core.batch import Array
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 Tree = TypeVar("Tree")  # a tree of arrays
 

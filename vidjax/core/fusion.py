@@ -17,8 +17,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.batch import Array, Frames, LazyFeatures
-from vidjax.errors import UserError, check_choice, check_entry
+from vidjax.core.batch import Array, Frames, LazyFeatures
+from vidjax.utils.errors import UserError, check_choice, check_entry
 
 
 def filter_frames(

@@ -1,6 +1,6 @@
 """Losses of logits, with one value per example, and the training objective.
 
-Logits are [..., K] with K class columns (see `vidjax.batch`) and any leading axes: clips, branches
+Logits are [..., K] with K class columns (see `core.batch`) and any leading axes: clips, branches
 of a model, examples of a clip. To add a loss, write a function here and add a line to
 `CLASSIFICATION` or `MARGINS`.
 """
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vidjax import optim
-from vidjax.batch import Array, ModelOutput
-from vidjax.errors import UserError, check_entry
+from vidjax.core import optim
+from vidjax.core.batch import Array, ModelOutput
+from vidjax.utils.errors import UserError, check_entry
 
 
 def softmax_cross_entropy(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 LEVEL = 0.95  # of all intervals
 

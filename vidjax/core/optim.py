@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vidjax.batch import Array
-from vidjax.errors import UserError, check_entry
+from vidjax.core.batch import Array
+from vidjax.utils.errors import UserError, check_entry
 
 
 def make_piecewise(

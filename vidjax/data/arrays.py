@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import messages
 from vidjax.data import clip_files
 from vidjax.data.cache import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
@@ -40,7 +39,8 @@ from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, as_clips, pack, place_of, read_frames
 from vidjax.data.untrusted.names import show
-from vidjax.errors import NoFileError, UserError, check_choice
+from vidjax.utils import messages
+from vidjax.utils.errors import NoFileError, UserError, check_choice
 
 QUALITIES = typing.get_args(Quality)
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
@@ -163,7 +163,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
-EXTRACTED = ("extract.json", "thumbnails", "videos")  # see `vidjax.extract.folder`
+EXTRACTED = ("extract.json", "thumbnails", "videos")  # see `vidjax.apps.video.features_folder`
 NO_NPY = "\na clip is made by numpy.savez('CLIP.npz', face=array): an .npy file names no modality"
 
 
@@ -244,7 +244,7 @@ def _digest(clips: Iterable[Clip]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a folder, prints its report and returns the exit code."""
-    from vidjax.data.records.convert import run_command
+    from vidjax.data.records.conversion import run_command
 
     def open_source(args: argparse.Namespace) -> FeatureFolder:
         return FeatureFolder(args.directory, workers=args.workers, cache_dir=args.cache_dir)

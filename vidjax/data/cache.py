@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vidjax import files
-from vidjax.machine import num_cores
+from vidjax.utils import files
+from vidjax.utils.machine import num_cores
 
 _LOG = logging.getLogger(__name__)
 DIGEST_LETTERS = 64

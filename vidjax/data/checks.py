@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.clips import SPLITS
-from vidjax.errors import NoFileError, UserError, closest
+from vidjax.utils.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:

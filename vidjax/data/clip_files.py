@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import files
 from vidjax.data import parquet, processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
 from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.errors import UserError, closest
-from vidjax.machine import memory_bytes, num_cores
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, closest
+from vidjax.utils.machine import memory_bytes, num_cores
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
 FLOAT_BYTES = 4  # of float32, which answers are computed in

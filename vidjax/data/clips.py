@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.batch import BATCHED, Batch, Frames, Packed
+from vidjax.core.batch import BATCHED, Batch, Frames, Packed
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.errors import UserError, closest, suggest
+from vidjax.utils.errors import UserError, closest, suggest
 
 SPLITS = ("train", "val", "test")
 BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation

@@ -1,7 +1,7 @@
 """The fields of a frame: one table, which all code that reads or writes frames goes by.
 
 To store another attribute per frame, add a line to FRAME_FIELDS. To bring it to a model, add it to
-`vidjax.batch.Frames` and `Packed`, too.
+`vidjax.core.batch.Frames` and `Packed`, too.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from vidjax import files
+from vidjax.utils import files
 
 NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
 # Quality of a frame of your own features: `norm` is the L2 norm of the feature (`feature_norms`);

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import messages
 from vidjax.data.cache import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
@@ -23,8 +22,9 @@ from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
-from vidjax.errors import NoFileError, UserError
-from vidjax.machine import memory_bytes, num_cores
+from vidjax.utils import messages
+from vidjax.utils.errors import NoFileError, UserError
+from vidjax.utils.machine import memory_bytes, num_cores
 
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
 
@@ -149,7 +149,7 @@ def _hint(directory: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a directory, prints its report and returns the exit code."""
-    from vidjax.data.records.convert import run_command
+    from vidjax.data.records.conversion import run_command
 
     def open_source(args: argparse.Namespace) -> OfficialFiles:
         return OfficialFiles(args.directory, args.workers, args.cache_dir)

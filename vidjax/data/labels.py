@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
-from vidjax.errors import NoFileError, UserError, check_argument, closest, named, warn
+from vidjax.utils import files
+from vidjax.utils.errors import NoFileError, UserError, check_argument, closest, named, warn
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjax.batch import BATCHED, Batch, Frames
+from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
@@ -24,8 +24,8 @@ from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
 from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_identity, show
-from vidjax.errors import NoFileError, UserError, closest, warn
-from vidjax.machine import memory_bytes
+from vidjax.utils.errors import NoFileError, UserError, closest, warn
+from vidjax.utils.machine import memory_bytes
 
 MEAN_FRAMES = 1 << 12  # frames that are averaged at once
 

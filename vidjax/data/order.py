@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.batch import Array
+from vidjax.core.batch import Array
 from vidjax.data.clips import BatchPlan
 
 _ORDER = np.uint32(2**32 - 1)  # folded into the seed; no member has this number

@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import (
     usable_rows,
 )
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
 

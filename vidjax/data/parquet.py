@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vidjax import files
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError, closest, need
-from vidjax.machine import memory_bytes
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, closest, need
+from vidjax.utils.machine import memory_bytes
 
 if TYPE_CHECKING:
     import pyarrow

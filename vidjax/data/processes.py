@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vidjax.data.untrusted.names import show
-from vidjax.errors import DiskError, UserError, of_the_system
-from vidjax.machine import most_files
+from vidjax.utils.errors import DiskError, UserError, of_the_system
+from vidjax.utils.machine import most_files
 
 LARGEST_BLOCK = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, machine
-from vidjax.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
+from vidjax.core import devices
+from vidjax.core.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.data.clips import (
     BatchPlan,
     EvalPlan,
@@ -29,7 +29,8 @@ from vidjax.data.clips import (
 )
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.order import draw, first_frame
-from vidjax.errors import UserError
+from vidjax.utils import machine
+from vidjax.utils.errors import UserError
 
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take

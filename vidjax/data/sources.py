@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ml_collections import ConfigDict
 
-from vidjax import files
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache import cache_folder, exclusive, mark_used
@@ -16,7 +15,8 @@ from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
 from vidjax.data.synthetic import SyntheticOptions
-from vidjax.errors import UserError, check_argument, check_entry
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, check_argument, check_entry
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.dataset import Dataset
@@ -124,7 +124,7 @@ def load(
     quality: Quality = "given",
 ) -> "Dataset":
     """Returns a dataset, converted unless the cache has it; see `vidjax.load_data`."""
-    from vidjax.data.records.convert import convert
+    from vidjax.data.records.conversion import convert
     from vidjax.data.records.dataset import Dataset
 
     if isinstance(given, ConfigDict):

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax import messages
-from vidjax.errors import UserError, check_choice
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError, check_choice
 
 RANK = 64  # dimensions in which people differ
 _SINGLETON_RATE = 0.4

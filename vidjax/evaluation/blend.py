@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vidjax import devices, files
-from vidjax.analysis import analysis
-from vidjax.config import Config
+from vidjax.core import devices
 from vidjax.data.clips import TrainingData
-from vidjax.errors import UserError
 from vidjax.evaluation import restore
+from vidjax.evaluation.analysis import analysis
 from vidjax.evaluation.scoring import score
-from vidjax.run import results as results_lib
-from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.runs import results as results_lib
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 
 def blend_runs(

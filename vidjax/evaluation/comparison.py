@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from vidjax import config as config_lib
-from vidjax import config_io, files, metrics, significance
+from vidjax.core import metrics
 from vidjax.data.sources import describe, is_generated
-from vidjax.errors import UserError
-from vidjax.report import html
-from vidjax.run import results as results_lib
-from vidjax.run.folder import CONFIG, RunFolder
-from vidjax.significance import Difference
+from vidjax.evaluation import significance
+from vidjax.evaluation.report import html
+from vidjax.evaluation.significance import Difference
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs import results as results_lib
+from vidjax.runs.run_folder import CONFIG, RunFolder
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 # Fields in which the runs of one group may differ.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}

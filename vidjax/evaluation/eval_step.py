@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import core
 from jax.sharding import Mesh, PartitionSpec
 
-from vidjax import devices, fusion
-from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
+from vidjax.core import devices, fusion
+from vidjax.core.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
-from vidjax.system import System
+from vidjax.models.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]

@@ -20,20 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config_io, devices, ensemble, files, metrics
-from vidjax.batch import Batch
-from vidjax.config import Config
+from vidjax.core import devices, ensemble, metrics
+from vidjax.core.batch import Batch
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
-from vidjax.errors import UserError, check_argument, warn
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, sets_for
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
-from vidjax.run.folder import RunFolder
-from vidjax.run.terminal import uncounted
-from vidjax.system import System, make_system
+from vidjax.models.system import System, make_system
+from vidjax.runs import config_io
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import RunFolder
+from vidjax.runs.terminal import uncounted
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, check_argument, warn
 
 SMALL_REQUEST = 4  # clips, and rows of the block that scores them
 THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`

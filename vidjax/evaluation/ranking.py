@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax import files, messages, metrics
+from vidjax.core import metrics
 from vidjax.data.untrusted.names import check_name, escape, normal_form
-from vidjax.errors import UserError
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError
 
 
 def write_ranking(

@@ -17,16 +17,17 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config_io, devices, ensemble, files
-from vidjax.config import Config
+from vidjax.core import devices, ensemble
 from vidjax.data.clips import ClipSource, TrainingData, select_modalities
-from vidjax.errors import UserError, warn
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.run import checkpoint
-from vidjax.run.checkpoint import CheckpointError
-from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder, changes
-from vidjax.system import System, TaskSpec, make_system
+from vidjax.models.system import System, TaskSpec, make_system
+from vidjax.runs import checkpoint, config_io
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, changes
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, warn
 
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # as above

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, metrics
-from vidjax.batch import Array, Batch
+from vidjax.core import devices, ensemble, metrics
+from vidjax.core.batch import Array, Batch
+from vidjax.core.losses import is_best
+from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
-from vidjax.errors import UserError, warn
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
 from vidjax.evaluation.eval_step import MeanScores, add_scores, mean_scores, no_scores
-from vidjax.losses import is_best
-from vidjax.metrics import ClipScores
 from vidjax.models.base import ModelState, Params
-from vidjax.run.terminal import Progress
-from vidjax.system import System
+from vidjax.models.system import System
+from vidjax.runs.terminal import Progress
+from vidjax.utils.errors import UserError, warn
 
 # Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:
 # the parameters of a member are sliced more often.

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.errors import UserError
-from vidjax.metrics import LEVEL
+from vidjax.core.metrics import LEVEL
+from vidjax.utils.errors import UserError
 
 DRAWS = 10_000
 DRAWS_AT_ONCE = 2**22  # weights held in memory at a time

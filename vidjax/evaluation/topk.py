@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from vidjax import devices
-from vidjax.batch import Array
+from vidjax.core import devices
+from vidjax.core.batch import Array
 
 NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty entry; sorts after every real clip
 MAX_NAMES = 100  # largest number of clips per identity in a submission

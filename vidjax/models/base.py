@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args, 
 import flax.linen as nn
 import numpy as np
 
-from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError, check_choice
+from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.utils.errors import UserError, check_choice
 
 # Nested dicts of arrays, as linen makes them.
 Params = Mapping[str, Any]  # the collection `params`, all that the optimiser changes

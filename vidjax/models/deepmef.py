@@ -8,9 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vidjax import fusion
-from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.core import fusion
+from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     KAIMING,
@@ -23,6 +22,7 @@ from vidjax.models.layers import (
     real_frames,
     unit_vectors,
 )
+from vidjax.utils.errors import UserError
 
 TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 

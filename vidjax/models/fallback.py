@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import fusion
-from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.core import fusion
+from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
+from vidjax.utils.errors import UserError
 
 
 class FallbackIdentifier(Identifier):

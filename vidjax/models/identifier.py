@@ -8,14 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from vidjax import fusion
-from vidjax.errors import UserError, check_entry
+from vidjax.core import fusion
 from vidjax.models.base import Identifier
 from vidjax.models.deepmef import DeepMEF
 from vidjax.models.dense import CosineIdentifier, DenseIdentifier, NeighbourIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.plda import PLDAIdentifier
+from vidjax.utils.errors import UserError, check_entry
 
 # name -> model. To add one, write a file in this folder and add a line here.
 MODELS: dict[str, type[Identifier]] = {

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from vidjax.batch import Array, Frames
-from vidjax.errors import UserError, check_choice
+from vidjax.core.batch import Array, Frames
+from vidjax.utils.errors import UserError, check_choice
 
 
 def real_frames(

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vidjax import fusion
-from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.core import fusion
+from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import devices
-from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.errors import UserError
+from vidjax.core import devices
+from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
 from vidjax.models.plda_fit import combine, unit_mean
 from vidjax.models.two_covariance import Settings
+from vidjax.utils.errors import UserError
 
 
 class PLDAIdentifier(Identifier):

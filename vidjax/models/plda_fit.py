@@ -29,14 +29,14 @@ import numpy as np
 import scipy
 from threadpoolctl import threadpool_limits
 
-from vidjax import ensemble, fusion
-from vidjax.batch import Array, Frames
-from vidjax.losses import log_softmax
-from vidjax.machine import num_cores
+from vidjax.core import ensemble, fusion
+from vidjax.core.batch import Array, Frames
+from vidjax.core.losses import log_softmax
 from vidjax.models import two_covariance
 from vidjax.models.base import TrainingClips
 from vidjax.models.layers import unit_vectors
 from vidjax.models.two_covariance import Enrolled, Settings, Space, stranger_logit
+from vidjax.utils.machine import num_cores
 
 # Shares of shrinkage that are tried, the first value of each while the other share is chosen.
 SHARES: Mapping[str, tuple[float, ...]] = {

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vidjax import augment, ensemble, fusion, losses, optim
-from vidjax import config as config_lib
-from vidjax.augment import BatchTransform
-from vidjax.batch import Array, ClipInfo, Frames, NoiseLayout
-from vidjax.errors import UserError, check_entry, named
+from vidjax.core import augment, ensemble, fusion, losses, optim
+from vidjax.core.augment import BatchTransform
+from vidjax.core.batch import Array, ClipInfo, Frames, NoiseLayout
 from vidjax.models import identifier
 from vidjax.models.base import Identifier, ModelState, Params
+from vidjax.runs import config as config_lib
+from vidjax.utils.errors import UserError, check_entry, named
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.batch import Array
+from vidjax.core.batch import Array
 
 # The typical share of the variance that is not the person's: .25 for dlib's vectors of faces
 # (distances of .42 within and .85 between people), .54, .69 and .60 for faces, heads and voices of

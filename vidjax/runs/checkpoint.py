@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vidjax import distributed, files
-from vidjax.errors import DiskError, Expected, UserError, warn
-from vidjax.run import formats
+from vidjax.core import distributed
+from vidjax.utils import files
+from vidjax.utils.errors import (DiskError, Expected, UserError, warn)
+from vidjax.runs import schemas
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
 
@@ -260,7 +261,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     with _damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
-        formats.parse(path, manifest, formats.Manifest, "this checkpoint is not used")
+        schemas.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
         raise DamagedError(f"'{path}' belongs to step {manifest['step']}")
     return manifest

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from vidjax.data.synthetic import LARGEST
-from vidjax.errors import UserError, closest, missing
-from vidjax.files import INTEGER_LIMIT
+from vidjax.utils.errors import UserError, closest, missing
+from vidjax.utils.files import INTEGER_LIMIT
 
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `default()`
 
@@ -133,7 +133,7 @@ TABLE: tuple[Field | Group, ...] = (
           "the model takes one fused frame at a time, and evaluation combines the scores by "
           "`eval.reduce`", choices=("pool", "examples")),
     Field("transforms", (), "further transforms of a training batch, in order: names, or dicts of "
-          "`name` and the arguments of a transform of `vidjax/augment.py`; empty: none"),
+          "`name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none"),
     Field("mixup", 0.0, "alpha of the Beta distribution that draws the shares of two mixed clips; "
           "0: no mixup", low=0, high=1e6),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
@@ -263,7 +263,7 @@ TABLE: tuple[Field | Group, ...] = (
           "`vidjax/models/identifier.py`"),
 
     Group("fusion", "modality -> `train` and `evaluate`: `name` and the arguments of a fusion of "
-          "`vidjax/fusion.py`. A modality that is not named keeps all its frames"),
+          "`vidjax/core/fusion.py`. A modality that is not named keeps all its frames"),
 
     Group("loss", "the loss of the logits"),
     Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus that "

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vidjax import config as config_lib
-from vidjax import files
-from vidjax.config import DEFAULTS, Config, fields, hint_of_field
-from vidjax.errors import UserError, suggest
-from vidjax.files import INTEGER_LIMIT
+from vidjax.runs import config as config_lib
+from vidjax.utils import files
+from vidjax.runs.config import (DEFAULTS, Config, fields, hint_of_field)
+from vidjax.utils.errors import UserError, suggest
+from vidjax.utils.files import INTEGER_LIMIT
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 NAME_LENGTH = 100  # characters of `folder_suffix`, at most
@@ -49,7 +49,7 @@ def load_file(spec: str) -> Config:
     if not hasattr(config, "to_dict"):
         raise UserError(
             f"--config: get_config of '{spec}' returns no ConfigDict\n"
-            "begin it with config = vidjax.config.default(), and return config"
+            "begin it with config = vidjax.runs.config.default(), and return config"
         )
     values = dict(fields(config))
     for name, default in DEFAULTS.items():
@@ -61,7 +61,7 @@ def load_file(spec: str) -> Config:
             wrong = f"has config.{name}={values[name]!r}, wanted a value such as {default!r}"
         raise UserError(
             f"--config: '{spec}' {wrong}\n"
-            "begin get_config with config = vidjax.config.default(), and change that"
+            "begin get_config with config = vidjax.runs.config.default(), and change that"
         )
     return config
 
@@ -83,7 +83,7 @@ def shipped_folder() -> Path:
     spec = importlib.util.find_spec("vidjax.configs")
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
-    return Path(__file__).parents[1] / "configs"
+    return Path(__file__).parents[2] / "configs"
 
 
 def load_module(path: Path) -> ModuleType:

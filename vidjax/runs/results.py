@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from vidjax import config as config_lib
-from vidjax import config_io, distributed, files
-from vidjax.errors import UserError, warn
-from vidjax.run import formats
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.core import distributed
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, warn
+from vidjax.runs import schemas
 
 if TYPE_CHECKING:
-    from vidjax.run.folder import ResultPaths
+    from vidjax.runs.run_folder import ResultPaths
 
 Arrays = dict[str, np.ndarray]
 
@@ -53,7 +55,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-class Results(formats.Metrics, kw_only=True):
+class Results(schemas.Metrics, kw_only=True):
     """What a run reached on a split: `map`, `top1` and all others of `formats.Metrics`, and files.
 
     Attributes:
@@ -70,7 +72,7 @@ class Results(formats.Metrics, kw_only=True):
     def of(cls, values: Mapping[str, Any], split: str, found: "ResultPaths") -> Self:
         """Returns the results `values` of a split, as an evaluation in a run's folder made them."""
         plain = files.parse_json(files.to_json(values).encode())
-        metrics = formats.parse(found.metrics, plain, formats.Metrics, REMEDY)
+        metrics = schemas.parse(found.metrics, plain, schemas.Metrics, REMEDY)
         known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
         return cls(**known, split=split, paths=found, values=cast(dict[str, Any], plain))
 
@@ -101,13 +103,13 @@ class Results(formats.Metrics, kw_only=True):
 
 def load_metrics(path: Path) -> dict[str, Any]:
     """Returns a file, checked by `formats.Metrics`, as a dict; keys that users add stay in it."""
-    return formats.load(path, formats.Metrics, REMEDY)[0]
+    return schemas.load(path, schemas.Metrics, REMEDY)[0]
 
 
 def load_identities(path: Path) -> list[str]:
     """Returns the names of class columns 1..C, the content of `identities.json`."""
-    kind = cast(type[list[str]], formats.Identities)
-    return formats.read(path, kind, REMEDY, IDENTITIES_BYTES)
+    kind = cast(type[list[str]], schemas.Identities)
+    return schemas.read(path, kind, REMEDY, IDENTITIES_BYTES)
 
 
 def check_identities(identities: Sequence[str]) -> None:
@@ -142,9 +144,9 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     members leave clips of it out. `data_report.json` says which splits have a ground truth.
     """
     path = workdir / "data_report.json"
-    report = formats.DataReport()
+    report = schemas.DataReport()
     if files.exists(path):
-        report = formats.read(path, formats.DataReport, REMEDY)
+        report = schemas.read(path, schemas.DataReport, REMEDY)
     labelled = {name for name, counts in report.splits.items() if counts.get("labelled")}
     trained = config.get("data", {}).get("train_splits", ())
     held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
@@ -170,7 +172,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(files.each_line(path)):
         with contextlib.suppress(ValueError):
             value = files.parse_line(line)
-            formats.parse(path, value, formats.Line, REMEDY)
+            schemas.parse(path, value, schemas.Line, REMEDY)
             evaluations += "split" in value
             if number % step == 0 or ("split" in value and evaluations <= MOST_LINES):
                 found.append(value)
@@ -186,7 +188,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
     files.write_bytes(path, content.getvalue())
 
 
-def load_analysis(path: Path) -> tuple[formats.Analysis, Arrays]:
+def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
     """Returns the values and the arrays that `save_analysis` wrote."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
@@ -196,8 +198,8 @@ def load_analysis(path: Path) -> tuple[formats.Analysis, Arrays]:
         values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
-    analysis = formats.parse(path, values, formats.Analysis, REMEDY)
-    formats.check_arrays(path, arrays, REMEDY)
+    analysis = schemas.parse(path, values, schemas.Analysis, REMEDY)
+    schemas.check_arrays(path, arrays, REMEDY)
     return analysis, arrays
 
 

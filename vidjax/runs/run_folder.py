@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from vidjax import config as config_lib
-from vidjax import config_io, distributed, files
-from vidjax.config import Config
-from vidjax.errors import UserError
-from vidjax.run import formats, results
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.core import distributed
+from vidjax.utils import files
+from vidjax.runs.config import Config
+from vidjax.utils.errors import UserError
+from vidjax.runs import schemas, results
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
@@ -95,7 +97,7 @@ class RunFolder:
         files.write_json(path, values)
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
 
-    def analysis(self, paths: ResultPaths) -> tuple[formats.Analysis, results.Arrays] | None:
+    def analysis(self, paths: ResultPaths) -> tuple[schemas.Analysis, results.Arrays] | None:
         """Returns the values and the arrays of an analysis; None if there is none."""
         return results.load_analysis(paths.analysis) if files.exists(paths.analysis) else None
 

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct, field
 
-from vidjax import files
-from vidjax.errors import UserError
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from vidjax import distributed
-from vidjax.errors import Expected
+from vidjax.core import distributed
+from vidjax.utils.errors import Expected
 
 
 class Interruption:

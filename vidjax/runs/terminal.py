@@ -5,8 +5,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-from vidjax import distributed
-from vidjax.errors import printable
+from vidjax.core import distributed
+from vidjax.utils.errors import printable
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 LINE_SECONDS = 10  # between two lines of progress where standard error is no terminal

@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
-from vidjax import config_io, distributed, files, messages
-from vidjax.config import Config
-from vidjax.errors import ArgumentError, DiskError, UserError, check_argument
-from vidjax.run.folder import CONFIG, RunFolder, locked
+from vidjax.core import distributed
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import CONFIG, RunFolder, locked
+from vidjax.utils import files, messages
+from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
-    from vidjax.comparison import Comparison
     from vidjax.data.clips import TrainingData
     from vidjax.data.frame_fields import NonFinite, Quality
     from vidjax.data.labels import LabelSource
     from vidjax.data.packing import Clips
-    from vidjax.predict import Predictor
-    from vidjax.run.results import Results
+    from vidjax.evaluation.comparison import Comparison
+    from vidjax.evaluation.predict import Predictor
+    from vidjax.runs.results import Results
 
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
@@ -62,7 +64,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 def set_up_devices(config: Config) -> None:
     """Chooses devices and the cache of compiled programs; an absent device is an error here."""
-    from vidjax import devices
+    from vidjax.core import devices
 
     if config.deterministic:
         devices.be_deterministic()
@@ -205,9 +207,9 @@ def train_run(
 
     Arguments are those of `train` and `training.train.train`. Data are loaded if they are None.
     """
-    from vidjax.analysis import analysis
     from vidjax.evaluation import restore
-    from vidjax.training import train as training
+    from vidjax.evaluation.analysis import analysis
+    from vidjax.training import loop as training
 
     results = training.finished(folder, config)
     if results is None:
@@ -228,7 +230,7 @@ def train_run(
 
 
 def _results(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> "Results":
-    from vidjax.run import results
+    from vidjax.runs import results
 
     paths = folder.paths(config.eval.split, apart=bool(metrics.get("overrides")))
     return results.Results.of(metrics, config.eval.split, paths)
@@ -285,8 +287,8 @@ def evaluate_run(
     num_devices: int | None = None,
 ) -> dict[str, Any]:
     """Ranks `config.eval.split` with the run in a locked folder; returns the metrics."""
-    from vidjax.analysis import analysis
     from vidjax.evaluation import restore
+    from vidjax.evaluation.analysis import analysis
 
     set_up_devices(config)
     run = restore.find_run(config, folder)
@@ -325,7 +327,7 @@ def compare(
     ]
     if len(groups) < 2 or not all(groups):
         raise UserError("compare: runs needs two runs or more, or two groups of runs")
-    from vidjax import comparison
+    from vidjax.evaluation import comparison
 
     found = comparison.compare(groups, split=split)
     if out is not None:
@@ -352,6 +354,6 @@ def restore(
       CheckpointError: no checkpoint is usable.
     """
     check_argument("restore: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
-    from vidjax import predict
+    from vidjax.evaluation import predict
 
     return predict.restore(workdir, step=step, num_devices=num_devices)

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, distributed
-from vidjax.batch import Array, Batch, Packed
+from vidjax.core import devices, distributed
+from vidjax.core.batch import Array, Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.system import System
+from vidjax.models.system import System
 from vidjax.training import train_step
 from vidjax.training.train_step import Outcome, Tables, TrainState
 

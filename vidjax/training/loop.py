@@ -14,23 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config as config_lib
-from vidjax import config_io, devices, distributed, ensemble, files, metrics
-from vidjax.analysis import analysis
-from vidjax.batch import Batch
-from vidjax.config import Config
+from vidjax.core import devices, distributed, ensemble, metrics
+from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, num_cropped
-from vidjax.errors import UserError, warn
 from vidjax.evaluation import eval_step, restore
+from vidjax.evaluation.analysis import analysis
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
 from vidjax.models.base import ModelState, Params
-from vidjax.run import checkpoint, signals
-from vidjax.run import results as results_lib
-from vidjax.run.folder import CONFIG, RunFolder, absolute, check_resumes, check_there
-from vidjax.run.results import Logs
-from vidjax.run.terminal import Progress, say
-from vidjax.system import make_system
+from vidjax.models.system import make_system
+from vidjax.runs import checkpoint, config_io, signals
+from vidjax.runs import config as config_lib
+from vidjax.runs import results as results_lib
+from vidjax.runs.config import Config
+from vidjax.runs.results import Logs
+from vidjax.runs.run_folder import CONFIG, RunFolder, absolute, check_resumes, check_there
+from vidjax.runs.terminal import Progress, say
 from vidjax.training import feed as feed_lib
 from vidjax.training import train_step
 from vidjax.training.plan import (
@@ -41,6 +40,8 @@ from vidjax.training.plan import (
     repeated_clips,
     values_of_clips,
 )
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, warn
 
 Tree = TypeVar("Tree")  # a tree of arrays
 

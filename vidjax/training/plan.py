@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config as config_lib
-from vidjax import devices, ensemble, fusion
-from vidjax.batch import Array, Batch, Frames, NoiseLayout
-from vidjax.config import Config
+from vidjax.core import devices, ensemble, fusion
+from vidjax.core.batch import Array, Batch, Frames, NoiseLayout
 from vidjax.data import sources
 from vidjax.data.checks import unusable
 from vidjax.data.clips import (
@@ -27,13 +25,15 @@ from vidjax.data.clips import (
     select_modalities,
 )
 from vidjax.data.labels import load_clip_weights
-from vidjax.errors import UserError, warn
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
-from vidjax.run import results
-from vidjax.run.terminal import say
-from vidjax.system import TaskSpec, blank_clip, make_fusions, make_model, make_system
+from vidjax.models.system import TaskSpec, blank_clip, make_fusions, make_model, make_system
+from vidjax.runs import config as config_lib
+from vidjax.runs import results
+from vidjax.runs.config import Config
+from vidjax.runs.terminal import say
 from vidjax.training import train_step
+from vidjax.utils.errors import UserError, warn
 
 # Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)

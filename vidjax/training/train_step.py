@@ -11,12 +11,12 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from vidjax import devices, ensemble, fusion
-from vidjax.augment import MemberClips
-from vidjax.batch import Array, Batch, ClipInfo, Packed
-from vidjax.losses import is_best
+from vidjax.core import devices, ensemble, fusion
+from vidjax.core.augment import MemberClips
+from vidjax.core.batch import Array, Batch, ClipInfo, Packed
+from vidjax.core.losses import is_best
 from vidjax.models.base import ModelState, Params
-from vidjax.system import System
+from vidjax.models.system import System
 
 MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before training stops
 

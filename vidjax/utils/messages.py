@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-from vidjax.errors import Expected, UserError, VidjaxWarning, of_the_system, printable
+from vidjax.utils.errors import Expected, UserError, VidjaxWarning, of_the_system, printable
 
 QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
@@ -164,7 +164,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command, prints its error if it fails, and returns its exit code.
 
-    Codes: see `vidjax.errors`; of `check`, 3 is a damaged checkpoint. With `--debug` in `words`,
+    Codes: see `utils.errors`; of `check`, 3 is a damaged checkpoint. With `--debug` in `words`,
     the command line, it prints the traceback; with `--json`, `{"error": TEXT}` to standard output.
     """
     try:
@@ -285,7 +285,7 @@ def is_memory(error: BaseException) -> bool:
 
 
 def exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an expected error, None for a bug; see `vidjax.errors`."""
+    """Returns the exit code of an expected error, None for a bug; see `vidjax.utils.errors`."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):

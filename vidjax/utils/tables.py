@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from vidjax import files
-from vidjax.errors import UserError, need, warn
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, need, warn
 
 if TYPE_CHECKING:
     import pyarrow

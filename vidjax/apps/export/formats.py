@@ -24,15 +24,17 @@ import jax
 import jax.export
 import numpy as np
 
-from vidjax import devices, files, predict
-from vidjax.errors import UserError
-from vidjax.export import function, reader, weights
-from vidjax.export.function import Shapes
-from vidjax.gallery.backend import MOST_OF_VOICE, Ratios
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.export import function, reader, weights
+from vidjax.apps.export.function import Shapes
+from vidjax.apps.gallery.backend import MOST_OF_VOICE, Ratios
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.core import devices
+from vidjax.evaluation import predict
+from vidjax.evaluation.predict import Predictor
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.models.plda_fit import unit_mean
-from vidjax.predict import Predictor
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Arrays = dict[str, np.ndarray]
@@ -119,7 +121,7 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
     """Writes an ONNX model."""
     import onnxruntime
 
-    from vidjax.export import onnx_graph
+    from vidjax.apps.export import onnx_graph
 
     path = folder / "model.onnx"
     model = onnx_graph.to_model(function.of_members(run), inputs, function.OUTPUTS)

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vidjax import ensemble, fusion
-from vidjax.batch import Array, Batch, Frames
+from vidjax.core import ensemble, fusion
+from vidjax.core.batch import Array, Batch, Frames
 from vidjax.data.clips import MAX_EVAL_FRAMES
-from vidjax.errors import UserError
 from vidjax.evaluation import eval_step
+from vidjax.evaluation.predict import Predictor
 from vidjax.evaluation.scoring import keep_best
-from vidjax.predict import Predictor
-from vidjax.system import System
+from vidjax.models.system import System
+from vidjax.utils.errors import UserError
 
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.
 FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}

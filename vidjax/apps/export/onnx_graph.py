@@ -23,8 +23,8 @@ import onnx
 from jax.extend import core
 from onnx import helper, numpy_helper
 
-from vidjax.errors import UserError
-from vidjax.export.function import LARGEST
+from vidjax.apps.export.function import LARGEST
+from vidjax.utils.errors import UserError
 
 OPSET, IR_VERSION = 18, 8  # those that ONNX Runtime 1.14 and later read
 _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": np.float32,

@@ -14,15 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from vidjax import devices, files
-from vidjax.config import Config
-from vidjax.ensemble import FILE as MEMBERS
-from vidjax.ensemble import MOST_BYTES as MEMBERS_BYTES
-from vidjax.errors import UserError
+from vidjax.core import devices
+from vidjax.core.ensemble import FILE as MEMBERS
+from vidjax.core.ensemble import MOST_BYTES as MEMBERS_BYTES
 from vidjax.evaluation import restore
-from vidjax.run import checkpoint, formats
-from vidjax.run.folder import CONFIG, IDENTITIES, RunFolder
-from vidjax.system import make_system
+from vidjax.models.system import make_system
+from vidjax.runs import checkpoint, schemas
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
 NEEDED = (CONFIG, IDENTITIES, MEMBERS)
@@ -57,7 +58,7 @@ def read(folder: Path, workdir: Path) -> None:
             raise UserError(f"'{folder}' has no {name}: name a folder that vidjax export has made")
     path = folder / CHECKPOINT
     manifest = files.read_manifest(path)
-    formats.parse(path, manifest, formats.Manifest, "export the run again")
+    schemas.parse(path, manifest, schemas.Manifest, "export the run again")
     restore.check_entries(folder, manifest)
     with files.atomic_folder(workdir) as partial:
         _copy(folder, partial)

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from vidjax import bulk, messages, metrics, tables
+from vidjax.apps import bulk
+from vidjax.core import metrics
 from vidjax.data.untrusted.names import clean_identity, is_unknown, show
-from vidjax.errors import UserError, check_argument, named
+from vidjax.utils import messages, tables
+from vidjax.utils.errors import UserError, check_argument, named
 
 if TYPE_CHECKING:
+    from vidjax.apps.gallery.backend import Nearest
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
-    from vidjax.gallery.backend import Nearest
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 LEAST_NAMED = 0.5  # a name is more probable than all other answers together
@@ -263,7 +265,7 @@ def describe(found: Threshold) -> dict[str, str]:
 
 
 def write(path: Path, answers: Answers) -> None:
-    """Writes answers to a new file, see `vidjax.tables.write`."""
+    """Writes answers to a new file, see `vidjax.utils.tables.write`."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
     objects = itertools.starmap(as_json, answers.items())
     tables.write(path, _kinds(most), _rows(answers, most), objects)

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from vidjax.machine import num_cores
 from vidjax.models import distance, two_covariance
 from vidjax.models.distance import Distances
 from vidjax.models.two_covariance import Settings, Space, blank_space
-from vidjax.run.terminal import say
+from vidjax.runs.terminal import say
+from vidjax.utils.machine import num_cores
 
 if TYPE_CHECKING:
-    from vidjax.extract.cards import BackEnd
+    from vidjax.apps.video.cards import BackEnd
 
 QUERIES = 64  # clips of a matrix product
 PAIRED = 1 << 20  # numbers of vectors that are multiplied by pairs at once

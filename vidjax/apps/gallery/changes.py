@@ -5,6 +5,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from vidjax.apps.gallery.backend import Backend, People
+from vidjax.apps.gallery.store import MOST_LETTERS, STRANGER, Clip, State
+from vidjax.apps.video.features_folder import film_of
 from vidjax.data.untrusted.names import (
     check_name,
     clean_identity,
@@ -13,10 +16,7 @@ from vidjax.data.untrusted.names import (
     show,
     similar_names,
 )
-from vidjax.errors import UserError, check_argument, closest
-from vidjax.extract.folder import film_of
-from vidjax.gallery.backend import Backend, People
-from vidjax.gallery.store import MOST_LETTERS, STRANGER, Clip, State
+from vidjax.utils.errors import UserError, check_argument, closest
 
 T = TypeVar("T")
 

@@ -35,20 +35,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import numpy as np
 
-from vidjax import files
-from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
-from vidjax.data.labels import sort_identities
-from vidjax.data.memory import MemoryClips, load_clips
-from vidjax.data.untrusted.names import normal_form, show, similar_names
-from vidjax.errors import InUseError, UserError, check_argument, warn
-from vidjax.extract.folder import film_of
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import backend as backend_lib
-from vidjax.gallery import grouping
-from vidjax.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, Rule, Threshold
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index
-from vidjax.gallery.changes import Draft, by_film, check_clip, check_person, enrol, stack_films
-from vidjax.gallery.store import (
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import grouping
+from vidjax.apps.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, Rule, Threshold
+from vidjax.apps.gallery.backend import MOST_ROWS, Backend, Index
+from vidjax.apps.gallery.changes import Draft, by_film, check_clip, check_person, enrol, stack_films
+from vidjax.apps.gallery.store import (
     MOST_WIDTH,
     STRANGER,
     Clip,
@@ -60,17 +53,24 @@ from vidjax.gallery.store import (
     UnwritableError,
     group,
 )
+from vidjax.apps.video.features_folder import film_of
+from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
+from vidjax.data.labels import sort_identities
+from vidjax.data.memory import MemoryClips, load_clips
+from vidjax.data.untrusted.names import normal_form, show, similar_names
 from vidjax.models.two_covariance import Settings
-from vidjax.run.terminal import say, uncounted
+from vidjax.runs.terminal import say, uncounted
+from vidjax.utils import files
+from vidjax.utils.errors import InUseError, UserError, check_argument, warn
 
 if TYPE_CHECKING:
-    from vidjax.batch import Batch
+    from vidjax.apps.video.cards import BackEnd
+    from vidjax.core.batch import Batch
     from vidjax.data.clips import ClipSource
     from vidjax.data.frame_fields import Quality
     from vidjax.data.packing import Clips
+    from vidjax.evaluation.predict import Predictor
     from vidjax.evaluation.topk import ScoreBlock
-    from vidjax.extract.cards import BackEnd
-    from vidjax.predict import Predictor
 
 FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
@@ -165,8 +165,8 @@ class Gallery:
         Raises:
           ValueError: the folder holds something else, or no clip has a label.
         """
-        from vidjax.api import load_data
         from vidjax.evaluation import restore
+        from vidjax.training.api import load_data
 
         check_new(Path(folder))
         run = _restored(run)
@@ -210,7 +210,7 @@ class Gallery:
 
         Args:
           folder: a folder that is new, or empty.
-          models: the folder of models, with a card each; see `vidjax.extract.cards`.
+          models: the folder of models, with a card each; see `vidjax.apps.video.cards`.
           stranger_odds: number of clips of strangers for each clip of somebody enrolled, among the
             clips that will be identified. 1 says that half of the clips show strangers.
 
@@ -694,8 +694,10 @@ class Gallery:
         `fpir` or `threshold`, lists hold only clips that pass; see `identify` for the arguments.
         `advance` is called with the number of clips of each finished block.
         """
-        from vidjax import predict  # JAX, only for those who rank
-        from vidjax.evaluation import topk
+        from vidjax.evaluation import (
+            predict,  # JAX, only for those who rank
+            topk,
+        )
 
         self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
         found, state = self.embed(clips, split), self._anybody()
@@ -767,7 +769,7 @@ def _widened(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
 
 
 def _restored(run: "Predictor | str | Path") -> "Predictor":
-    from vidjax import predict  # JAX, for galleries of runs alone
+    from vidjax.evaluation import predict  # JAX, for galleries of runs alone
 
     return run if isinstance(run, predict.Predictor) else predict.restore(run)
 
@@ -780,7 +782,7 @@ def origin_of(run: "Predictor") -> Origin:
 
 def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
     """Returns what a gallery keeps of models, to know them again, and part -> their back ends."""
-    from vidjax.extract import cards
+    from vidjax.apps.video import cards
 
     path = Path(models).expanduser().absolute()
     usable = cards.embedders(cards.load(path))

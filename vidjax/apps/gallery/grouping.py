@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from vidjax.extract.folder import film_of
-from vidjax.gallery.backend import MOST_OF_VOICE, Backend, sums_of
+from vidjax.apps.gallery.backend import MOST_OF_VOICE, Backend, sums_of
+from vidjax.apps.video.features_folder import film_of
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared

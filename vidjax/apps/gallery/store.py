@@ -33,12 +33,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from vidjax import files
+from vidjax.apps.gallery.backend import MOST_ROWS, Backend, Index, People, from_numbers, sizes
 from vidjax.data.untrusted.names import check_name, show
-from vidjax.errors import InUseError, UserError
-from vidjax.gallery.backend import MOST_ROWS, Backend, Index, People, from_numbers, sizes
 from vidjax.models.two_covariance import Settings
-from vidjax.run import formats
+from vidjax.runs import schemas
+from vidjax.utils import files
+from vidjax.utils.errors import InUseError, UserError
 
 NAME = "gallery.sqlite"
 JOURNAL = f"{NAME}-journal"
@@ -77,27 +77,27 @@ class Origin(Struct, frozen=True, omit_defaults=True):
       cards: part -> `Card.digest` of the model that makes its vectors; empty for a run.
     """
 
-    workdir: formats.Text
-    digest: formats.Sha256
+    workdir: schemas.Text
+    digest: schemas.Sha256
     centred: bool
-    cards: Annotated[dict[str, formats.Sha256], Meta(max_length=MOST_PARTS)] = {}
+    cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MOST_PARTS)] = {}
 
 
 class _Part(Struct, omit_defaults=True):
-    name: formats.Text
-    width: formats.Size
+    name: schemas.Text
+    width: schemas.Size
     by_card: bool = False
     by_distance: bool = False  # by a card, as earlier versions compared vectors
 
 
 class _Facts(Struct):
-    version: formats.Size
+    version: schemas.Size
     run: Origin
     parts: Annotated[list[_Part], Meta(min_length=1, max_length=MOST_PARTS)]
     settings: dict[str, float]
-    clips: formats.Count
-    people: formats.Count
-    rows: formats.Sha256  # the sum of the digests of all other rows
+    clips: schemas.Count
+    people: schemas.Count
+    rows: schemas.Sha256  # the sum of the digests of all other rows
 
     @property
     def widths(self) -> dict[str, int]:
@@ -467,7 +467,7 @@ def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("the sha256 of its facts is another")
-    facts = formats.parse(Path(NAME), files.parse_json(text), _Facts, REMEDY)
+    facts = schemas.parse(Path(NAME), files.parse_json(text), _Facts, REMEDY)
     if any(part.by_distance for part in facts.parts):
         raise UserError("an earlier version of vidjax made it, and compared vectors in another way")
     if missing := set(Settings._fields) - facts.settings.keys():

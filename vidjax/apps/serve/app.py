@@ -35,17 +35,11 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from vidjax import files
-from vidjax.data import clip_files
-from vidjax.data.packing import Clip
-from vidjax.data.untrusted.names import clean_identity, normal_form, show
-from vidjax.errors import UserError
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery.gallery import Gallery, Vectors
-from vidjax.predict import Predictor
-from vidjax.serve import models, protocol
-from vidjax.serve.batcher import Batcher, Changes
-from vidjax.serve.limits import (
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.serve import protocol, served_models
+from vidjax.apps.serve.batcher import Batcher, Changes
+from vidjax.apps.serve.limits import (
     LOG,
     Bodies,
     Guard,
@@ -56,7 +50,20 @@ from vidjax.serve.limits import (
     set_clock,
     unprocessable,
 )
-from vidjax.serve.models import Frames, GalleryModel, Model, Question, RunModel, check_finite
+from vidjax.apps.serve.served_models import (
+    Frames,
+    GalleryModel,
+    Model,
+    Question,
+    RunModel,
+    check_finite,
+)
+from vidjax.data import clip_files
+from vidjax.data.packing import Clip
+from vidjax.data.untrusted.names import clean_identity, normal_form, show
+from vidjax.evaluation.predict import Predictor
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -139,7 +146,7 @@ class Application:
         self.people = GalleryModel(gallery)
         nets: list[Model] = [self.people, *([RunModel(run)] if run else [])]
         self.served: dict[str, tuple[Model, Batcher[Question, Any]]] = {
-            one.name: (one, Batcher(functools.partial(models.answer, one), limits, metrics))
+            one.name: (one, Batcher(functools.partial(served_models.answer, one), limits, metrics))
             for one in nets
         }
         _, self.asked = self.served[self.people.name]
@@ -241,7 +248,7 @@ class Application:
         """Describes a model's tensors."""
         model, _ = self._model(request)
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        for kind, specs in (("inputs", models.inputs(model)), ("outputs", model.outputs)):
+        for kind, specs in (("inputs", served_models.inputs(model)), ("outputs", model.outputs)):
             content[kind] = [one._asdict() for one in specs]
         return _json(content)
 
@@ -252,12 +259,12 @@ class Application:
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.Ask, Question]:
-            asked, tensors = protocol.parse(body, length, models.inputs(model), self.limits)
+            asked, tensors = protocol.parse(body, length, served_models.inputs(model), self.limits)
             protocol.check_outputs(asked, model.outputs)
-            return asked, models.question(model, tensors, asked.parameters, self.limits)
+            return asked, served_models.question(model, tensors, asked.parameters, self.limits)
 
         asked, question = await self._parsed(read, large=len(body) > LARGE)
-        self.bodies.hold(request.scope, len(body) + models.count_bytes(question.clips))
+        self.bodies.hold(request.scope, len(body) + served_models.count_bytes(question.clips))
         self._check_ready()
         if timeout := asked.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
@@ -395,7 +402,7 @@ class Application:
             return _by_name(clips, self.people.widths, self.limits), asked
 
         clips, asked = await self._parsed(read, large=npz or len(body) > LARGE)
-        self.bodies.hold(request.scope, 2 * models.count_bytes(clips))
+        self.bodies.hold(request.scope, 2 * served_models.count_bytes(clips))
         return clips, asked
 
     async def _parsed(self, read: Callable[[], T], *, large: bool) -> T:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Generic, NamedTuple, TypeVar
 
-from vidjax.serve.limits import Limits, Metrics, Refused
+from vidjax.apps.serve.limits import Limits, Metrics, Refused
 
 Q = TypeVar("Q")
 A = TypeVar("A")

@@ -27,13 +27,13 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
-from vidjax import files
-from vidjax.errors import Expected, InUseError, UserError, of_the_system
-from vidjax.gallery.changes import NotEnrolledError
-from vidjax.gallery.gallery import NobodyError
-from vidjax.gallery.store import UnreadableError, UnwritableError
+from vidjax.apps.gallery.changes import NotEnrolledError
+from vidjax.apps.gallery.gallery import NobodyError
+from vidjax.apps.gallery.store import UnreadableError, UnwritableError
+from vidjax.utils import files
+from vidjax.utils.errors import Expected, InUseError, UserError, of_the_system
 
-LOG = logging.getLogger("vidjax.serve")
+LOG = logging.getLogger("vidjax.apps.serve")
 LEAST_TOKEN = 16  # letters
 # Status of an error that may come before the body is read: it ends the connection.
 UNREAD = (400, 401, 403, 404, 405, 413, 415, 429)

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from vidjax.apps.serve.limits import Limits, unprocessable
 from vidjax.data.untrusted.names import show
-from vidjax.serve.limits import Limits, unprocessable
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}

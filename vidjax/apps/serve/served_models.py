@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax import devices
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery, padded_batches
+from vidjax.apps.serve.limits import Limits, unprocessable
+from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
+from vidjax.core import devices
 from vidjax.data.clips import PAD_LENGTHS
 from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
+from vidjax.evaluation.predict import SMALL_REQUEST, Predictor
 from vidjax.evaluation.scoring import ModelScorer
-from vidjax.gallery.answers import Answer
-from vidjax.gallery.gallery import Gallery, padded_batches
-from vidjax.predict import SMALL_REQUEST, Predictor
-from vidjax.serve.limits import Limits, unprocessable
-from vidjax.serve.protocol import DEFAULT_K, Parameters, Spec
 
 TABLE = 512  # clips, more than one batch has
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from vidjax import tables
-from vidjax.errors import UserError
-from vidjax.extract.folder import Box, Film, Track
-from vidjax.gallery.answers import IGNORED, Answer
+from vidjax.apps.gallery.answers import IGNORED, Answer
+from vidjax.apps.video.features_folder import Box, Film, Track
+from vidjax.utils import tables
+from vidjax.utils.errors import UserError
 
 GAP_SECONDS = 2.0  # between two sightings of a person that are one appearance
 SUBTITLES = (".vtt", ".srt")

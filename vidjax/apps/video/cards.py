@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax import files
-from vidjax.errors import UserError
-from vidjax.run import formats
-from vidjax.run.formats import Count, Sha256, Size, Text
+from vidjax.runs import schemas
+from vidjax.runs.schemas import Count, Sha256, Size, Text
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
@@ -180,7 +180,7 @@ def load(folder: Path) -> dict[Role, Card]:
 
 def read(path: Path) -> Card:
     """Returns the card of a file; a wrong or unknown key is a UserError."""
-    written = formats.read(path, Written, REMEDY, CARD_BYTES)
+    written = schemas.read(path, Written, REMEDY, CARD_BYTES)
     fields = {name: getattr(written, name) for name in written.__struct_fields__}
     return Card(**fields, path=path, digest=files.sha256_file(path))
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax import files
+from vidjax.apps.video.appearances import Appearance, by_video
+from vidjax.apps.video.features_folder import Film, printable
 from vidjax.data.untrusted.names import file_stems
-from vidjax.extract.folder import Film, printable
-from vidjax.gallery.appearances import Appearance, by_video
+from vidjax.utils import files
 
 MOST_EVENTS = 999
 RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0)

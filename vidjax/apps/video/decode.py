@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from vidjax import files
-from vidjax.errors import UserError, need
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, need
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame

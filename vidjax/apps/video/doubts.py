@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vidjax.gallery.backend import sums_of
-from vidjax.gallery.gallery import Gallery
+from vidjax.apps.gallery.backend import sums_of
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.models import distance
 from vidjax.models.distance import Distances
 

@@ -21,12 +21,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax import files
+from vidjax.apps.video.cards import PARTS
 from vidjax.data.untrusted.names import check_name
-from vidjax.errors import UserError
-from vidjax.extract.cards import PARTS
-from vidjax.run import formats
-from vidjax.run.formats import Count, Sha256, Size, Text
+from vidjax.runs import schemas
+from vidjax.runs.schemas import Count, Sha256, Size, Text
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 NAME = "extract.json"
 NUMBERS = "unknown.json"  # of results of `vidjax who`
@@ -199,12 +199,12 @@ def read_extraction(folder: Path) -> Extraction | None:
     path = folder / NAME
     if not files.exists(path):
         return None
-    return formats.read(path, Extraction, REMEDY, FILE_BYTES)
+    return schemas.read(path, Extraction, REMEDY, FILE_BYTES)
 
 
 def read_film(path: Path) -> Film:
     """Returns what a file of `videos/` says."""
-    return formats.read(path, Film, REMEDY, FILE_BYTES)
+    return schemas.read(path, Film, REMEDY, FILE_BYTES)
 
 
 def read_films(folder: Path) -> list[Film]:

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax import files
+from vidjax.apps.video import align, cards, decode, features_folder, regions
+from vidjax.apps.video.nets import Detector, Embedder, resize
+from vidjax.apps.video.shots import Cuts
+from vidjax.apps.video.tracks import MainFigures, Track, Tracker, changes, gap_at, held_at
+from vidjax.apps.video.voices import RATE, Listener, Voice, alone, listen
 from vidjax.data import processes
 from vidjax.data.clip_files import write_npz
-from vidjax.errors import UserError
-from vidjax.extract import align, cards, decode, folder, regions
-from vidjax.extract.models import Detector, Embedder, resize
-from vidjax.extract.shots import Cuts
-from vidjax.extract.tracks import MainFigures, Track, Tracker, changes, gap_at, held_at
-from vidjax.extract.voices import RATE, Listener, Voice, alone, listen
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 MOST_FRAMES = 32  # of a clip, spread over its time; of its voice, the best ones
 MOST_KEPT, KEPT_SECONDS = 96, 0.2  # of a track: the best picture of each span of time
@@ -197,7 +197,7 @@ class Clips:
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, Kept] = {}
         self._numbers = itertools.count()
-        self.tracks: list[folder.Track] = []
+        self.tracks: list[features_folder.Track] = []
         self.arrays: dict[str, dict[str, np.ndarray]] = {}
 
     def add(
@@ -268,7 +268,7 @@ class Clips:
         self.arrays[name] = arrays
         top = max(best, key=lambda seen: (seen.quality, seen.number))
         written = _times(track, name)
-        written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), folder.Box)
+        written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), features_folder.Box)
         written.box_at_s = round(top.time_s, 3)
         if "face" in top.parts:
             crop, template = top.parts["face"][1], np.array(self._nets.embed["face"].card.template)
@@ -283,7 +283,9 @@ class Clips:
         """Drops the people of all other tracks, which ended too short to be clips."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
-    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[folder.Track]) -> int:
+    def hear(
+        self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.Track]
+    ) -> int:
         """Adds voices to the clips whose person is seen alone; returns the number of these clips.
 
         The best windows of a clip are kept; `audio_number` is the millisecond of their begin.
@@ -314,18 +316,18 @@ def extract(
     out: Path,
     stem: str,
     nets: Nets,
-    settings: folder.Settings,
-    source: folder.Source,
+    settings: features_folder.Settings,
+    source: features_folder.Source,
     sha256: str,
     tagged: bool = False,
-) -> folder.Film:
+) -> features_folder.Film:
     """Writes the clips of a video or photo to `out/STEM.npz`; returns what was found.
 
     A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
     written, too. Memory grows only with the clips: 12 kB each, if vectors are 128 wide. With
     `tagged`, face tags in a photo name its faces, see `regions`.
     """
-    clips = Clips(nets, out / folder.THUMBNAILS, held_at(settings.fps))
+    clips = Clips(nets, out / features_folder.THUMBNAILS, held_at(settings.fps))
     tags, lost = regions.Tags([]), list[str]()
     with decode.open_video(path) as video:
         if video.info.photo:
@@ -335,8 +337,8 @@ def extract(
         else:
             shots, seen = _follow(video, clips, nets, stem, out, settings)
         found = video.found
-    film = folder.Film(
-        video=folder.printable(path.name),
+    film = features_folder.Film(
+        video=features_folder.printable(path.name),
         source=source,
         sha256=sha256,
         photo=video.info.photo,
@@ -363,8 +365,13 @@ def extract(
 
 
 def _follow(
-    video: decode.Video, clips: Clips, nets: Nets, stem: str, out: Path, settings: folder.Settings
-) -> tuple[list[tuple[float, float]], list[folder.Track]]:
+    video: decode.Video,
+    clips: Clips,
+    nets: Nets,
+    stem: str,
+    out: Path,
+    settings: features_folder.Settings,
+) -> tuple[list[tuple[float, float]], list[features_folder.Track]]:
     """Makes the clips of a video; returns its shots, and all who are seen, as `hear` takes them.
 
     With `--unit=shot` a clip is of the main figure of a shot, and others are only seen.
@@ -395,7 +402,7 @@ def _follow(
         if cuts.update(frame.time_s, frame.small) and number:
             cut(cuts.starts[-1])
         if frame.rgb is not None:
-            (out / folder.PROGRESS).write_text(str(video.tell()))
+            (out / features_folder.PROGRESS).write_text(str(video.tell()))
             people = find(nets, frame.rgb)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
@@ -431,19 +438,21 @@ def _find_in_photo(
     return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0]
 
 
-def _times(track: Track, clip: str) -> folder.Track:
+def _times(track: Track, clip: str) -> features_folder.Track:
     """Returns when a track is seen, with the clip that it belongs to."""
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
-    return folder.Track(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
+    return features_folder.Track(
+        clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen
+    )
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` with the values that `arguments` name, in a child of `run_limited`."""
-    settings = msgspec.convert(arguments["settings"], folder.Settings)
+    settings = msgspec.convert(arguments["settings"], features_folder.Settings)
     found = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],
         _nets(arguments["models"], settings.size), settings,
-        msgspec.convert(arguments["source"], folder.Source), arguments["sha256"],
+        msgspec.convert(arguments["source"], features_folder.Source), arguments["sha256"],
         arguments["tagged"],
     )  # fmt: skip
     return msgspec.to_builtins(found)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
-from vidjax.extract.folder import Film
-from vidjax.gallery.answers import IGNORED, Answer, number_of
-from vidjax.gallery.appearances import Appearance, by_video, clock, percent, span, tenths
+from vidjax.apps.gallery.answers import IGNORED, Answer, number_of
+from vidjax.apps.video.appearances import Appearance, by_video, clock, percent, span, tenths
+from vidjax.apps.video.features_folder import Film
 
 if TYPE_CHECKING:
     import jinja2
@@ -62,7 +62,7 @@ class Shown(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """What the page needs so that its forms can send changes, see `vidjax.review`.
+    """What the page needs so that its forms can send changes, see `vidjax.apps.video.review`.
 
     Attributes:
       version: of the decision that the page shows; a change of an older page is refused.
@@ -190,7 +190,7 @@ def render(
 def _template() -> "jinja2.Template":
     import jinja2
 
-    from vidjax import report
+    from vidjax.evaluation import report
 
     # The template, and the style that it includes.
     folders = (Path(__file__).parent, Path(report.__file__).parent)

@@ -21,11 +21,11 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from vidjax import files, messages
-from vidjax.errors import UserError, need
-from vidjax.extract import cards, models
-from vidjax.extract.cards import Source, Written
-from vidjax.messages import Parser, Result
+from vidjax.apps.video import cards, nets
+from vidjax.apps.video.cards import Source, Written
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError, need
+from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -67,7 +67,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     card_path = (folder / card["file"]).with_suffix(".json")
     files.write_bytes(folder / card["file"], net)
     files.write_json(card_path, msgspec.to_builtins(msgspec.convert(card, Written)))
-    models.open_session(cards.read(card_path))
+    nets.open_session(cards.read(card_path))
     return card_path
 
 

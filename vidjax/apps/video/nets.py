@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.errors import UserError, need
-from vidjax.extract.cards import REMEDY, STRIDE, Card, Input
+from vidjax.apps.video.cards import REMEDY, STRIDE, Card, Input
+from vidjax.utils.errors import UserError, need
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -15,15 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from vidjax import files
+from vidjax.apps.video import cards as cards_lib
+from vidjax.apps.video import features_folder, regions
+from vidjax.apps.video import film as film_lib
 from vidjax.data.processes import Children, map_children, run_limited_each
 from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError, of_the_system
-from vidjax.extract import cards as cards_lib
-from vidjax.extract import film as film_lib
-from vidjax.extract import folder, regions
-from vidjax.run import formats
-from vidjax.run.terminal import Progress, say
+from vidjax.runs import schemas
+from vidjax.runs.terminal import Progress, say
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, of_the_system
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # What a killed call leaves in the folder, and in that of the videos.
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     """
 
     path: Path
-    film: folder.Film | None
+    film: features_folder.Film | None
     error: str = ""
     kept: bool = False
     replaced: bool = False
@@ -69,7 +69,7 @@ class _Job(NamedTuple):
     path: Path
     stem: str
     out: Path
-    settings: folder.Settings
+    settings: features_folder.Settings
     tagged: bool
 
 
@@ -77,7 +77,7 @@ def extract(
     paths: Sequence[Path],
     out: Path,
     models: Path,
-    settings: folder.Settings | None = None,
+    settings: features_folder.Settings | None = None,
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
@@ -119,7 +119,7 @@ def extract(
 def extract_folders(
     paths: Mapping[Path, Sequence[Path]],
     models: Path,
-    settings: folder.Settings | None = None,
+    settings: features_folder.Settings | None = None,
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
@@ -186,7 +186,9 @@ def _progress(left: Mapping[_Job, int]) -> Iterator[None]:
 
     def watch(shown: int = 0) -> None:
         while not ended.wait(SECONDS):
-            paths = [x for out in places for x in out.glob(f".extract-*/{folder.PROGRESS}")]
+            paths = [
+                x for out in places for x in out.glob(f".extract-*/{features_folder.PROGRESS}")
+            ]
             with contextlib.suppress(OSError, ValueError):  # of one that ends, or is written now
                 now = total - sum([*left.values()]) + sum(int(x.read_text()) for x in paths)
                 bar.advance(max(0, now - shown))
@@ -205,15 +207,15 @@ def _make_ready(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
     """Makes and removes what a folder has too little or too much; returns path -> stem."""
-    (out / folder.VIDEOS).mkdir(exist_ok=True)
+    (out / features_folder.VIDEOS).mkdir(exist_ok=True)
     if pictures:
-        (out / folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
+        (out / features_folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
     elif not remove_thumbnails(out):
         raise UserError(
-            f"'{out / folder.THUMBNAILS}' holds files that vidjax did not write\n"
+            f"'{out / features_folder.THUMBNAILS}' holds files that vidjax did not write\n"
             "move them away, or name another folder"
         )
-    names = [path.stem for path in (out / folder.VIDEOS).glob("*.json")]
+    names = [path.stem for path in (out / features_folder.VIDEOS).glob("*.json")]
     known = {stem: film for stem in names if (film := _film(out, stem))}
     stems = _stems(listed, known)
     kept = None if drop == "nothing" else {*stems.values()}
@@ -261,7 +263,7 @@ def walk(path: Path) -> list[Path]:
     """
     found = []
     for place, inner, names in os.walk(path):
-        if {folder.NAME, folder.NUMBERS}.intersection(names):
+        if {features_folder.NAME, features_folder.NUMBERS}.intersection(names):
             inner.clear()
             continue
         inner[:] = [name for name in inner if name[0] != "."]
@@ -303,25 +305,30 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 
 def _remove_outgrown(out: Path, digests: dict[str, str]) -> None:
     """Removes all features if nets have come to those that made them; settings stay."""
-    before = folder.read_extraction(out)
+    before = features_folder.read_extraction(out)
     if before and before.models.items() < digests.items():
-        for path in (out / folder.VIDEOS).glob("*.json"):
+        for path in (out / features_folder.VIDEOS).glob("*.json"):
             _remove(out, path.stem)
-        folder.write(out / folder.NAME, folder.Extraction(models=digests, settings=before.settings))
+        features_folder.write(
+            out / features_folder.NAME,
+            features_folder.Extraction(models=digests, settings=before.settings),
+        )
 
 
 def _same_extraction(
-    out: Path, digests: dict[str, str], settings: folder.Settings | None
-) -> folder.Settings:
+    out: Path, digests: dict[str, str], settings: features_folder.Settings | None
+) -> features_folder.Settings:
     """Returns the settings of a folder, which it gets if it has none; refuses other ones."""
-    before = folder.read_extraction(out)
+    before = features_folder.read_extraction(out)
     if before is None:
         if foreign := next((one.name for one in out.iterdir() if one.name[0] != "."), None):
             raise UserError(
                 f"'{out}' is no folder of features: it holds '{show(foreign)}'\nname a new folder"
             )
-        made = folder.Extraction(models=digests, settings=settings or folder.Settings())
-        folder.write(out / folder.NAME, made)
+        made = features_folder.Extraction(
+            models=digests, settings=settings or features_folder.Settings()
+        )
+        features_folder.write(out / features_folder.NAME, made)
         return made.settings
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
@@ -340,7 +347,7 @@ def _same_extraction(
     return before.settings
 
 
-def _stems(paths: Sequence[Path], known: Mapping[str, folder.Film]) -> dict[Path, str]:
+def _stems(paths: Sequence[Path], known: Mapping[str, features_folder.Film]) -> dict[Path, str]:
     """Returns path -> stem, see `folder.stem_of`; a copy of another file of its name is left out.
 
     A file keeps the stem by which it is `known`, also if it was moved. If another file has
@@ -355,7 +362,7 @@ def _stems(paths: Sequence[Path], known: Mapping[str, folder.Film]) -> dict[Path
     owners = {stem.lower(): stem for stem in known}
     stems = {of_path[real]: path for path in paths if (real := os.path.realpath(path)) in of_path}
     for path in (path for path in paths if os.path.realpath(path) not in of_path):
-        stem = folder.stem_of(path)
+        stem = features_folder.stem_of(path)
         owner = owners.get(stem.lower())
         if owner or (path.exists() and path.stat().st_size in sizes):
             sha256 = _sha256_or_of_name(path)
@@ -378,17 +385,17 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
-def _film(out: Path, stem: str) -> folder.Film | None:
+def _film(out: Path, stem: str) -> features_folder.Film | None:
     """Returns what the folder says of a video; None if it is not finished, or damaged."""
-    path = out / folder.VIDEOS / f"{stem}.json"
+    path = out / features_folder.VIDEOS / f"{stem}.json"
     if not files.exists(path):
         return None
     try:
-        film = folder.read_film(path)
+        film = features_folder.read_film(path)
     except UserError:
         return None
     whole = files.exists(out / f"{stem}.npz")
-    thumbnails = out / folder.THUMBNAILS
+    thumbnails = out / features_folder.THUMBNAILS
     whole &= not thumbnails.exists() or (thumbnails / stem).exists()
     return film if whole else None
 
@@ -408,7 +415,8 @@ def _extract(
         except (UserError, OSError) as error:
             found.append(_failed(job, error))
     if given:
-        say(f"{folder.printable(title) or f'{len(given):,} photo' + 's' * (len(given) > 1)} ...")
+        photos = f"{len(given):,} photo" + "s" * (len(given) > 1)
+        say(f"{features_folder.printable(title) or photos} ...")
     try:
         answers = _read(children, [(jobs[n].path, arguments) for n, arguments in given.items()])
         for (number, arguments), answer in zip(given.items(), answers, strict=True):
@@ -422,19 +430,19 @@ def _extract(
 def _compare(job: _Job, check: bool) -> Outcome | dict[str, Any]:
     """Returns the outcome of a file that was extracted before, or what `film.work` needs."""
     before = _film(job.out, job.stem)
-    source = folder.Source.of(job.path, regions.sidecars(job.path) if job.tagged else ())
+    source = features_folder.Source.of(job.path, regions.sidecars(job.path) if job.tagged else ())
     if before and before.source == source and not check:
         return Outcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
     if before and before.sha256 == sha256 and before.source.sidecars == source.sidecars:
-        before.source, before.video = source, folder.printable(job.path.name)
-        folder.write(job.out / folder.VIDEOS / f"{job.stem}.json", before)
+        before.source, before.video = source, features_folder.printable(job.path.name)
+        features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", before)
         return Outcome(job.path, before, kept=True)
     _remove(job.out, job.stem)
     partial = job.out / f".extract-{secrets.token_hex(4)}"
     partial.mkdir(mode=0o700)
-    if (job.out / folder.THUMBNAILS).exists():
-        (partial / folder.THUMBNAILS).mkdir(mode=0o700)
+    if (job.out / features_folder.THUMBNAILS).exists():
+        (partial / features_folder.THUMBNAILS).mkdir(mode=0o700)
     return {
         "path": str(job.path.absolute()),
         "out": str(partial.absolute()),
@@ -474,16 +482,16 @@ def _take(job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | User
     try:
         if isinstance(answer, UserError):
             raise answer
-        film = formats.parse(job.path, answer, folder.Film, "leave it out")
+        film = schemas.parse(job.path, answer, features_folder.Film, "leave it out")
         partial = Path(arguments["out"])
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
-        thumbnails = [one / folder.THUMBNAILS for one in (partial, job.out)]
+        thumbnails = [one / features_folder.THUMBNAILS for one in (partial, job.out)]
         if thumbnails[0].exists():
             (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
             for picture in thumbnails[0].iterdir():
                 picture.chmod(0o600)
                 os.replace(picture, thumbnails[1] / job.stem / picture.name)
-        folder.write(job.out / folder.VIDEOS / f"{job.stem}.json", film)
+        features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         _remove(job.out, job.stem)
         return _failed(job, error)
@@ -501,18 +509,18 @@ def _failed(job: _Job, error: UserError | OSError) -> Outcome:
 
 def _remove(out: Path, stem: str) -> None:
     """Removes a video and its clips; first what tells that they are whole."""
-    (out / folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
-    _remove_pictures(out / folder.THUMBNAILS / stem)
+    (out / features_folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
+    _remove_pictures(out / features_folder.THUMBNAILS / stem)
     (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
     """Removes the pictures of all clips; returns False if other files lie among them."""
-    if not files.exists(out / folder.THUMBNAILS):
+    if not files.exists(out / features_folder.THUMBNAILS):
         return True
-    for inner in (out / folder.THUMBNAILS).iterdir():
+    for inner in (out / features_folder.THUMBNAILS).iterdir():
         _remove_pictures(inner)
-    return files.remove_ours(out / folder.THUMBNAILS, "")
+    return files.remove_ours(out / features_folder.THUMBNAILS, "")
 
 
 def _remove_pictures(inner: Path) -> None:
@@ -522,16 +530,16 @@ def _remove_pictures(inner: Path) -> None:
 
 def remove_features(out: Path) -> bool:
     """Removes a folder of features; returns False if other files lie in it, which stay."""
-    if files.exists(out / folder.NAME):  # vidjax has written there
+    if files.exists(out / features_folder.NAME):  # vidjax has written there
         remove_thumbnails(out)
         _remove_leftovers(out, set())
-        files.remove_ours(out / folder.VIDEOS, "")
-    return files.remove_ours(out, rf"\.lock|{re.escape(folder.NAME)}")
+        files.remove_ours(out / features_folder.VIDEOS, "")
+    return files.remove_ours(out, rf"\.lock|{re.escape(features_folder.NAME)}")
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
     """Removes what killed calls left; with `stems` also all videos but these."""
-    videos = out / folder.VIDEOS
+    videos = out / features_folder.VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()

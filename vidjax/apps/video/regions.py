@@ -18,9 +18,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vidjax import files
 from vidjax.data.untrusted.names import clean_identity, is_unknown, show
-from vidjax.errors import UserError
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 MOST_BYTES = 4 * files.MB  # of a packet of XMP
 END_BYTES = 2 * files.MB  # of a photo at its begin and at its end, where XMP lies

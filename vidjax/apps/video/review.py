@@ -29,16 +29,16 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from vidjax import files, messages, who
+from vidjax.apps.gallery.answers import IGNORED, number_of
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery, clips_of
+from vidjax.apps.gallery.store import Clip
+from vidjax.apps.video import features_folder, who
+from vidjax.apps.video.appearances import Appearance, clock
+from vidjax.apps.video.names_page import CLIP, Forms, time_of
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
-from vidjax.errors import Expected, UserError, closest, of_the_system
-from vidjax.extract import folder
-from vidjax.gallery.answers import IGNORED, number_of
-from vidjax.gallery.appearances import Appearance, clock
-from vidjax.gallery.changes import check_person
-from vidjax.gallery.gallery import Gallery, clips_of
-from vidjax.gallery.page import CLIP, Forms, time_of
-from vidjax.gallery.store import Clip
+from vidjax.utils import files, messages
+from vidjax.utils.errors import Expected, UserError, closest, of_the_system
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # after the last change, until the results are written
@@ -106,13 +106,13 @@ class Review:
             return None
         source = self._films[number].source
         path = source.path
-        return path if path.is_file() and folder.Source.of(path) == source else None
+        return path if path.is_file() and features_folder.Source.of(path) == source else None
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of the picture of a face; None for an address that no page has."""
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
-        inside = inside and path.parent.parent.name == folder.THUMBNAILS
+        inside = inside and path.parent.parent.name == features_folder.THUMBNAILS
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
@@ -124,7 +124,7 @@ class Review:
         self._forms = Forms(self.version)
         numbers = {one.video: number for number, one in enumerate(self._films)}
 
-        def address(one: folder.Film, seconds: float) -> str:
+        def address(one: features_folder.Film, seconds: float) -> str:
             number = numbers[one.video]
             return f"film/{number}" if one.photo else f"play/{number}?t={seconds:.1f}"
 
@@ -407,8 +407,8 @@ def run(
     padding: float = who.PADDING,
 ) -> who.Done:
     """Serves the page of a folder of results until Ctrl-C; returns what the results say then."""
-    from vidjax.serve import app as app_lib
-    from vidjax.serve.limits import Limits
+    from vidjax.apps.serve import app as app_lib
+    from vidjax.apps.serve.limits import Limits
 
     token = secrets.token_urlsafe(16)
     with files.lock(out, "out"), app_lib.listen(HOST, 0) as listener:

@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from vidjax.extract.align import GREY
+from vidjax.apps.video.align import GREY
 
 # Differences are means over pixels of grey levels, 0 to 255. Likeness is the correlation of the
 # pixels of two pictures, -1 to 1; a change of brightness or contrast leaves it as it is.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vidjax.extract.cards import BackEnd
+from vidjax.apps.video.cards import BackEnd
 
 LEAST_OVERLAP = 0.3  # intersection over union
 GAP_SECONDS = 1.0

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.extract import decode, models
-from vidjax.extract.cards import Card, Role
+from vidjax.apps.video import decode, nets
+from vidjax.apps.video.cards import Card, Role
 
 if TYPE_CHECKING:
-    from vidjax.extract.folder import Track
+    from vidjax.apps.video.features_folder import Track
 
 RATE = decode.SOUND_RATE
 STEP = 512  # samples, 32 ms, of one probability of speech
@@ -28,9 +28,9 @@ PIECE_WINDOWS = 74  # that are heard at once, 60 s
 LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square that fainter windows are raised to
 
 
-def voice_embedder(card: Card) -> models.Embedder:
+def voice_embedder(card: Card) -> nets.Embedder:
     """Returns the net that turns windows of samples [N, WINDOW], -1 to 1, into unit vectors."""
-    return models.Embedder(card, lambda windows, _: mels(raise_level(windows)))
+    return nets.Embedder(card, lambda windows, _: mels(raise_level(windows)))
 
 
 class Span(NamedTuple):
@@ -57,7 +57,7 @@ class Listener:
 
     def __init__(self, cards: Mapping[Role, Card]):
         self._hears = cards["voice_activity"]
-        self._session = models.open_session(self._hears)
+        self._session = nets.open_session(self._hears)
         self._embeds = voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
@@ -78,8 +78,8 @@ class Listener:
         found, state = np.zeros(count, np.float32), None
         for place in range(count):
             piece = padded[None, place * STEP : (place + 1) * STEP + CONTEXT]
-            inputs = models.silero_inputs(self._hears, piece, state)
-            probability, state = models.ask(self._session, self._hears, inputs).values()
+            inputs = nets.silero_inputs(self._hears, piece, state)
+            probability, state = nets.ask(self._session, self._hears, inputs).values()
             found[place] = probability[0, 0]
         return found
 

@@ -32,30 +32,30 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax import files, messages, tables
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import store
+from vidjax.apps.gallery.answers import NOBODY, Answer
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
+from vidjax.apps.video.appearances import Appearance
+from vidjax.apps.video.pipeline import Outcome
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import file_stems, normal_form, show
-from vidjax.errors import UserError
-from vidjax.extract import folder, pipeline
-from vidjax.extract.pipeline import Outcome
-from vidjax.gallery import answers as answers_lib
-from vidjax.gallery import appearances, cuts, doubts, page, store
-from vidjax.gallery.answers import NOBODY, Answer
-from vidjax.gallery.appearances import Appearance
-from vidjax.gallery.changes import check_person
-from vidjax.gallery.gallery import Gallery, Vectors
-from vidjax.run import formats
-from vidjax.run.formats import Sha256, Size, Text
-from vidjax.run.terminal import say
+from vidjax.runs import schemas
+from vidjax.runs.schemas import Sha256, Size, Text
+from vidjax.runs.terminal import say
+from vidjax.utils import files, messages, tables
+from vidjax.utils.errors import UserError
 
 STRANGER_ODDS = 3.0  # of the faces of films, three of four show nobody enrolled
 TOLD = "told"  # the evidence of a clip that was itself enrolled
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
 PADDING = 1.0  # seconds
 TABLES = ("names.tsv", "names.jsonl")
-UNKNOWN, NUMBERS = "unknown.tsv", folder.NUMBERS
+UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it: unknown people are numbered anew"
 NUMBERS_BYTES = 256 * files.MB
 
@@ -113,15 +113,15 @@ class Numbers(Struct, kw_only=True):
         if any(low >= number for number, low in self.same):
             raise ValueError("`same` leads to a number that is not lower")
 
-    def of(self, films: Iterable[folder.Film]) -> dict[str, int]:
+    def of(self, films: Iterable[features_folder.Film]) -> dict[str, int]:
         """Returns clip -> number, of films."""
         return {c: n for film in films for c, n in self.films.get(_digest(film), {}).items()}
 
-    def denied_of(self, films: Iterable[folder.Film]) -> dict[str, list[str]]:
+    def denied_of(self, films: Iterable[features_folder.Film]) -> dict[str, list[str]]:
         """Returns clip -> people whom it does not show, of films."""
         return {c: n for film in films for c, n in self.denied.get(_digest(film), {}).items()}
 
-    def clips(self, films: Iterable[folder.Film]) -> set[str]:
+    def clips(self, films: Iterable[features_folder.Film]) -> set[str]:
         """Returns all clips of those films that are here."""
         return {one.clip for film in films if _digest(film) in self.films for one in film.tracks}
 
@@ -143,7 +143,9 @@ class Numbers(Struct, kw_only=True):
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
-    def deny(self, films: Iterable[folder.Film], clips: Collection[str], name: str) -> "Numbers":
+    def deny(
+        self, films: Iterable[features_folder.Film], clips: Collection[str], name: str
+    ) -> "Numbers":
         """Returns these numbers, where clips of films do not show a person."""
         denied = {**self.denied}
         for film in films:
@@ -154,7 +156,7 @@ class Numbers(Struct, kw_only=True):
                 denied[_digest(film)] = own
         return msgspec.structs.replace(self, denied=denied)
 
-    def only(self, films: Iterable[folder.Film], people: Collection[str]) -> "Numbers":
+    def only(self, films: Iterable[features_folder.Film], people: Collection[str]) -> "Numbers":
         """Returns what is known of films and people, without all others."""
         kept = sorted({_digest(film) for film in films} & self.films.keys())
         denied = {
@@ -168,7 +170,9 @@ class Numbers(Struct, kw_only=True):
         films_kept = {digest: self.films[digest] for digest in kept}
         return Numbers(films=films_kept, denied=denied, same=self.same)
 
-    def updated(self, films: Iterable[folder.Film], groups: Mapping[str, str]) -> "Numbers":
+    def updated(
+        self, films: Iterable[features_folder.Film], groups: Mapping[str, str]
+    ) -> "Numbers":
         """Returns these numbers, and those of groups, clip -> `unknown N`, of clips of films."""
         found = {**self.films}
         for film in films:
@@ -190,7 +194,7 @@ class Decision(NamedTuple):
       found: the appearances, in order of time.
     """
 
-    films: Sequence[folder.Film]
+    films: Sequence[features_folder.Film]
     vectors: Vectors | None
     votes: dict[str, str]
     answers: dict[str, Answer]
@@ -198,14 +202,14 @@ class Decision(NamedTuple):
     found: list[Appearance]
 
 
-def _digest(film: folder.Film) -> str:
+def _digest(film: features_folder.Film) -> str:
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
     return files.sha256_json([film.sha256, tracks])
 
 
-def read_films(out: Path) -> list[folder.Film]:
+def read_films(out: Path) -> list[features_folder.Film]:
     """Returns all films of a folder of results."""
-    return folder.read_films(out / FEATURES)
+    return features_folder.read_films(out / FEATURES)
 
 
 def read_numbers(out: Path) -> Numbers:
@@ -213,7 +217,7 @@ def read_numbers(out: Path) -> Numbers:
     path = out / NUMBERS
     if not files.exists(path):
         return Numbers(films={})
-    return formats.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
+    return schemas.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
 def who(
@@ -221,7 +225,7 @@ def who(
     people: Path | None,
     out: Path,
     models: Path,
-    settings: folder.Settings | None = None,
+    settings: features_folder.Settings | None = None,
     *,
     workers: int = 1,
     thumbnails: bool | None = None,
@@ -267,7 +271,7 @@ def who(
         files.refuse_links(out)
         gallery = _gallery(out, models)
         if thumbnails is None:
-            thumbnails = files.exists(out / FEATURES / folder.THUMBNAILS)
+            thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
         how = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
@@ -362,7 +366,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     if not names:
         return
     # A film that was replaced in a call that was cut off has other clips of the same names.
-    there = read_numbers(out).clips(folder.read_films(features))
+    there = read_numbers(out).clips(features_folder.read_films(features))
     known = {clip: name for clip, name in names.items() if clip in there}
     if len(known) < len(names):
         away = show(min(names.keys() - there))
@@ -488,10 +492,10 @@ def _judge(name: str, outcome: Outcome) -> tuple[set[str], dict[str, str]]:
         for track in film.tracks:
             if track.name:
                 clips[track.clip] = track.name
-                problem = folder.judge_face(track)
+                problem = features_folder.judge_face(track)
                 problems += [f"{show(track.name)}: {problem}"] if problem else []
     elif film:
-        clip, problem = folder.judge_photo(film)
+        clip, problem = features_folder.judge_photo(film)
         clips, problems = {clip: name} if clip else {}, [film.bad_tags, problem]
     for problem in filter(None, problems):
         say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
@@ -627,7 +631,10 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    paths, reads = sorted({folder.features(features, clip) for clip in clips}), gallery.reads[0]
+    paths, reads = (
+        sorted({features_folder.features(features, clip) for clip in clips}),
+        gallery.reads[0],
+    )
     known = (
         clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
         for clip in read_clips(paths) if clip.name in clips
@@ -638,7 +645,7 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 def decide(
     gallery: Gallery,
     out: Path,
-    films: Sequence[folder.Film],
+    films: Sequence[features_folder.Film],
     before: Numbers,
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
@@ -731,7 +738,7 @@ def write(out: Path, gallery: Gallery, decision: Decision, padding: float = PADD
         for film in decision.films
     }
 
-    def address(film: folder.Film, seconds: float) -> str:
+    def address(film: features_folder.Film, seconds: float) -> str:
         return places[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
 
     files.write_text(out / PAGE, render_page(out, gallery, decision, address))
@@ -742,24 +749,26 @@ def render_page(
     out: Path,
     gallery: Gallery,
     decision: Decision,
-    address: Callable[[folder.Film, float], str],
-    forms: page.Forms | None = None,
+    address: Callable[[features_folder.Film, float], str],
+    forms: names_page.Forms | None = None,
 ) -> str:
     """Returns the page of a decision; `address` and `forms` are those of `page.render`."""
-    people = {name: list[page.Picture]() for name in gallery.identities}
+    people = {name: list[names_page.Picture]() for name in gallery.identities}
     for clip, shown in sorted(gallery.clips.items()):
         if (photo := Photo.of(clip)) and shown.identity in people:
             picture = _picture(out, out / PEOPLE / photo.folder, photo.clip)
             people[shown.identity] += [(picture, shown.identity)] if picture else []
-    shows = (out / FEATURES / folder.THUMBNAILS).exists()
+    shows = (out / FEATURES / features_folder.THUMBNAILS).exists()
     of_clip = functools.partial(_picture, out, out / FEATURES) if shows else lambda clip: ""
     films = sorted(decision.films, key=lambda film: film.video.casefold())
-    return page.render(decision.found, films, people, of_clip, decision.answers, address, forms)
+    return names_page.render(
+        decision.found, films, people, of_clip, decision.answers, address, forms
+    )
 
 
 def _picture(out: Path, features: Path, clip: str) -> str:
     """Returns the address of the picture of a clip, from the page on; empty without."""
-    path = folder.thumbnail(features, clip)
+    path = features_folder.thumbnail(features, clip)
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 
 

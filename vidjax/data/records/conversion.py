@@ -16,17 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import files, messages
 from vidjax.data.cache import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import (
-    FRAME_FIELDS,
-    STORED,
-    NonFinite,
-    RecordSource,
-)
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, RecordSource
 from vidjax.data.packing import StagedSplit, stage
 from vidjax.data.records import shard_files
+from vidjax.data.records.data_report import format_report, label_records, report_split
 from vidjax.data.records.manifest import (
     NAME,
     VERSION,
@@ -36,9 +31,9 @@ from vidjax.data.records.manifest import (
     remove,
     write_manifest,
 )
-from vidjax.data.records.report import format_report, label_records, report_split
-from vidjax.errors import UserError, check_choice
-from vidjax.machine import most_files, num_cores
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError, check_choice
+from vidjax.utils.machine import most_files, num_cores
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20

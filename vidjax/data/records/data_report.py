@@ -13,8 +13,8 @@ from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packing import StagedSplit
 from vidjax.data.records.manifest import Records
-from vidjax.errors import warn
-from vidjax.files import sha256_json
+from vidjax.utils.errors import warn
+from vidjax.utils.files import sha256_json
 
 HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.batch import Batch, Packed
+from vidjax.core.batch import Batch, Packed
 from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import Origin
 from vidjax.data.labels import Truth
+from vidjax.data.records.data_report import digest_data, label_records
 from vidjax.data.records.manifest import Records, SplitRecords
-from vidjax.data.records.reader import Reader, eval_batches
-from vidjax.data.records.report import digest_data, label_records
-from vidjax.errors import UserError, need, warn
+from vidjax.data.records.record_reader import Reader, eval_batches
+from vidjax.utils.errors import UserError, need, warn
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax import files
 from vidjax.data.clips import Modality
 from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
-from vidjax.errors import UserError
-from vidjax.files import sha256_file, sha256_opened
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.files import sha256_file, sha256_opened
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.3.0"

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vidjax import files
-from vidjax.batch import BATCHED, Batch
+from vidjax.core.batch import BATCHED, Batch
 from vidjax.data.clips import EvalPlan, batch_of, blocks_of, pad
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
@@ -25,7 +24,8 @@ from vidjax.data.records.shard_files import (
     layout,
     varint_size,
 )
-from vidjax.errors import UserError
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 
 class Reader:

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
-from vidjax import files
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.errors import UserError
-from vidjax.files import sha256_file, sha256_opened
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.files import sha256_file, sha256_opened
 
 FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
 # Tags of message fields: (number of the field << 3) + 2, where 2 stands for a length and bytes.

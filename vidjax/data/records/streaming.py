@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from vidjax.batch import BATCHED, Array, Batch, Frames
+from vidjax.core.batch import BATCHED, Array, Batch, Frames
 from vidjax.data import order
 from vidjax.data.clips import BatchPlan, Modality
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
-from vidjax.data.records.reader import Reader
+from vidjax.data.records.record_reader import Reader
 from vidjax.data.records.shard_files import check_shard, frame_bytes
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 # TensorFlow reads both variables when it is imported. oneDNN would announce itself on stderr.
 # Errors arrive as exceptions, not in the log.

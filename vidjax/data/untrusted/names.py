@@ -8,7 +8,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterable
 
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 # Control characters, line and paragraph separators: they would break the lines of a file.
 _BREAKS = ("Cc", "Zl", "Zp")

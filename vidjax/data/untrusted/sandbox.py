@@ -27,7 +27,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClip
 from vidjax.data.packing import PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, load
-from vidjax.errors import DiskError, NoFileError, UserError, named
+from vidjax.utils.errors import DiskError, NoFileError, UserError, named
 
 MB = 1 << 20
 # Honest files load at tens of MB per CPU second, so a machine may be 30 times slower.

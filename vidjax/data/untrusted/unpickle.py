@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vidjax.data.untrusted.names import show
-from vidjax.errors import UserError
+from vidjax.utils.errors import UserError
 
 _STRUCT_CODES = {
     "f2": "e", "f4": "f", "f8": "d", "b1": "?",

@@ -13,20 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config as config_lib
-from vidjax import devices, distributed, ensemble, ranking
-from vidjax.analysis import measures
-from vidjax.analysis.measures import Arrays, ScoredSplit, Values
-from vidjax.config import Config
+from vidjax.core import devices, distributed, ensemble
 from vidjax.data.clips import TrainingData
-from vidjax.errors import warn
 from vidjax.evaluation import eval_step as eval_step_lib
+from vidjax.evaluation import ranking
+from vidjax.evaluation.analysis import measures
+from vidjax.evaluation.analysis.measures import Arrays, ScoredSplit, Values
 from vidjax.evaluation.restore import FoundRun, make_model
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, positives_in, score, windows
-from vidjax.run import results
-from vidjax.run.folder import ResultPaths, RunFolder
-from vidjax.run.signals import Interrupted
-from vidjax.significance import FEWEST_IDENTITIES
+from vidjax.evaluation.significance import FEWEST_IDENTITIES
+from vidjax.runs import config as config_lib
+from vidjax.runs import results
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import ResultPaths, RunFolder
+from vidjax.runs.signals import Interrupted
+from vidjax.utils.errors import warn
 
 
 def analyse(
@@ -120,7 +121,7 @@ def import_report(*, wanted: bool) -> None:
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # which `write_results` tells of
-            from vidjax.report import run_page as run_page
+            from vidjax.evaluation.report import run_page  # noqa: F401
 
     if wanted:
         threading.Thread(target=load, daemon=True).start()
@@ -171,7 +172,7 @@ def write_results(
 def write_report(folder: RunFolder) -> None:
     """Writes the report of a run; warns if a fault prevents it."""
     # Not at the top: not every run writes a report.
-    from vidjax.report import run_page
+    from vidjax.evaluation.report import run_page
 
     with warning_of_faults(folder.path):
         run_page.write(folder)

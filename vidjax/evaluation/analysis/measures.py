@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import metrics
+from vidjax.core import metrics
+from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import Split
 from vidjax.evaluation.scoring import TrainedModel
+from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.evaluation.topk import TopK
-from vidjax.metrics import ClipScores
-from vidjax.significance import FEWEST_IDENTITIES, map_interval
 
 MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
 DRAWS = 1000  # of the interval of a group, which has one from FEWEST_IDENTITIES on

@@ -13,13 +13,15 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from vidjax import files, metrics, significance
+from vidjax.core import metrics
 from vidjax.data import sources
-from vidjax.errors import UserError
-from vidjax.report import html
-from vidjax.run import formats
-from vidjax.run import results as results_lib
-from vidjax.run.folder import IDENTITIES, RunFolder
+from vidjax.evaluation import significance
+from vidjax.evaluation.report import html
+from vidjax.runs import results as results_lib
+from vidjax.runs import schemas
+from vidjax.runs.run_folder import IDENTITIES, RunFolder
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
 
 Rows = list[tuple[object, ...]]
 
@@ -64,9 +66,9 @@ class RunFiles(NamedTuple):
     other_metrics: dict[str, dict[str, Any]]
     split: str
     analysed: tuple[str, ...]
-    metrics: formats.Metrics
+    metrics: schemas.Metrics
     values: Mapping[str, Any]
-    analysis: formats.Analysis
+    analysis: schemas.Analysis
     arrays: Mapping[str, np.ndarray]
 
     def identity(self, column: int) -> str:
@@ -333,7 +335,7 @@ def _worst_identities(run: RunFiles) -> Markup:
 
 def mistakes(run: RunFiles) -> Markup | None:
     """Returns the mistakes with the highest scores."""
-    wrong = run.analysis.wrong_clips or formats.WrongClips()
+    wrong = run.analysis.wrong_clips or schemas.WrongClips()
     alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
     others = [
         (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
@@ -353,7 +355,7 @@ def strata(run: RunFiles) -> Markup | None:
     if "ap" not in run.arrays:
         return None
 
-    def interval(row: formats.Stratum) -> Markup:
+    def interval(row: schemas.Stratum) -> Markup:
         if row.low is None or row.high is None:
             return html.Number("too few")
         return html.between(row.low, row.high, 3)
@@ -394,7 +396,7 @@ def open_set(run: RunFiles) -> Markup | None:
     return Markup().join(parts)
 
 
-def _thresholds(run: RunFiles, found: formats.OpenSet) -> Markup:
+def _thresholds(run: RunFiles, found: schemas.OpenSet) -> Markup:
     share = functools.partial(html.number, percent=True)
     rows, notes = [], []
     words = "{} distractors cannot show a rate of {}, which takes {} or more: it has no threshold."
@@ -540,7 +542,7 @@ def load(folder: RunFolder, other: str | None = None) -> RunFiles:
     """Reads the files of a run, with the results of its own split, or of the split `other`."""
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
-    analysis, arrays = folder.analysis(paths) or (formats.Analysis(), {})
+    analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})
     return RunFiles(
         folder=folder.path,
         config=config.to_dict(),
@@ -551,7 +553,7 @@ def load(folder: RunFolder, other: str | None = None) -> RunFiles:
         analysed=tuple(
             split for split in others if files.exists(folder.paths(split, apart=True).analysis)
         ),
-        metrics=formats.parse(paths.metrics, values, formats.Metrics, results_lib.REMEDY),
+        metrics=schemas.parse(paths.metrics, values, schemas.Metrics, results_lib.REMEDY),
         values=values,
         analysis=analysis,
         arrays=arrays,

@@ -2,8 +2,8 @@
 
 from os.path import lexists as exists
 
-from vidjax.files.locks import foreign_part, lock
-from vidjax.files.reading import (
+from vidjax.utils.files.locks import foreign_part, lock
+from vidjax.utils.files.reading import (
     ARCHIVE_BYTES,
     CONFIG_BYTES,
     INTEGER_LIMIT,
@@ -35,7 +35,7 @@ from vidjax.files.reading import (
     sha256_opened,
     walk,
 )
-from vidjax.files.writing import (
+from vidjax.utils.files.writing import (
     append,
     atomic_file,
     atomic_folder,

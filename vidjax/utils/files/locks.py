@@ -10,8 +10,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from vidjax.errors import InUseError, UserError
-from vidjax.files.reading import open_regular
+from vidjax.utils.errors import InUseError, UserError
+from vidjax.utils.files.reading import open_regular
 
 LOCK_BYTES = 1000  # the longest text of a `.lock`
 

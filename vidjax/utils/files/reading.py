@@ -19,7 +19,7 @@ from typing import IO, TypeVar, cast
 
 import numpy as np
 
-from vidjax.errors import UserError, named
+from vidjax.utils.errors import UserError, named
 
 T = TypeVar("T")
 

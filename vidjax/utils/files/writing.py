@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vidjax.errors import DiskError, UserError
-from vidjax.files.reading import open_regular, read_json, sha256_json
+from vidjax.utils.errors import DiskError, UserError
+from vidjax.utils.files.reading import open_regular, read_json, sha256_json
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:

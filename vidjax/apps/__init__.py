@@ -1,0 +1,1 @@
+"""Applications: galleries, names for films, a server, exports, tables of clips, deletion."""

@@ -1,0 +1,1 @@
+"""Mathematics on arrays: batches, fusion, losses, optimisers, metrics, members, devices."""

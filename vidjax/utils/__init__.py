@@ -1,0 +1,1 @@
+"""What every folder uses: errors, files, tables, messages, and the machine."""
