@@ -139,7 +139,9 @@ def test_every_readme_is_tested_and_linked_from_the_first():
 def test_a_system_of_ones_own(official_dir, vidjax_command, python, tmp_path):
     assert not (ROOT / "configs" / "mine.py").exists()
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "mine.py").write_text(example("example: configs/mine.py"))
+    (tmp_path / "configs" / "mine.py").write_text(
+        example("example: configs/mine.py", "configs/README.md")
+    )
 
     def command(*words, workdir=tmp_path / "run"):
         done = vidjax_command(*words, f"--workdir={workdir}", cwd=tmp_path)
@@ -147,7 +149,9 @@ def test_a_system_of_ones_own(official_dir, vidjax_command, python, tmp_path):
         return json.loads((workdir / "metrics.json").read_text())
 
     (words,) = [words for words in commands() if "--config=configs/mine.py" in words]
-    reached = re.search(r"reaches a MAP@100 of (0\.\d+) on the synthetic", README.read_text())
+    reached = re.search(
+        r"reaches a MAP@100 of (0\.\d+) on the synthetic", PAGES["configs/README.md"].read_text()
+    )
     assert reached
     results = command(*words[2:], "--config.eval.report=False", workdir=tmp_path / "synthetic")
     assert results["map"] == pytest.approx(float(reached[1]), abs=0.02)
@@ -440,7 +444,7 @@ def test_the_first_command_gives_what_the_first_readme_says(vidjax_command, tmp_
     score = re.search(r"MAP@100 \(.*?\) of ([\d.]+); .*? differ by up to ([\d.]+)\.", said)
     report = re.search(r"Its report is `([^`]+)/([^`]+)`", said)
     assert score and report
-    words = shlex.split(example("ci: first").partition("&&")[2])
+    words = shlex.split(example("ci: first").rpartition("&&")[2])
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     done = vidjax_command(*words[3:], module=words[2], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
