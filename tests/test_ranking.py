@@ -69,7 +69,7 @@ def test_main_prints_the_score_last(files, command):
         code, out, err = command("score", *words)
         assert (code, err) == (0, "")
         assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
-        assert "2 of them ranked, 1 missing, 0 others ignored" in out
+        assert "2 of them ranked, 1 missing, 0 unknown identities ignored" in out
 
 
 # (submission, score against "1 a.mp4", what the warning names)

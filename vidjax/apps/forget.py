@@ -3,7 +3,6 @@
 It deletes what vidjax may delete. It is no command of the gallery: runs and caches hold names, too.
 """
 
-import argparse
 import contextlib
 import html
 import io
@@ -22,30 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidjax.data import cache
-from vidjax.data.untrusted.names import escape, fold, normal_form, show, unescape
-from vidjax.utils import files, messages
+from vidjax.data.untrusted.names import escape, fold, normal_form, unescape
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 
-HELP = """\
-Finds people and clips in galleries, caches, runs, results of `vidjax who`, and
-in the names and contents of all other files.
-
-A PLACE is a folder that is searched with all folders in it. The default is
-the current folder and the cache. Without --delete, nothing is changed. With
---delete, clips are deleted from galleries, whose back ends are fitted again,
-and conversions that hold such a clip are deleted from the cache: the next run
-converts the files that are left. Runs are only listed: their weights remember
-their training clips. Other files are only listed: they are yours. Compressed
-files are not searched: the last lines are commands that search them. In lists
-of names, whole names are compared.
-
-The exit code is 0 if nothing is left. It is 1 while a place is left, or could
-not be searched.
-"""
 INDEX_BYTES = 512 * files.MB  # of the names of a conversion, or of the training clips of a run
 MOST_LINES = 10_000_000  # names in it
 TABLE_BYTES = 64 * files.MB
-MOST_SHOWN = 20  # names in the commands that are printed, and places of a kind
 MOST_COMPARED = 20_000  # names that a misspelt one is compared with: takes a second
 MOST_FILES = 1000  # that one process of grep searches
 WIDE_BYTES = 64 * files.MB  # of the largest file that is searched for UTF-16 and others
@@ -436,55 +418,3 @@ def commands(names: Iterable[str], found: Iterable[Found], places: Iterable[Path
             words += ["-exec", "sh", "-c", search, "{}", ";"]
             lines.append(f"{spelled} {shlex.join(words)}")
     return lines
-
-
-def add_flags(parser: messages.Parser) -> None:
-    """Adds the flags of `vidjax forget`."""
-    parser.description = HELP
-    parser.add_argument("places", nargs="*", metavar="PLACE", type=Path, help="a folder")
-    for flag in ("identity", "clip"):
-        parser.add_argument(
-            f"--{flag}", metavar="NAME", action="append", default=[], help="may be repeated"
-        )
-    parser.add_argument("--delete", action="store_true", help="delete what vidjax may")
-    parser.command(_run, "--identity=Ada", "--identity=Ada --delete")
-
-
-def _run(args: argparse.Namespace) -> messages.Result:
-    if not args.identity and not args.clip:
-        raise UserError("name somebody: --identity=NAME, or --clip=NAME")
-    cached = files.cache_root()
-    places = args.places or [Path(), *([cached] if cached.exists() else [])]
-    found, names, similar = forget(args.identity, args.clip, places, delete=args.delete)
-    left, unread = (sum(one.left for one in found), sum(one.kind == "unread" for one in found))
-    roots = [place.expanduser().absolute() for place in places]
-    content = {
-        "places": [one._asdict() | {"path": str(one.path)} for one in found],
-        "left": left,
-        "unread": unread,
-        "deleted": len(found) - left - unread,
-        "similar": similar,
-        "commands": commands(names, found, roots),
-    }
-    lines: list[str] = []
-    for kind, some in itertools.groupby(found, lambda one: one.kind):
-        own = [*some]
-        lines += [
-            f"  {kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}"
-            for one in own[:MOST_SHOWN]
-        ]
-        if len(own) > MOST_SHOWN:
-            lines.append(f"  {kind:8} and {len(own) - MOST_SHOWN:,} more; --json has all")
-    asked = {*map(normal_form, (*args.identity, *args.clip))}
-    shown = sorted(names, key=lambda name: (name not in asked, name))[:MOST_SHOWN]
-    if printed := commands(shown, found, roots):
-        more = f" (by {MOST_SHOWN} of {len(names):,} names; --json has all)"
-        lines.append(f"to search what is compressed{more if len(names) > MOST_SHOWN else ''}:")
-        lines += [f"  {command}" for command in printed]
-    lines += [
-        f"'{show(other)}' is not '{show(name)}', and looks or is spelled like it: it stays"
-        for name, other in similar.items()
-    ]
-    done = f", {content['deleted']:,} of them deleted" if args.delete else ""
-    rows = {"places": f"{len(found) - unread:,}{done}", "not read": f"{unread:,}"}
-    return messages.Result(content, rows, "\n".join(lines), code=int(left + unread > 0))

@@ -195,47 +195,28 @@ def _command_first(words: Sequence[str]) -> list[str]:
 
 
 def load(name: str) -> Callable[[Parser], None]:
-    """Returns the function that adds the flags of a command; others of its kind are imported."""
-    match name:
-        case "gallery":
-            from vidjax.cli import gallery_commands
+    """Returns the function that adds the flags of a command.
 
-            return gallery_commands.add_flags
-        case "extract":
-            from vidjax.cli import extract_command
-
-            return extract_command.add_extract_flags
-        case "convert":
-            from vidjax.apps.video import net_packages
-
-            return net_packages.add_flags
-        case "who":
-            from vidjax.cli import who_command
-
-            return who_command.add_flags
-        case "score":
-            from vidjax.evaluation import ranking
-
-            return ranking.add_flags
-        case "forget":
-            from vidjax.apps import forget
-
-            return forget.add_flags
-        case "export" | "import":
-            from vidjax.cli import export_commands
-
-            export = name == "export"
-            return export_commands.add_export_flags if export else export_commands.add_import_flags
+    The modules of the commands are imported here, so that `vidjax --version` imports none of them.
+    None of them imports JAX or TensorFlow before the command runs.
+    """
     from vidjax.cli import (
         check_command,
         compare_command,
         config_command,
+        convert_command,
+        export_commands,
+        extract_command,
+        forget_command,
+        gallery_commands,
         rank_command,
         run_commands,
+        score_command,
         serve_command,
+        who_command,
     )
 
-    of_runs = {
+    return {
         "train": run_commands.add_train_flags,
         "evaluate": run_commands.add_evaluate_flags,
         "rank": rank_command.add_flags,
@@ -244,9 +225,16 @@ def load(name: str) -> Callable[[Parser], None]:
         "report": run_commands.add_report_flags,
         "check": check_command.add_flags,
         "config": config_command.add_flags,
+        "score": score_command.add_flags,
+        "gallery": gallery_commands.add_flags,
+        "extract": extract_command.add_extract_flags,
+        "convert": convert_command.add_flags,
+        "who": who_command.add_flags,
         "serve": serve_command.add_flags,
-    }
-    return of_runs[name]
+        "export": export_commands.add_export_flags,
+        "import": export_commands.add_import_flags,
+        "forget": forget_command.add_flags,
+    }[name]
 
 
 def _hint(flag: str, args: argparse.Namespace) -> str | None:

@@ -1,11 +1,10 @@
 """Writes, reads and scores the submission file, which lists the best 100 clips of each identity.
 
-`vidjax score GT RANKING` scores one. White space separates names in the official
+White space separates names in the official
 format. So white space within a name is written as in a URL, `First%20Last`, and so is a `%` before
 two hexadecimal digits. No other character is escaped.
 """
 
-import argparse
 import codecs
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from vidjax.core import metrics
 from vidjax.data.untrusted.names import check_name, escape, normal_form
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
-from vidjax.utils import files, messages
+from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 
@@ -225,49 +224,3 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 def _is_text(line: str) -> bool:
     """Returns True if the line was valid UTF-8 in the file."""
     return not any("\udc80" <= character <= "\udcff" for character in line)
-
-
-def add_flags(parser: messages.Parser) -> None:
-    """Adds the flags of `vidjax score`."""
-    about = "lines 'NAME.mp4 ID', or 'ID NAME.mp4 ...'"
-    parser.add_argument("gt", metavar="GT", type=Path, help=about)
-    about = "lines 'ID NAME.mp4 NAME.mp4 ...'"
-    parser.add_argument("ranking", metavar="RANKING", type=Path, help=about)
-    about = "refuses a submission with faults"
-    parser.add_argument("--strict", action="store_true", help=about)
-    parser.command(_score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
-
-
-def _score_files(args: argparse.Namespace) -> messages.Result:
-    """Prints the score on the last line. Faults are warnings; with `--strict` they are errors."""
-    positives = read_ground_truth(args.gt)
-    submission = read_submission(args.ranking, identities=positives)
-    for complaint in submission.complaints():
-        messages.complain(f"{'error' if args.strict else 'warning'}: {complaint}")
-    if args.strict and submission.faults:
-        return messages.Result({"faults": submission.complaints()}, code=2)
-    _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
-    common = len(positives.keys() & submission.ranking.keys())
-    value = score(positives, submission.ranking)
-    text = (
-        f"{args.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
-        f"{args.ranking}: {common} of them ranked, {len(positives) - common} missing, "
-        f"{len(submission.ranking) - common} others ignored\n"
-        f"MAP@{MAX_NAMES}\n{value:.17g}"
-    )
-    return messages.Result({"map": value, "faults": submission.complaints()}, text=text)
-
-
-def _warn_if_nothing_matches(
-    path: Path, positives: dict[str, list[str]], ranking: dict[str, list[str]]
-) -> None:
-    """Warns on stderr when the score is 0 because the files share no identity or no clip name."""
-    if positives.keys().isdisjoint(ranking):
-        messages.complain(f"warning: {path}: no identity of the ground truth is ranked")
-    wanted = {clip for clips in positives.values() for clip in clips}
-    given = {name for names in ranking.values() for name in names}
-    if wanted.isdisjoint(given):
-        messages.complain(
-            f"warning: {path}: no clip of the ground truth is ranked; suffix? "
-            f"{min(wanted)!r} is in the one, {min(given, default='nothing')!r} in the other"
-        )

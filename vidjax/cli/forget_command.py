@@ -1,0 +1,89 @@
+"""`vidjax forget`: lists every place that holds a name, and deletes what vidjax may delete."""
+
+import argparse
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vidjax.apps.forget import Found, commands, forget
+from vidjax.data.untrusted.names import normal_form, show
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
+
+HELP = """\
+Lists the places that hold the names of people or clips: galleries, caches, runs,
+results of `vidjax who`, and the names and contents of all other files.
+
+A PLACE is a folder. It is searched with all folders below it. The default is
+the current folder and the cache. Without --delete, nothing is changed.
+
+With --delete, clips are deleted from galleries, and the back ends of these
+galleries are fitted again. Conversions that contain a clip are deleted from the
+cache: the next run converts the remaining files again.
+
+Runs are only listed, because their weights remember the training clips. Other
+files are only listed, because they are yours. Compressed files are not
+searched: the last lines are commands that search them. In lists of names, only
+whole names match.
+
+The exit code is 0 if no place is left. It is 1 if a place still holds a name, or
+could not be searched.
+"""
+MAX_PRINTED_NAMES = MAX_PRINTED_PLACES = 20  # names in a printed command, and places of a kind
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax forget`."""
+    parser.description = HELP
+    parser.add_argument("places", nargs="*", metavar="PLACE", type=Path, help="a folder")
+    for flag in ("identity", "clip"):
+        parser.add_argument(
+            f"--{flag}", metavar="NAME", action="append", default=[], help="may be repeated"
+        )
+    parser.add_argument("--delete", action="store_true", help="deletes what vidjax may delete")
+    parser.command(forget_names, "--identity=Ada", "--identity=Ada --delete")
+
+
+def forget_names(args: argparse.Namespace) -> Result:
+    """Lists the places that hold a name. The exit code is 1 if a place is left."""
+    if not args.identity and not args.clip:
+        raise UserError("which person, which clip? add --identity=NAME or --clip=NAME")
+    cache = files.cache_root()
+    roots = args.places or [Path(), *([cache] if cache.exists() else [])]
+    places, names, similar = forget(args.identity, args.clip, roots, delete=args.delete)
+    roots = [root.expanduser().absolute() for root in roots]
+    left = sum(place.left for place in places)
+    unread = sum(place.kind == "unread" for place in places)
+    content = {
+        "places": [place._asdict() | {"path": str(place.path)} for place in places],
+        "left": left,
+        "unread": unread,
+        "deleted": len(places) - left - unread,
+        "similar": similar,
+        "commands": commands(names, places, roots),
+    }
+    given = {*map(normal_form, (*args.identity, *args.clip))}
+    lines = [*_describe_places(places)]
+    printed = sorted(names, key=lambda name: (name not in given, name))[:MAX_PRINTED_NAMES]
+    if searches := commands(printed, places, roots):
+        note = f" (by {MAX_PRINTED_NAMES} of {len(names):,} names; --json has all)"
+        lines.append(f"to search compressed files{note if len(names) > MAX_PRINTED_NAMES else ''}:")
+        lines += [f"  {search}" for search in searches]
+    lines += [
+        f"'{show(other)}' is not '{show(name)}', but looks similar: it stays"
+        for name, other in similar.items()
+    ]
+    deleted = f", {content['deleted']:,} of them deleted" if args.delete else ""
+    rows = {"places": f"{len(places) - unread:,}{deleted}", "not read": f"{unread:,}"}
+    return Result(content, rows, "\n".join(lines), code=int(left + unread > 0))
+
+
+def _describe_places(places: Iterable[Found]) -> Iterator[str]:
+    """Yields lines with path, content and remedy of each place."""
+    for kind, group in itertools.groupby(places, lambda place: place.kind):
+        group = [*group]
+        for place in group[:MAX_PRINTED_PLACES]:
+            yield f"  {kind:8} {show(str(place.path))}: {place.about}\n           {place.remedy}"
+        if len(group) > MAX_PRINTED_PLACES:
+            yield f"  {kind:8} and {len(group) - MAX_PRINTED_PLACES:,} more; --json has all"

@@ -1,0 +1,57 @@
+"""`vidjax score`: prints the MAP@100 of a submission file."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vidjax.utils import messages
+from vidjax.utils.messages import Parser, Result
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax score`."""
+    about = "lines 'NAME.mp4 ID', or 'ID NAME.mp4 ...'"
+    parser.add_argument("gt", metavar="GT", type=Path, help=about)
+    about = "lines 'ID NAME.mp4 NAME.mp4 ...'"
+    parser.add_argument("ranking", metavar="RANKING", type=Path, help=about)
+    about = "refuses a submission with faults"
+    parser.add_argument("--strict", action="store_true", help=about)
+    parser.command(score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
+
+
+def score_files(args: argparse.Namespace) -> Result:
+    """Prints the score on the last line. Faults are warnings; with `--strict` they are errors."""
+    from vidjax.evaluation import ranking
+
+    positives = ranking.read_ground_truth(args.gt)
+    submission = ranking.read_submission(args.ranking, identities=positives)
+    for complaint in submission.complaints():
+        messages.complain(f"{'error' if args.strict else 'warning'}: {complaint}")
+    if args.strict and submission.faults:
+        return Result({"faults": submission.complaints()}, code=2)
+    _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
+    common = len(positives.keys() & submission.ranking.keys())
+    value = ranking.score(positives, submission.ranking)
+    text = (
+        f"{args.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
+        f"{args.ranking}: {common} of them ranked, {len(positives) - common} missing, "
+        f"{len(submission.ranking) - common} unknown identities ignored\n"
+        f"MAP@{ranking.MAX_NAMES}\n{value:.17g}"
+    )
+    return Result({"map": value, "faults": submission.complaints()}, text=text)
+
+
+def _warn_if_nothing_matches(
+    path: Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
+) -> None:
+    """Warns on stderr if the score is 0 because the files share no identity or no clip name."""
+    if positives.keys().isdisjoint(ranking):
+        messages.complain(f"warning: {path}: no identity of the ground truth is ranked")
+    true_clips = {clip for clips in positives.values() for clip in clips}
+    ranked_clips = {clip for clips in ranking.values() for clip in clips}
+    if true_clips.isdisjoint(ranked_clips):
+        messages.complain(
+            f"warning: {path}: no clip of the ground truth is ranked: do the suffixes differ? "
+            f"the ground truth has {min(true_clips)!r}, the submission "
+            f"{min(ranked_clips, default='no clip')!r}"
+        )
