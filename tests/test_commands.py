@@ -56,21 +56,6 @@ def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
-def test_a_fault_of_a_command_would_be_seen():
-    case = commands.Case("--lr", "learning_rate")
-    good = commands.Outcome(2, 0.1, "", "vidjax: learning_rate\n")
-    assert commands.faults(case, good) == []
-    for fault, changed in {
-        "exit code 1": good._replace(code=1),
-        "without": good._replace(errors="vidjax: wrong\n"),
-        "4 lines": good._replace(errors="learning_rate\n" * 4),
-        "longer": good._replace(seconds=9.0),
-        "traceback": good._replace(errors="Traceback learning_rate"),
-    }.items():
-        (found,) = commands.faults(case, changed)
-        assert fault in found
-
-
 def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
     program = (
         "import sys\nfrom vidjax.cli.program import main\n"
@@ -91,7 +76,7 @@ def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
 @pytest.mark.slow
 def test_a_user_s_day(tmp_path):
     commands.prepare(tmp_path)
-    chosen = [*commands.FIELDS[2::16], *commands.FILES[::4], *commands.WORKS]
+    chosen = [*commands.FIELDS[2::16], *commands.FILES, *commands.WORKS]
     for case in chosen:
         outcome = commands.run(tmp_path, case._replace(seconds=60))
         found = commands.faults(case, outcome._replace(seconds=0))

@@ -1,44 +1,18 @@
 """The table of the publications' statements names what exists."""
 
 import ast
-import collections
 import functools
 import re
 from pathlib import Path
 
-from tests.benchmarks import common, scores
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "configs" / "fidelity.md"
-# Letter of the numbers of statements -> publication.
-PUBLICATIONS = {
-    "R": "Residual Dense Net",
-    "Q": "Quality fusion",
-    "M": "The iQIYI-VID paper",
-    "D": "DeepMEF",
-    "N": "Noise classes",
-}
 ANSWERS = ("exact", "differs", "open", "not possible")
 MODALITIES = ("face", "head", "body", "audio", "scene", "title")
 MODES = ("train", "evaluate", "rank", "compare", "report", "check", "config")
-
-
-def counts():
-    """Returns the table of the answers: the fourth cell of a row, up to its reason."""
-    rows = re.findall(r"^\| ([A-Z])\d+ \| (.*) \|$", PAGE.read_text(), re.M)
-    answers = collections.Counter(
-        (letter, cells.split(" | ")[2].partition(": ")[0]) for letter, cells in rows
-    )
-    found = {
-        f"[{name}](#{name.lower().replace(' ', '-')})": [answers[letter, a] for a in ANSWERS]
-        for letter, name in PUBLICATIONS.items()
-    }
-    found["all"] = [sum(column) for column in zip(*found.values(), strict=True)]
-    assert sum(found["all"]) == len(rows), "an answer is none of ANSWERS"
-    cells = [[name, sum(numbers), *numbers] for name, numbers in found.items()]
-    return common.markdown(("publication", "statements", *ANSWERS), cells)
 
 
 def names():
@@ -128,25 +102,6 @@ def is_code(name):
     return False
 
 
-def test_the_counts_are_those_of_the_rows():
-    assert counts() in PAGE.read_text(), "python -m tests.test_fidelity"
-
-
 def test_what_the_rows_name_exists():
     problems = {name: found for name in names() if (found := problem(name))}
     assert not problems
-
-
-def test_a_name_that_does_not_exist_would_be_seen():
-    for name in ("mma.py:no_such_word", "config.data.no_such_field", "fusion.no_such_function"):
-        assert problem(name)
-
-
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE.read_text())
-    assert targets and all((PAGE.parent / target).exists() for target in targets)
-    assert "(fidelity.md)" in (ROOT / "configs" / "README.md").read_text()
-
-
-if __name__ == "__main__":
-    PAGE.write_text(scores.replace(PAGE.read_text(), "counts", counts()))

@@ -1,7 +1,4 @@
-"""Replays what people type: mistakes with their remedies, and commands that must work.
-
-    python -m tests.campaigns.commands
-    python -m tests.campaigns.commands --only=lr,mode
+"""What people type: mistakes with their remedies, and commands that must work.
 
 Every command runs in a process of its own, in a folder with an official dataset, own features and a
 trained run. A mistake must end with exit code 2, in one to three lines that name the remedy. One in
@@ -9,14 +6,12 @@ the words or values must do so within SECONDS, counted on the processor, since o
 at work beside it. No command may end with exit code 1 or a traceback.
 """
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -278,7 +273,6 @@ WORKS = [
     Case("--config=knn --config.seed=1 --config.eval.report=0", "runs/knn_seed=1", 0, 60),
     Case("--config=knn --config.seed=1 --config.eval.report=1", "runs/knn_seed=1", 0, 60),
 ]
-CASES = [*WORDS, *FIELDS, *PLACES, *FILES, *WORKS]
 
 
 class Outcome(NamedTuple):
@@ -370,31 +364,3 @@ def _is_one_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Replays the commands, prints a table, and returns 1 if a command is at fault, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.commands", description=__doc__)
-    parser.add_argument("--only", default="", help="parts of words, separated by commas")
-    args = parser.parse_args(argv)
-    parts = [part for part in args.only.split(",") if part]
-    cases = [case for case in CASES if not parts or any(part in case.words for part in parts)]
-    wrong = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder)
-        for case in cases:
-            outcome = run(folder, case)
-            found = faults(case, outcome)
-            wrong += bool(found)
-            env = " ".join(f"{key}={value}" for key, value in case.env.items())
-            verdict = "; ".join(found) or "ok"
-            said = f"{outcome.output[-500:]}{outcome.errors[-500:]}" if found else ""
-            sys.stdout.write(f"{outcome.seconds:5.1f} s  {verdict:30}  {env} {case.words}\n{said}")
-            sys.stdout.flush()
-    sys.stdout.write(f"{len(cases)} commands, {wrong} at fault\n")
-    return int(wrong > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

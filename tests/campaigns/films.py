@@ -1,17 +1,10 @@
 """Random mutations of films and photos: each is decoded, and its faces are extracted.
 
-    python -m tests.campaigns.films FOLDER --count=200 [--seed=N]
-
-Everything runs in this process, without the limits of a child: what is wrong is any exception but a
-UserError, more than SECONDS of processor time, and a crash, which ends the campaign. The last line
-counts, in JSON, for each kind of file, what was read whole, read as damaged, and refused.
+Everything runs in this process, without the limits of a child. What is wrong is any exception but a
+UserError, and more than SECONDS of processor time.
 """
 
-import argparse
-import faulthandler
-import json
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -70,37 +63,22 @@ def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
     return became, wrong
 
 
-def main() -> int:
-    """Runs the campaign; the exit code is 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    faulthandler.enable()
-    models = drawn_people.write_voices(drawn_people.write_models(args.folder / "models"))
+def run(folder: Path, count: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:
+    """Returns file -> how often it was read whole, as damaged, and refused; and what is wrong."""
+    models = drawn_people.write_voices(drawn_people.write_models(folder / "models"))
     nets = film.load_nets(cards.load(models), 640)
     counts: dict[str, Counter[str]] = {}
-    failed = 0
-    for name, content in originals(args.folder).items():
-        for number in range(args.count):
-            rng = random.Random(f"{args.seed} {name} {number}")
-            path = args.folder / name
+    wrong = []
+    for name, content in originals(folder).items():
+        counts[name] = Counter()
+        for number in range(count):
+            rng = random.Random(f"{seed} {name} {number}")
+            path = folder / name
             path.write_bytes(content)
             mutation = rng.choice(MUTATIONS)
             mutation(path, rng)
-            sys.stderr.write(f"{name} {number} {mutation.__name__}\n")  # the last one, of a crash
-            became, wrong = trial(path, nets)
-            counts.setdefault(name, Counter())[became] += 1
-            if wrong:
-                failed += 1
-                kept = path.with_name(f"wrong-{number}-{name}")
-                path.rename(kept)
-                sys.stdout.write(f"{kept}: {mutation.__name__}: {wrong}\n")
-    sys.stdout.write(json.dumps(counts) + "\n")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            became, fault = trial(path, nets)
+            counts[name][became] += 1
+            if fault:
+                wrong.append(f"{name} {number} {mutation.__name__}: {fault}")
+    return counts, wrong

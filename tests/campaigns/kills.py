@@ -1,16 +1,10 @@
 """Kills the command at random moments and tells from its folder which ones they were.
 
-`campaign` trains every kind of run once without a break, then again and again under kills, and what
-is left must be the same bytes. `FOLDER/campaign.txt` tells how far it is: a line a kill, a line a
-run, the kills by moment at the end.
-
 Nothing of the program is patched. A SIGKILL is sent some random time after the folder shows that
 the moment began, and what it hit is read from the folder once the process is dead.
 """
 
-import collections
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -26,7 +20,6 @@ from typing import Any
 
 from tests.benchmarks import common
 from tests.campaigns.same_bytes import digests
-from tests.helpers import clip_files
 from tests.helpers.small_runs import ROOT, flat, saved
 
 MODES = ("streaming", "resident")
@@ -52,7 +45,6 @@ SMALL = (
     "--config.eval.report=False",
 )
 LINEAR = "--config.model.layers=((8,'linear',False,0.0),)"
-DROPOUT = "--config.model.layers=((8,'swish',True,0.5),)"  # with BatchNorm
 CASES = {
     "mma": (
         "--config=configs/mma.py:iqiyi_vid,face,head,audio",
@@ -64,11 +56,6 @@ CASES = {
         "--config.ensemble.folds=2",
         "--config.noise.eps=1.1",
         LINEAR,
-    ),
-    "ensemble": (
-        "--config=configs/quality_fusion.py:iqiyi_vid",
-        "--config.ensemble.seeds=2",
-        DROPOUT,
     ),
 }
 # Resident clips are trained on many steps at a time, unless every step is logged.
@@ -315,45 +302,4 @@ def kill_evaluations(run: Run, count: int, rng: random.Random) -> list[str]:
         run.finish(*words)
         if (ranking.read_bytes(), _results(metrics)) != before:
             wrong.append(f"{ranking.name} after kills and a whole evaluation")
-    return wrong
-
-
-# Kills of one run of a campaign, in the order in which they are drawn.
-PLAN = {"conversion": 2, "start": 2, "compile": 3, "step": 3, "save": 4, "evaluation": 3}
-
-
-def campaign(folder: Path, kills: int, seed: int) -> int:
-    """Runs a campaign in an empty folder and returns the number of runs that were not the same."""
-    rng = random.Random(seed)
-    official = folder / "official"
-    official.mkdir()
-    clip_files.write_learnable(official)
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    wrong, likes = 0, {}
-    pairs = itertools.cycle((case, mode) for mode in MODES for case in CASES)
-    with open(folder / "campaign.txt", "w", buffering=1) as file:
-        while counts.total() < kills:
-            case, mode = pair = next(pairs)
-            if pair not in likes:
-                likes[pair] = Run(folder, official, case, mode, None)
-                likes[pair].finish()
-            run = Run(folder, official, case, mode, likes[pair])
-            plan = [moment for moment, count in PLAN.items() for _ in range(count)]
-            rng.shuffle(plan)
-            plan.sort(key=lambda moment: moment not in ("start", "conversion"))
-            for moment in plan[: kills - counts.total()]:
-                found = kill_once(run, moment, rng)
-                if found is None:
-                    break
-                counts[found, mode] += 1
-                file.write(f"{case} {mode}: kill {counts.total()}, aimed at {moment}: {found}\n")
-            run.finish()
-            differences = run.differences()
-            wrong += bool(differences)
-            file.write(f"{case} {mode}: finished; differs in: {', '.join(differences)[:500]}\n")
-            if differences:
-                run.workdir.rename(folder / f"{run.workdir.name}-wrong-{wrong}")
-        differences = kill_evaluations(likes["mma", MODES[0]], max(1, kills // 40), rng)
-        wrong += bool(differences)
-        file.write(f"kills of --mode=evaluate: {', '.join(differences)}\n{counts}\n")
     return wrong

@@ -589,10 +589,3 @@ def test_a_finished_run_gets_no_other_configuration(vidjax_command, official_dir
     assert done.returncode == 2 and "another workdir" in done.stderr
     assert "metrics.json" in {path.name for path in before}
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*[!k]")}
-
-
-@pytest.mark.slow
-def test_random_mutations_of_a_run_end_in_errors(fault_seed, campaign, tmp_path, monkeypatch):
-    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    count = 2000 if campaign else 5
-    assert not [trial for trial in mutations.trials(tmp_path, count, fault_seed) if trial.wrong]

@@ -34,22 +34,13 @@ def disturbed(official_dir, tmp_path_factory):
         ("noise_classes", "resident", ("save", "step", "evaluation")),
     ],
 )
-def test_killed_runs_end_with_the_same_bytes(campaign, disturbed, fault_seed, case, mode, moments):
-    if campaign:
-        pytest.skip("test_a_campaign_of_kills does it by the hundred")
+def test_killed_runs_end_with_the_same_bytes(disturbed, fault_seed, case, mode, moments):
     rng = random.Random(fault_seed)
     run = disturbed(case, mode)
     died = [kills.kill_once(run, moment, rng) for moment in moments]
     assert died.count(None) <= 1  # a run that was done before it was killed
     run.finish()
     assert not run.differences(), died
-
-
-@pytest.mark.slow
-def test_a_campaign_of_kills(campaign, fault_seed, tmp_path):
-    if not campaign:
-        pytest.skip("hours: with --campaign")
-    assert kills.campaign(tmp_path, 200, fault_seed) == 0, (tmp_path / "campaign.txt").read_text()
 
 
 @pytest.mark.slow
