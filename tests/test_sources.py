@@ -41,7 +41,7 @@ def test_synthetic_data_are_written_once(tmp_path, monkeypatch):
 
 def test_an_address_is_no_folder_and_a_path_has_no_way_back(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):
-        with pytest.raises(ValueError, match="copy what it holds, or mount it"):
+        with pytest.raises(ValueError, match="copy or mount the files"):
             files.local(text)
         with pytest.raises(ValueError, match="an address"):
             load_dataset("arrays", directory=text)

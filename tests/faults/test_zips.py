@@ -160,7 +160,7 @@ def test_what_arrays_become_in_memory_is_counted():
         np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
         content = made.getvalue()
     assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 8000
-    with pytest.raises(UserError, match="become more than 2,000,000 bytes in memory"):
+    with pytest.raises(UserError, match="need more than 2,000,000 bytes of memory"):
         clip_files.read_npz_bytes(content, "c", 2_000_000)
     assert len(clip_files.read_npz_bytes(content, "c", 2_100_000).modalities["face"]["features"])
 

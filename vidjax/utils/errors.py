@@ -1,16 +1,16 @@
-"""The errors of vidjax, what a command prints for each, and its exit code.
+"""Defines the errors of vidjax, their messages and their exit codes.
 
 | exception | a command prints | exit code |
 |---|---|---|
-| UserError and its subclasses: a mistake in the flags, the data or a file | its message | 2 |
+| UserError and its subclasses: a mistake in a flag, the data or a file | its message | 2 |
 | CheckpointError: no usable checkpoint | its message | 3 |
 | Interrupted: SIGINT, SIGTERM | its message | 130, 143 |
-| an OSError of REMEDIES, such as a full disk | path, reason, remedy | 2 |
-| no memory is left; a package is not installed | what to do | 2 |
-| any other: a bug, also a ValueError of numpy or of vidjax | its traceback | 1 |
+| an OSError in REMEDIES, for example a full disk | path, reason, remedy | 2 |
+| no memory is left, or a package is not installed | a remedy | 2 |
+| any other exception: a bug, including a ValueError of numpy or of vidjax | its traceback | 1 |
 
-A UserError never passes on an error of a library as it is: whoever calls the library catches that
-error, and says which file, clip or field is wrong.
+A UserError never repeats the error of a library. The code that calls the library catches that error
+and raises a UserError that names the file, clip or field.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from collections.abc import Collection, Iterable, Iterator
 
 
 class Expected(Exception):
-    """What vidjax raises on purpose: its message is all that a user needs."""
+    """The base of the errors that vidjax raises on purpose. A user needs only their message."""
 
     exit_code = 2
 
 
 class UserError(Expected, ValueError):
-    """A mistake that a user can mend; at most three lines name its place and its remedy."""
+    """A mistake that a user can mend; its message of at most three lines names place and remedy."""
 
 
 class ArgumentError(UserError, TypeError):
@@ -41,11 +41,11 @@ class ArgumentError(UserError, TypeError):
 
 
 class NoFileError(UserError, FileNotFoundError):
-    """A file or folder that a user named is not there, or is no folder; the message says which."""
+    """A file or folder that a user named is missing, or a file stands in place of a folder."""
 
 
 class DiskError(UserError, OSError):
-    """A file could not be written, by this process or by one that it started."""
+    """This process, or a process that it started, could not write a file."""
 
 
 class InUseError(UserError):
@@ -53,23 +53,23 @@ class InUseError(UserError):
 
 
 class VidjaxWarning(UserWarning):
-    """Something that a user should know, and that ends nothing."""
+    """A warning for the user; the command continues."""
 
 
 def warn(message: str) -> None:
-    """Warns of something; a command prints the message, and never the warnings of libraries."""
+    """Warns the user. Commands print these warnings but hide the warnings of libraries."""
     warnings.warn(message, VidjaxWarning, stacklevel=3)
 
 
 def check_choice(name: str, value: object, known: Collection[object]) -> None:
-    """Raises UserError if `value` is none of the `known` values of an option."""
+    """Raises UserError if the value of an option is not in `known`."""
     if value not in known:
         raise UserError(f"unknown {name} {value!r}; choose from {', '.join(map(str, known))}")
 
 
 @contextlib.contextmanager
 def named(place: str) -> Iterator[None]:
-    """Puts `place`, such as a field, before the message of a UserError that is raised inside."""
+    """Puts `place`, such as a field's name, before the message of a UserError raised inside."""
     try:
         yield
     except UserError as error:
@@ -79,7 +79,7 @@ def named(place: str) -> Iterator[None]:
 def need(what: str, *packages: str, extra: str, instead: str = "") -> None:
     """Raises UserError, "`what` needs ...", unless the packages of an extra are installed.
 
-    `instead` says what may be done in place of an installation.
+    `instead` describes a way to go on without the packages.
     """
     for problem in missing(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
@@ -98,11 +98,11 @@ def missing(what: str, *packages: str, extra: str, instead: str = "") -> Iterato
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "`argument` wants `wanted`, not ...", for a value of other `kinds`."""
+    """Raises ArgumentError, "`argument` wants `wanted`, not ...", unless the value has `kinds`."""
     if not isinstance(value, kinds):
-        shown = f" {value!r}" if isinstance(value, str | int | float | None) else ""
+        text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
-        raise ArgumentError(f"{argument} wants {wanted}, not{kind}{shown[:100]}")
+        raise ArgumentError(f"{argument} wants {wanted}, not{kind}{text[:100]}")
 
 
 _DISK = "free some space on that disk, or choose a folder on another one"
@@ -110,7 +110,7 @@ _RIGHTS = "choose a folder that you may read and write, or change its permission
 _PATH = "is the path right?"
 _FILES = "allow more open files: ulimit -n 4096"
 _BROKEN = "the disk, or the network to it, fails: try again, or use another one"
-# Number of an error of the system that a user can mend -> how.
+# Number of a system error that a user can mend -> remedy.
 REMEDIES = {
     errno.ENOSPC: _DISK,
     errno.EDQUOT: _DISK,
@@ -129,12 +129,12 @@ REMEDIES = {
     errno.EIO: _BROKEN,
     errno.ESTALE: _BROKEN,
 }
-# Errors of this list that writing to an open file raises, without a path.
+# Numbers of system errors that lack a path if they come from writing to an open file.
 _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
 def of_the_system(error: BaseException) -> str | None:
-    """Returns the message of an error of the system that a user can mend, None for another one."""
+    """Returns the message of a system error that a user can mend, or None for any other error."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             f"the locale of this process has no letter '{printable(error.object)[:100]}'\n"
@@ -154,21 +154,22 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-# C0 and C1 but for tab and line end, delete, separators of lines, marks of direction that reorder
-# what follows, and halves of characters.
+# Control characters except tab and line end, separators of lines, marks that reorder text (they
+# could hide words in a terminal), and unpaired surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
-SUGGESTED_LETTERS = 64  # of the longest words that are compared
-SUGGEST_SECONDS = 0.5  # after which no other word is compared
+SUGGESTED_LETTERS = 64  # longer words are not compared, because comparing takes quadratic time
+SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known word that is spelled most like another one, None if none is close enough.
+    """Returns the known word that is spelled most like `word`, or None if none is similar.
 
-    One with the same part after its last dot always is. `cutoff`: least similarity, 0 to 1 (equal).
+    A known word that ends in the same part after its last dot always counts as similar.
+    `cutoff` is the lowest similarity that counts, from 0 to 1 (equal words).
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
@@ -179,14 +180,14 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns `did you mean 'optim.decay'?`, or a list of the known words if none is close."""
+    """Returns `did you mean 'optim.decay'?`, or a list of the known words if none is similar."""
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
 
 
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
-    """Raises UserError if a field names no entry of a table, to which a user's file may add."""
+    """Raises UserError unless `name`, the value of `field`, is in a table that users may extend."""
     if name not in table:
         raise UserError(
             f"{field}='{name}': {suggest(str(name), table)}\n"

@@ -1,7 +1,7 @@
-"""What this process may use of its machine or container: cores, memory and open files.
+"""Reads the cores, the memory and the number of open files that this process may use.
 
-A container is a Linux control group, version 1 or 2. Its limits, and those of the groups around it,
-hold for all processes in it. `root` is the root of the file system; tests give another folder.
+A container is a Linux control group, version 1 or 2. The limits of a group and of the groups around
+it apply to all its processes. `root` is the root of the file system; tests pass another folder.
 """
 
 import contextlib
@@ -34,35 +34,36 @@ def num_cores(root: Path = ROOT) -> int:
 
 @functools.cache
 def memory_bytes(root: Path = ROOT) -> int:
-    """Returns the bytes of memory that this process may use in all, free or not."""
+    """Returns the bytes of memory that this process may use in total, whether free or not."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min([physical, *(limit for limit, _ in _memory(root))]))
 
 
 def free_bytes(root: Path = ROOT) -> float:
-    """Returns the bytes of memory that are still free for this process; 0 if not known."""
+    """Returns the bytes of memory that this process can still take, or 0 if unknown."""
     free = [limit - used for limit, used in _memory(root)]
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
-        found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-        free += [1024.0 * int(kilobytes) for kilobytes in found]
+        values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+        free += [1024.0 * int(kilobytes) for kilobytes in values]
     except (OSError, ValueError, IndexError):
         pass  # not Linux
     return max(0.0, min(free, default=0.0))
 
 
 def most_files() -> float:
-    """Returns how many files this process may open at once, as `ulimit -n` sets it, or inf."""
+    """Returns the number of files that this process may open at once (`ulimit -n`), or infinity."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
 def keep_freed_memory() -> None:
-    """Lets each batch reuse the memory of the one before, if the C library is glibc.
+    """Lets each batch reuse the memory of the batch before it, if the C library is glibc.
 
-    By default the kernel maps and clears every array above 32 MB anew, which halves the rate of
-    batches. Heaps are as few as compilation allows: each keeps memory of its own, but threads that
-    compile and share one wait for each other. For the `vidjax` command only: it affects all code.
+    By default the kernel maps and clears every array above 32 MB again, and this halves the number
+    of batches per second. The number of malloc arenas is limited, because each arena keeps its
+    freed memory. It is not smaller, because threads that compile in one arena wait for each other.
+    Only the `vidjax` command calls this function, because the settings affect the whole process.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -71,19 +72,19 @@ def keep_freed_memory() -> None:
 
 
 def _memory(root: Path) -> Iterator[tuple[float, float]]:
-    """Yields (limit, use) in bytes of every control group with a limit on memory."""
+    """Yields (limit, use) in bytes for every control group that limits memory."""
     for group in _groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             most, now = _numbers(group / limit), _numbers(group / used)
-            if most and most[0] < 1 << 60:  # version 1 writes no limit as a large number
+            if most and most[0] < 1 << 60:  # without a limit, version 1 writes a huge number
                 yield most[0], (now or [0.0])[0] - _statistic(group / "memory.stat", cached)
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folders of the control groups that this process is in, the inner ones first."""
+    """Yields the folders of the control groups of this process, the innermost group first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -92,14 +93,15 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         _, names, path = line.split(":", 2)
         if not names or controller in names.split(","):
             top = root / "sys/fs/cgroup" / (names and controller)
-            own = top / path.strip("/")
-            # A container may see its own group as the uppermost one.
-            yield from itertools.takewhile(lambda group, top=top: group != top, (own, *own.parents))
+            inner = top / path.strip("/")
+            # The group of a container may be the highest that it can see.
+            outer = (inner, *inner.parents)
+            yield from itertools.takewhile(lambda group, top=top: group != top, outer)
             yield top
 
 
 def _numbers(path: Path) -> list[float]:
-    """Returns the numbers in a file, `max` as infinity; [] if it cannot be read."""
+    """Returns the numbers in a file, with `max` as infinity, or [] if it cannot be read."""
     try:
         return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""What all commands share: parsers, results, errors of at most three lines, exit codes.
+"""Parsers, printed results, errors of at most three lines and exit codes, for all commands.
 
-It imports nothing slow at the top: a mistake in the flags is reported before libraries load.
+The module imports nothing slow, so that a mistake in the flags is reported at once.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 from vidjax.utils.errors import Expected, UserError, VidjaxWarning, of_the_system, printable
 
-QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
+QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
 
 
 class Result(NamedTuple):
     """The result of a command, with its exit code.
 
     Attributes:
-      content: what `--json` prints, instead of the rest.
-      rows: label -> text, a line each below a heading: the command's name and `note`. Without rows
-        there is no heading.
-      text: what is printed before the rows.
+      content: the object that `--json` prints in place of everything else.
+      rows: label -> text. Each entry is printed as a line below a heading, which is the name of the
+        command followed by `note`. If there are no rows, there is no heading.
+      text: text that is printed before the rows.
     """
 
     content: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Result(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flags and raises UserError for mistakes."""
+    """A parser that accepts no abbreviated flags and raises UserError for a mistake."""
 
     def __init__(
         self,
@@ -56,19 +56,19 @@ class Parser(argparse.ArgumentParser):
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
         )
         self.example = ""
-        self.group: str | None = None  # the group of the fields that may be overridden
+        self.group: str | None = None  # the group of fields that the command may override
 
     def fields(self, group: str = "") -> None:
-        """Lets `--config.FIELD=VALUE` override fields of `group`, such as `data.`; "" for all."""
-        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` takes these words
+        """Lets `--config.FIELD=VALUE` override the fields of `group`, e.g. `data.` ("": all)."""
+        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` takes these words out
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
-        """Makes this the parser of a command that `run` executes.
+        """Makes this the parser of the command that `run` executes.
 
-        It adds `--quiet`, `--json` and `--debug`. `examples` are the flags of typical calls.
+        Adds the flags `--quiet`, `--json` and `--debug`. `examples` are the flags of typical calls.
         """
         self.example = f"{self.prog} {examples[0]}"
         lines = []
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(execute=run, parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError, where argparse would print the usage and exit."""
+        """Raises UserError, whereas argparse prints the usage and exits."""
         needs = f"{self.prog.removeprefix('vidjax ')} needs"
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")
@@ -109,18 +109,18 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits words into flags and overrides; `--config.F V` becomes `--config.F=V`."""
-    own, overrides = [], []
+    """Splits words into (flags, overrides); `--config.F V` becomes `--config.F=V`."""
+    flags, overrides = [], []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--config."):
-            own.append(word)
+            flags.append(word)
         elif "=" not in word and rest and not rest[0].startswith("--"):
             overrides.append(f"{word}={rest.pop(0)}")
         else:
             overrides.append(word)
-    return own, overrides
+    return flags, overrides
 
 
 def show(result: Result, name: str, *, as_json: bool) -> None:
@@ -135,7 +135,7 @@ def show(result: Result, name: str, *, as_json: bool) -> None:
 
 
 def _plain(value: object) -> object:
-    """Returns a value for JSON; floats that JSON lacks become the strings `inf`, `-inf`, `nan`."""
+    """Converts a value for JSON; infinities and NaN become the strings `inf`, `-inf`, `nan`."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -146,26 +146,27 @@ def _plain(value: object) -> object:
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs the command line of this process and ends the process with its exit code."""
     _open_closed_streams()
-    # Before the imports that take seconds; training handles signals by itself.
+    # Set before the slow imports. Training installs its own handlers.
     signal.signal(signal.SIGINT, stop_at_once)
     signal.signal(signal.SIGTERM, stop_at_once)
-    warnings.simplefilter("ignore")  # warnings of libraries are meant for programmers
+    warnings.simplefilter("ignore")  # the warnings of libraries are meant for programmers
     warnings.filterwarnings("default", category=VidjaxWarning)
     warnings.showwarning = show_warning
     logging.basicConfig(format="%(message)s")
     logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
     logging.getLogger("vidjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors arrive as exceptions
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors also arrive as exceptions
     code = main()
-    gc.freeze()  # leaves out the last garbage collection, which takes over a second
+    gc.freeze()  # skips the last garbage collection, which would take over a second
     sys.exit(code)
 
 
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command, prints its error if it fails, and returns its exit code.
 
-    Codes: see `utils.errors`; of `check`, 3 is a damaged checkpoint. With `--debug` in `words`,
-    the command line, it prints the traceback; with `--json`, `{"error": TEXT}` to standard output.
+    The exit codes are listed in `utils.errors`. (`check` also returns 3 for a damaged checkpoint.)
+    If `words`, the command line, contains `--debug`, the traceback is printed. If it contains
+    `--json`, `{"error": TEXT}` goes to standard output.
     """
     try:
         return command()
@@ -186,7 +187,7 @@ def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Hides progress bars and log messages, but no warning, while the context is open."""
+    """Hides progress bars and log messages while the context is open; warnings still appear."""
     log = logging.getLogger("vidjax")
     before, level = os.environ.get(QUIET), log.level
     os.environ[QUIET] = "1"
@@ -201,44 +202,44 @@ def quietly() -> Iterator[None]:
 
 
 def say(text: str) -> bool:
-    """Prints the result of a command; returns False if nobody reads it any more."""
+    """Prints the result of a command. Returns False if the reader has closed the pipe."""
     return _print(text, sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Prints at most three lines of an error or a warning."""
+    """Prints an error or a warning, at most three lines of it, to standard error."""
     lines = [line for line in text.split("\n") if line.strip()] or ["unknown error"]
     _print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
 
 
 def shown(path: Path) -> str:
-    """Returns a path relative to the working directory if it lies below, else unchanged."""
+    """Returns a path below the working directory as a relative path, any other path unchanged."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def short(text: str, most: int = 40) -> str:
-    """Returns text of at most some letters, of which the middle is left out; the end stays."""
+    """Shortens text to `most` letters: "..." replaces the middle, and the end stays."""
     tail = most // 3
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a line for every row of a table; the cells of a column begin below each other."""
+    """Returns a line for every row of a table, with the columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _print(text: str, stream: TextIO) -> bool:
-    """Prints text of any origin; characters that the stream cannot encode are escaped.
+    """Prints text that may come from a stranger; escapes characters that the stream cannot encode.
 
-    Returns False if the other end of a pipe was closed.
+    Returns False if the other end of a pipe is closed.
     """
     encoding = stream.encoding or "utf-8"
     text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as `| head -1` has
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True
@@ -250,7 +251,7 @@ class _Printable(logging.Formatter):
 
 
 def _open_closed_streams() -> None:
-    """Opens streams closed by `2>&-`: else the next file opened would get what is printed."""
+    """Opens streams that `2>&-` closed. The next file would get their number and their text."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -260,7 +261,7 @@ def _open_closed_streams() -> None:
 
 
 def text_of(error: Exception) -> str:
-    """Returns the message of an error for a user; `complain` prints its first three lines."""
+    """Returns the message of an error for a user, of which `complain` prints three lines."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
@@ -278,14 +279,14 @@ def text_of(error: Exception) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Returns True if an error says that the host or a device has no memory left."""
+    """Returns True if an error means that the host or a device has no memory left."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     )
 
 
 def exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an expected error, None for a bug; see `vidjax.utils.errors`."""
+    """Returns the exit code of an expected error (see `vidjax.utils.errors`), or None for a bug."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):
@@ -294,14 +295,14 @@ def exit_code(error: Exception) -> int | None:
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:
-    """Prints a warning; arguments are those of `warnings.showwarning`."""
-    del args, kwargs  # the place in the code
+    """Prints a warning without its place in the code; replaces `warnings.showwarning`."""
+    del args, kwargs
     complain(f"warning: {message}")
 
 
 def stop_at_once(signum: int, frame: object) -> None:
     """Handles a signal: ends the process at once, with exit code 128 + `signum`."""
     del frame
-    # Not an exception: one that is raised within an import or a library's callback is lost there.
+    # An exception would be lost if it were raised within an import or the callback of a library.
     os.write(2, b"vidjax: stopped\n")
     os._exit(128 + signum)

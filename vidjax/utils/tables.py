@@ -1,8 +1,9 @@
 """Writes tables to new files, whole or not at all.
 
-The ending decides the format: .tsv and .csv, a line per row below the names of the columns; .jsonl,
-an object per line; .parquet, the columns of .tsv by pyarrow. In .tsv and .csv a `'` is put before
-text that begins with `'` or that a spreadsheet would take for a formula; readers must drop it.
+The ending of the file's name decides the format. A .tsv or .csv has a line of column names and a
+line per row. A .jsonl has an object per line. A .parquet has the columns of the .tsv and is written
+by pyarrow. In .tsv and .csv, text that a spreadsheet would run as a formula, or that begins with
+`'`, gets a `'` in front. Readers must remove that `'`.
 """
 
 import codecs
@@ -24,19 +25,19 @@ from vidjax.utils.errors import UserError, need, warn
 if TYPE_CHECKING:
     import pyarrow
 
-# The values of a column with their type in Apache Arrow, such as `float32`; [N, D] are N lists.
+# Name -> (type in Apache Arrow such as `float32`, values). A value array [N, D] becomes N lists.
 Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # a spreadsheet runs what begins so, but for '
+GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # these begin a formula; ' itself is escaped
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-MOST_BYTES = 64 * files.MB  # of a table that is read
+MAX_TABLE_BYTES = 64 * files.MB  # of a table that `read_tsv` reads
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Raises ValueError if a table cannot be written to a new file; call it before slow work."""
+    """Raises UserError if a table cannot be written to a new file. Call it before slow work."""
     if path.suffix not in endings:
         raise UserError(f"--out={path}: end the name in {', '.join(endings)}")
     if os.path.lexists(path):
@@ -58,11 +59,11 @@ def write(
 
     Args:
       columns: name -> type in Apache Arrow, such as `float32`.
-      rows: a cell per column each; None is an empty cell.
-      objects: what .jsonl holds in place of the rows.
+      rows: for each row a cell per column; None is an empty cell.
+      objects: the objects that a .jsonl contains in place of the rows.
     """
     if path.suffix == ".jsonl":
-        lines = (json.dumps(one, ensure_ascii=False) for one in objects)
+        lines = (json.dumps(line, ensure_ascii=False) for line in objects)
         content = "".join(f"{line}\n" for line in lines).encode()
     elif path.suffix == ".parquet":
         content = to_parquet(to_arrow(by_column(columns, list(rows))))
@@ -72,10 +73,10 @@ def write(
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
-    """Writes a ranking, identity -> (clip, score), best first, to a new file.
+    """Writes a ranking, identity -> (clip, score) with the best first, to a new file.
 
-    An object of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. Scores have
-    all digits of float32; that of a clip without a usable frame is -inf, or null.
+    An object of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has
+    all digits of float32. The score of a clip without a usable frame is -inf, in .jsonl null.
     """
     objects = (
         {"identity": identity, "clips": [{"clip": c, "score": _digits(x)} for c, x in clips]}
@@ -85,7 +86,7 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def ranking_columns(ranking: Ranking) -> Columns:
-    """Returns the columns of a ranking, identity -> (clip, score), best first."""
+    """Returns the columns of a ranking, identity -> (clip, score) with the best first."""
     return by_column(RANKING, list(_ranking_rows(ranking)))
 
 
@@ -100,7 +101,7 @@ def _digits(score: float) -> float | None:
 
 
 def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -> str:
-    """Returns rows as text, quoted as Excel does; None is an empty cell."""
+    """Converts rows to text, quoted as Excel does; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
     writer.writerows([_guarded(cell) for cell in row] for row in rows)
@@ -108,25 +109,25 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
 
 
 def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number of line, cells) of a .tsv as `to_text` writes it, also after a spreadsheet."""
+    """Yields (line number, cells) of a .tsv that `to_text` or a spreadsheet wrote."""
     with files.open_input(path) as file:
-        if os.fstat(file.fileno()).st_size > MOST_BYTES:
-            raise UserError(f"'{path}' is too large: {MOST_BYTES:,} bytes are the most")
+        if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
+            raise UserError(f"'{path}' is too large: at most {MAX_TABLE_BYTES:,} bytes are read")
         content = file.read()
-    # Excel writes "Unicode text" in UTF-16, and "Text" in the letters of Windows.
+    # Excel saves "Unicode text" as UTF-16, and "Text" as Windows-1252.
     encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("cp1252", "replace")
-        warn(f"{path}: it is no UTF-8, and is read as Windows-1252: check its names")
+        warn(f"{path}: not UTF-8, so it is read as Windows-1252: check its names")
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, [cell.removeprefix("'") for cell in cells]
     except csv.Error as error:
-        raise UserError(f"'{path}' is no .tsv: {error}\nsave it as text with tabs") from error
+        raise UserError(f"'{path}' is not a .tsv: {error}\nsave it as text with tabs") from error
 
 
 def _guarded(cell: object) -> object:
@@ -134,12 +135,12 @@ def _guarded(cell: object) -> object:
 
 
 def by_column(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
-    """Returns the columns, name -> type, of rows."""
+    """Converts rows to columns; `kinds` maps the name of each column to its type."""
     return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
 
 
 def to_arrow(columns: Columns) -> "pyarrow.Table":
-    """Returns columns as a table of Apache Arrow."""
+    """Converts columns to a table of Apache Arrow."""
     import pyarrow
 
     arrays = []
@@ -153,7 +154,7 @@ def to_arrow(columns: Columns) -> "pyarrow.Table":
 
 
 def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None) -> bytes:
-    """Returns the content of a parquet file; `note` are its metadata."""
+    """Returns the bytes of a parquet file; `note` becomes its metadata."""
     from pyarrow import parquet
 
     content = io.BytesIO()
@@ -162,15 +163,15 @@ def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Writes a new file, whole or not at all; never replaces one."""
+    """Writes a new file, whole or not at all; never replaces an existing file."""
     partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
     files.write_bytes(partial, content)
     try:
         try:
-            os.link(partial, path)  # a renaming would replace what is there
+            os.link(partial, path)  # unlike a rename, this does not replace an existing file
         except FileExistsError:
             raise
-        except OSError:  # a file system without hard links, as mounted cloud drives are
+        except OSError:  # the file system has no hard links (mounted cloud drives)
             path.touch(exist_ok=False)
             os.replace(partial, path)
     except FileExistsError:

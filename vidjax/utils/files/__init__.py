@@ -1,4 +1,4 @@
-"""Files: `reading` trusts no file, `writing` writes whole files, `locks` locks folders."""
+"""Reads files without trusting them, writes files whole or not at all, and locks folders."""
 
 from os.path import lexists as exists
 

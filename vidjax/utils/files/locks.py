@@ -1,4 +1,4 @@
-"""Locks folders, and tells whether others may change them."""
+"""Locks folders, and checks whether other users may change them."""
 
 import contextlib
 import fcntl
@@ -33,15 +33,18 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
         if content and not content.startswith(b"process "):
             raise UserError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
         owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
-        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # else it is others', too
-            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # not shared by a hard link
+            with contextlib.suppress(OSError):  # on a full disk the lock works without the text
                 file.seek(0)
-                file.write(owner)  # a file that is cut would be waited for, milliseconds
+                file.write(owner)  # padded, because cutting the file would take milliseconds
         yield
 
 
 def foreign_part(folder: Path) -> Path | None:
-    """Returns the first folder on the path from / to `folder` that others may change, or None."""
+    """Returns the first folder on the way from / to `folder` that other users may change.
+
+    Returns None if there is none.
+    """
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):
@@ -55,18 +58,18 @@ def foreign_part(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if other users but root may replace files in a folder; if `last`, also add."""
+    """Returns True if users other than root may replace files in a folder (if `last`, or add)."""
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True
-    sticky = status.st_mode & stat.S_ISVTX and not last  # others cannot rename what is not theirs
+    sticky = status.st_mode & stat.S_ISVTX and not last  # users may only rename their own files
     others = status.st_mode & stat.S_IWOTH
     group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)
     return bool((others or group) and not sticky)
 
 
 def _is_private(group: int) -> bool:
-    """Returns True for root's group, and for a group of the user's name without other members."""
+    """Returns True for root's group, and for the user's group if it has no other member."""
     if group == 0:
         return True
     try:

@@ -1,7 +1,8 @@
 """Reads files that may come from a stranger, and computes digests.
 
-Readers open regular files only, follow no symbolic link at the path, check sizes first, and return
-bytes, JSON, or arrays without objects. They raise ValueError or FileNotFoundError.
+The readers open only regular files, follow no symbolic link at the path, and check sizes first.
+They return bytes, JSON, or arrays without Python objects. An error is a UserError or a
+FileNotFoundError.
 """
 
 import contextlib
@@ -26,14 +27,14 @@ T = TypeVar("T")
 MB = 1 << 20
 JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
-LINE_BYTES = MB // 4  # of a log of one JSON value per line
-ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
-PIECE_BYTES = MB  # of a zip that are read at once
-MOST_ENTRIES = 1000  # arrays of an `.npz`
-MAX_DEPTH = 40  # of lists and objects within each other
-LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
-MAX_ITEMS = 2_000_000  # values in one JSON file
-INTEGER_LIMIT = 1 << 63  # whole numbers of this size or more overflow in int64 arrays
+LINE_BYTES = MB // 4  # of one line in a log of JSON lines
+ARCHIVE_BYTES = 128 * MB  # of an `.npz`, both packed and unpacked
+PIECE_BYTES = MB  # the largest piece of a zip that is read at once
+MAX_ENTRIES = 1000  # of an `.npz`: its arrays
+MAX_DEPTH = 40  # of nested lists and objects
+LARGE_BYTES = 64 * MB  # a larger file must not consist of holes
+MAX_ITEMS = 2_000_000  # of one JSON file: its values
+INTEGER_LIMIT = 1 << 63  # larger whole numbers overflow in int64 arrays
 KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
@@ -45,11 +46,11 @@ KINDS = {
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, limit: float = math.inf, below: Path | None = None
 ) -> io.FileIO:
-    """Opens a regular file, unbuffered; refuses a symbolic link, and more than `limit` bytes.
+    """Opens a regular file, unbuffered; refuses a symbolic link and more than `limit` bytes.
 
-    Refuses a file over LARGE_BYTES that is nearly all holes (sparse). Never truncates, whatever
-    `flags` of `os.open` say. With `below`, a folder above the file, links on the way may not lead
-    out of that folder; None allows all links on the way.
+    Also refuses a file over LARGE_BYTES that consists almost only of holes (sparse). Never
+    truncates the file, even if `flags`, as in `os.open`, contain O_TRUNC. If `below` is given, a
+    folder above the file, then no link on the way may lead out of that folder.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
@@ -61,7 +62,7 @@ def open_regular(
         descriptor = os.open(path, safe, 0o666)
     except (FileNotFoundError, PermissionError):
         raise
-    except OSError as error:  # ELOOP of a link, EISDIR of a folder, ENXIO of a pipe or a socket
+    except OSError as error:  # ELOOP for a link, EISDIR for a folder, ENXIO for a pipe or a socket
         refuse_odd(path)
         raise error
     try:
@@ -70,7 +71,7 @@ def open_regular(
         size = status.st_size
         if size > limit:
             raise UserError(
-                f"'{path}' is too large: {size:,} bytes, where {limit:,} are the most\n"
+                f"'{path}' is too large: {size:,} bytes, at most {limit:,} are read\n"
                 "put back the file of the run"
             )
         if size > LARGE_BYTES and 10 * 512 * status.st_blocks < size:
@@ -79,7 +80,8 @@ def open_regular(
                 "put back the file that was there"
             )
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
-        return open(path, mode, buffering=0, opener=lambda *_: descriptor)  # named by its path
+        # The opener keeps the path as the name of the file.
+        return open(path, mode, buffering=0, opener=lambda *_: descriptor)
     except BaseException:
         os.close(descriptor)
         raise
@@ -96,9 +98,9 @@ def refuse_odd(path: Path, descriptor: int | None = None) -> None:
 
 
 def open_input(path: Path) -> io.FileIO:
-    """Opens a file of the user's own data, unbuffered; unlike `open_regular` it follows links.
+    """Opens a file of the user's data, unbuffered; unlike `open_regular`, it follows links.
 
-    Refuses files that the system makes up, which may be endless.
+    Refuses the made-up files of the system in /proc and /sys, because they may be endless.
     """
     real = Path(os.path.realpath(path))
     if real.parts[1:2] in (("proc",), ("sys",)):
@@ -107,7 +109,7 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the path of every file in a folder, relative to it; refuses links and other kinds."""
+    """Yields the relative path of every file in a folder; refuses links, pipes and devices."""
     folders = [""]
     while folders:
         place = folders.pop()
@@ -123,9 +125,9 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError if there is a link, a pipe or a device in a folder, at any depth.
+    """Raises UserError if a folder contains a link, a pipe or a device, at any depth.
 
-    Whoever named the folder may have named a link to it. A folder that is absent is in order.
+    The folder itself may be a link, because its user chose it. It may also be missing.
     """
     if os.path.isdir(folder):
         for _ in walk(folder):
@@ -133,7 +135,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`."""
+    """Returns the content of a file of at most `limit` bytes; `below`: see `open_regular`."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
@@ -141,19 +143,22 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value of a JSON file; ValueError if it is damaged or no `kind`; `object`: any."""
+    """Returns the value of a JSON file, which must be of type `kind` (`object` allows any type).
+
+    Raises UserError if the file is damaged or its value has another type.
+    """
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}") from error
     if not isinstance(value, kind):
-        raise UserError(f"'{path}' is damaged: it holds no {kind.__name__}")
+        raise UserError(f"'{path}' is damaged: it contains no {kind.__name__}")
     return value
 
 
 def parse_json(content: bytes | str) -> object:
-    """Returns the value of JSON text; refuses deep nesting, many values and huge integers."""
+    """Returns the value of JSON text; refuses deep nesting, too many values and huge integers."""
     try:
         value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
@@ -185,25 +190,25 @@ def parse_line(line: bytes) -> dict[str, object]:
     """Returns the JSON object on a line of a log."""
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
-        raise UserError("no object of JSON")
+        raise UserError("not a JSON object")
     return value
 
 
 def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
-    """Yields lines with their ends; a line of more than `limit` bytes comes in pieces."""
+    """Yields lines with their line ends; a line of more than `limit` bytes comes in pieces."""
     with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(limit):
             yield line
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
-    """Returns name -> array of an `.npz` file of at most `limit` bytes, packed and unpacked."""
+    """Returns name -> array of an `.npz` file; `limit` is in bytes, both packed and unpacked."""
     with open_regular(path, limit=limit) as file, named(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
 
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
-    """Reads an open file as `read_npz` does; a number counts for `least` bytes or more."""
+    """Returns name -> array of an open `.npz`; each number counts for at least `least` bytes."""
     arrays = {}
     with _npz_errors():
         for name, entry, _ in _each_array(file, limit, least):
@@ -213,18 +218,19 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def most_unpacked(size: int) -> int:
-    """Returns how many bytes a file of `size` bytes of numbers may unpack to, unless it is a bomb.
+    """Returns how many bytes a file of `size` bytes may unpack to; more means a zip bomb.
 
-    Features pack to a tenth at best. Only a file of nearly one value packs to a thousandth.
+    Features shrink to a tenth at best. Only an array of nearly equal values shrinks to a
+    thousandth.
     """
     return max(LARGE_BYTES, 100 * size)
 
 
 def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
-    """Returns how many bytes the arrays of an `.npz` in memory become; unpacks their headers only.
+    """Returns how many bytes the arrays of an `.npz` need in memory. Only headers are unpacked.
 
-    A number counts for `least` bytes or more: uint8 becomes float32, and 4 are its bytes. UserError
-    if they are more than `limit`, or if the headers are damaged.
+    Each number counts for at least `least` bytes: for example, uint8 becomes float32 with 4 bytes.
+    Raises UserError if the sum is above `limit` or a header is damaged.
     """
     with _npz_errors():
         return sum(size for *_, size in _each_array(io.BytesIO(content), limit, least))
@@ -232,7 +238,7 @@ def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
 
 @contextlib.contextmanager
 def _npz_errors() -> Iterator[None]:
-    """Turns the errors of zlib, zipfile and numpy for a damaged archive into UserError."""
+    """Turns the errors of zlib, zipfile and numpy for a damaged archive into a UserError."""
     try:
         yield
     except UserError:
@@ -241,62 +247,63 @@ def _npz_errors() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"damaged, or no .npz file: write it again ({reason})") from error
+        raise UserError(f"damaged or not an .npz file: write it again ({reason})") from error
 
 
 def _each_array(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields name, open entry and size in bytes of the arrays of an `.npz`, by their headers.
+    """Yields (name, open entry, bytes in memory) for every array of an `.npz`, from its header.
 
-    Refuses arrays of over `limit` bytes together, of Python objects, or with a false header.
+    Refuses arrays of more than `limit` bytes together, arrays of Python objects, and a header that
+    does not match the size of its entry.
     """
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file, which does not name its array: use numpy.savez")
     left = limit
     with open_zip(file) as archive:
         entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > limit or len(entries) > MOST_ENTRIES:
+        if sum(entry.file_size for entry in entries) > limit or len(entries) > MAX_ENTRIES:
             raise UserError(f"it unpacks to more than {limit:,} bytes")
         for entry in entries:
             with open_entry(archive, entry) as opened:
                 shape, dtype = _read_header(opened)
                 if dtype.hasobject:
-                    raise UserError("holds Python objects: save arrays of numbers [T, D]")
+                    raise UserError("contains Python objects: save arrays of numbers [T, D]")
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
-                    raise UserError(f"its array '{entry.filename[:50]}' is not what it says")
+                    raise UserError(f"array '{entry.filename[:50]}' does not match its header")
                 size = math.prod(shape) * max(dtype.itemsize, least)
                 left -= size
                 if left < 0:
-                    raise UserError(f"its arrays become more than {limit:,} bytes in memory")
+                    raise UserError(f"its arrays need more than {limit:,} bytes of memory")
                 yield entry.filename.removesuffix(".npy"), opened, size
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and the dtype of an array, from the start of its `.npy` file."""
-    read = {
+    """Returns the shape and the dtype of an array from the header of its `.npy` entry."""
+    read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }[np.lib.format.read_magic(file)]
-    shape, _, dtype = read(file)
+    shape, _, dtype = read_header(file)
     return shape, dtype
 
 
 class _InPieces(io.BufferedReader):
-    """A file of which nobody reads more than PIECE_BYTES at once, such as a long list of a zip."""
+    """A file that never reads more than PIECE_BYTES at once, even for the entry list of a zip."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Returns `size` bytes, or all that are left."""
+        """Returns `size` bytes, or all bytes that are left."""
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
-            raise UserError(f"a zip with more than {PIECE_BYTES:,} bytes of names: write it again")
+            raise UserError(f"zip with more than {PIECE_BYTES:,} bytes of names: write it again")
         return content
 
 
 @contextlib.contextmanager
 def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip whose list of entries is short; `open_entry` opens an entry."""
+    """Opens a zip and refuses it if its list of entries is long. `open_entry` opens an entry."""
     content = _InPieces(cast(io.RawIOBase, file))
     try:
         with zipfile.ZipFile(content) as archive:
@@ -306,55 +313,55 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip, stored or deflated; no read may want more than PIECE_BYTES.
+    """Opens an entry of a zip that is stored or deflated; reads at most PIECE_BYTES at once.
 
-    The entry ends after `entry.file_size` bytes. Python unpacks only these two methods in pieces: a
-    piece of bzip2 or LZMA becomes gigabytes, whatever size the entry has.
+    The entry ends after `entry.file_size` bytes. Other methods are refused, because Python cannot
+    unpack them in pieces: a piece of bzip2 or LZMA may become gigabytes.
     """
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"its entry '{entry.filename[:50]}' is neither stored nor deflated: pack it so"
+            f"entry '{entry.filename[:50]}' uses another method: pack it with store or deflate"
         )
     return archive.open(entry)
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a file or folder of this machine; refuses an address such as s3://x."""
+    """Returns the path of a local file or folder; refuses an address such as s3://x."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
         raise UserError(
             f"'{path}' is an address, not a folder of this machine\n"
-            "copy what it holds, or mount it, and name the folder"
+            "copy or mount the files, and name that folder"
         )
     return Path(path).expanduser()
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
     """Returns `local(path)` as an absolute path without `..`."""
-    found = local(path)
-    return found.resolve() if ".." in found.parts else found.absolute()
+    place = local(path)
+    return place.resolve() if ".." in place.parts else place.absolute()
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the sha256 of the bytes of a file, in hexadecimal; opens it by `open_input`."""
+    """Returns the sha256 of a file in hexadecimal; opens the file with `open_input`."""
     with open_input(path) as file:
         return sha256_opened(file)
 
 
 def sha256_opened(file: io.FileIO) -> str:
-    """Returns the sha256 of an open file's bytes, in hexadecimal."""
+    """Returns the sha256 of an open file in hexadecimal."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: object) -> str:
-    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
+    """Returns the sha256 of the compact JSON text of a value; dicts keep their order."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def sha256_folder(folder: Path) -> dict[str, str]:
-    """Returns relative path -> sha256 of every file below a folder."""
+    """Returns relative path -> sha256 for every file in a folder, at any depth."""
     return {path: sha256_file(folder / path) for path in sorted(walk(folder))}
 
 
 def cache_root(given: str | Path | None = None) -> Path:
-    """Returns the cache folder: `given`, else `$VIDJAX_CACHE`, else `~/.cache/vidjax`."""
+    """Returns the cache folder: `given`, or `$VIDJAX_CACHE`, or `~/.cache/vidjax`."""
     return Path(given or os.environ.get("VIDJAX_CACHE") or "~/.cache/vidjax").expanduser()

@@ -1,4 +1,4 @@
-"""Writes files and folders whole or not at all; errors are an OSError with the path."""
+"""Writes files and folders whole or not at all; an error is an OSError that names the path."""
 
 import contextlib
 import errno
@@ -21,7 +21,10 @@ from vidjax.utils.files.reading import open_regular, read_json, sha256_json
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Returns the absolute path of a writable folder, made if needed; errors call it `name`."""
+    """Makes a folder if needed and returns its absolute path; an error calls the folder `name`.
+
+    Raises UserError if the folder is not writable.
+    """
     workdir = Path(path).expanduser().absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -35,14 +38,15 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
 
 
 def open_log(path: Path) -> io.FileIO:
-    """Opens a log to append to, unbuffered; it need not exist yet.
+    """Opens a log to append to, unbuffered; the log need not exist yet.
 
-    A log with other hard links, as snapshots make, is copied first, so that these do not change.
+    If the log has other hard links, as snapshots make them, it is copied first. So the snapshots
+    do not change.
     """
     if os.path.lexists(path):
         with open_regular(path) as file:
-            several = os.fstat(file.fileno()).st_nlink > 1
-            if several:
+            is_shared = os.fstat(file.fileno()).st_nlink > 1
+            if is_shared:
                 with atomic_file(path) as copy:
                     shutil.copyfileobj(file, copy)
     return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -67,8 +71,8 @@ def remove_ours(folder: Path, ours: str) -> bool:
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
         return False
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if re.fullmatch(ours, entry.name)]
-    for entry in found:
+        removable = [entry for entry in entries if re.fullmatch(ours, entry.name)]
+    for entry in removable:
         if not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.path)
     try:
@@ -97,7 +101,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
     `sync` waits until the disk has the content, so that a power cut leaves a whole file, too.
     """
-    # Not the number of the process: those of containers on a shared disk are often the same.
+    # The process number is no use: containers on a shared disk often have the same one.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("x+b") as file:
@@ -133,26 +137,26 @@ def _cannot_write(path: object, error: OSError) -> DiskError:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file atomically; the value may hold numpy scalars and arrays."""
+    """Writes a JSON file atomically; the value may contain numpy scalars and arrays."""
     write_text(path, to_json(value))
 
 
 def to_json(value: object) -> str:
-    """Returns a value as JSON text; it may hold numpy scalars and arrays."""
+    """Returns a value as JSON text; the value may contain numpy scalars and arrays."""
     return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
 def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
-    """Writes a JSON file of `entries` and their digest, as the entry `sha256`."""
-    plain = json.loads(to_json(dict(entries)))  # as a reader will see them
+    """Writes a JSON file of `entries`; adds their digest as the entry `sha256`."""
+    plain = json.loads(to_json(dict(entries)))  # the values that a reader will get
     write_json(path, {**plain, "sha256": sha256_json(plain)})
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Returns the entries that `write_manifest` was given; refuses them if their digest differs."""
+    """Returns the entries of a file of `write_manifest`; UserError if their digest differs."""
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
-        raise UserError(f"'{path}' is damaged (its own sha256 differs)")
+        raise UserError(f"'{path}' is damaged (its sha256 differs)")
     return manifest
 
 
@@ -164,11 +168,11 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to fill, which becomes `folder` at the end if no error is raised.
+    """Yields a new folder to fill. If no error is raised, it becomes `folder` at the end.
 
-    UserError if `folder` exists then: what others made meanwhile stays.
+    Raises UserError if `folder` exists by then: what another process has made stays.
     """
-    # A fresh name each time: a child of a killed process cannot write into this one.
+    # The name is new each time, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")  # see `partials`
     try:
         partial.mkdir(mode=0o700)
@@ -184,18 +188,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def partials(folder: Path) -> list[Path]:
-    """Returns the folders that killed processes left where they made `folder`."""
+    """Returns the unfinished copies of `folder` that killed processes have left."""
     ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
     return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
 
 
 def _rename_onto_nothing(partial: Path, folder: Path) -> None:
-    """Renames a folder; refuses to replace anything but an empty folder."""
+    """Renames a folder; replaces only an empty folder."""
     there = os.path.lexists(folder)
     try:
         if not there:
             os.rename(partial, folder)
-    except OSError as error:  # of a folder that holds something, or of a file
+    except OSError as error:  # the target is a folder with content, or a file
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         there = True
