@@ -167,11 +167,11 @@ def test_wrong_arguments_say_what_was_expected(clips, labels, official_dir, cach
         (lambda: public.load_data([clips]), "not list"),
         (
             lambda: public.load_data(config, cache_dir=new),
-            r"set config\.data\.cache_dir instead",
+            r"set config\.data\.cache_dir",
         ),
         (
             lambda: public.load_data(config, quality="norm"),
-            r"set config\.data\.quality instead",
+            r"set config\.data\.quality",
         ),
         (lambda: public.load_data(official_dir, quality="norm"), "leave `quality` out"),
         (lambda: public.train(str(new), config, data), "train: config wants a configuration"),

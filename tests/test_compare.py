@@ -242,7 +242,7 @@ def test_python_compares_runs_and_groups_as_the_command_does(tmp_path):
     assert seeds.differences[0].mean == pytest.approx((found["b"] - found["a"]).mean())
     assert (tmp_path / "out" / "comparison.tex").read_text() == seeds.to_latex()
     for runs in ([tmp_path / "a1"], [[], [tmp_path / "a1"]]):
-        with pytest.raises(ValueError, match="two runs or more"):
+        with pytest.raises(ValueError, match="two or more runs"):
             vidjax.compare(runs)
     with pytest.raises(TypeError, match="a list of folders"):
         vidjax.compare(str(tmp_path / "a1"))  # pyright: ignore[reportArgumentType]

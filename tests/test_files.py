@@ -114,7 +114,7 @@ def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkey
     sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b", "c"), np.ones((1, 3), bool))
     ensemble.check_size(sets)
     ensemble.save(tmp_path, sets)
-    monkeypatch.setattr(ensemble, "MOST_CLIPS", 2)
+    monkeypatch.setattr(ensemble, "MAX_TRAINING_CLIPS", 2)
     used: Any = (ensemble.check_size, sets), (ensemble.load, tmp_path)
     for use, of in used:
         with pytest.raises(ValueError, match="2"):

@@ -114,7 +114,7 @@ def test_the_main_model_may_see_less_than_everything():
 def test_a_part_that_is_fitted_in_passes_of_its_own_is_refused():
     for part in ("main", "other"):
         options: dict[str, Any] = {part: {"name": "plda"}}
-        with pytest.raises(UserError, match=r"PLDAIdentifier is fitted in passes of its own"):
+        with pytest.raises(UserError, match=r"PLDAIdentifier needs separate passes"):
             make_model(SPEC, **options)
 
 

@@ -296,7 +296,7 @@ def test_people_enrolled_later_with_one_clip_are_as_sure():
 def test_what_a_closed_form_does_not_read_is_refused(data, name, word):
     spec = f"configs/{name}.py:iqiyi_vid,face"
     config = small_runs.shrunk(f"--config.{word}", spec=spec)
-    with pytest.raises(ValueError, match=f"config.{word.split('=')[0]}=.*optimises nothing"):
+    with pytest.raises(ValueError, match=f"config.{word.split('=')[0]}=.*has no optimiser"):
         plan.make_plan(config, data)
 
 
@@ -322,8 +322,8 @@ def test_the_fit_looks_at_whole_identities():
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.zeros(50, int), rng.integers(1, 3001, 9000)])
     some = plda_fit.some_identities(labels, 0)
-    assert not some[labels == 0].any() and some.sum() <= plda_fit.MOST_CLIPS
-    assert some.sum() > 0.95 * plda_fit.MOST_CLIPS
+    assert not some[labels == 0].any() and some.sum() <= plda_fit.MAX_FITTED_CLIPS
+    assert some.sum() > 0.95 * plda_fit.MAX_FITTED_CLIPS
     for identity, group in itertools.groupby(
         np.argsort(labels, kind="stable"), lambda i: labels[i]
     ):

@@ -170,7 +170,7 @@ FIELDS = [
     Case("--config=mma --workdir=new --config.model.dropout_rate=5", "model.dropout_rate=5"),
     Case(
         "--config=mma --workdir=new --config.model.embed_dim=100000000",
-        "parameters: choose smaller",
+        "parameters: reduce its sizes",
     ),
 ]
 # Experiments of one's own: content, and what is said of it.

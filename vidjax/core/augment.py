@@ -1,7 +1,7 @@
-"""Augmentation of the clips that one member of an ensemble trains on in one step.
+"""Augmentation of the clips of one training step, for one member of an ensemble.
 
-A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` get all frames of the
-clips, before fusion; `System.transforms` get the fused frames.
+A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` receive all frames of
+the clips, before fusion. `System.transforms` receive the fused frames.
 """
 
 import functools
@@ -15,7 +15,7 @@ from vidjax.core import fusion
 from vidjax.core.batch import Array, Frames
 from vidjax.utils.errors import UserError, check_entry
 
-NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
+NOISE_FRAMES = 50  # shorter distractor clips are concatenated; value of the code of 5th place 2018
 
 
 class MemberClips(NamedTuple):
@@ -26,8 +26,8 @@ class MemberClips(NamedTuple):
       labels: [B] int32, class columns.
       weight: [B] float32, weight of the loss; 0 for clips that the member is not trained on.
       min_quality: [] float32, lowest quality of the frames that the member is trained on.
-      targets: pairs (labels [B] int32, share [B] float32); the loss of a clip is the sum of share x
-        loss over the pairs, and its shares sum to 1.
+      targets: pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x
+        loss over the pairs. The shares of a clip sum to 1.
     """
 
     frames: Mapping[str, Frames]
@@ -41,13 +41,13 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
 def keep_quality(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
-    """Drops frames below the `min_quality` of the member; ignores the key.
+    """Drops frames below the member's `min_quality`; does not use the key.
 
-    Clips with frames of the first modality, but none of that quality, train on all their frames if
-    `poor_clips` is `keep`, and get weight 0 if it is `drop`.
+    A clip may have frames of the first modality, but none of this quality. It trains on all its
+    frames if `poor_clips` is `keep`, and gets weight 0 if `poor_clips` is `drop`.
 
-    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Ours: `keep`; a
-    frame of the lowest quality itself is kept, while the article has qualities above it.
+    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Unlike the
+    paper, `keep` exists, and frames of exactly the lowest quality are kept.
     """
     frames = {
         name: fusion.filter_frames(frames, min_quality=clips.min_quality)
@@ -66,13 +66,13 @@ def concat_noise(
 ) -> MemberClips:
     """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
 
-    Distractors have labels of 0 or above `num_identities`.
+    A distractor has the label 0 or a label above `num_identities`.
 
     Source: noise augmentation of the 5th-place system of 2018.
     """
     labels = clips.labels
     is_noise = (clips.weight > 0) & ((labels == 0) | (labels > num_identities))
-    # The first modality defines short clips, so that all modalities have the same partners.
+    # Only the first modality decides, so that a clip has the same partner in all modalities.
     counts = jnp.sum(next(iter(clips.frames.values())).mask, axis=1)
     short = (counts > 0) & (counts < NOISE_FRAMES)
     frames = {
@@ -91,32 +91,32 @@ def concat_clips(
     max_frames: int = 50,
     pieces: str = "equal",
 ) -> Frames:
-    """Concatenates short clips with other short clips of the batch, and cuts long ones.
+    """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    A chosen short clip is extended with probability 0.5 by the frames of another chosen short clip,
-    with frame numbers that continue its own. A chosen long clip keeps `max_frames` consecutive real
+    With probability 0.5, a chosen short clip is extended by the frames of another chosen short
+    clip, and the frame numbers continue. A chosen long clip keeps `max_frames` consecutive real
     frames, or all if the modality has fewer. All other clips stay unchanged.
 
-    Calls for several modalities with the same `rng`, `chosen` and `short` extend a clip by the same
-    other clip, and cut it at the same relative position.
+    With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
+    same partner, and cut it at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
       short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
-      pieces: `equal`: a long clip keeps `max_frames` frames, as above. `random`: its piece begins
-        at any frame, and ends at or after it, each with equal probability.
+      pieces: `equal`: a long clip keeps `max_frames` frames, as above. `random`: it keeps a piece
+        with a random first frame, and a random last frame at or after it (both uniform).
 
     Returns:
       Frames [B, 2 T] in the stored dtype.
 
-    Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. Ours: the
-    probability, and `equal` pieces.
+    Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
+    probability and `equal` pieces are not in the paper.
     """
     partner_rng, join_rng, cut_rng = jax.random.split(rng, 3)
     num_clips = len(chosen)
     pool = chosen & short
     size = jnp.sum(pool, dtype=jnp.int32)
-    # Partners are neighbours in one random cyclic order, so no clip is its own partner.
+    # The partner is the next clip in one random cyclic order. So no clip is its own partner.
     ring = jnp.argsort(jnp.where(pool, jax.random.uniform(partner_rng, (num_clips,)), jnp.inf))
     partner = ring[(jnp.argsort(ring) + 1) % jnp.maximum(size, 1)]
     joined = pool & (size > 1) & (jax.random.uniform(join_rng, (num_clips,)) < 0.5)
@@ -141,11 +141,11 @@ def concat_clips(
 def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Mixes every clip with a random clip of the batch: share x clip + (1 - share) x other.
 
-    The share is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0; `targets` has the
-    labels of both. If the other clip has weight 0, the share is 1, so that no member trains on
+    The share is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0. `targets` has the
+    labels of both clips. If the other clip has weight 0, the share is 1. So no member trains on
     clips of its held-out fold.
 
-    Source: Zhang et al., mixup, equation 1. Ours: one share per clip instead of one per batch.
+    Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """
     share_rng, partner_rng = jax.random.split(rng)
     weight = clips.weight
@@ -158,14 +158,14 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share x frames + (1 - share) x frames of the partner; missing frames count as 0."""
+    """Computes share x frames + (1 - share) x the partner's frames; missing frames count as 0."""
     other = jax.tree.map(lambda x: x[partner], frames)
 
-    def blend(own: Array, others: Array) -> Array:
-        shape = (-1,) + (1,) * (own.ndim - 1)
-        own = jnp.where(frames.mask.reshape(frames.mask.shape + shape[2:]), own, 0)
-        others = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), others, 0)
-        return share.reshape(shape) * own + (1 - share).reshape(shape) * others
+    def blend(first: Array, second: Array) -> Array:
+        shape = (-1,) + (1,) * (first.ndim - 1)
+        first = jnp.where(frames.mask.reshape(frames.mask.shape + shape[2:]), first, 0)
+        second = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), second, 0)
+        return share.reshape(shape) * first + (1 - share).reshape(shape) * second
 
     return Frames(
         features=blend(frames.features, other.features),
@@ -177,9 +177,10 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
 
 
 def by_example(rng: Array, clips: MemberClips) -> MemberClips:
-    """Weights every clip by the number of its fused frames, so that each of these counts alike.
+    """Weights every clip by the number of its fused frames, so that all frames count equally.
 
-    Source: Residual Dense Net (2nd place 2019), whose batches are of frames: long clips count more.
+    Source: Residual Dense Net (2nd place 2019), whose batches consist of frames: a long clip counts
+    more than a short one.
     """
     counts = [jnp.sum(fused.mask, axis=1) for fused in clips.frames.values()]
     return clips._replace(weight=clips.weight * jnp.max(jnp.stack(counts), axis=0))
@@ -188,8 +189,8 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 class Transform(NamedTuple):
     """An entry of TRANSFORMS.
 
-    `function` (rng, MemberClips, *, options) -> MemberClips gets all frames of the clips if it
-    comes `before_fusion`, else the fused frames.
+    `function` (rng, MemberClips, *, options) -> MemberClips receives all frames of the clips if
+    `before_fusion` is True, and the fused frames if it is False.
     """
 
     function: Callable[..., MemberClips]
@@ -205,10 +206,11 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Builds the transforms before the fusion of frames, and those after it, of a configuration.
+    """Builds the transforms of a configuration, (before fusion, after fusion).
 
-    Those with fields of their own come first, then `config.transforms`: keys of TRANSFORMS, or
-    dicts of `name` and keyword arguments; ValueError if one is unknown or an argument is missing.
+    Transforms with separate fields come first. Then come `config.transforms`: keys of TRANSFORMS,
+    or dicts of `name` and keyword arguments. Raises UserError if one is unknown or an argument is
+    missing.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -1,12 +1,12 @@
-"""Batches of clips, the inputs and outputs of models, and the conventions for axes and classes.
+"""The structures of a batch of clips, and the conventions for axes and class columns.
 
-Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities or the
-vectors that a model makes of them, D features, K clusters or class columns, C identities, E
-ensemble members, G branches of a model.
+Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities (or
+the vectors that a model makes of them), D features, K clusters or class columns, C identities,
+E ensemble members, G branches of a model.
 
-Class columns in all modules: column 0 is "other" (distractors); columns 1..C are the identities in
-the order of `identities.json`. So logits and scores are [B, 1 + C]. Columns of noise classes follow
-(`NoiseLayout`); `num_classes` of a model counts them too.
+Class columns in all modules: column 0 is "other" (distractors). Columns 1..C are the identities in
+the order of `identities.json`. So logits and scores are [B, 1 + C]. The columns of noise classes
+follow (`NoiseLayout`); the `num_classes` of a model includes them.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ import numpy as np
 if TYPE_CHECKING:
     import jax
 
-# Host code fills these structures with numpy arrays, and does not wait for JAX; device code with
-# jax arrays.
+# Code on the host fills these structures with numpy arrays, because it must not wait for JAX.
+# Code on the device uses jax arrays.
 Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
 class NoiseLayout(NamedTuple):
     """The class columns with noise classes: 0 other, 1..C identities, K clusters, C mirrors.
 
-    Source: noise classes (5th place 2018). Ours: column 0 is "other", so the published `l < C` is
-    `1 <= l <= C` here; the shift of C + K is the same.
+    Source: noise classes (5th place 2018). Unlike the paper, column 0 is "other". So the published
+    `l < C` is `1 <= l <= C` here; the shift of C + K is the same.
     """
 
     num_identities: int
@@ -34,12 +34,12 @@ class NoiseLayout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """Number of class columns, 1 + 2C + K."""
+        """The number of class columns, 1 + 2C + K."""
         return 1 + 2 * self.num_identities + self.num_clusters
 
     @property
     def mirror_shift(self) -> int:
-        """Distance from the column of an identity to the column of its mirror, C + K."""
+        """The distance from the column of an identity to the column of its mirror, C + K."""
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
@@ -56,7 +56,7 @@ class NoiseLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] that `fusion.read` will gather; selecting frames changes only `index`.
+    """Features [B, T, D] that `fusion.read` gathers later; frame selection changes only `index`.
 
     Attributes:
       values: [F, D], features of all frames of the dataset, in the stored dtype.
@@ -68,7 +68,7 @@ class LazyFeatures(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the gathered features, [B, T, D]."""
+        """The shape of the gathered features, [B, T, D]."""
         return (*self.index.shape, self.values.shape[-1])
 
 
@@ -77,10 +77,10 @@ class Frames(NamedTuple):
 
     Attributes:
       features: [B, T, D] in the stored dtype, float16 for official files. Before fusion it may be
-        LazyFeatures in spite of its type.
+        LazyFeatures, although its type says Array.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
-        negative; 0 for modalities without it.
-      detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without it.
+        negative. It is 0 for modalities without a quality.
+      detection: [B, T] float32, detection score from 0 to 1. It is 1 for modalities without one.
       number: [B, T] int32, frame number within the clip, non-decreasing.
       mask: [B, T] bool, True for real frames; all False for clips that lack the modality.
     """
@@ -92,7 +92,7 @@ class Frames(NamedTuple):
     mask: Array
 
 
-# The fields of Frames, and of Packed, that records have; a batch has no boxes.
+# The fields that Frames and Packed share with records. (Records also have boxes.)
 BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
@@ -111,14 +111,14 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """What a model is told of B clips beside their frames; or of B examples, if frames are those.
+    """The input of a model besides the frames: B clips, or B examples if each frame is an example.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
       measure: [B] float32, `Identifier.measure_clips` of the raw frames, before fusion and with all
-        features; None in training, and for models that treat all clips alike.
+        features. It is None in training, and for models that treat all clips alike.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -130,18 +130,19 @@ class ClipInfo(NamedTuple):
 class ModelOutput(NamedTuple):
     """Output of a model for B clips.
 
-    A branch is one set of logits; most models have one, G = 1. With several branches, the two
-    weights say which branches judge a clip.
+    A branch is one set of logits. Most models have one branch, G = 1. With several branches, the
+    two weights decide how much each branch contributes for a clip.
 
     Attributes:
       logits: [B, G, 1 + C] float32.
       embedding: [B, D] float32, input of the classifier.
-      train_weight: [B, G] float32, weight of the loss of each branch, 0 where the branch does not
-        learn from the clip; None for all 1.
-      eval_weight: [B, G] float32, weight of the score (a probability, not a logit) of each branch
-        in evaluation; None for all 1. Weights of a clip need not sum to 1: smaller weights rank the
-        clip lower.
-      attention: [B, M, M], weight of vector i for vector j, for the report; None without attention.
+      train_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
+        learn from the clip. None means 1 for all.
+      eval_weight: [B, G] float32, weight of each branch's score (a probability, not a logit) in
+        evaluation. None means 1 for all. The weights of a clip need not sum to 1: smaller weights
+        rank the clip lower.
+      attention: [B, M, M], weight of vector i for vector j, for the report. It is None if the model
+        has no attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 
@@ -154,7 +155,7 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The F frames of one modality of N clips without padding; frames of a clip are consecutive.
+    """The F frames of one modality of N clips, without padding, clip after clip.
 
     Attributes:
       features: [F, D] in the stored dtype.

@@ -1,4 +1,4 @@
-"""Devices: the mesh, the layout of arrays on it, and the cache of compiled programs."""
+"""The mesh of devices, the layout of arrays on it, and the cache of compiled programs."""
 
 import contextlib
 import hashlib
@@ -28,10 +28,10 @@ CUDA = "'vidjax[cuda13]' (driver 580 or newer) or 'vidjax[cuda12]' (driver 525 o
 
 
 def keep_programs(folder: Path) -> None:
-    """Caches compiled programs in a folder, unless jax is configured to use another one.
+    """Caches compiled programs in `folder`, unless jax is configured to use another cache.
 
-    jax runs the machine code that it finds. So a folder that another user may change is not used,
-    with a warning; nor is a folder inside such a folder.
+    jax runs the machine code in its cache. So if another user may change the folder, or a folder
+    above it, the folder is not used and a warning is printed.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -39,16 +39,16 @@ def keep_programs(folder: Path) -> None:
     try:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return  # whoever fills the cache reports it
+        return  # the code that writes the cache reports the error
     if programs.is_symlink():
-        return  # a link in the cache is not followed
+        return  # links in the cache are not followed
     if foreign := foreign_part(programs):
         warn(
-            f"compiled programs are not kept: another user may change '{foreign}'\n"
-            f"forbid it by 'chmod go-w {foreign}', or name another cache: VIDJAX_CACHE=FOLDER"
+            f"compiled programs are not cached: another user may change '{foreign}'\n"
+            f"forbid it with 'chmod go-w {foreign}', or choose another cache: VIDJAX_CACHE=FOLDER"
         )
         return
-    # Machines with different processors may share the folder.
+    # Machines with different processors may share the cache.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line for line in lines if line.startswith(("flags", "Feat")))
@@ -61,7 +61,7 @@ def keep_programs(folder: Path) -> None:
 
 @contextlib.contextmanager
 def keep_no_programs() -> Iterator[None]:
-    """Leaves programs that are compiled meanwhile out of the cache: each holds all weights."""
+    """Keeps programs out of the cache while the context is open, because each has all weights."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -72,12 +72,12 @@ def keep_no_programs() -> Iterator[None]:
 
 
 def be_deterministic() -> None:
-    """Makes runs on a GPU bit-identical, if jax has not yet looked for devices; else it warns."""
+    """Makes runs on a GPU bit-identical. Warns if jax has already looked for devices."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return
     os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
-    # Nothing public tells whether jax has looked for devices. Without this name nobody is warned.
+    # jax has no public function for this. If the name is missing, no warning is printed.
     bridge = sys.modules.get("jax._src.xla_bridge")
     looked = getattr(bridge, "backends_are_initialized", lambda: False)
     if looked() and jax.default_backend() == "gpu":
@@ -99,49 +99,49 @@ def versions() -> dict[str, str]:
 
 
 def _commit(checkout: Path) -> str | None:
-    """Returns the git commit of a checkout, with `-dirty` if files differ; None outside of one."""
+    """Returns the git commit of a checkout, `-dirty` if files differ, or None without git."""
     if not (checkout / ".git").exists():
         return None
-    # `git describe --dirty` would lock the index while the user may commit.
+    # `git describe --dirty` would lock the index, and the user may commit at this moment.
     words = ("git", "--no-optional-locks", "-C", str(checkout), "status", "--untracked-files=no")
     try:
-        done = subprocess.run(
+        status = subprocess.run(
             (*words, "--porcelain=v2", "--branch"), capture_output=True, text=True, timeout=5
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    head, *lines = done.stdout.splitlines() or [""]
+    head, *lines = status.stdout.splitlines() or [""]
     commit = head.removeprefix("# branch.oid ")[:9]
     changed = any(not line.startswith("#") for line in lines)
     return f"{commit}-dirty" if changed and commit else commit or None
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh of the first devices, over whose axis `data` clips are split; None: of all.
+    """Returns a mesh of the first `num_devices` devices (None: all), with the axis `data`.
 
-    The axis is Auto: one program runs on any number of devices, with equal draws, and batch
-    statistics over all devices.
+    Clips are split over that axis. It is Auto: one program runs on any number of devices, with
+    equal draws, and computes batch statistics over all devices.
     """
     try:
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
-        platform = jax.config.values["jax_platforms"] or "the default platform"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: no name is left
+        name = jax.config.values["jax_platforms"] or "the default name"
         reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
         raise UserError(
-            f"jax cannot use {platform}: {reason}\n"
+            f"jax cannot use {name}: {reason}\n"
             f"an NVIDIA GPU needs {CUDA}, a TPU 'vidjax[tpu]'\n"
             "to use what this machine has: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
         ) from error
     if NVIDIA.exists() and devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
         warn(
-            "jax uses the CPU, and not the NVIDIA GPU of this machine: "
-            f"pip install {CUDA}, or choose the CPU by JAX_PLATFORMS=cpu"
+            "jax uses the CPU, although this machine has an NVIDIA GPU: "
+            f"pip install {CUDA}, or choose the CPU with JAX_PLATFORMS=cpu"
         )
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
     if num_devices is not None and not 0 < num_devices <= len(devices):
         raise UserError(
-            f"num_devices={num_devices}: there are {len(devices)}\n"
-            f"choose from 1 to {len(devices)}, or None for all of them"
+            f"num_devices={num_devices}: this machine has {len(devices)}\n"
+            f"choose from 1 to {len(devices)}, or None for all"
         )
     devices = devices[:num_devices]
     kinds = (AxisType.Auto,)
@@ -149,12 +149,12 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that every device holds whole: parameters and tables."""
+    """Returns the layout of arrays that every device stores whole: parameters and tables."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that are split along their leading axis: batches."""
+    """Returns the layout of arrays that are split along their first axis: batches."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
@@ -164,7 +164,7 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
-    """Puts a tree of arrays on the devices with a layout, one sharding or a tree of them.
+    """Puts a tree of arrays on the devices. `layout` is a sharding or a tree of shardings.
 
     Arrays on the host must be whole, and equal in all processes.
     """
@@ -174,7 +174,7 @@ def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
     def lay(sharding: NamedSharding, x: Array) -> Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.jit(_same, out_shardings=sharding)(x)
-        # `jax.device_put` would send all of it to the other processes, to compare it with theirs.
+        # `jax.device_put` would send the whole array to the other processes to compare it.
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -186,7 +186,7 @@ def _same(x: Array) -> Array:
 
 
 def fetch(tree: Tree) -> Tree:
-    """Copies whole arrays to the host; all processes call it together, with the same arrays."""
+    """Copies whole arrays to the host. All processes must call it together with the same arrays."""
     return jax.tree.map(_fetch, tree)
 
 
@@ -197,7 +197,7 @@ def _fetch(x: Array) -> np.ndarray:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns a PartitionSpec per array of a batch: all are split but values of LazyFeatures."""
+    """Returns a PartitionSpec per array of a batch; only the values of LazyFeatures stay whole."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:
@@ -209,18 +209,18 @@ def batch_specs(batch: Batch) -> Batch:
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Distributes a batch over the devices, B / devices clips on each; it may lie there already."""
+    """Distributes a batch over the devices, B / devices clips on each. It may be there already."""
     rows = np.shape(batch.clip_index)[0]
     if rows % mesh.size:
         raise UserError(
-            f"config.batch_size={rows} cannot be split over {mesh.size} devices: use a multiple"
+            f"config.batch_size={rows} is not a multiple of {mesh.size}, the number of devices"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
     return put(batch, shardings)
 
 
 def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Distributes a batch as `shard_batch` does, inside of a compiled function."""
+    """Distributes a batch as `shard_batch` does, but inside a compiled function."""
 
     def constrain(spec: PartitionSpec, x: Array) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -230,7 +230,7 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 @contextlib.contextmanager
 def compile_seconds() -> Iterator[list[float]]:
-    """Yields a list that gets the seconds of each XLA compilation in this process meanwhile."""
+    """Yields a list that receives the seconds of each XLA compilation while the context is open."""
     seconds: list[float] = []
 
     def add(event: str, duration_secs: float, **kwargs: object) -> None:

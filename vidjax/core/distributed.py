@@ -1,8 +1,8 @@
 """Several processes that train or evaluate one run together, by `jax.distributed`.
 
-Each process runs the same program on the same clips, and computes on its own devices. Process 0
-writes all files of the run; of a checkpoint, Orbax writes the arrays of every process. If a process
-ends by an error, JAX ends the others. One process is the usual case.
+Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
+the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a
+process ends with an error, JAX ends the other processes. Usually there is only one process.
 """
 
 import argparse
@@ -19,7 +19,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join(args: argparse.Namespace) -> None:
-    """Joins the other processes if `args` has FLAGS with values; before JAX looks for devices."""
+    """Joins the other processes if `args` has values for FLAGS. Call it before JAX is used."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return
@@ -30,7 +30,7 @@ def join(args: argparse.Namespace) -> None:
         )
     import jax
 
-    # Its handler of SIGTERM would take the place of ours.
+    # The service would replace our handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
@@ -44,7 +44,7 @@ def join(args: argparse.Namespace) -> None:
 
 def count() -> int:
     """Returns the number of processes that work on the run."""
-    jax = sys.modules.get("jax")  # a process that never imported jax has joined nobody
+    jax = sys.modules.get("jax")  # a process that never imported jax has joined no other
     return jax.process_count() if jax and jax.distributed.is_initialized() else 1
 
 
@@ -54,7 +54,7 @@ def is_first() -> bool:
 
 
 def largest(*values: int) -> list[int]:
-    """Returns the largest of each value, magnitude < 2**31, over all processes; waits for them."""
+    """Returns the maximum of each value over all processes; waits for them (|value| < 2**31)."""
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
@@ -63,12 +63,12 @@ def largest(*values: int) -> list[int]:
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have arrived here."""
     largest(0)
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if their `facts`, values of JSON, differ."""
+    """Raises UserError in all processes if their `facts`, JSON values, differ."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if largest(number, -number) != [number, -number]:

@@ -1,8 +1,8 @@
-"""Ensembles, axis E: the members, the clips that each is trained on, and those that it scores.
+"""Ensembles, axis E: the members, their training clips, and the clips that they score.
 
 All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
-one net on several subsets of the same batches. So every parameter and table has a leading axis E,
-and one program trains or evaluates all members in one pass over the data.
+one network on several subsets of the same batches. So every parameter and table has a leading axis
+E, and one program trains or evaluates all members in one pass over the data.
 """
 
 import functools
@@ -26,19 +26,20 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
-MOST_CLIPS = 10_000_000  # of all training splits
-MOST_BYTES = 1 << 29  # of `members.npz`, unpacked
+MAX_TRAINING_CLIPS = 10_000_000  # of all training splits
+MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
     """The properties of one member.
 
     Attributes:
-      number: position among all members of the ensemble; the member's random keys depend on it.
-      fold: fold that the member is not trained on; -1 for none.
-      bootstrap: number of its bootstrap sample; -1 for none.
-      view: chunk of every feature vector that is hidden from the member; -1 for none.
-      min_quality: lowest quality of the frames that it is trained on; the lowest float32 for all.
+      number: position among all members of the ensemble. The random keys of the member depend on
+        it.
+      fold: fold that the member is not trained on, or -1.
+      bootstrap: number of the member's bootstrap sample, or -1.
+      view: chunk of every feature vector that is hidden from the member, or -1.
+      min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
     """
 
     number: int = 0
@@ -49,10 +50,10 @@ class Member(NamedTuple):
 
 
 class TrainingSets(NamedTuple):
-    """The clips that each member was trained on, so that it is only evaluated on others.
+    """The clips that each member was trained on. Each member should score only other clips.
 
-    `trained` is [E, N] bool, False if the fold or the bootstrap sample of a member excludes a clip;
-    `clips` are [N] names.
+    `trained` is [E, N] bool, False if the member's fold or bootstrap sample excludes the clip.
+    `clips` are N names.
     """
 
     members: tuple[Member, ...]
@@ -61,10 +62,11 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds the members of an ensemble: one for each combination of its options, or only some.
+    """Builds the members of an ensemble: one for each combination of its options.
 
-    `spec` are the fields of `config.ensemble`; `only` are the numbers of the members to build, from
-    0 on. As numbers rise, seeds vary fastest, then qualities, views, and folds or bootstraps.
+    `spec` are the fields of `config.ensemble`. If `only` has numbers, from 0 on, only these members
+    are built. From one number to the next, seeds vary fastest, then qualities, then views, and last
+    folds or bootstraps.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
@@ -96,11 +98,11 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
 
 
 def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
-    """Returns the fold of each clip, [N] int32 from 0; every identity is spread over all folds.
+    """Returns the fold of each clip, [N] int32 from 0. Every identity is spread over all folds.
 
-    The clips of an identity go to the folds in turn, in random order, and the next identity goes on
-    from there. So the sizes of two folds differ by at most one clip, in total and within every
-    identity. Labels are [N] int; 0, the distractors, is treated as an identity.
+    The clips of an identity go to the folds in turn, in random order. The next identity starts at
+    the next fold. So the sizes of two folds differ by at most one clip, in total and within every
+    identity. Labels are [N] int; the distractors, label 0, count as one identity.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -112,10 +114,11 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
 def bootstrap_counts(
     labels: np.ndarray, number: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Draws bootstrap sample `number`; returns [N] int32, how many times it contains each clip.
+    """Draws bootstrap sample `number`. Returns how many times it contains each clip, [N] int32.
 
-    `resample` is `identity` to resample the clips of every identity separately, so that none is
-    lost, or `all` to resample all clips at once, which loses some identities of one or two clips.
+    If `resample` is `identity`, the clips of every identity are resampled separately, so that no
+    identity is lost. If it is `all`, all clips are resampled at once, and some identities of one or
+    two clips are lost.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -131,7 +134,7 @@ def bootstrap_counts(
 def partition(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns [E, N] float32, how many times each member trains on each clip in an epoch."""
+    """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds}: there are only {len(labels)} training clips"
@@ -147,7 +150,7 @@ def partition(
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns one typed key per member, [E], from the seed and the member's number alone."""
+    """Returns one typed key per member, [E], which depends only on the seed and its number."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
@@ -174,23 +177,23 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
 
 
 def check_size(training_sets: TrainingSets) -> None:
-    """Refuses training sets that `load` would not read back."""
+    """Raises UserError if `load` would refuse training sets of this size."""
     clips = training_sets.clips
     count, members = len(clips), len(training_sets.members)
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
-    if count > MOST_CLIPS or size > MOST_BYTES - files.MB:
+    if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
         raise UserError(
-            f"{count:,} training clips of {members} members: the most are {MOST_CLIPS:,} clips, "
-            f"and {MOST_BYTES:,} bytes for their names and members, of which they take {size:,}\n"
+            f"{count:,} training clips of {members} members: at most {MAX_TRAINING_CLIPS:,} clips, "
+            f"and {MAX_FILE_BYTES:,} bytes for names and members, here {size:,}\n"
             "leave some clips out, or train with fewer members"
         )
 
 
 def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` from the folder of a run; ValueError if it is missing or damaged."""
+    """Reads `members.npz` from the folder of a run; UserError if it is missing or damaged."""
     path = folder / FILE
     try:
-        arrays = files.read_npz(path, MOST_BYTES)
+        arrays = files.read_npz(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         raise UserError(f"'{path}' is missing") from None
     try:
@@ -199,25 +202,25 @@ def load(folder: Path) -> TrainingSets:
         names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"'{path}' is damaged: {error}") from error
-    numbers = all(
+    are_valid = all(
         all(type(value) is int and -1 <= value < 1 << 31 for value in member[:-1])
         and isinstance(member.min_quality, (int, float))
         for member in members
     )
     shape = (len(members), names.count("\n") + 1)
-    if not numbers or not members or trained.dtype != bool or trained.shape != shape:
-        raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
-    if shape[1] > MOST_CLIPS:
-        raise UserError(f"'{path}' names more than {MOST_CLIPS:,} clips")
+    if not are_valid or not members or trained.dtype != bool or trained.shape != shape:
+        raise UserError(f"'{path}' is damaged: the shapes of its arrays differ")
+    if shape[1] > MAX_TRAINING_CLIPS:
+        raise UserError(f"'{path}' names more than {MAX_TRAINING_CLIPS:,} clips")
     return TrainingSets(members, tuple(names.split("\n")), trained)
 
 
 def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[np.ndarray, bool]:
-    """Returns the members that score each clip, [E, n] bool, and True if they were trained on some.
+    """Returns the members that score each clip, [E, n] bool, and whether this is in-sample.
 
-    A clip is scored by the members that were not trained on a clip of its name, in any split. But
-    if all members were trained on all training clips (no folds), and `clips` has some of these, all
-    members score all of `clips`.
+    A clip is scored by the members that were not trained on a clip of its name, in any split. If
+    there are no folds (all members were trained on all training clips) and `clips` contains some
+    training clips, then all members score all of `clips`, and the second value is True.
     """
     position = _positions(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
@@ -227,14 +230,14 @@ def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[
     return use, False
 
 
-@functools.lru_cache(maxsize=8)  # single clips are scored in less time than this takes
+@functools.lru_cache(maxsize=8)  # building this dict takes longer than scoring a single clip
 def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
-    """Returns the position of each clip by its name."""
+    """Returns name -> position of each clip."""
     return {name: i for i, name in enumerate(clips)}
 
 
 def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
-    """Removes chunk `view` from features [..., D]; a chunk is D // num_chunks adjacent features.
+    """Removes chunk `view` from features [..., D]. A chunk is D // num_chunks adjacent features.
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """
@@ -246,7 +249,7 @@ def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Returns the slice of one member from a tree of arrays [E, ...]; one program for all."""
+    """Selects one member from a tree of arrays [E, ...], with one program for all members."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )
@@ -264,7 +267,7 @@ def split(tree: Tree, size: int) -> tuple[Tree, ...]:
 
 
 def merge(trees: Sequence[Tree]) -> Tree:
-    """Reverses `split`."""
+    """Joins the trees of `split` again."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)

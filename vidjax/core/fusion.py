@@ -1,9 +1,9 @@
-"""Selection and fusion of the frames of one modality: from Frames [B, T] to Frames [B, T'].
+"""Selects and fuses the frames of one modality: from Frames [B, T] to Frames [B, T'].
 
-Functions are pure and can be jitted. Draws have the shape of the whole batch, so they do not depend
-on the number of devices. Selected features keep their stored dtype; of LazyFeatures only selected
-rows are read. False may come before True in a mask, as after `filter_frames`. An option that is
-unknown, missing or out of range raises ValueError.
+The functions are pure and can be jitted. Random numbers are drawn in the shape of the whole batch,
+so they do not depend on the number of devices. Selected features keep their stored dtype. Only the
+selected rows of LazyFeatures are read. False may come before True in a mask, for example after
+`filter_frames`. An option that is unknown, missing or out of range raises UserError.
 """
 
 import fractions
@@ -29,21 +29,21 @@ def filter_frames(
     top_share: float = 1.0,
     poor_clips: str = "keep",
 ) -> Frames:
-    """Removes frames of low quality: sets their mask to False.
+    """Removes frames of low quality by setting their mask to False.
 
     Args:
-      min_quality, min_detection: lowest scores to keep, may be traced; None or -inf for no limit.
+      min_quality, min_detection: lowest scores to keep, may be traced. None or -inf is no limit.
       top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
         Among equal qualities the earlier frame is better; NaN is the lowest quality.
-      poor_clips: `keep` for clips that keep all frames where they would lose all; `drop` for clips
-        that lose them. Such a clip trains nothing if no modality has frames left.
+      poor_clips: for clips that would lose all frames. With `keep` they keep all frames. With
+        `drop` they lose all frames, and train nothing if no other modality has frames.
 
     Returns:
       Frames [B, T] with a new mask.
 
     Source: thresholds on quality and detection from quality fusion (4th place 2019), whose code
     (training.py:98 at 60f5127) drops poor clips; the best 70 % by quality from Residual Dense Net
-    (2nd place 2019). Ours: `keep`.
+    (2nd place 2019). The paper has no `keep`.
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
@@ -54,7 +54,7 @@ def filter_frames(
     if min_detection is not None:
         kept = kept & (ordered_quality(frames.detection) >= min_detection)
     if top_share < 1:
-        # Whole numbers are exact. In float32, 0.1 x 30 would be slightly more than 3.
+        # Whole numbers are exact, whereas 0.1 x 30 in float32 is slightly more than 3.
         share = fractions.Fraction(top_share).limit_denominator(10_000)
         share = max(share, fractions.Fraction(1, 10_000))  # a share of 0 would keep no frame
         count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
@@ -71,15 +71,15 @@ def top_frames(
 ) -> Frames:
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
-    Shorter clips keep all frames and repeat some: random ones if `rng` is a key. If it is None,
-    `repeats` is `turn` for all in turn, starting with the best, or `random` for draws that are the
-    same for all clips of one length. Among equal qualities the earlier frame is better; NaN is the
-    lowest quality.
+    A shorter clip keeps all frames and repeats some. If `rng` is a key, it repeats random frames.
+    If `rng` is None, `repeats` decides: `turn` repeats all frames in turn, the best first;
+    `random` repeats the same places in all clips of one length. Among equal qualities the earlier
+    frame is better; NaN is the lowest quality.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
-    Source: iQIYI-VID paper, section 5.1. Ours: `turn`.
+    Source: iQIYI-VID paper, section 5.1. The paper has no `turn`.
     """
     _check_count("num_frames", num_frames)
     check_choice("repeats", repeats, ("random", "turn"))
@@ -95,22 +95,23 @@ def sample_frames(
     order: str = "time",
     replacement: bool = False,
 ) -> Frames:
-    """Selects `num_frames` frames of every clip independently of quality.
+    """Selects `num_frames` frames of every clip, independently of quality.
 
-    If `rng` is a key, frames are drawn at random without replacement; shorter clips keep all frames
-    and repeat random ones. If it is None, the frames are evenly spaced over the clip.
+    If `rng` is a key, frames are drawn at random without replacement. A shorter clip keeps all
+    frames and repeats random ones. If `rng` is None, the frames are evenly spaced over the clip.
 
     Args:
-      order: `time`, or `random`: independent of time, and without a key the same for all clips.
-      replacement: True to draw all frames of shorter clips with replacement, and to draw without a
-        key, too: the same places in all clips of one length.
+      order: `time`, or `random` for an order independent of time. Without a key, the random order
+        is the same for all clips.
+      replacement: if True, all frames of shorter clips are drawn with replacement. Without a key,
+        frames are drawn too, at the same places in all clips of one length.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
-    Source: DeepMEF (3rd place 2019), whose code draws without order and with `replacement`, in the
-    test as in training. Ours: short clips that keep all frames before they repeat one; the order of
-    time; evenly spaced frames without a key, for evaluation.
+    Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
+    training and test. Unlike the paper, a short clip uses every frame before it repeats one,
+    frames may stay in time order, and evaluation may use evenly spaced frames.
     """
     _check_count("num_frames", num_frames)
     check_choice("order", order, ("random", "time"))
@@ -122,9 +123,9 @@ def sample_frames(
         )
         order_rng = None if repeat_rng is None else jax.random.fold_in(repeat_rng, 1)
     else:
-        in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames first
+        in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames come first
         count = jnp.sum(frames.mask, axis=1, keepdims=True, dtype=jnp.int32)
-        # The middles of num_frames equal pieces of the clip, in whole numbers.
+        # The middles of num_frames equal pieces of the clip, computed in whole numbers.
         rank = (2 * jnp.arange(num_frames, dtype=jnp.int32) + 1) * count // (2 * num_frames)
         chosen, order_rng = _frames_at(frames, take(in_order, rank)), None
     if order == "time":
@@ -139,25 +140,25 @@ def _check_count(name: str, value: int, least: int = 1) -> None:
 
 
 def has_frames(frames: Mapping[str, Frames]) -> Array:
-    """Returns [B] bool, True for clips that have a frame of any modality."""
+    """Returns [B] bool, True for clips that have a frame in at least one modality."""
     masks = [modality.mask.any(axis=1) for modality in frames.values()]
     return jnp.any(jnp.stack(masks), axis=0)
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
-    """Returns the weight of every frame.
+    """Computes the weight of every frame.
 
     Args:
       weighting: `uniform`: 1. `quality`: quality x detection. `score`: quality. `squared`: quality
-        x quality, also of negative ones. `graded`: quality x detection x g, where g is 0, 0.2, 0.3,
-        0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
+        squared, so a negative quality counts too. `graded`: quality x detection x g, where g is
+        0, 0.2, 0.3, 0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
 
     Returns:
-      [B, T] float32; 0 on padding, and for weights that are negative or not finite. If all weights
-        of a clip would be 0, they are uniform.
+      [B, T] float32. The weight is 0 on padding and where it would be negative or not finite. If
+        all weights of a clip would be 0, they are uniform.
 
-    Source: `graded` is W(x) of quality fusion (4th place 2019), `squared` the code of noise classes
-    (5th place 2018). Ours: uniform weights where W(x) would divide 0 by 0.
+    Source: `graded` is W(x) of quality fusion (4th place 2019); `squared` is from the code of noise
+    classes (5th place 2018). Unlike the paper, weights are uniform where W(x) would divide 0 by 0.
     """
     uniform = frames.mask.astype(jnp.float32)
     if weighting == "uniform":
@@ -175,9 +176,9 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Returns [B] float32: the mean L2 norm (`measure="norm"`) or mean `quality` of the frames.
+    """Computes [B] float32: the mean L2 norm (`measure="norm"`) or mean `quality` of the frames.
 
-    A quality that is not finite counts as 0; a clip without frames has mean 0.
+    A quality that is not finite counts as 0. A clip without frames has the mean 0.
     """
 
     def value(t: Array | None) -> Array:
@@ -189,15 +190,15 @@ def mean_measure(frames: Frames, measure: str) -> Array:
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
-    """Shuffles the frames of every clip; returns [B, T] int32 indices, the real frames first.
+    """Shuffles the frames of every clip. Returns [B, T] int32 indices with the real frames first.
 
     Without a key the order is fixed and depends only on the number of real frames.
     """
     if rng is not None:
         return jnp.argsort(jnp.where(mask, per_frame_uniform(rng, mask), 2.0), axis=1)
     rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-    # Multiples of the golden ratio modulo 1, of 31 bits, put frames that are close in time far
-    # apart. They are computed in halves: OpenVINO has no integers of more than 32 bits.
+    # Multiples of the golden ratio modulo 1, as 31-bit integers, put frames that are close in time
+    # far apart. They are computed in halves, because OpenVINO has no integers of over 32 bits.
     low = rank * 31161
     high = jax.lax.rem(rank * 40503 + jax.lax.div(low, 1 << 16), 1 << 16)
     key = high * (1 << 15) + jax.lax.div(jax.lax.rem(low, 1 << 16), 2)
@@ -206,12 +207,12 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
     """Draws [B, T] float32 uniformly from [0, 1), independently of the length of the padding."""
-    # Draws depend on their flat index. With frames as the slow axis, padding adds only later ones.
+    # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
 
 def take(values: Array, index: Array) -> Array:
-    """Selects values[b, index[b, j]] from [B, T], [B, T, D] or LazyFeatures; index is [B, T']."""
+    """Selects values[b, index[b, j]] from [B, T], [B, T, D] or LazyFeatures; `index` is [B, T']."""
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -219,14 +220,14 @@ def take(values: Array, index: Array) -> Array:
 
 
 def read(features: Array | LazyFeatures) -> Array:
-    """Gathers LazyFeatures into an array [B, T, D]; returns arrays unchanged."""
+    """Gathers LazyFeatures into an array [B, T, D]; returns an array unchanged."""
     if not isinstance(features, LazyFeatures):
         return features
     return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` per field, to its arrays in all `frames`; for LazyFeatures, to the indices."""
+    """Applies `fn` to each field of all `frames`; for LazyFeatures, to their indices."""
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -243,9 +244,9 @@ def ordered_quality(quality: Array) -> Array:
 
 
 def _best_first(quality: Array, mask: Array) -> Array:
-    """Sorts frames by quality; returns [B, T] indices, the best real frame first, padding last."""
+    """Returns [B, T] indices that put the best real frame first and padding last."""
     quality = jnp.where(mask, ordered_quality(quality), -jnp.inf)
-    # Not lax.top_k: for clips on several devices it would gather the whole batch on every one.
+    # With clips on several devices, lax.top_k would gather the whole batch on every device.
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
 
 
@@ -258,10 +259,10 @@ def _first_frames(
     replacement: bool = False,
     fixed_draws: bool = False,
 ) -> Frames:
-    """Selects the first `num_frames` real frames of `order` [B, T], by time; may repeat frames.
+    """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    With `replacement`, clips with fewer frames draw all of them anew. Without a key repeats are in
-    turn, or by `fixed_draws` of their own, one for all clips.
+    A clip with fewer frames repeats some of them. With `replacement` it draws all frames again.
+    Without a key it repeats its frames in turn, or (`fixed_draws`) by the same draws as all clips.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -277,13 +278,13 @@ def _first_frames(
 
 
 def _frames_at(frames: Frames, index: Array) -> Frames:
-    """Selects frames at indices [B, T']; the mask is True for clips that have a frame."""
+    """Selects frames at indices [B, T']. The mask is True for clips that have a frame."""
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
 
 
-_LEVELS = 4096  # see `_draw`
+_LEVELS = 4096  # number of steps to which `_draw` rounds probabilities
 
 
 def random_fusion(
@@ -300,38 +301,38 @@ def random_fusion(
     """Draws `num_draws` fused frames per clip, each the mean of 1 to `max_frames` random frames.
 
     Args:
-      num_draws: fused frames per clip, T', 1 or more.
-      max_frames: most frames in one fused frame, 1 or more.
-      probs: `max_frames` weights for fusing 1, 2, ... frames; None for equal weights.
-      replacement: True to draw with replacement. Otherwise a fused frame repeats a frame only after
-        it has all frames of the clip that can be drawn.
+      num_draws: T', fused frames per clip, 1 or more.
+      max_frames: largest number of frames in one fused frame, 1 or more.
+      probs: `max_frames` weights for fusing 1, 2, ... frames. None means equal weights.
+      replacement: if True, frames are drawn with replacement. If False, a fused frame repeats a
+        frame only after it contains all frames of the clip that can be drawn.
       sampling: probabilities of the frames, a weighting of `frame_weights`, rounded to 1/4096 of
-        the largest of the clip.
+        the largest probability in the clip.
       weighting: weights of the mean, a weighting of `frame_weights`; or `mixup` for a uniformly
         random convex combination (Dirichlet with parameters 1).
 
     Returns:
-      Frames [B, T'] with float32 features. Quality and detection are means with the same weights;
-        number is that of the first drawn frame, so numbers are unordered. For clips without frames,
-        mask is False and the features are 0.
+      Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
+        The number is the number of the first drawn frame, so numbers are unordered. For a clip
+        without frames, the mask is False and the features are 0.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, one fused vector per clip
-    and step, weights quality x detection. Without replacement: the shuffled and merged frames of
-    Residual Dense Net (2nd place 2019), which contain the first frame itself. MixUp: Zhang et al.,
-    here within a clip, so that labels need no mixing. Ours: many draws at once; uniform weights if
-    no frame of the clip has a positive, finite weight.
+    and step, weights quality x detection. `replacement=False`: the shuffled and merged frames of
+    Residual Dense Net (2nd place 2019), whose mean contains the first frame. `mixup`: Zhang et al.,
+    but within a clip, so that labels need no mixing. Unlike the papers, a clip may have many draws,
+    and the weights are uniform if no frame of the clip has a positive, finite weight.
     """
     if rng is None:
         raise UserError(
-            "the fusion 'random' is for training: evaluate with sample, top, windows, crops, mean "
-            "or all"
+            "the fusion 'random' is only for training: evaluate with sample, top, windows, crops, "
+            "mean or all"
         )
     _check_count("num_draws", num_draws)
     _check_count("max_frames", max_frames)
     num_clips = len(frames.mask)
     uniforms = jax.random.uniform(rng, (num_clips, num_draws, max_frames + 1), jnp.float32)
 
-    # The last threshold, 1, is left out: float32 rounding cannot count more frames than slots.
+    # Without the last threshold, 1, float32 rounding cannot count more frames than slots.
     thresholds = _cumulative_probs(probs, max_frames)[:-1]
     num_fused = 1 + jnp.sum(uniforms[..., :1] >= thresholds, axis=-1)  # [B, T']
     slots = [slot < num_fused for slot in range(max_frames)]
@@ -348,21 +349,21 @@ def random_fusion(
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
-    """Returns the frames, and for each frame its mean with 1 to `max_frames` - 1 other frames.
+    """Returns the frames and, for each frame, its mean with 1 to `max_frames` - 1 other frames.
 
-    The others are those that follow the frame in a random, cyclic order of the frames of the clip.
-    At less cost `random_fusion` draws such frames: half of `probs` on 1 frame, `replacement=False`.
+    The other frames follow the frame in a random, cyclic order of the clip's frames. A cheaper way
+    to draw such frames is `random_fusion` with half of `probs` on 1 frame and `replacement=False`.
 
     Args:
-      rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
-      max_frames: most frames in one mean, 2 or more; a shorter clip merges all that it has.
+      rng: PRNG key. If it is None, the order depends only on the number of real frames.
+      max_frames: largest number of frames in one mean, 2 or more. A shorter clip merges all frames.
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-        detection are means too; number is that of the frame itself, so numbers are unordered.
+        detection are means too. A mean has the number of its first frame, so numbers are unordered.
 
-    Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 others, and
-    united with the originals. Ours: the fixed order for evaluation.
+    Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
+    and united with the original frames. The fixed order for evaluation is not in the paper.
     """
     _check_count("max_frames", max_frames, least=2)
     frames = frames._replace(features=read(frames.features))  # all frames are needed
@@ -383,21 +384,22 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     merged = merged._replace(number=frames.number)
 
     def stored(mean: Array, like: Array) -> Array:
-        # A cast to int8 would cut digits off, which makes features shorter.
-        whole = jnp.issubdtype(like.dtype, jnp.integer)
-        return (jnp.round(mean) if whole else mean).astype(like.dtype)
+        # A cast to int8 would cut off digits, and so make the features shorter.
+        is_integer = jnp.issubdtype(like.dtype, jnp.integer)
+        return (jnp.round(mean) if is_integer else mean).astype(like.dtype)
 
     return jax.tree.map(lambda a, b: jnp.concatenate([a, stored(b, a)], 1), frames, merged)
 
 
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
-    """Returns the mean frame of every clip.
+    """Computes the mean frame of every clip.
 
-    `weighting` is one of `frame_weights`; `graded` is the W(x) of quality fusion.
+    `weighting` is a weighting of `frame_weights`; `graded` is the W(x) of quality fusion.
 
     Returns:
-      Frames [B, 1] with float32 features. Quality and detection are means too; number is that of
-        the first real frame. For clips without frames, mask is False and the features are 0.
+      Frames [B, 1] with float32 features. Quality and detection are means too. The number is the
+        number of the first real frame. For a clip without frames, the mask is False and the
+        features are 0.
     """
     weights = frame_weights(frames, weighting)
 
@@ -417,23 +419,23 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
 def _mean_over_frames(
     mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
 ) -> Array:
-    """Returns weighted means over the frames, [B, ...]; `value_of` maps a place to values [B, ...].
+    """Computes weighted means over the frames, [B, ...].
 
-    Without a place it returns the values of all frames, [B, T, ...]. A clip whose weights [B, T]
-    are all 0 has the mean 0.
+    `value_of` maps a place t to the values [B, ...] of the t-th frames, and None to the values
+    [B, T, ...] of all frames. A clip whose weights [B, T] are all 0 has the mean 0.
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
-    if any(map(jax.export.is_symbolic_dim, mask.shape)):  # exported: runtimes are slow at loops
+    if any(map(jax.export.is_symbolic_dim, mask.shape)):  # exported: loops are slow in runtimes
         values = value_of(None)
         counts = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
         values = jnp.where(counts, values, 0)
         return jnp.einsum("bt,bt...->b...", weights, values, precision=jax.lax.Precision.HIGHEST)
-    # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
+    # Blocks are padded to a few lengths. Frames after the last real frame of the batch are skipped.
     end = jnp.max(jnp.where(mask, jnp.arange(1, 1 + mask.shape[1]), 0))
 
-    # One frame at a time, read in the stored dtype: 15 times faster on CPU than a sum over float32
-    # [B, T, D], and independent of the length of the padding.
+    # Reading a frame at a time in the stored dtype is 15 times faster on CPU than summing float32
+    # [B, T, D], and the result does not depend on the length of the padding.
     def add(t: Array, total: Array) -> Array:
         value = value_of(t)
         return total + value * _frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
@@ -445,15 +447,16 @@ def _mean_over_frames(
 def crop_means(
     frames: Frames, *, weighting: str = "quality", always_shorter: bool = False
 ) -> Frames:
-    """Returns the mean frames of four temporal crops of every clip.
+    """Computes the mean frames of four temporal crops of every clip.
 
     The crops are the whole clip, the clip without its first third, without its last third, and
-    without its first and last sixth, each rounded down: no crop of a clip with frames is empty.
-    With `always_shorter`, a third or sixth is at least one frame, if another frame is left.
+    without its first and last sixth. Thirds and sixths are rounded down, so no crop of a clip with
+    frames is empty. With `always_shorter`, a third or sixth is at least one frame, if another frame
+    is left.
 
-    Returns Frames [B, 4], see `mean_frame`; `weighting` is one of `frame_weights`.
+    Returns Frames [B, 4] as `mean_frame` does. `weighting` is a weighting of `frame_weights`.
 
-    Source: test-time crops of the 5th-place system of 2018, whose code is `always_shorter`.
+    Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
     rank = jnp.cumsum(frames.mask, axis=1) - 1
     count = rank[:, -1:] + 1
@@ -483,15 +486,15 @@ class Fusion(NamedTuple):
     """An entry of FUSIONS.
 
     Attributes:
-      function: ([rng,] Frames [B, T], *, options) -> Frames [B, T'].
-      random: True if it takes a PRNG key, which is None in evaluation.
+      function: maps ([rng,] Frames [B, T], *, options) to Frames [B, T'].
+      random: if True, the function takes a PRNG key as its first argument (None in evaluation).
     """
 
     function: Callable[..., Frames]
     random: bool = False
 
 
-# name -> fusion. A specification names it and supplies the keyword arguments of its function.
+# name -> fusion. A specification gives the name and the keyword arguments of the function.
 FUSIONS: dict[str, Fusion] = {
     "all": Fusion(all_frames),
     "crops": Fusion(crop_means),
@@ -504,16 +507,16 @@ FUSIONS: dict[str, Fusion] = {
 
 
 def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Frames]:
-    """Builds a fusion from its specification, a plain dict.
+    """Builds a fusion from its specification.
 
     Args:
-      spec: `name`, a key of FUSIONS, and keyword arguments of that function. It may also have
-        arguments of `filter_frames`, which is applied first, and `kept_share`: the `top_share` of
-        the fused frames to keep at the end.
+      spec: a plain dict of `name`, a key of FUSIONS, and keyword arguments of that fusion. It may
+        also contain arguments of `filter_frames`, which is applied first, and `kept_share`: the
+        share of the fused frames to keep at the end, as `top_share` of `filter_frames`.
 
     Returns:
-      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key;
-        `sample`, `top` and `windows` also accept None.
+      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key.
+        `sample`, `top` and `windows` also accept None as the key.
     """
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
@@ -524,7 +527,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         f"fusion {name!r}",
         options_of(function),
         options,
-        f", or from those of every fusion: {', '.join(filters)}, kept_share\n"
+        f", or from the options of every fusion: {', '.join(filters)}, kept_share\n"
         "--config.fusion.MODALITY.PHASE.name=NAME keeps the other options of the file: "
         "write the fusion into a copy of it",
     )
@@ -541,9 +544,9 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 def check_options(
     what: str, known: Mapping[str, bool], options: Collection[str], more: str = ""
 ) -> None:
-    """Refuses unknown and missing options; `known`: option -> True if it is required.
+    """Raises UserError for unknown and missing options of `what`.
 
-    Messages call what takes the options `what`, and add `more`.
+    `known` maps an option to True if it is required. `more` is appended to the list of choices.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
@@ -555,33 +558,33 @@ def check_options(
 
 
 def options_of(function: Callable) -> dict[str, bool]:
-    """Returns the keyword-only parameters of a function: name -> True if it has no default."""
+    """Returns the keyword-only parameters of a function: name -> True if it is required."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _draw(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws frame indices [B, T'] int32 for every slot, with probabilities by weights [B, T].
+    """Draws frame indices [B, T'] int32 for every slot, with probability proportional to `weights`.
 
-    `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`, all frames that can be
-    drawn are drawn before one is repeated.
+    `weights` are [B, T]. `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`,
+    every frame that can be drawn is drawn before one is repeated.
     """
-    # Whole numbers up to _LEVELS: those of up to 4096 frames add up exactly in float32, so draws
-    # depend neither on padding nor on the number of devices.
+    # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
+    # exact, so draws depend neither on padding nor on the number of devices.
     largest = jnp.max(weights, axis=1, keepdims=True)
     levels = jnp.round(weights / jnp.where(largest > 0, largest, 1.0) * _LEVELS)
     num_clips, num_frames = levels.shape
     num_slots = uniforms.shape[-1]
     cdf = jnp.cumsum(levels, axis=1)  # [B, T]
-    last = num_frames - 1  # the search returns num_frames for clips without frames
+    last = num_frames - 1  # for clips without frames the search returns num_frames
     if replacement:
         points = uniforms.reshape(num_clips, -1) * cdf[:, -1:]
         index = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(cdf, points)
         index = jnp.minimum(index, last).reshape(uniforms.shape)
         return [index[..., slot] for slot in range(num_slots)]
 
-    # A point is drawn on the line of the remaining frames and then shifted past every drawn frame
-    # before it, in time order. Index T stands for no frame.
+    # A point is drawn on the line of the remaining frames. Then it is shifted past every frame
+    # drawn before it, in time order. Index T stands for "no frame".
     starts = jnp.pad(cdf, ((0, 0), (1, 0)))  # [B, T + 1]
     levels = jnp.pad(levels, ((0, 0), (0, 1)))
     drawable = jnp.maximum(jnp.sum(levels > 0, axis=1, keepdims=True), 1)
@@ -591,10 +594,10 @@ def _draw(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
         drawn = [jnp.where(i >= this_round, pick, num_frames) for i, pick in enumerate(picks)]
         drawn = jnp.sort(jnp.stack(drawn), axis=0) if drawn else []  # slot x [B, T']
         left = cdf[:, -1:] - sum(take(levels, index) for index in drawn)
-        point = jnp.floor(uniforms[..., slot] * left)  # whole numbers stay exact when shifted
+        point = jnp.floor(uniforms[..., slot] * left)  # whole numbers remain exact when shifted
         for index in drawn:
             point += jnp.where(point >= take(starts, index), take(levels, index), 0.0)
-        # A comparison instead of searchsorted: five searches would take seconds to compile.
+        # A comparison compiles at once, whereas five calls of searchsorted would take seconds.
         index = jnp.sum(point[..., None] >= cdf[:, None], axis=-1, dtype=jnp.int32)
         picks.append(jnp.minimum(index, last))
     return picks
@@ -607,16 +610,16 @@ def _fuse(
     weights: Sequence[Array],
     mask: Array,
 ) -> Frames:
-    """Returns float32 weighted means of picked frames, with the number of the first pick.
+    """Computes float32 weighted means of picked frames, with the number of the first pick.
 
     Args:
       frames: Frames [B, T].
       picks, weights: for every slot, indices [B, T'] int32 and weights [B, T'] float32, 0 or more.
-      slots: for every slot [B, T'] bool, True if it counts; the first always does.
+      slots: for every slot [B, T'] bool, True if the slot counts. The first slot always counts.
       mask: [B, T'] bool, mask of the result.
     """
     weights = [jnp.where(s, w, 0.0) for s, w in zip(slots, weights, strict=True)]
-    # All picked frames may have weight 0 although other frames of the clip have not.
+    # All picked frames may have weight 0 while other frames of the clip have positive weights.
     weightless = sum(weights) <= 0
     weights = [jnp.where(weightless, s, w) for s, w in zip(slots, weights, strict=True)]
     total = sum(weights)
@@ -624,8 +627,8 @@ def _fuse(
     weights = [jnp.where(has_frame, w / total, 0.0) for w in weights]
 
     def mean(values: Array) -> Array:
-        # One slot at a time, read in the stored dtype: for 1 to 32 draws 2 to 20 times faster on
-        # CPU than one gather for all slots, or than a weight matrix [B, T', T].
+        # One slot at a time, read in the stored dtype: for 1 to 32 draws this is 2 to 20 times
+        # faster on CPU than one gather for all slots, or than a weight matrix [B, T', T].
         means = []
         for index, weight in zip(picks, weights, strict=True):
             value = read(take(values, index))
@@ -643,10 +646,10 @@ def _fuse(
 
 
 def _cumulative_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
-    """Returns the cumulative probabilities of fusing 1, 2, ... frames, [length] float32."""
+    """Returns the cumulative probabilities of fusing 1, 2, ... frames, float32 [length]."""
     weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
-        raise UserError(f"fusion probs must be {length} finite numbers of 0 or more, got {probs}")
+        raise UserError(f"fusion probs must be {length} finite numbers of 0 or more, not {probs}")
     return (np.cumsum(weights) / weights.sum()).astype(np.float32)
 
 
@@ -655,7 +658,7 @@ def _at_least_float32(values: Array) -> jnp.dtype:
 
 
 def _frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
-    """Returns the t-th frame of every clip, [B] or [B, D]; all frames for a `t` of None."""
+    """Returns the t-th frame of every clip, [B] or [B, D], or all frames if `t` is None."""
     if t is None:
         return read(values)
     if isinstance(values, LazyFeatures):

@@ -23,19 +23,19 @@ from vidjax.utils.errors import UserError, check_entry
 def softmax_cross_entropy(
     logits: Array, labels: Array, class_mask: Array | None = None, *, label_smoothing: float = 0.0
 ) -> Array:
-    """Returns the cross-entropy of the softmax over the class columns.
+    """Computes the cross-entropy of the softmax over the class columns.
 
     Args:
       logits, labels: [..., K] float, and [...] int32 class columns.
-      class_mask: [K] bool, True for columns that take part; None for all.
+      class_mask: [K] bool, True for columns that take part. None means all columns.
       label_smoothing: share of the target, in [0, 1), that is spread evenly over all columns that
         take part, including the column of the label.
 
     Returns:
       [...] float, in nats.
 
-    Source: optax; label smoothing as in Szegedy et al., Rethinking the Inception Architecture,
-    section 7, without the target of every class that `optax.losses.softmax_cross_entropy` needs.
+    Source: optax. Label smoothing: Szegedy et al., Rethinking the Inception Architecture, section
+    7. Unlike `optax.losses.softmax_cross_entropy`, this needs no target for every class.
     """
     where = None if class_mask is None else jnp.broadcast_to(class_mask, logits.shape)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels, where=where)
@@ -51,21 +51,21 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     Args:
       logits: [..., K] float, scale x cosine(angle).
       labels: [...] int32, class columns.
-      margin: angle m in radians, from 0 to pi/2; 0 returns the logits unchanged.
-      scale: factor on the cosines, above 0; if it is learned, an array that broadcasts to [...].
+      margin: angle m in radians, from 0 to pi/2. With 0 the logits are returned unchanged.
+      scale: factor on the cosines, above 0. A learned scale is an array that broadcasts to [...].
 
     Returns:
-      [..., K], at least float32. In the column of the label scale x cos(angle + m); for angles
-        above pi - m, where that would increase again, scale x (cos(angle) - m sin(m)). Other
-        columns are unchanged.
+      [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
+        above pi - m, where this would increase again, it becomes scale x (cos(angle) - m sin(m)).
+        Other columns are unchanged.
 
     Raises:
-      ValueError: `margin` or `scale` is out of range.
+      UserError: `margin` or `scale` is out of range.
 
-    Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Ours: the
-    derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
+    Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Unlike there,
+    the derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
     """
-    fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale has no value here
+    fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
     if not 0 <= margin <= np.pi / 2 or not fixed > 0:
         raise UserError(
             f"config.loss.margin={margin}: must be from 0 to pi/2, with a config.model.logit_scale "
@@ -75,7 +75,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
         return logits
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     cosine = at_label(logits, labels) / scale
-    # Rounding may give a cosine above 1, and the derivative of a root is infinite at 0.
+    # Rounding may give a cosine above 1, and the derivative of a square root is infinite at 0.
     squared = (1 - cosine) * (1 + cosine)
     sine = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
     shifted = cosine * np.cos(margin) - sine * np.sin(margin)
@@ -87,12 +87,13 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
     """Subtracts a margin from the cosine between the embedding and the direction of the label.
 
-    Unlike `angular_margin` it allows cosines beyond 1, which dropout on unit vectors makes.
+    Unlike `angular_margin`, it allows cosines beyond 1, as dropout on unit vectors makes them.
 
-    Arguments are those of `angular_margin`; the margin m is 0 or more.
+    The arguments are the same as for `angular_margin`; the margin m is 0 or more.
 
     Returns:
-      [..., K], at least float32; scale x (cosine - m) in the column of the label, others unchanged.
+      [..., K], at least float32. The column of the label becomes scale x (cosine - m). Other
+        columns are unchanged.
 
     Source: Wang et al., CosFace, equation 4.
     """
@@ -104,7 +105,7 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
 def binary_focal(
     logits: Array, labels: Array, gamma: float = 2.0, class_mask: Array | None = None
 ) -> Array:
-    """Returns the sigmoid one-vs-rest focal loss, summed over the class columns.
+    """Computes the sigmoid one-vs-rest focal loss, summed over the class columns.
 
     Args:
       logits, labels, class_mask: as in `softmax_cross_entropy`.
@@ -114,31 +115,31 @@ def binary_focal(
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
         the sum of -p^gamma log(1 - p) over the other columns.
 
-    Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha; summed over
-    all columns as in quality fusion (4th place 2019). `optax.losses.sigmoid_focal_loss` gives the
-    same terms, but a step with it takes two to four times as long: here no one-hot target is built,
-    as the negative term is summed over all columns and corrected in the column of the label.
+    Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha, summed over
+    all columns as in quality fusion (4th place 2019). `optax.losses.sigmoid_focal_loss` has the
+    same terms, but a step with it takes two to four times as long. Here no one-hot target is built:
+    the negative term is summed over all columns and then corrected in the column of the label.
     """
     label_logit = at_label(logits, labels)
     positive = focal_negative(-label_logit, gamma)  # 1 - sigmoid(x) is sigmoid(-x)
     not_label = focal_negative(label_logit, gamma)
     if class_mask is not None:
         not_label = jnp.where(jnp.asarray(class_mask)[labels], not_label, 0.0)
-    seen = leave_out(logits, class_mask)
-    return sum_of_focal_negatives(seen, gamma) - not_label + positive
+    kept = leave_out(logits, class_mask)
+    return sum_of_focal_negatives(kept, gamma) - not_label + positive
 
 
 def multiclass_focal(
     logits: Array, labels: Array, gamma: float = 2.0, class_mask: Array | None = None
 ) -> Array:
-    """Returns the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
+    """Computes the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
     Args:
       logits, labels, class_mask: as in `softmax_cross_entropy`.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
 
     Returns:
-      [...] float; p is the probability of the label.
+      [...] float, where p is the probability of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -155,17 +156,17 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Returns cross-entropies times (1 - p)^gamma, where -log p is their mean over the batch.
+    """Computes cross-entropies times (1 - p)^gamma, where -log p is their mean over the batch.
 
     Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`, of B G examples.
-      counted: [B, G] float, weights of the B examples in the mean of each branch; None for all 1.
+      logits, labels, gamma, class_mask: as in `multiclass_focal`, for B G examples.
+      counted: [B, G] float, weights of the B examples in the mean of each branch. None means 1.
 
     Returns:
       [...] float.
 
-    Source: models/losses.py of the code of DeepMEF (3rd place 2019), whose focal factor is that of
-    the mean.
+    Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
+    factor from the mean.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     rows = cross_entropy.reshape(-1, 1 if counted is None else counted.shape[1])
@@ -176,9 +177,10 @@ def batch_focal(
     return (jnp.maximum(-jnp.expm1(-mean), tiny) ** gamma * rows).reshape(cross_entropy.shape)
 
 
-# name -> loss (logits, labels, **options) -> [...]. Options with the name of a field of config.loss
-# get its value; `class_mask`, `logit_scale` and `counted` come from the system. A loss with the
-# option `margin` adds the margin itself; the others get logits that already contain it.
+# name -> loss (logits, labels, **options) -> [...]. An option with the name of a field of
+# config.loss gets the value of that field. The system supplies `class_mask`, `logit_scale` and
+# `counted`. A loss with the option `margin` adds the margin itself. The logits of other losses
+# already contain the margin.
 CLASSIFICATION: dict[str, Callable[..., Array]] = {
     "softmax": softmax_cross_entropy,
     "binary": binary_focal,
@@ -205,9 +207,9 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective: sum over branches(train_weight x loss of the logits).
 
-    The model gives `train_weight`. Arguments are those of `make_loss`. If `spec["mean_over"]` is
-    `branches`, each `train_weight` is divided by the share of the examples that its branch learns
-    from: the mean over all examples becomes the mean over these.
+    The model returns `train_weight`. The arguments are the same as for `make_loss`. If
+    `spec["mean_over"]` is `branches`, each `train_weight` is divided by the share of the examples
+    that its branch learns from. So the loss of a branch is a mean over these examples only.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -215,7 +217,7 @@ def make_objective(
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
         if train_weight is None:
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
-        # One axis of examples and branches, and logits that lie in memory once, are faster.
+        # One axis for examples and branches, and logits that are in memory only once, are faster.
         rows = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
         repeated = jnp.repeat(labels, logits.shape[1])
         scale = output.logit_scale
@@ -238,20 +240,20 @@ def make_loss(
 
     Args:
       spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w);
-        `margin_type`, a name in MARGINS, and `margin`, applied to the logits of losses that have no
-        option `margin` of their own; any others are options of the losses.
-      class_mask: [K] bool, True for columns that take part; None for all.
+        `margin_type`, a name in MARGINS, and `margin`, applied to the logits of each loss that has
+        no `margin` option. Further entries are options of the losses.
+      class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
-      logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
+      logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.
 
     Returns:
       Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
-        float. The step may be traced. A learned scale, which broadcasts to [...], replaces
-        `logit_scale`; None if there is none. For `counted` see `batch_focal`.
+        float. The step may be traced. If `scale`, a learned scale that broadcasts to [...], is not
+        None, it replaces `logit_scale`. For `counted` see `batch_focal`.
 
     Raises:
-      ValueError: a name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
-        set without a cosine classifier.
+      UserError: a name is unknown, the schedule is not in order or has weights outside 0 to 1, or
+        a margin is set without a cosine classifier.
     """
     check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
     check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)
@@ -265,7 +267,7 @@ def make_loss(
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
         raise UserError(
-            f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
+            f"config.loss.schedule: weights must lie between 0 and 1, not {weights.tolist()}"
         )
 
     def loss_fn(
@@ -276,15 +278,15 @@ def make_loss(
         counted: Array | None = None,
     ) -> Array:
         scale_now = logit_scale if scale is None else scale
-        own = {"class_mask": class_mask, "logit_scale": scale_now, "counted": counted}
+        supplied = {"class_mask": class_mask, "logit_scale": scale_now, "counted": counted}
 
         def loss(name: str) -> Array:
             function = CLASSIFICATION[name]
             taken = inspect.signature(function).parameters.keys()
             options = {option: spec[option] for option in taken & spec.keys()}
-            options |= {option: own[option] for option in taken & own.keys()}
+            options |= {option: supplied[option] for option in taken & supplied.keys()}
             harder = logits
-            if spec["margin"] and "margin" not in taken:  # else the loss adds the margin itself
+            if spec["margin"] and "margin" not in taken:
                 margin_fn = MARGINS[spec["margin_type"]]
                 harder = margin_fn(logits, labels, margin=spec["margin"], scale=scale_now)
             return function(harder, labels, **options)
@@ -300,20 +302,20 @@ def make_loss(
     return loss_fn
 
 
-# Operations on logits, in as few passes over them as possible. Logits [..., K] are the largest
-# arrays of a training step: on a CPU a loss costs what reading and writing them costs. Each
-# derivative below is elementwise and needs only the logits, so XLA computes the derivative of a
-# whole loss in one pass and keeps no array of their shape.
+# Operations on logits, with as few passes over them as possible. Logits [..., K] are the largest
+# arrays of a training step: on a CPU the time of a loss is the time to read and write them. Each
+# derivative below is elementwise and needs only the logits. So XLA computes the derivative of a
+# whole loss in one pass and stores no further array of this shape.
 
 
 def is_label(labels: Array, num_classes: int) -> Array:
-    """Returns [..., K] bool, True in the columns of the labels [...] int32."""
+    """Returns [..., K] bool, True in the column of each label; labels are [...] int32."""
     return jnp.arange(num_classes) == labels[..., None]
 
 
 @jax.custom_jvp
 def at_label(values: Array, labels: Array) -> Array:
-    """Returns the values [..., K] in the columns of the labels [...] int32, as [...]."""
+    """Selects the values [..., K] in the columns of the labels [...] int32. Returns [...]."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 
@@ -322,33 +324,33 @@ def _at_label_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (values, labels), (tangent, _) = primals, tangents
-    # Transposed, this is elementwise. A gather would become a scatter into zeros.
+    # The transpose of this is elementwise. The transpose of a gather is a slow scatter.
     picked = jnp.where(is_label(labels, values.shape[-1]), tangent, 0)
     return at_label(values, labels), jnp.sum(picked, axis=-1)
 
 
 def is_best(scores: Array, column: Array) -> Array:
-    """Returns `argmax(scores, axis=1) == column`, 9 times faster than argmax on a CPU.
+    """Computes `argmax(scores, axis=1) == column`, on a CPU 9 times faster than with argmax.
 
-    Scores are [B, K] float, and the column is [B] int32; of equal scores the first column is best.
+    Scores are [B, K] float, and the column is [B] int32. Of equal scores the first column is best.
     A row with NaN has no best column.
     """
     value = jnp.take_along_axis(scores, column[:, None], axis=-1)
     is_earlier = jnp.arange(scores.shape[-1]) < column[:, None]
-    # Of comparisons with NaN, none is true.
+    # A comparison with NaN is never true.
     is_below = (scores < value) | ((scores == value) & ~is_earlier)
     return jnp.all(is_below, axis=-1)
 
 
 def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
-    """Returns the logits [..., K] with values [...] in the columns of the labels [...] int32."""
+    """Replaces logits [..., K] by values [...] in the columns of the labels [...] int32."""
     return jnp.where(is_label(labels, logits.shape[-1]), values[..., None], logits)
 
 
 def leave_out(logits: Array, class_mask: Array | None) -> Array:
     """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False.
 
-    The number is finite, as infinite logits have NaN derivatives; it adds 0 to the sums below.
+    The number adds 0 to the sums below. It is finite, because infinite logits have NaN derivatives.
     """
     if class_mask is None:
         return logits
@@ -356,20 +358,21 @@ def leave_out(logits: Array, class_mask: Array | None) -> Array:
 
 
 def log_softmax(logits: Array, class_mask: Array) -> Array:
-    """Returns the logarithm of the softmax over the columns that training sees.
+    """Computes the logarithm of the softmax over the columns in `class_mask`, [..., K].
 
-    For the best column it is log_sigmoid(lead), with lead = logit - logsumexp(the others). In
-    float32 this keeps all digits up to a lead of 87 nats; logit - logsumexp(all) would round to 0
-    from 17 nats on, and clips that differ in certainty would tie. The result is [..., K].
+    For the best column it is log_sigmoid(lead), with lead = logit - logsumexp(other logits). In
+    float32 this keeps all digits up to a lead of 87 nats. The usual logit - logsumexp(all) rounds
+    to 0 above 17 nats, and then clips with different certainty would tie.
 
-    `class_mask` is [K] bool, True for columns that training sees; other columns may exceed 0.
+    `class_mask` is [K] bool, True for the columns that are trained. In other columns the result
+    may exceed 0.
     """
-    seen = jnp.where(class_mask, logits, -jnp.inf)
-    best = jnp.max(seen, axis=-1, keepdims=True)
+    trained = jnp.where(class_mask, logits, -jnp.inf)
+    best = jnp.max(trained, axis=-1, keepdims=True)
     column = jnp.arange(logits.shape[-1])
-    first = jnp.min(jnp.where(seen == best, column, len(class_mask)), axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(trained == best, column, len(class_mask)), axis=-1, keepdims=True)
     is_best = column == first
-    others = jnp.where(is_best, -jnp.inf, seen)
+    others = jnp.where(is_best, -jnp.inf, trained)
     second = jnp.max(others, axis=-1, keepdims=True)
     second = jnp.where(second == -jnp.inf, 0.0, second)
     lead = best - second - jnp.log(jnp.sum(jnp.exp(others - second), axis=-1, keepdims=True))
@@ -378,16 +381,16 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:
-    """Returns -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
+    """Computes -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)
     return jnp.exp(gamma * (logits - log_rest)) * log_rest
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_of_focal_negatives(logits: Array, gamma: float) -> Array:
-    """Returns the sum of `focal_negative` over the last axis."""
-    # Twice -log(1 - p), without a constant: XLA for CPUs computes what it sums up on the way, but
-    # writes every constant in it out as an array of this shape.
+    """Sums `focal_negative` over the last axis."""
+    # Twice -log(1 - p), computed without constants: XLA for CPUs fuses the terms of a sum, but
+    # writes every constant among them to memory as an array of this shape.
     log1p = jnp.log1p(jnp.exp(-jnp.abs(logits)))
     twice = (jnp.abs(logits) + logits) + (log1p + log1p)
     terms = jnp.exp((gamma / 2) * ((logits + logits) - twice)) * twice
@@ -409,14 +412,14 @@ def _sum_of_focal_negatives_jvp(
 
 
 def _again(logits: Array) -> Array:
-    """Returns the logits behind a barrier: XLA recomputes exponentials rather than store them."""
+    """Puts the logits behind a barrier, so that XLA recomputes exponentials and stores none."""
     return jax.lax.optimization_barrier(logits)
 
 
 def _log1p(x: Array) -> Array:
-    """Returns log(1 + x) for x in [0, 1], within 2e-7 relative in float32.
+    """Computes log(1 + x) for x in [0, 1], within 2e-7 relative in float32.
 
-    XLA for CPUs does not vectorise `jnp.log1p` where it is fused with other operations.
+    XLA for CPUs does not vectorise `jnp.log1p` if it is fused with other operations.
     """
     if x.dtype != jnp.float32:
         return jnp.log1p(x)
@@ -424,7 +427,7 @@ def _log1p(x: Array) -> Array:
 
 
 def _fit_log1p() -> list[float]:
-    """Returns coefficients of a polynomial fit of log(1 + x) / x on [0, 1], highest power first."""
+    """Fits a polynomial to log(1 + x) / x on [0, 1]; returns coefficients, highest power first."""
     fit = np.polynomial.Chebyshev.interpolate(lambda x: np.log1p(x) / x, 10, domain=[0, 1])
     return fit.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
 

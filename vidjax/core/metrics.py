@@ -1,10 +1,10 @@
 """Metrics in NumPy: average precision at 100, open-set errors, and the table of metrics per clip.
 
-A new metric per clip is one function and one line in `CLIP_METRICS`; `metrics.json`, the report and
-the comparison then have it.
+To add a metric per clip, write a function and add a line to `CLIP_METRICS`. It then appears in
+`metrics.json`, the report and the comparison.
 
-Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. The usual
-libraries differ in one thing: here the denominator is the number of all positives of the identity,
+Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. One thing
+differs from the usual libraries: the denominator is the number of all positives of the identity,
 not min(positives, 100). A perfect list for 150 positives scores 0.667.
 """
 
@@ -18,24 +18,24 @@ from numpy.typing import ArrayLike
 
 from vidjax.utils.errors import UserError
 
-LEVEL = 0.95  # of all intervals
+LEVEL = 0.95  # of all confidence intervals
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Returns AP of every identity: sum of the precision at each hit, divided by `positives`.
+    """Computes the AP of every identity: the sum of precisions at hits, divided by `positives`.
 
     Args:
       hits: [C, k] bool, True where the clip at that rank shows the identity; best rank first.
       positives: [C] int, ground-truth positives of the identity, listed or not.
 
     Returns:
-      [C] float64 in 0..1; 0 for an identity without positives.
+      [C] float64 from 0 to 1; 0 for an identity without positives.
     """
     if (hits.sum(axis=1) > positives).any():
         raise ValueError("an identity has more hits than positives")
     ranks = np.arange(1, hits.shape[1] + 1, dtype=np.float64)
     precisions = np.where(hits, np.cumsum(hits, axis=1) / ranks, 0.0)  # [C, k]
-    # A running sum, unlike a pairwise one, gives the same bits however many misses end the list.
+    # Unlike a pairwise sum, a running sum gives the same bits for any number of misses at the end.
     sums = np.cumsum(precisions, axis=1)[:, -1] if hits.shape[1] else np.zeros(len(hits))
     return sums / np.maximum(positives, 1)
 
@@ -43,16 +43,19 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 def mean_average_precision(
     index: ArrayLike, labels: ArrayLike, positives: ArrayLike, num_others: int = 0
 ) -> float:
-    """Returns MAP over the identities that have positives, in float64.
+    """Computes MAP over the identities that have positives, in float64.
 
     Args:
       index: [C, k] int, the clips of every identity, best first; empty places lie outside 0..N-1.
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
-      positives: [C] int, ground-truth positives; the mean leaves out identities without any.
-      num_others: identities of the ground truth without a column; each counts 0.
+      positives: [C] int, ground-truth positives. Identities without positives are left out.
+      num_others: number of identities in the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1, to the bit in any order of identities; ValueError if all lack positives.
+      The mean from 0 to 1, with the same bits for any order of identities.
+
+    Raises:
+      UserError: no identity has positives.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
@@ -68,10 +71,11 @@ def mean_average_precision(
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
-    """Returns the area under the ROC curve, in float64.
+    """Computes the area under the ROC curve, in float64.
 
-    The area is the probability that a positive clip scores above a negative one, in 0..1; a tie
-    counts 0.5. None without a positive or without a negative. NaN counts as -inf, as in a ranking.
+    The area is the probability, from 0 to 1, that a positive clip scores above a negative clip. A
+    tie counts 0.5. NaN counts as -inf, as in a ranking. Returns None if there are no positive or no
+    negative clips.
     """
     scores, positive = _without_nan(scores), np.asarray(positive, bool)
     num_positive = int(positive.sum())
@@ -79,7 +83,7 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
     if not num_positive or not num_negative:
         return None
     _, number, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # ties share their mean rank
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # tied scores share their mean rank
     above = ranks[number][positive].sum() - num_positive * (num_positive + 1) / 2
     return float(above / (num_positive * num_negative))
 
@@ -88,9 +92,10 @@ class IdentificationErrors(NamedTuple):
     """The errors of open-set identification at one threshold.
 
     Attributes:
-      threshold: a clip is identified if its best score is at or above this score.
+      threshold: a clip is identified if its best score is at least this score.
       fpir: false-positive identification rate, the share of distractors that are identified.
-      fnir: false-negative identification rate, the share of known clips missed or misnamed.
+      fnir: false-negative identification rate, the share of known clips that are missed or get a
+        wrong name.
     """
 
     threshold: float
@@ -101,22 +106,25 @@ class IdentificationErrors(NamedTuple):
 def identification_errors(
     scores: ArrayLike, correct: ArrayLike, known: ArrayLike, *, fpir: float
 ) -> IdentificationErrors | None:
-    """Returns the errors at the lowest threshold that keeps FPIR of new clips at or below a limit.
+    """Computes the errors at the lowest threshold whose FPIR on new clips is within a limit.
 
     Args:
       scores: [N] float below inf, best identity scores; -inf and NaN are never identified.
       correct: [N] bool, True where the best identity is the right one.
       known: [N] bool, False for distractors.
-      fpir: the limit, a share of the distractors in 0..1; else ValueError.
+      fpir: the limit, a share of the distractors from 0 to 1.
 
     Returns:
-      The errors; None without a known clip, or with so few distractors that they cannot show the
-        limit. The threshold has the precision of the scores.
+      The errors. The threshold has the precision of the scores. Returns None if no clip is known or
+        if there are too few distractors for the limit.
+
+    Raises:
+      UserError: `fpir` is outside 0 to 1.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
     if not 0 <= fpir <= 1:
-        raise UserError(f"fpir must be within 0..1, got {fpir}")
+        raise UserError(f"fpir must be from 0 to 1, not {fpir}")
     scores, known = _without_nan(scores), np.asarray(known, bool)
     distractors, num_known = scores[~known], int(known.sum())
     if not len(distractors) or not num_known:
@@ -132,21 +140,21 @@ def identification_errors(
 
 
 def num_allowed(num_distractors: int, fpir: float) -> int:
-    """Returns how many of S distractors may reach a threshold; -1 if S is below 1 / fpir - 1.
+    """Returns how many of S distractors may reach a threshold, or -1 if S is below 1 / fpir - 1.
 
-    If r of them do, a new one does with probability (r + 1) / (S + 1), on average over all samples
-    of S distractors. That is `fpir` at most, a share in 0..1.
+    If r distractors reach it, a new distractor does so with probability (r + 1) / (S + 1), on
+    average over all samples of S distractors. This must be at most `fpir`, a share from 0 to 1.
     """
-    # 1 - 0.9 is less than 0.1 in floating point, and means the same rate.
+    # In floating point 1 - 0.9 is slightly less than 0.1, but means the same rate.
     most = fpir * (1 + 1e-9)
     return int(np.sum(np.arange(1, num_distractors + 2) / (num_distractors + 1) <= most)) - 1
 
 
 def threshold_of(distractors: np.ndarray, *, fpir: float) -> float | None:
-    """Returns the lowest threshold that new distractors reach with probability `fpir` at most.
+    """Returns the lowest threshold that a new distractor reaches with probability `fpir` at most.
 
-    `distractors` [S] are their best scores, without NaN; the threshold has their dtype's precision.
-    It is None where S is too small, see `num_allowed`.
+    `distractors` [S] are the best scores of distractors, without NaN. The threshold has the
+    precision of their dtype. Returns None if S is too small, see `num_allowed`.
     """
     ordered = np.sort(distractors)[::-1]  # best first
     if (allowed := num_allowed(len(ordered), fpir)) < 0:
@@ -156,14 +164,15 @@ def threshold_of(distractors: np.ndarray, *, fpir: float) -> float | None:
 
 
 def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
-    """Returns the 95 % confidence interval of FPIR on new distractors, (low, high).
+    """Returns the 95 % confidence interval (low, high) of FPIR on new distractors.
 
-    The threshold was set on S = `num_distractors`, of which r = `num_passing` reach it; it lies
-    just above the best of the others. So FPIR on new ones is distributed as Beta(r + 1, S - r).
+    The threshold was set on S = `num_distractors`, of which r = `num_passing` reach it. It lies
+    just above the best of the remaining ones. So FPIR on new distractors is distributed as
+    Beta(r + 1, S - r).
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """
-    from scipy import special  # a fifth of a second, for those alone who need it
+    from scipy import special  # imported here, because it takes a fifth of a second
 
     tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = special.betaincinv(num_passing + 1, num_distractors - num_passing, tails)
@@ -192,7 +201,7 @@ class ClipScores(NamedTuple):
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
-    """Returns the share of the labelled clips whose best identity is right, in 0..1.
+    """Returns the share of labelled clips whose best identity is right, from 0 to 1.
 
     `labels` are [N] int class columns; 0 for a distractor.
     """
@@ -201,14 +210,14 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the AUROC of best scores, labelled clips against distractors; arguments of `top1`."""
+    """Computes the AUROC of best scores, labelled clips against distractors; see `top1`."""
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns the `fnir` or the `threshold` of `identification_errors`; None where it has none.
+    """Returns `fnir` or `threshold` of `identification_errors`, or None if they are undefined.
 
-    The threshold is a logarithm unless the run ranks by logits. Arguments are those of `top1`.
+    The threshold is a logarithm, unless the run ranks by logits. For the arguments see `top1`.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -220,10 +229,10 @@ class Metric(NamedTuple):
     """One row of the table of metrics.
 
     Attributes:
-      label, about: the metric's name for a reader, and half a sentence that explains it.
-      fn: (clip scores, labels [N]) -> value, None where it is not defined.
-      digits: digits after the decimal point that a reader sees.
-      log: True to write it to `metrics.jsonl`, TensorBoard and the terminal at every evaluation.
+      label, about: the name of the metric for a reader, and half a sentence that explains it.
+      fn: (clip scores, labels [N]) -> value, or None if the value is undefined.
+      digits: number of digits to print after the decimal point.
+      log: if True, every evaluation writes it to `metrics.jsonl`, TensorBoard and the terminal.
     """
 
     label: str
@@ -233,13 +242,13 @@ class Metric(NamedTuple):
     log: bool = False
 
 
-# Key in `metrics.json` -> metric. These need the best score of every clip; MAP needs the ranking.
+# Key in `metrics.json` -> metric. These need the best score of each clip. (MAP needs the ranking.)
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
     "auroc": Metric("AUROC", "known clips against distractors", clip_auroc),
     "fnir_at_fpir_0.01": Metric(
         "FNIR at FPIR 1 %",
-        "known clips missed or misnamed where 1 % of the distractors pass",
+        "known clips missed or misnamed if 1 % of the distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.01),
     ),
     "threshold_at_fpir_0.01": Metric(
@@ -249,7 +258,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "fnir_at_fpir_0.1": Metric(
         "FNIR at FPIR 10 %",
-        "known clips missed or misnamed where 10 % of the distractors pass",
+        "known clips missed or misnamed if 10 % of the distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.1),
     ),
     "threshold_at_fpir_0.1": Metric(
@@ -261,7 +270,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Returns MAP and the metrics with `log=True` of a `metrics.json`, where they are defined."""
+    """Selects MAP and the metrics with `log=True` from a `metrics.json`, if they are defined."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

@@ -20,16 +20,16 @@ def make_piecewise(
     """Builds a piecewise linear function of the epoch.
 
     Args:
-      points: finite (epoch, value) pairs with increasing epochs. Two pairs of one epoch are a jump,
-        with the second value at the epoch itself. The function is constant before the first and
-        after the last pair.
-      name: name of the points in error messages.
+      points: finite (epoch, value) pairs with increasing epochs. Two pairs with one epoch are a
+        jump; at that epoch the second value holds. The function is constant before the first pair
+        and after the last pair.
+      name: what error messages call the points.
 
     Returns:
       Function (epochs [...]) -> values [...] float32; the epochs may be traced.
 
     Raises:
-      ValueError: there are no points, or they are not finite pairs in order.
+      UserError: there are no points, or they are not finite pairs in order.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -37,21 +37,22 @@ def make_piecewise(
         table = np.empty((0, 0), np.float32)
     pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
-        raise UserError(f"{name} must be finite (epoch, value) pairs in order, got {points}")
+        raise UserError(f"{name} must be finite (epoch, value) pairs in order, not {points}")
     epochs, values = table.T
-    # `optax.piecewise_interpolate_schedule` multiplies scales: it never leaves 0, and has no jumps.
-    # Without a point behind it, a jump at the end would have its first value.
+    # `optax.piecewise_interpolate_schedule` multiplies scales: it can never leave 0 and has no
+    # jumps. The added point makes a jump at the last epoch take its second value.
     epochs, values = np.append(epochs, np.inf), np.append(values, values[-1])
     return lambda epoch: jnp.interp(epoch, epochs, values)
 
 
 class Rise(NamedTuple):
-    """The part of a schedule that all decays share: the warm-up and the length of the run.
+    """The part of a schedule that is the same for all decays: the warm-up and the run's length.
 
     Attributes:
       peak, start: learning rates at the peak, and at the first step of the warm-up.
-      warmup_steps, total_steps: steps of the warm-up, 0 for none, and of the run, warm-up included.
-      steps_per_epoch: optimiser steps per epoch, which may be a fraction.
+      warmup_steps: steps of the warm-up; 0 means no warm-up.
+      total_steps: steps of the run, including the warm-up.
+      steps_per_epoch: optimiser steps per epoch; may be a fraction.
     """
 
     peak: float
@@ -61,7 +62,7 @@ class Rise(NamedTuple):
     steps_per_epoch: float
 
     def then(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns a schedule: the warm-up, then the peak, both multiplied by `scale(step)`."""
+        """Returns a schedule: first the warm-up, then the peak, multiplied by `scale(step)`."""
         rise = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rise = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -85,37 +86,37 @@ def cosine(rise: Rise, *, final_scale: float) -> optax.Schedule:
 
 
 def constant(rise: Rise) -> optax.Schedule:
-    """Returns a constant rate, the peak, from the end of the warm-up on."""
+    """Returns a rate that stays at the peak after the warm-up."""
     return rise.then(optax.constant_schedule(1.0))
 
 
 def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
-    """Returns stairs: a factor on the rate every few epochs, counted from the start of the run.
+    """Returns a rate that is multiplied by a factor every few epochs, counted from the first step.
 
-    `decay_factor` is above 0; so is `decay_every_epochs`, which may be a fraction.
+    `decay_factor` is above 0. `decay_every_epochs` is above 0 and may be a fraction.
     """
     width = decay_every_epochs * rise.steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(rise.total_steps / width) + 1
-    # Tables computed on the host: in float32, as by `optax.exponential_decay`, rounding could move
-    # an edge by a step.
+    # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
+    # move an edge by a step.
     edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
     return rise.then(lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")])
 
 
 def piecewise(rise: Rise, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
-    """Returns factors on the rate by the epoch: pairs (epoch, factor), as in `make_piecewise`.
+    """Multiplies the rate by a factor for each epoch: pairs (epoch, factor) of `make_piecewise`.
 
-    Source: quality fusion (4th place 2019), whose code (training.py:314-331 at 60f5127) holds a low
-    rate, jumps to the peak and halves it every 50 epochs.
+    Source: quality fusion (4th place 2019), whose code (training.py:314-331 at 60f5127) starts with
+    a low rate, jumps to the peak and halves it every 50 epochs.
     """
     factor = make_piecewise(points, name="config.optim.points")
-    # At the middle of a step: rounding cannot move a jump by a step.
+    # The epoch is taken at the middle of a step, so that rounding cannot move a jump by a step.
     return rise.then(lambda step: factor((jnp.asarray(step) + 0.5) / rise.steps_per_epoch))
 
 
 # name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of
-# `config.optim`. To add one, write a function and add a line here; so for an optimiser, below.
+# `config.optim`. To add a decay or an optimiser, write a function and add a line to its table.
 DECAYS: dict[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
     "cosine": cosine,
@@ -132,17 +133,17 @@ def make_schedule(
     Args:
       spec: these fields of `config.optim`, and the options of the decay:
         learning_rate, warmup: peak of the rate, and share of all steps in the warm-up.
-        warmup_scale: rate at the first step relative to the peak, at most 1; 0 for one over the
-          number of warm-up steps, so that the first step is not wasted.
+        warmup_scale: rate at the first step relative to the peak, at most 1. 0 means
+          1 / (number of warm-up steps), because a rate of 0 would waste the first step.
         decay: a key of DECAYS.
-      total_steps: steps of the whole run, warm-up included.
+      total_steps: steps of the whole run, including the warm-up.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
 
     Returns:
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
 
     Raises:
-      ValueError: the decay is unknown.
+      UserError: the decay is unknown.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
@@ -154,16 +155,17 @@ def make_schedule(
 
 
 def adam() -> optax.GradientTransformation:
-    """Returns Adam (Kingma and Ba), with the decays of its paper, 0.9 and 0.999."""
+    """Returns Adam with the decays of its paper, 0.9 and 0.999 (Kingma and Ba)."""
     return optax.scale_by_adam()
 
 
 def sgd(*, momentum: float) -> optax.GradientTransformation:
-    """Returns the gradient, or its running sum with a momentum above 0."""
+    """Returns gradient descent. With a momentum above 0, the gradient becomes a running sum."""
     return optax.trace(decay=momentum) if momentum else optax.identity()
 
 
-# name in `config.optim.name` -> (*, options) -> what scales the gradient, before the learning rate
+# name in `config.optim.name` -> (*, options) -> transformation of the gradient; the learning rate
+# is applied later
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": adam,
     "sgd": sgd,
@@ -171,14 +173,14 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class Restarting(NamedTuple):
-    """The state of `restarting`: that of the optimiser, and the number of updates so far."""
+    """The state of `restarting`: the state of the optimiser, and the number of updates so far."""
 
     state: optax.OptState
     updates: Array
 
 
 def restarting(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
-    """Returns an optimiser that forgets its state before its update number `step`, from 0."""
+    """Resets the state of an optimiser before its update number `step`, counted from 0."""
 
     def init(params: optax.Params) -> Restarting:
         return Restarting(tx.init(params), jnp.int32(0))
@@ -200,24 +202,24 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds an optimiser and its learning-rate schedule.
 
-    There are two weight decays; both apply to matrices only, unless `decay_all`.
+    There are two weight decays. Both apply only to matrices, unless `decay_all` is set.
 
-    - `total_decay` is decoupled from the gradient and holds for the whole run: it equals the
-      decoupled weight decay times the sum of all learning rates. Without gradients, a matrix
-      shrinks by exp(-total_decay), independently of learning rate and number of steps.
+    - `total_decay` is decoupled from the gradient. It is the decay over the whole run: the usual
+      decoupled weight decay times the sum of all learning rates. If gradients are 0, a matrix
+      shrinks by exp(-total_decay), independently of the learning rate and the number of steps.
     - `weight_decay` is the L2 penalty of published recipes. As in torch.optim, weight_decay x
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the decays;
-        `clip_norm` (largest global norm of the gradient; 0: no limit); `decay_all`;
-        `restart_epoch` (0: none); those of `make_schedule`.
+      spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the two
+        decays; `clip_norm`, the largest global norm of the gradient (0: no limit); `decay_all`;
+        `restart_epoch` (0: no restart); the fields that `make_schedule` reads.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      ValueError: the name or the decay is unknown; `total_decay` without a learning rate above 0.
+      UserError: the name or the decay is unknown, or `total_decay` is set and no rate is above 0.
 
-    Ours: no decay of biases and normalisation parameters. torch.optim decays all.
+    Unlike torch.optim, biases and normalisation parameters do not decay by default.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
@@ -243,7 +245,7 @@ def make_optimizer(
 
 
 def _options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a specification that a function takes as arguments."""
+    """Returns the fields of a specification that are arguments of a function."""
     return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}
 
 

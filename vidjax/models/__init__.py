@@ -1,1 +1,4 @@
-"""Models: flax.linen modules with plain arguments, which implement `base.Identifier`."""
+"""Models, which implement `base.Identifier`: flax.linen networks, and PLDA in closed form.
+
+`system` builds the model, loss, optimiser and fusions of a configuration.
+"""

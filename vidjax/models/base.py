@@ -1,4 +1,4 @@
-"""The contract between a model and the steps that train and evaluate it."""
+"""The interface between a model and the steps that train and evaluate it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,45 +11,46 @@ from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.utils.errors import UserError, check_choice
 
 # Nested dicts of arrays, as linen makes them.
-Params = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
+Params = Mapping[str, Any]  # the collection `params`; the optimiser changes nothing else
 ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips as `Identifier.prepare` sees them.
+    """The N training clips, as `Identifier.prepare` receives them.
 
-    `values(modality, value_of, wanted)` returns [n, ...], a value of each of the n clips that are
-    True in `wanted` [N] bool. `value_of` maps all frames of B clips, Frames [B, T], to [B, ...].
+    `values(modality, value_of, wanted)` computes a value of each clip that is True in `wanted` [N]
+    bool. It returns [n, ...] for the n clips. `value_of` maps all frames of B clips, Frames [B, T],
+    to [B, ...].
     """
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
-    used: np.ndarray  # [E, N] bool, the clips that each member is trained on
-    present: Mapping[str, np.ndarray]  # modality -> [N] bool, True for clips that have frames of it
-    fusions: Mapping[str, Callable[[None, Frames], Frames]]  # of evaluation, [B, T] -> [B, T']
+    used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
+    present: Mapping[str, np.ndarray]  # modality -> [N] bool, True for clips that have the modality
+    fusions: Mapping[str, Callable[[None, Frames], Frames]]  # for evaluation, [B, T] -> [B, T']
     values: Callable[[str, Callable[[Frames], Array], np.ndarray], np.ndarray]
     seed: int
-    tell: Callable[[str], None]  # tells the user a message
+    tell: Callable[[str], None]  # prints a message to the user
 
 
 class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
-    A plain net needs only the fields below and `__call__`. A field of type Literal refuses other
-    values, and a field `modality` the name of no modality.
+    A plain network needs only the fields below and `__call__`. A field of type Literal refuses all
+    other values. A field `modality` refuses the name of an unknown modality.
 
     Attributes:
-      modalities: name -> feature width, of fused frames.
+      modalities: name -> feature width of the fused frames.
       num_classes: number of class columns in the logits, K: 1 + C, and more with noise classes.
-      logit_scale: factor on the cosines in the logits, the s of ArcFace, which margin losses need;
-        1 if the logits are not cosines. If the factor is learned, this is its first value, and
-        `ModelOutput.logit_scale` its current one.
+      logit_scale: factor on the cosines in the logits, the s of ArcFace. Losses with a margin need
+        it. It is 1 if the logits are not cosines. If the factor is learned, this is its initial
+        value, and `ModelOutput.logit_scale` is its current value.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
-      exact_inputs: True if training adds up or stores the clips and optimises nothing: no option
-        may then change or repeat clips.
+      exact_inputs: True if the model is not optimised: training only adds up or stores the clips.
+        Then no option may change or repeat clips.
       knows_unknown: True if the logit of column 0 needs no training clips of column 0.
-      min_epochs: passes over the training clips that the model needs.
-      parts: field that holds a model -> field that names its modalities.
+      min_epochs: number of passes over the training clips that the model needs.
+      parts: maps each field that is itself a model to the field that lists its modalities.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -58,7 +59,7 @@ class Identifier(nn.Module):
     min_epochs: ClassVar[float] = 0.0
     parts: ClassVar[Mapping[str, str]] = {}
 
-    if TYPE_CHECKING:  # every model has these, as a field or a constant
+    if TYPE_CHECKING:  # every model defines these, as a field or a constant
         modalities: Mapping[str, int]
         num_classes: int
         logit_scale: float
@@ -94,43 +95,45 @@ class Identifier(nn.Module):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns the logits and the embedding of B clips.
+        """Computes the logits and the embeddings of B clips.
 
         Args:
           frames: modality -> Frames [B, T]; modalities may differ in T.
           clips: index, mask and labels of the clips. Rows outside `clips.mask` must not affect the
             other rows or the batch statistics.
-          train: True to apply dropout (rngs `dropout` and `modality_dropout`) and to update the
-            batch statistics; all collections of the model except `params` are then mutable.
+          train: if True, dropout is applied (rngs `dropout` and `modality_dropout`) and the batch
+            statistics are updated. Then all collections of the model except `params` are mutable.
 
         Raises:
-          ValueError: A modality of the model is missing or has another width.
+          ValueError: a modality of the model is missing or has another width.
         """
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Fits attributes before training; returns name -> value, which checkpoints keep.
+        """Computes attributes before training. Returns name -> value; checkpoints store them.
 
-        Values are numbers, tuples of one number of each member, or None.
+        A value is a number, a tuple with one number per member, or None.
         """
         return {}
 
     @classmethod
-    def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns `spec` with the values that `prepare` found, unless `spec` sets them itself."""
-        return {**spec, **{name: x for name, x in found.items() if spec.get(name) is None}}
+    def with_prepared(
+        cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Adds the values that `prepare` computed to `spec`, unless `spec` sets them."""
+        return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def solve(self, params: Params, model_state: ModelState) -> ModelState:
-        """Returns the collections that evaluation reads, given those after training, [E, ...]."""
+        """Turns the collections after training, [E, ...], into the collections for evaluation."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns `ClipInfo.measure`, [B] float32, of the raw frames; None if it treats all alike.
+        """Computes `ClipInfo.measure`, [B] float32, or returns None if all clips are treated alike.
 
-        The frames, modality -> Frames [B, T], are those before fusion, with all features.
+        The frames, modality -> Frames [B, T], are the frames before fusion, with all features.
         """
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` that galleries compare by; None for cosines."""
+        """Returns the `two_covariance.Settings` of galleries, or None if they compare cosines."""
         return None

@@ -30,42 +30,42 @@ TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class DeepMEF(Identifier):
     """Attention over the frames of one modality, a residual layer, and a cosine classifier.
 
-    1. The features of every frame of `modality` are joined with its quality / 100 and its detection
+    1. The features of every frame of `modality` are joined with quality / 100 and the detection
        score. ChannelAttention and AttentionAggregation turn the frames into one vector.
-    2. The mean frame of every other modality passes through dense layers of its own.
-    3. The concatenated vectors x pass through x + f(x); f is two layers, D to `hidden_dim` to D.
+    2. The mean frame of every other modality passes through separate dense layers.
+    3. The concatenated vectors x become x + f(x). f has two layers: D to `hidden_dim` to D.
     4. A cosine classifier gives the logits.
 
     Attributes:
-      modalities: name -> feature width: `modality` and any others (as published: `scene`).
+      modalities: name -> feature width, of `modality` and other modalities (published: `scene`).
       modality: modality with attention over its frames.
       channel_attention: features | channels | danet | none, as in ChannelAttention.
-      channel_norm: True for BatchNorm in that attention, as published.
-      num_frames: T that the form `channels` of the attention is built for.
+      channel_norm: True for BatchNorm in this attention, as published.
+      num_frames: number of frames T, fixed by the form `channels` of the attention.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
       branch_dims: widths of the dense layers of each other modality.
       hidden_dim: width of the first layer of f.
       layer_form: ours | published, the layers of f and of the other modalities, see below.
-      dropout_rate: dropout rate of all these layers, except for the last ones if `published`.
+      dropout_rate: dropout rate of all these layers; if `published`, except for the last ones.
       modality_dropout_rate: probability that training drops a modality; every clip keeps one.
       logit_scale: factor on the cosines.
-      dtype: dtype of the matrix products; parameters, softmax and head are at least float32.
+      dtype: dtype of matrix products. Parameters, softmax and head are float32 or wider.
 
     Layers `published`: Linear-BatchNorm-PReLU-dropout, with normal weights of Kaiming; the last
     layer of f and of each other modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-
-    dropout; the last layer of f is a bare linear map that starts at 0, so that the net starts as
-    the cosine of aggregated features.
+    dropout; the last layer of f is only a linear map that starts at 0, so that the network starts
+    as the cosine of aggregated features.
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
     if a view hides a sixteenth of 2048 (article: 128 = 2048/16); the hidden layer has twice
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
-    margin loss discards the magnitude of features, so quality is joined to normalised ones. Ours:
-    the root mean square of 1, which gives features the order of magnitude of quality / 100 (code:
-    features as they are); masks; the vector of a missing modality is 0, also after its layers;
-    modality dropout.
+    margin loss discards the magnitude of features, so quality is joined to normalised features.
+    Not published: the root mean square of 1, which brings features to the magnitude of
+    quality / 100 (the code does not scale features); masks; the vector of a missing modality, which
+    is 0 even after its layers; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -89,9 +89,9 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C] and the vectors before the classifier as embedding."""
+        """Computes logits [B, 1, 1 + C], with the input of the classifier as embedding."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
-        seen = jnp.any(present, axis=1)
+        has_frames = jnp.any(present, axis=1)
         present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
 
         published = self.layer_form == "published"
@@ -102,42 +102,42 @@ class DeepMEF(Identifier):
                 vector = self._aggregated(real, train=train)
             else:
                 vector = fusion.mean_frame(real).features[:, 0] * self.feature_scale
-                own = {"norm_first": True, "kernel_init": KAIMING} if published else {}
+                options = {"norm_first": True, "kernel_init": KAIMING} if published else {}
                 for i, width in enumerate(self.branch_dims):
                     last = published and i == len(self.branch_dims) - 1
                     rate = 0.0 if last else self.dropout_rate
                     vector = DenseLayer(
-                        width, "prelu", True, rate, dtype=self.dtype, name=f"{name}_{i}", **own
+                        width, "prelu", True, rate, dtype=self.dtype, name=f"{name}_{i}", **options
                     )(vector, exists, train=train)
             vectors.append(vector * exists[:, None])
         x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for every other modality]
 
-        # Without the mask, biases would give clips without frames a direction.
-        x = self._with_block(x, seen, train=train) * seen[:, None]
+        # Without the mask, the biases would give a direction to clips without frames.
+        x = self._with_block(x, has_frames, train=train) * has_frames[:, None]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         return ModelOutput(logits[:, None], embedding=x)
 
-    def _with_block(self, x: Array, seen: Array, *, train: bool) -> Array:
-        """Returns x + f(x), [B, D]."""
+    def _with_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
+        """Computes x + f(x), [B, D]."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
-            return block(x, seen, train=train)
+            return block(x, has_frames, train=train)
         hidden = DenseLayer(
             self.hidden_dim, "prelu", True, self.dropout_rate, dtype=self.dtype, name="hidden"
-        )(x, seen, train=train)
+        )(x, has_frames, train=train)
         added = Linear(
             x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="back"
         )(hidden)
         return x + added
 
     def _aggregated(self, real: Frames, *, train: bool) -> Array:
-        """Returns the vector of `modality` for every clip, [B, D + 2]; 0 without frames."""
+        """Computes the vector of `modality` for every clip, [B, D + 2]; 0 without frames."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5
-        beside = jnp.stack([real.quality / 100, real.detection], axis=-1)
-        beside = jnp.where(jnp.isfinite(beside), beside, 0.0).astype(x.dtype)
-        x = jnp.concatenate([x * self.feature_scale, beside], axis=-1)  # [B, T, D + 2]
+        scores = jnp.stack([real.quality / 100, real.detection], axis=-1)
+        scores = jnp.where(jnp.isfinite(scores), scores, 0.0).astype(x.dtype)
+        x = jnp.concatenate([x * self.feature_scale, scores], axis=-1)  # [B, T, D + 2]
         if self.channel_attention != "none":
             form = (self.channel_attention, self.num_frames, self.dtype, self.channel_norm)
             x = ChannelAttention(*form, name="channel_attention")(x, real.mask, train=train)
@@ -154,32 +154,32 @@ class ChannelAttention(nn.Module):
 
     Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
     The map out and gamma start at 0, so the block starts as the identity. With `norm`, maps have no
-    bias, BatchNorm follows theta, phi and out, and theta and phi start at 0, too: each then has
-    gradients of 0 for ever, since those of one are products with the other. So A stays 1 / its
-    width, and out(A g(x)) maps the mean of g(x).
+    bias, BatchNorm follows theta, phi and out, and theta and phi also start at 0. Then theta and
+    phi never change, because the gradient of each is a product with the other. So A stays
+    1 / its width, and out(A g(x)) maps the mean of g(x).
 
-    Form `features` (ours): the maps act on the features, D -> D/2. With the attention
-    A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T], the output is
+    Form `features` (not published): the maps act on the features, D -> D/2. The attention is
+    A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is
     y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
 
-    Form `channels` (DeepMEF's code): the maps act on the frames, T -> T/2, and treat all features
-    alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2], the output is
-    y = x + out(A g(x)).
+    Form `channels` (the code of DeepMEF): the maps act on the frames, T -> T/2, and treat all
+    features alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2], the
+    output is y = x + out(A g(x)).
 
-    Form `danet` (DANet's code, with frames for its channels): no maps. With the energies
+    Form `danet` (the code of DANet, with frames as its channels): no maps. With the energies
     E_ts = x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output
-    is y_t = x_t + gamma sum_s A_ts x_s. So each frame gets most of those least like it.
+    is y_t = x_t + gamma sum_s A_ts x_s. So each frame receives most from the frames least like it.
 
     Attributes:
       form: features | channels | danet.
-      num_frames: T that the form `channels` is built for.
-      dtype: dtype of the matrix products; parameters and softmax are at least float32.
-      norm: True for BatchNorm, of the form `channels` alone.
+      num_frames: number of frames T, fixed by the form `channels`.
+      dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
+      norm: True for BatchNorm; only for the form `channels`.
 
-    Source: channel attention of DANet (Fu et al., CVPR 2019, whose article has the softmax of E
-    itself); DeepMEF (3rd place 2019) names it and builds `channels` with `norm`, in
-    channel_attention_layer.py of its code. Ours: masks, `channels` without `norm`, and the form
-    `features` with its scaled products.
+    Source: channel attention of DANet (Fu et al., CVPR 2019; the article takes the softmax of E
+    itself). DeepMEF (3rd place 2019) names it, and builds `channels` with `norm` in
+    channel_attention_layer.py of its code. Not published: masks, `channels` without `norm`, and the
+    form `features` with its scaled products.
     """
 
     form: Literal["channels", "danet", "features"] = "features"
@@ -189,7 +189,7 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
-        """Returns the frames after attention, [B, T, D] float32, 0 on padding.
+        """Computes the frames after attention, [B, T, D] float32, 0 on padding.
 
         The form `channels` needs T = `num_frames`, and reads padded frames as 0.
         """
@@ -200,7 +200,7 @@ class ChannelAttention(nn.Module):
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise UserError(
-                f"channel attention needs {self.num_frames} frames, got {x.shape[1]}: let the "
+                f"channel attention needs {self.num_frames} frames, not {x.shape[1]}: let the "
                 f"fusion sample {self.num_frames}, or use the form 'features'"
             )
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -216,16 +216,16 @@ class ChannelAttention(nn.Module):
         return jnp.where(mask[..., None], x + added, 0.0)
 
     def _mixed_by_energy(self, x: Array, mask: Array) -> Array:
-        """Returns sum_s A_ts x_s of the form `danet`, [B, T, D]."""
+        """Computes sum_s A_ts x_s of the form `danet`, [B, T, D]."""
         product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         frames = x.astype(self.dtype)
         energy = product("btd,bsd->bts", frames, frames)
-        # The largest energy of a row is the same for all s, and cancels in the softmax.
+        # The largest energy of a row is the same for all s, so it cancels in the softmax.
         scores = jnp.where(mask[:, None, :], -energy, jnp.finfo(energy.dtype).min)
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mixed_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Returns out(A g(x)) of `features`, or of `channels`: rows [B, D, T], features first."""
+        """Computes out(A g(x)) of `features`, or of `channels` for transposed rows [B, D, T]."""
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
         default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init
@@ -253,16 +253,17 @@ class ChannelAttention(nn.Module):
 class AttentionAggregation(nn.Module):
     """Pools the frames of a clip by attention with a learned query vector.
 
-    The query starts at 0, which gives the mean frame.
+    The query starts at 0, so the block starts as the mean frame.
 
-    Source: DeepMEF (3rd place 2019), one block of the neural aggregation network. Ours: masks.
+    Source: DeepMEF (3rd place 2019), one block of the neural aggregation network. The masks are not
+    published.
     """
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Returns sum_t a_t x_t, [B, D] float32, with a_t = softmax over real frames t of q . x_t.
+        """Computes sum_t a_t x_t, [B, D] float32, with a_t = softmax over real frames t of q . x_t.
 
-        Frames x are [B, T, D] with a mask [B, T] bool. Clips without frames get 0.
+        x is [B, T, D], and `mask` is [B, T] bool. The result is 0 for clips without frames.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

@@ -1,4 +1,4 @@
-"""Models of the mean frame of every modality: dense nets, cosines, and nearest neighbours."""
+"""Models of the mean frame of every modality: dense networks, cosines, nearest neighbours."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from vidjax.utils.errors import UserError
 
 # (width, activation, batch_norm, dropout_rate)
 Layer = tuple[int, str, bool, float]
-# Backbone -> the attributes that it alone reads.
+# Backbone -> the attributes that only this backbone reads.
 _OPTIONS = {
     "mlp": ("layers",),
     "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut", "gate"),
@@ -35,28 +35,29 @@ _OPTIONS = {
 
 
 class DenseIdentifier(Identifier):
-    """A fully connected net and a classifier on the concatenated mean frames of all modalities.
+    """A fully connected network and a classifier, on the joined mean frames of all modalities.
 
     Attributes:
       modalities: name -> feature width, in the order of the concatenation.
-      backbone: mlp | residual | block (ResidualBlock, of twice the width of its input).
-      layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () for none.
+      backbone: mlp | residual | block (ResidualBlock with twice the width of its input).
+      layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () means no
+        layers.
       width: for `residual`, width of every layer.
       num_layers: for `residual`, number of layers.
       activation: for `residual`, activation of every layer, as in DenseLayer.
-      dropout_rate: for `residual` and `block`, dropout rate of every layer but the last of a block.
+      dropout_rate: for `residual`, dropout rate of every layer; for `block`, of its first layer.
       shortcut: for `residual`, add | concat | none.
       gate: for `residual`, True for a sigmoid gate after every layer.
       head: linear | cosine.
-      logit_scale: for the cosine head, factor on the cosines.
+      logit_scale: factor on the cosines, for the cosine head.
       feature_scale: factor on the raw features.
       modality_dropout_rate: probability that training drops a modality; every clip keeps one.
-      dtype: dtype of the matrix products; parameters, logits and cosine head are at least float32.
+      dtype: dtype of matrix products. Parameters, logits and cosine head are float32 or wider.
 
-    Source: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place 2019: `residual`),
-    noise classes (5th place 2018: one linear layer and the cosine head), all for the face alone;
-    the scene-only net of DeepMEF (3rd place 2019: `block` and the cosine head). Ours: further
-    modalities, which are 0 for clips that lack them; modality dropout.
+    Source, for faces only: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place
+    2019: `residual`), noise classes (5th place 2018: one linear layer and the cosine head). For the
+    scene only: DeepMEF (3rd place 2019: `block` and the cosine head). Not in the papers: further
+    modalities, which are 0 for clips that lack them, and modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -78,21 +79,21 @@ class DenseIdentifier(Identifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_head(self.head, self.logit_scale)
-        # A changed value without effect would look like an experiment.
-        others = {option for options in _OPTIONS.values() for option in options}
-        others -= set(_OPTIONS[self.backbone])
+        # A changed value would have no effect, but would look like an experiment.
+        unused = {option for options in _OPTIONS.values() for option in options}
+        unused -= set(_OPTIONS[self.backbone])
         for field in dataclasses.fields(self):
-            if field.name in others and getattr(self, field.name) != field.default:
+            if field.name in unused and getattr(self, field.name) != field.default:
                 raise UserError(f"backbone {self.backbone!r} has no option {field.name}")
 
     @nn.compact
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C] and the output of the backbone as embedding."""
+        """Computes logits [B, 1, 1 + C], with the output of the backbone as embedding."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
-        # Clips without frames must not move the batch statistics.
-        seen = jnp.any(present, axis=1)
+        # Clips without frames must not change the batch statistics.
+        has_frames = jnp.any(present, axis=1)
         present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
         means = [
             fusion.mean_frame(real).features[:, 0] * present[:, i, None]
@@ -100,11 +101,11 @@ class DenseIdentifier(Identifier):
         ]
         x = jnp.concatenate(means, axis=-1) * self.feature_scale  # [B, sum of D]
         if self.backbone == "mlp":
-            net = MLP(self.layers, self.dtype, name="backbone")
+            backbone = MLP(self.layers, self.dtype, name="backbone")
         elif self.backbone == "block":
-            net = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
+            backbone = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
         else:
-            net = ResidualDenseNet(
+            backbone = ResidualDenseNet(
                 self.width,
                 self.num_layers,
                 self.activation,
@@ -114,7 +115,7 @@ class DenseIdentifier(Identifier):
                 self.dtype,
                 name="backbone",
             )
-        x = net(x, seen, train=train)
+        x = backbone(x, has_frames, train=train)
         if self.head == "cosine":
             logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         else:
@@ -128,7 +129,7 @@ class DenseIdentifier(Identifier):
 class MLP(nn.Module):
     """A sequence of dense layers.
 
-    Source: quality fusion (4th place 2019), whose five nets are such sequences.
+    Source: quality fusion (4th place 2019), whose five networks are sequences of such layers.
     """
 
     layers: tuple[Layer, ...]
@@ -136,7 +137,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the last layer's output, [B, D'] float32; x itself if there are no layers."""
+        """Computes the output of the last layer, [B, D'] float32; without layers, returns x."""
         for i, layer in enumerate(self.layers):
             _check_layer(layer)
             x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
@@ -144,14 +145,14 @@ class MLP(nn.Module):
 
 
 def _check_layer(layer: object) -> None:
-    """Raises ValueError unless a layer has its four values, each in its range."""
+    """Raises UserError unless a layer has four values, each in its range."""
     if not isinstance(layer, tuple) or len(layer) != 4:
-        raise UserError(f"a layer is (width, activation, batch_norm, dropout_rate), got {layer!r}")
+        raise UserError(f"a layer is (width, activation, batch_norm, dropout_rate), not {layer!r}")
     width, _, _, dropout_rate = layer
     if not isinstance(width, int) or width < 1:
-        raise UserError(f"the width of a layer must be a whole number of 1 or more, got {width!r}")
+        raise UserError(f"the width of a layer must be a whole number of 1 or more, not {width!r}")
     if not isinstance(dropout_rate, (int, float)) or not 0 <= dropout_rate <= 1:
-        raise UserError(f"the dropout rate of a layer must be 0 to 1, got {dropout_rate!r}")
+        raise UserError(f"the dropout rate of a layer must be 0 to 1, not {dropout_rate!r}")
 
 
 _NUM_CONNECTED = 3
@@ -160,21 +161,21 @@ _NUM_CONNECTED = 3
 class ResidualDenseNet(nn.Module):
     """Dense layers of equal width, with shortcuts between the first three.
 
-    With x the input and f_1, f_2, ... the layers, dropout included:
+    With the input x and the layers f_1, f_2, ... (including their dropout):
 
     - `add`: h_1 = f_1(x), and h_i = h_{i-1} + f_i(h_{i-1}) for i = 2, 3;
     - `concat`: h_1 = f_1(x), h_2 = f_2([x, h_1]), h_3 = f_3([x, h_1, h_2]);
-    - `none`, and for i > 3 always: h_i = f_i(h_{i-1}).
+    - `none`, and for i > 3 with any shortcut: h_i = f_i(h_{i-1}).
 
     Attributes:
-      num_layers: number of layers, not counting the classifier.
+      num_layers: number of layers, without the classifier.
       activation: activation of every layer, as in DenseLayer.
-      shortcut: add | concat | none (the plain net of the same size).
-      gate: True to multiply the output y of each layer by sigmoid(W y + b), number by number.
+      shortcut: add | concat | none (a plain network of the same size).
+      gate: True to multiply the output y of each layer elementwise by sigmoid(W y + b).
 
     Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
-    fully connected net, BatchNorm, dropout; attention with sigmoid branches as future work. All
-    else is ours; the article leaves it open. No shortcut bypasses the first layer, since input and
+    fully connected network, BatchNorm, dropout; attention with sigmoid branches as future work. The
+    article leaves everything else open. No shortcut bypasses the first layer, because input and
     output widths differ. The weights of a gate start at 0.
     """
 
@@ -188,12 +189,12 @@ class ResidualDenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the last layer's output, [B, width] float32, for arguments as in DenseLayer."""
-        seen = [x]
+        """Computes the output of the last layer, [B, width] float32. Arguments: see DenseLayer."""
+        inputs = [x]
         for i in range(self.num_layers):
             connected = 0 < i < _NUM_CONNECTED
             if connected and self.shortcut == "concat":
-                x = jnp.concatenate(seen, axis=-1)  # [B, D + i width]
+                x = jnp.concatenate(inputs, axis=-1)  # [B, D + i width]
             new = DenseLayer(
                 self.width,
                 self.activation,
@@ -211,20 +212,20 @@ class ResidualDenseNet(nn.Module):
                 )
                 new = new * jax.nn.sigmoid(branch(new))
             x = x + new if connected and self.shortcut == "add" else new
-            seen.append(new)
+            inputs.append(new)
         return x
 
 
 class CosineIdentifier(Identifier):
-    """One unit vector per modality, their weighted concatenation, and a cosine classifier.
+    """Joins one unit vector per modality, weighted, and classifies by cosines.
 
     With the mean frame x_m of modality m and learned weights a_m:
 
-        e_m = unit(BatchNorm(Linear(feature_scale x_m))), 0 for a clip without m
+        e_m = unit(BatchNorm(Linear(feature_scale x_m))), or 0 for a clip without m
         z = unit([a_1 e_1; a_2 e_2; ...])
         logits = s dropout(z) . unit(W)^T with a learned s
 
-    The margin of training belongs to the loss, as `config.loss.margin_type=cosine`.
+    The margin of training belongs to the loss: `config.loss.margin_type=cosine`.
 
     Attributes:
       modalities: name -> feature width, from the strongest to the weakest: the weights start at 1,
@@ -233,12 +234,12 @@ class CosineIdentifier(Identifier):
       feature_scale: factor on the raw features.
       modality_dropout_rate: probability that training drops a modality; every clip keeps one.
       dropout_rate: dropout rate of z.
-      logit_scale: first value of s.
-      dtype: dtype of the linear maps; parameters and everything else are at least float32.
+      logit_scale: initial value of s.
+      dtype: dtype of the linear maps. Parameters and everything else are float32 or wider.
 
-    Source: ours, of known parts. The scaled cosine is that of CosFace (Wang et al.), the linear map
-    with BatchNorm before the unit vector that of ArcFace (Deng et al., section 3.1). New are one
-    unit vector per modality, their weights, masks, and a learned s.
+    Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
+    et al.), the linear map with BatchNorm before the unit vector from ArcFace (Deng et al., section
+    3.1). New are one unit vector per modality, the weights of modalities, masks, and a learned s.
     """
 
     modalities: Mapping[str, int]
@@ -254,9 +255,9 @@ class CosineIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C], z as embedding, and s.
+        """Computes logits [B, 1, 1 + C], z as embedding, and s.
 
-        Without dropout the logits lie in [-s, s]; they are 0 for clips without frames.
+        Without dropout the logits lie in [-s, s]. The logits of clips without frames are 0.
         """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         kept = kept_modalities(self, present, self.modality_dropout_rate, train=train)
@@ -276,14 +277,14 @@ class CosineIdentifier(Identifier):
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
     def _vector(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
-        """Returns the unit vector of a modality, [B, embed_dim]; arbitrary without frames."""
+        """Computes the unit vector of a modality, [B, embed_dim]; arbitrary without frames."""
         x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
         layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")
-        # Statistics are of all clips that have the modality, dropped or not.
+        # The statistics include clips whose modality was dropped.
         return unit_vectors(layer(x, exists, train=train))
 
 
-# Below every cosine, and finite, so that losses and log-softmax stay finite.
+# Below every cosine, but finite, so that losses and log-softmax are finite.
 _NO_NEIGHBOUR = -2.0
 
 
@@ -291,9 +292,9 @@ class NeighbourIdentifier(Identifier):
     """The baseline: cosine of a clip to the nearest training clip of each class, by mean frames.
 
     Training stores the clips in the collection `memory`: `vectors` [N, D] float32 of unit length,
-    and `labels` [N] int32. Rows that were never written, and vectors of 0, are never neighbours.
+    and `labels` [N] int32. Empty rows and zero vectors are never neighbours.
 
-    Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Ours: k = 1
+    Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Here k = 1
     for each class.
     """
 
@@ -308,29 +309,31 @@ class NeighbourIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns cosines x `logit_scale`, [B, 1, 1 + C], and the mean frame as embedding.
+        """Computes cosines x `logit_scale`, [B, 1, 1 + C], with the mean frame as embedding.
 
-        Logits are 0 in training, which stores the clips at the rows `clips.index` of `memory`.
-        Without a training clip or a frame the cosine is -2.
+        Training stores the clips at the rows `clips.index` of `memory`; its logits are 0. For a
+        class without a training clip, or a clip without a frame, the cosine is -2.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]
-        unit, nobody = unit_vectors(mean), self.num_classes
+        unit, no_class = unit_vectors(mean), self.num_classes
         vectors = self.variable(
             "memory", "vectors", jnp.zeros, (self.num_clips, unit.shape[1]), unit.dtype
         )
-        owners = self.variable("memory", "labels", jnp.full, (self.num_clips,), nobody, jnp.int32)
-        seen = jnp.any(unit != 0, axis=-1)
+        stored_labels = self.variable(
+            "memory", "labels", jnp.full, (self.num_clips,), no_class, jnp.int32
+        )
+        has_frames = jnp.any(unit != 0, axis=-1)
         if train:
             if clips.labels is None:
                 raise ValueError("model 'knn' needs ClipInfo.labels in training")
             if not self.is_initializing():
                 rows = jnp.where(clips.mask, clips.index, self.num_clips)
-                owner = jnp.where(seen, clips.labels, nobody)
+                new_labels = jnp.where(has_frames, clips.labels, no_class)
                 vectors.value = vectors.value.at[rows].set(unit, mode="drop")
-                owners.value = owners.value.at[rows].set(owner, mode="drop")
+                stored_labels.value = stored_labels.value.at[rows].set(new_labels, mode="drop")
             return ModelOutput(jnp.zeros((len(unit), 1, self.num_classes), unit.dtype), mean)
         cosines = vectors.value @ unit.T  # [N, B]
-        best = jax.ops.segment_max(cosines, owners.value, num_segments=self.num_classes)
-        best = jnp.maximum(jnp.where(seen, best, -jnp.inf), _NO_NEIGHBOUR).T  # [B, 1 + C]
+        best = jax.ops.segment_max(cosines, stored_labels.value, num_segments=self.num_classes)
+        best = jnp.maximum(jnp.where(has_frames, best, -jnp.inf), _NO_NEIGHBOUR).T  # [B, 1 + C]
         return ModelOutput(self.logit_scale * best[:, None], embedding=mean)

@@ -1,26 +1,28 @@
-"""One person or two, by the distance of unit vectors: what the card of a net says.
+"""Decides whether vectors show one person or two, from the distance of unit vectors.
 
 A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
-the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The
-card of a net gives the mean and the deviation of the cosines of two clips of one person, and of
-clips of two people. The four numbers give W, B and two effective numbers of directions:
+the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The card
+of a network gives the mean and the standard deviation of cosines, for two clips of one person and
+for clips of two people. The four numbers give W, B and two effective numbers of dimensions:
 
-    |x - x'|^2 of one person   has the mean 2 W, and spreads as the sum of n_same squares
-    |x - x'|^2 of two people   has the mean 2 (W + B), and spreads as the sum of n_different squares
+    |x - x'|^2 of one person   has the mean 2 W, and spreads like a sum of n_same squares
+    |x - x'|^2 of two people   has the mean 2 (W + B), and spreads like a sum of n_different squares
 
-A sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The difference
-e has a direction that is uniform in n_different dimensions, and a squared length with a gamma
-distribution. Vectors of the population are Gaussian in these dimensions. So all densities are
-densities of one space, and their ratios add up to probabilities for any number N of people.
+The sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The vector e
+has a direction that is uniform in n_different dimensions, and its squared length has a gamma
+distribution. The vectors of the population are Gaussian in these dimensions. So all densities are
+densities of one space, and probabilities computed from their ratios sum to 1 for any number N of
+people.
 
-The N people who are enrolled say where m is. The posterior of m has the variance (W + B) / N for
-people with one clip each. For N = 1 the ratio is the ratio of the two gamma densities.
+The N enrolled people determine m. If each has one clip, the posterior of m has the variance
+(W + B) / N. For N = 1 the ratio is the ratio of the two gamma densities.
 
-Clips of one day share a part of e. The vectors of a person with k clips then differ less from each
-other than the card says. So k clips count as `effective_count` clips.
+Clips of one day share a part of e. So the vectors of a person with k clips differ less from each
+other than the card predicts, and k clips count only as `effective_count` clips.
 
-Source: the posteriors are those of Brümmer and de Villiers 2010, The speaker partitioning problem
-(two-covariance model), with a flat prior of m. The gamma densities and the counts are ours.
+Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
+(two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
+there.
 """
 
 import math
@@ -29,19 +31,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The prior says that clips share no part of e. It counts as one clip.
-PRIOR_CLIPS = 1.0
-LEAST_SQUARE = 0.01  # of W: a squared distance below it counts as this one
+PRIOR_CLIPS = 1.0  # weight, in clips, of the prior that clips share no part of e
+MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 
 
 class Distances(NamedTuple):
-    """How far unit vectors of one net are from each other.
+    """The distribution of distances between unit vectors of one network.
 
     Attributes:
-      within: W, the variance of a person's vectors, summed over the dimensions.
-      between: B, the variance of the means of people.
-      same: shape of the gamma distribution of squared distances in one person, n_same / 2.
-      different: the same of two people, n_different / 2.
+      within: W, the variance of the vectors of a person, summed over the dimensions.
+      between: B, the variance of the means of people, summed over the dimensions.
+      same: n_same / 2, shape of the gamma distribution of squared distances within one person.
+      different: n_different / 2, shape of the distribution between two people.
     """
 
     within: float
@@ -58,10 +59,12 @@ class Population(NamedTuple):
 
 
 def of_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
-    """Returns the distances of a card: mean and deviation of cosines, of one person and of two.
+    """Computes the distances of a card from the (mean, deviation) of its cosines.
 
-    The shape is (mean / deviation)^2. Two people do not spread less than one person does: the
-    shape of one person is at most the shape of two.
+    `same` is for clips of one person, `different` for clips of two people.
+
+    A shape is (mean / deviation)^2. The shape for one person is limited to the shape for two
+    people, because distances between people do not spread less than distances within a person.
     """
     within, total = 1 - same[0], 1 - different[0]
     shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
@@ -69,20 +72,20 @@ def of_cosines(same: tuple[float, float], different: tuple[float, float]) -> Dis
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Returns the number of independent clips [K] that tell as much as the clips of K groups.
+    """Computes how many independent clips [K] are worth as much as the clips of each of K groups.
 
-    Clips of one day share a part r of e. The variance of their mean is (r + (1 - r) / k) W, and the
-    variance of one clip about the mean tells r.
+    Clips of one day share a part r of e. The variance of their mean is (r + (1 - r) / k) W. The
+    variance of the clips about their mean gives an estimate of r.
 
     Args:
-      distances: what the card says.
-      count: [K] number k of clips.
-      square: [K] squared length of the mean of the unit vectors.
+      distances: the distribution on the card.
+      count: [K], k, the number of clips.
+      square: [K], squared length of the mean of the unit vectors.
     """
     count = np.asarray(count, np.float64)
     free = count * (1 - square) / distances.within  # (k - 1) (1 - r), on average
-    own = np.minimum((free + PRIOR_CLIPS) / (np.maximum(count - 1, 0) + PRIOR_CLIPS), 1.0)
-    return 1 / (1 - own + own / np.maximum(count, 1))
+    unshared = np.minimum((free + PRIOR_CLIPS) / (np.maximum(count - 1, 0) + PRIOR_CLIPS), 1.0)
+    return 1 / (1 - unshared + unshared / np.maximum(count, 1))
 
 
 def population(
@@ -91,13 +94,14 @@ def population(
     effective: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> Population:
-    """Returns the posterior of m, given people in blocks.
+    """Computes the posterior of m from people, who come in blocks.
 
     Args:
-      distances: what the card says.
-      means: [P, D] of each block, the means of the unit vectors of people.
-      effective: [P] of each block, the effective numbers of clips.
-      counts: [P] of each block, the numbers of clips. People without a clip do not count.
+      distances: the distribution on the card.
+      means: for each block [P, D], the mean of the unit vectors of each person.
+      effective: for each block [P], the effective number of clips of each person.
+      counts: for each block [P], the number of clips of each person. People without a clip are
+        ignored.
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
@@ -109,11 +113,12 @@ def population(
 
 
 class Posterior(NamedTuple):
-    """What clips tell of the vectors m + y of N people.
+    """The posterior of the vectors m + y of N people, given their clips.
 
     Attributes:
-      share: [N] how far the posterior mean is on the way from m to the mean of a person's clips.
-      variance: [N] of the posterior, summed over the dimensions.
+      share: [N] position of the posterior mean on the way from m (0) to the mean of a person's
+        clips (1).
+      variance: [N] variance of the posterior, summed over the dimensions.
     """
 
     share: np.ndarray
@@ -121,31 +126,31 @@ class Posterior(NamedTuple):
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Returns what `effective` [N] clips tell of people, given the population."""
+    """Computes the posterior of people with `effective` [N] clips, given the population."""
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)
     return Posterior(share, share * noise + (1 - share) ** 2 * known.variance)
 
 
 def same_density(distances: Distances, square: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Returns log densities at the squared distances `square` from people.
+    """Computes log densities at the squared distances `square` from people.
 
-    They lack the terms that all people have in common: `new_density` lacks them, too. The mean of
-    the squared distance is `variance`. Both are float arrays that broadcast.
+    Terms that are equal for all people are left out; `new_density` leaves out the same terms. The
+    mean of the squared distance is `variance`. Both are float arrays that broadcast.
     """
     shape = distances.same
-    square = np.maximum(square, LEAST_SQUARE * distances.within)
-    found = np.log(square)
-    found *= shape - distances.different
-    found -= square * (shape / variance)
-    found += shape * np.log(shape / variance)
-    return found
+    square = np.maximum(square, MIN_SQUARE * distances.within)
+    density = np.log(square)
+    density *= shape - distances.different
+    density -= square * (shape / variance)
+    density += shape * np.log(shape / variance)
+    return density
 
 
 def new_density(distances: Distances, square: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Returns log densities of somebody new, less the terms that `same_density` leaves out.
+    """Computes log densities for a stranger, without the terms that `same_density` leaves out.
 
-    `square` is the squared distance from the mean m, whose expectation is `variance`.
+    `square` is the squared distance from the mean m; its expectation is `variance`.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -153,12 +158,12 @@ def new_density(distances: Distances, square: np.ndarray, variance: np.ndarray) 
 
 
 def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Returns log(p(d | one person) / p(d | two people)) of the distance d of two groups.
+    """Computes log(p(d | one person) / p(d | two people)) for the distance d of two groups.
 
     `square` is the squared distance of their means. `noise` is 1 / k + 1 / k' for groups of k and
     k' effective clips.
     """
-    own = distances.within * noise
-    other = own + 2 * distances.between
-    square = np.maximum(square, LEAST_SQUARE * distances.within)
-    return same_density(distances, square, own) - new_density(distances, square, other)
+    same = distances.within * noise
+    different = same + 2 * distances.between
+    square = np.maximum(square, MIN_SQUARE * distances.within)
+    return same_density(distances, square, same) - new_density(distances, square, different)

@@ -1,4 +1,4 @@
-"""Two models: a main one, and a fallback for clips without a face or with poor ones."""
+"""A main model, with a fallback model for clips without a face or with poor faces."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,32 +18,33 @@ from vidjax.utils.errors import UserError
 class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
-    One run trains both models: `main` on clips that have `modality`, `other` on clips that have one
-    of its modalities. Evaluation adds their scores, weighted by (main, other):
+    One run trains both models: `main` on clips that have `modality`, `other` on clips that have at
+    least one of its modalities. Evaluation adds their scores with the weights (main, other):
 
-        the clip lacks `modality`:                         (0, missing_scale)
-        the measure of `modality` is below `threshold`:    (main_share, other_share)
-        any other clip, or one that `other` cannot judge:  (1, 0)
+        the clip lacks `modality`:                       (0, missing_scale)
+        the measure of `modality` is below `threshold`:  (main_share, other_share)
+        any other clip, or one without a modality of `other`:  (1, 0)
 
     Attributes:
       other_modalities: modalities of the fallback model, without `modality`.
-      main_modalities: modalities of the main model; () for all.
-      modality: modality that decides which model judges a clip.
-      missing_scale: weight of the fallback model for clips without `modality`; below 1, since such
-        clips are less certain and are ranked against all others.
+      main_modalities: modalities of the main model; () means all.
+      modality: modality that decides which model scores a clip.
+      missing_scale: weight of the fallback model for clips without `modality`. It is below 1,
+        because these clips are less certain but are ranked together with all other clips.
       measure: norm (mean length of the feature vectors) | quality (mean quality), over all raw
         frames of the clip, before fusion and with all features.
-      threshold: measure below which both models judge a clip; 0 for never.
+      threshold: measure below which both models score a clip; 0 means never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
-        threshold, which `prepare` then computes; 0 for `threshold` as given.
+        threshold; `prepare` computes the threshold. With 0, `threshold` is used as given.
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
-    Source: DeepMEF (3rd place 2019): the scene alone for clips without a face; face and scene with
+    Source: DeepMEF (3rd place 2019): only the scene for clips without a face; face and scene with
     the scene for the 1 % of clips of the lowest quality (article). Its code: 0.95 x scene; 0.2 x
     (face and scene) + 0.8 x scene for norms below 8.867, which are 1 % of the official faces.
-    Residual Dense Net (2nd place 2019): the body alone for clips without a face. Ours: the quantile
-    of the training clips, since norms differ between face nets; one run for both models.
+    Residual Dense Net (2nd place 2019): only the body for clips without a face. Unlike there, the
+    threshold is a quantile of the training clips, because norms differ between face networks, and
+    one run trains both models.
     """
 
     modalities: Mapping[str, int]
@@ -73,24 +74,25 @@ class FallbackIdentifier(Identifier):
             )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
-                f"model 'fallback': other_modalities must name modalities beside "
-                f"{self.modality!r}, got {', '.join(self.other_modalities) or 'none'}"
+                f"model 'fallback': other_modalities must name modalities other than "
+                f"{self.modality!r}, not {', '.join(self.other_modalities) or 'none'}"
             )
         for part in (self.main, self.other):
-            if part.min_epochs:  # it has passes of its own over the clips
+            if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': {type(part).__name__} is fitted in passes of its own, and "
-                    "cannot be main or other\nchoose nets, or train it as a run and blend"
+                    f"model 'fallback': {type(part).__name__} needs separate passes over the "
+                    "clips, and cannot be main or other\n"
+                    "choose a network, or train it in a separate run and blend"
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
-                f"logit_scale of main and other must be equal, got {self.main.logit_scale} and "
+                f"logit_scale of main and other must be equal, not {self.main.logit_scale} and "
                 f"{self.other.logit_scale}"
             )
 
     @property
     def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`logit_scale` of both models, which must be equal, see `Identifier`."""
+        """The `logit_scale` of both models, which must be equal; see `Identifier`."""
         return self.main.logit_scale
 
     @property
@@ -99,10 +101,11 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns the `threshold` below which lies `threshold_share` of the training clips.
+        """Computes the `threshold`: `threshold_share` of the training clips lie below it.
 
-        It is fitted because the scale of measures differs between face nets. All clips with the
-        modality count, whatever their identity and fold. Fewer lie below it if measures are equal.
+        It is computed from data, because the scale of measures differs between face networks. All
+        clips with the modality count, whatever their identity and fold. If measures are equal,
+        fewer clips may lie below it.
         """
         if not self.threshold_share:
             return {}
@@ -120,24 +123,28 @@ class FallbackIdentifier(Identifier):
         }
 
     @classmethod
-    def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+    def with_prepared(
+        cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Adds the threshold to `spec`, unless `spec` sets one or has no `threshold_share`."""
         return (
-            spec if not spec.get("threshold_share") or spec.get("threshold") else {**spec, **found}
+            spec
+            if not spec.get("threshold_share") or spec.get("threshold")
+            else {**spec, **prepared}
         )
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `modality`; None without a `threshold`."""
+        """Returns the measure of `modality`, or None if there is no `threshold`."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns the logits of both models, and for each clip the weights of both.
+        """Computes the logits of both models, and the weights of both for each clip.
 
-        Branch 0 is `main`, branch 1 `other`. In training each model gets a `clips.mask` of only the
-        clips that it learns from. Without `clips.measure` no clip is poor. The embedding joins the
-        unit vectors of both models, with 0 for a model of weight 0.
+        Branch 0 is `main`, branch 1 is `other`. In training, the `clips.mask` of each model is True
+        only for the clips that it learns from. If `clips.measure` is None, no clip is poor. The
+        embedding joins the unit vectors of both models, with 0 for a model of weight 0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -158,9 +165,9 @@ class FallbackIdentifier(Identifier):
         main_weight = jnp.where(main_sees, jnp.where(poor, self.main_share, 1.0), 0.0)
         other_weight = jnp.where(poor, self.other_share, 0.0)
         other_weight = jnp.where(main_sees, other_weight, self.missing_scale)
-        answers = jnp.stack([main_weight, other_weight], axis=1)  # [B, 2]
-        alone = jnp.array([1.0, 0.0])
-        eval_weight = jnp.where(other_sees[:, None], answers, alone).astype(jnp.float32)
+        both_models = jnp.stack([main_weight, other_weight], axis=1)  # [B, 2]
+        main_only = jnp.array([1.0, 0.0])
+        eval_weight = jnp.where(other_sees[:, None], both_models, main_only).astype(jnp.float32)
         vectors = [
             unit_vectors(output.embedding) * (eval_weight[:, i, None] > 0)
             for i, output in enumerate(outputs)
@@ -175,15 +182,15 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the scale of each branch, [2] float32; None if neither model learns its own."""
+        """Returns the scale of each branch, [2] float32, or None if neither model learns one."""
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)
-        scales = [fixed if one.logit_scale is None else one.logit_scale for one in outputs]
+        scales = [fixed if x.logit_scale is None else x.logit_scale for x in outputs]
         return jnp.concatenate(scales)
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns the value below which lie int(share * n) of n values, or fewer if some are equal."""
+    """Returns the value below which int(share * n) of n values lie, or fewer if some are equal."""
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

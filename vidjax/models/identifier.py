@@ -17,7 +17,7 @@ from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.utils.errors import UserError, check_entry
 
-# name -> model. To add one, write a file in this folder and add a line here.
+# name -> model. To add a model, write a file in this folder and add a line here.
 MODELS: dict[str, type[Identifier]] = {
     "cosine": CosineIdentifier,
     "deepmef": DeepMEF,
@@ -40,15 +40,15 @@ def make_identifier(
     """Builds a model, a hashable `Identifier`.
 
     Args:
-      spec: `name`, a key of MODELS, and attributes of that module. The value of an attribute that
-        is a model, as in FallbackIdentifier, is again a specification.
+      spec: `name`, a key of MODELS, and attributes of that model. If an attribute is itself a
+        model, as in FallbackIdentifier, its value is again a specification.
       modalities: name -> feature width.
       num_classes: number of class columns, K.
       num_clips: number of training clips, for models that store them.
       dtype: dtype of the matrix products.
 
     Raises:
-      ValueError: A name or an attribute is unknown, or an attribute is missing.
+      UserError: a name or an attribute is unknown, or an attribute is missing.
     """
     options = dict(spec)
     name = options.pop("name", None)
@@ -77,7 +77,7 @@ def make_identifier(
         is_size = re.fullmatch(r"num_\w+|width|\w+_dims?", option)
         if is_size and not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise UserError(
-                f"model {name!r}: {option}={value}: widths and counts are whole numbers from 1 up"
+                f"model {name!r}: {option}={value}: widths and counts are whole numbers, 1 or more"
             )
     if not modalities:
         raise UserError(f"model {name!r} needs at least one modality")
@@ -85,7 +85,7 @@ def make_identifier(
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):
             raise UserError(
-                f"{choice} of model {name!r} names {', '.join(unknown)}; configured are "
+                f"{choice} of model {name!r} names {', '.join(unknown)}; choose from "
                 f"{', '.join(modalities)}"
             )
         options[part] = make_identifier(

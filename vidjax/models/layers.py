@@ -1,4 +1,4 @@
-"""The layers that models share: checks of frames, dense layers, dropout, classifiers, NetVLAD."""
+"""Layers and checks that models share: dense layers, dropout, classifiers, NetVLAD."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,9 +19,9 @@ def real_frames(
 ) -> tuple[dict[str, Frames], Array]:
     """Selects the modalities of a model, and masks the frames of padded rows.
 
-    Returns modality -> Frames [B, T], in the order of `modalities`, and [B, M] bool, True where the
-    clip has a frame of the modality. Modalities may differ in T. A modality that is missing or has
-    another width raises ValueError; linen itself would ignore a missing one.
+    Returns modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the
+    clip has a frame of the modality. Modalities may differ in T. Raises ValueError if a modality is
+    missing or has another width, because linen would ignore a missing modality.
     """
     if missing := sorted(set(modalities) - set(frames)):
         raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
@@ -36,10 +36,10 @@ def real_frames(
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
-    """Drops modalities of clips at random; every clip keeps at least one of those that it has.
+    """Drops modalities of clips at random. Every clip keeps at least one of its modalities.
 
-    Returns [B, M] bool, the modalities that stay of `present`, each dropped with probability
-    `rate`. If all would be dropped, a random one stays.
+    Each modality in `present` [B, M] bool is dropped with probability `rate`. If all modalities of
+    a clip would be dropped, a random one stays. Returns the remaining ones, [B, M] bool.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
@@ -47,19 +47,19 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns `present` [B, M]; in training, `drop_modalities` (rng `modality_dropout`)."""
+    """Returns `present` [B, M]; in training, applies `drop_modalities` (rng `modality_dropout`)."""
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)
 
 
 def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Array:
-    """Applies BatchNorm, at least in float32, as a part `name` of the module that calls it.
+    """Applies BatchNorm in float32 or wider, as the submodule `name` of the calling module.
 
-    `mask` holds True for the rows that count in the batch statistics; it has the leading axes of x.
-    In training the running statistics in `batch_stats` change, which must be mutable.
+    `mask` has the leading axes of x and is True for rows that count in the batch statistics. In
+    training the running statistics in `batch_stats` change; this collection must be mutable.
     """
-    # Without any real row the mean would be 0 / 0, and the running statistics would stay NaN.
+    # If no row were real, the mean would be 0 / 0, and the running statistics would become NaN.
     counted = jnp.logical_or(mask, ~mask.any())
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     norm = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, param_dtype=dtype, name=name)
@@ -67,16 +67,16 @@ def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Arr
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias, with parameters, sums and gradients of at least float32."""
+    """Computes x @ kernel + bias. Parameters, sums and gradients are float32 or wider."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32  # of the numbers that are multiplied
+    dtype: jnp.dtype = jnp.float32  # of the factors in the product
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns [..., K], at least float32, for x [..., D] float."""
+        """Computes [..., K], float32 or wider, from x [..., D] float."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), wide)
         # Only training has a dropout key.
@@ -88,19 +88,19 @@ class Linear(nn.Module):
 
 
 def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Returns x [B, D] @ kernel [D, K], multiplied in `dtype` and added in that of the operands.
+    """Computes x [B, D] @ kernel [D, K]: multiplies in `dtype`, adds in the dtype of the operands.
 
-    Operands are float32 or wider, and `dtype` is at most as wide.
+    The operands are float32 or wider, and `dtype` is at most as wide.
     """
     return _product(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Returns `matmul(x, kernel, dtype)`; its backward pass multiplies in `dtype`, too.
+    """Computes `matmul(x, kernel, dtype)`, with a backward pass that also multiplies in `dtype`.
 
-    Autodiff would multiply gradients in the wider dtype, and slower on CPUs. JAX has no
-    forward-mode derivative of a function with a custom VJP.
+    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. (In JAX, a
+    function with a custom VJP has no forward-mode derivative.)
     """
     return matmul(x, kernel, dtype)
 
@@ -114,8 +114,8 @@ def _backward(
 ) -> tuple[Array, Array]:
     x, kernel = residuals
     wide, gradient = gradient.dtype, gradient.astype(dtype)
-    of_x = _product(gradient, kernel, 1, wide)
-    return of_x, _product(transposed(x), gradient, 0, wide)
+    x_gradient = _product(gradient, kernel, 1, wide)
+    return x_gradient, _product(transposed(x), gradient, 0, wide)
 
 
 trained_matmul.defvjp(_forward, _backward)
@@ -129,7 +129,7 @@ def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 
 
 def transposed(x: Array) -> Array:
-    """Returns x.T; on CPUs, transposed in memory.
+    """Returns x.T; on CPUs the transpose is stored in memory.
 
     XLA for CPUs has no fast product that sums over the first axis of both operands.
     """
@@ -139,27 +139,27 @@ def transposed(x: Array) -> Array:
 
 
 class Dropout(nn.Module):
-    """Sets numbers to 0 at random, and scales up the others.
+    """Sets random numbers to 0 and scales up the rest.
 
-    `flax.linen.Dropout` draws 32 bits a number, which takes up to a tenth of a training step on a
-    CPU. This one draws 8 bits if the rate is a multiple of 1/256. Otherwise it draws 16 and rounds
-    the rate to a multiple of 2**-16.
+    `flax.linen.Dropout` draws 32 bits per number. On a CPU this takes up to a tenth of a training
+    step. This layer draws 8 bits if the rate is a multiple of 1/256. For other rates it draws 16
+    bits and rounds the rate to a multiple of 2**-16.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
-        """Returns x [..., D] float after dropout (rng `dropout`); x itself if `deterministic`."""
+        """Applies dropout (rng `dropout`) to x [..., D] float, unless `deterministic` is set."""
         if deterministic or not self.rate:
             return x
         bits = 8 if (self.rate * 256).is_integer() else 16
-        dropped = round(self.rate * 2**bits)  # of the 2**bits values
+        dropped = round(self.rate * 2**bits)  # number of the 2**bits values that become 0
         kept = 1 - dropped / 2**bits
         if not kept:
             return jnp.zeros_like(x)
         *rows, width = x.shape
-        words = (*rows, -(-width * bits // 32))  # each holds several numbers
+        words = (*rows, -(-width * bits // 32))  # each word of 32 bits contains several numbers
         drawn = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
         narrow = jnp.uint8 if bits == 8 else jnp.uint16
         numbers = jax.lax.bitcast_convert_type(drawn, narrow).reshape(*rows, -1)[..., :width]
@@ -170,13 +170,14 @@ _SMALLEST_SQUARE = 1e-24
 
 
 def unit_vectors(x: Array) -> Array:
-    """Scales vectors to length 1; vectors shorter than 1e-12 become 0.
+    """Scales vectors to length 1. Vectors shorter than 1e-12 become 0.
 
-    The result, [..., D], is at least float32. Values and gradients are finite, 0 for vectors of 0.
+    The result, [..., D], is float32 or wider. Values and gradients are finite; for a zero vector
+    both are 0.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
-    # The derivative of rsqrt overflows for small squares whose rsqrt is still finite.
+    # The derivative of rsqrt overflows for small squares for which rsqrt itself is finite.
     usable = squares > _SMALLEST_SQUARE
     return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
 
@@ -194,14 +195,15 @@ class DenseLayer(nn.Module):
     """A linear layer, an activation, BatchNorm, and dropout.
 
     Attributes:
-      activation: linear | relu | sigmoid | swish | prelu, whose one slope starts at 0.25 (PyTorch).
-      norm_first: True for BatchNorm before the activation, False for after.
-      dtype: dtype of the matrix product; parameters and everything else are at least float32.
-      kernel_init: first weights, by default Xavier-uniform.
+      activation: linear | relu | sigmoid | swish | prelu. PReLU has one slope, at first 0.25 as in
+        PyTorch.
+      norm_first: if True, BatchNorm comes before the activation; if False, after it.
+      dtype: dtype of the matrix product. Parameters and everything else are float32 or wider.
+      kernel_init: initialiser of the weights, by default Xavier-uniform.
 
-    Source: quality fusion (4th place 2019): BatchNorm after the activation (its authors report that
-    BatchNorm before it is worse), Xavier-uniform weights, biases of 0. Ours: masks; BatchNorm
-    momentum 0.9.
+    Source: quality fusion (4th place 2019): BatchNorm after the activation (the authors report that
+    BatchNorm before it is worse), Xavier-uniform weights, biases of 0. The masks and a BatchNorm
+    momentum of 0.9 are not in the paper.
     """
 
     width: int
@@ -214,13 +216,13 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the layer's output, [B, width] float32.
+        """Computes the output of the layer, [B, width] float32.
 
         Args:
           x: [B, D] float.
           mask: [B] bool, True for rows that count in the batch statistics.
-          train: True to apply dropout (rng `dropout`), and to normalise by the batch statistics and
-            update the running ones in `batch_stats`, which must be mutable.
+          train: if True, dropout is applied (rng `dropout`), BatchNorm uses the batch statistics,
+            and the running statistics in `batch_stats` are updated (the collection is mutable).
         """
         check_choice("activation", self.activation, sorted([*_ACTIVATIONS, "prelu"]))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -241,10 +243,10 @@ class ResidualBlock(nn.Module):
     """Two dense layers with a shortcut: x + f(x).
 
     f is Linear-BatchNorm-PReLU-dropout, then Linear-BatchNorm-PReLU back to the width of x. The
-    first layer has the width `hidden_dim`, or twice that of x if 0.
+    first layer has the width `hidden_dim`; 0 means twice the width of x.
 
-    Source: DeepMEF (3rd place 2019), authors' code, whose nets all end in this block; normal
-    weights of Kaiming (He et al. 2015), biases of 0. Ours: masks.
+    Source: DeepMEF (3rd place 2019), authors' code, in which all networks end with this block;
+    normal weights of Kaiming (He et al. 2015), biases of 0. The masks are not in the code.
     """
 
     hidden_dim: int = 0
@@ -253,7 +255,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns x + f(x), [B, D] float32, for arguments as in DenseLayer."""
+        """Computes x + f(x), [B, D] float32. For the arguments see DenseLayer."""
         hidden_dim = self.hidden_dim or 2 * x.shape[-1]
         layer = functools.partial(
             DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING
@@ -266,13 +268,13 @@ class ResidualBlock(nn.Module):
 
 
 def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
-    """Raises ValueError for a head `linear` with logits of another scale than 1."""
+    """Raises UserError if the head is `linear` and the logits have a scale other than 1."""
     if head == "linear" and logit_scale != 1.0:
         raise UserError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
 
 
 class Classifier(nn.Module):
-    """Dropout and one linear layer; parameters and logits are at least float32."""
+    """Dropout and one linear layer. Parameters and logits are float32 or wider."""
 
     num_classes: int
     dropout_rate: float = 0.0
@@ -281,7 +283,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout."""
+        """Computes the logits, [B, 1 + C] float32, from x [B, D] float; `train` applies dropout."""
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         return Linear(
             self.num_classes, dtype=self.dtype, kernel_init=self.kernel_init, name="logits"
@@ -289,17 +291,17 @@ class Classifier(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """Scaled cosines between the input and one learned direction per class.
+    """Computes scaled cosines between the input and one learned direction per class.
 
     The margin of ArcFace belongs to the loss, which adds it to the angle of the label. All products
-    are at least float32 and at full precision: less would lose angles near 0 and pi.
+    are float32 or wider and at full precision, because less would lose angles near 0 and pi.
 
     Attributes:
       scale: factor on the cosines, the s of ArcFace.
-      dropout_rate: dropout rate of the unit vectors. Training then has cosines beyond 1, which the
-        margin `cosine` of the loss allows and `angular` does not.
+      dropout_rate: dropout rate of the unit vectors. In training it makes cosines beyond 1. The
+        margin `cosine` of the loss allows them; `angular` does not.
 
-    Source: Deng et al., ArcFace, equation 2. Ours: dropout.
+    Source: Deng et al., ArcFace, equation 2. The dropout is not in the paper.
     """
 
     num_classes: int
@@ -308,9 +310,9 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout.
+        """Computes the logits, [B, 1 + C] float32, from x [B, D] float; `train` applies dropout.
 
-        They lie in [-scale, scale] without dropout, and are 0 for vectors of 0.
+        Without dropout, logits lie in [-scale, scale]. The logits of a zero vector are 0.
         """
         unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
         kernel = self.param(
@@ -327,16 +329,16 @@ class NetVLAD(nn.Module):
 
     Attributes:
       num_clusters: number of clusters, K.
-      reduce: `sum`, as published, for a fixed number of frames; `mean` (ours) divides by the number
-        of real frames, so that the scale does not depend on it.
-      norms: `batch` for BatchNorm after the fully connected layer, which has a bias without it;
-        `l2` to scale each descriptor, then all of a clip together, to length 1. The paper has
-        `batch` alone, the original NetVLAD `l2` alone.
-      dtype: dtype of the matrix products; parameters, sums and softmax are at least float32.
+      reduce: `sum`, as published, for a fixed number of frames; or `mean` (not in the paper), which
+        divides by the number of real frames, so that the scale does not depend on it.
+      norms: `batch` for BatchNorm after the fully connected layer (which otherwise has a bias);
+        `l2` to scale each descriptor, then all descriptors of a clip together, to length 1. The
+        paper uses only `batch`, the original NetVLAD only `l2`.
+      dtype: dtype of the matrix products. Parameters, sums and softmax are float32 or wider.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
-    over the clusters, and the VLAD core. `l2`: Arandjelovic et al., NetVLAD, section 3.1. Ours:
-    masks; BatchNorm momentum 0.9.
+    over the clusters, and the VLAD core. `l2`: Arandjelovic et al., NetVLAD, section 3.1. The masks
+    and a BatchNorm momentum of 0.9 are not in the paper.
     """
 
     num_clusters: int
@@ -346,21 +348,22 @@ class NetVLAD(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), [B, K, D] float32.
+        """Computes the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), [B, K, D] float32.
 
-        They are 0 for clips without frames. a is the softmax of a map of the features.
+        a is the softmax of a linear map of the features. The descriptors of a clip without frames
+        are 0.
 
         Args:
           features: [B, T, D] float.
-          mask: [B, T] bool, True for real frames; only these count in the batch statistics.
-          train: True to normalise by the batch statistics and to update the running ones in
-            `batch_stats`, which must be mutable.
+          mask: [B, T] bool, True for real frames. Only these count in the batch statistics.
+          train: if True, BatchNorm uses the batch statistics, and the running statistics in
+            `batch_stats` are updated (the collection is mutable).
         """
         for norm in self.norms:
             check_choice("NetVLAD norm", norm, ("batch", "l2"))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
-        has_bias = "batch" not in self.norms  # BatchNorm has one
+        has_bias = "batch" not in self.norms  # BatchNorm has a bias
         scores = Linear(self.num_clusters, self.dtype, has_bias, name="assignment")(features)
         if "batch" in self.norms:
             scores = batch_norm(scores, mask, train=train)

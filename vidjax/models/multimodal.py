@@ -1,4 +1,4 @@
-"""The system of the iQIYI-VID paper: one vector per modality, and attention between them."""
+"""The model of the iQIYI-VID paper: one vector per modality, and attention between the vectors."""
 
 import functools
 from collections.abc import Mapping
@@ -24,46 +24,46 @@ from vidjax.models.layers import (
 
 
 class MultimodalIdentifier(Identifier):
-    """The system of the iQIYI-VID paper: pooling, feature map, attention, classifier.
+    """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
-    The vectors of a missing modality are exactly 0 in the feature map, bias included; with
-    `fill_missing` attention fills them from the others.
+    The vectors of a missing modality are exactly 0 in the feature map, including the bias. With
+    `fill_missing`, attention fills them from the other vectors.
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
-      netvlad: modalities that NetVLAD pools; the others use the mean frame. Modalities that are not
-        configured are ignored.
+      netvlad: modalities that NetVLAD pools; other modalities use the mean frame. A modality that
+        is not configured is ignored.
       num_clusters: number of clusters of NetVLAD, K.
       netvlad_reduce, netvlad_norms: `reduce` and `norms` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
-      num_face_vectors: number of vectors that `face` contributes, each by a linear map of its own.
+      num_face_vectors: number of vectors that `face` contributes, each by a separate linear map.
       attention: False to leave out the attention (table 3 of the paper).
       gram_dim: width in which the attention computes correlations, D~.
-      gram_scale: factor on the Gram matrix of the attention (ours).
+      gram_scale: factor on the Gram matrix of the attention (not in the paper).
       gamma: strength of the attention.
       train_gamma: True to learn gamma.
       attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
-      fill_missing: True, as published, for attention that fills the vectors of a missing modality
-        with gamma times a mean of the others. False (ours) leaves them 0.
+      fill_missing: if True, as published, attention fills the vectors of a missing modality with
+        gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
       joined: `concat`, as published, to classify all vectors of the feature map side by side;
-        `mean` to classify the mean of those that a clip has, average pooling of modalities.
+        `mean` to classify the mean of the vectors that a clip has (average pooling of modalities).
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
-      unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
-        the frames before NetVLAD. Then only the direction of the features counts.
-      map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
-        then independent of the norm of its features, which differs between modalities.
+      unit_length: if True (not in the paper), the vector of each modality is scaled to length 1
+        before its map, and frames before NetVLAD. Then only the direction of features counts.
+      map_norm: True for LayerNorm after the maps. Then the weight of a modality in the classifier
+        does not depend on the norm of its features, which differs between modalities.
       modality_dropout_rate: probability that training drops a modality; every clip keeps one. The
-        remaining vectors are not rescaled, as for clips that lack it.
+        remaining vectors are not rescaled, as in clips that lack the modality.
       head: linear | cosine.
-      logit_scale: for the cosine head, factor on the cosines.
-      dropout_rate: dropout rate of the input of the classifier; of its unit vectors for `cosine`.
-      dtype: dtype of the matrix products; parameters, logits and cosine head are at least float32.
+      logit_scale: factor on the cosines, for the cosine head.
+      dropout_rate: dropout rate of the input of the classifier; with `cosine`, of its unit vectors.
+      dtype: dtype of matrix products. Parameters, logits and cosine head are float32 or wider.
 
-    Source: iQIYI-VID paper, section 5 and figure 3. Where it leaves a choice, ours are: three maps
-    for the three face vectors, K, the linear classifier, no activation after the maps, the feature
-    scale. Added: masks, LayerNorm after the maps, modality dropout, the cosine head, and the gate,
-    which the second-place article of 2019 names as future work.
+    Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves some choices open. Our choices
+    are: three maps for the three face vectors, K, the linear classifier, no activation after the
+    maps, the feature scale. We added masks, LayerNorm after the maps, modality dropout, the cosine
+    head, and the gate, which the second-place article of 2019 names as future work.
     """
 
     modalities: Mapping[str, int]
@@ -98,7 +98,7 @@ class MultimodalIdentifier(Identifier):
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Names of the vectors of the feature map: face 1, face 2, face 3, head, ..."""
+        """The names of the vectors of the feature map: face 1, face 2, face 3, head, ..."""
         names = []
         for name in self.modalities:
             count = self.num_face_vectors if name == "face" else 1
@@ -109,7 +109,7 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
+        """Computes logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
@@ -155,7 +155,7 @@ class MultimodalIdentifier(Identifier):
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
     def _pooled(self, name: str, real: Frames, *, train: bool) -> Array:
-        """Returns the vector of a modality, [B, K D] for NetVLAD or [B, D]."""
+        """Computes the vector of a modality, [B, K D] with NetVLAD or [B, D] without."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if name in self.netvlad:
             features = real.features.astype(param_dtype)
@@ -177,25 +177,25 @@ class MultimodalIdentifier(Identifier):
 class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
 
-    The feature map is [B, M, D], one vector per row. The paper's X in R^{D x M} is its transpose;
-    the indices of Y[b, i, j] are the paper's i and j.
+    The feature map is [B, M, D], one vector per row. The X in R^{D x M} of the paper is its
+    transpose. The indices of Y[b, i, j] are i and j of the paper.
 
     Attributes:
-      dim: width of the space in which the correlations are computed, the paper's D~.
-      scale: factor on the Gram matrix (ours; 1 in the paper). Vectors of equal length, as after
-        LayerNorm, correlate most with themselves: unless `scale` is small, Y is nearly the
-        identity.
+      dim: width of the space in which correlations are computed, D~ in the paper.
+      scale: factor on the Gram matrix (1 in the paper). Vectors of equal length, as after
+        LayerNorm, correlate most with themselves. Then Y is nearly the identity, unless `scale` is
+        small.
       gamma: strength of the attention.
-      train_gamma: True to learn gamma, starting from `gamma` (ours).
+      train_gamma: True to learn gamma, starting from `gamma` (not in the paper).
       form: `gram`, the paper's Z = F^T F with F = W_F X; or `two`, Z = F^T G with another
-        projection, G = W_G X, as in SAGAN, with which the paper compares it.
-      fill_missing: True, as in the paper, to set the output of a missing vector to gamma times a
-        mean of the vectors that exist. False (ours) leaves it 0.
-      dtype: dtype of the matrix products; parameters and softmax are at least float32.
+        projection G = W_G X, as in SAGAN, which the paper compares.
+      fill_missing: if True, as in the paper, the output of a missing vector is gamma times a mean
+        of the vectors that exist. If False (not in the paper), it is 0.
+      dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
 
-    Source: iQIYI-VID paper, equations 1-3. Ours: a missing vector is 0 and has no weight in the
-    softmax, where the equations would give it exp(0). Without missing vectors the result is that of
-    the paper. SAGAN also projects the vectors that are summed; the form `two` does not.
+    Source: iQIYI-VID paper, equations 1-3. Unlike there, a missing vector is 0 and has no weight in
+    the softmax; the equations would give it exp(0). Without missing vectors the results are equal.
+    SAGAN also projects the vectors that are summed; the form `two` does not.
     """
 
     dim: int = 64
@@ -208,7 +208,7 @@ class MultimodalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
-        """Returns the vectors O = X + gamma X Y, and the attention Y.
+        """Computes the vectors O = X + gamma X Y, and the attention Y.
 
         Args:
           x: [B, M, D] float, 0 for missing vectors.
@@ -216,8 +216,8 @@ class MultimodalAttention(nn.Module):
 
         Returns:
           O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
-          Column j of Y sums to 1. It is 0, and so is vector j of O, in clips without any vector
-          and, unless `fill_missing`, where vector j is missing.
+          Column j of Y sums to 1. If a clip has no vector, column j of Y and vector j of O are 0.
+          They are also 0 if vector j is missing and `fill_missing` is False.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
@@ -241,19 +241,19 @@ class MultimodalAttention(nn.Module):
 
 
 class SigmoidGate(nn.Module):
-    """Multiplies each vector of the feature map by a gate between 0 and 1, computed from it.
+    """Multiplies each vector of the feature map by a gate from 0 to 1, computed from the vector.
 
     The weights start at 0, so all gates start at 0.5.
 
-    Source: the second-place article of 2019 names gates by a sigmoid as future work. Ours: the
-    formula.
+    Source: the second-place article of 2019 names gates by a sigmoid as future work. The formula is
+    our choice.
     """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns the vectors x_m sigmoid(w_m . x_m + b_m), [B, M, D] in `dtype`."""
+        """Computes the vectors x_m sigmoid(w_m . x_m + b_m), [B, M, D] in `dtype`."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", nn.initializers.zeros, x.shape[1:], param_dtype)
         bias = self.param("bias", nn.initializers.zeros, x.shape[1:2], param_dtype)

@@ -1,4 +1,4 @@
-"""PLDA: identities in closed form, from the sums of their training clips. Nothing is optimised."""
+"""PLDA: identities in closed form, from sums over their training clips, without an optimiser."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -19,19 +19,21 @@ from vidjax.utils.errors import UserError
 
 
 class PLDAIdentifier(Identifier):
-    """Two-covariance PLDA: log-likelihood ratios, added up over the modalities that a clip has.
+    """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    A clip is its mean frame, scaled to length 1, centred, and scaled to length 1 again. Training
-    passes over the clips twice: it adds up the centre first, then the sums of the centred vectors.
-    `solve` turns the sums into the coefficients that score clips. The fields from `within` to
-    `centred` are those of Settings: one number, a tuple of one per member, or None for a fit.
+    The vector of a clip is its mean frame, scaled to length 1, centred, and scaled to length 1
+    again. Training passes over the clips twice: first it adds up the centre, then the sums of the
+    centred vectors. `solve` turns the sums into the coefficients that score clips. The fields from
+    `within` to `centred` are the fields of Settings. Each is one number, a tuple with one number
+    per member, or None: then it is fitted.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
-    Espy-Wilson 2011. Ours: the sum over modalities and its scale.
+    Espy-Wilson 2011. The sum over modalities and its scale are not published.
 
-    What gained nothing, and is in the history up to a538f79: maps x + x A of each modality, learned
-    from the closed form on with decay towards it (NPLDA, Ramoji et al. 2020; MAP .910 on synthetic
-    and .935 on real clips, as without); a scale of each modality; a prior by number of clips.
+    Three attempts did not help (their code is in the history up to a538f79): maps x + x A of each
+    modality, learned from the closed form on with decay towards it (NPLDA, Ramoji et al. 2020; MAP
+    .910 on synthetic and .935 on real clips, the same as without); a scale per modality; a prior
+    that depends on the number of clips.
     """
 
     modalities: Mapping[str, int]
@@ -46,7 +48,7 @@ class PLDAIdentifier(Identifier):
     logit_scale = 1.0  # pyright: ignore[reportAssignmentType]
     exact_inputs: ClassVar[bool] = True
     knows_unknown: ClassVar[bool] = True
-    min_epochs: ClassVar[float] = 2.0  # one for the centre, one for the sums
+    min_epochs: ClassVar[float] = 2.0  # one epoch for the centre, one for the sums
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,38 +60,39 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of a member; ValueError if one is neither given nor fitted."""
+        """Returns the settings of a member; UserError if one is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
-            raise UserError(f"model 'plda' lacks {', '.join(missing)}: train it anew")
+            raise UserError(f"model 'plda' lacks {', '.join(missing)}: train it again")
         chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Fits the settings that are None on held-out training clips; returns name -> value."""
+        """Fits the settings that are None, on held-out training clips; returns name -> value."""
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.training_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of the first member, by which galleries compare."""
+        """Returns the settings of the first member, which galleries use."""
         return self.settings()
 
     @nn.compact
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C]; the embedding joins the centred unit vectors of modalities.
+        """Computes logits [B, 1, 1 + C]; the embedding joins the centred vectors of modalities.
 
-        Training adds the clips to `sums`, with logits of 0. Evaluation reads `solved`.
+        Training adds the clips to the collection `sums`; its logits are 0. Evaluation reads the
+        collection `solved`.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         vectors = {name: unit_mean(frames) for name, frames in real.items()}
         if not train and self.has_variable("solved", "settings"):
             return self.compare(vectors)
-        share = 1.0 if self.centred is None else self.centred  # without it, for shapes alone
+        share = 1.0 if self.centred is None else self.centred  # None if only shapes are needed
         update = train and not self.is_initializing()
         centred = self._add_up(vectors, clips, share, update=update)
-        # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
+        # The logits are 0, but the compiler must not see that: it would evaluate a constant loss.
         logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
@@ -98,9 +101,9 @@ class PLDAIdentifier(Identifier):
     ) -> list[Array]:
         """Centres vectors, modality -> [B, D] of length 1 or 0; if `update`, adds them to `sums`.
 
-        The first occurrence of a clip adds to the centre, the second one to the sums; later ones
-        add nothing. A batch may hold clips of two passes, and a clip more than once. The `share` of
-        the mean is subtracted.
+        The first occurrence of a clip adds to the centre, the second adds to the sums, and later
+        occurrences add nothing. A batch may contain clips of two passes, and a clip more than once.
+        The `share` of the mean is subtracted.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
@@ -124,7 +127,7 @@ class PLDAIdentifier(Identifier):
         return centred
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Scores unit vectors, modality -> [B, D], by the collection `solved`."""
+        """Scores unit vectors, modality -> [B, D], with the collection `solved`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre(x, solved[name]["centre"]) for name, x in vectors.items()
@@ -144,7 +147,7 @@ class PLDAIdentifier(Identifier):
     def solve(self, params: Params, model_state: ModelState) -> dict[str, Any]:
         """Computes the collection `solved` of an ensemble, which replaces `model_state` [E, ...].
 
-        It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
+        It contains `settings` and, for each modality, `centre`, `space` and `enrolled`, [E, ...].
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
@@ -173,7 +176,7 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds x [B, D] to one modality's sums; `turn` [B] counts a clip's earlier occurrences."""
+    """Adds x [B, D] to the sums of a modality; `turn` [B] counts earlier occurrences of a clip."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     new = {
@@ -183,7 +186,7 @@ def _add(
     }
     assert clips.labels is not None
     counted = real & (turn == 1) & (clips.labels > 0)
-    # A batch has all first occurrences that are left before any second one, so the centre is whole.
+    # All first occurrences come before any second occurrence, so the centre is complete here.
     u = jnp.where(counted[:, None], _centre(x, _mean(new, share)), 0.0)
     u = u.astype(x.dtype)
     labels = jnp.where(counted, clips.labels, 0)
@@ -195,7 +198,7 @@ def _add(
 
 
 def _occurrence(index: Array, mask: Array) -> Array:
-    """Returns [B] int32, the number of earlier rows of the batch that have the same clip."""
+    """Counts the earlier rows of the batch that have the same clip. Returns [B] int32."""
     key = jnp.where(mask, index, -1)
     order = jnp.argsort(key, stable=True)
     ordered = key[order]
@@ -208,12 +211,12 @@ def _mean(part: Mapping[str, Array], share: float | Array) -> Array:
 
 
 def _centre(x: Array, centre: Array) -> Array:
-    """Returns unit vectors [B, D] from the centre to x; 0 where x is 0."""
+    """Computes unit vectors [B, D] from the centre to x; 0 where x is 0."""
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks arrays of members; shorter ones, `Enrolled.curve`, get rows that nothing reads."""
+    """Stacks the arrays of members; pads shorter ones (`Enrolled.curve`) with unused rows."""
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

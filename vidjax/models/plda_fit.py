@@ -1,21 +1,21 @@
-"""PLDA on the device: the logits of clips, and settings that do best on clips held out.
+"""PLDA on the device: the logits of clips, and the fit of settings on held-out clips.
 
-A part of the clips is held out, and the others are enrolled. Some identities are strangers: no clip
-of theirs is enrolled. If there are several modalities, some identities are not enrolled in one of
-them, since enrolled people may lack a modality.
+For the fit, some clips are held out and the rest are enrolled. Some identities are strangers: none
+of their clips is enrolled. If there are several modalities, some identities are not enrolled in one
+of them, because enrolled people may lack a modality.
 
-The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
+The shares of shrinkage are chosen by MAP and by AUROC of known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers, so
-that probabilities are calibrated. `stranger`, on which rankings hardly depend, is fitted last, when
-every other identity has one enrolled clip: people who are enrolled later often have fewer clips
-than the people of the fit. The prior of the settings counts as much as one clip. With few people
-only the prior decides, and the user is informed.
+that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted last, with one
+enrolled clip for every other identity, because people who are enrolled later often have fewer clips
+than the training people. The prior of the settings counts as much as one clip. If too few people
+have two clips, only the prior decides, and the user is informed.
 
-Every member's settings are fitted on its own training clips, never on clips that it scores out of
-fold. `TaskSpec` and every checkpoint keep them.
+The settings of a member are fitted only on its training clips, never on clips that it scores out of
+fold. `TaskSpec` and every checkpoint store them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
-evaluation of speaker detection; here over all identities and somebody new at once.
+evaluation of speaker detection; here over all identities and a stranger at once.
 """
 
 import functools
@@ -38,33 +38,34 @@ from vidjax.models.layers import unit_vectors
 from vidjax.models.two_covariance import Enrolled, Settings, Space, stranger_logit
 from vidjax.utils.machine import num_cores
 
-# Shares of shrinkage that are tried, the first value of each while the other share is chosen.
+# Shares of shrinkage that are tried. While one share is chosen, the other has its first value.
 SHARES: Mapping[str, tuple[float, ...]] = {
     "within": (0.8, 0.7, 0.9),
     "between": (0.75, 0.5),
 }
-# The settings that are optimised have a prior: `log(scale)` a mean of log(DIRECTIONS / width), the
-# others these means, and all of them these deviations. The means are typical of embeddings: the
-# cosines of different people spread as in 46 directions for dlib's 128 numbers, and in 109, 78 and
-# 29 for the 512 of faces, heads and voices of the small real dataset. There `unenrolled` is about
-# -0.7 and `stranger` -2; made-up people exactly of the model have -1 to -4.
+# The prior of the optimised settings is Gaussian. Its means are log(DIRECTIONS / width) for
+# log(scale), and PRIOR for the other settings; its standard deviations are DEVIATIONS. The means
+# are typical of embeddings. The cosines of different people spread as in 46 dimensions for the 128
+# numbers of dlib, and as in 109, 78 and 29 for the 512 numbers of faces, heads and voices of the
+# small real dataset. There `unenrolled` is about -0.7 and `stranger` -2. Synthetic people that
+# follow the model exactly have -1 to -4.
 DIRECTIONS = 32
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
 DEVIATIONS = np.array([2.0, 1.0, 1.0])
-FEWEST_PEOPLE = 10  # with two clips or more; of fewer, the prior answers alone
+FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior decides
 FOLDS = 4
-HIDDEN = 0.2  # share of the identities that no enrolled clip shows in a modality, of several
-STRANGERS = 0.2  # share of the identities that no enrolled clip shows at all
-MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are drawn
+HIDDEN = 0.2  # share of identities that are not enrolled in a modality, if there are several
+STRANGERS = 0.2  # share of identities that are not enrolled at all
+MAX_FITTED_CLIPS = 4000  # clips for the fit; if there are more, whole identities are drawn
 
 
 def unit_mean(frames: Frames) -> Array:
-    """Returns the mean frame of every clip [B, D], scaled to length 1; 0 for clips without one."""
+    """Computes the mean frame of every clip [B, D], scaled to length 1; 0 without frames."""
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 
 def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Returns both on the device, with floats of a dtype."""
+    """Puts both on the device, with floats of a dtype."""
 
     def cast(x: Array) -> jax.Array:
         floats = np.issubdtype(np.asarray(x).dtype, np.floating)
@@ -74,7 +75,7 @@ def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space
 
 
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
-    """Returns log(p(x | clip of the class) / p(x | clip of somebody new)), [B, K].
+    """Computes log(p(x | clip of the class) / p(x | clip of a stranger)), [B, K].
 
     `vectors` are the x, [B, D] float. Columns of classes without a clip are 0, up to rounding.
     """
@@ -84,20 +85,20 @@ def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
 
 
 def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
-    """Returns the logits of clips, from their log-likelihood ratios in each modality.
+    """Computes the logits of clips from their log-likelihood ratios in each modality.
 
-    The logit of an identity is a sum over the modalities of the clip: of scale x ratio, or of
-    `unenrolled` where no clip of the identity has the modality. The logit of somebody new is
-    `stranger_logit`: chance likeness grows with the number of people.
+    The logit of an identity is a sum over the modalities of the clip. It adds scale x ratio, or
+    `unenrolled` if no clip of the identity has the modality. The logit of a stranger is
+    `stranger_logit`, because with more people it is more likely that one resembles a stranger.
 
     Args:
       ratios: [M, B, K] float.
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
-      settings: `scale`, `unenrolled` and `stranger` are read.
+      settings: supplies `scale`, `unenrolled` and `stranger`.
 
     Returns:
-      [B, K] float, somebody new in column 0; -inf for identities that are known in no modality.
+      [B, K] float. Column 0 is a stranger. Identities without any enrolled clip have -inf.
     """
     filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
     logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
@@ -110,18 +111,18 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
 def training_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
-    """Returns name -> value of the settings that are None in `given`, fitted on the training clips.
+    """Fits the settings that are None in `given` on the training clips; returns name -> value.
 
-    A value is one number, or a tuple of one number of each member if these numbers differ.
+    A value is one number. If the members' numbers differ, it is a tuple with one number per member.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     fitted = {*Settings._fields} - fixed.keys()
     if not fitted:
         return {}
-    shown = labels[clips.used.any(axis=0)]
-    tell_of_few(shown, clips.tell)
-    people = len(np.unique(shown[shown > 0]))
+    trained = labels[clips.used.any(axis=0)]
+    tell_of_few(trained, clips.tell)
+    people = len(np.unique(trained[trained > 0]))
     fixed = {"centred": two_covariance.centre_share(people), **fixed}
     if fitted == {"centred"}:
         return {"centred": fixed["centred"]}
@@ -136,13 +137,13 @@ def training_settings(
             return unit_mean(fused._replace(features=fusion.read(fused.features)))
 
         vectors[name] = clips.values(name, jax.jit(value_of), read)
-    found = [
+    member_settings = [
         fit_settings(
-            {name: x[some[read]] for name, x in vectors.items()}, labels[some], fixed, seed
+            {name: x[chosen[read]] for name, x in vectors.items()}, labels[chosen], fixed, seed
         )
-        for some in wanted
+        for chosen in wanted
     ]
-    values = {name: [getattr(one, name) for one in found] for name in fitted}
+    values = {name: [getattr(x, name) for x in member_settings] for name in fitted}
     return {
         name: x[0] if len({*x}) == 1 else tuple(x[number] for number in member.ravel())
         for name, x in values.items()
@@ -150,13 +151,13 @@ def training_settings(
 
 
 def tell_of_few(labels: np.ndarray, tell: Callable[[str], None]) -> None:
-    """Tells the user if too few people have two clips to fit settings; labels [N], 0 for none."""
+    """Informs the user if too few people have two clips for a fit; labels [N], 0 for nobody."""
     count = _num_repeated(labels)
     if count < FEWEST_PEOPLE:
         tell(
-            f"{count:,} people have two clips or more, too few to fit how sure an answer is: what "
-            f"is typical of faces stands in\nprobabilities are rough until {FEWEST_PEOPLE} people "
-            "have; the order of answers is not concerned"
+            f"{count:,} people have two clips or more, too few to calibrate probabilities: default "
+            f"values for faces are used\nprobabilities are rough until {FEWEST_PEOPLE} people "
+            "have two clips; the order of answers is not affected"
         )
 
 
@@ -166,11 +167,11 @@ def _num_repeated(labels: np.ndarray) -> int:
 
 
 def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Returns [N] bool: all labelled clips, or at most MOST_CLIPS, those of random identities."""
+    """Returns [N] bool: all labelled clips; if too many, the clips of some random identities."""
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
     counts = np.bincount(labels, minlength=int(labels.max()) + 1)[order]
-    enough = max(int(np.searchsorted(np.cumsum(counts), MOST_CLIPS, side="right")), 2)
+    enough = max(int(np.searchsorted(np.cumsum(counts), MAX_FITTED_CLIPS, side="right")), 2)
     return np.isin(labels, order[:enough])
 
 
@@ -181,11 +182,11 @@ def fit_settings(
     seed: int,
     enrolled: Mapping[str, np.ndarray] | None = None,
 ) -> Settings:
-    """Fits settings on held-out clips; those of the prior stay if too few people have two clips.
+    """Fits settings on held-out clips. If too few people have two clips, the prior decides.
 
-    Vectors are modality -> [N, D] float of unit length, 0 for clips that lack it. Labels are [N]
-    int from 1 on. Settings in `given` stay. `enrolled` are the vectors that clips have when they
-    are enrolled, if these differ.
+    Vectors are modality -> [N, D] float of unit length, 0 for clips that lack the modality. Labels
+    are [N] int from 1 on. Settings in `given` stay. `enrolled` are the vectors that clips have when
+    they are enrolled, if these differ.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -195,11 +196,11 @@ def fit_settings(
     if _num_repeated(labels) < FEWEST_PEOPLE:
         return Settings(**values)
     columns = 1 + np.unique(labels, return_inverse=True)[1]  # 1 to the number of identities
-    # Matrices of 512 rows gain less from two threads of BLAS than from two folds at a time, and
-    # their last digits do not depend on the number of cores then.
+    # For matrices of 512 rows, two folds at a time are faster than two threads of BLAS, and the
+    # last digits then do not depend on the number of cores.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
-        found = pool.map(lambda k: _hold_out(*sides, columns, k, seed), range(FOLDS))
-        folds = [fold for fold in found if fold is not None]
+        made = pool.map(lambda k: _hold_out(*sides, columns, k, seed), range(FOLDS))
+        folds = [fold for fold in made if fold is not None]
         if not folds:
             return Settings(**values)
 
@@ -216,9 +217,9 @@ def fit_settings(
                 tries = [{**values, name: share} for share in shares]
                 values = max(tries, key=quality)
         shares = values["within"], values["between"]
-        found = _fit(compare(*shares), values, given)._asdict()
+        fitted = _fit(compare(*shares), values, given)._asdict()
         few = pool.map(lambda fold: _ratios(fold._replace(totals=fold.few), *shares), folds)
-        others = {name: x for name, x in found.items() if name != "stranger"}
+        others = {name: x for name, x in fitted.items() if name != "stranger"}
         return _fit([*few], values | others, others | dict(given))
 
 
@@ -226,9 +227,9 @@ class _Fold(NamedTuple):
     """The enrolled and the held-out clips of one fold."""
 
     found: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
-    totals: Sequence[tuple[np.ndarray, np.ndarray]]  # their number [K] and sum [K, D], M pairs
-    few: Sequence[tuple[np.ndarray, np.ndarray]]  # the same with one clip of every other identity
-    queries: Sequence[np.ndarray]  # [M] of [Q, D], centred unit vectors of the held-out clips
+    totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals with one clip of every other identity
+    queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 
 
@@ -239,38 +240,42 @@ def _hold_out(
     number: int,
     seed: int,
 ) -> _Fold | None:
-    """Holds out fold `number` and hides identities; None if nothing is left to compare."""
+    """Holds out fold `number` and hides identities. Returns None if no comparison is possible."""
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
-    held = ensemble.stratified_folds(labels, FOLDS, seed) == number
+    held_out = ensemble.stratified_folds(labels, FOLDS, seed) == number
     stranger = rng.random(1 + num_identities) < STRANGERS
-    enrolled = ~held & ~stranger[labels]
-    parts: dict[str, list[Any]] = {name: [] for name in ("found", "totals", "few", "queries")}
+    enrolled = ~held_out & ~stranger[labels]
+    parts: dict[str, list[Any]] = {n: [] for n in ("covariances", "totals", "few", "queries")}
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
         hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
-        shown = enrolled & present & ~hidden[labels]
-        if not shown.any():
+        visible = enrolled & present & ~hidden[labels]
+        if not visible.any():
             return None
-        share = two_covariance.centre_share(len(np.unique(labels[shown])))
-        centre = share * x[shown].mean(axis=0)
-        centred, own = (two_covariance.unit_from(centre, side) for side in (x, films[name]))
-        sums = two_covariance.make_sums(centred[shown], labels[shown], 1 + num_identities)
-        parts["found"].append(two_covariance.covariances(sums))
-        rows = np.flatnonzero(shown)
-        few = shown & ((labels + number) % 2 == 1)
+        share = two_covariance.centre_share(len(np.unique(labels[visible])))
+        centre = share * x[visible].mean(axis=0)
+        centred, film_vectors = (
+            two_covariance.unit_from(centre, side) for side in (x, films[name])
+        )
+        sums = two_covariance.make_sums(centred[visible], labels[visible], 1 + num_identities)
+        parts["covariances"].append(two_covariance.covariances(sums))
+        rows = np.flatnonzero(visible)
+        few = visible & ((labels + number) % 2 == 1)
         few[rows[np.unique(labels[rows], return_index=True)[1]]] = True
-        for kind, some in (("totals", shown), ("few", few)):
-            pair = two_covariance.make_totals(own[some], labels[some], 1 + num_identities)
+        for kind, chosen in (("totals", visible), ("few", few)):
+            pair = two_covariance.make_totals(
+                film_vectors[chosen], labels[chosen], 1 + num_identities
+            )
             parts[kind].append(pair)
-        parts["queries"].append(centred[held])
+        parts["queries"].append(centred[held_out])
     known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
-    answers = np.where(known[labels[held]], labels[held], 0).astype(np.int32)
+    answers = np.where(known[labels[held_out]], labels[held_out], 0).astype(np.int32)
     return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
 
 
 class _Ratios(NamedTuple):
-    """Arguments of `combine` for the held-out clips of a fold, and their labels."""
+    """The arguments of `combine` for the held-out clips of a fold, and the right answers."""
 
     ratios: Array  # [M, Q, K] float32, log-likelihood ratios
     known: Array  # [M, K] bool, False for classes without an enrolled clip
@@ -279,10 +284,10 @@ class _Ratios(NamedTuple):
 
 
 def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
-    """Returns the log-likelihood ratios of the held-out clips, for given shares of shrinkage."""
+    """Computes the log-likelihood ratios of the held-out clips for given shares of shrinkage."""
     ratios = []
-    for found, pair, queries in zip(fold.found, fold.totals, fold.queries, strict=True):
-        space = two_covariance.make_space(found, within=within, between=between)
+    for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
+        space = two_covariance.make_space(fitted, within=within, between=between)
         enrolled = two_covariance.enrol(space, *pair)
         arrays = as_arrays(space, enrolled, jnp.dtype("float32"))
         with jax.default_matmul_precision("highest"):  # as in evaluation
@@ -297,18 +302,18 @@ def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 @jax.jit
 def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
-    """Returns [2]: MAP of the known identities, AUROC of best scores of known against strangers."""
+    """Computes [2]: MAP of known identities, and AUROC of best scores (known against strangers)."""
     logits = combine(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
-    # Row i: the scores of all clips for the identity of clip i, and the clips that show it.
+    # Row i has the scores of all clips for the identity of clip i. `same` marks its clips.
     column = scores.T[part.labels]  # [Q, Q]
     above = column >= jnp.diagonal(column)[:, None]
     same = part.labels[:, None] == part.labels
     precision = jnp.sum(above & same, axis=1) / jnp.sum(above, axis=1)
     total = jax.ops.segment_sum(precision, part.labels, logits.shape[1])
     count = jax.ops.segment_sum(jnp.ones_like(precision), part.labels, logits.shape[1])
-    shown = (count > 0).at[0].set(False)
-    mean_ap = jnp.mean(total / jnp.maximum(count, 1), where=shown)
+    has_clips = (count > 0).at[0].set(False)
+    mean_ap = jnp.mean(total / jnp.maximum(count, 1), where=has_clips)
     best, known = jnp.max(scores[:, 1:], axis=1), part.labels > 0
     wins = (best[:, None] > best) + 0.5 * (best[:, None] == best)
     pairs = known[:, None] & ~known
@@ -318,17 +323,17 @@ def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits the settings named in PRIOR by the likelihood of the labels; those in `given` stay."""
+    """Fits the settings in PRIOR by the likelihood of the labels. Settings in `given` stay."""
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         at = jnp.asarray(np.where(free, point, start), jnp.float32)
-        found = [_loss(at, part) for part in parts]
-        slope = np.mean([np.asarray(slope, np.float64) for _, slope in found], axis=0)
+        results = [_loss(at, part) for part in parts]
+        slope = np.mean([np.asarray(slope, np.float64) for _, slope in results], axis=0)
         gap = (point - start) / DEVIATIONS**2 / num_clips
-        value = np.mean([float(value) for value, _ in found]) + gap @ (point - start) / 2
+        value = np.mean([float(value) for value, _ in results]) + gap @ (point - start) / 2
         return float(value), np.where(free, slope + gap, 0.0)
 
     best = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-3})
@@ -340,7 +345,7 @@ def _fit(
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Returns the mean cross-entropy at `point`, [3]: log(scale), `unenrolled`, `stranger`."""
+    """Computes the mean cross-entropy at `point`, [3]: log(scale), `unenrolled`, `stranger`."""
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
     logs = jax.nn.log_softmax(combine(part.ratios, part.known, part.present, settings))
     right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]

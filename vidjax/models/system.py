@@ -1,6 +1,6 @@
 """A system: the functions and numbers of a configuration that training and evaluation need.
 
-This module takes a configuration as nested dicts; callers have a ConfigDict and pass `to_dict()`.
+This module takes a configuration as nested dicts. Callers with a ConfigDict pass `to_dict()`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -26,16 +26,16 @@ class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
     Attributes:
-      config: the configuration, nested dicts; the steps read its plain values.
+      config: the configuration as nested dicts, from which the steps read plain values.
       task: sizes of the training data.
-      fuse_train, fuse_eval: modality -> function that fuses its frames, called with (key, frames);
-        the key is None in evaluation.
-      frame_is_example: True if each fused frame of a clip is an example of its own.
-      clip_transforms, transforms: augmentations before and after the frames of clips are fused.
+      fuse_train, fuse_eval: modality -> function (key, frames) that fuses its frames. The key is
+        None in evaluation.
+      frame_is_example: True if each fused frame of a clip is a separate example.
+      clip_transforms, transforms: augmentations before and after the fusion of frames.
       objective: (output, labels [B], mask [B], step) -> loss [B].
-      column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
+      column_weight: (labels [B], step) -> weight [B] of each clip, by its class column.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
-      scores_are_logs: True if scores are logarithms; their exponentials are then averaged.
+      scores_are_logs: True if scores are logarithms; then their exponentials are averaged.
       class_mask: [K] bool, False for columns without training clips.
     """
 
@@ -57,9 +57,9 @@ class System(NamedTuple):
 
     @property
     def vmap_members(self) -> bool:
-        """True to train all members in one program by vmap; False for one after another.
+        """True if vmap trains all members in one program, False if they are trained in turn.
 
-        One after another, each is bit-equal to a run of its own.
+        If they are trained in turn, each member is bit-equal to a separate run.
         """
         mapping = self.config["ensemble"]["mapping"]
         return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
@@ -67,11 +67,11 @@ class System(NamedTuple):
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], view: Array
     ) -> dict[str, Frames]:
-        """Fuses the frames of all modalities to Frames [B, T'], as one member sees them.
+        """Fuses the frames of all modalities to Frames [B, T'] for one member.
 
-        The position of a modality is folded into `rng`; without a key it fuses for evaluation. Of
-        the features, the chunk `view` [] int32 is left out, which is hidden from the member; -1 for
-        none.
+        The position of a modality is folded into `rng`. If `rng` is None, frames are fused for
+        evaluation. `view` [] int32 is the chunk of the features that is hidden from the member; it
+        is removed. -1 hides nothing.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -84,7 +84,7 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the parameters of one member; returns them and the other collections."""
+        """Draws the parameters of one member. Returns them and the other collections."""
         fused = self.fuse(fuse_rng, blank_clip(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
@@ -93,19 +93,19 @@ class System(NamedTuple):
         return variables.pop("params", {}), variables
 
     def shapes(self, num_members: int) -> tuple[Params, ModelState]:
-        """Returns the shapes and dtypes of what `init` returns, of all members: [E, ...]."""
+        """Returns shapes and dtypes, as `init` does but for all members: [E, ...]."""
         rngs = jax.random.split(jax.random.key(0), num_members)
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
-        A clip is one example, or each of its frames if `frame_is_example`. Then all modalities must
-        have the same number T' of frames, or one frame. This one is repeated in every example of
-        the clip; a clip with only such modalities is one example.
+        A clip is one example. If `frame_is_example`, each of its frames is one. Then all modalities
+        must have the same number T' of frames, or one frame. A single frame is repeated in every
+        example of the clip. A clip that has only modalities with a single frame is one example.
 
         Returns:
-          The frames as given, and [B, 1] bool, all True. If `frame_is_example`: modality -> Frames
+          The frames unchanged, and [B, 1] bool, all True. If `frame_is_example`: modality -> Frames
           [B T', 1], and [B, T'] bool, True for examples that exist.
         """
         if not self.frame_is_example:
@@ -114,13 +114,13 @@ class System(NamedTuple):
         if len(sizes - {1}) > 1:
             raise UserError(
                 f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
-                f"frames, got {sorted(sizes)}"
+                f"frames, not {sorted(sizes)}"
             )
         num_examples = max(sizes - {1}, default=1)  # the sizes of an exported run are symbols
         masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
         exists = jnp.any(jnp.stack(masks), axis=0)  # [B, T']
-        alone = fusion.has_frames(frames) & ~exists.any(axis=1)
-        exists = exists.at[:, 0].set(exists[:, 0] | alone)
+        has_single = fusion.has_frames(frames) & ~exists.any(axis=1)
+        exists = exists.at[:, 0].set(exists[:, 0] | has_single)
 
         def reshape(x: Array) -> Array:
             x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
@@ -130,7 +130,7 @@ class System(NamedTuple):
 
 
 def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns one clip of one frame: the shapes of parameters depend only on widths."""
+    """Returns a clip of one frame, because the shapes of parameters depend only on widths."""
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -139,15 +139,15 @@ def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
 
 
 class TaskSpec(NamedTuple):
-    """Sizes of the training data that a system depends on; checkpoints store them.
+    """Sizes of the training data that a system depends on. Checkpoints store them.
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
-      num_clusters: number of clusters, the K of `NoiseLayout`; None without noise classes.
+      num_clusters: number of clusters, the K of `NoiseLayout`, or None without noise classes.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
-      settings: name -> value of the model's attributes that its `prepare` fitted, or None.
-      num_places: rows of all batches of an epoch, see `BatchPlan`; None: `num_clips`.
+      settings: attributes of the model that its `prepare` computed, name -> value, or None.
+      num_places: rows of all batches of an epoch, see `BatchPlan`. None means `num_clips`.
     """
 
     modalities: Mapping[str, int]
@@ -161,14 +161,14 @@ class TaskSpec(NamedTuple):
 
     @property
     def layout(self) -> NoiseLayout | None:
-        """The layout of class columns with noise classes; None without noise classes."""
+        """The layout of class columns with noise classes, or None without noise classes."""
         if self.num_clusters is None:
             return None
         return NoiseLayout(self.num_identities, self.num_clusters)
 
     @property
     def num_columns(self) -> int:
-        """Number of class columns, K."""
+        """The number of class columns, K."""
         return self.layout.num_columns if self.layout else 1 + self.num_identities
 
 
@@ -178,7 +178,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     `fusion` may contain modalities that are not configured.
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
-    config_lib.check_ranges({name: config[name] for name in groups})  # those that are read here
+    config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
     _check_precision(config["matmul_precision"])
     steps_per_epoch = (task.num_places or task.num_clips) / config["batch_size"]
@@ -186,7 +186,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
     model = make_model(config, task)
-    # Some models have a logit for somebody new; of a net, training must have seen such clips.
+    # The unknown column needs training clips, unless the model computes its logit without them.
     knows_other = task.train_other or model.knows_unknown
     class_mask = jnp.asarray((np.arange(task.num_columns) > 0) | knows_other)
     check_entry("config.eval.scores", config["eval"]["scores"], SCORES)
@@ -209,7 +209,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         ),
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
-        lr_schedule=jax.jit(schedule),  # one program, not one for every operation
+        lr_schedule=jax.jit(schedule),  # one program in place of one for every operation
         score_fn=score_fn,
         scores_are_logs=scores_are_logs,
         class_mask=class_mask,
@@ -217,7 +217,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration, for fused frames without the hidden chunk, if any."""
+    """Builds the model of a configuration. With views, feature widths lack the hidden chunk."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -226,8 +226,8 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         modalities[name] = width - width // chunks if views else width
     if views and max(task.modalities.values()) < chunks:
         raise UserError(
-            f"config.ensemble.views: no modality has {chunks} numbers, of which a view could hide "
-            "some\n--config.ensemble.chunks=N, or no views"
+            f"config.ensemble.views: no modality has {chunks} features, so a view hides nothing\n"
+            "--config.ensemble.chunks=N with a smaller N, or no views"
         )
     return identifier.make_identifier(
         spec,
@@ -241,9 +241,9 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds modality -> fusion for a phase, `train` or `evaluate`; all frames where none is named.
+    """Builds modality -> fusion for a phase, `train` or `evaluate`.
 
-    Errors name the field.
+    A modality without a specification uses all frames. Errors name the field.
     """
     fusions = {}
     for name in modalities:
@@ -267,7 +267,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises ValueError if JAX would compute in another dtype without a word."""
+    """Raises UserError if JAX would silently compute in another dtype."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"
@@ -277,24 +277,24 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _check_precision(precision: str) -> None:
-    """Raises ValueError if jax does not know a precision."""
+    """Raises UserError if jax has no such precision."""
     try:
         with jax.default_matmul_precision(precision):
             pass
     except ValueError as error:
         raise UserError(
-            f"config.matmul_precision='{precision}': jax knows default, high, highest, bfloat16, "
-            "float32 and others"
+            f"config.matmul_precision='{precision}': choose default, high, highest, bfloat16, "
+            "float32 or another precision of jax"
         ) from error
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    """Returns the logarithm of the sigmoid."""
+    """Computes the logarithm of the sigmoid."""
     return jax.nn.log_sigmoid(logits)
 
 
 def _logits(logits: Array, class_mask: Array) -> Array:
-    """Returns the logits themselves."""
+    """Returns the logits unchanged."""
     return logits
 
 

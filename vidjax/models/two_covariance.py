@@ -1,12 +1,13 @@
-"""Two-covariance PLDA: sums over clips, a fit in closed form, coefficients of the ratios.
+"""Two-covariance PLDA: sums over clips, a fit in closed form, and coefficients of the ratios.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
-e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive:
-enrolling a clip adds to them, removing it subtracts. The fit takes three eigendecompositions of [D,
-D] in float64. All is numpy, for galleries do not wait for JAX; `plda_fit` is for the device.
+e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. To enrol a clip is
+to add to the sums, and to remove it is to subtract. The fit takes three eigendecompositions of
+[D, D] in float64. Everything here is numpy, because galleries do not wait for JAX. `plda_fit` works
+on the device.
 
-Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model);
-shrinkage of both covariances towards a multiple of the identity is ours.
+Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
+shrinkage of both covariances towards a multiple of the identity is not from there.
 """
 
 from collections.abc import Mapping
@@ -17,16 +18,16 @@ import numpy as np
 
 from vidjax.core.batch import Array
 
-# The typical share of the variance that is not the person's: .25 for dlib's vectors of faces
-# (distances of .42 within and .85 between people), .54, .69 and .60 for faces, heads and voices of
-# the small real dataset.
+# The typical share of the variance that belongs to the clip and not to the person: .25 for the face
+# vectors of dlib (distances of .42 within and .85 between people), and .54, .69 and .60 for faces,
+# heads and voices of the small real dataset.
 WITHIN = 0.5
-PRIOR = 10.0
+PRIOR = 10.0  # weight of these typical covariances, in clips and in people
 SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit vectors
 
 
 class Sums(NamedTuple):
-    """Sums over clips: `count` [K] and sum of x [K, D] of each class; `scatter` x x^T [D, D]."""
+    """Sums over clips: `count` [K] and `total` x [K, D] per class, and `scatter` x x^T [D, D]."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     total: Array
@@ -34,20 +35,20 @@ class Sums(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Coordinates z = (x - mean) transform in which W is the identity and B is diagonal."""
+    """The coordinates z = (x - mean) transform, in which W is the identity and B is diagonal."""
 
     mean: Array  # [D] float, the mean m of all vectors
     transform: Array  # [D, D] float
-    ratio: Array  # [D] float, 0 or more: variances of B in these coordinates, those of W being 1
+    ratio: Array  # [D] float, 0 or more: variances of B in these coordinates (variances of W are 1)
 
 
 class Enrolled(NamedTuple):
-    """The K classes; their log-ratio of z, see Space, is linear . z + curve . z^2 + constant."""
+    """The K classes. The log-ratio of z (see Space) is linear . z + curve . z^2 + constant."""
 
     linear: Array  # [K, D] float, coefficients of z
     constant: Array  # [K] float
-    curve: Array  # [U, D] float, coefficients of the squares of z, for U different numbers of clips
-    kind: Array  # [K] int32, row of `curve` of each class
+    curve: Array  # [U, D] float, coefficients of squares of z, for U different numbers of clips
+    kind: Array  # [K] int32, the row of `curve` for each class
     known: Array  # [K] bool, False for classes without a clip
 
 
@@ -60,34 +61,35 @@ def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums
 def make_totals(
     vectors: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first two of `make_sums`: the counts [K] and sums [K, D] of clips."""
+    """Computes the first two sums of `make_sums`: the counts [K] and the sums [K, D] of clips."""
     total = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(total, labels, vectors)
     return np.bincount(labels, minlength=num_classes).astype(np.float64), total
 
 
 def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Returns unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
+    """Computes unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
     gap = x - centre
     unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
     return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
 
 
 class Covariances(NamedTuple):
-    """Covariances of the vectors of one modality before they are shrunk."""
+    """The covariances of the vectors of one modality, before shrinkage."""
 
     mean: Array  # [D] float, the mean of all vectors
     within: Array  # [D] float, eigenvalues of W
     axes: Array  # [D, D] float, eigenvectors of W in the columns
-    between: Array  # [D, D] float, B in these axes; its eigenvalues are SMALLEST_VARIANCE at least
+    between: Array  # [D, D] float, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE
 
 
 def covariances(sums: Sums) -> Covariances:
-    """Computes W, pooled over N - C degrees of freedom, and B, the second moment less W.
+    """Computes W, pooled over N - C degrees of freedom, and B, the second moment minus W.
 
-    The sums have at least one clip. W and B are averaged with what is typical of embeddings, which
-    counts as PRIOR clips and PRIOR people: one photo of each person says nothing about W, and one
-    person nothing about B. The mean is multiplied by `centre_share`.
+    The sums must have at least one clip. W and B are averaged with typical covariances of
+    embeddings, which count as PRIOR clips and PRIOR people. This matters for few data: one photo of
+    each person gives no information about W, and one person gives none about B. The mean is
+    multiplied by `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
@@ -108,28 +110,31 @@ def covariances(sums: Sums) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns C / (C + 1/2), the share of the mean of C people that is subtracted from vectors."""
+    """Returns C / (C + 1/2): the share of the mean of C people that is subtracted from vectors."""
     return num_people / (num_people + 0.5)
 
 
-def make_space(found: Covariances, *, within: float | Array, between: float | Array) -> Space:
+def make_space(covariances: Covariances, *, within: float | Array, between: float | Array) -> Space:
     """Shrinks both covariances and diagonalises them together.
 
-    The shares `within` of W and `between` of B, 0 to 1, become multiples of the identity matrix.
+    The shares `within` of W and `between` of B, from 0 to 1, are replaced by multiples of the
+    identity matrix.
     """
-    mean_variance = np.maximum(np.mean(found.within), SMALLEST_VARIANCE)
-    values = (1 - within) * found.within + within * mean_variance
+    mean_variance = np.maximum(np.mean(covariances.within), SMALLEST_VARIANCE)
+    values = (1 - within) * covariances.within + within * mean_variance
     values = np.maximum(values, 1e-6 * mean_variance)  # W may have no variance along some axes
-    shrunk = (1 - between) * found.between
-    isotropic = np.trace(found.between) / len(values) * np.eye(len(values), dtype=values.dtype)
+    shrunk = (1 - between) * covariances.between
+    isotropic = (
+        np.trace(covariances.between) / len(values) * np.eye(len(values), dtype=values.dtype)
+    )
     shrunk = shrunk + between * isotropic
     scale = 1 / np.sqrt(values)
     ratio, turned = np.linalg.eigh(scale[:, None] * shrunk * scale)
-    return Space(found.mean, (found.axes * scale) @ turned, np.maximum(ratio, 0.0))
+    return Space(covariances.mean, (covariances.axes * scale) @ turned, np.maximum(ratio, 0.0))
 
 
 def enrol(space: Space, count: Array, total: Array) -> Enrolled:
-    """Returns the classes with `count` [K] clips and vectors of sum `total` [K, D], in float64."""
+    """Computes the classes with `count` [K] clips whose vectors add up to `total` [K, D]."""
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
     sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
@@ -137,10 +142,10 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Returns the classes with `count` [K] clips and coordinates z of sum `sums` [K, D].
+    """Computes the classes with `count` [K] clips whose coordinates z sum to `sums` [K, D].
 
-    After k clips of mean z, the posterior of y has mean k psi z / (k psi + 1) and variance
-    psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the variance of W, 1.
+    After k clips with the mean z, the posterior of y has the mean k psi z / (k psi + 1) and the
+    variance psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the variance of W, 1.
     """
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
@@ -157,30 +162,30 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     )
 
 
-def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, one: int) -> np.ndarray:
-    """Returns log(p(clips | one class) / p(clips | two classes)), [G], of a group and G groups.
+def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
+    """Computes log(p(clips | one class) / p(clips | two classes)), [G], of a group and G groups.
 
-    `mean` [G, D] is the mean of the coordinates of each group, and `noise` [G] the reciprocal of
-    the number of its clips; `one` is the row of the one group.
+    `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of the
+    number of its clips. `row` is the row of the first group.
     """
     noise = noise[:, None]
-    share = space.ratio / (space.ratio + noise[one])
-    variance = share * noise[one] + noise  # [G, D], of a mean of the same class
+    share = space.ratio / (space.ratio + noise[row])
+    variance = share * noise[row] + noise  # [G, D], of the mean of a group of the same class
     other = space.ratio + noise
-    gap = mean - share * mean[one]
+    gap = mean - share * mean[row]
     return np.sum(mean**2 / other - gap**2 / variance + np.log(other / variance), axis=1) / 2
 
 
 class Settings(NamedTuple):
-    """The numbers of a PLDA model.
+    """The parameters of a PLDA model.
 
     Attributes:
       within: share of the within-class covariance that is replaced by a multiple of the identity.
       between: the same share of the between-class covariance.
-      scale: factor on the log-likelihood ratios, which are too confident as they are.
-      unenrolled: what replaces scale x ratio in a modality where an identity has no clip.
-      stranger: logarithm of the prior odds of somebody new against all known people together.
-      centred: share of the mean of all vectors that is subtracted from each.
+      scale: factor on the log-likelihood ratios, which are too confident without it.
+      unenrolled: value in place of scale x ratio for a modality in which an identity has no clip.
+      stranger: logarithm of the prior odds of a stranger against all known people together.
+      centred: share of the mean of all vectors that is subtracted from each vector.
     """
 
     within: float | Array
@@ -192,16 +197,16 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings) -> Space:
-    """Returns the space of one modality in closed form, from its sums of at least one clip."""
+    """Computes the space of one modality in closed form, from sums of at least one clip."""
     sums = Sums(part["count"], part["total"], part["scatter"])
     return make_space(covariances(sums), within=settings.within, between=settings.between)
 
 
 def blank_space(width: int) -> Space:
-    """Returns the space of a modality that no training clip has: its ratios are all 0."""
+    """Returns the space of a modality that no training clip has: all its ratios are 0."""
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 
 def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:
-    """Returns the logit of somebody new beside known identities, stranger + log(num_known)."""
+    """Returns the logit of a stranger against the known identities, stranger + log(num_known)."""
     return settings.stranger + xp.log(xp.maximum(num_known, 1))

@@ -1,1 +1,4 @@
-"""From data to trained weights: the plan of a run, its loop, feeds, step and noise classes."""
+"""Training, from data to weights: the plan of a run, its loop, step, feeds and noise classes.
+
+`api` has the functions of `import vidjax`.
+"""

@@ -1,6 +1,6 @@
 """The functions of `import vidjax`: configuration, data, training and trained runs from Python.
 
-Each does what the command line does, and imports JAX or TensorFlow only when it is called.
+Each function does the same as a command, and imports JAX or TensorFlow only when it is called.
 """
 
 import copy
@@ -30,15 +30,15 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
 
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
-    """Returns the configuration of an experiment.
+    """Loads the configuration of an experiment.
 
     Args:
-      spec: a value of `--config`: a shipped configuration such as `mma` or a Python file, with its
-        arguments after a colon, as in `mma:face,audio`; or the `config.json` of a run.
+      spec: a value of `--config`. It is a shipped configuration such as `mma` or a Python file,
+        with arguments after a colon as in `mma:face,audio`; or the `config.json` of a run.
       overrides: values of fields, as on the command line: `--config.batch_size=64`.
 
     Raises:
-      ValueError: no such configuration, argument or field, or a value of another type.
+      UserError: no such configuration, argument or field, or a value of another type.
     """
     check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
     if Path(spec).name != "config.json":
@@ -49,12 +49,12 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 
 
 def open_run(workdir: str | Path) -> RunFolder:
-    """Returns the folder of a run; if it holds none, ValueError says what to do."""
+    """Opens the folder of a run. If it contains no run, raises UserError with a remedy."""
     folder = RunFolder(workdir)
     if not folder.has(CONFIG):
         runs = [messages.shown(path.parent) for path in sorted(folder.path.glob(f"*/{CONFIG}"))]
         hint = f"train one: vidjax train --config=mma --workdir={messages.shown(folder.path)}"
-        if folder.path.is_dir() and any(folder.path.iterdir()):  # no run may be trained in it
+        if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
             hint = "name the folder of a run; to train one: vidjax train --config=mma"
         if runs:
             hint = f"it contains runs, name one: {', '.join(runs[:3])}"
@@ -63,7 +63,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 
 def set_up_devices(config: Config) -> None:
-    """Chooses devices and the cache of compiled programs; an absent device is an error here."""
+    """Chooses devices and the cache of compiled programs. UserError if a device is absent."""
     from vidjax.core import devices
 
     if config.deterministic:
@@ -80,29 +80,31 @@ def load_data(
     non_finite: "NonFinite" = "drop",
     quality: "Quality" = "given",
 ) -> "TrainingData":
-    """Returns a dataset for training and evaluation.
+    """Loads a dataset for training and evaluation.
 
     The first call converts the clips to checked records in the cache. Later calls reuse them until
     a byte of the source changes.
 
     Args:
-      source: split (`train`, `val`, `test`) -> clip name -> modality -> features [T, D] or [D],
-        float16, float32, float64 or int8; or, in place of the features, a dict with `features` and
-        optionally `quality` [T], `detection` [T], `number` [T] and `box` [T, 4]. A clip may lack
-        modalities, or have no frame at all. Or a folder of official pickles, of `.npz` files or of
-        parquet tables. Or a configuration, whose fields `config.data` then decide everything.
+      source: a nested dict: split (`train`, `val`, `test`) -> clip name -> modality -> features.
+        Features are [T, D] or [D], float16, float32, float64 or int8. In place of the features, a
+        dict may have `features` and optionally `quality` [T], `detection` [T], `number` [T] and
+        `box` [T, 4]. A clip may lack modalities, or have no frame at all. Or a folder of official
+        pickles, `.npz` files or parquet tables. Or a configuration, whose fields `config.data` then
+        replace the other arguments.
       labels: clip name -> identity, for all splits; or a file: `.csv` with the columns `clip` and
-        `identity`, or ground truth in an official form. A clip without a label (or with None) shows
-        nobody of interest. A split without a labelled clip is ranked, not scored. None: the ground
-        truth beside the files.
-      cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+        `identity`, or ground truth in an official form. A clip without a label (or with None) is a
+        distractor. A split without a labelled clip is ranked but not scored. None means the ground
+        truth next to the files.
+      cache_dir: the folder of the records. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: `drop` leaves out and counts frames with a feature that is not finite; `error`
         refuses them.
-      quality: of frames of your own features: `given`: `quality`, or the L2 norm of each feature in
-        clips without it; `norm`: always the norm; as in `config.data.quality` of the training.
+      quality: the quality of frames of your own features. `given` takes `quality`; clips without it
+        take the L2 norm of each feature. `norm` always takes the norm. Use the same value as
+        `config.data.quality` in training.
 
     Raises:
-      ValueError: malformed clips or labels; the message names the file or split, clip and field.
+      UserError: malformed clips or labels. The message names the file or split, clip and field.
       FileNotFoundError: no such folder, or no features in it.
       OSError: the cache cannot be written.
     """
@@ -122,7 +124,7 @@ def load_data(
         ("quality", quality, "given", "quality"),
     ):
         if value != default:
-            raise UserError(f"{name}: a configuration decides it\nset config.data.{field} instead")
+            raise UserError(f"{name}: the configuration decides it\nset config.data.{field}")
     data = cast(Config, source).data
     cache = files.cache_root(data.cache_dir).absolute()
     try:
@@ -133,30 +135,30 @@ def load_data(
             raise
         raise DiskError(
             f"cannot write the cache '{cache}': {error.strerror}\n"
-            "name another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
+            "choose another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
         ) from error
 
 
 def train(
     config: Config, workdir: str | Path, data: "TrainingData", *, num_devices: int | None = None
 ) -> "Results":
-    """Trains a system in a folder and returns what it reaches: `map` and all of `metrics.json`.
+    """Trains a system in a folder. Returns its results: `map` and all of `metrics.json`.
 
-    The folder is made, and locked until the end. A stopped run goes on from its last checkpoint. A
-    finished run is not trained again: its results are returned.
+    The folder is made if needed, and locked until the end. A stopped run is resumed from its last
+    checkpoint. A finished run is not trained again: its results are returned.
 
     Args:
-      config: from `load_config`. The run keeps a copy, whose `data.name` and `data.dir` are those
-        of the data.
+      config: from `load_config`. The run keeps a copy in which `data.name` and `data.dir` name the
+        data.
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: from `load_data`.
-      num_devices: the number of devices to use; None for all.
+      num_devices: the number of devices to use. None means all.
 
     Raises:
-      ValueError: the configuration does not fit the data or the run in the folder, or another
-        process holds the folder.
-      CheckpointError: the run's checkpoints are damaged or belong to another model.
-      Interrupted: SIGINT or SIGTERM arrived; the state was saved, and the same call goes on.
+      UserError: the configuration does not fit the data or the run in the folder, or another
+        process has locked the folder.
+      CheckpointError: the checkpoints of the run are damaged or belong to another model.
+      Interrupted: SIGINT or SIGTERM arrived. The state is saved; the same call resumes the run.
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
@@ -171,9 +173,9 @@ def train(
 
 
 def _of_data(config: Config, data: "TrainingData") -> Config:
-    """Returns a copy of a configuration that names the data which are given.
+    """Returns a copy of a configuration in which `data.name` and `data.dir` name the given data.
 
-    Fields that nothing reads for such data have their defaults.
+    Fields that are not read for such data get their defaults.
     """
     config, origin = copy.deepcopy(config), data.report["data"]
     name, folder = origin["name"], origin["dir"]
@@ -203,9 +205,9 @@ def train_run(
     command: str | None = None,
     began: float | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """Trains in a locked folder; returns the metrics, and True if the run was finished before.
+    """Trains in a locked folder. Returns the metrics, and True if the run was already finished.
 
-    Arguments are those of `train` and `training.train.train`. Data are loaded if they are None.
+    For the arguments see `train` and `training.loop.train`. If `data` is None, they are loaded.
     """
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
@@ -218,14 +220,14 @@ def train_run(
     _check_same(config, data)
     report = config.eval.report
     if results is None:
-        found = training.train(
+        metrics = training.train(
             config, folder.path, data,
             num_devices=num_devices, analyse=report, command=command, began=began,
         )  # fmt: skip
-        return found, False
+        return metrics, False
     restore.check_data(folder.path, results["trained_on"], config, data)
     if report and not files.exists(folder.paths().report) and distributed.is_first():
-        analysis.write_report(folder)  # somebody deleted it
+        analysis.write_report(folder)  # the report was deleted
     return results, True
 
 
@@ -237,7 +239,7 @@ def _results(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> "
 
 
 def _check_same(config: Config, data: "TrainingData") -> None:
-    """Refuses processes of one run with different fields or data; their folders may differ."""
+    """Raises UserError if the processes of a run have different fields or data."""
     fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.MOVABLE}
     distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
@@ -249,19 +251,19 @@ def evaluate(
     split: str | None = None,
     num_devices: int | None = None,
 ) -> "Results":
-    """Ranks a split with a trained run, and returns what it reaches there, as `train` does.
+    """Ranks a split with a trained run. Returns the results, as `train` does.
 
     Results and report are written into the run's folder, which is locked until the end.
 
     Args:
       workdir: the folder of a run.
-      data: from `load_data`; None for the dataset of the run.
-      split: the split to rank, such as `test`; None for that which training evaluated. A split
-        without a labelled clip is ranked, not scored: its `map` is None.
-      num_devices: the number of devices to use; None for all. Scores do not depend on it.
+      data: from `load_data`. None means the dataset of the run.
+      split: the split to rank, such as `test`. None means the split that training evaluated. A
+        split without a labelled clip is ranked but not scored: its `map` is None.
+      num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      ValueError: the folder holds no run or one that joins others, or the data do not fit the run.
+      UserError: the folder contains no run, or a run that joins other runs, or the data do not fit.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
@@ -270,8 +272,8 @@ def evaluate(
     config = folder.config
     if config.join.runs:
         raise UserError(
-            f"'{folder.path}' joins other runs: evaluate one, {', '.join(config.join.runs)},\n"
-            "or all by command: vidjax evaluate --workdir=FOLDER"
+            f"'{folder.path}' joins other runs: evaluate {' or '.join(config.join.runs)},\n"
+            "or all with the command: vidjax evaluate --workdir=FOLDER"
         )
     config.eval.split = split or config.eval.split
     with locked(folder.path):
@@ -286,13 +288,13 @@ def evaluate_run(
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks `config.eval.split` with the run in a locked folder; returns the metrics."""
+    """Ranks `config.eval.split` with the run in a locked folder. Returns the metrics."""
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
 
     set_up_devices(config)
     run = restore.find_run(config, folder)
-    # Errors in files that are read later come before the evaluation.
+    # Read now, so that errors in these files come before the evaluation.
     _ = folder.metrics(), folder.other_metrics() if config.eval.report else None
     data = load_data(config) if data is None else data
     _check_same(config, data)
@@ -308,32 +310,35 @@ def compare(
 ) -> "Comparison":
     """Compares runs on the same clips: differences of MAP from the first, with 95 % intervals.
 
-    Nothing is computed by a model: the results in the folders are read. Print the result, or take
-    its `to_dict`, `to_latex` or `differences`.
+    Only the results in the folders are read; no model is computed. Print the result, or use its
+    `to_dict`, `to_latex` or `differences`.
 
     Args:
-      runs: folders of two runs or more; or groups of as many runs each, which differ in their seeds
-        alone: `[["a1", "a2", "a3"], ["b1", "b2", "b3"]]`. Their interval includes the seeds.
-      out: a folder for `comparison.html`, `.json` and `.tex`; None for no files.
-      split: the split to compare on; None for that which each run evaluated.
+      runs: folders of two or more runs. Or groups with the same number of runs, which differ only
+        in their seeds: `[["a1", "a2", "a3"], ["b1", "b2", "b3"]]`. Then the intervals include the
+        variation between seeds.
+      out: a folder for `comparison.html`, `.json` and `.tex`. None writes no files.
+      split: the split to compare on. None means the split that each run evaluated.
 
     Raises:
-      ValueError: fewer than two runs, groups of different sizes, or runs on different clips.
+      UserError: fewer than two runs, groups of different sizes, or runs on different clips.
     """
     check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
     groups = [
-        [os.fspath(run)] if isinstance(run, (str, os.PathLike)) else [os.fspath(one) for one in run]
+        [os.fspath(run)]
+        if isinstance(run, (str, os.PathLike))
+        else [os.fspath(path) for path in run]
         for run in runs
     ]
     if len(groups) < 2 or not all(groups):
-        raise UserError("compare: runs needs two runs or more, or two groups of runs")
+        raise UserError("compare: runs needs two or more runs, or two groups of runs")
     from vidjax.evaluation import comparison
 
-    found = comparison.compare(groups, split=split)
+    result = comparison.compare(groups, split=split)
     if out is not None:
         with locked(out) as folder:
-            found.write(folder)
-    return found
+            result.write(folder)
+    return result
 
 
 def restore(
@@ -342,15 +347,15 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> "Predictor":
-    """Restores a trained run: its `rank`, `identify`, `scores` and `embed` take new clips.
+    """Restores a trained run. Its `rank`, `identify`, `scores` and `embed` take new clips.
 
     Args:
       workdir: the folder of a run.
-      step: the checkpoint: the `latest`, or the `best` by MAP.
-      num_devices: the number of devices to use; None for all. Scores do not depend on it.
+      step: the checkpoint: `latest`, or `best` by MAP.
+      num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      ValueError: the folder holds no run, or a run that joins others.
+      UserError: the folder contains no run, or a run that joins other runs.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("restore: workdir", workdir, (str, os.PathLike), "the path of a run's folder")

@@ -1,4 +1,4 @@
-"""Feeds bring clips to the training step: streamed from the records, or resident on the devices."""
+"""Feeds bring clips to the training step: streamed from records, or resident on the devices."""
 
 import abc
 import time
@@ -17,14 +17,14 @@ from vidjax.models.system import System
 from vidjax.training import train_step
 from vidjax.training.train_step import Outcome, Tables, TrainState
 
-DISPATCH_SECONDS = 1.0  # duration of a dispatch of steps
-# One for each group of members, that is, for those that one program trains.
+DISPATCH_SECONDS = 1.0  # wanted duration of a dispatch
+# One entry for each group of members. One program trains the members of a group.
 States = Sequence[TrainState]
 AllTables = Sequence[Tables]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch: steps that the host starts together, and then waits for."""
+    """The result of a dispatch, a number of steps that the host starts together and waits for."""
 
     states: list[TrainState]  # of every group of members
     num_steps: int
@@ -37,7 +37,7 @@ class Feed(abc.ABC):
 
     Attributes:
       mode: `streaming` or `resident`.
-      waited: seconds that the devices were idle because they waited for clips.
+      waited: seconds in which the devices waited for clips.
     """
 
     mode: str
@@ -51,7 +51,7 @@ class Feed(abc.ABC):
     def run(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
         """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
 
-        `step` is the number of steps done before. The `states` are donated.
+        `step` is the number of steps before the call. The `states` are donated.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.largest(max(1, min(most, count)))
@@ -71,26 +71,26 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        """Dispatches `count` steps or fewer; returns states, and the outcomes of one or two calls.
+        """Dispatches `count` steps or fewer. Returns the states, and outcomes of one or two calls.
 
-        These calls are the last; in all calls before, losses and gradients were finite. Outcomes
-        are lists by call, of lists by group of members.
+        These are the last calls. In all calls before, losses and gradients were finite. Outcomes
+        are a list with one entry per call, which is a list with one entry per group of members.
         """
 
 
 class StreamingFeed(Feed):
-    """Streams one batch per step; the host fetches it while the devices work on the one before.
+    """Streams one batch per step; the host fetches it while the devices work on the last batch.
 
-    The host reads the outcome of a step after it has dispatched the next one: no device waits for
-    it. Then the batch of the step that was read is free, so devices hold two batches. `waited` is
-    an estimate: where the devices are ready before a fetch ends, the time of the fetch minus that
-    of a step of the fastest dispatch so far.
+    The host reads the outcome of a step after it has dispatched the next step, so no device waits
+    for the host. When the outcome is read, the batch of that step is free: the devices store at
+    most two batches. `waited` is an estimate. If the devices finish before a fetch, it grows by the
+    fetch time minus the fastest step time so far.
     """
 
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Takes an endless iterator of batches, as numpy arrays."""
+        """Takes an endless iterator of batches with numpy arrays."""
         self._mesh, self._batches = mesh, batches
         super().__init__()
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
@@ -102,30 +102,30 @@ class StreamingFeed(Feed):
     def _dispatch(
         self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        found: list[list[Outcome]] = []
-        first, alone = time.monotonic(), distributed.count() == 1
+        outcomes: list[list[Outcome]] = []
+        first, is_single = time.monotonic(), distributed.count() == 1
         for _ in range(count):
             batch = self._next or self._put(next(self._batches))
             began = time.monotonic()
             pairs = zip(states, tables, strict=True)
             results = [self._loop(*pair, batch, None) for pair in pairs]
             states = [state for state, _ in results]
-            found = [*found[-1:], [outcome for _, outcome in results]]
+            outcomes = [*outcomes[-1:], [outcome for _, outcome in results]]
             after = next(self._batches)
             fetched = time.monotonic() - began
-            if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(found[-1])):
+            if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(outcomes[-1])):
                 self.waited += fetched - self._fastest
-            before = devices.fetch(found[0]) if len(found) > 1 else []  # waits for that step
+            before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []  # waits for that step
             self._next = self._put(after)
             if any(x.bad_step >= 0 for x in before):
                 break
-            if alone and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # fetches have slowed
+            if is_single and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # fetches have slowed
                 break
-        return list(states), found
+        return list(states), outcomes
 
 
 class ResidentFeed(Feed):
-    """Draws batches from clips on the devices, for many steps per dispatch; no device waits."""
+    """Draws batches from clips on the devices, many steps per dispatch; no device waits."""
 
     mode = "resident"
 

@@ -47,17 +47,17 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def finished(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the metrics of the run in a folder, or None if something is left to do for `config`.
+    """Returns the metrics of the run in a folder, or None if `config` needs more work.
 
-    Refuses a configuration with which the run may not go on.
+    Raises UserError if the run cannot go on with this configuration.
     """
     if not folder.has(CONFIG):
         return None
     recorded, results = folder.config, folder.metrics()
     if not results and not checkpoint.folders(folder.path):
-        return None  # a run that stopped before its first checkpoint begins anew
+        return None  # a run that stopped before its first checkpoint starts again
     check_resumes(folder.path, recorded, absolute(config))
-    # Evaluation also writes the file; what lacks a result is evaluated again.
+    # Evaluation also writes the file. If a result is missing, the run is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
     wanted += ["best_map", "best_step"] if "best_map" in results else []
@@ -76,22 +76,22 @@ def train(
     command: str | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a system, or resumes a run; returns the content of `metrics.json`.
+    """Trains a system, or resumes a run. Returns the content of `metrics.json`.
 
     Args:
-      workdir: the folder of the run, locked by `run.folder.locked`.
-      num_devices: number of devices to use; None for all.
-      analyse: True to write `analysis.npz` and `report.html` at the end.
+      workdir: the folder of the run, locked by `run_folder.locked`.
+      num_devices: number of devices to use. None means all.
+      analyse: if True, writes `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
-      began: value of `time.monotonic()` when this process started; None: this call.
+      began: value of `time.monotonic()` at the start of this process. None means now.
 
     Raises:
-      ValueError: The configuration does not fit the data or the run in the folder.
-      CheckpointError: The checkpoints are damaged or belong to another model.
-      Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
+      UserError: the configuration does not fit the data or the run in the folder.
+      CheckpointError: the checkpoints are damaged or belong to another model.
+      Interrupted: SIGINT or SIGTERM arrived, and a checkpoint of the last step was saved.
     """
     began = time.monotonic() if began is None else began
-    config = absolute(config)  # the run may go on from another working directory
+    config = absolute(config)  # the run may be resumed from another working directory
     config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
@@ -113,14 +113,14 @@ def train(
         interruption = stack.enter_context(signals.catch_interruption())
 
         def evaluate() -> Evaluation:
-            """Logs the scores, and adds them to the checkpoint of this step."""
+            """Evaluates; writes the scores to the log and to the checkpoint of this step."""
             interruption.raise_if_asked(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
             scores = metrics.logged(evaluated.results)
             logs.metrics(run.step, {"split": config.eval.split, **scores})
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            say(f"step {run.step} of {total_steps}: {shown or 'ranked'}")
+            line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
             if "map" in scores:
                 progress.keep(f"MAP {scores['map']:.4f}")
             run.save(**scores, evaluated=True)
@@ -129,7 +129,7 @@ def train(
 
         if is_pending:
             evaluated = evaluate()
-        interruption.at_once = True  # before the first step there is nothing to save
+        interruption.at_once = True  # before the first step there is no state to save
         while run.step < total_steps:
             num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
@@ -163,12 +163,12 @@ def train(
 def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
-    """Writes the files that describe a run: config, identities, members and data report."""
-    distributed.barrier()  # all processes have read what is there
+    """Writes the files that describe a run: configuration, identities, members, data report."""
+    distributed.barrier()  # until all processes have read the present files
     if not distributed.is_first():
         return
     folder = RunFolder(workdir)
-    if metrics := folder.metrics():  # of this run with fewer epochs
+    if metrics := folder.metrics():  # the run was finished with fewer epochs
         folder.write_metrics({**metrics, "finished": False})
     folder.write_config(config)
     files.write_json(workdir / "identities.json", list(data.identities))
@@ -182,11 +182,12 @@ def write_description(
 class TrainingRun:
     """A run in training: its step, its states, and the operations on them.
 
-    Members that are trained by one program share a TrainState, and large matrix products. Otherwise
-    every member has its own: this needs less memory, and each is bit-equal to a run of its own.
+    Members may be trained together by one program. Then they share a TrainState and large matrix
+    products. If they are trained in turn, every member has its own state. This needs less memory,
+    and each member is bit-equal to a separate run.
 
     Attributes:
-      step: optimiser steps done.
+      step: number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
     """
 
@@ -231,14 +232,14 @@ class TrainingRun:
             if config.noise.relabel_by == "train":
                 system = system._replace(fuse_eval=system.fuse_train)
             self._predict = eval_step.make_predict_step(system, self._mesh)
-        self._rates: list[float] = []  # clips per second of every dispatch of steps so far
-        self._train_seconds = 0.0  # of these dispatches, with compilation
-        self._num_logged = 0  # number of rates in the log
+        self._rates: list[float] = []  # clips per second of every dispatch so far
+        self._train_seconds = 0.0  # sum over dispatches, including compilation
+        self._num_logged = 0  # number of rates that are in the log
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Restores the newest checkpoint and its manifest; a new run gets step 0 and {}.
+        """Restores the newest checkpoint and its manifest. A new run gets step 0 and {}.
 
-        Damaged checkpoints of later steps are set aside: training will save these steps again.
+        Damaged checkpoints of later steps are moved away, because training will save them again.
         """
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         layout = devices.replicated(self._mesh)
@@ -252,23 +253,23 @@ class TrainingRun:
         folder = RunFolder(workdir)
         if folder.has(CONFIG) and checkpoint.folders(workdir):
             check_resumes(workdir, folder.config, config)
-        found = checkpoint.find(workdir)
-        if not found:
+        newest = checkpoint.find(workdir)
+        if not newest:
             return train_step.make_state(init, system.tx, layout), {}
-        manifest = found.manifest
+        manifest = newest.manifest
         restore.check_entries(workdir, manifest)
         check_resumes(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
-        items = checkpoint.load(found, train_step.as_items(jax.eval_shape(init)), layout)
+        items = checkpoint.load(newest, train_step.as_items(jax.eval_shape(init)), layout)
         checkpoint.set_aside_later(workdir, manifest["step"])
-        return train_step.of_items(items), manifest
+        return train_step.from_items(items), manifest
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
-        """Builds the feed of training clips from this step on, and the source of clips to evaluate.
+        """Builds the feed of training clips from this step on, and the source for evaluation.
 
-        Both feeds give the same batches, but their compiled steps round differently: so a resumed
-        run keeps its mode, `streaming` or `resident`; `mode` is None for a new run.
+        Both kinds of feed give the same batches, but their compiled steps round differently. So a
+        resumed run keeps its mode, `streaming` or `resident`. A new run passes None as `mode`.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
@@ -295,7 +296,7 @@ class TrainingRun:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the run by all processes so far."""
+        """The seconds that all processes have spent on the run so far."""
         return self._seconds_before + time.monotonic() - self._began
 
     @property
@@ -306,8 +307,8 @@ class TrainingRun:
     def advance(self, stop: int) -> tuple[int, float]:
         """Trains for one dispatch of the feed, at most to step `stop`.
 
-        Returns the number of clips, and the last loss, averaged over members. `MAX_BAD_STEPS`
-        consecutive steps of a member without a finite loss are an error.
+        Returns the number of clips, and the last loss, averaged over members. Raises UserError if a
+        member has `MAX_BAD_STEPS` consecutive steps without a finite loss and gradient.
         """
         dispatched = time.monotonic()
         done = self._feed.run(self._states, self._tables, self.step, stop - self.step)
@@ -326,12 +327,12 @@ class TrainingRun:
                 f"loss or gradient is not finite at step {done.bad_step + 1} and "
                 f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
                 f"{saved}lower config.optim.learning_rate, or check the clips for huge features\n"
-                "JAX_DEBUG_NANS=1 before the command says which operation gives the first NaN"
+                "JAX_DEBUG_NANS=1 before the command reports the operation that gives the first NaN"
             )
         return num_clips, done.loss
 
     def log(self, logs: Logs) -> None:
-        """Logs the means since the last line of the log, and starts new sums."""
+        """Logs the means since the last line of the log, and resets the sums."""
         sums = {
             name: sum(float(np.sum(state.sums[name])) for state in self._states)
             for name in self._states[0].sums
@@ -351,7 +352,7 @@ class TrainingRun:
             "bad_steps": sums["bad_steps"],
         }
         logs.metrics(self.step, values)
-        # New arrays for every state, since the next step donates them.
+        # Every state gets new arrays, because the next step donates them.
         self._states = [
             state.replace(sums=self._replicate(train_step.zero_sums(self._group_size)))
             for state in self._states
@@ -363,12 +364,12 @@ class TrainingRun:
     def relabel(self) -> None:
         """Relabels unclustered distractors by the predictions of each member, see `plan.relabel`.
 
-        A member predicts those that it trains on, by fused frames as of `noise.relabel_by`.
+        A member predicts its training clips, from frames fused as `noise.relabel_by` chooses.
         """
         config, layout = self._config, self._plan.task.layout
         assert layout
         state, (members, _, trained) = self.state, self._plan.training_sets
-        # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
+        # The first labels decide, because a prediction may have moved a distractor to a cluster.
         movable = np.asarray(layout.is_mirror(self._plan.labels)) & trained  # [E, N]
         old, wanted = np.asarray(devices.fetch(state.labels)), np.any(movable, axis=0)
         weights: list[tuple[Params, ModelState]] = [
@@ -377,8 +378,8 @@ class TrainingRun:
 
         def best_columns(batch: Batch) -> np.ndarray:  # [B, E]
             columns = [
-                self._predict(*own, jnp.int32(member.view), batch)
-                for own, member in zip(weights, members, strict=True)
+                self._predict(*weight, jnp.int32(member.view), batch)
+                for weight, member in zip(weights, members, strict=True)
             ]
             return np.stack(devices.fetch(columns), axis=1)
 
@@ -396,18 +397,18 @@ class TrainingRun:
         ]
 
     def is_save_due(self) -> bool:
-        """Returns True if the last checkpoint is `checkpoint_every_seconds` old."""
+        """Returns True if the last checkpoint is at least `checkpoint_every_seconds` old."""
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in its manifest; if the step has one, only adds `more`."""
+        """Saves a checkpoint with `more` in its manifest. If the step has one, only adds `more`."""
         check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.as_items(self.state), info)
         self._last_save = time.monotonic()
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split` by the weights of this step; `check` as in `scoring.score`."""
+        """Ranks `config.eval.split` with the weights of this step; `check`: see `scoring.score`."""
         spec = self._config.eval
         options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
         return score([self.trained_model()], spec.split, self._mesh, **options)
@@ -426,7 +427,7 @@ class TrainingRun:
         )
 
     def results(self) -> dict[str, Any]:
-        """Returns what `metrics.json` says of the training itself."""
+        """Returns the entries of `metrics.json` about the training."""
         steps = checkpoint.manifests(self._workdir)
         best_step = checkpoint.best(steps)
         best: dict[str, Any] = {}

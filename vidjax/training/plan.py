@@ -1,4 +1,4 @@
-"""The plan of a run: sizes, members, tables and schedule, from configuration and data."""
+"""Plans a run: its sizes, members, tables and schedule, from the configuration and the data."""
 
 import bisect
 import math
@@ -35,25 +35,25 @@ from vidjax.runs.terminal import say
 from vidjax.training import train_step
 from vidjax.utils.errors import UserError, warn
 
-# Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
+# These steps are always logged, because the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
-# Fields beside those of loss and optimiser that a model with exact inputs cannot take.
+# Besides `loss.*` and `optim.*`: fields that a model with exact inputs refuses.
 UNREAD_BY_EXACT = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
-MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
+MAX_BATCH_ROWS = 65_536  # a larger batch, if it is larger than the dataset, is a typing error
 
-# Of a dry run:
+# For a dry run:
 WIDTH = 512  # feature width of a modality whose files have not been read
 CLIPS, STEPS = 64, 10  # sizes of the training
-MOST_PARAMS = 10**10  # parameters of one member; more fit no device
+MAX_PARAMS = 10**10  # of one member; no device can store more
 
 
 class RunPlan(NamedTuple):
     """The plan of a run.
 
     Attributes:
-      training_sets: the E members and the clips that each is trained on.
+      training_sets: the E members and the training clips of each.
       labels: [N] int32, class columns of the training clips at step 0.
       tables: weights and settings of the members.
       batches: the clips of every step.
@@ -67,7 +67,7 @@ class RunPlan(NamedTuple):
 
 
 def nobody_is_named(config: Config) -> str:
-    """Returns the error message for training clips without any identity."""
+    """Returns the error message for training clips that show no identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -75,28 +75,28 @@ def nobody_is_named(config: Config) -> str:
         if config.data.dir and not (Path(config.data.dir).expanduser() / names).exists():
             return (
                 f"no training clip has an identity: there is no '{config.data.dir}/{names}'\n"
-                "write it, with the columns clip and identity"
+                "write this file with the columns clip and identity"
             )
     return f"no training clip has an identity: check {names} and config.data.train_splits"
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; reads features for noise classes, whole epochs and `prepare` of the model."""
+    """Plans a run. Noise classes, whole epochs and `prepare` of the model read features."""
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
-    data.split(config.eval.split)  # raises now rather than after an hour of training
+    data.split(config.eval.split)  # if missing, raises now and not after an hour of training
     splits = [data.split(name) for name in config.data.train_splits]
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
         raise UserError(nobody_is_named(config))
 
-    seen = ensemble.partition(
+    trained = ensemble.partition(
         members, labels, spec["folds"], config.seed, spec["resample"]
     )  # [E, N]
-    weight = seen * _clip_weights(config, labels, clips)
+    weight = trained * _clip_weights(config, labels, clips)
     if config.data.distractors == "leave_out":
         weight = weight * (labels > 0)
     for member, row in zip(members, weight, strict=True):
@@ -105,23 +105,23 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
                 f"member {member.number} has no training clip: change config.ensemble, "
                 "config.data.distractors or config.data.weights"
             )
-    training_sets = ensemble.TrainingSets(members, clips, seen > 0)
-    ensemble.check_size(training_sets)  # what is written now has to be read when the run is over
+    training_sets = ensemble.TrainingSets(members, clips, trained > 0)
+    ensemble.check_size(training_sets)  # a file that cannot be read later must not be written
     results.check_identities(data.identities)
     for problem in unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
     for problem in unusable(data.report, [config.eval.split], config.modalities):
         warn(problem)
-    if config.batch_size > max(MOST_ROWS, len(labels)):
+    if config.batch_size > max(MAX_BATCH_ROWS, len(labels)):
         raise UserError(
             f"config.batch_size={config.batch_size}: there are {len(labels)} training clips\n"
-            f"--config.batch_size={len(labels)} or less"
+            f"--config.batch_size={len(labels)} or smaller"
         )
     num_clusters = None
-    if config.data.distractors == "noise":  # after all that takes no time
+    if config.data.distractors == "noise":  # slow, so it comes after the other checks
         labels, layout = label_distractors(config, data, labels)
         num_clusters = layout.num_clusters
-        weight = seen * _clip_weights(config, labels, clips)  # by the size of its own class
+        weight = trained * _clip_weights(config, labels, clips)  # by the sizes of the new classes
     batches = make_batch_plan(
         splits,
         tuple(modalities),
@@ -140,7 +140,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         train_other=bool(np.any(weight[:, labels == 0])),
         num_places=batches.num_places,
     )
-    # Fitted before the first step; constants of compiled programs.
+    # The settings are fitted before the first step, because compiled programs contain them.
     clips = training_clips(config, data, labels, weight > 0)
     settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
     task = task._replace(settings=settings)
@@ -149,9 +149,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 
 
 def examples_of(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
-    """Returns [n] int32, the training clips that a member learns from, by `clip_index`.
+    """Returns [n] int32, the training clips that a member learns from, as values of `clip_index`.
 
-    These have a weight [E, N] above 0, and frames after fusion. Fusion sees the best 512 frames.
+    They have a weight [E, N] above 0, and frames after fusion (of the best 512 frames).
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -163,31 +163,34 @@ def examples_of(config: Config, data: TrainingData, weight: np.ndarray) -> np.nd
             {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
         )
 
-    found = values_of_clips(config, data, tuple(config.modalities), is_example, weighted)
-    if not found.any():
+    is_used = values_of_clips(config, data, tuple(config.modalities), is_example, weighted)
+    if not is_used.any():
         raise UserError(
             "config.data.whole_epochs=True: no training clip has frames that config.fusion keeps\n"
             "lower its min_quality and min_detection"
         )
-    return np.flatnonzero(weighted)[found].astype(np.int32)
+    return np.flatnonzero(weighted)[is_used].astype(np.int32)
 
 
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseLayout]:
-    """Gives distractors (label 0) columns of clusters and mirrors; returns [N] and the layout."""
+    """Gives distractors (label 0) the columns of clusters and mirrors.
+
+    Returns the new labels [N] and the layout.
+    """
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
             f"config.data.distractors=noise: no clip of {', '.join(config.data.train_splits)} is a "
-            "distractor\nwithout distractors: the argument 'other', as in "
+            "distractor\nwithout distractors use the argument 'other', as in "
             "--config=configs/noise_classes.py:other,\nor another system, such as "
             "--config=configs/mma.py"
         )
     modality = config.noise.modality
     if modality not in data.modalities:
         raise UserError(
-            f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
+            f"config.noise.modality='{modality}': the data have {', '.join(data.modalities)}"
         )
     clusters = cluster(
         values_of_clips(
@@ -219,25 +222,26 @@ def values_of_clips(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Returns [n, ...], a value of each of the n >= 1 training clips that are True in `wanted` [N].
+    """Computes a value of each training clip that is True in `wanted` [N]; at least one must be.
 
-    `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. With a
-    mesh the block is split over its devices, and all processes call this together.
+    `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. Returns
+    [n, ...] for the n clips. With a mesh, the block is split over its devices, and all processes
+    must call this function together.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
     for name in config.data.train_splits:
         split = data.split(name)
-        own = wanted[start : start + len(split.clips)]
-        start += len(own)
-        if not own.any():
+        chosen = wanted[start : start + len(split.clips)]
+        start += len(chosen)
+        if not chosen.any():
             continue
-        found = []
-        plan = make_eval_plan(split, modalities, only=own)
+        results = []
+        plan = make_eval_plan(split, modalities, only=chosen)
         for block in data.eval_batches(plan, rows=rows):
             batch = devices.shard_batch(mesh, block) if mesh else block
-            found.append(devices.fetch((value_of(batch), batch.clip_index, batch.batch_mask)))
-        value, index, real = (np.concatenate(part) for part in zip(*found, strict=True))
+            results.append(devices.fetch((value_of(batch), batch.clip_index, batch.batch_mask)))
+        value, index, real = (np.concatenate(part) for part in zip(*results, strict=True))
         values.append(value[real][np.argsort(index[real])])
     return np.concatenate(values)
 
@@ -245,7 +249,7 @@ def values_of_clips(
 def training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Returns the training clips as a model sees them before the first step."""
+    """Builds the training clips that `Identifier.prepare` receives before the first step."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -265,14 +269,14 @@ def training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Refuses too few epochs, and changed fields that the model does not read.
+    """Raises UserError for too few epochs, and for changed fields that the model does not read.
 
-    A model that adds up or stores its clips takes no loss, no optimiser and no augmentation.
+    A model that adds up or stores its clips has no loss, no optimiser and no augmentation.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
-        return  # `make_identifier` refuses it
+        return  # `make_identifier` raises an error
     if config.num_epochs < model.min_epochs:
         raise UserError(
             f"config.num_epochs={config.num_epochs:g}: model '{name}' reads every clip "
@@ -285,13 +289,13 @@ def check_model(config: Config) -> None:
         changed = field in defaults and value != defaults[field]
         if changed and (field in UNREAD_BY_EXACT or field.startswith(("loss.", "optim."))):
             raise UserError(
-                f"config.{field}={value}: model '{name}' optimises nothing and takes each clip "
-                f"once, as it is\nleave it out: --config.{field}={defaults[field]}"
+                f"config.{field}={value}: model '{name}' has no optimiser and reads each clip "
+                f"once, unchanged\nleave it out: --config.{field}={defaults[field]}"
             )
 
 
 def dry_run(config: Config) -> None:
-    """Refuses a configuration that cannot be trained, before any data are read.
+    """Raises UserError if a configuration cannot be trained, before any data are read.
 
     Tracing the system and its parameters takes a tenth of a second and no device.
     """
@@ -301,7 +305,7 @@ def dry_run(config: Config) -> None:
     widths = select_modalities(config.modalities, known)
     spec = config.to_dict()
     members = ensemble.make_members(spec["ensemble"])[:1]
-    spec["optim"]["total_decay"] = 0.0  # it asks for the sum of the schedule, on a device
+    spec["optim"]["total_decay"] = 0.0  # it would compute the sum of the schedule on a device
     clusters = 1 if config.data.distractors == "noise" else None
     task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
 
@@ -318,21 +322,21 @@ def dry_run(config: Config) -> None:
         raise UserError(f"{place}{error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # a model of the user's own raises what it likes
+    except Exception as error:  # the model may be the user's, and may raise anything
         reason = (str(error) or "no reason given").splitlines()[0]
         raise UserError(
             f"the model '{spec['model'].get('name')}' cannot be built: "
-            f"{type(error).__name__}: {reason}\n--debug shows where"
+            f"{type(error).__name__}: {reason}\n--debug shows the line"
         ) from error
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    if count > MOST_PARAMS:
+    if count > MAX_PARAMS:
         raise UserError(
-            f"the model '{spec['model'].get('name')}' has {count:,} parameters: choose smaller ones"
+            f"the model '{spec['model'].get('name')}' has {count:,} parameters: reduce its sizes"
         )
 
 
 def repeated_clips(config: Config, plan: RunPlan) -> str | None:
-    """Returns a note for the user if a batch has room for more clips than there are, else None."""
+    """Returns a note for the user if the batch size exceeds the number of clips, or None."""
     most, is_whole = plan.batches.num_clips, plan.batches.examples is not None
     if config.batch_size <= most:
         return None
@@ -345,7 +349,7 @@ def repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Returns [N] float, the weight of every training clip by its class and `data.weights`."""
+    """Computes [N] float, the weight of every training clip, from its class and `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
@@ -353,7 +357,7 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
         given = load_clip_weights(config.data.weights, clips)
         if MODELS[config.model.name].exact_inputs and not np.all((given == 0) | (given == 1)):
             raise UserError(
-                f"config.data.weights: model '{config.model.name}' takes a clip or leaves it out: "
+                f"config.data.weights: model '{config.model.name}' uses a clip or leaves it out: "
                 "weights are 0 or 1"
             )
         weight = weight * given
@@ -361,12 +365,12 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
 
 
 class Schedule(NamedTuple):
-    """The steps after which the host logs, evaluates or relabels; a dispatch ends there.
+    """The steps after which the host logs, evaluates or relabels. A dispatch ends at such a step.
 
     Attributes:
       evaluate: includes the last step.
       relabel: steps after which unclustered distractors are relabelled.
-      stops: all of these, in ascending order.
+      stops: all steps of the other fields, in ascending order.
     """
 
     log: frozenset[int]
@@ -380,11 +384,11 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Builds the schedule of a run; `relabel` is empty without noise classes."""
+    """Builds the schedule of a run. Without noise classes, `relabel` is empty."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:
-        # All such steps before the last one; none for 0 epochs.
+        # Multiples of `epochs` before the last step; none for 0 epochs.
         if not epochs:
             return frozenset()
         steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
@@ -401,32 +405,32 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
 # Noise classes: distractors are labelled as clusters of strangers and as mirrors of identities.
 # Each cluster of distractor clips is a class. Every other distractor starts in a random one of C
-# mirror classes, and moves every `noise.relabel_every_epochs` to the mirror of the identity that it
-# is mistaken for.
+# mirror classes. Every `noise.relabel_every_epochs` epochs it moves to the mirror of the identity
+# that the model mistakes it for.
 #
 # Source: noise classes (5th place 2018). Its shift of 8,652 is a misprint of 4934 + 3691 = 8625.
-# The article leaves the label of a clip that is mistaken for no identity as it is; the author's
-# code takes the prediction (`noise.keep`). The code moves all distractors, the article only the
-# unclustered ones; we follow the article in that.
+# If a clip is mistaken for no identity, the article keeps its label, but the author's code takes
+# the prediction (`noise.keep`). The code moves all distractors, the article only the unclustered
+# ones, and so do we.
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     """Clusters vectors by direction.
 
-    Distances are Euclidean on the unit sphere: a distance of d is a cosine of 1 - d^2 / 2. Vectors
-    of 0, such as those of clips without frames, are in no cluster. Vectors must be finite.
+    Distances are Euclidean on the unit sphere: a distance of d is a cosine of 1 - d^2 / 2. Zero
+    vectors, for example of clips without frames, are in no cluster. Vectors must be finite.
 
     Args:
       vectors: [n, D] float.
-      eps: largest distance between neighbours, above 0 to 2. A chain of neighbours is a cluster.
-        More vectors need a smaller value, since accidental neighbours join strangers in a long
-        chain.
-      min_samples: number of neighbours, itself included, that make a vector a core.
+      eps: largest distance between neighbours, above 0 and at most 2. A chain of neighbours is a
+        cluster. More vectors need a smaller value, because accidental neighbours join strangers in
+        a long chain.
+      min_samples: number of neighbours, including the vector itself, that make a vector a core.
 
     Returns:
-      [n] int32, cluster of every vector, numbered by first members; -1 for vectors in no cluster.
+      [n] int32, cluster of every vector, numbered in the order of first members; -1 for none.
 
-    Source: Ester et al. 1996 (DBSCAN), of scikit-learn.
+    Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """
     if min_samples < 1 or not 0 < eps <= 2:
         raise UserError(
@@ -445,7 +449,7 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     if not len(real):
         return clusters
 
-    # Not at the top: the import takes most of a second, and few runs cluster anything.
+    # Imported here, because the import takes almost a second, and few runs cluster.
     from sklearn.cluster import DBSCAN
 
     model = DBSCAN(eps=eps, min_samples=min_samples)
@@ -458,9 +462,9 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.ndarray:
-    """Returns [n] int32, the column of each distractor's cluster, or of a random mirror.
+    """Returns [n] int32: the column of each distractor's cluster, or of a random mirror.
 
-    The mirror of a clip depends on the seed and its row alone.
+    The mirror of a clip depends only on the seed and on its row.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
         raise ValueError(
@@ -478,13 +482,16 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
 
     Args:
       labels: [...] int, class columns of unclustered distractors.
-      predicted: [...] int, best class column by the model; where it is 0, a clip keeps its label.
-      keep: if the best column is a cluster or a mirror, a clip keeps its label (`label`), or gets
-        that column (`prediction`). With `label`, only clips labelled as mirrors move.
+      predicted: [...] int, best class column according to the model. If it is 0, a clip keeps its
+        label.
+      keep: what happens if the best column is a cluster or a mirror. With `label` the clip keeps
+        its label; with `prediction` it gets that column. With `label`, only clips that are labelled
+        as mirrors move.
 
-    Returns [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
+    Returns:
+      [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
 
-    Source: noise classes (5th place 2018): `label` by the article, `prediction` by the code.
+    Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """
     where = labels.__array_namespace__().where
     mirrors = (predicted + layout.mirror_shift).astype(labels.dtype)

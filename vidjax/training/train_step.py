@@ -1,4 +1,4 @@
-"""The training step: the state that it changes, and one optimiser step of every member."""
+"""The training step: the state of a run, and one optimiser step of every member."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,22 +22,22 @@ MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training; every field except `step` has a leading axis E."""
+    """The state of training. Every field except `step` has a leading axis E."""
 
-    step: Array  # [] int32, number of optimiser steps done
+    step: Array  # [] int32, number of finished optimiser steps
     params: Params
     model_state: ModelState  # all other collections of the model, such as `batch_stats`
     opt_state: optax.OptState
-    rng: Array  # [E] typed keys; every step folds its number into them, so they stay constant
+    rng: Array  # [E] typed keys, constant: every step folds its number into them
     labels: Array  # [E, N] int32, class column of every training clip; constant within a step
     bad_steps: Array  # [E] int32, number of consecutive steps without a finite loss and gradient
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the last line of the log
 
 
 class Tables(NamedTuple):
-    """Weights and settings of the members; constant in training."""
+    """Weights and settings of the members, which are constant during training."""
 
-    weight: Array  # [E, N] float32, of every training clip; 0 if a member is not trained on it
+    weight: Array  # [E, N] float32, of every training clip; 0 if it does not train the member
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
     view: Array  # [E] int32, chunk of the features that is hidden from a member; -1 for none
 
@@ -54,7 +54,7 @@ def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0.
 
-    `rngs` [E] has one key per member, for its parameters and draws. Labels are [E, N] int32.
+    `rngs` [E] has one key per member, for its parameters and its draws. Labels are [E, N] int32.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -77,10 +77,10 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
-    """Builds the state at step 0 on the devices; `init` is `init_state` with its arguments.
+    """Builds the state at step 0 on the devices; `init` calls `init_state` with its arguments.
 
-    Drawing the parameters takes three times their memory. So a second program adds the state of the
-    optimiser, which is twice the size of the parameters.
+    Drawing the parameters takes three times their memory. The state of the optimiser takes twice
+    their memory. So a second program adds it.
     """
     state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=layout)()
     complete = jax.jit(
@@ -94,7 +94,7 @@ def make_state(
 def _init_optimizer(
     tx: optax.GradientTransformation, params: Params, num_members: int
 ) -> optax.OptState:
-    """Returns the state of the optimiser of each member; a model may have no parameters."""
+    """Initialises the optimiser of each member; a model may have no parameters."""
     return jax.vmap(tx.init, axis_size=num_members)(params)
 
 
@@ -107,41 +107,42 @@ def zero_sums(num_members: int) -> dict[str, Array]:
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
     """Splits the state of E members into states of `size` members each."""
     parts = ensemble.split(state.replace(step=None), size)
-    # A copy of the step for each: steps donate it.
+    # Each part gets a copy of the step, because steps donate it.
     return tuple(part.replace(step=state.step + 0) for part in parts)
 
 
 def merge_states(states: Sequence[TrainState]) -> TrainState:
-    """Reverses `split_state`."""
+    """Joins the parts of `split_state` again."""
     parts = [state.replace(step=None) for state in states]
     return ensemble.merge(parts).replace(step=states[0].step)
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`."""
+    """Returns the items of a checkpoint. Evaluation reads only `params` and `model_state`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    own = {name: rest.pop(name) for name in ("params", "model_state")}
-    return {**own, "train": rest}
+    items = {name: rest.pop(name) for name in ("params", "model_state")}
+    return {**items, "train": rest}
 
 
-def of_items(items: Mapping[str, Any]) -> TrainState:
-    """Reverses `as_items`."""
-    own = {name: item for name, item in items.items() if name != "train"}
-    return TrainState(**own, **items["train"])
+def from_items(items: Mapping[str, Any]) -> TrainState:
+    """Turns the items of a checkpoint into a state again."""
+    fields = {name: item for name, item in items.items() if name != "train"}
+    return TrainState(**fields, **items["train"])
 
 
-Clips = Mapping[str, Packed] | Batch  # resident, or one streamed batch
-# key [], labels [B] and weight [B] of the clips, least quality [] and view [] of a member
+Clips = Mapping[str, Packed] | Batch  # resident clips, or one streamed batch
+# One member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden view []
 MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
     system: System, state: TrainState, tables: Tables, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
-    """Takes one optimiser step of every member; returns the new state and the losses [E].
+    """Takes one optimiser step of every member. Returns the new state and the losses [E].
 
-    A member whose loss or gradient is not finite keeps its parameters; `sums["bad_steps"]` counts
-    it. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect.
+    A member whose loss or gradient is not finite keeps its parameters, and `sums["bad_steps"]`
+    counts the step. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no
+    effect.
     """
     usable = batch.batch_mask & fusion.has_frames({x: batch.frames[x] for x in system.fuse_train})
     labels = state.labels[:, batch.clip_index]  # [E, B]
@@ -155,8 +156,8 @@ def train_step(
     if len(state.rng) > 1:
         learned, losses = jax.vmap(step)(*members)
     else:
-        one = step(*jax.tree.map(lambda x: x[0], members))
-        learned, losses = jax.tree.map(lambda x: x[None], one)
+        result = step(*jax.tree.map(lambda x: x[0], members))
+        learned, losses = jax.tree.map(lambda x: x[None], result)
     new = learned.replace(step=state.step + 1, rng=state.rng, labels=state.labels)
     return new, losses
 
@@ -164,23 +165,24 @@ def train_step(
 def member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
-    """Takes one optimiser step of one member; returns its new state and its loss [].
+    """Takes one optimiser step of one member. Returns its new state and its loss [].
 
-    `learned` is the part of its state that a step changes; it and `inputs` have no axis E.
+    `learned` is the part of the member's state that a step changes. `learned` and `inputs` have no
+    axis E.
     """
     rng, labels, weight, *settings = inputs
     fuse_rng, dropout_rng, modality_rng, transform_rng = member_keys(rng, step)
     clips = _draw_clips(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
-        # Numbers from 0 on would give keys that the first transform has split its own into.
+        # Small numbers could repeat keys that the first transform derives with `split`.
         key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
 
     frames, exists = system.to_examples(clips.frames)
     exists = exists & (clips.weight > 0)[:, None]  # [B, T']
 
-    def repeat(values: Array) -> Array:  # one for each example
+    def repeat(values: Array) -> Array:  # repeats a clip's value for each of its examples
         return jnp.repeat(values, exists.shape[1])
 
     labels, mask = repeat(clips.labels), exists.reshape(-1)
@@ -196,7 +198,7 @@ def member_step(
             rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
             mutable=list(learned.model_state),
         )
-        losses = [system.objective(output, repeat(own), mask, step) for own, _ in clips.targets]
+        losses = [system.objective(output, repeat(x), mask, step) for x, _ in clips.targets]
         per_clip = sum(
             share * mean_over_examples(loss, exists)
             for loss, (_, share) in zip(losses, clips.targets, strict=True)
@@ -224,20 +226,20 @@ def member_step(
             bad_steps=jnp.int32(0),
             sums={name: value + added.get(name, 0) for name, value in old.sums.items()},
         )
-        # In linen, running statistics start as float32 and would take the dtype of the batch.
+        # Running statistics of linen start as float32 and would take the dtype of the batch.
         return jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
 
     def skip() -> TrainState:
         sums = {**old.sums, "bad_steps": old.sums["bad_steps"] + 1}
         return old.replace(bad_steps=old.bad_steps + 1, sums=sums)
 
-    # A choice number by number would make XLA copy the whole state before every step.
+    # With an elementwise choice, XLA would copy the whole state before every step.
     new = jax.lax.cond(is_finite, update, skip)
     return new, loss
 
 
 def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
-    """Returns keys for fusion, dropout, modality dropout and transforms."""
+    """Derives the keys of a step for fusion, dropout, modality dropout and transforms."""
     return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
 
 
@@ -250,7 +252,7 @@ def _draw_clips(
     min_quality: Array,
     view: Array,
 ) -> MemberClips:
-    """Draws the fused frames on which one member trains in one step."""
+    """Draws the fused frames that train one member in one step."""
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
@@ -258,8 +260,8 @@ def _draw_clips(
         min_quality=min_quality,
         targets=((labels, jnp.ones_like(weight)),),
     )
-    # Fusion folds the numbers 0 to M - 1 into the key. The transforms get the numbers from M on,
-    # counted from the last one, so that adding `keep_quality` in front leaves their draws as is.
+    # Fusion folds the numbers 0 to M - 1 into the key. Transforms use the numbers from M on,
+    # counted from the last transform, so that `keep_quality` in front does not change other draws.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1
@@ -269,23 +271,23 @@ def _draw_clips(
 
 
 def mean_over_examples(values: Array, exists: Array) -> Array:
-    """Averages the values [B T'] over the examples `exists` [B, T'] of each clip; 0 without any."""
+    """Averages values [B T'] over the examples `exists` [B, T'] of each clip; 0 if it has none."""
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
 
 def _sum_of_all(grads: Params) -> Array:
-    """Returns the sum of all derivatives, [], which is finite only if all of them are."""
+    """Sums all derivatives, []. The sum is finite only if all derivatives are finite."""
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
-    # The barrier keeps the two sums apart. As one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
+    # The barrier separates the two sums. In one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 class Outcome(NamedTuple):
-    """What a dispatch of training steps reports to the host."""
+    """The result of one call of the training loop, for the host."""
 
-    loss: Array  # [E] float32, of the last step
-    bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS; -1 for none
+    loss: Array  # [E] float32, loss of the last step
+    bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
 
 
 def make_train_loop(
@@ -293,10 +295,11 @@ def make_train_loop(
 ) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
-    The number of steps is an argument, so that the program is compiled once. None takes one step
-    without a loop: a GPU asks its host after each step of a loop if it ends. The state is donated.
-    Two calls give the same result as one call with the sum of both counts. `draw` maps (clips,
-    step) to the batch of that step, on the devices; streamed clips are that batch.
+    The number of steps is an argument, so that the program is compiled only once. None takes one
+    step without a loop, because after each step of a loop a GPU asks its host whether it ends. The
+    state is donated. Two calls give the same result as one call with the sum of both counts. `draw`
+    maps (clips, step) to the batch of the step, on the devices; streamed clips are already the
+    batch.
     """
 
     def loop(

@@ -379,7 +379,7 @@ class DistanceRatios:
         variance = np.array(distances.within + distances.between + self.population.variance)
         constant = distance.new_density(distances, zero, variance)
         slope = distances.different / variance
-        least = distance.LEAST_SQUARE * distances.within
+        least = distance.MIN_SQUARE * distances.within
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
