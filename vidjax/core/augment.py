@@ -1,4 +1,4 @@
-"""Augmentation of the clips of one training step, for one member of an ensemble.
+"""Augmentation of the clips of a training step, for a member of an ensemble.
 
 A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` receive all frames of
 the clips, before fusion. `System.transforms` receive the fused frames.
@@ -19,7 +19,7 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated; value of the cod
 
 
 class MemberClips(NamedTuple):
-    """The B clips of one step for one member.
+    """The B clips of a step for a member.
 
     Attributes:
       frames: modality -> Frames [B, T].
@@ -116,7 +116,7 @@ def concat_clips(
     num_clips = len(chosen)
     pool = chosen & short
     size = jnp.sum(pool, dtype=jnp.int32)
-    # The partner is the next clip in one random cyclic order. So no clip is its own partner.
+    # The partner is the next clip in a random cyclic order. So no clip is its own partner.
     ring = jnp.argsort(jnp.where(pool, jax.random.uniform(partner_rng, (num_clips,)), jnp.inf))
     partner = ring[(jnp.argsort(ring) + 1) % jnp.maximum(size, 1)]
     joined = pool & (size > 1) & (jax.random.uniform(join_rng, (num_clips,)) < 0.5)
@@ -180,7 +180,7 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
     """Weights every clip by the number of its fused frames, so that all frames count equally.
 
     Source: Residual Dense Net (2nd place 2019), whose batches consist of frames: a long clip counts
-    more than a short one.
+    more than a short clip.
     """
     counts = [jnp.sum(fused.mask, axis=1) for fused in clips.frames.values()]
     return clips._replace(weight=clips.weight * jnp.max(jnp.stack(counts), axis=0))
@@ -197,7 +197,7 @@ class Transform(NamedTuple):
     before_fusion: bool = False
 
 
-# name in `config.transforms` -> transform. To add one, write a function and add a line here.
+# name in `config.transforms` -> transform. To add a transform, write a function and a line here.
 TRANSFORMS: dict[str, Transform] = {
     "by_example": Transform(by_example),
 }
@@ -209,8 +209,8 @@ def make_transforms(
     """Builds the transforms of a configuration, (before fusion, after fusion).
 
     Transforms with separate fields come first. Then come `config.transforms`: keys of TRANSFORMS,
-    or dicts of `name` and keyword arguments. Raises UserError if one is unknown or an argument is
-    missing.
+    or dicts of `name` and keyword arguments. Raises UserError if a transform is unknown or an
+    argument is missing.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -73,14 +73,14 @@ class LazyFeatures(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """The frames of one modality of B clips, padded to T frames.
+    """The frames of a modality of B clips, padded to T frames.
 
     Attributes:
       features: [B, T, D] in the stored dtype, float16 for official files. Before fusion it may be
         LazyFeatures, although its type says Array.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
         negative. It is 0 for modalities without a quality.
-      detection: [B, T] float32, detection score from 0 to 1. It is 1 for modalities without one.
+      detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without it.
       number: [B, T] int32, frame number within the clip, non-decreasing.
       mask: [B, T] bool, True for real frames; all False for clips that lack the modality.
     """
@@ -97,7 +97,7 @@ BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
 class Batch(NamedTuple):
-    """The clips of one step.
+    """The clips of a step.
 
     Attributes:
       frames: modality -> Frames [B, T]; modalities may differ in T.
@@ -130,7 +130,7 @@ class ClipInfo(NamedTuple):
 class ModelOutput(NamedTuple):
     """Output of a model for B clips.
 
-    A branch is one set of logits. Most models have one branch, G = 1. With several branches, the
+    A branch is a set of logits. Most models have a single branch, G = 1. With several branches, the
     two weights decide how much each branch contributes for a clip.
 
     Attributes:
@@ -155,7 +155,7 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The F frames of one modality of N clips, without padding, clip after clip.
+    """The F frames of a modality of N clips, without padding, clip after clip.
 
     Attributes:
       features: [F, D] in the stored dtype.

@@ -119,7 +119,7 @@ def _commit(checkout: Path) -> str | None:
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh of the first `num_devices` devices (None: all), with the axis `data`.
 
-    Clips are split over that axis. It is Auto: one program runs on any number of devices, with
+    Clips are split over that axis. It is Auto: the same program runs on any number of devices, with
     equal draws, and computes batch statistics over all devices.
     """
     try:
@@ -213,7 +213,8 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     rows = np.shape(batch.clip_index)[0]
     if rows % mesh.size:
         raise UserError(
-            f"config.batch_size={rows} is not a multiple of {mesh.size}, the number of devices"
+            f"config.batch_size={rows} is not a multiple of {mesh.size}, the number of devices\n"
+            f"--config.batch_size={-(-rows // mesh.size) * mesh.size}"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
     return put(batch, shardings)

@@ -1,8 +1,8 @@
-"""Several processes that train or evaluate one run together, by `jax.distributed`.
+"""Several processes that train or evaluate a run together, by `jax.distributed`.
 
 Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
 the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a
-process ends with an error, JAX ends the other processes. Usually there is only one process.
+process ends with an error, JAX ends the other processes. Usually there is a single process.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Ensembles, axis E: the members, their training clips, and the clips that they score.
 
 All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
-one network on several subsets of the same batches. So every parameter and table has a leading axis
-E, and one program trains or evaluates all members in one pass over the data.
+a network on several subsets of the same batches. So every parameter and table has a leading axis
+E, and a single program trains or evaluates all members in one pass over the data.
 """
 
 import functools
@@ -31,7 +31,7 @@ MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
-    """The properties of one member.
+    """The properties of a member.
 
     Attributes:
       number: position among all members of the ensemble. The random keys of the member depend on
@@ -62,10 +62,10 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds the members of an ensemble: one for each combination of its options.
+    """Builds the members of an ensemble, a member for each combination of its options.
 
     `spec` are the fields of `config.ensemble`. If `only` has numbers, from 0 on, only these members
-    are built. From one number to the next, seeds vary fastest, then qualities, then views, and last
+    are built. As numbers rise, seeds vary fastest, then qualities, then views, and last
     folds or bootstraps.
     """
     if spec["folds"] == 1:
@@ -102,7 +102,7 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
 
     The clips of an identity go to the folds in turn, in random order. The next identity starts at
     the next fold. So the sizes of two folds differ by at most one clip, in total and within every
-    identity. Labels are [N] int; the distractors, label 0, count as one identity.
+    identity. Labels are [N] int; the distractors, label 0, count as an identity.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -150,7 +150,7 @@ def partition(
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns one typed key per member, [E], which depends only on the seed and its number."""
+    """Returns a typed key per member, [E], which depends only on the seed and its number."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
@@ -183,8 +183,9 @@ def check_size(training_sets: TrainingSets) -> None:
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
     if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
         raise UserError(
-            f"{count:,} training clips of {members} members: at most {MAX_TRAINING_CLIPS:,} clips, "
-            f"and {MAX_FILE_BYTES:,} bytes for names and members, here {size:,}\n"
+            f"{count:,} training clips of {members} members are too many: the most are "
+            f"{MAX_TRAINING_CLIPS:,} clips, and {MAX_FILE_BYTES:,} bytes of names and members, "
+            f"but these have {size:,}\n"
             "leave some clips out, or train with fewer members"
         )
 
@@ -249,7 +250,7 @@ def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Selects one member from a tree of arrays [E, ...], with one program for all members."""
+    """Selects a member from a tree of arrays [E, ...], with the same program for all members."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )

@@ -1,4 +1,4 @@
-"""Selects and fuses the frames of one modality: from Frames [B, T] to Frames [B, T'].
+"""Selects and fuses the frames of a modality: from Frames [B, T] to Frames [B, T'].
 
 The functions are pure and can be jitted. Random numbers are drawn in the shape of the whole batch,
 so they do not depend on the number of devices. Selected features keep their stored dtype. Only the
@@ -73,7 +73,7 @@ def top_frames(
 
     A shorter clip keeps all frames and repeats some. If `rng` is a key, it repeats random frames.
     If `rng` is None, `repeats` decides: `turn` repeats all frames in turn, the best first;
-    `random` repeats the same places in all clips of one length. Among equal qualities the earlier
+    `random` repeats the same places in all clips of equal length. Among equal qualities the earlier
     frame is better; NaN is the lowest quality.
 
     Returns:
@@ -104,13 +104,13 @@ def sample_frames(
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
       replacement: if True, all frames of shorter clips are drawn with replacement. Without a key,
-        frames are drawn too, at the same places in all clips of one length.
+        frames are drawn too, at the same places in all clips of equal length.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
-    training and test. Unlike the paper, a short clip uses every frame before it repeats one,
+    training and test. Unlike the paper, a short clip uses every frame before it repeats any,
     frames may stay in time order, and evaluation may use evenly spaced frames.
     """
     _check_count("num_frames", num_frames)
@@ -140,7 +140,7 @@ def _check_count(name: str, value: int, least: int = 1) -> None:
 
 
 def has_frames(frames: Mapping[str, Frames]) -> Array:
-    """Returns [B] bool, True for clips that have a frame in at least one modality."""
+    """Returns [B] bool, True for clips that have a frame in any modality."""
     masks = [modality.mask.any(axis=1) for modality in frames.values()]
     return jnp.any(jnp.stack(masks), axis=0)
 
@@ -302,7 +302,7 @@ def random_fusion(
 
     Args:
       num_draws: T', fused frames per clip, 1 or more.
-      max_frames: largest number of frames in one fused frame, 1 or more.
+      max_frames: largest number of frames in a fused frame, 1 or more.
       probs: `max_frames` weights for fusing 1, 2, ... frames. None means equal weights.
       replacement: if True, frames are drawn with replacement. If False, a fused frame repeats a
         frame only after it contains all frames of the clip that can be drawn.
@@ -316,7 +316,7 @@ def random_fusion(
         The number is the number of the first drawn frame, so numbers are unordered. For a clip
         without frames, the mask is False and the features are 0.
 
-    Source: quality fusion (4th place 2019): 1-5 frames with replacement, one fused vector per clip
+    Source: quality fusion (4th place 2019): 1-5 frames with replacement, a fused vector per clip
     and step, weights quality x detection. `replacement=False`: the shuffled and merged frames of
     Residual Dense Net (2nd place 2019), whose mean contains the first frame. `mixup`: Zhang et al.,
     but within a clip, so that labels need no mixing. Unlike the papers, a clip may have many draws,
@@ -356,7 +356,7 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
 
     Args:
       rng: PRNG key. If it is None, the order depends only on the number of real frames.
-      max_frames: largest number of frames in one mean, 2 or more. A shorter clip merges all frames.
+      max_frames: largest number of frames in a mean, 2 or more. A shorter clip merges all frames.
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
@@ -567,7 +567,7 @@ def _draw(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
     """Draws frame indices [B, T'] int32 for every slot, with probability proportional to `weights`.
 
     `weights` are [B, T]. `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`,
-    every frame that can be drawn is drawn before one is repeated.
+    every frame that can be drawn is drawn before any is repeated.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.
@@ -628,7 +628,7 @@ def _fuse(
 
     def mean(values: Array) -> Array:
         # One slot at a time, read in the stored dtype: for 1 to 32 draws this is 2 to 20 times
-        # faster on CPU than one gather for all slots, or than a weight matrix [B, T', T].
+        # faster on CPU than a gather for all slots, or than a weight matrix [B, T', T].
         means = []
         for index, weight in zip(picks, weights, strict=True):
             value = read(take(values, index))

@@ -1,4 +1,4 @@
-"""Losses of logits, with one value per example, and the training objective.
+"""Losses of logits, with a value per example, and the training objective.
 
 Logits are [..., K] with K class columns (see `core.batch`) and any leading axes: clips, branches
 of a model, examples of a clip. To add a loss, write a function here and add a line to

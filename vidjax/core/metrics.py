@@ -89,7 +89,7 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class IdentificationErrors(NamedTuple):
-    """The errors of open-set identification at one threshold.
+    """The errors of open-set identification at a threshold.
 
     Attributes:
       threshold: a clip is identified if its best score is at least this score.
@@ -110,7 +110,7 @@ def identification_errors(
 
     Args:
       scores: [N] float below inf, best identity scores; -inf and NaN are never identified.
-      correct: [N] bool, True where the best identity is the right one.
+      correct: [N] bool, True where the best identity is right.
       known: [N] bool, False for distractors.
       fpir: the limit, a share of the distractors from 0 to 1.
 

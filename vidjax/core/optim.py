@@ -20,7 +20,7 @@ def make_piecewise(
     """Builds a piecewise linear function of the epoch.
 
     Args:
-      points: finite (epoch, value) pairs with increasing epochs. Two pairs with one epoch are a
+      points: finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are a
         jump; at that epoch the second value holds. The function is constant before the first pair
         and after the last pair.
       name: what error messages call the points.

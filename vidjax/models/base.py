@@ -112,7 +112,7 @@ class Identifier(nn.Module):
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
         """Computes attributes before training. Returns name -> value; checkpoints store them.
 
-        A value is a number, a tuple with one number per member, or None.
+        A value is a number, a tuple with a number per member, or None.
         """
         return {}
 

@@ -28,10 +28,10 @@ TORCH_DEFAULT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class DeepMEF(Identifier):
-    """Attention over the frames of one modality, a residual layer, and a cosine classifier.
+    """Attention over the frames of a modality, a residual layer, and a cosine classifier.
 
     1. The features of every frame of `modality` are joined with quality / 100 and the detection
-       score. ChannelAttention and AttentionAggregation turn the frames into one vector.
+       score. ChannelAttention and AttentionAggregation turn the frames into a vector.
     2. The mean frame of every other modality passes through separate dense layers.
     3. The concatenated vectors x become x + f(x). f has two layers: D to `hidden_dim` to D.
     4. A cosine classifier gives the logits.
@@ -49,7 +49,7 @@ class DeepMEF(Identifier):
       hidden_dim: width of the first layer of f.
       layer_form: ours | published, the layers of f and of the other modalities, see below.
       dropout_rate: dropout rate of all these layers; if `published`, except for the last ones.
-      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
+      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
       logit_scale: factor on the cosines.
       dtype: dtype of matrix products. Parameters, softmax and head are float32 or wider.
 
@@ -255,7 +255,7 @@ class AttentionAggregation(nn.Module):
 
     The query starts at 0, so the block starts as the mean frame.
 
-    Source: DeepMEF (3rd place 2019), one block of the neural aggregation network. The masks are not
+    Source: DeepMEF (3rd place 2019), a block of the neural aggregation network. The masks are not
     published.
     """
 

@@ -51,11 +51,11 @@ class DenseIdentifier(Identifier):
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
       feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
+      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
       dtype: dtype of matrix products. Parameters, logits and cosine head are float32 or wider.
 
     Source, for faces only: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place
-    2019: `residual`), noise classes (5th place 2018: one linear layer and the cosine head). For the
+    2019: `residual`), noise classes (5th place 2018: a linear layer and the cosine head). For the
     scene only: DeepMEF (3rd place 2019: `block` and the cosine head). Not in the papers: further
     modalities, which are 0 for clips that lack them, and modality dropout.
     """
@@ -217,7 +217,7 @@ class ResidualDenseNet(nn.Module):
 
 
 class CosineIdentifier(Identifier):
-    """Joins one unit vector per modality, weighted, and classifies by cosines.
+    """Joins a unit vector per modality, weighted, and classifies by cosines.
 
     With the mean frame x_m of modality m and learned weights a_m:
 
@@ -232,14 +232,14 @@ class CosineIdentifier(Identifier):
         1/2, 1/4 and so on.
       embed_dim: width of each e_m.
       feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
+      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
       dropout_rate: dropout rate of z.
       logit_scale: initial value of s.
       dtype: dtype of the linear maps. Parameters and everything else are float32 or wider.
 
     Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
     et al.), the linear map with BatchNorm before the unit vector from ArcFace (Deng et al., section
-    3.1). New are one unit vector per modality, the weights of modalities, masks, and a learned s.
+    3.1). New are a unit vector per modality, the weights of modalities, masks, and a learned s.
     """
 
     modalities: Mapping[str, int]

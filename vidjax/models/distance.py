@@ -2,7 +2,7 @@
 
 A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
 the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The card
-of a network gives the mean and the standard deviation of cosines, for two clips of one person and
+of a network gives the mean and the standard deviation of cosines, for two clips of a person and
 for clips of two people. The four numbers give W, B and two effective numbers of dimensions:
 
     |x - x'|^2 of one person   has the mean 2 W, and spreads like a sum of n_same squares
@@ -11,8 +11,8 @@ for clips of two people. The four numbers give W, B and two effective numbers of
 The sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The vector e
 has a direction that is uniform in n_different dimensions, and its squared length has a gamma
 distribution. The vectors of the population are Gaussian in these dimensions. So all densities are
-densities of one space, and probabilities computed from their ratios sum to 1 for any number N of
-people.
+densities of the same space, and probabilities computed from their ratios sum to 1 for any number N
+of people.
 
 The N enrolled people determine m. If each has one clip, the posterior of m has the variance
 (W + B) / N. For N = 1 the ratio is the ratio of the two gamma densities.
@@ -36,12 +36,12 @@ MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 
 
 class Distances(NamedTuple):
-    """The distribution of distances between unit vectors of one network.
+    """The distribution of distances between unit vectors of a network.
 
     Attributes:
       within: W, the variance of the vectors of a person, summed over the dimensions.
       between: B, the variance of the means of people, summed over the dimensions.
-      same: n_same / 2, shape of the gamma distribution of squared distances within one person.
+      same: n_same / 2, shape of the gamma distribution of squared distances within a person.
       different: n_different / 2, shape of the distribution between two people.
     """
 

@@ -23,7 +23,7 @@ class FallbackIdentifier(Identifier):
 
         the clip lacks `modality`:                       (0, missing_scale)
         the measure of `modality` is below `threshold`:  (main_share, other_share)
-        any other clip, or one without a modality of `other`:  (1, 0)
+        any other clip, or a clip without modalities of `other`:  (1, 0)
 
     Attributes:
       other_modalities: modalities of the fallback model, without `modality`.
@@ -44,7 +44,7 @@ class FallbackIdentifier(Identifier):
     (face and scene) + 0.8 x scene for norms below 8.867, which are 1 % of the official faces.
     Residual Dense Net (2nd place 2019): only the body for clips without a face. Unlike there, the
     threshold is a quantile of the training clips, because norms differ between face networks, and
-    one run trains both models.
+    a single run trains both models.
     """
 
     modalities: Mapping[str, int]
@@ -126,7 +126,7 @@ class FallbackIdentifier(Identifier):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Adds the threshold to `spec`, unless `spec` sets one or has no `threshold_share`."""
+        """Adds the threshold to `spec`, unless `spec` sets it or has no `threshold_share`."""
         return (
             spec
             if not spec.get("threshold_share") or spec.get("threshold")
@@ -182,7 +182,7 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the scale of each branch, [2] float32, or None if neither model learns one."""
+        """Returns the scale of each branch, [2] float32, or None if both scales are fixed."""
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)

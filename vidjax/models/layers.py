@@ -39,7 +39,7 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
     """Drops modalities of clips at random. Every clip keeps at least one of its modalities.
 
     Each modality in `present` [B, M] bool is dropped with probability `rate`. If all modalities of
-    a clip would be dropped, a random one stays. Returns the remaining ones, [B, M] bool.
+    a clip would be dropped, a random modality stays. Returns the remaining modalities, [B, M] bool.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
@@ -195,8 +195,8 @@ class DenseLayer(nn.Module):
     """A linear layer, an activation, BatchNorm, and dropout.
 
     Attributes:
-      activation: linear | relu | sigmoid | swish | prelu. PReLU has one slope, at first 0.25 as in
-        PyTorch.
+      activation: linear | relu | sigmoid | swish | prelu. PReLU has a single slope, at first 0.25
+        as in PyTorch.
       norm_first: if True, BatchNorm comes before the activation; if False, after it.
       dtype: dtype of the matrix product. Parameters and everything else are float32 or wider.
       kernel_init: initialiser of the weights, by default Xavier-uniform.
@@ -274,7 +274,7 @@ def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
 
 
 class Classifier(nn.Module):
-    """Dropout and one linear layer. Parameters and logits are float32 or wider."""
+    """Dropout and a linear layer. Parameters and logits are float32 or wider."""
 
     num_classes: int
     dropout_rate: float = 0.0
@@ -291,7 +291,7 @@ class Classifier(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """Computes scaled cosines between the input and one learned direction per class.
+    """Computes scaled cosines between the input and a learned direction per class.
 
     The margin of ArcFace belongs to the loss, which adds it to the angle of the label. All products
     are float32 or wider and at full precision, because less would lose angles near 0 and pi.

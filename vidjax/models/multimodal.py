@@ -1,4 +1,4 @@
-"""The model of the iQIYI-VID paper: one vector per modality, and attention between the vectors."""
+"""The model of the iQIYI-VID paper: a vector per modality, and attention between the vectors."""
 
 import functools
 from collections.abc import Mapping
@@ -53,8 +53,8 @@ class MultimodalIdentifier(Identifier):
         before its map, and frames before NetVLAD. Then only the direction of features counts.
       map_norm: True for LayerNorm after the maps. Then the weight of a modality in the classifier
         does not depend on the norm of its features, which differs between modalities.
-      modality_dropout_rate: probability that training drops a modality; every clip keeps one. The
-        remaining vectors are not rescaled, as in clips that lack the modality.
+      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
+        The remaining vectors are not rescaled, as in clips that lack the modality.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
       dropout_rate: dropout rate of the input of the classifier; with `cosine`, of its unit vectors.
@@ -177,7 +177,7 @@ class MultimodalIdentifier(Identifier):
 class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
 
-    The feature map is [B, M, D], one vector per row. The X in R^{D x M} of the paper is its
+    The feature map is [B, M, D], a vector per row. The X in R^{D x M} of the paper is its
     transpose. The indices of Y[b, i, j] are i and j of the paper.
 
     Attributes:

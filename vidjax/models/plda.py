@@ -24,7 +24,7 @@ class PLDAIdentifier(Identifier):
     The vector of a clip is its mean frame, scaled to length 1, centred, and scaled to length 1
     again. Training passes over the clips twice: first it adds up the centre, then the sums of the
     centred vectors. `solve` turns the sums into the coefficients that score clips. The fields from
-    `within` to `centred` are the fields of Settings. Each is one number, a tuple with one number
+    `within` to `centred` are the fields of Settings. Each is a number, a tuple with a number
     per member, or None: then it is fitted.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
@@ -48,7 +48,7 @@ class PLDAIdentifier(Identifier):
     logit_scale = 1.0  # pyright: ignore[reportAssignmentType]
     exact_inputs: ClassVar[bool] = True
     knows_unknown: ClassVar[bool] = True
-    min_epochs: ClassVar[float] = 2.0  # one epoch for the centre, one for the sums
+    min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of a member; UserError if one is neither given nor fitted."""
+        """Returns the settings of a member; UserError if any is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(f"model 'plda' lacks {', '.join(missing)}: train it again")
@@ -159,7 +159,7 @@ class PLDAIdentifier(Identifier):
         return {"solved": jax.tree.map(_stack, *solved)}
 
     def _solve_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Computes the collection `solved` of one member, from host arrays."""
+        """Computes the collection `solved` of a member, from host arrays."""
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]

@@ -1,14 +1,14 @@
 """PLDA on the device: the logits of clips, and the fit of settings on held-out clips.
 
 For the fit, some clips are held out and the rest are enrolled. Some identities are strangers: none
-of their clips is enrolled. If there are several modalities, some identities are not enrolled in one
-of them, because enrolled people may lack a modality.
+of their clips is enrolled. If there are several modalities, some identities are not enrolled in
+some of them, because enrolled people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC of known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers, so
 that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted last, with one
 enrolled clip for every other identity, because people who are enrolled later often have fewer clips
-than the training people. The prior of the settings counts as much as one clip. If too few people
+than the training people. The prior of the settings counts as much as a clip. If too few people
 have two clips, only the prior decides, and the user is informed.
 
 The settings of a member are fitted only on its training clips, never on clips that it scores out of
@@ -38,7 +38,7 @@ from vidjax.models.layers import unit_vectors
 from vidjax.models.two_covariance import Enrolled, Settings, Space, stranger_logit
 from vidjax.utils.machine import num_cores
 
-# Shares of shrinkage that are tried. While one share is chosen, the other has its first value.
+# Shares of shrinkage that are tried. While a share is chosen, the other has its first value.
 SHARES: Mapping[str, tuple[float, ...]] = {
     "within": (0.8, 0.7, 0.9),
     "between": (0.75, 0.5),
@@ -89,7 +89,7 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
 
     The logit of an identity is a sum over the modalities of the clip. It adds scale x ratio, or
     `unenrolled` if no clip of the identity has the modality. The logit of a stranger is
-    `stranger_logit`, because with more people it is more likely that one resembles a stranger.
+    `stranger_logit`, because with more people it is more likely that someone resembles a stranger.
 
     Args:
       ratios: [M, B, K] float.
@@ -113,7 +113,7 @@ def training_settings(
 ) -> dict[str, float | tuple[float, ...]]:
     """Fits the settings that are None in `given` on the training clips; returns name -> value.
 
-    A value is one number. If the members' numbers differ, it is a tuple with one number per member.
+    A value is a number. If the members' numbers differ, it is a tuple with a number per member.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -224,7 +224,7 @@ def fit_settings(
 
 
 class _Fold(NamedTuple):
-    """The enrolled and the held-out clips of one fold."""
+    """The enrolled and the held-out clips of a fold."""
 
     found: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities

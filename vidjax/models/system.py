@@ -57,7 +57,7 @@ class System(NamedTuple):
 
     @property
     def vmap_members(self) -> bool:
-        """True if vmap trains all members in one program, False if they are trained in turn.
+        """True if vmap trains all members in the same program, False if they are trained in turn.
 
         If they are trained in turn, each member is bit-equal to a separate run.
         """
@@ -67,7 +67,7 @@ class System(NamedTuple):
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], view: Array
     ) -> dict[str, Frames]:
-        """Fuses the frames of all modalities to Frames [B, T'] for one member.
+        """Fuses the frames of all modalities to Frames [B, T'] for a member.
 
         The position of a modality is folded into `rng`. If `rng` is None, frames are fused for
         evaluation. `view` [] int32 is the chunk of the features that is hidden from the member; it
@@ -84,7 +84,7 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the parameters of one member. Returns them and the other collections."""
+        """Draws the parameters of a member. Returns them and the other collections."""
         fused = self.fuse(fuse_rng, blank_clip(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
@@ -100,9 +100,10 @@ class System(NamedTuple):
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
-        A clip is one example. If `frame_is_example`, each of its frames is one. Then all modalities
-        must have the same number T' of frames, or one frame. A single frame is repeated in every
-        example of the clip. A clip that has only modalities with a single frame is one example.
+        A clip is an example. If `frame_is_example`, each of its frames is an example. Then all
+        modalities must have the same number T' of frames, or 1 frame. A single frame is repeated in
+        every example of the clip. A clip that has only modalities with a single frame is an
+        example.
 
         Returns:
           The frames unchanged, and [B, 1] bool, all True. If `frame_is_example`: modality -> Frames
@@ -130,7 +131,7 @@ class System(NamedTuple):
 
 
 def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns a clip of one frame, because the shapes of parameters depend only on widths."""
+    """Returns a clip of a single frame, because the shapes of parameters depend only on widths."""
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -209,7 +210,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         ),
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
-        lr_schedule=jax.jit(schedule),  # one program in place of one for every operation
+        lr_schedule=jax.jit(schedule),  # without jit, every operation is a program
         score_fn=score_fn,
         scores_are_logs=scores_are_logs,
         class_mask=class_mask,

@@ -27,15 +27,15 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """Sums over clips: `count` [K] and `total` x [K, D] per class, and `scatter` x x^T [D, D]."""
+    """Sums over the vectors x of clips."""
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
-    total: Array
-    scatter: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  ([K], clips of each class)
+    total: Array  # [K, D], sum of x over the clips of each class
+    scatter: Array  # [D, D], sum of x x^T over all clips
 
 
 class Space(NamedTuple):
-    """The coordinates z = (x - mean) transform, in which W is the identity and B is diagonal."""
+    """The coordinates z = (x - mean) @ transform, in which W is the identity and B is diagonal."""
 
     mean: Array  # [D] float, the mean m of all vectors
     transform: Array  # [D, D] float
@@ -75,7 +75,7 @@ def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class Covariances(NamedTuple):
-    """The covariances of the vectors of one modality, before shrinkage."""
+    """The covariances of the vectors of a modality, before shrinkage."""
 
     mean: Array  # [D] float, the mean of all vectors
     within: Array  # [D] float, eigenvalues of W
@@ -134,7 +134,7 @@ def make_space(covariances: Covariances, *, within: float | Array, between: floa
 
 
 def enrol(space: Space, count: Array, total: Array) -> Enrolled:
-    """Computes the classes with `count` [K] clips whose vectors add up to `total` [K, D]."""
+    """Enrols K classes with `count` [K] clips whose vectors add up to `total` [K, D]."""
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
     sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
@@ -142,7 +142,7 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Computes the classes with `count` [K] clips whose coordinates z sum to `sums` [K, D].
+    """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D].
 
     After k clips with the mean z, the posterior of y has the mean k psi z / (k psi + 1) and the
     variance psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the variance of W, 1.

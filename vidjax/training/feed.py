@@ -71,15 +71,15 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        """Dispatches `count` steps or fewer. Returns the states, and outcomes of one or two calls.
+        """Dispatches `count` steps or fewer. Returns the states, and outcomes of the last calls.
 
         These are the last calls. In all calls before, losses and gradients were finite. Outcomes
-        are a list with one entry per call, which is a list with one entry per group of members.
+        are a list with an entry per call, which is a list with an entry per group of members.
         """
 
 
 class StreamingFeed(Feed):
-    """Streams one batch per step; the host fetches it while the devices work on the last batch.
+    """Streams a batch per step; the host fetches it while the devices work on the last batch.
 
     The host reads the outcome of a step after it has dispatched the next step, so no device waits
     for the host. When the outcome is read, the batch of that step is free: the devices store at

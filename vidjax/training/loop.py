@@ -182,9 +182,9 @@ def write_description(
 class TrainingRun:
     """A run in training: its step, its states, and the operations on them.
 
-    Members may be trained together by one program. Then they share a TrainState and large matrix
-    products. If they are trained in turn, every member has its own state. This needs less memory,
-    and each member is bit-equal to a separate run.
+    Members may be trained together by a single program. Then they share a TrainState and large
+    matrix products. If they are trained in turn, every member has its own state. This needs less
+    memory, and each member is bit-equal to a separate run.
 
     Attributes:
       step: number of finished optimiser steps.
@@ -305,7 +305,7 @@ class TrainingRun:
         return train_step.merge_states(self._states)
 
     def advance(self, stop: int) -> tuple[int, float]:
-        """Trains for one dispatch of the feed, at most to step `stop`.
+        """Trains for a dispatch of the feed, at most to step `stop`.
 
         Returns the number of clips, and the last loss, averaged over members. Raises UserError if a
         member has `MAX_BAD_STEPS` consecutive steps without a finite loss and gradient.
@@ -401,7 +401,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in its manifest. If the step has one, only adds `more`."""
+        """Saves a checkpoint with `more` in its manifest. If there is one, only adds `more`."""
         check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.as_items(self.state), info)

@@ -46,7 +46,7 @@ MAX_BATCH_ROWS = 65_536  # a larger batch, if it is larger than the dataset, is 
 # For a dry run:
 WIDTH = 512  # feature width of a modality whose files have not been read
 CLIPS, STEPS = 64, 10  # sizes of the training
-MAX_PARAMS = 10**10  # of one member; no device can store more
+MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
@@ -222,7 +222,7 @@ def values_of_clips(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes a value of each training clip that is True in `wanted` [N]; at least one must be.
+    """Computes a value of each training clip that is True in `wanted` [N]; some must be.
 
     `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. Returns
     [n, ...] for the n clips. With a mesh, the block is split over its devices, and all processes
@@ -404,8 +404,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
 
 # Noise classes: distractors are labelled as clusters of strangers and as mirrors of identities.
-# Each cluster of distractor clips is a class. Every other distractor starts in a random one of C
-# mirror classes. Every `noise.relabel_every_epochs` epochs it moves to the mirror of the identity
+# Each cluster of distractor clips is a class. Every other distractor starts in a random mirror
+# class out of C. Every `noise.relabel_every_epochs` epochs it moves to the mirror of the identity
 # that the model mistakes it for.
 #
 # Source: noise classes (5th place 2018). Its shift of 8,652 is a misprint of 4934 + 3691 = 8625.

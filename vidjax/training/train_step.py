@@ -1,4 +1,4 @@
-"""The training step: the state of a run, and one optimiser step of every member."""
+"""The training step: the state of a run, and an optimiser step of every member."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,7 @@ def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0.
 
-    `rngs` [E] has one key per member, for its parameters and its draws. Labels are [E, N] int32.
+    `rngs` [E] has a key per member, for its parameters and its draws. Labels are [E, N] int32.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -130,15 +130,15 @@ def from_items(items: Mapping[str, Any]) -> TrainState:
     return TrainState(**fields, **items["train"])
 
 
-Clips = Mapping[str, Packed] | Batch  # resident clips, or one streamed batch
-# One member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden view []
+Clips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
+# For a member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden view []
 MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
     system: System, state: TrainState, tables: Tables, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
-    """Takes one optimiser step of every member. Returns the new state and the losses [E].
+    """Takes an optimiser step of every member. Returns the new state and the losses [E].
 
     A member whose loss or gradient is not finite keeps its parameters, and `sums["bad_steps"]`
     counts the step. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no
@@ -165,7 +165,7 @@ def train_step(
 def member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
-    """Takes one optimiser step of one member. Returns its new state and its loss [].
+    """Takes an optimiser step of a member. Returns its new state and its loss [].
 
     `learned` is the part of the member's state that a step changes. `learned` and `inputs` have no
     axis E.
@@ -252,7 +252,7 @@ def _draw_clips(
     min_quality: Array,
     view: Array,
 ) -> MemberClips:
-    """Draws the fused frames that train one member in one step."""
+    """Draws the fused frames that train a member in a step."""
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
@@ -279,12 +279,12 @@ def mean_over_examples(values: Array, exists: Array) -> Array:
 def _sum_of_all(grads: Params) -> Array:
     """Sums all derivatives, []. The sum is finite only if all derivatives are finite."""
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
-    # The barrier separates the two sums. In one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
+    # The barrier separates the two sums. As a single sum, a matrix of 160 MB takes a CPU 1 s.
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 class Outcome(NamedTuple):
-    """The result of one call of the training loop, for the host."""
+    """The result of a call of the training loop, for the host."""
 
     loss: Array  # [E] float32, loss of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
@@ -295,9 +295,9 @@ def make_train_loop(
 ) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
-    The number of steps is an argument, so that the program is compiled only once. None takes one
+    The number of steps is an argument, so that the program is compiled only once. None takes a
     step without a loop, because after each step of a loop a GPU asks its host whether it ends. The
-    state is donated. Two calls give the same result as one call with the sum of both counts. `draw`
+    state is donated. Two calls give the same result as a call with the sum of both counts. `draw`
     maps (clips, step) to the batch of the step, on the devices; streamed clips are already the
     batch.
     """

@@ -105,11 +105,11 @@ def check_argument(
         raise ArgumentError(f"{argument} wants {wanted}, not{kind}{text[:100]}")
 
 
-_DISK = "free some space on that disk, or choose a folder on another one"
+_DISK = "free some space on that disk, or choose a folder on another disk"
 _RIGHTS = "choose a folder that you may read and write, or change its permissions"
 _PATH = "is the path right?"
 _FILES = "allow more open files: ulimit -n 4096"
-_BROKEN = "the disk, or the network to it, fails: try again, or use another one"
+_BROKEN = "the disk, or the network to it, fails: try again, or use another disk"
 # Number of a system error that a user can mend -> remedy.
 REMEDIES = {
     errno.ENOSPC: _DISK,

@@ -62,7 +62,7 @@ def keep_freed_memory() -> None:
 
     By default the kernel maps and clears every array above 32 MB again, and this halves the number
     of batches per second. The number of malloc arenas is limited, because each arena keeps its
-    freed memory. It is not smaller, because threads that compile in one arena wait for each other.
+    freed memory. It is not smaller, because threads that compile in an arena wait for each other.
     Only the `vidjax` command calls this function, because the settings affect the whole process.
     """
     with contextlib.suppress(AttributeError):

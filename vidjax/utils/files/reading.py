@@ -27,13 +27,13 @@ T = TypeVar("T")
 MB = 1 << 20
 JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
-LINE_BYTES = MB // 4  # of one line in a log of JSON lines
+LINE_BYTES = MB // 4  # of a line in a log of JSON lines
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, both packed and unpacked
 PIECE_BYTES = MB  # the largest piece of a zip that is read at once
 MAX_ENTRIES = 1000  # of an `.npz`: its arrays
 MAX_DEPTH = 40  # of nested lists and objects
 LARGE_BYTES = 64 * MB  # a larger file must not consist of holes
-MAX_ITEMS = 2_000_000  # of one JSON file: its values
+MAX_ITEMS = 2_000_000  # of a JSON file: its values
 INTEGER_LIMIT = 1 << 63  # larger whole numbers overflow in int64 arrays
 KINDS = {
     stat.S_IFLNK: "a link",
@@ -218,7 +218,7 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def most_unpacked(size: int) -> int:
-    """Returns how many bytes a file of `size` bytes may unpack to; more means a zip bomb.
+    """Returns the most bytes that `size` bytes of packed numbers may become; more is a zip bomb.
 
     Features shrink to a tenth at best. Only an array of nearly equal values shrinks to a
     thousandth.
@@ -320,7 +320,7 @@ def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
     """
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"entry '{entry.filename[:50]}' uses another method: pack it with store or deflate"
+            f"entry '{entry.filename[:50]}' has an unusual method: pack it with store or deflate"
         )
     return archive.open(entry)
 

@@ -101,7 +101,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
     `sync` waits until the disk has the content, so that a power cut leaves a whole file, too.
     """
-    # The process number is no use: containers on a shared disk often have the same one.
+    # The process number is no use: containers on a shared disk often have equal ones.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("x+b") as file:
