@@ -1,4 +1,4 @@
 """Mathematics on arrays: batches, augmentation, fusion, losses, optimisers, metrics, ensembles.
 
-It also places arrays on devices and connects processes. Nothing here knows a file format or a run.
+It also places arrays on devices and connects processes. Nothing here depends on a run.
 """

@@ -130,7 +130,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         raise UserError(
             f"jax cannot use {name}: {reason}\n"
             f"an NVIDIA GPU needs {CUDA}, a TPU 'vidjax[tpu]'\n"
-            "to use what this machine has: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
+            "to use the devices of this machine: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
         ) from error
     if NVIDIA.exists() and devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
         warn(

@@ -23,7 +23,7 @@ def make_piecewise(
       points: finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are a
         jump; at that epoch the second value holds. The function is constant before the first pair
         and after the last pair.
-      name: what error messages call the points.
+      name: name of the points in error messages.
 
     Returns:
       Function (epochs [...]) -> values [...] float32; the epochs may be traced.

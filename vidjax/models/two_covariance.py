@@ -87,9 +87,9 @@ def covariances(sums: Sums) -> Covariances:
     """Computes W, pooled over N - C degrees of freedom, and B, the second moment minus W.
 
     The sums must have at least one clip. W and B are averaged with typical covariances of
-    embeddings, which count as PRIOR clips and PRIOR people. This matters for few data: one photo of
-    each person gives no information about W, and one person gives none about B. The mean is
-    multiplied by `centre_share`.
+    embeddings, which count as PRIOR clips and PRIOR people. This matters for few data: a single
+    photo of each person gives no information about W, and a single person gives none about B. The
+    mean is multiplied by `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))

@@ -344,7 +344,7 @@ def repeated_clips(config: Config, plan: RunPlan) -> str | None:
     return (
         f"config.batch_size={config.batch_size} is more than the {most} training clips: "
         f"a step {effect}, and {config.num_epochs:g} epochs are {plan.task.total_steps} steps; "
-        f"--config.batch_size={fewer} or less gives more"
+        f"--config.batch_size={fewer} or smaller gives more"
     )
 
 

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         message = message.replace("one of the arguments", f"{needs} one of")
         message = message.removeprefix("argument ").removesuffix(" is required")
         example = f"example: {self.example}" if self.example else ""
-        remedy = example or f"{self.prog} --help shows what it takes"
+        remedy = example or f"{self.prog} --help lists its arguments"
         raise UserError(f"{message}\n{remedy}")
 
 

@@ -259,7 +259,7 @@ def _each_array(
     does not match the size of its entry.
     """
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
-        raise UserError("an .npy file, which does not name its array: use numpy.savez")
+        raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
     with open_zip(file) as archive:
         entries = archive.infolist()

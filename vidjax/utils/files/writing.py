@@ -61,10 +61,10 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
-    """Removes the files of a folder that `ours`, a regular expression, names in full.
+    """Removes the files of a folder whose names match `ours`, a regular expression, in full.
 
-    Then removes the folder if it is empty. It follows no link: of a link in the folder, the link
-    goes, and a folder that is a link stays as it is. Returns True if there is no folder afterwards.
+    Then removes the folder if it is empty. Links are not followed: a link in the folder is removed
+    itself, and a folder that is a link stays. Returns True if the folder is gone afterwards.
     """
     if not os.path.lexists(folder):
         return True
@@ -97,9 +97,9 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Yields a new file to write, which replaces `path` when the context ends without an error.
+    """Yields a new file to write. If the context ends without an error, it replaces `path`.
 
-    `sync` waits until the disk has the content, so that a power cut leaves a whole file, too.
+    `sync` waits until the disk has the content, so that even a power cut leaves a whole file.
     """
     # The process number is no use: containers on a shared disk often have equal ones.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -170,7 +170,7 @@ def _plain(value: object) -> object:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill. If no error is raised, it becomes `folder` at the end.
 
-    Raises UserError if `folder` exists by then: what another process has made stays.
+    Raises UserError if another process has made `folder` by then: its folder stays.
     """
     # The name is new each time, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")  # see `partials`
@@ -195,15 +195,15 @@ def partials(folder: Path) -> list[Path]:
 
 def _rename_onto_nothing(partial: Path, folder: Path) -> None:
     """Renames a folder; replaces only an empty folder."""
-    there = os.path.lexists(folder)
+    exists = os.path.lexists(folder)
     try:
-        if not there:
+        if not exists:
             os.rename(partial, folder)
     except OSError as error:  # the target is a folder with content, or a file
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        there = True
-    if there:
+        exists = True
+    if exists:
         raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
 
 
