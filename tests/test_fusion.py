@@ -293,7 +293,7 @@ RANDOM = {"name": "random", "num_draws": 1}
         ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
         (
             {"name": "top", "frames": 3},
-            "no option frames; choose from num_frames, repeats, or from those of every",
+            "no option frames; choose from num_frames, repeats, or from the options of every",
         ),
         ({"name": "top", "repeats": "seldom"}, "repeats 'seldom'; choose from random, turn"),
         ({"name": "sample", "order": "quality"}, "order 'quality'; choose from random, time"),
