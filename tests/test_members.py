@@ -52,7 +52,7 @@ def test_a_view_that_would_hide_nothing_is_refused():
     config = config_lib.default()
     config.ensemble.views = 3
     task = TaskSpec({"face": 8}, 12, None, 20, 1, train_other=True)
-    with pytest.raises(ValueError, match="no modality has 16 numbers"):
+    with pytest.raises(ValueError, match="no modality has 16 features"):
         make_model(config.to_dict(), task)
 
 

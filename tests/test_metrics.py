@@ -320,5 +320,5 @@ def test_identification_errors_by_hand():
     assert errors(0.1, known=np.ones(8, bool)) is None
     assert errors(0.1, known=np.zeros(8, bool)) is None
     for wrong in (-0.1, 1.1, np.nan):
-        with pytest.raises(ValueError, match=r"fpir must be from 0\.\.1"):
+        with pytest.raises(ValueError, match=r"fpir must be from 0 to 1"):
             errors(wrong)
