@@ -239,7 +239,7 @@ def mlp(*layers):
 
 
 PLDA = {"name": "plda", **SETTINGS._asdict()}
-BRANCHES = "other_modalities must name modalities beside 'face', got"
+BRANCHES = "other_modalities must name modalities other than 'face', not"
 
 
 @pytest.mark.parametrize(
