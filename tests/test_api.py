@@ -126,15 +126,6 @@ def test_data_of_folders_and_of_a_configuration(clips, labels, official_dir, cac
         vidjax.load_data(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("spec", ["knn", "configs/knn.py"])
-def test_configurations_by_name_and_by_file(spec, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = vidjax.load_config(f"{spec}:head", "--config.batch_size=7")
-    assert (config.modalities, config.batch_size) == (("head",), 7)
-    with pytest.raises(ValueError, match=r"config\.batch_size"):
-        vidjax.load_config(spec, "--config.bacth_size=7")
-
-
 def test_importing_is_instant(python):
     python(
         "import sys, vidjax\n"

@@ -118,6 +118,7 @@ def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, tmp_pat
     assert ".parquet" in say(*one, "--out=x.npy", code=2)
 
 
+@pytest.mark.slow
 def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path):
     """Also for clips of equal scores, whose order is that of their names."""
     same = CLIPS["clip 0-0"]
@@ -171,6 +172,7 @@ def test_the_best_lists_are_those_of_a_sort():
                                 list(bulk.tables.RANKING)))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp_path):
     """Also by another name, and where 100 clips as good as one half keep it from every list."""
     names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], CLIPS["clip 0-0"]
@@ -184,6 +186,7 @@ def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp
     assert say(*words)["skipped"] == 5
 
 
+@pytest.mark.slow
 def test_no_ranking_is_left_of_other_tables(say, nearest_run, people, day, tmp_path):
     out = tmp_path / "r"
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={out}")
@@ -250,6 +253,7 @@ def test_results_of_something_else_are_refused_and_kept(say, people, day, tmp_pa
         assert say(*words)["skipped"] == 2
 
 
+@pytest.mark.slow
 def test_a_gallery_that_changes_meanwhile_ends_the_call(people, day, tmp_path, capsys, monkeypatch):
     load = vidjax.Gallery.load
 

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 import vidjax
-from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from tests.helpers.pages import Page
 from vidjax.evaluation import comparison, significance
@@ -84,14 +83,6 @@ def test_equal_runs_do_not_differ_and_an_improvement_of_every_identity_is_seen()
     assert -0.04 < low < 0 < high < 0.04 and p > 0.9
     low, high, p = significance.gap_interval(np.full(100, 0.1))
     assert 0.05 < low < high < 0.13 and p < 0.001
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num", [20, 37, 100, 300])
-@pytest.mark.parametrize("name", ["1 % zeros", "5 % .997, 3 % zeros", "1 % +.5, 19 % ±.001"])
-def test_the_interval_holds_the_truth_where_few_values_lie_far_away(name, num):
-    row = intervals.measure(name, num, repetitions=300)
-    assert row.held > 0.9
 
 
 def test_holm_by_hand():

@@ -1,7 +1,6 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from vidjax.models import identifier
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.training import plan
-from vidjax.utils.errors import suggest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "configs" / "README.md"
@@ -133,13 +131,6 @@ def problems(*words):
     return list(config_lib.problems(config))
 
 
-def test_a_field_that_a_configuration_misspells_is_refused():
-    config = config_lib.default()
-    config.optim.weight_deacy = 0.1
-    (problem,) = config_lib.problems(config)
-    assert "config.optim.weight_deacy" in problem and "optim.weight_decay" in problem
-
-
 @pytest.mark.parametrize("name", UNREAD)
 def test_a_value_that_nothing_reads_is_refused_with_the_remedy(name):
     value, read = UNREAD[name]
@@ -195,32 +186,9 @@ def test_the_range_of_a_field_is_that_of_its_row(name):
         assert all(choice in problem for choice in config_lib.FIELDS[name].choices)
 
 
-@pytest.mark.parametrize("word", ["batch_size=0", "data.train_splits=()", "eval.split=train"])
-def test_values_that_no_run_can_use_are_refused(word):
-    (problem,) = problems(word)
-    assert f"config.{word.partition('=')[0]}" in problem
-    assert len(problem.splitlines()) <= 3
-    config = config_io.override(config_lib.default(), [f"--config.{word}"])
-    with pytest.raises(ValueError, match=re.escape(problem)):
-        config_lib.check(config)
-
-
 def test_a_split_may_be_trained_and_evaluated_with_members_that_leave_clips_out():
     assert problems("eval.split=train", "ensemble.folds=5") == []
     assert problems("eval.split=train", "ensemble.bootstraps=5") == []
-
-
-@pytest.mark.parametrize(
-    ("word", "known", "match"),
-    [
-        ("hed", ("face", "head"), "did you mean 'head'?"),
-        ("x", ("face", "head"), "choose from face, head"),
-        ("x", (), "choose from none"),
-        ("learning_rate", ("optim.learning_rate", "seed"), "did you mean 'optim.learning_rate'?"),
-    ],
-)
-def test_suggestions(word, known, match):
-    assert suggest(word, known) == match
 
 
 @pytest.mark.parametrize("word", ["optim.lr", "lr", "optim.learning-rate"])
@@ -319,8 +287,3 @@ def test_plda_reads_the_clips_twice():
     config.num_epochs = 1.5
     with pytest.raises(ValueError, match=r"config.num_epochs=1.5(?s:.*)--config.num_epochs=2"):
         plan.check_model(config)
-
-
-def test_the_options_of_the_synthetic_dataset_are_fields():
-    for name, value in CALIBRATED._asdict().items():
-        assert config_lib.DEFAULTS[f"data.{name}"] == value

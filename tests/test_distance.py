@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from tests.benchmarks import decision
+from tests.helpers.cases import quick_first
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import grouping
@@ -127,20 +128,21 @@ def test_gaussian_vectors_have_the_probabilities_of_a_joint_density(people):
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
 
 
-@pytest.mark.parametrize("count", [1, 3, 10])
-@pytest.mark.parametrize("people", [5, 50, 500])
+@pytest.mark.parametrize("count", quick_first([3, 1, 10]))
+@pytest.mark.parametrize("people", quick_first([50, 5, 500]))
 def test_somebody_new_is_as_probable_as_strangers_are_frequent(people, count):
     new = np.mean([trial(people, count, seed=seed)[0] for seed in range(2)])
     assert abs(new - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("people", [5, 500])
-@pytest.mark.parametrize("count", [3, 10])
+@pytest.mark.parametrize("people", quick_first([5, 500]))
+@pytest.mark.parametrize("count", quick_first([3, 10]))
 def test_photos_of_one_day_do_not_make_the_known_strangers(people, count):
     new = np.mean([trial(people, count, shared=0.5, seed=seed)[0] for seed in range(2)])
     assert abs(new - 0.5) < 0.1
 
 
+@pytest.mark.slow
 def test_more_photos_never_name_fewer():
     for shared in (0.0, 0.7):
         named = [
@@ -173,6 +175,7 @@ def purity(labels, truth):
     return sum(parts) / len(truth)
 
 
+@pytest.mark.slow
 def test_more_clips_than_are_compared_at_once_are_grouped_film_by_film(monkeypatch):
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     backend = made_backend()

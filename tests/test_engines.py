@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 import time
 
 import numpy as np
@@ -173,44 +172,6 @@ def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_pat
     first = cache.digest_files([path], tmp_path / "cache")
     path.write_bytes(b"2")
     assert cache.digest_files([path], tmp_path / "cache") != first
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count other units")
-def test_the_memory_of_writing_is_bounded_by_a_shard(tmp_path, python):
-    clips, frames = 2048, 128
-    for field, width in {"features": 1024, "number": 4, "quality": 4, "detection": 4}.items():
-        with (tmp_path / f"{field}.bin").open("wb") as file:
-            file.truncate(clips * frames * width)
-    (tmp_path / "box.bin").write_bytes(bytes(clips * frames * 16))
-    code = f"""if True:
-        import resource, sys
-        from pathlib import Path
-        import numpy as np
-        from vidjax.data.clips import Modality
-        from vidjax.data.frame_fields import FlatFiles, PackedClips
-        from vidjax.data.records.conversion import write_shard
-        from vidjax.data.packing import StagedSplit
-        shards, clips, frames = int(sys.argv[1]), {clips}, {frames}
-        folder = Path({str(tmp_path)!r})
-        flat = FlatFiles(folder, "float16", 512, clips * frames)
-        names = tuple(f"clip {{i}}" for i in range(clips))
-        length = np.full(clips, frames, np.int32)
-        packed = {{"face": PackedClips(names, length, flat, clips * frames, {{}}, {{}}, {{}})}}
-        order = np.random.default_rng(0).permutation(clips).astype(np.int32)
-        starts = {{"face": np.arange(clips) * frames}}
-        split = StagedSplit(names, order, packed, starts, {{"face": length}})
-        for number, part in enumerate(np.split(order, 16)[:shards]):
-            write_shard(
-                folder / f"{{number}}.tfrecord", part, split,
-                {{"face": Modality(512, "float16")}},
-            )
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    """
-    peaks = {shards: 1024 * int(python(code, str(shards))) for shards in (0, 16)}
-    size = clips * frames * 1024
-    sys.stdout.write(f"{size >> 20} MB in 16 shards: peaks {peaks}\n")
-    assert peaks[16] - peaks[0] < size // 2
 
 
 # Reading by several processes.

@@ -72,14 +72,6 @@ def test_the_word_trains_on_all_clips_and_ranks_others(name):
 
 
 @pytest.mark.slow
-def test_an_evaluation_reads_the_checkpoint_once(on_train, monkeypatch):
-    read, verify = [], checkpoint.verify
-    monkeypatch.setattr(checkpoint, "verify", lambda *args: read.append(args) or verify(*args))
-    said_by("--mode=evaluate", f"--workdir={on_train}", "--config.eval.split=test")
-    assert len(read) == 1
-
-
-@pytest.mark.slow
 def test_it_ranks_test_and_claims_no_map(trained, official_dir):
     folder, said = trained
     results = metrics_of(folder)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import xmp
+from tests.helpers.cases import quick_first
+from tests.helpers.limits import slowness
 from vidjax.apps.video import regions
 
 Image = pytest.importorskip("PIL.Image")
@@ -76,7 +78,9 @@ def photo(kind, packet):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "png", "png, packed", "tiff", "webp", "heif", "avif"])
+@pytest.mark.parametrize(
+    "kind", quick_first(["jpeg", "png", "png, packed", "tiff", "webp", "heif", "avif"], 2)
+)
 def test_tags_lie_in_photos_of_each_kind(tags_of, kind):
     assert shown(tags_of(photo(kind, MWG))) == TAGS
     assert tags_of(photo(kind, xmp.packet("")), "b.jpg") == regions.Tags([])
@@ -171,12 +175,8 @@ BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(
 def test_hostile_and_damaged_tags_cost_a_line(tags_of, content, problem, most):
     begin = time.process_time()
     found = tags_of(content)
-    assert time.process_time() - begin < 5
-    assert (
-        len(found.tags) == most
-        and problem in found.problem
-        and bool(found.problem) == bool(problem)
-    )
+    assert time.process_time() - begin < 5 * slowness()
+    assert len(found.tags) == most and problem in found.problem
     assert "\n" not in found.problem and bool(found.problem) == bool(problem)
 
 

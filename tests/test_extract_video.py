@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("av", reason="needs the extra [video]")
 
 from tests.helpers import films, seen
+from tests.helpers.cases import quick_first
 from vidjax.apps.video import decode
 from vidjax.utils.errors import UserError
 
@@ -45,9 +46,10 @@ def film(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.mp4", "libx264"), ("a.mov", "mpeg4"), ("a.mkv", "ffv1"), ("a.webm", "libvpx-vp9"),
-     ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video"), ("a.wmv", "wmv2"),
-     ("a.flv", "flv1")],
+    quick_first(
+        [("a.mp4", "libx264"), ("a.mkv", "ffv1"), ("a.mov", "mpeg4"), ("a.webm", "libvpx-vp9"),
+         ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video"), ("a.wmv", "wmv2"),
+         ("a.flv", "flv1")], 2),
 )  # fmt: skip
 def test_formats_give_the_same_times_and_pictures(tmp_path, name, codec):
     path = tmp_path / name
@@ -102,7 +104,7 @@ def as_exif_says(picture, orientation):
     return shown[:: -1 if down else 1, :: -1 if across else 1]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", quick_first([6, 1, 2, 3, 4, 5, 7, 8]))
 def test_a_photo_is_shown_upright(tmp_path, orientation):
     path = tmp_path / "photo.jpg"
     picture = films.scene(3)
@@ -127,8 +129,8 @@ def test_photos_of_other_formats_are_read(tmp_path, name, codec):
     assert len(frames) == 1 and video.info.photo and not video.found.damaged
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("ending", ["heic", "avif", "tiff", "jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", quick_first([6, 1, 3, 8]))
+@pytest.mark.parametrize("ending", quick_first(["heic", "jpg", "avif", "tiff", "png", "webp"], 2))
 def test_photos_of_phones_and_programs_are_upright(tmp_path, ending, orientation):
     """With a colour profile, as cameras, screens and editors write it."""
     pytest.importorskip("pillow_heif").register_heif_opener()

@@ -76,6 +76,7 @@ def test_without_nets_of_voices_nothing_changes(tmp_path, models):
     assert told and {*told.models} == {*pipeline.ROLES}
 
 
+@pytest.mark.slow
 def test_a_film_without_sound_and_a_photo_have_no_voice(tmp_path, models):
     write_film(tmp_path / "mute.mkv", (4, 20, [ADA]))
     write_film(tmp_path / "silence.mkv", (4, 20, [ADA]), sound=0 * tone(440, 4))
@@ -95,6 +96,7 @@ def test_sound_that_starts_late_is_placed_by_its_time_stamps(tmp_path, models):
     assert 3_200 <= begin.min() <= 4_000 and begin.max() + 1_600 <= 7_000
 
 
+@pytest.mark.slow
 def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
     shots = (4, 20, [ADA]), (4, 60, [BOB])
     write_film(tmp_path / "broken.mkv", *shots, sound=tone(440, 8), broken=0.5)
@@ -126,6 +128,7 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
         np.testing.assert_array_equal(clips[clip]["audio"], by_track[same]["audio"])
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_write_the_same_bytes(tmp_path, models, drawn):
     paths = [tmp_path / "a.mkv", tmp_path / "b.mkv", drawn.film()]
     for path, hertz in zip(paths[:2], (440, 3000), strict=True):
@@ -139,6 +142,7 @@ def test_one_and_two_processes_write_the_same_bytes(tmp_path, models, drawn):
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [("another", "another voice_embedder"), ("none", "another voice_activity"),
@@ -223,6 +227,7 @@ def modalities(features):
     }
 
 
+@pytest.mark.slow
 def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, models, drawn):
     ada, g = speak(tmp_path / "ada", models, name="Ada", hertz=440), drawn.out / "gallery"
     drawn.gallery("create", f"--models={models}")
@@ -281,6 +286,7 @@ def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     assert abs(odds(one, other, other_part) - odds(one, none, other_part)) > np.log(9)
 
 
+@pytest.mark.slow
 def test_who_tells_by_what_a_person_was_found(tmp_path, models, drawn):
     film, out = tmp_path / "film.mkv", drawn.out
     write_film(film, (4, 20, [ADA]), (4, 60, [BOB]), sound=tone(440, 8))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from vidjax.core import augment, devices, fusion
 
@@ -43,7 +44,7 @@ def test_frames_are_drawn_by_weight(sampling, expected):
     assert np.all(frequency[np.asarray(expected) == 0] == 0)
 
 
-@pytest.mark.parametrize("probs", [None, (0.25, 0, 0.65, 0, 0.10)])
+@pytest.mark.parametrize("probs", quick_first([None, pytest.param((0.25, 0, 0.65, 0, 0.10))]))
 def test_number_of_fused_frames_follows_probs(probs):
     draws = 4_000
     fused = fuse(
@@ -156,6 +157,7 @@ def test_without_replacement_frames_are_drawn_by_what_is_left():
     np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=0.015)
 
 
+@pytest.mark.slow
 def test_mixup_is_a_convex_combination_at_random():
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
     frames = one_hot_frames([1.0, 1.0, 1.0])
@@ -211,6 +213,7 @@ def test_the_fixed_order_is_by_multiples_of_the_golden_ratio():
     np.testing.assert_array_equal(found[0], np.argsort(key))
 
 
+@pytest.mark.slow
 def test_means_of_an_exported_function_need_no_loop():
     frames = make_frames([4, 0, 9], max_frames=9)
     leaves, tree = jax.tree.flatten(frames)
@@ -227,6 +230,7 @@ def test_means_of_an_exported_function_need_no_loop():
         np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_windows_hold_their_frame_and_one_to_four_others():
     length = 12
     frames = one_hot_frames(np.ones(length), padding=2)
@@ -271,6 +275,7 @@ def test_every_fusion_filters_first():
         jax.tree.map(np.testing.assert_array_equal, filtered, expected)
 
 
+@pytest.mark.slow
 def test_the_kept_share_is_of_the_fused_frames():
     """The article's order of the test: merge, then keep the best of frames and merged ones."""
     frames = make_frames([9, 4, 0], max_frames=9)
@@ -356,7 +361,9 @@ def test_filters_match_a_loop(min_quality, min_detection, top_share):
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
 
 
-@pytest.mark.parametrize("share", [4e-5, 0.01, 0.07, 0.1, 0.3, 0.57, 0.7, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "share", quick_first([0.07, 4e-5, 0.01, 0.1, 0.3, 0.57, 0.7, 0.9, 0.999], 2)
+)
 def test_the_best_share_is_counted_exactly(share):
     lengths = np.arange(1, 200)
     frames = make_frames(lengths, max_frames=199, dim=1)
@@ -474,6 +481,7 @@ def real(frames, clip):
     return np.asarray(frames.features[clip])[np.asarray(frames.mask[clip])]
 
 
+@pytest.mark.slow
 def test_clips_are_joined_to_others_and_cut():
     lengths = [5, 3, 9, 4, 2, 0, 8]
     chosen = np.array([True, True, True, True, False, True, False])

@@ -7,6 +7,7 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import embeddings, made_galleries
+from tests.helpers.cases import quick_first
 from tests.helpers.made_galleries import identify, make, make_clip, make_clips
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend as backend_lib
@@ -101,7 +102,9 @@ def test_log_softmax_is_exact(spread):
 # ---- thresholds
 
 
-@pytest.mark.parametrize(("fpir", "strangers"), [(0.01, 99), (0.01, 150), (0.01, 373), (0.1, 50)])
+@pytest.mark.parametrize(
+    ("fpir", "strangers"), quick_first([(0.01, 99), (0.01, 150), (0.01, 373), (0.1, 50)])
+)
 def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
     """Scores of strangers are uniform: the true rate of a threshold t is 1 - t."""
     rng = np.random.default_rng(0)
@@ -138,6 +141,7 @@ def named(gallery, count=300, **options):
     return [answer.identity for answer in answers], gallery.rule(**options)
 
 
+@pytest.mark.slow
 def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
     """Strangers of another world reach nobody: a share of them alone would let everybody pass."""
     rng = np.random.default_rng(0)
@@ -160,6 +164,7 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
     assert named(gallery, fpir=0.99)[0] == by_new  # whom strangers do not exclude, new decides
 
 
+@pytest.mark.slow
 def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     """Of strangers like those of the gallery 1 % are named, not the share that new lets pass."""
     clips = make_clips()
@@ -221,7 +226,9 @@ def test_a_probability_decides_alone(tmp_path):
         gallery.rule(threshold=0.5, fpir=0.01)
 
 
-@pytest.mark.parametrize(("count", "photos"), [(5, 1), (20, 1), (5, 3), (1, 1), (1, 6)])
+@pytest.mark.parametrize(
+    ("count", "photos"), quick_first([(5, 1), (20, 1), (5, 3), (1, 1), (1, 6)])
+)
 def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys, count, photos):
     """Of vectors as dlib makes them of faces: the prior answers, and says so."""
     best, right, named = [], [], []
@@ -267,6 +274,7 @@ def share_days(seed: int, people: int, days: int, photos: int) -> tuple[float, f
     return float(np.mean(np.exp(logs))), float(np.mean(named))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("people", [50, 100])
 def test_clips_of_one_film_count_as_one(people):
     """Before, 4 clips of one day made nearly everybody new: P(new) was .86 and more."""

@@ -1,14 +1,18 @@
 """The search for the most probable people: equal in any order and number of people and clips."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import special
 
+from tests.helpers.cases import quick_first
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.models import distance
 from vidjax.models.two_covariance import Settings
 
 PEOPLE = 700
+NIGHTLY = pytest.mark.nightly
 
 
 def make(rng, widths, *, scale, spread, blocks=(300, 1, 399), cards=False):
@@ -59,9 +63,10 @@ def near(found, wanted):
         ]
 
 
-@pytest.mark.parametrize("cards", [False, True])
-@pytest.mark.parametrize("scale", [0.02, 0.3, 1.0])
-@pytest.mark.parametrize("spread", [0.3, 1.5])
+@pytest.mark.parametrize(
+    ("cards", "scale", "spread"),
+    quick_first(itertools.product([False, True], [0.3, 0.02, 1.0], [0.3, 1.5]), mark=NIGHTLY),
+)
 def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scale, spread):
     rng = np.random.default_rng(int(100 * scale + 10 * spread))
     widths = {"face": 48, "audio": 20}
@@ -79,8 +84,10 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
             near(found, [one for some in cut for one in index.nearest(some, k)])
 
 
-@pytest.mark.parametrize("scale", [0.02, 1.0])
-@pytest.mark.parametrize("stranger", [-30.0, 1.0, 30.0, 60.0])
+@pytest.mark.parametrize(
+    ("stranger", "scale"),
+    quick_first(itertools.product([1.0, -30.0, 30.0, 60.0], [1.0, 0.02]), mark=NIGHTLY),
+)
 def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
     rng = np.random.default_rng(1)
     index, draw = make(rng, {"face": 40, "audio": 8}, scale=scale, spread=0.5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import embeddings, small_runs
+from tests.helpers import small_runs
 from vidjax.apps.gallery.answers import Answer
 from vidjax.core import metrics
 from vidjax.evaluation import predict, topk
@@ -91,27 +91,6 @@ def test_one_person_with_one_photo_is_a_gallery(tmp_path):
     assert found == {"same": "Ada", "other": None}
 
 
-@pytest.mark.parametrize(("people", "photos"), [(5, 1), (20, 1), (5, 3)])
-def test_a_photo_each_is_enough(tmp_path, people, photos):
-    """Vectors as dlib makes them of faces, by a run that is trained on few photos of each."""
-    make = embeddings.Faces(8)
-    shown = make.raw(people, photos + 10).astype(np.float32)[:, :, None]
-    strangers = make.raw(100, 1).astype(np.float32)
-    train = {f"{p} {n}": {"face": shown[p, n]} for p, n in np.ndindex(people, photos)}
-    labels = {name: f"Person {name.split()[0]}" for name in train}
-    splits = {"train": train, "val": {"other": {"face": strangers[0]}}}
-    data = vidjax.load_data(splits, labels, cache_dir=tmp_path / "cache")
-    vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", data)
-    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
-    clips = {f"{p} {n}": {"face": shown[p, photos + n]} for p, n in np.ndindex(people, 10)}
-    answers = gallery.identify(clips)
-    right = [one.best[0][0] == f"Person {name.split()[0]}" for name, one in answers.items()]
-    assert np.mean(right) >= 0.95
-    assert np.mean([one.identity is not None for one in answers.values()]) >= 0.9
-    others = gallery.identify({f"s{n}": {"face": x} for n, x in enumerate(strangers)})
-    assert np.mean([one.identity is not None for one in others.values()]) <= 0.02
-
-
 def in_memory(data, split, places):
     """Returns clips of a dataset as a user would hold them."""
     names, found = data.split(split).clips, {}
@@ -192,12 +171,6 @@ def check_net(folder, run, data, worse):
 
 def test_a_gallery_of_embeddings(nearest_run, tmp_path, data):
     check_net(tmp_path / "g", nearest_run, data, 0.05)
-
-
-def test_a_gallery_of_a_net(tmp_path, data, official_dir):
-    words = (small_runs.LAYER, "--config.num_epochs=20", "--config.optim.learning_rate=0.01")
-    run = trained("quality_fusion", tmp_path / "run", data, official_dir, *words)
-    check_net(tmp_path / "g", run, data, 0.05)
 
 
 def test_given_settings_of_a_plda_run_are_kept(made):

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
+from tests.helpers.cases import quick_first
 from tests.helpers.made_galleries import answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib
@@ -76,6 +77,7 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
         assert answers(opened) == answers(at_once)
 
 
+@pytest.mark.slow
 def test_one_by_one_is_all_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(backend_lib, "FEW_ROWS", 3)
     monkeypatch.setattr(backend_lib, "MOST_ROWS", 4)
@@ -206,7 +208,7 @@ def test_no_byte_is_left_of_who_was_removed(gallery, by):
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
 
 
-@pytest.mark.parametrize("page", [512, 4096])
+@pytest.mark.parametrize("page", quick_first([512, 4096]))
 def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch, page):
     """SQLite copies rows from page to page; with small pages, many times."""
     monkeypatch.setattr(store_lib, "PAGE_BYTES", page)
@@ -271,7 +273,7 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize("centred", [False, True], ids=["net or knn", "plda"])
-@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("empty", quick_first([False, True]))
 def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
     """From the centre or the mean that is left and the clips of the others."""
     rng = np.random.default_rng(0)
@@ -402,6 +404,7 @@ def test_a_state_of_another_one_than_the_file_holds_is_not_written(tmp_path):
     assert before.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_reading_meets_the_old_state_or_the_new_one(gallery):
     stop, wrong = threading.Event(), []
 
@@ -439,6 +442,7 @@ def test_two_processes_change_in_turn(gallery):
     refused(lambda: gallery.remove(identity=["person 7"]), "person 7")
 
 
+@pytest.mark.slow
 def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     code = (
@@ -458,6 +462,7 @@ def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeyp
 # ---- a change that fails or is killed
 
 
+@pytest.mark.slow
 def test_a_change_on_a_full_disk_leaves_the_old_state(tmp_path, campaign):
     failed = 0
     for turn in range(100 if campaign else 1):
@@ -489,7 +494,7 @@ def cut_off(folder):
     assert (folder / (store_lib.NAME + "-journal")).stat().st_size > 512
 
 
-@pytest.mark.parametrize("then", ["read", "add", "remove"])
+@pytest.mark.parametrize("then", quick_first(["add", "read", "remove"]))
 def test_what_a_killed_change_left_is_undone(gallery, then):
     before = answers(gallery)
     (gallery.folder / "notes.txt").write_text("mine")
@@ -593,7 +598,7 @@ def replaced(content, at, new):
     return content[:at] + new + content[at + len(new) :]
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("kind", quick_first(DAMAGES, 3))
 def test_a_damaged_folder_is_named_in_one_error(gallery, kind):
     DAMAGES[kind](gallery.folder / store_lib.NAME)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
@@ -623,6 +628,7 @@ def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):
     assert answers(Gallery(gallery.folder)) == wanted
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.NAME
     content, told, rng = path.read_bytes(), 0, random.Random(0)
@@ -744,6 +750,7 @@ def test_forged_facts_are_refused(gallery, facts):
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
 
 
+@pytest.mark.slow
 def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
     """Each page of the schema has the next one 300 times: 300 ** 15 rows."""
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
@@ -829,14 +836,15 @@ def test_vectors_that_are_too_wide_to_be_read_are_not_written(tmp_path, monkeypa
     assert not (tmp_path / "g").exists()
 
 
+@pytest.mark.slow
 def test_a_name_is_suggested_in_bounded_time():
     """Before, 1,000 names of 199 letters took a quarter of a minute."""
     rng = random.Random(0)
     names = ["".join(rng.choices("ab", k=length)) for length in (64, 199) for _ in range(10_000)]
-    began = time.monotonic()
+    began = time.process_time()
     for word in ("ab" * 32, "a" * 199):
         errors.closest(word, names, cutoff=0.95)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5 * limits.slowness()
 
 
 def test_names_that_are_not_there(gallery):

@@ -9,22 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 
-from vidjax.cli.program import main
-from vidjax.evaluation import ranking
-from vidjax.runs import config_io
 from vidjax.runs.checkpoint import CheckpointError
-from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import messages
 from vidjax.utils.errors import DiskError, NoFileError, UserError
-
-SHRUNK = (
-    "--config.batch_size=32",
-    "--config.num_epochs=2",
-    "--config.model.embed_dim=16",
-    "--config.model.num_clusters=2",
-    "--config.eval.block_size=32",
-)
 
 
 def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(command, tmp_path):
@@ -38,15 +26,6 @@ def raising(error):
         raise error
 
     return command
-
-
-def test_a_recorded_configuration_starts_another_run(tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    config = config_io.override(config_io.load_file("knn"), ["--config.seed=7"])
-    RunFolder(tmp_path).write_config(config)
-    done = command(f"--config={tmp_path}/config.json", "--mode=config", "--json")
-    fields = json.loads(done.out)["fields"]
-    assert fields["seed"]["value"] == 7 and fields["model.name"]["value"] == "knn"
 
 
 @pytest.mark.parametrize(
@@ -129,55 +108,3 @@ def test_closed_streams_end_no_command():
             for done in pool.map(end, (f"--mode={mode} {stream}" for stream in closed)):
                 assert done.returncode == code, done
                 assert "Traceback" not in done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_the_official_journey(vidjax_command, official_dir, tmp_path, capsys):
-    """Train on official files, come back to the finished run, rank a split without ground truth."""
-    workdir = tmp_path / "run with a space"
-    config = "--config=configs/mma.py:iqiyi_vid,face,head,audio"
-    words = (config, f"--config.data.dir={official_dir}", f"--workdir={workdir}/", *SHRUNK)
-    first = vidjax_command(*words)
-    assert first.returncode == 0, first.stderr
-    metrics = json.loads((workdir / "metrics.json").read_text())
-    wanted = (
-        "map map_kind top1 num_clips num_identities num_distractors num_params step seconds seed "
-        "train_clips_per_second eval_clips_per_second versions best_map best_step"
-    )
-    assert {*wanted.split()} <= metrics.keys()
-    assert metrics["map_kind"] == "val"
-    assert metrics["num_clips"] == 60
-    assert metrics["num_distractors"] == 20
-    for name in ("ranking.txt", "data_report.json", "identities.json", "metrics.jsonl"):
-        assert (workdir / name).stat().st_size > 0
-    assert list(workdir.glob("events.out.tfevents.*"))
-
-    again = vidjax_command(*words)
-    assert again.returncode == 0, again.stderr
-    assert f"{metrics['map']:.4f}" in again.stdout
-    check = vidjax_command("--mode=check", f"--workdir={workdir}")
-    assert check.returncode == 0, check.stdout
-    assert check.stdout.endswith("all good\n")
-    assert check.stdout.count(f"checkpoint {metrics['step']}") == 1
-    assert main([*words, "--config.seed=5"]) == 2
-    assert "seed: 0 -> 5" in capsys.readouterr().err
-    submission = ranking.read_submission(workdir / "ranking.txt")
-    scored = ranking.score(
-        ranking.read_ground_truth(official_dir / "val_gt.txt"), submission.ranking
-    )
-    assert scored == pytest.approx(metrics["map"], abs=1e-12)
-
-    moved = tmp_path / "moved"
-    official_dir.rename(moved)
-    try:
-        test = vidjax_command(
-            "--mode=evaluate", f"--workdir={workdir}", "--config.eval.split=test",
-            f"--config.data.dir={moved}",
-        )  # fmt: skip
-    finally:
-        moved.rename(official_dir)
-    assert test.returncode == 0, test.stderr
-    lines = (workdir / "ranking_test.txt").read_text().splitlines()
-    assert len(lines) == 12
-    assert all(len(line.split()) == 41 for line in lines)  # 40 clips, none lost
-    assert "map" not in json.loads((workdir / "metrics_test.json").read_text())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import ROOT, Spoilt, restored, run, shrunk, weights
 from vidjax.core import devices, ensemble
 from vidjax.data.clips import EvalPlan, blocks_of
@@ -311,13 +312,11 @@ def test_a_block_holds_clips_of_the_same_members():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
-    [
-        "mma",
-        "cosine",
-        "plda:face,audio",
-        "residual_dense:face,one",
-        "deepmef:face,audio",
-    ],
+    quick_first(
+        ["mma", "plda:face,audio", "cosine", "residual_dense:face,one", "deepmef:face,audio"],
+        2,
+        mark=pytest.mark.nightly,
+    ),
 )
 def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
     name, _, words = spec.partition(":")
@@ -330,7 +329,10 @@ def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
-    [f"{MLP},mlp1", "configs/mma.py:iqiyi_vid", "configs/cosine.py:iqiyi_vid"],
+    quick_first(
+        [f"{MLP},mlp1", "configs/mma.py:iqiyi_vid", "configs/cosine.py:iqiyi_vid"],
+        mark=pytest.mark.nightly,
+    ),
     ids=["mlp1", "mma", "cosine"],
 )
 def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_runs
-from tests.helpers.made_steps import make
+from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import devices
 from vidjax.evaluation import topk
@@ -33,15 +33,19 @@ def learned(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [
-        ("mma", (*SGD, *ENSEMBLE)),
-        ("cosine", SGD),
-        ("plda", ()),
-        ("quality_fusion", SGD),
-        ("deepmef", SGD),
-        ("residual_dense:face,head", SGD),
-        ("knn", ()),
-    ],
+    quick_first(
+        [
+            ("mma", (*SGD, *ENSEMBLE)),
+            ("plda", ()),
+            ("cosine", SGD),
+            ("quality_fusion", SGD),
+            ("deepmef", SGD),
+            ("residual_dense:face,head", SGD),
+            ("knn", ()),
+        ],
+        2,
+        mark=pytest.mark.nightly,
+    ),
 )
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, words):
     found = []
@@ -61,32 +65,19 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 
 
 @pytest.mark.slow
-@pytest.mark.optimized  # without, the tolerances are too narrow by a factor of 200
-@pytest.mark.parametrize(("words", "most"), [(SGD, 1e-12), ((), 1e-10)], ids=["sgd", "adam"])
-def test_steps_in_float64_do_not_depend_on_the_number_of_devices(words, most):
-    def train(num_devices):
-        own = ("--config.dtype=float64", "--config.model.embed_dim=16", *words)
-        with jax.enable_x64(True):
-            return make("mma", *own, other=True, num_devices=num_devices).train(20)
-
-    wanted, losses = train(1)
-    assert losses.dtype == np.float64 and losses[-1] < losses[0]
-    found, other = train(8)
-    np.testing.assert_allclose(other, losses, rtol=0, atol=most)
-    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(left, right, rtol=0, atol=most)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [
-        ("mma", ()),
-        ("quality_fusion", ("--config.after_fusion=examples",)),
-        ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5")),
-        ("noise_classes:face", ()),
-        ("plda", ()),
-    ],
+    quick_first(
+        [
+            ("quality_fusion", ("--config.after_fusion=examples",)),
+            ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5")),
+            ("mma", ()),
+            ("noise_classes:face", ()),
+            ("plda", ()),
+        ],
+        2,
+        mark=pytest.mark.nightly,
+    ),
 )
 def test_a_ranking_is_the_same_to_the_byte_on_any_number_of_devices(data, tmp_path, spec, words):
     config = configured(spec, *words, "--config.num_epochs=2")

@@ -1,6 +1,5 @@
 """A person has one name, in whatever Unicode form it comes; similar names are reported."""
 
-import json
 import shlex
 import shutil
 import sqlite3
@@ -9,7 +8,6 @@ import unicodedata
 import numpy as np
 import pytest
 
-import vidjax
 from tests.helpers import clip_files, made_galleries
 from tests.helpers.made_galleries import answers, make, make_clip
 from tests.helpers.seen import refused
@@ -164,13 +162,3 @@ def test_a_gallery_that_begins_with_similar_names_reports_one(tmp_path):
     gallery = Gallery(tmp_path / "g")
     with pytest.warns(UserWarning, match="looks like 'Bo'"):
         gallery.rename("Eve", "BO")
-
-
-def test_a_training_knows_one_person_in_both_forms(tmp_path, cache_dir):
-    rng = np.random.default_rng(0)
-    clips = {split: {f"{split} {n}": {"face": rng.normal(size=(2, 8)).astype(np.float32)}
-                     for n in range(4)} for split in ("train", "val")}  # fmt: skip
-    given = {f"train {n}": (NFC, NFD, "Ada", "Ada")[n] for n in range(4)} | {"val 0": NFD}
-    data = vidjax.load_data(clips, given, cache_dir=cache_dir)
-    assert data.identities == ("Ada", NFC)
-    assert json.dumps(data.report["splits"]["val"]["unlisted_identities"]) == "0"

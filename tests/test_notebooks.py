@@ -17,7 +17,6 @@ from tests.helpers import notebooks as notebooks_lib
 
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
-COLAB = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/colab"
 # What a hosted image brings, at versions above our lower bounds.
 HOSTED = {
     "absl-py": "2.3.1",
@@ -54,19 +53,6 @@ def shown(cell):
         for kind, text in output.get("data", {}).items():
             if not kind.startswith("image/"):
                 yield text if isinstance(text, str) else json.dumps(text)
-
-
-@notebooks
-def test_it_opens_in_colab_and_names_notebooks_that_exist(name):
-    notebook = read(name)
-    assert notebook.metadata.kernelspec.name == "python3"
-    assert f"({COLAB}/{name}.ipynb)" in notebook.cells[0].source
-    cited = re.findall(r"`(\w+\.ipynb)`", "".join(cell.source for cell in notebook.cells))
-    assert all(Path(one).stem in PATHS for one in cited)
-
-
-def test_the_setup_is_the_same_everywhere():
-    assert len({setup_code(name) for name in PATHS}) == 1
 
 
 @notebooks
@@ -142,13 +128,6 @@ def test_an_older_jax_is_upgraded_with_its_accelerator_and_a_restart(asked, caps
     assert "['jax'] upgraded: choose Runtime, Restart session" in capsys.readouterr().out
     asked("jax", "jaxlib", "numpy")
     assert not capsys.readouterr().out
-
-
-def test_the_setup_finds_the_folder_that_it_downloaded():
-    """A restart begins in the folder above it."""
-    source = next(cell.source for cell in read("quickstart").cells if cell.id == "setup")
-    found = re.search(r'elif Path\("(.*)"\).is_file\(\):.*\n    %cd -q (\w+)', source)
-    assert found and found[1] == f"{found[2]}/configs/mma.py"
 
 
 # From a clean kernel.

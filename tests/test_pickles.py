@@ -3,7 +3,6 @@
 import os
 import pickle
 import resource
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -338,34 +337,3 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path):
         weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
         labels_lib.load_clip_weights(tmp_path / "none.txt", clips)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("VIDJAX_REAL_DATA" not in os.environ, reason="no VIDJAX_REAL_DATA")
-def test_the_real_set_has_the_counts_of_its_card(tmp_path):
-    folder = Path(os.environ["VIDJAX_REAL_DATA"])
-    found = find_pickles(folder)
-    assert {modality for modality, _ in found} == {"face", "head", "audio"}
-    card = {
-        "train": (1580, 11129, 6306, 156, 34, 177),
-        "val": (1232, 8466, 4863, 142, 28, 139),
-        "test": (1210, 8713, 4906, 122, 24, 149),
-    }
-    for split, (count, faces, heads, no_face, no_head, no_audio) in card.items():
-        face, head, audio = (
-            sandbox.unpack(found[modality, split], modality, tmp_path / f"{modality}_{split}")
-            for modality in ("face", "head", "audio")
-        )
-        assert len(face.names) == count and face.skipped_clips == {"empty": no_face}
-        assert (face.seen, head.seen) == (faces, heads)
-        assert len(head.names) == count - no_head and len(audio.names) == count - no_audio
-        for packed in (face, head, audio):
-            assert packed.features.shape == (packed.lengths.sum(), 512)
-            assert packed.features.dtype == np.float16
-            assert packed.skipped == packed.warnings == {}
-        assert np.isclose(np.mean(face.frames["quality"]), 80, atol=2)
-    truths = labels_lib.find_ground_truth(folder)
-    train, val = (labels_lib.load_ground_truth(truths[split]) for split in ("train", "val"))
-    assert len(train) == 1580 and len(val) == 1232 - 373
-    assert labels_lib.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
-    assert len(set(val.values())) == 413 and max(Counter(val.values()).values()) == 5

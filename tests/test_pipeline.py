@@ -133,18 +133,6 @@ def test_every_clip_comes_once_an_epoch_across_batches(dataset, batch_size):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.slow
-def test_order_depends_on_seed_and_epoch_alone(dataset):
-    order = order_of(take(train_batches(dataset, **TRAIN), 12))
-    other_crop = {**TRAIN, "modalities": ("body",), "crop": "quality", "max_frames": 2}
-    assert order_of(take(train_batches(dataset, **other_crop), 12)) == order
-    other_size = {**TRAIN, "batch_size": 32}
-    assert order_of(take(train_batches(dataset, **other_size), 3)) == order
-    assert order_of(take(train_batches(dataset, **{**TRAIN, "seed": 4}), 12)) != order
-    resumed = take(train_batches(dataset, **TRAIN, step=6), 5)
-    assert order_of(resumed) == order[48:88]
-
-
 @pytest.mark.parametrize(
     ("crop", "start_batch"), quick_first([("quality", 1), ("window", 6), ("window", 23)])
 )

@@ -124,13 +124,6 @@ def test_links_lead_somewhere():
                 assert anchor in anchors(str(to.resolve().relative_to(ROOT))), (page, target)
 
 
-def test_every_readme_is_tested_and_linked_from_the_first():
-    found = {str(path.relative_to(ROOT)) for path in ROOT.glob("**/README.md")}
-    assert {path for path in found if not path.startswith((".", "build/"))} == set(PAGES)
-    linked = {target.partition("#")[0] for page, target in links() if page == "README.md"}
-    assert linked >= set(PAGES) - {"README.md"}
-
-
 @pytest.mark.slow
 def test_a_system_of_ones_own(official_dir, vidjax_command, python, tmp_path):
     assert not (ROOT / "configs" / "mine.py").exists()

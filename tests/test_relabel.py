@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import weighted_means
+from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
@@ -75,7 +76,8 @@ def test_predictions_move_clips_into_clusters_and_out_again(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "stops"),
-    [("resident", (5, 8)), ("streaming", (5,))],  # right after a relabelling; amid an epoch
+    # right after a relabelling; amid an epoch
+    quick_first([("resident", (5, 8)), ("streaming", (5,))], mark=pytest.mark.nightly),
 )
 def test_interrupted_and_resumed_equals_never_stopped(
     data, whole, tmp_path, mode, stops, monkeypatch

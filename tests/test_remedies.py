@@ -11,6 +11,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_galleries
+from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program, run_commands
@@ -70,7 +71,7 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("typed", "pattern", "then"), COMMANDS)
+@pytest.mark.parametrize(("typed", "pattern", "then"), quick_first(COMMANDS, 5))
 def test_the_remedy_of_a_command_works(typed, pattern, then, remedy, say):
     words = shlex.split(then.format(remedy(typed, pattern)))
     assert say(*words[words[0] == "vidjax" :])
@@ -175,6 +176,7 @@ def test_float64_is_refused_where_jax_would_compute_in_float32():
         plan.dry_run(config)
 
 
+@pytest.mark.slow
 def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
     rng = np.random.default_rng(0)
     people = rng.normal(size=(4, 8))
@@ -197,6 +199,7 @@ def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
     assert vidjax.evaluate(tmp_path / "two").map == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_first_checkpoint_may_change(tmp_path, data, official_dir):
     words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
     config = vidjax.load_config("knn:iqiyi_vid,face", *words)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import msgspec
@@ -12,7 +11,6 @@ import pytest
 
 from tests.helpers import made_runs
 from tests.helpers.browser import CHROMIUM, browse
-from tests.helpers.limits import slowness
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax.evaluation.report import html as html_lib
@@ -102,27 +100,6 @@ def test_of_a_net(data, tmp_path):
     before = text
     run_page.write(RunFolder(tmp_path))
     assert (tmp_path / "report.html").read_text() == before  # the same files, the same page
-
-
-@pytest.mark.slow
-def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
-    for name in ("knn", "folds"):
-        (tmp_path / name).mkdir()
-    config = shrunk(spec="configs/knn.py:iqiyi_vid")
-    loop.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
-    text = (tmp_path / "knn" / "report.html").read_text()
-    check_page(text)
-    assert '<section id="learning"' not in text  # nothing is optimised
-    check_numbers(tmp_path / "knn", text)
-    assert "scores of this run are not probabilities" in section(text, "open_set")
-
-    words = ("--config.num_epochs=2", "--config.ensemble.folds=2")
-    config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
-    results = loop.train(config, tmp_path / "folds", data, num_devices=1, analyse=True)
-    text = (tmp_path / "folds" / "report.html").read_text()
-    check_page(text)
-    assert len(results["members"]) == 2
-    check_numbers(tmp_path / "folds", text)
 
 
 def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}"):
@@ -316,15 +293,6 @@ def test_the_labels_of_an_axis_are_its_values():
     plot.axes.plot([0, 1, 2], [9.90353, 9.90353 + 1e-7, 9.90353])
     drawn = plot.html("loss", "loss", "loss")
     assert "9.903530" in drawn and "+" not in "".join(re.findall("<text[^>]*>([^<]*)<", drawn))
-
-
-@pytest.mark.slow
-def test_official_size(tmp_path):
-    folder = made_up(tmp_path / "run", identities=10034, clips=72000)
-    began = time.process_time()
-    text = run_page.write(RunFolder(folder)).read_text()
-    assert time.process_time() - began < 20 * slowness()
-    check_page(text)
 
 
 def luminance(colour):

@@ -391,28 +391,6 @@ def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     np.testing.assert_array_equal(losses, outcome.loss)
 
 
-@pytest.mark.slow
-def test_a_loop_leaves_bad_steps_out_and_says_which_was_one_too_many(data):
-    setting = Setting(data, MLP)
-    setting.plan = setting.plan._replace(batch_size=8)
-    whole = setting.plan._replace(batch_size=setting.plan.num_clips)
-    order = drawer(setting.clips, whole)(0).clip_index.tolist()
-    face: Any = setting.clips["face"]
-    for at in (24, 40, 48, 56):  # in steps 3, 5, 6 and 7
-        clip = first_with_a_face(data, order[at : at + 8])
-        frames = slice(int(face.start[clip]), int(face.start[clip] + face.length[clip]))
-        face = face._replace(features=face.features.at[frames].set(np.nan))
-    setting.clips["face"] = face
-    for counts in ((12,), (3, 5), (7, 1)):
-        assert int(setting.run(*counts)[1].bad_step) == 7
-    state, outcome = setting.run(7)
-    assert int(outcome.bad_step) == -1 and np.asarray(state.bad_steps) == 2
-    assert np.asarray(state.sums["bad_steps"]) == 3
-    before, after = setting.run(3)[0], setting.run(4)[0]
-    assert_same_state(before, after, ("params", "model_state", "opt_state"))
-    assert np.asarray(setting.run(5)[0].bad_steps) == 0
-
-
 class Told:
     """A number that tells when it is read."""
 

@@ -57,6 +57,7 @@ def reviewed(drawn, monkeypatch):
     return Reviewed()
 
 
+@pytest.mark.slow
 def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed, drawn):
     before = reviewed.names()
     unknown = {name: [c for c, x in before.items() if x == name] for name in before.values()}
@@ -92,6 +93,7 @@ def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed
     reviewed.post("undo", status=422)
 
 
+@pytest.mark.slow
 def test_the_page_asks_about_a_name_that_is_nearly_another(reviewed):
     before = reviewed.names()
     for word in ("ada", "Ad a", "ad\u0430a"):
@@ -111,6 +113,7 @@ def test_the_page_asks_about_a_name_that_is_nearly_another(reviewed):
     assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
 
 
+@pytest.mark.slow
 def test_the_reader_comes_back_to_the_next_person(reviewed):
     text = reviewed.post(do="name", of="unknown 2", next="unknown 1", person="Bob")
     place = text.index("autofocus")
@@ -140,6 +143,7 @@ def test_faces_are_shown_and_nothing_else_of_the_folder(reviewed, drawn):
         assert reviewed.client.get(f"/{TOKEN}/{address}").status_code == 404
 
 
+@pytest.mark.slow
 def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed, drawn):
     before = reviewed.names()
     numbers = sorted({name for name in before.values() if name.startswith("unknown ")})
@@ -197,6 +201,7 @@ def test_only_the_page_itself_asks_and_changes(reviewed):
     assert "form-action 'self'" in answer.text
 
 
+@pytest.mark.slow
 def test_films_play_from_any_second(reviewed):
     page = reviewed.page()
     assert 'href="play/1?t=2.0"' in page

@@ -110,15 +110,6 @@ def test_a_command_never_shows_results_of_other_data(own, tmp_path, capsys, diff
 
 
 @pytest.mark.slow
-def test_a_call_trains_in_no_folder_of_other_data(own, tmp_path):
-    """As when a cell of a notebook runs again, after the features were extracted again."""
-    words = write(tmp_path / "other", seed=1)
-    config = vidjax.load_config("knn:face", *words, f"--config.data.weights={own}/weights.txt")
-    with pytest.raises(ValueError, match="train has other features, val has other features"):
-        vidjax.train(config, own / "run", vidjax.load_data(config))
-
-
-@pytest.mark.slow
 def test_the_data_of_a_run_may_move(own, capsys):
     words = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"]
     shutil.move(own / "data", own / "moved")

@@ -120,7 +120,7 @@ def examples_of(batch, clip):
 EXAMPLES: Any = {"after_fusion": "examples"}
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("reduce", quick_first(["mean", "max"]))
 @pytest.mark.parametrize("scores", quick_first(["log_softmax", "log_sigmoid", "logits"]))
 def test_voting_is_a_mean_or_a_maximum_over_frames(scores, reduce):
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce)
@@ -225,6 +225,7 @@ def test_mixup_never_takes_from_a_clip_of_no_weight():
             )
 
 
+@pytest.mark.slow
 def test_mixup_against_a_loop():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
@@ -383,7 +384,7 @@ def shapes_in(jaxpr):
 B, T = 5, 11  # and C: all different, and no width of a layer
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("reduce", quick_first(["mean", "max"]))
 def test_scores_of_all_examples_never_exist_at_once(reduce):
     system = make(MMA, **EXAMPLES, eval__reduce=reduce)
     state = jax.eval_shape(lambda: init(system, np.arange(B)))

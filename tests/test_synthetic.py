@@ -112,6 +112,7 @@ def test_distractors_missing_modalities_and_lengths(clips, labels):
     assert lengths[lengths > 0].mean() == pytest.approx(12, rel=0.08)
 
 
+@pytest.mark.slow
 def test_quality_norm_and_noise_go_together(clips):
     quality, norms, cosines = [], [], []
     for split in SPLITS:
@@ -139,6 +140,7 @@ def test_same_seed_same_bytes(make, tmp_path):
     assert len(changed_files(make(), tmp_path / "other")) == 18
 
 
+@pytest.mark.slow
 def test_wrong_clips_show_somebody_else_in_a_third_of_their_frames(make):
     plain = _clips(make(wrong_clips=0.0), "face", "val")
     mixed = _clips(make(wrong_clips=1.0), "face", "val")
@@ -173,6 +175,7 @@ def test_blur_makes_quality_foretell_the_noise_of_a_frame(make):
     assert correlation[0.0] < 0.25 < correlation[1.0] < correlation[2.0]
 
 
+@pytest.mark.slow
 def test_label_noise_changes_the_train_truth_alone(make):
     plain, noisy = make(), make(label_noise=0.2)
     assert changed_files(plain, noisy) == {"train_gt.txt"}
@@ -181,6 +184,7 @@ def test_label_noise_changes_the_train_truth_alone(make):
     assert 0.1 < np.mean([before[name] != after[name] for name in before]) < 0.3
 
 
+@pytest.mark.slow
 def test_train_distractors_are_clips_without_a_line(make):
     plain, strange = make(), make(train_distractors=0.375)
     names = {f"{name}.mp4" for name in _clips(strange, "scene", "train")}
@@ -190,6 +194,7 @@ def test_train_distractors_are_clips_without_a_line(make):
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
 
 
+@pytest.mark.slow
 def test_missing_rate_empties_modalities_and_leaves_the_rest_alone(make):
     plain, sparse = make(), make(missing_rate=0.3)
     count = len(_clips(plain, "scene", "val"))
@@ -203,6 +208,7 @@ def test_missing_rate_empties_modalities_and_leaves_the_rest_alone(make):
     assert not changed_files(plain, sparse) & same
 
 
+@pytest.mark.slow
 def test_a_false_modality_shows_somebody_else_and_leaves_the_rest_alone(make):
     plain, false = make(), make(false_modality=1.0)
     files = {_pickle_path(plain, m, split).name for m in ("face", "audio") for split in SPLITS}

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from tests.helpers import map_oracle, small_runs
-from tests.helpers.batches import real_frames, weighted_means
+from tests.helpers import small_runs
+from tests.helpers.batches import real_frames
+from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import (
     RUN_FILES,
     STREAMED,
@@ -56,10 +57,13 @@ MLP = "configs/quality_fusion.py:iqiyi_vid"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "spec"),
-    [
-        (signal.SIGTERM, "configs/mma.py:iqiyi_vid"),
-        (signal.SIGINT, "configs/cosine.py:iqiyi_vid"),
-    ],
+    quick_first(
+        [
+            (signal.SIGTERM, "configs/mma.py:iqiyi_vid"),
+            (signal.SIGINT, "configs/cosine.py:iqiyi_vid"),
+        ],
+        mark=pytest.mark.nightly,
+    ),
 )
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec):
     """Even where somebody has evaluated it meanwhile, which does not finish it."""
@@ -146,7 +150,7 @@ SYSTEMS = [  # beside those that other tests train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", SYSTEMS)
+@pytest.mark.parametrize("spec", quick_first(SYSTEMS, 3, mark=pytest.mark.nightly))
 def test_shipped_configurations_run(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []
@@ -168,26 +172,6 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
         found.append(small_runs.scores([one], mesh=mesh, block_size=256))
     assert found[0].shape == (60, 12)
     np.testing.assert_array_equal(*found)
-
-
-@pytest.mark.slow
-def test_nearest_neighbours_against_a_loop(data, official_dir, nearest_run):
-    """The ranking is brute force over the clips' weighted means in float64, its score the MAP."""
-    gallery, probes = (
-        {clip: mean / np.linalg.norm(mean) for clip, mean in weighted_means(data, split).items()}
-        for split in ("train", "val")
-    )
-    labels, clips = data.split("train").labels, data.split("val").clips
-    assert len(probes) < len(clips)  # those without a face come last, by name
-    for line in (nearest_run / "ranking.txt").read_text().splitlines():
-        identity, *names = line.split()
-        own = [g for clip, g in gallery.items() if labels[clip] == int(identity)]
-        score = {i: max(probe @ g for g in own) for i, probe in probes.items()}
-        order = sorted(range(len(clips)), key=lambda i: (-score.get(i, -np.inf), i))
-        assert names == [f"{clips[i]}.mp4" for i in order]
-    files = official_dir / "val_gt.txt", nearest_run / "ranking.txt"
-    results = json.loads((nearest_run / "metrics.json").read_text())
-    assert results["map"] == float(map_oracle.mean_average_precision(*files))
 
 
 class Failing:

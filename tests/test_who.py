@@ -76,6 +76,7 @@ def test_files_that_are_no_film_and_no_photo_are_left_out(drawn):
     drawn.who(films / "party.nfo", code=1)  # a file that is named is read
 
 
+@pytest.mark.slow
 def test_unknown_people_keep_their_numbers_while_their_films_stay(drawn):
     """A call for other films, a film that goes, and a name that is given and taken back."""
     films, table = drawn.folder / "films", drawn.out / "unknown.tsv"
@@ -134,6 +135,7 @@ def test_names_written_into_the_table_of_the_unknown_are_taken(drawn):
         assert table.read_text() == wrong
 
 
+@pytest.mark.slow
 def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
     film = drawn.film()
     drawn.befriend("Ada")
@@ -154,6 +156,7 @@ def cut_off(*args, **options):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [False, True], ids=["in films", "with the table to write"])
 def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_person(
     drawn, monkeypatch, earlier
@@ -173,6 +176,7 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
     assert drawn.who(film)[0]["people"] == {"Bob": 1, "Eve": 1}
 
 
+@pytest.mark.slow
 def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monkeypatch):
     """Where a call was cut off, the table of the unknown is that of the film of before."""
     film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
@@ -194,6 +198,7 @@ def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monke
     assert drawn.who(film, people=False)[0]["people"] == {"Ada": 1}, table.read_text()
 
 
+@pytest.mark.slow
 def test_only_numbers_of_unknown_people_are_no_names(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada_1.png", ("Ada", 40, 40))
@@ -214,6 +219,7 @@ def test_only_numbers_of_unknown_people_are_no_names(drawn):
         shutil.rmtree(drawn.friends / name)
 
 
+@pytest.mark.slow
 def test_films_and_photos_in_subfolders_and_live_photos(drawn):
     films = drawn.folder / "films"
     for place, name in (("", "Ada"), ("2019/summer", "Bob"), (".hidden", "Eve")):
@@ -241,6 +247,7 @@ def test_a_film_that_was_renamed_has_its_new_name_and_a_lost_photo_is_told(drawn
     assert {path.stem for path in (drawn.out / "subtitles").iterdir()} == {"my_film"}
 
 
+@pytest.mark.slow
 def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
     """Also one that was moved; if its bytes changed and nothing else, `--check` sees it."""
     film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
@@ -320,17 +327,7 @@ def test_names_stay_where_voices_are_added_to_the_models(drawn):
     assert "other models of audio" in drawn.who(film, code=2)[1]
 
 
-def test_a_second_call_reads_no_video_again(drawn, monkeypatch):
-    film = drawn.film()
-    write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
-    first, _ = drawn.who(film)
-    before = (drawn.out / "names.tsv").read_bytes()
-    monkeypatch.setattr(pipeline, "film_lib", None)
-    second, said = drawn.who(film)
-    assert first == second and "as before" in said
-    assert (drawn.out / "names.tsv").read_bytes() == before
-
-
+@pytest.mark.slow
 def test_photos_that_do_not_show_one_face_are_named(drawn):
     film, people = drawn.film(), drawn.friends / "Ada"
     write_photo(people / "none.png")
@@ -350,6 +347,7 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
     assert len([line for line in said.splitlines() if str(people) in line]) == 3
 
 
+@pytest.mark.slow
 def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
     """A photo among those of another person, a stranger's, and one file as two people."""
     film = drawn.film()
@@ -375,6 +373,7 @@ def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_person_says_of_a_clip_counts(drawn):
     """A clip that was enrolled shows whom its label says, and goes with this person."""
     film = drawn.film()
@@ -467,6 +466,7 @@ def pictures_of(path):
 GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
 
 
+@pytest.mark.slow
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
     """In a flat file, in a sidecar, in a folder of another name; tags count more than the name."""
     film, friends = drawn.film(), drawn.friends
@@ -504,6 +504,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert content["missed"] == [] and "Groups is not looked for" not in said
 
 
+@pytest.mark.slow
 def test_a_tag_that_changes_goes_over_to_another_person(drawn):
     """In a sidecar: the photo stays as it is. What the gallery has renamed stays."""
     film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
@@ -534,6 +535,7 @@ def test_a_tag_that_changes_goes_over_to_another_person(drawn):
     assert shown()[0] == changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["untagged", "deleted", "folder deleted"])
 def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
     film, photo = drawn.film(), drawn.friends / "Ada" / "2.png"
@@ -559,6 +561,7 @@ def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
     assert drawn.run(*where)[1]["places"] == []
 
 
+@pytest.mark.slow
 def test_the_last_person_is_forgotten(drawn):
     drawn.befriend("Ada")
     film = drawn.film()
@@ -571,6 +574,7 @@ def test_the_last_person_is_forgotten(drawn):
     assert "has no photos" in drawn.who(film, code=2)[1] and not drawn.out.exists()
 
 
+@pytest.mark.slow
 def test_a_tagged_photo_that_cannot_be_read_now_forgets_nobody(drawn):
     film, photo = drawn.film(), drawn.friends / "group.png"
     write_photo(photo, *GROUP, tagged=GROUP)
@@ -685,6 +689,7 @@ def test_what_a_person_reads_on_the_terminal(drawn, command, monkeypatch):
     assert "1 of 1" not in command("who", film, *flags).err, "it is not read again"
 
 
+@pytest.mark.slow
 def test_a_cut_off_extraction_goes_on(drawn):
     film, out = drawn.film(), drawn.out
 
@@ -707,6 +712,7 @@ def test_a_cut_off_extraction_goes_on(drawn):
     assert not (out / ".extract-0badc0de").exists()
 
 
+@pytest.mark.slow
 def test_one_process_reads_the_photos_of_all_people(drawn, monkeypatch):
     """If it crashes at one photo, only this photo is lost."""
     read, batches = pipeline.run_limited_each, []
@@ -733,6 +739,7 @@ def test_one_process_reads_the_photos_of_all_people(drawn, monkeypatch):
     assert said.count("SIGSEGV") == 1 and not [*drawn.out.rglob(".extract-*")]
 
 
+@pytest.mark.slow
 def test_features_of_another_net_or_setting_are_refused(drawn):
     film, out, g = drawn.film(), drawn.folder / "features", drawn.folder / "g"
     pipeline.extract([film], out, drawn.models)
@@ -747,6 +754,7 @@ def test_features_of_another_net_or_setting_are_refused(drawn):
     assert code == 2 and "of another model than the gallery's" in said
 
 
+@pytest.mark.slow
 def test_files_of_one_name_keep_apart(drawn):
     film, twin = drawn.film(), drawn.folder / "elsewhere" / "party.mkv"
     twin.parent.mkdir()

@@ -199,22 +199,6 @@ def largest(workdir, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "damage"), [("arrays", flip), ("manifest", remove)])
-def test_evaluation_falls_back_and_says_to_which_step(capsys, finished, damage, what):
-    rng = random.Random(1)
-    manifest = finished / "checkpoints" / "24" / "manifest.json"
-    damage(largest(finished, 24) if what == "arrays" else manifest, rng)
-    with pytest.warns(UserWarning, match="checkpoint 24 is not used"):
-        code, said = command(capsys, "--mode=evaluate", f"--workdir={finished}")
-    assert code == 0, said
-    results = json.loads((finished / "metrics.json").read_text())
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["step"]: line["map"] for line in lines if "map" in line}
-    assert results["step"] == 18
-    assert results["map"] == scores[18]
-
-
-@pytest.mark.slow
 def test_a_manifest_that_lacks_an_entry_is_one_error(capsys, words, parts):
     manifests = checkpoint.manifests(parts)
     for name in ("members_sha256", "config", "modalities"):

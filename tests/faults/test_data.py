@@ -181,6 +181,7 @@ def test_ground_truth_of_other_clips(official, refused):
     refused(official, "none of its 18 clips is in a feature file", "files name train000")
 
 
+@pytest.mark.slow
 def test_clips_without_a_label_are_distractors_and_never_right(tmp_path):
     folder = tmp_path / "official"
     folder.mkdir()
@@ -245,6 +246,7 @@ def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(tmp_path):
         assert ranked[-len(silent) :] == sorted(silent)  # after every other clip, by name
 
 
+@pytest.mark.slow
 def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(official, refused):
     write_pickle(official, "head", "train", clips_of("train", 12))
     with pytest.warns(UserWarning, match="val: no file of head"):
@@ -294,6 +296,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 def test_odd_names_come_back_and_make_no_path(tmp_path):
     folder = tmp_path / "deep" / "down" / "official"
     folder.mkdir(parents=True)
@@ -317,6 +320,7 @@ def test_odd_names_come_back_and_make_no_path(tmp_path):
     assert not made & {"passwd", "absolute", "-rf", NAMES[0], NAMES[1]}
 
 
+@pytest.mark.slow
 def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "\u00fc.npz", face=np.ones((1, DIM)))
@@ -349,6 +353,7 @@ def test_training_without_one_label_is_one_error(official, tmp_path):
     refused_by(train, "check train_gt.txt")
 
 
+@pytest.mark.slow
 def test_identities_that_no_clip_shows_keep_their_columns(official):
     declared = tuple(str(i) for i in range(1, 9))  # 4 of them are in the ground truth
     data = load(official).with_identities(declared)

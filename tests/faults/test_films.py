@@ -28,7 +28,7 @@ from tests.helpers.limits import ROOT, children_of, file_limit, running, slownes
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances, features_folder, pipeline
+from vidjax.apps.video import features_folder, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -219,15 +219,6 @@ def test_odd_names_of_files_are_kept_apart_and_printable(drawn):
     assert said.count("in place of another file of this name") == 1
 
 
-def test_a_copy_of_a_file_is_extracted_once(drawn):
-    paths = [drawn.folder / place / "photo.png" for place in "abc"]
-    for path, name in zip(paths, ("Ada", "Ada", "Bob"), strict=True):
-        write_photo(path, (name, 20, 20))
-    for order in ((0, 1, 2), (2, 1, 0), (1, 2)):
-        found = pipeline.extract([paths[n] for n in order], drawn.out, drawn.models)
-        assert len(found) == 2 == len(features_folder.read_films(drawn.out))
-
-
 def test_names_of_people_are_escaped_in_every_format(drawn):
     people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
     for name, colour in people.items():
@@ -349,12 +340,6 @@ def test_tables_of_names_that_spreadsheets_wrote_are_read(drawn):
         assert len(said.splitlines()) <= 3 and f"{name}.tsv" in said and len(said) < 1000, said
 
 
-def test_subtitles_hold_no_second_arrow():
-    one = appearances.Appearance("x.mp4", 0, 1, "---->\n", 0.9, ("x",))
-    for ending in appearances.SUBTITLES:
-        assert appearances.to_subtitles([one], ending).count("-->") == 1
-
-
 def test_absurd_settings_are_told_and_harmless(drawn):
     place, film = drawn.folder / "in", drawn.folder / "in" / "film.mkv"
     write_photo(place / "photo.png", ("Ada", 20, 20))
@@ -371,14 +356,6 @@ def test_absurd_settings_are_told_and_harmless(drawn):
         content, _ = drawn.extract(*twice, out=drawn.folder / f"out{number}", flags=fine)
         assert content["files"] == 2  # each once
         assert content["clips"] == 1, "a film without a face has no clip"
-
-
-def test_a_photo_with_fifty_faces(drawn):
-    names, size = ["Ada", "Bob", "Eve"], (200, 400)
-    faces = [(names[n % 3], 8 + 40 * (n % 10), 8 + 40 * (n // 10)) for n in range(50)]
-    write_photo(drawn.folder / "crowd.png", *faces, size=size)
-    content, _ = drawn.extract(drawn.folder / "crowd.png")
-    assert content["clips"] == 50 == len(read_arrays(drawn.out))
 
 
 def test_who_follows_what_its_folders_hold_now(drawn):

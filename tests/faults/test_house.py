@@ -102,14 +102,6 @@ def test_tfds_is_missing(without, official_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_tensorboard_is_missing(without, tmp_path):
-    done = run("--config=configs/mma.py", f"--workdir={tmp_path}/w", env=without("tensorboard"))
-    check_text(done.stderr)
-    assert done.returncode == 2 and "pip install" in done.stderr
-    assert "the package 'tensorboard' is missing" in done.stderr
-
-
-@pytest.mark.slow
 def test_an_accelerator_without_its_extra():
     """Row 39: jax is to use a GPU, and no extra for one is installed."""
     if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):

@@ -92,11 +92,6 @@ def test_attacks_would_work_elsewhere(tmp_path):
     assert len(armed) > 40
 
 
-def test_no_two_files_are_the_same(tmp_path):
-    files = collection(tmp_path / "mark")
-    assert len(set(files.values())) == len(files) > 150
-
-
 def check_refused(ends, *, strict):
     """Asserts that all of them ended in one short line, soon, and in little memory.
 

@@ -62,15 +62,6 @@ def test_any_number_of_clips_gets_the_same_scores(run):
         assert all(len(ranked) == count for ranked in run.rank(some).values())
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_exact_dtypes_get_the_same_scores(run, dtype):
-    clips = {
-        name: {"face": clip["face"].astype(np.float16)} for name, clip in faces(9, seed=1).items()
-    }
-    others = {name: {"face": clip["face"].astype(dtype)} for name, clip in clips.items()}
-    np.testing.assert_allclose(run.scores(others), run.scores(clips), atol=1e-5)
-
-
 @pytest.mark.parametrize("size", ["num_identities", "num_clusters"])
 def test_sizes_of_a_manifest_that_cannot_be_fill_no_memory(run, tmp_path, size):
     folder = shutil.copytree(run.workdir, tmp_path / "theirs")

@@ -10,23 +10,6 @@ from tests.helpers.clip_files import write_labels, write_npz
 from vidjax.data import arrays
 from vidjax.data.records.conversion import convert
 
-CHILD = "import time; held = bytearray(60 << 20); time.sleep(9)"
-PARENT = f"""
-import subprocess, sys
-children = [subprocess.Popen([sys.executable, "-c", {CHILD!r}]) for _ in range(3)]
-[child.wait() for child in children]
-"""
-
-
-def test_a_command_is_ended_where_all_its_processes_hold_too_much():
-    ended = limits.run([sys.executable, "-c", PARENT], memory=150 << 20)
-    assert ended.returncode == -9 and ended.peak > 150 << 20
-
-
-def test_a_command_cannot_open_more_files_than_it_may():
-    ended = limits.run([sys.executable, "-c", "[open('/dev/null') for _ in range(30)]"], files=20)
-    assert ended.returncode == 1 and "Too many open files" in ended.stderr
-
 
 def write_own(folder, splits, widths):
     """Writes own features, split -> number of clips, and their labels: 20 people."""
