@@ -79,13 +79,13 @@ def confident(clips, labels):
 
 # file, table, function, line of the table
 ADDITIONS = (
-    ("losses.py", "CLASSIFICATION", COSFACE, '    "cosface": cosface,\n'),
+    ("core/losses.py", "CLASSIFICATION", COSFACE, '    "cosface": cosface,\n'),
     ("models/identifier.py", "MODELS", MODEL, '    "centroid": Centroid,\n'),
     ("data/sources.py", "DATASETS", DATASET, '    "blobs": open_blobs,\n'),
-    ("fusion.py", "FUSIONS", FUSION, '    "first": Fusion(first_frame),\n'),
-    ("augment.py", "TRANSFORMS", TRANSFORM, '    "halve": Transform(halve),\n'),
+    ("core/fusion.py", "FUSIONS", FUSION, '    "first": Fusion(first_frame),\n'),
+    ("core/augment.py", "TRANSFORMS", TRANSFORM, '    "halve": Transform(halve),\n'),
     (
-        "metrics.py",
+        "core/metrics.py",
         "CLIP_METRICS",
         METRIC,
         '    "confident": Metric("confident clips", "above 0.5", confident, log=True),\n',
