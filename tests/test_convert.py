@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import xmp
+from tests.helpers.cases import quick_first
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import align, cards, doubts, net_packages
 from vidjax.apps.video import nets as nets_lib
@@ -220,7 +221,7 @@ def test_two_people_are_told_apart(nets):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("orientation", quick_first([6, 1], mark=pytest.mark.nightly))
 @pytest.mark.parametrize("place", ["photo", "sidecar"])
 def test_face_tags_in_a_photo_of_two_people_name_both(nets, tmp_path, command, place, orientation):
     """Tags are of the picture as stored, which lies on its side by the orientation 6."""

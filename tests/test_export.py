@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, small_runs
+from tests.helpers.cases import quick_first
 from vidjax.apps.export import formats, function, reader, weights
 from vidjax.apps.export.formats import FORMATS
 from vidjax.apps.gallery import backend as backend_lib
@@ -27,14 +28,14 @@ from vidjax.evaluation import predict
 
 PAGE = Path(__file__).parent.parent / "vidjax/apps/export/README.md"
 SYSTEMS = {
+    "mma": "configs/mma.py:iqiyi_vid",
+    "plda": "configs/plda.py:iqiyi_vid",
     "knn": "configs/knn.py:iqiyi_vid,face",
     "quality_fusion": "configs/quality_fusion.py:iqiyi_vid,folds",
     "deepmef": "configs/deepmef.py:iqiyi_vid,face,head",
     "residual_dense": "configs/residual_dense.py:iqiyi_vid,face,head",
     "noise_classes": "configs/noise_classes.py:iqiyi_vid",
-    "mma": "configs/mma.py:iqiyi_vid",
     "cosine": "configs/cosine.py:iqiyi_vid",
-    "plda": "configs/plda.py:iqiyi_vid",
     "views": "configs/deepmef.py:iqiyi_vid,published,views",
 }
 # What a format cannot hold, and says in one line. All else it holds.
@@ -77,7 +78,7 @@ def plda_run(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", quick_first(SYSTEMS, 4, mark=pytest.mark.nightly))
 def test_every_system_leaves_in_every_format_or_says_why_not(name, trained, tmp_path, export):
     run = make_run(trained, name)
     for chosen in FORMATS:
@@ -414,7 +415,9 @@ def openvino(monkeypatch):
     return pytest.importorskip("openvino")
 
 
-@pytest.mark.parametrize("name", ["stable sort", "descending", "sort of bools", "ties", "shuffle"])
+@pytest.mark.parametrize(
+    "name", quick_first(["ties", "stable sort", "descending", "sort of bools", "shuffle"])
+)
 def test_openvino_orders_as_jax_does(name, openvino):
     """It computes int64 as int32, and its TopK takes equal values in any order."""
     compute, x = OPERATIONS[name]
@@ -425,7 +428,9 @@ def test_openvino_orders_as_jax_does(name, openvino):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plda", "mma", "residual_dense"])
+@pytest.mark.parametrize(
+    "name", quick_first(["mma", "plda", "residual_dense"], mark=pytest.mark.nightly)
+)
 def test_openvino_answers_as_the_run_does(name, trained, tmp_path, export, openvino):
     path = make_run(trained, name)
     code, _, complaint = export(path, "onnx")

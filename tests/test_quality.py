@@ -9,6 +9,7 @@ import pytest
 import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
+from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_npz, write_parquet
 from vidjax.data import arrays, memory, sources
 from vidjax.evaluation import predict
@@ -97,7 +98,7 @@ def test_lengths_that_are_all_one_are_told_once(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quality", ["given", "norm"])
+@pytest.mark.parametrize("quality", quick_first(["norm", "given"], mark=pytest.mark.nightly))
 def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path, command):
     """Nearest neighbours of quality-weighted means: another quality is another score."""
     rng = np.random.default_rng(0)

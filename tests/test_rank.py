@@ -12,6 +12,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_runs, small_runs
+from tests.helpers.cases import quick_first
 from tests.helpers.pages import Page
 from vidjax.cli.program import main
 from vidjax.data.memory import load_clips
@@ -194,7 +195,7 @@ def test_odd_names_round_trip_through_a_comparison(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", quick_first(FORMATS, mark=pytest.mark.nightly))
 def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffix):
     clips = make_clips("new", 5)
     table = clip_files.write_parquet(tmp_path / "new.parquet", clips)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import published
+from tests.helpers.cases import quick_first
 from tests.helpers.made_steps import make_train_step
 from vidjax.core import devices, ensemble
 from vidjax.core.batch import Batch, Frames
@@ -26,7 +27,7 @@ def results(vidjax_command, workdir, *words):
     return json.loads((workdir / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", quick_first([0, 1], mark=pytest.mark.nightly))
 def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, cache_dir, seed):
     """The first command of the README, with another seed of everything."""
     seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
@@ -85,12 +86,16 @@ def made_up_batch(rng, config, rows):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "mma:iqiyi_vid",
-        "mma:iqiyi_vid,published",
-        "deepmef:iqiyi_vid,face,scene,published",
-        "noise_classes:iqiyi_vid",
-    ],
+    quick_first(
+        [
+            "mma:iqiyi_vid",
+            "noise_classes:iqiyi_vid",
+            "mma:iqiyi_vid,published",
+            "deepmef:iqiyi_vid,face,scene,published",
+        ],
+        2,
+        mark=pytest.mark.nightly,
+    ),
 )
 def test_published_size(name):
     """A few steps of 8 clips at 10,035 classes and more."""

@@ -19,6 +19,7 @@ import pytest
 
 from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
+from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.limits import filled
@@ -357,7 +358,7 @@ def test_a_killed_reader_is_one_error_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", quick_first([2, 1], mark=pytest.mark.nightly))
 def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
     tmp_path, workers, campaign, fault_seed
 ):
