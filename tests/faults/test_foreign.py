@@ -20,6 +20,7 @@ from tests.campaigns import mutations
 from tests.helpers import limits, made_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import bomb
+from tests.helpers.small_runs import ROOT
 from vidjax.cli import check_command, program, run_commands
 from vidjax.core import devices, ensemble
 from vidjax.data import sources
@@ -573,3 +574,18 @@ def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
         f"{tmp_path}/here/features",
         f"{tmp_path}/here/weights.txt",
     )
+
+
+@pytest.mark.slow
+def test_a_finished_run_gets_no_other_configuration(vidjax_command, official_dir, tmp_path):
+    words = (
+        f"--config={ROOT}/configs/quality_fusion.py:iqiyi_vid", f"--workdir={tmp_path}/run",
+        f"--config.data.dir={official_dir}", "--config.num_epochs=1", "--config.batch_size=8",
+        "--config.eval.report=False",
+    )  # fmt: skip
+    assert vidjax_command(*words).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*[!k]")}
+    done = vidjax_command(*words, "--config.optim.learning_rate=0.5")
+    assert done.returncode == 2 and "another workdir" in done.stderr
+    assert "metrics.json" in {path.name for path in before}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*[!k]")}

@@ -12,6 +12,7 @@ import pytest
 from tests.campaigns import numbers
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle
+from tests.helpers.datasets import load_dataset
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.cli import check_command
@@ -228,6 +229,13 @@ def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path):
 
 
 # Data that would silently be something else.
+
+
+def test_a_folder_beside_the_synthetic_set_is_refused(tmp_path):
+    (problem,) = config_lib.problems(make_config(f"data.dir={tmp_path}"))
+    assert "--config.data.name=arrays" in problem and len(problem.splitlines()) <= 3
+    options = {"directory": tmp_path, "cache_dir": tmp_path}
+    refused(lambda: load_dataset("synthetic", **options), "--config.data.name=arrays")
 
 
 def test_the_digest_of_data_depends_on_frames_and_labels_alone(tmp_path):
