@@ -1,1 +1,4 @@
-"""Clips, labels and datasets in numpy (`order`, `resident`: jax); TensorFlow is in `records/`."""
+"""Data for training and evaluation: sources, labels, clips and batches, mostly as numpy arrays.
+
+Only `records/` imports TensorFlow. `untrusted/` reads files that may come from strangers.
+"""

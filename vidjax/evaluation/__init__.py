@@ -1,1 +1,1 @@
-"""From trained weights to a ranking: restored runs, the step, scores of a split, the top k."""
+"""Evaluation, from trained weights to results: scores, rankings, comparisons and reports."""

@@ -1,1 +1,1 @@
-"""The folder of a run: its files, logs and checkpoints, and the signals that stop it. No maths."""
+"""The folder of a run: its configuration, checkpoints, results and logs. It contains no maths."""
