@@ -90,7 +90,7 @@ def test_a_warning_is_printed_from_any_thread_and_those_of_libraries_are_not():
         "    ThreadPoolExecutor().submit(errors.warn, 'two of three').result()\n"
         "    warnings.warn('for programmers')\n"
         "    return 0\n"
-        "messages.run(main)\n"
+        "messages.run_main(main)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "vidjax: warning: two of three\n")

@@ -321,7 +321,7 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch
 def test_the_fit_looks_at_whole_identities():
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.zeros(50, int), rng.integers(1, 3001, 9000)])
-    some = plda_fit.some_identities(labels, 0)
+    some = plda_fit.draw_identities(labels, 0)
     assert not some[labels == 0].any() and some.sum() <= plda_fit.MAX_FITTED_CLIPS
     assert some.sum() > 0.95 * plda_fit.MAX_FITTED_CLIPS
     for identity, group in itertools.groupby(
@@ -329,4 +329,4 @@ def test_the_fit_looks_at_whole_identities():
     ):
         assert len({bool(some[i]) for i in group}) == 1, identity
     few = np.array([0, 1, 1, 2])
-    np.testing.assert_array_equal(plda_fit.some_identities(few, 0), few > 0)
+    np.testing.assert_array_equal(plda_fit.draw_identities(few, 0), few > 0)

@@ -201,13 +201,13 @@ def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
     config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
-    data, run = vidjax.load_data(config), feed.ResidentFeed.run
+    data, run = vidjax.load_data(config), feed.ResidentFeed.advance
 
     def moved(self, *args):
         shutil.move(tmp_path / "run", tmp_path / "moved")
         return run(self, *args)
 
-    monkeypatch.setattr(feed.ResidentFeed, "run", moved)
+    monkeypatch.setattr(feed.ResidentFeed, "advance", moved)
     with pytest.raises(ValueError, match="moved while it trained"):
         vidjax.train(config, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()

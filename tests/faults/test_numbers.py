@@ -208,7 +208,7 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path):
 
     def note(size, *words):
         config = make_config(f"batch_size={size}", *words)
-        return plan.repeated_clips(config, plan.make_plan(config, data))
+        return plan.describe_repeated_clips(config, plan.make_plan(config, data))
 
     assert note(6) is None
     assert "--config.batch_size=6" in str(note(7))

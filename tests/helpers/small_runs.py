@@ -174,7 +174,7 @@ class Interrupting:
 
 def interrupt_dispatch(monkeypatch, number, signum):
     """Sends this process a signal after the n-th dispatch of steps on resident clips."""
-    run, dispatches = feed.ResidentFeed.run, itertools.count()
+    run, dispatches = feed.ResidentFeed.advance, itertools.count()
 
     def interrupted(self, *args):
         done = run(self, *args)
@@ -182,7 +182,7 @@ def interrupt_dispatch(monkeypatch, number, signum):
             os.kill(os.getpid(), signum)
         return done
 
-    monkeypatch.setattr(feed.ResidentFeed, "run", interrupted)
+    monkeypatch.setattr(feed.ResidentFeed, "advance", interrupted)
 
 
 def restored(folder, data, config=None, mesh=None):

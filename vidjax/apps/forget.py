@@ -230,7 +230,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
     """Searches converted records for clips; with `delete` removes all of them if one is found."""
     path = folder / "index.npz"
     try:
-        limit = min(INDEX_BYTES, files.most_unpacked(os.lstat(path).st_size))
+        limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
         index = files.read_npz(path, limit)
         lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
         held = set(clips).intersection(map(normal_form, itertools.chain(*lists)))

@@ -77,7 +77,7 @@ Configurations, their arguments and all fields: configs/README.md.
 def run() -> NoReturn:
     """Runs the command line of this process and ends the process with its exit code."""
     machine.keep_freed_memory()
-    messages.run(main)
+    messages.run_main(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vidjax.core import distributed
 from vidjax.core.batch import Array, Batch, LazyFeatures
 from vidjax.utils.errors import UserError, check_argument, warn
-from vidjax.utils.files import foreign_part
+from vidjax.utils.files import find_foreign_folder
 
 Tree = TypeVar("Tree")  # a tree of arrays
 NVIDIA = Path("/dev/nvidia0")
@@ -42,7 +42,7 @@ def keep_programs(folder: Path) -> None:
         return  # the code that writes the cache reports the error
     if programs.is_symlink():
         return  # links in the cache are not followed
-    if foreign := foreign_part(programs):
+    if foreign := find_foreign_folder(programs):
         warn(
             f"compiled programs are not cached: another user may change '{foreign}'\n"
             f"forbid it with 'chmod go-w {foreign}', or choose another cache: VIDJAX_CACHE=FOLDER"

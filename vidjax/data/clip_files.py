@@ -37,7 +37,7 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
         with files.open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                arrays = files.load_npz(file, min(limit, files.most_unpacked(size)))
+                arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from error
         if is_joined(arrays):

@@ -175,7 +175,7 @@ def _check_pages(
                 width = file.schema.column(place).length
             size += max(unpacked, values * width)
             count += values if name == "features" else 0
-    limit, room = memory_bytes() // 3, files.most_unpacked(os.fstat(opened.fileno()).st_size)
+    limit, room = memory_bytes() // 3, files.max_unpacked_bytes(os.fstat(opened.fileno()).st_size)
     if size > limit:
         raise UserError(
             f"{path}: its columns take {size:,} bytes, and a third of the memory is {limit:,}\n"

@@ -121,13 +121,13 @@ def training_settings(
     if not fitted:
         return {}
     trained = labels[clips.used.any(axis=0)]
-    tell_of_few(trained, clips.tell)
+    report_few_people(trained, clips.tell)
     people = len(np.unique(trained[trained > 0]))
     fixed = {"centred": two_covariance.centre_share(people), **fixed}
     if fitted == {"centred"}:
         return {"centred": fixed["centred"]}
     rows, member = np.unique(clips.used, axis=0, return_inverse=True)
-    wanted = [some_identities(np.where(row, labels, 0), seed) for row in rows]
+    wanted = [draw_identities(np.where(row, labels, 0), seed) for row in rows]
     read = np.any(wanted, axis=0)
     vectors = {}
     for name, fuse in clips.fusions.items():
@@ -150,7 +150,7 @@ def training_settings(
     }
 
 
-def tell_of_few(labels: np.ndarray, tell: Callable[[str], None]) -> None:
+def report_few_people(labels: np.ndarray, tell: Callable[[str], None]) -> None:
     """Informs the user if too few people have two clips for a fit; labels [N], 0 for nobody."""
     count = _num_repeated(labels)
     if count < FEWEST_PEOPLE:
@@ -166,7 +166,7 @@ def _num_repeated(labels: np.ndarray) -> int:
     return int(np.sum(np.unique(labels[labels > 0], return_counts=True)[1] > 1))
 
 
-def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
+def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool: all labelled clips; if too many, the clips of some random identities."""
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)

@@ -166,13 +166,13 @@ def train(
         raise ArgumentError(
             f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
         )
-    config = _of_data(config, data)
+    config = _name_data(config, data)
     with locked(workdir) as path:
         metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
     return _results(RunFolder(path), config, metrics)
 
 
-def _of_data(config: Config, data: "TrainingData") -> Config:
+def _name_data(config: Config, data: "TrainingData") -> Config:
     """Returns a copy of a configuration in which `data.name` and `data.dir` name the given data.
 
     Fields that are not read for such data get their defaults.
@@ -213,7 +213,7 @@ def train_run(
     from vidjax.evaluation.analysis import analysis
     from vidjax.training import loop as training
 
-    results = training.finished(folder, config)
+    results = training.finished_metrics(folder, config)
     if results is None:
         set_up_devices(config)
     data = load_data(config) if data is None else data

@@ -48,7 +48,7 @@ class Feed(abc.ABC):
         self._step_seconds: float | None = None  # of the last dispatch
         self._fastest = float("inf")  # of all dispatches
 
-    def run(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
+    def advance(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
         """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
 
         `step` is the number of steps before the call. The `states` are donated.

@@ -34,11 +34,11 @@ from vidjax.training import feed as feed_lib
 from vidjax.training import train_step
 from vidjax.training.plan import (
     RunPlan,
+    compute_values,
+    describe_repeated_clips,
     make_plan,
     make_schedule,
     relabel,
-    repeated_clips,
-    values_of_clips,
 )
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
@@ -46,7 +46,7 @@ from vidjax.utils.errors import UserError, warn
 Tree = TypeVar("Tree")  # a tree of arrays
 
 
-def finished(folder: RunFolder, config: Config) -> dict[str, Any] | None:
+def finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if `config` needs more work.
 
     Raises UserError if the run cannot go on with this configuration.
@@ -96,7 +96,7 @@ def train(
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
-    if note := repeated_clips(config, plan):
+    if note := describe_repeated_clips(config, plan):
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began)
     write_description(workdir, config, data, plan.training_sets)
@@ -311,7 +311,7 @@ class TrainingRun:
         member has `MAX_BAD_STEPS` consecutive steps without a finite loss and gradient.
         """
         dispatched = time.monotonic()
-        done = self._feed.run(self._states, self._tables, self.step, stop - self.step)
+        done = self._feed.advance(self._states, self._tables, self.step, stop - self.step)
         self._states = done.states
         num_drawn = self._plan.batches.num_drawn
         num_clips = num_drawn(self.step + done.num_steps) - num_drawn(self.step)
@@ -386,7 +386,7 @@ class TrainingRun:
         predicted = np.zeros_like(old)
         if wanted.any():
             modalities = tuple(self._system.fuse_eval)
-            predicted[:, wanted] = values_of_clips(
+            predicted[:, wanted] = compute_values(
                 config, self._clips, modalities, best_columns, wanted, self._mesh
             ).T
         labels = np.where(movable, relabel(old, predicted, layout, keep=config.noise.keep), old)

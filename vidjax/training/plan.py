@@ -66,7 +66,7 @@ class RunPlan(NamedTuple):
     batches: BatchPlan
 
 
-def nobody_is_named(config: Config) -> str:
+def explain_no_identity(config: Config) -> str:
     """Returns the error message for training clips that show no identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
@@ -91,7 +91,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
-        raise UserError(nobody_is_named(config))
+        raise UserError(explain_no_identity(config))
 
     trained = ensemble.partition(
         members, labels, spec["folds"], config.seed, spec["resample"]
@@ -129,7 +129,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         max_frames=config.data.max_frames,
         crop=config.data.crop,
         seed=config.seed,
-        examples=examples_of(config, data, weight) if config.data.whole_epochs else None,
+        examples=find_examples(config, data, weight) if config.data.whole_epochs else None,
     )
     task = TaskSpec(
         modalities=modalities,
@@ -148,7 +148,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     return RunPlan(task, training_sets, labels, tables, batches)
 
 
-def examples_of(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
+def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
     """Returns [n] int32, the training clips that a member learns from, as values of `clip_index`.
 
     They have a weight [E, N] above 0, and frames after fusion (of the best 512 frames).
@@ -163,7 +163,7 @@ def examples_of(config: Config, data: TrainingData, weight: np.ndarray) -> np.nd
             {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
         )
 
-    is_used = values_of_clips(config, data, tuple(config.modalities), is_example, weighted)
+    is_used = compute_values(config, data, tuple(config.modalities), is_example, weighted)
     if not is_used.any():
         raise UserError(
             "config.data.whole_epochs=True: no training clip has frames that config.fusion keeps\n"
@@ -193,7 +193,7 @@ def label_distractors(
             f"config.noise.modality='{modality}': the data have {', '.join(data.modalities)}"
         )
     clusters = cluster(
-        values_of_clips(
+        compute_values(
             config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
         ),
         eps=config.noise.eps,
@@ -214,7 +214,7 @@ def _mean_face(frames: Frames) -> Array:
     return fusion.mean_frame(frames, weighting="quality").features[:, 0]
 
 
-def values_of_clips(
+def compute_values(
     config: Config,
     data: ClipSource,
     modalities: Sequence[str],
@@ -260,7 +260,7 @@ def training_clips(
         used=used,
         present=present,
         fusions=make_fusions(config.fusion.to_dict(), config.modalities, "evaluate"),
-        values=lambda modality, value_of, wanted: values_of_clips(
+        values=lambda modality, value_of, wanted: compute_values(
             config, data, (modality,), lambda batch: value_of(batch.frames[modality]), wanted
         ),
         seed=config.seed,
@@ -335,7 +335,7 @@ def dry_run(config: Config) -> None:
         )
 
 
-def repeated_clips(config: Config, plan: RunPlan) -> str | None:
+def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     """Returns a note for the user if the batch size exceeds the number of clips, or None."""
     most, is_whole = plan.batches.num_clips, plan.batches.examples is not None
     if config.batch_size <= most:

@@ -143,7 +143,7 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run_main(main: Callable[[], int]) -> NoReturn:
     """Runs the command line of this process and ends the process with its exit code."""
     _open_closed_streams()
     # Set before the slow imports. Training installs its own handlers.

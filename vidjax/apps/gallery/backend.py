@@ -195,9 +195,9 @@ def fit(
     """
     from vidjax.models import plda_fit  # JAX, for those alone who fit
 
-    plda_fit.tell_of_few(labels, say)
+    plda_fit.report_few_people(labels, say)
     if settings is None:
-        wanted = plda_fit.some_identities(labels, 0) if len(labels) else np.zeros(0, bool)
+        wanted = plda_fit.draw_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some, films = (
             {name: x[wanted] for name, x in found.items()}
             for found in (vectors, enrolled or vectors)

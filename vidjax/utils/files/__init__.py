@@ -2,7 +2,7 @@
 
 from os.path import lexists as exists
 
-from vidjax.utils.files.locks import foreign_part, lock
+from vidjax.utils.files.locks import find_foreign_folder, lock
 from vidjax.utils.files.reading import (
     ARCHIVE_BYTES,
     CONFIG_BYTES,
@@ -17,7 +17,7 @@ from vidjax.utils.files.reading import (
     each_line,
     load_npz,
     local,
-    most_unpacked,
+    max_unpacked_bytes,
     npz_bytes,
     open_entry,
     open_input,

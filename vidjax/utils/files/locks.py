@@ -40,7 +40,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
         yield
 
 
-def foreign_part(folder: Path) -> Path | None:
+def find_foreign_folder(folder: Path) -> Path | None:
     """Returns the first folder on the way from / to `folder` that other users may change.
 
     Returns None if there is none.

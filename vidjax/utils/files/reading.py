@@ -217,7 +217,7 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
     return arrays
 
 
-def most_unpacked(size: int) -> int:
+def max_unpacked_bytes(size: int) -> int:
     """Returns the most bytes that `size` bytes of packed numbers may become; more is a zip bomb.
 
     Features shrink to a tenth at best. Only an array of nearly equal values shrinks to a

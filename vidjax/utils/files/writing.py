@@ -179,7 +179,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
-        _rename_onto_nothing(partial, folder)
+        _rename_to_new(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno and not error.filename:
@@ -193,7 +193,7 @@ def partials(folder: Path) -> list[Path]:
     return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
 
 
-def _rename_onto_nothing(partial: Path, folder: Path) -> None:
+def _rename_to_new(partial: Path, folder: Path) -> None:
     """Renames a folder; replaces only an empty folder."""
     exists = os.path.lexists(folder)
     try:
