@@ -226,7 +226,7 @@ def fit_settings(
 class _Fold(NamedTuple):
     """The enrolled and the held-out clips of a fold."""
 
-    found: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
+    covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
     few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals with one clip of every other identity
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
