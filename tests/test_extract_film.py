@@ -86,6 +86,7 @@ def test_a_track_begins_and_ends_with_its_shot(tmp_path, drawn):
     assert found(tmp_path / "film.mkv", drawn.models) == [(0, 1.1, "Ada"), (1.1, 2.4, "Eve")]
 
 
+@pytest.mark.slow
 def test_all_of_a_tracks_time_is_kept():
     """The best are at its end; at 25 pictures a second, in a film of ten minutes."""
     kept = film.Kept()
@@ -101,6 +102,7 @@ def test_all_of_a_tracks_time_is_kept():
     assert len(short.pictures()) == 50
 
 
+@pytest.mark.slow
 def test_a_clip_has_faces_of_all_its_time(tmp_path, drawn):
     write_film(tmp_path / "long.mkv", (30, 20, [("Ada", 0, 30)]), size=(96, 256))
     (outcome,) = pipeline.extract([tmp_path / "long.mkv"], tmp_path / "out", drawn.models)
