@@ -147,14 +147,6 @@ def test_merged_frames_vary_less_within_a_class():
     assert np.mean(merged**2) < 0.5 * np.mean(own**2)
 
 
-def test_what_the_article_proposes_trains_on_its_net():
-    """L40: gates by a sigmoid, label smoothing and MixUp."""
-    words = ("model.width=8", "model.gate=True", "loss.label_smoothing=0.1", "mixup=0.2")
-    words = [f"--config.{word}" for word in words]
-    _, losses = made_steps.make("residual_dense:published,face,one", *words).train(3)
-    assert np.isfinite(losses).all()
-
-
 # Quality fusion. L: line of the article; training.py and inference.py at 60f5127.
 
 

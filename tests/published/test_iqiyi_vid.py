@@ -81,33 +81,6 @@ def test_mma_ensemble():
     np.testing.assert_array_equal(uses.sum(axis=1), 80)
 
 
-# Words of a row of table 3 -> (modalities, NetVLAD, attention, members); L198-207.
-TABLE_3 = {
-    "average,concat,face": (("face",), False, False, 1),
-    "average,concat,head": (("head",), False, False, 1),
-    "average,concat,audio": (("audio",), False, False, 1),
-    "average,concat,body": (("body",), False, False, 1),
-    "average,concat,face,head": (("face", "head"), False, False, 1),
-    "average,concat,face,head,audio": (("face", "head", "audio"), False, False, 1),
-    "average,concat": (("face", "head", "body", "audio"), False, False, 1),
-    "average,concat,ensemble": (("face", "head", "body", "audio"), False, False, 3),
-    "concat,ensemble": (("face", "head", "body", "audio"), True, False, 3),
-    "ensemble": (("face", "head", "body", "audio"), True, True, 3),
-}
-
-
-@pytest.mark.parametrize("length", ["", "unit,"])
-@pytest.mark.parametrize("words", TABLE_3)
-def test_mma_table_3(words, length):
-    config = of_the_paper(f"{length}{words}")
-    model = config["model"]
-    assert model["unit_length"] == bool(length)
-    assert not (model["map_norm"] or model["dropout_rate"] or model["modality_dropout_rate"])
-    found = bool(model["netvlad"]), model["attention"]
-    members = len(ensemble.make_members(config["ensemble"]))
-    assert (config["modalities"], *found, members) == TABLE_3[words]
-
-
 def test_mma_pooling_takes_a_share_of_a_false_vector():
     """Average pooling takes a quarter of one of four (L47); concatenation takes all of it."""
     frames = {"face": make_frames([1], max_frames=1), "head": make_frames([1], max_frames=1)}
