@@ -6,13 +6,13 @@ import pytest
 
 from vidjax.apps.video import cuts
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import Film, Source
+from vidjax.apps.video.features_folder import FileStamp, Film
 
 NTSC = 30000 / 1001
 
 
 def film(name, rate, seconds=100.0):
-    source = Source(address=f"/films/{name}", size=1, mtime_ns=0, inode=0)
+    source = FileStamp(address=f"/films/{name}", size=1, mtime_ns=0, inode=0)
     return Film(
         video=name, source=source, sha256="0" * 64, photo=rate is None, seconds=seconds,
         shots=[], tracks=[], frames=1, rate=rate,

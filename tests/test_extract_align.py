@@ -50,12 +50,12 @@ def turn(angle, scale, x, y):
 def test_similarity_is_the_least_squares_solution():
     points = points_of(np.random.default_rng(0), 50)
     wanted = np.stack([slow_similarity(one) for one in points])
-    np.testing.assert_allclose(align.similarity(points, TEMPLATE), wanted, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(align.fit_similarity(points, TEMPLATE), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_similarity_of_no_faces_and_of_points_that_coincide():
-    assert align.similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
-    found = align.similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
+    assert align.fit_similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
+    found = align.fit_similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
     np.testing.assert_allclose(found @ (7, 7, 1), TEMPLATE.mean(0))
 
 
@@ -65,7 +65,7 @@ def test_similarity_of_no_faces_and_of_points_that_coincide():
 def test_warp_is_bilinear_interpolation(place):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
     matrix = turn(*place)
-    found = align.warp(rgb, matrix[None], 24)[0]
+    found = align.warp_faces(rgb, matrix[None], 24)[0]
     assert found.dtype == np.uint8
     assert np.abs(found - slow_warp(rgb, matrix, 24)).max() <= 0.51
 
@@ -75,7 +75,7 @@ def test_crops_that_shrink_are_means_of_areas(scale):
     rng = np.random.default_rng(2)
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     rgb = np.stack([board, rng.integers(0, 256, board.shape), np.full_like(board, 80)], -1)
-    crop = align.warp(rgb.astype(np.uint8), turn(0.4, scale, 0, 0)[None], 200)[0]
+    crop = align.warp_faces(rgb.astype(np.uint8), turn(0.4, scale, 0, 0)[None], 200)[0]
     inside = crop[(crop[..., 2] == 80)].astype(float)
     assert len(inside) > 100
     np.testing.assert_allclose(inside[:, 0], 127.5, atol=15)
@@ -85,7 +85,7 @@ def test_crops_that_shrink_are_means_of_areas(scale):
 def test_a_crop_that_shrinks_keeps_its_place():
     y, x = np.indices((300, 400))
     rgb = np.stack([x // 2, y // 2, x * 0], -1).astype(np.uint8)
-    crop = align.warp(rgb, turn(0, 0.2, 0, 0)[None], 50)[0].astype(float)
+    crop = align.warp_faces(rgb, turn(0, 0.2, 0, 0)[None], 50)[0].astype(float)
     v, u = np.indices((50, 50))
     inner = slice(2, 48)
     np.testing.assert_allclose(crop[inner, inner, 0], (u / 0.4)[inner, inner], atol=1)
@@ -95,23 +95,28 @@ def test_a_crop_that_shrinks_keeps_its_place():
 def test_crops_outside_of_the_picture_are_black():
     rgb = np.full((20, 20, 3), 200, np.uint8)
     places = np.stack([turn(0, 1, 500, 0), turn(0, 0.1, -300, 0), turn(0, 0, 0, 0)])
-    assert not align.warp(rgb, places, 16).any()
-    assert align.warp(rgb, places[:0], 16).shape == (0, 16, 16, 3)
+    assert not align.warp_faces(rgb, places, 16).any()
+    assert align.warp_faces(rgb, places[:0], 16).shape == (0, 16, 16, 3)
 
 
 def test_the_parts_of_quality_go_from_zero_to_one():
     small = TEMPLATE[None] * 0.1
-    np.testing.assert_allclose(align.size(TEMPLATE[None]), 1)
-    np.testing.assert_allclose(align.size(small), 2 * 5.65 / 80)
+    np.testing.assert_allclose(align.measure_size(TEMPLATE[None]), 1)
+    np.testing.assert_allclose(align.measure_size(small), 2 * 5.65 / 80)
     turned = np.einsum("ij,pj->pi", turn(1, 2, 0, 0)[:, :2], TEMPLATE)[None]
-    np.testing.assert_allclose(align.frontality(turned), align.frontality(TEMPLATE[None]))
-    assert align.frontality(TEMPLATE[None])[0] > 0.9
+    np.testing.assert_allclose(
+        align.measure_frontality(turned), align.measure_frontality(TEMPLATE[None])
+    )
+    assert align.measure_frontality(TEMPLATE[None])[0] > 0.9
     profile = TEMPLATE.copy()
     profile[2, 0] += 40
-    assert align.frontality(profile[None])[0] == 0
-    assert align.size(np.zeros((1, 5, 2)))[0] == 0 and align.frontality(np.zeros((1, 5, 2)))[0] <= 1
+    assert align.measure_frontality(profile[None])[0] == 0
+    assert (
+        align.measure_size(np.zeros((1, 5, 2)))[0] == 0
+        and align.measure_frontality(np.zeros((1, 5, 2)))[0] <= 1
+    )
     board = np.indices((32, 32)).sum(0)[None, ..., None] // 8 % 2 * np.uint8(255)
-    sharp, flat = (align.sharpness(crop.repeat(3, -1))[0] for crop in (board, 0 * board))
+    sharp, flat = (align.measure_sharpness(crop.repeat(3, -1))[0] for crop in (board, 0 * board))
     assert 0.9 < sharp < 1 and flat == 0
 
 
@@ -130,7 +135,7 @@ def test_noise_does_not_count_as_sharp(side):
     grain = rng.normal(0, 15, sharp.shape)
     made = np.array([sharp, sharp + grain, soft, soft + grain, 0.2 * sharp, 128 + grain])
     crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
-    sharp, grained, soft, soft_grained, dark, noise = align.sharpness(crops)
+    sharp, grained, soft, soft_grained, dark, noise = align.measure_sharpness(crops)
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
     assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp
 

@@ -30,11 +30,11 @@ def add(models, role, **fields):
 
 
 def extract(path, out, models):
-    settings = features_folder.Settings()
+    settings = features_folder.ExtractionSettings()
     nets = film.load_nets(cards.load(models), settings.size)
     out.mkdir(exist_ok=True)
     found = film.extract(
-        path, out, path.stem, nets, settings, features_folder.Source.of(path), "0" * 64
+        path, out, path.stem, nets, settings, features_folder.FileStamp.of(path), "0" * 64
     )
     none = dict.fromkeys(nets.embed, np.zeros((0, 1)))
     return found, {clip: none | arrays for clip, arrays in read_arrays(out).items()}
@@ -99,7 +99,7 @@ def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
     none = Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2)))
     heads = Faces(boxes, np.ones(2, np.float32), np.zeros((2, 5, 2), np.float32))
     detect = {"face": lambda rgb: none, "head": lambda rgb: heads}
-    found = film.find(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
+    found = film.find_people(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
     np.testing.assert_array_equal(found.parts["head"], found.boxes)
 
 

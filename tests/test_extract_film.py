@@ -151,6 +151,6 @@ def test_a_film_of_many_gigabytes_has_a_source(tmp_path):
     path = tmp_path / "\u00e4 film\n.mp4"
     with path.open("wb") as file:
         file.truncate(50 << 30)
-    source = features_folder.Source.of(path)
-    again = msgspec.json.decode(msgspec.json.encode(source), type=features_folder.Source)
+    source = features_folder.FileStamp.of(path)
+    again = msgspec.json.decode(msgspec.json.encode(source), type=features_folder.FileStamp)
     assert again == source and again.path == path and again.size == 50 << 30

@@ -131,7 +131,7 @@ def test_the_better_of_two_overlapping_faces_is_kept(seed):
     for face in sorted(range(60), key=lambda i: -faces.scores[i]):
         if all(overlap(boxes[face], boxes[other]) <= 0.3 for other in kept):
             kept.append(face)
-    found = nets.suppress(faces, 0.3)
+    found = nets.suppress_overlaps(faces, 0.3)
     assert 1 < len(kept) < 60
     for part, whole in zip(found, faces, strict=True):
         np.testing.assert_array_equal(part, whole[kept])
@@ -190,7 +190,7 @@ def test_vectors_are_those_of_the_pixels_as_the_card_says(tmp_path, layout, colo
 def test_vectors_do_not_depend_on_the_block(tmp_path):
     made_nets.write(tmp_path)
     embedder = nets.Embedder(cards.load(tmp_path)["face_embedder"])
-    crops = rng().integers(0, 256, (2 * nets.BLOCK + 3, 8, 8, 3), np.uint8)
+    crops = rng().integers(0, 256, (2 * nets.BLOCK_CROPS + 3, 8, 8, 3), np.uint8)
     alone = np.concatenate([embedder(crop[None]) for crop in crops])
     np.testing.assert_allclose(embedder(crops), alone, rtol=1e-4, atol=1e-2)
     assert embedder(crops[:0]).shape == (0, 5)
@@ -240,11 +240,11 @@ def test_an_image_without_faces_gives_none(tmp_path):
 def answers(folder, **fields):
     """Returns the answer that the card of a made net should record."""
     card = cards.read(made_nets.write(folder, **fields))
-    return nets.answer_to_formula(card, nets.open_session(card), 7)
+    return nets.answer_formula(card, nets.open_session(card), 7)
 
 
 def test_the_tests_image_follows_its_formula():
-    image = nets.formula_image((5, 4), 7)
+    image = nets.make_formula_image((5, 4), 7)
     for row in range(5):
         for column in range(4):
             for channel in range(3):
@@ -253,7 +253,7 @@ def test_the_tests_image_follows_its_formula():
 
 
 def test_a_net_answers_as_its_card_says(tmp_path):
-    image = nets.formula_image((8, 8), 7).astype(float)
+    image = nets.make_formula_image((8, 8), 7).astype(float)
     vector = image.ravel() @ made_nets.embedder_weights().astype(float)
     np.testing.assert_allclose(answers(tmp_path), vector[0:4], rtol=1e-4)
     test = {"seed": 7, "output": answers(tmp_path).tolist(), "tolerance": 1e-4}

@@ -26,7 +26,7 @@ def tags_of(tmp_path):
         (tmp_path / name).write_bytes(content)
         for ending, one in sidecars.items():
             (tmp_path / f"a{'.jpg' * (ending == 'jpg_xmp')}.xmp").write_bytes(one)
-        return regions.read(tmp_path / name)
+        return regions.read_tags(tmp_path / name)
 
     return read
 
@@ -103,7 +103,7 @@ def test_tags_lie_in_sidecars(tags_of, tmp_path):
     assert shown(tags_of(own, xmp=none)) == TAGS, "a sidecar without tags"
     assert shown(tags_of(own, xmp=eve)) == [EVE]
     assert shown(tags_of(own, jpg_xmp=MWG)) == TAGS
-    assert [one.name for one in regions.sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
+    assert [one.name for one in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
     (tmp_path / "a.jpg.xmp").write_bytes(b"<rdf:RDF RegionList")
     found = tags_of(own)
     assert shown(found) == [EVE] and found.problem.startswith("a.jpg.xmp: its face tags cannot be")
@@ -202,9 +202,9 @@ def test_tags_of_a_turned_photo_find_their_faces(orientation, means, told):
         tags.append(regions.Tag(str(number), box))
         shape = width, height
     some = regions.Tags(tags, shape if told else None)
-    assert regions.match(some, FACES, (400, 300), orientation).tolist() == [0, 1]
-    assert regions.match(some, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
-    assert regions.match(regions.Tags([]), FACES, (400, 300), orientation).tolist() == []
+    assert regions.match_faces(some, FACES, (400, 300), orientation).tolist() == [0, 1]
+    assert regions.match_faces(some, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
+    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), orientation).tolist() == []
 
 
 def test_the_shape_that_tags_are_of_counts_more_than_faces_in_them():
@@ -213,10 +213,10 @@ def test_the_shape_that_tags_are_of_counts_more_than_faces_in_them():
     face = np.array([[280, 30, 360, 90]])
     for shape, found in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
         tags = regions.Tags([regions.Tag("Ada", box)], shape)
-        assert regions.match(tags, face, (400, 300), 6).tolist() == found, shape
+        assert regions.match_faces(tags, face, (400, 300), 6).tolist() == found, shape
 
 
 def test_a_face_has_one_tag_the_most_alike_first():
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
-    assert regions.match(tags, FACES, (400, 300), 1).tolist() == [1, -1, 0, -1]
+    assert regions.match_faces(tags, FACES, (400, 300), 1).tolist() == [1, -1, 0, -1]

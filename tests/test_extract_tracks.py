@@ -29,7 +29,7 @@ def one_of_each(boxes):
     """Returns the boxes that overlap no box before them by half, as every detector ends."""
     kept: list[int] = []
     for n in range(len(boxes)):
-        if not kept or tracks.overlaps(boxes[[n]], boxes[kept]).max() < 0.5:
+        if not kept or tracks.measure_overlaps(boxes[[n]], boxes[kept]).max() < 0.5:
             kept.append(n)
     return kept
 
@@ -153,7 +153,7 @@ def test_a_picture_that_is_held_makes_a_track(held_s):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 24_000 / 24_024, 5.0])
 def test_a_track_of_slow_frames_may_lack_one_of_them(rate):
-    tracker = tracks.Tracker(gap_s=tracks.gap_at(rate))
+    tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(rate))
     for n in (0, 2, 3):
         assert tracker.update(n / rate, np.array([[10, 10, 60, 70]])).tolist() == [0]
     tracker.cut(4 / rate)
@@ -181,7 +181,7 @@ def test_overlap_is_intersection_over_union():
             pixels[side, n, top:bottom, left:right] = True
     both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
     either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
-    np.testing.assert_allclose(tracks.overlaps(boxes[0], boxes[1]), both / either)
+    np.testing.assert_allclose(tracks.measure_overlaps(boxes[0], boxes[1]), both / either)
 
 
 def test_the_main_figure_by_its_definition():
@@ -248,27 +248,27 @@ def faces(order, cosine=0.83, alike=0.98, seed=0):
 def test_a_track_is_split_where_it_shows_somebody_else(order, places):
     for seed in range(5):
         vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
-        assert tracks.changes(vectors, times, False, dlib()) == places
-        assert tracks.changes(vectors, times, False, None) == []
+        assert tracks.find_changes(vectors, times, False, dlib()) == places
+        assert tracks.find_changes(vectors, times, False, None) == []
 
 
 def test_pictures_far_apart_may_each_show_somebody_else():
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
-        assert tracks.changes(vectors, times, True, dlib()) == places
+        assert tracks.find_changes(vectors, times, True, dlib()) == places
 
 
 def test_the_threshold_follows_from_the_card():
     card = dlib()
     for odds in (1.0, 50.0):
-        cosine = tracks.least_cosine(card, odds)
+        cosine = tracks.find_least_cosine(card, odds)
         same, different = (
             np.exp(-(((cosine - mean) / spread) ** 2) / 2) / spread
             for mean, spread in (card.same, card.different)
         )
         np.testing.assert_allclose(same / different, odds, rtol=0.02)
-    np.testing.assert_allclose(tracks.least_cosine(card, 50.0), 0.938, atol=0.001)
+    np.testing.assert_allclose(tracks.find_least_cosine(card, 50.0), 0.938, atol=0.001)
 
 
 def test_parts_of_a_track_have_its_sightings():
@@ -290,7 +290,7 @@ def test_real_tracks_of_two_people_are_split_and_no_other_is():
         person = arrays["person"][low:high]
         count = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
-        found = tracks.changes(vectors, times, False, dlib())
+        found = tracks.find_changes(vectors, times, False, dlib())
         split[bool(count < 0.8 * len(person))].append(bool(found))
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])

@@ -16,7 +16,7 @@ from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import cards, features_folder, pipeline, voices
-from vidjax.apps.video.features_folder import Track
+from vidjax.apps.video.features_folder import FilmTrack
 from vidjax.data.clip_files import read_clips, write_npz
 
 ADA, BOB, EVE = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10)
@@ -36,7 +36,7 @@ def extract(path, models, out=None):
 
 
 def track(clip, start_s, end_s, shot=0):
-    return Track(clip=clip, shot=shot, start_s=start_s, end_s=end_s, seen=2)
+    return FilmTrack(clip=clip, shot=shot, start_s=start_s, end_s=end_s, seen=2)
 
 
 def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
@@ -52,7 +52,7 @@ def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
     # Seen from 0 to 4 s; windows of 1.6 s, of which one hears the tone for 0.6 s alone.
     np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
-    embed = voices.voice_embedder(cards.load(models)["voice_embedder"])
+    embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
     wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))[1]
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
     (clip, *_) = read_clips([path.with_suffix("") / "film.npz"])
@@ -117,7 +117,7 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
     write_film(path, (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE]),
                sound=tone(440, 16), size=(240, 320))  # fmt: skip
     out = tmp_path / "shots"
-    pipeline.extract([path], out, models, features_folder.Settings(unit="shot"))
+    pipeline.extract([path], out, models, features_folder.ExtractionSettings(unit="shot"))
     clips = read_arrays(out)
     assert {*clips} == {"film.s000", "film.s002"}
     by_track, film = extract(path, models, tmp_path / "tracks")
@@ -162,7 +162,7 @@ def test_a_folder_has_one_kind_of_voices(tmp_path, models, change, message):
 
 def test_alone_is_who_is_seen_while_nobody_else_is():
     tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
-    found = [(span.clip, span.start_s, span.end_s) for span in voices.alone(tracks)]
+    found = [(span.clip, span.start_s, span.end_s) for span in voices.find_solo_spans(tracks)]
     # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
     wanted = [("a", 0, 4.0), ("a", 6, 10), ("c", 20, 29.6)]
     assert [one[0] for one in found] == [one[0] for one in wanted]
@@ -170,7 +170,7 @@ def test_alone_is_who_is_seen_while_nobody_else_is():
 
 
 def test_long_spans_are_heard_in_pieces_with_the_same_windows():
-    found = list(voices.alone([track("a", 1, 200)]))
+    found = list(voices.find_solo_spans([track("a", 1, 200)]))
     assert max(one.end_s - one.start_s for one in found) <= 60.001
     begins = [
         begin
@@ -192,7 +192,7 @@ def test_spans_get_the_samples_at_their_times():
         at += len(block) + rng.integers(0, 2) * rng.integers(0, 90_000)
     ends = [(0.1, 2.5), (2.5, 9), (8.2, 9.9), (12, 20), (29, 39)]
     spans = [voices.Span(str(n), *both) for n, both in enumerate(ends)]
-    found = list(voices.listen(blocks, [*spans, voices.Span("unheard", 38, 39.9)]))
+    found = list(voices.cut_spans(blocks, [*spans, voices.Span("unheard", 38, 39.9)]))
     assert [span for span, _ in found] == spans
     for span, samples in found:
         first = round(span.start_s * voices.RATE)
@@ -204,7 +204,9 @@ def test_memory_does_not_grow_with_the_length_of_the_sound():
     block = np.zeros(voices.RATE, np.float32)
     sound = ((float(second), block) for second in range(6 * 3600))
     tracemalloc.start()
-    pieces = sum(1 for _ in voices.listen(sound, voices.alone([track("a", 0, 6 * 3600)])))
+    pieces = sum(
+        1 for _ in voices.cut_spans(sound, voices.find_solo_spans([track("a", 0, 6 * 3600)]))
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert pieces == 365 and peak < 12 << 20

@@ -12,7 +12,7 @@ from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards
-from vidjax.apps.video.features_folder import Film, Source, Track
+from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
 from vidjax.cli import program as main_lib
 
 # Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
@@ -221,10 +221,11 @@ def test_unknown_people_are_grouped_and_named(tmp_path, models, capsys):
 
 def film(*tracks, video="a.mp4"):
     made = [
-        Track(clip=clip, shot=0, start_s=start, end_s=end, seen=2) for clip, start, end in tracks
+        FilmTrack(clip=clip, shot=0, start_s=start, end_s=end, seen=2)
+        for clip, start, end in tracks
     ]
     return Film(
-        video=video, source=Source(address=f"/{video}", size=1, mtime_ns=0, inode=1),
+        video=video, source=FileStamp(address=f"/{video}", size=1, mtime_ns=0, inode=1),
         sha256="0" * 64, photo=False, seconds=99, shots=[], tracks=made, frames=1,
     )  # fmt: skip
 
@@ -239,7 +240,7 @@ def test_tracks_of_one_person_are_joined_over_gaps():
         "1": answer("Ada", 0.8), "2": answer("Ada"), "3": answer("Ada"), "4": answer(None),
         "5": answer("B<o>b"),
     }  # fmt: skip
-    found = appearances.find(answers, [shown], {"4": "unknown 1"})
+    found = appearances.find_appearances(answers, [shown], {"4": "unknown 1"})
     assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
         ("Ada", 0, 6, 0.8, ("1", "2")),
         ("unknown 1", 1, 2, None, ("4",)),
@@ -260,12 +261,12 @@ def test_nobody_is_seen_twice_at_one_time():
     shown = film(("1", 0, 10), ("2", 4, 6), ("3", 10, 12), ("4", 5, 20))
     answers = {"1": answer("Ada", 0.6), "2": answer("Ada", 0.9), "3": answer("Ada", 0.95)}
     answers["4"] = answer("Bob", 0.7)
-    assert {frozenset(pair) for pair in appearances.seen_together([shown])} == {
+    assert {frozenset(pair) for pair in appearances.pair_seen_together([shown])} == {
         frozenset(pair) for pair in ("12", "14", "24", "34")
     }
-    settled = appearances.settle(answers, [shown])
+    settled = appearances.settle_answers(answers, [shown])
     assert [settled[clip].identity for clip in "1234"] == [None, "Ada", "Ada", "Bob"]
-    found = appearances.find(settled, [shown], {"1": "unknown 1"})
+    found = appearances.find_appearances(settled, [shown], {"1": "unknown 1"})
     assert [(x.identity, x.start_s, x.probability) for x in found] == [
         ("unknown 1", 0, None), ("Ada", 4, 0.9), ("Bob", 5, 0.7), ("Ada", 10, 0.95),
     ]  # fmt: skip
@@ -386,8 +387,8 @@ def test_subtitles_are_read_by_ffmpeg(tmp_path):
      (3725.0, "01:02:05.000", "1:02:05"), (59.9996, "00:01:00.000", "1:00")],
 )  # fmt: skip
 def test_times_as_text(seconds, long, short):
-    assert appearances.clock(seconds) == long
-    assert appearances.clock(seconds, short=True) == short
+    assert appearances.format_time(seconds) == long
+    assert appearances.format_time(seconds, short=True) == short
 
 
 def test_names_that_differ_in_a_blank_stay_apart_in_rttm():

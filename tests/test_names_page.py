@@ -8,10 +8,10 @@ import re
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.video import names_page
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import Film, Source
+from vidjax.apps.video.features_folder import FileStamp, Film
 
 FILM = Film(
-    video="a.mp4", source=Source(address="/a.mp4", size=1, mtime_ns=0, inode=1), sha256="0" * 64,
+    video="a.mp4", source=FileStamp(address="/a.mp4", size=1, mtime_ns=0, inode=1), sha256="0" * 64,
     photo=False, seconds=100.0, shots=[], tracks=[], frames=9,
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ def noise(*shape, seed=0):
 
 def embedder(folder):
     made_nets.write(folder, "voice", "voice_embedder")
-    return voices.voice_embedder(cards.load(folder)["voice_embedder"])
+    return voices.open_voice_embedder(cards.load(folder)["voice_embedder"])
 
 
 def listener(folder):
@@ -38,7 +38,7 @@ def test_mel_bands_are_triangles_of_equal_area():
     top = 15 + 27 * math.log(8) / math.log(6.4)
     edges = [hz(top * band / 41) for band in range(42)]
     assert edges[-1] == pytest.approx(8000)
-    for band, row in enumerate(voices.filters()):
+    for band, row in enumerate(voices.make_mel_filters()):
         low, middle, high = edges[band : band + 3]
         for bin_, weight in enumerate(row):
             up, down = (bin_ * 40 - low) / (middle - low), (high - bin_ * 40) / (high - middle)
@@ -47,7 +47,7 @@ def test_mel_bands_are_triangles_of_equal_area():
 
 def test_mels_are_powers_of_frames_about_each_10_ms():
     samples = noise(1, 1600)
-    found = voices.mels(samples)
+    found = voices.make_mels(samples)
     assert found.shape == (1, 10, 40) and found.dtype == np.float32
     for frame in range(10):
         power = np.zeros(201)
@@ -59,11 +59,11 @@ def test_mels_are_powers_of_frames_about_each_10_ms():
                 window = 0.5 - 0.5 * math.cos(2 * math.pi * i / 400)
                 total += value * window * np.exp(-2j * np.pi * bin_ * i / 400)
             power[bin_] = abs(total) ** 2
-        np.testing.assert_allclose(found[0, frame], voices.filters() @ power, rtol=1e-5)
+        np.testing.assert_allclose(found[0, frame], voices.make_mel_filters() @ power, rtol=1e-5)
 
 
 def test_mels_are_those_of_librosa():
-    found = voices.mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
+    found = voices.make_mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
     np.testing.assert_allclose(found, LIBROSA, rtol=1e-6, atol=1e-7)
 
 
@@ -76,9 +76,9 @@ def test_faint_windows_are_raised_to_a_level_and_loud_ones_stay():
 
 
 def test_vectors_are_those_of_the_mels(tmp_path):
-    windows = noise(nets.BLOCK + 3, voices.WINDOW)
+    windows = noise(nets.BLOCK_CROPS + 3, voices.WINDOW)
     found = embedder(tmp_path)(windows)
-    wanted = voices.mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
+    wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
     assert embedder(tmp_path)(windows[:0]).shape == (0, made_nets.WIDTH)
 
@@ -101,12 +101,12 @@ def test_each_probability_hears_what_came_before(tmp_path, count):
 def test_a_wrong_width_of_voices_is_named(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
     with pytest.raises(UserError, match=r"voice.json[\s\S]*width"):
-        voices.voice_embedder(card)(noise(1, voices.WINDOW))
+        voices.open_voice_embedder(card)(noise(1, voices.WINDOW))
 
 
 def test_a_voice_answers_to_the_formula(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
-    numbers = nets.formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
+    numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
-    found = nets.answer_to_formula(card, nets.open_session(card), 7)
+    found = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(found, wanted, rtol=1e-4)

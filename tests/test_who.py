@@ -72,7 +72,7 @@ def test_files_that_are_no_film_and_no_photo_are_left_out(drawn):
     assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
     for path, more in ((films, 2), (drawn.friends, 1), (drawn.friends / "Ada", 1)):
         name = "party-poster.jpg" if path == films else "party.nfo"
-        assert said.count(f"{path}: left out, no film or photo: {name} and {more} more") == 1
+        assert said.count(f"{path}: left out, not a film or photo: {name} and {more} more") == 1
     drawn.who(films / "party.nfo", code=1)  # a file that is named is read
 
 
@@ -167,7 +167,7 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
     with monkeypatch.context() as patch:
-        patch.setattr(who, "_look", cut_off)
+        patch.setattr(who, "_find_people", cut_off)
         drawn.who(film, code=130)
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
     if earlier:
@@ -184,11 +184,11 @@ def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monke
     drawn.who(film, people=False)
     write_film(film, (2, 20, [("Eve", 20, 30)]))
     with monkeypatch.context() as patch:
-        patch.setattr(who, "_look", cut_off)
+        patch.setattr(who, "_find_people", cut_off)
         drawn.who(film, people=False, code=130)
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     content, said = drawn.who(film, people=False)
-    assert content["people"] == {} and "not there any more" in said
+    assert content["people"] == {} and "no longer exist" in said
     # A clip of the new film has the name of an enrolled one of the old film.
     table.write_text(table.read_text().replace("unknown 1", "Eve"))
     assert drawn.who(film, people=False)[0]["people"] == {"Eve": 1}
@@ -203,12 +203,14 @@ def test_only_numbers_of_unknown_people_are_no_names(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada_1.png", ("Ada", 40, 40))
     write_photo(drawn.friends / "Ada_2.png", ("Ada", 42, 40))
-    alone = f"{drawn.friends}': each photo is another person here, such as Ada_1 and Ada_2. If all"
+    alone = f"{drawn.friends}': each photo counts as a different person, such as Ada_1 and Ada_2. If all"
     _, said = drawn.who(film)
     assert alone in said and f"name the folder above: --people={drawn.folder}\n" in said
     _, said = drawn.who(film)
     assert alone not in said, "once is enough"
-    assert "Ada_1 and Ada_2 are two people here. If they are one, put the photos into" in said
+    assert (
+        "Ada_1 and Ada_2 count as two people. If they are one person, put the photos into" in said
+    )
     assert f"'{drawn.friends}/Ada/'" in said
     table.write_text(table.read_text().replace("unknown 1", "unknown neighbour"))
     content, _ = drawn.who(film)
@@ -287,9 +289,11 @@ def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
 
     moved.unlink()
     _, said = drawn.who(other)
-    assert "not at their place any more: 1 film, such as the party.mkv; --prune" in said
+    assert "missing: 1 film, such as the party.mkv; --prune" in said
     _, said = drawn.who(other, flags=["--prune"])
-    assert f"{moved}: not at its place any more: forgotten" in said and str(other) not in said
+    assert (
+        f"{moved}: the file is missing: its features are removed" in said and str(other) not in said
+    )
     assert {row["video"] for row in drawn.rows()} == {"party.mkv"}
     assert not list((drawn.out / "features").glob("party.s002*"))
 
@@ -315,7 +319,7 @@ def test_names_stay_where_voices_are_added_to_the_models(drawn):
     assert before["film.s001.t00"] == ("Bob", ["told"])
     write_voices(drawn.models)
     after, said = shown()
-    assert after == before and said.count("new in the models: audio: names stay") == 1
+    assert after == before and said.count("new nets: audio: films and photos are read again") == 1
     clips = Gallery(drawn.out / "gallery").clips
     assert clips["people/Ada/2"].identity is None and clips["film.s001.t00"].identity == "Bob"
     assert clips["film.s001.t00"].vector[made_nets.WIDTH :].any()  # its voice has come
@@ -333,7 +337,7 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
     write_photo(people / "none.png")
     write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     _, said = drawn.who(film, code=2)
-    assert "no face is found" in said and "2 faces are found" in said
+    assert "no face in the photo" in said and "2 faces in the photo" in said
     assert "Ada is not looked for" in said and "nobody to look for" in said
     write_photo(people.parent / "Bob.png", ("Bob", 20, 20))
     content, _ = drawn.who(film, code=1)
@@ -364,12 +368,12 @@ def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
         content, said = drawn.who(film)
         told = [line for line in said.splitlines() if "given as" in line or "same file" in line]
         assert content["failed"] == [] and told == [
-            f"{drawn.friends}/Ada/1.png: the same file is a photo of Eve: delete the wrong one",
-            f"{drawn.friends}/Ada/4.png: given as Ada, and looks like Bob: move it if it shows "
-            "somebody else",
-            f"{drawn.friends}/Bob/5.png: given as Bob, and unlike the other photos of Bob: move it "
-            "if it shows somebody else",
-            f"{drawn.friends}/Eve.png: the same file is a photo of Ada: delete the wrong one",
+            f"{drawn.friends}/Ada/1.png: the same file is also a photo of Eve: delete the wrong copy",
+            f"{drawn.friends}/Ada/4.png: given as Ada, but looks like Bob: move it if it shows "
+            "another person",
+            f"{drawn.friends}/Bob/5.png: given as Bob, but unlike the other photos of Bob: move it "
+            "if it shows another person",
+            f"{drawn.friends}/Eve.png: the same file is also a photo of Ada: delete the wrong copy",
         ]  # fmt: skip
 
 
@@ -416,9 +420,9 @@ def test_enrol_tells_photos_that_do_not_help(drawn, whole):
     assert [str(one.message) for one in told] == [
         f"{people / 'Ada' / name}.png: {problem}"
         for name, problem in {
-            "none": "no face is found: give a photo of one person alone",
-            "poor": "a poor face, quality 0.000 of 1: a larger or sharper one from the front helps",
-            "two": "2 faces are found: give a photo of one person alone",
+            "none": "no face in the photo: give a photo of only one person",
+            "poor": "a poor face, quality 0.000 of 1: add a larger, sharper photo from the front",
+            "two": "2 faces in the photo: give a photo of only one person",
         }.items()
     ]
     prefix = "Ada/" if whole else ""
@@ -488,16 +492,16 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     content, said = drawn.who(film, code=1)
     assert content["people"] == {"Ada": 1, "Bob": 2, "Eve": 1}
     assert content["failed"] == [str(friends / "Bob" / "3.png")]
-    assert f"{friends / 'Bob' / '3.png'}: no face is found where Ada is tagged" in said
+    assert f"{friends / 'Bob' / '3.png'}: there is no face at the tag of Ada" in said
     assert f"{friends / 'Bob' / '2.png'}: its face tags name Eve, not Bob" in said
     assert "2.png.xmp" not in said and "not looked for" not in said
-    assert said.count("the tags count") == 1
+    assert said.count("the tags are used") == 1
     _, said = drawn.who(film, code=1)
-    assert "the tags count" not in said, "once is enough"
+    assert "the tags are used" not in said, "once is enough"
     shutil.rmtree(friends / "Bob")
     content, said = drawn.who(film)
     assert content["people"] == {"Ada": 1, "Bob": 1}, "of the group photo"
-    assert "Bob has no photos of their own any more: face tags still name them" in said
+    assert "Bob has no photos any more, but face tags still name this person" in said
     for number, tagged in enumerate([GROUP, ()]):
         write_photo(friends / "Groups" / f"{number}.png", *GROUP, tagged=tagged)
     content, said = drawn.who(film, code=1)
@@ -556,7 +560,7 @@ def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
     else:
         shutil.rmtree(photo.parent)
     _, said = drawn.who(film)
-    assert "Bob is no longer among the people: forgotten" in said
+    assert "Bob has no photos any more: forgotten" in said
     assert "Bob" not in Gallery(drawn.out / "gallery").identities
     assert drawn.run(*where)[1]["places"] == []
 
@@ -568,7 +572,7 @@ def test_the_last_person_is_forgotten(drawn):
     drawn.who(film)
     shutil.rmtree(drawn.friends / "Ada")
     _, said = drawn.who(film, code=2)
-    assert "Ada is no longer among the people: forgotten" in said
+    assert "Ada has no photos any more: forgotten" in said
     assert not Gallery(drawn.out / "gallery").identities and not (drawn.out / "people/Ada").exists()
     shutil.rmtree(drawn.out)
     assert "has no photos" in drawn.who(film, code=2)[1] and not drawn.out.exists()
@@ -677,7 +681,7 @@ def test_what_a_person_reads_on_the_terminal(drawn, command, monkeypatch):
     flags = (f"--models={drawn.models}", f"--out={drawn.out}", f"--people={drawn.friends}")
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "Progress", Bar)
-        patch.setattr(pipeline, "SECONDS", 0.01)
+        patch.setattr(pipeline, "PROGRESS_SECONDS", 0.01)
         patch.setattr(pipeline.sys.stderr, "isatty", lambda: True)
         done = command("who", film, *flags)
     total, *counts, closed = shown
@@ -744,14 +748,14 @@ def test_features_of_another_net_or_setting_are_refused(drawn):
     film, out, g = drawn.film(), drawn.folder / "features", drawn.folder / "g"
     pipeline.extract([film], out, drawn.models)
     with pytest.raises(ValueError, match=r"other settings .fps: 5.0, not 2.0"):
-        pipeline.extract([film], out, drawn.models, features_folder.Settings(fps=2.0))
+        pipeline.extract([film], out, drawn.models, features_folder.ExtractionSettings(fps=2.0))
     card = json.loads((drawn.models / "embed.json").read_text())
     made_nets.write(drawn.models, "embed", back_end=card["back_end"], **EMBED, notes="another")
     with pytest.raises(ValueError, match="features of another face_embedder"):
         pipeline.extract([film], out, drawn.models)
     assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
     code, _, said = drawn.run("gallery", "enrol", g, f"--input={out}", "--identity=Ada")
-    assert code == 2 and "of another model than the gallery's" in said
+    assert code == 2 and "of different models" in said
 
 
 @pytest.mark.slow

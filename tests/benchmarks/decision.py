@@ -16,7 +16,7 @@ import numpy as np
 
 from vidjax.apps.gallery import backend, grouping
 from vidjax.apps.video.cards import PUBLISHED, BackEnd
-from vidjax.apps.video.tracks import changes
+from vidjax.apps.video.tracks import find_changes
 from vidjax.apps.video.who import STRANGER_ODDS
 
 
@@ -45,7 +45,7 @@ def split(data: dict[str, np.ndarray]) -> Films:
     vectors, people, clips, times = [], [], [], []
     bounds = data["track_begin"].tolist()
     for number, (low, high) in enumerate(itertools.pairwise(bounds)):
-        at = changes(data["vector"][low:high], data["time_s"][low:high], False, card())
+        at = find_changes(data["vector"][low:high], data["time_s"][low:high], False, card())
         for begin, end in zip([0, *at], [*at, high - low], strict=True):
             rows = slice(low + begin, low + end)
             weight = np.maximum(data["quality"][rows], 1e-3)

@@ -28,7 +28,7 @@ from vidjax.apps.video.shots import Cuts
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
-FAST = features_folder.Settings(fps=2, size=448)
+FAST = features_folder.ExtractionSettings(fps=2, size=448)
 SHOT_S = 7
 
 
@@ -77,15 +77,15 @@ def speed(path: Path, out: Path, nets: film.Nets) -> dict[str, float]:
         cuts = Cuts()
         for frame in video.frames(5.0):
             cuts.update(frame.time_s, frame.small)
-        seconds = video.found.seconds
+        seconds = video.counts.seconds
     decoded = time.process_time()
     found = film.extract(
         path,
         out,
         path.stem,
         nets,
-        features_folder.Settings(),
-        features_folder.Source.of(path),
+        features_folder.ExtractionSettings(),
+        features_folder.FileStamp.of(path),
         "0" * 64,
     )
     ended = time.process_time()
@@ -126,10 +126,10 @@ def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[st
     path = place / "photos.mp4"
     films.write(path, (frame for photo in shown for frame in panned(photo)))
     before = None
-    for settings in (features_folder.Settings(), FAST):
+    for settings in (features_folder.ExtractionSettings(), FAST):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         out = place / f"who{settings.size}"
-        found = who.who([path], first, out, models, settings).found
+        found = who.name_people([path], first, out, models, settings).appearances
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_s = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
         told = {"fps": settings.fps, "size": settings.size, "cpu_s": round(cpu_s, 1)}

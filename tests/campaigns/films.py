@@ -44,8 +44,8 @@ def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
             path.parent,
             "x",
             nets,
-            features_folder.Settings(),
-            features_folder.Source.of(path),
+            features_folder.ExtractionSettings(),
+            features_folder.FileStamp.of(path),
             "0" * 64,
         )
         lost = found.corrupt or found.refused or found.lost_sound

@@ -23,14 +23,14 @@ def workers_of(args: argparse.Namespace) -> int:
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
-def settings_of(args: argparse.Namespace) -> features_folder.Settings | None:
+def settings_of(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
     """Returns the settings that flags name; None if they name none."""
     names = ("fps", "size", "unit")
     given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
-    return features_folder.Settings(**given) if given else None  # pyright: ignore[reportArgumentType]
+    return features_folder.ExtractionSettings(**given) if given else None  # pyright: ignore[reportArgumentType]
 
 
-def tell(outcome: pipeline.Outcome) -> None:
+def tell(outcome: pipeline.FileOutcome) -> None:
     """Prints a line of a file that is done, and what was found wrong with it."""
     film = outcome.film
     if film is None:
@@ -44,7 +44,7 @@ def tell(outcome: pipeline.Outcome) -> None:
     if outcome.replaced:
         before = ", in place of another file of this name"
     heard = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{features_folder.printable(outcome.label)}: {about}, {faces}{heard}{before}")
+    say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{heard}{before}")
     if not film.photo and film.frames < SLOW * film.seconds:
         say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
     if film.others:

@@ -351,7 +351,7 @@ def _without_crowds(
         prefix = "" if place == path else f"{place.name}/"
         for film in features_folder.read_films(place):
             film.tracks = [one for one in film.tracks if f"{prefix}{one.clip}" in people]
-            alone, problem = features_folder.judge_photo(film) if film.photo else ("", "")
+            alone, problem = features_folder.check_photo(film) if film.photo else ("", "")
             for track in film.tracks if alone is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
             if problem:
@@ -421,7 +421,7 @@ def _identify(args: argparse.Namespace) -> Result:
     content |= {"threshold": rule.found.to_dict() if rule.found else None} | timed[1]
     if out:
         if films:
-            shown = appearances.find(appearances.settle(found, films), films)
+            shown = appearances.find_appearances(appearances.settle_answers(found, films), films)
             appearances.write(out, shown, films)
         else:
             answers_lib.write(out, found)

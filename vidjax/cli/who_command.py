@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> Result:
         need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
     workers = extract_command.workers_of(args)
-    done = who.who(
+    done = who.name_people(
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), extract_command.settings_of(args),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
@@ -26,11 +26,11 @@ def run(args: argparse.Namespace) -> Result:
     if args.review:
         from vidjax.apps.video import review  # it needs starlette
 
-        reviewed = review.run(
+        reviewed = review.serve_review(
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
         )
         done = reviewed._replace(failed=done.failed, missed=done.missed)
-    named = [one.identity for one in done.found if one.probability is not None]
+    named = [one.identity for one in done.appearances if one.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
         "failed": [*done.failed], "missed": [*done.missed],
@@ -64,7 +64,9 @@ def add_flags(parser: Parser) -> None:
     about = "shows faces on the page, also in later calls; --no-thumbnails deletes them"
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds before and after each appearance in cut lists, 1 by default"
-    parser.add_argument("--padding", metavar="SECONDS", type=float, default=who.PADDING, help=about)
+    parser.add_argument(
+        "--padding", metavar="SECONDS", type=float, default=who.PADDING_SECONDS, help=about
+    )
     about = "then prints the address of a page on which you name people"
     parser.add_argument("--review", action="store_true", help=about)
     example = "holiday.mp4 --people=friends --models=models --out=names"

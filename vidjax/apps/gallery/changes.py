@@ -7,7 +7,7 @@ import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.store import MOST_LETTERS, STRANGER, Clip, State
-from vidjax.apps.video.features_folder import film_of
+from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.untrusted.names import (
     check_name,
     clean_identity,
@@ -211,7 +211,7 @@ def enrol(
     vectors say how alike clips are, see `distance.effective_count`.
     """
     names = (name for some in groups.values() for name in some)
-    films = by_film(names, clips, film_of if backend.parts[0].distances is None else str)
+    films = by_film(names, clips, cut_film_name if backend.parts[0].distances is None else str)
     place = {identity: number for number, identity in enumerate(groups)}
     owner = np.array([place[identity] for identity, _ in films], int)
     vectors = stack_films(films.values(), clips, backend.widths)
@@ -219,7 +219,7 @@ def enrol(
 
 
 def by_film(
-    names: Iterable[str], clips: Mapping[str, Clip], film: Callable[[str], str] = film_of
+    names: Iterable[str], clips: Mapping[str, Clip], film: Callable[[str], str] = cut_film_name
 ) -> dict[tuple[str, str], list[str]]:
     """Returns (identity, film) -> the names of clips; other clips are a film each."""
     found: dict[tuple[str, str], list[str]] = {}

@@ -53,7 +53,7 @@ from vidjax.apps.gallery.store import (
     UnwritableError,
     group,
 )
-from vidjax.apps.video.features_folder import film_of
+from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
@@ -785,7 +785,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
     from vidjax.apps.video import cards
 
     path = Path(models).expanduser().absolute()
-    usable = cards.embedders(cards.load(path))
+    usable = cards.list_embedders(cards.load(path))
     # Clothes and places tell no person: they change, and others wear and visit the same.
     back_ends = {
         part: card.back_end for part, card in usable.items()
@@ -794,7 +794,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
     if not back_ends:
         raise UserError(
             f"'{path}' holds no net of faces or voices whose card has a back end\n"
-            f"{cards.how_to_get('face_embedder')}"
+            f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return Origin(str(path), files.sha256_json(digests), True, digests), back_ends
@@ -887,7 +887,9 @@ def _tell_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 def _tell_of_films(groups: Mapping[str, Collection[str]]) -> None:
     """Tells the user of whom all clips, two or more, are of one film; name -> clips."""
-    few = [name for name, some in groups.items() if len(some) > 1 == len({*map(film_of, some)})]
+    few = [
+        name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})
+    ]
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
         say(f"all clips of {named} are of one film, and alike: add clips of another day")

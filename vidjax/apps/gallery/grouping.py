@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from vidjax.apps.gallery.backend import MOST_OF_VOICE, Backend, sums_of
-from vidjax.apps.video.features_folder import film_of
+from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
@@ -128,7 +128,7 @@ def group(
 
     Args:
       backend: compares the vectors.
-      names: [N] names of clips, which say the film, see `folder.film_of`.
+      names: [N] names of clips, which say the film, see `features_folder.cut_film_name`.
       parts: the vectors of the clips, M arrays [N, D] float32, 0 where a clip lacks the part.
       apart: pairs of clips that do not show one person.
       begin: [N] names of groups that are joined further; None to begin with single clips.
@@ -138,7 +138,7 @@ def group(
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
     pairs = np.array(pairs, int).reshape(-1, 2)
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
-    order = np.argsort([film_of(name) for name in names], kind="stable")
+    order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # a group a clip, film by film
     if begin is not None:
         labels = np.unique(begin, return_inverse=True)[1]

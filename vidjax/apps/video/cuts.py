@@ -1,8 +1,8 @@
-"""Cut lists: where films show a person, as programs for editing read it.
+"""Cut lists: the stretches of films that show a person, for programs that edit films.
 
-A list is a .edl file of the format CMX 3600: an event for each stretch of a film, picture and
-sound. It has one rate of frames and MOST_EVENTS events, so a person may have several lists. Frames
-of a film are counted from its begin, and none is dropped.
+A list is a .edl file in the format CMX 3600, with one event for each stretch of a film, picture and
+sound. A list has one frame rate and at most MOST_EVENTS events, so that a person may have several
+lists. Frames are counted from the begin of the film, without drop frames.
 """
 
 import re
@@ -11,60 +11,62 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax.apps.video.appearances import Appearance, by_video
-from vidjax.apps.video.features_folder import Film, printable
+from vidjax.apps.video.appearances import Appearance, group_by_video
+from vidjax.apps.video.features_folder import Film, make_printable
 from vidjax.data.untrusted.names import file_stems
 from vidjax.utils import files
 
 MOST_EVENTS = 999
 RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0)
-USUAL_RATE = 25.0
-FORBIDDEN = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$')  # in names of files, by some system
-TITLE_LETTERS = 60  # of a name
+USUAL_RATE = 25.0  # if the frame rate of a film is unknown
+FORBIDDEN_LETTERS = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$')  # in names of files on some systems
+TITLE_LETTERS = 60  # letters of the person's name in a title
 
 
 class Cut(NamedTuple):
-    """A stretch of a film, from a frame to the frame `end` after its last one."""
+    """A stretch of a film from frame `begin` up to, but not including, frame `end`."""
 
     film: Film
     begin: int
     end: int
 
 
-def find(
-    found: Iterable[Appearance], films: Iterable[Film], padding_s: float
+def find_cuts(
+    appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> dict[tuple[str, float], list[Cut]]:
-    """Returns (person, frames a second) -> the stretches of films that show the person.
+    """Returns (person, frames per second) -> the stretches of films that show the person.
 
-    They have `padding_s` more seconds at both ends, as far as the film goes. Of one film they do
-    not touch. The rate is the one of RATES nearest to the film's. Photos have none.
+    Each stretch is extended by `padding_s` seconds at both ends, within the film. Stretches of a
+    film that would touch are joined. The rate is the nearest rate of RATES. Photos have no
+    stretches.
     """
     cuts: dict[tuple[str, float], list[Cut]] = {}
-    of_video = by_video(found)
+    of_video = group_by_video(appearances)
     for film in films:
-        rate = min(RATES, key=lambda known: abs(known - (film.rate or USUAL_RATE)))
+        rate = min(RATES, key=lambda rate: abs(rate - (film.rate or USUAL_RATE)))
         length = int(film.seconds * rate + 1e-3)
-        for one in of_video.get(film.video, ()):
-            begin = max(0, round((one.start_s - padding_s) * rate))
-            end = min(length, round((one.end_s + padding_s) * rate))
-            if film.photo or one.probability is None or begin >= end:
+        for appearance in of_video.get(film.video, ()):
+            begin = max(0, round((appearance.start_s - padding_s) * rate))
+            end = min(length, round((appearance.end_s + padding_s) * rate))
+            if film.photo or appearance.probability is None or begin >= end:
                 continue
-            own = cuts.setdefault((str(one.identity), rate), [])
-            if own and own[-1].film is film and begin <= own[-1].end:
-                own[-1] = own[-1]._replace(end=max(end, own[-1].end))
+            stretches = cuts.setdefault((str(appearance.identity), rate), [])
+            if stretches and stretches[-1].film is film and begin <= stretches[-1].end:
+                stretches[-1] = stretches[-1]._replace(end=max(end, stretches[-1].end))
             else:
-                own.append(Cut(film, begin, end))
+                stretches.append(Cut(film, begin, end))
     return cuts
 
 
 def write(
-    folder: Path, found: Iterable[Appearance], films: Iterable[Film], padding_s: float
+    folder: Path, appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> None:
     """Writes the lists of all people into a folder: NAME.edl.
 
-    Titles tell the rate; names, too, of a person who has films of several rates.
+    Titles contain the frame rate. If a person has films with several rates, names of files contain
+    it, too.
     """
-    lists = find(found, films, padding_s)
+    lists = find_cuts(appearances, films, padding_s)
     rates = Counter(person for person, _ in lists)
     written: list[tuple[str, str]] = []
     for (person, rate), cuts in lists.items():
@@ -73,26 +75,26 @@ def write(
         for part in range(0, len(cuts), MOST_EVENTS):
             label = f"{name} part {part // MOST_EVENTS + 1}" if part else name
             written.append((label, to_edl(title, rate, cuts[part : part + MOST_EVENTS])))
-    stems = file_stems(FORBIDDEN.sub("_", label) for label, _ in written)
+    stems = file_stems(FORBIDDEN_LETTERS.sub("_", label) for label, _ in written)
     for stem, (_, text) in zip(stems, written, strict=True):
         files.write_text(folder / f"{stem}.edl", text)
 
 
 def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
-    """Returns a list of cuts, which follow one another without a gap."""
+    """Returns the text of a list, in which the cuts follow each other without gaps."""
     lines, at = [f"TITLE: {title}", "FCM: NON-DROP FRAME"], 0
     for number, (film, begin, end) in enumerate(cuts, 1):
         frames = (begin, end, at, at + end - begin)
-        times = " ".join(_timecode(frame, round(rate)) for frame in frames)
+        times = " ".join(_format_timecode(frame, round(rate)) for frame in frames)
         path, at = film.source.path, frames[-1]
         lines += ["", f"{number:03}  AX       AA/V  C        {times}"]
-        lines += [f"* FROM CLIP NAME: {printable(path.name)}"]
-        lines += [f"* SOURCE FILE: {printable(str(path))}"]
+        lines += [f"* FROM CLIP NAME: {make_printable(path.name)}"]
+        lines += [f"* SOURCE FILE: {make_printable(str(path))}"]
     return "\n".join(lines) + "\n"
 
 
-def _timecode(frame: int, base: int) -> str:
-    """Returns the hours, minutes, seconds and frames of a frame, `base` of them a second."""
+def _format_timecode(frame: int, base: int) -> str:
+    """Returns the hours, minutes, seconds and frames of a frame at `base` frames per second."""
     seconds, frames = divmod(frame, base)
     minutes, second = divmod(seconds, 60)
     hours, minute = divmod(minutes, 60)

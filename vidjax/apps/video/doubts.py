@@ -1,10 +1,10 @@
-"""Photos that may show somebody else than their folder says.
+"""Finds photos that may show another person than their folder says.
 
-A photo is compared with the other photos of its person, and with all other people. One of these is
-named where it is more probable than the person of the photo by the odds LEAST_ODDS, with equal
-priors for all other people. A photo with two or more others of its person is doubtful, too, where
-these odds say that it shows somebody else than they do. The most doubtful photo of each person is
-set aside, and the rest is compared again, since a wrong photo makes the right ones doubtful.
+A photo is compared with the other photos of its person, and with all other people. It is doubtful
+if another person is more probable than its own by LEAST_ODDS, with equal priors for all other
+people. If its person has at least FEWEST_OTHERS other photos, it is also doubtful if these odds
+show that it is of a different person. The most doubtful photo of each person is then set aside, and
+the rest is compared again, because a wrong photo makes the right photos doubtful.
 """
 
 from collections.abc import Mapping
@@ -17,68 +17,74 @@ from vidjax.models import distance
 from vidjax.models.distance import Distances
 
 LEAST_ODDS = 200.0
-FEWEST_OTHERS = 2  # photos of a person that an unlike one differs from
+FEWEST_OTHERS = 2  # other photos of a person, from which a photo can differ
 
 
-def among(gallery: Gallery, shown: Mapping[str, str]) -> dict[str, str | None]:
-    """Returns doubtful clip of a gallery -> the person whom it looks like, None for nobody.
+def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
+    """Returns doubtful clip -> the person whom it resembles, or None if it resembles nobody.
 
-    `shown` is clip -> person. Faces are compared as a card says; without a card there is no doubt.
+    `person_of` is clip -> person. Faces are compared by the distances of the net's card. If the
+    gallery has none, no photo is doubtful.
     """
-    found: dict[str, str | None] = {}
-    clips = np.array(sorted(shown))
+    doubtful: dict[str, str | None] = {}
+    clips = np.array(sorted(person_of))
     for number, part in enumerate(gallery.backend.parts):
         if part.name != "face" or part.distances is None or not len(clips):
             continue
         vectors = np.stack([gallery.clips[clip].vector for clip in clips.tolist()])
         units = gallery.backend.units(gallery.backend.split(vectors))[number]
-        there = units.any(axis=1)
-        names, owner = np.unique([shown[clip] for clip in clips[there]], return_inverse=True)
-        for row, like in find(part.distances, units[there], owner).items():
-            found[str(clips[there][row])] = None if like is None else str(names[like])
-    return found
+        valid = units.any(axis=1)
+        names, owner = np.unique([person_of[clip] for clip in clips[valid]], return_inverse=True)
+        for row, like in compare_photos(part.distances, units[valid], owner).items():
+            doubtful[str(clips[valid][row])] = None if like is None else str(names[like])
+    return doubtful
 
 
-def find(distances: Distances, units: np.ndarray, owner: np.ndarray) -> dict[int, int | None]:
-    """Returns doubtful photo -> the person whom it looks like, None for nobody enrolled.
+def compare_photos(
+    distances: Distances, units: np.ndarray, owner: np.ndarray
+) -> dict[int, int | None]:
+    """Returns doubtful photo -> the person whom it resembles, or None if it resembles nobody.
 
     Args:
-      distances: what the card of the net says.
+      distances: the distances of the net's card.
       units: [N, D] float64, the unit vectors of photos.
       owner: [N] int, the person of each photo, from 0.
     """
-    found: dict[int, int | None] = {}
-    rows, left = np.arange(len(units)), np.ones(len(units), bool)
+    doubtful: dict[int, int | None] = {}
+    rows, kept = np.arange(len(units)), np.ones(len(units), bool)
     num = int(owner.max(initial=-1)) + 1
     while True:
-        count, total = sums_of(units * left[:, None], owner, num)
-        own_count = count[owner] - left
-        rest = (total[owner] - units * left[:, None]) / np.maximum(own_count, 1)[:, None]
-        own = _log_ratios(distances, own_count, rest, np.vecdot(units, rest))
+        count, total = sums_of(units * kept[:, None], owner, num)
+        num_others = count[owner] - kept
+        rest = (total[owner] - units * kept[:, None]) / np.maximum(num_others, 1)[:, None]
+        log_odds_own = _compute_log_ratios(distances, num_others, rest, np.vecdot(units, rest))
         mean = total / np.maximum(count, 1)[:, None]
-        others = _log_ratios(distances, count, mean, units @ mean.T)  # [N, num]
+        others = _compute_log_ratios(distances, count, mean, units @ mean.T)  # [N, num]
         others[rows, owner] = -np.inf
         like = others.argmax(axis=1)
-        gain = others[rows, like] - np.log(max(num - 1, 1)) - np.maximum(own, 0)
-        doubt = np.maximum(gain, np.where(own_count >= FEWEST_OTHERS, -own, -np.inf))
-        order = np.flatnonzero(left & (doubt > np.log(LEAST_ODDS)))
+        gain = others[rows, like] - np.log(max(num - 1, 1)) - np.maximum(log_odds_own, 0)
+        doubt = np.maximum(gain, np.where(num_others >= FEWEST_OTHERS, -log_odds_own, -np.inf))
+        order = np.flatnonzero(kept & (doubt > np.log(LEAST_ODDS)))
         order = order[np.argsort(doubt[order], kind="stable")]
         worst = dict(zip(owner[order].tolist(), order.tolist(), strict=True))  # of each person
         if not worst:
-            return found
+            return doubtful
         for photo in worst.values():
-            found[photo] = int(like[photo]) if gain[photo] > 0 else None
-            left[photo] = False
+            doubtful[photo] = int(like[photo]) if gain[photo] > 0 else None
+            kept[photo] = False
 
 
-def _log_ratios(
+def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Returns log(p(photo, clips | one person) / p(.. | two people)); 0 for people without clips.
+    """Returns log(p(photo, clips | one person) / p(... | two people)); 0 for people without clips.
 
-    `mean` is that of `count` clips, and `product` the product of it and the unit vector of a photo.
+    Args:
+      count: the number of clips of each person.
+      mean: the mean of the unit vectors of these clips.
+      product: the inner product of `mean` and the unit vector of the photo.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)
-    found = distance.pair_log_ratios(distances, 1 + square - 2 * product, noise)
-    return np.where(count > 0, found, 0.0)
+    log_ratios = distance.pair_log_ratios(distances, 1 + square - 2 * product, noise)
+    return np.where(count > 0, log_ratios, 0.0)

@@ -1,14 +1,15 @@
-"""The folder of features that `vidjax extract` writes, and what its files say.
+"""The folder of features that `vidjax extract` writes, and its files.
 
     OUT/STEM.npz            the clips of a video or photo
-    OUT/videos/STEM.json    the video or photo, with the times of its tracks; written last
-    OUT/extract.json        the nets and settings of all
-    OUT/thumbnails/STEM/    only where asked for: the best face of each clip, CLIP.png
+    OUT/videos/STEM.json    the video or photo with the times of its tracks; written last
+    OUT/extract.json        the nets and settings of all files
+    OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
-A clip is one track of a person, `STEM.s003.t01`. By --unit=shot it is a whole shot, `STEM.s003`. Of
-a photo it is a face, `STEM`; of several faces `STEM.f01`. `vidjax.data.arrays` reads the clips. A
-video without its `.json` was cut off, and is extracted anew. STEM is the name of the file without
-its ending, and without dots.
+A clip is the track of one person in one shot, `STEM.s003.t01`. With --unit=shot it is a whole shot,
+`STEM.s003`. A photo with one face is one clip, `STEM`; a photo with several faces has the clips
+`STEM.f01` and so on. `vidjax.data.arrays` reads the clips. If the extraction of a video was
+interrupted, its `.json` file is missing, and the next call extracts it again. STEM is the name of
+the file without its ending and without dots.
 """
 
 import os
@@ -21,7 +22,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.apps.video.cards import PARTS
+from vidjax.apps.video.cards import EMBEDDER_ROLES
 from vidjax.data.untrusted.names import check_name
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
@@ -29,27 +30,28 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 NAME = "extract.json"
-NUMBERS = "unknown.json"  # of results of `vidjax who`
+NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-PROGRESS = "progress"  # the bytes of a film that are read, while it is extracted
+PROGRESS = "progress"  # contains the number of bytes read so far while a film is extracted
 FILE_BYTES = 256 * files.MB
-POOR = 0.01  # quality of a face, that best tells whom it does not name: benchmark photo_quality
-MOST_BYTES = 120  # of a stem; that of a name of a file is 255 on most systems
-REMEDY = "delete the folder, and extract anew"
+POOR_QUALITY = 0.01  # worse faces are often not recognised
+MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
+REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Box = tuple[Share, Share, Share, Share]  # left, top, right, bottom, as parts of the upright picture
+# Left, top, right, bottom as fractions of the sides of the upright picture.
+Box = tuple[Share, Share, Share, Share]
 
 
-class Settings(Struct, kw_only=True, frozen=True):
-    """How features are extracted.
+class ExtractionSettings(Struct, kw_only=True, frozen=True):
+    """The settings of an extraction.
 
     Attributes:
-      fps: frames of a second in which faces are looked for.
-      size: the longer side, in pixels, to which they are shrunk for that.
-      unit: what a clip is: a "track", one person in a shot; or a "shot" with one main figure, as in
-        iQIYI-VID, see `tracks.MainFigures`.
+      fps: the number of frames per second in which faces are detected.
+      size: the longer side in pixels to which frames are shrunk for the detection.
+      unit: the meaning of a clip: a "track" is one person in a shot; a "shot" is a shot with one
+        main figure, as in iQIYI-VID, see `tracks.MainFigures`.
     """
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
@@ -58,19 +60,24 @@ class Settings(Struct, kw_only=True, frozen=True):
 
 
 class Extraction(Struct, kw_only=True):
-    """`extract.json`: the digests of the cards by role, and the settings."""
+    """`extract.json`: the digests of the nets' cards by role, and the settings."""
 
     format: Literal[3] = 3
     models: Annotated[dict[str, Sha256], Meta(max_length=100)]
-    settings: Settings
+    settings: ExtractionSettings
 
 
-class Track(Struct, kw_only=True):
-    """A person in one shot: the clip, seconds of begin and end, and the number of sightings.
+class FilmTrack(Struct, kw_only=True):
+    """A person in one shot.
 
-    `quality` is of the best face. `dark_eyes` if that face seems to wear sunglasses, see
-    `align.has_dark_eyes`. `box` is where the face is, or the head without a face, in the picture at
-    `box_at_s` seconds. `name` is of a face tag in a photo, see `regions`.
+    Attributes:
+      clip: the name of the clip.
+      start_s, end_s: begin and end in seconds.
+      seen: the number of frames in which the person was detected.
+      quality: the quality of the best face.
+      dark_eyes: whether this face seems to wear sunglasses, see `align.has_dark_eyes`.
+      box: the face, or the head if there is no face, in the picture at `box_at_s` seconds.
+      name: the name from a face tag in a photo, see `regions`.
     """
 
     clip: Text
@@ -87,15 +94,17 @@ class Track(Struct, kw_only=True):
     def __post_init__(self) -> None:
         _check_file_name(self.clip)
         if self.end_s < self.start_s:
-            raise ValueError(f"it ends at {self.end_s} s, before its begin")
+            raise ValueError(f"the end, {self.end_s} s, is before the begin, {self.start_s} s")
 
 
-class Source(Struct, kw_only=True, frozen=True):
-    """The file of a film: where it is, and what changes if the file changes.
+class FileStamp(Struct, kw_only=True, frozen=True):
+    """The file of a film, with the properties by which a change of the file is detected.
 
-    If none of these changes, the file is not read again. `address` is the absolute path, with `%`
-    and two hexadecimal digits for each byte that is no plain letter. `sidecars` are size and
-    time of files of face tags beside a photo, where tags are read.
+    If no property has changed, the file is not read again.
+
+    Attributes:
+      address: the absolute path; bytes other than plain letters are `%` and two hexadecimal digits.
+      sidecars: size and time of the files with face tags next to a photo, if tags are read.
     """
 
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
@@ -105,16 +114,16 @@ class Source(Struct, kw_only=True, frozen=True):
     sidecars: Annotated[tuple[tuple[int, int], ...], Meta(max_length=10)] = ()
 
     @classmethod
-    def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "Source":
-        """Returns what the disk says of a file now, and of its sidecars."""
+    def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
+        """Returns the current properties of a file and of its sidecars."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
-        beside = [one.stat() for one in sidecars]
+        stats = [sidecar.stat() for sidecar in sidecars]
         return cls(
             address=urllib.parse.quote(real),
             size=info.st_size,
             mtime_ns=info.st_mtime_ns,
             inode=info.st_ino,
-            sidecars=tuple((one.st_size, one.st_mtime_ns) for one in beside),
+            sidecars=tuple((stat.st_size, stat.st_mtime_ns) for stat in stats),
         )
 
     @property
@@ -126,21 +135,26 @@ class Source(Struct, kw_only=True, frozen=True):
 class Film(Struct, kw_only=True):
     """`videos/STEM.json`: a video or a photo.
 
-    `shots` are seconds of begin and end. `corrupt`, `refused` and `repaired` count frames, packets
-    and time stamps, and `damaged` tells if it ended early; see `decode.Found`. `others` are streams
-    of pictures that were not looked at. `rate`: frames of a second. `voices` are the tracks with a
-    voice, and `lost_sound` counts frames and packets of sound that were not decoded. `lost_tags`
-    are names of face tags where no face was found, and `bad_tags` says what is wrong with tags.
+    Attributes:
+      video: the name of the file. `read_films` adds folders if two files have the same name.
+      shots: begin and end of each shot in seconds.
+      corrupt, refused, repaired, damaged: see `decode.DecodeCounts`.
+      rate: frames per second; None for a photo.
+      others: the number of video streams that were not read.
+      voices: the number of tracks with a voice.
+      lost_sound: the number of frames and packets of sound that could not be decoded.
+      lost_tags: names of face tags without a detected face.
+      bad_tags: the problem with the face tags, or "".
     """
 
     format: Literal[3] = 3
-    video: Text  # the name of the file; of two files of one name, with folders: see `read_films`
-    source: Source
+    video: Text
+    source: FileStamp
     sha256: Sha256
     photo: bool
     seconds: Seconds
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
-    tracks: Annotated[list[Track], Meta(max_length=files.MAX_ITEMS)]
+    tracks: Annotated[list[FilmTrack], Meta(max_length=files.MAX_ITEMS)]
     frames: Count
     corrupt: Count = 0
     refused: Count = 0
@@ -165,37 +179,37 @@ class Film(Struct, kw_only=True):
 def _check_file_name(name: str) -> None:
     check_name(name, "name of a file")
     if "/" in name or len(name) > 255:
-        raise ValueError(f"'{name[:100]}' is no name of a file")
+        raise ValueError(f"'{name[:100]}' is not the name of a file")
 
 
-def stem_of(path: Path) -> str:
-    """Returns the begin of the clips' names of a file: letters, digits, `_` and `-`."""
+def make_stem(path: Path) -> str:
+    """Returns the first part of the names of a file's clips: letters, digits, `_` and `-`."""
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
-    return word.encode()[:MOST_BYTES].decode(errors="ignore") or "video"
+    return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 
 
-def features(folder: Path, clip: str) -> Path:
-    """Returns the path of the file that has a clip."""
+def locate_features(folder: Path, clip: str) -> Path:
+    """Returns the path of the file that contains a clip."""
     return folder / f"{clip.partition('.')[0]}.npz"
 
 
-def film_of(clip: str) -> str:
-    """Returns the name of a clip without shot and track, the same for all clips of a film."""
+def cut_film_name(clip: str) -> str:
+    """Returns the name of a clip without shot and track: it is equal for all clips of a film."""
     return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
-def printable(name: str) -> str:
-    """Returns the name by which people know a file."""
+def make_printable(name: str) -> str:
+    """Returns a name in which `_` replaces unprintable characters."""
     return "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
-def thumbnail(folder: Path, clip: str) -> Path:
-    """Returns the path of a clip's thumbnail, which exists if it was asked for."""
+def locate_thumbnail(folder: Path, clip: str) -> Path:
+    """Returns the path of a clip's thumbnail; the file exists only if thumbnails were requested."""
     return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
 
 
 def read_extraction(folder: Path) -> Extraction | None:
-    """Returns what `extract.json` of a folder says; None if there is none."""
+    """Returns the contents of a folder's `extract.json`; None if the file does not exist."""
     path = folder / NAME
     if not files.exists(path):
         return None
@@ -203,15 +217,15 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def read_film(path: Path) -> Film:
-    """Returns what a file of `videos/` says."""
+    """Returns the contents of a file of `videos/`."""
     return schemas.read(path, Film, REMEDY, FILE_BYTES)
 
 
 def read_films(folder: Path) -> list[Film]:
-    """Returns what a folder says of its videos; those that are not finished are absent.
+    """Returns the finished films of a folder.
 
-    If several files have one name, `video` begins with as many of their folders as they need to
-    differ.
+    If several files have the same name, `video` begins with as many of their folders as are needed
+    to distinguish them.
     """
     films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
     by_name: dict[str, list[Film]] = {}
@@ -223,47 +237,47 @@ def read_films(folder: Path) -> list[Film]:
             if len({film.video for film in twins}) == len(twins):
                 break
             for film, part in zip(twins, parts, strict=True):
-                film.video = "/".join(map(printable, part[-depth:]))
+                film.video = "/".join(map(make_printable, part[-depth:]))
     return films
 
 
-def judge_photo(film: Film) -> tuple[str | None, str]:
-    """Returns the clip of the one face in a photo, None for none or several, and what is wrong.
+def check_photo(film: Film) -> tuple[str | None, str]:
+    """Returns the clip of the only face in a photo, or None, and the problem of the photo, or "".
 
-    The clip of a poor face is usable, so that both may be there.
+    A poor face has both a clip and a problem, because it can be used.
     """
     if len(film.tracks) != 1:
-        found = f"{len(film.tracks)} faces are" if film.tracks else "no face is"
-        return None, f"{found} found: give a photo of one person alone"
-    return film.tracks[0].clip, judge_face(film.tracks[0])
+        count = f"{len(film.tracks)} faces" if film.tracks else "no face"
+        return None, f"{count} in the photo: give a photo of only one person"
+    return film.tracks[0].clip, check_face(film.tracks[0])
 
 
-def judge_face(track: Track) -> str:
-    """Returns what is wrong with a face, though it is usable; "" for nothing."""
-    if track.quality < POOR:
+def check_face(track: FilmTrack) -> str:
+    """Returns the problem of a face that can still be used; "" if there is none."""
+    if track.quality < POOR_QUALITY:
         return (
             f"a poor face, quality {track.quality:.3f} of 1: "
-            "a larger or sharper one from the front helps"
+            "add a larger, sharper photo from the front"
         )
-    return "sunglasses, or a shadow over the eyes: a photo without helps" * track.dark_eyes
+    return "sunglasses, or a shadow over the eyes: add a photo with visible eyes" * track.dark_eyes
 
 
 def write(path: Path, value: Struct) -> None:
-    """Writes a file of the folder; it appears whole."""
+    """Writes a file of the folder atomically."""
     files.write_json(path, msgspec.to_builtins(value))
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
-    """Refuses features that other models made than a gallery's; `cards` are part -> digest.
+    """Refuses features of other models than a gallery's; `cards` are part -> digest.
 
-    Features that do not tell their models are taken as they are, such as those of another program.
+    Features of other programs are accepted, because their models are unknown.
     """
     folder = path if path.is_dir() else path.parent
-    found = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
+    extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
     for part, digest in cards.items():
-        other = found and found.models.get(PARTS.get(part, part))
+        other = extraction and extraction.models.get(EMBEDDER_ROLES.get(part, part))
         if other and other != digest:
             raise UserError(
-                f"{path}: its {part} vectors are of another model than the gallery's\n"
-                "extract with the gallery's models, or create a gallery of these: --models=DIR"
+                f"{path}: its {part} vectors and the gallery's are of different models\n"
+                "extract with the gallery's models, or create a gallery with these: --models=DIR"
             )

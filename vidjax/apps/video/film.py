@@ -1,14 +1,13 @@
-"""The people of one video or photo: found, followed within a shot, cut out and made vectors.
+"""Finds the people of one video or photo, tracks them within shots, and computes their embeddings.
 
-The module runs in a child process with limits, see `work`: FFmpeg is large, and the file is of
-unknown origin.
+`work` runs in a child process with limits, because FFmpeg is large and the file may be malicious.
 
-A voice goes with the one face that is seen alone meanwhile. It may be of somebody off screen. With
-`--unit=shot` a clip has the voice that is heard while its main figure is the only face.
+A voice belongs to a clip while its person is the only one in the picture. The speaker may still be
+off screen. With `--unit=shot`, the voice belongs to the main figure of the shot.
 
-A head or body is what a detector of its role finds around the face. Without one it is a box around
-the face, the card's `around`: left, top, right and bottom in sides of the face, whose box is
-0, 0, 1, 1. Boxes are in pixels of the picture.
+A head or body is the box that a detector of its role finds around the face. Without a detector, it
+is a box relative to the face: `around` in the net's card contains left, top, right and bottom in
+units of the face's sides, where the face is 0, 0, 1, 1. Boxes are in pixels of the picture.
 """
 
 import functools
@@ -25,19 +24,32 @@ import numpy as np
 from vidjax.apps.video import align, cards, decode, features_folder, regions
 from vidjax.apps.video.nets import Detector, Embedder, resize
 from vidjax.apps.video.shots import Cuts
-from vidjax.apps.video.tracks import MainFigures, Track, Tracker, changes, gap_at, held_at
-from vidjax.apps.video.voices import RATE, Listener, Voice, alone, listen
+from vidjax.apps.video.tracks import (
+    MainFigures,
+    Track,
+    Tracker,
+    choose_gap_seconds,
+    choose_held_seconds,
+    find_changes,
+)
+from vidjax.apps.video.voices import RATE, Listener, Voice, cut_spans, find_solo_spans
 from vidjax.data import processes
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-MOST_FRAMES = 32  # of a clip, spread over its time; of its voice, the best ones
-MOST_KEPT, KEPT_SECONDS = 96, 0.2  # of a track: the best picture of each span of time
+MOST_FRAMES = 32  # faces of a clip, spread over its time; also the windows of its voice, the best
+MOST_KEPT, KEPT_SECONDS = 96, 0.2  # a track keeps its best picture of each span of time
 
 
 class Nets(NamedTuple):
-    """Part -> the net that finds it, part -> the net that makes vectors of it; `listen` hears."""
+    """The nets of a folder.
+
+    Attributes:
+      detect: part -> its detector.
+      embed: part -> the net that computes its embeddings.
+      listen: finds and embeds speech; None if there are no nets for voices.
+    """
 
     detect: dict[str, Detector]
     embed: dict[str, Embedder]
@@ -45,10 +57,13 @@ class Nets(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """The people in a picture; boxes and points of what is not found are NaN.
+    """The people in a picture. Boxes and points that were not found are NaN.
 
-    boxes: [N, 4] of heads that a net finds, or else of faces; scores: [N] of faces, or else of
-    heads; points: [N, 5, 2] of faces; parts: part -> boxes [N, 4].
+    Attributes:
+      boxes: [N, 4], the heads that a net finds; without a head, the faces.
+      scores: [N], of the faces; without a face, of the heads.
+      points: [N, 5, 2], of the faces.
+      parts: part -> boxes [N, 4].
     """
 
     boxes: np.ndarray
@@ -57,34 +72,37 @@ class Figures(NamedTuple):
     parts: dict[str, np.ndarray]
 
     def of(self, index: np.ndarray) -> "Figures":
-        """Returns some of them."""
+        """Returns the people at the places `index`."""
         parts = {part: boxes[index] for part, boxes in self.parts.items()}
         return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 
 
-def load_nets(known: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Returns the nets of cards; `size` is the longer side that pictures are shrunk to.
+def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
+    """Loads the nets of cards; pictures are shrunk to `size` pixels on their longer side.
 
     Raises:
-      UserError: a head or body can be embedded, and not be found.
+      UserError: there is a net for heads or bodies, but nothing gives their boxes.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
-        for role, card in known.items() if card.decoder in cards.DETECTORS
+        for role, card in cards_of.items() if card.decoder in cards.DETECTORS
     }  # fmt: skip
-    embed = {part: Embedder(x) for part, x in cards.embedders(known).items() if part != "audio"}
-    for part in [one for one in ("head", "body") if one in embed and one not in detect]:
+    parts = cards.list_embedders(cards_of)
+    embed = {part: Embedder(card) for part, card in parts.items() if part != "audio"}
+    for part in [part for part in ("head", "body") if part in embed and part not in detect]:
         if embed[part].card.around is None:
             raise UserError(
-                f"'{embed[part].card.path}' does not say where a {part} is\n"
+                f"'{embed[part].card.path}' does not define the box of a {part}\n"
                 f'give it "around": [LEFT, TOP, RIGHT, BOTTOM] in sides of a face, '
                 f"or add a {part}_detector"
             )
-    return Nets(detect, embed, Listener(known) if known.keys() >= {*cards.VOICES} else None)
+    return Nets(
+        detect, embed, Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
+    )
 
 
-def find(nets: Nets, rgb: np.ndarray) -> Figures:
-    """Returns the people in a picture uint8 [H, W, 3]: faces, the best first, then other heads."""
+def find_people(nets: Nets, rgb: np.ndarray) -> Figures:
+    """Returns the people in a picture uint8 [H, W, 3]: faces by falling score, then other heads."""
     faces = nets.detect["face"](rgb)
     boxes, scores, points = faces
     parts = {"face": boxes}
@@ -109,32 +127,35 @@ def find(nets: Nets, rgb: np.ndarray) -> Figures:
     return Figures(boxes, scores, points, parts)
 
 
-def crops(card: cards.Card, part: str, figures: Figures, rgb: np.ndarray) -> dict[int, np.ndarray]:
-    """Returns figure -> its crop of a part, uint8 [H, W, 3] as the card's net takes it."""
+def cut_crops(
+    card: cards.Card, part: str, figures: Figures, rgb: np.ndarray
+) -> dict[int, np.ndarray]:
+    """Returns figure -> its crop of a part, uint8 [H, W, 3], in the size of the card's net."""
     height, width = card.input.size or (0, 0)
     has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))
     if part == "face":
-        turns = align.similarity(figures.points[has], np.array(card.template))
-        return dict(zip(has.tolist(), align.warp(rgb, turns, height), strict=True))
+        turns = align.fit_similarity(figures.points[has], np.array(card.template))
+        return dict(zip(has.tolist(), align.warp_faces(rgb, turns, height), strict=True))
     if part == "scene":
-        return dict.fromkeys(has.tolist(), resize(rgb, height, width))  # one in memory for all
+        return dict.fromkeys(has.tolist(), resize(rgb, height, width))  # all share one array
     boxes = figures.parts[part][has]
     edges = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).clip(0).astype(int)
-    found = [rgb[top:bottom, left:right] for left, top, right, bottom in edges]
-    cut = zip(has.tolist(), found, strict=True)
-    return {place: resize(crop, height, width) for place, crop in cut if crop.size}
+    crops = [rgb[top:bottom, left:right] for left, top, right, bottom in edges]
+    pairs = zip(has.tolist(), crops, strict=True)
+    return {figure: resize(crop, height, width) for figure, crop in pairs if crop.size}
 
 
 def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns values[index], NaN where the index is -1."""
+    """Returns values[index], and NaN where the index is -1."""
     return np.append(values, np.full_like(values, np.nan, shape=(1, *values.shape[1:])), 0)[index]
 
 
 def _pair(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Returns for each of the boxes [M, 4] one of [N, 4] that its centre is in; -1 for none.
+    """Assigns a large box of [N, 4] to each small box of [M, 4]: int [M], -1 if there is none.
 
-    The smallest of the large boxes chooses first, the centre nearest to its middle line and top;
-    each box is in one pair at most.
+    The large box contains the centre of the small box. The smallest large box chooses first. It
+    takes the small box whose centre is nearest to the middle of its top side. Each box is in at
+    most one pair.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -149,10 +170,12 @@ def _pair(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 
 
 class Sighting(NamedTuple):
-    """A person in a frame: `quality`, then a number that no other has: it makes the order total.
+    """A person in a frame. Sightings are sorted by quality, then by their unique number.
 
-    `quality` is of the face, and below 0 without one. `box` [4] is of the face or else of the head,
-    as parts of the picture. `parts` are part -> box and crop.
+    Attributes:
+      quality: the quality of the face; below 0 if there is no face.
+      box: [4], the face, or the head if there is no face, as fractions of the picture's sides.
+      parts: part -> box and crop.
     """
 
     quality: float
@@ -165,109 +188,112 @@ class Sighting(NamedTuple):
 
 
 class Kept:
-    """The best picture of each span of a track's time, in order; the spans grow with the track."""
+    """The best picture of each span of a track's time, in order. Spans grow with the track."""
 
     def __init__(self) -> None:
         self._seconds = KEPT_SECONDS
         self._best: dict[int, Sighting] = {}
 
-    def add(self, seen: Sighting) -> None:
-        """Takes a picture later than all before."""
-        span = int(seen.time_s / self._seconds + 1e-3)
-        self._best[span] = max(seen, self._best.get(span, seen))
+    def add(self, new: Sighting) -> None:
+        """Adds a picture that is later than all earlier ones."""
+        span = int(new.time_s / self._seconds + 1e-3)
+        self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
             self._seconds, before, self._best = 2 * self._seconds, self._best, {}
-            for one in before.values():
-                self.add(one)
+            for sighting in before.values():
+                self.add(sighting)
 
     def pictures(self) -> list[Sighting]:
-        """Returns the pictures, MOST_KEPT at most."""
+        """Returns at most MOST_KEPT pictures."""
         return [*self._best.values()]
 
 
 class Clips:
-    """The clips of all tracks that have ended, and the best pictures of all others.
+    """The clips of tracks that have ended, and the best pictures of tracks that have not.
 
     Attributes:
-      tracks: of the clips, in order of their end.
-      arrays: clip -> its arrays, as in an `.npz` of a clip.
+      tracks: the tracks of the clips, in the order in which they ended.
+      arrays: clip -> its arrays, as in the `.npz` file.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, Kept] = {}
         self._numbers = itertools.count()
-        self.tracks: list[features_folder.Track] = []
+        self.tracks: list[features_folder.FilmTrack] = []
         self.arrays: dict[str, dict[str, np.ndarray]] = {}
 
     def add(
-        self, time_s: float, frame: int, owners: np.ndarray, found: Figures, rgb: np.ndarray
+        self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
     ) -> None:
-        """Takes the people in a frame; `owners` [N] are their tracks, -1 for none."""
+        """Adds the people in a frame; `owners` [N] are the numbers of their tracks, -1 for none."""
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
-        found = found.of(chosen)
-        nets, faces = self._nets.embed.items(), found.parts["face"]
-        boxes = np.where(np.isnan(faces), found.boxes, faces) / np.tile(rgb.shape[1::-1], 2)
-        cut_out = {part: crops(net.card, part, found, rgb) for part, net in nets}
-        quality = found.scores - 2
-        if faces := [*cut_out["face"]]:
-            cut = np.stack([*cut_out["face"].values()])
-            quality[faces] = align.quality(found.scores[faces], found.points[faces], cut)
-        for place, track in enumerate(owners[chosen].tolist()):
+        figures = figures.of(chosen)
+        nets, faces = self._nets.embed.items(), figures.parts["face"]
+        boxes = np.where(np.isnan(faces), figures.boxes, faces) / np.tile(rgb.shape[1::-1], 2)
+        crops_of = {part: cut_crops(net.card, part, figures, rgb) for part, net in nets}
+        quality = figures.scores - 2
+        if faces := [*crops_of["face"]]:
+            faces_cut = np.stack([*crops_of["face"].values()])
+            quality[faces] = align.measure_quality(
+                figures.scores[faces], figures.points[faces], faces_cut
+            )
+        for row, track in enumerate(owners[chosen].tolist()):
             parts = {
-                part: (found.parts[part][place], each[place]) for part, each in cut_out.items()
-                if place in each
+                part: (figures.parts[part][row], crops[row]) for part, crops in crops_of.items()
+                if row in crops
             }  # fmt: skip
-            detected = float(quality[place]), next(self._numbers), time_s, frame
-            seen = Sighting(*detected, float(found.scores[place]), boxes[place], parts)
-            self._kept.setdefault(track, Kept()).add(seen)
+            order = float(quality[row]), next(self._numbers), time_s, frame
+            sighting = Sighting(*order, float(figures.scores[row]), boxes[row], parts)
+            self._kept.setdefault(track, Kept()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
-        """Makes the clip of a track that has ended, or more if it shows more than one person."""
+        """Makes the clip of a track that has ended; several clips if it shows several people."""
         kept = self._kept.pop(track.number).pictures()
-        seen = [one for one in kept if one.time_s < track.ends[-1]] or kept  # not in a dissolve
-        embed, faces = self._nets.embed["face"], [one for one in seen if "face" in one.parts]
-        vectors = embed(np.array([one.parts["face"][1] for one in faces]))
-        times = np.array([one.time_s for one in faces])
+        # Pictures after the end are part of a dissolve.
+        sightings = [x for x in kept if x.time_s < track.ends[-1]] or kept
+        embed, faces = self._nets.embed["face"], [x for x in sightings if "face" in x.parts]
+        vectors = embed(np.array([x.parts["face"][1] for x in faces]))
+        times = np.array([x.time_s for x in faces])
         back_end = embed.card.back_end if split else None
-        places = changes(vectors, times, track.pace_s > self._held, back_end)
-        middles = [float(times[n - 1 : n + 1].mean()) for n in places]
-        vector = {one.number: each for one, each in zip(faces, vectors, strict=True)}
-        parts = np.searchsorted(middles, [one.time_s for one in seen])
+        places = find_changes(vectors, times, track.pace_s > self._held, back_end)
+        middles = [float(times[place - 1 : place + 1].mean()) for place in places]
+        vector_of = {x.number: vector for x, vector in zip(faces, vectors, strict=True)}
+        parts = np.searchsorted(middles, [x.time_s for x in sightings])
         for number, part in enumerate(track.split(middles)):
-            own = [one for one, n in zip(seen, parts, strict=True) if n == number]
-            self._end(part, next(names), own, vector)
+            pictures = [x for x, n in zip(sightings, parts, strict=True) if n == number]
+            self._end(part, next(names), pictures, vector_of)
 
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip of a track, or of a part of it, with the best of its pictures.
+        """Makes a clip of a track, or of a part of a track, from the best of its pictures.
 
         `faces` are number of a sighting -> vector of its face.
         """
         spans: dict[int, Sighting] = {}
-        for place, one in enumerate(pictures):
-            span = place * MOST_FRAMES // len(pictures)
-            spans[span] = max(one, spans.get(span, one))
+        for index, x in enumerate(pictures):
+            span = index * MOST_FRAMES // len(pictures)
+            spans[span] = max(x, spans.get(span, x))
         best, arrays = [*spans.values()], dict[str, np.ndarray]()
         for part, embed in self._nets.embed.items():
-            seen = [one for one in best if part in one.parts]
-            if part == "face" and seen:
-                arrays[part] = np.stack([faces[one.number] for one in seen])
-            else:  # empty without a face: a gallery of faces refuses clips of other modalities
-                arrays[part] = embed(np.array([one.parts[part][1] for one in seen]))
-            arrays[f"{part}_number"] = np.array([one.frame for one in seen], np.int32)
+            sightings = [x for x in best if part in x.parts]
+            if part == "face" and sightings:
+                arrays[part] = np.stack([faces[x.number] for x in sightings])
+            else:  # `face` may be empty, but must exist: a gallery of faces refuses clips without
+                arrays[part] = embed(np.array([x.parts[part][1] for x in sightings]))
+            arrays[f"{part}_number"] = np.array([x.frame for x in sightings], np.int32)
             if part != "scene":
-                arrays[f"{part}_detection"] = np.array([one.detection for one in seen], np.float32)
-                boxes = np.array([one.parts[part][0] for one in seen], np.float32)
+                arrays[f"{part}_detection"] = np.array([x.detection for x in sightings], np.float32)
+                boxes = np.array([x.parts[part][0] for x in sightings], np.float32)
                 arrays[f"{part}_box"] = boxes.reshape(-1, 4)
             if part == "face":
-                arrays["face_quality"] = np.array([one.quality for one in seen], np.float32)
+                arrays["face_quality"] = np.array([x.quality for x in sightings], np.float32)
         self.arrays[name] = arrays
-        top = max(best, key=lambda seen: (seen.quality, seen.number))
-        written = _times(track, name)
+        top = max(best, key=lambda x: (x.quality, x.number))
+        written = _to_film_track(track, name)
         written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), features_folder.Box)
         written.box_at_s = round(top.time_s, 3)
         if "face" in top.parts:
@@ -276,25 +302,30 @@ class Clips:
             written.dark_eyes = bool(align.has_dark_eyes(crop[None], template)[0])
             if self._thumbnails.is_dir():
                 picture = self._thumbnails / f"{name}.png"
-                files.write_bytes(picture, align.thumbnail(crop), sync=False)
+                files.write_bytes(picture, align.encode_thumbnail(crop), sync=False)
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Drops the people of all other tracks, which ended too short to be clips."""
+        """Drops the pictures of all tracks but `live`: these tracks were too short to be clips."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(
-        self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.Track]
+        self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.FilmTrack]
     ) -> int:
-        """Adds voices to the clips whose person is seen alone; returns the number of these clips.
+        """Adds voices to the clips whose person is the only one in the picture.
 
-        The best windows of a clip are kept; `audio_number` is the millisecond of their begin.
-        `seen` are all people who are seen, with the clips that their voices go with.
+        The best windows of a clip are kept. Their `audio_number` is the time in milliseconds at
+        which they begin. `seen` are the tracks of all people.
+
+        Returns:
+          The number of clips with a voice.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
         heard: dict[str, list[Voice]] = {}
-        for span, samples in listen(sound, (span for span in alone(seen) if span.clip in clips)):
+        for span, samples in cut_spans(
+            sound, (span for span in find_solo_spans(seen) if span.clip in clips)
+        ):
             voice = self._nets.listen(samples)
             if len(voice.begin):
                 voice = voice._replace(begin=span.start_s + voice.begin / RATE)
@@ -316,40 +347,40 @@ def extract(
     out: Path,
     stem: str,
     nets: Nets,
-    settings: features_folder.Settings,
-    source: features_folder.Source,
+    settings: features_folder.ExtractionSettings,
+    source: features_folder.FileStamp,
     sha256: str,
     tagged: bool = False,
 ) -> features_folder.Film:
-    """Writes the clips of a video or photo to `out/STEM.npz`; returns what was found.
+    """Writes the clips of a video or photo to `out/STEM.npz`, and returns its film.
 
-    A photo has a clip for each face, and no voice. If `out` has a folder for thumbnails, these are
-    written, too. Memory grows only with the clips: 12 kB each, if vectors are 128 wide. With
-    `tagged`, face tags in a photo name its faces, see `regions`.
+    A photo has a clip for each face, and no voice. Thumbnails are written if `out` has a folder for
+    them. If `tagged` is True, face tags in a photo name its faces, see `regions`. Memory grows only
+    with the clips: 12 kB for each, if vectors are 128 wide.
     """
-    clips = Clips(nets, out / features_folder.THUMBNAILS, held_at(settings.fps))
+    clips = Clips(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
     tags, lost = regions.Tags([]), list[str]()
     with decode.open_video(path) as video:
         if video.info.photo:
             shots, seen = [(0.0, 0.0)], clips.tracks
-            tags = regions.read(path) if tagged else tags
+            tags = regions.read_tags(path) if tagged else tags
             lost = _find_in_photo(path, video, clips, nets, stem, tags)
         else:
-            shots, seen = _follow(video, clips, nets, stem, out, settings)
-        found = video.found
+            shots, seen = _make_clips(video, clips, nets, stem, out, settings)
+        counts = video.counts
     film = features_folder.Film(
-        video=features_folder.printable(path.name),
+        video=features_folder.make_printable(path.name),
         source=source,
         sha256=sha256,
         photo=video.info.photo,
-        seconds=found.seconds,
+        seconds=counts.seconds,
         shots=shots,
         tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
-        frames=found.frames,
-        corrupt=found.corrupt,
-        refused=found.refused,
-        repaired=found.repaired,
-        damaged=found.damaged,
+        frames=counts.frames,
+        corrupt=counts.corrupt,
+        refused=counts.refused,
+        repaired=counts.repaired,
+        damaged=counts.damaged,
         others=video.info.others,
         rate=None if video.info.photo else video.info.rate,
         lost_tags=lost,
@@ -358,26 +389,26 @@ def extract(
     if nets.listen and video.info.sound and not film.photo:
         with decode.open_video(path) as video:
             film.voices = clips.hear(video.sound(), seen)
-            sound = video.found
+            sound = video.counts
             film.lost_sound = sound.corrupt + sound.refused + sound.damaged
     write_npz(out / f"{stem}.npz", clips.arrays)
     return film
 
 
-def _follow(
+def _make_clips(
     video: decode.Video,
     clips: Clips,
     nets: Nets,
     stem: str,
     out: Path,
-    settings: features_folder.Settings,
-) -> tuple[list[tuple[float, float]], list[features_folder.Track]]:
-    """Makes the clips of a video; returns its shots, and all who are seen, as `hear` takes them.
+    settings: features_folder.ExtractionSettings,
+) -> tuple[list[tuple[float, float]], list[features_folder.FilmTrack]]:
+    """Makes the clips of a video; returns its shots and the tracks of all people for `hear`.
 
-    With `--unit=shot` a clip is of the main figure of a shot, and others are only seen.
+    With `--unit=shot`, only the main figure of a shot has a clip.
     """
     fps, cuts = settings.fps, Cuts()
-    tracker = Tracker(gap_at(min(fps, video.info.rate)), held_at(fps))
+    tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
     main = MainFigures() if settings.unit == "shot" else None
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
 
@@ -387,12 +418,12 @@ def _follow(
             if main is None:
                 clips.end(track, (f"{shot}.t{number:02}" for number in numbers[track.shot]))
             else:
-                seen.append(_times(track, shot))
+                seen.append(_to_film_track(track, shot))
         for track in main.take_ended() if main else ():
             clips.end(track, iter([f"{stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
 
-    def cut(time_s: float) -> None:
+    def end_shot(time_s: float) -> None:
         tracker.cut(time_s)
         if main:
             main.cut(time_s)
@@ -400,26 +431,26 @@ def _follow(
 
     for number, frame in enumerate(video.frames(fps)):
         if cuts.update(frame.time_s, frame.small) and number:
-            cut(cuts.starts[-1])
+            end_shot(cuts.starts[-1])
         if frame.rgb is not None:
             (out / features_folder.PROGRESS).write_text(str(video.tell()))
-            people = find(nets, frame.rgb)
+            people = find_people(nets, frame.rgb)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
                 owners = main.update(frame.time_s, people.boxes)
             clips.add(frame.time_s, number, owners, people, frame.rgb)
             end_clips()
-    cut(video.found.seconds)
-    return cuts.shots(video.found.seconds), seen if main else clips.tracks
+    end_shot(video.counts.seconds)
+    return cuts.shots(video.counts.seconds), seen if main else clips.tracks
 
 
 def _find_in_photo(
     path: Path, video: decode.Video, clips: Clips, nets: Nets, stem: str, tags: regions.Tags
 ) -> list[str]:
-    """Makes a clip of each face in a photo, with the name of its tag; returns names of no face."""
+    """Makes a clip of each face in a photo, named by its tag; returns the tags without a face."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
-    people = find(nets, frame.rgb)
+    people = find_people(nets, frame.rgb)
     people = people.of(~np.isnan(people.parts["face"][:, 0]))
     count = len(people.boxes)
     clips.add(0.0, 0, np.arange(count), people, frame.rgb)
@@ -429,37 +460,37 @@ def _find_in_photo(
     if not tags.tags:
         return []
     with files.open_input(path) as file:
-        orientation = decode.exif_orientation(file)
+        orientation = decode.read_orientation(file)
     height, width = frame.rgb.shape[:2]
-    faces = regions.match(tags, people.parts["face"], (width, height), orientation)
+    faces = regions.match_faces(tags, people.parts["face"], (width, height), orientation)
     for tag, face in zip(tags.tags, faces.tolist(), strict=True):
         if face >= 0:
             clips.tracks[face].name = tag.name
     return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0]
 
 
-def _times(track: Track, clip: str) -> features_folder.Track:
-    """Returns when a track is seen, with the clip that it belongs to."""
+def _to_film_track(track: Track, clip: str) -> features_folder.FilmTrack:
+    """Returns the times of a track, with the clip that it belongs to."""
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
-    return features_folder.Track(
+    return features_folder.FilmTrack(
         clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen
     )
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls `extract` with the values that `arguments` name, in a child of `run_limited`."""
-    settings = msgspec.convert(arguments["settings"], features_folder.Settings)
-    found = extract(
+    """Calls `extract` with these arguments, in a child process of `run_limited_each`."""
+    settings = msgspec.convert(arguments["settings"], features_folder.ExtractionSettings)
+    film = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],
-        _nets(arguments["models"], settings.size), settings,
-        msgspec.convert(arguments["source"], features_folder.Source), arguments["sha256"],
+        _load_nets(arguments["models"], settings.size), settings,
+        msgspec.convert(arguments["source"], features_folder.FileStamp), arguments["sha256"],
         arguments["tagged"],
     )  # fmt: skip
-    return msgspec.to_builtins(found)
+    return msgspec.to_builtins(film)
 
 
 @functools.lru_cache(1)
-def _nets(models: str, size: int) -> Nets:
+def _load_nets(models: str, size: int) -> Nets:
     return load_nets(cards.load(Path(models)), size)
 
 

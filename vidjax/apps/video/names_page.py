@@ -1,4 +1,4 @@
-"""The page of who appears when: a timeline of each film, and the times of each person."""
+"""The page `names.html`: a timeline of each film, and the times of each person."""
 
 import base64
 import functools
@@ -9,36 +9,43 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
 from vidjax.apps.gallery.answers import IGNORED, Answer, number_of
-from vidjax.apps.video.appearances import Appearance, by_video, clock, percent, span, tenths
+from vidjax.apps.video.appearances import (
+    Appearance,
+    format_percent,
+    format_span,
+    format_tenths,
+    format_time,
+    group_by_video,
+)
 from vidjax.apps.video.features_folder import Film
 
 if TYPE_CHECKING:
     import jinja2
 
-MOST_PICTURES = 8  # of a person in a film: the longest appearances
-LEAST_WIDTH = 0.4  # per cent of the timeline: a short appearance is still seen
+MOST_PICTURES = 8  # pictures of a person in a film, from the longest appearances
+LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
-MOST_TIMES = 6  # of a person below a timeline; the others are folded
-MOST_DOUBTFUL = 100  # names that are listed
-CLIP = "clip: "  # begins the key of an appearance
+MOST_TIMES = 6  # times of a person below a timeline; more times are folded
+MOST_DOUBTFUL = 100  # doubtful names that are listed
+CLIP = "clip: "  # start of the key of an appearance
 
-Picture = tuple[str, str]  # the address, and words
+Picture = tuple[str, str]  # the address and a description
 
 
-class Shown(NamedTuple):
+class PageEntry(NamedTuple):
     """An appearance as the page shows it.
 
     Attributes:
-      key: says which one; it is no name of a person.
+      key: identifies the appearance, and differs from all names of people.
       name: the person, or the group of an unknown person.
       known: whether `name` is a person.
-      probability: of a known person.
+      probability: the probability of a known person; None if unknown.
       time: begin and end, such as 3:12\u20133:15.
-      seconds: how long it is.
+      seconds: the duration.
       left, width: the place on the timeline, in per cent.
-      others: other people whom it may show, with their probabilities, the most likely first.
-      address: of the film at that second; empty if it is not known.
+      others: other possible people with their probabilities, the most likely first.
+      address: the address of the film at this time; "" if there is none.
     """
 
     key: str
@@ -55,24 +62,26 @@ class Shown(NamedTuple):
 
     @property
     def doubt(self) -> float:
-        """How likely another answer is, 0 to 1; 0 if this answer is as good as certain."""
+        """The probability of another answer, 0 to 1; 0 if the answer is almost certain."""
         if self.probability is None:
             return self.others[0][1] if self.others else 0.0
         return 1.0 - self.probability if self.probability < SURE_PROBABILITY else 0.0
 
 
 class Forms(NamedTuple):
-    """What the page needs so that its forms can send changes, see `vidjax.apps.video.review`.
+    """The state of the forms with which a user corrects names, see `vidjax.apps.video.review`.
 
     Attributes:
-      version: of the decision that the page shows; a change of an older page is refused.
-      film, person: the one that the page shows; without, it lists all, and shows the unknown.
-      message: what the last change did, or what is wrong, in words, or empty.
-      last: the change that can be taken back, in words, or empty.
-      at: the person, or the key of the appearance, beside whom the message stands.
-      next: who is beside it after a change.
-      typed: the name that somebody typed and that was not taken.
-      similar: the name of a person that looks like it.
+      version: the version of the shown decision. Changes from a page with another version are
+        refused.
+      film, person: the film or the person of the page. If both are empty, the page shows an
+        overview.
+      message: the last change or the last error in words; may be empty.
+      last: the change that can be undone, in words; may be empty.
+      at: the person, or the key of the appearance, next to which the message is shown.
+      next: where the next message is shown after a change.
+      typed: the name that was typed and not accepted.
+      similar: the person with a name similar to `typed`.
     """
 
     version: int
@@ -87,35 +96,35 @@ class Forms(NamedTuple):
 
     @property
     def part(self) -> str:
-        """The film or the person that the page shows; empty if it lists all."""
+        """The film or the person of the page; empty for the overview."""
         return self.film or self.person
 
     @property
     def view(self) -> str:
-        """The part, as the end of an address."""
+        """The film or the person as the query of an address."""
         words = {"film": self.film, "person": self.person}
         return urlencode({key: word for key, word in words.items() if word})
 
 
 class Row(NamedTuple):
-    """A person, in a film or in all: the appearances, and the time of all."""
+    """A person in a film or in all films: the appearances and their total time."""
 
     name: str
-    shown: list[Shown]
+    entries: list[PageEntry]
     total: str
 
 
-class Part(NamedTuple):
-    """A film: what is said of it, its people, and all appearances in order of time."""
+class FilmSection(NamedTuple):
+    """A film: its description, its people, and all appearances in order of time."""
 
     video: str
     about: str
     rows: list[Row]
-    shown: list[Shown]
+    entries: list[PageEntry]
 
 
 def render(
-    found: Sequence[Appearance],
+    appearances: Sequence[Appearance],
     films: Sequence[Film],
     people: Mapping[str, Sequence[Picture]],
     picture: Callable[[str], str],
@@ -123,62 +132,62 @@ def render(
     address: Callable[[Film, float], str],
     forms: Forms | None = None,
 ) -> str:
-    """Returns the page of the appearances in films, as HTML.
+    """Returns the page of the appearances in films as HTML.
 
     Args:
-      found: the appearances, in order of time.
+      appearances: the appearances in order of time.
       films: the films, in the order of the page.
-      people: everybody who is enrolled, with pictures of their photos.
-      picture: gives the address of the picture of a clip; empty without.
+      people: enrolled person -> pictures of the photos.
+      picture: returns the address of a clip's picture; "" if there is none.
       answers: clip -> answer, for the other people whom a clip may show.
-      address: gives the address of a film from a second on, which a link opens; empty without.
-      forms: for a page on which people correct names; None for a page to look at.
+      address: returns the address of a film at a second; "" if there is none.
+      forms: the state of the forms; None for a page without forms.
     """
-    of_video, own = by_video(found), dict[str, list[Shown]]()
-    times = {name: list[Shown]() for name in people}
+    by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
+    times = {name: list[PageEntry]() for name in people}
     for film in films:
-        appearances = of_video.get(film.video, ())
-        own[film.video] = [_show(one, film, answers, address) for one in appearances]
-        for one in own[film.video]:
-            times.setdefault(one.name, []).append(one)
+        in_film = by_video.get(film.video, ())
+        entries_of[film.video] = [_make_entry(x, film, answers, address) for x in in_film]
+        for entry in entries_of[film.video]:
+            times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=number_of)
-    everybody = [*people, *unknown, *({IGNORED} & times.keys())]
-    doubtful = [one for some in own.values() for one in some if one.doubt]
-    doubtful.sort(key=lambda one: -one.doubt)
-    if forms and forms.film not in own and forms.person not in times:
+    everyone = [*people, *unknown, *({IGNORED} & times.keys())]
+    doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
+    doubtful.sort(key=lambda entry: -entry.doubt)
+    if forms and forms.film not in entries_of and forms.person not in times:
         forms = forms._replace(film="", person="")
-    # The page to look at has all; the other one has a part of it, or an overview.
+    # The page without forms shows everything; a page with forms shows a part or an overview.
     part = forms.part if forms else ""
     open_films = [film for film in films if forms is None or film.video == forms.film]
-    open_people = everybody if forms is None else unknown
+    open_people = everyone if forms is None else unknown
     if forms and forms.part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
     listed = doubtful[:MOST_DOUBTFUL]
-    shown = [*listed, *own.get(part, ()), *times.get(part, ())]
+    shown = [*listed, *entries_of.get(part, ()), *times.get(part, ())]
     script = (Path(__file__).parent / "names.js").read_text()
 
-    def faces(shown: Sequence[Shown], name: str = "") -> list[Picture]:
-        """Returns pictures of a person, or else of the longest appearances, in their order."""
-        longest = sorted(range(len(shown)), key=lambda n: -shown[n].seconds)[:MOST_PICTURES]
-        chosen = [shown[n] for n in sorted(longest)]
-        there = [(picture(one.key.removeprefix(CLIP)), one.time) for one in chosen]
-        return [*people.get(name, ())] or [one for one in there if one[0]]
+    def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
+        """Returns pictures of a person's photos; without photos, of the longest appearances."""
+        longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
+        chosen = [entries[n] for n in sorted(longest)]
+        pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]
+        return [*people.get(name, ())] or [pair for pair in pictures if pair[0]]
 
-    return _template().render(
+    return _load_template().render(
         part=part,
         doubtful=listed,
         num_doubtful=len(doubtful),
-        videos=[*own],
-        films=[_part(film, own[film.video], people) for film in open_films],
+        videos=[*entries_of],
+        films=[_make_section(film, entries_of[film.video], people) for film in open_films],
         people=[Row(name, times[name], "") for name in open_people],
         faces=faces,
-        shown_of=times,
+        entries_of=times,
         ignored=IGNORED,
-        percent=percent,
+        percent=format_percent,
         named=[*people],
         unknown=unknown,
-        anchors={name: number for number, name in enumerate(everybody, 1)},
-        placed=forms and forms.at in {*open_people, *(one.key for one in shown)},
+        anchors={name: number for number, name in enumerate(everyone, 1)},
+        placed=forms and forms.at in {*open_people, *(entry.key for entry in shown)},
         most_times=MOST_TIMES,
         forms=forms,
         script=script,
@@ -187,12 +196,12 @@ def render(
 
 
 @functools.cache
-def _template() -> "jinja2.Template":
+def _load_template() -> "jinja2.Template":
     import jinja2
 
     from vidjax.evaluation import report
 
-    # The template, and the style that it includes.
+    # The folder of the template, and the folder of its style sheet.
     folders = (Path(__file__).parent, Path(report.__file__).parent)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders), autoescape=True, trim_blocks=True,
@@ -201,58 +210,61 @@ def _template() -> "jinja2.Template":
     return environment.get_template("names.html.j2")
 
 
-def time_of(one: Appearance, film: Film) -> str:
+def format_appearance_time(appearance: Appearance, film: Film) -> str:
     """Returns begin and end of an appearance in a film, such as 3:12\u20133:15."""
-    return "in the photo" if film.photo else span(one.start_s, one.end_s)
+    return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 
-def _show(
-    one: Appearance,
+def _make_entry(
+    x: Appearance,
     film: Film,
     answers: Mapping[str, Answer],
     address: Callable[[Film, float], str],
-) -> Shown:
-    """Returns what the page shows of an appearance; see `Shown`."""
-    name = one.identity or IGNORED
+) -> PageEntry:
+    """Returns the entry of an appearance on the page."""
+    name = x.identity or IGNORED
     best = dict[str, float]()
-    for clip in one.clips:
+    for clip in x.clips:
         for other, probability in answers[clip].best if clip in answers else ():
             best[other] = max(probability, best.get(other, 0.0))
     best.pop(name, None)
     others = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
     likely = [(other, p) for other, p in others if p >= LIKELY_PROBABILITY]
     length = max(film.seconds, 1e-3)
-    left = min(100 * one.start_s / length, 100 - LEAST_WIDTH)
-    width = min(max(100 * (one.end_s - one.start_s) / length, LEAST_WIDTH), 100 - left)
+    left = min(100 * x.start_s / length, 100 - LEAST_WIDTH)
+    width = min(max(100 * (x.end_s - x.start_s) / length, LEAST_WIDTH), 100 - left)
     if film.photo:
         left, width = 0.0, 100.0
-    return Shown(
-        CLIP + one.clips[0], film.video, name, one.probability is not None, one.probability,
-        time_of(one, film), one.end_s - one.start_s, round(left, 2), round(width, 2), likely,
-        address(film, one.start_s),
+    return PageEntry(
+        CLIP + x.clips[0], film.video, name, x.probability is not None, x.probability,
+        format_appearance_time(x, film), x.end_s - x.start_s, round(left, 2), round(width, 2),
+        likely, address(film, x.start_s),
     )  # fmt: skip
 
 
-def _part(film: Film, own: list[Shown], people: Collection[str]) -> Part:
+def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
     """Returns a film with a row for each person.
 
-    Known people come first, then people who are seen for longer, and at last the ignored.
+    Known people come before unknown people, and people with more time come first. Ignored people
+    are last.
     """
-    by_name: dict[str, list[Shown]] = {}
-    for one in own:
-        by_name.setdefault(one.name, []).append(one)
-    total = {name: round(sum(one.seconds for one in some), 3) for name, some in by_name.items()}
+    by_name: dict[str, list[PageEntry]] = {}
+    for entry in entries:
+        by_name.setdefault(entry.name, []).append(entry)
+    total = {
+        name: round(sum(entry.seconds for entry in group), 3) for name, group in by_name.items()
+    }
     order = sorted(
         by_name,
-        key=lambda x: (x == IGNORED, x not in people, -total[x], len(x), x),
+        key=lambda name: (name == IGNORED, name not in people, -total[name], len(name), name),
     )
-    length = "Photo" if film.photo else f"Length {_length(film.seconds)}"
+    length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends before the end that it declares" if film.damaged else ""
-    return Part(film.video, length + about, [
-        Row(name, by_name[name], "" if film.photo else f"in all {_length(total[name])}")
+    return FilmSection(film.video, length + about, [
+        Row(name, by_name[name], "" if film.photo else f"in all {_format_length(total[name])}")
         for name in order
-    ], own)  # fmt: skip
+    ], entries)  # fmt: skip
 
 
-def _length(seconds: float) -> str:
-    return clock(seconds, short=True) if seconds >= 1 else tenths(seconds)
+def _format_length(seconds: float) -> str:
+    return format_time(seconds, short=True) if seconds >= 1 else format_tenths(seconds)

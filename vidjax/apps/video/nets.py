@@ -1,7 +1,7 @@
-"""Nets that find faces and turn crops into vectors, in ONNX Runtime on the CPU.
+"""Detectors of faces and embedders of crops, in ONNX Runtime on the CPU.
 
-What stands around a net is numpy: resizing, decoding of its outputs, and non-maximum suppression.
-The points of a face are eyes, nose and corners of the mouth, each from left to right in the image.
+Resizing, the decoding of outputs, and non-maximum suppression are numpy code. The five points of a
+face are eyes, nose and corners of the mouth, each pair from left to right in the image.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,21 @@ from vidjax.utils.errors import UserError, need
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-BLOCK = 32  # crops that a net takes at a time
+BLOCK_CROPS = 32  # crops in one call of a net
 LEAST_SCORE = 0.5
-MOST_OVERLAP = 0.3  # of two boxes of one image, as intersection over union
-MOST_CANDIDATES = 5000  # the best, of which overlapping ones are left out
-FORMULA = 7919
+MOST_OVERLAP = 0.3  # intersection over union of two faces of one image
+MOST_CANDIDATES = 5000  # detections that enter non-maximum suppression, the best ones
+FORMULA_STEP = 7919  # see `make_formula_image`
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """Detections of an image, the best first.
+    """The detections of an image, the best first.
 
-    boxes: [F, 4] float32, left, top, right and bottom in pixels; scores: [F] float32, 0 to 1;
-    points: [F, 5, 2] float32, x and y in pixels.
+    Attributes:
+      boxes: [F, 4] float32, left, top, right and bottom in pixels.
+      scores: [F] float32, 0 to 1.
+      points: [F, 5, 2] float32, x and y in pixels.
     """
 
     boxes: np.ndarray
@@ -36,9 +38,9 @@ class Faces(NamedTuple):
 
 
 class Detector:
-    """Finds faces; `size` is the longer side in pixels that an image is shrunk to.
+    """Detects faces; images are shrunk to `size` pixels on their longer side.
 
-    A smaller image is not enlarged, and a card that fixes the size of the input decides instead.
+    Smaller images are not enlarged. If the card fixes the size of the input, `size` is not used.
     """
 
     def __init__(self, card: Card, size: int = 640):
@@ -46,19 +48,23 @@ class Detector:
         self.session = open_session(card)
 
     def __call__(self, image: np.ndarray) -> Faces:
-        """Returns the faces of an image, uint8 [H, W, 3] rgb, in pixels of that image."""
+        """Returns the faces of an image, uint8 [H, W, 3] RGB, in pixels of this image."""
         height, width = self.card.input.size or (self.size, self.size)
         scale = min(height / image.shape[0], width / image.shape[1], 1.0)
-        small = resize(image, _scaled(image.shape[0], scale), _scaled(image.shape[1], scale))
+        small = resize(
+            image, _scale_length(image.shape[0], scale), _scale_length(image.shape[1], scale)
+        )
         padded = pad(small, *(self.card.input.size or ()))
-        outputs = ask(
-            self.session, self.card, {self.card.input.name: prepare(padded[None], self.card.input)}
+        outputs = ask_net(
+            self.session,
+            self.card,
+            {self.card.input.name: prepare_images(padded[None], self.card.input)},
         )
         try:
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         except (LookupError, ValueError) as error:
-            raise _no_net(self.card, error) from error
-        faces = suppress(faces, MOST_OVERLAP)
+            raise _make_error(self.card, error) from error
+        faces = suppress_overlaps(faces, MOST_OVERLAP)
         ratio = np.array([image.shape[1] / small.shape[1], image.shape[0] / small.shape[0]])
         last = np.array([image.shape[1], image.shape[0]])
         boxes = np.clip(faces.boxes.reshape(-1, 2, 2) * ratio, 0, last).reshape(-1, 4)
@@ -68,36 +74,36 @@ class Detector:
 
 
 class Embedder:
-    """Turns crops, or windows of sound, into vectors of `card.width` numbers."""
+    """Computes vectors of `card.width` numbers from crops, or from windows of sound."""
 
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net of a card; `make_input` returns its input, None for `prepare`."""
+        """Opens the net of a card; `make_input` computes its input, by default `prepare_images`."""
         self.card, self.session = card, open_session(card)
-        self._make_input = make_input or prepare
+        self._make_input = make_input or prepare_images
 
-    def __call__(self, given: np.ndarray) -> np.ndarray:
-        """Returns vectors float32 [N, width], of crops uint8 [N, S, S, 3] rgb or of N windows.
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        """Returns vectors float32 [N, width] of crops uint8 [N, S, S, 3] RGB, or of N windows.
 
         Raises:
-          UserError: the net gives other vectors than its card says.
+          UserError: the output of the net does not have the width of the card.
         """
-        vectors = np.zeros((len(given), self.card.width or 0), np.float32)
-        for start in range(0, len(given), BLOCK):
-            block = self._make_input(given[start : start + BLOCK], self.card.input)
-            (found, *_) = ask(self.session, self.card, {self.card.input.name: block}).values()
-            if found.shape != (len(block), self.card.width):
+        vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
+        for start in range(0, len(inputs), BLOCK_CROPS):
+            block = self._make_input(inputs[start : start + BLOCK_CROPS], self.card.input)
+            (output, *_) = ask_net(self.session, self.card, {self.card.input.name: block}).values()
+            if output.shape != (len(block), self.card.width):
                 raise UserError(
-                    f"'{self.card.path}': its net gives {list(found.shape)} for {len(block)} "
+                    f"'{self.card.path}': its net gives {list(output.shape)} for {len(block)} "
                     f"inputs, not vectors of {self.card.width} numbers\ncorrect the card's width"
                 )
-            vectors[start : start + len(block)] = found
+            vectors[start : start + len(block)] = output
         return vectors
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Returns a card's net, ready to run in one thread, after `check_test_vector`."""
+    """Returns a card's net, ready to use in one thread, after `check_test_vector`."""
     need(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
@@ -107,94 +113,99 @@ def open_session(card: Card) -> "InferenceSession":
     content = card.read_net()
     try:
         session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    except Exception as error:  # a damaged net raises whatever the runtime raises
-        raise _no_net(card, error) from error
+    except Exception as error:  # a damaged net may raise any error
+        raise _make_error(card, error) from error
     check_test_vector(card, session)
     return session
 
 
-def _no_net(card: Card, error: Exception) -> UserError:
+def _make_error(card: Card, error: Exception) -> UserError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return UserError(
-        f"'{card.path.with_name(card.file)}' does not run as its card says ({reason})\n{REMEDY}"
+        f"'{card.path.with_name(card.file)}' does not match its card ({reason})\n{REMEDY}"
     )
 
 
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Raises UserError unless a net answers to an image made by a formula as its card says."""
-    found = answer_to_formula(card, session, card.test.seed)
-    gap = float(np.abs(found - np.array(card.test.output)).max())
+    """Compares a net's output for the formula image with the test vector of its card.
+
+    Raises:
+      UserError: they differ by more than the card's tolerance.
+    """
+    output = answer_formula(card, session, card.test.seed)
+    gap = float(np.abs(output - np.array(card.test.output)).max())
     if not gap <= card.test.tolerance:  # NaN, too
         raise UserError(
-            f"'{card.path}': its net answers otherwise than the card's test ({gap:.1e} off, "
-            f"{card.test.tolerance:.0e} allowed)\n"
-            f"colour, mean or scale of the input are wrong, or onnxruntime is: {REMEDY}"
+            f"'{card.path}': the output of its net differs from the card's test by {gap:.1e}, "
+            f"more than {card.test.tolerance:.0e}\n"
+            f"colour, mean or scale in the card, or onnxruntime, may be wrong: {REMEDY}"
         )
 
 
-def answer_to_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
-    """Returns four numbers, float64, that a net answers to the image of `formula_image`.
+def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
+    """Returns four numbers, float64, of a net's output for the image of `make_formula_image`.
 
-    They lie 1, 3, 5 and 7 eighths into its last output, whose numbers are never near 0 or 1 alone:
-    the points of faces, a vector, or the state of a net that hears.
+    They lie 1, 3, 5 and 7 eighths into the last output: the points of faces, a vector, or the state
+      of
+    the net for speech. Unlike probabilities, these numbers are not all near 0 or 1.
     """
-    output = [*ask(session, card, formula_inputs(card, seed)).values()][-1].ravel()
+    output = [*ask_net(session, card, make_formula_inputs(card, seed)).values()][-1].ravel()
     return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
 
-def formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns name -> input of a net: the image of `formula_image`, or sound of its numbers."""
+def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
+    """Returns name -> input of a net: an image or sound of `make_formula_image`."""
     if card.input.layout == "mels":
-        numbers = formula_image((160, 40), seed)[:, :, 0]
+        numbers = make_formula_image((160, 40), seed)[:, :, 0]
         return {card.input.name: numbers[None] / np.float32(256)}
     if card.input.layout == "samples":
-        numbers = formula_image((24, 8), seed).reshape(1, -1)
-        return silero_inputs(card, numbers / np.float32(128) - 1)
-    image = formula_image(card.input.size or (256, 256), seed)
-    return {card.input.name: prepare(image[None], card.input)}
+        numbers = make_formula_image((24, 8), seed).reshape(1, -1)
+        return make_silero_inputs(card, numbers / np.float32(128) - 1)
+    image = make_formula_image(card.input.size or (256, 256), seed)
+    return {card.input.name: prepare_images(image[None], card.input)}
 
 
-def silero_inputs(
+def make_silero_inputs(
     card: Card, samples: np.ndarray, state: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns the inputs of Silero's net: samples [1, 64 + 512] and the state that it gave last."""
+    """Returns the inputs of Silero's net: samples [1, 64 + 512], and the state of the last call."""
     state = np.zeros((2, 1, 128), np.float32) if state is None else state
     return {card.input.name: samples, "state": state, "sr": np.array(16_000, np.int64)}
 
 
-def formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
-    """Returns uint8 [H, W, 3] whose number i, row by row, is (7919 i + seed) mod 256."""
+def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
+    """Returns uint8 [H, W, 3]; row by row, number i is (7919 i + seed) mod 256."""
     height, width = size
-    numbers = (np.arange(height * width * 3) * FORMULA + seed) % 256
+    numbers = (np.arange(height * width * 3) * FORMULA_STEP + seed) % 256
     return numbers.astype(np.uint8).reshape(height, width, 3)
 
 
-def ask(
+def ask_net(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Returns name -> output of a net for its inputs by name."""
+    """Returns name -> output of a net; `inputs` are name -> input."""
     try:
         names = [output.name for output in session.get_outputs()]
         answers = session.run(names, dict(inputs))
-    except Exception as error:  # another input than the card says
-        raise _no_net(card, error) from error
+    except Exception as error:  # the net's inputs differ from the card
+        raise _make_error(card, error) from error
     return {name: np.asarray(answer) for name, answer in zip(names, answers, strict=True)}
 
 
-def prepare(images: np.ndarray, wanted: Input) -> np.ndarray:
-    """Returns uint8 images [N, H, W, 3] rgb as the float32 input of a net."""
-    if wanted.colour == "bgr":
+def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
+    """Returns images uint8 [N, H, W, 3] RGB as the float32 input of a net."""
+    if form.colour == "bgr":
         images = images[..., ::-1]
-    x = (images - np.array(wanted.mean, np.float32)) * np.array(wanted.scale, np.float32)
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if wanted.layout == "NCHW" else x)
+    x = (images - np.array(form.mean, np.float32)) * np.array(form.scale, np.float32)
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if form.layout == "NCHW" else x)
 
 
-def _scaled(length: int, scale: float) -> int:
+def _scale_length(length: int, scale: float) -> int:
     return max(1, round(length * scale))
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Returns [H, W, 3] with black at the right and bottom, to a size or multiples of STRIDE."""
+    """Pads [H, W, 3] with black at the right and bottom, to a size or to multiples of STRIDE."""
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
     padded = np.zeros((*sides, 3), image.dtype)
@@ -205,20 +216,20 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Returns uint8 [height, width, 3], interpolated linearly between the centres of pixels.
 
-    An image that shrinks by 2 or more is averaged over whole blocks of pixels first, since
-    interpolation alone would skip pixels.
+    If an image shrinks by a factor of 2 or more, whole blocks of pixels are averaged first, because
+    interpolation would skip pixels.
     """
     step = min(image.shape[0] // height, image.shape[1] // width)
     if step > 1:
-        image = _block_means(image, step)
+        image = _average_blocks(image, step)
     for axis, length in enumerate((height, width)):
         if image.shape[axis] != length:
             image = _interpolate(image, length, axis)
     return image if image.dtype == np.uint8 else np.round(image).astype(np.uint8)
 
 
-def _block_means(image: np.ndarray, step: int) -> np.ndarray:
-    """Returns float32 means of blocks of step x step pixels; leaves out an incomplete last one."""
+def _average_blocks(image: np.ndarray, step: int) -> np.ndarray:
+    """Returns float32 means of blocks of step x step pixels; drops incomplete blocks at the end."""
     height, width = (side // step * step for side in image.shape[:2])
     total = np.zeros((height // step, width // step, 3), np.float32)
     for row in range(step):
@@ -228,7 +239,7 @@ def _block_means(image: np.ndarray, step: int) -> np.ndarray:
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Returns a float32 image with `length` rows (axis 0) or columns (1), edges repeated."""
+    """Returns a float32 image with `length` rows (axis 0) or columns (axis 1); repeats edges."""
     at = (np.arange(length) + 0.5) * (image.shape[axis] / length) - 0.5
     at = np.clip(at, 0, image.shape[axis] - 1)
     low = np.minimum(at.astype(int), max(image.shape[axis] - 2, 0))
@@ -238,41 +249,42 @@ def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
     return first + share * (last - first)
 
 
-def suppress(faces: Faces, most_overlap: float) -> Faces:
-    """Returns faces by falling score, without those that overlap a better one.
+def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
+    """Returns faces by falling score, without faces that overlap a better face.
 
-    Source: greedy non-maximum suppression; overlap is intersection over union, `most_overlap` is
-    still allowed.
+    An intersection over union of up to `most_overlap` is allowed.
+
+    Source: greedy non-maximum suppression.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes[order].astype(np.float64), []
     area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
-    left = np.arange(len(order))
-    while len(left):
-        best, left = left[0], left[1:]
+    remaining = np.arange(len(order))
+    while len(remaining):
+        best, remaining = remaining[0], remaining[1:]
         kept.append(best)
-        low = np.maximum(boxes[left, :2], boxes[best, :2])
-        high = np.minimum(boxes[left, 2:], boxes[best, 2:])
-        both = np.prod(np.maximum(high - low, 0), axis=1)
-        left = left[both <= most_overlap * (area[left] + area[best] - both)]
+        low = np.maximum(boxes[remaining, :2], boxes[best, :2])
+        high = np.minimum(boxes[remaining, 2:], boxes[best, 2:])
+        common = np.prod(np.maximum(high - low, 0), axis=1)
+        remaining = remaining[common <= most_overlap * (area[remaining] + area[best] - common)]
     chosen = order[np.array(kept, int)]
     return Faces(*(part[chosen] for part in faces))
 
 
 def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Returns the faces of CenterFace's outputs, in pixels of its input, unsorted.
+    """Decodes the outputs of CenterFace: faces in pixels of its input, unsorted.
 
     The outputs, in this order:
-      heatmap: [1, 1, h, w], probability of a face's centre in each cell of 4 x 4 pixels.
-      scale: [1, 2, h, w], logarithm of a face's height and width in cells.
-      offset: [1, 2, h, w], y and x of the centre within its cell, from its middle, in cells.
-      landmarks: [1, 10, h, w], y and x of five points in heights and widths, from the top left
-        corner.
+      heatmap: [1, 1, h, w], the probability of a face's centre in each cell of 4 x 4 pixels.
+      scale: [1, 2, h, w], the logarithm of a face's height and width in cells.
+      offset: [1, 2, h, w], y and x from the middle of the cell to the face's centre, in cells.
+      landmarks: [1, 10, h, w], y and x of five points from the top left corner of the face, in
+        units of its height and width.
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
-      its published decoder. There a corner beyond the image is moved to its edge before points are
-      added to it; here the points of a face that the edge cuts stay in place.
+      its published decoder. The published decoder moves a corner outside the image to the edge
+      before it adds the points. Here the points of such a face are not moved.
     """
     del width
     (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())
@@ -289,18 +301,18 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Returns the faces that YuNet finds, in pixels of its input, `width` pixels wide.
+    """Decodes the outputs of YuNet: faces in pixels of its input, which is `width` pixels wide.
 
-    The outputs of each of STRIDES, the side of a cell in pixels, for n cells row by row:
-      cls_S: [1, n, 1], probability that a cell shows a face.
-      obj_S: [1, n, 1], predicted overlap of the cell's box with the face.
+    The outputs for each S of STRIDES, the side of a cell in pixels, with n cells row by row:
+      cls_S: [1, n, 1], the probability that a cell shows a face.
+      obj_S: [1, n, 1], the predicted overlap of the cell's box with the face.
       bbox_S: [1, n, 4], x and y of the centre from the cell's corner, in cells, and the logarithms
         of width and height in cells.
       kps_S: [1, n, 10], x and y of five points from the cell's corner, in cells.
 
     Source:
-      Wu et al., YuNet: A Tiny Millisecond-level Face Detector, 2023; the decoding is that of
-      OpenCV's FaceDetectorYN.
+      Wu et al., YuNet: A Tiny Millisecond-level Face Detector, 2023, decoded as in OpenCV's
+      FaceDetectorYN.
     """
     parts = []
     for stride in STRIDES:
@@ -309,7 +321,7 @@ def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
         )
         scores = np.sqrt(np.clip(classes[:, 0], 0, 1) * np.clip(objects[:, 0], 0, 1))
         chosen = np.flatnonzero(scores > LEAST_SCORE)
-        corner = _corners(chosen, width // stride)
+        corner = _locate_cells(chosen, width // stride)
         centre = (corner + boxes[chosen, :2]) * stride
         half = np.exp(boxes[chosen, 2:]) * (stride / 2)
         points = (corner[:, None] + points[chosen].reshape(-1, 5, 2)) * stride
@@ -319,13 +331,13 @@ def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Returns the faces that SCRFD finds, in pixels of its input, `width` pixels wide.
+    """Decodes the outputs of SCRFD: faces in pixels of its input, which is `width` pixels wide.
 
-    The outputs, first scores, then boxes, then points, each for STRIDES; for two anchors in each of
-    n cells, row by row:
-      scores: [2 n, 1], probability of a face.
-      boxes: [2 n, 4], distances from the cell's corner to the box's left, top, right and bottom
-        side, in cells.
+    The outputs are scores, then boxes, then points, each for all STRIDES. There are two anchors in
+    each of n cells, row by row:
+      scores: [2 n, 1], the probability of a face.
+      boxes: [2 n, 4], the distances from the cell's corner to the left, top, right and bottom side
+        of the box, in cells.
       points: [2 n, 10], x and y of five points from the cell's corner, in cells.
 
     Source:
@@ -337,7 +349,7 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     for place, stride in enumerate(STRIDES):
         scores, boxes, points = flat[place :: len(STRIDES)]
         chosen = np.flatnonzero(scores[:, 0] > LEAST_SCORE)
-        corner = _corners(chosen // 2, width // stride) * stride
+        corner = _locate_cells(chosen // 2, width // stride) * stride
         distance = boxes[chosen] * stride
         box = np.concatenate([corner - distance[:, :2], corner + distance[:, 2:]], axis=1)
         points = corner[:, None] + points[chosen].reshape(-1, 5, 2) * stride
@@ -345,8 +357,8 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     return _join(parts)
 
 
-def _corners(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the column and row, float32 [n, 2], of cells in rows of `width`."""
+def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
+    """Returns column and row, float32 [n, 2], of cells that are numbered in rows of `width`."""
     return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 
@@ -354,7 +366,7 @@ def _join(parts: list[Faces]) -> Faces:
     return Faces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-# Decoder of a card -> function of a net's outputs by name and the width of its input.
+# Decoder of a card -> function of (a net's outputs by name, the width of its input).
 DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int], Faces]] = {
     "centerface": decode_centerface,
     "yunet": decode_yunet,

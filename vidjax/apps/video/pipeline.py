@@ -1,4 +1,4 @@
-"""Extraction of many videos and photos, several at once; what is there already is kept."""
+"""Extracts features from many videos and photos in parallel; earlier results are kept."""
 
 import contextlib
 import errno
@@ -26,14 +26,14 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, of_the_system
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
-# What a killed call leaves in the folder, and in that of the videos.
+# Names of temporary files and folders, which remain if a call is killed.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
-MEMORY_BYTES = 4 << 30  # of address space; libraries reserve half of it, and never use it
+MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it but never use it
 CPU_SECONDS = 600
-SECONDS = 1.0  # after which progress is shown anew
-BATCH = 50  # photos that a process reads
-CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit a second takes as long as it is
-# Endings of films and photos in folders; a file that is named itself may have any.
+PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
+BATCH_PHOTOS = 50  # photos that one process reads
+CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit/s may take as much CPU time as it lasts
+# Endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {
     ".3gp", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
     ".mts", ".mxf", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv",
@@ -42,16 +42,19 @@ PHOTOS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png",
     ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-OF_WINDOWS = ("thumbs.db", "desktop.ini")  # which it puts into folders
-ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # of programs for films
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk: every other file would fail, too
+WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows puts these files into folders
+ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures of media players
+# If the disk is full, every other file would fail, too.
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Outcome(NamedTuple):
-    """What became of a file: its `film`, or an `error` of one line and its `remedy`.
+class FileOutcome(NamedTuple):
+    """The result for one file: either a `film`, or an `error` of one line and its `remedy`.
 
-    `kept` if it had been extracted before, `replaced` if another file of its name had been. `label`
-    is the name of the file, or the path if several have this name.
+    Attributes:
+      kept: whether the file was already extracted by an earlier call.
+      replaced: whether it replaces another file with the same name.
+      label: the name of the file, or its path if several files have this name.
     """
 
     path: Path
@@ -69,7 +72,7 @@ class _Job(NamedTuple):
     path: Path
     stem: str
     out: Path
-    settings: features_folder.Settings
+    settings: features_folder.ExtractionSettings
     tagged: bool
 
 
@@ -77,49 +80,50 @@ def extract(
     paths: Sequence[Path],
     out: Path,
     models: Path,
-    settings: features_folder.Settings | None = None,
+    settings: features_folder.ExtractionSettings | None = None,
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
     thumbnails: bool = False,
     anew: bool = False,
     check: bool = False,
-    done: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Outcome]:
-    """Extracts the faces of videos and photos into the folder `out`, see `folder`; voices, too.
+    done: Callable[[FileOutcome], None] = lambda outcome: None,
+) -> list[FileOutcome]:
+    """Extracts faces and voices of videos and photos into the folder `out`, see `features_folder`.
 
-    A file that cannot be read costs its own outcome alone. A cut-off call goes on where it was: a
-    video counts as done if its file, the nets and the settings are the same; see `folder.Source`.
+    If a file cannot be read, only its own outcome is an error. If a call is interrupted, the next
+    call continues. A video is not extracted again if its file, the nets and the settings are the
+    same, see `features_folder.FileStamp`.
 
     Args:
-      paths: the videos and photos; folders stand for the files in them.
-      out: the folder; it is made, and readable by its owner alone.
-      models: the folder of nets with cards; voices need the two of `cards.VOICES`.
-      settings: None for those of the folder, or else the defaults.
-      workers: processes at once.
-      drop: whose features go from the folder: those of files that are "missing" now, those of
-        all "others" than `paths`, or "nothing".
-      thumbnails: keeps a picture of the best face of each clip; False removes those of all.
-      anew: where `models` has nets more than made the folder's features, these are removed, and
-        those of `paths` made by all nets; False refuses such a folder.
-      check: reads every file to compare its content; False compares size, time and inode.
+      paths: videos, photos, or folders of them.
+      out: the folder. It is created, and only its owner can read it.
+      models: the folder of nets with cards. Voices need the two nets of `cards.VOICE_ROLES`.
+      settings: if None, the settings of the folder, or the defaults for a new folder.
+      workers: the number of processes.
+      drop: whose features are removed from the folder: "nothing", files that are "missing" now, or
+        all "others" than `paths`.
+      thumbnails: keeps a picture of the best face of each clip. False removes all pictures.
+      anew: removes all features of the folder if `models` has nets that are new to it. If False,
+        the call refuses the folder.
+      check: compares the content of every file. False compares only size, time and inode.
       done: called with each outcome, in any order.
 
     Raises:
-      UserError: a net is missing, or the folder has features of other nets or settings, or a link.
+      UserError: a net is missing, or the folder contains a link, or features of other nets or
+        settings.
       DiskError: the disk is full.
     """
-    found = extract_folders(
+    return extract_folders(
         {out: paths}, models, settings, workers=workers, drop=drop, thumbnails=thumbnails,
         anew=anew, check=check, done=done,
-    )  # fmt: skip
-    return found[out]
+    )[out]  # fmt: skip
 
 
 def extract_folders(
     paths: Mapping[Path, Sequence[Path]],
     models: Path,
-    settings: features_folder.Settings | None = None,
+    settings: features_folder.ExtractionSettings | None = None,
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
@@ -127,12 +131,12 @@ def extract_folders(
     anew: bool = False,
     check: bool = False,
     tagged: bool = False,
-    done: Callable[[Outcome], None] = lambda outcome: None,
-) -> dict[Path, list[Outcome]]:
-    """Extracts files into several folders, see `extract`: `paths` are folder -> its files.
+    done: Callable[[FileOutcome], None] = lambda outcome: None,
+) -> dict[Path, list[FileOutcome]]:
+    """Extracts files into several folders: `paths` are folder -> its files. See `extract`.
 
-    One process reads many photos, also of several folders. All folders are locked meanwhile. With
-    `tagged`, face tags in photos name their faces, see `regions`.
+    One process reads many photos, also of several folders. All folders are locked until the end. If
+    `tagged` is True, face tags in photos name their faces, see `regions`.
     """
     known = cards_lib.load(models)
     voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
@@ -141,58 +145,63 @@ def extract_folders(
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}
     jobs: list[_Job] = []
     with contextlib.ExitStack() as locked:
-        for out, own in paths.items():
-            listed = list_files(own)
-            say_left_out(own)
+        for out, inputs in paths.items():
+            listed = list_files(inputs)
+            say_left_out(inputs)
             check_apart(listed, out)
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
             if anew:
                 _remove_outgrown(out, digests)
-            wanted = _same_extraction(out, digests, settings)
-            stems = _make_ready(out, listed, drop, thumbnails)
-            jobs += [_Job(path, stem, out, wanted, tagged) for path, stem in stems.items()]
+            used = _check_extraction(out, digests, settings)
+            stems = _prepare_folder(out, listed, drop, thumbnails)
+            jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
 
         twins = Counter(job.path.name for job in jobs)
         label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
         left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
-        batches = _batches(jobs, workers)
-        films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+        batches = _make_batches(jobs, workers)
+        num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
 
-        def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[Outcome]:
-            number, batch = numbered  # those of films come first
-            title = f"{number:,} of {films:,}: {label[batch[0]]}" if number <= films else ""
-            outcomes = _extract(children, batch, models, check, title)
+        def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
+            number, batch = numbered  # the batches of films come first
+            title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
+            outcomes = _extract_batch(children, batch, models, check, title)
             for job, outcome in zip(batch, outcomes, strict=True):
                 left.pop(job)
                 done(outcome._replace(label=label[job]))
             return outcomes
 
-        found: dict[Path, list[Outcome]] = {out: [] for out in paths}
-        with _progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
-            several = map_children(read, [*enumerate(batches, 1)], workers)
-        for batch, outcomes in zip(batches, several, strict=True):
+        outcomes_of: dict[Path, list[FileOutcome]] = {out: [] for out in paths}
+        with (
+            _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext()
+        ):
+            outcomes_of_batches = map_children(read, [*enumerate(batches, 1)], workers)
+        for batch, outcomes in zip(batches, outcomes_of_batches, strict=True):
             for job, outcome in zip(batch, outcomes, strict=True):
-                found[job.out].append(outcome)
-    return found
+                outcomes_of[job.out].append(outcome)
+    return outcomes_of
 
 
 @contextlib.contextmanager
-def _progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows on a terminal how much of files is read; `left`, with their bytes, shrinks."""
+def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
+    """Shows on a terminal how many bytes are read; `left` are job -> bytes of unfinished files."""
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
-    def watch(shown: int = 0) -> None:
-        while not ended.wait(SECONDS):
+    def watch(last: int = 0) -> None:
+        while not ended.wait(PROGRESS_SECONDS):
             paths = [
-                x for out in places for x in out.glob(f".extract-*/{features_folder.PROGRESS}")
+                path
+                for out in places
+                for path in out.glob(f".extract-*/{features_folder.PROGRESS}")
             ]
-            with contextlib.suppress(OSError, ValueError):  # of one that ends, or is written now
-                now = total - sum([*left.values()]) + sum(int(x.read_text()) for x in paths)
-                bar.advance(max(0, now - shown))
-                shown = max(now, shown)
+            # A progress file may be removed or written at this moment.
+            with contextlib.suppress(OSError, ValueError):
+                read = total - sum([*left.values()]) + sum(int(path.read_text()) for path in paths)
+                bar.advance(max(0, read - last))
+                last = max(read, last)
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(watch)
@@ -203,108 +212,109 @@ def _progress(left: Mapping[_Job, int]) -> Iterator[None]:
     bar.close()
 
 
-def _make_ready(
+def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Makes and removes what a folder has too little or too much; returns path -> stem."""
+    """Creates the subfolders of a folder, and removes unwanted features; returns path -> stem."""
     (out / features_folder.VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / features_folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
     elif not remove_thumbnails(out):
         raise UserError(
-            f"'{out / features_folder.THUMBNAILS}' holds files that vidjax did not write\n"
+            f"'{out / features_folder.THUMBNAILS}' contains files that vidjax did not write\n"
             "move them away, or name another folder"
         )
     names = [path.stem for path in (out / features_folder.VIDEOS).glob("*.json")]
-    known = {stem: film for stem in names if (film := _film(out, stem))}
-    stems = _stems(listed, known)
+    known = {stem: film for stem in names if (film := _find_film(out, stem))}
+    stems = _choose_stems(listed, known)
     kept = None if drop == "nothing" else {*stems.values()}
     if kept is not None and drop == "missing":
         kept |= {stem for stem, film in known.items() if film.source.path.exists()}
         for stem in sorted(known.keys() - kept):
-            say(f"{known[stem].source.path}: not at its place any more: forgotten")
+            say(f"{known[stem].source.path}: the file is missing: its features are removed")
     _remove_leftovers(out, kept)
     return stems
 
 
-def _batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Returns jobs, one film or many photos at a time.
+def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
+    """Returns batches of one film or many photos, films first.
 
     A process takes longer to start than to read a photo.
     """
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
-    size = max(1, min(BATCH, -(-len(photos) // workers)))
+    size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
     return [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files that paths name, each once; of folders, see `walk`, films and photos."""
-    found: dict[Path, Path] = {}
+    """Returns the files that paths name, each once; a folder stands for its films and photos."""
+    path_of: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
             raise UserError(f"'{path}': no such file or folder")
         inside = [path]
         if path.is_dir():
-            inside = [one for place in walk(path) for one in split_files(place)[0]]
-        for one in inside:
-            found.setdefault(Path(os.path.realpath(one)), one)
-    if not found:
+            inside = [file for folder in walk(path) for file in split_files(folder)[0]]
+        for file in inside:
+            path_of.setdefault(Path(os.path.realpath(file)), file)
+    if not path_of:
         raise UserError(
-            f"'{paths[0]}' holds no video and no photo\nname videos, photos, or folders of them"
+            f"'{paths[0]}' contains no video and no photo\nname videos, photos, or folders of them"
         )
-    return list(found.values())
+    return list(path_of.values())
 
 
 def walk(path: Path) -> list[Path]:
-    """Returns a folder and all folders in it, sorted.
+    """Returns a folder and all its subfolders, sorted.
 
     Links, hidden folders, and folders that vidjax wrote are left out.
     """
-    found = []
-    for place, inner, names in os.walk(path):
+    folders = []
+    for folder, subfolders, names in os.walk(path):
         if {features_folder.NAME, features_folder.NUMBERS}.intersection(names):
-            inner.clear()
+            subfolders.clear()
             continue
-        inner[:] = [name for name in inner if name[0] != "."]
-        found.append(Path(place))
-    return sorted(found)
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        folders.append(Path(folder))
+    return sorted(folders)
 
 
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the films and photos of a folder, by their endings, and the files that are neither.
+    """Returns the films and photos of a folder, and all other files.
 
-    Hidden files are left out. Beside films, pictures that programs make of films are no photos.
+    Endings decide. Hidden files are left out. If the folder contains films, artwork of media
+    players does not count as photos.
     """
-    there = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] != ".")
-    taken = {one for one in there if one.suffix.lower() in FILMS}
-    artwork = ARTWORK if taken else ()
-    photos = (one for one in there if one.suffix.lower() in PHOTOS)
-    taken |= {one for one in photos if not one.stem.lower().endswith(artwork)}
-    return [one for one in there if one in taken], [one for one in there if one not in taken]
+    paths = sorted(x for x in path.iterdir() if x.is_file() and x.name[0] != ".")
+    accepted = {x for x in paths if x.suffix.lower() in FILMS}
+    artwork = ARTWORK if accepted else ()
+    photos = (x for x in paths if x.suffix.lower() in PHOTOS)
+    accepted |= {x for x in photos if not x.stem.lower().endswith(artwork)}
+    return [x for x in paths if x in accepted], [x for x in paths if x not in accepted]
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Says in one line for each folder which of its files are no film and no photo."""
-    for path in (place for named in paths for place in walk(named)):
-        taken, left = split_files(path)
-        beside = {one for photo in taken for one in regions.sidecars(photo)}
-        if left := [x for x in left if x not in beside and x.name.lower() not in OF_WINDOWS]:
-            more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
-            say(f"{show(str(path))}: left out, no film or photo: {show(left[0].name)}{more}")
+    """Prints one line for each folder that contains other files than films and photos."""
+    for path in (folder for named in paths for folder in walk(named)):
+        accepted, others = split_files(path)
+        sidecars = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
+        if others := [
+            x for x in others if x not in sidecars and x.name.lower() not in WINDOWS_FILES
+        ]:
+            more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+            say(f"{show(str(path))}: left out, not a film or photo: {show(others[0].name)}{more}")
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Refuses a folder for results that holds files to be read: the next call would read both."""
-    inner = next((one for one in listed if one.parent.resolve() == out.resolve()), None)
+    """Refuses a folder for results that contains input files: the next call would read both."""
+    inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
-        raise UserError(
-            f"--out={out}: it holds '{inner.name}', which is to be read\nname another folder"
-        )
+        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
 def _remove_outgrown(out: Path, digests: dict[str, str]) -> None:
-    """Removes all features if nets have come to those that made them; settings stay."""
+    """Removes all features, but not the settings, if `digests` has the old nets and others."""
     before = features_folder.read_extraction(out)
     if before and before.models.items() < digests.items():
         for path in (out / features_folder.VIDEOS).glob("*.json"):
@@ -315,21 +325,26 @@ def _remove_outgrown(out: Path, digests: dict[str, str]) -> None:
         )
 
 
-def _same_extraction(
-    out: Path, digests: dict[str, str], settings: features_folder.Settings | None
-) -> features_folder.Settings:
-    """Returns the settings of a folder, which it gets if it has none; refuses other ones."""
+def _check_extraction(
+    out: Path, digests: dict[str, str], settings: features_folder.ExtractionSettings | None
+) -> features_folder.ExtractionSettings:
+    """Returns the settings of a folder; a new folder gets the given settings.
+
+    Raises:
+      UserError: the folder has other nets or settings, or contains foreign files.
+    """
     before = features_folder.read_extraction(out)
     if before is None:
-        if foreign := next((one.name for one in out.iterdir() if one.name[0] != "."), None):
+        if foreign := next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None):
             raise UserError(
-                f"'{out}' is no folder of features: it holds '{show(foreign)}'\nname a new folder"
+                f"'{out}' is not a folder of features: it contains '{show(foreign)}'\n"
+                "name a new folder"
             )
-        made = features_folder.Extraction(
-            models=digests, settings=settings or features_folder.Settings()
+        extraction = features_folder.Extraction(
+            models=digests, settings=settings or features_folder.ExtractionSettings()
         )
-        features_folder.write(out / features_folder.NAME, made)
-        return made.settings
+        features_folder.write(out / features_folder.NAME, extraction)
+        return extraction.settings
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(
@@ -347,11 +362,14 @@ def _same_extraction(
     return before.settings
 
 
-def _stems(paths: Sequence[Path], known: Mapping[str, features_folder.Film]) -> dict[Path, str]:
-    """Returns path -> stem, see `folder.stem_of`; a copy of another file of its name is left out.
+def _choose_stems(
+    paths: Sequence[Path], known: Mapping[str, features_folder.Film]
+) -> dict[Path, str]:
+    """Returns path -> stem, see `features_folder.make_stem`.
 
-    A file keeps the stem by which it is `known`, also if it was moved. If another file has
-    the stem of a new file, the new one gets `~` and digits of its content.
+    A file keeps its stem from an earlier call, also if it was moved. If a new file has the stem of
+    a different file, `~` and digits of its content are added. A copy of a file with the same name
+    is left out.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
@@ -362,7 +380,7 @@ def _stems(paths: Sequence[Path], known: Mapping[str, features_folder.Film]) -> 
     owners = {stem.lower(): stem for stem in known}
     stems = {of_path[real]: path for path in paths if (real := os.path.realpath(path)) in of_path}
     for path in (path for path in paths if os.path.realpath(path) not in of_path):
-        stem = features_folder.stem_of(path)
+        stem = features_folder.make_stem(path)
         owner = owners.get(stem.lower())
         if owner or (path.exists() and path.stat().st_size in sizes):
             sha256 = _sha256_or_of_name(path)
@@ -381,12 +399,12 @@ def _stems(paths: Sequence[Path], known: Mapping[str, features_folder.Film]) -> 
 def _sha256_or_of_name(path: Path) -> str:
     try:
         return files.sha256_file(path)
-    except (UserError, OSError):  # which `_one` will tell
+    except (UserError, OSError):  # `_compare` will raise the error again
         return files.sha256_json(str(path.absolute()))
 
 
-def _film(out: Path, stem: str) -> features_folder.Film | None:
-    """Returns what the folder says of a video; None if it is not finished, or damaged."""
+def _find_film(out: Path, stem: str) -> features_folder.Film | None:
+    """Returns the film with this stem; None if it is unfinished or damaged."""
     path = out / features_folder.VIDEOS / f"{stem}.json"
     if not files.exists(path):
         return None
@@ -394,50 +412,54 @@ def _film(out: Path, stem: str) -> features_folder.Film | None:
         film = features_folder.read_film(path)
     except UserError:
         return None
-    whole = files.exists(out / f"{stem}.npz")
+    complete = files.exists(out / f"{stem}.npz")
     thumbnails = out / features_folder.THUMBNAILS
-    whole &= not thumbnails.exists() or (thumbnails / stem).exists()
-    return film if whole else None
+    complete &= not thumbnails.exists() or (thumbnails / stem).exists()
+    return film if complete else None
 
 
-def _extract(
+def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
-) -> list[Outcome]:
-    """Extracts files by one process, except those that were extracted before; says what begins."""
-    found: list[Outcome | None] = []
-    given: dict[int, dict[str, Any]] = {}
+) -> list[FileOutcome]:
+    """Extracts the files of a batch in one process; skips files that are already extracted."""
+    outcomes: list[FileOutcome | None] = []
+    pending: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):
         try:
             outcome = _compare(job, check)
             if isinstance(outcome, dict):
-                given[number] = outcome | {"models": str(models.absolute())}
-            found.append(None if isinstance(outcome, dict) else outcome)
+                pending[number] = outcome | {"models": str(models.absolute())}
+            outcomes.append(None if isinstance(outcome, dict) else outcome)
         except (UserError, OSError) as error:
-            found.append(_failed(job, error))
-    if given:
-        photos = f"{len(given):,} photo" + "s" * (len(given) > 1)
-        say(f"{features_folder.printable(title) or photos} ...")
+            outcomes.append(_describe_failure(job, error))
+    if pending:
+        photos = f"{len(pending):,} photo" + "s" * (len(pending) > 1)
+        say(f"{features_folder.make_printable(title) or photos} ...")
     try:
-        answers = _read(children, [(jobs[n].path, arguments) for n, arguments in given.items()])
-        for (number, arguments), answer in zip(given.items(), answers, strict=True):
-            found[number] = _take(jobs[number], arguments, answer)
+        answers = _read_batch(
+            children, [(jobs[n].path, arguments) for n, arguments in pending.items()]
+        )
+        for (number, arguments), answer in zip(pending.items(), answers, strict=True):
+            outcomes[number] = _take_results(jobs[number], arguments, answer)
     finally:
-        for arguments in given.values():
+        for arguments in pending.values():
             files.remove_tree(Path(arguments["out"]))
-    return [outcome for outcome in found if outcome]
+    return [outcome for outcome in outcomes if outcome]
 
 
-def _compare(job: _Job, check: bool) -> Outcome | dict[str, Any]:
-    """Returns the outcome of a file that was extracted before, or what `film.work` needs."""
-    before = _film(job.out, job.stem)
-    source = features_folder.Source.of(job.path, regions.sidecars(job.path) if job.tagged else ())
+def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
+    """Returns the outcome of a file that is already extracted, or the arguments of `film.work`."""
+    before = _find_film(job.out, job.stem)
+    source = features_folder.FileStamp.of(
+        job.path, regions.list_sidecars(job.path) if job.tagged else ()
+    )
     if before and before.source == source and not check:
-        return Outcome(job.path, before, kept=True)
+        return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
     if before and before.sha256 == sha256 and before.source.sidecars == source.sidecars:
-        before.source, before.video = source, features_folder.printable(job.path.name)
+        before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", before)
-        return Outcome(job.path, before, kept=True)
+        return FileOutcome(job.path, before, kept=True)
     _remove(job.out, job.stem)
     partial = job.out / f".extract-{secrets.token_hex(4)}"
     partial.mkdir(mode=0o700)
@@ -455,37 +477,39 @@ def _compare(job: _Job, check: bool) -> Outcome | dict[str, Any]:
     }
 
 
-def _read(
-    children: Children, given: Sequence[tuple[Path, dict[str, Any]]]
+def _read_batch(
+    children: Children, pending: Sequence[tuple[Path, dict[str, Any]]]
 ) -> list[dict[str, Any] | UserError]:
-    """Returns what `film.work` finds in files, or its errors.
+    """Returns the results of `film.work` for each file, or its errors.
 
-    If its process crashes at one of several files, both halves of them are read again.
+    If the process crashes, each half of the files is read again.
     """
-    if not given:
+    if not pending:
         return []
-    size = sum(arguments["source"]["size"] for _, arguments in given)
+    size = sum(arguments["source"]["size"] for _, arguments in pending)
     try:
         return run_limited_each(
-            film_lib.__name__, given, memory_bytes=MEMORY_BYTES, children=children,
+            film_lib.__name__, pending, memory_bytes=MEMORY_BYTES, children=children,
             cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
         )  # fmt: skip
     except UserError as error:
-        if len(given) == 1:
+        if len(pending) == 1:
             return [error]
-    half = len(given) // 2
-    return _read(children, given[:half]) + _read(children, given[half:])
+    half = len(pending) // 2
+    return _read_batch(children, pending[:half]) + _read_batch(children, pending[half:])
 
 
-def _take(job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError) -> Outcome:
-    """Takes what `film.work` has written into the folder of features."""
+def _take_results(
+    job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
+) -> FileOutcome:
+    """Moves the files that `film.work` wrote into the folder of features."""
     try:
         if isinstance(answer, UserError):
             raise answer
         film = schemas.parse(job.path, answer, features_folder.Film, "leave it out")
         partial = Path(arguments["out"])
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
-        thumbnails = [one / features_folder.THUMBNAILS for one in (partial, job.out)]
+        thumbnails = [folder / features_folder.THUMBNAILS for folder in (partial, job.out)]
         if thumbnails[0].exists():
             (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
             for picture in thumbnails[0].iterdir():
@@ -494,43 +518,43 @@ def _take(job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | User
         features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         _remove(job.out, job.stem)
-        return _failed(job, error)
-    return Outcome(job.path, film, replaced=arguments["replaced"])
+        return _describe_failure(job, error)
+    return FileOutcome(job.path, film, replaced=arguments["replaced"])
 
 
-def _failed(job: _Job, error: UserError | OSError) -> Outcome:
-    """Returns the outcome of a file that cannot be read; raises the error of a full disk."""
-    if isinstance(error, OSError) and error.errno in FULL:
+def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
+    """Returns the outcome of a file that cannot be read; raises the error if the disk is full."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (of_the_system(error) or str(error)).partition("\n")
     text = text if str(job.path) in text else f"'{job.path}': {text}"
-    return Outcome(job.path, None, text, remedy=remedy)
+    return FileOutcome(job.path, None, text, remedy=remedy)
 
 
 def _remove(out: Path, stem: str) -> None:
-    """Removes a video and its clips; first what tells that they are whole."""
+    """Removes the features of a video; first the file that marks them as complete."""
     (out / features_folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / features_folder.THUMBNAILS / stem)
     (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes the pictures of all clips; returns False if other files lie among them."""
+    """Removes the pictures of all clips; returns False if the folder contains other files."""
     if not files.exists(out / features_folder.THUMBNAILS):
         return True
-    for inner in (out / features_folder.THUMBNAILS).iterdir():
-        _remove_pictures(inner)
+    for folder in (out / features_folder.THUMBNAILS).iterdir():
+        _remove_pictures(folder)
     return files.remove_ours(out / features_folder.THUMBNAILS, "")
 
 
-def _remove_pictures(inner: Path) -> None:
-    """Removes the pictures of the clips of a video from the folder that has its stem as name."""
-    files.remove_ours(inner, rf"{re.escape(inner.name)}(\..+)?\.png")
+def _remove_pictures(folder: Path) -> None:
+    """Removes the pictures of a video's clips from the folder whose name is the stem."""
+    files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
 
 
 def remove_features(out: Path) -> bool:
-    """Removes a folder of features; returns False if other files lie in it, which stay."""
-    if files.exists(out / features_folder.NAME):  # vidjax has written there
+    """Removes a folder of features; returns False and keeps the other files if there are any."""
+    if files.exists(out / features_folder.NAME):  # else vidjax did not write this folder
         remove_thumbnails(out)
         _remove_leftovers(out, set())
         files.remove_ours(out / features_folder.VIDEOS, "")
@@ -538,13 +562,13 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes what killed calls left; with `stems` also all videos but these."""
+    """Removes temporary files of killed calls; also all videos but `stems`, unless it is None."""
     videos = out / features_folder.VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()
     if stems is not None:
-        there = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
-        for stem in there - stems:
+        present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
+        for stem in present - stems:
             if "." not in stem:
                 _remove(out, stem)

@@ -1,10 +1,10 @@
-"""Names of the faces in a photo, as programs for photos write them into its XMP.
+"""Reads the names of faces in a photo from its XMP, where photo programs write them.
 
-These are the regions of the Metadata Working Group, as of digiKam, Picasa and Lightroom, and where
-it has none the regions of Microsoft Photo. They lie in the photo, or in a sidecar beside it.
+digiKam, Picasa and Lightroom write regions of the Metadata Working Group. If a photo has none, the
+regions of Microsoft Photo are read. They are in the photo, or in a sidecar file next to it.
 
-All bytes are of unknown origin. XML is read from `<rdf:RDF` on: what stands before it, such as
-definitions of entities, is left out, and XML allows none behind it.
+All bytes may be malicious. XML is read only from `<rdf:RDF` to its end, so that definitions of
+entities before it are ignored.
 """
 
 import io
@@ -22,12 +22,12 @@ from vidjax.data.untrusted.names import clean_identity, is_unknown, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-MOST_BYTES = 4 * files.MB  # of a packet of XMP
-END_BYTES = 2 * files.MB  # of a photo at its begin and at its end, where XMP lies
+MOST_BYTES = 4 * files.MB  # of an XMP packet
+END_BYTES = 2 * files.MB  # that are searched for XMP at each end of a photo
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
-BEGIN, END = b"<rdf:RDF", b"</rdf:RDF>"
+PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
-PACKED = b"XML:com.adobe.xmp\0\1\0"  # two texts that end with a zero follow
+PACKED = b"XML:com.adobe.xmp\0\1\0"  # two zero-terminated texts follow
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
@@ -37,17 +37,19 @@ REGIONS = "{http://ns.microsoft.com/photo/1.2/t/RegionInfo#}"
 
 
 class Tag(NamedTuple):
-    """The name of a face and its box: left, top, right and bottom as parts of the picture."""
+    """The name of a face and its box: left, top, right, bottom as fractions of the picture."""
 
     name: str
     box: tuple[float, float, float, float]
 
 
 class Tags(NamedTuple):
-    """The tags of a photo.
+    """The face tags of a photo.
 
-    `shape` are width and height of the picture that the boxes are of; None if nothing tells them.
-    `problem` is a line about tags that cannot be read, or "".
+    Attributes:
+      tags: the tags.
+      shape: width and height of the picture to which the boxes belong; None if unknown.
+      problem: a line about unreadable tags, or "".
     """
 
     tags: list[Tag]
@@ -55,63 +57,68 @@ class Tags(NamedTuple):
     problem: str = ""
 
 
-def sidecars(path: Path) -> list[Path]:
-    """Returns the sidecars of a photo that are there: PHOTO.JPG.xmp before PHOTO.xmp."""
+def list_sidecars(path: Path) -> list[Path]:
+    """Returns the existing sidecars of a photo: PHOTO.JPG.xmp before PHOTO.xmp."""
     names = (name + end for name in (path.name, path.stem) for end in (".xmp", ".XMP"))
-    return [place for name in names if os.path.isfile(place := path.with_name(name))]
+    return [sidecar for name in names if os.path.isfile(sidecar := path.with_name(name))]
 
 
-def read(path: Path) -> Tags:
-    """Returns the tags of a photo, of the first of its sidecars that has any, or else its own."""
+def read_tags(path: Path) -> Tags:
+    """Returns the tags of the first sidecar that has tags; if no sidecar has tags, of the photo."""
     problems: list[str] = []
-    for place in (*sidecars(path), path):
+    for place in (*list_sidecars(path), path):
         try:
-            content = _content(path) if place == path else files.read_bytes(place, MOST_BYTES)
-            for packet in _packets(content):
-                found = parse(packet)
-                problems += [f"{show(place.name)}: {found.problem}"] if found.problem else []
-                if found.tags:
-                    return found._replace(problem="; ".join(problems))
+            content = _read_ends(path) if place == path else files.read_bytes(place, MOST_BYTES)
+            for packet in _find_packets(content):
+                tags = parse_packet(packet)
+                problems += [f"{show(place.name)}: {tags.problem}"] if tags.problem else []
+                if tags.tags:
+                    return tags._replace(problem="; ".join(problems))
         except (UserError, OSError, SyntaxError, zlib.error) as error:
             reason = show(str(error).partition("\n")[0])
             problems.append(f"{show(place.name)}: its face tags cannot be read: {reason}")
     return Tags([], problem="; ".join(problems))
 
 
-def _content(path: Path) -> bytes:
+def _read_ends(path: Path) -> bytes:
     with io.BufferedReader(files.open_input(path)) as file:
         begin, size = file.read(END_BYTES), file.seek(0, os.SEEK_END)
         file.seek(max(len(begin), size - END_BYTES))
         return begin + file.read(END_BYTES)
 
 
-def _packets(content: bytes) -> Iterator[bytes]:
-    """Yields the XML of regions in a file; UserError for one without an end."""
+def _find_packets(content: bytes) -> Iterator[bytes]:
+    """Yields the XMP packets with regions in a file.
+
+    Raises:
+      UserError: a packet has no end.
+    """
     if content.startswith(PNG) and (place := content.find(PACKED)) >= 0:
         start = content.find(b"\0", content.find(b"\0", place + len(PACKED)) + 1) + 1
         content = zlib.decompressobj().decompress(content[start : start + MOST_BYTES], MOST_BYTES)
     end = 0
     for _ in range(MOST_PACKETS):
-        if (place := content.find(BEGIN, end)) < 0:
+        if (place := content.find(PACKET_BEGIN, end)) < 0:
             return
-        end = content.find(END, place, place + MOST_BYTES)
+        end = content.find(PACKET_END, place, place + MOST_BYTES)
         if end < 0:
-            raise UserError(f"they have no end within {MOST_BYTES:,} bytes")
-        end += len(END)
+            raise UserError(f"the XMP has no end within {MOST_BYTES:,} bytes")
+        end += len(PACKET_END)
         if b"Region" in content[place:end]:
             yield content[place:end]
 
 
-def parse(packet: bytes) -> Tags:
-    """Returns the tags of faces in a packet of XMP, without tags of other kinds or without a name.
+def parse_packet(packet: bytes) -> Tags:
+    """Returns the tags of faces with names in an XMP packet; skips pets and other kinds of tags.
 
-    SyntaxError if it is no XML.
+    Raises:
+      SyntaxError: the packet is not valid XML.
     """
-    root = ElementTree.fromstring(packet)  # noqa: S314  (nothing is defined in it)
-    mwg, mp = (_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
-    found = [*filter(None, map(_of_mwg, mwg))] or [*filter(None, map(_of_mp, mp))]
-    tags, problem = list[Tag](), f"more than {MOST_TAGS:,} face tags" * (len(found) > MOST_TAGS)
-    for tag in found[:MOST_TAGS]:
+    root = ElementTree.fromstring(packet)  # noqa: S314  (it contains no definitions of entities)
+    mwg, mp = (_find_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
+    all_tags = [*filter(None, map(_read_mwg_tag, mwg))] or [*filter(None, map(_read_mp_tag, mp))]
+    tags, problem = list[Tag](), f"more than {MOST_TAGS:,} face tags" * (len(all_tags) > MOST_TAGS)
+    for tag in all_tags[:MOST_TAGS]:
         try:
             name = clean_identity(tag.name)
         except UserError as error:
@@ -119,52 +126,52 @@ def parse(packet: bytes) -> Tags:
             continue
         if not is_unknown(name) and len(name) <= MOST_LETTERS:
             tags.append(tag._replace(name=name))
-    applied = next(map(_values, root.iter(f"{MWG}AppliedToDimensions")), {})
-    width, height = (_number(applied.get(SIZE + key)) for key in "wh")
+    applied = next(map(_collect_values, root.iter(f"{MWG}AppliedToDimensions")), {})
+    width, height = (_parse_number(applied.get(SIZE + key)) for key in "wh")
     return Tags(tags, (width, height) if width > 0 and height > 0 else None, problem)
 
 
-def _items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of the lists of this name, one more than are read at most."""
-    items = (item for one in root.iter(name) for item in one.findall(f"*/{LI}"))
+def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
+    """Yields the items of all lists with this name, at most MOST_TAGS + 1."""
+    items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
 
-def _values(item: ElementTree.Element) -> dict[str, str]:
-    """Returns name -> text of what an element holds, be it spelled as attributes or elements."""
-    found: dict[str, str] = {}
-    for one in itertools.islice(item.iter(), MOST_VALUES):
-        for key, value in (*one.attrib.items(), (one.tag, (one.text or "").strip())):
+def _collect_values(item: ElementTree.Element) -> dict[str, str]:
+    """Returns name -> text of an element's contents, from attributes and from elements."""
+    values: dict[str, str] = {}
+    for element in itertools.islice(item.iter(), MOST_VALUES):
+        for key, value in (*element.attrib.items(), (element.tag, (element.text or "").strip())):
             if value:
-                found.setdefault(key, value)
-    return found
+                values.setdefault(key, value)
+    return values
 
 
-def _of_mwg(item: ElementTree.Element) -> Tag | None:
-    values = _values(item)
+def _read_mwg_tag(item: ElementTree.Element) -> Tag | None:
+    values = _collect_values(item)
     kind, unit = values.get(f"{MWG}Type", "Face"), values.get(f"{AREA}unit", "normalized")
-    x, y, width, height = (_number(values.get(AREA + key)) for key in "xywh")
+    x, y, width, height = (_parse_number(values.get(AREA + key)) for key in "xywh")
     if (kind, unit) != ("Face", "normalized"):
         return None
-    return _tag(values.get(f"{MWG}Name"), x - width / 2, y - height / 2, width, height)
+    return _make_tag(values.get(f"{MWG}Name"), x - width / 2, y - height / 2, width, height)
 
 
-def _of_mp(item: ElementTree.Element) -> Tag | None:
-    values = _values(item)
-    numbers = [*map(_number, values.get(f"{REGION}Rectangle", "").split(",", 4))]
+def _read_mp_tag(item: ElementTree.Element) -> Tag | None:
+    values = _collect_values(item)
+    numbers = [*map(_parse_number, values.get(f"{REGION}Rectangle", "").split(",", 4))]
     name = values.get(f"{REGION}PersonDisplayName")
-    return _tag(name, *numbers) if len(numbers) == 4 else None
+    return _make_tag(name, *numbers) if len(numbers) == 4 else None
 
 
-def _number(text: str | None) -> float:
+def _parse_number(text: str | None) -> float:
     try:
         return float((text or "")[:40])
     except ValueError:
         return np.nan
 
 
-def _tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag, None without a name or a box in the picture."""
+def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
+    """Returns a tag; None if the name is empty or the box is not in the picture."""
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
     if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
@@ -172,30 +179,35 @@ def _tag(name: str | None, left: float, top: float, width: float, height: float)
     return Tag(name, (left, top, left + width, top + height))
 
 
-def match(tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
-    """Returns the place of the face that each tag names, int [n]; -1 if it is not found.
+def match_faces(
+    tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
+) -> np.ndarray:
+    """Returns the index of the face at each tag, int [n]; -1 if there is no face.
 
-    Boxes are of the picture as stored, by the standard. Some programs mean the one that is shown:
-    this counts if `tags.shape` is like it, or if more tags have a face so.
+    By the standard, boxes belong to the stored picture, but some programs use the displayed
+    picture. If `tags.shape` shows which is meant, it decides. If not, the picture decides in which
+    more tags have a face.
 
     Args:
-      tags: n of them.
-      faces: boxes [N, 4] in pixels of the picture that is shown, upright.
-      size: its width and height.
-      orientation: of the stored picture, by EXIF, 1 to 8.
+      tags: n tags.
+      faces: boxes [N, 4] in pixels of the displayed, upright picture.
+      size: width and height of the displayed picture.
+      orientation: EXIF orientation of the stored picture, 1 to 8.
     """
     boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
     scale = np.array(size * 2)
-    shown, stored = (_pair(some * scale, faces) for some in (boxes, turned(boxes, orientation)))
+    displayed, stored = (
+        _pair_boxes(group * scale, faces) for group in (boxes, turn_boxes(boxes, orientation))
+    )
     if orientation > 4 and tags.shape and tags.shape[0] != tags.shape[1] and size[0] != size[1]:
-        is_shown = (tags.shape[0] > tags.shape[1]) == (size[0] > size[1])
+        use_displayed = (tags.shape[0] > tags.shape[1]) == (size[0] > size[1])
     else:
-        is_shown = (shown >= 0).sum() > (stored >= 0).sum()
-    return shown if is_shown else stored
+        use_displayed = (displayed >= 0).sum() > (stored >= 0).sum()
+    return displayed if use_displayed else stored
 
 
-def turned(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns boxes [n, 4] of a stored picture, as parts of it, in the picture that is shown."""
+def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
+    """Converts boxes [n, 4] of a stored picture, as fractions, to boxes of the upright picture."""
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:
         points = points[..., ::-1]
@@ -204,20 +216,20 @@ def turned(boxes: np.ndarray, orientation: int) -> np.ndarray:
     return np.concatenate([points.min(1), points.max(1)], 1)
 
 
-def _pair(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Returns for each box [n, 4] a face [N, 4] whose centre is in it; -1 for none.
+def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Assigns to each box [n, 4] a face of [N, 4] whose centre it contains: int [n], -1 for none.
 
-    The most alike are paired first: their common part, as a part of both together.
+    The pair with the largest intersection over union comes first.
     """
-    owner, one = np.full(len(boxes), -1), boxes[:, None]
+    owner, box = np.full(len(boxes), -1), boxes[:, None]
     centres = (faces[:, :2] + faces[:, 2:]) / 2
-    inside = (centres >= one[..., :2]) & (centres <= one[..., 2:])
-    sides = np.minimum(one[..., 2:], faces[:, 2:]) - np.maximum(one[..., :2], faces[:, :2])
-    areas = [(some[..., 2:] - some[..., :2]).prod(-1) for some in (one, faces)]
+    inside = (centres >= box[..., :2]) & (centres <= box[..., 2:])
+    sides = np.minimum(box[..., 2:], faces[:, 2:]) - np.maximum(box[..., :2], faces[:, :2])
+    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (box, faces)]
     common = sides.clip(0).prod(-1)
     alike = np.where(inside.all(-1), common / (areas[0] + areas[1] - common), -1.0)
     while alike.size and alike.max() >= 0:
-        box, face = np.unravel_index(alike.argmax(), alike.shape)
-        owner[box] = face
-        alike[box], alike[:, face] = -1, -1
+        row, column = np.unravel_index(alike.argmax(), alike.shape)
+        owner[row] = column
+        alike[row], alike[:, column] = -1, -1
     return owner

@@ -1,9 +1,9 @@
-"""`vidjax who --review`: a page on which people correct names, from a small server on this machine.
+"""`vidjax who --review`: a small server on this machine with a page on which a user corrects names.
 
-The address holds a secret word. Only a browser that was given the address can ask, and only pages
-of this server can send changes. Each change is written at once to the gallery and to the numbers of
-unknown people, so that the next call of `vidjax who` agrees. The results follow when nobody has
-changed anything for a moment, and at the end.
+The address contains a secret word. Only a browser that has the address gets answers, and only pages
+of this server can send changes. Each change is saved at once, in the gallery and in the numbers of
+unknown people, so that the next call of `vidjax who` keeps it. The result files are written a
+moment after the last change, and when the server ends.
 """
 
 import functools
@@ -34,30 +34,31 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, clips_of
 from vidjax.apps.gallery.store import Clip
 from vidjax.apps.video import features_folder, who
-from vidjax.apps.video.appearances import Appearance, clock
-from vidjax.apps.video.names_page import CLIP, Forms, time_of
+from vidjax.apps.video.appearances import Appearance, format_time
+from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, UserError, closest, of_the_system
 
 HOST = "127.0.0.1"
-IDLE_SECONDS = 1.0  # after the last change, until the results are written
+IDLE_SECONDS = 1.0  # between the last change and the writing of the results
 FORM_BYTES = 10_000
 HEADERS = {
     "Cache-Control": "no-store",
-    "Referrer-Policy": "same-origin",  # with `no-referrer` a form of the page has no origin
+    "Referrer-Policy": "same-origin",  # with `no-referrer`, browsers send forms without an origin
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
 
 
 class Step(NamedTuple):
-    """A change: what it did, in words, where, and what was there before.
+    """A change that can be undone.
 
     Attributes:
-      at: the person, or the key of the appearance.
-      clips: clip -> as it was enrolled before; None if it was not.
-      numbers: what was known of unknown people.
+      words: the change in words.
+      at: the person, or the key of the appearance, that was changed.
+      clips: clip -> its entry in the gallery before the change; None if it was not enrolled.
+      numbers: the numbers and corrections of unknown people before the change.
     """
 
     words: str
@@ -67,7 +68,7 @@ class Step(NamedTuple):
 
 
 class Review:
-    """The names of a folder of results, while somebody corrects them.
+    """The names of a folder of results while a user corrects them.
 
     `version` grows with each change.
     """
@@ -79,7 +80,7 @@ class Review:
         *,
         fpir: float | None = None,
         threshold: float | None = None,
-        padding: float = who.PADDING,
+        padding: float = who.PADDING_SECONDS,
     ):
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
@@ -89,157 +90,162 @@ class Review:
         self._saving = threading.Lock()
         self.version = self._saved = 0
         self._forms = Forms(0)
-        self._decision = decision or self._decided(who.read_numbers(out), None)
+        self._decision = decision or self._make_decision(who.read_numbers(out), None)
         self._numbers = who.read_numbers(out)
 
     @property
     def done(self) -> who.Done:
-        """What the results say."""
+        """The current results."""
         return who.Done.of(self._gallery, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of a film; None without one, or if its file is not the one of the page.
+        """Returns the path of a film; None if there is no such film, or if its file has changed.
 
-        A folder of a stranger may name any file as a film, but does not know what the disk says.
+        A folder of results from a stranger may name any file as a film. It cannot match the size,
+        times and inode of a file on this disk, so that no other file is sent.
         """
         if number >= len(self._films):
             return None
         source = self._films[number].source
         path = source.path
-        return path if path.is_file() and features_folder.Source.of(path) == source else None
+        return path if path.is_file() and features_folder.FileStamp.of(path) == source else None
 
     def picture(self, address: str) -> Path | None:
-        """Returns the path of the picture of a face; None for an address that no page has."""
+        """Returns the path of a face's picture; None if no picture has this address."""
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
         inside = inside and path.parent.parent.name == features_folder.THUMBNAILS
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of a film, of a person, or of all; what was done is said once."""
+        """Returns the page of a film, of a person, or of all; shows the last message only once."""
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
             last=self._steps[-1].words if self._steps else "",
         )  # fmt: skip
         self._forms = Forms(self.version)
-        numbers = {one.video: number for number, one in enumerate(self._films)}
+        number_of = {film.video: number for number, film in enumerate(self._films)}
 
-        def address(one: features_folder.Film, seconds: float) -> str:
-            number = numbers[one.video]
-            return f"film/{number}" if one.photo else f"play/{number}?t={seconds:.1f}"
+        def address(film: features_folder.Film, seconds: float) -> str:
+            number = number_of[film.video]
+            return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
 
         return who.render_page(self._out, self._gallery, self._decision, address, forms)
 
     def change(self, action: str, of: str, name: str, after: str = "") -> None:
-        """Does what a form of the page asks for.
+        """Applies a change from a form of the page.
 
         Args:
-          action: `name` says who it is: a person, or another unknown person; `deny` takes a wrong
-            name away; `ignore` keeps the clips out of all names and numbers.
+          action: `name` names a person, or joins two unknown people; `deny` removes a wrong name;
+            `ignore` excludes the clips from all names and numbers.
           of: the key of an appearance, or a person, or an unknown person.
           name: the name of a person, or `unknown 4`.
-          after: who is next on the page.
+          after: the person who comes next on the page.
 
         Raises:
-          UserError: there is nobody `of` this key or name, or the name is no name.
+          UserError: `of` is not on the page, or the name is not allowed.
         """
-        clips, shown = self._clips_of(of)
-        what = shown
-        if one := self._appearance(of):
-            film = next(film for film in self._films if film.video == one.video)
-            what = f"{one.video}, {time_of(one, film)},"
+        clips, old = self._find_clips(of)
+        subject = old
+        if appearance := self._find_appearance(of):
+            film = next(film for film in self._films if film.video == appearance.video)
+            subject = f"{appearance.video}, {format_appearance_time(appearance, film)},"
         name, enrolled = " ".join(name.split()), self._gallery.clips
         if action == "deny":
-            own = {clip: None for clip in clips if clip in enrolled}
-            numbers = self._numbers.deny(self._films, clips, shown)
-            self._finish(f"{what} is not {shown}", of, "", own, numbers)
-            now = next(one.identity for one in self._decision.found if clips[0] in one.clips)
-            said = f"Saved: {what} is not {shown}, but {now or IGNORED}."
-            self._forms = self._forms._replace(message=said)
+            entries = {clip: None for clip in clips if clip in enrolled}
+            numbers = self._numbers.deny(self._films, clips, old)
+            self._finish(f"{subject} is not {old}", of, "", entries, numbers)
+            new = next(x.identity for x in self._decision.appearances if clips[0] in x.clips)
+            message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
+            self._forms = self._forms._replace(message=message)
         elif action == "ignore":
-            self._finish(f"{what} is ignored", of, after, self._labelled(clips, None))
+            self._finish(f"{subject} is ignored", of, after, self._label_clips(clips, None))
         elif action != "name" or not name:
-            raise UserError("there is no name: type one")
+            raise UserError("the name is empty: type a name")
         elif is_unknown(name):
-            group = self._group(name)
-            numbers = self._numbers.join([self._group(shown), group])
-            self._finish(f"{what} is {group}", of, after, {}, numbers)
+            group = self._find_group(name)
+            numbers = self._numbers.join([self._find_group(old), group])
+            self._finish(f"{subject} is {group}", of, after, {}, numbers)
         else:
-            self._finish(f"{what} is {name}", of, after, self._labelled(clips, check_person(name)))
+            self._finish(
+                f"{subject} is {name}", of, after, self._label_clips(clips, check_person(name))
+            )
 
     def similar(self, name: str, of: str) -> str | None:
-        """Returns the person whose name is nearly, but not quite, a name that somebody typed."""
+        """Returns the person whose name is almost equal to a typed name; None if there is none."""
         people = self._gallery.identities.keys() - {of}
         if is_unknown(name) or normal_form(" ".join(name.split())) in people:
             return None
-        letters = {_letters(one): one for one in people}
-        found = closest(_letters(name), letters, 0.85)
-        digits = [re.sub(r"\D", "", word) for word in (name, found or "")]
-        return letters[found] if found and digits[0] == digits[1] else None
+        letters = {_fold_letters(person): person for person in people}
+        best = closest(_fold_letters(name), letters, 0.85)
+        digits = [re.sub(r"\D", "", word) for word in (name, best or "")]
+        return letters[best] if best and digits[0] == digits[1] else None
 
     def undo(self) -> None:
-        """Takes the last change back."""
+        """Undoes the last change."""
         if not self._steps:
-            raise UserError("there is no change to take back")
+            raise UserError("there is no change to undo")
         step = self._steps.pop()
         self._put(step.clips)
         self._decide(step.numbers)
-        self._forms = Forms(0, message=f"Taken back: {step.words}.", at=step.at)
+        self._forms = Forms(0, message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
-        """Writes the results in a moment, unless there is another change until then."""
+        """Writes the results after a moment, unless another change was made by then."""
         version = self.version
         time.sleep(IDLE_SECONDS)
         if version == self.version:
             self.save()
 
     def save(self) -> None:
-        """Writes the results, if they are older than the last change."""
+        """Writes the results if there are changes since the last time."""
         with self._saving:
             version, decision = self.version, self._decision
             if version > self._saved:
                 who.write(self._out, self._gallery, decision, self._padding)
                 self._saved = version
 
-    def _clips_of(self, of: str) -> tuple[tuple[str, ...], str]:
+    def _find_clips(self, of: str) -> tuple[tuple[str, ...], str]:
         """Returns the clips of an appearance or a person, and the name on the page."""
-        if one := self._appearance(of):
-            return one.clips, one.identity or IGNORED
+        if appearance := self._find_appearance(of):
+            return appearance.clips, appearance.identity or IGNORED
         clips = [clip for clip, group in self._decision.groups.items() if group == of]
-        clips += [clip for clip, one in self._gallery.clips.items() if of and one.identity == of]
+        clips += [
+            clip for clip, entry in self._gallery.clips.items() if of and entry.identity == of
+        ]
         if not clips:
-            raise UserError(f"'{of}' is not on the page any more")
+            raise UserError(f"'{of}' is no longer on the page")
         return tuple(sorted(clips)), of
 
-    def _appearance(self, of: str) -> Appearance | None:
-        """Returns the appearance that a key says; None for a person."""
-        return next((one for one in self._decision.found if CLIP + one.clips[0] == of), None)
+    def _find_appearance(self, of: str) -> Appearance | None:
+        """Returns the appearance with a key; None if `of` is a person."""
+        return next((x for x in self._decision.appearances if CLIP + x.clips[0] == of), None)
 
-    def _group(self, name: str) -> str:
-        """Returns an unknown person as the page names it."""
+    def _find_group(self, name: str) -> str:
+        """Returns the name of an unknown person as the page spells it."""
         group = " ".join(name.casefold().split())
         if group not in self._decision.groups.values():
-            there = sorted({*self._decision.groups.values()}, key=number_of)[:5]
-            some = f", or {', '.join(there)} ..." if there else ""
-            raise UserError(f"there is no {group} on the page (any more): type a name{some}")
+            groups = sorted({*self._decision.groups.values()}, key=number_of)[:5]
+            alternatives = f", or {', '.join(groups)} ..." if groups else ""
+            raise UserError(f"{group} is not on the page (any more): type a name{alternatives}")
         return group
 
-    def _labelled(self, clips: Iterable[str], name: str | None) -> dict[str, Clip | None]:
-        """Returns clips as a person's, or as strangers' if `name` is None."""
+    def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, Clip | None]:
+        """Returns clip -> its entry with a name; if `name` is None, as an ignored person."""
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         new = clips_of(vectors.only({*clips} - enrolled.keys())) if vectors else {}
         known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
-        found = {clip: one._replace(identity=name) for clip, one in (new | known).items()}
-        if not found:
-            raise UserError("no face is clear enough there to learn from")
-        return dict(found)
+        entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
+        if not entries:
+            raise UserError("no face there is clear enough to be enrolled")
+        return dict(entries)
 
     def _put(self, clips: Mapping[str, Clip | None]) -> dict[str, Clip | None]:
-        """Enrols clips anew, or removes them; returns what was there."""
+        """Replaces or removes clips in the gallery; returns the entries before."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
-            draft.remove(clip=[clip for clip, one in before.items() if one])
-            draft.add({clip: one for clip, one in clips.items() if one})
+            draft.remove(clip=[clip for clip, entry in before.items() if entry])
+            draft.add({clip: entry for clip, entry in clips.items() if entry})
         return before
 
     def _finish(
@@ -256,36 +262,36 @@ class Review:
         self._forms = Forms(0, message=f"Saved: {words}.", at=after)
 
     def _decide(self, numbers: who.Numbers) -> None:
-        self._decision = self._decided(numbers, self._decision)
+        self._decision = self._make_decision(numbers, self._decision)
         self._numbers = who.read_numbers(self._out)
         self.version += 1
 
-    def _decided(self, numbers: who.Numbers, last: who.Decision | None) -> who.Decision:
+    def _make_decision(self, numbers: who.Numbers, last: who.Decision | None) -> who.Decision:
         gallery, out, films = self._gallery, self._out, self._films
         return who.decide(gallery, out, films, numbers, self._identify, last)
 
 
-def _letters(name: str) -> str:
-    """Returns the letters of a name, without accents, case and blanks."""
+def _fold_letters(name: str) -> str:
+    """Returns the letters and digits of a name, without accents, case and blanks."""
     return "".join(x for x in unicodedata.normalize("NFKD", fold(name)) if x.isalnum())
 
 
 def make_app(review: Review, token: str, port: int) -> Starlette:
-    """Returns the answers: the page, the films, and the changes, below `/TOKEN/`."""
+    """Returns the web application: the page, the films and the changes, below `/TOKEN/`."""
     hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
     lock = threading.Lock()
 
     def check(request: Request) -> None:
-        """Refuses who does not know the token, and changes that another page sends."""
-        headers, word = request.headers, request.path_params["token"]
-        if not hmac.compare_digest(word.encode(), token.encode()) or (
+        """Refuses requests without the token, and changes from other pages."""
+        headers, given = request.headers, request.path_params["token"]
+        if not hmac.compare_digest(given.encode(), token.encode()) or (
             headers.get("host") not in hosts
         ):
             raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
-        ours = headers.get("origin") in (None, *(f"http://{host}" for host in hosts))
+        same_origin = headers.get("origin") in (None, *(f"http://{host}" for host in hosts))
         if headers.get("sec-fetch-site") not in (None, "none", "same-origin"):
-            ours = False
-        if request.method == "POST" and not ours:
+            same_origin = False
+        if request.method == "POST" and not same_origin:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Changes come from this page only.")
 
     def show(request: Request) -> Response:
@@ -301,7 +307,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
             return path
         raise HTTPException(
             HTTPStatus.NOT_FOUND,
-            "The film is not at its place, or has changed. Put it back, or call vidjax who again.",
+            "The film is missing, or has changed. Put it back, or call vidjax who again.",
         )
 
     def play(request: Request) -> Response:
@@ -309,10 +315,10 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
         seconds = float(query["t"]) if re.fullmatch(r"[\d.]{1,12}", query.get("t", "")) else 0.0
         address = f"../film/{request.path_params['number']}#t={seconds:.1f}"
         about = (
-            f"{path.name}, from {clock(seconds, short=True)}. If nothing plays, the browser does "
-            f"not know this kind of film: open it in a player, such as VLC. It is here: {path}"
+            f"{path.name}, from {format_time(seconds, short=True)}. If nothing plays, the browser "
+            f"does not know this kind of film: open it in a player, such as VLC. It is here: {path}"
         )
-        return _note(path.name, about, f'<video src="{address}" controls autoplay></video>')
+        return _make_note(path.name, about, f'<video src="{address}" controls autoplay></video>')
 
     def send(request: Request) -> Response:
         path = film(request)
@@ -339,13 +345,13 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
         with lock:
             try:
                 if form.get("version") != str(review.version):
-                    raise UserError("the page was old, this is the new one: repeat the change")
+                    raise UserError("the page was out of date: repeat the change on this new page")
                 status = HTTPStatus.UNPROCESSABLE_ENTITY
                 if back:
                     review.undo()
                 elif "person" in form and (other := review.similar(name, of)):
                     problem = problem._replace(similar=other)
-                    raise UserError(f"there is {other} already: who is it?")
+                    raise UserError(f"there is already {other}: who is it?")
                 else:
                     review.change(form.get("do", ""), of, name, form.get("next", ""))
                     if view.get("person") == of and name:
@@ -360,7 +366,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
     def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _note("vidjax", error.detail, status=error.status_code)
+        return _make_note("vidjax", error.detail, status=error.status_code)
 
     return Starlette(
         routes=[
@@ -375,8 +381,8 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
     )
 
 
-def _note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
-    """Returns a page with a few words, and `more` HTML above them."""
+def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
+    """Returns a page with a short text, and `more` HTML above it."""
     policy = "default-src 'none'; media-src 'self'; style-src 'unsafe-inline'"
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
@@ -398,15 +404,15 @@ async def _read_form(request: Request) -> dict[str, str]:
     return dict(urllib.parse.parse_qsl(body.decode(errors="replace")))
 
 
-def run(
+def serve_review(
     out: Path,
     decision: who.Decision,
     *,
     fpir: float | None = None,
     threshold: float | None = None,
-    padding: float = who.PADDING,
+    padding: float = who.PADDING_SECONDS,
 ) -> who.Done:
-    """Serves the page of a folder of results until Ctrl-C; returns what the results say then."""
+    """Serves the page of a folder of results until Ctrl-C; returns the final results."""
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits
 
@@ -416,7 +422,7 @@ def run(
         review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
         port = listener.getsockname()[1]
         messages.say(f"http://{HOST}:{port}/{token}/")
-        messages.say("Open this address in a browser on this machine. End with Ctrl-C.")
+        messages.say("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
             app_lib.serve(make_app(review, token, port), listener, Limits())
         finally:

@@ -1,7 +1,7 @@
-"""Tracks: detections of one person in frame after frame of one shot.
+"""Tracks: the detections of one person in the frames of one shot.
 
 Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting lasts until the
-next picture that is looked at, or until the shot ends.
+next picture in which people are detected, or until the shot ends.
 """
 
 import dataclasses
@@ -14,21 +14,27 @@ from vidjax.apps.video.cards import BackEnd
 
 LEAST_OVERLAP = 0.3  # intersection over union
 GAP_SECONDS = 1.0
-PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # of what a detection differs from the expected box
-LARGER, LEAST_SHARE, LEAST_SECONDS, MOST_SECONDS = 3.0, 0.3, 1.0, 30.0  # of a shot's main figure
-CROWDED = 0.4  # overlap of two tracks of which one may hide the other
-HELD_SECONDS = 0.4  # a picture that lasts longer is held: one is enough for a track
-# A track is split where the card's densities do not favour one person by ODDS: faces of one shot
-# are far more alike than the photos that cards are measured on. Each part lasts PART_SECONDS, since
-# dissolves show nobody; but where pictures are held, each may show somebody else.
-PART_SECONDS, ODDS = 0.8, 50.0
+PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # gains of the alpha-beta filter
+# A main figure has so many times the area of any other, in so large a share of the shot's frames.
+MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
+LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # duration of a shot with a main figure
+CROWDED_OVERLAP = 0.4  # of two tracks of which one may hide the other
+HELD_SECONDS = 0.4  # a picture that lasts longer is held; then one picture is enough for a track
+# A track is split unless the odds for one person are at least SAME_ODDS: faces of one shot are far
+# more alike than the photos with which cards are measured. Each part lasts at least PART_SECONDS,
+# because the faces in dissolves are unusable. If pictures are held, each may show another person.
+PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 
 @dataclasses.dataclass
 class Track:
-    """Detections of one person: the `number` of the track in the film, and its sightings.
+    """The detections of one person.
 
-    `times` and `ends` are seconds of their begins and ends; the last one may go on.
+    Attributes:
+      number: the number of the track in the film.
+      shot: the number of the shot.
+      times, ends: begins and ends of the sightings in seconds. The end of the last sighting may be
+        missing.
     """
 
     number: int
@@ -36,24 +42,24 @@ class Track:
     times: list[float] = dataclasses.field(default_factory=list)
     ends: list[float] = dataclasses.field(default_factory=list)
 
-    def look(self, time_s: float) -> None:
-        """Ends the last sighting, if it goes on: there is another picture, or the shot ends."""
+    def end_sighting(self, time_s: float) -> None:
+        """Ends the last sighting, because there is another picture, or the shot ends."""
         if len(self.ends) < len(self.times):
             self.ends.append(time_s)
 
     def cut(self, time_s: float) -> None:
-        """Ends the track with its shot; what was seen later, in a dissolve, does not count."""
+        """Ends the track with its shot. Later sightings, in a dissolve, are removed."""
         self.times = [begin_s for begin_s in self.times if begin_s < time_s]
         self.ends = [min(end_s, time_s) for end_s in self.ends[: len(self.times)]]
-        self.look(time_s)
+        self.end_sighting(time_s)
 
     @property
     def pace_s(self) -> float:
-        """Seconds from one of its pictures to the next, at the median."""
+        """The median number of seconds between two of its pictures."""
         return float(np.median(np.subtract(self.ends, self.times)))
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Returns the parts before, between and after some times, each with a sighting or more."""
+        """Returns the parts before, between and after the times `at`; each part has a sighting."""
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -62,10 +68,10 @@ class Track:
 
 
 class _Motion:
-    """Where a live track is expected: a filter of its sides, which move at a constant speed.
+    """Predicts the box of a live track: a filter of its sides with constant speed.
 
-    Source: the alpha-beta filter, as in Bar-Shalom et al. 2001, "Estimation with Applications to
-    Tracking and Navigation", section 6.5, with fixed gains.
+    Source: the alpha-beta filter with fixed gains, Bar-Shalom et al. 2001, "Estimation with
+    Applications to Tracking and Navigation", section 6.5.
     """
 
     def __init__(self, track: Track, time_s: float, box: np.ndarray):
@@ -73,16 +79,16 @@ class _Motion:
         self.time_s, self._box = time_s, box
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
-    def box(self, time_s: float) -> np.ndarray:
-        """Returns the box [4] that is expected at a time."""
+    def predict(self, time_s: float) -> np.ndarray:
+        """Returns the predicted box [4] at a time."""
         if self._speed is None:
             return self._box
         return self._box + (time_s - self.time_s) * self._speed
 
     def add(self, time_s: float, box: np.ndarray) -> None:
-        """Learns from a detection."""
+        """Corrects the prediction by a detection."""
         self.last = box
-        expected, step = self.box(time_s), max(time_s - self.time_s, 1e-3)
+        expected, step = self.predict(time_s), max(time_s - self.time_s, 1e-3)
         if self._speed is None:
             self._speed, self._box = (box - self._box) / step, box
         else:
@@ -92,23 +98,23 @@ class _Motion:
 
 
 class Tracker:
-    """Joins the detections of a film to tracks, frame by frame, best pair first.
+    """Joins the detections of a film to tracks, frame by frame, best pairs first.
 
-    A pair of a track and a detection needs an overlap above LEAST_OVERLAP with the box where the
-    track's motion leads, else with its last box. The motion of a track with one sighting is not
-    known: in the next picture both boxes count with twice their sides. While one person hides
-    another, their single detection goes to neither: it is lost, but no identity is switched. A
-    track ends at a cut, and `gap_s` seconds after its last sighting, see `gap_at`. A track of one
+    A detection is assigned to a track if its overlap with the track's predicted box, or else with
+    its last box, is above LEAST_OVERLAP. After its first sighting, a track has no prediction yet:
+    in the next picture both boxes are doubled in size. If one person hides another, the single
+    detection is dropped: a lost detection is better than a switched identity. A track ends at a
+    cut, or `gap_s` seconds after its last sighting, see `choose_gap_seconds`. A track with one
     detection is dropped, unless its picture is held for more than `held_s` seconds.
 
-    Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
-    information" (greedy overlap); Yang et al. 2023, "Hard to Track Objects with Irregular Motions
-    and Similar Appearances?" (larger boxes); the motion, the gap and crossings are ours.
+    Source: greedy overlap, Bochinski et al. 2017, "High-speed tracking-by-detection without using
+    image information"; larger boxes, Yang et al. 2023, "Hard to Track Objects with Irregular
+    Motions and Similar Appearances?". Motion, gaps and crossings are additions of vidjax.
     """
 
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
         self._gap, self._held = gap_s, held_s
-        self._cut_s: float | None = None  # begin of a shot of which no picture was looked at
+        self._cut_s: float | None = None  # begin of the shot until its first detections
         self._live: list[_Motion] = []
         self._ended: list[Track] = []
         self._time_s = 0.0  # of the last picture
@@ -116,16 +122,16 @@ class Tracker:
         self._tracks = 0
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Takes the detections of the next frame and returns the number of each one's track.
+        """Adds the detections of the next frame; returns the number of the track of each detection.
 
         Args:
-          time_s: seconds, later than the last call's.
+          time_s: seconds, later than in the last call.
           boxes: [N, 4].
 
         Returns:
-          [N] int, -1 for a detection that was dropped because two people overlap.
+          [N] int; -1 if a detection was dropped because two people overlap.
         """
-        self._look(time_s)
+        self._end_sightings(time_s)
         self._time_s = time_s
         self._end_if(lambda motion: time_s - motion.track.ends[-1] > self._gap)
         begin_s, self._cut_s = time_s if self._cut_s is None else self._cut_s, None
@@ -144,25 +150,28 @@ class Tracker:
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends all tracks: the next detections are those of another shot, which began then.
+        """Ends all tracks; the following detections are part of a shot that began at `time_s`.
 
-        Whoever came in a dissolve, of which `time_s` is the middle, comes with the next shot.
+        If the cut is a dissolve, `time_s` is its middle. People who appeared during the dissolve
+        are assigned to the next shot.
         """
-        came_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
+        last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
         for motion in self._live:
             motion.track.cut(time_s)
-        self._live = [one for one in self._live if one.track.times and one.track.times[0] < came_s]
+        self._live = [
+            motion for motion in self._live if motion.track.times and motion.track.times[0] < last_s
+        ]
         self._end_if(lambda motion: True)
         self._cut_s = time_s
         self._shot += 1
 
     @property
     def live(self) -> set[int]:
-        """The numbers of the tracks that have not ended; one that ends may be dropped as short."""
+        """The numbers of the tracks that have not ended. They may still be dropped as too short."""
         return {motion.track.number for motion in self._live}
 
     def take_ended(self) -> list[Track]:
-        """Returns, once, the tracks that have ended since the last call."""
+        """Returns the tracks that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -172,9 +181,9 @@ class Tracker:
         self._live.append(motion)
         return motion
 
-    def _look(self, time_s: float) -> None:
+    def _end_sightings(self, time_s: float) -> None:
         for motion in self._live:
-            motion.track.look(time_s)
+            motion.track.end_sighting(time_s)
 
     def _end_if(self, ends: Callable[[_Motion], bool]) -> None:
         over = [motion for motion in self._live if ends(motion)]
@@ -185,32 +194,33 @@ class Tracker:
         self._live = [motion for motion in self._live if not ends(motion)]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns detection -> live track, and the detections that belong to no track at all."""
+        """Returns detection -> live track, and the detections that are dropped."""
         live = self._live
-        expected = np.array([motion.box(time_s) for motion in live]).reshape(-1, 4)
+        expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)
-        ahead = overlaps(expected, boxes)
+        ahead = measure_overlaps(expected, boxes)
         seen_twice = np.array([len(motion.track.times) > 1 for motion in live], bool)
-        hidden = _hidden(expected[seen_twice], ahead[seen_twice])
-        pairs = _best_pairs(np.where(hidden, 0.0, ahead))
+        hidden = _find_hidden(expected[seen_twice], ahead[seen_twice])
+        pairs = _pair_greedily(np.where(hidden, 0.0, ahead))
         new = np.array([motion.track.ends == [time_s] for motion in live], bool)
         for rest in (
-            overlaps(last, boxes),
-            overlaps(_doubled(last), _doubled(boxes)) * new[:, None],
+            measure_overlaps(last, boxes),
+            measure_overlaps(_double(last), _double(boxes)) * new[:, None],
         ):
             rest[list(pairs.values())] = 0.0
             rest[:, [*pairs, *np.flatnonzero(hidden)]] = 0.0
-            pairs |= _best_pairs(rest)
+            pairs |= _pair_greedily(rest)
         return {n: live[m] for n, m in pairs.items()}, set(np.flatnonzero(hidden).tolist())
 
 
 class MainFigures:
-    """Follows one person a shot: the main figure of its frames.
+    """Follows one person per shot: the main figure of its frames.
 
-    That is the only one of a frame, or one with LARGER times the area of any other. A shot counts
-    if it lasts LEAST_SECONDS to MOST_SECONDS and more than LEAST_SHARE of its frames have one.
+    A figure is the main figure of a frame if it is the only one, or if its area is
+    MAIN_FIGURE_RATIO times the area of any other. A shot counts if it lasts LEAST_SECONDS to
+    MOST_SECONDS, and more than LEAST_SHARE of its frames have a main figure.
 
-    Source: iQIYI-VID, sections 3.1 and 3.2, which looks at heads; "larger" is read as the area.
+    Source: iQIYI-VID, sections 3.1 and 3.2, for heads. We interpret "larger" as the area.
     """
 
     def __init__(self) -> None:
@@ -220,26 +230,26 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Takes the detections of the next frame; returns the shot for the main one, else -1."""
+        """Adds the detections of the next frame; returns the shot for the main figure, or -1."""
         self._frames += 1
-        self._track.look(time_s)
+        self._track.end_sighting(time_s)
         numbers = np.full(len(boxes), -1)
         if len(boxes):
             sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).astype(np.float64)
             order = np.argsort(-sides.prod(1), kind="stable")
             areas = sides.prod(1)[order]
-            if len(boxes) == 1 or areas[0] >= LARGER * areas[1]:
+            if len(boxes) == 1 or areas[0] >= MAIN_FIGURE_RATIO * areas[1]:
                 main = order[0]
-                # In the first picture of a shot, the figure is there from the begin of the shot.
+                # A figure in the first picture of a shot counts from the begin of the shot.
                 self._track.times.append(self._begin_s if self._frames == 1 else time_s)
                 numbers[main] = self._shot
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends the shot at the time of the next one's begin, or of the end of the film."""
+        """Ends the shot at `time_s`, the begin of the next shot or the end of the film."""
         self._track.cut(time_s)
         valid = len(self._track.times) > LEAST_SHARE * self._frames
-        # Times that are equal in a file differ in the last digits.
+        # Tolerance for rounding errors of times.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
             self._ended.append(self._track)
         self._shot += 1
@@ -247,33 +257,34 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the shot that has not ended."""
+        """The number of the current shot."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
-        """Returns, once, the shots that have ended since the last call and count."""
+        """Returns the shots with a main figure that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
 
-def held_at(fps: float) -> float:
-    """Returns the seconds from which on a picture is held, where `fps` of a second are wanted."""
+def choose_held_seconds(fps: float) -> float:
+    """Returns the duration above which a picture is held; `fps` pictures per second are wanted."""
     return max(HELD_SECONDS, 1.5 / fps)
 
 
-def gap_at(rate: float) -> float:
+def choose_gap_seconds(rate: float) -> float:
     """Returns how many seconds after its last sighting a track ends.
 
-    `rate` is the number of pictures looked at in a second. One of them may lack the person, so a
-    track of slow pictures waits longer than GAP_SECONDS.
+    `rate` is the number of pictures per second. A person may be missed in one picture, so the gap
+    is longer than GAP_SECONDS if there are few pictures.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
 
-def least_cosine(back_end: BackEnd, odds: float) -> float:
-    """Returns the cosine at which a pair is `odds` times as likely by `same` as by `different`.
+def find_least_cosine(back_end: BackEnd, odds: float) -> float:
+    """Returns the cosine at which one person is `odds` times as likely as two people.
 
-    Both are taken for normal distributions; the cosine lies between their means.
+    `same` and `different` of the card are treated as normal distributions. The cosine lies between
+    their means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
     same, different = (
@@ -283,19 +294,19 @@ def least_cosine(back_end: BackEnd, odds: float) -> float:
     return float(np.interp(np.log(odds), same - different, cosines))
 
 
-def changes(
+def find_changes(
     vectors: np.ndarray, times: np.ndarray, held: bool, back_end: BackEnd | None
 ) -> list[int]:
-    """Returns the places in a track from which on it shows somebody else, in order.
+    """Returns the places at which a track begins to show another person, in order.
+
+    The track is split at the place where the mean vectors before and after are least alike, if
+    their cosine is below `find_least_cosine`. Then both parts are searched.
 
     Args:
-      vectors: [N, D] of its faces in order of time.
-      times: [N], their seconds.
-      held: whether its pictures are held, so that each may show somebody else.
-      back_end: of the net's card; a track of a net without one is not split.
-
-    A track is split where the mean vectors of the faces before and after are least alike, if their
-    cosine is below `least_cosine`. Then both parts are looked at.
+      vectors: [N, D], of its faces in order of time.
+      times: [N], in seconds.
+      held: whether its pictures are held, so that each may show another person.
+      back_end: from the net's card; if it is None, the track is not split.
     """
     if back_end is None or len(vectors) < 2:
         return []
@@ -303,15 +314,15 @@ def changes(
     centred = vectors.astype(np.float64) - back_end.centre
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     sums = np.concatenate([0 * centred[:1], (centred / np.maximum(lengths, 1e-9)).cumsum(0)])
-    least_alike = least_cosine(back_end, 1.0 if held else ODDS)
+    least_alike = find_least_cosine(back_end, 1.0 if held else SAME_ODDS)
 
     def find(low: int, high: int) -> list[int]:
         places = np.arange(low + 1, high)
         cosines = np.array(
-            [min(alike(low, at, high, n) for n in (least, 4 * least)) for at in places.tolist()]
+            [min(compare(low, at, high, n) for n in (least, 4 * least)) for at in places.tolist()]
         )
         around = np.pad(cosines, 1, constant_values=1.0)
-        # Where a place nearer to an end is less alike, the part is too short, as of a dissolve.
+        # A minimum too close to an end is skipped: this part is too short, as in a dissolve.
         lowest = (cosines <= around[:-2]) & (cosines <= around[2:]) & (cosines < least_alike)
         lowest &= (places >= low + least) & (places <= high - least)
         if not lowest.any():
@@ -319,7 +330,7 @@ def changes(
         at = int(places[np.where(lowest, cosines, 1.0).argmin()])
         return [*find(low, at), at, *find(at, high)]
 
-    def alike(low: int, at: int, high: int, count: int) -> float:
+    def compare(low: int, at: int, high: int, count: int) -> float:
         before = sums[at] - sums[max(low, at - count)]
         after = sums[min(high, at + count)] - sums[at]
         return float(before @ after / max(np.linalg.norm(before) * np.linalg.norm(after), 1e-9))
@@ -327,41 +338,41 @@ def changes(
     return find(0, len(vectors))
 
 
-def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def measure_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns the intersection over union of boxes [L, 4] and [N, 4]: [L, N], 0 to 1."""
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     shared = np.maximum(high - low, 0.0).prod(-1)
-    areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).prod(-1) for boxes in (one, other)]
+    areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).prod(-1) for boxes in (first, second)]
     return shared / np.maximum(areas[0][:, None] + areas[1] - shared, 1e-9)
 
 
-def _doubled(boxes: np.ndarray) -> np.ndarray:
-    """Returns boxes [N, 4] with the same middle and sides of twice the length."""
+def _double(boxes: np.ndarray) -> np.ndarray:
+    """Returns boxes [N, 4] with the same centre and sides of twice the length."""
     half = (boxes[:, 2:] - boxes[:, :2]) / 2
     return boxes + np.concatenate([-half, half], 1)
 
 
-def _best_pairs(overlap: np.ndarray) -> dict[int, int]:
-    """Returns detection -> track, the best pair first, each in one pair at most."""
-    left = overlap.copy()
+def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
+    """Returns detection -> track; the best pairs come first, and each is in at most one pair."""
+    remaining = overlap.copy()
     pairs: dict[int, int] = {}
-    while left.size and left.max() > LEAST_OVERLAP:
-        track, detection = np.unravel_index(left.argmax(), left.shape)
+    while remaining.size and remaining.max() > LEAST_OVERLAP:
+        track, detection = np.unravel_index(remaining.argmax(), remaining.shape)
         pairs[int(detection)] = int(track)
-        left[track], left[:, detection] = 0.0, 0.0
+        remaining[track], remaining[:, detection] = 0.0, 0.0
     return pairs
 
 
-def _hidden(expected: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    """Returns for each detection whether two people should be there and it is the only one.
+def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
+    """Returns for each detection whether it is the only one where two people are expected: [N].
 
-    `expected`: [L, 4] boxes of tracks; `ahead`: [L, N] their overlaps with the detections.
+    `expected` [L, 4] are boxes of tracks, and `overlaps` [L, N] compare them with the detections.
     """
-    crowded = overlaps(expected, expected) > CROWDED
-    near = ahead > LEAST_OVERLAP
-    hidden = np.zeros(ahead.shape[1], bool)
+    crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
+    near = overlaps > LEAST_OVERLAP
+    hidden = np.zeros(overlaps.shape[1], bool)
     for detection, claims in enumerate(near.T):
-        together = claims & ((crowded & claims).sum(1) > 1)  # each is crowded with itself
+        together = claims & ((crowded & claims).sum(1) > 1)  # each track overlaps itself
         hidden[detection] = together.sum() > 1 and near[together].any(0).sum() < together.sum()
     return hidden

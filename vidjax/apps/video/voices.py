@@ -1,6 +1,6 @@
-"""Nets that hear where somebody speaks, and turn speech into vectors; sound is 16 kHz, float32.
+"""Detects speech, and computes embeddings of voices; sound is 16 kHz, float32.
 
-Voices of two people who speak at once, or over music, are not told apart.
+Voices of two people who speak at once, or over music, are not separated.
 """
 
 import collections
@@ -15,26 +15,26 @@ from vidjax.apps.video import decode, nets
 from vidjax.apps.video.cards import Card, Role
 
 if TYPE_CHECKING:
-    from vidjax.apps.video.features_folder import Track
+    from vidjax.apps.video.features_folder import FilmTrack
 
 RATE = decode.SOUND_RATE
-STEP = 512  # samples, 32 ms, of one probability of speech
-CONTEXT = 64  # samples before these, which the net hears again
-WINDOW = 25_600  # samples, 1.6 s, of one vector
-FRAME, HOP, BANDS = 400, 160, 40  # samples of a frame, and between two; mel bands
+STEP = 512  # samples, 32 ms, for one probability of speech
+CONTEXT = 64  # samples before a step that are also part of the net's input
+WINDOW = 25_600  # samples, 1.6 s, for one vector
+FRAME, HOP, BANDS = 400, 160, 40  # samples of a frame, samples between two frames, mel bands
 WINDOW_STEP = WINDOW // 2  # samples between the begins of two windows
-SPEECH, LEAST_STEPS = 0.5, 25  # probability of speech, in so many steps (0.8 s) of a window
-PIECE_WINDOWS = 74  # that are heard at once, 60 s
-LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square that fainter windows are raised to
+SPEECH, LEAST_STEPS = 0.5, 25  # a window needs this probability of speech in 25 steps, 0.8 s
+PIECE_WINDOWS = 74  # windows that are processed at once, 60 s
+LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square to which fainter windows are amplified
 
 
-def voice_embedder(card: Card) -> nets.Embedder:
-    """Returns the net that turns windows of samples [N, WINDOW], -1 to 1, into unit vectors."""
-    return nets.Embedder(card, lambda windows, _: mels(raise_level(windows)))
+def open_voice_embedder(card: Card) -> nets.Embedder:
+    """Returns the net that maps windows of samples [N, WINDOW], -1 to 1, to unit vectors."""
+    return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
 
 
 class Span(NamedTuple):
-    """A piece of a film, in seconds, whose voice goes with a clip."""
+    """A part of a film, in seconds, whose voice belongs to a clip."""
 
     clip: str
     start_s: float
@@ -42,9 +42,12 @@ class Span(NamedTuple):
 
 
 class Voice(NamedTuple):
-    """Windows of speech: `begin` [n] int, in samples; `vectors` [n, D]; `quality` [n], see below.
+    """Windows of speech.
 
-    The quality is the part of the window in which somebody speaks, 0.5 to 1.
+    Attributes:
+      begin: [n], in samples.
+      vectors: [n, D].
+      quality: [n], the share of the window with speech, 0.5 to 1.
     """
 
     begin: np.ndarray
@@ -53,16 +56,16 @@ class Voice(NamedTuple):
 
 
 class Listener:
-    """Finds speech, and makes vectors of it."""
+    """Detects speech, and computes its vectors."""
 
     def __init__(self, cards: Mapping[Role, Card]):
         self._hears = cards["voice_activity"]
         self._session = nets.open_session(self._hears)
-        self._embeds = voice_embedder(cards["voice_embedder"])
+        self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns the windows of samples [N], N >= WINDOW, that have enough speech."""
-        speech = self.speech(samples) > SPEECH
+        """Returns the windows with enough speech in samples [N], N >= WINDOW."""
+        speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
         begin, steps = begin[steps >= LEAST_STEPS], steps[steps >= LEAST_STEPS]
@@ -70,37 +73,42 @@ class Listener:
         quality = (steps * STEP / WINDOW).astype(np.float32)
         return Voice(begin, self._embeds(np.ascontiguousarray(windows)), quality)
 
-    def speech(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the probability of speech, float32 [ceil(N / STEP)], of samples [N], -1 to 1."""
+    def detect_speech(self, samples: np.ndarray) -> np.ndarray:
+        """Returns the probability of speech, float32 [ceil(N / STEP)], in samples [N], -1 to 1."""
         count = -(-len(samples) // STEP)
         padded = np.zeros(CONTEXT + count * STEP, np.float32)
         padded[CONTEXT : CONTEXT + len(samples)] = samples
-        found, state = np.zeros(count, np.float32), None
-        for place in range(count):
-            piece = padded[None, place * STEP : (place + 1) * STEP + CONTEXT]
-            inputs = nets.silero_inputs(self._hears, piece, state)
-            probability, state = nets.ask(self._session, self._hears, inputs).values()
-            found[place] = probability[0, 0]
-        return found
+        probabilities, state = np.zeros(count, np.float32), None
+        for step in range(count):
+            piece = padded[None, step * STEP : (step + 1) * STEP + CONTEXT]
+            inputs = nets.make_silero_inputs(self._hears, piece, state)
+            probability, state = nets.ask_net(self._session, self._hears, inputs).values()
+            probabilities[step] = probability[0, 0]
+        return probabilities
 
 
-def alone(tracks: "Iterable[Track]") -> Iterator[Span]:
-    """Yields when exactly one track is seen, in order of time, in pieces of PIECE_WINDOWS.
+def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
+    """Yields the spans during which exactly one track is visible, in order of time.
 
-    A person counts as seen from the first sighting of a track to the last, also without a face.
+    Long spans are split into pieces of PIECE_WINDOWS. A person counts as visible from the first to
+    the last sighting of a track, also if the face is hidden.
     """
     tracks = list(tracks)
-    ends = [(seconds, n) for n, one in enumerate(tracks) for seconds in (one.start_s, one.end_s)]
+    ends = [
+        (seconds, number)
+        for number, track in enumerate(tracks)
+        for seconds in (track.start_s, track.end_s)
+    ]
     seen: set[int] = set()
     for (begin, number), (end, _) in itertools.pairwise(sorted(ends)):
         seen ^= {number}
         if len(seen) == 1:
-            (only,) = seen
-            yield from _pieces(tracks[only].clip, begin, end)
+            (number,) = seen
+            yield from _split_span(tracks[number].clip, begin, end)
 
 
-def _pieces(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Yields a time in pieces of PIECE_WINDOWS whole windows; none where not even one fits in."""
+def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
+    """Yields pieces of at most PIECE_WINDOWS windows; nothing if not even one window fits."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1e-6) + 1 if end - begin >= window else 0
     for first in range(0, count, PIECE_WINDOWS):
@@ -108,14 +116,17 @@ def _pieces(clip: str, begin: float, end: float) -> Iterator[Span]:
         yield Span(clip, begin + first * step, begin + last * step + window)
 
 
-def listen(
+def cut_spans(
     sound: Iterable[tuple[float, np.ndarray]], spans: Iterable[Span]
 ) -> Iterator[tuple[Span, np.ndarray]]:
-    """Yields the samples of each span, zeros where no sound is; spans without any are left out.
+    """Yields the samples of each span; gaps are zeros, and spans without sound are left out.
 
-    `sound` are (seconds, samples) in order of time, with gaps; two spans are in memory at most.
+    `sound` are (seconds, samples) in order of time. At most two spans are in memory.
     """
-    waiting, heard = collections.deque(spans), collections.deque[tuple[Span, int, np.ndarray]]()
+    waiting, open_spans = (
+        collections.deque(spans),
+        collections.deque[tuple[Span, int, np.ndarray]](),
+    )
     for seconds, samples in sound:
         first = round(seconds * RATE)
         last = first + len(samples)
@@ -123,51 +134,52 @@ def listen(
             span = waiting.popleft()
             count = round((span.end_s - span.start_s) * RATE)
             if (begin := round(span.start_s * RATE)) + count > first:
-                heard.append((span, begin, np.zeros(count, np.float32)))
-        for _, begin, found in heard:
-            low, high = max(first, begin), min(last, begin + len(found))
+                open_spans.append((span, begin, np.zeros(count, np.float32)))
+        for _, begin, output in open_spans:
+            low, high = max(first, begin), min(last, begin + len(output))
             if low < high:
-                found[low - begin : high - begin] = samples[low - first : high - first]
-        while heard and heard[0][1] + len(heard[0][2]) <= last:
-            span, _, found = heard.popleft()
-            yield span, found
-        if not waiting and not heard:
+                output[low - begin : high - begin] = samples[low - first : high - first]
+        while open_spans and open_spans[0][1] + len(open_spans[0][2]) <= last:
+            span, _, output = open_spans.popleft()
+            yield span, output
+        if not waiting and not open_spans:
             return
-    for span, _, found in heard:
-        yield span, found
+    for span, _, output in open_spans:
+        yield span, output
 
 
 def raise_level(windows: np.ndarray) -> np.ndarray:
-    """Returns windows [N, T] whose root mean square is at least LEAST_LEVEL; silence stays."""
+    """Amplifies windows [N, T] to a root mean square of at least LEAST_LEVEL, except silence."""
     level = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=1, keepdims=True))
     gain = np.where(level > 0, np.maximum(LEAST_LEVEL / np.maximum(level, 1e-12), 1), 1)
     return (windows * gain).astype(np.float32)
 
 
-def mels(windows: np.ndarray) -> np.ndarray:
+def make_mels(windows: np.ndarray) -> np.ndarray:
     """Returns the power in mel bands, float32 [N, T / HOP, BANDS], of samples [N, T].
 
     Source:
-      librosa's `melspectrogram` with frames of 25 ms about every 10 ms, a Hann window, and zeros
-      beyond the ends; as Resemblyzer calls it, without a logarithm. Its last frame is dropped.
+      librosa's `melspectrogram` without a logarithm, as Resemblyzer calls it: frames of 25 ms every
+      10 ms, a Hann window, zeros beyond the ends. The last frame is dropped.
     """
     count = windows.shape[1] // HOP
     padded = np.pad(windows, [(0, 0), (FRAME // 2, FRAME // 2)])
     frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME, axis=1)[:, ::HOP][:, :count]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / FRAME)
     power = np.abs(np.fft.rfft(frames * hann)) ** 2
-    return (power @ filters().T).astype(np.float32)
+    return (power @ make_mel_filters().T).astype(np.float32)
 
 
 @functools.cache
-def filters() -> np.ndarray:
+def make_mel_filters() -> np.ndarray:
     """Returns the weights of frequencies in each mel band, float64 [BANDS, FRAME / 2 + 1].
 
     Source:
-      Slaney, Auditory Toolbox, 1998: triangles of equal area, 66.7 Hz apart up to 1 kHz and a
-      factor of 6.4 in 27 steps above.
+      Slaney, Auditory Toolbox, 1998: triangles of equal area, 66.7 Hz apart up to 1 kHz, and 27
+        steps
+      per factor of 6.4 above.
     """
-    knee, step = 15.0, np.log(6.4) / 27  # the mel of 1 kHz, and the logarithm of a step above
+    knee, step = 15.0, np.log(6.4) / 27  # 1 kHz in mels, and the logarithm of a step above it
 
     def to_hz(mel: np.ndarray) -> np.ndarray:
         above = 1000 * np.exp(step * np.maximum(mel - knee, 0))

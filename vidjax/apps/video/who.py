@@ -1,21 +1,21 @@
-"""Who appears when in videos, by a few photos of people: extract, enrol, identify, group, a page.
+"""Names people in films from a few photos of each person: `vidjax who`.
 
-    OUT/people/NAME/   features of the photos of a person, or of a photo of several with face tags
-    OUT/features/      features of the videos
-    OUT/gallery/       the people, as a gallery: `vidjax gallery` goes on from here
-    OUT/*/thumbnails/  from --thumbnails on: a small picture of each face
+    OUT/people/NAME/   features of the photos of a person, or of a photo with several face tags
+    OUT/features/      features of the films
+    OUT/gallery/       the gallery of the people, for the commands of `vidjax gallery`
+    OUT/*/thumbnails/  with --thumbnails: a small picture of each face
     OUT/names.tsv      video, begin, end, person, probability, clips, evidence, box, path, date
-    OUT/names.jsonl    the same for programs
-    OUT/names.html     shows it
-    OUT/unknown.tsv    clips of people without a name: write names in it, and call again
-    OUT/unknown.json   the numbers of unknown people, which they keep while their films stay
-    OUT/subtitles/     a .vtt and a .srt for each video
-    OUT/cuts/          a .edl for each person, for programs that edit films
+    OUT/names.jsonl    the same table for programs
+    OUT/names.html     the same table as a page with timelines
+    OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
+    OUT/unknown.json   the numbers of unknown people, so that later calls use the same numbers
+    OUT/subtitles/     a .vtt and a .srt file for each video
+    OUT/cuts/          .edl files for each person, for programs that edit films
 
-Everything but features, numbers and the gallery is written anew by each call. People and photos
-that `people` no longer has are forgotten; a call without `people` keeps all whom the gallery knows.
-Names that `vidjax gallery rename` and `relabel` changed stay as they are, also where nets are added
-to the models, for which all films and photos are read once more.
+Each call replaces the tables, the page, the subtitles and the cut lists. If a person or a photo is
+removed from `people`, the next call forgets it. A call without `people` keeps every person of the
+gallery. Names that `vidjax gallery rename` or `relabel` changed are kept. If nets are added to the
+models, all films and photos are read again, and the names stay.
 """
 
 import functools
@@ -39,7 +39,7 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.pipeline import Outcome
+from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
@@ -50,25 +50,31 @@ from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError
 
-STRANGER_ODDS = 3.0  # of the faces of films, three of four show nobody enrolled
-TOLD = "told"  # the evidence of a clip that was itself enrolled
+STRANGER_ODDS = 3.0  # prior: three of four faces in films show people who are not enrolled
+TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
-PADDING = 1.0  # seconds
+PADDING_SECONDS = 1.0
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
-NUMBERS_REMEDY = "delete it: unknown people are numbered anew"
+NUMBERS_REMEDY = "delete it: the next call numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB
 
 
 class Done(NamedTuple):
-    """People -> number of their clips, all appearances in films, and the number of unknown people.
+    """The results of a call.
 
-    `failed` are files that could not be read or do not help, each with a remedy that was not told
-    yet, or "". `missed` are people of whom no photo shows one face.
+    Attributes:
+      people: person -> number of enrolled clips.
+      appearances: all appearances in films.
+      groups: the number of unknown people.
+      failed: path -> remedy, for files that could not be read or show no usable face. The remedy is
+        "" if it was already printed.
+      decision: the decision that the results show.
+      missed: people for whom no photo shows exactly one face.
     """
 
     people: dict[str, int]
-    found: list[Appearance]
+    appearances: list[Appearance]
     groups: int
     failed: dict[str, str]
     decision: "Decision"
@@ -76,32 +82,32 @@ class Done(NamedTuple):
 
     @classmethod
     def of(cls, gallery: Gallery, decision: "Decision", failed: dict[str, str]) -> "Done":
-        """Returns what a decision says."""
+        """Returns the results of a decision."""
         groups = len({*decision.groups.values()})
-        return cls(gallery.identities, decision.found, groups, failed, decision)
+        return cls(gallery.identities, decision.appearances, groups, failed, decision)
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
-        """The film, the time, and the person of each appearance."""
+        """The film, the time and the person of each appearance."""
         rows = []
-        for one in self.found:
-            sure = "" if one.probability is None else f", {appearances.percent(one.probability)}"
-            time = appearances.span(one.start_s, one.end_s)
-            rows.append((one.video, time, f"{one.identity or answers_lib.IGNORED}{sure}"))
+        for video, start_s, end_s, name, probability, *_ in self.appearances:
+            percent = "" if probability is None else f", {appearances.format_percent(probability)}"
+            time = appearances.format_span(start_s, end_s)
+            rows.append((video, time, f"{name or answers_lib.IGNORED}{percent}"))
         return rows
 
 
 class Numbers(Struct, kw_only=True):
-    """What is known of unknown people, `unknown.json`.
+    """The contents of `unknown.json`: the numbers and corrections of unknown people.
 
-    A film that was replaced, or cut in other clips, has another digest: what is known goes with
-    films.
+    Films are identified by a digest of the file and its clips. A film that was replaced, or split
+    into other clips, has another digest.
 
     Attributes:
-      films: digest of a film's clips -> clip -> the number of its group when it was last unknown. A
-        film without unknown people is there, too.
-      denied: the same digests -> clip -> the people whom somebody said that it does not show.
-      same: pairs of a number and a lower number, of the same person as somebody said.
+      films: digest of a film -> clip -> the number of the unknown person. Films without unknown
+        people are included.
+      denied: digest of a film -> clip -> people whom a user took off this clip.
+      same: pairs (number, lower number) of one person, as a user stated.
     """
 
     format: Literal[1] = 1
@@ -111,87 +117,95 @@ class Numbers(Struct, kw_only=True):
 
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):
-            raise ValueError("`same` leads to a number that is not lower")
+            raise ValueError("`same`: the second number of a pair must be lower than the first")
 
-    def of(self, films: Iterable[features_folder.Film]) -> dict[str, int]:
-        """Returns clip -> number, of films."""
-        return {c: n for film in films for c, n in self.films.get(_digest(film), {}).items()}
+    def select(self, films: Iterable[features_folder.Film]) -> dict[str, int]:
+        """Returns clip -> number of the unknown person, for all clips of the films."""
+        return {
+            clip: number
+            for film in films
+            for clip, number in self.films.get(_hash_film(film), {}).items()
+        }
 
-    def denied_of(self, films: Iterable[features_folder.Film]) -> dict[str, list[str]]:
-        """Returns clip -> people whom it does not show, of films."""
-        return {c: n for film in films for c, n in self.denied.get(_digest(film), {}).items()}
+    def select_denied(self, films: Iterable[features_folder.Film]) -> dict[str, list[str]]:
+        """Returns clip -> people whom a user took off this clip, for all clips of the films."""
+        return {
+            clip: people
+            for film in films
+            for clip, people in self.denied.get(_hash_film(film), {}).items()
+        }
 
     def clips(self, films: Iterable[features_folder.Film]) -> set[str]:
-        """Returns all clips of those films that are here."""
-        return {one.clip for film in films if _digest(film) in self.films for one in film.tracks}
+        """Returns the clips of all listed films that `unknown.json` contains."""
+        return {
+            track.clip for film in films if _hash_film(film) in self.films for track in film.tracks
+        }
 
     @property
     def highest(self) -> int:
-        """The highest number that a clip has; 0 without any."""
+        """The highest number of any clip; 0 if there are no clips."""
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
-    def joined(self, group: str) -> str:
-        """Returns the name of the group that a group belongs to, as somebody said."""
+    def resolve(self, group: str) -> str:
+        """Returns the name of a group after the joins that users made."""
         number, lower = answers_lib.number_of(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "Numbers":
-        """Returns these numbers, where all groups are the one of the lowest number."""
-        numbers = sorted(answers_lib.number_of(self.joined(group)) for group in groups)
+        """Returns numbers in which all groups are one person, with the lowest of their numbers."""
+        numbers = sorted(answers_lib.number_of(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
     def deny(
         self, films: Iterable[features_folder.Film], clips: Collection[str], name: str
     ) -> "Numbers":
-        """Returns these numbers, where clips of films do not show a person."""
+        """Returns numbers in which the clips do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
-            own = {**denied.get(_digest(film), {})}
+            denied_in_film = {**denied.get(_hash_film(film), {})}
             for clip in {track.clip for track in film.tracks}.intersection(clips):
-                own[clip] = sorted({*own.get(clip, ()), name})
-            if own:
-                denied[_digest(film)] = own
+                denied_in_film[clip] = sorted({*denied_in_film.get(clip, ()), name})
+            if denied_in_film:
+                denied[_hash_film(film)] = denied_in_film
         return msgspec.structs.replace(self, denied=denied)
 
-    def only(self, films: Iterable[features_folder.Film], people: Collection[str]) -> "Numbers":
-        """Returns what is known of films and people, without all others."""
-        kept = sorted({_digest(film) for film in films} & self.films.keys())
+    def keep(self, films: Iterable[features_folder.Film], people: Collection[str]) -> "Numbers":
+        """Returns numbers that contain only these films and people."""
+        kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied = {
-            digest: own
+            digest: clips
             for digest in kept
-            if (own := {
-                clip: known for clip, names in self.denied.get(digest, {}).items()
-                if (known := [name for name in names if name in people])
+            if (clips := {
+                clip: remaining for clip, names in self.denied.get(digest, {}).items()
+                if (remaining := [name for name in names if name in people])
             })
         }  # fmt: skip
         films_kept = {digest: self.films[digest] for digest in kept}
         return Numbers(films=films_kept, denied=denied, same=self.same)
 
-    def updated(
-        self, films: Iterable[features_folder.Film], groups: Mapping[str, str]
-    ) -> "Numbers":
-        """Returns these numbers, and those of groups, clip -> `unknown N`, of clips of films."""
-        found = {**self.films}
+    def update(self, films: Iterable[features_folder.Film], groups: Mapping[str, str]) -> "Numbers":
+        """Adds the groups (clip -> `unknown N`) of all films; returns new numbers."""
+        numbers = {**self.films}
         for film in films:
-            clips = {one.clip for one in film.tracks} & groups.keys()
+            clips = {track.clip for track in film.tracks} & groups.keys()
             new = {clip: answers_lib.number_of(groups[clip]) for clip in sorted(clips)}
-            found[_digest(film)] = found.get(_digest(film), {}) | new
-        return msgspec.structs.replace(self, films=found)
+            numbers[_hash_film(film)] = numbers.get(_hash_film(film), {}) | new
+        return msgspec.structs.replace(self, films=numbers)
 
 
 class Decision(NamedTuple):
-    """Who is in the films of a folder.
+    """The people in all films of a folder.
 
     Attributes:
       films: all films.
-      vectors: of all clips; None without clips.
-      votes: clip -> the group with which it votes on its name.
+      vectors: the vectors of all clips; None if there are no clips.
+      votes: clip -> its group. The clips of a group vote on their name.
       answers: clip -> answer.
-      groups: clip -> `unknown N`, of clips without a name.
-      found: the appearances, in order of time.
+      groups: clip -> `unknown N`, for clips without a name.
+      appearances: the appearances in order of time.
     """
 
     films: Sequence[features_folder.Film]
@@ -199,10 +213,10 @@ class Decision(NamedTuple):
     votes: dict[str, str]
     answers: dict[str, Answer]
     groups: dict[str, str]
-    found: list[Appearance]
+    appearances: list[Appearance]
 
 
-def _digest(film: features_folder.Film) -> str:
+def _hash_film(film: features_folder.Film) -> str:
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
     return files.sha256_json([film.sha256, tracks])
 
@@ -213,214 +227,232 @@ def read_films(out: Path) -> list[features_folder.Film]:
 
 
 def read_numbers(out: Path) -> Numbers:
-    """Returns what a folder of results knows of unknown people."""
+    """Returns the contents of `unknown.json`; without this file, empty numbers."""
     path = out / NUMBERS
     if not files.exists(path):
         return Numbers(films={})
     return schemas.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
-def who(
+def name_people(
     films: Sequence[Path],
     people: Path | None,
     out: Path,
     models: Path,
-    settings: features_folder.Settings | None = None,
+    settings: features_folder.ExtractionSettings | None = None,
     *,
     workers: int = 1,
     thumbnails: bool | None = None,
     fpir: float | None = None,
     threshold: float | None = None,
-    padding: float = PADDING,
+    padding: float = PADDING_SECONDS,
     check: bool = False,
     prune: bool = False,
-    done: Callable[[Outcome], None] = lambda outcome: None,
+    done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> Done:
-    """Names the people in films, and writes the files of the module's docstring.
+    """Names the people in films, and writes the files listed at the top of this module.
 
-    The results show these films, and all films of earlier calls.
+    The results contain these films and all films of earlier calls.
 
     Args:
-      films: videos, or folders of them; photos, too.
-      people: a folder with a folder of photos for each person, or with photos NAME.jpg; None to
-        name nobody who is not in the gallery of an earlier call. Face tags in a photo count more
-        than the name of its folder or file, see `extract.regions`.
-      out: the folder for results; it is made, and readable by its owner alone.
-      thumbnails: shows the face beside each name; False deletes pictures of earlier calls, None
-        does as the call before.
-      fpir, threshold: when a clip gets a name, see `Gallery.identify`.
-      padding: seconds that cut lists show before and after each appearance.
-      prune: removes films of earlier calls that are no longer at their place.
-      models, settings, workers, check, done: as of `pipeline.extract`.
+      films: videos, photos, or folders of them.
+      people: a folder with photos of each person, as NAME/PHOTO.jpg or NAME.jpg. A face tag in a
+        photo takes precedence over the name of its folder or file, see `regions`. If `people` is
+        None, the gallery of an earlier call is used.
+      out: the folder for results. It is created, and only its owner can read it.
+      thumbnails: True keeps a picture of each face, False deletes the pictures of earlier calls,
+        None keeps the choice of the last call.
+      fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
+      padding: seconds added before and after each appearance in cut lists.
+      prune: removes films of earlier calls whose files no longer exist.
+      models, settings, workers, check, done: see `pipeline.extract`.
 
     Raises:
-      UserError: there is no film or no usable photo of anybody, a net is missing, or there is a
-        link in the folder for results.
+      UserError: there is no film, there is no usable photo, a net is missing, or the folder for
+        results contains a link.
     """
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g}: give seconds, 0 or more")
     pipeline.check_apart(pipeline.list_files(films), out)
-    photos = {} if people is None else _photos(people)
+    photos = {} if people is None else _list_photos(people)
     if people and not photos and not files.exists(out / "gallery"):
-        raise UserError(f"'{people}' has no photos: wanted {people}/NAME/PHOTO.jpg for each person")
+        raise UserError(f"'{people}' has no photos: add {people}/NAME/PHOTO.jpg for each person")
     if people and out.resolve().parent == people.resolve():
-        raise UserError(f"--out={out} would pass for a person of '{people}': name another folder")
+        raise UserError(
+            f"--out={out} is inside '{people}', so it would be read as a person\n"
+            "name another folder"
+        )
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
-        gallery = _gallery(out, models)
+        gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
-        how = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
+        options = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            read = _read_photos(photos, out / PEOPLE, workers, how)
-            gallery.refresh()  # others may have changed it meanwhile
-            failed, names = _enrol_photos(gallery, read, people)
+            outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
+            gallery.refresh()  # another process may have changed the gallery in the meantime
+            failed, names = _enrol_photos(gallery, outcomes_of, people)
             _forget(gallery, names, {*photos}, out)
-            _say_doubts(gallery, read)
+            _warn_of_doubts(gallery, outcomes_of)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
         if gallery.identities:
-            # A mistake is reported before films are read.
+            # This reports a mistake in the flags before films are read, which takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
-            for one in (out / PEOPLE).glob("*"):
-                pipeline.remove_thumbnails(one)
+            for folder in (out / PEOPLE).glob("*"):
+                pipeline.remove_thumbnails(folder)
         films_before = read_films(out)
-        before = read_numbers(out).only(films_before, gallery.identities)
+        before = read_numbers(out).keep(films_before, gallery.identities)
         drop = "missing" if prune else "nothing"
         outcomes = pipeline.extract(
-            films, out / FEATURES, settings=settings, workers=workers, drop=drop, done=done, **how
+            films,
+            out / FEATURES,
+            settings=settings,
+            workers=workers,
+            drop=drop,
+            done=done,
+            **options,
         )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
-        found = _look(gallery, failed, outcomes, before, out, identify, padding)
+        results = _find_people(gallery, failed, outcomes, before, out, identify, padding)
         looked_for = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
-        return found._replace(missed=sorted(names - looked_for))
+        return results._replace(missed=sorted(names - looked_for))
 
 
 def _read_photos(
-    photos: Mapping[str, Sequence[Path]], out: Path, workers: int, how: Mapping[str, Any]
-) -> dict[Path, list[Outcome]]:
+    photos: Mapping[str, Sequence[Path]], out: Path, workers: int, options: Mapping[str, Any]
+) -> dict[Path, list[FileOutcome]]:
     """Extracts the photos of all people; returns folder of a person -> outcomes."""
     groups: list[dict[Path, Sequence[Path]]] = [{}]
-    for name, own in photos.items():
-        if sum(map(len, groups[-1].values())) >= pipeline.BATCH:
+    for name, paths in photos.items():
+        if sum(map(len, groups[-1].values())) >= pipeline.BATCH_PHOTOS:
             groups.append({})
-        groups[-1][out / name] = own
+        groups[-1][out / name] = paths
 
-    def read(_: Children, group: Mapping[Path, Sequence[Path]]) -> dict[Path, list[Outcome]]:
-        share = -(-workers // len(groups))
-        return pipeline.extract_folders(group, workers=share, drop="others", tagged=True, **how)
+    def read(_: Children, group: Mapping[Path, Sequence[Path]]) -> dict[Path, list[FileOutcome]]:
+        workers_each = -(-workers // len(groups))
+        return pipeline.extract_folders(
+            group, workers=workers_each, drop="others", tagged=True, **options
+        )
 
-    found = map_children(read, groups, workers)
-    return {place: outcomes for group in found for place, outcomes in group.items()}
+    results = map_children(read, groups, workers)
+    return {folder: outcomes for group in results for folder, outcomes in group.items()}
 
 
-def _look(
+def _find_people(
     gallery: Gallery,
     failed: dict[str, str],
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[FileOutcome],
     before: Numbers,
     out: Path,
     identify: Callable[..., dict[str, Answer]],
     padding: float,
 ) -> Done:
-    """Finds the people of the gallery in films, and writes the results."""
+    """Finds the people of the gallery in the films, and writes the results."""
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     films = read_films(out)
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
-        say(f"not at their place any more: {count}, such as {missing[0]}; --prune forgets them")
+        say(f"missing: {count}, such as {missing[0]}; --prune removes them from the results")
     decision = decide(gallery, out, films, before, identify)
     write(out, gallery, decision, padding)
     return Done.of(gallery, decision, failed)
 
 
-def _gallery(out: Path, models: Path) -> Gallery:
-    """Returns the gallery of an earlier call, or a new one; refuses a folder with other things."""
+def _open_gallery(out: Path, models: Path) -> Gallery:
+    """Returns the gallery of an earlier call, or a new one.
+
+    Raises:
+      UserError: there is no gallery, and the folder contains files of another program.
+    """
     path = out / "gallery"
     if not files.exists(path) and (
-        foreign := next((one.name for one in out.iterdir() if one.name[0] != "."), None)
+        foreign := next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
     ):
         raise UserError(
-            f"--out={out}: it holds '{show(foreign)}', which no earlier call wrote\n"
-            "name a new folder"
+            f"--out={out} contains '{show(foreign)}', which vidjax did not write\nname a new folder"
         )
     try:
         gallery = Gallery(path)
-    except store.NoGalleryError:  # or a killed call has left one without tables
+    except store.NoGalleryError:  # also if an earlier call was killed before it wrote the tables
         return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
-    if new := gallery.widen(models):
-        say(f"new in the models: {', '.join(new)}: names stay, films and photos are read once more")
+    if roles := gallery.widen(models):
+        say(f"new nets: {', '.join(roles)}: films and photos are read again, names are kept")
     return gallery
 
 
 def _enrol_named(gallery: Gallery, out: Path) -> None:
-    """Enrols the clips of films to which somebody wrote names in the table of the unknown."""
+    """Enrols the clips to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     if not names:
         return
-    # A film that was replaced in a call that was cut off has other clips of the same names.
-    there = read_numbers(out).clips(features_folder.read_films(features))
-    known = {clip: name for clip, name in names.items() if clip in there}
+    # If a call was interrupted, a replaced film has other clips with the same names.
+    present = read_numbers(out).clips(features_folder.read_films(features))
+    known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
-        away = show(min(names.keys() - there))
-        say(f"{path}: {len(names) - len(known):,} clips are not there any more, such as {away}")
+        example = show(min(names.keys() - present))
+        say(f"{path}: {len(names) - len(known):,} clips no longer exist, such as {example}")
     if not known:
         return
     vectors = _embed(gallery, features, known)
-    # Clips of films that were replaced since: the new ones bear their names.
+    # If a film was replaced, its new clips have the names of the old, enrolled clips.
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
     try:
-        gallery.enrol(vectors._replace(labels=tuple(known[n] for n in vectors.names)))
+        gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    _take_out(path, known)
+    _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         say(f"{show(name)}: named in {path.name}, {count:,} clip{'' if count == 1 else 's'}")
 
 
-def _take_out(path: Path, shown: Mapping[str, str | None]) -> None:
-    """Takes rows that are in `shown`, clip -> name, out of the table of the unknown."""
+def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
+    """Removes rows from `unknown.tsv` that equal the rows `named`, clip -> name."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
-    left = {clip: name for clip, name in rows.items() if shown.get(clip) != name}
-    if len(left) < len(rows):
-        files.write_text(path, tables.to_text([answers_lib.GROUPS, *left.items()], ".tsv"))
+    remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
+    if len(remaining) < len(rows):
+        files.write_text(path, tables.to_text([answers_lib.GROUPS, *remaining.items()], ".tsv"))
 
 
-def _photos(people: Path) -> dict[str, list[Path]]:
-    """Returns person -> photos, of folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
+def _list_photos(people: Path) -> dict[str, list[Path]]:
+    """Returns person -> photos, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
     if not people.is_dir():
-        raise UserError(f"'{people}' is no folder: wanted {people}/NAME/PHOTO.jpg for each person")
-    found: dict[str, list[Path]] = {}
+        raise UserError(f"'{people}' is not a folder: add {people}/NAME/PHOTO.jpg for each person")
+    photos_of: dict[str, list[Path]] = {}
     pipeline.say_left_out([people])
     single = pipeline.split_files(people)[0]
-    for one in sorted(people.iterdir()):
-        if one.name.startswith(".") or (one.is_file() and one not in single):
+    for path in sorted(people.iterdir()):
+        if path.name.startswith(".") or (path.is_file() and path not in single):
             continue
-        photos = [one]
-        if one.is_dir():
-            photos = [photo for place in pipeline.walk(one) for photo in _stills(place)]
+        photos = [path]
+        if path.is_dir():
+            photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
         if not photos:
-            say(f"{show(one.name)}: no photo in '{show(str(one))}': not looked for")
+            say(f"{show(path.name)}: there is no photo in '{show(str(path))}': not looked for")
         else:
-            name = check_person(one.name if one.is_dir() else one.stem)
-            found.setdefault(name, []).extend(photos)
-    return found
+            name = check_person(path.name if path.is_dir() else path.stem)
+            photos_of.setdefault(name, []).extend(photos)
+    return photos_of
 
 
-def _say_numbered(names: Sequence[str], people: Path, alone: bool) -> None:
-    """Says that photos such as Ada_1.jpg and Ada_2.jpg are two people here; if `alone`, all are."""
-    if alone and len(names) > 1:
+def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
+    """Warns if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+
+    If `only_files` is True, the folder of people has no subfolders, so it may be one person's
+    folder.
+    """
+    if only_files and len(names) > 1:
         above = shlex.quote(messages.shown(people.resolve().parent))
         say(
-            f"'{people}': each photo is another person here, such as {show(names[0])} and "
+            f"'{people}': each photo counts as a different person, such as {show(names[0])} and "
             f"{show(names[1])}. If all show one person, name the folder above: --people={above}"
         )
         return
@@ -431,159 +463,178 @@ def _say_numbered(names: Sequence[str], people: Path, alone: bool) -> None:
     for name, twins in by_name.items():
         if len(twins) > 1:
             say(
-                f"{show(twins[0])} and {show(twins[1])} are two people here. If they are one, "
-                f"put the photos into '{people}/{show(name)}/'"
+                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are one "
+                f"person, put the photos into '{people}/{show(name)}/'"
             )
 
 
-def _stills(place: Path) -> list[Path]:
+def _list_stills(folder: Path) -> list[Path]:
     """Returns the photos and films of a folder, without the short films of Live Photos."""
-    there = pipeline.split_files(place)[0]
-    photos = {one.stem for one in there if one.suffix.lower() in pipeline.PHOTOS}
-    return [one for one in there if one.suffix.lower() in pipeline.PHOTOS or one.stem not in photos]
+    paths = pipeline.split_files(folder)[0]
+    photos = {path.stem for path in paths if path.suffix.lower() in pipeline.PHOTOS}
+    return [
+        path for path in paths if path.suffix.lower() in pipeline.PHOTOS or path.stem not in photos
+    ]
 
 
 def _enrol_photos(
-    gallery: Gallery, read: Mapping[Path, Sequence[Outcome]], people: Path
+    gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the faces of photos; returns photos that did not help, and all who have photos.
+    """Enrols the faces of photos; returns path -> remedy of unusable photos, and all people.
 
-    `read` are folder of features -> outcomes. A person is looked for by all photos of the folder
-    or file of this name, and by all face tags. A photo with tags shows those whom they name.
+    A person is enrolled by all photos of the folder or file with this name, and by all face tags
+    with this name. If a photo has face tags, only its tags count.
+
+    Args:
+      outcomes_of: folder of features -> outcomes of its photos.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
     known = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
-    for place, outcomes in read.items():
-        own = usable[place] = {}
-        tags = {name for one in outcomes if one.film for name in one.film.tags}
+    for folder, outcomes in outcomes_of.items():
+        named = usable[folder] = {}
+        tags = {name for outcome in outcomes if outcome.film for name in outcome.film.tags}
         for outcome in outcomes:
-            people_of, clips = _judge(place.name, outcome)
+            people_of, clips = _check_photo(folder.name, outcome)
             names |= people_of
-            own |= clips
+            named |= clips
             failed |= {} if clips else {str(outcome.path): outcome.remedy}
-        if tags and place.name not in {*tags, *own.values(), *known}:  # a folder of group photos
-            names.discard(place.name)
-        if not all(one.film for one in outcomes):  # its tags are not known now
-            there = map(Photo.of, gallery.clips)
-            names |= {one.person for one in there if one and one.folder == place.name}
-        _say_tagged(place.name, [one for one in outcomes if one.path.parent != people])
-    flat = [place.name for place, some in read.items() if some[0].path.parent == people]
-    alone = len(flat) == len(read) and not known
-    _say_numbered([name for name in flat if name in names], people, alone)
-    labels = _labels(gallery, names)
-    for place, own in usable.items():
-        _enrol(gallery, place, own, labels)
-    for name in sorted(names.difference(*(own.values() for own in usable.values()))):
+        # A folder of group photos is not a person.
+        if tags and folder.name not in {*tags, *named.values(), *known}:
+            names.discard(folder.name)
+        if not all(outcome.film for outcome in outcomes):  # tags of unreadable photos are unknown
+            enrolled = map(Photo.of, gallery.clips)
+            names |= {photo.person for photo in enrolled if photo and photo.folder == folder.name}
+        _warn_of_tags(
+            folder.name, [outcome for outcome in outcomes if outcome.path.parent != people]
+        )
+    single = [
+        folder.name for folder, outcomes in outcomes_of.items() if outcomes[0].path.parent == people
+    ]
+    only_files = len(single) == len(outcomes_of) and not known
+    _warn_of_numbers([name for name in single if name in names], people, only_files)
+    labels = _choose_labels(gallery, names)
+    for folder, named in usable.items():
+        _enrol(gallery, folder, named, labels)
+    for name in sorted(names.difference(*(named.values() for named in usable.values()))):
         say(f"no photo of {show(name)} shows one face: {show(name)} is not looked for")
     return failed, names
 
 
-def _judge(name: str, outcome: Outcome) -> tuple[set[str], dict[str, str]]:
-    """Returns who has a photo, and clip -> person; says what is wrong with it.
+def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
+    """Returns the people of a photo, and clip -> person; prints the problems of the photo.
 
-    `name` is of the folder or file, which counts for photos without face tags.
+    `folder_name` is the name of the folder or file, and counts if the photo has no face tags.
     """
     film = outcome.film
-    names, clips, problems = {name}, dict[str, str](), [outcome.error]
+    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
     if film and film.tags:
         names, problems = film.tags, [film.bad_tags]
-        problems += [f"no face is found where {show(tag)} is tagged" for tag in film.lost_tags]
+        problems += [f"there is no face at the tag of {show(tag)}" for tag in film.lost_tags]
         for track in film.tracks:
             if track.name:
                 clips[track.clip] = track.name
-                problem = features_folder.judge_face(track)
+                problem = features_folder.check_face(track)
                 problems += [f"{show(track.name)}: {problem}"] if problem else []
     elif film:
-        clip, problem = features_folder.judge_photo(film)
-        clips, problems = {clip: name} if clip else {}, [film.bad_tags, problem]
+        clip, problem = features_folder.check_photo(film)
+        clips, problems = {clip: folder_name} if clip else {}, [film.bad_tags, problem]
     for problem in filter(None, problems):
         say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
     return names, clips
 
 
-def _say_tagged(name: str, outcomes: Sequence[Outcome]) -> None:
-    """Says, once, if face tags in photos of a person's folder do not name this person."""
-    new = (one for one in outcomes if not one.kept)
-    tags = [(one.path, one.film.tags) for one in new if one.film and one.film.tags]
-    if other := [(path, names) for path, names in tags if name not in names]:
-        path, names = other[0]
-        few = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
-        more = f"; {len(other) - 1:,} more such photos" if len(other) > 1 else ""
-        say(f"{path}: its face tags name {few}, not {show(name)}: the tags count{more}")
+def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome]) -> None:
+    """Warns once if face tags of photos in a person's folder name only other people."""
+    new = (outcome for outcome in outcomes if not outcome.kept)
+    tags = [
+        (outcome.path, outcome.film.tags) for outcome in new if outcome.film and outcome.film.tags
+    ]
+    if foreign := [(path, names) for path, names in tags if name not in names]:
+        path, names = foreign[0]
+        tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
+        more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
+        say(f"{path}: its face tags name {tagged}, not {show(name)}; the tags are used{more}")
 
 
-def _labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns person -> label of new photos: the name, or what the gallery has renamed it to.
+def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
+    """Returns person -> label of new photos: the name, or the new name in the gallery.
 
-    A photo that was renamed or relabelled in the gallery keeps that name. New photos get it, too,
-    but a name of another one of `names` only if all photos have such names.
+    Photos that were renamed or relabelled in the gallery keep their label. New photos of the person
+    get the same label. The name of another person in `names` is chosen only if all photos of the
+    person have labels of this kind.
     """
     before = {name: Counter[str]() for name in names}
-    for clip, one in gallery.clips.items():
-        if one.identity and (photo := Photo.of(clip)) and photo.person in before:
-            before[photo.person][one.identity] += 1
-    found = {}
+    for clip, entry in gallery.clips.items():
+        if entry.identity and (photo := Photo.of(clip)) and photo.person in before:
+            before[photo.person][entry.identity] += 1
+    chosen = {}
     for name, labels in before.items():
-        order = [(one != name and one in names, -labels[one], one) for one in labels]
-        found[name] = min(order)[-1] if order else name
-    return found
+        order = [(label != name and label in names, -labels[label], label) for label in labels]
+        chosen[name] = min(order)[-1] if order else name
+    return chosen
 
 
 def _enrol(
-    gallery: Gallery, place: Path, usable: Mapping[str, str], labels: Mapping[str, str]
+    gallery: Gallery, folder: Path, usable: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
-    """Enrols clips of the folder of features of some photos: clip -> person.
+    """Enrols the clips `usable`, clip -> person, of one folder of photos.
 
-    Clips of people who have photos elsewhere, and here no more, are removed.
+    Removes enrolled clips whose photo is no longer in this folder.
     """
-    photos = [(clip, photo) for clip in gallery.clips if (photo := Photo.of(clip))]
-    old = {clip for clip, one in photos if one.folder == place.name and one.person in labels}
+    photos = [(clip, photo_of) for clip in gallery.clips if (photo_of := Photo.of(clip))]
+    old = {clip for clip, photo in photos if photo.folder == folder.name and photo.person in labels}
     if not usable:
         gallery.remove(clip=old)
         return
-    vectors = _embed(gallery, place, usable)
-    photo = {clip: Photo(place.name, clip, usable[clip]) for clip in vectors.names}
-    vectors = vectors._replace(names=tuple(str(photo[clip]) for clip in vectors.names))
-    same = gallery.complete(vectors)
-    gallery.remove(clip=old - same)
-    new = vectors.only({*vectors.names} - same)
+    vectors = _embed(gallery, folder, usable)
+    photo_of = {clip: Photo(folder.name, clip, usable[clip]) for clip in vectors.names}
+    vectors = vectors._replace(names=tuple(str(photo_of[clip]) for clip in vectors.names))
+    unchanged = gallery.complete(vectors)
+    gallery.remove(clip=old - unchanged)
+    new = vectors.only({*vectors.names} - unchanged)
     if new.names:
-        people = {str(one): labels[one.person] for one in photo.values()}
+        people = {str(photo): labels[photo.person] for photo in photo_of.values()}
         gallery.enrol(new._replace(labels=tuple(people[clip] for clip in new.names)))
 
 
-def _say_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[Outcome]]) -> None:
-    """Says which photos, place of a person -> photos, may show others, or are given twice."""
+def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
+    """Warns of photos that may show another person, and of files that are given as two people.
+
+    Args:
+      outcomes: folder of a person -> outcomes of its photos.
+    """
     given = {
-        str(Photo(place.name, track.clip, track.name or place.name)): (outcome.path, outcome.film)
-        for place, own in outcomes.items()
-        for outcome in own if outcome.film
+        str(Photo(folder.name, track.clip, track.name or folder.name)): (outcome.path, outcome.film)
+        for folder, photos in outcomes.items()
+        for outcome in photos if outcome.film
         for track in outcome.film.tracks
     }  # fmt: skip
-    shown = {clip: one.identity for clip, one in gallery.clips.items() if one.identity}
+    person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
     owners: dict[str, set[str]] = {}  # digest of a file -> people
     whole = {clip: film.sha256 for clip, (_, film) in given.items() if not film.tags}
-    for clip in whole.keys() & shown.keys():
-        owners.setdefault(whole[clip], set()).add(shown[clip])
+    for clip in whole.keys() & person_of.keys():
+        owners.setdefault(whole[clip], set()).add(person_of[clip])
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
-    doubtful = doubts.among(gallery, {clip: shown[clip] for clip in shown.keys() - twins})
-    for clip in sorted(given.keys() & (twins | doubtful.keys()) & shown.keys()):
-        (path, film), name = given[clip], show(shown[clip])
+    doubtful = doubts.find_doubtful_photos(
+        gallery, {clip: person_of[clip] for clip in person_of.keys() - twins}
+    )
+    for clip in sorted(given.keys() & (twins | doubtful.keys()) & person_of.keys()):
+        (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
-            others = ", ".join(map(show, sorted(owners[film.sha256] - {shown[clip]})))
-            say(f"{path}: the same file is a photo of {others}: delete the wrong one")
+            others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
+            say(f"{path}: the same file is also a photo of {others}: delete the wrong copy")
         else:
             like = doubtful[clip]
             seems = f"looks like {show(like)}" if like else f"unlike the other photos of {name}"
-            wrong = "mend its tag" if film.tags else "move it"
-            say(f"{path}: given as {name}, and {seems}: {wrong} if it shows somebody else")
+            wrong = "correct its tag" if film.tags else "move it"
+            say(f"{path}: given as {name}, but {seems}: {wrong} if it shows another person")
 
 
 class Photo(NamedTuple):
-    """A face of a photo by its clip in the gallery, `people/FOLDER/CLIP`.
+    """A face of a photo. Its clip in the gallery is `people/FOLDER/CLIP`.
 
-    It is `people/FOLDER/CLIP/PERSON` where a face tag names a person other than the folder.
+    If a face tag names a person other than the folder, the clip is `people/FOLDER/CLIP/PERSON`.
     """
 
     folder: str
@@ -596,7 +647,7 @@ class Photo(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "Photo | None":
-        """Returns the photo of a clip of the gallery; None for a clip of a film."""
+        """Returns the photo of a clip of the gallery; None if the clip is part of a film."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -604,10 +655,14 @@ class Photo(NamedTuple):
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Removes whom earlier calls enrolled and `names` has no more: from gallery and disk.
+    """Removes people whose photos are gone, from the gallery and from disk.
 
-    So are clips of films by which they were enrolled, and the page and tables of the earlier call,
-    which name them, even if this call fails. `places` are the folders of photos that are there.
+    This includes the clips of films with which they were enrolled. It also removes the page and the
+    tables of the earlier call, because these name the people, even if this call fails later.
+
+    Args:
+      names: the people who have photos now.
+      places: the names of the folders of photos that exist now.
     """
     photos = {clip: photo for clip in gallery.clips if (photo := Photo.of(clip))}
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -616,23 +671,25 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     kept = {label[clip] for clip in photos.keys() - gone}
     people = {label[clip] for clip in forgotten} - kept - {None}
     for name in sorted(map(str, people)):
-        say(f"{show(name)} is no longer among the people: forgotten")
-    own = {clip: one.identity for clip, one in gallery.clips.items() if one.identity in people}
-    if own:
-        _take_out(out / UNKNOWN, own)  # rows of a call that was cut off would enrol them again
-    gallery.remove(clip=gone | own.keys())
-    for one in (out / PEOPLE).iterdir():
-        if one.name not in places and normal_form(one.name) in names:
-            say(f"{show(one.name)} has no photos of their own any more: face tags still name them")
-        if one.name not in places and not pipeline.remove_features(one):
-            say(f"'{show(str(one))}' holds files that vidjax did not write: they stay")
+        say(f"{show(name)} has no photos any more: forgotten")
+    labelled = {
+        clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity in people
+    }
+    if labelled:
+        _drop_rows(out / UNKNOWN, labelled)  # rows of an interrupted call would enrol them again
+    gallery.remove(clip=gone | labelled.keys())
+    for folder in (out / PEOPLE).iterdir():
+        if folder.name not in places and normal_form(folder.name) in names:
+            say(f"{show(folder.name)} has no photos any more, but face tags still name this person")
+        if folder.name not in places and not pipeline.remove_features(folder):
+            say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     if gone:
         _remove_results(out)
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
     paths, reads = (
-        sorted({features_folder.features(features, clip) for clip in clips}),
+        sorted({features_folder.locate_features(features, clip) for clip in clips}),
         gallery.reads[0],
     )
     known = (
@@ -650,52 +707,61 @@ def decide(
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
 ) -> Decision:
-    """Names the clips of all films, and numbers unknown people, for this call and the next.
+    """Names the clips of all films, and numbers unknown people.
 
-    Clips that form a group vote. Groups keep the numbers that their clips had `before`, and a new
-    group gets a number above the highest. A clip that is enrolled shows whom its label says.
+    The numbers are written to `unknown.json`. The clips of a group vote on their name. A group
+    keeps the number that its clips had `before`. A new group gets a number above the highest. An
+    enrolled clip shows the person of its label.
 
     Args:
       identify: `gallery.identify` with a rule.
-      last: a decision on the same films, before people corrected names; None without.
+      last: the last decision on the same films, whose vectors and votes are used again; or None.
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
     clips = {track.clip for film in films for track in film.tracks}
     if clips:
         vectors = vectors or _embed(gallery, out / FEATURES, clips)
-        told = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
-        apart = appearances.seen_together(films)
+        enrolled = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
+        apart = appearances.pair_seen_together(films)
         votes = votes or gallery.group(vectors, apart, absorb=False)
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
             answers = identify(vectors, groups=votes)
-        for clip, names in before.denied_of(films).items():
+        for clip, names in before.select_denied(films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
                 best = tuple(pair for pair in answer.best if pair[0] not in names)
                 answers[clip] = answer._replace(identity=None, best=best, evidence=())
-        for clip, name in told.items():
+        for clip, name in enrolled.items():
             known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
             answers[clip] = NOBODY if name is None else known
-        answers = appearances.settle(answers, films)
-        nobody = {n for n, x in answers.items() if x.identity is None and n not in told}
-        groups = gallery.group(vectors.only(nobody), apart, begin=votes)
-        groups = _keep_numbers(groups, before.of(films), before.highest)
-    numbers = msgspec.to_builtins(before.updated(films, groups))
-    files.write_json(out / NUMBERS, numbers)  # rows without are not read
-    groups = {clip: before.joined(group) for clip, group in groups.items()}
-    found = appearances.find(answers, films, groups)
-    return Decision(films, vectors, votes, answers, groups, found)
+        answers = appearances.settle_answers(answers, films)
+        nameless = {
+            clip
+            for clip, answer in answers.items()
+            if answer.identity is None and clip not in enrolled
+        }
+        groups = gallery.group(vectors.only(nameless), apart, begin=votes)
+        groups = _keep_numbers(groups, before.select(films), before.highest)
+    numbers = msgspec.to_builtins(before.update(films, groups))
+    # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
+    files.write_json(out / NUMBERS, numbers)
+    groups = {clip: before.resolve(group) for clip, group in groups.items()}
+    in_films = appearances.find_appearances(answers, films, groups)
+    return Decision(films, vectors, votes, answers, groups, in_films)
 
 
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], highest: int
 ) -> dict[str, str]:
-    """Returns clip -> `unknown N`, where groups keep the numbers that their clips had.
+    """Returns clip -> `unknown N`, in which groups keep the numbers that their clips had.
 
-    A group takes the number that most of its clips had, if no other group has more clips of it.
-    Others get numbers above the `highest`, larger groups lower ones.
-    `groups` are clip -> name of its group, see `answers.name_groups`; `before` clip -> number.
+    A group takes the number of most of its clips, unless another group has more clips with this
+    number. Each other group gets a number above `highest`, larger groups first.
+
+    Args:
+      groups: clip -> name of its group, see `answers.name_groups`.
+      before: clip -> number.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
@@ -712,14 +778,21 @@ def _keep_numbers(
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
-def write(out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING) -> None:
-    """Writes the results: tables, subtitles, cut lists, and the page; `padding` is as of `who`."""
+def write(
+    out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
+) -> None:
+    """Writes the results: tables, subtitles, cut lists, and the page.
+
+    `padding` is the number of seconds added before and after each appearance in cut lists.
+    """
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
-        appearances.write(out / name, decision.found, decision.films)
-    answers_lib.write_groups(out / UNKNOWN, decision.groups, appearances.places(decision.films))
-    by_video = appearances.by_video(decision.found)
+        appearances.write(out / name, decision.appearances, decision.films)
+    answers_lib.write_groups(
+        out / UNKNOWN, decision.groups, appearances.list_places(decision.films)
+    )
+    by_video = appearances.group_by_video(decision.appearances)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
     films = [film for film in decision.films if not film.photo]
     names = {film.video: film.video.replace("/", " - ") for film in films}
@@ -732,7 +805,7 @@ def write(out: Path, gallery: Gallery, decision: Decision, padding: float = PADD
             text = appearances.to_subtitles(by_video.get(video, []), ending)
             files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
-    cuts.write(out / CUTS, decision.found, decision.films, padding)
+    cuts.write(out / CUTS, decision.appearances, decision.films, padding)
     places = {
         film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
         for film in decision.films
@@ -752,23 +825,27 @@ def render_page(
     address: Callable[[features_folder.Film, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
-    """Returns the page of a decision; `address` and `forms` are those of `page.render`."""
+    """Returns the page of a decision; for `address` and `forms`, see `names_page.render`."""
     people = {name: list[names_page.Picture]() for name in gallery.identities}
-    for clip, shown in sorted(gallery.clips.items()):
-        if (photo := Photo.of(clip)) and shown.identity in people:
-            picture = _picture(out, out / PEOPLE / photo.folder, photo.clip)
-            people[shown.identity] += [(picture, shown.identity)] if picture else []
-    shows = (out / FEATURES / features_folder.THUMBNAILS).exists()
-    of_clip = functools.partial(_picture, out, out / FEATURES) if shows else lambda clip: ""
+    for clip, entry in sorted(gallery.clips.items()):
+        if (photo := Photo.of(clip)) and entry.identity in people:
+            picture = _locate_picture(out, out / PEOPLE / photo.folder, photo.clip)
+            people[entry.identity] += [(picture, entry.identity)] if picture else []
+    has_thumbnails = (out / FEATURES / features_folder.THUMBNAILS).exists()
+    locate = (
+        functools.partial(_locate_picture, out, out / FEATURES)
+        if has_thumbnails
+        else lambda clip: ""
+    )
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.found, films, people, of_clip, decision.answers, address, forms
+        decision.appearances, films, people, locate, decision.answers, address, forms
     )
 
 
-def _picture(out: Path, features: Path, clip: str) -> str:
-    """Returns the address of the picture of a clip, from the page on; empty without."""
-    path = features_folder.thumbnail(features, clip)
+def _locate_picture(out: Path, features: Path, clip: str) -> str:
+    """Returns the address of a clip's picture relative to the page; "" if there is no picture."""
+    path = features_folder.locate_thumbnail(features, clip)
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 
 
