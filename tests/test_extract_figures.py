@@ -107,7 +107,7 @@ def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
     """Of two detected bodies each has its own person, and none is given to two."""
     small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
     large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
-    np.testing.assert_array_equal(film._pair(small, large), [0, 1, -1])
+    np.testing.assert_array_equal(film._pair_boxes(small, large), [0, 1, -1])
     add(models, "body_detector", **RED)
     add(models, "body_embedder")
     write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30), ("Eve", 60, 10)]))

@@ -203,7 +203,9 @@ def test_only_numbers_of_unknown_people_are_no_names(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada_1.png", ("Ada", 40, 40))
     write_photo(drawn.friends / "Ada_2.png", ("Ada", 42, 40))
-    alone = f"{drawn.friends}': each photo counts as a different person, such as Ada_1 and Ada_2. If all"
+    alone = (
+        f"{drawn.friends}': each photo counts as a different person, such as Ada_1 and Ada_2. If"
+    )
     _, said = drawn.who(film)
     assert alone in said and f"name the folder above: --people={drawn.folder}\n" in said
     _, said = drawn.who(film)
@@ -368,12 +370,12 @@ def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
         content, said = drawn.who(film)
         told = [line for line in said.splitlines() if "given as" in line or "same file" in line]
         assert content["failed"] == [] and told == [
-            f"{drawn.friends}/Ada/1.png: the same file is also a photo of Eve: delete the wrong copy",
+            f"{drawn.friends}/Ada/1.png: the same file is also of Eve: delete the wrong copy",
             f"{drawn.friends}/Ada/4.png: given as Ada, but looks like Bob: move it if it shows "
             "another person",
             f"{drawn.friends}/Bob/5.png: given as Bob, but unlike the other photos of Bob: move it "
             "if it shows another person",
-            f"{drawn.friends}/Eve.png: the same file is also a photo of Ada: delete the wrong copy",
+            f"{drawn.friends}/Eve.png: the same file is also of Ada: delete the wrong copy",
         ]  # fmt: skip
 
 

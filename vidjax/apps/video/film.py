@@ -108,7 +108,7 @@ def find_people(nets: Nets, rgb: np.ndarray) -> Figures:
     parts = {"face": boxes}
     if "head" in nets.detect:
         heads = nets.detect["head"](rgb)
-        head = _pair(faces.boxes, heads.boxes)
+        head = _pair_boxes(faces.boxes, heads.boxes)
         more = np.setdiff1d(np.arange(len(heads.boxes)), head)  # heads without a face
         face = np.append(np.arange(len(head)), np.full(len(more), -1))
         head = np.append(head, more)
@@ -120,7 +120,7 @@ def find_people(nets: Nets, rgb: np.ndarray) -> Figures:
             parts[part] = np.tile([0.0, 0.0, rgb.shape[1], rgb.shape[0]], (len(boxes), 1))
         elif part == "body" and part in nets.detect:
             bodies = nets.detect[part](rgb).boxes
-            parts[part] = _take(bodies, _pair(boxes, bodies))
+            parts[part] = _take(bodies, _pair_boxes(boxes, bodies))
         elif part not in parts:
             corner, sides = parts["face"][:, :2], parts["face"][:, 2:] - parts["face"][:, :2]
             parts[part] = np.tile(corner, 2) + np.tile(sides, 2) * np.array(net.card.around)
@@ -150,7 +150,7 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.append(values, np.full_like(values, np.nan, shape=(1, *values.shape[1:])), 0)[index]
 
 
-def _pair(small: np.ndarray, large: np.ndarray) -> np.ndarray:
+def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Assigns a large box of [N, 4] to each small box of [M, 4]: int [M], -1 if there is none.
 
     The large box contains the centre of the small box. The smallest large box chooses first. It

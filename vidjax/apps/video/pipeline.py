@@ -139,7 +139,7 @@ def extract_folders(
     `tagged` is True, face tags in photos name their faces, see `regions`.
     """
     known = cards_lib.load(models)
-    voices = cards_lib.VOICES if known.keys() & {*cards_lib.VOICES} else ()
+    voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}

@@ -623,7 +623,7 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
         (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
-            say(f"{path}: the same file is also a photo of {others}: delete the wrong copy")
+            say(f"{path}: the same file is also of {others}: delete the wrong copy")
         else:
             like = doubtful[clip]
             seems = f"looks like {show(like)}" if like else f"unlike the other photos of {name}"
