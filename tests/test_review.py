@@ -181,7 +181,7 @@ def test_mistakes_change_nothing(reviewed):
     for fields, status in MISTAKES:
         assert "Nothing was changed" in reviewed.post(status=status, **fields) or status == 413
     text = reviewed.post(status=422, do="name", of="unknown 1", person="unknown 9")
-    assert "unknown 9 is not on the page (any more): type a name, or unknown 1" in text
+    assert "unknown 9 is not on the page: type a name, or unknown 1, unknown 2 ..." in text
     assert reviewed.names() == before and "Undo" not in reviewed.page()
 
 

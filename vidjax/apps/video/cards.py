@@ -126,12 +126,12 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         detects = self.role.endswith("_detector")
-        if detects != (self.decoder in DETECTORS):
-            raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
-        if (self.role == "voice_activity") != (self.decoder == "silero"):
-            raise ValueError(f"decoder {self.decoder} does not belong to a {self.role}")
+        if detects != (self.decoder in DETECTORS) or (
+            (self.role == "voice_activity") != (self.decoder == "silero")
+        ):
+            raise ValueError(f"the decoder {self.decoder} is not for a {self.role}")
         if self.role.startswith("voice_") != (self.input.layout in SOUND_LAYOUTS):
-            raise ValueError(f"a {self.role} does not take {self.input.layout}")
+            raise ValueError(f"the layout {self.input.layout} is not for a {self.role}")
         if self.role.endswith("_embedder") and self.width is None:
             raise ValueError("an embedder needs the width of its vectors")
         if self.role == "face_embedder" and self.template is None:
@@ -146,7 +146,9 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
             raise ValueError(f"the sides of a detector's input must be multiples of {STRIDE}")
         if self.back_end and len(self.back_end.centre) != self.width:
-            raise ValueError(f"the centre has {len(self.back_end.centre)} numbers, not the width")
+            raise ValueError(
+                f"the centre has {len(self.back_end.centre)} numbers, not {self.width}"
+            )
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):

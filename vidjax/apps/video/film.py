@@ -306,19 +306,16 @@ class Clips:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Drops the pictures of all tracks but `live`: these tracks were too short to be clips."""
+        """Drops the pictures of tracks that were too short to be clips, all tracks but `live`."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(
         self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.FilmTrack]
     ) -> int:
-        """Adds voices to the clips whose person is the only one in the picture.
+        """Adds voices to clips whose person is the only one in the picture; returns their number.
 
         The best windows of a clip are kept. Their `audio_number` is the time in milliseconds at
         which they begin. `seen` are the tracks of all people.
-
-        Returns:
-          The number of clips with a voice.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}

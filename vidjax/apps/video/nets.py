@@ -146,8 +146,7 @@ def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.nda
     """Returns four numbers, float64, of a net's output for the image of `make_formula_image`.
 
     They lie 1, 3, 5 and 7 eighths into the last output: the points of faces, a vector, or the state
-      of
-    the net for speech. Unlike probabilities, these numbers are not all near 0 or 1.
+    of the net for speech. Unlike probabilities, these numbers are not all near 0 or 1.
     """
     output = [*ask_net(session, card, make_formula_inputs(card, seed)).values()][-1].ravel()
     return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)

@@ -227,7 +227,7 @@ class Review:
         if group not in self._decision.groups.values():
             groups = sorted({*self._decision.groups.values()}, key=number_of)[:5]
             alternatives = f", or {', '.join(groups)} ..." if groups else ""
-            raise UserError(f"{group} is not on the page (any more): type a name{alternatives}")
+            raise UserError(f"{group} is not on the page: type a name{alternatives}")
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, Clip | None]:
@@ -329,7 +329,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
         check(request)
         path = review.picture(request.path_params["picture"])
         if path is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "There is no such page.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
         return FileResponse(path, media_type="image/png", headers=HEADERS)
 
     async def change(request: Request) -> Response:

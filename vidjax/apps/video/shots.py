@@ -41,10 +41,9 @@ MIXED_REST = 0.35  # largest rest of a sum of two pictures, in standard deviatio
 class Cuts:
     """Finds the cuts of a film in a single pass. Only the starts of shots need memory.
 
-    Source: differences of histograms and pixels relative to the motion before, fades and dissolves,
-      as
-    in Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2 and
-    3. The thresholds were chosen by vidjax with artificial films.
+    Source: Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2
+    and 3: differences of histograms and pixels relative to the motion before, fades and dissolves.
+    The thresholds were chosen by vidjax with artificial films.
     """
 
     def __init__(self) -> None:
@@ -117,7 +116,7 @@ class Cuts:
         return change[0] > LARGE_DIFFERENCE or recoloured > RECOLOURED_SHARE
 
     def _measure_unlikeness(self, grey: np.ndarray, count: int) -> float:
-        """Returns 1 - the largest likeness to one of the last `count` pictures."""
+        """Returns 1 minus the largest likeness to one of the last `count` pictures."""
         return 1.0 - max(
             _measure_likeness(grey, picture) for picture in list(self._pictures)[-count:]
         )

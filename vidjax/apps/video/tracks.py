@@ -365,7 +365,7 @@ def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns for each detection whether it is the only one where two people are expected: [N].
+    """Returns whether a detection is alone although two people are expected there: bool [N].
 
     `expected` [L, 4] are boxes of tracks, and `overlaps` [L, N] compare them with the detections.
     """

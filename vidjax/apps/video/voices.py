@@ -175,9 +175,8 @@ def make_mel_filters() -> np.ndarray:
     """Returns the weights of frequencies in each mel band, float64 [BANDS, FRAME / 2 + 1].
 
     Source:
-      Slaney, Auditory Toolbox, 1998: triangles of equal area, 66.7 Hz apart up to 1 kHz, and 27
-        steps
-      per factor of 6.4 above.
+      Slaney, Auditory Toolbox, 1998: triangles of equal area, 66.7 Hz apart up to 1 kHz, then 27
+      steps per factor of 6.4.
     """
     knee, step = 15.0, np.log(6.4) / 27  # 1 kHz in mels, and the logarithm of a step above it
 

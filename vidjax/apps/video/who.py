@@ -299,7 +299,9 @@ def name_people(
             _warn_of_doubts(gallery, outcomes_of)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
-            raise UserError(f"no photo in '{people}' shows one face: there is nobody to look for")
+            raise UserError(
+                f"no photo in '{people}' shows exactly one face: there is nobody to look for"
+            )
         if gallery.identities:
             # This reports a mistake in the flags before films are read, which takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
@@ -517,14 +519,14 @@ def _enrol_photos(
     for folder, named in usable.items():
         _enrol(gallery, folder, named, labels)
     for name in sorted(names.difference(*(named.values() for named in usable.values()))):
-        say(f"no photo of {show(name)} shows one face: {show(name)} is not looked for")
+        say(f"no photo of {show(name)} shows exactly one face: {show(name)} is not looked for")
     return failed, names
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
     """Returns the people of a photo, and clip -> person; prints the problems of the photo.
 
-    `folder_name` is the name of the folder or file, and counts if the photo has no face tags.
+    `folder_name` is the name of the folder or file. It is used if the photo has no face tags.
     """
     film = outcome.film
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
