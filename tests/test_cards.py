@@ -105,8 +105,8 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
         ({"back_end": {**BACK_END, "same": [0.9, 0.0]}}, "same"),
         ({"back_end": {**BACK_END, "same": [0.1, 0.1], "different": [0.9, 0.1]}}, "mean of same"),
         ({"back_end": {**BACK_END, "same": [1.0, 0.1]}}, "mean of same"),
-        ({"back_end": {**BACK_END, "same": [0.9, 0.5]}}, "deviations of at most"),
-        ({"back_end": {**BACK_END, "different": [0.0, 1.1]}}, "deviations of at most"),
+        ({"back_end": {**BACK_END, "same": [0.9, 0.5]}}, "a deviation must be at most"),
+        ({"back_end": {**BACK_END, "different": [0.0, 1.1]}}, "a deviation must be at most"),
         ({"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}, "seed"),
     ],
 )

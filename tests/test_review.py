@@ -98,7 +98,7 @@ def test_the_page_asks_about_a_name_that_is_nearly_another(reviewed):
     before = reviewed.names()
     for word in ("ada", "Ad a", "ad\u0430a"):
         text = reviewed.post(status=422, do="name", of="unknown 1", person=word)
-        assert "there is Ada already" in text and f">{word} is somebody else<" in text
+        assert "there is already Ada" in text and f">{word} is somebody else<" in text
     assert reviewed.names() == before
     assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
     assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
@@ -246,7 +246,7 @@ def test_a_browser_corrects_names_by_keyboard(reviewed, tmp_path):
                     break
                 tab.press("Tab")
             tab.press("ada", "Enter")
-            tab.wait("document.body.innerText.includes('there is Ada already')")
+            tab.wait("document.body.innerText.includes('there is already Ada')")
             assert tab.ask(focus) == "It is Ada"
             tab.press("Enter")
             tab.wait("document.body.innerText.includes('Saved: unknown 1 is Ada.')")

@@ -1,6 +1,6 @@
-"""From videos and photos to features of clips, without a run, JAX or TensorFlow.
+"""From films and photos to features, and to the people who appear in them; no training is needed.
 
-`pipeline` extracts many files, each by a child process with limits; `film` is what that does:
-`decode`, `shots`, `tracks`, `align`, and the nets of `models`, which `cards` describe and
-`convert` makes. `folder` is what is written.
+`who` names people. `pipeline` extracts the features of many files, each in a child process with
+limits. In this process, `film` uses `decode`, `shots`, `tracks`, `align` and `nets`. `cards`
+describes nets, and `net_packages` converts them. `features_folder` reads and writes features.
 """
