@@ -94,11 +94,11 @@ def versions() -> dict[str, str]:
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
     versions = {**package_versions, "python": platform.python_version(), "device": device}
-    commit = _commit(Path(__file__).parents[2])
+    commit = _read_commit(Path(__file__).parents[2])
     return versions | ({"commit": commit} if commit else {})
 
 
-def _commit(checkout: Path) -> str | None:
+def _read_commit(checkout: Path) -> str | None:
     """Returns the git commit of a checkout, `-dirty` if files differ, or None without git."""
     if not (checkout / ".git").exists():
         return None
@@ -173,7 +173,7 @@ def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
 
     def lay(sharding: NamedSharding, x: Array) -> Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.jit(_same, out_shardings=sharding)(x)
+            return jax.jit(_return_unchanged, out_shardings=sharding)(x)
         # `jax.device_put` would send the whole array to the other processes to compare it.
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -181,7 +181,7 @@ def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
     return jax.tree.map(lay, jax.tree.broadcast(layout, tree), tree)
 
 
-def _same(x: Array) -> Array:
+def _return_unchanged(x: Array) -> Array:
     return x
 
 

@@ -59,7 +59,7 @@ def filter_frames(
         share = max(share, fractions.Fraction(1, 10_000))  # a share of 0 would keep no frame
         count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
         count = -(-count * share.numerator // share.denominator)
-        place = jnp.argsort(_best_first(frames.quality, kept), axis=1)
+        place = jnp.argsort(_sort_by_quality(frames.quality, kept), axis=1)
         kept = kept & (place < count)
     if poor_clips == "keep":
         kept = jnp.where(kept.any(axis=1, keepdims=True), kept, frames.mask)
@@ -83,8 +83,8 @@ def top_frames(
     """
     _check_count("num_frames", num_frames)
     check_choice("repeats", repeats, ("random", "turn"))
-    order = _best_first(frames.quality, frames.mask)
-    return _first_frames(rng, frames, order, num_frames, fixed_draws=repeats == "random")
+    order = _sort_by_quality(frames.quality, frames.mask)
+    return _select_first(rng, frames, order, num_frames, fixed_draws=repeats == "random")
 
 
 def sample_frames(
@@ -118,7 +118,7 @@ def sample_frames(
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
         order_of_draws = shuffle(shuffle_rng, frames.mask)
-        chosen = _first_frames(
+        chosen = _select_first(
             repeat_rng, frames, order_of_draws, num_frames, replacement=replacement
         )
         order_rng = None if repeat_rng is None else jax.random.fold_in(repeat_rng, 1)
@@ -127,7 +127,7 @@ def sample_frames(
         count = jnp.sum(frames.mask, axis=1, keepdims=True, dtype=jnp.int32)
         # The middles of num_frames equal pieces of the clip, computed in whole numbers.
         rank = (2 * jnp.arange(num_frames, dtype=jnp.int32) + 1) * count // (2 * num_frames)
-        chosen, order_rng = _frames_at(frames, take(in_order, rank)), None
+        chosen, order_rng = _select_frames(frames, take(in_order, rank)), None
     if order == "time":
         return chosen
     turned = shuffle(order_rng, jnp.ones(chosen.mask.shape, bool))
@@ -183,8 +183,8 @@ def mean_measure(frames: Frames, measure: str) -> Array:
 
     def value(t: Array | None) -> Array:
         if measure == "norm":
-            return jnp.linalg.norm(_frame(frames.features, t).astype(jnp.float32), axis=-1)
-        return _frame(_finite(frames.quality), t)
+            return jnp.linalg.norm(_read_frame(frames.features, t).astype(jnp.float32), axis=-1)
+        return _read_frame(_replace_non_finite(frames.quality), t)
 
     return _mean_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
 
@@ -243,14 +243,14 @@ def ordered_quality(quality: Array) -> Array:
     return jnp.where(jnp.isfinite(quality), quality, jnp.finfo(jnp.float32).min)
 
 
-def _best_first(quality: Array, mask: Array) -> Array:
+def _sort_by_quality(quality: Array, mask: Array) -> Array:
     """Returns [B, T] indices that put the best real frame first and padding last."""
     quality = jnp.where(mask, ordered_quality(quality), -jnp.inf)
     # With clips on several devices, lax.top_k would gather the whole batch on every device.
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
 
 
-def _first_frames(
+def _select_first(
     rng: Array | None,
     frames: Frames,
     order: Array,
@@ -274,17 +274,19 @@ def _first_frames(
         uniforms = jax.random.uniform(key, (rows, num_frames), jnp.float32)
         again = jnp.minimum((uniforms * count).astype(jnp.int32), count - 1)
     rank = jnp.where(count >= num_frames if replacement else slot < count, slot, again)
-    return _frames_at(frames, jnp.sort(take(order, jnp.clip(rank, 0, order.shape[1] - 1)), axis=1))
+    return _select_frames(
+        frames, jnp.sort(take(order, jnp.clip(rank, 0, order.shape[1] - 1)), axis=1)
+    )
 
 
-def _frames_at(frames: Frames, index: Array) -> Frames:
+def _select_frames(frames: Frames, index: Array) -> Frames:
     """Selects frames at indices [B, T']. The mask is True for clips that have a frame."""
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
 
 
-_LEVELS = 4096  # number of steps to which `_draw` rounds probabilities
+_LEVELS = 4096  # number of steps to which `_draw_frames` rounds probabilities
 
 
 def random_fusion(
@@ -333,11 +335,11 @@ def random_fusion(
     uniforms = jax.random.uniform(rng, (num_clips, num_draws, max_frames + 1), jnp.float32)
 
     # Without the last threshold, 1, float32 rounding cannot count more frames than slots.
-    thresholds = _cumulative_probs(probs, max_frames)[:-1]
+    thresholds = _cumulate_probs(probs, max_frames)[:-1]
     num_fused = 1 + jnp.sum(uniforms[..., :1] >= thresholds, axis=-1)  # [B, T']
     slots = [slot < num_fused for slot in range(max_frames)]
 
-    picks = _draw(frame_weights(frames, sampling), uniforms[..., 1:], replacement)
+    picks = _draw_frames(frame_weights(frames, sampling), uniforms[..., 1:], replacement)
     if weighting == "mixup":
         shares = jax.random.exponential(jax.random.fold_in(rng, 1), uniforms[..., 1:].shape)
         weights = [shares[..., slot] for slot in range(max_frames)]
@@ -404,13 +406,13 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     weights = frame_weights(frames, weighting)
 
     def mean(values: Array | LazyFeatures) -> Array:
-        means = _mean_over_frames(frames.mask, weights, functools.partial(_frame, values))
+        means = _mean_over_frames(frames.mask, weights, functools.partial(_read_frame, values))
         return means[:, None]
 
     return Frames(
         features=mean(frames.features),  # [B, 1, D]
-        quality=mean(_finite(frames.quality)),
-        detection=mean(_finite(frames.detection)),
+        quality=mean(_replace_non_finite(frames.quality)),
+        detection=mean(_replace_non_finite(frames.detection)),
         number=take(frames.number, jnp.argmax(frames.mask, axis=1)[:, None]),
         mask=jnp.any(frames.mask, axis=1)[:, None],
     )
@@ -438,10 +440,10 @@ def _mean_over_frames(
     # [B, T, D], and the result does not depend on the length of the padding.
     def add(t: Array, total: Array) -> Array:
         value = value_of(t)
-        return total + value * _frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
+        return total + value * _read_frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
 
     first = jax.eval_shape(value_of, jnp.int32(0))
-    return jax.lax.fori_loop(0, end, add, jnp.zeros(first.shape, _at_least_float32(first)))
+    return jax.lax.fori_loop(0, end, add, jnp.zeros(first.shape, _widen_dtype(first)))
 
 
 def crop_means(
@@ -563,7 +565,7 @@ def options_of(function: Callable) -> dict[str, bool]:
     return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _draw(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
+def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
     """Draws frame indices [B, T'] int32 for every slot, with probability proportional to `weights`.
 
     `weights` are [B, T]. `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`,
@@ -633,19 +635,19 @@ def _fuse(
         for index, weight in zip(picks, weights, strict=True):
             value = read(take(values, index))
             weight = weight.reshape(weight.shape + (1,) * (value.ndim - 2))
-            means.append(value.astype(_at_least_float32(value)) * weight)
+            means.append(value.astype(_widen_dtype(value)) * weight)
         return jnp.asarray(sum(means))
 
     return Frames(
         features=mean(frames.features),  # [B, T', D]
-        quality=mean(_finite(frames.quality)),
-        detection=mean(_finite(frames.detection)),
+        quality=mean(_replace_non_finite(frames.quality)),
+        detection=mean(_replace_non_finite(frames.detection)),
         number=take(frames.number, picks[0]),
         mask=mask,
     )
 
 
-def _cumulative_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
+def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     """Returns the cumulative probabilities of fusing 1, 2, ... frames, float32 [length]."""
     weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
@@ -653,18 +655,18 @@ def _cumulative_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     return (np.cumsum(weights) / weights.sum()).astype(np.float32)
 
 
-def _at_least_float32(values: Array) -> jnp.dtype:
+def _widen_dtype(values: Array) -> jnp.dtype:
     return jnp.promote_types(values.dtype, jnp.float32)
 
 
-def _frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
+def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
     """Returns the t-th frame of every clip, [B] or [B, D], or all frames if `t` is None."""
     if t is None:
         return read(values)
     if isinstance(values, LazyFeatures):
-        return read(values._replace(index=_frame(values.index, t)))
+        return read(values._replace(index=_read_frame(values.index, t)))
     return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)
 
 
-def _finite(values: Array) -> Array:
+def _replace_non_finite(values: Array) -> Array:
     return jnp.where(jnp.isfinite(values), values, 0.0)

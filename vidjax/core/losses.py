@@ -403,7 +403,7 @@ def _sum_of_focal_negatives_jvp(
 ) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
     total = sum_of_focal_negatives(logits, gamma)
-    logits = _again(logits)
+    logits = _put_behind_barrier(logits)
     log_rest = jnp.maximum(logits, 0) + _log1p(jnp.exp(-jnp.abs(logits)))
     p = jnp.exp(logits - log_rest)
     power = p * p if gamma == 2 else jnp.exp(gamma * (logits - log_rest))
@@ -411,7 +411,7 @@ def _sum_of_focal_negatives_jvp(
     return total, jnp.sum(slope * tangent, axis=-1)
 
 
-def _again(logits: Array) -> Array:
+def _put_behind_barrier(logits: Array) -> Array:
     """Puts the logits behind a barrier, so that XLA recomputes exponentials and stores none."""
     return jax.lax.optimization_barrier(logits)
 

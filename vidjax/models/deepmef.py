@@ -99,7 +99,7 @@ class DeepMEF(Identifier):
         for position, (name, real) in enumerate(frames.items()):
             exists = present[:, position]
             if name == self.modality:
-                vector = self._aggregated(real, train=train)
+                vector = self._aggregate(real, train=train)
             else:
                 vector = fusion.mean_frame(real).features[:, 0] * self.feature_scale
                 options = {"norm_first": True, "kernel_init": KAIMING} if published else {}
@@ -113,11 +113,11 @@ class DeepMEF(Identifier):
         x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for every other modality]
 
         # Without the mask, the biases would give a direction to clips without frames.
-        x = self._with_block(x, has_frames, train=train) * has_frames[:, None]
+        x = self._apply_block(x, has_frames, train=train) * has_frames[:, None]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         return ModelOutput(logits[:, None], embedding=x)
 
-    def _with_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
+    def _apply_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
         """Computes x + f(x), [B, D]."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
@@ -130,7 +130,7 @@ class DeepMEF(Identifier):
         )(hidden)
         return x + added
 
-    def _aggregated(self, real: Frames, *, train: bool) -> Array:
+    def _aggregate(self, real: Frames, *, train: bool) -> Array:
         """Computes the vector of `modality` for every clip, [B, D + 2]; 0 without frames."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
@@ -207,15 +207,15 @@ class ChannelAttention(nn.Module):
         x = jnp.where(mask[..., None], x.astype(param_dtype), 0.0)
         if self.form == "danet":
             gamma = self.param("gamma", nn.initializers.zeros, (), param_dtype)
-            added = gamma * self._mixed_by_energy(x, mask)
+            added = gamma * self._mix_by_energy(x, mask)
         elif self.form == "channels":
             columns = jnp.swapaxes(x, 1, 2)  # [B, D, T]
-            added = jnp.swapaxes(self._mixed_by_maps(columns, mask, train=train), 1, 2)
+            added = jnp.swapaxes(self._mix_by_maps(columns, mask, train=train), 1, 2)
         else:
-            added = self._mixed_by_maps(x, mask, train=train)
+            added = self._mix_by_maps(x, mask, train=train)
         return jnp.where(mask[..., None], x + added, 0.0)
 
-    def _mixed_by_energy(self, x: Array, mask: Array) -> Array:
+    def _mix_by_energy(self, x: Array, mask: Array) -> Array:
         """Computes sum_s A_ts x_s of the form `danet`, [B, T, D]."""
         product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         frames = x.astype(self.dtype)
@@ -224,7 +224,7 @@ class ChannelAttention(nn.Module):
         scores = jnp.where(mask[:, None, :], -energy, jnp.finfo(energy.dtype).min)
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
-    def _mixed_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
+    def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
         """Computes out(A g(x)) of `features`, or of `channels` for transposed rows [B, D, T]."""
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros

@@ -266,7 +266,7 @@ class CosineIdentifier(Identifier):
         weights = self.param("weights", lambda _: first)
         share = weights * kept  # [B, M]
         parts = [
-            share[:, i, None] * self._vector(name, real, present[:, i], train=train)
+            share[:, i, None] * self._embed(name, real, present[:, i], train=train)
             for i, (name, real) in enumerate(frames.items())
         ]
         z = unit_vectors(jnp.concatenate(parts, axis=-1))  # [B, M embed_dim]
@@ -276,7 +276,7 @@ class CosineIdentifier(Identifier):
         scale = self.param("scale", nn.initializers.constant(self.logit_scale), (), param_dtype)
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
-    def _vector(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
+    def _embed(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
         """Computes the unit vector of a modality, [B, embed_dim]; arbitrary without frames."""
         x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
         layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")

@@ -116,7 +116,7 @@ class MultimodalIdentifier(Identifier):
 
         vectors, vector_mask, attention = [], [], None
         for position, name in enumerate(self.modalities):
-            video = self._pooled(name, frames[name], train=train)  # [B, K D] or [B, D]
+            video = self._pool(name, frames[name], train=train)  # [B, K D] or [B, D]
             exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
             mapped = Linear(count * self.embed_dim, dtype=self.dtype, name=f"{name}_map")(video)
@@ -154,7 +154,7 @@ class MultimodalIdentifier(Identifier):
         logits = head(x, train=train)
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
-    def _pooled(self, name: str, real: Frames, *, train: bool) -> Array:
+    def _pool(self, name: str, real: Frames, *, train: bool) -> Array:
         """Computes the vector of a modality, [B, K D] with NetVLAD or [B, D] without."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if name in self.netvlad:

@@ -109,7 +109,7 @@ class PLDAIdentifier(Identifier):
         turn = jnp.zeros(len(clips.index), jnp.int32)
         if update:
             assert clips.labels is not None
-            turn = seen.value[clips.index] + _occurrence(clips.index, clips.mask)
+            turn = seen.value[clips.index] + _count_occurrences(clips.index, clips.mask)
             seen.value = seen.value.at[clips.index].add(clips.mask.astype(jnp.int32))
         centred = []
         for name, x in vectors.items():
@@ -123,14 +123,14 @@ class PLDAIdentifier(Identifier):
             )
             if update:
                 part.value = _add(part.value, x, turn, clips, share)
-            centred.append(_centre(x, _mean(part.value, share)))
+            centred.append(_centre_vectors(x, _compute_mean(part.value, share)))
         return centred
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
         """Scores unit vectors, modality -> [B, D], with the collection `solved`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
-            _centre(x, solved[name]["centre"]) for name, x in vectors.items()
+            _centre_vectors(x, solved[name]["centre"]) for name, x in vectors.items()
         ]  # [B, D] of each modality
         ratios = [
             plda_fit.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
@@ -168,7 +168,7 @@ class PLDAIdentifier(Identifier):
                 space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
             space, enrolled = plda_fit.as_arrays(space, enrolled, dtype)
-            centre = jnp.asarray(_mean(sums[name], settings.centred), dtype)
+            centre = jnp.asarray(_compute_mean(sums[name], settings.centred), dtype)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
         return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
 
@@ -187,7 +187,7 @@ def _add(
     assert clips.labels is not None
     counted = real & (turn == 1) & (clips.labels > 0)
     # All first occurrences come before any second occurrence, so the centre is complete here.
-    u = jnp.where(counted[:, None], _centre(x, _mean(new, share)), 0.0)
+    u = jnp.where(counted[:, None], _centre_vectors(x, _compute_mean(new, share)), 0.0)
     u = u.astype(x.dtype)
     labels = jnp.where(counted, clips.labels, 0)
     return new | {
@@ -197,7 +197,7 @@ def _add(
     }
 
 
-def _occurrence(index: Array, mask: Array) -> Array:
+def _count_occurrences(index: Array, mask: Array) -> Array:
     """Counts the earlier rows of the batch that have the same clip. Returns [B] int32."""
     key = jnp.where(mask, index, -1)
     order = jnp.argsort(key, stable=True)
@@ -206,11 +206,11 @@ def _occurrence(index: Array, mask: Array) -> Array:
     return jnp.zeros(len(key), jnp.int32).at[order].set(place.astype(jnp.int32))
 
 
-def _mean(part: Mapping[str, Array], share: float | Array) -> Array:
+def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 
-def _centre(x: Array, centre: Array) -> Array:
+def _centre_vectors(x: Array, centre: Array) -> Array:
     """Computes unit vectors [B, D] from the centre to x; 0 where x is 0."""
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 

@@ -152,7 +152,7 @@ def training_settings(
 
 def report_few_people(labels: np.ndarray, tell: Callable[[str], None]) -> None:
     """Informs the user if too few people have two clips for a fit; labels [N], 0 for nobody."""
-    count = _num_repeated(labels)
+    count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         tell(
             f"{count:,} people have two clips or more, too few to calibrate probabilities: default "
@@ -161,7 +161,7 @@ def report_few_people(labels: np.ndarray, tell: Callable[[str], None]) -> None:
         )
 
 
-def _num_repeated(labels: np.ndarray) -> int:
+def _count_repeated(labels: np.ndarray) -> int:
     """Returns the number of identities (labels above 0) with two clips or more."""
     return int(np.sum(np.unique(labels[labels > 0], return_counts=True)[1] > 1))
 
@@ -193,7 +193,7 @@ def fit_settings(
     values = {name: shares[0] for name, shares in SHARES.items()} | PRIOR
     values |= {"scale": min(1.0, DIRECTIONS / width)}
     values |= {"centred": two_covariance.centre_share(len(np.unique(labels)))} | dict(given)
-    if _num_repeated(labels) < FEWEST_PEOPLE:
+    if _count_repeated(labels) < FEWEST_PEOPLE:
         return Settings(**values)
     columns = 1 + np.unique(labels, return_inverse=True)[1]  # 1 to the number of identities
     # For matrices of 512 rows, two folds at a time are faster than two threads of BLAS, and the
@@ -206,11 +206,11 @@ def fit_settings(
 
         @functools.cache
         def compare(within: float, between: float) -> list[_Ratios]:
-            return list(pool.map(lambda fold: _ratios(fold, within, between), folds))
+            return list(pool.map(lambda fold: _compute_ratios(fold, within, between), folds))
 
         def quality(values: Mapping[str, float]) -> float:  # mean of MAP and AUROC
             parts, settings = compare(values["within"], values["between"]), Settings(**values)
-            return float(np.mean([_quality_of_fold(part, settings) for part in parts]))
+            return float(np.mean([_score_fold(part, settings) for part in parts]))
 
         for name, shares in SHARES.items():
             if name not in given:
@@ -218,7 +218,7 @@ def fit_settings(
                 values = max(tries, key=quality)
         shares = values["within"], values["between"]
         fitted = _fit(compare(*shares), values, given)._asdict()
-        few = pool.map(lambda fold: _ratios(fold._replace(totals=fold.few), *shares), folds)
+        few = pool.map(lambda fold: _compute_ratios(fold._replace(totals=fold.few), *shares), folds)
         others = {name: x for name, x in fitted.items() if name != "stranger"}
         return _fit([*few], values | others, others | dict(given))
 
@@ -283,7 +283,7 @@ class _Ratios(NamedTuple):
     labels: Array  # [Q] int32, right columns; 0 for strangers
 
 
-def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
+def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     """Computes the log-likelihood ratios of the held-out clips for given shares of shrinkage."""
     ratios = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
@@ -301,7 +301,7 @@ def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 
 @jax.jit
-def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
+def _score_fold(part: _Ratios, settings: Settings) -> Array:
     """Computes [2]: MAP of known identities, and AUROC of best scores (known against strangers)."""
     logits = combine(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]

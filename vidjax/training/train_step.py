@@ -214,7 +214,7 @@ def member_step(
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
 
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_of_all(grads))
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
     old = learned.replace(model_state=dict(learned.model_state))
 
     def update() -> TrainState:
@@ -276,7 +276,7 @@ def mean_over_examples(values: Array, exists: Array) -> Array:
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
 
-def _sum_of_all(grads: Params) -> Array:
+def _sum_gradients(grads: Params) -> Array:
     """Sums all derivatives, []. The sum is finite only if all derivatives are finite."""
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
     # The barrier separates the two sums. As a single sum, a matrix of 160 MB takes a CPU 1 s.

@@ -22,10 +22,10 @@ def num_cores(root: Path = ROOT) -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
         cores = len(os.sched_getaffinity(0))
-    for group in _groups("cpu", root):
-        quota, period = _numbers(group / "cpu.max") or (
-            *_numbers(group / "cpu.cfs_quota_us"),
-            *_numbers(group / "cpu.cfs_period_us"),
+    for group in _find_groups("cpu", root):
+        quota, period = _read_numbers(group / "cpu.max") or (
+            *_read_numbers(group / "cpu.cfs_quota_us"),
+            *_read_numbers(group / "cpu.cfs_period_us"),
         ) or (math.inf, 1)  # fmt: skip
         if 0 < quota < math.inf:
             cores = min(cores, math.ceil(quota / period))
@@ -36,12 +36,12 @@ def num_cores(root: Path = ROOT) -> int:
 def memory_bytes(root: Path = ROOT) -> int:
     """Returns the bytes of memory that this process may use in total, whether free or not."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min([physical, *(limit for limit, _ in _memory(root))]))
+    return int(min([physical, *(limit for limit, _ in _read_memory_limits(root))]))
 
 
 def free_bytes(root: Path = ROOT) -> float:
     """Returns the bytes of memory that this process can still take, or 0 if unknown."""
-    free = [limit - used for limit, used in _memory(root)]
+    free = [limit - used for limit, used in _read_memory_limits(root)]
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
@@ -71,19 +71,19 @@ def keep_freed_memory() -> None:
             mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
 
 
-def _memory(root: Path) -> Iterator[tuple[float, float]]:
+def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
     """Yields (limit, use) in bytes for every control group that limits memory."""
-    for group in _groups("memory", root):
+    for group in _find_groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            most, now = _numbers(group / limit), _numbers(group / used)
+            most, now = _read_numbers(group / limit), _read_numbers(group / used)
             if most and most[0] < 1 << 60:  # without a limit, version 1 writes a huge number
-                yield most[0], (now or [0.0])[0] - _statistic(group / "memory.stat", cached)
+                yield most[0], (now or [0.0])[0] - _read_statistic(group / "memory.stat", cached)
 
 
-def _groups(controller: str, root: Path) -> Iterator[Path]:
+def _find_groups(controller: str, root: Path) -> Iterator[Path]:
     """Yields the folders of the control groups of this process, the innermost group first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -100,7 +100,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
             yield top
 
 
-def _numbers(path: Path) -> list[float]:
+def _read_numbers(path: Path) -> list[float]:
     """Returns the numbers in a file, with `max` as infinity, or [] if it cannot be read."""
     try:
         return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
@@ -108,7 +108,7 @@ def _numbers(path: Path) -> list[float]:
         return []
 
 
-def _statistic(path: Path, name: str) -> float:
+def _read_statistic(path: Path, name: str) -> float:
     try:
         pairs = [line.split() for line in path.read_text().splitlines()]
         return next((float(value) for key, value in pairs if key == name), 0.0)

@@ -41,7 +41,7 @@ def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
     if path.suffix not in endings:
         raise UserError(f"--out={path}: end the name in {', '.join(endings)}")
     if os.path.lexists(path):
-        raise UserError(_exists(path))
+        raise UserError(_describe_existing(path))
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no folder '{path.parent}': make it first")
     if path.suffix == ".parquet":
@@ -79,24 +79,27 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
     all digits of float32. The score of a clip without a usable frame is -inf, in .jsonl null.
     """
     objects = (
-        {"identity": identity, "clips": [{"clip": c, "score": _digits(x)} for c, x in clips]}
+        {
+            "identity": identity,
+            "clips": [{"clip": c, "score": _round_to_float32(x)} for c, x in clips],
+        }
         for identity, clips in ranking.items()
     )
-    write(path, RANKING, _ranking_rows(ranking), objects)
+    write(path, RANKING, _list_ranking(ranking), objects)
 
 
 def ranking_columns(ranking: Ranking) -> Columns:
     """Returns the columns of a ranking, identity -> (clip, score) with the best first."""
-    return by_column(RANKING, list(_ranking_rows(ranking)))
+    return by_column(RANKING, list(_list_ranking(ranking)))
 
 
-def _ranking_rows(ranking: Ranking) -> Iterator[tuple[object, ...]]:
+def _list_ranking(ranking: Ranking) -> Iterator[tuple[object, ...]]:
     for identity, clips in ranking.items():
         for rank, (clip, score) in enumerate(clips, 1):
             yield identity, rank, clip, np.float32(score)
 
 
-def _digits(score: float) -> float | None:
+def _round_to_float32(score: float) -> float | None:
     return float(str(np.float32(score))) if math.isfinite(score) else None
 
 
@@ -104,7 +107,7 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
     """Converts rows to text, quoted as Excel does; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
-    writer.writerows([_guarded(cell) for cell in row] for row in rows)
+    writer.writerows([_guard_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 
@@ -130,7 +133,7 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"'{path}' is not a .tsv: {error}\nsave it as text with tabs") from error
 
 
-def _guarded(cell: object) -> object:
+def _guard_cell(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(GUARDED) else cell
 
 
@@ -175,10 +178,10 @@ def write_new(path: Path, content: bytes) -> None:
             path.touch(exist_ok=False)
             os.replace(partial, path)
     except FileExistsError:
-        raise UserError(_exists(path)) from None
+        raise UserError(_describe_existing(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _exists(path: Path) -> str:
+def _describe_existing(path: Path) -> str:
     return f"--out={path}: exists and is not overwritten: name another file, or delete it"

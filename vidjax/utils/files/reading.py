@@ -211,7 +211,7 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
     """Returns name -> array of an open `.npz`; each number counts for at least `least` bytes."""
     arrays = {}
     with _npz_errors():
-        for name, entry, _ in _each_array(file, limit, least):
+        for name, entry, _ in _open_arrays(file, limit, least):
             entry.seek(0)
             arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
     return arrays
@@ -233,7 +233,7 @@ def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
     Raises UserError if the sum is above `limit` or a header is damaged.
     """
     with _npz_errors():
-        return sum(size for *_, size in _each_array(io.BytesIO(content), limit, least))
+        return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least))
 
 
 @contextlib.contextmanager
@@ -250,7 +250,7 @@ def _npz_errors() -> Iterator[None]:
         raise UserError(f"damaged or not an .npz file: write it again ({reason})") from error
 
 
-def _each_array(
+def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
     """Yields (name, open entry, bytes in memory) for every array of an `.npz`, from its header.
