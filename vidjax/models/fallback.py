@@ -21,9 +21,12 @@ class FallbackIdentifier(Identifier):
     One run trains both models: `main` on clips that have `modality`, `other` on clips that have at
     least one of its modalities. Evaluation adds their scores with the weights (main, other):
 
+        the clip lacks all modalities of `other`:        (1, 0)
         the clip lacks `modality`:                       (0, missing_scale)
         the measure of `modality` is below `threshold`:  (main_share, other_share)
-        any other clip, or a clip without modalities of `other`:  (1, 0)
+        any other clip:                                  (1, 0)
+
+    The first row that applies counts.
 
     Attributes:
       other_modalities: modalities of the fallback model, without `modality`.

@@ -71,10 +71,10 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, tables: AllTables, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        """Dispatches `count` steps or fewer. Returns the states, and outcomes of the last calls.
+        """Dispatches `count` steps or fewer. Returns the states, and outcomes of the loop.
 
-        These are the last calls. In all calls before, losses and gradients were finite. Outcomes
-        are a list with an entry per call, which is a list with an entry per group of members.
+        Only the outcomes of the last call, or the last two, are returned: in earlier calls, losses
+        and gradients were finite. The outer list is by call, the inner list by group of members.
         """
 
 
