@@ -1,0 +1,68 @@
+"""Prose is plain English: docstrings, comments, messages and pages avoid a list of words."""
+
+import io
+import json
+import re
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("vidjax", "configs", "colab", ".github")
+PAGES = [
+    *(
+        path
+        for folder in FOLDERS
+        for kind in ("*.py", "*.md", "*.j2", "*.ipynb")
+        for path in sorted((ROOT / folder).rglob(kind))
+    ),
+    *(ROOT / name for name in ("README.md", "tests/README.md", "tests/benchmarks/README.md")),
+]
+# Words of sentences that leave out a noun, or that are translated word by word.
+HABIT = re.compile(
+    r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b"
+    r"|\bNone for\b|[;,] else\b",
+    re.IGNORECASE,
+)
+# Names of the whole library that say nothing about the thing.
+VAGUE = re.compile(r"\b(found|one)\b")
+MAX_VAGUE_WORDS = 50
+
+
+def read_prose(path):
+    """Yields (line number, text) of the comments, strings and paragraphs of a file."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT or (
+                token.type == tokenize.STRING and " " in token.string
+            ):
+                yield token.start[0], token.string
+    elif path.suffix == ".ipynb":
+        for number, cell in enumerate(json.loads(text)["cells"]):
+            yield number, "".join(cell["source"])
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.startswith("| ") or path.name != "CONTRIBUTING.md":  # examples of the habit
+                yield number, line
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "README.md", "tests"])
+def test_prose_avoids_the_words_of_the_habit(folder):
+    pages = [path for path in PAGES if path.is_relative_to(ROOT / folder)]
+    assert pages
+    assert not [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for path in pages
+        for number, text in read_prose(path)
+        if (match := HABIT.search(text))
+    ]
+
+
+def test_vague_words_are_rare():
+    words = Counter(
+        word for path in (ROOT / "vidjax").rglob("*.py") for word in VAGUE.findall(path.read_text())
+    )
+    assert max(words.values()) < MAX_VAGUE_WORDS, words
