@@ -431,10 +431,10 @@ def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data, monkeypat
     streamed = feed.StreamingFeed(setting.system, setting.mesh, batches())
     streamed._loop = loop
     states, tables = [setting.start()], [setting.tables]
-    done = streamed.run(states, tables, 0, 9)  # one step compiles
+    done = streamed.advance(states, tables, 0, 9)  # one step compiles
     assert (done.num_steps, done.loss, done.bad_step) == (1, 0, None)
-    done = streamed.run(done.states, tables, 1, 9)  # and one is timed
-    done = streamed.run(done.states, tables, 2, 3)
+    done = streamed.advance(done.states, tables, 1, 9)  # and one is timed
+    done = streamed.advance(done.states, tables, 2, 3)
     assert (done.num_steps, done.loss, done.bad_step) == (3, 4, None)
     order = list(dict.fromkeys(events))
     for number in (2, 3):
@@ -442,7 +442,7 @@ def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data, monkeypat
         assert order.index(f"batch {number + 1}") < order.index(f"step {number + 1}")
         assert order.index(f"batch {number + 2}") < order.index(f"read {number}")
         assert order.index(f"read {number}") < order.index(f"put {number + 2}")
-    done = streamed.run(done.states, tables, 5, 9)  # step 6 is one too many
+    done = streamed.advance(done.states, tables, 5, 9)  # step 6 is one too many
     assert (done.num_steps, done.bad_step) == (3, 6)
 
 
