@@ -252,7 +252,7 @@ def test_tracks_of_one_person_are_joined_over_gaps():
     assert "unknown" not in vtt
     rttm = appearances.to_rttm(found).splitlines()
     assert rttm[1] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
-    with pytest.raises(ValueError, match="subtitles are of one video"):
+    with pytest.raises(ValueError, match="subtitles need one video"):
         appearances.to_subtitles([*found, found[0]._replace(video="b.mp4")], ".srt")
 
 

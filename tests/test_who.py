@@ -245,7 +245,7 @@ def test_a_film_that_was_renamed_has_its_new_name_and_a_lost_photo_is_told(drawn
     write_photo(drawn.friends / "Bob.png", ("Bob", 40, 40))
     (drawn.friends / "Ada").mkdir()
     content, said = drawn.who(film)
-    assert content["people"] == {"Bob": 1} and "Ada: no photo in" in said
+    assert content["people"] == {"Bob": 1} and "Ada: there is no photo in" in said
     drawn.who(film.rename(drawn.folder / "my_film.mkv"))
     assert "my_film.mkv" in (drawn.out / "names.tsv").read_text()
     assert {path.stem for path in (drawn.out / "subtitles").iterdir()} == {"my_film"}
@@ -327,7 +327,7 @@ def test_names_stay_where_voices_are_added_to_the_models(drawn):
     assert clips["film.s001.t00"].vector[made_nets.WIDTH :].any()  # its voice has come
     assert not clips["people/Ada/1"].vector[made_nets.WIDTH :].any()
     again, said = shown()
-    assert again == before and "new in" not in said and "as before" in said
+    assert again == before and "new nets" not in said and "as before" in said
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
     assert "other models of audio" in drawn.who(film, code=2)[1]

@@ -413,7 +413,7 @@ def test_who_keeps_photos_that_were_relabelled_in_its_gallery(drawn):
     shutil.rmtree(friends / "Ada")
     found, said = shown()
     assert found == {"Bob/1": "Bob"}
-    assert "Ada L is no longer" in said and "Bob is no longer" not in said
+    assert "Ada L has no photos" in said and "Bob has no photos" not in said
 
 
 def test_who_writes_into_no_folder_of_other_things(drawn):

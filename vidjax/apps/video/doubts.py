@@ -1,4 +1,4 @@
-"""Finds photos that may show another person than their folder says.
+"""Finds photos that may show a person other than the person of their folder.
 
 A photo is compared with the other photos of its person, and with all other people. It is doubtful
 if another person is more probable than its own by LEAST_ODDS, with equal priors for all other
