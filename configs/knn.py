@@ -27,7 +27,7 @@ def get_config(args: str = "") -> config_lib.Config:
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     config_lib.choose_data(config, words)
-    config.modalities = config_lib.one_modality(modalities, default="face")
+    config.modalities = config_lib.choose_modality(modalities, default="face")
     config.batch_size = 256
     config.data.max_frames = 512
     config.data.crop = "quality"

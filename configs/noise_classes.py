@@ -38,7 +38,7 @@ def get_config(args: str = "") -> config_lib.Config:
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     full = config_lib.choose_data(config, words)
-    config.modalities = config_lib.one_modality(modalities, default="face")  # paper
+    config.modalities = config_lib.choose_modality(modalities, default="face")  # paper
     modality = config.modalities[0]
     published = "published" in words
     config.batch_size = 10240 if full else 256  # code; ours on few clips

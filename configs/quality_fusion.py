@@ -60,7 +60,7 @@ def get_config(args: str = "") -> config_lib.Config:
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # code
 
-    net = config_lib.choose_one(words, MLPS, "mlp5")
+    net = config_lib.choose_name(words, MLPS, "mlp5")
     config.model = ConfigDict(
         {
             "name": "dense",

@@ -90,7 +90,7 @@ def test_results_tell_average_precisions_and_metrics_of_ones_own(tmp_path):
     values = {"Ada": 0.25, "Zoë": 0.75, "Bo": 1.0}
     folder = made_runs.write(tmp_path / "run", values, results={"my_metric": 0.5})
     metrics = RunFolder(folder).metrics()
-    results = results_lib.Results.of(metrics, "val", RunFolder(folder).paths())
+    results = results_lib.Results.from_values(metrics, "val", RunFolder(folder).paths())
     assert results.average_precisions() == values
     assert results.map == pytest.approx(2 / 3) and results.to_dict() == metrics
     assert results.to_dict()["my_metric"] == 0.5

@@ -133,7 +133,7 @@ def test_the_name_of_a_folder_is_safe_and_bounded():
     names = [suffix(word) for word in odd]
     assert len({*names}) == len(odd)
     for name in names:
-        assert len(name) <= config_io.NAME_LENGTH
+        assert len(name) <= config_io.MAX_SUFFIX_LENGTH
         assert name.replace("_", "").replace("=", "").replace(".", "").replace("-", "").isalnum()
         assert "/" not in name and "," not in name
 

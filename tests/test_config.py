@@ -277,7 +277,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", ["knn", "noise_classes"])
 def test_a_second_modality_of_a_system_of_one_is_refused(name):
     assert config_io.load_file(f"{ROOT}/configs/{name}.py:head").modalities == ("head",)
-    with pytest.raises(ValueError, match="modalities face, head: this experiment has one"):
+    with pytest.raises(ValueError, match="modalities face, head: this experiment uses only one"):
         config_io.load_file(f"{ROOT}/configs/{name}.py:face,head")
 
 

@@ -67,7 +67,7 @@ def test_the_word_trains_on_all_clips_and_ranks_others(name):
     config = config_io.load_file(f"{ROOT}/configs/{name}.py:everything")
     assert config.data.train_splits == ("train", "val")
     assert config.eval.split == "test"
-    assert not any(config.ensemble[name] for name in config_lib.HOLD_OUT)
+    assert not any(config.ensemble[name] for name in config_lib.HOLD_OUT_FIELDS)
     config_lib.check(config)
 
 

@@ -104,7 +104,7 @@ def test_files_of_a_large_run_are_read_back(tmp_path, monkeypatch):
     log.write_text("".join(lines))  # 40 MB
     keep_until(log, 398)
     assert log.stat().st_size == sum(map(len, lines[:-1]))
-    monkeypatch.setattr(results, "MOST_LINES", 50)
+    monkeypatch.setattr(results, "MAX_LOG_LINES", 50)
     steps = [line["step"] for line in results.read_lines(log)]
     assert steps == list(range(0, 399, 8))
 
@@ -123,7 +123,7 @@ def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkey
     results.check_identities(names)
     files.write_json(tmp_path / "identities.json", names)
     assert results.load_identities(tmp_path / "identities.json") == names
-    monkeypatch.setattr(results, "IDENTITIES_BYTES", 1000)
+    monkeypatch.setattr(results, "MAX_IDENTITIES_BYTES", 1000)
     written = tmp_path / "identities.json"
     used = (results.check_identities, names), (results.load_identities, written)
     for use, of in used:

@@ -69,7 +69,7 @@ def test_a_log_cut_anywhere_is_repaired(tmp_path):
 def test_a_damaged_line_takes_no_other_with_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line_of(1).encode() + b"\x00\xff\x00\n7\n" + line_of(3).encode() + b'{"st')
-    with pytest.warns(UserWarning, match=r"damaged lines are left out: \[2, 3\]"):
+    with pytest.warns(UserWarning, match=r"damaged lines are removed: \[2, 3\]"):
         keep_until(path, 5)
     assert path.read_text() == line_of(1) + line_of(3)
 

@@ -1,14 +1,16 @@
-"""Checkpoints: saved, found and loaded with Orbax, and checked against sha256 digests.
+"""Saves, finds and loads checkpoints with Orbax, and compares them with sha256 digests.
 
-`checkpoints/<step>/` has Orbax's folder `state`, and `manifest.json` with the sha256 of every file
-in `state` and of its own other entries. The folder is written in `checkpoints/.partial/` and gets
-its name after its manifest is written. A checkpoint is never used if a file differs from the
-manifest, if `state` has another file, or if its path has a link. Three are kept: the latest; the
-last evaluated one before it, or else the last one; and the best by MAP. Other files in
-`checkpoints/` stay.
+`checkpoints/<step>/` contains Orbax's folder `state` and `manifest.json`. The manifest has the
+sha256 of every file in `state` and of its other entries. A checkpoint is written to
+`checkpoints/.partial/` and renamed when its manifest is complete. It is not used if a file differs
+from the manifest, if `state` has an unlisted file, or if its path contains a link.
 
-Orbax's `training.Checkpointer` does not fit: it names a step before there is a manifest, and it
-needs the MAP when it saves, while a step is saved here before it is evaluated.
+Three checkpoints are kept: the latest; the last evaluated checkpoint before the latest (or the last
+checkpoint before it, if none was evaluated); and the best by MAP. Other files in `checkpoints/`
+are not touched.
+
+Orbax's `training.Checkpointer` does not fit for two reasons: it renames a step before the manifest
+exists, and it needs the MAP at saving, while vidjax saves a step before it evaluates it.
 """
 
 import contextlib
@@ -24,37 +26,37 @@ import jax.numpy as jnp
 
 from vidjax.core import distributed
 from vidjax.utils import files
-from vidjax.utils.errors import (DiskError, Expected, UserError, warn)
+from vidjax.utils.errors import DiskError, Expected, UserError, warn
 from vidjax.runs import schemas
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
 
 
 class CheckpointError(Expected):
-    """There is no usable checkpoint, or it belongs to another model."""
+    """No checkpoint is usable, or a checkpoint belongs to another model."""
 
     exit_code = 3
 
 
 class DamagedError(CheckpointError):
-    """The files of a checkpoint differ from those that were saved."""
+    """The files of a checkpoint have changed since they were saved."""
 
 
 class Checkpoint(NamedTuple):
-    """The folder `checkpoints/<step>`, whose files match their digests, and its manifest."""
+    """A verified checkpoint: the folder `checkpoints/<step>` and its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint, then drops those that need not be kept.
+    """Saves a checkpoint, then deletes older checkpoints that are not kept.
 
-    If the step has a checkpoint already, its arrays stay and `info` is added to its manifest.
+    If the step already has a checkpoint, only `info` is added to its manifest.
 
     Args:
       items: name -> tree of arrays; `load` takes the same names.
-      info: entries of the manifest, as JSON types. Its `map` decides which checkpoint is best.
+      info: entries of the manifest, as JSON types. The best checkpoint has the highest `map`.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -65,7 +67,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 
 
 def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
-    """Adds entries to a manifest; returns False if there is no undamaged one."""
+    """Adds entries to a manifest; returns False if the manifest is missing or damaged."""
     try:
         files.write_manifest(folder / MANIFEST, read_manifest(folder) | dict(info))
     except CheckpointError:
@@ -74,8 +76,8 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint under a hidden name, then renames it; every process writes its arrays."""
-    from orbax.checkpoint import v1 as ocp  # half a second, for those alone who need it
+    """Writes a checkpoint in a hidden folder, then moves it; every process writes its arrays."""
+    from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / PARTIAL / folder.name
@@ -83,7 +85,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
     try:
         if distributed.is_first():
-            files.remove_tree(partial.parent)  # left by a save that was cut short
+            files.remove_tree(partial.parent)  # a previous save may have been killed
             partial.mkdir(parents=True)
         distributed.barrier()
         ocp.save_checkpointables(str(partial / "state"), filled)
@@ -94,10 +96,10 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
             _set_aside(folder)
             os.rename(partial, folder)
     except Exception as error:  # Orbax reports a full disk in a dozen ways
-        if distributed.is_first():  # a thread of Orbax may still write there
+        if distributed.is_first():  # ignores errors: a thread of Orbax may still write there
             shutil.rmtree(partial.parent, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if len(reason) > 200:  # it begins with the path, which is named below
+        if len(reason) > 200:  # it begins with the path, already in the message
             reason = f"... {reason[-120:]}"
         raise DiskError(
             f"cannot save a checkpoint in '{folder}': {reason}\n"
@@ -106,41 +108,46 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
 
 def folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, damaged ones included, in ascending order."""
+    """Returns step -> folder of every checkpoint, even if damaged, in ascending order."""
     folder = workdir / "checkpoints"
     _refuse_link(folder)
-    found = {
+    paths = {
         int(path.name): path
         for path in folder.glob("*")
-        if re.fullmatch("0|[1-9][0-9]*", path.name)  # else not a checkpoint: users may keep folders
+        if re.fullmatch("0|[1-9][0-9]*", path.name)  # users may keep folders with other names
         and ((path / "state").exists() or (path / MANIFEST).exists())
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(paths.items()))
 
 
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> manifest of all checkpoints with an undamaged one, in ascending order."""
-    found = {}
+    """Returns step -> manifest in ascending order, without damaged manifests."""
+    contents = {}
     for step, folder in folders(workdir).items():
         with contextlib.suppress(DamagedError):
-            found[step] = read_manifest(folder)
-    return found
+            contents[step] = read_manifest(folder)
+    return contents
 
 
 def best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the step of `manifests` with the highest MAP, the later of equal ones, or None."""
+    """Returns the step with the highest MAP, or None if no step has a MAP.
+
+    `steps` is the result of `manifests`. Among equal MAPs, the latest step wins.
+    """
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Returns the most preferred checkpoint that matches its digests; None if none was ever saved.
+    """Finds the latest or the best checkpoint that matches its digests; None if there are none.
 
-    `prefer` is `latest`; or `best`, the highest MAP first and checkpoints without MAP last. A
-    damaged checkpoint is skipped with a warning, and stays.
+    A damaged checkpoint is skipped with a warning; its files stay.
+
+    Args:
+      prefer: `latest` or `best`. `best` prefers a high MAP; checkpoints without a MAP come last.
 
     Raises:
-      CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
+      CheckpointError: all checkpoints are damaged, or `prefer` is `best` and none has a MAP.
     """
     paths, known = folders(workdir), manifests(workdir)
     if prefer == "best" and paths and best(known) is None and len(known) == len(paths):
@@ -150,7 +157,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
         )
 
     def rank(step: int) -> tuple[float, int]:
-        # The MAP of a damaged manifest is unknown: it comes first, for the sake of the warning.
+        # The MAP of a damaged manifest is unknown. It comes first, so that a warning names it.
         score = known[step].get("map", -1.0) if step in known else 2.0
         return (score if prefer == "best" else 0.0, step)
 
@@ -161,8 +168,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
             warn(f"checkpoint {step} is not used: {error}")
     if paths:
         raise CheckpointError(
-            f"no good checkpoint in '{workdir / 'checkpoints'}': put back a copy of one,\n"
-            "or train anew with another workdir"
+            f"every checkpoint in '{workdir / 'checkpoints'}' is damaged: put back a copy,\n"
+            "or train again with another --workdir=FOLDER"
         )
     return None
 
@@ -172,22 +179,22 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
     Args:
       abstract: name -> tree of arrays or ShapeDtypeStructs; only these items are read.
-      layout: the sharding of all arrays, or a tree of shardings; the number of devices may differ
-        from that at saving.
+      layout: the sharding of all arrays, or a tree of shardings. The number of devices may have
+        changed since the checkpoint was saved.
 
     Raises:
-      CheckpointError: an array has another shape or dtype than the checkpoint's.
+      CheckpointError: the shape or dtype of an array differs between `abstract` and checkpoint.
       DamagedError: a file is missing or not listed, or Orbax cannot read the arrays.
     """
-    from orbax.checkpoint import v1 as ocp  # half a second, for those alone who need it
+    from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
-    # Orbax casts another dtype silently and reports another shape in many lines.
+    # Orbax would cast a different dtype silently, and report a different shape in many lines.
     saved = checkpoint.manifest["arrays"]
     for name, kind in _arrays(abstract).items():
         if saved.get(name) != kind:
             raise CheckpointError(
-                f"'{checkpoint.folder}' belongs to another model: {name}\n"
-                f"is {saved.get(name, 'absent')} there and {kind} here"
+                f"'{checkpoint.folder}' belongs to another model: array {name}\n"
+                f"is {saved.get(name, 'absent')} in the checkpoint and {kind} in this model"
             )
     described = jax.tree.map(
         lambda sharding, x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding),
@@ -195,10 +202,10 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
         dict(abstract),
     )
     wanted = {name: tree for name, tree in described.items() if jax.tree.leaves(tree)}
-    _check_listing(checkpoint.folder, checkpoint.manifest)  # Orbax opens what it finds
+    _check_listing(checkpoint.folder, checkpoint.manifest)  # Orbax would open unlisted files
     try:
         restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
-    except Exception as error:  # the digests agree, and Orbax cannot read what they are of
+    except Exception as error:  # the digests agree, but Orbax cannot read the files
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DamagedError(f"cannot read '{checkpoint.folder / 'state'}': {reason}") from error
     return {name: restored.get(name, tree) for name, tree in abstract.items()}
@@ -212,7 +219,14 @@ def set_aside_later(workdir: Path, step: int) -> None:
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns a checkpoint's manifest, read unless given; DamagedError if any file differs."""
+    """Compares a checkpoint with its manifest and returns the manifest.
+
+    Args:
+      manifest: the content of `manifest.json`; None: the file is read.
+
+    Raises:
+      DamagedError: a file differs from its digest, is missing, or is not listed.
+    """
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
@@ -236,28 +250,30 @@ def _damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises DamagedError unless `state` has the listed files and no others."""
+    """Raises DamagedError unless `state` has exactly the listed files."""
     state, listed = folder / "state", set(manifest["files"])
     with _damaged(state):
-        found = set(files.walk(state))
-    if others := found - listed:
-        raise DamagedError(f"'{state / min(others)}' is not of this checkpoint: move it elsewhere")
-    if missing := listed - found:
+        names = set(files.walk(state))
+    if others := names - listed:
+        raise DamagedError(
+            f"'{state / min(others)}' does not belong to this checkpoint: move it elsewhere"
+        )
+    if missing := listed - names:
         raise DamagedError(f"file missing: '{state / min(missing)}'")
 
 
-def _is_ours(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Returns True if a checkpoint has no other files than those that vidjax wrote."""
+def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Returns True if vidjax wrote every file in the folder of a checkpoint."""
     listed = {MANIFEST, *(f"state/{name}" for name in manifest["files"])}
     try:
         others = set(files.walk(folder)) - listed
         return all(re.fullmatch(rf"\.{MANIFEST}\..+\.partial", name) for name in others)
-    except UserError:  # a link, or a pipe
+    except UserError:  # a link or a pipe
         return False
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of `checkpoints/<step>`; DamagedError if its own sha256 differs."""
+    """Returns the manifest of `checkpoints/<step>`; DamagedError if its sha256 differs."""
     path = folder / MANIFEST
     with _damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
@@ -268,7 +284,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Renames a checkpoint, or whatever has its name, to `<step>.damaged`."""
+    """Renames a checkpoint, or another file of the same name, to `<step>.damaged`."""
     if files.exists(folder):
         numbers = ("", *(f"-{number}" for number in range(2, 1000)))
         names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)
@@ -279,18 +295,18 @@ def _refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise CheckpointError(
             f"'{folder}' is a link, not a folder: it is not opened\n"
-            "put the folder that it leads to in its place"
+            "replace the link by the folder that it leads to"
         )
 
 
 def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
-    """Returns path -> dtype and shape of every array, such as `float32[4, 2]`."""
+    """Returns path -> dtype and shape of each array, such as `float32[4, 2]`."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(items))
     return {jax.tree_util.keystr(k): f"{x.dtype}{list(jnp.shape(x))}" for k, x in leaves}
 
 
 def _drop_others(workdir: Path) -> None:
-    """Keeps the latest checkpoint, the one evaluated (else made) last before it, and the best."""
+    """Deletes all checkpoints except the three that the docstring of this module names."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)
@@ -298,8 +314,9 @@ def _drop_others(workdir: Path) -> None:
     evaluated = {step for step in others if steps[step].get("evaluated")}
     before = max(evaluated or others, default=None)
     for step in others - {before, best(steps)}:
-        if not _is_ours(partial.with_name(str(step)), steps[step]):
+        if not _has_only_our_files(partial.with_name(str(step)), steps[step]):
             continue
         partial.mkdir(exist_ok=True)
-        os.rename(partial.with_name(str(step)), partial / str(step))  # half a folder is no step
+        # Renames it first: if the deletion is interrupted, no incomplete step remains.
+        os.rename(partial.with_name(str(step)), partial / str(step))
     files.remove_tree(partial)

@@ -1,7 +1,8 @@
-"""All fields of a configuration. Each is a row of TABLE: default, meaning, range, when it is read.
+"""All fields of a configuration. Each row of TABLE has a default, a meaning, a range and a use.
 
-With `optim.name=adam` nothing reads `optim.momentum`: any value trains the same weights. A new
-training refuses such a value, which looks like an experiment and is none.
+Some fields are read only together with others: nothing reads `optim.momentum` with
+`optim.name=adam`. A new training refuses to change an unread field, because the change would look
+like an experiment but have no effect.
 """
 
 import math
@@ -20,7 +21,13 @@ Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `d
 
 
 class ReadWhen(NamedTuple):
-    """A field is read if `condition` of another, `field`, holds; flags `remedy` make it hold."""
+    """The condition under which the code reads a field.
+
+    Attributes:
+      field: the name of another field, which decides.
+      condition: takes the values of all fields and returns True if the field is read.
+      remedy: the flags that make the condition true.
+    """
 
     field: str
     condition: Callable[[Values], bool]
@@ -31,15 +38,15 @@ class Field(NamedTuple):
     """A field of the configuration.
 
     Attributes:
-      name: dotted.
-      default: fixes the type; None for a text that may be unset.
-      doc: the meaning in `configs/README.md`.
+      name: the dotted name.
+      default: the default value, whose type is the type of the field; None: an optional text.
+      doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the value is >= low, <= high, > above, < below. Without `high` it
         must be finite.
-      choices: the values that it may have; () for any, or for the keys of a table of the code.
-      read_when: None for a field that is always read.
-      movable: it may change when a run resumes, since it changes results by rounding at most: a
-        path (its content is compared by digest), a time of saving, a number of devices.
+      choices: the values that the field accepts; (): any, or the keys of a table in the code.
+      read_when: the condition under which the field is read; None: always.
+      movable: True if the field may change when a run resumes. Such a field changes results by
+        rounding errors at most: a path (digests compare its content), a time between checkpoints.
     """
 
     name: str
@@ -62,7 +69,7 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of `loss.focal`; (0.5,) for a schedule that `make_loss` refuses."""
+    """Returns the weights of `loss.focal`, or (0.5,) if `make_loss` will refuse the schedule."""
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):
@@ -70,9 +77,10 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses of logits whose weight is above 0 at some epoch.
+    """Returns the names of the losses whose weight is above 0 at some epoch.
 
-    The conditions below subtract losses that do not read a field: all others count as reading it.
+    The conditions below subtract the losses that do not read a field. A loss that a user has added
+    counts as reading every field.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -127,88 +135,89 @@ TABLE: tuple[Field | Group, ...] = (
           choices=("float32", "bfloat16", "float64")),
     Field("matmul_precision", "highest", "precision of matrix products in evaluation, on every "
           "backend: `highest` (float32) or another value of `jax.default_matmul_precision`"),
-    Field("deterministic", False, "give bit-identical runs on a GPU, too, at some cost in speed; "
-          "runs on a CPU always are"),
+    Field("deterministic", False, "make runs on a GPU bit-identical, at some cost in speed; runs "
+          "on a CPU always are"),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
           "the model takes one fused frame at a time, and evaluation combines the scores by "
           "`eval.reduce`", choices=("pool", "examples")),
-    Field("transforms", (), "further transforms of a training batch, in order: names, or dicts of "
-          "`name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none"),
-    Field("mixup", 0.0, "alpha of the Beta distribution that draws the shares of two mixed clips; "
-          "0: no mixup", low=0, high=1e6),
+    Field("transforms", (), "additional transforms of a training batch, in order: names, or dicts "
+          "of `name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none"),
+    Field("mixup", 0.0, "alpha of the Beta distribution of the weights of two mixed clips; 0: no "
+          "mixup", low=0, high=1e6),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
           "5 and 10 have a line, too", low=1, high=2**31 - 1),
-    Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints, beside the "
-          "checkpoint of every evaluation", low=0, high=math.inf, movable=True),
+    Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints; every evaluation "
+          "saves a checkpoint, too", low=0, high=math.inf, movable=True),
 
     Group("data", "the clips, and how training reads them"),
-    Field("data.name", "synthetic", "dataset: made on the spot (`synthetic`), official files "
-          "(`iqiyi_vid`) or features of your own (`arrays`)"),
+    Field("data.name", "synthetic", "dataset: generated clips (`synthetic`), the official files "
+          "(`iqiyi_vid`) or your own features (`arrays`)"),
     Field("data.dir", None, "folder of official files, or of your features", read_when=FOLDER,
           movable=True),
     Field("data.cache_dir", None, "folder of the converted records and of compiled programs; "
-          "unset: `$VIDJAX_CACHE`, else `~/.cache/vidjax`", movable=True),
+          "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", movable=True),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
           "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC),
     Field("data.seed", 0, "seed of the synthetic dataset: another seed is another dataset",
           read_when=SYNTHETIC),
     Field("data.wrong_clips", 0.15, "share of synthetic clips in which a third of the frames shows "
-          "somebody else", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
+          "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
     Field("data.blur", 1.0, "how strongly blur depends on the quality of synthetic frames, 0 to 4; "
           "0: all frames are blurred alike", low=0, high=LARGEST.blur, read_when=SYNTHETIC),
-    Field("data.label_noise", 0.0, "share of synthetic train clips labelled as somebody else",
-          low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
-    Field("data.train_distractors", 0.0, "share of synthetic train clips that show nobody on the "
-          "list, 0 to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
+    Field("data.label_noise", 0.0, "share of synthetic train clips with the label of another "
+          "person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
+    Field("data.train_distractors", 0.0, "share of synthetic train clips that show a stranger, 0 "
+          "to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
           read_when=SYNTHETIC),
-    Field("data.missing_rate", 0.0, "share of synthetic clips that lack face, head, body or audio, "
-          "beyond what all sets lack", low=0, high=LARGEST.missing_rate, read_when=SYNTHETIC),
-    Field("data.false_modality", 0.0, "share of synthetic clips whose face or voice is somebody "
-          "else's throughout", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
+    Field("data.missing_rate", 0.0, "share of synthetic clips without face, head, body or audio, "
+          "in addition to the clips that lack one in every synthetic dataset", low=0,
+          high=LARGEST.missing_rate, read_when=SYNTHETIC),
+    Field("data.false_modality", 0.0, "share of synthetic clips whose face or voice belongs to "
+          "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
-    Field("data.non_finite", "drop", "frames whose feature holds a NaN or an infinity: `drop` "
+    Field("data.non_finite", "drop", "frames whose feature contains a NaN or an infinity: `drop` "
           "leaves them out and counts them, `error` refuses the file", choices=("drop", "error")),
     Field("data.quality", "given", "quality of the frames of your own features: `given`: the value "
-          "in the file, or the L2 norm of the feature for clips without one; `norm`: always the L2 "
-          "norm of the feature", choices=("given", "norm"), read_when=OWN_FEATURES),
+          "in the file, or the L2 norm of the feature if the clip has no value; `norm`: always the "
+          "L2 norm of the feature", choices=("given", "norm"), read_when=OWN_FEATURES),
     Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: clips "
           "are read from the records, in the same order; `auto`: resident if the clips take at "
           "most half of the free memory", choices=("auto", "resident", "streaming")),
-    Field("data.max_frames", 64, "maximum number of frames that training reads from a clip", low=1,
+    Field("data.max_frames", 64, "maximum number of frames of a clip in training", low=1,
           high=2**20),
     Field("data.crop", "window", "frames of a longer clip in training: a random `window`, or the "
-          "best by `quality`", choices=("window", "quality")),
-    Field("data.whole_epochs", False, "`True`: an epoch has the clips that a member learns from, "
-          "and its last batch is short; `False`: an epoch has all clips, and batches go on over "
-          "its end"),
-    Field("data.distractors", "other", "clips without an identity in training: `other` (class "
-          "column 0), `leave_out`, or `noise` (classes of their own, see the group `noise`)",
+          "frames of the best `quality`", choices=("window", "quality")),
+    Field("data.whole_epochs", False, "`True`: an epoch has only the clips that a member learns "
+          "from, and its last batch is short; `False`: an epoch has all clips, and a batch may "
+          "span two epochs"),
+    Field("data.distractors", "other", "training clips without an identity: `other` (class column "
+          "0), `leave_out`, or `noise` (separate classes, see the group `noise`)",
           choices=("other", "leave_out", "noise")),
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
           "is not named has weight 1", movable=True),
-    Field("data.balance", 0.0, "exponent of class balancing: the loss of a clip is weighted by n "
-          "** -balance, where its class has n clips, relative to the mean weight; 0: all clips are "
-          "weighted alike"),
+    Field("data.balance", 0.0, "exponent of class balancing: a clip of a class of n clips has the "
+          "loss weight n ** -balance, divided by the mean weight; 0: equal weights"),
 
-    Group("ensemble", "the members of an ensemble: the product of all that varies"),
-    Field("ensemble.folds", 0, "number of stratified folds, each left out by one member; 0: no "
-          "folds, else 2 or more", low=0),
-    Field("ensemble.bootstraps", 0, "number of bootstrap samples of every identity's clips, one "
-          "per member; 0: none", low=0),
-    Field("ensemble.resample", "identity", "what a bootstrap sample draws from: each `identity` by "
-          "itself, or `all` clips together, which loses identities of few clips. With "
-          "`ensemble.bootstraps`", choices=("identity", "all"),
+    Group("ensemble", "the members of an ensemble: one for each combination of folds, bootstrap "
+          "samples, views, qualities and seeds"),
+    Field("ensemble.folds", 0, "number of stratified folds, 2 or more; each member leaves out one "
+          "fold; 0: no folds", low=0),
+    Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, one per "
+          "member; 0: none", low=0),
+    Field("ensemble.resample", "identity", "clips that a bootstrap sample is drawn from: those of "
+          "each `identity` separately, or `all` together, where an identity of few clips may get "
+          "none. With `ensemble.bootstraps`", choices=("identity", "all"),
           read_when=_is_not("ensemble.bootstraps", 0, 11)),
-    Field("ensemble.views", 0, "number of members that each leave out another chunk of the "
+    Field("ensemble.views", 0, "number of members that each leave out a different chunk of the "
           "features; 0: none", low=0),
     Field("ensemble.chunks", 16, "number of equal chunks that a feature vector is cut into for "
           "`ensemble.views`, 2 or more", low=2, read_when=_is_not("ensemble.views", 0, 2)),
-    Field("ensemble.min_quality", (), "least quality of the frames that a member is trained on, "
-          "one value per member, e.g. `0,20,40`"),
+    Field("ensemble.min_quality", (), "minimum quality of a member's training frames, a value per "
+          "member, e.g. `0,20,40`"),
     Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
           "all their frames, `drop` leaves them out. With `ensemble.min_quality`",
           choices=("keep", "drop"), read_when=_is_not("ensemble.min_quality", (), "0,20,40")),
-    Field("ensemble.seeds", 1, "number of members that differ in their random draws alone", low=1),
+    Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
     Field("ensemble.mapping", "auto", "`map`: members are trained one after another; `vmap`: "
@@ -217,26 +226,26 @@ TABLE: tuple[Field | Group, ...] = (
 
     Group("noise", "noise classes: clusters of distractors, and a mirror class of every identity "
           "for distractors in no cluster. With `data.distractors=noise`"),
-    Field("noise.eps", 0.9, "Euclidean distance between unit vectors, above 0 to 2, up to which "
-          "two are neighbours in DBSCAN", above=0, high=2, read_when=NOISE_CLASSES),
-    Field("noise.min_samples", 2, "vectors in a neighbourhood, itself included, that make a "
-          "cluster", low=1, read_when=NOISE_CLASSES),
+    Field("noise.eps", 0.9, "largest Euclidean distance between the unit vectors of two "
+          "neighbours in DBSCAN, above 0 to 2", above=0, high=2, read_when=NOISE_CLASSES),
+    Field("noise.min_samples", 2, "least number of vectors in a neighbourhood, its centre "
+          "included, for a cluster", low=1, read_when=NOISE_CLASSES),
     Field("noise.modality", "face", "modality whose mean frames are clustered",
           read_when=NOISE_CLASSES),
     Field("noise.relabel_every_epochs", 1.0, "epochs between two relabellings of the distractors "
           "in no cluster; 0: labels stay", low=0, high=1e6, read_when=NOISE_CLASSES),
-    Field("noise.keep", "label", "class of a distractor in no cluster for which the model predicts "
-          "no identity: its own `label`, or the `prediction` (a cluster or a mirror class)",
+    Field("noise.keep", "label", "class of a distractor in no cluster, if the model predicts no "
+          "identity: its present `label`, or the `prediction` (a cluster or a mirror class)",
           choices=("label", "prediction"), read_when=NOISE_CLASSES),
     Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
           "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
-    Field("noise.relabel_by", "evaluate", "fused frames that the model then predicts from: those "
-          "of `evaluate` or of `train`, which must draw nothing",
+    Field("noise.relabel_by", "evaluate", "fusion before the predictions of a relabelling: "
+          "`evaluate`, or `train`, which must not be random",
           choices=("evaluate", "train"), read_when=NOISE_CLASSES),
     Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
           "`data.distractors` `noise` or `other`",
           read_when=_is_not("data.distractors", "leave_out", "noise")),
-    Field("noise.pieces", "equal", "pieces that long ones are cut into: `equal`, of 50 frames, or "
+    Field("noise.pieces", "equal", "pieces of a long distractor clip: `equal`, of 50 frames, or "
           "of `random` length. With `noise.join`", choices=("equal", "random"),
           read_when=_is_not("noise.join", False, True)),
 
@@ -247,14 +256,14 @@ TABLE: tuple[Field | Group, ...] = (
           low=0, high=1e6),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
-    Field("eval.temperature", 1.0, "divides the logits, above 0; it changes the ranks of clips by "
-          "probabilities, and the mean over members", above=0),
-    Field("eval.top_classes", 0, "rank each clip only for this many identities, those with its "
-          "highest scores; 0: for all", low=0),
+    Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the order of clips "
+          "by probability, and the mean over members", above=0),
+    Field("eval.top_classes", 0, "rank each clip only for this many identities, its highest "
+          "scores; 0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_is("after_fusion", "examples")),
-    Field("eval.members", True, "rank every member of an ensemble by itself, too"),
+    Field("eval.members", True, "rank every member of an ensemble separately, too"),
     Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
           "`best` by MAP", choices=("latest", "best"), movable=True),
@@ -262,19 +271,19 @@ TABLE: tuple[Field | Group, ...] = (
     Group("model", "the network: `name` and the arguments of a model of "
           "`vidjax/models/identifier.py`"),
 
-    Group("fusion", "modality -> `train` and `evaluate`: `name` and the arguments of a fusion of "
-          "`vidjax/core/fusion.py`. A modality that is not named keeps all its frames"),
+    Group("fusion", "for each modality `train` and `evaluate`: `name` and the arguments of a "
+          "fusion of `vidjax/core/fusion.py`. A modality without an entry keeps all its frames"),
 
     Group("loss", "the loss of the logits"),
-    Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus that "
-          "of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
+    Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus the "
+          "weight of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
     Field("loss.focal", "binary", "second loss of the logits, weighted by `loss.schedule`: "
           "`binary`: the focal loss of each class against the rest, summed over classes; "
-          "`multiclass`: the focal loss of the softmax; `batch`: the same with the focal factor of "
-          "the mean over the batch", read_when=FOCAL),
+          "`multiclass`: the focal loss of the softmax; `batch`: the same, but the focal factor is "
+          "computed from the mean loss of the batch", read_when=FOCAL),
     Field("loss.mean_over", "weights", "the loss of a batch is the sum over its clips, divided by "
-          "the sum of their `weights` or the number of `clips`; `branches`: as `weights`, and each "
-          "branch of a model takes the mean of only the clips that it learns from",
+          "the sum of their `weights` or the number of `clips`; `branches`: like `weights`, but "
+          "each branch of a model divides by the weights of only the clips that it learns from",
           choices=("weights", "clips", "branches")),
     Field("loss.gamma", 2.0, "focusing exponent of the focal loss, 0 or more; 0: cross-entropy",
           low=0, read_when=GAMMA),
@@ -282,25 +291,25 @@ TABLE: tuple[Field | Group, ...] = (
           "weight), linear between them"),
     Field("loss.margin", 0.0, "margin of a cosine classifier in training, 0 to pi/2, in radians "
           "for `angular`; 0: none", low=0, high=math.pi / 2),
-    Field("loss.margin_type", "angular", "kind of margin, used with losses that define none "
-          "themselves. With `loss.margin` above 0", read_when=_is_not("loss.margin", 0, 0.5)),
-    Field("loss.label_smoothing", 0.0, "share of the target that is spread over all classes in the "
-          "softmax cross-entropy, from 0 to below 1", low=0, below=1, read_when=SMOOTHING),
+    Field("loss.margin_type", "angular", "kind of margin, for losses that do not define a margin. "
+          "With `loss.margin` above 0", read_when=_is_not("loss.margin", 0, 0.5)),
+    Field("loss.label_smoothing", 0.0, "share of the target, from 0 to below 1, that the softmax "
+          "cross-entropy spreads over all classes", low=0, below=1, read_when=SMOOTHING),
 
     Group("optim", "the optimizer and its schedule"),
     Field("optim.name", "adam", "the optimizer"),
-    Field("optim.learning_rate", 1e-3, "learning rate at its peak", low=0),
+    Field("optim.learning_rate", 1e-3, "peak learning rate", low=0),
     Field("optim.warmup", 0.1, "share of all training steps, 0 to 1, in which the learning rate "
           "rises to its peak", low=0, high=1),
     Field("optim.warmup_scale", 0.0, "learning rate at the start of the warm-up, relative to the "
           "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
           read_when=_is_not("optim.warmup", 0, 0.1)),
-    Field("optim.decay", "cosine", "learning rate after the warm-up"),
+    Field("optim.decay", "cosine", "schedule of the learning rate after the warm-up"),
     Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak, 0 to 1. "
           "With `optim.decay=cosine`", low=0, high=1, read_when=_is("optim.decay", "cosine")),
-    Field("optim.decay_factor", 0.7, "factor of the learning rate at every step of the stairs. "
+    Field("optim.decay_factor", 0.7, "factor of the learning rate at every decay. "
           "With `optim.decay=steps`", above=0, read_when=STEPS),
-    Field("optim.decay_every_epochs", 1.0, "epochs between two steps of the stairs; a fraction is "
+    Field("optim.decay_every_epochs", 1.0, "epochs between two decays; a fraction is "
           "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
           "linear between them. With `optim.decay=piecewise`",
@@ -313,12 +322,11 @@ TABLE: tuple[Field | Group, ...] = (
           "normalisations, too"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=_is("optim.name", "sgd")),
-    Field("optim.restart_epoch", 0.0, "epoch at which the optimizer forgets its moments, or its "
-          "running sum of gradients; 0: never", low=0, high=1e6),
-    Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "
-          "clipped", low=0),
+    Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "
+          "gradients) of the optimizer are reset to 0; 0: never", low=0, high=1e6),
+    Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0),
 
-    Group("join", "several runs as one ranking, by `vidjax evaluate --runs=A,B`"),
+    Group("join", "a blend of several runs, by `vidjax evaluate --runs=A,B`"),
     Field("join.runs", (), "folders of the runs; set by `--runs`"),
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
           read_when=JOINED),
@@ -328,15 +336,15 @@ TABLE: tuple[Field | Group, ...] = (
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
 DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
 MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
-# Groups whose fields depend on the model or fusion that they name.
+# Groups whose fields depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
-# Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
-HOLD_OUT = ("folds", "bootstraps")
-MOST_LISTED = 12  # fields of a group in an error
+# Fields of `ensemble` that leave some clips out of a member's training, so that it can score them.
+HOLD_OUT_FIELDS = ("folds", "bootstraps")
+MAX_LISTED_FIELDS = 12  # in an error
 
 
 class Config(ConfigDict):
-    """A ConfigDict whose fields have type Any for type checkers; its `repr` shows their values."""
+    """A ConfigDict whose fields have the type Any in type checkers. Its `repr` shows all values."""
 
     __repr__ = ConfigDict.__str__
     if TYPE_CHECKING:
@@ -368,7 +376,10 @@ def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns field -> (old, new value) of every field that differs, unless neither is read."""
+    """Returns field -> (old value, new value) of every field that differs.
+
+    A field that neither configuration reads is left out.
+    """
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
@@ -378,18 +389,18 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def is_read(name: str, values: Values) -> bool:
-    """Returns False if no code reads a field, given the `values` of all fields."""
+    """Returns True if the code reads a field, given the `values` of all fields."""
     field = FIELDS.get(name)
     return not field or not field.read_when or field.read_when.condition(values)
 
 
 def within(name: str, groups: Collection[str]) -> bool:
-    """Returns True if `groups` has the field itself or a group that contains it."""
+    """Returns True if `groups` lists the field or a group that contains it."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def check(config: Config) -> None:
-    """Raises ValueError with the first of `problems`."""
+    """Raises UserError with the first message of `problems`, if there is any."""
     for problem in problems(config):
         raise UserError(problem)
 
@@ -403,18 +414,18 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def check_ranges(config: Config | Mapping[str, Any]) -> None:
-    """Raises ValueError for the first value out of range."""
+    """Raises UserError if a value is out of range."""
     for problem in _out_of_range(dict(fields(config))):
         raise UserError(problem)
 
 
 def _out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value outside of the range or choices of its field."""
+    """Yields a message for every value outside the range or the choices of its field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_numbers(value))
         if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
-            yield f"config.{name}: holds a whole number beyond 64 bits"
+            yield f"config.{name}: a whole number does not fit into 64 bits"
         elif field and (wanted := _violated(field, value)):
             yield f"{text}: must be {wanted}"
         elif field and field.choices and value not in field.choices:
@@ -426,17 +437,17 @@ def _out_of_range(values: Values) -> Iterator[str]:
 
 
 def _violated(field: Field, value: float) -> str:
-    """Returns the range of a field in words if a value lies outside of it, else an empty text."""
+    """Returns the range of a field in words if a value lies outside the range, or ""."""
     bounds = [
         ("at least", field.low, operator.ge),
         ("above", field.above, operator.gt),
         ("at most", field.high, operator.le),
         ("below", field.below, operator.lt),
     ]
-    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
-    if all(holds(value, bound) for _, bound, holds in given):
+    bounds = [(words, bound, compare) for words, bound, compare in bounds if bound is not None]
+    if all(compare(value, bound) for _, bound, compare in bounds):
         return ""
-    return " and ".join(f"{words} {bound:,.12g}" for words, bound, _ in given if bound < math.inf)
+    return " and ".join(f"{words} {bound:,.12g}" for words, bound, _ in bounds if bound < math.inf)
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
@@ -448,27 +459,27 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 
 def _untrainable(values: Values) -> Iterator[str]:
-    """Yields an error message for values that no training can use together."""
+    """Yields a message for every combination of values that no training can use."""
     if not values["data.train_splits"]:
-        yield "config.data.train_splits is empty: name at least one"
+        yield "config.data.train_splits is empty: name at least one split"
     if values["data.mode"] == "streaming":
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         yield from missing(
             "data.mode streaming", "tensorflow", extra="tensorflow", instead=resident
         )
     split = values["eval.split"]
-    held_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT)
-    if split in values["data.train_splits"] and not held_out:
+    leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
+    if split in values["data.train_splits"] and not leaves_clips_out:
         yield (
-            f"config.eval.split='{split}' is among config.data.train_splits: a score on clips\n"
-            "that were trained on means nothing; to measure out of fold: "
-            "--config.ensemble.folds=5\nto train on everything and rank test: "
-            "--config=FILE:everything, --config.eval.split=test"
+            f"config.eval.split='{split}' is among config.data.train_splits: a score on training\n"
+            "clips means nothing; to measure out of fold: --config.ensemble.folds=5\n"
+            "to train on all clips and rank test: --config=FILE:everything, "
+            "--config.eval.split=test"
         )
 
 
 def _unread(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that was chosen and that nothing reads."""
+    """Yields a message for every changed value that no code reads."""
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"config.{name}={value}: there is no such field; {hint_of_field(name, FIELDS)}"
@@ -477,18 +488,18 @@ def _unread(values: Values) -> Iterator[str]:
         if when and values[name] != field.default and not when.condition(values):
             yield (
                 f"config.{name}={values[name]} has no effect with config.{when.field}="
-                f"{values[when.field]}\nto give it one: {when.remedy}\n"
+                f"{values[when.field]}\nto make it count: {when.remedy}\n"
                 f"or leave config.{name} at its default, {field.default}"
             )
     if runs := values["join.runs"]:
         yield (
-            f"config.join.runs={','.join(map(str, runs))}: a training joins no runs\n"
+            f"config.join.runs={','.join(map(str, runs))}: a training cannot join runs\n"
             "to join them: vidjax evaluate --workdir=FOLDER --runs=A,B"
         )
 
 
 def closest_field(name: str, known: Collection[str]) -> str | None:
-    """Returns the one of `known` that a wrong dotted name was meant to be; None if none is near."""
+    """Returns the field of `known` that a misspelt name probably means, or None."""
     name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
     name = re.sub(r"\b(folder|path)$", "dir", name)
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
@@ -498,34 +509,38 @@ def closest_field(name: str, known: Collection[str]) -> str | None:
     if inside := [field for field in known if group and field.rpartition(".")[0] == group]:
         if match := closest(leaf, [field.rpartition(".")[2] for field in inside], cutoff=0.7):
             return f"{group}.{match}"
-        if leaf == "name":  # many groups have one
+        if leaf == "name":  # many groups have a field `name`
             return None
     return closest(name, known, cutoff=0.55)
 
 
 def hint_of_field(name: str, known: Collection[str]) -> str:
-    """Returns the field that a wrong one may mean, as a question, or the fields of its group."""
+    """Returns a hint for an unknown field: a similar field, or the fields of its group."""
     if match := closest_field(name, known):
         return f"did you mean --config.{match}?"
     group = name.rpartition(".")[0]
     inside = [field.rpartition(".")[2] for field in known if group and within(field, (group,))]
-    if 0 < len(inside) <= MOST_LISTED and not name.startswith(SPECIFICATIONS):
+    if 0 < len(inside) <= MAX_LISTED_FIELDS and not name.startswith(SPECIFICATIONS):
         return f"config.{group} has {', '.join(inside)}"
-    return "vidjax config lists them"
+    return "vidjax config lists all fields"
 
 
 # The arguments that every experiment takes: word -> meaning.
 SCALE_WORDS: Mapping[str, str] = {
     "iqiyi_vid": "official files, and values for their full size",
-    "few": "with `iqiyi_vid`: values for some thousand clips",
+    "few": "with `iqiyi_vid`: values for a few thousand clips",
     "standard": "the synthetic dataset with 1,000 identities instead of 100",
-    "everything": "trains on all clips of train and val, and ranks test; no MAP where test has no "
-    "ground truth",
+    "everything": "trains on all clips of train and val, and ranks test; there is no MAP if test "
+    "has no ground truth",
 }
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets dataset and splits by `words` of SCALE_WORDS; returns True if full-size values apply."""
+    """Sets the dataset and the splits by `words` of SCALE_WORDS.
+
+    Returns:
+      True if the configuration needs the values for the full size of the official files.
+    """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
     if "few" in words and "iqiyi_vid" not in words:
@@ -545,32 +560,36 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Returns known words and modalities of `--config=FILE:ARG,ARG`; refuses a misspelt word."""
+    """Splits ARGS of `--config=FILE:ARGS` into the set of known words and the modalities.
+
+    Raises:
+      UserError: a modality comes twice, or resembles a known word.
+    """
     words = [word.strip() for word in args.split(",") if word.strip()]
-    given = {word for word in words if word in known}
+    options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
     for word in modalities:
         if words.count(word) > 1:
             raise UserError(f"config argument '{word}' comes twice: name it once")
         if match := closest(word, known, cutoff=0.7):
             raise UserError(f"unknown config argument '{word}': did you mean '{match}'?")
-    return given, modalities
+    return options, modalities
 
 
-def choose_one(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the one of `names` that is among the words, or the default; refuses several."""
-    given = sorted({*names}.intersection(words))
-    if len(given) > 1:
-        quoted = " and ".join(f"'{name}'" for name in given)
+def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
+    """Returns the name among the words, or the default; UserError if there are two names."""
+    chosen = sorted({*names}.intersection(words))
+    if len(chosen) > 1:
+        quoted = " and ".join(f"'{name}'" for name in chosen)
         raise UserError(f"config arguments: {quoted} exclude each other, name one")
-    return given[0] if given else default
+    return chosen[0] if chosen else default
 
 
-def one_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns a tuple of the one modality, or of the default if none is given; refuses several."""
+def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
+    """Returns a tuple of the modality, or of the default; UserError if there are several."""
     if len(modalities) > 1:
         raise UserError(
-            f"--config: modalities {', '.join(modalities)}: this experiment has one\n"
-            f"name one of them, or a system of several: --config=plda:{','.join(modalities)}"
+            f"--config: modalities {', '.join(modalities)}: this experiment uses only one\n"
+            f"name one of them, or a system that uses several: --config=plda:{','.join(modalities)}"
         )
     return (modalities or (default,))[0:1]

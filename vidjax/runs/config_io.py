@@ -1,4 +1,4 @@
-"""Reads and writes configurations: files of experiments, overrides, JSON."""
+"""Reads and writes configurations: experiment files, overrides, JSON."""
 
 import ast
 import copy
@@ -8,30 +8,33 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from vidjax.runs import config as config_lib
 from vidjax.utils import files
-from vidjax.runs.config import (DEFAULTS, Config, fields, hint_of_field)
+from vidjax.runs.config import DEFAULTS, Config, fields, hint_of_field
 from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.files import INTEGER_LIMIT
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-NAME_LENGTH = 100  # characters of `folder_suffix`, at most
+MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
 
 
 def load_file(spec: str) -> Config:
-    """Returns the configuration that an experiment's file describes; an error names its line.
+    """Runs an experiment file and returns its configuration.
 
     The file may add functions and classes to the tables of vidjax, such as `optim.OPTIMIZERS`.
 
     Args:
       spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
-        or a name: `mma` is `configs/mma.py` in the working directory, else the file installed with
-        vidjax.
+        or a name: `mma` is `configs/mma.py` of the working directory, or of vidjax if the working
+        directory has none.
+
+    Raises:
+      UserError: the file fails (the message names its line), or returns another object.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -40,8 +43,8 @@ def load_file(spec: str) -> Config:
         config = module.get_config(args)
     except UserError:
         raise
-    except Exception as error:  # the file is the user's own program
-        raise UserError(f"--config: {_place(path, error)}: {_description(error)}") from error
+    except Exception as error:  # the file is a program of the user
+        raise UserError(f"--config: {_locate(path, error)}: {_describe(error)}") from error
     except SystemExit as error:
         raise UserError(
             f"--config: '{path}' ended the program: sys.exit({error.code!r})"
@@ -51,27 +54,31 @@ def load_file(spec: str) -> Config:
             f"--config: get_config of '{spec}' returns no ConfigDict\n"
             "begin it with config = vidjax.runs.config.default(), and return config"
         )
-    values = dict(fields(config))
+    _check_types(spec, dict(fields(config)))
+    return config
+
+
+def _check_types(spec: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError if a field of the default configuration is absent or has another type."""
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
         if name in values and isinstance(values[name], kinds or type(default)):
             continue
-        wrong = f"has no field config.{name}"
+        problem = f"has no field config.{name}"
         if name in values:
-            wrong = f"has config.{name}={values[name]!r}, wanted a value such as {default!r}"
+            problem = f"has config.{name}={values[name]!r}, wanted a value such as {default!r}"
         raise UserError(
-            f"--config: '{spec}' {wrong}\n"
-            "begin get_config with config = vidjax.runs.config.default(), and change that"
+            f"--config: '{spec}' {problem}\n"
+            "begin get_config with config = vidjax.runs.config.default(), and change its fields"
         )
-    return config
 
 
 def find_file(name: str) -> Path:
-    """Returns the path of an experiment's file, from a path or from a name such as `mma`."""
+    """Returns the path of an experiment file, given its path or a name such as `mma`."""
     path, known = Path(name), dict[str, Path]()
     if path.is_file():
         return path
-    for folder in (shipped_folder(), Path("configs")):  # a file of the working directory counts
+    for folder in (shipped_folder(), Path("configs")):  # the working directory takes precedence
         known |= {file.stem: file for file in folder.glob("*.py")}
     if name in known:
         return known[name]
@@ -79,7 +86,7 @@ def find_file(name: str) -> Path:
 
 
 def shipped_folder() -> Path:
-    """Returns the folder of the experiments that come with vidjax, installed or in a checkout."""
+    """Returns the folder of the experiments of vidjax, in an installation or a checkout."""
     spec = importlib.util.find_spec("vidjax.configs")
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
@@ -87,7 +94,7 @@ def shipped_folder() -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Executes an experiment's file and returns it as a module with a function `get_config`."""
+    """Executes an experiment file and returns it as a module with a function `get_config`."""
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: '{path}' is not a Python file")
@@ -98,7 +105,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def _place(path: Path, error: Exception) -> str:
+def _locate(path: Path, error: Exception) -> str:
     if isinstance(error, SyntaxError):
         line = error.lineno
     else:
@@ -107,33 +114,36 @@ def _place(path: Path, error: Exception) -> str:
     return f"'{path}' line {line}" if line else f"'{path}'"
 
 
-def _description(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     if isinstance(error, TypeError) and text.startswith("get_config() takes 0"):
-        text += '\nit takes what follows the colon of --config=FILE:ARGS: def get_config(args="")'
+        text += '\nit takes the text after the colon, --config=FILE:ARGS: def get_config(args="")'
     if isinstance(error, AttributeError | KeyError) and re.fullmatch(r"[\"']+\w+[\"']+", text):
-        name = text.strip("\"'")  # of ml_collections, which says no more
+        name = text.strip("\"'")  # the error of ml_collections has only the name
         text = f"there is no field '{name}' to change\nset it first: GROUP.{name} = ConfigDict(...)"
     return f"{type(error).__name__}: {text}"
 
 
 def override_names(overrides: Sequence[str]) -> list[str]:
-    """Returns the dotted names of the fields that command-line words override."""
+    """Returns the dotted names of the fields that `--config.FIELD=VALUE` words set."""
     return [word.removeprefix("--config.").partition("=")[0] for word in overrides]
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-    """Returns a copy of a configuration with `--config.a.b=value` applied to it.
+    """Returns a copy of a configuration, changed by words such as `--config.a.b=value`.
 
-    The values of the configuration fix the types. A tuple may be written `face,head` or as in
-    Python. Of two words for one field the last one counts.
+    A new value gets the type of the old value. A tuple may be written `face,head` or as in Python.
+    If two words set the same field, the last word counts.
+
+    Raises:
+      UserError: a word has another form, an unknown field, or a value of another type.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
     for word in overrides:
         if not isinstance(word, str) or not word.startswith("--config."):
-            meant = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
-            raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{meant}")
+            hint = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
+            raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{hint}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
             raise UserError(f"no field config.{name}: {hint_of_field(name, known)}")
@@ -149,29 +159,30 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
-    """Returns the end of a run's folder name that tells its overrides, such as `_seed=1`.
+    """Returns the overrides as the end of a folder's name, such as `_seed=1`.
 
-    Fields are sorted, those of `without` left out. The name has letters, digits and `._=+-` alone;
-    it ends in a digest if characters were replaced or it was too long.
+    Fields are sorted; fields in `without` are left out. Characters other than letters, digits and
+    `._=+-` are replaced. A suffix that was changed or shortened ends in a digest of the original.
     """
     values = dict(fields(config))
     parts = []
     for name in sorted({*override_names(overrides)} - {*without}):
         value = values[name]
-        is_names = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-        parts.append(f"_{name}={'+'.join(value) if is_names else value}")
+        has_names = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        parts.append(f"_{name}={'+'.join(value) if has_names else value}")
     exact = "".join(parts)
     safe = re.sub(r"[^A-Za-z0-9._=+-]+", "-", exact)
-    if safe == exact and len(exact) <= NAME_LENGTH:
+    if safe == exact and len(exact) <= MAX_SUFFIX_LENGTH:
         return exact
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
-    return f"{safe[: NAME_LENGTH - 9].rstrip('-')}-{digest}"
+    return f"{safe[: MAX_SUFFIX_LENGTH - 9].rstrip('-')}-{digest}"
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Returns the text of an override as a `kind`, the type of its field.
+    """Converts the text of an override to `kind`, the type of its field.
 
-    `example` is the field's value so far. ValueError says only what is wanted: `true or false`.
+    `example` is the present value of the field. If the text does not fit, the UserError contains
+    only a description of a valid value, such as `true or false`.
     """
     if kind is str:
         return text
@@ -190,7 +201,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
-        raise UserError("a whole number that 64 bits hold")
+        raise UserError("a whole number of at most 64 bits")
     if math.isnan(value):
         raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
     return value
@@ -205,7 +216,7 @@ def _convert_tuple(text: str) -> tuple[Any, ...]:
 
 
 def value_text(value: object) -> str:
-    """Returns a value as the command line takes it; `unset` for None, `empty` for () and ''."""
+    """Formats a value as on the command line. None is `unset`; () and '' are `empty`."""
     if value is None:
         return "unset"
     if value in ((), ""):
@@ -221,7 +232,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str | bytes) -> Config:
-    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
+    """Returns the configuration that `to_json` wrote; its lists become tuples again."""
     config, values = config_lib.default(), files.parse_json(text)
     if not isinstance(values, dict):
         raise UserError("it is not a JSON object")
@@ -240,7 +251,10 @@ def _with_tuples(value: Any) -> Any:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns a run's configuration; unsets its cache, where a stranger may have put programs."""
+    """Returns the configuration of a run, without `data.cache_dir`.
+
+    The folder may come from a stranger. A cache that it names may contain harmful programs.
+    """
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)
@@ -250,7 +264,7 @@ def load_workdir(workdir: Path) -> Config:
         config = from_json(content)
     except ValueError as error:
         raise UserError(
-            f"'{path}' is damaged: {error}\nput back a copy of it, or train anew in another folder"
+            f"'{path}' is damaged: {error}\nput back a copy, or train again in another folder"
         ) from error
     config.data.cache_dir = None
     return config

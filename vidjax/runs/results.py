@@ -1,7 +1,7 @@
-"""The results and the logs of a run: how files are read, written and described.
+"""Reads, writes and describes the results and the logs of a run.
 
-Their formats are in `run.formats`. `metrics.jsonl` depends only on configuration, data and step:
-two runs of one configuration write the same bytes. Measured times go to `timing.jsonl`.
+`runs.schemas` describes the content of the files. `metrics.jsonl` depends only on configuration,
+data and step, so equal runs write equal bytes. Measured times go to `timing.jsonl`.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 
-MOST_LINES = 20_000  # of a log, in memory
-IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
+MAX_LOG_LINES = 20_000  # in memory
+MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 REMEDY = "delete it: vidjax evaluate of the run's folder writes its results again"
-# Keys of `metrics.json` that describe the training. A later evaluation keeps them.
+# Keys of `metrics.json` that describe the training. A later evaluation does not change them.
 TRAINING_KEYS = (
     "best_step",
     "best_map",
@@ -51,17 +51,17 @@ TRAINING_KEYS = (
 
 
 def now() -> str:
-    """Returns the date and the time of day as text, UTC, such as `2026-02-01 13:05:00 UTC`."""
+    """Returns the date and the time in UTC, such as `2026-02-01 13:05:00 UTC`."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 class Results(schemas.Metrics, kw_only=True):
-    """What a run reached on a split: `map`, `top1` and all others of `formats.Metrics`, and files.
+    """The results of a run on a split: `map`, `top1` and the other fields of `schemas.Metrics`.
 
     Attributes:
       split: the name of the split.
-      paths: the files that tell more: `ranking`, `metrics`, `report` and `analysis`.
-      values: what `to_dict` returns; it has metrics that you have added, too.
+      paths: the result files: `ranking`, `metrics`, `report` and `analysis`.
+      values: the dict that `to_dict` copies. It contains added metrics, too.
     """
 
     split: str
@@ -69,29 +69,32 @@ class Results(schemas.Metrics, kw_only=True):
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], split: str, found: "ResultPaths") -> Self:
-        """Returns the results `values` of a split, as an evaluation in a run's folder made them."""
+    def from_values(cls, values: Mapping[str, Any], split: str, paths: "ResultPaths") -> Self:
+        """Makes Results from the content of `metrics.json`, checked by `schemas.Metrics`."""
         plain = files.parse_json(files.to_json(values).encode())
-        metrics = schemas.parse(found.metrics, plain, schemas.Metrics, REMEDY)
+        metrics = schemas.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
         known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
-        return cls(**known, split=split, paths=found, values=cast(dict[str, Any], plain))
+        return cls(**known, split=split, paths=paths, values=cast(dict[str, Any], plain))
 
     def __repr__(self) -> str:
-        shown = {"split": self.split, "map": self.map, "map_kind": self.map_kind, "step": self.step}
-        return f"Results({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        values = (
+            f"{name}={getattr(self, name)!r}" for name in ("split", "map", "map_kind", "step")
+        )
+        return f"Results({', '.join(values)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of `metrics.json`, of plain values for JSON."""
+        """Returns the content of `metrics.json` as a dict of JSON values."""
         return dict(self.values)
 
     def average_precisions(self) -> dict[str, float]:
-        """Returns identity -> average precision, of those with a clip in the split.
+        """Returns identity -> average precision, for every identity with a clip in the split.
 
-        UserError where no analysis was written: `config.eval.report` was off.
+        Raises:
+          UserError: there is no analysis, because `config.eval.report` was False.
         """
         if not files.exists(self.paths.analysis):
             raise UserError(
-                f"'{self.paths.analysis}' is not there: set --config.eval.report=True, and evaluate"
+                f"'{self.paths.analysis}' is missing: set --config.eval.report=True, and evaluate"
             )
         names = load_identities(self.paths.metrics.with_name("identities.json"))
         arrays = load_analysis(self.paths.analysis)[1]
@@ -102,28 +105,29 @@ class Results(schemas.Metrics, kw_only=True):
 
 
 def load_metrics(path: Path) -> dict[str, Any]:
-    """Returns a file, checked by `formats.Metrics`, as a dict; keys that users add stay in it."""
+    """Returns the content of a file, checked by `schemas.Metrics`, with any additional keys."""
     return schemas.load(path, schemas.Metrics, REMEDY)[0]
 
 
 def load_identities(path: Path) -> list[str]:
-    """Returns the names of class columns 1..C, the content of `identities.json`."""
+    """Returns the names of class columns 1..C from `identities.json`."""
     kind = cast(type[list[str]], schemas.Identities)
-    return schemas.read(path, kind, REMEDY, IDENTITIES_BYTES)
+    return schemas.read(path, kind, REMEDY, MAX_IDENTITIES_BYTES)
 
 
 def check_identities(identities: Sequence[str]) -> None:
-    """Raises ValueError for identities too many or too long for `load_identities`."""
-    most, size = files.MAX_ITEMS, len(files.to_json(list(identities)))
-    if len(identities) > most or size > IDENTITIES_BYTES:
+    """Raises UserError if `load_identities` could not read the names: too many, or too long."""
+    size = len(files.to_json(list(identities)))
+    if len(identities) > files.MAX_ITEMS or size > MAX_IDENTITIES_BYTES:
         raise UserError(
-            f"{len(identities):,} identities, with names of {size:,} bytes: the most are {most:,}, "
-            f"and {IDENTITIES_BYTES:,} bytes\nleave some out of the ground truth"
+            f"{len(identities):,} identities with names of {size:,} bytes: the limits are "
+            f"{files.MAX_ITEMS:,} identities and {MAX_IDENTITIES_BYTES:,} bytes\n"
+            "leave some out of the ground truth"
         )
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns name, folder and short digest of the data behind results; None if not known."""
+    """Returns name, folder and short digest of the evaluated data, or None without an entry."""
     data = metrics.get("data")
     if not isinstance(data, dict):
         return None
@@ -132,16 +136,16 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns `FIELD=VALUE` of the settings of results that `config.json` lacks; "" if none."""
+    """Returns the settings of an evaluation that differ from `config.json`: `FIELD=VALUE, ...`."""
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
 def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Returns why no split is left to measure a run on, and the remedy; "" if one is or may be.
+    """Explains why no split can measure a run, with a remedy; "" if a split can.
 
-    A split can measure a run if it has a ground truth, and the run was not trained on it, or its
-    members leave clips of it out. `data_report.json` says which splits have a ground truth.
+    A split can measure a run if it has a ground truth (see `data_report.json`) and the run was not
+    trained on it. A split that members left clips out of can measure the run, too.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -149,38 +153,38 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
         report = schemas.read(path, schemas.DataReport, REMEDY)
     labelled = {name for name, counts in report.splits.items() if counts.get("labelled")}
     trained = config.get("data", {}).get("train_splits", ())
-    held_out = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
-    if held_out or not labelled or not labelled <= set(trained):
+    folds = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT_FIELDS)
+    if folds or not labelled or not labelled <= set(trained):
         return ""
     problem = f"trained on {' and '.join(trained)}, so no split is left; "
     counts = report.splits.get(trained[-1], {})
-    if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # folds would leave nobody
+    if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
         return f"{problem}most people have one clip: add a split val with other clips of them"
     return f"{problem}to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the readable lines of `metrics.jsonl` or `timing.jsonl`; none without the file.
+    """Returns the lines of `metrics.jsonl` or `timing.jsonl`; [] if the file is missing.
 
-    Damaged lines are skipped: a run may be writing the last one. Long logs are thinned out evenly
-    to MOST_LINES, besides as many evaluations.
+    Damaged lines are skipped: a run may be writing the last line. From a long log, MAX_LOG_LINES
+    evenly spaced lines are returned, and up to as many evaluations.
     """
     if not files.exists(path):
         return []
-    step = max(1, -(-sum(1 for _ in files.each_line(path)) // MOST_LINES))
-    found, evaluations = [], 0
+    step = max(1, -(-sum(1 for _ in files.each_line(path)) // MAX_LOG_LINES))
+    lines, evaluations = [], 0
     for number, line in enumerate(files.each_line(path)):
         with contextlib.suppress(ValueError):
             value = files.parse_line(line)
             schemas.parse(path, value, schemas.Line, REMEDY)
             evaluations += "split" in value
-            if number % step == 0 or ("split" in value and evaluations <= MOST_LINES):
-                found.append(value)
-    return found
+            if number % step == 0 or ("split" in value and evaluations <= MAX_LOG_LINES):
+                lines.append(value)
+    return lines
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `values` (`formats.Analysis`) and `arrays` to a file atomically."""
+    """Writes `values` (see `schemas.Analysis`) and `arrays` to a file atomically."""
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
@@ -204,10 +208,11 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
 
 
 def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
-    """Cuts a .jsonl file back to a step, so that a resumed run repeats no line.
+    """Removes the lines of a .jsonl file after `step`, which a resumed run will write again.
 
-    An unfinished last line, left by a kill, is removed silently, and other damaged lines with a
-    warning. Without `evaluated`, the evaluation of `step` itself (a line with a `split`) goes, too.
+    Damaged lines are removed with a warning. An unfinished last line, from a killed process, is
+    removed without one. If `evaluated` is False, the evaluation of `step` (a line with the key
+    `split`) is removed, too.
     """
     if not files.exists(path):
         return
@@ -222,15 +227,16 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     if kept == lines:
         return
     if damaged := [number for number in damaged if number < len(lines)]:
-        warn(f"'{path}': damaged lines are left out: {damaged[:5]}")
+        warn(f"'{path}': damaged lines are removed: {damaged[:5]}")
     with files.atomic_file(path) as file:
         file.writelines(kept)
 
 
 class Logs:
-    """The open logs of a run, TensorBoard's events among them; process 0 writes them.
+    """The open logs of a run: `metrics.jsonl`, `timing.jsonl` and the events of TensorBoard.
 
-    From `step` on, the events replace those of earlier files. For `evaluated` see `keep_until`.
+    Only process 0 writes. New events replace the events of earlier files after `step`. See
+    `keep_until` for `evaluated`.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
@@ -246,14 +252,14 @@ class Logs:
         self._event(step=step + 1, session_log={"status": "START"})
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of results of a step, and its numbers as events."""
+        """Writes the results of a step as a line and as events."""
         self._line("metrics.jsonl", step, values)
         numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
         scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
         self._event(step=step, summary={"value": scalars})
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of measured times of a step."""
+        """Writes the measured times of a step as a line."""
         self._line("timing.jsonl", step, values)
 
     def _line(self, name: str, step: int, values: Mapping[str, Any]) -> None:
@@ -262,11 +268,11 @@ class Logs:
 
     def _event(self, **content: object) -> None:
         if "events" in self._files:
-            # Not at the top: only training needs it.
+            # Imported here because only training needs TensorBoard.
             from tensorboard.compat.proto import event_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
 
-            record = io.BytesIO()  # so that a kill leaves no part of a record
+            record = io.BytesIO()  # written at once, so that a kill leaves no part of a record
             event = event_pb2.Event(wall_time=time.time(), **content)  # type: ignore[attr-defined]
             RecordWriter(record).write(event.SerializeToString())
             files.append(self._files["events"], record.getvalue())

@@ -1,7 +1,8 @@
-"""The folder of a run: its files, each read once, and its lock, which one process holds at a time.
+"""The folder of a run: its paths, its files and its lock.
 
-Results of the split that training evaluates, `eval.split`, are `metrics.json`, `ranking.txt` and
-`analysis.npz`; those of another one carry its name, `metrics_<split>.json`. See `run.formats`.
+The results of the split `eval.split`, which training evaluates, are `metrics.json`, `ranking.txt`
+and `analysis.npz`. The files of another split carry the name of the split: `metrics_<split>.json`.
+`runs.schemas` describes their content.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from vidjax.runs import schemas, results
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
-# What lies in a folder of features, and in no folder of a run.
-DATA = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz", "test/*.npz",
-        "*.parquet")  # fmt: skip
+# Files that a folder of features has, but a folder of a run does not.
+DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
+                 "test/*.npz", "*.parquet")  # fmt: skip
 
 
 class ResultPaths(NamedTuple):
@@ -37,9 +38,9 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each is read when it is first asked for, and then kept.
+    """The files of a run. Each file is read at its first use, and its content is kept.
 
-    If another object writes a file, a new RunFolder reads it. An error of a damaged file is a
+    Changes by other objects or programs appear only in a new RunFolder. A damaged file raises a
     UserError with a remedy.
     """
 
@@ -66,12 +67,15 @@ class RunFolder:
         return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
-        """Returns the paths of the results of a split; None for the one that training evaluates.
+        """Returns the paths of the results of a split.
 
-        `apart` is True for results of other splits, or of other settings than those of the run.
+        Args:
+          split: the split; None: the split that training evaluates.
+          apart: True if the results come from settings other than the run's. The names of the
+            files then contain the split even if training evaluates this split.
         """
-        own = str(self._config.eval.split)
-        suffix = f"_{split or own}" if apart or split not in (None, own) else ""
+        trained_split = str(self._config.eval.split)
+        suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
         return ResultPaths(
             self.path / f"metrics{suffix}.json",
             self.path / f"ranking{suffix}.txt",
@@ -80,7 +84,7 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns results, empty if there are none; `paths` None is `metrics.json`."""
+        """Returns the content of `paths.metrics` or `metrics.json`; {} if the file is missing."""
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = results.load_metrics(path)
@@ -92,13 +96,13 @@ class RunFolder:
         return {name: self.metrics(self.paths(name, apart=True)) for name in sorted(names)}
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
-        """Writes results; `paths` None is `metrics.json`."""
+        """Writes results to `paths.metrics` or, if `paths` is None, to `metrics.json`."""
         path = paths.metrics if paths else self.path / METRICS
         files.write_json(path, values)
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
 
     def analysis(self, paths: ResultPaths) -> tuple[schemas.Analysis, results.Arrays] | None:
-        """Returns the values and the arrays of an analysis; None if there is none."""
+        """Returns the values and the arrays of an analysis, or None if the file is missing."""
         return results.load_analysis(paths.analysis) if files.exists(paths.analysis) else None
 
     def write_config(self, config: Config) -> None:
@@ -110,7 +114,7 @@ class RunFolder:
 
 
 def absolute(config: Config) -> Config:
-    """Returns a copy of a configuration whose data, cache and weights are absolute paths."""
+    """Returns a copy of a configuration with absolute paths of data, cache and weights."""
     config = copy.deepcopy(config)
     for field in ("dir", "cache_dir", "weights"):
         if config.data[field]:
@@ -120,7 +124,7 @@ def absolute(config: Config) -> Config:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes and locks a run's folder; after an error, removes it if it is new and still empty."""
+    """Makes and locks the folder of a run. After an error, a new and empty folder is removed."""
     refuse_data(Path(path).expanduser())
     first = distributed.is_first()
     is_new = first and not Path(path).expanduser().exists()
@@ -135,44 +139,44 @@ def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_data(folder: Path) -> None:
-    """Raises ValueError if a folder holds features: the run's files would lie among the clips."""
+    """Raises UserError if a folder contains features: a run does not write among the clips."""
     if files.exists(folder / "config.json"):
         return
-    found = next((path for pattern in DATA for path in folder.glob(pattern)), None)
-    if found:
+    paths = (path for pattern in DATA_PATTERNS for path in folder.glob(pattern))
+    if path := next(paths, None):
         raise UserError(
-            f"workdir '{folder}' is a folder of data: it holds {found.relative_to(folder)}\n"
-            "name another one for the run: --workdir=FOLDER"
+            f"workdir '{folder}' is a folder of data: it contains {path.relative_to(folder)}\n"
+            "name another folder for the run: --workdir=FOLDER"
         )
 
 
 def changes(old: Config, new: Config) -> str:
-    """Describes in a line of at most 300 characters how a run may not change; "" if it may.
+    """Lists the changed fields that a resumed run may not change, in at most 300 characters.
 
-    MOVABLE fields may change, since they change no result. `num_epochs` may grow.
+    MOVABLE fields may change, because they do not affect results. `num_epochs` may grow.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:
         changed.pop("num_epochs", None)
-    kept = {name: pair for name, pair in changed.items() if name not in config_lib.MOVABLE}
-    return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in kept.items())[:300]
+    refused = {name: pair for name, pair in changed.items() if name not in config_lib.MOVABLE}
+    return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in refused.items())[:300]
 
 
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
-    """Raises ValueError if the run in a folder, trained with `old`, may not go on with `new`."""
+    """Raises UserError if a run, trained with `old`, may not resume with `new`."""
     if changed := changes(old, new):
         raise UserError(
             f"'{workdir}' holds a run with another configuration\n{changed}\n"
-            "use another workdir: --workdir=FOLDER, or the configuration of that run, with which "
-            "num_epochs may grow"
+            "use another workdir: --workdir=FOLDER, or the configuration of that run "
+            "(num_epochs may grow)"
         )
 
 
 def check_there(workdir: Path) -> None:
-    """Raises ValueError if the folder of a run was moved or removed while the run trained."""
+    """Raises UserError if the folder of a run was moved or removed during training."""
     if not files.exists(workdir / "config.json"):
         raise UserError(
-            f"'{workdir}' is not there any more: was it moved while it trained?\n"
-            "run the same command with --workdir=FOLDER, where it is now, to go on from its last "
-            "checkpoint"
+            f"'{workdir}' no longer exists: was it moved during training?\n"
+            "to resume from its last checkpoint, run the same command with its new place: "
+            "--workdir=FOLDER"
         )

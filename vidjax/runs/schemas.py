@@ -1,7 +1,7 @@
-"""The formats of the files in a run's folder: what each key means, its type and its range.
+"""The formats of the JSON files of a run: the meaning, the type and the range of each key.
 
-`parse` makes a `Struct` of plain JSON. A key without a default is required; others may be absent,
-or null where their type allows it; keys that are not listed are free, for later versions.
+`parse` converts plain JSON to a `Struct`. A key without a default is required. Unlisted keys are
+ignored, so that later versions can add keys.
 """
 
 import math
@@ -19,41 +19,41 @@ from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
 
-_LOWEST = -sys.float_info.max  # NaN is not above it
-MANY, TABLE, FEW = (Meta(max_length=most) for most in (10_000, 1000, 100))
+_LOWEST_FLOAT = -sys.float_info.max  # the condition `>= _LOWEST_FLOAT` refuses NaN
+MANY, TABLE, FEW = (Meta(max_length=length) for length in (10_000, 1000, 100))
 Text = Annotated[str, Meta(max_length=10_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Plain = Text | bool | int | float | None
 Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
-Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # place of an identity; -1 for none
+Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # column of an identity; -1: no identity
 Share = Annotated[float, Meta(ge=0, le=1)]
-Known = Annotated[float, Meta(ge=_LOWEST)]  # not NaN: what answers depend on
+Known = Annotated[float, Meta(ge=_LOWEST_FLOAT)]  # not NaN, because answers depend on it
 Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
 
 
 class Data(Struct, kw_only=True):
-    """What was evaluated."""
+    """The evaluated dataset."""
 
     name: Text | None = None
     dir: Text | None = None
     digest: Text | None = None
     title: Text | None = None
-    size: Plain = None  # of a generated dataset, as `seed`
-    seed: Plain = None
+    size: Plain = None  # `data.size`, of the synthetic dataset
+    seed: Plain = None  # `data.seed`, of the synthetic dataset
 
 
 class JoinedRun(Struct, kw_only=True):
-    """One of the runs that a blend joins."""
+    """A run of a blend."""
 
     name: Text
     weight: Known | None = None
-    map: Share | None = None  # of this run only
+    map: Share | None = None  # of this run, not of the blend
 
 
 class SplitDigests(Struct, kw_only=True):
-    """Digests of a split's clip names, features, labels and modalities."""
+    """The digests of the clip names, features and labels of a split."""
 
     clips: Count
     names: Text
@@ -63,7 +63,7 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """Digests of a run's data, see `evaluation.restore`."""
+    """The digests of the data of a run, see `evaluation.restore`."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
     weights: Text | None = None
@@ -73,47 +73,48 @@ class Metrics(Struct, kw_only=True):
     """`metrics.json`, and `metrics_<split>.json` of a split that training does not evaluate."""
 
     data: Data | None = None
-    num_clips: Whole | None = None  # ranked
-    num_identities: Whole | None = None  # that have a list
+    num_clips: Whole | None = None  # ranked clips
+    num_identities: Whole | None = None  # identities with a ranking
     num_distractors: Whole | None = None  # ranked clips that show no identity
-    num_ties: Whole | None = None  # places of equal score, whose order names decide
-    num_nan_clips: Whole | None = None  # with a score of NaN, ranked last
-    map: Share | None = None  # none without ground truth, as the metrics that follow
-    num_map_identities: Whole | None = None  # that have a clip: MAP is their mean
-    map_kind: Text | None = None  # the split's name, `out_of_fold` or `in_sample`
-    top1: Share | None = None  # as every row of `metrics.CLIP_METRICS`
+    num_ties: Whole | None = None  # ranked clips with the score of the clip before them
+    num_nan_clips: Whole | None = None  # clips whose score is NaN; they are ranked last
+    # Without ground truth, `map` and the metrics below are None.
+    map: Share | None = None
+    num_map_identities: Whole | None = None  # identities with a clip; MAP is their mean
+    map_kind: Text | None = None  # the name of the split, `out_of_fold` or `in_sample`
+    top1: Share | None = None  # this and the next metrics: see `metrics.CLIP_METRICS`
     auroc: Share | None = None
     fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
     fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
     threshold_1: Known | None = field(default=None, name="threshold_at_fpir_0.01")
     threshold_10: Known | None = field(default=None, name="threshold_at_fpir_0.1")
-    # Field -> value, where an evaluation had another one than `config.json`; scores depend on it.
+    # Fields that affect scores and that differ from `config.json`: field -> value.
     overrides: Annotated[dict[str, Any], TABLE] | None = None
     date: Text | None = None  # UTC: end of the training
-    eval_date: Text | None = None  # of a later evaluation
+    eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
-    eval_seconds: float | None = None  # of an evaluation in parts, their sum
-    step: Whole | None = None  # optimiser steps behind the weights
-    best_step: Whole | None = None  # of the best evaluation during training
+    eval_seconds: float | None = None  # the sum over the parts, if the evaluation has parts
+    step: Whole | None = None  # optimiser steps until the evaluated weights
+    best_step: Whole | None = None  # step of the best evaluation during training
     best_map: Share | None = None
-    num_params: Whole | None = None  # of a member
+    num_params: Whole | None = None  # parameters of a member
     num_members: Whole | None = None
-    train_clips_per_second: float | None = None  # median of the training steps
-    waited_seconds: float | None = None
-    train_seconds: float | None = None  # in training steps, by the process that ended the run
-    seconds: float | None = None  # all processes of the run, from start to last evaluation
+    train_clips_per_second: float | None = None  # median over the training steps
+    waited_seconds: float | None = None  # time in which devices waited for a batch
+    train_seconds: float | None = None  # time of the training steps of the last process
+    seconds: float | None = None  # sum over the processes of the run, evaluations included
     mode: Text | None = None  # `resident` or `streaming`
     seed: Whole | None = None
     finished: bool | None = None
     command: Text | None = None
     trained_on: DataDigests | None = None
-    versions: Annotated[dict[str, Text], FEW] | None = None  # of packages
-    members: Annotated[list[dict[str, Plain]], MANY] | None = None  # name, MAP and own options
-    runs: Annotated[list[JoinedRun], TABLE] | None = None  # of a blend
+    versions: Annotated[dict[str, Text], FEW] | None = None  # package -> version
+    members: Annotated[list[dict[str, Plain]], MANY] | None = None  # name, MAP and options
+    runs: Annotated[list[JoinedRun], TABLE] | None = None  # the runs of a blend
 
 
 class Manifest(Struct, kw_only=True):
-    """`manifest.json` of a checkpoint; keys that are absent have the defaults."""
+    """`manifest.json` of a checkpoint."""
 
     step: Whole
     files: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> sha256
@@ -137,7 +138,7 @@ class Manifest(Struct, kw_only=True):
 
 
 class Line(Struct, kw_only=True):
-    """A line of `metrics.jsonl` or `timing.jsonl`, of training or, with a split, an evaluation."""
+    """A line of `metrics.jsonl` or `timing.jsonl`. A line of an evaluation also has a `split`."""
 
     step: Whole
     epoch: float | None = None
@@ -147,24 +148,24 @@ class Line(Struct, kw_only=True):
 class DataReport(Struct, kw_only=True):
     """`data_report.json`."""
 
-    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts; `labelled`: bool
+    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts, and `labelled` (a bool)
 
 
-class Clip(Struct, kw_only=True):
-    """A row for a clip in a table of mistakes."""
+class Mistake(Struct, kw_only=True):
+    """A clip whose highest score is for a person that it does not show."""
 
     clip: Text
     score: float
-    shows: Column = -1  # -1 for a distractor
-    identity: Column = -1  # in whose list it scores highest
+    shows: Column = -1  # the person in the clip; -1: a distractor
+    identity: Column = -1  # the person with the highest score
 
 
-Clips = Annotated[list[Clip], TABLE]
+Mistakes = Annotated[list[Mistake], TABLE]
 Pair = tuple[Column, Column]  # an identity or -1, and a count
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity of low average precision; see `analysis.measures.worst_identities`."""
+    """An identity of low average precision; see `evaluation.analysis.worst_identities`."""
 
     identity: Column
     ap: Share
@@ -174,7 +175,10 @@ class WorstIdentity(Struct, kw_only=True):
 
 
 class Stratum(Struct, kw_only=True):
-    """A group of identities or clips; one of fewer than `fewest_identities` has no interval."""
+    """A group of identities or clips, and the interval of its MAP.
+
+    A group of fewer than `Analysis.fewest_identities` identities has no interval.
+    """
 
     label: Text
     map: Share
@@ -185,21 +189,24 @@ class Stratum(Struct, kw_only=True):
 
 
 class Strata(Struct, kw_only=True):
-    """One way to divide identities or clips into groups."""
+    """A division of identities or clips into groups, by quality for example."""
 
     by: Text
     rows: Annotated[list[Stratum], TABLE]
 
 
 class WrongClips(Struct, kw_only=True):
-    """Mistakes with the highest scores."""
+    """The mistakes with the highest scores."""
 
-    distractors: Clips | None = None
-    known: Clips | None = None
+    distractors: Mistakes | None = None
+    known: Mistakes | None = None
 
 
 class Rate(Struct, kw_only=True):
-    """The threshold for FPIR `rate`, and its errors; none with fewer than `fewest` distractors."""
+    """The threshold for FPIR `rate`, and its errors.
+
+    With fewer than `fewest` distractors there is no threshold.
+    """
 
     rate: Share
     fewest: Count
@@ -215,56 +222,61 @@ class Rate(Struct, kw_only=True):
 class OpenSet(Struct, kw_only=True):
     """Identification of known people among distractors."""
 
-    num_identities: Whole  # that a clip is compared with
+    num_identities: Whole  # identities that each clip is compared with
     num_known: Whole  # clips of known people
-    num_people: Whole
+    num_people: Whole  # known people with a clip
     num_strange: Whole  # distractors
-    resamples: Whole
+    resamples: Whole  # bootstrap samples behind the intervals
     rates: Annotated[list[Rate], FEW]
 
 
 class Analysis(Struct, kw_only=True):
-    """The entry `facts` of `analysis.npz`, UTF-8 JSON; arrays are its other entries."""
+    """The entry `facts` of `analysis.npz`, as UTF-8 JSON. The other entries are arrays."""
 
     split: Text | None = None
     modalities: Annotated[list[Text], TABLE] | None = None
-    lead: Text | None = None  # the modality whose quality and length make the strata
-    logs: bool | None = None  # scores are logarithms of probabilities
-    intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}  # 95 %, of `top1` and `auroc`
-    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # rows of `attention`
-    num_others: Whole | None = None  # identities of the ground truth that the run cannot name
+    lead: Text | None = None  # the modality whose quality and length divide the clips into strata
+    logs: bool | None = None  # True if scores are logarithms of probabilities
+    intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}  # 95 % of `top1` and `auroc`
+    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # names, rows of `attention`
+    num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
     strata: Annotated[list[Strata], FEW] | None = None
     fewest_identities: Whole | None = None
     wrong_clips: WrongClips | None = None
-    open_set: OpenSet | None = None  # none without distractors
+    open_set: OpenSet | None = None  # None without distractors
     calibration_error: float = math.nan  # expected calibration error
 
 
-# Arrays of `analysis.npz`. Those of a line have one length, and come together: `train_clips` may be
-# absent, and `score_edges` has one entry more.
-BY_IDENTITY = ("ap", "positives", "train_clips")  # average precision; clips of both splits
-HISTOGRAMS = ("score_known", "score_strange", "score_edges")  # best scores of known and strange
-ERRORS = ("fpir", "fnir")  # of identification, threshold by threshold
-# attention: row i, column j: what vector j takes from i. calibration [bins, 3]: clips, mean
-# confidence, share that is right.
+# Arrays of `analysis.npz`. The arrays of a line are all present or all absent, and have equal
+# lengths. Exceptions: `train_clips` is optional, and `score_edges` has one more entry.
+BY_IDENTITY = ("ap", "positives", "train_clips")  # average precision; clips in eval and train
+HISTOGRAMS = ("score_known", "score_strange", "score_edges")  # of the best score of each clip
+ERRORS = ("fpir", "fnir")  # errors of identification at each threshold
+# attention[i, j]: the attention of vector j to vector i. calibration [bins, 3]: the number of
+# clips, the mean confidence, and the share of correct answers.
 MATRICES = ("attention", "calibration")
-MOST_ROWS = 10_000  # of arrays that are not by identity
+MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Returns JSON `value` as `kind`; errors name `path`, key (`$.members[2].map`) and `remedy`."""
+    """Converts JSON `value` to `kind`.
+
+    Raises:
+      UserError: names `path` and the key (`$.members[2].map`), and ends with `remedy`.
+    """
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        text = str(error).replace(f"`float` >= {_LOWEST}", "a number, not NaN")
+        text = str(error).replace(f"`float` >= {_LOWEST_FLOAT}", "a number, not NaN")
         raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Returns a JSON file of at most `limit` bytes, as it is and as a `kind`.
+    """Reads a JSON file of at most `limit` bytes; returns its plain content, and it as a `kind`.
 
-    Every error of its content has the `remedy`.
+    Raises:
+      UserError: the content does not fit `kind`; the message ends with `remedy`.
     """
     try:
         value = files.read_json(path, object, limit)
@@ -275,23 +287,23 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Returns the second value of `load`."""
+    """Reads a JSON file as a `kind`. See `load`."""
     return load(path, kind, remedy, limit)[1]
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Raises UserError unless arrays of `analysis.npz` fit each other and are complete."""
+    """Raises UserError unless the arrays of `analysis.npz` are complete and fit each other."""
     for names in (BY_IDENTITY[:2], HISTOGRAMS, ERRORS):
         if 0 < sum(name in arrays for name in names) < len(names):
             raise UserError(
                 f"'{path}' is damaged: it has some, but not all, of {', '.join(names)}\n{remedy}"
             )
     for names in (BY_IDENTITY, HISTOGRAMS, ERRORS, *((name,) for name in MATRICES)):
-        found = {name: arrays[name] for name in names if name in arrays}
-        lengths = {array.size - (name == "score_edges") for name, array in found.items()}
-        most = files.MAX_ITEMS if names is BY_IDENTITY else MOST_ROWS
-        for name, array in found.items():
-            right = array.dtype.kind in "iuf" and array.ndim == 1 + (name in MATRICES)
-            if not right or max(array.shape) > most or len(lengths) > 1:
+        group = {name: arrays[name] for name in names if name in arrays}
+        lengths = {array.size - (name == "score_edges") for name, array in group.items()}
+        limit = files.MAX_ITEMS if names is BY_IDENTITY else MAX_ARRAY_ROWS
+        for name, array in group.items():
+            is_valid = array.dtype.kind in "iuf" and array.ndim == 1 + (name in MATRICES)
+            if not is_valid or max(array.shape) > limit or len(lengths) > 1:
                 shape = f"{array.dtype}{list(array.shape)}"
                 raise UserError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")

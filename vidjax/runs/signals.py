@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first lets a run save its state, the second ends the process."""
+"""Handles SIGINT and SIGTERM: after the first, a run saves its state; the second ends it."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ class Interruption:
     """A request to stop.
 
     Attributes:
-      signum: the signal that arrived, or None. With several processes, `agree` sets it in all.
-      at_once: the loop sets it to True while nothing would be lost by ending at once.
+      signum: the signal that arrived, or None. With several processes, `agree` sets it in each.
+      at_once: True while the process may end without saving, because nothing would be lost.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if all processes must save a checkpoint: due in one, or one got a signal."""
+        """Returns True if the processes must save: one got a signal, or `save_due` in one."""
         signum, due = distributed.largest(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)
@@ -52,12 +52,12 @@ class Interrupted(Expected):
         self.exit_code = 128 + signum
 
 
-_interruption: Interruption | None = None  # that of the running loop
+_interruption: Interruption | None = None  # of the present training loop
 
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads between dispatches."""
+    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads between steps."""
     global _interruption
     interruption = _interruption = Interruption()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -71,10 +71,10 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Lets SIGINT and SIGTERM end this process at once, except the first in `catch_interruption`.
+    """Makes SIGINT and SIGTERM end this process at once, except the first in `catch_interruption`.
 
-    A thread ends the process: Python runs no handler during an XLA compilation, which can take
-    minutes.
+    A thread ends the process, because Python runs no handler during an XLA compilation, and a
+    compilation can take minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

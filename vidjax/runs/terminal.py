@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal: messages and a progress bar, on standard error."""
+"""Prints messages and a progress bar to standard error."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from vidjax.core import distributed
 from vidjax.utils.errors import printable
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
-LINE_SECONDS = 10  # between two lines of progress where standard error is no terminal
+LINE_SECONDS = 10  # between two lines of progress if standard error is not a terminal
 
 
 def is_quiet() -> bool:
@@ -18,7 +18,7 @@ def is_quiet() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints one line to standard error, above a progress bar if there is one, unless quiet."""
+    """Prints a line to standard error, above the progress bar, unless `is_quiet()`."""
     if not is_quiet():
         from tqdm import tqdm
 
@@ -27,7 +27,11 @@ def say(text: str) -> None:
 
 
 def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Returns seconds since `began` (`time.monotonic()`) and clips/s, as text rows and for JSON."""
+    """Measures the time since `began` (from `time.monotonic()`) and the clips per second.
+
+    Returns:
+      Rows of text for a table, and a dict of numbers for JSON.
+    """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
     rows = [("time", f"{seconds:.3g} s, {rate:,.0f} clips/s")]
@@ -35,11 +39,11 @@ def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, f
 
 
 def uncounted(count: int) -> None:
-    """Does nothing; takes the place of `Progress.advance` where no progress is shown."""
+    """Does nothing. Replaces `Progress.advance` if no progress is displayed."""
 
 
 class Progress:
-    """A progress bar on a terminal; plain lines, some seconds apart, in a file."""
+    """A progress bar on a terminal, or plain lines every few seconds in a file."""
 
     def __init__(
         self,
@@ -51,10 +55,16 @@ class Progress:
         leave: bool = True,
         compiles: bool = False,
     ):
-        """Starts the bar at `initial` of `total` units; `unit` is singular, such as `clip`.
+        """Starts the bar.
 
-        With `compiles` the first units wait for a compilation: the bar says so until they are done,
-        and measures rate and time left from then on. Without `leave` it vanishes at `close`.
+        Args:
+          total: the number of all units.
+          initial: the number of units that are done.
+          unit: the name of a unit in the singular, such as `clip`.
+          label: the text before the bar.
+          leave: False removes the bar at `close`.
+          compiles: True if the first units wait for a compilation. The bar then reads `compiling`
+            until these units are done, and measures the rate from then on.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
@@ -80,14 +90,14 @@ class Progress:
         )
 
     def keep(self, text: str) -> None:
-        """Shows a text after the latest values from now on, such as the MAP of an evaluation."""
+        """Adds a text to every following line, such as the MAP of an evaluation."""
         self._kept = text
 
     def advance(self, count: int, text: str = "") -> None:
         """Adds `count` finished units and shows the latest values."""
         self._done = min(self._done + count, self._total)
         text = ", ".join(part for part in (text, self._kept) if part)
-        if self._compiles:  # it is over: rate and time left are measured from now on
+        if self._compiles:  # the compilation is over: measures the rate from now on
             self._compiles = False
             self._initial, self._began = self._done, time.monotonic()
             if self._bar is not None:

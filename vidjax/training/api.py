@@ -235,7 +235,7 @@ def _results(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> "
     from vidjax.runs import results
 
     paths = folder.paths(config.eval.split, apart=bool(metrics.get("overrides")))
-    return results.Results.of(metrics, config.eval.split, paths)
+    return results.Results.from_values(metrics, config.eval.split, paths)
 
 
 def _check_same(config: Config, data: "TrainingData") -> None:
