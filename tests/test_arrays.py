@@ -290,12 +290,12 @@ def two_frames(**fields):
 
 
 BAD = {
-    "wrong width": (np.zeros((2, DIM + 1)), "features are 7 wide, others 6: "),
+    "wrong width": (np.zeros((2, DIM + 1)), "features are 7 wide, in other clips 6: "),
     "ragged": ([[1.0, 2.0], [3.0]], "rows of different lengths"),
     "objects": (np.array([None, "x"], object), "Python objects"),
     "text": (np.array(["x"]), "wanted numbers"),
     "whole numbers": (np.zeros((2, DIM), int), "features are int64"),
-    "another dtype": (np.zeros((2, DIM), np.float16), "features are float16, others"),
+    "another dtype": (np.zeros((2, DIM), np.float16), "features are float16, in other clips"),
     "three axes": (np.zeros((1, 2, DIM)), "wanted numbers [T, D]"),
     "no width": (np.zeros((2, 0)), "shape [2, 0]"),
     "quality of another length": (two_frames(quality=[1.0]), "quality has shape [1], wanted [2]"),
@@ -383,7 +383,7 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     folder.mkdir()
     refused("no features here", "SPLIT/CLIP.npz", source=folder, cache=cache)
     (folder / "train").mkdir()
-    refused("train: holds no CLIP.npz", source=folder, cache=cache)
+    refused("train: the folder contains no CLIP.npz", source=folder, cache=cache)
     path = folder / "train" / "one.npz"
     np.savez(path, face=np.array([{}], object))
     refused(str(path), "Python objects", source=folder, cache=cache)
@@ -398,7 +398,7 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     refused(str(path), source=folder, cache=cache)
     np.savez(path, face=np.ones((1, 2)))
     (folder / "train" / "notes.txt").write_text("mine")
-    refused("notes.txt", "CLIP.npz, nothing else", source=folder, cache=cache)
+    refused("notes.txt", "may contain only CLIP.npz", source=folder, cache=cache)
     (folder / "train" / "notes.txt").unlink()
     (folder / "train.parquet").write_bytes(b"")
     refused("train.parquet and a folder train: keep one", source=folder, cache=cache)
@@ -426,7 +426,9 @@ def test_frames_of_several_clips_are_counted(tmp_path, length):
 def test_parts_of_a_split_are_not_passed_over(tmp_path, cache):
     for name in ("train-00000-of-00002", "train-00001-of-00002"):
         (tmp_path / f"{name}.parquet").touch()
-    refused("train-00000", "a split is one table", "join the tables", source=tmp_path, cache=cache)
+    refused(
+        "train-00000", "a split is a single table", "join the tables", source=tmp_path, cache=cache
+    )
     (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
     refused("train-00001", "would not be read", "train.parquet", source=tmp_path, cache=cache)
 
@@ -438,7 +440,7 @@ def test_features_beside_the_clips_to_score_are_not_passed_over(tmp_path, beside
     assert memory.load_clips(tmp_path, {"face": 2}, ()).split("clips").clips == ("a",)
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).touch()
-    said = "would not be read beside CLIP.npz", beside.partition("/")[0]
+    said = "because the folder has CLIP.npz", beside.partition("/")[0]
     seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), *said)
 
 
@@ -459,7 +461,7 @@ def test_a_bad_table_of_frames_is_refused(tmp_path, cache, monkeypatch):
         ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "1 wide in row 2, 2 in row 1")),
         ({"features": [1.0, 2.0]}, ("column features is double",)),
         ({"features": [[1.0, None], [1.0, 1.0]]}, ("null",)),
-        ({"clip": ["a", None]}, ("row 2: no clip",)),
+        ({"clip": ["a", None]}, ("row 2: clip is missing",)),
         ({"clip": [["a"], ["b"]]}, ("column clip is list", "wanted text")),
         ({"clip": ["a", "a.mp4"]}, ("with and without .mp4",)),
         ({"quality": ["x", "y"]}, ("column quality is string", "wanted numbers")),
@@ -484,7 +486,7 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
     names = ("face", "audio")
     backwards = dict(reversed(official_arrays["val"].items()))
     widths = {name: clip_files.WIDTHS[name] for name in names}
-    own = memory.MemoryClips.of(backwards, widths, data.identities)
+    own = memory.MemoryClips.from_dict(backwards, widths, data.identities)
     assert own.split("any").clips == data.split("val").clips
     assert [own.split("any").clips[i] for i in own.places] == list(backwards)
     wanted = eval_batches(data, split="val", modalities=names, rows=16)
@@ -501,7 +503,7 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
 def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     clips = {"long": {"face": clip_of(0, 700)}, "short": {"face": clip_of(1, 3)}}
     data = sources.load({"val": clips}, cache_dir=cache)
-    own = memory.MemoryClips.of(clips, {"face": DIM}, ())
+    own = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
     batches = [
         list(eval_batches(one, split="val", modalities=("face",), rows=2)) for one in (own, data)
     ]
@@ -528,7 +530,7 @@ GOOD = {"face": np.ones((1, 24), np.float32)}
         ),
         (
             {"b": GOOD, "c": GOOD, "a": {"face": np.zeros((2, 23))}},
-            "clip a, face: .* 23 wide, others 24",
+            "clip a, face: .* 23 wide, in other clips 24",
         ),
         ({"a": {"face": [[1.0], [1.0, 2.0]]}}, "clip a, face: .*different lengths"),
         ({"a": GOOD, "a.mp4": GOOD}, "clip a comes twice"),
@@ -536,5 +538,5 @@ GOOD = {"face": np.ones((1, 24), np.float32)}
 )
 def test_bad_clips_in_memory_are_named(clips, message):
     with pytest.raises(ValueError, match=message) as error:
-        memory.MemoryClips.of(clips, {"face": 24, "head": 8}, ("1",))
+        memory.MemoryClips.from_dict(clips, {"face": 24, "head": 8}, ("1",))
     assert len(str(error.value).splitlines()) == 1

@@ -107,7 +107,7 @@ def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records):
     split = records.splits["train"]
     lengths = {**split.lengths, "face": split.lengths["face"] + 1}
     other = records._replace(splits={"train": split._replace(lengths=lengths)})
-    with pytest.raises(UserError, match=r"do not follow from the lengths(.|\n)*delete this folder"):
+    with pytest.raises(UserError, match=r"do not match the lengths(.|\n)*delete this folder"):
         Reader(other, ["train"])
 
 

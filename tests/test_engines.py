@@ -242,7 +242,7 @@ def test_checksums_are_those_of_tensorflow(tmp_path):
     rng = np.random.default_rng(0)
     sizes = [0, 1, 4, 8, 5000]
     messages = [rng.bytes(size) for size in sizes]
-    (tmp_path / "ours").write_bytes(b"".join(map(shard_files.framed, messages)))
+    (tmp_path / "ours").write_bytes(b"".join(map(shard_files.make_record, messages)))
     with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
         for message in messages:
             writer.write(message)
@@ -271,5 +271,5 @@ def test_a_record_is_what_tfds_makes_of_a_clip():
             frames[name] = {field: clip[field] for field in STORED}
         example = {"clip": f"clip é {index}", "clip_index": index, "frames": frames}
         theirs = tf.train.Example.FromString(features.serialize_example(example))
-        ours = convert_lib._record(example["clip"], index, frames, modalities)
+        ours = convert_lib._encode_clip(example["clip"], index, frames, modalities)
         assert ours == theirs.SerializeToString(deterministic=True)

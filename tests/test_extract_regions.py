@@ -132,7 +132,7 @@ def test_what_is_no_tag_of_a_face_gives_nothing(tags_of):
     assert tags_of(xmp.packet(pixels)).tags == []
     found = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *EVE[1:]), ("A\u200eda", *EVE[1:])])))
     assert [tag.name for tag in found.tags] == ["Zo\u00eb"]
-    assert "a.jpg: identity 'A\\u200eda' holds the invisible letter" in found.problem
+    assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in found.problem
 
 
 BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(

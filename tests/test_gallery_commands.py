@@ -68,7 +68,7 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     said = say("enrol", folder, f"--input={other / 'Ada 0.npz'}", "--identity=Ada", code=2)
     assert "clip 'Ada 0' is enrolled with another vector" in said
     said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity= Ada", code=2)
-    assert "identity ' Ada' has outer blanks" in said
+    assert "identity ' Ada' has leading or trailing blanks" in said
     said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Eve", code=2)
     assert "clip 'Ada 0' is enrolled as 'Ada', not 'Eve'" in said and "another name" in said
     assert "remove" not in said  # it would delete Ada, to enrol somebody else

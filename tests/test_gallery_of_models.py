@@ -74,14 +74,14 @@ def test_mean_vectors_weigh_frames_by_quality(tmp_path, monkeypatch):
         "none": {"face": None},
         "a": {"face": {"features": features[:2], "quality": np.zeros(2, np.float32)}},
     }
-    loaded = MemoryClips.of(clips, {"face": 3, "audio": 2}, ())
+    loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, ())
     found = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
     np.testing.assert_allclose(found["b"], (features[0] + 3 * features[2]) / 4, rtol=1e-6)
     np.testing.assert_allclose(found["a"], features[:2].mean(0), rtol=1e-6)
     assert not found["none"].any() and loaded.mean_vectors("audio").shape == (3, 2)
     whole = loaded.mean_vectors("face")
     for frames in (1, 2, 5):
-        monkeypatch.setattr("vidjax.data.memory.MEAN_FRAMES", frames)
+        monkeypatch.setattr("vidjax.data.memory.MAX_BLOCK_FRAMES", frames)
         np.testing.assert_array_equal(loaded.mean_vectors("face"), whole)
 
 
@@ -89,7 +89,7 @@ def test_the_mean_of_a_long_clip_takes_less_memory_than_its_features():
     from vidjax.data.memory import MemoryClips
 
     features = np.random.default_rng(0).normal(size=(100_000, 256)).astype(np.float16)
-    loaded = MemoryClips.of({"film": {"face": features}}, {"face": 256}, ())
+    loaded = MemoryClips.from_dict({"film": {"face": features}}, {"face": 256}, ())
     tracemalloc.start()
     (found,) = loaded.mean_vectors("face")
     peak = tracemalloc.get_traced_memory()[1]

@@ -122,7 +122,7 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
     refused(lambda: gallery.rename("person 3", "person 3"), "this name already")
     refused(lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'")
     refused(lambda: gallery.rename("", "Ada"), "no identity ''")
-    refused(lambda: gallery.rename("person 3", " Ada"), "outer blanks")
+    refused(lambda: gallery.rename("person 3", " Ada"), "trailing blanks")
     refused(lambda: gallery.relabel("clip 30", "person 3"), "shows 'person 3' already")
     refused(lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'")
     assert contents(gallery.folder) == before and gallery.version == 1

@@ -63,7 +63,7 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     ],
 )
 def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatch, content, words):
-    monkeypatch.setattr("vidjax.data.clip_files.CLIP_BYTES", 64 * files.MB)
+    monkeypatch.setattr("vidjax.data.clip_files.MAX_CLIP_BYTES", 64 * files.MB)
     path = tmp_path / "a.npz"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -102,7 +102,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     content = path.read_bytes()
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
-        refused_input(path, "clips.parquet: damaged, or no parquet table: write it again")
+        refused_input(path, "clips.parquet: damaged, or not a parquet table: write it again")
     parquet.write_table(twice, path)
     refused_input(path, "clips.parquet: two columns are named clip: keep one")
     parquet.write_table(many, path)  # of 4 GB, were each name a text of its own

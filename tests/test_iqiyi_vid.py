@@ -121,7 +121,7 @@ def test_splits_without_ground_truth_and_identities_that_only_one_has(found, tmp
     )
     records = found._replace(splits=splits, report={**found.report, "splits": counts})
     truth = load_official_truth(tmp_path, records.clips)
-    with pytest.warns(UserWarning, match="1 clips of test show identities that are no class"):
+    with pytest.warns(UserWarning, match="1 clips of test show identities without a class"):
         identities, labels, report = label_records(records, truth)
     assert identities == ("4", "6")
     assert labels["test"].labels.tolist() == [2, *[0] * 20]

@@ -63,7 +63,7 @@ def test_errors_are_told(wanted, kind, told):
 def test_a_killed_group_ends_its_jobs():
     children = Children()
     threading.Timer(1.0, children.stop).start()
-    with pytest.raises(UserError, match="killed from outside"):
+    with pytest.raises(UserError, match="killed its reader"):
         processes.run_limited(
             limited_job.__name__,
             FILM,

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import ROOT, Spoilt, restored, run, shrunk, weights
 from vidjax.core import devices, ensemble
-from vidjax.data.clips import EvalPlan, blocks_of
+from vidjax.data.clips import EvalPlan, split_blocks
 from vidjax.evaluation import eval_step, scoring
 from vidjax.models.system import TaskSpec, make_model, make_system
 from vidjax.runs import config as config_lib
@@ -294,7 +294,7 @@ def test_a_block_holds_clips_of_the_same_members():
 
     def work(use):
         found = scoring.by_members(plan, use, rows)
-        blocks = [(number, clips) for number, clips in blocks_of(found.bucket, rows)]
+        blocks = [(number, clips) for number, clips in split_blocks(found.bucket, rows)]
         clips = np.concatenate([clips for _, clips in blocks])
         assert sorted(clips) == np.flatnonzero(bucket >= 0).tolist()
         for number, clips in blocks:

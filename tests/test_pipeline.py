@@ -302,7 +302,7 @@ def test_evaluation_pads_a_clip_alike_whatever_the_rows_and_the_other_clips(data
 def test_packed_clips_come_once_with_just_their_frames(
     dataset, split, modalities, packed_clips, monkeypatch
 ):
-    monkeypatch.setattr("vidjax.data.records.dataset.PACKED_CLIPS", packed_clips)
+    monkeypatch.setattr("vidjax.data.records.dataset.MAX_PACKED_CLIPS", packed_clips)
     seen = []
     for clip_index, frames in dataset.packed(split=split, modalities=modalities):
         assert clip_index.dtype == np.int32 and 0 < len(clip_index) <= packed_clips
@@ -325,10 +325,10 @@ def test_mistakes_are_named_before_anything_is_read(dataset):
         ({"splits": ("test",)}, "no split 'test' in the data, only train, val"),
         ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
-        ({"modalities": ("face", "face")}, "config.modalities=face,face: .* each once"),
-        ({"modalities": ()}, "config.modalities=: name one or more"),
-        ({"splits": ()}, "config.data.train_splits=: name one or more"),
-        ({"splits": ("val", "val")}, "config.data.train_splits=val,val: .* each once"),
+        ({"modalities": ("face", "face")}, "config.modalities=face,face: .* only once"),
+        ({"modalities": ()}, "config.modalities=: name at least one"),
+        ({"splits": ()}, "config.data.train_splits=: name at least one"),
+        ({"splits": ("val", "val")}, "config.data.train_splits=val,val: .* only once"),
         ({"batch_size": 0}, "1 or more"),
     ]
     for changed, message in mistakes:
@@ -354,11 +354,11 @@ def test_mistakes_are_named_before_anything_is_read(dataset):
 @given(st.lists(st.integers(-1, 2), max_size=60), st.integers(1, 9))
 def test_blocks_have_every_clip_once_and_clips_of_one_bucket(buckets, rows):
     bucket, read = np.array(buckets, int), []
-    for number, places in clips_lib.blocks_of(bucket, rows):
+    for number, places in clips_lib.split_blocks(bucket, rows):
         assert 0 < len(places) <= rows and (bucket[places] == number).all()
         read += places.tolist()
     assert sorted(read) == np.flatnonzero(bucket >= 0).tolist()
-    numbers = [number for number, _ in clips_lib.blocks_of(bucket, rows)]
+    numbers = [number for number, _ in clips_lib.split_blocks(bucket, rows)]
     wanted = [-(-int((bucket == number).sum()) // rows) for number in range(3)]
     assert np.bincount(numbers, minlength=3).tolist() == wanted
 

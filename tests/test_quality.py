@@ -47,7 +47,7 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
     readers = [
         sources.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
         vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
-        memory.MemoryClips.of(clips, widths, (), quality),
+        memory.MemoryClips.from_dict(clips, widths, (), quality),
         memory.load_clips(folder, widths, (), quality=quality),
         memory.load_clips(folder / "val", widths, (), quality=quality),
     ]

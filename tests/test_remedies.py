@@ -137,7 +137,7 @@ def fails(*_, **__):
     ("gallery create g --run=run", "holds a gallery"),
     ("gallery create 'my own' --run=run", "not empty"),
     ("gallery create run --run=run", "not empty"),
-    ("gallery enrol g --input=official --identity=' Ada'", "outer blanks"),
+    ("gallery enrol g --input=official --identity=' Ada'", "trailing blanks"),
     ("gallery enrol g --input=official --identity=Ada\u200b", "invisible"),
     ("gallery enrol g --split=tets", "choose from train, val, test"),
     ("gallery identify g --split=tets", "choose from train, val, test"),

@@ -46,7 +46,7 @@ PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
-shuffled = jax.jit(order_lib.shuffled, static_argnums=3)
+shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
 
 
 def order_of(num_clips, epochs, seed=0, first=0, shuffled=shuffled):
@@ -298,7 +298,7 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
     packed = pack((9, 0, 3, 1, 5, 16), dim=5)
     packed = packed._replace(features=(packed.features % 7).astype(dtype))
     packed = jax.device_put(packed)
-    lazy = resident.frames_of(packed, np.arange(6), np.arange(6) < 5, 12)
+    lazy = resident.gather_frames(packed, np.arange(6), np.arange(6) < 5, 12)
     assert isinstance(lazy.features, LazyFeatures) and lazy.features.shape == (6, 12, 5)
     plain = lazy._replace(features=fusion.read(lazy.features))
     fuse = jax.jit(
@@ -594,7 +594,7 @@ def test_auto_is_resident_where_it_fits(held, monkeypatch):
     for frames, drawn in ((huge, 100), (layout, 2**31)):
         assert resident.choose_mode("auto", frames, mesh, drawn) == "streaming"
         assert resident.choose_mode("streaming", frames, mesh, drawn) == "streaming"
-        with pytest.raises(ValueError, match="more than an int32 counts"):
+        with pytest.raises(ValueError, match="too many for an int32"):
             resident.choose_mode("resident", frames, mesh, drawn)
 
 

@@ -147,7 +147,7 @@ def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     bare = {b"rows": rows[kept], b"one": rows[1]}
     bare_whole = convert(tmp_path, bare, "audio")
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)
-    monkeypatch.setattr(packing, "PROBE_CLIPS", 2)
+    monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
     for small, large in (
         (convert(tmp_path, value), whole),
         (convert(tmp_path, bare, "audio"), bare_whole),
@@ -182,7 +182,7 @@ WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f
 @pytest.mark.parametrize(
     ("value", "modality", "told"),
     [
-        ([1, 2], "face", "holds a list, not a dict"),
+        ([1, 2], "face", "contains a list, not a dict"),
         ({1: []}, "face", "clip name is a int"),
         ({b"a": None}, "face", "clip a, face is of type NoneType"),
         ({b"a": {}}, "face", "clip a, face is of type dict"),
@@ -195,7 +195,7 @@ WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f
         ({b"a": [[[]]]}, "new2", "feature is list, wanted an array"),
         ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature is array [4] of"),
         ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
-        ({b"a": feature(), b"b": WIDE}, "audio", "clip b, audio: features are 4 wide, others 3"),
+        ({b"a": feature(), b"b": WIDE}, "audio", "features are 4 wide, in other clips 3"),
         ({b"a": feature(), b"b": np.array(1.0)}, "audio", "clip b, audio: features are 1 wide"),
         ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),
         ({b"a": [face(feat=feature().reshape(1, 3))]}, "face", "feature is array [1, 3] of"),
@@ -217,7 +217,7 @@ WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f
         ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
         ({b"a": [face(quality=None)]}, "face", "quality_score must be real number"),
         ({b"a": [face(quality=feature())]}, "face", "quality_score must be real number"),
-        ({b"a\n": []}, "face", r"clip name 'a\n' holds the control character '\n': rename it"),
+        ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
         ({"a\u2028b": []}, "face", r"clip name 'a\u2028b' holds"),
         ({b"a\tb": []}, "face", r"clip name 'a\tb' holds"),
         ({b"a\x1bb": []}, "face", r"clip name 'a\x1bb' holds"),

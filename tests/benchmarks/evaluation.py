@@ -28,7 +28,7 @@ from tests.benchmarks import common
 from vidjax.core import devices, ensemble
 from vidjax.core.batch import Batch
 from vidjax.data import resident
-from vidjax.data.clips import BUCKETS, EvalPlan, Split, blocks_of, make_eval_plan
+from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan, split_blocks
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
@@ -60,7 +60,7 @@ class MadeUp:
             lengths={name: np.asarray(packed.length) for name, packed in run.clips.items()},
         )
         self.plan = make_eval_plan(self._split, tuple(run.clips))
-        self._gathered = jax.jit(resident.gathered, static_argnames="sizes")
+        self._gathered = jax.jit(resident.gather_modalities, static_argnames="sizes")
 
     def split(self, name: str) -> Split:
         """Returns the one split."""
@@ -69,7 +69,7 @@ class MadeUp:
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields all clips, in blocks of one bucket."""
-        for bucket, chosen in blocks_of(plan.bucket, rows):
+        for bucket, chosen in split_blocks(plan.bucket, rows):
             clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
             batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
             clips = self.run.clips
@@ -120,7 +120,7 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
     for at in range(0, PEER_CLIPS, 1024):
         clip_index, mask = jnp.arange(at, at + 1024, dtype=jnp.int32), jnp.ones(1024, bool)
         frames = {
-            name: resident.frames_of(packed, clip_index, mask, common.PLACES[name])
+            name: resident.gather_frames(packed, clip_index, mask, common.PLACES[name])
             for name, packed in run.clips.items()
         }
         blocks.append(peer.make_batch(common.for_torch(frames), np.zeros(1024, np.int64)))

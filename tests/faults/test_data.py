@@ -360,7 +360,7 @@ def test_identities_that_no_clip_shows_keep_their_columns(official):
     split = data.split("train")
     assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
     assert set(split.labels.tolist()) == {0, 1, 2, 3, 4}
-    with pytest.warns(UserWarning, match="show identities that are no class of the training data"):
+    with pytest.warns(UserWarning, match="show identities without a class in the training data"):
         fewer = load(official).with_identities(("1", "2", "9"))
     assert set(fewer.split("train").labels.tolist()) == {0, 1, 2}
 

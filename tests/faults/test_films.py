@@ -115,7 +115,7 @@ def test_a_killed_child_costs_its_file_and_two_at_once_are_refused(drawn):
         assert f"in use by process {process.pid} on {socket.gethostname()}" in said
         assert len(said.splitlines()) <= 3
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "killed from outside" in said
+    assert process.returncode == 1 and "killed its reader" in said
     assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
     assert drawn.extract(film)[0]["clips"] == 4
 

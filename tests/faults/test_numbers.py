@@ -64,12 +64,12 @@ def make_config(*words):
         (np.zeros_like, r"face: all features of train are 0\n.*config\.modalities"),
         (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
         (lambda x: np.full_like(x, 3e38), r"face: .* overflow float32\ndivide them"),
-        (lambda x: x * 1e-20, r"face: .* vanish in float32\nmultiply them"),
+        (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
         (
             lambda x: x.astype(np.float64) * 1e300,
-            "single frame that can be used: all 24",
+            "no clip has a usable frame: all 24",
         ),
-        (lambda x: x * np.nan, "single frame that can be used: all 24"),
+        (lambda x: x * np.nan, "no clip has a usable frame: all 24"),
     ],
 )
 def test_features_that_teach_nothing_are_an_error(tmp_path, value, message):

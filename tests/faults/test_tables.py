@@ -76,9 +76,9 @@ def refused():
 def test_a_table_of_one_value_is_refused_whatever_its_footer_says(tmp_path, refused):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
-    refused(path, "160,0", "bytes of nearly one value")
+    refused(path, "160,0", "bytes of almost equal values")
     footer_says(path, ZEROS, 1)
-    refused(path, "40,000,000 values of features, its footer says 1")
+    refused(path, "40,000,000 values of features, but 1 in the footer")
     pages_say(path, ZEROS, 1)  # both: the page is cut short
     refused_or_short(path)
 

@@ -1,19 +1,19 @@
-"""Features of your own: arrays in memory, a folder of `.npz` files or of parquet tables.
+"""Your own features: arrays in memory, a folder of `.npz` files or of parquet tables.
 
-A folder holds, for every split (`train`, `val`, `test`),
+A folder contains for each split (`train`, `val`, `test`)
 
-    train/CLIP.npz    one array [T, D] per modality, named after it: `face`; and optionally
+    train/CLIP.npz    an array [T, D] per modality, with its name: `face`; and optionally
                       `face_quality`, `face_detection`, `face_number` [T], `face_box` [T, 4]
 
 or
 
-    train.parquet     one row per frame: `clip`, `modality`, `features` (a list), and optionally
+    train.parquet     a row per frame: `clip`, `modality`, `features` (a list), and optionally
                       `quality`, `detection`, `number`
 
 Labels are optional: `labels.csv` with the columns `clip` and `identity`, or official ground truth,
-`train_gt.txt` and `val_gt.txt`. A missing quality is the L2 norm of the features; other missing
-fields have the value `missing` of `vidjax.data.frame_fields`. All features are checked, converted
-and reported like official files.
+`train_gt.txt` and `val_gt.txt`. The default of the quality is the L2 norm of the feature. The
+defaults of other fields are in `vidjax.data.frame_fields`. All features are checked, converted and
+reported like official files.
 
     python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 
@@ -37,13 +37,13 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.packing import Clip, Clips, as_clips, pack, place_of, read_frames
+from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
 from vidjax.data.untrusted.names import show
 from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 
 QUALITIES = typing.get_args(Quality)
-VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
+VERSION = 2  # part of the key of a cache folder: increase it if the code reads different frames
 
 
 class FeatureDict:
@@ -55,11 +55,11 @@ class FeatureDict:
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
-        """Takes split -> clip -> modality -> features; see `vidjax.load_data` for the rest."""
+        """Takes split -> clip -> modality -> features. See `vidjax.load_data` for the others."""
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
-                    f"'{show(str(split))}' is not the name of a split, or its value is not a dict\n"
+                    f"'{show(str(split))}' is not the name of a split, or has no dict as value\n"
                     "wanted {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
         check_choice("config.data.quality", quality, QUALITIES)
@@ -67,7 +67,7 @@ class FeatureDict:
         self._quality: Quality = quality
 
     def _clips(self, split: str) -> Iterator[Clip]:
-        return as_clips(self._splits[split], split)
+        return read_dict(self._splits[split], split)
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the arrays of each split."""
@@ -82,7 +82,7 @@ class FeatureDict:
         ]
 
     def file_of(self, modality: str, split: str) -> Path:
-        """Returns the split as a path, for messages: arrays in memory have no file."""
+        """Returns the split as a path for messages, because arrays in memory have no file."""
         del modality
         return Path(split)
 
@@ -94,7 +94,7 @@ class FeatureDict:
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns the labels; see `load_label_table`."""
+        """Returns the labels, see `load_label_table`."""
         return load_label_table(self._labels, clips)
 
 
@@ -111,17 +111,20 @@ class FeatureFolder:
         workers: int | None = None,
         cache_dir: str | Path | None = None,
     ):
-        """Finds the files of each split; `labels` and `quality` are as in `vidjax.load_data`.
+        """Finds the files of each split.
 
-        `workers` processes read them; None for one per core, or fewer for little data. `cache_dir`
-        keeps the digests of files.
+        Args:
+          labels, quality: see `vidjax.load_data`.
+          workers: number of processes that read files; None: one per core, or fewer for little
+            data.
+          cache_dir: folder for the digests of files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         check_choice("config.data.quality", quality, QUALITIES)
         self._quality: Quality = quality
         self._workers, self._cache_dir = workers, cache_dir
         self._files = files_by_split(self._folder)
-        self.origin = Origin.of_folder("arrays", folder)
+        self.origin = Origin.from_folder("arrays", folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
@@ -146,29 +149,29 @@ class FeatureFolder:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
-        how = non_finite, self._quality
+        options = non_finite, self._quality
         workers = self._workers or clip_files.num_readers(self._files)
         if workers > 1:
             with contextlib.suppress(clip_files.RetrySerially):
-                return clip_files.read_at_once(self._files, scratch / "parts", workers, *how)
+                return clip_files.read_at_once(self._files, scratch / "parts", workers, *options)
         return {
-            split: pack(clip_files.read_clips(paths), scratch / split, *how)
+            split: pack(clip_files.read_clips(paths), scratch / split, *options)
             for split, paths in self._files.items()
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns the labels that were given, or else those of the folder's own files."""
+        """Returns the labels of the argument `labels`, or of the folder if it is None."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)
 
 
-EXTRACTED = ("extract.json", "thumbnails", "videos")  # see `vidjax.apps.video.features_folder`
-NO_NPY = "\na clip is made by numpy.savez('CLIP.npz', face=array): an .npy file names no modality"
+EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # see `apps.video.features_folder`
+NPY_HINT = "\nan .npy file has no modality; write a clip by numpy.savez('CLIP.npz', face=array)"
 
 
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> its parquet table, or the `.npz` files of its clips."""
+    """Returns split -> its parquet table or its `.npz` files; UserError for unread files."""
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
         raise NoFileError(f"{folder}: {problem}")
@@ -179,7 +182,9 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         if os.path.lexists(clips) and not clips.is_dir():
             raise UserError(f"{clips}: a file, not a folder of CLIP.npz: rename it")
         if table.is_file() and clips.is_dir():
-            raise UserError(f"{folder}: {split}.parquet and a folder {split}: keep one")
+            raise UserError(
+                f"{folder}: it has {split}.parquet and a folder {split}: keep one of the two"
+            )
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():
@@ -190,50 +195,56 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.npz"))):
             refuse_split(path, path.name.removesuffix(".parquet"), files)
     if not files:
-        hint = NO_NPY if any(folder.glob("*.npy")) else ""
+        hint = NPY_HINT if any(folder.glob("*.npy")) else ""
         raise NoFileError(
             f"{folder}: no features here: looked for SPLIT/CLIP.npz and SPLIT.parquet,\n"
-            f"such as train/one.npz; splits are train, val and test{hint}"
+            f"such as train/clip1.npz; splits are train, val and test{hint}"
         )
     return files
 
 
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
-    """Refuses tables that look like parts of one split, such as train-00000-of-00002.parquet."""
+    """Refuses tables that look like parts of a split, such as train-00000-of-00002.parquet."""
     for split in SPLITS:
-        parts = [one for one in tables if one.stem.startswith(split) and one.stem != split]
+        parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):
             raise UserError(
-                f"{parts[0]}: would not be read: a split is one table, {split}.parquet\n"
+                f"{parts[0]}: would not be read: a split is a single table, {split}.parquet\n"
                 f"join the tables, or write a file {split}/CLIP.npz for each clip"
             )
 
 
 def _npz_files(folder: Path) -> list[Path]:
-    """Returns the files of one split; its folder may hold nothing else, but what extract writes."""
-    with os.scandir(folder) as found:  # a split may have a hundred thousand clips
-        entries = sorted((one for one in found if one.name[0] != "."), key=lambda one: one.name)
-    if any(entry.name == EXTRACTED[0] for entry in entries):
-        entries = [entry for entry in entries if entry.name not in EXTRACTED]
+    """Returns the `.npz` files of a split.
+
+    Raises:
+      UserError: the folder has a file that is neither a clip nor written by `vidjax extract`.
+    """
+    with os.scandir(folder) as iterator:  # a split may have a hundred thousand clips
+        entries = [entry for entry in iterator if entry.name[0] != "."]
+    entries.sort(key=lambda entry: entry.name)
+    if any(entry.name == EXTRACT_FILES[0] for entry in entries):
+        entries = [entry for entry in entries if entry.name not in EXTRACT_FILES]
     for entry in entries:
         if not entry.name.endswith(".npz") or not entry.is_file():
-            hint = NO_NPY if entry.name.endswith(".npy") else ""
+            hint = NPY_HINT if entry.name.endswith(".npy") else ""
             raise UserError(
-                f"{entry.path}: not a clip: {folder.name} holds CLIP.npz, nothing else{hint}"
+                f"{entry.path}: not a clip: the folder {folder.name} may contain only CLIP.npz\n"
+                f"move this file away{hint}"
             )
     if not entries:
-        raise NoFileError(f"{folder}: holds no CLIP.npz")
+        raise NoFileError(f"{folder}: the folder contains no CLIP.npz")
     return [folder / entry.name for entry in entries]
 
 
 def _digest(clips: Iterable[Clip]) -> str:
-    """Returns the sha256 of clips in memory, whatever their order."""
+    """Returns the sha256 of clips in memory. It does not depend on their order."""
     digests = []
     for clip in clips:
         sha256 = hashlib.sha256(clip.name.encode())
         for modality, value in sorted(clip.modalities.items()):
-            frames = read_frames(value, place_of(clip, modality))
-            if not frames:  # a modality of the dataset nevertheless
+            frames = read_frames(value, locate(clip, modality))
+            if not frames:  # a modality without frames counts, too
                 sha256.update(repr((modality, None)).encode())
             for field, array in frames.items():
                 sha256.update(repr((modality, field, array.dtype.str, array.shape)).encode())
@@ -249,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def open_source(args: argparse.Namespace) -> FeatureFolder:
         return FeatureFolder(args.directory, workers=args.workers, cache_dir=args.cache_dir)
 
-    description = "Convert a folder of features of your own."
+    description = "Convert a folder of your own features."
     return run_command(argv, "vidjax.data.arrays", description, open_source)
 
 

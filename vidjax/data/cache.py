@@ -1,6 +1,6 @@
-"""The cache of converted data: a folder is filled under a lock, and gets its name once complete.
+"""The cache of converted data. A folder is filled under a lock, and renamed when it is complete.
 
-Features identify people: only the user may read the files here.
+Features identify people, so only the user may read the files of the cache.
 """
 
 import contextlib
@@ -19,21 +19,22 @@ from vidjax.utils.machine import num_cores
 
 _LOG = logging.getLogger(__name__)
 DIGEST_LETTERS = 64
-TICK_NS = 2 * 10**9  # the coarsest clocks of file systems have two seconds
+TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two seconds
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the folder `cache_dir/kind/DIGEST`, where DIGEST is of `key`, any JSON value."""
+    """Returns the folder `cache_dir/kind/DIGEST` with the digest of the JSON value `key`."""
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
 def digest_files(
     paths: Sequence[Path], cache_dir: str | Path | None = None, workers: int | None = None
 ) -> str:
-    """Returns the sha256 of the names and contents of files; reads them only if one has changed.
+    """Returns the sha256 of the names and contents of files. Unchanged files are not read again.
 
-    The cache finds the digest by the paths and the `_state` of the files. If a file changed less
-    than TICK_NS before this call, nothing is kept: another change in the same tick would not show.
+    The cache stores the digest under the paths and the `_state` of the files. If a file changed
+    less than TICK_NS before this call, the digest is not stored: a second change in the same tick
+    would go unnoticed.
     """
     began = time.time_ns()
     states = [_state(path) for path in paths]
@@ -52,14 +53,14 @@ def digest_files(
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_state(path) for path in paths]
     if unchanged and not place.parent.is_symlink():
-        with contextlib.suppress(OSError):  # a cache that cannot be written saves no time
+        with contextlib.suppress(OSError):  # the cache may be read-only
             files.make_private(place.parent)
             files.write_bytes(place, text.encode(), sync=False)
     return text
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Returns inode, size and times of a file, at least one of which changes with every write."""
+    """Returns inode, size and times of a file. Every write changes at least one of them."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -70,7 +71,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Waits for and holds a cache folder's lock; deletes what killed processes left unfinished."""
+    """Locks a folder of the cache, and deletes its unfinished copies by killed processes."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -78,15 +79,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _LOG.info("waiting for another process that fills %s", folder)
+            _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left_over in files.partials(folder):
-            # A child of a killed process may still write there; the next call clears it then.
+            # A child of a killed process may still write there. The next call then deletes it.
             shutil.rmtree(left_over, ignore_errors=True)
         yield
 
 
 def mark_used(folder: Path) -> None:
-    """Sets the time of last use of a folder of the cache to now, if it is writable."""
+    """Sets the modification time of a cache folder to now, if the folder is writable."""
     with contextlib.suppress(OSError):
         os.utime(folder)

@@ -1,4 +1,4 @@
-"""Refuses misspelt names of files; finds features from which no system can learn."""
+"""Refuses misspelt file names, and warns of features that no system can learn from."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,29 +12,32 @@ from vidjax.utils.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns all paths in a directory but hidden ones, sorted; OSError if it does not exist."""
+    """Returns the sorted paths in a directory, without hidden files; NoFileError without one."""
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"{directory}: no such directory; is the path (config.data.dir) right?")
     if not directory.is_dir():
-        raise NoFileError(f"{directory}: not a directory; name the folder that holds the files")
+        raise NoFileError(f"{directory}: not a directory; name the folder of the files")
     return sorted(path for path in directory.iterdir() if path.name[0] != ".")
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError if a path is a folder, a broken link or a device; it may also be absent."""
+    """Raises UserError if a path exists but is not a file: a folder, broken link or device."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "a folder" if path.is_dir() else "not a regular file"
     if not path.exists():
-        kind = f"a link to '{path.readlink()}', which is not there"
-    raise UserError(f"{path}: {kind}, where a file is wanted: put the file there, or rename it")
+        kind = f"a link to '{path.readlink()}', which does not exist"
+    raise UserError(f"{path}: {kind}, wanted a file: put the file there, or rename it")
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
-    """Raises ValueError if `word`, a part of the path's name, misspells a split, such as `valid`.
+    """Raises UserError if a path contains a misspelt split, such as `valid`.
 
-    Not for a correct word, nor for a split in `present`, the splits with files of their own.
+    Args:
+      path: the path.
+      word: the part of its name that should be a split.
+      present: the splits that have files. Words that resemble them are not refused.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -42,32 +45,38 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     if split and split not in present:
         head, _, tail = path.name.rpartition(word)
         raise UserError(
-            f"{path}: '{word}' is no split and would not be read\n"
+            f"{path}: '{word}' is not a split, so this would not be read\n"
             f"rename it to {head}{split}{tail}, or move it away; splits are {', '.join(SPLITS)}"
         )
 
 
-FEATURES = (".npz", ".npy", ".parquet")  # endings of files of features
+FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Refuses features that lie beside `wanted` ones, such as CLIP.npz, and would not be read."""
+    """Raises UserError if a path contains features that would be ignored.
+
+    `wanted` describes the files that are read, such as CLIP.npz, for the message.
+    """
     for path in entries:
-        holds = path.is_dir() and any(x for end in FEATURES for x in path.glob(f"*{end}"))
-        if holds or path.suffix.lower() in FEATURES:
+        patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
+        has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
+        if has_features or path.suffix.lower() in FEATURE_SUFFIXES:
             raise UserError(
-                f"{path}: would not be read beside {wanted}\nmove it away, or name it by itself"
+                f"{path}: would be ignored, because the folder has {wanted}\n"
+                "move it away, or run the command on this path"
             )
 
 
-# Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
-LONGEST, SHORTEST = 1e18, 1e-12
-NARROW = 4  # features look transposed if T is at least so many times D
-EQUAL = 0.01  # norms within this relative range count as all the same
+# Limits of feature norms. The sum of squares of a longer feature overflows in float32; the sum of a
+# shorter feature becomes 0.
+MAX_NORM, MIN_NORM = 1e18, 1e-12
+MIN_TRANSPOSED_RATIO = 4  # features look transposed if T is at least this multiple of D
+MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for every two modalities with similar names that never share a clip.
+    """Yields a message for each pair of modalities with similar names and no common clip.
 
     `splits` is split -> modality -> [N] int, number of frames of each clip.
     """
@@ -87,56 +96,61 @@ def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
 def transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message for every modality whose features look like [D, T] instead of [T, D].
+    """Yields a message for each modality whose features look like [D, T] instead of [T, D].
 
-    All its clips then have the same T >= NARROW * D. `splits` is as in `misspelt`.
+    In such a modality, all clips have the same T >= MIN_TRANSPOSED_RATIO * D.
+
+    Args:
+      splits: as in `misspelt`.
+      widths: modality -> D.
     """
     for name, width in widths.items():
-        found = [lengths[name] for lengths in splits.values() if name in lengths]
-        counts = np.unique(np.concatenate([*found, [0]]))[1:]
+        lengths = [split[name] for split in splits.values() if name in split]
+        counts = np.unique(np.concatenate([*lengths, [0]]))[1:]
         if (
             len(counts) == 1
-            and counts[0] >= NARROW * width
-            and sum(map(np.count_nonzero, found)) > 1
+            and counts[0] >= MIN_TRANSPOSED_RATIO * width
+            and sum(map(np.count_nonzero, lengths)) > 1
         ):
             yield (
-                f"{name}: every clip has {counts[0]} frames of {width} numbers: is it the other "
-                f"way round?\nfeatures are [frames, width]: features.T turns them"
+                f"{name}: every clip has {counts[0]} frames of {width} numbers: are rows and "
+                f"columns swapped?\nfeatures are [frames, width]: use features.T"
             )
 
 
 def equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message where quality is the norm of features and the norm is always the same.
+    """Yields a message for each modality whose quality is the norm of a feature of constant norm.
 
-    A clip of one frame has no best one, so modalities with one frame a clip are left out.
+    Quality does not matter in a modality with a single frame per clip, so it gets no message.
     """
     for modality in modalities:
-        facts = [
+        reports = [
             split["modalities"][modality]
             for split in report["splits"].values()
             if modality in split["modalities"]
         ]
-        if any(_is_one_norm(one) for one in facts if one["frames_per_clip"]["max"] > 1):
+        if any(_has_equal_norms(part) for part in reports if part["frames_per_clip"]["max"] > 1):
             yield (
-                f"{modality}: frames without a quality get the length of their feature, and all "
-                f"are equally long:\nall frames count alike, and the best are the first; give "
-                f"{modality}_quality, or features before they are scaled to one length"
+                f"{modality}: the quality of frames is the norm of their features, and all norms "
+                f"are equal:\nall frames have equal weights, and the best frames are the first\n"
+                f"add {modality}_quality, or write the features before they are normalised"
             )
 
 
-def _is_one_norm(facts: Mapping[str, Any]) -> bool:
-    """Returns True if the quality of frames is the norm of their features, and nearly constant."""
-    norm = facts["norm"]
-    if facts["quality"] != norm or not norm["counts"] or not SHORTEST < norm["mean"] < LONGEST:
+def _has_equal_norms(report: Mapping[str, Any]) -> bool:
+    """Returns True if the quality is the norm of the feature, and the norm is nearly constant."""
+    norm = report["norm"]
+    if report["quality"] != norm or not norm["counts"] or not MIN_NORM < norm["mean"] < MAX_NORM:
         return False
-    # Bins of a constant norm reach beyond it on both sides, so that the first bin is empty.
-    return not norm["counts"][0] or norm["edges"][-1] - norm["edges"][0] < EQUAL * norm["mean"]
+    # The bins of a constant norm extend beyond it on both sides, so that the first bin is empty.
+    width = norm["edges"][-1] - norm["edges"][0]
+    return not norm["counts"][0] or width < MAX_EQUAL_RANGE * norm["mean"]
 
 
 def unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for modalities whose features are absent, not finite, 0 or out of range."""
+    """Yields a message for each modality whose features are missing, not finite, 0 or too large."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [
@@ -152,24 +166,25 @@ def unusable(
         elif not any(count["frames"] for count in counts):
             yield f"{modality}: all {seen} frames of {place} have a NaN or an Inf{remedy}"
         else:
-            yield from _odd_norms(modality, place, [c["norm"] for c in counts if c["frames"]])
+            norms = [count["norm"] for count in counts if count["frames"]]
+            yield from _check_norms(modality, place, norms)
 
 
-def _odd_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message where float32 cannot hold the squares of features."""
+def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields a message if float32 cannot represent the squares of features."""
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
-    if longest > LONGEST:
+    if longest > MAX_NORM:
         yield (
-            f"{modality}: features of {place} are up to {longest:.2g} long, and their squares "
-            "overflow float32\ndivide them by a constant, or leave out the clips that are wrong"
+            f"{modality}: features of {place} have norms up to {longest:.2g}, and their squares "
+            "overflow float32\ndivide them by a constant, or leave out the wrong clips"
         )
     elif not mean:
         yield (
             f"{modality}: all features of {place} are 0\n"
-            f"write others, or leave '{modality}' out of config.modalities"
+            f"write other features, or leave '{modality}' out of config.modalities"
         )
-    elif mean < SHORTEST:
+    elif mean < MIN_NORM:
         yield (
-            f"{modality}: features of {place} are {mean:.2g} long on average, and their squares "
-            "vanish in float32\nmultiply them by a constant"
+            f"{modality}: features of {place} have a mean norm of {mean:.2g}, and their squares "
+            "become 0 in float32\nmultiply them by a constant"
         )

@@ -1,7 +1,8 @@
-"""Files of your own features: clips as `.npz`, a split as parquet table with a row per frame.
+"""Reads and writes files of your own features: `.npz` files and parquet tables.
 
-An `.npz` of several clips has their names in `clips` [N], and joins their frames: `face` [T, D],
-`face_quality` [T] and so on. `face_length` [N] counts the frames of each clip.
+An `.npz` file of several clips contains their names in `clips` [N], and the joined frames of all
+clips: `face` [T, D], `face_quality` [T] and so on. `face_length` [N] counts the frames of each
+clip. A table has a row per frame.
 """
 
 import io
@@ -25,13 +26,13 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.machine import memory_bytes, num_cores
 
-CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
-FLOAT_BYTES = 4  # of float32, which answers are computed in
+MAX_CLIP_BYTES = 2 << 30  # of the arrays of a clip, enough for hours of video
+FLOAT_BYTES = 4  # of a float32
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files, one file in memory at a time."""
-    limit = min(CLIP_BYTES, memory_bytes() // 8)
+    """Yields the clips of `.npz` files. Only one file is in memory at a time."""
+    limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
         with files.open_input(path) as file:
@@ -40,19 +41,22 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
                 arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from error
-        if is_joined(arrays):
+        if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
             yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
 
 
-def is_joined(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Tells if arrays of an `.npz` are of several clips; features of a modality may be `clips`."""
+def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Returns True for an `.npz` of several clips, with text in `clips`.
+
+    In an `.npz` of a single clip, `clips` may be a modality with numbers.
+    """
     return "clips" in arrays and arrays["clips"].dtype.kind == "U"
 
 
 def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
-    """Yields the clips of an `.npz` of several."""
+    """Yields the clips of an `.npz` of several clips."""
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -66,19 +70,19 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
         count = length.get(modality, np.empty(0))
         if (
             count.dtype.kind not in "iu" or count.shape != names.shape or (count < 0).any()
-            or any(len(np.atleast_1d(x)) != count.sum() for x in fields.values())
+            or any(len(np.atleast_1d(array)) != count.sum() for array in fields.values())
         ):  # fmt: skip
             raise UserError(f"{path}: '{modality}_length' must count the frames of each clip")
         ends = np.cumsum(count)[:-1]
         for field, array in fields.items():
-            for part, own in zip(parts, np.split(array, ends), strict=False):
-                part.setdefault(modality, {})[field] = own
+            for part, values in zip(parts, np.split(array, ends), strict=False):
+                part.setdefault(modality, {})[field] = values
     for given, modalities in zip(names.ravel().tolist(), parts, strict=True):
         yield Clip(clean_name_at(f"{path}:", given), path, modalities, given)
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes a new `.npz` of several clips: name -> arrays as in an `.npz` of one clip."""
+    """Writes an `.npz` of several clips; `clips` is name -> arrays of an `.npz` of one clip."""
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     for key in keys:
@@ -92,25 +96,30 @@ def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None
 
 
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
-    """Returns the clip of an `.npz` in memory, of at most `limit` bytes as float32.
+    """Reads the clip of an `.npz` in memory.
 
-    `files.npz_bytes(content, limit)` counts these bytes before arrays are unpacked.
+    Raises:
+      UserError: the `.npz` is damaged, has several clips, or takes more than `limit` bytes as
+        float32 (`files.npz_bytes` counts them before arrays are unpacked).
     """
     clean = clean_name_at("clip:", name)
     try:
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
     except ValueError as error:
         raise UserError(f"clip {show(clean)}: {error}") from error
-    if is_joined(arrays):
+    if has_several_clips(arrays):
         raise UserError(f"clip {show(clean)}: an .npz of several clips\nsend one clip at a time")
     return Clip(clean, "npz", _by_modality(arrays, "npz"), name)
 
 
 def read_json(value: object, place: str) -> Clip:
-    """Returns a clip of JSON: {"clip": NAME, "face": [T lists of D numbers], ...}.
+    """Reads a clip from JSON: {"clip": NAME, "face": [T lists of D numbers], ...}.
 
-    The other keys are those of an `.npz` file, `face`, `face_quality` and so on; a single frame may
-    be one list. ValueError names `place` and the key.
+    The other keys are as in an `.npz` file, `face_quality` for example. The features of a single
+    frame may be a plain list of D numbers.
+
+    Raises:
+      UserError: the JSON has another form; the message names `place` and the key.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(f'{place}: no clip: wanted {{"clip": "NAME", "face": [[...], ...]}}')
@@ -120,15 +129,15 @@ def read_json(value: object, place: str) -> Clip:
         if key != "clip":
             try:
                 array = np.asarray(numbers)
-            except ValueError:  # lists of several lengths
+            except ValueError:  # the lists have different lengths
                 array = np.asarray(None)
             if array.dtype.kind not in "iuf" or not array.ndim:
                 raise UserError(
-                    f"{place}: clip {show(name)}: '{show(key)}' is no list of numbers, and no list "
-                    "of lists of one length"
+                    f"{place}: clip {show(name)}: '{show(key)}': wanted a list of numbers, or "
+                    "lists of equal length"
                 )
-            with np.errstate(over="ignore"):  # infinite: the frame is left out, and told
-                # Numbers of frames stay whole: float32 holds those below 2**24.
+            with np.errstate(over="ignore"):  # a frame with an Inf is left out, with a warning
+                # Frame numbers stay integers, because float32 rounds integers from 2**24 on.
                 arrays[key] = array if key.endswith("_number") else array.astype(np.float32)
     return Clip(name, place, _by_modality(arrays, place), given)
 
@@ -136,7 +145,8 @@ def read_json(value: object, place: str) -> Clip:
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
     """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
 
-    ValueError for a misspelt field such as `face_qualty`, and for an array without a name.
+    Raises:
+      UserError: a field is misspelt, such as `face_qualty`, or an array has no name.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -148,20 +158,20 @@ def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict
         name, _, field = key.rpartition("_")
         if name in arrays and field in FRAME_FIELDS:
             modalities.setdefault(name, {})[field] = array
-        elif name in arrays and (meant := closest(field, FRAME_FIELDS, cutoff=0.75)):
-            raise UserError(f"{place}: no field '{show(key)}'; did you mean '{name}_{meant}'?")
+        elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
+            raise UserError(f"{place}: no field '{show(key)}'; did you mean '{name}_{similar}'?")
         else:
             modalities.setdefault(key, {})["features"] = array
     return modalities
 
 
 def read_parquet(path: Path) -> Iterator[Clip]:
-    """Yields the clips of a parquet table with rows in any order; loads the table as a whole."""
+    """Yields the clips of a parquet table. Rows may have any order; the table fits into memory."""
     columns, values, width = parquet.read(path)
     start = np.cumsum(width, dtype=np.int64) - width
     scalars = {
         name: columns[name].to_numpy(zero_copy_only=False)
-        for name in parquet.OPTIONAL
+        for name in parquet.OPTIONAL_COLUMNS
         if name in columns
     }
     clips: dict[str, dict[str, Any]] = {}
@@ -178,7 +188,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place}: there with and without .mp4: keep one")
+            raise UserError(f"{place}: is in the table with and without .mp4: keep one")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}
@@ -187,7 +197,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns [n, width], lists in `values` that begin at `starts` [n]; a view if they adjoin."""
+    """Returns [n, width], the lists in `values` that begin at `starts` [n]; a view if possible."""
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
         return values[first : first + width * count].reshape(count, width)
@@ -195,7 +205,7 @@ def _lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
 
 
 def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields clip, modality and [n] int, the numbers of their rows in ascending order."""
+    """Yields clip, modality, and [n] int, the numbers of their rows in ascending order."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")
@@ -204,23 +214,22 @@ def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]
         yield names[value // len(kinds)], kinds[value % len(kinds)], rows
 
 
-# Less than this is read before another process has started.
-READER_BYTES = 64 << 20
+MIN_READER_BYTES = 64 << 20  # with less data, another process would start too late to help
 COPY_BYTES = 4 << 20
-NO_LIMIT, MOST_SECONDS = 1 << 60, 100_000  # for files of the user's own
-OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
+NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000  # the files come from the user
+OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
 
 
 def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of a split: of one parquet table, or of `.npz` files."""
+    """Yields the clips of a split, from a parquet table or from `.npz` files."""
     return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
 
 
 def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns how many processes shall read all files: one per READER_BYTES and core at most."""
+    """Returns the best number of reading processes: one per MIN_READER_BYTES, at most per core."""
     paths = [path for split in files.values() for path in split]
     size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
-    return max(1, min(num_cores(), size // READER_BYTES))
+    return max(1, min(num_cores(), size // MIN_READER_BYTES))
 
 
 def read_at_once(
@@ -230,12 +239,22 @@ def read_at_once(
     non_finite: NonFinite,
     quality: Quality,
 ) -> dict[str, dict[str, PackedClips]]:
-    """Reads clips with several processes; returns split -> what `pack` returns.
+    """Reads clips with several processes.
 
-    Raises RetrySerially if a process fails or the parts contradict each other, such as by a clip in
-    two of them. The arrays lie in `scratch`.
+    Args:
+      files: split -> the files of its clips.
+      scratch: folder for flat files, which must outlive the arrays.
+      workers: number of processes.
+      non_finite, quality: as in `pack`.
+
+    Returns:
+      split -> modality -> PackedClips.
+
+    Raises:
+      RetrySerially: a process failed, or the parts contradict each other: a clip in two parts, for
+        example.
     """
-    # Some parts take longer: twice as many as processes.
+    # Some parts take longer than others, so there are twice as many parts as processes.
     length = -(-sum(map(len, files.values())) // (2 * workers))
     parts = [
         (split, paths[first : first + length])
@@ -245,39 +264,43 @@ def read_at_once(
 
     def read(children: Children, number: int) -> _Part:
         folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
-        given = {"paths": paths, "out_dir": str(folder), "how": (non_finite, quality)}
-        limits = {"memory_bytes": NO_LIMIT, "cpu_seconds": MOST_SECONDS}
+        arguments = {"paths": paths, "out_dir": str(folder), "options": (non_finite, quality)}
+        limits = {"memory_bytes": NO_MEMORY_LIMIT, "cpu_seconds": MAX_CPU_SECONDS}
         try:
-            found = run_limited(__name__, folder, given, **limits, children=children)
+            summaries = run_limited(__name__, folder, arguments, **limits, children=children)
         except UserError:
             raise RetrySerially from None
-        return {name: (folder / name, summary) for name, summary in found.items()}
+        return {name: (folder / name, summary) for name, summary in summaries.items()}
 
     try:
-        found = map_children(read, range(len(parts)), workers)
-        return {
-            split: _join([part for (of, _), part in zip(parts, found, strict=True) if of == split])
-            for split in files
-        }
+        by_split: dict[str, list[_Part]] = {split: [] for split in files}
+        packed = map_children(read, range(len(parts)), workers)
+        for (split, _), part in zip(parts, packed, strict=True):
+            by_split[split].append(part)
+        return {split: _join(of_split) for split, of_split in by_split.items()}
     except RetrySerially:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
 class RetrySerially(Exception):
-    """One process must read all clips: it tells what is wrong."""
+    """A single process must read all clips, because it can report exactly what is wrong."""
 
 
 _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `PackedClips.summary`
 
 
 def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
-    """Returns modality -> the clips of all parts of a split; appends flat files to the first ones.
+    """Appends the flat files of all parts of a split to the files of the first part.
 
-    Raises RetrySerially where parts share a clip, or differ in width or dtype. Also where two
-    modalities differ in the size of letters alone.
+    Returns:
+      modality -> PackedClips.
+
+    Raises:
+      RetrySerially: parts share a clip or differ in width or dtype, or the names of two modalities
+        differ only in the case of letters.
     """
-    names = [{name for _, one in part.values() for name in one["names"]} for part in parts]
+    names = [{name for _, packed in part.values() for name in packed["names"]} for part in parts]
     modalities = sorted({name for part in parts for name in part})
     if (
         sum(map(len, names)) != len(set().union(*names))
@@ -289,7 +312,7 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
         (folder, whole), *others = (part[modality] for part in parts if modality in part)
         for other, more in others:
             if any(more["lengths"]):
-                kinds = [(one["width"], one["dtype"]) for one in (whole, more)]
+                kinds = [(summary["width"], summary["dtype"]) for summary in (whole, more)]
                 if any(whole["lengths"]) and kinds[0] != kinds[1]:
                     raise RetrySerially
                 whole["width"], whole["dtype"] = kinds[1]
@@ -302,20 +325,22 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
                 with (other / name).open("rb") as part, (folder / name).open("ab") as file:
                     shutil.copyfileobj(part, file, COPY_BYTES)
                 (other / name).unlink()
-        joined[modality] = PackedClips.of_flat_files(folder, whole)
+        joined[modality] = PackedClips.from_flat_files(folder, whole)
     return joined
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Packs some clips and returns modality -> their summary, in a child of `run_limited`."""
+    """Packs the clips of a part in a child process; returns modality -> `PackedClips.summary`."""
 
     def clips() -> Iterator[Clip]:
         for clip in read_clips(list(map(Path, arguments["paths"]))):
             if not clip.modalities:
-                raise UserError("which modality it counts for, the other parts decide")
+                # `pack` adds such a clip to the first modality of all parts, unknown here. This
+                # error makes `read_at_once` raise RetrySerially.
+                raise UserError("a clip without modalities")
             yield clip
 
-    packed = pack(clips(), Path(arguments["out_dir"]), *arguments["how"])
+    packed = pack(clips(), Path(arguments["out_dir"]), *arguments["options"])
     return {name: flat.summary() for name, flat in packed.items()}
 
 

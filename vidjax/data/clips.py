@@ -1,7 +1,7 @@
-"""The clips of a split, plans of their batches, and the protocols that sources of clips follow.
+"""The clips of a split, the plans of their batches, and the protocols of sources of clips.
 
-Numpy only. The sources are `Dataset` (records on disk), `Resident` (arrays on the devices) and
-`MemoryClips` (arrays in memory). Training and evaluation know them by these protocols alone.
+The sources are `Dataset` (records on disk), `Resident` (arrays on the devices) and `MemoryClips`
+(arrays in memory). Training and evaluation use only these protocols. This module needs only numpy.
 """
 
 import itertools
@@ -19,15 +19,15 @@ from vidjax.utils.errors import UserError, closest, suggest
 SPLITS = ("train", "val", "test")
 BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
 MAX_EVAL_FRAMES = BUCKETS[-1]
-# A modality is never padded beyond its longest clip of the split, rounded up to one of these:
+# A modality is padded at most to its longest clip of the split, rounded up to one of these lengths:
 # audio with one vector per clip keeps T = 1, and splits of similar clips share compiled programs.
 PAD_LENGTHS = (1, 8, *BUCKETS)
-# Frames of padding that take less time than to compile what evaluates clips of another length.
-FEW_FRAMES = 1 << 16
+# Computing this many frames of padding is faster than compiling a program for another length.
+MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """Feature width D and name of the stored dtype, such as 'float16', of one modality."""
+    """The feature width D of a modality, and the name of its stored dtype, such as 'float16'."""
 
     dim: int
     dtype: str
@@ -35,18 +35,18 @@ class Modality(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of one split and their labels.
+    """The clips of a split and their labels.
 
     Attributes:
       name: 'train', 'val' or 'test'.
       clips: N clip names in byte order; `clip_index` is a position in this tuple.
       labels: [N] int32, class column 1..C, or 0 for a distractor or an unlabelled clip.
-      labelled: False when the split has no ground truth at all.
-      positives: [C] int64, number of clips that the ground truth lists for each identity, including
-        clips without a record.
+      labelled: False if the split has no ground truth.
+      positives: [C] int64, number of clips that the ground truth lists for each identity. Clips
+        without features count, too.
       num_others: number of identities in the ground truth that have no column.
-      lengths: modality -> [N] int32, number of frames of each clip; only the modalities that the
-        split has features of.
+      lengths: modality -> [N] int32, number of frames of each clip, for the modalities of the
+        split.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Split:
 
 
 class EvalPlan(NamedTuple):
-    """The clips of one split that are evaluated, grouped by length.
+    """The evaluated clips of a split, grouped by length.
 
     Attributes:
-      bucket: [N] int, index into BUCKETS for each clip; -1 for a clip that is left out.
+      bucket: [N] int, index into BUCKETS for each clip, or -1 for a clip that is left out.
       padded_lengths: modality -> T of each bucket in BUCKETS.
     """
 
@@ -73,19 +73,19 @@ class EvalPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """How clips form the batches of training, whether streamed or resident on the devices.
+    """How clips form training batches. Streaming and resident data share the plan.
 
     Attributes:
-      splits: names of the training splits; `clip_index` numbers the clips of all, split by split.
+      splits: names of the training splits; `clip_index` counts through their clips, in order.
       batch_size: B.
-      num_clips: N, the clips of an epoch.
+      num_clips: N, the number of clips of an epoch.
       padded_lengths: modality -> T.
       longer: modalities in which some clip has more than T frames.
       crop: how a longer clip is cut to T frames: 'window' takes consecutive frames from a random
-        start, 'quality' the best T frames in time order.
+        start, 'quality' takes the best T frames in time order.
       seed: seed of the order of clips and of the windows.
-      examples: [N] int32, the `clip_index` of the clips of an epoch, whose last batch is short;
-        None: an epoch has all clips, and batches go on over its end.
+      examples: [N] int32, the `clip_index` of each clip of an epoch; the last batch of an epoch is
+        short. None: an epoch has all clips, and a batch may span two epochs.
     """
 
     splits: tuple[str, ...]
@@ -99,7 +99,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def num_places(self) -> int:
-        """Rows of all batches of an epoch: N, and the empty rows of a short batch."""
+        """The number of rows of an epoch: N plus the empty rows of the short batch."""
         if self.examples is None:
             return self.num_clips
         return math.ceil(self.num_clips / self.batch_size) * self.batch_size
@@ -111,7 +111,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that are read."""
+        """The names of the modalities, in order."""
         return tuple(self.padded_lengths)
 
     @property
@@ -120,10 +120,15 @@ class BatchPlan(NamedTuple):
         return self.longer if self.crop == "window" else ()
 
 
-def blocks_of(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (bucket number, [n] int indices into `bucket`) of the blocks of 1 <= n <= rows clips.
+def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Splits the clips of each bucket into blocks of at most `rows` clips.
 
-    `bucket` [N] int has the bucket of each clip, -1 for a clip that is left out.
+    Args:
+      bucket: [N] int, the bucket of each clip, or -1 for a clip that is left out.
+      rows: maximum number of clips in a block.
+
+    Yields:
+      The number of the bucket, and [n] int, the positions of the n clips of the block in `bucket`.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -132,7 +137,7 @@ def blocks_of(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]
 
 
 class ClipSource(Protocol):
-    """Clips, labelled or not, that can be scored and evaluated."""
+    """Clips, with or without labels, that can be scored and evaluated."""
 
     @property
     def identities(self) -> tuple[str, ...]:
@@ -140,60 +145,65 @@ class ClipSource(Protocol):
         ...
 
     def split(self, name: str) -> Split:
-        """Returns one split; ValueError for an unknown name."""
+        """Returns a split; UserError if there is no split of this name."""
         ...
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
-        The last block of a bucket is filled up with rows of batch_mask False. A clip of more than
-        512 frames gives its best 512 by quality, in time order; where quality ties, the earlier
-        frame is better. T depends on the plan alone, never on `rows`.
+        The last block of a bucket is filled up with rows whose batch_mask is False. From a clip of
+        more than 512 frames, the best 512 by quality are taken, in time order. Among frames of
+        equal quality, the earlier frame is preferred. T depends only on the plan, not on `rows`.
         """
         ...
 
 
 class TrainingData(ClipSource, Protocol):
-    """Labelled clips that can be trained on."""
+    """Labelled clips for training."""
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
-        """Modality -> width and stored dtype of its features."""
+        """Modality -> the width and the stored dtype of its features."""
         ...
 
     @property
     def report(self) -> Mapping[str, Any]:
-        """Counts of loaded and skipped frames and clips, and of labels: `data_report.json`."""
+        """The content of `data_report.json`: counts of frames, clips and labels."""
         ...
 
     def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips, labelled for other class columns."""
+        """Returns the same clips with labels for the class columns `identities`."""
         ...
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clip indices of a split in the order in which clips are stored."""
+        """Returns [N] int32, the clip indices of a split in the order of the stored clips."""
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of the steps from `step` on, with the clips of `order.draw`.
+        """Yields the batches from `step` on, with the clips that `order.draw` returns.
 
-        Rows of batch_mask False have no frames.
+        Rows whose batch_mask is False have no frames.
         """
         ...
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields every clip of a split once, with all its frames, in chunks of n clips.
+        """Yields every clip of a split once, with all frames, in chunks.
 
-        A chunk is a pair: clip_index [n] int32, and modality -> Packed of these n clips.
+        Yields:
+          clip_index [n] int32 of the n clips of a chunk, and modality -> Packed.
         """
         ...
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width; ValueError for no name, a name twice or one not in `known`."""
-    _check_once(names)
+    """Returns name -> feature width of the chosen modalities.
+
+    Raises:
+      UserError: `names` is empty, has a name twice, or has a name that is not in `known`.
+    """
+    _check_distinct(names)
     for name in names:
         if name not in known:
             raise UserError(
@@ -202,14 +212,14 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
     return {name: known[name].dim for name in names}
 
 
-def _check_once(names: Sequence[str]) -> None:
+def _check_distinct(names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.modalities={','.join(names)}: name one or more, each once")
+        raise UserError(f"config.modalities={','.join(names)}: name at least one, each only once")
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Raises ValueError for no name, a name given twice, or a modality that a split lacks."""
-    _check_once(modalities)
+    """Raises UserError if `modalities` is empty, or has a name twice or a name not in `split`."""
+    _check_distinct(modalities)
     for name in modalities:
         if name not in split.lengths:
             close = closest(name, split.lengths)
@@ -227,7 +237,7 @@ def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns T: the least of PAD_LENGTHS that is `longest` or more, but at most `limit`."""
+    """Returns T: `longest` rounded up to one of PAD_LENGTHS, but at most `limit`."""
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
@@ -241,24 +251,25 @@ def make_eval_plan(
 ) -> EvalPlan:
     """Groups the clips of a split by length for evaluation.
 
-    The padding of a modality depends on the whole split, not on `only`: a clip is padded alike
-    whichever other clips are evaluated.
+    The padding of a modality depends on the whole split, not on `only`: the padding of a clip does
+    not change with the other evaluated clips.
 
     Args:
-      lengths: [N] int, number of frames by which each clip's bucket is chosen, at least and by
-        default `longest(split, modalities)`. With it, other sources of the clips form equal blocks.
-      only: [N] bool, True for the clips to evaluate; None for all.
-      join: True to let clips join longer ones where that adds at most FEW_FRAMES of padding, so
-        that one program evaluates a small split. It does not help models that judge every frame by
-        itself: a block takes as long as its longest clip.
+      lengths: [N] int, the number of frames that decides the bucket of each clip; at least
+        `longest(split, modalities)`, which is the default. Two sources of the same clips form equal
+        blocks if they get equal `lengths`.
+      only: [N] bool, True for the clips to evaluate; None: all clips.
+      join: True to evaluate short clips together with longer clips if that adds at most
+        MAX_EXTRA_FRAMES of padding, so that a small split needs only one compiled program. It
+        does not help models of single frames: a block takes as long as its longest clip.
     """
-    most = longest(split, modalities)
-    lengths = most if lengths is None else np.asarray(lengths)
-    wanted = np.ones(most.shape, bool) if only is None else np.asarray(only)
+    num_frames = longest(split, modalities)
+    lengths = num_frames if lengths is None else np.asarray(lengths)
+    wanted = np.ones(num_frames.shape, bool) if only is None else np.asarray(only)
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
     for shorter, longer in itertools.pairwise(np.unique(bucket)) if join else ():
         added = padded(int(lengths.max()), BUCKETS[longer]) - BUCKETS[shorter]
-        if np.count_nonzero(bucket == shorter) * added <= FEW_FRAMES:
+        if np.count_nonzero(bucket == shorter) * added <= MAX_EXTRA_FRAMES:
             bucket[bucket == shorter] = longer
     padded_lengths = {
         name: tuple(padded(int(split.lengths[name].max()), limit) for limit in BUCKETS)
@@ -280,15 +291,18 @@ def make_batch_plan(
     """Plans the batches of training.
 
     Args:
-      splits: the training splits; `clip_index` numbers the clips of all, split by split.
+      splits: the training splits; `clip_index` counts through their clips, in order.
       batch_size: B; may exceed the number of clips.
-      max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
+      max_frames: the largest T. If all clips of a modality are shorter, T is the length of the
+        longest clip, rounded up.
       crop, examples: see BatchPlan.
       seed: seed of the order of clips and of the windows.
     """
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.data.train_splits={','.join(names)}: name one or more, each once")
+        raise UserError(
+            f"config.data.train_splits={','.join(names)}: name at least one, each only once"
+        )
     if batch_size < 1 or max_frames < 1:
         raise UserError(
             f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "
@@ -296,14 +310,16 @@ def make_batch_plan(
         )
     for split in splits:
         check_modalities(split, modalities)
-    most = {name: max(int(split.lengths[name].max()) for split in splits) for name in modalities}
-    padded_lengths = {name: padded(most[name], max_frames) for name in modalities}
+    longest_clip = {
+        name: max(int(split.lengths[name].max()) for split in splits) for name in modalities
+    }
+    padded_lengths = {name: padded(longest_clip[name], max_frames) for name in modalities}
     return BatchPlan(
         splits=names,
         batch_size=batch_size,
         num_clips=sum(len(split.clips) for split in splits) if examples is None else len(examples),
         padded_lengths=padded_lengths,
-        longer=tuple(name for name in modalities if most[name] > padded_lengths[name]),
+        longer=tuple(name for name in modalities if longest_clip[name] > padded_lengths[name]),
         crop=crop,
         seed=seed,
         examples=examples,
@@ -313,7 +329,12 @@ def make_batch_plan(
 def num_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Returns modality -> number of `clips` over `max_frames`, and of their `frames` beyond it."""
+    """Counts what `max_frames` cuts off.
+
+    Returns:
+      modality -> the number of `clips` with more than `max_frames` frames, and of the `frames` that
+      exceed it.
+    """
     for split in splits:
         check_modalities(split, modalities)
     counts = {}
@@ -325,16 +346,16 @@ def num_cropped(
 
 
 def best_frames(quality: np.ndarray, count: int) -> np.ndarray:
-    """Returns [count] int, positions of a clip's best frames by quality [T], in time order.
+    """Returns [count] int, the positions of the frames of the best `quality` [T], in time order.
 
-    NaN counts as the lowest quality. Where quality ties, the earlier frame is better.
+    NaN counts as the lowest quality. Among frames of equal quality, the earlier is preferred.
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
     return np.sort(np.argsort(-ordered, kind="stable")[:count])
 
 
-def batch_of(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
-    """Returns a batch of `rows` rows, of which the first are the clips of `clip_index`."""
+def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
+    """Returns a batch of `rows` rows: first the clips of `clip_index`, then empty rows."""
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 
@@ -342,9 +363,12 @@ def batch_of(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) ->
 def pad(
     frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
 ) -> Frames:
-    """Returns Frames [B, T] = `shape`; a clip of more than T frames gives its best T by quality.
+    """Pads clips with 0 to Frames [B, T]; a clip of more than T frames keeps its best by quality.
 
-    `frames` are field -> the frames of each of n <= B clips, [t] or [t, D]. Padding is 0.
+    Args:
+      frames: field -> the values of each of n <= B clips, [t] or [t, D].
+      shape: (B, T).
+      modality: the width and the dtype of the features.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

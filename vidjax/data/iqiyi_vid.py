@@ -2,8 +2,8 @@
 
     python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N]
 
-converts a directory and prints its report. Records hold features alone; labels come from the
-ground-truth files at every load, so that correcting a label never means converting again.
+converts a directory and prints its report. Records contain only features. Labels are read from the
+ground-truth files at every load, so a corrected label does not require a new conversion.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
 
-VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
+VERSION = 2  # part of the key of a cache folder: increase it if the code reads different frames
 
 
 class OfficialFiles:
@@ -41,10 +41,13 @@ class OfficialFiles:
         cache_dir: str | Path | None = None,
         origin: Origin | None = None,
     ):
-        """Finds the feature pickles, of which `workers` are read at once.
+        """Finds the feature pickles.
 
-        `workers` None is one per core, or fewer where memory would be short. `cache_dir` keeps the
-        digests of files.
+        Args:
+          workers: number of pickles that are read at once; None: one per core, or fewer if the
+            memory is small.
+          cache_dir: folder for the digests of files.
+          origin: the origin of the dataset; None: the official files in `directory`.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
@@ -54,15 +57,15 @@ class OfficialFiles:
                 "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
                 + _hint(self._directory)
             )
-        find_ground_truth(self._directory)  # wrong names are told before anything is read
+        find_ground_truth(self._directory)  # reports wrong file names before features are read
         self._workers, self._cache_dir = workers, cache_dir
-        self.origin = origin or Origin.of_folder("iqiyi_vid", directory)
+        self.origin = origin or Origin.from_folder("iqiyi_vid", directory)
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> 0: names of files tell no width (`sources.modalities`)."""
+        """Modality -> 0, because file names do not contain the width (see `sources.modalities`)."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -82,7 +85,7 @@ class OfficialFiles:
         return self._files[modality, split]
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Unpacks all pickles in sandboxes, some at once, the largest first."""
+        """Unpacks all pickles in sandboxes, several at once, the largest first."""
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
@@ -104,18 +107,18 @@ class OfficialFiles:
 
 
 def _num_readers(sizes: Collection[int]) -> int:
-    """Returns how many pickles, of `sizes` in bytes, to read at once, within half of the memory."""
+    """Returns the number of pickles of `sizes` bytes that fit into half of the memory at once."""
     largest = sorted(sizes, reverse=True)
-    # A reader holds its pickle about twice.
+    # A reader needs about twice the size of its pickle.
     fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
     return max(1, min(num_cores(), len(fitting)))
 
 
 def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Path]:
-    """Returns (modality, split) -> feature pickle of a directory, sorted.
+    """Returns (modality, split) -> path of each feature pickle, sorted.
 
-    Files are named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`; where both exist,
-    `_v2` is taken. A modality is a name of letters, digits, '-' and '_'.
+    A file is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
+    `_v2` is used. The name of a modality has letters, digits, '-' and '_'.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"
@@ -127,7 +130,9 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
             continue
         check_file(path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", match[1]):
-            raise UserError(f"{path}: a modality is named by letters, digits, '-' and '_'")
+            raise UserError(
+                f"{path}: the name of a modality may have letters, digits, '-' and '_': rename it"
+            )
         with path.open("rb", buffering=0) as file:
             refuse_others(file, f"{path}: ")
         files[match[1], match[2]] = path
@@ -139,7 +144,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line that says where the missing pickles may be; empty if nothing is found."""
+    """Returns a line with the probable place of missing pickles, or ""."""
     for inner in sorted(directory.glob("*/*_train*.pickle")):
         return f"\nthey are in {inner.parent}: --config.data.dir={inner.parent}"
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):

@@ -1,4 +1,4 @@
-"""Labels and weights of clips, from ground-truth files, tables or dicts; and class columns."""
+"""Reads labels and weights of clips, from ground-truth files, tables or dicts."""
 
 import csv
 import io
@@ -19,13 +19,20 @@ from vidjax.utils.errors import NoFileError, UserError, check_argument, closest,
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
-LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of that
+LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of labels
 
 
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads `{split}_gt.txt` as split -> clip -> identity; `clips` is split -> its known clips."""
+    """Reads every `{split}_gt.txt`.
+
+    Args:
+      clips: split -> the clips with features.
+
+    Returns:
+      split -> clip -> identity.
+    """
     truth = {}
     for split, path in find_ground_truth(directory).items():
         truth[split] = load_ground_truth(path, known_clips=clips.get(split, ()))
@@ -37,7 +44,11 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads `labels.csv` of a folder, or else its ground-truth files; ValueError for both kinds."""
+    """Reads `labels.csv` of a folder, or its ground-truth files if there is no `labels.csv`.
+
+    Raises:
+      UserError: the folder has both kinds of labels, or a file such as `label.csv`.
+    """
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
     if not table.is_file():
@@ -50,7 +61,7 @@ def load_folder_truth(
 
 
 def _refuse_near_table(folder: Path) -> None:
-    """Raises ValueError for a file such as `label.csv`, which would not be read."""
+    """Raises UserError if the folder has a file such as `label.csv`, which would be ignored."""
     for path in list_entries(folder):
         if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
             raise UserError(f"{path}: labels are read from {TABLE}: rename it to {TABLE}")
@@ -59,10 +70,15 @@ def _refuse_near_table(folder: Path) -> None:
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns labelled split -> clip -> identity; `clips`, split -> clips, tells each one's split.
+    """Reads labels that do not contain the split.
 
-    `labels` is clip -> identity, or a file: `.csv` with the columns `clip` and `identity`, any
-    other is official ground truth (`load_ground_truth`). None stands for no labels.
+    Args:
+      labels: clip -> identity; a `.csv` file with the columns `clip` and `identity`; a file of
+        official ground truth (see `load_ground_truth`); None: no labels.
+      clips: split -> the clips with features.
+
+    Returns:
+      split -> clip -> identity, without the splits that have no label.
     """
     if labels is None:
         return {}
@@ -86,7 +102,7 @@ def load_label_table(
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields place (the start of a message), clip and identity of every row of a table."""
+    """Yields place (the start of a message), clip and identity from each row of a table."""
     if not path.exists():
         raise NoFileError(f"{path}: no such file")
     try:
@@ -106,7 +122,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
                 if any(row.get(None) or ()):  # pyright: ignore[reportArgumentType]
                     raise UserError(
                         f"{path}: line {table.line_num}: more fields than columns\n"
-                        'put a name that holds a comma into double quotes: "Smith, John"'
+                        'put a name that contains a comma into double quotes: "Smith, John"'
                     )
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
@@ -116,7 +132,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Returns clip -> identity from rows of place (the start of a message), clip and identity.
 
-    A warning counts clips with an empty identity; None means nobody and gives no warning.
+    A clip whose identity is None is a distractor. A warning counts clips with an empty identity.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -125,82 +141,87 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         if identity is None:
             continue
         place = f"{place} clip {show(name)}"
-        if identity == "" or identity != identity:  # NaN stands for nothing in a column of pandas
+        if identity == "" or identity != identity:  # NaN is a missing value of pandas
             empty.append(place)
             continue
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
             kind = type(identity).__name__
             raise UserError(
-                f"{place}: an identity is text or int, not {kind}: use str(), or None for nobody"
+                f"{place}: an identity is text or int, not {kind}: use str(), or None for a "
+                "distractor"
             )
         with named(place):
             text = clean_identity(str(identity))
         if re.fullmatch("-[0-9]+", text):
             raise UserError(
-                f"{place}: identity {text} is negative: leave out clips of nobody on the list"
+                f"{place}: identity {text} is negative: leave out clips that show no identity"
             )
         if pairs.setdefault(name, text) != text:
             raise UserError(f"{place} is labelled {show(pairs[name])} and {show(text)}")
     if empty:
         warn(
-            f"{empty[0]}: {len(empty)} clips have an empty identity and count as nobody's\n"
-            "if that is meant, leave out these clips, or give None in Python"
+            f"{empty[0]}: {len(empty)} clips have an empty identity and count as distractors\n"
+            "to avoid this warning, leave out these clips, or use None in Python"
         )
     return pairs
 
 
-MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature file
+MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature file
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> `{split}_gt.txt` of a directory, in the order train, val, test."""
+    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test."""
     entries = list_entries(directory)
     words = {
         path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")
     }
-    found = {split: words.pop(split) for split in SPLITS if split in words}
-    for path in found.values():
+    paths = {split: words.pop(split) for split in SPLITS if split in words}
+    for path in paths.values():
         check_file(path)
     for path in entries:
-        if path.stem in {f"{split}_gt" for split in {*SPLITS} - {*found}}:
+        if path.stem in {f"{split}_gt" for split in {*SPLITS} - {*paths}}:
             raise UserError(
-                f"{path}: ground truth is read from {path.stem}.txt, of lines 'NAME.mp4 IDENTITY'\n"
-                "write it so, or move this file away"
+                f"{path}: ground truth is read from {path.stem}.txt, lines 'NAME.mp4 IDENTITY'\n"
+                "write this file in that form, or move it away"
             )
     for word, path in words.items():
-        refuse_split(path, word, found)
-    return found
+        refuse_split(path, word, paths)
+    return paths
 
 
 def load_ground_truth(
     path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Returns clip (without `.mp4`) -> identity (as written) of a ground-truth file, in its order.
+    """Reads a ground-truth file.
 
-    The direct form is `NAME.mp4 ID`, one clip per line; the inverted form `ID NAME.mp4 NAME.mp4
-    ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it, the
-    file name decides: train_gt is direct, val_gt and test_gt are inverted. A byte order mark, CRLF,
-    tabs, blank lines and additional spaces are ignored. White space within a name is written as in
-    a URL, `First%20Last`, unless `known_clips` (without `.mp4`) has the name as it is written.
+    The direct form has one clip per line: `NAME.mp4 ID`. The inverted form has one identity per
+    line: `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no name
+    has the suffix, the name of the file decides: train_gt is direct, val_gt and test_gt are
+    inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are ignored. White
+    space within a name is written as in a URL, `First%20Last`, unless `known_clips` (without
+    `.mp4`) contains the name as it is written.
+
+    Returns:
+      clip (without `.mp4`) -> identity, in the order of the file.
 
     Raises:
-      ValueError: not UTF-8, an ambiguous form, a line of the other form, a clip twice, an identity
-        twice or without clips (inverted), or a label that is no whole number from 1 up where most
-        are; names the line.
+      UserError: names the line. The text is not UTF-8; the form is ambiguous; a line has the other
+        form; a clip or an identity comes twice; an identity has no clips; or most labels are whole
+        numbers from 1 up, but a label is not.
     """
     path, known = Path(path), frozenset(known_clips)
-    lines = _lines(path, "NAME.mp4 ID")
+    lines = _read_lines(path, "NAME.mp4 ID")
     inverted = _is_inverted(path, [fields for _, fields in lines])
     labels: dict[str, str] = {}
-    first: dict[str, int] = {}  # line of a clip
-    first_of: dict[str, int] = {}  # and of an identity, in the inverted form
+    line_of_clip: dict[str, int] = {}
+    line_of_identity: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
         others = fields[:1] if inverted else fields[1:]
         if any(name.endswith(".mp4") for name in others):
             raise UserError(
                 f"{where} the clip is not in the same column as in other lines\n"
-                "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all"
+                "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all lines"
             )
         identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
         with named(where.removesuffix(":")):
@@ -209,48 +230,48 @@ def load_ground_truth(
             raise UserError(f"{where} identity {show(identity)} has no clips")
         if not inverted and len(fields) != 2:
             raise UserError(f"{where} {len(fields)} fields, wanted a clip and its identity")
-        if inverted and first_of.setdefault(identity, number) != number:
+        if inverted and line_of_identity.setdefault(identity, number) != number:
             raise UserError(
                 f"{where} identity {show(identity)} is already in line "
-                f"{first_of[identity]}: join the two lines"
+                f"{line_of_identity[identity]}: join the two lines"
             )
         for text in names:
-            name = _clip_of(text, known, where)
+            name = _parse_clip(text, known, where)
             if name in labels:
                 raise UserError(
-                    f"{where} clip {show(name)} is already in line {first[name]}, with label "
-                    f"{show(labels[name])}: delete one"
+                    f"{where} clip {show(name)} is already in line {line_of_clip[name]}, with "
+                    f"label {show(labels[name])}: delete one of the two"
                 )
-            labels[name], first[name] = identity, number
-    _check_identities(path, labels, first)
+            labels[name], line_of_clip[name] = identity, number
+    _check_identities(path, labels, line_of_clip)
     return labels
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True for the inverted form: by the first `.mp4`, else by the name of the file."""
+    """Returns True if a file has the inverted form; see `load_ground_truth`."""
     for fields in lines:
         for column, name in enumerate(fields):
             if name.endswith(".mp4"):
                 return column > 0
     if path.name not in [f"{split}_gt.txt" for split in SPLITS]:
         raise UserError(
-            f"{path}: 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4;\n"
-            "name the file train_gt.txt (the first form) or val_gt.txt (the second)"
+            f"{path}: are the lines 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4\n"
+            "name the file train_gt.txt (the first form) or val_gt.txt (the second form)"
         )
     return path.name != "train_gt.txt"
 
 
-def _clip_of(text: str, known: Collection[str], where: str) -> str:
-    """Returns the clip that `text` names: `text` itself if `known`, else with `%20` as a blank.
+def _parse_clip(text: str, known: Collection[str], where: str) -> str:
+    """Returns the name of a clip. `%20` becomes a blank, unless `known` contains `text`.
 
-    Its ValueError begins with the place `where`.
+    The message of an error begins with `where`.
     """
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
-def _lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns line number and fields of every line that is not blank; refuses an empty file."""
+def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
+    """Returns (line number, fields) of each line that is not blank; UserError for an empty file."""
     if not path.exists():
         raise NoFileError(f"{path}: no such file")
     with files.open_input(path) as file:
@@ -263,63 +284,75 @@ def _lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]
     if not lines:
-        raise UserError(f"{path}: is empty; write one line per clip, '{form}'")
+        raise UserError(f"{path}: the file is empty: write one line per clip, '{form}'")
     return lines
 
 
 def _is_integer(text: str) -> bool:
-    """Returns True for a whole number of few digits: Python refuses to read thousands of them."""
+    """Returns True for a whole number of at most 100 digits: Python cannot parse thousands."""
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises ValueError for a label that is no whole number from 1 up where most are.
+    """Raises UserError if most labels are whole numbers from 1 up, but a label is not.
 
-    `labels` and `lines` are clip -> identity and clip -> number of its line.
+    Args:
+      labels: clip -> identity.
+      lines: clip -> line number.
     """
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
         where = f"{path}: line {lines[name]}: label {show(identity)}"
         if not _is_integer(identity):
-            raise UserError(f"{where} is not a whole number, as others are")
+            raise UserError(f"{where} is not a whole number, unlike most labels")
         if int(identity) < 1:
-            raise UserError(f"{where} is out of range: identities count from 1")
+            raise UserError(f"{where} is out of range: identities are numbered from 1")
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
-    """Returns [N] float32 weights from a text file of `NAME.mp4 WEIGHT` lines, 1 for other clips.
+    """Reads the weights of N clips from a text file of lines `NAME.mp4 WEIGHT`.
 
     As in the ground truth, a byte order mark, CRLF, tabs, blank lines, additional spaces and a
-    missing `.mp4` are ignored. ValueError for an empty file, a line without a finite weight of 0 or
-    more, a clip that comes twice, or clips that `check_known` refuses.
+    missing `.mp4` are ignored.
+
+    Returns:
+      [N] float32; the weight of an unlisted clip is 1.
+
+    Raises:
+      UserError: the file is empty, a weight is not a finite number of 0 or more, a clip comes
+        twice, or `check_known` refuses the clips.
     """
     path = Path(path)
-    lines = _lines(path, "NAME.mp4 WEIGHT")
-    given: dict[str, float] = {}
+    lines = _read_lines(path, "NAME.mp4 WEIGHT")
+    weights: dict[str, float] = {}
     known = frozenset(clips)
-    at: dict[str, int] = {}
+    line_of_clip: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise UserError(f"{where} {len(fields)} fields, wanted a clip and its weight")
-        name = _clip_of(fields[0], known, where)
-        if at.setdefault(name, number) != number:
-            raise UserError(f"{where} clip {show(name)} is already in line {at[name]}: delete one")
+        name = _parse_clip(fields[0], known, where)
+        if line_of_clip.setdefault(name, number) != number:
+            raise UserError(
+                f"{where} clip {show(name)} is already in line {line_of_clip[name]}: delete one "
+                "of the two"
+            )
         try:
-            given[name] = float(fields[1])
+            weights[name] = float(fields[1])
         except ValueError:
             raise UserError(f"{where} weight {show(fields[1])} is not a number") from None
-        if not 0 <= given[name] <= float(np.finfo(np.float32).max):
+        if not 0 <= weights[name] <= float(np.finfo(np.float32).max):
             raise UserError(f"{where} weight {show(fields[1])} is negative or not finite")
-    check_known(path, given, clips)
-    return np.array([given.get(name, 1.0) for name in clips], np.float32)
+    check_known(path, weights, clips)
+    return np.array([weights.get(name, 1.0) for name in clips], np.float32)
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
-    """Warns of clips that a text file names and no feature file holds.
+    """Warns if a text file names clips without features.
 
-    Raises ValueError if more than 1 % of the named clips are unknown, or all are.
+    Raises:
+      UserError: more than 1 % of the named clips, or all of them, have no features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
@@ -338,15 +371,16 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
     if len(unknown) > MAX_UNKNOWN_RATE * len(named):
         raise UserError(
             f"{message}\n"
-            f"at most {MAX_UNKNOWN_RATE:.0%} may be: remove these lines, or add the features"
+            f"the limit is {MAX_UNKNOWN_RATE:.0%}: remove these lines, or add the features"
         )
     warn(message)
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the distinct identities, ordered by number if all are whole numbers, else by name.
+    """Returns the distinct identities, sorted by number if all are whole numbers, or by name.
 
-    ValueError for one number written in two ways, such as 7 and 007.
+    Raises:
+      UserError: a number is written in two ways, such as 7 and 007.
     """
     distinct = sorted(set(names))
     if not all(map(_is_integer, distinct)):
@@ -355,6 +389,6 @@ def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     if count > 1:
         spellings = ", ".join(name for name in distinct if int(name) == value)
         raise UserError(
-            f"identity {value} is written in {count} ways: {spellings}; use one of them"
+            f"identity {value} is written in {count} ways: {spellings}; use only one of them"
         )
     return tuple(sorted(distinct, key=int))

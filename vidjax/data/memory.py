@@ -1,6 +1,8 @@
-"""Clips without labels, in memory: any layout that training reads, and single tables or folders.
+"""Loads clips without labels into memory.
 
-FOLDER            official pickles, or own features as `vidjax.data.arrays` describes them
+A path is one of
+
+FOLDER            official pickles, or your own features as in `vidjax.data.arrays`
 FOLDER/CLIP.npz   the clips of one split
 CLIP.npz          one clip
 TABLE.parquet     the clips of one split
@@ -19,22 +21,22 @@ from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
-from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, batch_of, blocks_of, pad
+from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, make_batch, pad, split_blocks
 from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
-from vidjax.data.packing import Clip, Clips, as_clips, pack, stage
+from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_identity, show
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
 
-MEAN_FRAMES = 1 << 12  # frames that are averaged at once
+MAX_BLOCK_FRAMES = 1 << 12  # frames that are averaged at once
 
 
 class MemoryClips:
-    """Clips in memory; a `ClipSource` with one split, `clips`.
+    """Clips in memory: a `ClipSource` with only one split, `clips`.
 
     Attributes:
-      names: N clip names as they were given, in the order given.
+      names: N clip names as in the input, in the order of the input.
       places: [N] int, the clip_index of each name.
     """
 
@@ -45,16 +47,19 @@ class MemoryClips:
         modalities: Mapping[str, int],
         identities: Sequence[str],
     ):
-        """Takes checked clips; ValueError for no clip, or features of another width.
+        """Takes checked clips.
 
         Args:
           packed: modality of the run -> its frames.
-          names: clean name -> name as it was given, of N clips.
+          names: for N clips, clean name -> name as in the input.
           modalities: modality -> feature width.
           identities: names of the class columns.
+
+        Raises:
+          UserError: there are no clips, or features have another width.
         """
         if not names:
-            raise UserError("no clips: there is nothing to score")
+            raise UserError("no clips to score")
         self.identities, self.names = tuple(identities), tuple(names.values())
         self._packed, self._widths = packed, dict(modalities)
         for name, flat in packed.items():
@@ -65,35 +70,35 @@ class MemoryClips:
                     f"clip {show(clip)}, {name}: features are {width} wide, "
                     f"wanted {modalities[name]}"
                 )
-            _tell_of_skipped(name, flat)
+            _warn_of_unused(name, flat)
         staged = stage("clips", packed)
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
-        none = np.zeros(len(names), np.int32)
+        zeros = np.zeros(len(names), np.int32)
         self._split = Split(
             name="clips",
             clips=staged.clips,
-            labels=none,
+            labels=zeros,
             labelled=False,
             positives=np.zeros(len(self.identities), np.int64),
             num_others=0,
-            lengths={name: staged.lengths.get(name, none) for name in modalities},
+            lengths={name: staged.lengths.get(name, zeros) for name in modalities},
         )
 
     @classmethod
-    def of(
+    def from_dict(
         cls,
         clips: Clips,
         modalities: Mapping[str, int],
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Packs a dict, clip -> modality -> features; the other arguments are as in `pack`."""
+        """Packs a dict, clip -> modality -> features. See `pack` for the other arguments."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
             )
-        return cls.pack(as_clips(clips, "clips"), modalities, identities, quality)
+        return cls.pack(read_dict(clips, "clips"), modalities, identities, quality)
 
     @classmethod
     def pack(
@@ -103,12 +108,15 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks and packs clips; warns if no clip has a modality of the run, but one has another.
+        """Checks and packs clips.
+
+        If no clip has a modality of the run, and a clip has an unknown modality, a warning asks
+        whether its name is misspelt.
 
         Args:
           modalities: modality -> feature width.
           identities: names of the class columns.
-          quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.
+          quality: the quality of frames in the training; see `frame_fields.Quality`.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
@@ -116,33 +124,34 @@ class MemoryClips:
         packed = pack(clips, quality=quality)
         missing = [name for name in modalities if name not in packed]
         if missing and unread:
-            meant = [closest(name.lower(), missing) for name in sorted(unread)]
-            hint = next((f"; did you mean '{name}'?" for name in meant if name), "")
+            similar = [closest(name.lower(), missing) for name in sorted(unread)]
+            hint = next((f"; did you mean '{name}'?" for name in similar if name), "")
             warn(
-                f"no clip has {', '.join(missing)}, wanted with the others; "
-                f"{show(', '.join(sorted(unread)))} of clips is not read{hint}"
+                f"no clip has {', '.join(missing)}, a modality of the run; "
+                f"{show(', '.join(sorted(unread)))} is not read{hint}"
             )
         return cls(packed, names, modalities, identities)
 
     def split(self, name: str) -> Split:
-        """Returns the one split, whatever the name."""
+        """Returns the only split, whatever `name` is."""
         del name
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
-        for bucket, places in blocks_of(plan.bucket, rows):
+        for bucket, places in split_blocks(plan.bucket, rows):
             chosen = places.astype(np.int32)
             frames = {
                 name: self._padded(name, chosen, (rows, plan.padded_lengths[name][bucket]))
                 for name in plan.modalities
             }
-            yield batch_of(frames, chosen, rows)
+            yield make_batch(frames, chosen, rows)
 
     def mean_vectors(self, modality: str) -> np.ndarray:
-        """Returns the mean frame of every clip of `names`, [N, D] float32, 0 without a frame.
+        """Returns [N, D] float32, the mean feature of each clip; 0 if a clip has no frame.
 
-        Frames weigh their quality, or all the same where no frame of a clip has one above 0.
+        Frames are weighted by quality. If no frame of a clip has a quality above 0, its frames have
+        equal weights.
         """
         vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
         flat = self._packed.get(modality)
@@ -150,8 +159,9 @@ class MemoryClips:
             return vectors
         lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
         quality, features = flat.frames["quality"], flat.features
-        # A block at a time: float64 of all frames would take eight times their memory.
-        blocks = np.flatnonzero(np.diff(np.cumsum(lengths, dtype=np.int64) // MEAN_FRAMES)) + 1
+        # Computes a block at a time: all frames as float64 would take up to 8 times their memory.
+        ends = np.cumsum(lengths, dtype=np.int64)
+        blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
         for clips in np.split(np.arange(len(lengths)), blocks):
             length = lengths[clips]
             first = starts[self.places[clips]] - (np.cumsum(length) - length)
@@ -162,20 +172,20 @@ class MemoryClips:
             weight = np.where(total[owner] > 0, weight, 1.0)
             total = np.bincount(owner, weight, len(clips))
             sums = np.zeros((len(clips), vectors.shape[1]))
-            for at in range(0, len(owner), MEAN_FRAMES):  # a clip may be longer than a block
-                some = slice(at, at + MEAN_FRAMES)
-                has, begins = np.unique(owner[some], return_index=True)
-                weighted = features[index[some]].astype(np.float64) * weight[some, None]
-                sums[has] += np.add.reduceat(weighted, begins, axis=0)
-            has = length > 0
-            vectors[clips[has]] = sums[has] / total[has, None]
+            for at in range(0, len(owner), MAX_BLOCK_FRAMES):  # a clip may be longer than a block
+                part = slice(at, at + MAX_BLOCK_FRAMES)
+                present, begins = np.unique(owner[part], return_index=True)
+                weighted = features[index[part]].astype(np.float64) * weight[part, None]
+                sums[present] += np.add.reduceat(weighted, begins, axis=0)
+            filled = length > 0
+            vectors[clips[filled]] = sums[filled] / total[filled, None]
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
         """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
         frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
         flat, dtype = self._packed.get(modality), "float32"
-        if flat is not None and len(flat.features):  # else the features have no width
+        if flat is not None and len(flat.features):  # without frames, features have no width
             dtype = flat.features.dtype.name
             fields = {name: flat.frames[name] for name in BATCHED}
             start, length = self._starts[modality][clips], self._split.lengths[modality][clips]
@@ -188,48 +198,53 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips with only the modalities of a run; ValueError for a clip that has only others.
+    """Removes the modalities that a run does not read from clips.
 
-    `names` collects clean name -> name as it was given, `unread` the names of other modalities.
+    Args:
+      names: a dict to fill, clean name -> name as in the input.
+      unread: a set to fill, the names of the removed modalities.
+
+    Raises:
+      UserError: no modality of a clip is left.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
         others = [str(name) for name in clip.modalities if name not in modalities]
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
         if others and not selected:
-            meant = closest(others[0].lower(), modalities)
+            similar = closest(others[0].lower(), modalities)
             raise UserError(
                 f"clip {show(clip.name)}: it has {show(', '.join(others))}, wanted "
-                f"{', '.join(modalities)}{f': did you mean {meant!r}?' if meant else ''}"
+                f"{', '.join(modalities)}{f': did you mean {similar!r}?' if similar else ''}"
             )
         unread.update(others)
-        # A clip without any modality is still a clip.
+        # A clip that has no modalities at all is kept, with no frames.
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 
 def _within_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
-    """Yields clips; raises ValueError once they take more than a third of the memory."""
-    left = limit = memory_bytes() // 3  # to join them takes as much again
+    """Yields clips; raises UserError if they take more than a third of the memory."""
+    left = limit = memory_bytes() // 3  # joining the clips copies them once
     for clip in clips:
         for value in clip.modalities.values():
             for array in value.values() if isinstance(value, Mapping) else (value,):
                 left -= getattr(array, "nbytes", 0)
         if left < 0:
             raise UserError(
-                f"{clip.place}: clip {show(clip.name)}: with those before it, it takes more than "
-                f"{limit:,} bytes,\na third of the memory: give fewer clips at once"
+                f"{clip.place}: clip {show(clip.name)}: up to this clip, the clips take more than\n"
+                f"{limit:,} bytes, a third of the memory: use fewer clips at once"
             )
         yield clip
 
 
-def _tell_of_skipped(modality: str, flat: PackedClips) -> None:
-    """Warns of frames that are not read, and of values that are not used."""
+def _warn_of_unused(modality: str, flat: PackedClips) -> None:
+    """Warns of frames that are left out, and of values that are replaced by 0."""
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
-        without = f"; {clips:,} clips lose all frames" if clips else ""
+        lost = f"; {clips:,} clips lose all frames" if clips else ""
         warn(
             f"{modality}: {frames:,} of {flat.seen:,} frames are not read: their features are not "
-            f"finite{without}"
+            f"finite{lost}"
         )
     for name, count in flat.warnings.items():
         field = name.removeprefix("non_finite_")
@@ -247,48 +262,53 @@ def load_clips(
     split: str | None = None,
     quality: Quality = "given",
 ) -> MemoryClips:
-    """Returns the clips of a folder or of a parquet table.
+    """Loads the clips of a folder or of a parquet table.
 
-    Frames that are not finite are left out, with a warning that counts them. Official pickles are
-    read in the sandbox into memory-mapped files. Names of clips in tables and `.npz` files stay as
-    they are; those in pickles lose their `.mp4`. Of pickles, only those of the run's modalities are
-    read: a clip that lies in none of them is not among the clips.
+    Frames that are not finite are left out, with a warning that counts them. The sandbox reads
+    official pickles into memory-mapped files. Clip names in tables and `.npz` files are not
+    changed; clip names in pickles lose their `.mp4`. Only the pickles of the run's modalities are
+    read, so a clip that is in none of these pickles is left out.
 
     Args:
       path: the folder or the table.
-      modalities: modality -> feature width, of the run that will score the clips.
+      modalities: modality of the run -> feature width.
       identities: names of the class columns.
-      split: the split to read; None if the folder has only one.
-      quality: the quality of frames, as the run was trained; see `frame_fields.Quality`. A modality
-        of official pickles without a quality has 0 with `given`, as in training.
+      split: the split to read; None if the folder has only one split.
+      quality: the quality of frames in the training; see `frame_fields.Quality`. With `given`,
+        frames of official pickles without a quality have the quality 0, as in training.
 
     Raises:
-      ValueError: malformed clips, several splits where `split` is None, or a modality that the run
-        does not know; names file, clip and field.
-      FileNotFoundError: no such folder or table, or no clips in it.
+      UserError: clips are malformed (the message names file, clip and field), the folder has
+        several splits and `split` is None, or the run knows none of the modalities.
+      FileNotFoundError: the folder or table does not exist, or has no clips.
     """
     path = Path(path).expanduser()
-    found = find_files(path, split)
-    if not isinstance(found, Mapping):
-        return MemoryClips.pack(read_clips(found), modalities, identities, quality)
-    if not found.keys() & modalities.keys():
+    paths = find_files(path, split)
+    if not isinstance(paths, Mapping):
+        return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
+    if not paths.keys() & modalities.keys():
         raise UserError(
-            f"{path}: it has {', '.join(sorted(found))}, wanted {', '.join(modalities)}"
+            f"{path}: it has {', '.join(sorted(paths))}, wanted {', '.join(modalities)}"
         )
-    return _load_pickles(found, modalities, identities, quality)
+    return _load_pickles(paths, modalities, identities, quality)
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
-    """Returns the files of clips in a folder, or the one that is named; of pickles, by modality.
+    """Returns the files of clips, without reading a file; see `load_clips` for the errors.
 
-    It reads none of them. Errors are those of `load_clips`.
+    Args:
+      path: a folder, or a file of clips.
+      split: the split; None if the folder has only one split.
+
+    Returns:
+      The `.npz` and `.parquet` files; for official pickles, modality -> pickle.
     """
     check_path(path)
     if path.is_file():
         return [path]
-    if found := iqiyi_vid.find_pickles(path):
-        split = _choose_split(path, {split for _, split in found}, split)
-        return {name: file for (name, of), file in found.items() if of == split}
+    if pickles := iqiyi_vid.find_pickles(path):
+        split = _choose_split(path, {split for _, split in pickles}, split)
+        return {name: file for (name, its_split), file in pickles.items() if its_split == split}
     entries = list_entries(path)
     if paths := [entry for entry in entries if entry.suffix == ".npz"]:
         refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
@@ -304,7 +324,7 @@ def _load_pickles(
     quality: Quality,
 ) -> MemoryClips:
     packed = {}
-    with tempfile.TemporaryDirectory() as scratch:  # the files outlive their names
+    with tempfile.TemporaryDirectory() as scratch:  # memory maps keep the deleted files open
         for name in [name for name in files if name in modalities]:
             flat = sandbox.unpack(files[name], name, Path(scratch, name))
             frames = dict(flat.frames)
@@ -318,18 +338,19 @@ def _load_pickles(
 def load_people(
     path: str | Path, modalities: Mapping[str, int], *, quality: Quality = "given"
 ) -> tuple[MemoryClips, dict[str, str]]:
-    """Returns the clips of a folder with a folder for each person, and clip -> person.
+    """Loads the clips `path/PERSON/CLIP.npz`.
 
-    A clip `FOLDER/PERSON/CLIP.npz` is named `PERSON/CLIP`: two people may have a `1.npz` each.
+    Returns:
+      The clips, with names `PERSON/CLIP` (the file names of two people may be equal), and clip ->
+      person.
     """
     path = Path(path).expanduser()
-    found = {one.name: sorted(one.glob("*.npz")) for one in sorted(path.iterdir()) if one.is_dir()}
     people = dict[str, list[Path]]()
-    for name, paths in found.items():
-        if paths:
-            people.setdefault(clean_identity(name), []).extend(paths)
+    for folder in sorted(path.iterdir()):
+        if folder.is_dir() and (paths := sorted(folder.glob("*.npz"))):
+            people.setdefault(clean_identity(folder.name), []).extend(paths)
     if not people or next(path.glob("*.npz"), None):
-        problem = "holds clips, and not a folder for each person" if people else "holds no clips"
+        problem = "has clips outside the folders of people" if people else "has no clips"
         raise NoFileError(f"{path}: {problem}\nwanted {path}/PERSON/CLIP.npz")
     if people.keys() <= set(SPLITS):
         raise UserError(
@@ -341,9 +362,9 @@ def load_people(
     def clips() -> Iterator[Clip]:
         for person, files in people.items():
             for clip in read_clips(files):
-                given = f"{person}/{clip.given or clip.name}"
-                identity[given] = person
-                yield clip._replace(name=f"{person}/{clip.name}", given=given)
+                name = f"{person}/{clip.given or clip.name}"
+                identity[name] = person
+                yield clip._replace(name=f"{person}/{clip.name}", given=name)
 
     return MemoryClips.pack(clips(), modalities, (), quality), identity
 
@@ -354,7 +375,7 @@ def check_path(path: Path) -> None:
         return
     if path.suffix == ".npy" and path.exists():
         raise NoFileError(
-            f"{path}: one array without a modality: "
+            f"{path}: an array without a modality; to name it: "
             f"numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
         )
     problem = "neither a folder nor NAME.parquet or CLIP.npz" if path.exists() else "no such file"
@@ -362,20 +383,20 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns the split to read; ValueError where none is named and there are several."""
+    """Returns the split to read; UserError if `split` is None and there are several splits."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:
         problem = f"no split '{split}'" if split else "several splits"
         names = ", ".join(sorted(splits))
         places = (path / f"{sorted(splits)[0]}{ending}" for ending in ("", ".parquet"))
-        place = next((one for one in places if one.exists()), None)
+        place = next((place for place in places if place.exists()), None)
         remedy = f"name one of them: --input={shlex.quote(str(place))}"
-        if place is None:  # official pickles: all splits lie in one folder
+        if place is None:  # official pickles: all splits are in one folder
             remedy = (
                 f"vidjax rank and embed take --config.eval.split={sorted(splits)[0]}\n"
                 f"a gallery takes --split={sorted(splits)[0]} --config.data.name=iqiyi_vid "
                 f"--config.data.dir={shlex.quote(str(path))} in place of --input"
             )
-        raise UserError(f"{path}: {problem}; there: {names}\n{remedy}")
+        raise UserError(f"{path}: {problem}; it has {names}\n{remedy}")
     return split

@@ -1,7 +1,7 @@
-"""The order of training: the clips of every step, and where windows of longer ones begin.
+"""The random order of training: the clips of each step, and the windows of long clips.
 
-It is a function of (seed, step), which clips on the devices and clips from records share: a run
-that resumes needs nothing but its step.
+The order is a function of (seed, step), so a resumed run needs only its step. Resident and
+streamed clips have the same order.
 """
 
 import math
@@ -15,17 +15,17 @@ import numpy as np
 from vidjax.core.batch import Array
 from vidjax.data.clips import BatchPlan
 
-_ORDER = np.uint32(2**32 - 1)  # folded into the seed; no member has this number
-ROUNDS = 16  # with 8, the orders of six clips would not all be equally likely
+_ORDER_STREAM = np.uint32(2**32 - 1)  # folded into the seed; no member has this number
+NUM_ROUNDS = 16  # with 8 rounds, the orders of six clips are not equally likely
 
 
-class Drawn(NamedTuple):
+class DrawnClips(NamedTuple):
     """The clips of a step.
 
     Attributes:
       clip_index: [B] int32.
       batch_mask: [B] bool, False for the empty rows of a short batch.
-      windows: modality -> [B] float32 in [0, 1), see `first_frame`; only those of `plan.windowed`.
+      windows: modality of `plan.windowed` -> [B] float32 in [0, 1), see `first_frame`.
     """
 
     clip_index: Array
@@ -33,17 +33,17 @@ class Drawn(NamedTuple):
     windows: Mapping[str, Array]
 
 
-def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> Drawn:
-    """Returns the B clips of a step.
-
-    Every clip of `plan` comes once per epoch.
+def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
+    """Draws the B clips of a step. Each clip of `plan` comes once per epoch.
 
     Args:
       step: [] int32, number of the step, from 0.
-      epoch, place: [B] int32, the quotient and the rest of `step * B + arange(B)` divided by
+      epoch, place: [B] int32, the quotient and the remainder of `step * B + arange(B)` divided by
         `plan.num_places`.
     """
-    order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
+    order_rng, window_rng = jax.random.split(
+        jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
+    )
     window_rng = jax.random.fold_in(window_rng, step)
     windows = {
         name: jax.random.uniform(jax.random.fold_in(window_rng, number), place.shape, jnp.float32)
@@ -51,44 +51,51 @@ def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> Drawn:
         if name in plan.windowed
     }
     if plan.examples is None:
-        clip_index = shuffled(order_rng, epoch, place, plan.num_clips)
-        return Drawn(clip_index, jnp.ones(place.shape, bool), windows)
+        clip_index = shuffle(order_rng, epoch, place, plan.num_clips)
+        return DrawnClips(clip_index, jnp.ones(place.shape, bool), windows)
     last = jnp.minimum(place, plan.num_clips - 1)
-    clip_index = jnp.asarray(plan.examples)[shuffled(order_rng, epoch, last, plan.num_clips)]
-    return Drawn(clip_index, place < plan.num_clips, windows)
+    clip_index = jnp.asarray(plan.examples)[shuffle(order_rng, epoch, last, plan.num_clips)]
+    return DrawnClips(clip_index, place < plan.num_clips, windows)
 
 
-def first_frame(drawn: Array, length: Array, size: int) -> Array:
-    """Returns [B] int32, where windows of `size` frames begin in clips of `length` [B] frames.
-
-    `drawn` [B] float32 in [0, 1) is evenly distributed, as the windows are.
-    """
-    places = jnp.maximum(length - size, 0) + 1
-    return jnp.minimum((drawn * places).astype(jnp.int32), places - 1)
-
-
-def shuffled(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns [B] int32: the clip at position `place[i]` in the random order of epoch `epoch[i]`.
+def first_frame(uniform: Array, length: Array, size: int) -> Array:
+    """Returns the first frames of random windows.
 
     Args:
-      rng: key of all orders.
+      uniform: [B] float32 in [0, 1), uniformly distributed.
+      length: [B] int32, number of frames of each clip.
+      size: number of frames of a window.
+
+    Returns:
+      [B] int32, uniformly distributed over the possible windows of each clip.
+    """
+    places = jnp.maximum(length - size, 0) + 1
+    return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)
+
+
+def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
+    """Returns [B] int32: the clip at position `place[i]` in the random order of epoch `epoch[i]`.
+
+    The positions 0 to N - 1 of an epoch map to N different clips.
+
+    Args:
+      rng: the key of the orders of all epochs.
       epoch: [B] int32.
-      place: [B] int32, position in the epoch, 0 to num_clips - 1; all positions of an epoch
-        together give every clip once.
+      place: [B] int32, position in the epoch, 0 to N - 1.
       num_clips: N.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a generalised Feistel
-    network on the smallest rectangle of N or more places, repeated for places mapped beyond N.
-    Ours: the round function, a hash (the finaliser of MurmurHash3). It costs O(B), where sorting N
-    random numbers would cost as much as many steps.
+    network on the smallest rectangle of at least N places, repeated while a place is mapped beyond
+    N. Unlike the paper, the round function is a hash (the finaliser of MurmurHash3). The cost is
+    O(B); sorting N random numbers would take as long as many training steps.
     """
     rows = math.isqrt(num_clips - 1) + 1
     columns = -(-num_clips // rows)
-    keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (ROUNDS,)))(epoch)
+    keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (NUM_ROUNDS,)))(epoch)
 
     def permute(x: Array) -> Array:
         row, column = x % rows, x // rows
-        for i in range(ROUNDS):
+        for i in range(NUM_ROUNDS):
             if i % 2:
                 column = (column + _hash(row, keys[:, i]) % columns) % columns
             else:

@@ -1,4 +1,4 @@
-"""Checks clips of dicts, `.npz` files or tables, packs them into flat arrays, and joins these."""
+"""Checks clips of dicts, `.npz` files or tables, and packs them into flat arrays."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ from vidjax.data.frame_fields import (
     NonFinite,
     PackedClips,
     Quality,
-    counts,
+    count_frames,
     feature_norms,
     usable_rows,
 )
@@ -28,18 +28,18 @@ Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a di
 
 DTYPES = (np.float16, np.float32, np.float64, np.int8)
 ORDER_SEED = 0
-BLOCK_BYTES = 8 << 20  # of features that are written at once
-PROBE_CLIPS = 200  # the majority of these decides which width and dtype all must have
+BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
+NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
 
 
 class Clip(NamedTuple):
-    """One clip before it is checked.
+    """A clip that has not been checked.
 
     Attributes:
-      name: its name without `.mp4`, see `clean_name`.
-      place: file or split, the start of an error message.
+      name: the name without `.mp4`, see `clean_name`.
+      place: the file or split, as the start of an error message.
       modalities: modality -> frames, as `read_frames` takes them.
-      given: its name as the source writes it, with `.mp4` or without; empty if it is `name`.
+      given: the name in the source, which may end in `.mp4`; "" if it equals `name`.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Clip(NamedTuple):
     given: str = ""
 
 
-def as_clips(clips: Clips, place: str) -> Iterator[Clip]:
-    """Yields the clips of a dict; ValueError, which begins with the place, for anything else."""
+def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
+    """Yields the clips of a dict; `place` is the start of an error message."""
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
         if not isinstance(modalities, Mapping):
@@ -60,22 +60,22 @@ def as_clips(clips: Clips, place: str) -> Iterator[Clip]:
         yield Clip(name, place, modalities, given)
 
 
-def place_of(clip: Clip, modality: str) -> str:
-    """Returns place, clip and modality, the start of an error message."""
+def locate(clip: Clip, modality: str) -> str:
+    """Returns place, clip and modality as the start of an error message."""
     return f"{clip.place}: clip {show(clip.name)}, {modality}"
 
 
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
-    """Checks the frames of one clip in one modality and orders them by frame number.
+    """Checks the frames of a clip in one modality, and sorts them by frame number.
 
     Args:
       value: features [T, D] or [D], or a dict of `features` and fields of FRAME_FIELDS.
-      place: start of an error message.
+      place: the start of an error message.
       quality: the quality of frames, see `frame_fields.Quality`.
 
     Returns:
-      field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS; an
-      empty dict for a clip without frames.
+      field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS.
+      The dict is empty if the clip has no frames.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
@@ -84,7 +84,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
             if column is not None and np.size(column):
-                raise UserError(f"{place}: it has {name} of frames, but no features [T, D]")
+                raise UserError(f"{place}: there is a {name} of frames, but no features [T, D]")
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
@@ -92,7 +92,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     if features.dtype not in DTYPES:
         kinds = "float16, float32, float64 and int8"
         raise UserError(
-            f"{place}: features are {features.dtype}, but only {kinds} are read: "
+            f"{place}: features are {features.dtype}, but must be {kinds}: "
             "use features.astype('float32')"
         )
     frames = {"features": features}
@@ -104,7 +104,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
             frames[name] = _read_column(column, name, field, len(features), f"{place}: {name}")
     if quality == "norm" or given.get("quality") is None:
         frames["quality"] = feature_norms(features)
-    if given.get("number") is not None and np.any(np.diff(frames["number"]) < 0):  # by time
+    if given.get("number") is not None and np.any(np.diff(frames["number"]) < 0):
         order = np.argsort(frames["number"], kind="stable")
         frames = {name: column[order] for name, column in frames.items()}
     return frames
@@ -113,10 +113,10 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
 def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
-    """Returns one field of T frames in its dtype; ValueError for another shape."""
+    """Returns a field of T frames in its dtype; UserError for another shape."""
     column, shape = _numbers(values, place), field.shape(num_frames)
     if column.size == 1 and shape == (1,):
-        column = column.reshape(1)  # the one frame of a clip that is given as [D]
+        column = column.reshape(1)  # a single frame may come as a scalar, like its feature as [D]
     if column.shape != shape:
         raise UserError(f"{place} has shape {list(column.shape)}, wanted {list(shape)}")
     if name == "number":
@@ -124,7 +124,7 @@ def _read_column(
         if column.dtype.kind == "f":
             whole &= column % 1 == 0
         if not whole.all():
-            raise UserError(f"{place} {column[~whole][0]} is no whole number from 0 up")
+            raise UserError(f"{place} {column[~whole][0]} is not a whole number from 0 up")
     with np.errstate(over="ignore"):
         return column.astype(field.dtype)
 
@@ -133,13 +133,13 @@ def _numbers(values: Any, place: str) -> np.ndarray:
     """Returns an array of real numbers in native byte order."""
     try:
         array = np.asarray(() if values is None else values)
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or on another library's device
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or on a device of torch
         reason = str(error).splitlines()[0]
         if "inhomogeneous" in reason:
             reason = "rows of different lengths"
         raise UserError(f"{place}: not an array: {reason[:200]}") from None
     if array.dtype == object:
-        raise UserError(f"{place}: an array of Python objects, wanted one array of numbers")
+        raise UserError(f"{place}: an array of Python objects, wanted an array of numbers")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
         raise UserError(f"{place}: {array.dtype} {list(array.shape)}, wanted numbers [T, D]")
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
@@ -151,19 +151,23 @@ def pack(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> dict[str, PackedClips]:
-    """Checks the clips of one split; returns modality -> their frames joined in flat arrays.
-
-    ValueError for a clip that comes twice, is malformed, or has another width or dtype than most.
+    """Checks the clips of a split and joins their frames in flat arrays.
 
     Args:
-      out_dir: folder for flat files, which must outlive the arrays; None keeps them in memory.
-      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
-        refuses them.
+      out_dir: folder for flat files, which must outlive the arrays; None: arrays stay in memory.
+      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+        'error' raises UserError.
       quality: the quality of frames, see `frame_fields.Quality`.
+
+    Returns:
+      modality -> PackedClips.
+
+    Raises:
+      UserError: a clip comes twice, is malformed, or differs from most clips in width or dtype.
     """
     packers: dict[str, Packer] = {}
-    seen: dict[str, str] = {}
-    bare = []
+    seen: dict[str, str] = {}  # clip -> place
+    empty = []
     with contextlib.ExitStack() as stack:
         for clip in clips:
             if clip.name in seen:
@@ -171,7 +175,7 @@ def pack(
                 raise UserError(f"{places}: clip {show(clip.name)} comes twice")
             seen[clip.name] = clip.place
             if not clip.modalities:
-                bare.append(clip)
+                empty.append(clip)
             for name, value in clip.modalities.items():
                 if name not in packers:
                     _check_modality(clip, name, packers)
@@ -179,28 +183,28 @@ def pack(
                     packers[name] = stack.enter_context(Packer(name, folder, non_finite, quality))
                 packers[name].add(clip, value)
         for packer in list(packers.values())[:1]:
-            for clip in bare:
-                packer.add(clip, None)  # a clip without any modality is still a clip
+            for clip in empty:
+                packer.add(clip, None)  # keeps a clip without modalities as a clip without frames
         return {name: packers[name].finish() for name in sorted(packers)}
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Refuses a modality whose name cannot be a folder beside the `known` ones."""
+    """Raises UserError if a modality cannot name a new folder, given the `known` modalities."""
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-        problem = ": a name of letters, digits, '-' and '_' is wanted"
-    elif name.casefold() in map(str.casefold, known):  # one folder on macOS
-        problem = " differs from that of another clip in the size of letters alone"
+        problem = ": the name may have only letters, digits, '-' and '_'"
+    elif name.casefold() in map(str.casefold, known):  # would be the same folder on macOS
+        problem = " differs only in the case of letters from a modality of another clip"
     if problem:
         place = f"{clip.place}: clip {show(clip.name)}"
         raise UserError(f"{place}: modality '{show(str(name))}'{problem}")
 
 
 class Packer(contextlib.ExitStack):
-    """Checks the frames of one modality in one split, clip by clip, and writes some at once.
+    """Checks the frames of a modality in a split, clip by clip, and writes them in blocks.
 
-    They go to flat files of a folder, which it makes, or to memory. Values of FRAME_FIELDS that are
-    not finite become 0. As a context, it closes its files.
+    Frames are written to flat files in a new folder, or to memory if `folder` is None. Values of
+    FRAME_FIELDS that are not finite become 0. As a context manager, it closes its files.
     """
 
     def __init__(
@@ -216,7 +220,7 @@ class Packer(contextlib.ExitStack):
         self._quality: Quality = quality
         self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
         self._bytes = 0
-        self._kind: tuple[int, np.dtype] | None = None  # width and dtype, once they are decided
+        self._kind: tuple[int, np.dtype] | None = None  # width and dtype; None: not decided
         self._names: list[str] = []
         self._seen: list[int] = []
         self._kept: list[int] = []
@@ -229,58 +233,62 @@ class Packer(contextlib.ExitStack):
                 self._files[name] = self.enter_context((folder / f"{name}.bin").open("wb"))
 
     def add(self, clip: Clip, value: Any) -> None:
-        """Checks a clip of frames as `read_frames` takes them."""
-        frames = read_frames(value, place_of(clip, self._modality), self._quality)
+        """Checks and adds a clip; `value` is as in `read_frames`."""
+        frames = read_frames(value, locate(clip, self._modality), self._quality)
         self._waiting.append((clip, frames))
         self._bytes += frames["features"].nbytes if frames else 0
-        decided = self._kind or len(self._waiting) >= PROBE_CLIPS
+        decided = self._kind or len(self._waiting) >= NUM_PROBE_CLIPS
         if self._bytes >= BLOCK_BYTES and decided:
             self._write()
 
     def _write(self) -> None:
-        """Writes the clips that wait. The first ones decide width and dtype by majority.
+        """Writes the waiting clips. At the first call, their majority decides width and dtype.
 
         So an error names the clip that differs from most clips, even if it is the first clip.
         """
-        some = [own for own in self._waiting if own[1]]
-        if some and not self._kind:
-            kinds = Counter((one["features"].shape[1], one["features"].dtype) for _, one in some)
+        filled = [(clip, frames) for clip, frames in self._waiting if frames]
+        if filled and not self._kind:
+            features = [frames["features"] for _, frames in filled]
+            kinds = Counter((array.shape[1], array.dtype) for array in features)
             self._kind = kinds.most_common(1)[0][0]
-        for clip, frames in some:
+        for clip, frames in filled:
             self._check(clip, frames["features"])
         lengths = [len(frames["features"]) if frames else 0 for _, frames in self._waiting]
         self._names += [clip.name for clip, _ in self._waiting]
         self._seen += lengths
         self._waiting, self._bytes = [], 0
-        if not some:
+        if not filled:
             self._kept += lengths
             return
         joined = {
-            field: np.concatenate([frames[field] for _, frames in some]) if some[1:] else only
-            for field, only in some[0][1].items()
+            field: np.concatenate([frames[field] for _, frames in filled]) if filled[1:] else values
+            for field, values in filled[0][1].items()
         }
         keep = usable_rows(joined["features"])
         owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
         self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
         for name, column in joined.items():
-            self._keep(name, column if keep.all() else column[keep])
+            self._write_field(name, column if keep.all() else column[keep])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises ValueError for features of another width or dtype than those of most clips."""
+        """Raises UserError if features differ from most clips in width or dtype."""
         width, dtype = self._kind or (0, None)
-        place, problem = place_of(clip, self._modality), ""
+        place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:
             shape = list(features.shape)
-            problem = f"{shape[1]} wide, others {width}: an array is [frames, width], here {shape}"
+            problem = (
+                f"{shape[1]} wide, in other clips {width}: "
+                f"an array is [frames, width], here {shape}"
+            )
         elif features.dtype != dtype:
-            problem = f"{features.dtype}, others {dtype}: use features.astype('{dtype}')"
+            problem = f"{features.dtype}, in other clips {dtype}: use features.astype('{dtype}')"
         if problem:
             raise UserError(f"{place}: features are {problem}")
         if self._non_finite == "error" and not (keep := usable_rows(features)).all():
             raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
 
-    def _keep(self, name: str, column: np.ndarray) -> None:
-        """Writes a field of some frames."""
+    def _write_field(self, name: str, column: np.ndarray) -> None:
+        """Writes a field of a block of frames."""
         if name in FRAME_FIELDS and column.dtype.kind == "f":
             finite = np.isfinite(column)
             if not finite.all():
@@ -293,7 +301,7 @@ class Packer(contextlib.ExitStack):
             self._arrays[name].append(column)
 
     def finish(self) -> PackedClips:
-        """Returns the clips."""
+        """Writes the waiting clips and returns all clips."""
         self._write()
         self.close()
         width, dtype = self._kind or (0, np.dtype(np.float16))
@@ -301,21 +309,22 @@ class Packer(contextlib.ExitStack):
         if self._folder:
             frames = FlatFiles(self._folder, dtype, width, int(lengths.sum()))
         else:
-            none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
-            none["features"] = np.empty((0, width), dtype)
-            frames = {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}
+            empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+            empty["features"] = np.empty((0, width), dtype)
+            frames = {name: np.concatenate([empty[name], *self._arrays[name]]) for name in STORED}
         return PackedClips(
-            tuple(self._names), lengths, frames, **counts(seen, lengths, self._warnings)
+            tuple(self._names), lengths, frames, **count_frames(seen, lengths, self._warnings)
         )
 
 
 class StagedSplit(NamedTuple):
-    """One split before it is cut into shards: N clip names in byte order, and their frames.
+    """The clips of a split before they are divided into shards.
 
     Attributes:
+      clips: N clip names in byte order.
       order: [N] int32, clip index of each record.
-      packed: modality -> its clips, flat.
-      starts: modality -> [N] int64, first frame by clip index.
+      packed: modality -> PackedClips.
+      starts: modality -> [N] int64, the first frame of each clip, by clip index.
       lengths: modality -> [N] int32, number of frames of each clip, by clip index.
     """
 
@@ -327,7 +336,7 @@ class StagedSplit(NamedTuple):
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Joins the clips of one split by name over modalities; shuffles those of 'train'."""
+    """Joins the modalities of each clip of a split by name, and shuffles the clips of 'train'."""
     # Python orders str by code point, which is the byte order of UTF-8.
     clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
     index = {name: position for position, name in enumerate(clips)}
@@ -338,8 +347,8 @@ def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
         lengths[modality] = np.zeros(len(clips), np.int32)
         starts[modality][rows] = flat.starts()
         lengths[modality][rows] = flat.lengths
-    # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
-    # undo that; one permutation of all training clips does.
+    # Names are often sorted by identity. A shuffle buffer would mix only neighbouring clips, so
+    # all training clips are permuted here.
     shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
     order = shuffled if split == "train" else np.arange(len(clips))
     return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)

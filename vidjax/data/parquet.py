@@ -1,7 +1,7 @@
-"""Reads tables of frames, a row group at a time; memory stays in bounds, whatever the file says.
+"""Reads tables of frames within limits of memory, even if a stranger made the file.
 
-The footer of a table counts the values of each column. A reader then decodes what the pages hold,
-however much that is. So the headers of all pages are counted before a page is unpacked.
+A table may contain more values than its footer lists, and pyarrow would decode them all. So the
+values in the headers of all pages are counted before a page is unpacked.
 
 Source: the format of Apache Parquet, `PageHeader` in `parquet.thrift`; Thrift's compact protocol.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     import pyarrow
     from pyarrow import parquet
 
-TEXT = ("clip", "modality")
-COLUMNS = (*TEXT, "features")
-OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
-MOST_PAGES = 300_000  # of a table; most writers make pages of 1 MB
-HEADER_BYTES = (1 << 10, 1 << 20)  # that are read of a page; the second where the first are few
-BATCH_VALUES = 1 << 20  # of features that are decoded at once
-MOST_DEPTH = 8  # of structs in a header
-# Physical type -> bytes of a value in memory. Text is read as numbers of its entries in a list.
+TEXT_COLUMNS = ("clip", "modality")
+COLUMNS = (*TEXT_COLUMNS, "features")
+OPTIONAL_COLUMNS = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
+MAX_PAGES = 300_000  # of a table; most writers make pages of 1 MB
+HEADER_BYTES = (1 << 10, 1 << 20)  # first attempt to read the header of a page, and second attempt
+BATCH_VALUES = 1 << 20  # numbers of features that are decoded at once
+MAX_HEADER_DEPTH = 8  # of nested structs
+# Physical type -> bytes of a value in memory. Text is dictionary-encoded: a value is an index.
 VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -41,8 +41,8 @@ class Rows(NamedTuple):
 
     Attributes:
       columns: name -> pyarrow column without nulls; clip and modality are dictionary-encoded.
-      values: the values of all lists of features, one list after the other.
-      width: [F] int, the length of each list.
+      values: the numbers of all features, row after row.
+      width: [F] int, the number of values of each feature.
     """
 
     columns: dict[str, Any]
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 def read(path: Path) -> Rows:
-    """Returns all rows of a table; UserError if it is damaged, or takes too much memory."""
+    """Reads all rows of a table; UserError if it is damaged or needs too much memory."""
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
         names = _check_names(path, file.schema_arrow.names)
@@ -61,7 +61,7 @@ def read(path: Path) -> Rows:
 
 
 def clip_names(path: Path) -> list[str]:
-    """Returns the distinct names of the clips of a table, in any order."""
+    """Returns the distinct clip names of a table, in any order."""
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
         _check_pages(path, opened, file, ["clip"])
@@ -76,7 +76,7 @@ def num_rows(path: Path) -> int:
 
 
 class _Errors:
-    """A context that turns what pyarrow raises for a damaged table into UserError."""
+    """A context manager that turns errors of pyarrow into UserError."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -94,29 +94,35 @@ class _Errors:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: damaged, or no parquet table: write it again ({reason})")
+    return UserError(f"{path}: damaged, or not a parquet table: write it again ({reason})")
 
 
 def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
-    """Opens a table; a long text that comes a million times is in memory once."""
+    """Opens a table. A dictionary holds each distinct text only once in memory."""
     import pyarrow
     from pyarrow import parquet
 
     file = parquet.ParquetFile(opened)
     kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
-    text = [one.name for one in file.schema_arrow if one.name in TEXT and one.type in kinds]
+    text = [
+        column.name
+        for column in file.schema_arrow
+        if column.name in TEXT_COLUMNS and column.type in kinds
+    ]
     if file.schema_arrow.names.count("clip") > 1:
         raise UserError(f"{path}: two columns are named clip: keep one")
     return parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of the columns that are read."""
-    known = (*COLUMNS, *OPTIONAL)
+    """Returns the names of the columns to read; UserError for a missing or misspelt column."""
+    known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
-        meant = closest(name.lower(), known, cutoff=0.75)
-        if name not in known and meant and meant not in names:
-            raise UserError(f"{path}: no column '{show(name)}' is read; did you mean '{meant}'?")
+        similar = closest(name.lower(), known, cutoff=0.75)
+        if name not in known and similar and similar not in names:
+            raise UserError(
+                f"{path}: column '{show(name)}' would not be read; did you mean '{similar}'?"
+            )
     for name in known:
         if name in COLUMNS and name not in names:
             raise UserError(
@@ -130,28 +136,30 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Refuses features that are no lists of numbers, and other columns that are no numbers."""
+    """Raises UserError unless features are lists of numbers, and optional columns are numbers."""
     from pyarrow import types
 
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
-    for one in schema:
-        kind, wanted = one.type, "numbers"
-        if one.name not in ("features", *OPTIONAL):
+    list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    for column in schema:
+        kind, wanted = column.type, "numbers"
+        if column.name not in ("features", *OPTIONAL_COLUMNS):
             continue
-        if one.name == "features":
+        if column.name == "features":
             kind, wanted = getattr(kind, "value_type", None), "lists of numbers"
-            if not any(is_kind(one.type) for is_kind in lists):
+            if not any(is_kind(column.type) for is_kind in list_kinds):
                 kind = None
         if kind is None or not (types.is_integer(kind) or types.is_floating(kind)):
-            raise UserError(f"{path}: column {one.name} is {one.type}, wanted {wanted}")
+            raise UserError(f"{path}: column {column.name} is {column.type}, wanted {wanted}")
 
 
 def _check_pages(
     path: Path, opened: io.FileIO, file: "parquet.ParquetFile", names: Sequence[str]
 ) -> int:
-    """Returns how many values the lists of features have at most, by the headers of their pages.
+    """Counts the values of the features in the headers of their pages: an upper limit.
 
-    Refuses pages that hold other numbers of values than the footer says, or too many bytes.
+    Raises:
+      UserError: the headers and the footer count different numbers of values, or the columns need
+        too much memory.
     """
     size, count, pages = 0, 0, 0
     for number in range(file.metadata.num_row_groups):
@@ -164,11 +172,11 @@ def _check_pages(
             values = unpacked = 0
             for page in _pages(opened, column):
                 values, unpacked, pages = values + page.values, unpacked + page.size, pages + 1
-                if pages > MOST_PAGES:
-                    raise _damaged(path, f"more than {MOST_PAGES:,} pages")
+                if pages > MAX_PAGES:
+                    raise _damaged(path, f"more than {MAX_PAGES:,} pages")
             if values != column.num_values:
                 raise _damaged(
-                    path, f"{values:,} values of {name}, its footer says {column.num_values:,}"
+                    path, f"{values:,} values of {name}, but {column.num_values:,} in the footer"
                 )
             width = VALUE_BYTES.get(column.physical_type, 4)
             if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
@@ -179,40 +187,40 @@ def _check_pages(
     if size > limit:
         raise UserError(
             f"{path}: its columns take {size:,} bytes, and a third of the memory is {limit:,}\n"
-            "split it into several tables, which rank, embed and gallery identify read in turn\n"
+            "for rank, embed and gallery identify, split it into several tables\n"
             "for training, write a file SPLIT/CLIP.npz for each clip"
         )
     if size > room:
-        raise _damaged(path, f"{size:,} bytes of nearly one value")
+        raise _damaged(path, f"it would unpack to {size:,} bytes of almost equal values")
     return count
 
 
 class _Page(NamedTuple):
-    """The header of a page: the bytes and the values that it unpacks to."""
+    """The header of a page: the numbers of unpacked bytes and of values."""
 
     size: int
     values: int
 
 
 def _pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
-    """Yields the pages of a column in a row group, until there are all values of the footer."""
+    """Yields the pages of a column in a row group, up to the number of values in the footer."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
     end, left = at + column.total_compressed_size, column.num_values
     while left > 0 and at < end:
-        length, fields = _header(opened, at)
-        data = fields.get(5) or fields.get(8) or {}  # of version 1 or 2; a dictionary has neither
+        length, fields = _read_header(opened, at)
+        data = fields.get(5) or fields.get(8) or {}  # data page of version 1 or 2, or dictionary
         packed, unpacked, values = fields.get(3, -1), fields.get(2, -1), data.get(1, 0)
         if min(packed, unpacked, values) < 0:
-            raise ValueError("a page of less than nothing")
+            raise ValueError("a page of negative size")
         yield _Page(unpacked, values)
         at += length + packed
         left -= values
 
 
-def _header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
-    """Returns the length and the fields of the header of the page at a byte of a file."""
+def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
+    """Returns the length and the fields of the header of the page that begins at byte `at`."""
     for size in HEADER_BYTES:
         header = _Compact(os.pread(opened.fileno(), size, at))
         with contextlib.suppress(IndexError):
@@ -222,15 +230,15 @@ def _header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
 
 
 class _Compact:
-    """Reads a struct of Thrift's compact protocol; IndexError if the bytes end before it does."""
+    """Reads a struct of Thrift's compact protocol; IndexError if the bytes are incomplete."""
 
     def __init__(self, content: bytes):
         self._content, self.at = content, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Returns number of a field -> an int, a dict of a struct, or None for other values."""
-        if depth > MOST_DEPTH:
-            raise ValueError("structs within structs")
+        """Returns field number -> value: an int, a dict for a struct, or None for other types."""
+        if depth > MAX_HEADER_DEPTH:
+            raise ValueError("too many nested structs")
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -238,9 +246,9 @@ class _Compact:
             fields[number] = self._value(head & 15, depth)
         return fields
 
-    def _value(self, kind: int, depth: int) -> Any:  # noqa: ANN401 (of that kind)
+    def _value(self, kind: int, depth: int) -> Any:  # noqa: ANN401 (`kind` decides the type)
         match kind:
-            case 1 | 2:  # a bool is in the head of its field
+            case 1 | 2:  # the kind is the value of a bool
                 return None
             case 4 | 5 | 6:
                 return self._int()
@@ -280,38 +288,38 @@ class _Compact:
 
 
 def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
-    """Returns the rows of all row groups; `counted` values of features are there at most."""
+    """Reads the rows of all row groups, whose features have at most `counted` values."""
     import pyarrow
     from pyarrow import compute
 
-    others, widths, first, at = [], [], 0, 0
-    text = [name for name in names if name != "features"]
+    groups, widths, first, at = [], [], 0, 0
+    scalars = [name for name in names if name != "features"]
     values = np.empty(0, np.float32)
     for number in range(file.metadata.num_row_groups):
-        others.append(file.read_row_group(number, columns=text))
-        # A batch at a time: pyarrow takes several times the memory of what it decodes.
+        groups.append(file.read_row_group(number, columns=scalars))
+        # Reads in batches, because pyarrow needs several times the memory of the decoded values.
         rows = max(1, BATCH_VALUES * file.metadata.num_rows // max(counted, 1))
         batches = file.iter_batches(rows, row_groups=[number], columns=["features"])
         for batch in batches:
             chunk = batch.column(0)
             _refuse_nulls(path, "features", chunk, first)
             first += len(chunk)
-            found = chunk.flatten()
-            if found.null_count:
-                raise UserError(f"{path}: column features: a list holds a null")
-            found = found.to_numpy(zero_copy_only=False)
+            flat = chunk.flatten()
+            if flat.null_count:
+                raise UserError(f"{path}: column features: a list contains a null")
+            flat = flat.to_numpy(zero_copy_only=False)
             width = compute.call_function("list_value_length", [chunk])
             widths.append(width.to_numpy(zero_copy_only=False))
-            if len(found):
-                values = values if at else np.empty(counted, found.dtype)
-                values[at : at + len(found)] = found
-            at += len(found)
-    joined = pyarrow.concat_tables(others) if others else file.schema_arrow.empty_table()
+            if len(flat):
+                values = values if at else np.empty(counted, flat.dtype)
+                values[at : at + len(flat)] = flat
+            at += len(flat)
+    joined = pyarrow.concat_tables(groups) if groups else file.schema_arrow.empty_table()
     columns = {}
-    for name in text:
+    for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)
-        columns[name] = _as_text(path, name, column) if name in TEXT else column
+        columns[name] = _encode_text(path, name, column) if name in TEXT_COLUMNS else column
     width = np.concatenate(widths) if widths else np.empty(0, np.int32)
     return Rows(columns, values[:at], width)
 
@@ -319,11 +327,11 @@ def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted
 def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # noqa: ANN401 (pyarrow)
     if column.null_count:
         row = first + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise UserError(f"{path}: row {row + 1}: no {name}")
+        raise UserError(f"{path}: row {row + 1}: {name} is missing")
 
 
-def _as_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (of pyarrow, both)
-    """Returns a dictionary-encoded column of text."""
+def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (pyarrow)
+    """Returns a column of text, dictionary-encoded; UserError for another type."""
     import pyarrow
 
     try:

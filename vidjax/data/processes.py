@@ -1,13 +1,13 @@
-"""Child processes of this program, several at once, and limits for those that read unknown bytes.
+"""Runs child processes, and limits the processes that read files from strangers.
 
-The pools of Python import the user's program again in each child, which would run a program without
-`if __name__ == "__main__"`. So a child here runs a module of this package.
+Python's process pools import the user's program again in each child. This would run a program
+without `if __name__ == "__main__"` again. So a child here runs a module of this package instead.
 
-A job is such a module, and ends with `sys.exit(processes.serve(work))`. `run_limited` starts it,
-gives `work` its arguments, and returns its answer, both as JSON; arrays go through files.
-`run_limited_each` calls `work` several times in one process. A job has three limits: address space
-(on Linux), CPU time, and that it may open no connection and start no program (on Linux). There it
-also ends with the process that started it.
+The module of a job ends with `sys.exit(processes.serve(work))`. `run_limited` starts the module,
+passes arguments to `work` and returns its answer. Both are JSON; arrays are passed in files.
+`run_limited_each` calls `work` several times in the same process. A job has limits of address space
+(on Linux) and CPU time. On Linux it can neither open connections nor start programs, and it ends
+when its parent process ends.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import DiskError, UserError, of_the_system
 from vidjax.utils.machine import most_files
 
-LARGEST_BLOCK = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
+MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
-# A process waits on a slow disk, or for a core that others use.
+# Elapsed time exceeds CPU time if the disk is slow or other processes use the cores.
 WALL_SECONDS = 60
 WALL_PER_CPU = 20
 
-# Machine -> its number in the headers of Linux, and the calls socket, execve, execveat, ptrace and
-# io_uring_setup, which opens sockets, too.
+# Machine -> its number in the headers of Linux, and the numbers of the system calls socket, execve,
+# execveat, ptrace and io_uring_setup (which can open sockets, too).
 _CALLS = {
     "x86_64": (0xC000003E, (41, 59, 322, 101, 425)),
     "aarch64": (0xC00000B7, (198, 221, 281, 117, 425)),
@@ -45,14 +45,14 @@ _CALLS = {
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _PARENT_DEATH = 38, 22, 2, 1
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050001  # EPERM
-_OTHER_CALLS = 0x40000000  # x86_64 has a second list of the same calls from here on
+_SECOND_CALL_LIST = 0x40000000  # x86_64 numbers the same calls again from here on
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Children:
-    """Child processes that are killed together; several threads may start them."""
+    """A group of child processes that can be killed together. Several threads may start them."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
@@ -62,27 +62,32 @@ class Children:
     def run(
         self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a module of this package and returns the ended child, whatever its exit status.
+        """Runs a module of this package, waits until it ends, and returns the ended process.
 
         Args:
-          module: its name; it gets `words` as arguments and `given` on standard input.
-          timeout: seconds after which the child is killed, which raises subprocess.TimeoutExpired.
+          module: the name of the module.
+          words: arguments of the module.
+          given: bytes for standard input.
+          timeout: seconds after which the child is killed.
+
+        Raises:
+          subprocess.TimeoutExpired: the child was killed after `timeout`.
         """
-        # It imports from the same folders as this process, and not from its current directory.
-        # Every BLAS thread would reserve address space of its own. The allocator of glibc would
-        # give the memory of each batch back, and the system would clear every page of the next.
+        # PYTHONPATH: the child imports from the same folders as this process, but not from the
+        # current directory. Threads: each BLAS thread would reserve address space. MALLOC: glibc
+        # would return the memory of each batch, and the system would clear the pages of the next.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": str(LARGEST_BLOCK),
-            "MALLOC_TRIM_THRESHOLD_": str(LARGEST_BLOCK),
+            "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
+            "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
         }
         pipe = subprocess.PIPE
         with self._lock:
             if self._stopped:
-                raise InterruptedError("stopped")  # nobody reads this
+                raise InterruptedError("stopped")  # `map_children` has already raised
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *map(str, words)],
                 stdin=pipe,
@@ -100,7 +105,7 @@ class Children:
         return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
 
     def stop(self) -> None:
-        """Kills all children and lets no other start."""
+        """Kills all children, and prevents new ones."""
         with self._lock:
             self._stopped = True
             for child in self._started:
@@ -114,15 +119,16 @@ def map_children(
     *,
     progress: str = "",
 ) -> list[Result]:
-    """Returns `[function(children, item) for item in items]`, calling `workers` of them at once.
+    """Returns `[function(children, item) for item in items]`, with `workers` calls at once.
 
-    Each call runs in a thread and waits for a child process. Items begin in their order. The first
-    error kills all children. `progress` is the title of a progress bar; empty for none.
+    Each call runs in a thread and waits for a child process. Calls start in the order of the items.
+    The first error kills all children and is raised. `progress` is the title of a progress bar; "":
+    no bar.
     """
     from tqdm import tqdm
 
     children = Children()
-    # A child has three pipes, and some more while it starts.
+    # A child needs three pipes, and a few more files during its start.
     with ThreadPoolExecutor(max(1, int(min(workers, most_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
         try:
@@ -142,7 +148,7 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limits this process: its address space, and its CPU time from now on."""
+    """Limits the address space of this process (on Linux), and its CPU time from now on."""
     import resource
 
     cpu = int(time.process_time()) + cpu_seconds
@@ -156,26 +162,29 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def forbid_connections() -> bool:
-    """Lets this process open no socket and start no program; returns whether the system can.
+    """Prevents this process from opening sockets and starting programs.
 
-    Source: seccomp(2) of Linux, a filter of system calls that no process can take off again.
+    Returns:
+      False if the system does not support this.
+
+    Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
     """
     if sys.platform != "linux" or platform.machine() not in _CALLS:
         return False
     machine, calls = _CALLS[platform.machine()]
-    refuse = len(calls) + 1  # the last step but one allows, the last one refuses
+    refuse = len(calls) + 1  # steps to skip from here to the last step, which refuses the call
     steps = [
-        (_LOAD, 0, 0, 4),  # the machine
+        (_LOAD, 0, 0, 4),  # loads the machine
         (_IF_EQUAL, 0, refuse + 2, machine),
-        (_LOAD, 0, 0, 0),  # the number of the call
-        (_IF_AT_LEAST, refuse, 0, _OTHER_CALLS),
+        (_LOAD, 0, 0, 0),  # loads the number of the call
+        (_IF_AT_LEAST, refuse, 0, _SECOND_CALL_LIST),
         *((_IF_EQUAL, refuse - 1 - n, 0, call) for n, call in enumerate(calls)),
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _REFUSE),
     ]
     code = b"".join(struct.pack("=HBBI", *step) for step in steps)
-    held = ctypes.create_string_buffer(code)
-    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(held)))
+    buffer = ctypes.create_string_buffer(code)
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(buffer)))
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     zero = ctypes.c_ulong(0)
     return (
@@ -185,16 +194,16 @@ def forbid_connections() -> bool:
 
 
 def end_with_parent() -> None:
-    """Lets this process be killed when the one that started it ends, however that ends."""
+    """Makes the system kill this process when its parent process ends (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """Does the jobs on standard input under their limits, prints the answers, returns 0.
+    """Reads jobs from standard input, calls `work` under their limits, and prints the answers.
 
-    `work` gets the arguments of a job and returns its answer, both for JSON. What libraries print
-    goes to standard error.
+    `work` takes the arguments of a job and returns its answer; both are JSON values. The output of
+    libraries is redirected to standard error. Returns 0, the exit status.
     """
     end_with_parent()
     with open(0, "rb", closefd=False) as given:
@@ -203,20 +212,20 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     os.dup2(2, 1)
     limit_resources(jobs["memory_bytes"], jobs["cpu_seconds"])
     forbid_connections()
-    most = f"{jobs['memory_bytes'] // MB:,} MB"
+    limit = f"{jobs['memory_bytes'] // MB:,} MB"
     with answers:
-        json.dump([_answer(work, path, given, most) for path, given in jobs["given"]], answers)
+        json.dump([_answer(work, path, given, limit) for path, given in jobs["given"]], answers)
     return 0
 
 
 def _answer(
-    work: Callable[[dict[str, Any]], dict[str, Any]], path: str, given: dict[str, Any], most: str
+    work: Callable[[dict[str, Any]], dict[str, Any]], path: str, given: dict[str, Any], limit: str
 ) -> dict[str, Any]:
-    """Returns what `work` finds, or its error; `most` is the memory that it may take."""
+    """Calls `work`; returns a dict with its `result` or its error, for `_parse_answer`."""
     try:
-        return {"found": work(given)}
+        return {"result": work(given)}
     except MemoryError:
-        return {"error": f"{path}: refused: reading it needs more memory than {most}"}
+        return {"error": f"{path}: refused: reading it needs more memory than {limit}"}
     except UserError as error:
         kind = "os_error" if isinstance(error, OSError) else "error"
         return {kind: str(error), "errno": getattr(error, "errno", None)}
@@ -233,24 +242,25 @@ def run_limited(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> dict[str, Any]:
-    """Runs a module that calls `serve` in a child process with limits, and returns its answer.
+    """Runs a module that calls `serve` in a limited child process, and returns its answer.
 
     Args:
-      module: its name.
-      path: the file that the job reads, for messages; `arguments` name it, too, where needed.
-      arguments: what `work` gets, for JSON.
-      memory_bytes, cpu_seconds: its limits. Elapsed time is limited to WALL_PER_CPU times as much.
-      children: the group that the child joins, so that another thread can kill it.
+      module: the name of the module.
+      path: the file that the job reads, for messages.
+      arguments: the arguments of `work`, JSON values.
+      memory_bytes, cpu_seconds: the limits. The elapsed time is limited to WALL_SECONDS plus
+        WALL_PER_CPU times `cpu_seconds`.
+      children: the group of the child, so that another thread can kill it.
 
     Raises:
-      UserError: the job raised one, or met a limit, or its process crashed.
-      DiskError: it could not read or write a file.
+      UserError: the job raised UserError, exceeded a limit, or crashed.
+      DiskError: the job could not read or write a file.
     """
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
-    (found,) = run_limited_each(module, [(path, arguments)], **limits, children=children)
-    if isinstance(found, UserError):
-        raise found
-    return found
+    (answer,) = run_limited_each(module, [(path, arguments)], **limits, children=children)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def run_limited_each(
@@ -261,14 +271,20 @@ def run_limited_each(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> list[dict[str, Any] | UserError]:
-    """Runs a module as `run_limited` does, with several pairs of a path and arguments, in turn.
+    """Runs several jobs of a module in the same limited child process, one after another.
 
-    Returns what each call of `work` returned or raised. The limits are of the process: it raises
-    UserError if the process meets one or crashes, in the name of the first path.
+    Args:
+      given: the path and the arguments of each job; see `run_limited` for the others.
+
+    Returns:
+      The answer or the error of each job.
+
+    Raises:
+      UserError: the process exceeded a limit or crashed. The message names the first path.
     """
     path = given[0][0]
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
-    jobs = {"given": [(os.fspath(path), dict(one)) for path, one in given], **limits}
+    jobs = {"given": [(os.fspath(path), dict(arguments)) for path, arguments in given], **limits}
     seconds = WALL_SECONDS + WALL_PER_CPU * cpu_seconds
     try:
         input_ = json.dumps(jobs).encode()
@@ -278,7 +294,9 @@ def run_limited_each(
     if child.returncode == -signal.SIGXCPU:
         raise UserError(f"{path}: refused: reading it needs more than {cpu_seconds} s of CPU time")
     if child.returncode == -signal.SIGKILL:
-        raise UserError(f"{path}: its reader was killed from outside: is memory short?")
+        raise UserError(
+            f"{path}: the system or another program killed its reader: is the memory too small?"
+        )
     if child.returncode < 0:
         name = f"signal {-child.returncode}"
         with contextlib.suppress(ValueError):
@@ -290,13 +308,13 @@ def run_limited_each(
             f"{path}: the process that reads it failed: {show(last)}\n"
             "install vidjax again; if that does not help, report it"
         )
-    return [_found(answer) for answer in json.loads(child.stdout)]
+    return [_parse_answer(answer) for answer in json.loads(child.stdout)]
 
 
-def _found(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
-    """Returns what a job found, or its error."""
+def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
+    """Returns the result or the error of a job."""
     if "os_error" in answer:
         failed = DiskError(answer["os_error"])
         failed.errno = answer.get("errno")
         return failed
-    return UserError(answer["error"]) if "error" in answer else answer["found"]
+    return UserError(answer["error"]) if "error" in answer else answer["result"]

@@ -1,8 +1,7 @@
-"""Clips that stay on the devices: flat arrays of frames, gathered by index.
+"""Clips that stay on the devices, as flat arrays of frames.
 
-A training step reads only the frames that its fusion draws. A batch is a function of (seed, step),
-computed on the devices: several steps run without the host, and a run that resumes needs nothing
-but its step.
+A training step reads only the frames that its fusion chooses. The devices compute each batch from
+(seed, step): several steps run without the host, and a resumed run needs only its step.
 """
 
 import functools
@@ -24,8 +23,8 @@ from vidjax.data.clips import (
     Split,
     TrainingData,
     best_frames,
-    blocks_of,
     make_eval_plan,
+    split_blocks,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.order import draw, first_frame
@@ -34,49 +33,49 @@ from vidjax.utils.errors import UserError
 
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
-# Bytes of a resident frame beside its feature.
+# Bytes of a resident frame without its feature.
 SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in BATCHED[1:])
-CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
+CHUNK_BYTES = 32 << 20  # copied to the devices at once
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the batch of a training step: the B clips of `order.draw`, features as LazyFeatures.
+    """Returns the batch of a training step: the B clips of `order.draw`, with LazyFeatures.
 
     Args:
-      clips: modality -> Packed of N clips; the last frame is zeros and stands for padding.
+      clips: modality -> Packed of N clips. The last frame is zeros and serves as padding.
       step: [] int32, number of the step, from 0.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
     drawn = draw(plan, step, position // plan.num_places, position % plan.num_places)
     frames = {
-        name: frames_of(clips[name], *drawn[:2], size, drawn.windows.get(name))
+        name: gather_frames(clips[name], *drawn[:2], size, drawn.windows.get(name))
         for name, size in plan.padded_lengths.items()
     }
     return Batch(frames, drawn.clip_index, drawn.batch_mask)
 
 
-def frames_of(
+def gather_frames(
     clips: Packed,
     clip_index: Array,
     batch_mask: Array,
     size: int,
-    drawn: Array | None = None,
+    window: Array | None = None,
     *,
     lazy: bool = True,
 ) -> Frames:
     """Returns Frames [B, size] of B clips.
 
     Args:
-      clips: N clips of one modality; the last frame is zeros and stands for padding.
+      clips: N clips of a modality. The last frame is zeros and serves as padding.
       clip_index: [B] int32, the clips to take.
-      batch_mask: [B] bool; a clip where it is False has no frames.
+      batch_mask: [B] bool, False for rows that stay empty.
       size: T.
-      drawn: [B] float32, see `first_frame` of a window; None takes the first T frames.
-      lazy: True for LazyFeatures, which are gathered once a fusion has chosen frames.
+      window: [B] float32, the random windows (see `first_frame`); None: the first T frames.
+      lazy: True for LazyFeatures, which are gathered after a fusion has chosen frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
-    if drawn is not None:
-        first += first_frame(drawn, length, size)
+    if window is not None:
+        first += first_frame(window, length, size)
     length = jnp.where(batch_mask, jnp.minimum(length, size), 0)
     place = jnp.arange(size, dtype=jnp.int32)
     mask = place < length[:, None]  # [B, T]
@@ -89,19 +88,20 @@ def frames_of(
 
 
 def _take(values: Array, index: Array) -> Array:
-    """Returns values[index] for an index that is valid."""
+    """Returns values[index]; the index must be valid."""
     return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
 
 
 class ResidentPlan(NamedTuple):
-    """The clips and frames that are to be resident on the devices.
+    """The clips and frames that will be resident on the devices.
 
     Attributes:
-      train_splits: the training splits; `clip_index` numbers the clips of all, split by split.
+      train_splits: the training splits; `clip_index` counts through their clips, in order.
       splits: the training splits and the split to evaluate.
+      modalities: the names of the modalities.
       num_frames: modality -> number of frames, including the copies of `best`.
-      best: (split, phase, modality) -> T, where the phase is `train` or `eval`. In that phase, a
-        clip of more than T frames is reduced to its best T, which are stored as a copy.
+      best: (split, phase, modality) -> T, where the phase is `train` or `eval`. In this phase, a
+        clip of more than T frames is reduced to its best T frames, which are stored as a copy.
       nbytes: bytes of all frames.
       widths: modality -> D.
     """
@@ -116,7 +116,7 @@ class ResidentPlan(NamedTuple):
 
 
 def plan_resident(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
-    """Plans which clips are resident, from the lengths of the clips alone."""
+    """Plans which clips are resident. Only the lengths of the clips are read."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
     for split in splits.values():
@@ -143,11 +143,15 @@ def plan_resident(data: TrainingData, plan: BatchPlan, eval_split: str) -> Resid
 def step_bytes(
     layout: ResidentPlan, plan: BatchPlan, params: int, columns: int, mesh: Mesh
 ) -> float:
-    """Returns an estimate of the bytes that a training step takes on a device beside the state.
+    """Estimates the bytes that a training step needs on a device, in addition to the state.
 
-    These are, as float32, the batch, the fused frames and their gradients; logits, losses and their
-    gradients; and the gradients and updates of `params` bytes of parameters. The state, with that
-    of the optimiser, lies on the device already.
+    The estimate counts, as float32, the batch, the fused frames and their gradients; the logits,
+    losses and their gradients; and the gradients and updates of the parameters. The parameters and
+    the state of the optimiser are already on the device.
+
+    Args:
+      params: bytes of the parameters.
+      columns: number of class columns.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip
@@ -157,16 +161,22 @@ def step_bytes(
 def choose_mode(
     mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
 ) -> str:
-    """Returns `resident` or `streaming`; the free memory decides for `auto`.
+    """Returns `resident` or `streaming`.
 
-    `mode` is `config.data.mode`; `num_drawn` counts the clips in all batches of the run; `taken` is
-    `step_bytes`. ValueError for `resident` with more clips or frames than an int32 counts.
+    Args:
+      mode: `config.data.mode`. With `auto`, the free memory decides.
+      num_drawn: the number of clips in all batches of the run.
+      taken: bytes of a training step, see `step_bytes`.
+
+    Raises:
+      UserError: the mode is `resident`, and an int32 cannot count the clips or frames.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
         raise UserError(
             f"config.data.mode='resident': {num_drawn:,} clips to draw and "
-            f"{max(layout.num_frames.values()):,} frames are more than an int32 counts"
+            f"{max(layout.num_frames.values()):,} frames are too many for an int32\n"
+            "use --config.data.mode=streaming"
         )
     if mode != "auto":
         return mode
@@ -178,7 +188,7 @@ def choose_mode(
 
 
 def free_bytes(mesh: Mesh) -> float:
-    """Returns the free bytes of the fullest local device; emulated devices share the host's."""
+    """Returns the free bytes of the fullest local device. Emulated devices share the memory."""
     free = []
     for device in mesh.local_devices:
         stats = device.memory_stats() if device.platform != "cpu" else None
@@ -188,23 +198,24 @@ def free_bytes(mesh: Mesh) -> float:
 
 
 class Resident:
-    """Splits of a dataset on the devices; a `ClipSource`.
+    """Splits of a dataset on the devices: a `ClipSource`.
 
-    `train` is modality -> Packed of the training clips, by `clip_index`; the last frame is zeros.
+    Attributes:
+      train: modality -> Packed of the training clips, by `clip_index`. The last frame is zeros.
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Reads every clip of the layout once; ValueError for damaged records."""
+        """Copies every clip of the layout to the devices; UserError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = jax.jit(
-            gathered, static_argnames="sizes", out_shardings=devices.by_rows(mesh)
+            gather_modalities, static_argnames="sizes", out_shardings=devices.by_rows(mesh)
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
             for name in layout.modalities
         }
-        # Each [2, N]: first frame and number of frames of every clip.
+        # Each table is [2, N]: the first frame and the number of frames of each clip.
         tables = {
             (split, phase, name): np.zeros((2, len(data.split(split).clips)), np.int32)
             for split, phase, name in itertools.product(layout.splits, PHASES, layout.modalities)
@@ -223,7 +234,7 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns modality -> Packed of the clips of `splits`, as used in a phase."""
+            """Returns modality -> Packed of the clips of `splits` in a phase."""
             located = {}
             for name, packed in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
@@ -235,19 +246,19 @@ class Resident:
         self._eval = {split: locate([split], "eval") for split in layout.splits}
 
     def split(self, name: str) -> Split:
-        """Returns one split of the dataset."""
+        """Returns a split of the dataset."""
         return self._data.split(name)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-        Within a bucket, clips are ordered by name. Splits and modalities that are not resident are
-        read from the dataset.
+        Within a bucket, clips are sorted by name. If the split or a modality is not resident, all
+        frames are read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows)
             return
-        for bucket, clips in blocks_of(plan.bucket, rows):
+        for bucket, clips in split_blocks(plan.bucket, rows):
             clip_index = np.pad(clips.astype(np.int32), (0, rows - len(clips)))
             batch_mask = np.arange(rows) < len(clips)
             clip_index = devices.put(clip_index, devices.by_rows(self._mesh))
@@ -258,41 +269,41 @@ class Resident:
             yield Batch(dict(zip(plan.modalities, frames, strict=True)), clip_index, batch_mask)
 
 
-def gathered(
+def gather_modalities(
     clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
 ) -> list[Frames]:
-    """Returns `frames_of` B clips with their features gathered, modality by modality."""
+    """Returns the Frames of B clips in each modality, see `gather_frames`."""
     return [
-        frames_of(packed, clip_index, batch_mask, size, lazy=False)
+        gather_frames(packed, clip_index, batch_mask, size, lazy=False)
         for packed, size in zip(clips, sizes, strict=True)
     ]
 
 
 def _best_frames(packed: Packed, row: int, count: int) -> Packed:
-    """Returns the best `count` frames of one clip, in time order."""
+    """Returns the best `count` frames of a clip, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     chosen = best_frames(np.asarray(packed.quality[clip]), count)
     return _flat([getattr(packed, name)[clip][chosen] for name in BATCHED])
 
 
 def _flat(fields: Sequence[Array]) -> Packed:
-    """Returns Packed with empty `start` and `length`, from one array per field of BATCHED."""
-    none = np.empty(0, np.int32)
-    return Packed(**dict(zip(BATCHED, fields, strict=True)), start=none, length=none)
+    """Returns Packed with empty `start` and `length`; `fields` are the arrays of BATCHED."""
+    empty = np.empty(0, np.int32)
+    return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 
 
 class _Filler:
-    """Fills flat arrays on the devices from the front; the host holds one chunk at a time."""
+    """Fills flat arrays on the devices, from the front. The host needs memory for one chunk."""
 
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
-        """Allocates `num_frames` frames of a modality, and one more of zeros."""
+        """Allocates `num_frames` frames of a modality, and another frame of zeros."""
         self._mesh = mesh
         dtype = np.dtype(modality.dtype)
         scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in BATCHED[1:]]
         fields = [((modality.dim,), dtype), *scalars]
         rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
         self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
-        self._held = self._done = 0
+        self._waiting = self._done = 0  # frames in the chunk, and on the devices
         zeros = jax.jit(
             lambda: [
                 jnp.zeros((num_frames + 1, *shape), jax.dtypes.canonicalize_dtype(dtype))
@@ -303,31 +314,31 @@ class _Filler:
         self._arrays = zeros()
 
     def append(self, packed: Packed) -> int:
-        """Appends the frames of some clips and returns the index of the first."""
+        """Appends frames, and returns the index of the first."""
         fields = [getattr(packed, name) for name in BATCHED]
-        begin = self._done + self._held
+        begin = self._done + self._waiting
         taken, count = 0, len(packed.quality)
         while taken < count:
-            added = min(count - taken, len(self._chunk[0]) - self._held)
+            added = min(count - taken, len(self._chunk[0]) - self._waiting)
             for chunk, field in zip(self._chunk, fields, strict=True):
-                chunk[self._held : self._held + added] = field[taken : taken + added]
-            self._held += added
+                chunk[self._waiting : self._waiting + added] = field[taken : taken + added]
+            self._waiting += added
             taken += added
-            if self._held == len(self._chunk[0]):
+            if self._waiting == len(self._chunk[0]):
                 self._flush()
         return begin
 
     def _flush(self) -> None:
-        part = [chunk[: self._held] for chunk in self._chunk]
+        part = [chunk[: self._waiting] for chunk in self._chunk]
         part = devices.replicate(self._mesh, part)
         self._arrays = _put(self._arrays, part, np.int32(self._done))
-        jax.block_until_ready(self._arrays)  # before the chunk is overwritten
-        self._done += self._held
-        self._held = 0
+        jax.block_until_ready(self._arrays)  # the next frames overwrite the chunk
+        self._done += self._waiting
+        self._waiting = 0
 
     def finish(self) -> Packed:
         """Returns Packed of all frames, with empty `start` and `length`."""
-        if self._held:
+        if self._waiting:
             self._flush()
         return _flat(self._arrays)
 

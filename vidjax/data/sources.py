@@ -1,4 +1,4 @@
-"""Sources of features: what `config.data` names, a folder, or a dict of arrays."""
+"""Opens sources of features: a dataset of `config.data`, a folder, or a dict of arrays."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -27,15 +27,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
-    """Returns the built-in dataset as official files, generated at the first call."""
+    """Returns the synthetic dataset as official files, generated at the first call."""
     if data["dir"]:
         raise UserError(
-            f"config.data.dir={data['dir']}: config.data.name=synthetic reads no folder\n"
+            f"config.data.dir={data['dir']}: config.data.name=synthetic does not read a folder\n"
             "to read it: --config.data.name=arrays, or --config.data.name=iqiyi_vid for official "
             "files\nfor the synthetic dataset: --config.data.dir="
         )
     options = _synthetic_options(data)
-    # The source code of the generator is its version: a change cannot be forgotten.
+    # The digest of the source code is the version: any change of the code makes a new dataset.
     version = files.sha256_file(Path(synthetic.__file__))
     key = [data["size"], data["seed"], options._asdict(), version]
     folder = cache_folder(cache_dir, "synthetic", key)
@@ -65,12 +65,12 @@ def _directory(data: Section, content: str) -> Path:
         raise UserError(
             f"config.data.dir is not set: name the folder of the {content}: "
             "--config.data.dir=FOLDER\n"
-            "a run on data in memory gets them in Python: vidjax.evaluate(workdir, data)"
+            "for data in memory, use Python: vidjax.evaluate(workdir, data)"
         )
     return files.local(data["dir"])
 
 
-# To add a dataset, write a class like `OfficialFiles`, and a line here with what opens it.
+# To add a dataset, write a class like `OfficialFiles`, and add a function that opens it here.
 DATASETS: Mapping[str, Callable[[Section, CacheDir], RecordSource]] = {
     "synthetic": open_synthetic,
     "iqiyi_vid": open_iqiyi_vid,
@@ -85,12 +85,15 @@ def open_source(
     cache_dir: CacheDir = None,
     quality: Quality = "given",
 ) -> RecordSource:
-    """Returns the features and labels that a user has named.
+    """Opens features and labels.
 
     Args:
       given: the section `config.data`, which replaces all other arguments; a folder of official
         pickles or of your own features; or split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`.
+
+    Raises:
+      UserError: there are no features, or official pickles come with `labels` or `quality`.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -109,7 +112,7 @@ def open_source(
     ):
         if value != default:
             raise UserError(
-                f"{name}: {folder} holds official pickles\n"
+                f"{name}: {folder} contains official pickles\n"
                 f"leave `{name}` out: it is read from {where}"
             )
     return OfficialFiles(folder, cache_dir=cache_dir)
@@ -123,7 +126,7 @@ def load(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> "Dataset":
-    """Returns a dataset, converted unless the cache has it; see `vidjax.load_data`."""
+    """Loads a dataset. If the cache does not have it, it is converted. See `vidjax.load_data`."""
     from vidjax.data.records.conversion import convert
     from vidjax.data.records.dataset import Dataset
 
@@ -137,9 +140,12 @@ def load(
 
 
 def modalities(data: Section) -> Mapping[str, int]:
-    """Returns modality -> feature width, as far as file names tell: 0 if unknown, {} for nothing.
+    """Returns modality -> feature width, without reading a file.
 
-    A folder without features is a UserError.
+    The width is 0 if it is unknown. The dict is empty if file names do not contain the modalities.
+
+    Raises:
+      UserError: a folder has no features.
     """
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims
@@ -147,7 +153,7 @@ def modalities(data: Section) -> Mapping[str, int]:
 
 
 def is_generated(name: str) -> bool:
-    """Returns True if a dataset is generated, by `config.data.size` and `seed`, and not read."""
+    """Returns True if a dataset is generated (from `config.data.size` and `seed`), not read."""
     return name == "synthetic"
 
 
@@ -157,7 +163,7 @@ def _synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset, with size, seed and changed options if it is generated."""
+    """Returns the name of a dataset, and the size, seed and changed options of a generated one."""
     name = data.get("name", "")
     if not is_generated(name):
         return name

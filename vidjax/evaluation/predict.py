@@ -297,7 +297,7 @@ class Predictor(NamedTuple):
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
             found, quality = cast(Clips, clips), self.config.data.quality
-            clips = MemoryClips.of(found, self.modalities, self.identities, quality)
+            clips = MemoryClips.from_dict(found, self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)

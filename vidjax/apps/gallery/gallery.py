@@ -375,7 +375,7 @@ class Gallery:
                     "a gallery of models takes clips in memory, not a split of a dataset\n"
                     "give {clip: {modality: features}}, by command --input=FOLDER"
                 )
-            clips = MemoryClips.of(clips, widths, ())
+            clips = MemoryClips.from_dict(clips, widths, ())
         found = clips
         parts = {part: found.mean_vectors(part) for part in widths}
         advance(len(found.names))

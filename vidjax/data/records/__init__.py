@@ -1,7 +1,7 @@
-"""Records on disk, as tf.data and TFDS read them; tf.data streams batches of them.
+"""Records on disk, in a format that tf.data and TFDS can read.
 
-`convert` writes any source of frames to the cache, with what `codec` tells TFDS; `manifest` and
-`report` describe what was written. `dataset` reads records as `TrainingData`, by `reader`: in
-batches of training by `streaming`. Only `streaming` needs TensorFlow, which no other folder
-imports.
+`conversion` writes a source of frames to the cache as shards (`shard_files`), `codec` adds the
+metadata of TFDS, and `manifest` and `data_report` describe the result. `dataset` reads records as
+`TrainingData`, with `record_reader`; `streaming` reads training batches. Only `streaming` needs
+TensorFlow, and no other folder imports TensorFlow.
 """

@@ -1,8 +1,8 @@
-"""How the frames of a clip are stored in a record, and what TFDS needs to read it.
+"""The metadata with which TFDS can read records.
 
-Every field of a modality is one bytes string: `tf.train.Example` has no float16, and a ragged float
-list decodes several times slower. `PackedFrames` reads clip by clip, for TFDS; `streaming` reads
-whole batches, much faster. TensorFlow, whose import takes seconds, is only needed to read.
+Each field of a modality is stored as a bytes string, because `tf.train.Example` has no float16, and
+a ragged list of floats decodes several times slower. `PackedFrames` decodes clip by clip, for TFDS;
+`streaming` decodes whole batches, which is much faster. Only decoding needs TensorFlow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ tfds.disable_progress_bar()
 
 
 class PackedFrames(tfds.features.FeatureConnector):
-    """The frames of one clip and modality, stored as bytes: features [T, D] and FRAME_FIELDS."""
+    """The frames of a clip in a modality as bytes: features [T, D] and FRAME_FIELDS."""
 
     def __init__(self, *, dim: int, dtype: str, doc: Any = None):
         super().__init__(doc=doc)
@@ -37,11 +37,11 @@ class PackedFrames(tfds.features.FeatureConnector):
             self._info[name] = info
 
     def get_tensor_info(self) -> dict[str, Any]:
-        """Returns shape and dtype of every field for the reader."""
+        """Returns the shape and dtype of each decoded field."""
         return self._info
 
     def get_serialized_info(self) -> dict[str, Any]:
-        """Returns shape and dtype of every field in the record: one string each."""
+        """Returns the shape and dtype of each field in the record: a string."""
         return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
@@ -52,7 +52,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         }
 
     def decode_example(self, tfexample_data: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of one clip as tensors of the announced shapes."""
+        """Returns the fields of a clip as tensors, see `get_tensor_info`."""
         from vidjax.data.records.streaming import tf
 
         decoded = {}
@@ -62,14 +62,14 @@ class PackedFrames(tfds.features.FeatureConnector):
         return decoded
 
     def to_json_content(self) -> dict[str, Any]:
-        """Returns the arguments of `__init__`, from which TFDS makes this connector again."""
+        """Returns the arguments of `__init__`, with which TFDS recreates this connector."""
         return self._modality._asdict()
 
 
 def write_info(
     folder: Path, modalities: Mapping[str, Modality], splits: Mapping[str, Sequence[Shard]]
 ) -> None:
-    """Writes what TFDS needs to read the shards of `folder`."""
+    """Writes the metadata of the shards in `folder` for TFDS."""
     frames = {
         name: PackedFrames(dim=kind.dim, dtype=kind.dtype) for name, kind in modalities.items()
     }
@@ -78,7 +78,7 @@ def write_info(
         "clip_index": tfds.features.Scalar(dtype=np.int64),
         "frames": tfds.features.FeaturesDict(frames),
     }
-    # A change of name or module would make other files of the same data.
+    # Do not change name or module: equal data must give equal files.
     module, version = "vidjax.data.iqiyi_vid", tfds.core.Version(VERSION)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(NAME, version, str(folder), module),
@@ -87,12 +87,12 @@ def write_info(
         disable_shuffling=True,
     )
     info.set_file_format("tfrecord")
-    found = []
+    split_infos = []
     for name, shards in splits.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=NAME, split=name, filetype_suffix="tfrecord"
         )
-        lengths, size = [one.records for one in shards], sum(one.size for one in shards)
-        found.append(tfds.core.SplitInfo(name, lengths, size, filename_template=template))
-    info.set_splits(tfds.core.SplitDict(found))
+        lengths, size = [shard.records for shard in shards], sum(shard.size for shard in shards)
+        split_infos.append(tfds.core.SplitInfo(name, lengths, size, filename_template=template))
+    info.set_splits(tfds.core.SplitDict(split_infos))
     info.write_to_directory(folder)

@@ -1,7 +1,7 @@
-"""From any source of frames to records in the cache: converted once, checked at every load.
+"""Converts a source of frames to records in the cache. Records are checked at every load.
 
-Clips are cut, in their order, into shards of about SHARD_BYTES. Threads write these in any order,
-to the same bytes.
+The clips are divided, in their order, into shards of about SHARD_BYTES. Several threads write
+shards; the bytes of a shard do not depend on the thread.
 """
 
 import argparse
@@ -46,15 +46,16 @@ def convert(
     non_finite: NonFinite = "drop",
     workers: int | None = None,
 ) -> Records:
-    """Returns the records of a source, converting it unless the cache has them.
+    """Returns the records of a source. If the cache does not have them, the source is converted.
 
-    With `non_finite='drop'`, frames whose feature holds a NaN or an Inf are skipped and counted;
-    'error' refuses them. `cache_dir=None` is `$VIDJAX_CACHE` or `~/.cache/vidjax`. `workers`
-    threads write the records, one per core by default.
+    Args:
+      cache_dir: the cache; None: `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+        'error' raises UserError.
+      workers: number of threads that write records; None: one per core.
 
     Raises:
-      ValueError: the source contradicts itself or has a feature that is refused, or the records are
-        damaged.
+      UserError: the source contradicts itself or has a refused feature, or records are damaged.
     """
     check_choice("config.data.non_finite", non_finite, ("drop", "error"))
     if workers is not None and workers < 1:
@@ -64,20 +65,23 @@ def convert(
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
-                remove(folder)  # it is incomplete
+                remove(folder)  # without a manifest it is incomplete
                 with files.atomic_folder(folder) as partial:
                     write_records(source, fingerprint, partial, non_finite, workers)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
                             f"{source.place}: changed during the conversion\n"
-                            "run the command again once no program writes to it"
+                            "run the command again when no program writes to it"
                         )
     records = load_records(folder)
     mark_used(folder)
-    splits = records.report["splits"].values()
-    counts = [one for split in splits for one in split["modalities"].values()]
-    if non_finite == "error" and any(one["frames_skipped"].get("non_finite") for one in counts):
-        # The records are those of an earlier conversion with 'drop': reading again names the clip.
+    skipped = any(
+        counts["frames_skipped"].get("non_finite")
+        for split in records.report["splits"].values()
+        for counts in split["modalities"].values()
+    )
+    if non_finite == "error" and skipped:
+        # An earlier conversion had 'drop'. Reading the source raises an error that names the clip.
         with tempfile.TemporaryDirectory() as scratch:
             source.read(Path(scratch), "error")
     return records
@@ -93,22 +97,23 @@ def write_records(
     non_finite: NonFinite,
     workers: int | None,
 ) -> None:
-    """Fills a folder with the records of a source; see `convert`."""
-    # TFDS replaces the import of all threads while it is imported, so no other one is at work yet.
+    """Writes the records of a source to a folder; see `convert`."""
+    # During its import, TFDS replaces the import function of all threads. So it is imported before
+    # the threads start.
     from vidjax.data.records import codec
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
     unpacked = source.read(staging, non_finite)
     staged = {split: stage(split, parts) for split, parts in unpacked.items()}
-    modalities = _joined_modalities(staged, source)
+    modalities = _join_modalities(staged, source)
     _refuse_empty_splits(staged, source)
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    # Each thread maps all fields of a split, which takes half of the files of a process at most.
-    fitting = most_files() / 2 / (len(STORED) * len(modalities))
-    with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), fitting)))) as threads:
+    # Each thread maps the files of all fields: together at most half of the files of a process.
+    max_threads = most_files() / 2 / (len(STORED) * len(modalities))
+    with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
         for name, split in staged.items():
             paths = {modality: source.file_of(modality, name) for modality in split.packed}
@@ -119,9 +124,11 @@ def write_records(
         }
         written = threads.map(
             lambda name, path, order: write_shard(path, order, staged[name], modalities),
-            *zip(*((name, *one) for name, some in cuts.items() for one in some), strict=True),
+            *zip(*((name, *part) for name, parts in cuts.items() for part in parts), strict=True),
         )
-        shards = {name: tuple(itertools.islice(written, len(some))) for name, some in cuts.items()}
+        shards = {
+            name: tuple(itertools.islice(written, len(parts))) for name, parts in cuts.items()
+        }
         report = {
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
@@ -142,12 +149,13 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
             raise UserError(f"{paths or source.place}: no clip in split {name!r}")
 
 
-def _joined_modalities(
+def _join_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns width and dtype of each modality of any split; the dtype holds all values exactly.
+    """Returns the width of each modality, and a dtype that represents all values exactly.
 
-    UserError if the width of a modality differs between splits.
+    Raises:
+      UserError: the width of a modality differs between splits, or there are no frames.
     """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
@@ -155,26 +163,26 @@ def _joined_modalities(
     for split, clips in staged.items():
         for name, flat in clips.packed.items():
             dropped += sum(flat.skipped.values())
-            if not len(flat.features):  # width and dtype are unknown
+            if not len(flat.features):  # without frames, width and dtype are unknown
                 continue
             first = first_split.setdefault(name, split)
-            found = Modality(flat.features.shape[1], flat.features.dtype.name)
-            known = modalities.get(name, found)
-            if known.dim != found.dim:
+            modality = Modality(flat.features.shape[1], flat.features.dtype.name)
+            known = modalities.get(name, modality)
+            if known.dim != modality.dim:
                 raise UserError(
                     f"{name}: features are {known.dim} wide in {source.file_of(name, first)}\n"
-                    f"but {found.dim} wide in {source.file_of(name, split)}"
+                    f"but {modality.dim} wide in {source.file_of(name, split)}"
                 )
-            dtype = np.result_type(known.dtype, found.dtype)
+            dtype = np.result_type(known.dtype, modality.dtype)
             modalities[name] = Modality(known.dim, dtype.name)
     if not modalities:
         reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
-        raise UserError(f"{source.place}: no clip has a single frame that can be used{reason}")
+        raise UserError(f"{source.place}: no clip has a usable frame{reason}")
     return dict(sorted(modalities.items()))
 
 
 def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
-    """Raises ValueError when a clip is in two splits: a model would be tested on training clips."""
+    """Raises UserError if a clip is in two splits, because it would be in training and test."""
     owners: dict[str, str] = {}
     shared = []
     for name, split in sorted(staged.items()):
@@ -184,14 +192,15 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
     if shared:
         more = ", ..." if len(shared) > 5 else ""
         raise UserError(
-            f"{place}: {len(shared)} clips are in two splits\n{', '.join(shared[:5])}{more}"
+            f"{place}: {len(shared)} clips are in two splits: remove each from one of them\n"
+            f"{', '.join(shared[:5])}{more}"
         )
 
 
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Returns path and clip indices [n] of each shard, none of them empty."""
+    """Divides a split into shards; returns the path and the clip indices [n >= 1] of each."""
     size = sum(
         int(lengths.sum(dtype=np.int64)) * shard_files.frame_bytes(modalities[name])["features"]
         for name, lengths in split.lengths.items()
@@ -209,39 +218,40 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips `order` [n] int32 of a split; returns the shard's entry of the manifest."""
-    # Mapped anew in each call: what it read of the files leaves the memory afterwards.
+    """Writes the clips `order` [n] int32 of a split; returns the entry of the manifest."""
+    # Each call maps the files again, so that the memory of its pages is freed afterwards.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
-    none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+    empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
 
-    def frames_of(name: str, clip: int) -> dict[str, np.ndarray]:
+    def read_frames(name: str, clip: int) -> dict[str, np.ndarray]:
         """Returns field -> frames of a clip."""
         length = int(split.lengths[name][clip]) if name in split.lengths else 0
         if not length:
             modality = modalities[name]
-            return {"features": np.zeros((0, modality.dim), modality.dtype), **none}
+            return {"features": np.zeros((0, modality.dim), modality.dtype), **empty}
         start = int(split.starts[name][clip])
         return {field: mapped[name][field][start : start + length] for field in STORED}
 
     with path.open("wb") as file:
         for clip in order.tolist():
-            frames = {name: frames_of(name, clip) for name in modalities}
-            file.write(shard_files.framed(_record(split.clips[clip], clip, frames, modalities)))
+            frames = {name: read_frames(name, clip) for name in modalities}
+            record = _encode_clip(split.clips[clip], clip, frames, modalities)
+            file.write(shard_files.make_record(record))
     return shard_files.describe_shard(path, len(order))
 
 
-def _record(
+def _encode_clip(
     clip: str,
     index: int,
     frames: Mapping[str, Mapping[str, np.ndarray]],
     modalities: Mapping[str, Modality],
 ) -> bytes:
-    """Returns the record of a clip; `codec.write_info` tells TFDS what it holds."""
+    """Returns the message of a clip; `codec.write_info` describes its content for TFDS."""
     values: dict[str, bytes | int] = {"clip": clip.encode(), "clip_index": index}
     for name, fields in frames.items():
         for field, array in fields.items():
-            wanted = FRAME_FIELDS[field] if field in FRAME_FIELDS else modalities[name]
-            dtype = np.dtype(wanted.dtype).newbyteorder("<")
+            kind = FRAME_FIELDS[field] if field in FRAME_FIELDS else modalities[name]
+            dtype = np.dtype(kind.dtype).newbyteorder("<")
             values[f"frames/{name}/{field}"] = array.astype(dtype, copy=False).tobytes()
     return shard_files.encode(values)
 
@@ -252,7 +262,13 @@ def run_command(
     description: str,
     open_source: Callable[[argparse.Namespace], RecordSource],
 ) -> int:
-    """Runs `python -m MODULE DIR`: converts a folder, prints its report, returns the exit code."""
+    """Runs `python -m MODULE DIR`: converts a folder, prints its report, returns the exit code.
+
+    Args:
+      argv: the words of the command line; None: `sys.argv`.
+      module, description: the name of the module and a sentence, for `--help`.
+      open_source: takes the parsed arguments and returns the source.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)

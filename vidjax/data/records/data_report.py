@@ -21,15 +21,15 @@ CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
 def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any]:
-    """Returns the report of a split, of whose modalities `paths` are the files."""
-    nothing = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
+    """Returns the report of a split; `paths` is modality -> file."""
+    without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
     modalities = {
         name: _report_modality(flat, split.lengths[name], paths[name])
         for name, flat in split.packed.items()
     }
     return {
-        "clips": nothing.size,
-        "clips_without_frames": int(nothing.sum()),
+        "clips": without_frames.size,
+        "clips_without_frames": int(without_frames.sum()),
         "modalities": modalities,
     }
 
@@ -57,13 +57,13 @@ def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
-    """Returns counts in equal bins between the smallest and the largest finite value."""
+    """Counts values in equal bins between the smallest and the largest finite value."""
     finite = values[np.isfinite(values)].astype(np.float64)
     counts, edges = [], []
     if finite.size:
         low, high = float(finite.min()), float(finite.max())
         largest = max(abs(low), abs(high))
-        if high - low <= 1e-9 * largest:  # bins need a width that floats of that size can tell
+        if high - low <= 1e-9 * largest:  # too narrow: rounding would make bins of width 0
             half = max(0.5, 1e-6 * largest)
             low, high = low - half, high + half
         counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
@@ -78,10 +78,15 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Returns the identities of the class columns, name -> labelled split, and the data report.
+    """Labels the clips of records.
 
-    `identities` name the columns 1..C; None for all identities of the train and val ground truth,
-    with or without a clip.
+    Args:
+      truth: split -> clip -> identity.
+      identities: names of the class columns 1..C; None: all identities of the train and val ground
+        truth, even if they have no clip.
+
+    Returns:
+      The identities of the class columns, name -> labelled Split, and the data report.
     """
     if identities is None:
         identities = sort_identities(
@@ -106,8 +111,8 @@ def label_records(
         )
         if positives[0]:
             warn(
-                f"{positives[0]} clips of {name} show identities that are no class of the training "
-                "data: they rank as distractors, and MAP counts each such identity as 0"
+                f"{positives[0]} clips of {name} show identities without a class in the training "
+                "data: they count as distractors, and MAP counts each of these identities as 0"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
         report["splits"][name]["sha256"] = _digest_split(records, truth, name)
@@ -115,14 +120,14 @@ def label_records(
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns a split's number of clips, its modalities, and sha256 of names, features, labels."""
-    found = records.splits[split]
-    shards = [sorted(records.modalities.items()), [shard.sha256 for shard in found.shards]]
+    """Returns the number of clips and the modalities of a split, and the sha256 of its content."""
+    clips, shards = records.splits[split].clips, records.splits[split].shards
+    features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
     return {
-        "clips": len(found.clips),
-        "names": sha256_json(found.clips),
+        "clips": len(clips),
+        "names": sha256_json(clips),
         "modalities": sorted(records.modalities),
-        "features": sha256_json(shards),
+        "features": sha256_json(features),
         "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
     }
 
@@ -130,7 +135,8 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 def digest_data(records: Records, truth: Truth) -> str:
     """Returns the sha256 of clips, frames and labels, in hexadecimal.
 
-    Paths, times and class columns do not change it: the same data have one digest on all machines.
+    It does not depend on paths, times and class columns, so equal data have equal digests on all
+    machines.
     """
     splits = {
         name: {
@@ -146,7 +152,7 @@ def digest_data(records: Records, truth: Truth) -> str:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Returns the part of a split's report that needs its ground truth, clip name -> identity."""
+    """Returns the part of the report of a split that depends on `truth`, clip -> identity."""
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))
@@ -170,7 +176,7 @@ def _report_labels(
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Returns the report as lines for a terminal."""
+    """Formats the report as lines for a terminal."""
     lines = [f"{report['identities']} identities"]
     for name, split in report["splits"].items():
         labels = "no ground truth"

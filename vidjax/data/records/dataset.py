@@ -1,6 +1,6 @@
-"""Converted clips with their labels: streamed batch by batch, or read as a whole.
+"""Converted clips with their labels, as training data.
 
-TensorFlow is imported only where batches are streamed.
+TensorFlow is imported only to stream batches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,17 +18,17 @@ from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.record_reader import Reader, eval_batches
 from vidjax.utils.errors import UserError, need, warn
 
-PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
+MAX_PACKED_CLIPS = 256  # clips in a chunk of `Dataset.packed`
 
 
 class Dataset:
-    """Converted clips with their labels; a `TrainingData`.
+    """Converted clips with their labels: a `TrainingData`.
 
     Attributes:
       identities: names of the class columns: column c is `identities[c - 1]`.
       modalities: modality -> width and stored dtype.
-      report: counts of loaded and skipped frames and clips, and of labels; under `data` the
-        origin of the clips and the digest of clips and labels.
+      report: counts of frames, clips and labels. The entry `data` has the origin of the clips and
+        the digest of clips and labels.
     """
 
     def __init__(
@@ -39,9 +39,13 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Labels records by `truth`, labelled split -> clip -> identity.
+        """Labels records.
 
-        `identities` name the class columns; None for those of the train and val ground truth.
+        Args:
+          truth: split -> clip -> identity, for the splits with labels.
+          identities: names of the class columns; None: all identities of the train and val ground
+            truth.
+          origin: the origin of the clips, for results.
         """
         self._records = records
         self._truth = truth
@@ -61,36 +65,38 @@ class Dataset:
             warn(problem)
 
     def __repr__(self) -> str:
-        clips = ", ".join(f"{name} {len(one.clips):,} clips" for name, one in self._splits.items())
-        widths = ", ".join(f"{name} {one.dim}" for name, one in self.modalities.items())
+        splits = self._splits.items()
+        clips = ", ".join(f"{name} {len(split.clips):,} clips" for name, split in splits)
+        widths = ", ".join(f"{name} {kind.dim}" for name, kind in self.modalities.items())
         place = self._origin.dir or self._origin.name
         return f"<data '{place}': {clips}; {widths}; {len(self.identities):,} identities>"
 
     def split(self, name: str) -> Split:
-        """Returns one split; ValueError for an unknown name."""
+        """Returns a split; UserError if there is no split of this name."""
         if name not in self._splits:
             raise UserError(
-                f"no split {name!r} in the data, only {', '.join(self._splits)}; without val:\n"
-                "--config.eval.split=train --config.ensemble.folds=5 holds clips of train back"
+                f"no split {name!r} in the data, only {', '.join(self._splits)}\n"
+                "to evaluate on left-out clips of train: --config.eval.split=train "
+                "--config.ensemble.folds=5"
             )
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips, labelled for other class columns."""
+        """Returns the same clips with labels for the class columns `identities`."""
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clip index of each record of a split, in their order."""
+        """Returns [N] int32, the clip index of each record of a split."""
         return self._records.splits[self.split(split).name].order
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields batches without end; every clip comes once per epoch, see `TrainingData`.
+        """Yields an endless stream of batches; see `TrainingData`.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, a negative `step`,
-            or, while reading, damaged records.
+          UserError: a split is unknown or lacks a modality, `step` is negative, or records are
+            damaged.
         """
         if step < 0:
             raise UserError(f"step={step}: must be 0 or more")
@@ -103,12 +109,12 @@ class Dataset:
         return streaming.train_batches(self._records, plan, step)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows, see `ClipSource`.
+        """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`.
 
-        Within a bucket clips come in the order of the records: by name, except in 'train'.
+        Within a bucket, clips come in the order of the records: by name, except in 'train'.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, or damaged records.
+          UserError: the split is unknown or lacks a modality, or records are damaged.
         """
         check_modalities(self.split(plan.split), plan.modalities)
         return eval_batches(self._records, plan, rows)
@@ -116,21 +122,22 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Yields [n] int32 clip_index, and modality -> Packed of these n <= PACKED_CLIPS clips.
+        """Yields every clip of a split once, with all frames, in the order of the records.
 
-        Every clip of the split comes once, with all its frames, in the order of the records.
+        Yields:
+          clip_index [n] int32 of a chunk of n <= MAX_PACKED_CLIPS clips, and modality -> Packed.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, or damaged records.
+          UserError: the split is unknown or lacks a modality, or records are damaged.
         """
         check_modalities(self.split(split), modalities)
         reader = Reader(self._records, [split])
-        for first in range(0, len(reader.clip_index), PACKED_CLIPS):
-            places = np.arange(first, min(first + PACKED_CLIPS, len(reader.clip_index)))
+        for first in range(0, len(reader.clip_index), MAX_PACKED_CLIPS):
+            places = np.arange(first, min(first + MAX_PACKED_CLIPS, len(reader.clip_index)))
             messages, packed = reader.read(places), {}
             for name in modalities:
                 frames, length = reader.frames(name, places, messages), reader.lengths[name][places]
-                fields = {field: np.concatenate(some) for field, some in frames.items()}
+                fields = {field: np.concatenate(parts) for field, parts in frames.items()}
                 start = np.cumsum(length, dtype=np.int32) - length
                 packed[name] = Packed(**fields, start=start, length=length)
             yield reader.clip_index[places], packed
@@ -142,7 +149,7 @@ def _warn_of_gaps(
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Warns of modalities that a split lacks, and of frames that were left out."""
+    """Warns if a split lacks modalities, or frames were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
         warn(f"{name}: no file of {', '.join(absent)}")

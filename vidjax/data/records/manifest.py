@@ -1,8 +1,8 @@
-"""The manifest of a folder of records: counts, sizes and digests that every later read checks.
+"""The manifest of a folder of records: counts, sizes and digests, which every read checks.
 
-A folder holds TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json` and
-`manifest.json`. The manifest is written last, with the sha256 of all files and of itself. A
-TFRecord file that is cut between two records reads without an error.
+A folder contains TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json`
+and `manifest.json`. The manifest is written last, with the sha256 of all files and of its content.
+It is needed because a TFRecord file that was cut between two records can be read without an error.
 """
 
 import contextlib
@@ -19,20 +19,21 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import sha256_file, sha256_opened
 
-# Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
+# Part of the key of a cache folder: increase it if the meaning of a record or the manifest changes.
 VERSION = "1.3.0"
-NAME = "iqiyi_vid"  # of the dataset, as TFDS knows it: of any source
-CLIP_BYTES = 4096  # the most that the index holds of a clip
+NAME = "iqiyi_vid"  # name of the dataset in TFDS, for all sources
+MAX_INDEX_BYTES = 4096  # of a clip
 DTYPES = ("float16", "float32", "float64", "int8")
 
 
 class SplitRecords(NamedTuple):
-    """The records of one split, whose clip names are in byte order.
+    """The records of a split.
 
     Attributes:
+      clips: N clip names in byte order.
       order: [N] int32, the clip index of each record, in the order of the shards.
-      lengths: modality -> [N] int32, number of frames by clip index; only the modalities that the
-        split has a file of.
+      lengths: modality of the split -> [N] int32, number of frames by clip index.
+      shards: the TFRecord files.
     """
 
     clips: tuple[str, ...]
@@ -42,7 +43,7 @@ class SplitRecords(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A finished conversion; `report` counts loaded and skipped frames and clips, not labels."""
+    """A finished conversion; `report` counts frames and clips, but not labels."""
 
     folder: Path
     modalities: dict[str, Modality]
@@ -51,12 +52,12 @@ class Records(NamedTuple):
 
     @property
     def clips(self) -> dict[str, tuple[str, ...]]:
-        """Split -> names of its clips, by clip index."""
+        """Split -> clip names, by clip index."""
         return {name: split.clips for name, split in self.splits.items()}
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
-    """Writes index, report and, last, the manifest, which marks the folder as complete."""
+    """Writes the index, the report and finally the manifest, which marks the folder as complete."""
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     files.write_json(folder / "data_report.json", records.report)
@@ -79,9 +80,13 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
 
 
 def remove(folder: Path) -> bool:
-    """Removes a conversion, finished or not; returns False if its folder holds other files, too.
+    """Removes a conversion, even if it is unfinished.
 
-    The manifest goes first: what is left of a removal that is cut off counts as incomplete.
+    The manifest is removed first, so that the conversion counts as incomplete if the removal is
+    interrupted.
+
+    Returns:
+      False if the folder contains other files; they stay.
     """
     place = folder / NAME
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
@@ -94,7 +99,7 @@ def remove(folder: Path) -> bool:
 
 
 def load_records(folder: Path) -> Records:
-    """Loads a finished conversion; reads only shards whose size or time is not the manifest's."""
+    """Loads a finished conversion. Only shards whose size or time has changed are read."""
     records = load_index(folder)
     splits = {
         name: split._replace(shards=check_changed(split.shards))
@@ -104,7 +109,11 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads manifest, index and report, and no shard; ValueError if one is missing or damaged."""
+    """Loads the manifest, index and report, but no shards.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {name: _modality(**kind) for name, kind in manifest["modalities"].items()}
@@ -112,16 +121,16 @@ def load_index(folder: Path) -> Records:
         with _open(folder / "data_report.json", manifest) as file:
             report: Any = files.parse_json(file.readall())
         with _open(folder / "index.npz", manifest) as file:
-            index = files.load_npz(file, files.JSON_BYTES + CLIP_BYTES * clips)
+            index = files.load_npz(file, files.JSON_BYTES + MAX_INDEX_BYTES * clips)
         splits = {
             name: _load_split(folder, name, split, index)
             for name, split in manifest["splits"].items()
         }
         if not all(isinstance(report["splits"][name]["modalities"], dict) for name in splits):
-            raise UserError("data_report.json is that of other records")
+            raise UserError("data_report.json belongs to other records")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-        told = isinstance(error, (FileNotFoundError, UserError))
-        reason = str(error).splitlines()[0] if told else "entries of another layout"
+        is_clear = isinstance(error, (FileNotFoundError, UserError))
+        reason = str(error).splitlines()[0] if is_clear else "entries of another layout"
         raise UserError(
             f"{folder}: damaged records: {reason}\ndelete this folder to convert again"
         ) from error
@@ -130,7 +139,7 @@ def load_index(folder: Path) -> Records:
 
 @contextlib.contextmanager
 def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
-    """Opens a file beside the manifest, which holds its sha256."""
+    """Opens a file whose sha256 is in the manifest; UserError if the sha256 differs."""
     with files.open_regular(path, below=path.parents[2]) as file:
         if sha256_opened(file) != manifest["files"][path.name]:
             raise UserError(f"{path.name} does not match its sha256")
@@ -147,40 +156,41 @@ def _modality(dim: int, dtype: str) -> Modality:
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
-    """Returns a split; ValueError where manifest and index do not fit each other."""
+    """Returns a split; UserError if manifest and index contradict each other."""
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
     split = SplitRecords(
         clips=tuple(names.split("\n")),
         order=index[f"{name}/order"],
         lengths={key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)},
-        shards=tuple(_shard(folder, **shard) for shard in manifest["shards"]),
+        shards=tuple(_parse_shard(folder, **shard) for shard in manifest["shards"]),
     )
-    count = len(split.clips)
-    whole = [array.dtype.kind == "i" for array in (split.order, *split.lengths.values())]
+    count, lengths = len(split.clips), split.lengths.values()
     if not (
-        all(whole)
-        and all(of.shape == (count,) and of.min() >= 0 for of in split.lengths.values())
+        all(array.dtype.kind == "i" for array in (split.order, *lengths))
+        and all(array.shape == (count,) and array.min() >= 0 for array in lengths)
         and np.array_equal(np.sort(split.order), np.arange(count))
         and manifest["records"] == count == sum(shard.records for shard in split.shards)
     ):
-        raise UserError(f"index.npz: split {name} has other clips than its shards")
+        raise UserError(f"index.npz: the clips of split {name} do not match its shards")
     return split
 
 
-def _shard(folder: Path, path: str, records: int, size: int, mtime_ns: int, sha256: str) -> Shard:
+def _parse_shard(
+    folder: Path, path: str, records: int, size: int, mtime_ns: int, sha256: str
+) -> Shard:
     inside = Path(path)
     if inside.is_absolute() or ".." in inside.parts or len(inside.parts) != DEPTH:
-        raise UserError("a shard lies outside of the folder")
+        raise UserError("a shard is outside the folder")
     if not all(isinstance(number, int) and number >= 0 for number in (records, size, mtime_ns)):
-        raise UserError(f"{path}: sizes that are no whole numbers")
+        raise UserError(f"{path}: a size is not a whole number")
     return Shard(folder / inside, records, size, mtime_ns, sha256)
 
 
 def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
     arrays = {}
     for name, split in splits.items():
-        # One string, as no name holds a newline: an array of str is as wide as its longest name.
+        # Joined by newlines, which no name contains: an array of str pads to the longest name.
         clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
         arrays[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
         arrays[f"{name}/order"] = split.order

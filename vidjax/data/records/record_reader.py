@@ -1,6 +1,6 @@
 """Reads clips from shards without TensorFlow.
 
-The place of each value follows from the lengths of the clips, see `shard_files.layout`.
+The lengths of the clips determine the place of each value, see `shard_files.layout`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Batch
-from vidjax.data.clips import EvalPlan, batch_of, blocks_of, pad
+from vidjax.data.clips import EvalPlan, make_batch, pad, split_blocks
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import (
@@ -29,30 +29,31 @@ from vidjax.utils.errors import UserError
 
 
 class Reader:
-    """Reads the clips of some splits. A place is the number of a record, split by split.
+    """Reads the clips of several splits. A place is the number of a record, split after split.
 
-    No file stays open: there may be more shards than a process may open files. None is mapped into
-    memory: a process is killed if a file that it has mapped is truncated.
+    Files do not stay open, because a process may not open as many files as there may be shards.
+    Files are not mapped, because the system kills a process if a mapped file is truncated.
 
     Attributes:
-      clip_index: [N] int32, the clip of each place, numbered split by split.
-      lengths: modality -> [N] int32, number of frames by place.
-      shards: the files; `shard` [N] int32 has the number of the file of each place.
+      clip_index: [N] int32, the clip of each place, numbered through all splits.
+      lengths: modality -> [N] int32, number of frames of each place.
+      shards: the files.
+      shard: [N] int32, the number of the file of each place.
       start: [N] int64, the first byte of each record in its file.
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
-        """Computes all places; ValueError if files have other sizes than these places."""
+        """Computes all places; UserError if the files have other sizes."""
         self._modalities = records.modalities
-        found = [records.splits[name] for name in splits]
-        before = np.cumsum([0, *(len(split.clips) for split in found)])
-        orders = [split.order + start for split, start in zip(found, before, strict=False)]
+        parts = [records.splits[name] for name in splits]
+        before = np.cumsum([0, *(len(split.clips) for split in parts)])
+        orders = [split.order + start for split, start in zip(parts, before, strict=False)]
         self.clip_index = np.concatenate(orders).astype(np.int32)
-        self._order = np.concatenate([split.order for split in found])
+        self._order = np.concatenate([split.order for split in parts])
         self._names = np.array(
             [
                 len(split.clips[clip].encode("utf-8", "surrogateescape"))
-                for split in found
+                for split in parts
                 for clip in split.order.tolist()
             ]
         )
@@ -60,12 +61,12 @@ class Reader:
             name: np.concatenate(
                 [
                     split.lengths.get(name, np.zeros(len(split.clips), np.int32))[split.order]
-                    for split in found
+                    for split in parts
                 ]
             )
             for name in records.modalities
         }
-        self.shards = check_changed([shard for split in found for shard in split.shards])
+        self.shards = check_changed([shard for split in parts for shard in split.shards])
         self._states: dict[int, tuple[int, ...]] = {}
         counts = [shard.records for shard in self.shards]
         self.shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -75,14 +76,14 @@ class Reader:
             for shard in self.shards:
                 check_shard(shard)
             raise UserError(
-                f"{records.folder}: the sizes of shards do not follow from the lengths of clips\n"
+                f"{records.folder}: the sizes of shards do not match the lengths of clips\n"
                 "delete this folder to convert again"
             )
         begins = np.cumsum(sizes) - sizes
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns `layout` of the records at some places."""
+        """Returns the `layout` of the records at `places`."""
         sizes = {"clip": self._names[places], "clip_index": varint_size(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
@@ -91,19 +92,19 @@ class Reader:
         return layout(sizes)
 
     def read(self, places: np.ndarray) -> list[bytes]:
-        """Returns the messages at some places; compares the sha256 of a file at its first use.
+        """Returns the messages at `places`. The sha256 of a file is checked at its first use.
 
         Raises:
-          ValueError: a file or a record is damaged, or a file changed meanwhile.
+          UserError: a file is damaged, or it changed between two reads.
         """
         messages = [b""] * len(places)
         numbers = self.shard[places]
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
-            own = places[rows]
+            starts, sizes = self.start[places[rows]], self._size[places[rows]]
             with self._open(number) as file:
                 for row, start, size in zip(
-                    rows.tolist(), self.start[own].tolist(), self._size[own].tolist(), strict=True
+                    rows.tolist(), starts.tolist(), sizes.tolist(), strict=True
                 ):
                     messages[row] = os.pread(file.fileno(), size, start + HEADER)
                     if len(messages[row]) != size:
@@ -127,38 +128,43 @@ class Reader:
             yield file
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error of a file that was as written before; names a damaged record."""
+        """Returns the error for a changed file, or raises an error that names a damaged record."""
         check_shard(self.shards[number])
         return UserError(f"{self.shards[number].path}: changed while it was read")
 
     def frames(
         self, name: str, places: np.ndarray, messages: Sequence[bytes]
     ) -> dict[str, list[np.ndarray]]:
-        """Returns field -> the frames of each clip in one modality: features [t, D], others [t]."""
+        """Returns field -> the frames of each clip in a modality: features [t, D], others [t].
+
+        `messages` are the result of `read(places)`.
+        """
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)
-        found = {}
+        columns = {}
         for field in BATCHED:
             shape, dtype = (modality.dim,), modality.dtype
             if field != "features":
                 shape, dtype = (), FRAME_FIELDS[field].dtype
             width, begin = math.prod(shape), starts[f"frames/{name}/{field}"]
             spans = zip(messages, begin.tolist(), length.tolist(), strict=True)
-            found[field] = [
+            columns[field] = [
                 np.frombuffer(message, dtype, width * count, start).reshape(count, *shape)
                 for message, start, count in spans
             ]
-        return found
+        return columns
 
 
 def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
     """Yields each clip of the plan once, in blocks of `rows` rows."""
     reader = Reader(records, [plan.split])
-    # Each block comes as soon as its clips are read.
-    blocks = sorted(blocks_of(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1])
+    # Sorted by the last record of each block, so that records are read in order.
+    blocks = sorted(
+        split_blocks(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1]
+    )
     for bucket, places in blocks:
         messages, frames = reader.read(places), {}
         for name, sizes in plan.padded_lengths.items():
-            read = reader.frames(name, places, messages)
-            frames[name] = pad(read, (rows, sizes[bucket]), records.modalities[name])
-        yield batch_of(frames, reader.clip_index[places], rows)
+            columns = reader.frames(name, places, messages)
+            frames[name] = pad(columns, (rows, sizes[bucket]), records.modalities[name])
+        yield make_batch(frames, reader.clip_index[places], rows)

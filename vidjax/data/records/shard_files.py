@@ -1,7 +1,7 @@
-"""Reads and writes shards without TensorFlow: its import takes longer than reading most datasets.
+"""Reads and writes shards without TensorFlow, whose import takes longer than most reads.
 
-All records have the same keys in the same order (`encode` sorts them), so the place of each value
-follows from the lengths of the values (`layout`).
+All records have the same keys in the same order (`encode` sorts them). So the lengths of the values
+determine the place of each value (`layout`).
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.
@@ -24,15 +24,15 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import sha256_file, sha256_opened
 
-FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
-# Tags of message fields: (number of the field << 3) + 2, where 2 stands for a length and bytes.
+FRAMING = 8 + 4 + 4  # bytes of a record around its content: length and two checksums
+# Tags of message fields: (number of the field << 3) + 2, where 2 means a length and bytes.
 FIRST_TAG, SECOND_TAG, THIRD_TAG = b"\x0a", b"\x12", b"\x1a"
 
-DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
+DEPTH = 3  # levels from the folder of the manifest to a shard: NAME/VERSION/SHARD
 
 
 class Shard(NamedTuple):
-    """One TFRecord file of `size` bytes; `mtime_ns` is in ns since 1970."""
+    """A TFRecord file of `size` bytes; `mtime_ns` is in ns since 1970."""
 
     path: Path
     records: int
@@ -42,16 +42,16 @@ class Shard(NamedTuple):
 
 
 def describe_shard(path: Path, num_records: int) -> Shard:
-    """Returns the entry of the manifest for a file that was just written."""
+    """Returns the entry of the manifest for a new file."""
     stat = path.stat()
     return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, sha256_file(path))
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Checks shards whose size or time has changed; returns all shards with their present times."""
+    """Checks the shards whose size or time has changed; returns all shards with present times."""
     checked = []
     for shard in shards:
-        # The time changes when a file is replaced; a copied folder is read once more.
+        # A replaced file has a new time. The shards of a copied folder are checked once.
         stat = os.lstat(shard.path) if files.exists(shard.path) else None
         is_same = stat and (stat.st_size, stat.st_mtime_ns) == (shard.size, shard.mtime_ns)
         if not stat or not is_same or not S_ISREG(stat.st_mode):
@@ -61,9 +61,9 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Reads a shard whole; ValueError, with the first damaged record, unless it is as written."""
+    """Compares a shard with its sha256; UserError that names the first damaged record."""
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
-    wanted = f"{shard.path}: expected {shard.records} records, found"
+    expected = f"{shard.path}: expected {shard.records} records, found"
     if not files.exists(shard.path):
         raise UserError(f"{shard.path}: no such file, expected {shard.records} records\n{hint}")
     try:
@@ -71,23 +71,23 @@ def check_shard(shard: Shard) -> None:
             same_size = os.fstat(file.fileno()).st_size == shard.size
             if same_size and sha256_opened(file) == shard.sha256:
                 return
-    except UserError as error:  # a link, a pipe: the reader below would wait for it
+    except UserError as error:  # a link or a pipe, for which the code below would wait
         raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
     except OSError:
-        pass  # the reader below reports how far it can be read
+        pass  # the code below counts the readable records
     try:
         count, whole = _count_intact(shard.path)
     except OSError as error:
         raise UserError(f"{shard.path}: {error.strerror}\n{hint}") from error
     if not whole:
-        raise UserError(f"{wanted} {count}: record {count + 1} is damaged\n{hint}")
+        raise UserError(f"{expected} {count}: record {count + 1} is damaged\n{hint}")
     if count != shard.records:
-        raise UserError(f"{wanted} {count}\n{hint}")
+        raise UserError(f"{expected} {count}\n{hint}")
     raise UserError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:
-    """Returns the number of records before the first damaged one, and True if none is damaged."""
+    """Counts the records before the first damaged record; returns also True if none is damaged."""
     with files.open_regular(path) as file:
         left, count = os.fstat(file.fileno()).st_size, 0
         while left:
@@ -97,23 +97,23 @@ def _count_intact(path: Path) -> tuple[int, bool]:
             if len(header) < HEADER or left < 0 or size < SUM:
                 return count, False
             record = file.read(size + SUM)
-            if header != header_of(size) or masked_sum(record[:size]) != record[size:]:
+            if header != make_header(size) or masked_sum(record[:size]) != record[size:]:
                 return count, False
             count += 1
     return count, True
 
 
-HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
-SUM = 4  # bytes behind it: its checksum
+HEADER = 8 + 4  # bytes before a message: its length, and the checksum of the length
+SUM = 4  # bytes after a message: its checksum
 
 
-def framed(content: bytes) -> bytes:
-    """Returns a message as a record of a TFRecord file: length, checksum, message, checksum."""
-    return b"".join([header_of(len(content)), content, masked_sum(content)])
+def make_record(content: bytes) -> bytes:
+    """Returns a record of a TFRecord file: length, checksum, message `content`, checksum."""
+    return b"".join([make_header(len(content)), content, masked_sum(content)])
 
 
-def header_of(size: int) -> bytes:
-    """Returns what precedes a message of `size` bytes: the size and its checksum."""
+def make_header(size: int) -> bytes:
+    """Returns the header of a message of `size` bytes: the size and its checksum."""
     packed = struct.pack("<Q", size)
     return packed + masked_sum(packed)
 
@@ -125,13 +125,13 @@ def masked_sum(content: bytes) -> bytes:
 
 
 def encode(values: Mapping[str, bytes | int]) -> bytes:
-    """Returns a serialised `Example` of one value per key, in protobuf's deterministic key order.
+    """Serialises an `Example` with one value per key, in the deterministic key order of protobuf.
 
-    That order is alphabetical, but a key comes after all longer keys that begin with it. Whole
-    numbers must not be negative.
+    This order is alphabetical, but a key comes after all longer keys that begin with it. Integers
+    must not be negative.
     """
     parts = []
-    for key in sorted(values, key=_sorting):
+    for key in sorted(values, key=_sort_key):
         value = values[key]
         kind, content = (
             (FIRST_TAG, value) if isinstance(value, bytes) else (THIRD_TAG, _varint(value))
@@ -142,7 +142,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
 
 
 def frame_bytes(modality: Modality) -> dict[str, int]:
-    """Returns field -> the bytes of one frame in a record."""
+    """Returns field -> the bytes of a frame in a record."""
     sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
     for name, field in FRAME_FIELDS.items():
         sizes[name] = np.dtype(field.dtype).itemsize * field.width
@@ -150,38 +150,43 @@ def frame_bytes(modality: Modality) -> dict[str, int]:
 
 
 def layout(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns key -> first byte of its value in messages by `encode`, and the bytes of messages.
+    """Computes the places of values in N messages of `encode`.
 
-    `sizes` and all results are [N] int64; `sizes` are the bytes of the values of N messages.
+    Args:
+      sizes: key -> [N] int64, the number of bytes of each value.
+
+    Returns:
+      key -> [N] int64, the first byte of each value; and [N] int64, the size of each message.
     """
     ends, end = {}, np.zeros(1, np.int64)
-    for key in sorted(sizes, key=_sorting):
-        value = _field_size(_field_size(_field_size(sizes[key])))  # in a list, a feature, its entry
+    for key in sorted(sizes, key=_sort_key):
+        # A value is in a list, in a feature, in an entry.
+        value = _field_size(_field_size(_field_size(sizes[key])))
         end = end + _field_size(_field_size(np.array(len(key.encode()))) + value)
         ends[key] = end  # an entry ends with its value
     total = _field_size(end)
     return {key: total - end + at - sizes[key] for key, at in ends.items()}, total
 
 
-def _sorting(key: str) -> str:
+def _sort_key(key: str) -> str:
     return f"{key}\U0010ffff"
 
 
 def _field_size(size: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of fields of a message, of `size` [N] bytes of content each."""
+    """Returns [N] int64, the bytes of fields whose contents have `size` [N] bytes."""
     return 1 + varint_size(size) + size
 
 
 def varint_size(numbers: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of whole numbers below 2**63 as varints."""
+    """Returns [N] int64, the number of bytes of integers below 2**63 as varints."""
     return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 
-@functools.lru_cache(1 << 14)  # most clips have as many frames as others
+@functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes of an entry of `Features` that come before its value of `size` bytes."""
+    """Returns the bytes of an entry of `Features` before its value of `size` bytes."""
     message, rest = b"", size
-    for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, the list that it is in, its feature
+    for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature
         message = tag + _varint(rest) + message
         rest = len(message) + size
     name = key.encode()
@@ -190,9 +195,9 @@ def _entry(key: str, kind: bytes, size: int) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """Returns a whole number, 0 or more, as a varint: 7 bits a byte, the lowest first."""
-    found = bytearray()
+    """Returns an integer of 0 or more as a varint: 7 bits per byte, the lowest bits first."""
+    content = bytearray()
     while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
+        content.append(number & 0x7F | 0x80)
         number >>= 7
-    return bytes([*found, number])
+    return bytes([*content, number])

@@ -1,1 +1,1 @@
-"""Bytes of unknown origin, read in a sandbox and checked: standard library and numpy alone."""
+"""Reads and checks files from strangers in a sandbox, with numpy and the standard library only."""

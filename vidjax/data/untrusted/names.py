@@ -1,4 +1,4 @@
-"""Names of clips and identities, and text of unknown origin in messages."""
+"""Checks names of clips and identities, and escapes text from strangers in messages."""
 
 import itertools
 import re
@@ -10,22 +10,23 @@ from collections.abc import Iterable
 
 from vidjax.utils.errors import UserError
 
-# Control characters, line and paragraph separators: they would break the lines of a file.
+# Unicode categories of control characters, and of line and paragraph separators, which would break
+# the lines of a file.
 _BREAKS = ("Cc", "Zl", "Zp")
-# White space and the byte order mark, which readers of text drop; and a % before two hexadecimal
-# digits, so that every name is read back.
+# Characters that `escape` replaces: white space and the byte order mark, which readers of text
+# drop; and a % before two hexadecimal digits, so that `unescape` is unambiguous.
 _UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
-_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, of Persian and Indic names, and of emoji
-# Letters without a shape that are not of the category Cf: fillers, and selectors of a variant.
+_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, in Persian and Indic names and in emoji
+# Invisible letters outside the category Cf: fillers and variation selectors.
 _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
-STEM_BYTES = 200  # names of files have 255 bytes at most, also while they are written
+MAX_STEM_BYTES = 200  # a file name, even a temporary one, has at most 255 bytes
 
 
 def show(text: str | bytes) -> str:
-    """Returns text from a file, shortened and escaped for one line of an error message."""
+    """Shortens and escapes text from a file for a line of an error message."""
     if isinstance(text, bytes):
         text = text[:400].decode("utf-8", "backslashreplace")
     text = text if len(text) <= 100 else text[:100] + "..."
@@ -33,68 +34,73 @@ def show(text: str | bytes) -> str:
 
 
 def check_name(name: str, kind: str = "clip name") -> str:
-    """Returns a name unchanged if text files and HTML pages can hold it; it may contain blanks.
+    """Checks that text files and HTML pages can contain a name, and returns it unchanged.
 
-    ValueError if it is empty or blank, is not valid unicode, or holds a newline or another control
-    character.
+    Raises:
+      UserError: the name is empty or blank, is not valid unicode, or contains a newline or another
+        control character.
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty")
-    if name.isprintable():  # a fast test, which few names fail
+    if name.isprintable():  # fast, and sufficient for most names
         return name
     broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
     if broken:
         raise UserError(
-            f"{kind} '{show(name)}' holds the control character {broken[0]!a}: rename it"
+            f"{kind} '{show(name)}' contains the control character {broken[0]!a}: rename it"
         )
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
         remedy = "rename it"
-        if sys.getfilesystemencoding() != "utf-8":  # and nothing may be wrong with the name
-            remedy = "set PYTHONUTF8=1, as the locale lets names of files be ASCII alone"
+        if sys.getfilesystemencoding() != "utf-8":  # the name may be valid
+            remedy = "set PYTHONUTF8=1, because the locale allows only ASCII in file names"
         raise UserError(f"{kind} '{show(name)}' is not valid unicode: {remedy}") from None
     return name
 
 
 def clean_identity(name: str) -> str:
-    """Returns the name of a person in its `normal_form`. All new names pass through here.
+    """Checks the name of a person and returns its `normal_form`. All new names are checked here.
 
-    UserError for outer blanks, as in `Ann ` for `Ann`, for what `check_name` refuses, and for an
-    invisible letter (category Cf). A joiner is allowed between two letters, or symbols as in emoji.
+    Raises:
+      UserError: the name has leading or trailing blanks, `check_name` refuses it, or it contains an
+        invisible letter (category Cf). A joiner between two letters or symbols is allowed.
     """
     if name != name.strip() and name.strip():
-        raise UserError(f"identity '{show(name)}' has outer blanks: strip() it")
+        raise UserError(
+            f"identity '{show(name)}' has leading or trailing blanks: remove them (strip)"
+        )
     name = normal_form(check_name(name, "identity"))
-    if name.isprintable():  # then it has no letter of the category Cf
+    if name.isprintable():  # no letter is of the category Cf
         return name
     for place, letter in enumerate(name):
-        beside = [unicodedata.category(other)[0] for other in name[place - 1 : place + 2 : 2]]
-        joins = letter in _JOINERS and place and len(beside) == 2 and {*beside} <= {*"LMS"}
+        neighbours = [unicodedata.category(other)[0] for other in name[place - 1 : place + 2 : 2]]
+        joins = letter in _JOINERS and place and len(neighbours) == 2 and {*neighbours} <= {*"LMS"}
         if unicodedata.category(letter) == "Cf" and not joins:
             raise UserError(
-                f"identity '{show(name)}' holds the invisible letter {letter!a}: leave it out"
+                f"identity '{show(name)}' contains the invisible letter {letter!a}: leave it out"
             )
     return name
 
 
 def normal_form(name: str) -> str:
-    """Returns a name in the Unicode form NFC: `e` and an accent are one letter.
+    """Returns a name in the Unicode form NFC, where `e` and an accent are a single letter.
 
-    Names of people are compared in this form. File systems and keyboards write others.
+    Names of people are compared in this form. File systems and keyboards may use other forms.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def is_unknown(name: str) -> bool:
-    """Returns whether a name says that nobody is known: `unknown`, or a number as `unknown 3`."""
+    """Returns True for the name of an unknown person: `unknown`, or `unknown 3`."""
     return re.fullmatch("unknown( [0-9]+)?", name.casefold()) is not None
 
 
 def fold(name: str) -> str:
-    """Returns the form that a name shares with names that look like it, and may differ from it.
+    """Returns a key that is equal for names that look alike.
 
-    Case, compatible letters (`\ufb01` and `fi`), invisible letters and runs of blanks do not count.
+    The key ignores case, compatible letters (`\ufb01` and `fi`), invisible letters and repeated
+    blanks.
 
     Source: NFKC_Casefold of the Unicode standard.
     """
@@ -106,41 +112,41 @@ def fold(name: str) -> str:
 
 
 def similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> a known or another new name that looks like it and is not equal."""
-    seen, found = dict[str, str](), dict[str, str]()
+    """Returns new name -> another name, new or known, that looks like it."""
+    seen, similar = dict[str, str](), dict[str, str]()
     new = [*new]
     for name in itertools.chain(known, new) if new else ():
         if (other := seen.setdefault(fold(name), name)) != name:
-            found[name] = other
-    return {name: found[name] for name in new if name in found}
+            similar[name] = other
+    return {name: similar[name] for name in new if name in similar}
 
 
 def file_stems(labels: Iterable[str]) -> list[str]:
-    """Returns the begin of a file's name for each label: STEM_BYTES at most, and none looks alike.
+    """Returns a distinct file name without suffix for each label, of at most MAX_STEM_BYTES.
 
-    Many systems do not tell `ada` from `Ada`: the second one becomes `ada (2)`.
+    Many file systems do not distinguish `ada` and `Ada`, so the second label becomes `ada (2)`.
     """
     stems, taken = list[str](), Counter[str]()
     for label in labels:
-        stem = _cut(label, STEM_BYTES)
+        stem = _cut(label, MAX_STEM_BYTES)
         word, number = fold(stem), 1
         while fold(stem) in taken:
             number = max(number, taken[word]) + 1
-            stem = f"{_cut(label, STEM_BYTES - 10)} ({number})"
+            stem = f"{_cut(label, MAX_STEM_BYTES - 10)} ({number})"
         taken[word] = number
         taken[fold(stem)] = max(1, taken[fold(stem)])
         stems.append(stem)
     return stems
 
 
-def _cut(text: str, most_bytes: int) -> str:
-    return text.encode()[:most_bytes].decode(errors="ignore")
+def _cut(text: str, max_bytes: int) -> str:
+    return text.encode()[:max_bytes].decode(errors="ignore")
 
 
 def clean_name(name: str) -> str:
-    """Returns a clip name without `.mp4` at its end; ValueError as of `check_name`."""
+    """Returns a clip name without `.mp4` at its end; UserError as in `check_name`."""
     end = len(name)
-    while name.endswith(".mp4", 0, end):  # no copy: a name may be nothing but suffixes
+    while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
         end -= 4
     if not name[:end].strip():
         raise UserError(f"clip name '{show(name)}' is empty")
@@ -148,7 +154,7 @@ def clean_name(name: str) -> str:
 
 
 def clean_name_at(place: str, name: object) -> str:
-    """Returns `clean_name`; its ValueError begins with the place: a file, line or split."""
+    """Returns `clean_name`; `place` (a file, line or split) is the start of an error message."""
     if not isinstance(name, str):
         raise UserError(f"{place} a clip name is text, not {type(name).__name__}: {name!r:.40}")
     try:
@@ -158,12 +164,12 @@ def clean_name_at(place: str, name: object) -> str:
 
 
 def escape(name: str) -> str:
-    """Returns a name without white space, as the official format writes it: `First%20Last`."""
+    """Returns a name without white space for the official format: `First%20Last`."""
     return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
 
 
 def unescape(text: str) -> str:
-    """Returns the name that `escape` turned into this text; any other text stays as it is."""
+    """Reverses `escape`. Text that `escape` cannot have written is returned unchanged."""
     if "%" not in text:
         return text
     name = urllib.parse.unquote(text)

@@ -1,12 +1,13 @@
-"""Feature pickles as flat arrays, read by a child process in a sandbox.
+"""Reads feature pickles into flat arrays, in a child process with limits (a sandbox).
 
-`unpack` starts the child, which runs this module without jax and TensorFlow. Three barriers:
+`unpack` starts the child, which runs this module without jax and TensorFlow. There are three
+barriers:
 
-1. No code runs from the file: `unpickle` resolves only the few globals that numpy writes.
-2. Its cost is bounded: address space (on Linux), CPU time and output grow with the size of the
-   file, so a few bytes that ask for much end in a clear error.
-3. Its structure is checked: `read_clips` tests every field, and `packing` the clips, before they
-   are written to flat arrays.
+1. No code from the file runs: `unpickle` resolves only the few globals that numpy writes.
+2. The cost is limited: the limits of address space (on Linux), CPU time and output grow with the
+   size of the file. A small file that expands to gigabytes ends in a clear error.
+3. The structure is checked: `read_clips` checks every field, and `packing` checks the clips, before
+   they are written to flat arrays.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import os
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,26 +25,26 @@ import numpy as np
 
 from vidjax.data import processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
-from vidjax.data.packing import PROBE_CLIPS, Clip, Packer
+from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, load
 from vidjax.utils.errors import DiskError, NoFileError, UserError, named
 
 MB = 1 << 20
-# Honest files load at tens of MB per CPU second, so a machine may be 30 times slower.
+# Normal files load at tens of MB per CPU second, so the limit allows a much slower machine.
 CPU_SECONDS = 2
 CPU_BYTES_PER_SECOND = 2 * MB
 READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Writes the clips of one pickle to flat files in a folder, in this process.
+    """Writes the clips of a pickle to flat files, in the child process.
 
-    `arguments` are those of `unpack`; returns `PackedClips.summary`.
+    `arguments` are the arguments of `unpack`. Returns `PackedClips.summary`.
     """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
-    # Nothing here forms reference cycles, and collecting among millions of lists costs a third.
+    # There are no reference cycles, and garbage collection would take a third of the time.
     gc.disable()
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
@@ -56,7 +57,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             return packer.finish().summary()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DiskError(f"{path}: cannot be read, or not written to {out_dir}: {reason}") from None
+        raise DiskError(f"{path}: cannot be read, or written to {out_dir}: {reason}") from None
 
 
 def unpack(
@@ -67,26 +68,26 @@ def unpack(
     non_finite: NonFinite = "drop",
     children: processes.Children | None = None,
 ) -> PackedClips:
-    """Reads one feature pickle in a sandbox into flat files; returns them as memory-mapped arrays.
+    """Reads a feature pickle in a sandbox into flat files, and maps them into memory.
 
     Args:
-      path: the pickle: clip name -> list of entries, or -> array [D] or [T, D].
-      modality: `face`, `head`, `body`, `audio` and `scene` have the entries of the official files;
-        for any other name, the entries of most clips decide which fields all must have.
-      out_dir: a folder for this call alone, made if missing. Its files must outlive the arrays.
-      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
-        refuses the file.
-      children: the group that the child joins, so that another thread can kill it.
+      path: the pickle: clip name -> list of entries, or clip name -> array [D] or [T, D].
+      modality: `face`, `head`, `body`, `audio` and `scene` have the entries of the official files.
+        For any other name, the majority of the clips decides which fields an entry has.
+      out_dir: a folder for only this call, made if missing. Its files must outlive the arrays.
+      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+        'error' refuses the file.
+      children: the group of the child, so that another thread can kill it.
 
     Raises:
-      ValueError: the file is refused, damaged, truncated or of another structure than its
-        modality; names file, clip and field.
+      UserError: the file is refused, damaged or truncated, or its structure does not match its
+        modality; the message names file, clip and field.
     """
     path, out_dir = Path(path), Path(out_dir)
     if not path.exists():
         raise NoFileError(f"{path}: no such file")
     if not path.is_file():
-        raise UserError(f"{path}: not a regular file: put the file there, or rename what is there")
+        raise UserError(f"{path}: not a regular file: put the file there, or rename this path")
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
     arguments = {
@@ -104,7 +105,7 @@ def unpack(
             cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
             children=children,
         )
-        return PackedClips.of_flat_files(out_dir, summary)
+        return PackedClips.from_flat_files(out_dir, summary)
     except BaseException:
         for field in STORED:
             with contextlib.suppress(OSError):
@@ -112,56 +113,57 @@ def unpack(
         raise
 
 
-# The entries of an unpickled file. Every value comes from a stranger: the functions below test its
-# type before they use it, to a fixed depth.
+# The entries of an unpickled file. Every value comes from a stranger, so the functions below check
+# its type before they use it, to a fixed depth.
 
-MOST_EMPTY, BYTES_PER_EMPTY = 100_000, 64  # clips without an entry: so many, and one per 64 bytes
+# A pickle may have MAX_EMPTY_CLIPS clips without entries, plus one per BYTES_PER_EMPTY_CLIP bytes.
+MAX_EMPTY_CLIPS, BYTES_PER_EMPTY_CLIP = 100_000, 64
 
-_BARE = ("feature",)
-# Fields of an entry, by their number, as the official files name them.
+_FEATURE_ONLY = ("feature",)
+# Number of fields -> their names in the official files.
 _ENTRIES: dict[int, tuple[str, ...]] = {
     5: ("frame", "bbox", "det_score", "quality_score", "feature"),
     4: ("frame", "bbox", "det_score", "feature"),
     3: ("frame", "bbox", "feature"),
     2: ("frame", "feature"),
-    1: _BARE,
+    1: _FEATURE_ONLY,
 }
 _NUM_FIELDS = {"face": 5, "head": 4, "body": 3, "scene": 2, "audio": 1}
-_FIELD_OF = {field.official: name for name, field in FRAME_FIELDS.items()}
+_FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 
 
 def read_clips(content: object, modality: str, place: str, size: int) -> Iterator[Clip]:
-    """Yields the clips of an unpickled file of one modality; empties `content`, to free memory.
+    """Yields the clips of an unpickled file, and empties `content` to free memory.
 
     Args:
-      content: clip name -> list of entries, or -> array [D] or [T, D].
+      content: clip name -> list of entries, or clip name -> array [D] or [T, D].
       modality: see `unpack`.
-      place: the file, the start of an error message.
+      place: the file, as the start of an error message.
       size: bytes of the file.
 
     Raises:
       UserError: the content has another structure; the message names clip and field.
     """
     with named(place):
-        clips = _by_name(content, size)
-        fields, budget = _fields_of(clips, modality), _Budget(size)
+        clips = _clean_names(content, size)
+        fields, budget = _choose_fields(clips, modality), _Budget(size)
         for name in list(clips):
-            frames = _frames_of(clips.pop(name), fields, f"clip {show(name)}, {modality}", budget)
+            frames = _read_frames(clips.pop(name), fields, f"clip {show(name)}, {modality}", budget)
             yield Clip(name, place, {modality: frames})
 
 
-def _by_name(content: object, size: int) -> dict[str, Any]:
-    """Returns a dict: clip name without `.mp4` -> value. Empties `content`, to free memory."""
+def _clean_names(content: object, size: int) -> dict[str, Any]:
+    """Returns clip name without `.mp4` -> value, and empties `content` to free memory."""
     if type(content) is not dict:
-        raise UserError(f"the pickle holds a {type(content).__name__}, not a dict of clips")
-    # An empty clip takes a few bytes of the pickle, but as much time as a real one.
+        raise UserError(f"the pickle contains a {type(content).__name__}, not a dict of clips")
+    # An empty clip takes a few bytes of the pickle, but as much time as any other clip.
     empty = sum(_is_list(value) and not value for value in content.values())
-    if empty > MOST_EMPTY + size // BYTES_PER_EMPTY:
+    if empty > MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP:
         raise UserError(f"{empty} of {len(content)} clips are empty: refused")
     clips: dict[str, Any] = {}
     repeated = []
     for key in list(content):
-        name = _clip_name(key)
+        name = _clean_key(key)
         if name in clips:
             repeated.append(show(name))
         clips[name] = content.pop(key)
@@ -171,7 +173,7 @@ def _by_name(content: object, size: int) -> dict[str, Any]:
     return clips
 
 
-def _clip_name(key: object) -> str:
+def _clean_key(key: object) -> str:
     if type(key) is bytes:
         try:
             key = key.decode("utf-8")
@@ -183,48 +185,53 @@ def _clip_name(key: object) -> str:
 
 
 class _Budget:
-    """Frames and bytes that a file of `size` bytes may still hold.
+    """The limit of frames and bytes of a pickle of `size` bytes.
 
-    Entries may share parts, so a small file can legitimately expand, but only this far.
+    Entries may share objects, so a pickle may expand, but only up to this limit.
     """
 
     def __init__(self, size: int) -> None:
         self._frames, self._bytes = 100_000 + size // 8, 64 * MB + 4 * size
 
     def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes; raises UserError if they are too many."""
+        """Counts frames and bytes; raises UserError if they exceed the limit."""
         self._frames -= num_frames
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
-            raise UserError("the pickle repeats its parts beyond what a file of its size may hold")
+            raise UserError(
+                "the pickle repeats its objects more often than a file of this size may"
+            )
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return type(value) in (list, tuple)
 
 
-def _kind(value: object) -> str:
+def _describe_type(value: object) -> str:
     """Returns the type of a value, for messages."""
     if type(value) is Array:
         return f"array {list(value.shape)} of {np.dtype(value.code)}"
     return type(value).__name__
 
 
-def _fields_of(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the fields that entries must have: those of the official file, or of most clips."""
+def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
+    """Returns the required fields of entries: of the official file, or of most clips."""
     length = _NUM_FIELDS.get(modality)
     if length is None:
-        firsts = [v[0] if _is_list(v) else v for v in clips.values() if v or type(v) is Array]
-        lengths = Counter(len(one) if _is_list(one) else 1 for one in firsts[:PROBE_CLIPS])
+        values = [v[0] if _is_list(v) else v for v in clips.values() if v or type(v) is Array]
+        probe = values[:NUM_PROBE_CLIPS]
+        lengths = Counter(len(value) if _is_list(value) else 1 for value in probe)
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
-        raise UserError(f"{modality} entries have {length} fields, wanted 2 to 5 or bare arrays")
+        raise UserError(f"{modality} entries have {length} fields, wanted 2 to 5, or only arrays")
     return _ENTRIES[length]
 
 
-def _frames_of(value: Any, fields: tuple[str, ...], where: str, budget: _Budget) -> dict[str, Any]:
-    """Returns field -> frames of one clip, as `packing.read_frames` takes them."""
-    if type(value) is Array and fields == _BARE:
+def _read_frames(
+    value: Any, fields: tuple[str, ...], where: str, budget: _Budget
+) -> dict[str, Any]:
+    """Returns field -> frames of a clip, as input of `packing.read_frames`."""
+    if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
         if not count:
             return {}
@@ -235,15 +242,15 @@ def _frames_of(value: Any, fields: tuple[str, ...], where: str, budget: _Budget)
         if not count:
             return {}
         budget.take(count, 0)
-        entries = [(feature,) for feature in value] if fields == _BARE else value
+        entries = [(feature,) for feature in value] if fields == _FEATURE_ONLY else value
         frames = {"features": _join_features(entries, fields, where, budget)}
         for column, field in enumerate(fields[:-1]):
             values = [entry[column] for entry in entries]
-            frames[_FIELD_OF[field]] = _read_column(values, field, where)
+            frames[_FIELD_NAMES[field]] = _read_column(values, field, where)
     else:
-        wanted = "array" if fields == _BARE else f"list of [{', '.join(fields)}]"
-        raise UserError(f"{where} is of type {_kind(value)}, wanted {wanted}")
-    if "quality" not in frames and frames["features"].size:  # it is 0, and no norm
+        wanted = "array" if fields == _FEATURE_ONLY else f"list of [{', '.join(fields)}]"
+        raise UserError(f"{where} is of type {_describe_type(value)}, wanted {wanted}")
+    if "quality" not in frames and frames["features"].size:  # 0 instead of the norm
         frames["quality"] = FRAME_FIELDS["quality"].default(count)
     return frames
 
@@ -251,32 +258,35 @@ def _frames_of(value: Any, fields: tuple[str, ...], where: str, budget: _Budget)
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Returns the features of some entries, [T, D]; UserError unless all are of one kind."""
+    """Returns the features [T, D] of T entries; UserError if they differ in dtype or width."""
     features: list[Array] = []
     for number, entry in enumerate(entries):
         if not _is_list(entry) or len(entry) != len(fields):
-            got = f"has {len(entry)} fields" if _is_list(entry) else f"is of type {_kind(entry)}"
+            got = f"is of type {_describe_type(entry)}"
+            if _is_list(entry):
+                got = f"has {len(entry)} fields"
             raise UserError(f"{where} entry {number}, entry {got}, wanted [{', '.join(fields)}]")
         feature = entry[-1]
         if type(feature) is not Array or len(feature.shape) != 1:
-            got = _kind(feature)
+            got = _describe_type(feature)
             raise UserError(f"{where} entry {number}, feature is {got}, wanted an array [D]")
         features.append(feature)
     kinds = [(feature.code, feature.shape[0]) for feature in features]
-    most = Counter(kinds).most_common(1)[0][0]
+    common = Counter(kinds).most_common(1)[0][0]
     for number, kind in enumerate(kinds):
-        if kind != most:
-            got, others = _kind(features[number]), _kind(features[kinds.index(most)])
+        if kind != common:
+            got = _describe_type(features[number])
+            others = _describe_type(features[kinds.index(common)])
             raise UserError(f"{where} entry {number}, feature is {got}, others {others}")
     budget.take(0, len(features) * len(features[0].data))
     joined = b"".join([feature.data for feature in features])
-    return np.frombuffer(joined, most[0]).reshape(len(features), most[1])
+    return np.frombuffer(joined, common[0]).reshape(len(features), common[1])
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Returns one field of T entries, whole numbers or float64, in its shape of FRAME_FIELDS."""
+    """Returns a field of T entries as integers or float64, in the shape of FRAME_FIELDS."""
     try:
-        found = _convert(values, field)
+        column = _convert(values, field)
     except (TypeError, OverflowError, ValueError):
         for number, value in enumerate(values):
             try:
@@ -284,18 +294,18 @@ def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
             except (TypeError, OverflowError, ValueError) as error:
                 raise UserError(f"{where} entry {number}, {field} {error}") from None
         raise
-    return np.array(found).reshape(FRAME_FIELDS[_FIELD_OF[field]].shape(len(values)))
+    return np.array(column).reshape(FRAME_FIELDS[_FIELD_NAMES[field]].shape(len(values)))
 
 
-def _convert(values: Sequence[Any], field: str) -> array:
+def _convert(values: Iterable[Any], field: str) -> array:
     if field == "frame":
-        return array("q", map(_frame_number, values))
-    return array(
-        "d", itertools.chain.from_iterable(map(_box, values)) if field == "bbox" else values
-    )
+        return array("q", map(_parse_number, values))
+    if field == "bbox":
+        values = itertools.chain.from_iterable(map(_parse_box, values))
+    return array("d", values)
 
 
-def _frame_number(value: Any) -> int:
+def _parse_number(value: Any) -> int:
     if type(value) in (bytes, str) and value.isdigit() and value.isascii():
         return int(value)
     if type(value) is not int or value < 0:
@@ -303,7 +313,7 @@ def _frame_number(value: Any) -> int:
     return value
 
 
-def _box(value: Any) -> Sequence[float]:
+def _parse_box(value: Any) -> Sequence[float]:
     is_array = type(value) is Array and len(value.shape) == 1
     numbers: Any = np.frombuffer(value.data, value.code).tolist() if is_array else value
     if not _is_list(numbers) or len(numbers) != 4:

@@ -1,8 +1,8 @@
-"""Unpickling with no code of the file's choosing.
+"""Unpickles files from strangers without running code that the file chooses.
 
-Only the globals that numpy writes into feature pickles resolve, by exact look-up, to sealed classes
-that check their arguments. Arrays stay plain bytes: numpy's own unpickling never sees the file.
-This prevents foreign code, not excessive memory: a few bytes can still ask for gigabytes. Call
+The unpickler resolves only the globals that numpy writes into feature pickles. They resolve to
+sealed classes that check their arguments. Arrays stay plain bytes, so numpy never unpickles them.
+This prevents foreign code, but not excessive memory: a few bytes can still allocate gigabytes. Call
 `load` only in the child process of `sandbox`, which has limits.
 """
 
@@ -21,7 +21,7 @@ _STRUCT_CODES = {
     "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
 }  # fmt: skip
 
-# First bytes of files that are mistaken for pickles; no pickle begins like one of them.
+# First bytes of files that users mistake for pickles. No pickle begins with these bytes.
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
     b"\x93NUMPY": "a .npy file",
@@ -35,8 +35,8 @@ _OTHER_FILES = {
 }
 
 
-# The globals of a pickle resolve to the classes below. BUILD sets attributes on any object, classes
-# included: their metaclass forbids it, and no global resolves to a function.
+# The globals of a pickle resolve to the classes below, never to functions. The opcode BUILD sets
+# attributes of any object, even of classes, so the metaclass forbids it.
 
 
 class _Sealed(type):
@@ -45,14 +45,14 @@ class _Sealed(type):
 
 
 class _NdArray(metaclass=_Sealed):
-    """numpy.ndarray: valid only as the first argument of _reconstruct."""
+    """Replaces numpy.ndarray: valid only as the first argument of _reconstruct."""
 
     def __new__(cls, *args: object) -> "_NdArray":
         raise UserError("the pickle builds a numpy.ndarray outside _reconstruct: refused")
 
 
 class _DType(metaclass=_Sealed):
-    """numpy.dtype, for plain numbers only."""
+    """Replaces numpy.dtype, for plain numbers only."""
 
     __slots__ = ("code", "itemsize")
     code: str
@@ -61,7 +61,7 @@ class _DType(metaclass=_Sealed):
     def __new__(cls, code: object, align: object = False, copy: object = False) -> "_DType":
         name = str(code, "latin-1") if isinstance(code, bytes) else code
         if not isinstance(name, str) or name not in _STRUCT_CODES:
-            raise UserError("the pickle holds a dtype that is not a plain number: refused")
+            raise UserError("the pickle contains a dtype that is not a plain number: refused")
         self = object.__new__(cls)
         self.itemsize = int(name[1])
         self.code = ("<" if self.itemsize > 1 else "|") + name
@@ -69,24 +69,24 @@ class _DType(metaclass=_Sealed):
 
     def __setstate__(self, state: object) -> None:
         if type(state) is not tuple or len(state) not in (8, 9):
-            raise UserError("the pickle holds a damaged dtype")
+            raise UserError("the pickle contains a damaged dtype")
         version, order, subarray, names, fields, *layout = state
         if any(part is not None for part in (subarray, names, fields, *layout[3:])):
-            raise UserError("the pickle holds a structured dtype or one with metadata: refused")
+            raise UserError("the pickle contains a dtype with fields or metadata: refused")
         if type(order) is bytes:
             order = order.decode("latin-1")
         orders = ("<", ">") if self.itemsize > 1 else ("|",)
         # Item size, alignment and flags of a plain number are -1, -1 and 0.
         if type(order) is not str or order not in orders:
-            raise UserError("the pickle holds a dtype with an impossible byte order")
+            raise UserError("the pickle contains a dtype with an impossible byte order")
         whole = all(type(number) is int for number in (version, *layout[:3]))
         if not whole or version not in (3, 4) or layout[:3] != [-1, -1, 0]:
-            raise UserError("the pickle holds a damaged dtype")
+            raise UserError("the pickle contains a damaged dtype")
         self.code = order + self.code[1:]
 
 
 class Array(metaclass=_Sealed):
-    """A numpy array of the pickle: dtype code, shape, and bytes in C order."""
+    """Replaces a numpy array by its dtype code, its shape, and its bytes in C order."""
 
     __slots__ = ("code", "data", "shape")
     code: str
@@ -95,64 +95,64 @@ class Array(metaclass=_Sealed):
 
     def __setstate__(self, state: object) -> None:
         if type(state) is not tuple or len(state) != 5:
-            raise UserError("the pickle holds a damaged array")
+            raise UserError("the pickle contains a damaged array")
         _, shape, dtype, fortran, data = state
         self.fill(dtype, shape, bool(fortran), data)
 
     def fill(self, dtype: object, shape: object, fortran: bool, data: object) -> None:
-        """Takes dtype, shape and bytes; UserError unless they fit each other."""
+        """Sets dtype, shape and bytes; UserError if they contradict each other."""
         if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
-            raise UserError("the pickle holds a damaged array")
+            raise UserError("the pickle contains a damaged array")
         if len(shape) > 2:
-            raise UserError(f"the pickle holds an array of {len(shape)} axes")
+            raise UserError(f"the pickle contains an array of {len(shape)} axes")
         wanted = dtype.itemsize
         for length in shape:
             if type(length) is not int or length < 0:
-                raise UserError("the pickle holds an array of impossible shape")
+                raise UserError("the pickle contains an array of impossible shape")
             wanted *= length
         if wanted != len(data):
-            raise UserError("the pickle holds an array whose shape and bytes disagree")
+            raise UserError("the pickle contains an array whose shape and bytes disagree")
         if fortran and len(shape) == 2:
             data = np.frombuffer(data, dtype.code).reshape(shape, order="F").tobytes()
         self.code, self.shape, self.data = dtype.code, shape, data
 
 
 class _Reconstruct(metaclass=_Sealed):
-    """numpy.core.multiarray._reconstruct: an empty array, which BUILD fills."""
+    """Replaces numpy.core.multiarray._reconstruct: makes an empty array, which BUILD fills."""
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
             raise UserError("the pickle builds something other than a numpy.ndarray: refused")
-        made = object.__new__(Array)
-        made.code, made.shape, made.data = "|i1", (0,), b""
-        return made
+        array = object.__new__(Array)
+        array.code, array.shape, array.data = "|i1", (0,), b""
+        return array
 
 
 class _FromBuffer(metaclass=_Sealed):
-    """numpy.core.numeric._frombuffer: an array of protocol 5, its bytes in the file."""
+    """Replaces numpy.core.numeric._frombuffer: makes an array of pickle protocol 5."""
 
     def __new__(
         cls, data: object, dtype: object, shape: object, order: object, axes: object = None
     ) -> Array:
         if type(order) is not str or order not in ("C", "F") or axes is not None:
-            raise UserError("the pickle holds an array of unknown order")
-        made = object.__new__(Array)
-        made.fill(dtype, shape, order == "F", bytes(data) if type(data) is bytearray else data)
-        return made
+            raise UserError("the pickle contains an array of unknown order")
+        array = object.__new__(Array)
+        array.fill(dtype, shape, order == "F", bytes(data) if type(data) is bytearray else data)
+        return array
 
 
 class _Scalar(metaclass=_Sealed):
-    """numpy.core.multiarray.scalar: a Python number of the same value."""
+    """Replaces numpy.core.multiarray.scalar: makes a Python number."""
 
     def __new__(cls, dtype: object, data: object) -> float:
         if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.itemsize:
-            raise UserError("the pickle holds a damaged numpy scalar")
+            raise UserError("the pickle contains a damaged numpy scalar")
         order = ">" if dtype.code[0] == ">" else "<"
         return struct.unpack(order + _STRUCT_CODES[dtype.code[1:]], data)[0]
 
 
 class _Encode(metaclass=_Sealed):
-    """_codecs.encode: how Python 3 writes bytes below protocol 3."""
+    """Replaces _codecs.encode, with which Python 3 writes bytes below protocol 3."""
 
     def __new__(cls, text: object, encoding: object) -> bytes:
         known = type(encoding) in (str, bytes) and encoding in ("latin1", b"latin1")
@@ -162,7 +162,7 @@ class _Encode(metaclass=_Sealed):
 
 
 class _Bytes(metaclass=_Sealed):
-    """__builtin__.bytes: how Python 3 writes b"" below protocol 3."""
+    """Replaces __builtin__.bytes, with which Python 3 writes b"" below protocol 3."""
 
     def __new__(cls) -> bytes:
         return b""
@@ -184,7 +184,7 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """The C Unpickler, with all of Python's own globals refused."""
+    """The C Unpickler, with only the globals of _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
         sealed = _GLOBALS.get((module_name, global_name))
@@ -198,13 +198,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(file: BinaryIO, size: int) -> Any:
-    """Returns the content of a pickle of `size` bytes, made of Python's own types and Array.
+    """Returns the content of a pickle of `size` bytes, made of built-in types and Array.
 
-    UserError if the pickle is refused, damaged, truncated or followed by more. MemoryError if
-    it asks for more than the limit of the process.
+    Raises:
+      UserError: the pickle is refused, damaged or truncated, or bytes follow it.
+      MemoryError: the content exceeds the memory limit of the process.
     """
     if size == 0:
-        raise UserError("the file is empty: no pickle")
+        raise UserError("the file is empty: not a pickle")
     try:
         content = _Unpickler(file, encoding="bytes").load()
     except (MemoryError, UserError):
@@ -215,7 +216,7 @@ def load(file: BinaryIO, size: int) -> Any:
         if isinstance(error, EOFError) or "truncated" in str(error):
             raise UserError(f"the pickle is truncated: the file ends at byte {size}") from None
         reason = f"{type(error).__name__}: {show(str(error))}"
-        raise UserError(f"no readable pickle of {size:,} bytes: {reason}") from None
+        raise UserError(f"not a readable pickle of {size:,} bytes: {reason}") from None
     end = file.tell()
     if end != size:
         raise UserError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
@@ -223,7 +224,7 @@ def load(file: BinaryIO, size: int) -> Any:
 
 
 def refuse_others(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError, after `place`, if a file begins as one of _OTHER_FILES does."""
+    """Raises UserError if a file is one of _OTHER_FILES; `place` is the start of the message."""
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
