@@ -331,7 +331,7 @@ ONE = {"f": [1.0]}
         ({"train": {7: ONE}}, ("a clip name is text, not int",)),
         (
             {"train": {"a": {"F": [1.0], "f": [1.0]}}},
-            ("clip a", "'f' differs from that of"),
+            ("clip a", "'f' differs only in the case of letters"),
         ),
         ({"train": {"a": ONE}, "val": {"a": ONE}}, ("in two splits", "a (train and val)")),
         (

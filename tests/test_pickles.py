@@ -175,7 +175,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
         ("test", tmp_path / "test_gt.txt"),
     ]
     (tmp_path / "fa ce_train.pickle").touch()
-    with pytest.raises(ValueError, match="named by letters, digits"):
+    with pytest.raises(ValueError, match="may have letters, digits"):
         find_pickles(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         find_pickles(tmp_path / "gone")
@@ -240,7 +240,7 @@ def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path):
     assert truth(tmp_path, "x%20y 2\n", "train_gt.txt") == {"x y": "2"}
     assert truth(tmp_path, "x%20y 2\n", "train_gt.txt", known_clips={"x%20y"}) == {"x%20y": "2"}
     for text in (both, "1 2\n3 4\n"):
-        with pytest.raises(ValueError, match=r"gt\.txt: 'CLIP ID' or 'ID CLIP"):
+        with pytest.raises(ValueError, match=r"gt\.txt: are the lines 'CLIP ID' or 'ID CLIP"):
             truth(tmp_path, text)
     with pytest.raises(FileNotFoundError, match=r"none_gt\.txt: no such file"):
         labels_lib.load_ground_truth(tmp_path / "none_gt.txt")
@@ -258,8 +258,8 @@ def weights(folder, text, clips: Any = "abcde"):
 
 
 WRONG_LABELS = (
-    ("", "is empty; write one line per clip"),
-    ("\ufeff\n \n", "is empty; write one line per clip"),
+    ("", "is empty: write one line per clip"),
+    ("\ufeff\n \n", "is empty: write one line per clip"),
     (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
     ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
     ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
@@ -285,7 +285,7 @@ WRONG_LABELS = (
     ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
 )
 WRONG_WEIGHTS = (
-    ("\ufeff\n \n", "is empty; write one line per clip"),
+    ("\ufeff\n \n", "is empty: write one line per clip"),
     (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
     ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
     ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its weight"),
@@ -296,7 +296,7 @@ WRONG_WEIGHTS = (
     ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
     ("a.mp4 1\nb 1\na 1\n", "line 3: clip a is already in line 1: delete one of the two"),
     ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
-    ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, for example x\nat most 1%"),
+    ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, for example x\nthe limit is 1%"),
     ("a.avi 1\nb.avi 1\n", "none of its 2 clips is in a feature file\nit names a.avi, "),
 )
 
@@ -319,7 +319,7 @@ def test_identities_sort_by_number_or_else_by_name():
     assert labels_lib.sort_identities([]) == ()
     digits = "7" * 5000
     assert labels_lib.sort_identities(["9", digits, "10"]) == ("10", digits, "9")
-    with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use one"):
+    with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use only one"):
         labels_lib.sort_identities(["7", "1", "007"])
 
 
@@ -336,7 +336,7 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path):
     text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
     with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, for example x$"):
         assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]
-    with pytest.raises(ValueError, match=r"3 of 202 clips .*, for example x\nat most 1%"):
+    with pytest.raises(ValueError, match=r"3 of 202 clips .*, for example x\nthe limit is 1%"):
         weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
         labels_lib.load_clip_weights(tmp_path / "none.txt", clips)
