@@ -71,7 +71,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache, and deletes its unfinished copies by killed processes."""
+    """Locks a folder of the cache, and deletes unfinished copies that killed processes left."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"

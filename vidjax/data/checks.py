@@ -150,7 +150,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality whose features are missing, not finite, 0 or too large."""
+    """Yields a message for each modality with missing, infinite or out-of-range features."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [

@@ -1,20 +1,20 @@
 """A synthetic iQIYI-VID: feature pickles in the official layout, and their ground truth.
 
-A person is one unit vector per modality, in a subspace of `RANK` dimensions. Each clip displaces
-it, half of that along a few pose directions that all people share. Frames drift about the displaced
-point, further where their quality is worse: the difficulty lies in the clip, not in the frame. Also
-there are look-alikes, strangers, frames of the wrong person, clips and modalities without
-information, and missing modalities.
+A person is a unit vector per modality, in a subspace of `RANK` dimensions. Each clip displaces the
+vector, half of it along a few pose directions that all people share. Frames are spread around the
+displaced point, further if their quality is lower. So the difficulty is mostly in the clip, not in
+the frame. There are also look-alikes, strangers, frames of the wrong person, clips and modalities
+without information, and missing modalities.
 
-`Size.spread`, the displacement, was calibrated on single modalities and then frozen. A plain MLP
-(two layers of 1024, one to five random frames fused) has this val MAP@100, distractors included:
+The displacement `Size.spread` was calibrated on single modalities and then fixed. A plain MLP (two
+layers of 1024, one to five random frames fused) reaches this val MAP@100, distractors included:
 
 | size | face, W(x) | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
 | standard, seed 0 | 0.85 | 0.72 | 0.54 | 0.12 | 0.05 | 0.19 |
 | small, mean of seeds 0-2 | 0.86 (0.83-0.89) | 0.73 | 0.54 | 0.14 | 0.06 | 0.20 |
 
-Source: ours throughout. Sizes, missing rates and score distributions follow published figures of
+Source: our design. Sizes, missing rates and score distributions follow published figures of
 iQIYI-VID-2019; unpublished properties (programmes, strangers, boxes) are invented.
 """
 
@@ -47,13 +47,13 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 
 
 class _Modality(NamedTuple):
-    """Properties of a modality that do not depend on the size of the set.
+    """The properties of a modality that do not depend on the size of the set.
 
     Attributes:
-      every: 1 for a feature in every frame, 2 in every second frame; 0 for one feature per clip.
-      blank_rate: share of clips in which it tells nothing about the person.
-      missing_rate: share of clips that lack it.
-      resembles: True if look-alikes and near strangers are alike in it, and hard clips hard.
+      every: distance in frames between two features; 0: one feature per clip.
+      blank_rate: share of clips in which the modality has no information about the person.
+      missing_rate: share of clips without the modality.
+      resembles: True if look-alikes resemble each other in the modality, and hard clips are hard.
     """
 
     every: int
@@ -72,7 +72,7 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """Size and difficulty of a set; a change of either needs another calibration of `spread`.
+    """The size and difficulty of a set. After a change, `spread` must be calibrated again.
 
     Attributes:
       identities: number of identities.
@@ -87,8 +87,8 @@ class Size(NamedTuple):
     spread: Mapping[str, float]
 
 
-# A first run must fit a minute. So the small set has the official number of clips per identity and
-# share of distractors, but shorter clips and narrower features than the official 29.5 and 512.
+# A first run should take less than a minute. So the small set has the official number of clips per
+# identity and share of distractors, but shorter clips and narrower features than 29.5 and 512.
 SIZES = {
     "small": Size(
         100,
@@ -106,30 +106,31 @@ SIZES = {
 
 
 class SyntheticOptions(NamedTuple):
-    """Difficulty of the set; the defaults are the calibrated values.
+    """The difficulty of the set; the defaults are the calibrated values.
 
-    Every option but `train_distractors` leaves all that it does not name as it was, to the bit, so
-    that a run on a set with it and one without are two halves of an experiment.
+    Each option except `train_distractors` changes only the property that it describes. All other
+    values stay equal to the bit, so two sets that differ in an option are directly comparable.
 
     Attributes:
-      wrong_clips: share of clips in which a third of the frames, in one run, show somebody else, at
-        20 less quality. No publication gives a rate. The iQIYI-VID paper keeps clips in which more
-        than 30 % of the frames hold one head, or one that is far larger than the others
-        (section 3.2); so up to 70 % may hold several people.
-      blur: how far blur follows quality: the noise of a frame is exp(blur (78 - quality) / 50). At
-        0 all frames are blurred alike. By nearest neighbours on the small set, W(x) beats the mean
-        face by 0.002, 0.005, 0.009 and 0.021 of MAP at 0, 1, 1.5 and 2; quality fusion (4th place
-        2019) reports gains of 0.01 and 0.02 by weighting and by filtering frames.
-      label_noise: share of train clips whose ground truth names somebody else. The iQIYI-VID paper
-        reports 0.002 at most, by checks of its own (section 3.4).
-      train_distractors: share of train clips that show nobody on the list. The official train split
-        has none; val, on which the teams of 2018 and 2019 trained, has 0.375.
-      missing_rate: share of clips that lack face, head, body or audio, each for itself, beyond the
-        0.02, 0.02, 0.05 and 0.15 that all sets have. No publication gives a rate; the small real
+      wrong_clips: share of clips in which a third of the frames, consecutive, show another person,
+        with a quality that is lower by 20. No rate is published. The iQIYI-VID paper keeps clips in
+        which more than 30 % of the frames show a single head, or a head that is much larger than
+        all others (section 3.2); so up to 70 % may show several people.
+      blur: how strongly blur depends on quality: the noise of a frame is exp(blur (78 - quality) /
+        50). At 0, all frames are blurred alike. With nearest neighbours on the small set, the
+        weights W(x) improve the MAP of the mean face by 0.002, 0.005, 0.009 and 0.021 at 0, 1, 1.5
+        and 2; quality fusion (4th place 2019) reports gains of 0.01 by weighting frames and of 0.02
+        by filtering them.
+      label_noise: share of train clips with the label of another person. The iQIYI-VID paper
+        reports at most 0.002, checked by its authors (section 3.4).
+      train_distractors: share of train clips that show a stranger. The official train split has
+        none; val, on which the teams of 2018 and 2019 trained, has 0.375.
+      missing_rate: share of clips without face, head, body or audio, drawn independently, in
+        addition to the 0.02, 0.02, 0.05 and 0.15 in every set. No rate is published; the small real
         set of our tests lacks 0.1 of the faces and of the voices.
-      false_modality: share of clips in which one modality is of somebody else throughout, face or
-        voice at even odds: the wrong face is followed, or someone speaks over the picture. The
-        iQIYI-VID paper names both (sections 1 and 6.4) and gives no rate.
+      false_modality: share of clips in which the face or the voice (with equal probability) belongs
+        to another person in all frames: a tracker followed the wrong face, or there is a
+        voice-over. The iQIYI-VID paper mentions both (sections 1 and 6.4) without a rate.
     """
 
     wrong_clips: float = 0.15
@@ -140,7 +141,7 @@ class SyntheticOptions(NamedTuple):
     false_modality: float = 0.0
 
     def changed(self) -> dict[str, float]:
-        """Returns the options that are not at their default."""
+        """Returns the options that differ from their defaults."""
         return {
             name: value
             for name, value in self._asdict().items()
@@ -149,7 +150,7 @@ class SyntheticOptions(NamedTuple):
 
 
 CALIBRATED = SyntheticOptions()
-LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # the least value is 0
+LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; the lower limits are 0
 
 
 def write(
@@ -157,14 +158,15 @@ def write(
 ) -> None:
     """Writes the synthetic set into `out_dir`, which must be empty or missing.
 
-    The folder gets fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face
-    train and val are `_v2`), `train_gt.txt` (one clip and its identity per line, sorted by
-    identity), `val_gt.txt` and `test_gt.txt` (one identity and its clips per line; without
-    distractors). The official test ground truth was never published; ours lets a test ranking be
-    scored. The same size and seed give the same bytes on the same machine and numpy.
+    The files are fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face
+    train and val are `_v2`), `train_gt.txt` (a clip and its identity per line, sorted by identity),
+    `val_gt.txt` and `test_gt.txt` (an identity and its clips per line, without distractors). The
+    official test ground truth is not published; with this one, a test ranking can be scored. Equal
+    sizes and seeds give equal bytes with the same machine and numpy.
 
     Raises:
-      ValueError: `out_dir` is in use, unknown size, negative seed, or an option out of its range.
+      UserError: `out_dir` is not empty, the size is unknown, the seed is negative, or an option is
+        out of range.
     """
     check_choice("size", size, SIZES)
     if seed < 0:
@@ -174,8 +176,8 @@ def write(
             raise UserError(f"config.data.{name}={value}: must lie between 0 and {largest:g}")
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} exists and is not an empty folder\nname a new one")
-    # Files move out of here once all are complete: an interrupted set never looks finished.
+        raise UserError(f"{out_dir} exists and is not an empty folder\nname a new folder")
+    # Files are moved when all are complete, so an interrupted set does not look complete.
     partial = out_dir / ".partial"
     partial.mkdir(parents=True)
     try:
@@ -216,11 +218,11 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 
 
 class _FlatFrames(NamedTuple):
-    """The frames of n clips, one after another.
+    """The frames of n clips, one clip after another.
 
     Attributes:
-      present: [n] bool, whether the clip has the modality.
-      lengths: [n] int, number of frames of the clip; those of a clip without it do not count.
+      present: [n] bool, True if the clip has the modality. Otherwise, its frames are not written.
+      lengths: [n] int, number of frames of the clip.
       number: [F] int, frame number.
       box: [F, 4] float64, x1, y1, x2, y2 in pixels.
       detection, quality: [F] float64.
@@ -236,7 +238,7 @@ class _FlatFrames(NamedTuple):
     features: np.ndarray
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """Yields clip and value as the official pickle of a modality has them."""
+        """Yields the name and the value of each clip in the official pickle of a modality."""
         columns = [list(map(str, self.number.tolist()))]
         columns += [x.tolist() for x in (self.box, self.detection, self.quality)]
         columns = columns[: {"face": 4, "head": 3}.get(modality, 2)]
@@ -249,13 +251,13 @@ class _FlatFrames(NamedTuple):
                 yield name, features[0]
             elif modality == "scene" and present:
                 yield name, list(enumerate(features))
-            elif present or modality == "face":  # whose files list clips without a face, too
+            elif present or modality == "face":  # official face files list clips without a face
                 fields = zip(*(column[rows] for column in columns), features, strict=True)
                 yield name, list(map(list, fields))
 
 
 class _World:
-    """What all splits share: identities, their programmes and their points in each modality."""
+    """The properties that all splits share: identities, programmes, and points in each modality."""
 
     def __init__(self, size: Size, rng: np.random.Generator) -> None:
         self.size = size
@@ -274,12 +276,12 @@ class _World:
             self.garbage[modality] = _unit_points(rng, 1, dim)  # [1, D]
         self.popularity = rng.lognormal(0.0, 0.85, count)
         self.popularity /= self.popularity.mean()
-        # A person appears mostly in one programme, sometimes in a second or third one.
+        # A person appears mostly in the first programme, sometimes in the second or third.
         self.programmes = rng.integers(0, count // 2, (count, 3))
 
 
 class _Clips:
-    """The clips of a split in random order: the person in each, and its quality."""
+    """The clips of a split in random order, with the person and the quality of each clip."""
 
     def __init__(
         self, world: _World, split: str, seeds: Sequence[int], options: SyntheticOptions
@@ -299,7 +301,7 @@ class _Clips:
         self.labels = np.where(person < count, person + 1, 0)
         self.names = [f"SYNTHETIC_{split.upper()}_{i:07d}" for i in 1 + rng.permutation(total)]
 
-        # Rows of a person table: identities, strangers, then one passer-by for every clip.
+        # Rows of a person table: identities, strangers, then a passer-by for each clip.
         num_strangers = int(person.max()) + 1 - count if num_strange else 0
         passer_by = count + num_strangers + np.arange(total)
         near = np.flatnonzero(rng.random(num_strangers) < _NEAR_RATE)
@@ -333,15 +335,15 @@ class _Clips:
         self.missing = {m: rng.random(total) < k.missing_rate for m, k in _MODALITIES.items()}
         self.blank = {m: rng.random(total) < k.blank_rate for m, k in _MODALITIES.items()}
 
-        # Options draw from generators of their own, so that other draws stay as they were.
+        # Each option has a separate generator, so that it does not change other random values.
         generators = (np.random.default_rng([*seeds, number]) for number in (1, 2, 3))
         label_rng, missing_rng, false_rng = generators
         self.truth = self.labels
         if split == "train":
             wrong = (self.labels > 0) & (label_rng.random(total) < options.label_noise)
-            step = label_rng.integers(1, count, total)  # to another identity, never to itself
+            step = label_rng.integers(1, count, total)  # distance to another identity, never 0
             self.truth = np.where(wrong, 1 + (self.labels - 1 + step) % count, self.labels)
-        # Every clip keeps its scene, so that none is left without anything.
+        # Every clip keeps its scene, so that every clip has a modality.
         rates = {m: options.missing_rate if m != "scene" else 0.0 for m in _MODALITIES}
         self.lost = {m: missing_rng.random(total) < rate for m, rate in rates.items()}
         is_false, of_face = false_rng.random((2, total)) < [[options.false_modality], [0.5]]
@@ -354,7 +356,8 @@ class _Clips:
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-        # In some clips a third of the frames, in one run, show somebody else; elsewhere a few do.
+        # In wrong clips a third of the frames, consecutive, show another person. In other clips, a
+        # few frames do.
         run = np.rint(lengths / 3).astype(np.int64)
         first = rng.integers(0, lengths - run + 1)[clip]
         in_run = self.wrong_clip[rows][clip] & (position >= first) & (position < first + run[clip])
@@ -366,7 +369,7 @@ class _Clips:
         centre = rng.uniform((300, 200), (980, 420), (len(rows), 2))[clip]
         centre += rng.normal(0, 6, centre.shape)
 
-        # Another person in a clip has another displacement and drift.
+        # A second person in a clip has a different displacement and drift.
         track = clip + len(rows) * wrong
         result = {}
         for modality, kind in _MODALITIES.items():
@@ -392,7 +395,10 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Points [F, R] that frames of the clips `rows` [F] show; `wrong` [F] where not theirs."""
+        """Returns the points [F, R] of the people in frames of the clips `rows` [F].
+
+        `wrong` [F] is True for the frames that show another person.
+        """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
         person = np.where(self.blank[modality], self.passer_by, self.person)
@@ -410,16 +416,16 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Returns features [F, D] of frames that show `points` [F, R] at `quality` [F].
+        """Returns the features [F, D] of frames that show `points` [F, R] with `quality` [F].
 
-        The frames of one `track` [F], one person in one clip, are displaced by the same vector, of
-        length `spread`.
+        A track is a person in a clip; `track` [F] is its number. All its frames are displaced by
+        the same vector of length `spread` (one per track).
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
         shift = np.sqrt(0.5) * (pose + _unit_points(rng, num_tracks))
         latent = points + (spread.astype(np.float32)[:, None] * shift)[track]  # [F, R]
-        # Slow drift does not average out, frame noise does.
+        # The mean over frames reduces their noise, but not this slow drift.
         phase = rng.uniform(0, 2 * np.pi, num_tracks)[track] + position / 15
         drift = _unit_points(rng, 2 * num_tracks).reshape(2, num_tracks, RANK)
         for wave, direction in zip((np.cos(phase), np.sin(phase)), drift, strict=True):
@@ -439,13 +445,13 @@ class _Clips:
 
 
 def _unit_points(rng: np.random.Generator, count: int, dim: int = RANK) -> np.ndarray:
-    """Points [count, dim] float32, uniform on the unit sphere."""
+    """Returns points [count, dim] float32, uniformly distributed on the unit sphere."""
     points = rng.standard_normal((count, dim), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def _resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Returns [n, R] float32 unit vectors with cosine _LOOKALIKE_COSINE, about, to `points`."""
+    """Returns [n, R] float32 unit vectors whose cosine to `points` is about _LOOKALIKE_COSINE."""
     side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
     mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _unit_points(rng, len(points))
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
@@ -457,7 +463,7 @@ def _orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Returns the stranger of each clip, [count] int: some have one clip, others about five."""
+    """Returns the stranger of each clip, [count] int. Some have one clip, others about five."""
     singles = round(count * _SINGLETON_RATE)
     sizes = [1] * singles
     while sum(sizes) < count:
@@ -466,14 +472,17 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _frame_steps(rng: np.random.Generator, clip: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Frame numbers [F] counted from each clip's first; a number may repeat: two faces in one."""
+    """Returns frame numbers [F], relative to the first frame of each clip.
+
+    A number may repeat, because a frame may contain two faces.
+    """
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
     return total - total[position == 0][clip]
 
 
 def _boxes_about(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Boxes [F, 4] of a face of `width` [F] about `centre` [F, 2], to a hundredth of a pixel."""
+    """Returns boxes [F, 4] of `width` [F] around `centre` [F, 2], to a hundredth of a pixel."""
     half = np.stack([width / 2, width * 0.65], axis=1)
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
 
@@ -484,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = messages.Parser(
         prog="python -m vidjax.data.synthetic",
         usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0] [--OPTION=VALUE]",
-        description="Write the synthetic dataset as official-layout files.",
+        description="Write the synthetic dataset in the layout of the official files.",
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument("--size", choices=tuple(SIZES), default="small")

@@ -168,7 +168,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
             warn(f"checkpoint {step} is not used: {error}")
     if paths:
         raise CheckpointError(
-            f"every checkpoint in '{workdir / 'checkpoints'}' is damaged: put back a copy,\n"
+            f"every checkpoint in '{workdir / 'checkpoints'}' is damaged: restore a copy,\n"
             "or train again with another --workdir=FOLDER"
         )
     return None
@@ -212,7 +212,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames checkpoints of steps after `step`, which training will save again."""
+    """Renames the checkpoints of later steps, because training will save these steps again."""
     for later, folder in folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)

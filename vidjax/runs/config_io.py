@@ -264,7 +264,7 @@ def load_workdir(workdir: Path) -> Config:
         config = from_json(content)
     except ValueError as error:
         raise UserError(
-            f"'{path}' is damaged: {error}\nput back a copy, or train again in another folder"
+            f"'{path}' is damaged: {error}\nrestore it from a copy, or train again in another folder"
         ) from error
     config.data.cache_dir = None
     return config

@@ -41,7 +41,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return self._info
 
     def get_serialized_info(self) -> dict[str, Any]:
-        """Returns the shape and dtype of each field in the record: a string."""
+        """Returns the shape and dtype of each field in the record, where it is a string."""
         return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
