@@ -127,7 +127,7 @@ def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, day, tmp_path)
         write_parquet(day / f"part-{4 + turn}.parquet", dict.fromkeys(twins[turn::2], same))
     words = ("rank", f"--workdir={nearest_run}")
     done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
-    every = [parquet.read_table(table) for table in bulk.tables_of(day)]
+    every = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(every), tmp_path / "all.parquet")
     one = tmp_path / "all_ranked.parquet"
     say(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one}")
@@ -294,13 +294,13 @@ def test_tables_have_no_splits(say, day, tmp_path):
     assert "leave it out" in say(*words, "--config.eval.split=test", code=2)
     for split in ("train", "val"):
         shutil.copy(day / "part-0.parquet", day / f"{split}.parquet")
-    assert bulk.tables_of(day) == []
+    assert bulk.list_tables(day) == []
 
 
 def test_clips_beside_tables_are_not_passed_over(day):
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz: .*because the folder has tables"):
-        bulk.tables_of(day)
+        bulk.list_tables(day)
 
 
 # ---- Ray Data

@@ -156,7 +156,7 @@ def test_a_joined_folder_names_its_runs(folder, command):
     (folder / "both").mkdir()
     RunFolder(folder / "both").write_config(config)
     done = command("check", f"--workdir={folder}/both")
-    assert done.refused("joins runs: check a and b")
+    assert done.refused("joins other runs: check a and b")
 
 
 def test_the_environment(check):

@@ -100,7 +100,7 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
         "        file.write('x')\n    return make(args)\n"
     )
     args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
-    config, _ = run_commands.train_settings(args)
+    config, _ = run_commands.read_train_settings(args)
     plan.dry_run(config)
     assert count.read_text() == "x"
 

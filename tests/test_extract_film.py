@@ -143,7 +143,7 @@ def test_pictures_that_are_not_looked_at_are_told(tmp_path, drawn, ending):
     films.double(alone, both, cover=ending == ".mp4")
     for path, told in ((alone, 0), (both, 1)):
         _, said = drawn.extract(path)
-        assert said.count("  only the first pictures of 2 are looked at; the second become") == told
+        assert said.count("  only the first of 2 video streams is used; ") == told
         assert said.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == told
 
 

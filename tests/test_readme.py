@@ -212,7 +212,7 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         if words[0] == "serve":
             continue  # ends at a signal; tests/test_serve.py asks what its page asks
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
-            _, workdir = run_commands.train_settings(program.parse(words))
+            _, workdir = run_commands.read_train_settings(program.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
             words += CLOSED_FORM if "plda" in " ".join(words) else SHORT
             if Path(workdir) in compared:  # by what a report writes

@@ -95,7 +95,7 @@ PARSED = [
 def test_the_remedy_of_a_command_is_a_command(typed, pattern, then, remedy):
     args = program.parse(shlex.split(then.format(remedy(typed, pattern))))
     if args.command == "train":
-        run_commands.train_settings(args)
+        run_commands.read_train_settings(args)
 
 
 @pytest.mark.parametrize(("typed", "words"), [

@@ -190,7 +190,7 @@ def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
     from vidjax.cli import program, run_commands
 
     def folder(*words):
-        return str(run_commands.train_settings(program.parse(words))[1])
+        return str(run_commands.read_train_settings(program.parse(words))[1])
 
     assert folder("--config=mma") == "runs/mma"
     own = ("--config=knn:face", "--config.data.name=arrays")

@@ -35,7 +35,7 @@ from vidjax.apps.serve import app as app_lib
 from vidjax.apps.serve import limits as limits_lib
 from vidjax.apps.serve import protocol, served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
-from vidjax.apps.serve.limits import Limits, Metrics, Refused
+from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
 from vidjax.utils import errors
 from vidjax.utils.errors import UserError
@@ -396,11 +396,11 @@ def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
 
     deep = b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}"
     wrong = [
-        (422, clip(face=[[0.5] * 7]), "clip 'a', face: features are 7 wide, wanted 8"),
+        (422, clip(face=[[0.5] * 7]), "clip 'a', face: features are 7 wide, but must be 8"),
         (422, clip(face_quality=[1.0, 2.0]), "clip a, face"),
         (422, clip(face=[[0.5] * 8, [1.0]]), "face"),
         (422, clip(face=[["0.5"] * 8]), "str"),
-        (422, clip(face=[[0.5] * 8] * 1001), "clip 'a', face: 1,001 frames: 1,000 are the most"),
+        (422, clip(face=[[0.5] * 8] * 1001), "clip 'a', face: 1,001 frames: at most 1,000"),
         (422, clip(face=[[1e300] * 8]), "finite"),
         (422, {"clips": [{"clip": "a", "nose": [[0.5] * 8]}]}, "nose"),
         (422, {**clip(), "k": 0}, "k"),
@@ -408,7 +408,7 @@ def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
         (422, {**clip(), "fbir": 0.5}, "fbir"),
         (422, {"clips": []}, "clips"),
         (422, {"clips": [{"face": [[0.5] * 8]}]}, "clip"),
-        (422, {"clips": clip()["clips"] * 2}, "twice"),
+        (422, {"clips": clip()["clips"] * 2}, "is repeated"),
         (422, {"clips": clip()["clips"] * 33}, "32"),
         (422, b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"),
         (422, deep, ""),
@@ -638,7 +638,7 @@ def test_a_full_queue_says_when_to_try_again():
         return [question * 2 for question in questions]
 
     async def run():
-        batcher = Batcher(answer, limits, Metrics())
+        batcher = Batcher(answer, limits, ServerMetrics())
         asked = []
         for numbers in (range(3), range(3, 6)):  # two are taken at once, the others wait
             asked += [asyncio.create_task(batcher.ask(n, 1)) for n in numbers]
@@ -680,7 +680,7 @@ def test_a_removal_is_answered_after_all_that_was_begun_before():
         order.append(name)
 
     async def run():
-        batcher = Batcher(lambda questions: questions, Limits(), Metrics())
+        batcher = Batcher(lambda questions: questions, Limits(), ServerMetrics())
         listed = asyncio.create_task(told("list", batcher.run(lambda: go.wait(5))))
         await asyncio.sleep(0.01)
         removed = asyncio.create_task(told("removal", batcher.settle()))
@@ -836,7 +836,7 @@ def test_a_signal_ends_the_process_whatever_its_threads_do(tmp_path):
             assert process.stdout.readline() == "stuck\n"
         began = time.monotonic()
         assert one.end() == 1 and time.monotonic() - began < 10
-        assert process.stderr.read().splitlines()[-1] == "ended: work under way was cut off"
+        assert process.stderr.read().splitlines()[-1] == "ended: unfinished work was cut off"
     assert Gallery(tmp_path / "g").identities["person 3"] == 4
 
 
@@ -879,8 +879,8 @@ def test_the_description_names_every_answer(inside):
     assert routes == found.keys() and len(routes) == 17
     assert all(one["summary"].endswith((".", "until then.")) for one in found.values())
     schemas = described["components"]["schemas"]
-    assert schemas["Identify"]["required"] == ["clips"]
-    assert {"k", "fpir", "threshold"} <= schemas["Identify"]["properties"].keys()
+    assert schemas["IdentifyRequest"]["required"] == ["clips"]
+    assert {"k", "fpir", "threshold"} <= schemas["IdentifyRequest"]["properties"].keys()
     assert [one["name"] for one in found["get", "/threshold"]["parameters"]] == [
         "fpir",
         "threshold",
@@ -896,8 +896,8 @@ def test_metrics_name_nobody(inside):
 
 
 def test_texts_are_written_as_triton_reads_them():
-    asked = protocol.Ask([], "7", protocol.Parameters(binary_data_output=True))
-    body, size = protocol.answer(asked, "m", {"n": np.array(["é", ""], object)})
+    asked = protocol.InferRequest([], "7", protocol.Parameters(binary_data_output=True))
+    body, size = protocol.encode_answer(asked, "m", {"n": np.array(["é", ""], object)})
     assert body[size:] == b"\x02\0\0\0\xc3\xa9\0\0\0\0"
     assert json.loads(body[:size])["id"] == "7"
 

@@ -527,9 +527,11 @@ def test_no_folder_names_a_cache(tmp_path):
     cache = f"--config.data.cache_dir={tmp_path}/theirs/cache"
     theirs = write_config(tmp_path / "theirs", cache)
     args = program.parse(["--mode=evaluate", f"--workdir={theirs}"])
-    assert run_commands.evaluate_settings(args)[0].data.cache_dir is None
+    assert run_commands.read_evaluate_settings(args)[0].data.cache_dir is None
     given = program.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
-    assert run_commands.evaluate_settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    assert (
+        run_commands.read_evaluate_settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    )
     RunFolder(theirs).write_config(config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 

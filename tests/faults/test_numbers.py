@@ -105,7 +105,7 @@ def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(tmp_path
         pytest.raises(ValueError, match=rf"head: {message}[^\0]*config\.modalities"),
         warnings.catch_warnings(action="ignore"),
     ):
-        check_command._data(config)
+        check_command._check_data(config)
 
 
 def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path):

@@ -1,11 +1,11 @@
-"""Results for the clips of many parquet tables: on one machine by `run`, on several by Ray Data.
+"""Makes results for many parquet tables of clips, on one machine or on several.
 
-    FOLDER/NAME.parquet   clips, as `vidjax.data.clip_files` reads them; all frames of a clip in one
+    FOLDER/NAME.parquet   clips, see `vidjax.data.clip_files`; a clip has all frames in one table
     OUT/NAME.parquet      the results for these clips
 
-`Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results of one table.
-Workers of Ray Data construct them once and call them with paths. See vidjax/data/README.md,
-"Clips at size".
+`Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results for one table.
+`process_tables` calls them on one machine. On several machines, workers of Ray Data construct one
+of them once and call it with paths. See vidjax/data/README.md, "Clips at size".
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,21 +30,22 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
 
-NOTE = b"vidjax"  # key in the metadata of a table of results: what the results were made of
-JOINED = b"ranking"  # this note of a joint ranking
-HIDDEN = (".", "_")  # begin the names of files that are no data, as in Spark
-LISTS, RANKING = "parts", "ranking.parquet"  # in the folder of a ranking: of each table, and of all
-MOST_CLIPS = 100  # in the list of an identity
+NOTE_KEY = b"vidjax"  # in the metadata of a table of results: a digest of clips and model
+JOINED_NOTE = b"ranking"  # the note of a joint ranking
+HIDDEN_PREFIXES = (".", "_")  # files with such names are not data, as in Spark
+# In the folder of a ranking: the folder with the lists of each table, and the joint ranking.
+LISTS, RANKING = "parts", "ranking.parquet"
+MAX_LISTED_CLIPS = 100  # per identity
 
 
 class Work:
-    """Makes the results of tables of clips; a callable for `ray.data.Dataset.map_batches`.
+    """Makes results for tables of clips; a callable for `ray.data.Dataset.map_batches`.
 
     `Embed(vidjax.restore, "runs/mma")` calls `vidjax.restore("runs/mma")` once. `options` are
-    arguments of the method that makes the results, as `fpir` of `Gallery.identify`.
+    passed to the method that makes the results, such as `fpir` to `Gallery.identify`.
     """
 
-    joined = False  # True if the results are lists for `best`
+    joined = False  # True if `best` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens the run or the gallery: `open_trained(*args)`."""
@@ -55,7 +56,7 @@ class Work:
         raise NotImplementedError
 
     def made_by(self) -> dict[str, object]:
-        """Returns what the results depend on besides the clips, as values of JSON."""
+        """Returns the parameters of the results, except for the clips, as JSON values."""
         return {
             "work": type(self).__name__, "by": self.trained.digest, "options": self.options
         }  # fmt: skip
@@ -64,17 +65,17 @@ class Work:
         """Returns the results for the clips of a parquet table."""
         if not _is_empty(path):
             return tables.to_arrow(self.columns(self.trained.load(path)))
-        return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # of the same columns
+        return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # no rows, same columns
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pyarrow.Table":
-        """Returns the results for the tables at the paths of the column `path`."""
+        """Returns the results for the tables whose paths are in the column `path`."""
         import pyarrow
 
         return pyarrow.concat_tables([self.table(Path(path)) for path in batch["path"]])
 
 
 class Embed(Work):
-    """Makes the columns clip and vector: a unit vector [D] of each clip, by a run."""
+    """Embeds clips with a run: the columns clip and vector, a unit vector [D] per clip."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the names and the vectors of clips."""
@@ -83,9 +84,9 @@ class Embed(Work):
 
 
 class Rank(Work):
-    """Makes the columns identity, rank, clip and score: the best 100 clips of each identity.
+    """Ranks clips with a run or a gallery: the best 100 clips of each identity.
 
-    A run or a gallery makes them. `best` joins those of several tables.
+    The columns are identity, rank, clip and score. `best` joins the results of several tables.
     """
 
     joined = True
@@ -96,13 +97,13 @@ class Rank(Work):
 
 
 def best(lists: "pyarrow.Table") -> "pyarrow.Table":
-    """Returns the best 100 clips of each identity, from the lists of the clips of several tables.
+    """Joins rankings: returns the best 100 clips of each identity from the lists of several tables.
 
-    Equal scores are in the order of the names without `.mp4`, as in a ranking of all clips at once.
-    Identities keep their order. It is a function for `ray.data` groups of the column `identity`.
+    Clips with equal scores are sorted by name without `.mp4`, as in a ranking of all clips at once.
+    Identities keep their order. Ray Data can apply this function to groups of equal `identity`.
 
     Raises:
-      ValueError: the lists of an identity name a clip twice.
+      ValueError: a clip occurs twice in the lists of an identity.
     """
     from pyarrow import compute
 
@@ -111,96 +112,99 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
     names = [clean_name(name) for name in lists["clip"].to_pylist()]
     keyed = lists.append_column("of", [identity]).append_column("name", [names])
     pairs = keyed.group_by(["of", "name"]).aggregate([([], "count_all")])
-    if twice := pairs.filter(compute.field("count_all") > 1)["name"].to_pylist():
-        raise _in_two_tables(twice[0], "")
+    if repeated := pairs.filter(compute.field("count_all") > 1)["name"].to_pylist():
+        raise _repeated_clip_error(repeated[0], "")
     keys = [("of", "ascending"), ("score", "descending"), ("name", "ascending")]
     ordered = keyed.sort_by(keys)
     of = ordered["of"].to_numpy()
     rank = np.arange(len(of)) - np.searchsorted(of, of) + 1
     ordered = ordered.set_column(1, "rank", [rank.astype(np.int32)])
-    return ordered.filter(rank <= MOST_CLIPS).select([*tables.RANKING])
+    return ordered.filter(rank <= MAX_LISTED_CLIPS).select([*tables.RANKING])
 
 
-def tables_of(source: str | Path) -> list[Path]:
-    """Returns the tables of a folder, sorted; none if the folder holds splits or other clips."""
+def list_tables(source: str | Path) -> list[Path]:
+    """Returns the sorted tables of a folder.
+
+    The list is empty if `source` is not a folder of tables, or if the tables are splits.
+    """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
-    entries = [path for path in entries if not path.name.startswith(HIDDEN)]
-    found = [path for path in entries if path.suffix == ".parquet"]
-    if not found or {path.stem for path in found} & {*SPLITS}:
+    entries = [path for path in entries if not path.name.startswith(HIDDEN_PREFIXES)]
+    inputs = [path for path in entries if path.suffix == ".parquet"]
+    if not inputs or {path.stem for path in inputs} & {*SPLITS}:
         return []
-    # Not folders: the results may lie in one.
-    refuse_unread((path for path in entries if path not in found and not path.is_dir()), "tables")
-    return found
+    # A folder is no mistake: it may be the folder of the results.
+    refuse_unread((path for path in entries if path not in inputs and not path.is_dir()), "tables")
+    return inputs
 
 
-def check_out(out: str | None, found: Sequence[Path], work: type[Work]) -> None:
-    """Raises UserError unless `out` names a folder for the results of tables by `work`."""
+def check_out(out: str | None, inputs: Sequence[Path], work: type[Work]) -> None:
+    """Raises UserError if `out` cannot be the folder for the results of `work`."""
     path = Path(out).expanduser() if out else None
     if path is None or path.suffix in tables.ENDINGS or (path.exists() and not path.is_dir()):
-        given = f"--out={out}" if out else "without --out"
+        flag = f"--out={out}" if out else "without --out"
         raise UserError(
-            f"{given}: {found[0].parent} is a folder of {len(found):,} tables\n"
-            "name a folder, which takes a table for each: --out=FOLDER"
+            f"{flag}: {inputs[0].parent} is a folder of {len(inputs):,} tables\n"
+            "name a folder for the results, one file per table: --out=FOLDER"
         )
-    if path.exists() and path.samefile(found[0].parent):
-        raise UserError(f"--out={out}: that is the folder of the clips: name another one")
-    if work.joined and files.exists(joined := path / RANKING) and _note_in(joined) != JOINED:
+    if path.exists() and path.samefile(inputs[0].parent):
+        raise UserError(f"--out={out} is the folder of the clips: name another folder")
+    if work.joined and files.exists(joined := path / RANKING) and _read_note(joined) != JOINED_NOTE:
         raise UserError(
-            f"'{joined}' is no ranking of this command: it stays\n"
+            f"'{joined}' was not made by this command and is not replaced\n"
             "move it away, or name another folder: --out=FOLDER"
         )
     if work.joined and (path / LISTS).is_symlink():
         raise UserError(f"'{path / LISTS}' is a link\nname another folder: --out=FOLDER")
 
 
-def run(found: Sequence[Path], out: str, work: Work) -> Result:
-    """Makes the results of every table that has none yet; each appears whole or not at all.
+def process_tables(inputs: Sequence[Path], out: str, work: Work) -> Result:
+    """Makes the results of every table that has none yet. A result appears whole or not at all.
 
-    If the results are lists, they lie in OUT/parts, and OUT/ranking.parquet has the best of all.
+    If `work` ranks, the lists of each table are in OUT/parts, and OUT/ranking.parquet joins them.
 
     Raises:
-      ValueError: there are results of other clips or by another run, gallery or rule; or a table
-        cannot be read. The results of the other tables are made first.
+      ValueError: the folder contains results of other clips, or by another run, gallery or rule; or
+        a table cannot be read. In the second case, all other tables are processed first.
     """
-    place = Path(out).expanduser()
-    folder = files.make_folder(place / LISTS if work.joined else place, "--out")
-    notes = {table: _note(table, work) for table in found}
+    out_folder = Path(out).expanduser()
+    folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
+    notes = {table: _make_note(table, work) for table in inputs}
     left = [table for table, note in notes.items() if not _is_made(folder / table.name, note)]
     if work.joined:
-        check_out(out, found, type(work))
-        (place / RANKING).unlink(missing_ok=True)
+        check_out(out, inputs, type(work))
+        (out_folder / RANKING).unlink(missing_ok=True)
     label, failed = type(work).__name__.lower(), []
     progress = terminal.Progress(
-        len(found), initial=len(found) - len(left), unit="table", label=label, leave=False
+        len(inputs), initial=len(inputs) - len(left), unit="table", label=label, leave=False
     )
     for table in left:
         try:
-            content = tables.to_parquet(work.table(table), {NOTE: notes[table]})
+            content = tables.to_parquet(work.table(table), {NOTE_KEY: notes[table]})
         except UserError as error:
             failed.append(str(error) if table.name in str(error) else f"{table}: {error}")
         else:
-            if _note(table, work) != notes[table]:
-                raise UserError(f"'{table}' or what reads it has changed: give the command again")
+            if _make_note(table, work) != notes[table]:
+                raise UserError(f"'{table}' has changed meanwhile: run the command again")
             _write(folder / table.name, content, notes[table])
         progress.advance(1)
     progress.close()
     if failed:
-        others = f"{len(failed):,} of {len(found):,} tables failed, the others are done"
+        others = f"{len(failed):,} of {len(inputs):,} tables failed, the others are done"
         raise UserError("\n".join([*failed[0].splitlines()[:2], others]))
     if work.joined:
-        _check_once(found)
-        content = tables.to_parquet(_join(folder, found), {NOTE: JOINED})
-        _write(place / RANKING, content, JOINED)
-    skipped = len(found) - len(left)
-    shown = f"{len(found):,}" + (f", {skipped:,} of them before" if skipped else "")
-    results = str(place / RANKING if work.joined else place)
-    content = {"tables": len(found), "skipped": skipped, "results": results}
-    return Result(content, {"tables": shown, "results": results})
+        _check_once(inputs)
+        content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
+        _write(out_folder / RANKING, content, JOINED_NOTE)
+    skipped = len(inputs) - len(left)
+    count = f"{len(inputs):,}" + (f", {skipped:,} of them before" if skipped else "")
+    results = str(out_folder / RANKING if work.joined else out_folder)
+    content = {"tables": len(inputs), "skipped": skipped, "results": results}
+    return Result(content, {"tables": count, "results": results})
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes new results, unless another call has made the same meanwhile."""
+    """Writes new results. It is no error if another process has written the same results."""
     try:
         tables.write_new(results, content)
     except UserError:
@@ -208,66 +212,66 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
             raise
 
 
-def _note(table: Path, work: Work) -> bytes:
-    """Returns what the results of a table are made of: the file with its time, and the work."""
+def _make_note(table: Path, work: Work) -> bytes:
+    """Returns a note that identifies a table (by size and time) and the work."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return msgspec.json.encode({"clips": clips, **work.made_by()})
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns True if there are results with this note; others are a UserError."""
+    """Returns True if results with this note exist. Results with another note are a UserError."""
     if not files.exists(results):
         return False
-    if _note_in(results) != note:
+    if _read_note(results) != note:
         raise UserError(
-            f"'{results}' is damaged, or was made of other clips, or by another run, gallery or "
+            f"'{results}' is damaged, or was made from other clips, or by another run, gallery or "
             "rule\ndelete it, or name another folder: --out=FOLDER"
         )
     return True
 
 
-def _note_in(results: Path) -> bytes | None:
-    """Returns what a table of results was made of; None for another file."""
+def _read_note(results: Path) -> bytes | None:
+    """Returns the note of a table of results. If the file has none, returns None."""
     from pyarrow import ArrowException, parquet
 
     try:
         with files.open_regular(results) as file:
-            return (parquet.read_metadata(file).metadata or {}).get(NOTE)
+            return (parquet.read_metadata(file).metadata or {}).get(NOTE_KEY)
     except ArrowException:
         return None
 
 
 def _is_empty(path: Path) -> bool:
-    """Returns True for a table without rows, as Spark writes some."""
+    """Returns True if the table has no rows. Spark writes empty tables."""
     return parquet.num_rows(path) == 0
 
 
-def _check_once(found: Sequence[Path]) -> None:
-    """Refuses a clip that is in two tables, with or without `.mp4`."""
-    owner: dict[str, Path] = {}
-    for table in found:
+def _check_once(inputs: Sequence[Path]) -> None:
+    """Raises UserError if a clip is in two tables. Names are compared without `.mp4`."""
+    table_of: dict[str, Path] = {}
+    for table in inputs:
         for name in map(clean_name, parquet.clip_names(table)):
-            if owner.setdefault(name, table) != table:
-                raise _in_two_tables(name, f", {owner[name].name} and {table.name}")
+            if table_of.setdefault(name, table) != table:
+                raise _repeated_clip_error(name, f", {table_of[name].name} and {table.name}")
 
 
-def _in_two_tables(clip: str, which: str) -> UserError:
+def _repeated_clip_error(clip: str, names: str) -> UserError:
     return UserError(
-        f"clip '{show(clip)}' is in two tables{which}\nwrite all frames of a clip into one table"
+        f"clip '{show(clip)}' is in two tables{names}\nwrite all frames of a clip into one table"
     )
 
 
-def _join(folder: Path, found: Sequence[Path]) -> "pyarrow.Table":
-    """Returns the best of the lists of all tables, of which two are in memory at a time."""
+def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
+    """Joins the lists of all tables. Two tables are in memory at a time."""
     import pyarrow
     from pyarrow import parquet
 
-    def lists(table: Path) -> pyarrow.Table:
+    def read_lists(table: Path) -> pyarrow.Table:
         with files.open_regular(folder / table.name) as file:
             return parquet.read_table(file)
 
-    joined = lists(found[0])
-    for table in found[1:]:
-        joined = best(pyarrow.concat_tables([joined, lists(table)]))
+    joined = read_lists(inputs[0])
+    for table in inputs[1:]:
+        joined = best(pyarrow.concat_tables([joined, read_lists(table)]))
     return best(joined)

@@ -1,1 +1,1 @@
-"""The commands of the command line: what each reads, what it writes, what it says."""
+"""The command line: the flags of every command, and what it prints."""

@@ -1,4 +1,4 @@
-"""`vidjax compare`: runs, or groups of seeds, on the same clips."""
+"""`vidjax compare`: compares the scores of runs, or of groups of seeds, on the same clips."""
 
 import argparse
 from pathlib import Path
@@ -13,45 +13,45 @@ from vidjax.utils.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
-    shared_flags.workdir_flag(parser, "where the comparison is written")
-    about = "two runs or more; the first is the base; groups of seeds: A1+A2+A3,B1+B2+B3"
+    """Adds the flags of `vidjax compare`."""
+    shared_flags.add_workdir(parser, "the folder for the comparison")
+    about = "two or more runs; the others are compared with the first; seeds: A1+A2+A3,B1+B2+B3"
     parser.add_argument("--runs", metavar="A,B", required=True, help=about)
     parser.fields()
     parser.command(
-        run,
+        compare_runs,
         "--workdir=runs/two --runs=runs/mma,runs/deepmef",
         "--workdir=runs/seeds --runs=runs/a1+runs/a2,runs/b1+runs/b2",
     )
 
 
-def run(args: argparse.Namespace) -> Result:
+def compare_runs(args: argparse.Namespace) -> Result:
     """Compares runs and writes the comparison."""
-    folders = shared_flags.run_folders(args.runs)
+    folders = shared_flags.split_runs(args.runs)
     if len(folders) < 2:
         raise UserError(
-            "compare needs --runs=A,B: folders of two runs or more, split by commas\n"
-            "all others are compared with the first"
+            "compare needs --runs=A,B: the folders of two or more runs, separated by commas\n"
+            "the others are compared with the first"
         )
     if files.exists(Path(args.workdir).expanduser() / CONFIG):
         raise UserError(
             f"--workdir={args.workdir} holds a run: name another folder for the comparison"
         )
-    given = shared_flags.given_fields(args, ("eval.split",))
+    overridden = shared_flags.check_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
-    split = config.eval.split if given else None
+    split = config.eval.split if overridden else None
     from vidjax.evaluation import comparison
 
     with locked(args.workdir) as workdir:
-        found = comparison.compare([_seeds(name) for name in folders], split=split)
-        found.write(workdir)
+        result = comparison.compare([_split_seeds(name) for name in folders], split=split)
+        result.write(workdir)
     page = f"{messages.shown(workdir)}/comparison.html"
-    text = f"{found.text()}\ncomparison: {page}, .json, .tex"
-    return Result({"comparison": page, "table": found.text(), **found.to_dict()}, text=text)
+    text = f"{result.text()}\ncomparison: {page}, .json, .tex"
+    return Result({"comparison": page, "table": result.text(), **result.to_dict()}, text=text)
 
 
-def _seeds(name: str) -> list[str]:
-    """Returns the folders of `A1+A2+A3`; a folder may bear a + in its name."""
+def _split_seeds(name: str) -> list[str]:
+    """Returns the folders of `A1+A2+A3`. The name of an existing folder may contain a +."""
     if Path(name).expanduser().exists():
         return [name]
-    return [one.strip() for one in name.split("+") if one.strip()]
+    return [folder.strip() for folder in name.split("+") if folder.strip()]

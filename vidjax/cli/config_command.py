@@ -1,4 +1,4 @@
-"""`vidjax config`: every field of a configuration, its default, its value, and what set it."""
+"""`vidjax config`: lists the fields of a configuration, with their values and defaults."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ DEFAULT, COMMAND_LINE = "default", "command line"
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
-    shared_flags.config_flag(parser)
+    """Adds the flags of `vidjax config`."""
+    shared_flags.add_config(parser)
     parser.add_argument("--workdir", metavar="FOLDER", help="instead: the folder of a run")
     parser.fields()
-    parser.command(run, "--config=mma --config.seed=1", "--workdir=runs/mma")
+    parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
 
-def run(args: argparse.Namespace) -> Result:
-    """Shows the fields of a file, of a run, or the defaults."""
+def show_config(args: argparse.Namespace) -> Result:
+    """Lists the fields of a configuration file or of a run; without either, the defaults."""
     if args.workdir and args.config:
-        raise UserError("config takes --config=FILE or --workdir=FOLDER: not both")
+        raise UserError("config takes --config=FILE or --workdir=FOLDER, not both")
     if args.config:
         config, file = api.load_config(args.config), args.config
     elif args.workdir:
@@ -38,28 +38,34 @@ def run(args: argparse.Namespace) -> Result:
         config, file = api.open_run(workdir).config, messages.shown(workdir / CONFIG)
     else:
         config, file = config_lib.default(), DEFAULT
-    found = rows(config, args.overrides, file)
+    fields = describe_fields(config, args.overrides, file)
     table = [("field", "value", "default", "from")]
-    for name, row in found.items():
+    for name, row in fields.items():
         default = value_text(row["default"]) if name in DEFAULTS else ""
         table.append((name, value_text(row["value"]), default, row["from"]))
-    return Result({"fields": found}, text="\n".join(messages.aligned(table)))
+    return Result({"fields": fields}, text="\n".join(messages.aligned(table)))
 
 
-def rows(config: Config, overrides: Sequence[str], file: str) -> dict[str, dict[str, Any]]:
-    """Returns field -> its value after `overrides`, its default, and what set it, `from`.
+def describe_fields(
+    config: Config, overrides: Sequence[str], file: str
+) -> dict[str, dict[str, Any]]:
+    """Returns field -> `value`, `default`, and the origin of the value, `from`.
 
-    Fields with a default come first, each by name; the default of others, such as
-    `model.embed_dim`, which a file adds, is None. `config` is without the overrides; `file` is the
-    name of the file that it comes from.
+    Fields with a default come first. Both groups are sorted by name. A field that only a file
+    adds, such as `model.embed_dim`, has the default None.
+
+    Args:
+      config: the configuration before the overrides.
+      overrides: words `--config.FIELD=VALUE`.
+      file: the name of the file from which `config` was read.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
-    typed, found = set(override_names(overrides)), {}
+    typed, rows = set(override_names(overrides)), {}
     for name in [*sorted(DEFAULTS), *sorted(values.keys() - DEFAULTS.keys())]:
         origin = DEFAULT
         if name in typed:
             origin = COMMAND_LINE
         elif name not in DEFAULTS or values[name] != DEFAULTS[name]:
             origin = file
-        found[name] = {"value": values[name], "default": DEFAULTS.get(name), "from": origin}
-    return found
+        rows[name] = {"value": values[name], "default": DEFAULTS.get(name), "from": origin}
+    return rows

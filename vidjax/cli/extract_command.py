@@ -1,4 +1,4 @@
-"""`vidjax extract`: from videos and photos to features."""
+"""`vidjax extract`: extracts features of faces and voices from videos and photos."""
 
 import argparse
 import contextlib
@@ -13,25 +13,25 @@ from vidjax.utils import messages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Parser, Result
 
-SIZES = (32, 8192)  # pixels of the longer side
-MOST = 10_000  # processes
-SLOW = 2  # pictures a second
+SIZE_RANGE = (32, 8192)  # pixels of the longer side
+MAX_WORKERS = 10_000
+MIN_RATE = 2  # pictures per second below which a film gets a warning
 
 
-def workers_of(args: argparse.Namespace) -> int:
-    """Returns the number of processes, at most four a core: each has nets in memory."""
+def count_workers(args: argparse.Namespace) -> int:
+    """Returns the number of processes: at most four per core, since each loads all nets."""
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
-def settings_of(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
-    """Returns the settings that flags name; None if they name none."""
+def read_settings(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
+    """Returns the settings of the flags, None if no flag sets any."""
     names = ("fps", "size", "unit")
-    given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
-    return features_folder.ExtractionSettings(**given) if given else None  # pyright: ignore[reportArgumentType]
+    values = {name: x for name in names if (x := getattr(args, name, None)) is not None}
+    return features_folder.ExtractionSettings(**values) if values else None  # pyright: ignore[reportArgumentType]
 
 
-def tell(outcome: pipeline.FileOutcome) -> None:
-    """Prints a line of a file that is done, and what was found wrong with it."""
+def print_outcome(outcome: pipeline.FileOutcome) -> None:
+    """Prints a line about a finished file, and a line for each problem."""
     film = outcome.film
     if film is None:
         say(outcome.error)
@@ -40,45 +40,45 @@ def tell(outcome: pipeline.FileOutcome) -> None:
     faces = f"{count:,} face{'' if count == 1 else 's'}"
     shots = f"{len(film.shots):,} shot{'' if len(film.shots) == 1 else 's'}"
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
-    before = ", as before" if outcome.kept else ""
+    note = ", as before" if outcome.kept else ""
     if outcome.replaced:
-        before = ", in place of another file of this name"
-    heard = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{heard}{before}")
-    if not film.photo and film.frames < SLOW * film.seconds:
-        say(f"  it has fewer than {SLOW} pictures a second: what happens in between is not known")
+        note = ", in place of another file of this name"
+    voices = f", {film.voices:,} with a voice" if film.voices else ""
+    say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}")
+    if not film.photo and film.frames < MIN_RATE * film.seconds:
+        say(f"  it has fewer than {MIN_RATE} pictures per second: people in between are missed")
     if film.others:
         path = shlex.quote(str(outcome.path))
         say(
-            f"  only the first pictures of {film.others + 1} are looked at; the second become a "
-            f"film by: ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
+            f"  only the first of {film.others + 1} video streams is used; to extract the second: "
+            f"ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
-    wrong = {
+    problems = {
         "frames were damaged, and are left out": film.corrupt,
         "packets could not be decoded": film.refused,
-        "time stamps were wrong, and are estimated": film.repaired,
+        "time stamps were wrong, and were estimated": film.repaired,
         "pieces of sound could not be decoded": film.lost_sound,
     }
-    for what, count in wrong.items():
+    for problem, count in problems.items():
         if count:
-            say(f"  {count:,} {what}")
+            say(f"  {count:,} {problem}")
     if film.damaged:
-        say(f"  it ends at {film.seconds:.1f} s, before the end that it declares: is it cut off?")
+        say(f"  it ends at {film.seconds:.1f} s, before its declared end: is the file complete?")
 
 
-def to_mend(remedies: Iterable[str]) -> dict[str, str]:
-    """Returns the row that tells each remedy of files that failed, once; none without any."""
-    told = [*dict.fromkeys(filter(None, remedies))]
-    return {"to mend": "; ".join(told[:3])} if told else {}
+def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
+    """Returns a row with the different remedies for files that failed, at most three."""
+    different = [*dict.fromkeys(filter(None, remedies))]
+    return {"to mend": "; ".join(different[:3])} if different else {}
 
 
 def run_extract(args: argparse.Namespace) -> Result:
-    """Extracts files; the exit code is 1 if one of them could not be read."""
+    """Extracts files. The exit code is 1 if a file could not be read."""
     began = time.monotonic()
-    workers = workers_of(args)
+    workers = count_workers(args)
     outcomes = pipeline.extract(
         [path.expanduser() for path in args.files], Path(args.out).expanduser(),
-        Path(args.models).expanduser(), settings_of(args), workers=workers, done=tell,
+        Path(args.models).expanduser(), read_settings(args), workers=workers, done=print_outcome,
         check=args.check, drop="missing" if args.prune else "nothing",
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
@@ -95,36 +95,36 @@ def run_extract(args: argparse.Namespace) -> Result:
         "features": str(args.out),
         "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
         "clips": f"{content['clips']:,}",
-        **to_mend(failed.values()),
+        **list_remedies(failed.values()),
     }
     if minutes:
-        rows["speed"] = f"{rate:.3g} minutes of film a minute"
+        rows["speed"] = f"{rate:.3g} minutes of film per minute"
     return Result(content, rows, code=1 if failed else 0)
 
 
-def add_flags(parser: Parser) -> None:
-    """Adds the files, and the flags that `vidjax extract` and `vidjax who` share."""
+def add_shared_flags(parser: Parser) -> None:
+    """Adds the arguments that `vidjax extract` and `vidjax who` share."""
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=about)
-    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for results")
-    about = "the folder of nets with cards"
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
+    about = "the folder of nets and their cards"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
-    about = "frames of a second in which faces are looked for (default: 5)"
+    about = "frames per second in which faces are searched for (default: 5)"
     parser.add_argument("--fps", metavar="N", type=_rate, help=about)
-    about = "longer side in pixels, to which they are shrunk (default: 640)"
-    parser.add_argument("--size", metavar="N", type=messages.whole(*SIZES), help=about)
-    about = "processes at once (default: one a core)"
-    parser.add_argument("--workers", metavar="N", type=messages.whole(1, MOST), help=about)
-    about = "compares the content of every file; without it, only size, time and inode"
+    about = "shrinks frames to this longer side, in pixels (default: 640)"
+    parser.add_argument("--size", metavar="N", type=messages.whole(*SIZE_RANGE), help=about)
+    about = "number of processes (default: one per core)"
+    parser.add_argument("--workers", metavar="N", type=messages.whole(1, MAX_WORKERS), help=about)
+    about = "compares the contents of all files, instead of size, time and inode"
     parser.add_argument("--check", action="store_true", help=about)
-    about = "forgets films that are no longer at their place; deletes no film"
+    about = "removes the results of films that no longer exist; deletes no film"
     parser.add_argument("--prune", action="store_true", help=about)
 
 
-def add_extract_flags(parser: Parser) -> None:
+def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
-    add_flags(parser)
-    about = "what a clip is: a track, or a shot with one main figure"
+    add_shared_flags(parser)
+    about = "makes a clip of each track, or of each shot and its main person"
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 

@@ -1,4 +1,4 @@
-"""The commands of a gallery, `vidjax gallery COMMAND`."""
+"""`vidjax gallery COMMAND`: enrols, identifies and deletes people."""
 
 import argparse
 import contextlib
@@ -29,40 +29,40 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
 
 HELP = """\
-A gallery knows people who are enrolled, found and deleted without training.
+A gallery stores people. Enrolling, identifying and deleting need no training.
 
-Clips are --input=PATH, a folder or table without labels, or one .npz; or a
-split of a dataset, --split=S with --config.data.name=N --config.data.dir=D,
-which are those of the run where they are left out. A clip shows one person.
-`enrol G --input=PATH` without a name takes a folder for each person,
-PATH/NAME/CLIP.npz. All changes wait until the disk has them.
+Clips are given by --input=PATH, a folder, a table or a .npz file without
+labels; or by --split=S, a split of the dataset of the run or of the dataset
+--config.data.name=N --config.data.dir=D. A clip shows one person. Without a
+name, `enrol G --input=PATH` expects a folder per person: PATH/NAME/CLIP.npz.
+A command ends when its changes are on the disk.
 
-Every command has a --help of its own, with its flags and an example;
-vidjax/apps/gallery/README.md tells the whole way.
+vidjax gallery COMMAND --help prints the flags of a command, with an example.
+The guide is vidjax/apps/gallery/README.md.
 """
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the commands of `vidjax gallery`, each with its flags."""
+    """Adds the commands of `vidjax gallery` and their flags."""
     parser.description = HELP
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True
     )
     for name, (about, add) in COMMANDS.items():
         description = f"{about[0].upper()}{about[1:]}."
-        one = commands.add_parser(name, help=about, description=description)
-        one.add_argument("gallery", metavar="G", help="the folder of the gallery")
-        add(one)
+        command = commands.add_parser(name, help=about, description=description)
+        command.add_argument("gallery", metavar="G", help="the folder of the gallery")
+        add(command)
 
 
 def _add_create(parser: Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", metavar="W", help="the folder of a run")
-    about = "instead: a folder of models with cards, see vidjax extract"
+    about = "instead: a folder of nets and their cards, see vidjax extract"
     model.add_argument("--models", metavar="DIR", help=about)
-    about = "enrols nobody: keeps coordinates and strangers"
+    about = "enrols no person: keeps only the coordinates and the strangers"
     parser.add_argument("--empty", action="store_true", help=about)
-    about = "the split whose clips without a label are strangers"
+    about = "the split whose unlabelled clips show strangers"
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
@@ -70,19 +70,19 @@ def _add_create(parser: Parser) -> None:
 
 def _add_clips(parser: Parser) -> None:
     clips = parser.add_mutually_exclusive_group(required=True)
-    about = "a folder, .parquet table or .npz of clips without labels"
+    about = "unlabelled clips: a folder, a .parquet table or a .npz file"
     clips.add_argument("--input", metavar="PATH", help=about)
-    about = "instead: the split of the dataset with the clips"
+    about = "instead: a split of the dataset"
     clips.add_argument("--split", metavar="S", help=about)
-    about = "the folder of the run (default: the gallery's own)"
+    about = "the folder of the run (default: the run of the gallery)"
     parser.add_argument("--run", metavar="W", help=about)
     parser.fields("data.")
 
 
 def add_rule(parser: Parser) -> None:
-    """Adds the flags that say when a clip gets a name."""
+    """Adds the flags of the decision: when does a clip get a name?"""
     rule = parser.add_mutually_exclusive_group()
-    about = "share of strangers who may get a name, e.g. 0.01"
+    about = "the share of strangers who may get a name, e.g. 0.01"
     rule.add_argument("--fpir", metavar="R", type=_number, help=about)
     about = "instead: the lowest probability of a name, e.g. 0.5"
     rule.add_argument("--threshold", metavar="P", type=_number, help=about)
@@ -101,8 +101,8 @@ def _add_enrol(parser: Parser) -> None:
     _add_clips(parser)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person")
-    parser.add_argument("--clip", metavar="CLIP", help="only this one of the clips")
-    about = "instead: a table of clip and identity, as `group` writes it"
+    parser.add_argument("--clip", metavar="CLIP", help="enrols only this clip")
+    about = "instead: a table of clips and identities, as `group` writes it"
     who.add_argument("--labels", metavar="FILE", help=about)
     about = "instead: the clips show strangers"
     who.add_argument("--strangers", action="store_true", help=about)
@@ -114,13 +114,13 @@ def _add_enrol(parser: Parser) -> None:
 def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = "names per clip in a file (default: %(default)s)"
+    about = "number of names per clip (default: %(default)s)"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole(1, 1_000_000), default=5, help=about
     )
     about = (
-        "the new file: .jsonl, .csv, .tsv, .parquet; .vtt, .srt and .rttm, by time; a folder for "
-        "a folder of parquet tables"
+        "the new file: .jsonl, .csv, .tsv, .parquet; with times, .vtt, .srt, .rttm; for a folder "
+        "of parquet tables, a folder"
     )
     parser.add_argument("--out", metavar="FILE", help=about)
     examples = ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv")
@@ -136,21 +136,21 @@ def _add_group(parser: Parser) -> None:
 def _add_rank(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = "the new file: .txt, .jsonl, .csv, .tsv, .parquet; a folder for a folder of tables"
+    about = "the new file: .txt, .jsonl, .csv, .tsv, .parquet; for a folder of tables, a folder"
     parser.add_argument("--out", metavar="FILE", required=True, help=about)
     parser.command(_rank, "G --split=val --out=ranking.txt")
 
 
 def _add_list(parser: Parser) -> None:
-    parser.add_argument("--clips", action="store_true", help="names the clips, too")
-    parser.add_argument("--identity", metavar="NAME", help="lists one person")
+    parser.add_argument("--clips", action="store_true", help="lists the clips, too")
+    parser.add_argument("--identity", metavar="NAME", help="lists only this person")
     parser.command(_list, "G", "G --clips --identity=Ada")
 
 
 def _add_rename(parser: Parser) -> None:
     parser.add_argument("--identity", metavar="NAME", required=True, help="the person")
     parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
-    about = "two people are the same: makes one of them"
+    about = "merges the person with an enrolled person of the new name"
     parser.add_argument("--merge", action="store_true", help=about)
     parser.command(_rename, "G --identity=Adda --to=Ada")
 
@@ -159,7 +159,7 @@ def _add_relabel(parser: Parser) -> None:
     parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--identity", metavar="NAME", help="the person")
-    about = "instead: it shows nobody of the gallery"
+    about = "instead: the clip shows a stranger"
     who.add_argument("--strangers", action="store_true", help=about)
     parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
@@ -172,7 +172,7 @@ def _add_remove(parser: Parser) -> None:
 
 
 def _add_threshold(parser: Parser) -> None:
-    about = "share of strangers who may get a name (default: %(default)s)"
+    about = "the share of strangers who may get a name (default: %(default)s)"
     default = answers_lib.DEFAULT_FPIR
     parser.add_argument("--fpir", metavar="R", type=_number, default=default, help=about)
     parser.command(_threshold, "G --fpir=0.01")
@@ -183,48 +183,54 @@ def _add_export(parser: Parser) -> None:
     parser.command(_export, "G --out=people.parquet")
 
 
-# Command -> what it does, and a function that adds its flags.
+# Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
-    "create": ("makes a gallery of a run's training clips, or of models", _add_create),
-    "enrol": ("adds clips of people who are there, or new", _add_enrol),
-    "identify": ("says whom clips show, or unknown", _add_identify),
-    "group": ("groups clips of people who are not enrolled, to be named", _add_group),
-    "rank": ("ranks clips for every person, into a file", _add_rank),
-    "list": ("names the people, with their numbers of clips", _add_list),
+    "create": (
+        "makes a gallery from a run's training clips, or for nets",
+        _add_create,
+    ),
+    "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
+    "identify": ("names the person in each clip, or answers unknown", _add_identify),
+    "group": (
+        "groups the clips of unknown people, so that you can name them",
+        _add_group,
+    ),
+    "rank": ("ranks the clips for every person, and writes a file", _add_rank),
+    "list": ("lists the people, with their numbers of clips", _add_list),
     "rename": ("gives a person another name", _add_rename),
-    "relabel": ("says that a clip shows somebody else", _add_relabel),
-    "remove": ("deletes a person, or a clip, and cannot be undone", _add_remove),
-    "threshold": ("says which probability of a name a share of strangers passes", _add_threshold),
-    "export": ("writes the enrolled clips to a parquet table: names, people, vectors", _add_export),
+    "relabel": ("moves a clip to another person", _add_relabel),
+    "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
+    "threshold": ("finds the threshold that a given share of strangers passes", _add_threshold),
+    "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
 
 
-# Words that people try -> the command that they may mean.
+# Words that users try as a command -> the command that they may mean.
 SLIPS = {"add": "enrol", "delete": "remove", "forget": "remove", "show": "list", "new": "create"}
 
 
 def check_command(words: Sequence[str]) -> None:
-    """Raises UserError for a word that is no command of a gallery; the words follow `gallery`."""
+    """Raises UserError if the first word after `vidjax gallery` is not a command."""
     if not words or words[0].startswith("-") or words[0] in COMMANDS:
         return
     word, *rest = words
-    meant = SLIPS.get(word) or closest(word, COMMANDS, cutoff=0.7)
+    match = SLIPS.get(word) or closest(word, COMMANDS, cutoff=0.7)
     if rest and rest[0] in COMMANDS:
         hint = f"the command comes first: vidjax gallery {shlex.join([rest[0], word, *rest[1:]])}"
-    elif meant:
-        hint = f"did you mean vidjax gallery {shlex.join([meant, *rest])}?"
+    elif match:
+        hint = f"did you mean vidjax gallery {shlex.join([match, *rest])}?"
     else:
         hint = f"choose from {', '.join(COMMANDS)}"
     raise UserError(f"no command 'gallery {word}': {hint}")
 
 
-def _of(count: int, noun: str) -> str:
+def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _counts(
+def _summarise(
     gallery: "Gallery",
-    done: Mapping[str, str] = MappingProxyType({}),
+    changes: Mapping[str, str] = MappingProxyType({}),
     content: Mapping[str, object] = MappingProxyType({}),
 ) -> Result:
     sizes = {
@@ -233,7 +239,7 @@ def _counts(
         "strangers": len(gallery.strangers),
         "version": gallery.version,
     }
-    rows = {**done, "gallery": str(gallery.folder)} | {k: f"{n:,}" for k, n in sizes.items()}
+    rows = {**changes, "gallery": str(gallery.folder)} | {k: f"{n:,}" for k, n in sizes.items()}
     return Result({**content, "gallery": str(gallery.folder), **sizes}, rows)
 
 
@@ -242,23 +248,27 @@ def _create(args: argparse.Namespace) -> Result:
 
     check_new(Path(args.gallery))
     if args.models:
-        return _counts(Gallery.of_models(args.gallery, args.models))
-    from vidjax.evaluation import predict  # JAX, for galleries of runs alone
+        return _summarise(Gallery.of_models(args.gallery, args.models))
+    from vidjax.evaluation import predict  # loads JAX, which only galleries of runs need
     from vidjax.runs import config_io
     from vidjax.training.api import load_data, open_run
 
-    open_run(args.run)  # says where there is none
+    open_run(args.run)  # if it is no run, the error gives a remedy
     run = predict.restore(args.run)
     config = config_io.override(run.config, args.overrides)
     data = None if config == run.config else load_data(config)
-    made = Gallery.create(
+    gallery = Gallery.create(
         args.gallery, run, data, strangers=args.strangers or None, empty=args.empty
     )
-    return _counts(made)
+    return _summarise(gallery)
 
 
-def _opened(args: argparse.Namespace) -> "Gallery":
-    """Returns the gallery; refuses clips that are not there, or of other models than its own."""
+def _open(args: argparse.Namespace) -> "Gallery":
+    """Opens the gallery.
+
+    Raises:
+      UserError: the clips do not exist, or were extracted with other nets than the gallery's.
+    """
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
@@ -266,7 +276,7 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
     people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
-    if path and (people or bulk.tables_of(path)):
+    if path and (people or bulk.list_tables(path)):
         check_path(path)
     elif path:
         find_files(path)
@@ -278,7 +288,7 @@ def _opened(args: argparse.Namespace) -> "Gallery":
     return gallery
 
 
-def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
+def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
     if args.input:
         return gallery.load(args.input)
     from vidjax.runs import config_io
@@ -287,17 +297,17 @@ def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Train
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
 
-def _progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
-    """Returns a progress bar over `total` clips, which closes at the end of a `with` block."""
+def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
+    """Returns a context with a progress bar over `total` clips."""
     return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
 
 
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
-    """Returns the time just before embedding, in seconds, and the vectors of the flags' clips."""
-    clips = _clips(args, gallery)
+    """Embeds the clips; returns the start time of the embedding, in seconds, and the vectors."""
+    clips = _load_clips(args, gallery)
     began = time.monotonic()
     split = getattr(args, "split", None)
-    with _progress("vectors", len(clips.split(split or "clips").clips)) as bar:
+    with _show_progress("vectors", len(clips.split(split or "clips").clips)) as bar:
         return began, gallery.embed(clips, split, advance=bar.advance)
 
 
@@ -307,159 +317,163 @@ def _enrol(args: argparse.Namespace) -> Result:
     if args.identity:  # a mistake is reported before clips are read
         check_person(args.identity)
     labels = _read_labels(Path(args.labels).expanduser()) if args.labels else {}
-    gallery, strangers, split = _opened(args), args.strangers, args.split
+    gallery, strangers, split = _open(args), args.strangers, args.split
     if args.labels:
-        clips, identity = _clips(args, gallery), labels
+        clips, identity = _load_clips(args, gallery), labels
     elif args.input and not args.identity and not strangers:
         path = Path(args.input).expanduser()
         if path.is_file() or any(path.glob("*.npz")):
             raise UserError(
-                "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
-                "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
+                "enrol --input=PATH needs --identity=NAME: the person whom all these clips show\n"
+                "or name a folder with a folder per person: PATH/NAME/CLIP.npz"
             )
         widths, quality = gallery.reads
         clips, identity = load_people(path, widths, quality=quality)
     else:
-        clips, identity = _clips(args, gallery), args.identity
+        clips, identity = _load_clips(args, gallery), args.identity
     if args.clip:
         clips, split = gallery.embed(clips, split).only({args.clip}), None
         if not clips.names:
             raise UserError(f"--clip={args.clip}: no clip has this name")
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
-        identity = _without_crowds(Path(args.input).expanduser(), clips.names, identity)
+        identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
     with named(args.labels) if args.labels else contextlib.nullcontext():
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
-        shown = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warn(f"{_of(len(refused), 'clip')} without a usable frame: not enrolled: {shown}")
-    told = f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"
-    return _counts(gallery, {"enrolled": told}, done._asdict())
+        names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
+        warn(f"{_count(len(refused), 'clip')} without a usable frame: not enrolled: {names}")
+    text = f"{_count(done.enrolled, 'clip')}, {done.unchanged:,} were there"
+    return _summarise(gallery, {"enrolled": text}, done._asdict())
 
 
-def _without_crowds(
+def _drop_group_photos(
     path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns clip -> person, without photos of several people; warns of photos that do not help.
+    """Returns clip -> person without photos of several people, and warns of unusable photos.
 
-    Only `vidjax extract` tells photos from other clips. A clip named alone is taken as it is.
+    Only features of `vidjax extract` mark which clips are photos. All other clips are kept.
     """
     from vidjax.apps.video import features_folder
 
     people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
-    places = [path] if isinstance(identity, str) else sorted(path.iterdir())
-    for place in (place for place in places if (place / features_folder.VIDEOS).is_dir()):
-        prefix = "" if place == path else f"{place.name}/"
-        for film in features_folder.read_films(place):
-            film.tracks = [one for one in film.tracks if f"{prefix}{one.clip}" in people]
-            alone, problem = features_folder.check_photo(film) if film.photo else ("", "")
-            for track in film.tracks if alone is None else ():
+    folders = [path] if isinstance(identity, str) else sorted(path.iterdir())
+    for folder in (folder for folder in folders if (folder / features_folder.VIDEOS).is_dir()):
+        prefix = "" if folder == path else f"{folder.name}/"
+        for film in features_folder.read_films(folder):
+            film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
+            single, problem = features_folder.check_photo(film) if film.photo else ("", "")
+            for track in film.tracks if single is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
             if problem:
-                warn(f"{place / film.video}: {problem}")
+                warn(f"{folder / film.video}: {problem}")
     return people
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Returns clip -> person of a table of groups; one that names nobody is a UserError."""
+    """Returns clip -> person of a table of groups. A table without names is a UserError."""
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(
-        f"{path} names nobody: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
+        f"{path} contains no name: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
     )
 
 
 def _group(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser()
     tables.check_new(out, (".tsv",))
-    gallery = _opened(args)
+    gallery = _open(args)
     _, vectors = _embed(args, gallery)
-    nobody = set(vectors.names)
+    unknown = set(vectors.names)
     if gallery.identities:
         answers = gallery.identify(vectors)
-        nobody = {name for name, answer in answers.items() if answer.identity is None}
-    groups = gallery.group(vectors.only(nobody))
+        unknown = {name for name, answer in answers.items() if answer.identity is None}
+    groups = gallery.group(vectors.only(unknown))
     answers_lib.write_groups(out, groups)
     count = len({*groups.values()})
-    told = {"clips": f"{len(vectors.names):,}, of which {len(nobody):,} show nobody known"}
-    told |= {"people": f"{count:,} unknown", "groups": f"{out}: write names, then enrol --labels"}
-    return Result({"groups": str(out), "people": count, "clips": len(groups)}, told)
+    rows = {
+        "clips": f"{len(vectors.names):,}, {len(unknown):,} of them show unknown people",
+        "people": f"{count:,} unknown",
+        "groups": f"{out}: write names into it, then enrol --labels={out}",
+    }
+    return Result({"groups": str(out), "people": count, "clips": len(groups)}, rows)
 
 
-def _films(args: argparse.Namespace) -> "list[Film]":
+def _read_films(args: argparse.Namespace) -> "list[Film]":
     from vidjax.apps.video import features_folder
 
     films = features_folder.read_films(Path(args.input).expanduser()) if args.input else []
     if not films:
         raise UserError(
-            f"--out={args.out}: {args.command} needs times, which only features of vidjax extract "
-            "have\nidentify writes a table of clips instead: --out=answers.tsv"
+            f"--out={args.out} needs times, and only features of vidjax extract have times\n"
+            "for a table of clips without times: --out=answers.tsv"
         )
     return films
 
 
 def _identify(args: argparse.Namespace) -> Result:
-    if found := bulk.tables_of(args.input or ""):
-        return _by_table(args, found, answers_lib.Identify, k=args.k)
+    if inputs := bulk.list_tables(args.input or ""):
+        return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
     out = Path(args.out).expanduser() if args.out else None
     films = None
     if out:
         tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
-        films = _films(args) if out.suffix in appearances.FORMATS else None
-    gallery = _opened(args)
+        films = _read_films(args) if out.suffix in appearances.FORMATS else None
+    gallery = _open(args)
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    with _progress("identify", len(vectors.names)) as bar:
-        found = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
+    with _show_progress("identify", len(vectors.names)) as bar:
+        answers = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
     rule = gallery.rule(**chosen)
-    timed = terminal.timing(began, len(found))
-    named = sum(answer.identity is not None for answer in found.values())
-    rows = {"clips": f"{len(found):,}", "named": f"{named:,}"}
-    rows |= {"unknown": f"{len(found) - named:,}", **answers_lib.describe_rule(rule)}
+    timed = terminal.timing(began, len(answers))
+    named = sum(answer.identity is not None for answer in answers.values())
+    rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
+    rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
-    content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
+    content = {"clips": len(answers), "named": named, "rule": answers_lib.rule_as_json(rule)}
     content |= {"threshold": rule.found.to_dict() if rule.found else None} | timed[1]
     if out:
         if films:
-            shown = appearances.find_appearances(appearances.settle_answers(found, films), films)
-            appearances.write(out, shown, films)
+            settled = appearances.settle_answers(answers, films)
+            named_times = appearances.find_appearances(settled, films)
+            appearances.write(out, named_times, films)
         else:
-            answers_lib.write(out, found)
+            answers_lib.write(out, answers)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
-    listed = [answers_lib.as_json(*pair) for pair in found.items()] if args.json else []
-    return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(found)))
+    listed = [answers_lib.as_json(*pair) for pair in answers.items()] if args.json else []
+    return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
 
 
-def _by_table(
-    args: argparse.Namespace, found: Sequence[Path], work: type[bulk.Work], **options: int
+def _process_tables(
+    args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.Work], **options: int
 ) -> Result:
-    """Writes the results for every table of a folder into another folder."""
-    bulk.check_out(args.out, found, work)
-    gallery, rule = _opened(args), {"fpir": args.fpir, "threshold": args.threshold}
+    """Writes the results of every table of a folder into another folder."""
+    bulk.check_out(args.out, inputs, work)
+    gallery, rule = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     gallery.rule(**rule)  # a mistake is reported before tables are read
-    return bulk.run(found, args.out, work(lambda: gallery, **options, **rule))
+    return bulk.process_tables(inputs, args.out, work(lambda: gallery, **options, **rule))
 
 
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax.evaluation import ranking, topk
 
-    if found := bulk.tables_of(args.input or ""):
-        return _by_table(args, found, bulk.Rank)
+    if inputs := bulk.list_tables(args.input or ""):
+        return _process_tables(args, inputs, bulk.Rank)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
-    gallery = _opened(args)
+    gallery = _open(args)
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    with _progress("rank", len(vectors.names)) as bar:
+    with _show_progress("rank", len(vectors.names)) as bar:
         ranked = gallery.rank(vectors, advance=bar.advance, **chosen)
     rule = None if rule.default else gallery.rule(**chosen)
     timed = terminal.timing(began, len(vectors.names))
     if out.suffix == ".txt":
-        place = {clip: number for number, clip in enumerate(vectors.names)}
+        clip_index = {clip: number for number, clip in enumerate(vectors.names)}
         index = np.full((len(ranked), topk.MAX_NAMES), topk.NO_CLIP)
         for row, clips in zip(index, ranked.values(), strict=True):
-            row[: len(clips)] = [place[clip] for clip, _ in clips]
+            row[: len(clips)] = [clip_index[clip] for clip, _ in clips]
         text = ranking.to_text(out, [*ranked], vectors.names, topk.TopK(index, index))
         tables.write_new(out, text.encode())
     else:
@@ -477,34 +491,34 @@ def _rank(args: argparse.Namespace) -> Result:
 
 
 def _remove(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
+    gallery = _open(args)
     count = gallery.remove(identity=args.identity, clip=args.clip)
-    return _counts(gallery, {"removed": _of(count, "clip")}, {"removed": count})
+    return _summarise(gallery, {"removed": _count(count, "clip")}, {"removed": count})
 
 
 def _rename(args: argparse.Namespace) -> Result:
-    gallery = _opened(args)
+    gallery = _open(args)
     count = gallery.rename(args.identity, args.to, merge=args.merge)
-    clips = _of(gallery.identities[normal_form(args.to)], "clip")
-    told = f"{args.identity} is {args.to}, with {clips}"
-    return _counts(gallery, {"renamed": told}, {"renamed": count})
+    clips = _count(gallery.identities[normal_form(args.to)], "clip")
+    text = f"{args.identity} is {args.to}, with {clips}"
+    return _summarise(gallery, {"renamed": text}, {"renamed": count})
 
 
 def _relabel(args: argparse.Namespace) -> Result:
-    gallery, identity = _opened(args), args.identity
+    gallery, identity = _open(args), args.identity
     new = identity is not None and identity not in gallery
     before = gallery.relabel(args.clip, identity)
     gone = before is not None and before not in gallery
-    told = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
-    told += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
-    return _counts(gallery, {"relabelled": told}, {"clip": args.clip, "before": before})
+    text = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
+    text += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
+    return _summarise(gallery, {"relabelled": text}, {"clip": args.clip, "before": before})
 
 
 def _list(args: argparse.Namespace) -> Result:
     from vidjax.apps.gallery.changes import known
 
-    gallery = _opened(args)
-    result = _counts(gallery)
+    gallery = _open(args)
+    result = _summarise(gallery)
     listed = gallery.identities
     if args.identity is not None:
         name = normal_form(args.identity)
@@ -512,30 +526,30 @@ def _list(args: argparse.Namespace) -> Result:
     content = {**result.content, "identities": listed}
     lines = [(name, f"{count:,}") for name, count in listed.items()]
     if args.clips:
-        shown: dict[str, list[str]] = {name: [] for name in listed}
+        clips_of: dict[str, list[str]] = {name: [] for name in listed}
         for name, clip in sorted(gallery.clips.items()):
-            if clip.identity in shown:
-                shown[clip.identity].append(name)
-        content |= {"clips": shown}
-        lines = [(name, clip) for name, clips in shown.items() for clip in clips]
+            if clip.identity in clips_of:
+                clips_of[clip.identity].append(name)
+        content |= {"clips": clips_of}
+        lines = [(name, clip) for name, clips in clips_of.items() for clip in clips]
     text = "\n".join(f"  {line}" for line in messages.aligned(lines))
     return result._replace(content=content, text=text)
 
 
 def _threshold(args: argparse.Namespace) -> Result:
-    found = _opened(args).threshold(args.fpir)
-    return Result(found.to_dict(), answers_lib.describe(found))
+    threshold = _open(args).threshold(args.fpir)
+    return Result(threshold.to_dict(), answers_lib.describe(threshold))
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Writes the enrolled clips to a table: clip, identity, and for each part a unit vector.
+    """Writes a table of the enrolled clips: clip, identity, and a unit vector of each part.
 
-    The vectors are in the coordinates of the gallery, so a dot product is a cosine. The vector is 0
-    if a clip lacks the part.
+    The vectors are in the coordinates of the gallery, so a dot product is a cosine. If a clip lacks
+    a part, the vector is 0.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))
-    gallery = _opened(args)
+    gallery = _open(args)
     names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
     vectors = stack(names, gallery.clips, sum(gallery.backend.widths.values()))
     columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
@@ -545,7 +559,7 @@ def _export(args: argparse.Namespace) -> Result:
     whitened = gallery.backend.whiten(gallery.backend.split(vectors))
     for part, z in zip(gallery.backend.widths, whitened, strict=True):
         if part in columns:
-            raise UserError(f"a part of the gallery is named '{part}', like a column of names")
+            raise UserError(f"the gallery has a part named '{part}', like a column of the table")
         unit = z / np.linalg.norm(z, axis=1, keepdims=True)
         columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
     with files.atomic_file(out) as file:

@@ -1,6 +1,6 @@
 """The command line: `vidjax COMMAND`, and `python -m vidjax.main --config=FILE [--mode=COMMAND]`.
 
-A command is a line of COMMANDS. Its module has a function that adds the flags of the command.
+COMMANDS lists the commands with a description. `load` finds the module of a command.
 """
 
 import argparse
@@ -20,46 +20,46 @@ from vidjax.utils import machine, messages
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.messages import Parser
 
-# Command -> what it does.
+# Command -> description.
 COMMANDS = {
     "train": "trains a system, evaluates it, writes a report",
-    "evaluate": "ranks a split with a trained run, or with several joined",
-    "rank": "ranks new clips with a trained run, into a file with scores",
-    "embed": "makes a vector of each new clip with a trained run",
-    "compare": "says how far apart runs are, and how sure that is",
-    "report": "writes report.html anew, from the files of a run",
-    "check": "says whether environment, data, a run or a gallery is sound",
-    "config": "prints all fields: values, defaults, and where each is from",
-    "score": "prints the MAP of a submission, as the organisers' script does",
-    "gallery": "enrols, finds and deletes people without training",
-    "extract": "makes features of the faces and voices in videos and photos",
-    "convert": "makes a net and its card of a package, for extract and who",
-    "who": "says who appears when in videos, by a few photos of people",
-    "serve": "answers other programs over HTTP: who clips show",
+    "evaluate": "ranks a split with a trained run, or with several runs joined",
+    "rank": "ranks new clips with a trained run, and writes a file with scores",
+    "embed": "computes an embedding of each new clip with a trained run",
+    "compare": "measures how much runs differ, with confidence intervals",
+    "report": "writes report.html again, from the files of a run",
+    "check": "checks the installation, and data, a run or a gallery",
+    "config": "lists all fields with values, defaults, and the origin of each value",
+    "score": "prints the MAP of a submission, like the organisers' script",
+    "gallery": "enrols, identifies and deletes people without training",
+    "extract": "extracts features of faces and voices from videos and photos",
+    "convert": "makes a net and its card from a package, for extract and who",
+    "who": "finds who appears when in videos, from a few photos of each person",
+    "serve": "identifies the people of clips for other programs, over HTTP",
     "export": "writes a run or a gallery in the format of another runtime",
-    "import": "makes a run of an exported folder, by its weights",
-    "forget": "names all places of a person, and deletes what may be deleted",
+    "import": "makes a run from the weights of an exported folder",
+    "forget": "lists all places that hold a person, and deletes what it may",
 }
-# Words that people try -> what they may mean.
+# Words that users try as a command -> the command that they may mean.
 SLIPS = {
-    "predict": "vidjax rank, which ranks clips, or vidjax embed, which makes vectors",
+    "predict": "vidjax rank, which ranks clips, or vidjax embed, which computes embeddings",
     "test": "vidjax evaluate --config.eval.split=test",
-    "infer": "vidjax rank, which ranks clips, or vidjax embed, which makes vectors",
+    "infer": "vidjax rank, which ranks clips, or vidjax embed, which computes embeddings",
     "help": "vidjax --help",
     "version": "vidjax --version",
 }
-# Flags that people try -> what to do.
+# Flags that users try and that do not exist -> the remedy.
 NO_FLAGS = {
-    "resume": "a run goes on by itself: leave it out",
-    "gpus": "all are used: CUDA_VISIBLE_DEVICES=0 before the command chooses one",
-    "device": "JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda before the command chooses one",
-    "verbose": "all is printed without it: leave it out, and --debug shows tracebacks",
+    "resume": "a run always continues: leave the flag out",
+    "gpus": "all GPUs are used; to use one, put CUDA_VISIBLE_DEVICES=0 before the command",
+    "device": "put JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda before the command",
+    "verbose": "leave it out: all messages are printed; --debug prints tracebacks, too",
 }
 SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command
 DESCRIPTION = """\
-Identify people in video: train a system on frame features, rank the clips of
-every identity. Without a command vidjax trains; --mode=COMMAND is the same as
-COMMAND. Every command has a --help with its flags and an example.
+Identify people in video: train a system on features of frames, and rank the
+clips of every identity. The default command is train. --mode=COMMAND is the
+same as COMMAND. vidjax COMMAND --help prints the flags, with an example.
 """
 EXAMPLES = """\
 examples:
@@ -81,7 +81,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `argv`, None for that of the process; returns the exit code of `messages.guarded`."""
+    """Runs a command line, by default the one of the process; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code not in (0, 130, 143) and distributed.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # at the usual end of a program, JAX would wait for the other processes
+        os._exit(code)  # a normal exit would wait for the other processes
     return code
 
 
@@ -106,66 +106,76 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags of a command line.
+    """Parses a command line.
 
-    In addition to the flags: `command` is the name of the command, `execute` its function, `parser`
-    its parser, `overrides` the words `--config.FIELD=VALUE`, and `line` repeats the command.
+    Returns:
+      The flags, and five attributes: `command`, the name of the command; `execute`, its function;
+      `parser`, its parser; `overrides`, the words `--config.FIELD=VALUE`; and `line`, the whole
+      command line as text.
+
+    Raises:
+      UserError: a command, a flag or a value is wrong.
     """
-    own, overrides = messages.split_overrides(_command_first(words))
-    if own[0] == "--version" and "--json" in own:
+    flags, overrides = messages.split_overrides(_put_command_first(words))
+    name = flags[0]
+    if name == "--version" and "--json" in flags:
         messages.say(
             json.dumps({"mode": "version", "version": importlib.metadata.version("vidjax")})
         )
         raise SystemExit(0)
-    if own[0] == "gallery":
+    if name == "gallery":
         from vidjax.cli.gallery_commands import check_command
 
-        check_command(own[1:])
+        check_command(flags[1:])
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
     version = f"vidjax {importlib.metadata.version('vidjax')}"
     parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, about in COMMANDS.items():
-        about_it = f"{about[0].upper()}{about[1:]}."
-        one = subparsers.add_parser(name, help=about, description=about_it)
-        if name == own[0]:
-            load(name)(one)
-    args, strays = _parse_known(parser, subparsers.choices.get(own[0]), own)
+    for command, about in COMMANDS.items():
+        description = f"{about[0].upper()}{about[1:]}."
+        subparser = subparsers.add_parser(command, help=about, description=description)
+        if command == name:
+            load(command)(subparser)
+    args, strays = _parse_known(parser, subparsers.choices.get(name), flags)
     group = args.parser.group
-    strays += [one for one in overrides if group is None or not one[9:].startswith(group)]
+    strays += [word for word in overrides if group is None or not word[9:].startswith(group)]
     for word in strays:
         flag = word.partition("=")[0]
         text = f"no flag {flag}" if word.startswith("-") else f"stray word '{word}'"
-        hint = _hint(flag, args) if word.startswith("-") else _hint_of_word(word, strays, args)
+        hint = _suggest_flag(flag, args) if word.startswith("-") else _explain(word, strays, args)
         args.parser.error(f"{text}: {hint}" if hint else text)
-    for name, value in vars(args).items():
+    for flag, value in vars(args).items():
         if value == "":
-            raise UserError(f"--{name}= is empty: give it a value, or leave it out")
+            raise UserError(f"--{flag}= is empty: give it a value, or leave it out")
     args.overrides = tuple(overrides)
     args.line = shlex.join(["vidjax", *words])
     return args
 
 
 def _parse_known(
-    parser: Parser, own: Parser | None, words: Sequence[str]
+    parser: Parser, subparser: Parser | None, words: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags and the words that are none; if there are such, flags may be missing."""
+    """Returns the flags, and the unknown words.
+
+    If a required flag is missing, unknown words are returned first: a misspelt flag is more likely
+    than a forgotten one.
+    """
     try:
         return parser.parse_known_args(words)
     except UserError:
-        if own is None:
+        if subparser is None:
             raise
-        for one in (*own._actions, *own._mutually_exclusive_groups):
-            if not isinstance(one, argparse._SubParsersAction):
-                one.required = False
+        for action in (*subparser._actions, *subparser._mutually_exclusive_groups):
+            if not isinstance(action, argparse._SubParsersAction):
+                action.required = False
         args, strays = parser.parse_known_args(words)
         if strays:
             return args, strays
         raise
 
 
-def _command_first(words: Sequence[str]) -> list[str]:
-    """Returns words that begin with a command: of `--mode=M`, or `train` if no word names one."""
+def _put_command_first(words: Sequence[str]) -> list[str]:
+    """Returns the words with the command first. Without a command, it is `train`."""
     count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
     rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):
@@ -179,16 +189,14 @@ def _command_first(words: Sequence[str]) -> list[str]:
         raise UserError(f"{' and '.join(names)}: name one command")
     if names and names[0] not in COMMANDS:
         match = closest(names[0].lower(), COMMANDS, cutoff=0.7)
-        # It says what the command does: some delete data.
+        # The hint contains the description, because some commands delete data.
         hint = SLIPS.get(names[0]) or (f"{match}, which {COMMANDS[match]}" if match else None)
         from vidjax.cli import gallery_commands
 
         if names[0] in gallery_commands.COMMANDS:
             hint = f"vidjax gallery {names[0]}"
         hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"
-        raise UserError(
-            f"no command '{names[0]}': {hint}\na configuration is named by --config=FILE"
-        )
+        raise UserError(f"no command '{names[0]}': {hint}\nto name a configuration: --config=FILE")
     if not names and rest and rest[0] in ("-h", "--help", "--version"):
         return rest
     return [*(names[:1] or ["train"]), *rest]
@@ -198,7 +206,7 @@ def load(name: str) -> Callable[[Parser], None]:
     """Returns the function that adds the flags of a command.
 
     The modules of the commands are imported here, so that `vidjax --version` imports none of them.
-    None of them imports JAX or TensorFlow before the command runs.
+    They import JAX and TensorFlow only when the command runs.
     """
     from vidjax.cli import (
         check_command,
@@ -227,7 +235,7 @@ def load(name: str) -> Callable[[Parser], None]:
         "config": config_command.add_flags,
         "score": score_command.add_flags,
         "gallery": gallery_commands.add_flags,
-        "extract": extract_command.add_extract_flags,
+        "extract": extract_command.add_flags,
         "convert": convert_command.add_flags,
         "who": who_command.add_flags,
         "serve": serve_command.add_flags,
@@ -237,8 +245,8 @@ def load(name: str) -> Callable[[Parser], None]:
     }[name]
 
 
-def _hint(flag: str, args: argparse.Namespace) -> str | None:
-    """Returns the flag or field that a wrong flag may mean, as a question; None if none is near."""
+def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
+    """Returns a hint for an unknown flag, or None if no flag or field has a similar name."""
     word = flag.lstrip("-").replace("-", "_")
     if word.startswith("config.") and args.parser.group:
         return f"it takes --config.{args.parser.group}FIELD=VALUE"
@@ -247,24 +255,25 @@ def _hint(flag: str, args: argparse.Namespace) -> str | None:
     usage = args.parser.format_usage()
     known = re.findall(r"--([\w-]+)[] ]", usage)
     if word in ("workdir", "run") and re.search(r"\bRUN\b", usage):
-        return "the folder of the run comes without a flag"
+        return "give the folder of the run without a flag"
     if match := closest(word, known, cutoff=0.7):
         return f"did you mean --{match}?"
     if args.parser.group != "":
         return None
     from vidjax.runs import config
 
-    # Every model has a name, and most have a rate of dropout.
+    # Fields of a model have no defaults; these two are common.
     fields = [*config.DEFAULTS, "model.name", "model.dropout_rate"]
     field = config.closest_field(word.removeprefix("config."), fields)
     return f"did you mean --config.{field}?" if field else None
 
 
-def _hint_of_word(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
+def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
+    """Returns a hint for a word that is no flag, or None."""
     if word in COMMANDS:
-        return f"a command comes first, vidjax {word} --FLAG=VALUE"
+        return f"a command comes first: vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):
-        return f"no blanks between runs, --runs={args.runs.rstrip(',')},{word}"
+        return f"write no spaces between runs: --runs={args.runs.rstrip(',')},{word}"
     if args.command == "compare":
         return f"did you mean --runs={','.join(strays)}?"
     flags = ("workdir", "gallery", "input", "config")

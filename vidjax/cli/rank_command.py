@@ -1,4 +1,4 @@
-"""`vidjax rank` and `embed`: new clips with a trained run, into files; see `vidjax.apps.bulk`."""
+"""`vidjax rank` and `vidjax embed`: rank or embed new clips with a trained run, into files."""
 
 import argparse
 import time
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.evaluation.predict import Predictor
 
-    # (file, run, clips, number of clips that are done -> nothing) -> what it wrote, for --json.
+    # (file, run, clips, function that counts finished clips) -> numbers for --json.
     Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
 
-READ = ("eval.split", "eval.checkpoint")  # fields
+READ_FIELDS = ("eval.split", "eval.checkpoint")
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of `rank`."""
+    """Adds the flags of `vidjax rank`."""
     _add_flags(parser, "the new file: .csv, .tsv, .jsonl or .parquet")
     parser.command(
-        run,
+        rank,
         "--workdir=runs/mma --input=PATH --out=ranking.tsv",
         "--workdir=runs/mma --input=FOLDER --out=ranked",
     )
 
 
 def add_embed_flags(parser: Parser) -> None:
-    """Adds the flags of `embed`."""
+    """Adds the flags of `vidjax embed`."""
     _add_flags(parser, "the new file: .parquet, with the columns clip and vector")
     parser.command(
         embed,
@@ -45,43 +45,48 @@ def add_embed_flags(parser: Parser) -> None:
 
 
 def _add_flags(parser: Parser, out: str) -> None:
-    shared_flags.workdir_flag(parser)
-    shared_flags.definitions_flag(parser)
+    shared_flags.add_workdir(parser)
+    shared_flags.add_definitions(parser)
     about = "the clips: a folder, a .parquet table, or a folder of such tables"
     parser.add_argument("--input", metavar="PATH", required=True, help=about)
-    about = f"{out}; of a folder of tables, a folder"
+    about = f"{out}; for a folder of tables, a folder"
     parser.add_argument("--out", metavar="PATH", required=True, help=about)
     parser.fields()
 
 
-def run(args: argparse.Namespace) -> Result:
-    """Ranks clips and writes the lists."""
-    return _run(args, "ranking", tables.ENDINGS, bulk.Rank, _write_ranking)
+def rank(args: argparse.Namespace) -> Result:
+    """Ranks clips for every identity."""
+    return _process(args, "ranking", tables.ENDINGS, bulk.Rank, _write_ranking)
 
 
 def embed(args: argparse.Namespace) -> Result:
-    """Writes a unit vector for each clip."""
-    return _run(args, "vectors", (".parquet",), bulk.Embed, _write_vectors)
+    """Computes a unit vector of each clip."""
+    return _process(args, "vectors", (".parquet",), bulk.Embed, _write_vectors)
 
 
-def _run(
+def _process(
     args: argparse.Namespace, kind: str, endings: Sequence[str], work: type[bulk.Work],
     write: "Writer",
 ) -> Result:  # fmt: skip
-    """Writes what a run finds: into a file, or for each table of a folder into another folder.
+    """Writes results for clips into a file, or for every table of a folder into another folder.
 
-    `kind` names the file. A mistake in the flags is a UserError before the run is restored.
+    Args:
+      args: the flags. They are checked before the run is restored.
+      kind: the name of the results in the output.
+      endings: the allowed endings of the file.
+      work: makes the results of a folder of tables.
+      write: makes and writes the results of other clips.
     """
     if not Path(args.input).expanduser().exists():
-        raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
-    given = shared_flags.given_fields(args, READ)
-    found, out = bulk.tables_of(args.input), Path(args.out).expanduser()
-    if "eval.split" in given and (found or Path(args.input).suffix == ".parquet"):
+        raise UserError(f"--input={args.input}: no such file or folder")
+    overridden = shared_flags.check_fields(args, READ_FIELDS)
+    inputs, out = bulk.list_tables(args.input), Path(args.out).expanduser()
+    if "eval.split" in overridden and (inputs or Path(args.input).suffix == ".parquet"):
         raise UserError(
             "--config.eval.split: a table, or a folder of tables, has no splits: leave it out"
         )
-    if found:
-        bulk.check_out(args.out, found, work)
+    if inputs:
+        bulk.check_out(args.out, inputs, work)
     else:
         tables.check_new(out, endings)
     workdir = Path(args.workdir).expanduser()
@@ -90,9 +95,9 @@ def _run(
     from vidjax.evaluation import predict
 
     trained = predict.restore(workdir, step=settings.checkpoint)
-    if found:
-        return bulk.run(found, args.out, work(lambda: trained))
-    clips = trained.load(args.input, settings.split if "eval.split" in given else None)
+    if inputs:
+        return bulk.process_tables(inputs, args.out, work(lambda: trained))
+    clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
     written = write(out, trained, clips, progress.advance)

@@ -1,7 +1,8 @@
-"""`vidjax train`, `evaluate` and `report`: a run is trained, ranks a split, gets its page anew.
+"""`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-`train` also resumes a run, and evaluates it. `evaluate` ranks with one or several trained runs.
-Functions import what they need: libraries, which take seconds, load after the flags are checked.
+`train` trains or resumes a run, and evaluates it. `evaluate` ranks a split with one or several
+trained runs. `report` writes the page of a run again. Libraries that take seconds to load are
+imported inside the functions, after the flags were checked.
 """
 
 import argparse
@@ -25,32 +26,32 @@ from vidjax.utils import messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
-# Fields and groups that training alone reads.
-TRAINED = (
+# Fields and groups that only training reads.
+TRAINING_FIELDS = (
     "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
     "log_every_steps", "loss", "mixup", "num_epochs", "optim", "seed", "transforms",
 )  # fmt: skip
-# Fields that a blend reads. Each of its runs keeps its own values of all other fields.
-JOINED = (
+# Fields that a blend of runs reads. For all other fields, each run keeps its values.
+JOINED_FIELDS = (
     "eval.split", "eval.block_size", "eval.members", "eval.report", "data.dir", "data.cache_dir",
     "join.weights",
 )  # fmt: skip
 
 
 def add_train_flags(parser: Parser) -> None:
-    """Adds the flags of `train`."""
-    shared_flags.config_flag(parser, required=True)
+    """Adds the flags of `vidjax train`."""
+    shared_flags.add_config(parser, required=True)
     parser.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.fields()
-    shared_flags.process_flags(parser)
+    shared_flags.add_processes(parser)
     examples = ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH")
     parser.command(train, *examples)
 
 
-def train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration to train and the run's folder."""
+def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Returns the configuration and the folder of the run to train."""
     config = config_io.override(api.load_config(args.config), args.overrides)
-    workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
+    workdir = Path(args.workdir or Path("runs", _make_default_name(args, config))).expanduser()
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
             f"--workdir: '{workdir}' is config.data.dir: name another folder for the run"
@@ -59,10 +60,11 @@ def train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
     return config, workdir
 
 
-def _default_name(args: argparse.Namespace, config: Config) -> str:
-    """Returns the name of a run's folder: the file, its arguments, and the overrides.
+def _make_default_name(args: argparse.Namespace, config: Config) -> str:
+    """Returns a folder name from the file, its arguments, and the overrides.
 
-    Of `data.dir` it has the last part alone; the run itself refuses another folder's data.
+    The name contains only the last part of `data.dir`. If another dataset has the same last part,
+    the run refuses its data.
     """
     name, _, words = args.config.partition(":")
     file = Path(name)
@@ -76,28 +78,30 @@ def _default_name(args: argparse.Namespace, config: Config) -> str:
 
 
 def train(args: argparse.Namespace) -> Result:
-    """Trains a run, resumes it, or shows the results of one that was finished before."""
+    """Trains or resumes a run. If the run was finished before, its results are printed again."""
     began = time.monotonic()
-    config, path = train_settings(args)
+    config, path = read_train_settings(args)
     from vidjax.training import plan
 
-    if not (path / CONFIG).exists():  # before there is a folder, or data are read
+    if not (path / CONFIG).exists():  # find mistakes before a folder is made or data are read
         plan.dry_run(config)
         api.set_up_devices(config)
-    with locked_folder(path) as workdir:
-        results, before = api.train_run(config, RunFolder(workdir), command=args.line, began=began)
-    seconds = None if before else results["seconds"]
-    return summary(config, RunFolder(workdir), results, seconds)
+    with lock_folder(path) as workdir:
+        results, was_finished = api.train_run(
+            config, RunFolder(workdir), command=args.line, began=began
+        )
+    seconds = None if was_finished else results["seconds"]
+    return summarise(config, RunFolder(workdir), results, seconds)
 
 
 def add_evaluate_flags(parser: Parser) -> None:
-    """Adds the flags of `evaluate`."""
-    shared_flags.workdir_flag(parser)
-    shared_flags.definitions_flag(parser)
+    """Adds the flags of `vidjax evaluate`."""
+    shared_flags.add_workdir(parser)
+    shared_flags.add_definitions(parser)
     parser.fields()
-    about = "folders of runs to join; --workdir is the folder of the results"
+    about = "folders of runs to join; then --workdir is the folder for the results"
     parser.add_argument("--runs", metavar="A,B", help=about)
-    shared_flags.process_flags(parser)
+    shared_flags.add_processes(parser)
     parser.command(
         evaluate,
         "--workdir=runs/mma --config.eval.split=test",
@@ -106,41 +110,44 @@ def add_evaluate_flags(parser: Parser) -> None:
 
 
 def add_report_flags(parser: Parser) -> None:
-    """Adds the flags of `report`."""
-    shared_flags.workdir_flag(parser)
-    parser.command(report, "--workdir=runs/mma")
+    """Adds the flags of `vidjax report`."""
+    shared_flags.add_workdir(parser)
+    parser.command(write_report, "--workdir=runs/mma")
 
 
-def evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
-    """Returns the configuration of a run and its folder.
+def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
+    """Returns the configuration and the folder of the run to evaluate.
 
-    With `--runs` the folder is that of the joined results, and the configuration names the runs.
+    With `--runs`, the configuration lists the runs, and the folder is for the joined results.
     """
     for name in config_io.override_names(args.overrides):
-        if config_lib.within(name, TRAINED):
-            raise UserError(f"evaluate trains nothing: config.{name} has no effect\nleave it out")
+        if config_lib.within(name, TRAINING_FIELDS):
+            raise UserError(f"evaluate does not train: config.{name} has no effect\nleave it out")
     shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
         raise UserError(
-            "--coordinator does not go with --runs: several processes evaluate one run\n"
+            "--coordinator with --runs: several processes can evaluate only one run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
     folder = RunFolder(args.workdir) if args.runs else api.open_run(args.workdir)
-    config = _joined_config(args, folder) if args.runs else folder.config
+    config = _join_configs(args, folder) if args.runs else folder.config
     config = config_io.override(config, args.overrides)
     if config.join.runs:
-        shared_flags.given_fields(args, JOINED)
+        shared_flags.check_fields(args, JOINED_FIELDS)
     config_lib.check_ranges(config)
     return config, folder
 
 
-def _joined_config(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns a configuration that joins the runs of `--runs`, on their split if it is the same."""
+def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
+    """Returns a configuration that joins the runs of `--runs`.
+
+    If all runs have the same `eval.split`, it is kept.
+    """
     runs = tuple(
-        str(Path(name).expanduser().absolute()) for name in shared_flags.run_folders(args.runs)
+        str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )
     if not runs:
-        raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
+        raise UserError("--runs= is empty: name two or more runs, --runs=A,B")
     if folder.has(CONFIG):
         earlier = tuple(folder.config.join.runs)
         if earlier != runs:
@@ -155,14 +162,14 @@ def _joined_config(args: argparse.Namespace, folder: RunFolder) -> Config:
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    """Ranks a split."""
+    """Ranks a split with one run, or with several runs joined."""
     began = time.monotonic()
-    config, folder = evaluate_settings(args)
+    config, folder = read_evaluate_settings(args)
     from vidjax.training import plan
 
     if args.overrides and not config.join.runs:
         plan.dry_run(config)
-    with locked_folder(folder.path):
+    with lock_folder(folder.path):
         if config.join.runs:
             from vidjax.evaluation import blend
 
@@ -170,11 +177,11 @@ def evaluate(args: argparse.Namespace) -> Result:
             results = blend.blend_runs(config, folder, api.load_data, command=args.line)
         else:
             results = api.evaluate_run(config, folder)
-    return summary(config, folder, results, time.monotonic() - began)
+    return summarise(config, folder, results, time.monotonic() - began)
 
 
-def report(args: argparse.Namespace) -> Result:
-    """Writes `report.html`."""
+def write_report(args: argparse.Namespace) -> Result:
+    """Writes `report.html` from the files of a run."""
     folder = api.open_run(args.workdir)
     from vidjax.evaluation.report import run_page
 
@@ -182,31 +189,35 @@ def report(args: argparse.Namespace) -> Result:
     return Result({"workdir": str(folder.path), "report": str(page)}, text=f"report: {page}")
 
 
-def locked_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Makes a run's folder and holds its lock; signals end the process even while it compiles."""
+def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """Makes the folder of a run and locks it. From then on, signals end even a compilation."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
     return locked(path)
 
 
-def summary(
+def summarise(
     config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> Result:
-    """Returns the scores of a run, `results` of `metrics.json`, and the files to look at.
+    """Summarises a run: its scores, and the paths of its ranking and report.
 
-    `seconds` is None for a run that was finished before.
+    Args:
+      config: the configuration of the run.
+      folder: the folder of the run.
+      results: the content of `metrics.json`.
+      seconds: the duration of this call, None if the run was finished before.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
-    found = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
-    rows = _rows(config, folder, results, seconds)
-    rows |= {name: messages.shown(path) for name, path in found.items()}
-    content = {"workdir": str(folder.path), **{name: str(path) for name, path in found.items()}}
+    files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
+    rows = _make_rows(config, folder, results, seconds)
+    rows |= {name: messages.shown(path) for name, path in files.items()}
+    content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
     content |= {"finished_before": seconds is None, "metrics": dict(results)}
-    note = ": finished before, nothing was trained now" if seconds is None else ""
+    note = ": was finished before, and was not trained again" if seconds is None else ""
     return Result(content, rows, note=note)
 
 
-def _rows(
+def _make_rows(
     config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> dict[str, str]:
     split = config.eval.split
@@ -215,10 +226,10 @@ def _rows(
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"
         if results["map_kind"] == "in_sample":
-            kind += ": the run was trained on these clips, and MAP is too high"
+            kind += ": the run was trained on these clips, so MAP is too high"
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
-        rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
+        rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
         if reason := results_lib.unmeasured(config.to_dict(), folder.path):
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
@@ -230,7 +241,9 @@ def _rows(
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     if "num_map_identities" in results:
-        rows["identities"] += f"; MAP is the mean of {results['num_map_identities']:,} with clips"
+        rows["identities"] += (
+            f"; MAP is the mean over the {results['num_map_identities']:,} that have clips"
+        )
     if seconds is not None:
         rows["time"] = f"{seconds:.1f} s"
     elif "seconds" in results:

@@ -1,4 +1,4 @@
-"""`vidjax serve`: a gallery, and perhaps the net of a run, answers other programs over HTTP."""
+"""`vidjax serve`: answers requests over HTTP, with a gallery and optionally the net of a run."""
 
 import argparse
 import os
@@ -11,31 +11,31 @@ from vidjax.utils.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
+    """Adds the flags of `vidjax serve`."""
     about = "the folder of the gallery"
     parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of a run whose net is served, too"
+    about = "the folder of a run: its net is served, too"
     parser.add_argument("--run", metavar="W", help=about)
-    about = "where to listen (default: %(default)s)"
+    about = "the address to listen at (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
-    about = "the port, 0 for any (default: %(default)s)"
+    about = "the port; 0: any free port (default: %(default)s)"
     port = messages.whole(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
-    about = "who asks must know its token; needed for another --host"
+    about = "clients must send the token of this file; needed for another --host"
     parser.add_argument("--token-file", metavar="F", help=about)
-    parser.command(run, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
+    parser.command(serve, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
 
 
-def run(args: argparse.Namespace) -> Result:
-    """Serves until a signal; the address is the first line of the output."""
+def serve(args: argparse.Namespace) -> Result:
+    """Serves until a signal arrives. Prints the address on the first line."""
     need("serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve")
     from vidjax.apps.serve import limits as limits_lib
 
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
     if token is None and not limits_lib.is_loopback(args.host):
         raise UserError(
-            f"--host={args.host} is reached from other machines: --token-file=F is needed\n"
-            "make one: (umask 077; openssl rand -hex 32 > F)"
+            f"--host={args.host} can be reached from other machines: add --token-file=F\n"
+            "make a token: (umask 077; openssl rand -hex 32 > F)"
         )
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.serve import app as app_lib
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> Result:
     listener = app_lib.listen(args.host, args.port)
     with listener:
         address, number = listener.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        messages.say(f"http://{shown}:{number}")
-        # Lines for a person at a terminal name people. The log of a server names nobody.
+        host = f"[{address}]" if ":" in address else address
+        messages.say(f"http://{host}:{number}")
+        # Messages for the terminal contain names of people. The log of a server must not.
         os.environ[messages.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
         complete = app_lib.serve(app, listener, limits)
-    text = "ended" if complete else "ended: requests under way were cut off"
+    text = "ended" if complete else "ended; unfinished requests were cut off"
     return Result({"ended": True, "complete": complete}, text=text)

@@ -1,4 +1,4 @@
-"""`vidjax who`: who appears when in videos, by a few photos of people."""
+"""`vidjax who`: finds who appears when in videos, from a few photos of each person."""
 
 import argparse
 from pathlib import Path
@@ -11,17 +11,18 @@ from vidjax.utils.errors import need
 from vidjax.utils.messages import Parser, Result
 
 
-def run(args: argparse.Namespace) -> Result:
-    """Names the people of films, see `vidjax.apps.video.who`."""
+def name_people(args: argparse.Namespace) -> Result:
+    """Names the people of films. The exit code is 1 if a file could not be read."""
     if args.review:
         need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
-    workers = extract_command.workers_of(args)
+    workers = extract_command.count_workers(args)
     done = who.name_people(
         films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), extract_command.settings_of(args),
+        Path(args.models).expanduser(), extract_command.read_settings(args),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
-        padding=args.padding, check=args.check, prune=args.prune, done=extract_command.tell,
+        padding=args.padding, check=args.check, prune=args.prune,
+        done=extract_command.print_outcome,
     )  # fmt: skip
     if args.review:
         from vidjax.apps.video import review  # it needs starlette
@@ -30,14 +31,14 @@ def run(args: argparse.Namespace) -> Result:
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
         )
         done = reviewed._replace(failed=done.failed, missed=done.missed)
-    named = [one.identity for one in done.appearances if one.probability is not None]
+    named = [row.identity for row in done.appearances if row.probability is not None]
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
         "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
-    few = ", ".join(map(messages.short, sorted(done.people)[:5]))
+    first_names = ", ".join(map(messages.short, sorted(done.people)[:5]))
     rows = {
-        "people": f"{len(done.people):,}: {few}" if few else "none",
+        "people": f"{len(done.people):,}: {first_names}" if first_names else "none",
         "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> Result:
         rows["not looked for"] = ", ".join(map(messages.short, done.missed[:5]))
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
-        rows |= extract_command.to_mend(done.failed.values())
+        rows |= extract_command.list_remedies(done.failed.values())
     if done.groups:
         count = f"{done.groups:,} {'person' if done.groups == 1 else 'people'} without a name"
         rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
@@ -57,17 +58,17 @@ def run(args: argparse.Namespace) -> Result:
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
-    extract_command.add_flags(parser)
-    about = "photos of people: a folder for each, with the name"
+    extract_command.add_shared_flags(parser)
+    about = "photos of people: a folder per person, named after the person"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
-    about = "shows faces on the page, also in later calls; --no-thumbnails deletes them"
+    about = "shows faces on the page, also in later calls; --no-thumbnails deletes the faces"
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
-    about = "seconds before and after each appearance in cut lists, 1 by default"
+    about = "seconds before and after each appearance in cut lists (default: 1)"
     parser.add_argument(
         "--padding", metavar="SECONDS", type=float, default=who.PADDING_SECONDS, help=about
     )
-    about = "then prints the address of a page on which you name people"
+    about = "afterwards prints the address of a page on which you can name people"
     parser.add_argument("--review", action="store_true", help=about)
     example = "holiday.mp4 --people=friends --models=models --out=names"
-    parser.command(run, example, f"{example} --review")
+    parser.command(name_people, example, f"{example} --review")

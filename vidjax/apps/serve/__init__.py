@@ -1,7 +1,7 @@
-"""Answers to other programs over HTTP: the Open Inference Protocol, and people by name in JSON.
+"""The server of `vidjax serve`: the Open Inference Protocol, and people by name in JSON.
 
-`app` makes the ASGI application of a gallery and perhaps a run, and runs it until a signal.
-`models` turns tensors into answers, `protocol` bytes into tensors and back. `batcher` scores
-requests that arrive together, together. `limits` bounds what a stranger may send, knows who may
-ask, and counts. The command is `vidjax/cli/serve_command.py`.
+`app` builds the ASGI application of a gallery and an optional run, and runs it until a signal.
+`protocol` converts between bytes and tensors, and `served_models` computes outputs from tensors.
+`batcher` collects requests that arrive together into one batch. `limits` bounds the size of
+requests, checks the sender, and counts. The command is in `vidjax/cli/serve_command.py`.
 """

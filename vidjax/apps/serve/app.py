@@ -1,10 +1,11 @@
-"""The application: what a server answers to which request; and the server, until a signal.
+"""The application and its endpoints, and the server that runs it until a signal.
 
-    app = make_app(Gallery("people"), run=None)  # any ASGI server runs it
+    app = make_app(Gallery("people"), run=None)  # for any ASGI server
 
-`/v2/...` is the Open Inference Protocol. All else is JSON about people by name; `describe` tells
-programs of it. An answer is made of what the folder of the gallery holds at that moment. A removal
-is answered when the disk has it and no answer under way can name the person any more.
+The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
+of people; `describe` generates their OpenAPI description. Every answer uses the current content of
+the gallery's folder. A removal is answered after it is on the disk, and after all answers that
+could still name the person.
 """
 
 import asyncio
@@ -44,8 +45,8 @@ from vidjax.apps.serve.limits import (
     Bodies,
     Guard,
     Limits,
-    Metrics,
     Refused,
+    ServerMetrics,
     one_line,
     set_clock,
     unprocessable,
@@ -67,15 +68,15 @@ from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNREAD_SECONDS = 60  # in which a client takes nothing of what is sent, and is hung up on
-LISTED = 10_000  # people of one answer
-LARGE = 1 << 16  # bytes of a body that a thread of its own parses
-NPZ = ("application/x-npz", "application/zip", "application/octet-stream")
+UNREAD_SECONDS = 60  # a connection closes if the client reads nothing for so long
+MAX_LISTED_PEOPLE = 10_000  # per answer
+LARGE_BYTES = 1 << 16  # larger bodies are parsed in a thread
+NPZ_TYPES = ("application/x-npz", "application/zip", "application/octet-stream")
 ClipJson = Annotated[
     dict[str, str | float | list[float | list[float]]],
     Meta(
-        description="clip, its name; for each modality, as face, its frames [T, D]; and "
-        "optionally more of each frame, as face_quality [T]",
+        description="clip: the name of the clip; the name of a modality, such as face: its "
+        "frames [T, D]; optional fields of the frames, such as face_quality: [T]",
         extra_json_schema={
             "required": ["clip"],
             "properties": {"clip": {"type": "string", "minLength": 1}},
@@ -84,20 +85,20 @@ ClipJson = Annotated[
 ]
 Clips = Annotated[list[ClipJson], Meta(min_length=1)]
 MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-EVERYWHERE = (400, 401, 403, 500, 503)  # status of errors
-ERROR = "#/components/responses/Error"
-READING = (413, 415, 422, 429)  # where a body is read
+COMMON_ERRORS = (400, 401, 403, 500, 503)  # of every endpoint
+ERROR_REF = "#/components/responses/Error"
+BODY_ERRORS = (413, 415, 422, 429)  # of endpoints that read a body
 
 
-class Identify(protocol.Rule, kw_only=True):
-    """Clips to be named."""
+class IdentifyRequest(protocol.NamingRule, kw_only=True):
+    """Clips to identify."""
 
     clips: Clips
     k: protocol.K = protocol.DEFAULT_K
 
 
-class Enrol(Struct, forbid_unknown_fields=True):
-    """Clips, and whom they show: one person, a person for each clip, or strangers."""
+class EnrolRequest(Struct, forbid_unknown_fields=True):
+    """Clips of one person, of a given person per clip, or of strangers."""
 
     clips: Clips
     identity: str | None = None
@@ -105,17 +106,22 @@ class Enrol(Struct, forbid_unknown_fields=True):
     strangers: bool = False
 
 
-class Page(Struct, forbid_unknown_fields=True):
-    """Where a list of people begins."""
+class PageQuery(Struct, forbid_unknown_fields=True):
+    """The position in the list of people."""
 
-    after: Annotated[str, Meta(description="the last name of the answer before")] = ""
+    after: Annotated[str, Meta(description="the last name of the previous answer")] = ""
 
 
-class Answer(NamedTuple):
-    """An answer of a server: method and path of its requests, and the function that makes it.
+class Endpoint(NamedTuple):
+    """An endpoint of the server.
 
-    `errors` are the statuses besides those of EVERYWHERE. `body` and `query` are the types of the
-    body of JSON and of the words of the query.
+    Attributes:
+      method: the HTTP method.
+      path: the path, with parameters such as `{name}`.
+      answer: the function that answers a request.
+      errors: the statuses of errors, in addition to COMMON_ERRORS.
+      body: the type of a JSON body.
+      query: the type of the query.
     """
 
     method: str
@@ -126,13 +132,13 @@ class Answer(NamedTuple):
     query: type[msgspec.Struct] | None = None
 
     @property
-    def about(self) -> str:
-        """What the answer is, in words."""
+    def summary(self) -> str:
+        """The first line of the docstring of `answer`."""
         return str(self.answer.__doc__).partition("\n")[0]
 
 
 class Application:
-    """The answers of one server; `answers` lists them."""
+    """The state of one server, and the functions that answer its requests."""
 
     def __init__(
         self,
@@ -140,27 +146,27 @@ class Application:
         run: Predictor | None,
         bodies: Bodies,
         limits: Limits,
-        metrics: Metrics,
+        metrics: ServerMetrics,
     ):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
         self.people = GalleryModel(gallery)
         nets: list[Model] = [self.people, *([RunModel(run)] if run else [])]
         self.served: dict[str, tuple[Model, Batcher[Question, Any]]] = {
-            one.name: (one, Batcher(functools.partial(served_models.answer, one), limits, metrics))
-            for one in nets
+            net.name: (net, Batcher(functools.partial(served_models.answer, net), limits, metrics))
+            for net in nets
         }
-        _, self.asked = self.served[self.people.name]
+        _, self.people_batcher = self.served[self.people.name]
         self.changes = Changes(limits)
-        # One large body is parsed at a time: what it becomes meanwhile is not counted.
+        # Large bodies are parsed one by one, because the memory of a parsed body is counted later.
         self.reader = ThreadPoolExecutor(1, "vidjax-bodies")
-        self.embedding = 0  # clips of enrolments that wait for their vectors
+        self.embedding = 0  # number of clips that wait for their vectors, to be enrolled
         self.ready = self.broken = False
         for name, about, value in (
-            ("ready", "1 when all is compiled.", lambda: self.ready),
+            ("ready", "1 if all programs are compiled.", lambda: self.ready),
             ("waiting_clips", "Clips that wait to be scored or enrolled.", lambda: self.waiting),
             ("waiting_changes", "Changes that wait.", lambda: self.changes.waiting),
-            ("people", "People at the last look.", lambda: len(gallery.index.names)),
-            ("clips", "Clips at the last look.", lambda: len(gallery.clips)),
+            ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
+            ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
             gauge = Gauge(name, about, namespace="vidjax", registry=metrics.registry)
             gauge.set_function(value)
@@ -170,29 +176,32 @@ class Application:
         """The number of clips that wait to be scored or enrolled."""
         return self.embedding + sum(batcher.size for _, batcher in self.served.values())
 
-    def answers(self) -> list[Answer]:
-        """Returns every answer; requests look at them from the first to the last."""
-        asks = (404, 409, *READING)
+    def list_endpoints(self) -> list[Endpoint]:
+        """Returns all endpoints. A request goes to the first endpoint that matches."""
+        infer_errors = (404, 409, *BODY_ERRORS)
         return [
-            *(Answer("POST", f"{x}/infer", self.infer, asks, protocol.Ask) for x in MODEL_PATHS),
-            Answer("GET", "/v2", self.server),
-            Answer("GET", "/v2/health/live", self.live),
-            Answer("GET", "/v2/health/ready", self.is_ready),
-            *(Answer("GET", path, self.metadata, (404,)) for path in MODEL_PATHS),
-            *(Answer("GET", f"{path}/ready", self.is_ready, (404,)) for path in MODEL_PATHS),
-            Answer("POST", "/identify", self.identify, (409, *READING), Identify),
-            Answer("POST", "/enrol", self.enrol, (*READING, 507), Enrol),
-            Answer("GET", "/identities", self.identities, (422,), query=Page),
-            Answer("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
-            Answer("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
-            Answer("GET", "/threshold", self.threshold, (409, 422), query=protocol.Rule),
-            Answer("GET", "/metrics", self.counters),
-            Answer("GET", "/openapi.json", self.describe),
+            *(
+                Endpoint("POST", f"{x}/infer", self.infer, infer_errors, protocol.InferRequest)
+                for x in MODEL_PATHS
+            ),
+            Endpoint("GET", "/v2", self.server),
+            Endpoint("GET", "/v2/health/live", self.live),
+            Endpoint("GET", "/v2/health/ready", self.is_ready),
+            *(Endpoint("GET", path, self.metadata, (404,)) for path in MODEL_PATHS),
+            *(Endpoint("GET", f"{path}/ready", self.is_ready, (404,)) for path in MODEL_PATHS),
+            Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
+            Endpoint("POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest),
+            Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
+            Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
+            Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
+            Endpoint("GET", "/threshold", self.threshold, (409, 422), query=protocol.NamingRule),
+            Endpoint("GET", "/metrics", self.counters),
+            Endpoint("GET", "/openapi.json", self.describe),
         ]
 
     @contextlib.asynccontextmanager
-    async def life(self, app: object) -> AsyncIterator[None]:
-        """Compiles during the first requests, and ends the threads at the end."""
+    async def run_lifespan(self, app: object) -> AsyncIterator[None]:
+        """Compiles the programs after the start, and ends the threads after the last answer."""
         del app
         warm = asyncio.create_task(self._warm())
         yield
@@ -206,7 +215,7 @@ class Application:
         try:
             for model, batcher in self.served.values():
                 await batcher.run(model.warm)
-        except Exception as error:  # it never gets ready, and a platform starts it anew
+        except Exception as error:  # it never gets ready, so a platform restarts it
             self.broken = True
             LOG.error("cannot answer: %s", one_line(str(error)))
             return
@@ -216,20 +225,22 @@ class Application:
     # ---- the Open Inference Protocol
 
     async def server(self, _: Request) -> Response:
-        """Says what the server is."""
+        """Returns name, version and extensions of the server."""
         version = importlib.metadata.version("vidjax")
         return _json({"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]})
 
     async def live(self, _: Request) -> Response:
-        """Says that the server runs; 503 if it will never get ready."""
+        """Returns 200 while the server runs; 503 if it cannot get ready."""
         if self.broken:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "it cannot answer: see the log")
+            raise Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE, "the server cannot get ready: see the log"
+            )
         return _json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Says that all programs are compiled; 503 until then."""
+        """Returns 200 if all programs are compiled, and 503 before."""
         if "model" in request.path_params:
-            self._model(request)
+            self._find_model(request)
         self._check_ready()
         return _json({"ready": True})
 
@@ -237,7 +248,7 @@ class Application:
         if not self.ready:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "not ready: still compiling", 1)
 
-    def _model(self, request: Request) -> tuple[Model, Batcher[Question, Any]]:
+    def _find_model(self, request: Request) -> tuple[Model, Batcher[Question, Any]]:
         name, version = request.path_params["model"], request.path_params.get("version", "1")
         if name not in self.served or version != "1":
             known = ", ".join(self.served)
@@ -245,31 +256,37 @@ class Application:
         return self.served[name]
 
     async def metadata(self, request: Request) -> Response:
-        """Describes a model's tensors."""
-        model, _ = self._model(request)
+        """Describes the input and output tensors of a model."""
+        model, _ = self._find_model(request)
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        for kind, specs in (("inputs", served_models.inputs(model)), ("outputs", model.outputs)):
-            content[kind] = [one._asdict() for one in specs]
+        for kind, specs in (
+            ("inputs", served_models.list_inputs(model)),
+            ("outputs", model.outputs),
+        ):
+            content[kind] = [spec._asdict() for spec in specs]
         return _json(content)
 
     async def infer(self, request: Request) -> Response:
-        """Answers tensors by tensors."""
-        model, batcher = self._model(request)
+        """Computes output tensors from input tensors."""
+        model, batcher = self._find_model(request)
         body = await self.bodies.read(request, self.limits.body_bytes)
         length = request.headers.get(protocol.HEADER)
 
-        def read() -> tuple[protocol.Ask, Question]:
-            asked, tensors = protocol.parse(body, length, served_models.inputs(model), self.limits)
-            protocol.check_outputs(asked, model.outputs)
-            return asked, served_models.question(model, tensors, asked.parameters, self.limits)
+        def read() -> tuple[protocol.InferRequest, Question]:
+            parsed, tensors = protocol.parse(
+                body, length, served_models.list_inputs(model), self.limits
+            )
+            protocol.check_outputs(parsed, model.outputs)
+            parameters = parsed.parameters
+            return parsed, served_models.make_question(model, tensors, parameters, self.limits)
 
-        asked, question = await self._parsed(read, large=len(body) > LARGE)
+        parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, len(body) + served_models.count_bytes(question.clips))
         self._check_ready()
-        if timeout := asked.parameters.timeout:
+        if timeout := parsed.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
         answer = await batcher.ask(question, len(question.clips))
-        content, size = protocol.answer(asked, model.name, model.tensors(question, answer))
+        content, size = protocol.encode_answer(parsed, model.name, model.tensors(question, answer))
         if size is None:
             return Response(content, media_type="application/json")
         headers = {protocol.HEADER: str(size)}
@@ -278,55 +295,56 @@ class Application:
     # ---- people by name
 
     async def identify(self, request: Request) -> Response:
-        """Says who clips show; null is unknown."""
-        clips, asked = await self._read(request, Identify)
-        question = Question(clips, asked.k, asked.fpir, asked.threshold)
+        """Names the person in each clip; null means unknown."""
+        clips, body = await self._read(request, IdentifyRequest)
+        question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
-        found = await self.asked.ask(question, len(clips))
-        answers = zip(clips, found.answers, strict=True)
-        return _json({"clips": [answers_lib.as_json(name, one) for name, one in answers]})
+        identified = await self.people_batcher.ask(question, len(clips))
+        answers = zip(clips, identified.answers, strict=True)
+        return _json({"clips": [answers_lib.as_json(name, answer) for name, answer in answers]})
 
     async def enrol(self, request: Request) -> Response:
-        """Enrols clips; all of them or none."""
-        clips, asked = await self._read(request, Enrol)
-        chosen = [asked.identity is not None, asked.identities is not None, asked.strangers]
-        if sum(chosen) != 1:
-            raise unprocessable("name one: identity, identities {clip: name}, or strangers: true")
-        # Strangers, too, are no change of whom earlier answers name, but of the threshold.
-        shown = {} if asked.strangers else asked.identities or asked.identity
-        for name in shown.values() if isinstance(shown, dict) else [shown]:
+        """Enrols all clips, or none if one of them is wrong."""
+        clips, body = await self._read(request, EnrolRequest)
+        if (body.identity is not None) + (body.identities is not None) + body.strangers != 1:
+            text = "give one of identity, identities ({clip: name}) and strangers (true)"
+            raise unprocessable(text)
+        people_of_clips = {} if body.strangers else body.identities or body.identity
+        is_dict = isinstance(people_of_clips, dict)
+        for name in people_of_clips.values() if is_dict else [people_of_clips]:
             clean_identity(str(name))
-        if asked.identities and (stray := asked.identities.keys() - clips.keys()):
-            raise unprocessable(f"identities: no clip '{show(min(stray))}' is given")
+        if body.identities and (stray := body.identities.keys() - clips.keys()):
+            raise unprocessable(f"identities: the request has no clip '{show(min(stray))}'")
         self._check_ready()
-        people = self.people.gallery
+        gallery = self.people.gallery
 
         def embed() -> Vectors:
-            people.refresh()  # the vectors must be as wide as those that it has now
-            return people.embed(clips)
+            gallery.refresh()  # another process may have changed the width of the vectors
+            return gallery.embed(clips)
 
-        waiting = self.asked.size + self.embedding
+        waiting = self.people_batcher.size + self.embedding
         if waiting and waiting + len(clips) > self.limits.waiting_clips:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips wait: try again", 1)
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         self.embedding += len(clips)
         try:
-            vectors = await self.asked.run(embed)
+            vectors = await self.people_batcher.run(embed)
         finally:
             self.embedding -= len(clips)
-        enrol = functools.partial(people.enrol, vectors, shown, strangers=asked.strangers)
+        strangers = body.strangers
+        enrol = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=strangers)
         return _json((await self._change(request, enrol))._asdict())
 
     async def identities(self, request: Request) -> Response:
-        """Lists people and their numbers of clips by name, 10,000 at a time."""
-        after = normal_form(_of_words(request.query_params, Page).after)
+        """Lists at most 10,000 people, sorted by name, with their numbers of clips."""
+        after = normal_form(_read_query(request.query_params, PageQuery).after)
         self._check_ready()
-        people = await self.asked.run(lambda: self.people.gallery.identities)
+        people = await self.people_batcher.run(lambda: self.people.gallery.identities)
         names = [name for name in people if name > after]
-        listed = {name: people[name] for name in names[:LISTED]}
-        return _json({"identities": listed, "more": len(names) > LISTED})
+        listed = {name: people[name] for name in names[:MAX_LISTED_PEOPLE]}
+        return _json({"identities": listed, "more": len(names) > MAX_LISTED_PEOPLE})
 
     async def remove_identity(self, request: Request) -> Response:
-        """Removes a person with all clips."""
+        """Removes a person and all their clips."""
         name = request.path_params["name"]
         return await self._remove(request, lambda: self.people.gallery.remove(identity=name))
 
@@ -338,103 +356,104 @@ class Application:
     async def _remove(self, request: Request, change: Callable[[], int]) -> Response:
         self._check_ready()
         count = await self._change(request, change)
-        await self.asked.settle()  # an answer that was begun before may still name the person
+        await self.people_batcher.settle()  # earlier requests may still get the name
         return _json({"removed": count})
 
     async def _change(self, request: Request, change: Callable[[], T]) -> T:
         limits = self.limits
         set_clock(request.scope, limits.change_seconds + limits.answer_seconds)
-        done = await self.changes.make(change)
+        result = await self.changes.make(change)
         LOG.info("changed: version %d", self.people.gallery.version)
-        return done
+        return result
 
     async def threshold(self, request: Request) -> Response:
-        """Says when a clip gets a name."""
-        asked = _of_words(request.query_params, protocol.Rule)
+        """Returns the threshold above which a clip gets a name."""
+        query = _read_query(request.query_params, protocol.NamingRule)
         self._check_ready()
-        rule = await self.asked.run(
-            lambda: self.people.gallery.rule(fpir=asked.fpir, threshold=asked.threshold)
+        rule = await self.people_batcher.run(
+            lambda: self.people.gallery.rule(fpir=query.fpir, threshold=query.threshold)
         )
-        found = None if rule.found is None else rule.found.to_dict()
-        return _json({**answers_lib.rule_as_json(rule), "strangers": found})
+        strangers = None if rule.found is None else rule.found.to_dict()
+        return _json({**answers_lib.rule_as_json(rule), "strangers": strangers})
 
     # ---- about the server
 
     async def counters(self, _: Request) -> Response:
-        """Counts what the server has done, for Prometheus."""
+        """Returns the counters of the server, for Prometheus."""
         content = exposition.generate_latest(self.metrics.registry)
         return Response(content, headers={"content-type": exposition.CONTENT_TYPE_LATEST})
 
     async def describe(self, _: Request) -> Response:
-        """Describes the requests of this server as OpenAPI."""
-        return _json(describe(self.answers(), [*self.served], self.people.widths))
+        """Returns this description."""
+        return _json(describe(self.list_endpoints(), [*self.served], self.people.widths))
 
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Returns clip -> modality -> frames, and what else a body asks for, in JSON or `.npz`."""
-        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if sent not in (*NPZ, "application/json"):
+        """Reads a body in JSON or `.npz`: clip -> modality -> frames, and the other fields."""
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type not in (*NPZ_TYPES, "application/json"):
             status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
-            raise Refused(status, "wanted Content-Type: application/json, or application/x-npz")
-        npz = sent in NPZ
+            raise Refused(status, "send Content-Type: application/json or application/x-npz")
+        npz = content_type in NPZ_TYPES
         limit = self.limits.body_bytes if npz else self.limits.json_bytes
         body = await self.bodies.read(request, limit)
         words = dict(request.query_params)
         name = words.pop("clip", "")
         if npz:
             if not name:
-                raise unprocessable("an .npz needs the name of its clip: ?clip=NAME")
-            size = await self._parsed(lambda: files.npz_bytes(body, limit), large=True)
+                raise unprocessable("an .npz needs the name of the clip: ?clip=NAME")
+            size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
             self.bodies.hold(request.scope, len(body) + 2 * size)
 
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
-                asked = _of_words({"clips": [{"clip": name}], **words}, kind)
+                fields = _read_query({"clips": [{"clip": name}], **words}, kind)
                 clips = [clip_files.read_npz_bytes(body, name, limit)]
             else:
-                asked = protocol.decode(body, kind)
-                if len(asked.clips) > self.limits.clips:
-                    raise unprocessable(f"a request has {self.limits.clips} clips at most")
-                places = enumerate(asked.clips)
-                clips = [clip_files.read_json(one, f"clips[{n}]") for n, one in places]
-            asked.clips = []  # lists of numbers: the frames take less
-            return _by_name(clips, self.people.widths, self.limits), asked
+                fields = protocol.decode(body, kind)
+                if len(fields.clips) > self.limits.clips:
+                    raise unprocessable(f"a request may have at most {self.limits.clips} clips")
+                rows = enumerate(fields.clips)
+                clips = [clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows]
+            fields.clips = []  # frees the lists of numbers, which take more memory than the frames
+            return _check_clips(clips, self.people.widths, self.limits), fields
 
-        clips, asked = await self._parsed(read, large=npz or len(body) > LARGE)
+        clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, 2 * served_models.count_bytes(clips))
-        return clips, asked
+        return clips, fields
 
-    async def _parsed(self, read: Callable[[], T], *, large: bool) -> T:
-        """Returns what `read` makes of a body; a thread reads a large one."""
+    async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
+        """Calls `read`, which parses a body; in a thread if the body is large."""
         if large:
             return await asyncio.get_running_loop().run_in_executor(self.reader, read)
         return read()
 
 
-def _of_words(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of that kind)
-    """Returns the words of a query as a value of a type; numbers may be written as text."""
+def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
+    """Converts a query to the type `kind`. Numbers may be strings."""
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
         raise unprocessable(show(str(error))) from None
 
 
-def _by_name(
+def _check_clips(
     clips: Sequence[Clip], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, dict[str, Frames]]:
     """Returns given name -> modality -> field -> frames, of the modalities in `widths`.
 
-    Refused for a NaN, a name that comes twice, another width, too many frames, and a clip that has
-    only other modalities.
+    Raises:
+      Refused: frames contain NaN, have a wrong width or are too many; a name is repeated; or a clip
+        has only unknown modalities.
     """
-    found: dict[str, dict[str, Frames]] = {}
+    checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
         name = clip.given or clip.name
         place = f"clip '{show(name)}'"
-        if name in found:
-            raise unprocessable(f"{place} comes twice")
-        found[name] = {}
+        if name in checked:
+            raise unprocessable(f"{place} is repeated")
+        checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
             check_finite(frames, f"{place}, {modality}")
@@ -442,16 +461,16 @@ def _by_name(
             frames["features"] = features
             problem = ""
             if features.size and features.shape[-1] != widths[modality]:
-                problem = f"features are {features.shape[-1]} wide, wanted {widths[modality]}"
+                problem = f"features are {features.shape[-1]} wide, but must be {widths[modality]}"
             elif features.ndim > 1 and len(features) > limits.frames:
-                problem = f"{len(features):,} frames: {limits.frames:,} are the most"
+                problem = f"{len(features):,} frames: at most {limits.frames:,} are allowed"
             if problem:
                 raise unprocessable(f"{place}, {modality}: {problem}")
-            found[name][modality] = frames
-        if clip.modalities and not found[name]:
-            others = show(", ".join(map(str, clip.modalities)))
-            raise unprocessable(f"{place} has {others}, wanted {', '.join(widths)}")
-    return found
+            checked[name][modality] = frames
+        if clip.modalities and not checked[name]:
+            names = show(", ".join(map(str, clip.modalities)))
+            raise unprocessable(f"{place} has {names}, but needs one of {', '.join(widths)}")
+    return checked
 
 
 def _json(content: object) -> Response:
@@ -468,25 +487,30 @@ def make_app(
 
     Args:
       gallery: the people.
-      run: a run whose net is served, too.
-      limits: None for the default ones.
-      token: who asks must send it; None for programs of this machine alone.
+      run: an optional run, whose net is served, too.
+      limits: the limits; by default `Limits()`.
+      token: the token that clients must send. If it is None, only programs on this machine are
+        served.
     """
-    limits, metrics = limits or Limits(), Metrics()
+    limits, metrics = limits or Limits(), ServerMetrics()
     bodies = Bodies(limits)
-    answers = Application(gallery, run, bodies, limits, metrics)
-    routes = [Route(one.path, one.answer, methods=[one.method]) for one in answers.answers()]
-    router = Router(routes, redirect_slashes=False, lifespan=answers.life)
+    application = Application(gallery, run, bodies, limits, metrics)
+    endpoints = application.list_endpoints()
+    routes = [Route(point.path, point.answer, methods=[point.method]) for point in endpoints]
+    router = Router(routes, redirect_slashes=False, lifespan=application.run_lifespan)
     return Guard(router, bodies, limits, metrics, token)
 
 
 def describe(
-    answers: Sequence[Answer], models: Sequence[str], widths: Mapping[str, int]
+    endpoints: Sequence[Endpoint], models: Sequence[str], widths: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Returns the description for `/openapi.json`; `widths` are modality -> width of clips."""
-    kinds = [kind for one in answers for kind in (one.body, one.query) if kind]
+    """Returns the OpenAPI description of the endpoints.
+
+    `models` are the names of the served models, and `widths` are modality -> width of the features.
+    """
+    kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in (Identify, Enrol):
+    for kind in (IdentifyRequest, EnrolRequest):
         clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
         for name, width in widths.items():
             row = {"type": "array", "items": {"type": "number"}}
@@ -494,30 +518,30 @@ def describe(
     text: dict[str, object] = {"type": "string"}
     within = {"model": {**text, "enum": models}, "version": {**text, "enum": ["1"]}}
     paths: dict[str, dict[str, object]] = {}
-    for one in answers:
-        path = one.path.replace(":path", "")
-        words = schemas[one.query.__name__]["properties"] if one.query else {}
-        if one.body in (Identify, Enrol):
-            about = f"of an .npz; its query takes the other fields of {one.body.__name__}, too"
+    for point in endpoints:
+        path = point.path.replace(":path", "")
+        words = schemas[point.query.__name__]["properties"] if point.query else {}
+        if point.body in (IdentifyRequest, EnrolRequest):
+            about = f"the clip of an .npz; the query takes all fields of {point.body.__name__}"
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [
             {"name": name, "in": "path", "required": True, "schema": within.get(name, text)}
             for name in re.findall(r"{(\w+)}", path)
         ]
-        errors = {str(status): {"$ref": ERROR} for status in (*EVERYWHERE, *one.errors)}
+        errors = {str(status): {"$ref": ERROR_REF} for status in (*COMMON_ERRORS, *point.errors)}
         described: dict[str, object] = {
-            "summary": one.about,
+            "summary": point.summary,
             "parameters": parameters,
             "responses": {"200": {"description": "done"}, **errors},
         }
-        if one.body:
-            schema = {"$ref": f"#/components/schemas/{one.body.__name__}"}
+        if point.body:
+            schema = {"$ref": f"#/components/schemas/{point.body.__name__}"}
             content: dict[str, object] = {"application/json": {"schema": schema}}
-            if one.body is not protocol.Ask:
+            if point.body is not protocol.InferRequest:
                 content["application/x-npz"] = {"schema": {**text, "format": "binary"}}
             described["requestBody"] = {"required": True, "content": content}
-        paths.setdefault(path, {})[one.method.lower()] = described
+        paths.setdefault(path, {})[point.method.lower()] = described
     error = {"type": "object", "properties": {"error": text}, "required": ["error"]}
     return {
         "openapi": "3.1.0",
@@ -527,7 +551,7 @@ def describe(
             "schemas": schemas,
             "responses": {
                 "Error": {
-                    "description": "one line that says what is wrong",
+                    "description": "a description of the error in one line",
                     "content": {"application/json": {"schema": error}},
                 }
             },
@@ -538,14 +562,18 @@ def describe(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens; port 0 is any free one. UserError if it cannot."""
+    """Returns a listening socket. Port 0 stands for any free port.
+
+    Raises:
+      UserError: the address cannot be used.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "linux":  # else a client that reads nothing keeps its connection
+        if sys.platform == "linux":  # closes connections whose clients read nothing
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.bind(address)
         listener.listen()
@@ -557,7 +585,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns uvicorn's settings."""
+    """Returns the settings of uvicorn."""
     return uvicorn.Config(
         app,
         ws="none",
@@ -575,7 +603,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A server that ends `end_seconds` after a signal, whatever its threads do."""
+    """A server that ends at most `end_seconds` after a signal, even if a thread hangs."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))
@@ -583,27 +611,29 @@ class Server(uvicorn.Server):
         self._end.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to end; requests under way are answered."""
+        """Stops to accept requests. Requests that have arrived are answered."""
         if not self.should_exit:
             self._end.start()
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process without its threads; a change of a gallery is made, or is not."""
-        LOG.error("ended: work under way was cut off")
+        """Ends the process at once. A change of the gallery is complete, or was not made."""
+        LOG.error("ended: unfinished work was cut off")
         os._exit(1)
 
 
 def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
     """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off.
 
-    A process that does not end in time is ended with the exit code 1.
+    If a thread hangs, the process ends with exit code 1.
     """
     for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # warnings about strangers' requests
-    gc.freeze()  # modules and people live on: no collection looks at them
+        logging.getLogger(name).setLevel(
+            logging.ERROR
+        )  # unknown clients must not fill the log with warnings
+    gc.freeze()  # garbage collections skip modules and people, which stay in memory
     server = Server(app, limits)
-    # uvicorn handles a signal, and raises it again when all is answered: then it does nothing.
+    # uvicorn raises a signal again after the last answer. The second one must do nothing.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:
         server.run(sockets=[listener])

@@ -1,9 +1,9 @@
-"""What a stranger may send, and who may ask: sizes, a token, and where a request comes from.
+"""Limits of requests, checks of their sender, and counters.
 
-`Guard` stands before the application: it checks the sender, turns errors into answers, and counts
-both. `Bodies` reads bodies, and bounds them while they arrive. uvicorn bounds the number of
-connections. Slow clients and long headers are left to the proxy that a server in an open net needs
-for TLS.
+`Guard` wraps the application: it checks the sender, turns errors into answers, and counts requests.
+`Bodies` reads bodies, and stops if they get too large. uvicorn limits the number of connections.
+Slow clients and long headers are not limited here. On an open network, this is a task of the proxy,
+which the server needs for TLS anyway.
 """
 
 import asyncio
@@ -34,33 +34,34 @@ from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, of_the_system
 
 LOG = logging.getLogger("vidjax.apps.serve")
-LEAST_TOKEN = 16  # letters
-# Status of an error that may come before the body is read: it ends the connection.
-UNREAD = (400, 401, 403, 404, 405, 413, 415, 429)
-PIECE = 1 << 16  # bytes of an answer that are sent at once
-OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")  # a platform's probes have no token
+MIN_TOKEN_LETTERS = 16
+# Errors with these statuses may be sent before the body was read. They end the connection.
+ENDING_STATUSES = (400, 401, 403, 404, 405, 413, 415, 429)
+PIECE_BYTES = 1 << 16  # of an answer, sent at once
+# Probes of a platform send no token.
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
     """Limits of a server.
 
     Attributes:
-      body_bytes: of one request, binary; the arrays of an `.npz` may become as much float32.
-      json_bytes: of one request in JSON, or of the JSON before binary tensors.
-      held_bytes: of all requests and answers that are in memory, together: bodies, the frames that
-        they become, with a copy of them, and answers until they are sent.
-      clips: of one request.
-      frames: of one clip and modality.
-      batch_clips: that are scored together, at most.
-      waiting_clips: of requests that wait to be scored, or for the vectors to be enrolled.
-      waiting_changes: enrolments and removals that wait.
-      connections: open at a time.
-      answer_seconds: until an answer, from the end of the body on.
-      change_seconds: of a change besides, which fits coordinates anew where it must.
-      request_seconds: in which a body comes, and again in which an answer is taken.
-      idle_seconds: that a connection stays open after an answer.
-      drain_seconds: for requests under way, after a signal to end.
-      end_seconds: after a signal, until the process ends, whatever it does.
+      body_bytes: size of a binary request, and of the arrays of an `.npz` as float32.
+      json_bytes: size of a JSON request, or of the JSON before binary tensors.
+      held_bytes: size of all requests and answers in memory: bodies, their frames, a copy of the
+        frames, and answers until they are sent.
+      clips: number of clips in a request.
+      frames: number of frames in a clip and modality.
+      batch_clips: number of clips that are scored together.
+      waiting_clips: number of clips that wait to be scored or embedded.
+      waiting_changes: number of enrolments and removals that wait.
+      connections: number of open connections.
+      answer_seconds: time from the end of the body to the answer.
+      change_seconds: additional time for a change, because it may fit the coordinates again.
+      request_seconds: time to receive a body, and time to send an answer.
+      idle_seconds: time until an idle connection is closed.
+      drain_seconds: time for unfinished requests after a signal.
+      end_seconds: time from a signal to the forced end of the process.
     """
 
     body_bytes: int = 32 << 20
@@ -80,24 +81,27 @@ class Limits(NamedTuple):
     end_seconds: float = 20.0
 
 
-class Metrics:
-    """Counters of a server for Prometheus; no name of a person or clip is in them.
+class ServerMetrics:
+    """Counters for Prometheus. They contain no name of a person or a clip.
 
-    The `route` of a request is a pattern of the application, such as `/clips/{name}`.
+    The `route` of a request is a pattern, such as `/clips/{name}`.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own: dict[str, Any] = {"namespace": "vidjax", "registry": self.registry}
-        about = "Requests that got an answer."
-        self.requests = Counter("requests", about, ["route", "code"], **own)
-        self.seconds = Histogram("request_seconds", "Seconds until the answer.", **own)
+        shared: dict[str, Any] = {"namespace": "vidjax", "registry": self.registry}
+        about = "Answered requests."
+        self.requests = Counter("requests", about, ["route", "code"], **shared)
+        self.seconds = Histogram("request_seconds", "Seconds from request to answer.", **shared)
         about, sizes = "Clips that were scored together.", [2**n for n in range(9)]
-        self.clips = Histogram("batch_clips", about, buckets=sizes, **own)
+        self.clips = Histogram("batch_clips", about, buckets=sizes, **shared)
 
 
 class Refused(Expected):
-    """A request that gets an error: its status, one line, and seconds after which to try again."""
+    """An error answer: its status, a message of one line, and an optional time for a new try.
+
+    `retry_after` is in seconds.
+    """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
         super().__init__(text)
@@ -106,34 +110,38 @@ class Refused(Expected):
             self.headers["retry-after"] = str(retry_after)
         if status == HTTPStatus.UNAUTHORIZED:
             self.headers["www-authenticate"] = "Bearer"
-        if status in UNREAD:
+        if status in ENDING_STATUSES:
             self.headers["connection"] = "close"
 
 
 def one_line(text: str) -> str:
-    """Returns the message of an error as one short line."""
+    """Joins the lines of a message, and cuts it to 300 letters."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     return line if len(line) <= 300 else line[:300] + "..."
 
 
 def read_token(path: Path) -> bytes:
-    """Returns the token in a file; UserError unless it is long, and only its owner may read it."""
+    """Reads a token from a file.
+
+    Raises:
+      UserError: other users may read the file, or the token is too short.
+    """
     with files.open_regular(path) as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         content = file.read(4096)
     if mode & 0o077:
-        raise UserError(f"{path}: others may read the token\nchmod 600 {path}")
+        raise UserError(f"{path}: other users may read the token\nchmod 600 {path}")
     token = content.strip()
-    if len(token) < LEAST_TOKEN or not token.isascii() or len(token.split()) != 1:
+    if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(
-            f"{path}: wanted one word of {LEAST_TOKEN} letters or more\n"
-            f"make one: (umask 077; openssl rand -hex 32 > {path})"
+            f"{path}: a token is one word of at least {MIN_TOKEN_LETTERS} ASCII letters\n"
+            f"make a token: (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
 
 
 def is_loopback(host: str) -> bool:
-    """Returns True if only programs of this machine reach the address."""
+    """Returns True if only programs on this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -143,22 +151,25 @@ def is_loopback(host: str) -> bool:
 
 
 class Bodies:
-    """Reads the bodies of requests, and counts the bytes of all that are in memory.
+    """Reads the bodies of requests, and counts the bytes of all requests in memory.
 
-    `scope["vidjax.held"]` are the bytes of one request, and `scope["vidjax.clock"]` is its timeout.
+    `scope["vidjax.held"]` is the size of a request in bytes, `scope["vidjax.clock"]` its timeout.
     """
 
     def __init__(self, limits: Limits):
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Returns a body of at most `limit` bytes, chunked or not; Refused if it is larger.
+        """Reads a body, chunked or not. Then `answer_seconds` are left for the answer.
 
-        From its end on, `answer_seconds` are left for the answer.
+        Raises:
+          Refused: the body has more than `limit` bytes, or is encoded.
         """
         headers = request.headers
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the body without an encoding")
+            raise Refused(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the body without Content-Encoding"
+            )
         if "upgrade" in headers:  # the HTTP parser takes the body for another protocol
             raise Refused(HTTPStatus.BAD_REQUEST, "send the body without the header Upgrade")
         length = headers.get("content-length", "0")
@@ -176,7 +187,11 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Notes that a request takes `size` bytes now; Refused if all take too many."""
+        """Sets the size of a request to `size` bytes.
+
+        Raises:
+          Refused: all requests together are too large (status 429).
+        """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many large requests at once", 1)
@@ -185,22 +200,27 @@ class Bodies:
 
 
 def set_clock(scope: Scope, seconds: float) -> None:
-    """Gives a request so many seconds from now on."""
+    """Sets the timeout of a request to `seconds` from now."""
     scope["vidjax.clock"].reschedule(asyncio.get_running_loop().time() + seconds)
 
 
 def _too_large(limit: int) -> Refused:
-    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has {limit:,} bytes at most")
+    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body may have at most {limit:,} bytes")
 
 
 class Guard:
-    """An ASGI application that checks the sender of a request, and counts and bounds the answers.
+    """An ASGI application that checks the sender of a request, and counts and limits the answers.
 
-    Every error of the router becomes an answer, `{"error": LINE}`.
+    Every error becomes an answer, `{"error": LINE}`.
     """
 
     def __init__(
-        self, app: Router, bodies: Bodies, limits: Limits, metrics: Metrics, token: bytes | None
+        self,
+        app: Router,
+        bodies: Bodies,
+        limits: Limits,
+        metrics: ServerMetrics,
+        token: bytes | None,
     ):
         self.routes = app.routes
         self._paths = {route.endpoint: route.path for route in reversed(app.routes)}  # pyright: ignore
@@ -208,7 +228,7 @@ class Guard:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request; events of the server's life are passed on."""
+        """Answers a request. Other events, such as the start of the server, are passed on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -221,13 +241,13 @@ class Guard:
                 set_clock(scope, self._limits.request_seconds)
                 status = message["status"]
             rest = memoryview(message.get("body", b""))
-            while len(rest) > PIECE:  # waits until the client has taken most of the earlier pieces
-                piece, rest = bytes(rest[:PIECE]), rest[PIECE:]
+            while len(rest) > PIECE_BYTES:  # `send` waits while the client has much to read
+                piece, rest = bytes(rest[:PIECE_BYTES]), rest[PIECE_BYTES:]
                 await send({"type": message["type"], "body": piece, "more_body": True})
-                message["body"] = bytes(rest[:PIECE])
+                message["body"] = bytes(rest[:PIECE_BYTES])
             await send(message)
 
-        scope["app"] = self._app  # with it, the router raises for an unknown path or method
+        scope["app"] = self._app  # makes the router raise an error for an unknown path or method
         scope["vidjax.held"] = 0
         began = asyncio.get_running_loop().time()
         limits, sends = self._limits, scope["method"] == "POST"
@@ -240,8 +260,8 @@ class Guard:
             return
         except Exception as error:
             if status:
-                raise ConnectionAbortedError from None  # half an answer is out: cuts it off
-            refused = refusal_of(error)
+                raise ConnectionAbortedError from None  # a part of the answer is out
+            refused = to_refusal(error)
             status = refused.status
             content = msgspec.json.encode({"error": refused.text})
             response = Response(content, status, refused.headers, "application/json")
@@ -254,26 +274,31 @@ class Guard:
         self._metrics.seconds.observe(seconds)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
-        """Refuses a false token, and pages of other sites that a browser on this machine shows."""
+        """Refuses wrong tokens. Without a token, refuses other machines and pages of other sites.
+
+        Such a page could send requests from a browser on this machine.
+        """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
-            raise Refused(HTTPStatus.BAD_REQUEST, "wanted one header Host")
+            raise Refused(HTTPStatus.BAD_REQUEST, "send exactly one header Host")
         if self._token is not None:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode("latin-1"), self._token)
-            if not (right and scheme.lower() == "bearer") and scope["path"] not in OPEN_PATHS:
-                raise Refused(HTTPStatus.UNAUTHORIZED, "wanted: Authorization: Bearer TOKEN")
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            is_right = hmac.compare_digest(token.strip().encode("latin-1"), self._token)
+            if not (is_right and scheme.lower() == "bearer") and scope["path"] not in OPEN_PATHS:
+                raise Refused(
+                    HTTPStatus.UNAUTHORIZED, "send the header Authorization: Bearer TOKEN"
+                )
             return
         if not is_loopback(_split(f"//{''.join(hosts)}").hostname or ""):
             raise Refused(HTTPStatus.FORBIDDEN, "the header Host names another machine")
         origin = headers.get("origin")
         other_site = origin is not None and _split(origin).netloc != hosts[0]
         if other_site or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refused(HTTPStatus.FORBIDDEN, "a page of another site may not ask")
+            raise Refused(HTTPStatus.FORBIDDEN, "pages of other sites may not send requests")
 
 
-def refusal_of(error: Exception) -> Refused:
-    """Returns what a client is told of an error; folders and faults of vidjax stay in the log."""
+def to_refusal(error: Exception) -> Refused:
+    """Converts an error to an answer. Paths and internal errors are only logged."""
     unavailable = HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, Refused):
         return error
@@ -286,7 +311,7 @@ def refusal_of(error: Exception) -> Refused:
     if isinstance(error, NobodyError):
         return Refused(HTTPStatus.CONFLICT, "the gallery has nobody enrolled")
     if isinstance(error, InUseError):
-        return Refused(unavailable, "another process changes the gallery", 1)
+        return Refused(unavailable, "another process is changing the gallery", 1)
     if isinstance(error, UnreadableError):
         LOG.error("%s", one_line(str(error)))
         return Refused(unavailable, "the gallery cannot be read: see the log")
@@ -301,19 +326,22 @@ def refusal_of(error: Exception) -> Refused:
         LOG.error("%s", one_line(text))
         status = HTTPStatus.INSUFFICIENT_STORAGE
         return Refused(status, "the gallery cannot be written: see the log", 10)
-    LOG.error("internal error: %s", _place_of(error))
+    LOG.error("internal error: %s", _describe_traceback(error))
     return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
 
 
-def _place_of(error: Exception) -> str:
-    """Returns the kind of an error and the lines of code that it went through, not its message."""
+def _describe_traceback(error: Exception) -> str:
+    """Returns the type and the last lines of code of an error.
+
+    The message is left out, because it may contain names of people.
+    """
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    places = " < ".join(f"{Path(one.filename).name}:{one.lineno}" for one in reversed(frames))
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}"
 
 
 def _split(address: str) -> SplitResult:
-    """Returns the parts of an address; all are empty if it is malformed."""
+    """Splits an address. If it is malformed, all parts are empty."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -321,5 +349,5 @@ def _split(address: str) -> SplitResult:
 
 
 def unprocessable(text: str) -> Refused:
-    """Returns the error of a request that is well-formed and wrong."""
+    """Returns an error with the status 422, for a request with a wrong value."""
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)

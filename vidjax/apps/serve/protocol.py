@@ -1,11 +1,12 @@
-"""The Open Inference Protocol, version 2: requests and answers as tensors, in JSON and in binary.
+"""Reads requests and writes answers of the Open Inference Protocol, version 2.
 
-A body is JSON; after it may come the bytes of tensors. Then the header
-`Inference-Header-Content-Length` says where the JSON ends, and the parameter `binary_data_size` of
-a tensor how many bytes are its own. Tensors are arrays: `FP32` float32, `BOOL` bool, `BYTES` text.
+A body starts with JSON. The bytes of binary tensors may follow. In this case, the header
+`Inference-Header-Content-Length` contains the length of the JSON, and the parameter
+`binary_data_size` of each tensor the number of its bytes. The datatypes are `FP32` (float32),
+`BOOL` (bool) and `BYTES` (text). JSON has no -inf, so JSON answers contain the lowest finite
+float32 instead.
 
-Source: the specification of KServe's data plane, and the binary extension of Triton. `FP32` that
-JSON lacks (-inf) is the lowest finite float32 there.
+Source: the specification of KServe's data plane, and the binary extension of Triton.
 """
 
 import math
@@ -21,39 +22,43 @@ from vidjax.data.untrusted.names import show
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
-LOWEST = float(np.finfo(np.float32).min)
+LOWEST_FLOAT32 = float(np.finfo(np.float32).min)
 Name = Annotated[str, Meta(max_length=200)]
 Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=1, max_length=4)]
 DEFAULT_K = 5
-K = Annotated[int, Meta(ge=1, le=1000, description="the most identities of a clip")]
+K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities per clip")]
 
-Fpir = Annotated[float, Meta(gt=0, lt=1, description="share of strangers who may get a name")]
-Probability = Annotated[float, Meta(gt=0, le=1, description="instead: the lowest of a name")]
+Fpir = Annotated[float, Meta(gt=0, lt=1, description="the share of strangers who may get a name")]
+Probability = Annotated[
+    float, Meta(gt=0, le=1, description="instead: the lowest probability of a name")
+]
 
 
-class Rule(Struct, forbid_unknown_fields=True, kw_only=True):
-    """When a clip gets a name."""
+class NamingRule(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The rule by which a clip gets a name. By default, the gallery chooses a threshold."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
 
 
-class Parameters(Rule):
+class Parameters(NamingRule):
     """Parameters of a request."""
 
     k: K = DEFAULT_K
     binary_data_output: bool = False
-    timeout: Annotated[int, Meta(ge=0, description="microseconds for the answer; 0: no limit")] = 0
+    timeout: Annotated[
+        int, Meta(ge=0, description="microseconds until the answer; 0: no limit")
+    ] = 0
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """How an input is sent: without a size, its values are in the JSON."""
+    """The parameters of an input. Without a size, its values are in the JSON."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
 class Tensor(Struct):
-    """An input: its values are `data`, or lie behind the JSON."""
+    """An input. Its values are `data`, or bytes after the JSON."""
 
     name: Name
     shape: Sizes
@@ -63,20 +68,20 @@ class Tensor(Struct):
 
 
 class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """How an output is wanted: as bytes, or else in the JSON."""
+    """The parameters of an output: its values are sent as bytes, or in the JSON."""
 
     binary_data: bool = False
 
 
 class Output(Struct):
-    """An output that is wanted."""
+    """A requested output."""
 
     name: Name
     parameters: OutputParameters = OutputParameters()
 
 
-class Ask(Struct):
-    """A request for answers to tensors; without `outputs`, all are wanted."""
+class InferRequest(Struct):
+    """A request with input tensors. If `outputs` is empty, all outputs are sent."""
 
     inputs: Annotated[list[Tensor], Meta(min_length=1, max_length=64)]
     id: Name = ""
@@ -85,7 +90,7 @@ class Ask(Struct):
 
 
 class Spec(NamedTuple):
-    """A tensor of a model: its name, datatype, and shape with -1 for any size."""
+    """Name, datatype and shape of a tensor. The size -1 stands for any size."""
 
     name: str
     datatype: str
@@ -94,52 +99,60 @@ class Spec(NamedTuple):
 
 def parse(
     body: bytes, header_length: str | None, inputs: Sequence[Spec], limits: Limits
-) -> tuple[Ask, dict[str, np.ndarray]]:
-    """Returns a request, and its arrays by name; Refused names the tensor that is wrong."""
-    at = size = _header_size(body, header_length)
-    if size > limits.json_bytes:
+) -> tuple[InferRequest, dict[str, np.ndarray]]:
+    """Reads a body: returns the request, and name -> array of its inputs.
+
+    Raises:
+      Refused: the JSON or an input is wrong. The message contains the name of the input.
+    """
+    at = header_size = _read_header_size(body, header_length)
+    if header_size > limits.json_bytes:
         raise unprocessable(
-            f"the JSON has {limits.json_bytes:,} bytes at most: send binary tensors"
+            f"the JSON may have at most {limits.json_bytes:,} bytes: send binary tensors"
         )
-    asked = decode(memoryview(body)[:size], Ask)
+    request = decode(memoryview(body)[:header_size], InferRequest)
     known = {spec.name: spec for spec in inputs}
     tensors: dict[str, np.ndarray] = {}
-    for tensor in asked.inputs:
+    for tensor in request.inputs:
         name = tensor.name
         if name not in known:
             raise unprocessable(f"no input '{show(name)}': choose from {', '.join(known)}")
         if name in tensors:
-            raise unprocessable(f"input '{name}' comes twice")
+            raise unprocessable(f"input '{name}' is repeated")
         spec = known[name]
         if tensor.datatype != spec.datatype:
             raise unprocessable(f"input '{name}' is {spec.datatype}, not {show(tensor.datatype)}")
         if not _fits(tensor.shape, spec.shape):
-            raise unprocessable(f"input '{name}': shape {tensor.shape}, wanted {list(spec.shape)}")
+            raise unprocessable(f"input '{name}': shape {tensor.shape}, must be {list(spec.shape)}")
         dtype = DTYPES[spec.datatype]
         length = tensor.parameters.binary_data_size
         if length is not None:
-            wanted = math.prod(tensor.shape) * dtype.itemsize
-            if length != wanted or len(bytes(tensor.data)) or at + wanted > len(body):
-                raise unprocessable(f"input '{name}': its shape takes {wanted:,} bytes of the body")
+            size = math.prod(tensor.shape) * dtype.itemsize
+            if length != size or len(bytes(tensor.data)) or at + size > len(body):
+                raise unprocessable(f"input '{name}': its shape needs {size:,} bytes of the body")
             array = np.frombuffer(body, dtype, math.prod(tensor.shape), at)
-            at += wanted
+            at += size
         else:
-            array = _of_json(tensor, name, dtype)
+            array = _parse_values(tensor, name, dtype)
         tensors[name] = array.reshape(tensor.shape)
     if at != len(body):
         raise unprocessable(f"{len(body) - at:,} bytes of the body belong to no tensor")
-    return asked, tensors
+    return request, tensors
 
 
-def check_outputs(asked: Ask, outputs: Sequence[Spec]) -> None:
-    """Raises Refused for an output that a model does not have."""
+def check_outputs(request: InferRequest, outputs: Sequence[Spec]) -> None:
+    """Raises Refused if the model does not have a requested output."""
     known = [spec.name for spec in outputs]
-    if unknown := [one.name for one in asked.outputs if one.name not in known]:
+    if unknown := [output.name for output in request.outputs if output.name not in known]:
         raise unprocessable(f"no output '{show(unknown[0])}': choose from {', '.join(known)}")
 
 
-def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (of that kind)
-    """Returns JSON as a value of a type of msgspec; Refused for all else, and for NaN."""
+def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
+    """Decodes JSON to the type `kind`.
+
+    Raises:
+      Refused: it is not JSON of this type, or contains NaN.
+    """
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -148,24 +161,24 @@ def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (of t
         raise unprocessable("the JSON is nested too deep") from None
 
 
-def _header_size(body: bytes, header_length: str | None) -> int:
+def _read_header_size(body: bytes, header_length: str | None) -> int:
     if header_length is None:
         return len(body)
     if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
-        raise unprocessable("Inference-Header-Content-Length: no number")
+        raise unprocessable("Inference-Header-Content-Length is not a number")
     if int(header_length) > len(body):
-        raise unprocessable("Inference-Header-Content-Length: longer than the body")
+        raise unprocessable("Inference-Header-Content-Length is larger than the body")
     return int(header_length)
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Returns True for the rank and sizes that are wanted."""
-    sizes = zip(shape, wanted, strict=False)
-    return len(shape) == len(wanted) and all(want in (-1, size) for size, want in sizes)
+def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
+    """Returns True if a shape matches the shape of a Spec."""
+    pairs = zip(shape, spec, strict=False)
+    return len(shape) == len(spec) and all(expected in (-1, size) for size, expected in pairs)
 
 
-def _of_json(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
-    """Returns the values of a tensor in JSON, a flat list or lists of lists, as [N]."""
+def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
+    """Returns the values of a tensor in JSON as [N]. They are a flat or a nested list."""
     kind: Any = bool if dtype.kind == "b" else float
     flat = list[kind]
     nested: Any = kind
@@ -180,7 +193,7 @@ def _of_json(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
             values = msgspec.json.decode(tensor.data, type=nested)
         except (msgspec.DecodeError, RecursionError) as error:
             raise unprocessable(f"input '{name}': {show(str(error))}") from None
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused as not finite
+    with np.errstate(over="ignore"):  # larger values become infinite and are refused later
         try:
             array = np.asarray(values, dtype)
         except ValueError:
@@ -190,34 +203,44 @@ def _of_json(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     return array.reshape(-1)
 
 
-def answer(asked: Ask, model: str, outputs: Mapping[str, np.ndarray]) -> tuple[bytes, int | None]:
-    """Returns the body of an answer, and the length of its JSON if binary tensors follow.
+def encode_answer(
+    request: InferRequest, model: str, outputs: Mapping[str, np.ndarray]
+) -> tuple[bytes, int | None]:
+    """Encodes an answer.
 
-    `outputs` are all outputs of the model: float32, bool, or text, an array of dtype object.
+    Args:
+      request: the request, which lists the outputs to send.
+      model: the name of the model.
+      outputs: all outputs of the model, float32 or text (dtype object).
+
+    Returns:
+      The body, and the length of its JSON. Without binary tensors, the length is None.
     """
-    wanted = {one.name: one.parameters.binary_data for one in asked.outputs}
+    requested = {output.name: output.parameters.binary_data for output in request.outputs}
     described, tails = [], []
     for name, binary in (
-        wanted or dict.fromkeys(outputs, asked.parameters.binary_data_output)
+        requested or dict.fromkeys(outputs, request.parameters.binary_data_output)
     ).items():
         array = outputs[name]
         text = array.dtype == object
-        one: dict[str, object] = {"name": name, "shape": list(array.shape)}
-        one["datatype"] = "BYTES" if text else "FP32"
+        tensor: dict[str, object] = {"name": name, "shape": list(array.shape)}
+        tensor["datatype"] = "BYTES" if text else "FP32"
         if binary:
-            tail = _bytes_of(array) if text else np.ascontiguousarray(array, "<f4").tobytes()
-            one["parameters"] = {"binary_data_size": len(tail)}
+            tail = _encode_texts(array) if text else np.ascontiguousarray(array, "<f4").tobytes()
+            tensor["parameters"] = {"binary_data_size": len(tail)}
             tails.append(tail)
         else:
-            plain = array if text else np.maximum(array, np.float32(LOWEST)).astype(np.float64)
-            one["data"] = plain.reshape(-1).tolist()
-        described.append(one)
+            plain = (
+                array if text else np.maximum(array, np.float32(LOWEST_FLOAT32)).astype(np.float64)
+            )
+            tensor["data"] = plain.reshape(-1).tolist()
+        described.append(tensor)
     content = {"model_name": model, "model_version": "1", "outputs": described}
-    head = msgspec.json.encode({**content, "id": asked.id} if asked.id else content)
+    head = msgspec.json.encode({**content, "id": request.id} if request.id else content)
     return (b"".join([head, *tails]), len(head)) if tails else (head, None)
 
 
-def _bytes_of(array: np.ndarray) -> bytes:
-    """Returns texts as Triton writes them: four bytes of length before each, in UTF-8."""
+def _encode_texts(array: np.ndarray) -> bytes:
+    """Encodes texts as Triton does: UTF-8, each after its length in four bytes."""
     texts = [text.encode() for text in array.reshape(-1).tolist()]
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)

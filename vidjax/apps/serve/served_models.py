@@ -1,7 +1,8 @@
-"""What can be asked over the protocol: a gallery, and the net of a run.
+"""The two models of the protocol: a gallery, and the net of a run.
 
-A model answers a batch of questions at once, as it would answer each question without the others.
-If a batch fails, each question is answered separately and gets an error of its own.
+A model answers a batch of questions at once. The answer to a question does not depend on the other
+questions. If a batch fails, each question is answered separately, so that only wrong questions get
+an error.
 """
 
 import itertools
@@ -20,16 +21,19 @@ from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 from vidjax.evaluation.predict import SMALL_REQUEST, Predictor
 from vidjax.evaluation.scoring import ModelScorer
 
-TABLE = 512  # clips, more than one batch has
+TABLE_CLIPS = 512  # more clips than a batch has
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
-FIELD_BYTES = sum(np.dtype(one.dtype).itemsize * one.width for one in FRAME_FIELDS.values())
+FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
 
 
 class Question(NamedTuple):
-    """Clips, name -> modality -> frames, and what is asked about them.
+    """Clips to identify.
 
-    `fpir` and `threshold` are as in `Gallery.identify`, and mean nothing to a run. `k` is the
-    number of identities of each clip, at most.
+    Attributes:
+      clips: name -> modality -> frames.
+      k: the largest number of identities per clip.
+      fpir: as in `Gallery.identify`; a run ignores it.
+      threshold: as in `Gallery.identify`; a run ignores it.
     """
 
     clips: Mapping[str, Mapping[str, Frames]]
@@ -52,63 +56,66 @@ class Scored(NamedTuple):
     vectors: np.ndarray
 
 
-def inputs(model: "Model") -> list[Spec]:
-    """Returns the input tensors of a model: features, quality and mask of each modality."""
-    found = []
+def list_inputs(model: "Model") -> list[Spec]:
+    """Lists the input tensors of a model: features, quality and mask of each modality."""
+    specs = []
     for name, width in model.widths.items():
-        found.append(Spec(name, "FP32", (-1, -1, width)))
-        found.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
-        found.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
-    return found
+        specs.append(Spec(name, "FP32", (-1, -1, width)))
+        specs.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
+        specs.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
+    return specs
 
 
-def question(
-    model: "Model", tensors: Mapping[str, np.ndarray], asked: Parameters, limits: Limits
+def make_question(
+    model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
-    """Returns the question that input tensors ask; Refused names a wrong one.
+    """Makes a question from input tensors. Frames whose mask is False are ignored.
 
-    Frames that the mask leaves out are not looked at; all others must be finite.
+    Raises:
+      Refused: a tensor has a wrong shape or is missing, or a frame is not finite.
     """
     present = [name for name in model.widths if name in tensors]
     if not present:
-        raise unprocessable(f"no features: wanted one of {', '.join(model.widths)}")
+        raise unprocessable(f"no features: send one of {', '.join(model.widths)}")
     count = len(tensors[present[0]])
     if not 0 < count <= limits.clips:
-        raise unprocessable(f"{count} clips: a request has 1 to {limits.clips}")
+        raise unprocessable(f"{count} clips: a request may have 1 to {limits.clips}")
     clips: dict[str, dict[str, Frames]] = {str(number): {} for number in range(count)}
     for name in model.widths:
         fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
-        given = {field: tensors[key] for field, key in fields.items() if key in tensors}
-        if given and name not in tensors:
-            raise unprocessable(f"input '{fields[next(iter(given))]}' without '{name}'")
-        for field, array in given.items():
-            wanted = (count, *tensors[name].shape[1:2])
-            if array.shape[:2] != wanted:
-                raise unprocessable(f"input '{fields[field]}': wanted shape {list(wanted)}")
+        arrays = {field: tensors[key] for field, key in fields.items() if key in tensors}
+        if arrays and name not in tensors:
+            raise unprocessable(f"input '{fields[next(iter(arrays))]}' without '{name}'")
+        for field, array in arrays.items():
+            shape = (count, *tensors[name].shape[1:2])
+            if array.shape[:2] != shape:
+                raise unprocessable(f"input '{fields[field]}' must have the shape {list(shape)}")
             if array.shape[1] > limits.frames:
-                raise unprocessable(f"input '{name}': a clip has {limits.frames:,} frames at most")
-        mask = given.pop("mask", None)
-        for row, clip in enumerate(clips.values() if given else ()):
+                raise unprocessable(
+                    f"input '{name}': a clip may have at most {limits.frames:,} frames"
+                )
+        mask = arrays.pop("mask", None)
+        for row, clip in enumerate(clips.values() if arrays else ()):
             kept = slice(None) if mask is None else mask[row]
-            frames = {field: array[row][kept] for field, array in given.items()}
+            frames = {field: array[row][kept] for field, array in arrays.items()}
             check_finite(frames, f"clip {row}, {name}")
             if len(frames["features"]):
                 clip[name] = frames
-    return Question(clips, asked.k, asked.fpir, asked.threshold)
+    return Question(clips, parameters.k, parameters.fpir, parameters.threshold)
 
 
 def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
-    """Returns an answer, or an error, for each question."""
+    """Returns an answer or an error for each question."""
     try:
         return [*model.answer_batch(questions)]
     except Exception as error:
         if len(questions) == 1:
             return [error]
-        return [found for one in questions for found in answer(model, [one])]
+        return [result for question in questions for result in answer(model, [question])]
 
 
-def _ones(model: "Model", length: int, count: int = 1) -> Question:
-    """Returns a question about `count` clips of `length` frames."""
+def _make_question(model: "Model", length: int, count: int = 1) -> Question:
+    """Returns a question about `count` clips with `length` frames of ones."""
     clip = {
         name: {"features": np.ones((length, width), np.float32)}
         for name, width in model.widths.items()
@@ -117,24 +124,24 @@ def _ones(model: "Model", length: int, count: int = 1) -> Question:
 
 
 def check_finite(frames: Frames, place: str) -> None:
-    """Raises Refused for what is no number, or not finite as float32."""
+    """Raises Refused if a field has values that are not finite float32 numbers."""
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
-            raise unprocessable(f"{place}: {field} are no numbers")
+            raise unprocessable(f"{place}: {field} must be numbers")
         wide = array.dtype.itemsize > np.dtype(np.float32).itemsize
         if not (np.abs(array) <= LARGEST if wide else np.isfinite(array)).all():
-            raise unprocessable(f"{place}: {field} hold a number that is not finite")
+            raise unprocessable(f"{place}: {field} contain a number that is not finite")
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
-    """Returns the bytes of the frames of clips, with all fields that a frame gets."""
+    """Returns the size of clips in bytes, including the fields that are added to every frame."""
     features = [frames["features"] for clip in clips.values() for frames in clip.values()]
     return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
-def _joined(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Returns the clips of all questions; the names of several questions are made different."""
-    if len(questions) == 1:  # an error names the clip as its question does
+def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
+    """Joins the clips of all questions. With several questions, names get a prefix."""
+    if len(questions) == 1:  # then errors contain the names of the question
         return questions[0].clips
     return {
         f"{number}/{name}": clip
@@ -143,7 +150,7 @@ def _joined(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]
     }
 
 
-def _slices(questions: Sequence[Question]) -> list[slice]:
+def _slice_rows(questions: Sequence[Question]) -> list[slice]:
     ends = np.cumsum([0, *(len(question.clips) for question in questions)]).tolist()
     return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
@@ -155,7 +162,9 @@ class GalleryModel:
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
-        _ = self.widths  # restores its run, or says why it cannot
+        _ = (
+            self.widths
+        )  # restores the run of the gallery now, so that an error appears at the start
 
     @property
     def widths(self) -> dict[str, int]:
@@ -164,7 +173,7 @@ class GalleryModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors; `embedding` is as wide as all parts together."""
+        """The output tensors. `embedding` contains the vectors of all parts, one after another."""
         width = sum(self.gallery.backend.widths.values())
         return (
             Spec("identity", "BYTES", (-1,)),
@@ -174,32 +183,34 @@ class GalleryModel:
         )
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Identified]:
-        """Returns who the clips of each question show."""
-        found = self.gallery.embed(_joined(questions))
-        vectors = np.concatenate(list(found.parts.values()), axis=1)
-        rows = _slices(questions)
+        """Identifies the clips of each question."""
+        embedded = self.gallery.embed(_join_clips(questions))
+        vectors = np.concatenate(list(embedded.parts.values()), axis=1)
+        rows = _slice_rows(questions)
         answers: list[list[Answer]] = [[] for _ in questions]
-        for k, fpir, threshold in {one[1:] for one in questions}:
-            own = [n for n, one in enumerate(questions) if one[1:] == (k, fpir, threshold)]
-            some = found.only({name for n in own for name in found.names[rows[n]]})
-            named = self.gallery.identify(some, k, fpir=fpir, threshold=threshold)
-            for n in own:
-                answers[n] = [named[name] for name in found.names[rows[n]]]
+        for settings in {question[1:] for question in questions}:
+            k, fpir, threshold = settings
+            chosen = [n for n, question in enumerate(questions) if question[1:] == settings]
+            subset = embedded.only({name for n in chosen for name in embedded.names[rows[n]]})
+            named = self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
+            for n in chosen:
+                answers[n] = [named[name] for name in embedded.names[rows[n]]]
         return [Identified(a, vectors[r]) for a, r in zip(answers, rows, strict=True)]
 
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
-        """Returns identity [N], "" for unknown; identities and scores [N, K]; embedding [N, D].
+        """Returns the output tensors: identity [N], identities and scores [N, K], embedding [N, D].
 
-        K is `k`, or the number of people if there are fewer; what a clip lacks is "" and -inf.
+        K is the smaller of `k` and the number of people. The identity of a stranger is "". Missing
+        identities are "", and their scores are -inf.
         """
-        most = max((len(one.best) for one in answer.answers), default=0)
+        most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))
         names, scores = np.full(shape, "", object), np.full(shape, -np.inf, np.float32)
-        for row, one in enumerate(answer.answers):
-            for place, (name, probability) in enumerate(one.best):
+        for row, clip in enumerate(answer.answers):
+            for place, (name, probability) in enumerate(clip.best):
                 names[row, place] = name
-                scores[row, place] = one.score if place == 0 else _log(probability)
-        identity = np.array([one.identity or "" for one in answer.answers], object)
+                scores[row, place] = clip.score if place == 0 else _log(probability)
+        identity = np.array([clip.identity or "" for clip in answer.answers], object)
         return {
             "identity": identity,
             "identities": names,
@@ -208,12 +219,12 @@ class GalleryModel:
         }
 
     def warm(self) -> None:
-        """Compiles the run's vectors for clips of every padded length, and compares one clip."""
+        """Compiles the programs of the run for every padded length, and identifies one clip."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
-                self.gallery.embed(_ones(self, length).clips)
+                self.gallery.embed(_make_question(self, length).clips)
         if self.gallery.index.names:
-            self.answer_batch([_ones(self, 1)])
+            self.answer_batch([_make_question(self, 1)])
 
 
 def _log(probability: float) -> np.float32:
@@ -223,15 +234,15 @@ def _log(probability: float) -> np.float32:
 class RunModel:
     """The net of a run: scores of its classes, and embeddings.
 
-    A clip is padded to the least of PAD_LENGTHS that its longest modality needs, in blocks of as
-    many rows as `Predictor.scores` takes. So there are few programs, which `warm` compiles.
+    Clips are padded to the next of PAD_LENGTHS, and blocks have as many rows as in
+    `Predictor.scores`. So there are only few programs, and `warm` compiles all of them.
     """
 
     name = "run"
 
     def __init__(self, run: Predictor):
         self.run = run
-        self._width = self.answer_batch([_ones(self, 1)])[0].vectors.shape[1]
+        self._width = self.answer_batch([_make_question(self, 1)])[0].vectors.shape[1]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -248,12 +259,12 @@ class RunModel:
         )
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Scored]:
-        """Returns the scores of each question's clips."""
-        run, request = self.run, self.run.request(_joined(questions), None)
+        """Scores the clips of each question."""
+        run, request = self.run, self.run.request(_join_clips(questions), None)
         data = request.data
         split = data.split(request.split)
-        # Tables of members have a row for each name: as many as no other batch compiles for.
-        rest = -len(split.clips) % TABLE
+        # The tables of an ensemble have a row per name. With a constant size they compile once.
+        rest = -len(split.clips) % TABLE_CLIPS
         names = [*split.clips, *(f"none/{number}" for number in range(rest))]
         scorer = ModelScorer(run.model_for(request), names, run.mesh)
         scores = np.full((len(request.names), len(run.identities)), -np.inf, np.float32)
@@ -261,20 +272,23 @@ class RunModel:
         rows = request.block_size * run.mesh.size
         for host in padded_batches(data, request.split, tuple(run.modalities), rows):
             block = devices.shard_batch(run.mesh, host)
-            (found,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
+            (block_scores,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
             real = np.asarray(host.batch_mask)
             places = np.asarray(host.clip_index)[real]
-            scores[places] = np.asarray(found)[real][:, : scores.shape[1]]
+            scores[places] = np.asarray(block_scores)[real][:, : scores.shape[1]]
             norms = np.linalg.norm(embedded[real], axis=1, keepdims=True)
             if vectors is None:
                 vectors = np.zeros((len(scores), embedded.shape[1]), np.float32)
             vectors[places] = embedded[real] / np.where(norms > 0, norms, 1.0)
         assert vectors is not None  # there is at least one clip
         scores, vectors = scores[request.clip_index], vectors[request.clip_index]
-        return [Scored(scores[rows], vectors[rows]) for rows in _slices(questions)]
+        return [Scored(scores[rows], vectors[rows]) for rows in _slice_rows(questions)]
 
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
-        """Returns scores [N, C], the best identities [N, K], "" for none, and embedding [N, D]."""
+        """Returns the output tensors: scores [N, C], identities [N, K], embedding [N, D].
+
+        The identity of a class that could not be scored is "".
+        """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
         names = np.array(self.run.identities, object)[best]
@@ -282,10 +296,10 @@ class RunModel:
         return {"scores": answer.scores, "identities": names, "embedding": answer.vectors}
 
     def warm(self) -> None:
-        """Compiles the programs for both sizes of blocks, and every padded length."""
+        """Compiles the programs for both block sizes and all padded lengths."""
         for length in PAD_LENGTHS:
-            self.answer_batch([_ones(self, length)])
-            self.answer_batch([_ones(self, length, SMALL_REQUEST + 1)])
+            self.answer_batch([_make_question(self, length)])
+            self.answer_batch([_make_question(self, length, SMALL_REQUEST + 1)])
 
 
 Model = GalleryModel | RunModel
