@@ -40,7 +40,7 @@ SYSTEMS = {
 }
 # What a format cannot hold, and says in one line. All else it holds.
 CANNOT = {
-    (name, "numpy"): f"--format=numpy {formats.ONLY}, not '{model}'"
+    (name, "numpy"): f"--format=numpy {formats.NUMPY_SCOPE}, not '{model}'"
     for name, model in {
         "knn": "knn", "quality_fusion": "dense", "deepmef": "fallback",
         "residual_dense": "fallback", "noise_classes": "dense", "mma": "mma", "cosine": "cosine",
@@ -175,7 +175,7 @@ def test_an_imported_run_evaluates_equal_to_the_bit(
 def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
     monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
     code, told, complaint = export(nearest_run, "safetensors")
-    assert code == 2 and "its scores differ from ours by 2.0e-05" in complaint
+    assert code == 2 and "outputs differ from vidjax by 2.0e-05" in complaint
     assert "differ" in told["error"]
     assert not list(tmp_path.iterdir())
 
@@ -185,8 +185,10 @@ def test_an_export_is_compared_on_clips_that_no_member_was_trained_on(nearest_ru
     names = tuple(map(str, range(9)))
     held = np.arange(9)[None] % 2 > 0
     folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=held))
-    expected = function.made_up(run).expected
-    np.testing.assert_array_equal(function.made_up(folds).expected["scores"], expected["scores"])
+    expected = function.make_random_clips(run).expected
+    np.testing.assert_array_equal(
+        function.make_random_clips(folds).expected["scores"], expected["scores"]
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.00002])
@@ -215,13 +217,13 @@ def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, command):
     save_file({**good, name: good[name][:, :-1].copy()}, out / weights.WEIGHTS)
     assert f"is of another model: {name}" in complaint()
     save_file({n: x for n, x in good.items() if n != name}, out / weights.WEIGHTS)
-    assert "is absent, not float32[1, " in complaint()
+    assert "is missing, not float32[1, " in complaint()
     save_file({**good, "more": good[name]}, out / weights.WEIGHTS)
-    assert "it has more besides" in complaint()
+    assert "it also has more" in complaint()
     (out / weights.WEIGHTS).write_bytes(b"\xff" * 100)
     assert "is damaged" in complaint()
     (out / weights.WEIGHTS).unlink()
-    assert "has no weights.safetensors: name a folder that vidjax export has made" in complaint()
+    assert "has no weights.safetensors: name a folder that vidjax export wrote" in complaint()
 
 
 @pytest.mark.parametrize(
@@ -438,7 +440,7 @@ def test_openvino_answers_as_the_run_does(name, trained, tmp_path, export, openv
     core, run = openvino.Core(), predict.restore(path, num_devices=1)
     model = core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    made = function.made_up(run)
+    made = function.make_random_clips(run)
     found = compiled({part.any_name: made.inputs[part.any_name] for part in compiled.inputs})
     answers = {part.any_name: value for part, value in found.items()}
     assert function.difference(answers, made.expected) <= 1e-4
@@ -448,7 +450,7 @@ def test_an_operation_without_a_form_is_named():
     pytest.importorskip("onnxruntime")
     graph = importlib.import_module("vidjax.apps.export.onnx_graph")
     inputs = {"x": jax.ShapeDtypeStruct((3,), np.float32)}
-    with pytest.raises(ValueError, match="no form is known of the operation 'lgamma'"):
+    with pytest.raises(ValueError, match="does not support the operation 'lgamma'"):
         graph.to_model(lambda x: {"y": jax.lax.lgamma(x["x"])}, inputs, ["y"])
 
 

@@ -1,1 +1,1 @@
-"""Models that leave JAX: a run, or a gallery, in a format that another runtime loads."""
+"""Exports runs and galleries to the formats of other runtimes, and imports runs again."""

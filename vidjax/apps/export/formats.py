@@ -1,6 +1,7 @@
-"""The formats of `vidjax export`: each writes its file, and loads it again by its own runtime.
+"""The formats of `vidjax export`. Each writes a file, and loads it with its runtime for a check.
 
-`numpy`, and `safetensors` of a gallery, are plain arrays, which `reader.py` scores clips by:
+The format `numpy`, and `safetensors` for galleries, consist of plain arrays. With these arrays,
+`reader.py` scores clips:
 
     scale, unenrolled, stranger, temperature   [E], of `two_covariance.Settings` and `config.eval`
     PART/centre, PART/mean      [E, D], subtracted from vectors before and after they are scaled
@@ -8,10 +9,10 @@
     PART/linear, PART/constant  [E, N, D] and [E, N], coefficients of z, and the constant
     PART/curve, PART/kind       [E, U, D] and [E, N], coefficients of z^2, and each person's row
     PART/known                  [E, N], 1 for people with a clip that has the part
-    PART/scale, PART/limit      [E], factor on ratios, and their bound beside other parts
+    PART/scale, PART/limit      [E], factor of the ratios, and their bound if there are other parts
 
-N are the people in the order of identities.json, E the members of an ensemble. All are float32 or
-float64, but `kind` and `known`, which are int32.
+N is the number of people, in the order of identities.json, and E the number of ensemble members.
+`kind` and `known` are int32. All other arrays are float32 or float64.
 """
 
 import functools
@@ -38,24 +39,28 @@ from vidjax.utils.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Arrays = dict[str, np.ndarray]
-Answer = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-ONLY = "holds sums and products alone: a run of configs/plda.py, or a gallery"
+Predict = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+NUMPY_SCOPE = "supports only runs of configs/plda.py and galleries"
 
 
 class Format(NamedTuple):
-    """A format.
+    """A format of `vidjax export`.
 
     Attributes:
-      file: the file or folder that it adds to the weights; "" for none.
-      write: writes it into a folder that holds the weights; returns what its runtime answers.
-      packages: what it needs beside vidjax, and the extra that installs them.
-      outputs: what the file answers.
-      gallery: writes a gallery in place of a run and returns the largest difference, or None.
-      bounded: whether weights and program lie in one file, of less than `function.LARGEST` bytes.
+      file: the file or folder with the model, in addition to the weights; "" if there is none.
+      write: writes the model into a folder that contains the weights. Returns a function that
+        computes the outputs with the runtime of the format.
+      packages: the packages that the format needs in addition to vidjax.
+      extra: the extra of vidjax that installs the packages.
+      outputs: the names of the outputs.
+      gallery: writes a gallery and returns the largest difference of its scores; None if the format
+        cannot store galleries.
+      bounded: True if the weights are in the file of the program, which has a limit of
+        `function.LARGEST` bytes.
     """
 
     file: str
-    write: Callable[[Predictor, Shapes, Path], Answer]
+    write: Callable[[Predictor, Shapes, Path], Predict]
     packages: tuple[str, ...]
     extra: str
     outputs: tuple[str, ...] = function.OUTPUTS
@@ -63,118 +68,123 @@ class Format(NamedTuple):
     bounded: bool = False
 
 
-def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
-    """Writes the compiled form that `jax.export` reads."""
+def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
+    """Writes a serialised program for `jax.export`."""
     path = folder / "model.stablehlo"
-    compiled = jax.export.export(jax.jit(function.of_members(run)), platforms=PLATFORMS)
-    path.write_bytes(compiled(dict(inputs)).serialize())
+    export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
+    path.write_bytes(export(dict(inputs)).serialize())
     loaded = jax.export.deserialize(bytearray(path.read_bytes()))
 
-    def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        with devices.keep_no_programs():  # a program for each size, with all weights
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        # There is a program for each input size, and each program contains all weights.
+        with devices.keep_no_programs():
             return jax.device_get(jax.jit(loaded.call).lower(inputs).compile()(inputs))
 
-    return answer
+    return predict_outputs
 
 
-def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
-    """Writes a SavedModel, the compiled form as one operation that XLA inside of TensorFlow runs.
+def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
+    """Writes a SavedModel with one operation, which TensorFlow runs with XLA.
 
-    TensorFlow and TF Serving load it, TensorFlow Lite and runtimes without XLA do not. The weights
-    lie beside it, as variables: as constants of a graph they would be copied dozens of times, and
-    could not have more than 2 GB.
+    TensorFlow and TF Serving can load it. TensorFlow Lite and runtimes without XLA cannot. The
+    weights are variables, because constants of a graph are limited to 2 GB and are copied dozens of
+    times.
     """
     from jax.experimental import jax2tf
 
     from vidjax.data.records.streaming import tf
 
     path = str(folder / "saved_model")
-    shapes: Any = {name: f"({', '.join(map(str, one.shape))})" for name, one in inputs.items()}
+    shapes: Any = {name: f"({', '.join(map(str, spec.shape))})" for name, spec in inputs.items()}
     converted = jax2tf.convert(
-        functools.partial(function.outputs, run),
+        functools.partial(function.compute_outputs, run),
         polymorphic_shapes=[None, shapes],
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda"),
     )
-    given = {
+    specs = {
         name: tf.TensorSpec(
-            [x if isinstance(x, int) else None for x in one.shape], one.dtype.name, name
+            [x if isinstance(x, int) else None for x in spec.shape], spec.dtype.name, name
         )
-        for name, one in inputs.items()
+        for name, spec in inputs.items()
     }
-    variables = jax.tree.map(tf.Variable, function.members(run))
+    variables = jax.tree.map(tf.Variable, function.get_members(run))
     serving: Any = tf.function(lambda **arrays: converted(variables, arrays), autograph=False)
-    signature = serving.get_concrete_function(**given)
+    signature = serving.get_concrete_function(**specs)
     module: Any = tf.Module()
     module.weights = jax.tree.leaves(variables)
     tf.saved_model.save(module, path, signatures={"serving_default": signature})
     loaded = tf.saved_model.load(path).signatures["serving_default"]
 
-    def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         tensors = {name: tf.constant(value) for name, value in inputs.items()}
         return {name: value.numpy() for name, value in loaded(**tensors).items()}
 
-    return answer
+    return predict_outputs
 
 
-def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
+def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     """Writes an ONNX model."""
     import onnxruntime
 
     from vidjax.apps.export import onnx_graph
 
     path = folder / "model.onnx"
-    model = onnx_graph.to_model(function.of_members(run), inputs, function.OUTPUTS)
+    model = onnx_graph.to_model(function.make_function(run), inputs, function.OUTPUTS)
     path.write_bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    read = [one.name for one in session.get_inputs()]
+    input_names = [value.name for value in session.get_inputs()]
 
-    def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        found = session.run(list(function.OUTPUTS), {name: inputs[name] for name in read})
-        return {n: np.asarray(x) for n, x in zip(function.OUTPUTS, found, strict=True)}
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        feeds = {name: inputs[name] for name in input_names}
+        arrays = session.run(list(function.OUTPUTS), feeds)
+        return {n: np.asarray(x) for n, x in zip(function.OUTPUTS, arrays, strict=True)}
 
-    return answer
+    return predict_outputs
 
 
-def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
-    """Makes a run of the weights that lie in the folder already, and asks that."""
+def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
+    """Checks the weights in the folder: imports them as a run, and predicts with this run."""
     del run, inputs
-    again = folder / "again"
-    weights.read(folder, again)
-    copy = predict.restore(again)
-    shutil.rmtree(again)
-    compiled, members = jax.jit(functools.partial(function.outputs, copy)), function.members(copy)
+    imported = folder / "imported"
+    weights.read(folder, imported)
+    copy = predict.restore(imported)
+    shutil.rmtree(imported)
+    compiled, members = (
+        jax.jit(functools.partial(function.compute_outputs, copy)),
+        function.get_members(copy),
+    )
     return lambda arrays: jax.device_get(compiled(members, dict(arrays)))
 
 
-def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Answer:
+def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     """Writes the arrays of a PLDA run, and the reader."""
     del inputs
-    read = _with_reader(folder, of_run(run))
+    read = _write_arrays(folder, make_run_arrays(run))
 
-    def answer(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        vectors = unit_means(run, inputs)
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        vectors = compute_unit_means(run, inputs)
         logs = read(vectors)[:, 1:]
         logs[~np.any([x.any(axis=1) for x in vectors.values()], axis=0)] = -np.inf
         return {"scores": logs}
 
-    return answer
+    return predict_outputs
 
 
-def _with_reader(
+def _write_arrays(
     folder: Path, arrays: Mapping[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays with the reader beside them, and returns what it answers from the file."""
+    """Writes arrays and the reader; returns a function that scores vectors with the file."""
     path = folder / "arrays.npz"
     np.savez(path, **arrays)
     shutil.copyfile(reader.__file__, folder / "reader.py")
-    found = files.read_npz(path, path.stat().st_size)
-    return lambda vectors: reader.log_probabilities(found, vectors)
+    written = files.read_npz(path, path.stat().st_size)
+    return lambda vectors: reader.log_probabilities(written, vectors)
 
 
 def gallery_numpy(gallery: Gallery, folder: Path) -> float:
     """Writes the arrays of a gallery, and the reader."""
-    read = _with_reader(folder, of_gallery(gallery))
+    read = _write_arrays(folder, make_gallery_arrays(gallery))
     return check_gallery(gallery, read)
 
 
@@ -183,24 +193,30 @@ def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
     from safetensors.numpy import load_file, save_file
 
     path = folder / "arrays.safetensors"
-    save_file(of_gallery(gallery), path)
+    save_file(make_gallery_arrays(gallery), path)
     shutil.copyfile(reader.__file__, folder / "reader.py")
-    found = load_file(path)
-    return check_gallery(gallery, lambda x: reader.log_probabilities(found, x))
+    written = load_file(path)
+    return check_gallery(gallery, lambda x: reader.log_probabilities(written, x))
 
 
-def of_run(run: Predictor) -> Arrays:
-    """Returns the arrays of a PLDA run; UserError for another one."""
+def make_run_arrays(run: Predictor) -> Arrays:
+    """Returns the arrays of a PLDA run.
+
+    Raises:
+      UserError: the run has another model, or settings that the reader lacks.
+    """
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
-        raise UserError(f"--format=numpy {ONLY}, not '{config.model.name}'\nchoose safetensors")
+        raise UserError(
+            f"--format=numpy {NUMPY_SCOPE}, not '{config.model.name}'\nchoose safetensors"
+        )
     if config.eval.scores != "log_softmax" or config.eval.top_classes or config.ensemble.views:
         raise UserError(
-            "--format=numpy has scores of all identities, eval.scores=log_softmax, and no views\n"
+            "--format=numpy needs eval.scores=log_softmax, all identities, and no views\n"
             "choose safetensors"
         )
     solved = jax.device_get(run.model_state["solved"])
-    own = slice(1, 1 + len(run.identities))
+    columns = slice(1, 1 + len(run.identities))
     members = len(run.training_sets.members)
     settings = solved["settings"]
     arrays = {name: getattr(settings, name) for name in ("scale", "unenrolled", "stranger")}
@@ -211,22 +227,22 @@ def of_run(run: Predictor) -> Arrays:
             f"{part}/centre": solved[part]["centre"],
             f"{part}/mean": space.mean,
             f"{part}/transform": space.transform,
-            f"{part}/linear": enrolled.linear[:, own],
-            f"{part}/constant": enrolled.constant[:, own],
+            f"{part}/linear": enrolled.linear[:, columns],
+            f"{part}/constant": enrolled.constant[:, columns],
             f"{part}/curve": enrolled.curve,
-            f"{part}/kind": enrolled.kind[:, own],
-            f"{part}/known": enrolled.known[:, own].astype(np.int32),
+            f"{part}/kind": enrolled.kind[:, columns],
+            f"{part}/known": enrolled.known[:, columns].astype(np.int32),
             f"{part}/scale": np.ones(members),
             f"{part}/limit": np.full(members, np.inf),
         }
     return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
 
-def of_gallery(gallery: Gallery) -> Arrays:
-    """Returns the arrays of a gallery; people are in the order of `gallery.index.names`."""
+def make_gallery_arrays(gallery: Gallery) -> Arrays:
+    """Returns the arrays of a gallery. People are in the order of `gallery.index.names`."""
     index, backend = gallery.index, gallery.backend
     if not index.names:
-        raise UserError(f"gallery '{gallery.folder}' has nobody: there is nothing to export")
+        raise UserError(f"gallery '{gallery.folder}' has nobody enrolled\nenrol people first")
     arrays: dict[str, Any] = {
         name: np.asarray(getattr(backend.settings, name), np.float64)
         for name in ("scale", "unenrolled", "stranger")
@@ -234,7 +250,7 @@ def of_gallery(gallery: Gallery) -> Arrays:
     arrays["temperature"] = np.ones(())
     for number, part in enumerate(backend.parts):
         scorer = index.scorers[number]
-        own: dict[str, Any] = {
+        part_arrays: dict[str, Any] = {
             "centre": part.centre,
             "linear": np.concatenate([block.linear[number] for block in index.blocks]),
             "known": (index.counts[number] > 0).astype(np.int32),
@@ -242,7 +258,7 @@ def of_gallery(gallery: Gallery) -> Arrays:
         }
         if isinstance(scorer, Ratios):
             assert part.space is not None
-            own |= {
+            part_arrays |= {
                 "mean": part.space.mean,
                 "transform": part.space.transform,
                 "constant": np.concatenate([block.constant[number] for block in index.blocks]),
@@ -251,31 +267,31 @@ def of_gallery(gallery: Gallery) -> Arrays:
                 "scale": np.ones(()),
             }
         elif part.distances is not None:
-            own |= {
+            part_arrays |= {
                 "mean": scorer.population.mean,
                 "share": scorer.share,
                 "radius": scorer.radius,
                 "variance": scorer.variance + part.distances.within,
                 "card": scorer.card,
             }
-        arrays |= {f"{part.name}/{name}": value for name, value in own.items()}
+        arrays |= {f"{part.name}/{name}": value for name, value in part_arrays.items()}
     return {name: np.ascontiguousarray(value)[None] for name, value in arrays.items()}
 
 
-def unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns part -> [B, D], what the reader takes: mean frames, scaled to length 1."""
-    batch = function.as_batch(run, inputs)
+def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the vectors for the reader: part -> [B, D], mean frames scaled to length 1."""
+    batch = function.make_batch(run, inputs)
     fused = run.system.fuse(None, batch.frames, jax.numpy.int32(-1))
     return {part: np.asarray(unit_mean(fused[part])) for part in run.modalities}
 
 
 def check_gallery(
-    gallery: Gallery, answer: Callable[[Mapping[str, np.ndarray]], np.ndarray]
+    gallery: Gallery, read: Callable[[Mapping[str, np.ndarray]], np.ndarray]
 ) -> float:
-    """Compares a reader with the gallery on made-up vectors; returns the largest difference.
+    """Compares a reader with the gallery on random vectors; returns the largest difference.
 
     Raises:
-      UserError: they differ by more than `function.TOLERANCE`.
+      UserError: the scores differ by more than `function.TOLERANCE`.
     """
     rng, parts = np.random.default_rng(0), {}
     for number, (name, width) in enumerate(gallery.backend.widths.items()):
@@ -284,14 +300,14 @@ def check_gallery(
         parts[name][1 + number % 5] = 0  # a clip that lacks the part
     if len(parts) > 1:
         for x in parts.values():
-            x[0] = 0  # and one that lacks all
-    wanted = np.stack(list(gallery.index.search(list(parts.values()))))
-    worst = function.difference({"scores": answer(parts)}, {"scores": wanted})
+            x[0] = 0  # a clip that lacks all parts
+    expected = np.stack(list(gallery.index.search(list(parts.values()))))
+    worst = function.difference({"scores": read(parts)}, {"scores": expected})
     function.check_tolerance("numpy", worst)
     return worst
 
 
-# name -> format. To add one, write its function above and add a line here.
+# Name -> format. To add a format, write its function above, and add a line here.
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
     "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),

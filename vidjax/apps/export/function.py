@@ -1,7 +1,8 @@
-"""A run as one function of arrays, frames in and scores out, and made-up frames to compare it by.
+"""A run as one function from frames to scores, and random clips to check an exported function.
 
-The function is what a file of another runtime holds: fusion, net, all members and their mean. Its
-inputs are float32 or bool arrays named MODALITY_FIELD, B clips padded to T frames, see `FIELDS`.
+The function contains the fusion, the net, all ensemble members and their mean. It is exported to
+other runtimes. Its inputs are float32 or bool arrays with names MODALITY_FIELD, see `FIELDS`, of B
+clips that are padded to T frames.
 """
 
 import functools
@@ -27,28 +28,28 @@ from vidjax.utils.errors import UserError
 FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}
 BATCH = "B"
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
-TOLERANCE = 1e-5  # of a difference, as a part of the largest of 1 and the value
-LENGTHS = (5, 1, 9, 3)  # frames of the made-up clips
-BESIDE_ONE = 6  # frames of another one, whose last modality has one
-LARGEST = 1 << 31  # bytes of a file with a program: protocol and flat buffers hold no more
+TOLERANCE = 1e-5  # largest difference, relative to max(1, |value|)
+LENGTHS = (5, 1, 9, 3)  # frames of the random clips
+UNEVEN_LENGTH = 6  # frames of one more clip, whose last modality has a single frame
+LARGEST = 1 << 31  # bytes of a file with a program, the limit of protocol buffers and flat buffers
 
 Inputs = Mapping[str, Array]
 Member = tuple[Any, Any, Array]  # parameters, other collections, view
 Outputs = dict[str, Array]
-Shapes = Mapping[str, jax.ShapeDtypeStruct]  # symbolic where a size may vary
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # variable sizes are symbols
 
 
 def input_shapes(run: Predictor) -> Shapes:
-    """Returns the inputs of `outputs` by name, with the symbols B and T_MODALITY.
+    """Returns name -> shape and dtype of the inputs of `compute_outputs`.
 
-    A clip's frames of a modality are T_MODALITY long. Runs that judge frames one by one, with
-    `after_fusion=examples`, want one length T for all modalities.
+    The sizes B (clips) and T_MODALITY (frames) are symbols. If frames are examples, with
+    `after_fusion=examples`, all modalities have the same length T.
     """
-    one_length = run.system.frame_is_example
+    same_length = run.system.frame_is_example
     scope = jax.export.SymbolicScope()
     shapes = {}
     for name, width in run.modalities.items():
-        frames = "T" if one_length else f"T_{symbol(name)}"
+        frames = "T" if same_length else f"T_{to_symbol(name)}"
         dims = jax.export.symbolic_shape(f"{BATCH}, {frames}", scope=scope)
         for field, dtype in FIELDS.items():
             shape = (*dims, width) if field == "features" else dims
@@ -56,44 +57,46 @@ def input_shapes(run: Predictor) -> Shapes:
     return shapes
 
 
-def of_members(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns `outputs` of a run with all its members as a function of arrays of any size."""
-    return functools.partial(outputs, run, members(run))
+def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
+    """Returns a run with its weights as a function from inputs of any size to outputs."""
+    return functools.partial(compute_outputs, run, get_members(run))
 
 
-def outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
-    """Returns the scores [B, C] and the embeddings [B, D] of a run that has these weights."""
-    batch = as_batch(run, inputs)
+def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
+    """Computes the scores [B, C] and the embeddings [B, D] of a run with the given members."""
+    batch = make_batch(run, inputs)
     if run.system.frame_is_example:
-        fused = _fuse_alone(run.system, batch.frames)
-        fusions = {name: lambda *_, one=one: one for name, one in fused.items()}
+        fused = _fuse_clips(run.system, batch.frames)
+        fusions = {name: lambda *_, frames=frames: frames for name, frames in fused.items()}
         run = run._replace(system=run.system._replace(fuse_eval=fusions))
     return {
-        "scores": _scores(run, members, batch),
-        "embeddings": _embeddings(run, members, batch),
+        "scores": _compute_scores(run, members, batch),
+        "embeddings": _compute_embeddings(run, members, batch),
     }
 
 
-def symbol(name: str) -> str:
-    """Returns the name of a modality with only letters, digits and _."""
+def to_symbol(name: str) -> str:
+    """Replaces all characters of a name by _, except for letters and digits."""
     return "".join(x if x.isascii() and x.isalnum() else "_" for x in name)
 
 
-def as_batch(run: Predictor, inputs: Inputs) -> Batch:
-    """Returns the batch of the inputs, B clips that all exist."""
+def make_batch(run: Predictor, inputs: Inputs) -> Batch:
+    """Makes a batch of B clips from the inputs."""
     frames = {}
     for name in run.modalities:
         features, quality, detection, mask = (inputs[f"{name}_{field}"] for field in FIELDS)
         if run.config.data.quality == "norm":
             quality = jnp.linalg.norm(features, axis=-1)
         number = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
-        frames[name] = Frames(features, quality, detection, number, _best_frames(quality, mask))
+        frames[name] = Frames(
+            features, quality, detection, number, _mask_best_frames(quality, mask)
+        )
     rows = next(iter(frames.values())).mask.shape[0]
     return Batch(frames, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
 
 
-def _best_frames(quality: Array, mask: Array) -> Array:
-    """Returns the mask [B, T] of the frames that a run reads, see `ClipSource.eval_batches`."""
+def _mask_best_frames(quality: Array, mask: Array) -> Array:
+    """Returns the mask [B, T] of the frames that a run uses, see `ClipSource.eval_batches`."""
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -101,39 +104,40 @@ def _best_frames(quality: Array, mask: Array) -> Array:
         order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
         return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
 
-    # One round or none, as ONNX has loops here and no choice: short clips are not sorted.
+    # A loop of one round, or of none if all clips are short. Our ONNX graphs have no conditionals.
     long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
     return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
 
 
-def _fuse_alone(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Fuses frames of clips as a run fuses each clip alone, where frames are examples.
+def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
+    """Fuses the frames of each clip as if it were the only clip of the batch.
 
-    There a modality is padded by its own length. So its only frame is repeated beside all frames of
-    another, see `System.to_examples`. Here all modalities are padded to one length.
+    A run pads the modalities of a single clip separately, and `System.to_examples` repeats the only
+    frame of a modality for all frames of another modality. In this batch, all modalities have the
+    same length, so the frame is repeated here.
     """
     fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
     padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
     if len(padded) < 2:
         return fused
-    for name in padded:  # the n-th real frames are one example
+    for name in padded:  # the n-th real frames of all modalities form an example
         order = jnp.argsort(~frames[name].mask, axis=1, stable=True)
         fused[name] = fusion.map_fields(lambda x, to=order: fusion.take(x, to), fused[name])
     several = {name: jnp.sum(frames[name].mask, axis=1, keepdims=True) > 1 for name in padded}
     exists = jnp.any(jnp.stack([fused[name].mask & several[name] for name in padded]), axis=0)
     for name in padded:
-        alone = exists.any(axis=1, keepdims=True) & ~several[name]
+        is_single = exists.any(axis=1, keepdims=True) & ~several[name]
 
-        def repeat(x: Array, where: Array = alone) -> Array:
+        def repeat(x: Array, where: Array = is_single) -> Array:
             return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - 2)), x[:, :1], x)
 
         repeated = fusion.map_fields(repeat, fused[name])
-        fused[name] = repeated._replace(mask=repeated.mask & (exists | ~alone))
+        fused[name] = repeated._replace(mask=repeated.mask & (exists | ~is_single))
     return fused
 
 
-def members(run: Predictor) -> list[Member]:
-    """Returns parameters, other collections and view of each member."""
+def get_members(run: Predictor) -> list[Member]:
+    """Returns the parameters, the other collections and the view of each member."""
     weights = run.params, run.model_state
     return [
         (*jax.device_get(ensemble.take(weights, number)), jnp.int32(member.view))
@@ -141,8 +145,8 @@ def members(run: Predictor) -> list[Member]:
     ]
 
 
-def _scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
-    """Returns the mean scores of all members, [B, C], as `ModelScorer` computes them."""
+def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
+    """Computes the mean scores of all members, [B, C], like `ModelScorer`."""
     system, count = run.system, len(run.identities)
     each = [
         eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
@@ -151,15 +155,17 @@ def _scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     scores = each[0]
     if len(each) > 1:
         total = eval_step.no_scores(scores, logs=system.scores_are_logs)
-        for one in each:
-            total = eval_step.add_scores(total, one, jnp.ones(scores.shape[0], scores.dtype))
+        for member_scores in each:
+            total = eval_step.add_scores(
+                total, member_scores, jnp.ones(scores.shape[0], scores.dtype)
+            )
         scores = eval_step.mean_scores(total)
     top = cast(int, run.config.eval.top_classes)
     return keep_best(scores, top) if 0 < top < count else scores
 
 
-def _embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
-    """Returns the unit vectors [B, D] of `Predictor.embed`."""
+def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
+    """Computes the unit vectors [B, D] of `Predictor.embed`."""
     parts = [
         eval_step.embed_step(run.system, params, state, view, batch)
         for params, state, view in members
@@ -169,28 +175,28 @@ def _embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Arra
     return vectors / jnp.where(norms > 0, norms, 1.0)
 
 
-class MadeUp(NamedTuple):
-    """Made-up clips, as inputs of the function and as a run takes them, and the run's answers."""
+class RandomClips(NamedTuple):
+    """Random clips as inputs of the function, and the outputs of the run for them."""
 
     inputs: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
 
 
-def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
-    """Returns random clips of LENGTHS frames: the second one lacks all modalities but the last.
+def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
+    """Makes random clips of LENGTHS frames. The second clip has only the last modality.
 
-    Where frames are examples, another clip has a single frame of the last of several modalities.
-    What a run answers for it alone is expected.
+    If frames are examples and there are several modalities, another clip has a single frame of the
+    last modality. The run predicts this clip separately.
 
     Args:
-      run: the run whose answers are returned.
-      seed: of the random numbers.
-      padding: number of frames by which arrays are longer than the longest clip.
+      run: the run that predicts the expected outputs.
+      seed: the seed of the random numbers.
+      padding: number of padded frames after the longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
     uneven = run.system.frame_is_example and len(names) > 1
-    lengths = np.array([*LENGTHS, BESIDE_ONE] if uneven else LENGTHS)
+    lengths = np.array([*LENGTHS, UNEVEN_LENGTH] if uneven else LENGTHS)
     clips: list[dict[str, Any]] = [{} for _ in lengths]
     for name, width in run.modalities.items():
         shape = (len(lengths), longest)
@@ -209,59 +215,61 @@ def made_up(run: Predictor, seed: int = 0, padding: int = 2) -> MadeUp:
         inputs[f"{name}_mask"] = real
         for row in np.flatnonzero(real.any(axis=1)):
             clips[row][name] = {field: value[row][real[row]] for field, value in values.items()}
-    named = [(f"made up by vidjax export {row}", clip) for row, clip in enumerate(clips)]
+    named = [(f"random clip {row} of vidjax export", clip) for row, clip in enumerate(clips)]
     requests = [dict(part) for part in (named[: len(LENGTHS)], named[len(LENGTHS) :]) if part]
     expected = {
-        "scores": np.concatenate([run.scores(one) for one in requests]),
-        "embeddings": np.concatenate([run.embed(one) for one in requests]),
+        "scores": np.concatenate([run.scores(request) for request in requests]),
+        "embeddings": np.concatenate([run.embed(request) for request in requests]),
     }
-    return MadeUp(inputs, expected)
+    return RandomClips(inputs, expected)
 
 
-def difference(found: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
-    """Returns the largest difference of the outputs in `found`, inf if they differ in kind.
+def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
+    """Returns the largest difference between outputs and expected outputs.
 
-    A difference is a part of the value, or absolute for values below 1. Infinite values are equal
-    or not.
+    Differences are relative for values above 1, and absolute below. The result is inf if shapes
+    differ, if an output is NaN, or if not the same values are infinite.
     """
     worst = 0.0
-    for name, given in found.items():
-        value, wanted = np.asarray(given, np.float64), np.asarray(expected[name], np.float64)
-        if value.shape != wanted.shape or np.isnan(value).any():
+    for name, output in outputs.items():
+        value, target = np.asarray(output, np.float64), np.asarray(expected[name], np.float64)
+        if value.shape != target.shape or np.isnan(value).any():
             return float("inf")
-        finite = np.isfinite(wanted)
-        if not np.array_equal(value[~finite], wanted[~finite]):
+        finite = np.isfinite(target)
+        if not np.array_equal(value[~finite], target[~finite]):
             return float("inf")
-        gap = np.abs(value[finite] - wanted[finite])
-        worst = max(worst, float(np.max(gap / np.maximum(1, np.abs(wanted[finite])), initial=0.0)))
+        gap = np.abs(value[finite] - target[finite])
+        worst = max(worst, float(np.max(gap / np.maximum(1, np.abs(target[finite])), initial=0.0)))
     return worst
 
 
 def check(
-    what: str, run: Predictor, answer: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+    format_name: str,
+    run: Predictor,
+    predict: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]],
 ) -> float:
-    """Compares a loaded model with the run on made-up clips; returns the largest difference.
+    """Compares a loaded model with the run on random clips; returns the largest difference.
 
-    Batches of one and of several clips, of two lengths, are compared.
+    The batches have one or several clips, and two different lengths.
 
     Raises:
-      UserError: they differ by more than TOLERANCE.
+      UserError: the outputs differ by more than TOLERANCE.
     """
     worst = 0.0
     for seed, padding in enumerate((2, 0)):
-        made = made_up(run, seed, padding)
-        worst = max(worst, difference(answer(made.inputs), made.expected))
-        single = {name: value[2:3] for name, value in made.inputs.items()}
-        wanted = {name: value[2:3] for name, value in made.expected.items()}
-        worst = max(worst, difference(answer(single), wanted))
-    check_tolerance(what, worst)
+        clips = make_random_clips(run, seed, padding)
+        worst = max(worst, difference(predict(clips.inputs), clips.expected))
+        single = {name: value[2:3] for name, value in clips.inputs.items()}
+        expected = {name: value[2:3] for name, value in clips.expected.items()}
+        worst = max(worst, difference(predict(single), expected))
+    check_tolerance(format_name, worst)
     return worst
 
 
-def check_tolerance(what: str, worst: float) -> None:
+def check_tolerance(format_name: str, worst: float) -> None:
     """Raises UserError if a difference is larger than TOLERANCE."""
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{what}: its scores differ from ours by {worst:.1e}, more than {TOLERANCE:.0e}\n"
+            f"{format_name}: outputs differ from vidjax by {worst:.1e}, more than {TOLERANCE:.0e}\n"
             "nothing was written: choose another format"
         )

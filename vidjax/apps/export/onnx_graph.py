@@ -1,11 +1,11 @@
-"""A JAX function as an ONNX graph: each primitive of its jaxpr becomes a few nodes.
+"""Converts a JAX function to an ONNX graph: each primitive of its jaxpr becomes a few nodes.
 
-The jaxpr is traced with symbols for B and T, so the graph takes arrays of any size. What depends on
-no input is computed here and stored: weights and random draws become constants. A new primitive
-gets a line in RULES, with a function above it where one line does not do.
+The jaxpr is traced with symbols for B and T, so the graph accepts arrays of any size. Values that
+do not depend on an input, such as weights and random draws, are computed here and stored as
+constants. To add a primitive, add a line to RULES, with a function if a line is not enough.
 
-ONNX Runtime lacks some operators for bool and uint32. So choices between bools are logic, and
-uint32 is int64 modulo 2**32.
+ONNX Runtime lacks some operators for bool and uint32. So a selection between bools uses logical
+operators, and uint32 is computed as int64 modulo 2**32.
 """
 
 import ast
@@ -26,12 +26,14 @@ from onnx import helper, numpy_helper
 from vidjax.apps.export.function import LARGEST
 from vidjax.utils.errors import UserError
 
-OPSET, IR_VERSION = 18, 8  # those that ONNX Runtime 1.14 and later read
+OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 and later can read them
 _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": np.float32,
            "float16": np.float32}  # fmt: skip
-CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a derivative of their own
-Eqn = Any  # a JaxprEqn, whose types lack the shapes of its values
-Rule = Callable[["Graph", Any, Sequence[str]], Any]  # of an Eqn and the names of its arguments
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a custom derivative
+Eqn = Any  # a JaxprEqn; its type annotations lack the shapes of values
+Rule = Callable[
+    ["Graph", Any, Sequence[str]], Any
+]  # (graph, Eqn, names of the arguments) -> names of the results
 
 
 def to_model(
@@ -39,7 +41,7 @@ def to_model(
     inputs: Mapping[str, jax.ShapeDtypeStruct],
     outputs: Sequence[str],
 ) -> onnx.ModelProto:
-    """Returns a function of named arrays as an ONNX model.
+    """Converts a function of named arrays to an ONNX model.
 
     Args:
       function: inputs -> outputs, dicts of arrays.
@@ -47,7 +49,7 @@ def to_model(
       outputs: names of the outputs, in their order in the model.
 
     Raises:
-      UserError: the function needs what ONNX, or this module, cannot express.
+      UserError: the function uses a primitive without a rule, or the model is too large.
     """
     names = sorted(inputs)  # as JAX flattens a dict
     traced = jax.make_jaxpr(function)(dict(inputs))
@@ -56,61 +58,63 @@ def to_model(
         for axis, dim in enumerate(inputs[name].shape):
             if str(dim).isidentifier():
                 graph.symbols.setdefault(str(dim), (name, axis))
-    found = graph.run(traced.jaxpr, traced.consts, names)
-    results = dict(zip(sorted(outputs), found, strict=True))
+    values = graph.add_jaxpr(traced.jaxpr, traced.consts, names)
+    results = dict(zip(sorted(outputs), values, strict=True))
     ends = [graph.node("Identity", results[name], name=name) for name in outputs]
     avals = dict(zip(sorted(outputs), traced.out_avals, strict=True))
-    used = _used(graph.nodes)
-    constants = [one for one in graph.constants if one.name in used]
-    if sum(len(one.raw_data) for one in constants) >= LARGEST:
-        raise UserError("--format=onnx holds 2.1 GB: choose safetensors or saved_model")
+    used = _find_inputs(graph.nodes)
+    constants = [constant for constant in graph.constants if constant.name in used]
+    if sum(len(constant.raw_data) for constant in constants) >= LARGEST:
+        raise UserError("--format=onnx holds at most 2.1 GB: choose safetensors or saved_model")
     proto = helper.make_graph(
         graph.nodes,
         "vidjax",
-        [_info(name, inputs[name]) for name in inputs],
-        [_info(name, avals[name]) for name in ends],
+        [_make_value_info(name, inputs[name]) for name in inputs],
+        [_make_value_info(name, avals[name]) for name in ends],
         constants,
     )
-    made = helper.make_opsetid("", OPSET)
-    model = helper.make_model(proto, opset_imports=[made], ir_version=IR_VERSION)
+    opset = helper.make_opsetid("", OPSET)
+    model = helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION)
     onnx.checker.check_model(model)
     return model
 
 
-def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Returns the names of the values that nodes and the bodies of their loops read."""
+def _find_inputs(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Returns the names of all inputs of nodes, including the bodies of loops."""
     names = set()
     for node in nodes:
         names.update(node.input)
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                names |= _used(attribute.g.node) | {one.name for one in attribute.g.output}
+                names |= _find_inputs(attribute.g.node) | {
+                    value.name for value in attribute.g.output
+                }
     return names
 
 
-def _info(name: str, aval: Any) -> onnx.ValueInfoProto:
-    kind = helper.np_dtype_to_tensor_dtype(_dtype(aval))
+def _make_value_info(name: str, aval: Any) -> onnx.ValueInfoProto:
+    kind = helper.np_dtype_to_tensor_dtype(_get_dtype(aval))
     dims = [int(dim) if isinstance(dim, int) else str(dim) for dim in aval.shape]
     return helper.make_tensor_value_info(name, kind, dims)
 
 
-def _dtype(aval: Any) -> np.dtype:
-    """Returns the dtype in which the graph computes a value."""
+def _get_dtype(aval: Any) -> np.dtype:
+    """Returns the dtype of a value in the graph."""
     return np.dtype(_DTYPES.get(aval.dtype.name, aval.dtype))
 
 
-def _unknown(what: str) -> UserError:
-    return UserError(f"onnx: no {what} is known\nchoose stablehlo or saved_model")
+def _make_error(primitive: str) -> UserError:
+    return UserError(f"onnx does not support {primitive}\nchoose stablehlo or saved_model")
 
 
 class Graph:
-    """Nodes under construction; a value is the name of a node's output.
+    """A graph under construction. A value is represented by the name of a node's output.
 
     Attributes:
-      nodes: in the order of computation.
-      constants: arrays, shared by all inner graphs.
+      nodes: the nodes in the order of computation.
+      constants: the constants, shared with all inner graphs.
       known: name of a constant -> its value, an array or a random key.
-      symbols: name of a dimension -> the input and its axis that have this size.
+      symbols: name of a symbolic size -> an input and the axis with this size.
     """
 
     def __init__(self) -> None:
@@ -123,7 +127,7 @@ class Graph:
         self._sizes: dict[str, str] = {}
 
     def body(self) -> "Graph":
-        """Returns a graph for the body of a loop in this graph."""
+        """Returns an empty graph for the body of a loop."""
         inner = copy.copy(self)
         inner.nodes, inner._sizes = [], dict(self._sizes)
         return inner
@@ -134,38 +138,38 @@ class Graph:
         """Returns a new name."""
         return f"v{next(self._numbers)}"
 
-    def nodes_of(self, op: str, *inputs: str, names: list[str], **attributes: Any) -> list[str]:
-        """Adds a node with outputs of these names, and returns them."""
+    def add_node(self, op: str, *inputs: str, names: list[str], **attributes: Any) -> list[str]:
+        """Adds a node whose outputs get the given names; returns the names."""
         self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
         return names
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Adds a node with one output, whose name it returns."""
-        return self.nodes_of(op, *inputs, names=[name or self.fresh()], **attributes)[0]
+        """Adds a node with a single output; returns its name."""
+        return self.add_node(op, *inputs, names=[name or self.fresh()], **attributes)[0]
 
     def ints(self, value: int | Sequence[int]) -> str:
-        """Returns the name of a constant of int64."""
+        """Adds an int64 constant; returns its name."""
         return self.constant(value, np.int64)
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """Returns the name of a constant; equal ones are stored once."""
+        """Adds a constant; returns its name. Equal constants are stored only once."""
         name = self.fresh()
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            self.known[name] = value  # only what is drawn by it can be stored
+            self.known[name] = value  # keys cannot be stored, only the numbers that they draw
             return name
-        given = np.asarray(value, dtype, order="C")
-        digest = hashlib.sha256(given.tobytes()).hexdigest()
-        known = self._names.setdefault((given.dtype.name, str(given.shape), digest), name)
+        original = np.asarray(value, dtype, order="C")
+        digest = hashlib.sha256(original.tobytes()).hexdigest()
+        known = self._names.setdefault((original.dtype.name, str(original.shape), digest), name)
         if known == name:
-            array = given.astype(_DTYPES.get(given.dtype.name, given.dtype), copy=False)
+            array = original.astype(_DTYPES.get(original.dtype.name, original.dtype), copy=False)
             self.constants.append(numpy_helper.from_array(array, name))
-            self.known[name] = given
+            self.known[name] = original
         return known
 
     # ---- sizes
 
     def size(self, dim: Any) -> str:
-        """Returns a dimension as int64 []; symbolic ones are computed from the inputs' shapes."""
+        """Returns a size as int64 []. Symbolic sizes are computed from the shapes of the inputs."""
         if isinstance(dim, int):
             return self.ints(dim)
         text = str(dim)
@@ -174,7 +178,7 @@ class Graph:
         return self._sizes[text]
 
     def _expression(self, tree: ast.expr) -> str:
-        """Computes the printed form of a symbolic dimension, such as `2*T - 1` or `max(0, T)`."""
+        """Adds nodes for a symbolic size, from its text, such as `2*T - 1` or `max(0, T)`."""
         if isinstance(tree, ast.Constant):
             return self.constant(tree.value, np.int64)
         if isinstance(tree, ast.Name):
@@ -192,70 +196,72 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Returns a shape, as int64 [n]."""
+        """Returns a shape as int64 [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
 
     def vector(self, scalar: str) -> str:
-        """Returns an int64 [1] of a scalar of any integer type."""
+        """Converts an integer scalar to int64 [1]."""
         if scalar in self.known:
             return self.constant(self.known[scalar].reshape(1), np.int64)
         return self.cast(self.node("Reshape", scalar, self.ints([1])), np.int64)
 
-    # ---- what several primitives use
+    # ---- operations of several primitives
 
     def reshape(self, x: str, dims: Sequence[Any]) -> str:
-        """Returns x in another shape; one unknown size is left to the runtime."""
+        """Reshapes x. A single unknown size is computed by the runtime."""
         known = [dim for dim in dims if isinstance(dim, int)]
         if len(known) == len(dims) - 1 and all(known):
             dims = [dim if isinstance(dim, int) else -1 for dim in dims]
         return self.node("Reshape", x, self.shape(dims))
 
     def transpose(self, x: str, order: Sequence[int]) -> str:
-        """Returns x with its axes in another order."""
+        """Transposes x."""
         order = [int(axis) for axis in order]
         return x if order == sorted(order) else self.node("Transpose", x, perm=order)
 
     def cast(self, x: str, dtype: Any) -> str:
-        """Returns x in another dtype of the graph."""
+        """Casts x to another dtype."""
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Returns the places 0, 1, ... along one axis of an array of `dims`, 1 long elsewhere."""
+        """Returns 0, 1, ... along an axis of the shape `dims`. The other axes have size 1."""
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line
         return self.reshape(line, [dim if n == axis else 1 for n, dim in enumerate(dims)])
 
-    def reduced(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
-        """Returns a reduction over some axes; with `logic`, x are bools."""
+    def reduce(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
+        """Reduces x over axes. With `logic`, x contains bools."""
         x = self.cast(x, np.int32) if logic else x
-        found = self.node(op, x, self.ints(list(axes)), keepdims=0)
-        return self.cast(found, np.bool_) if logic else found
+        result = self.node(op, x, self.ints(list(axes)), keepdims=0)
+        return self.cast(result, np.bool_) if logic else result
 
     def top(self, x: str, count: Any, axis: int, *, largest: bool) -> list[str]:
-        """Returns the first of the sorted values along an axis, and their places."""
+        """Returns the first `count` sorted values along an axis, and their indices."""
         names, how = [self.fresh(), self.fresh()], {"largest": int(largest), "sorted": 1}
         count = self.vector(self.size(count))
-        return self.nodes_of("TopK", x, count, names=names, axis=axis, **how)
+        return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns `yes` where `which` is True, else `no`."""
+        """Selects `yes` if `which` is True, and `no` if it is False, for every element."""
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
         return self.node("Or", chosen, self.node("And", self.node("Not", which), no))
 
     def clamp(self, index: str, most: str) -> str:
-        """Returns an int64 index between 0 and `most`."""
+        """Clamps an index to the range from 0 to `most`, as int64."""
         index = self.cast(index, np.int64)
         return self.node("Max", self.node("Min", index, most), self.ints(0))
 
     # ---- the jaxpr
 
-    def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]) -> list[str]:
-        """Emits a jaxpr; returns the names of its results."""
+    def add_jaxpr(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]
+    ) -> list[str]:
+        """Adds the nodes of a jaxpr; returns the names of its results."""
         values: dict[Any, str] = {}
 
         def read(x: Any) -> str:
@@ -269,14 +275,14 @@ class Graph:
         for eqn in jaxpr.eqns:
             args = [read(x) for x in eqn.invars]
             if _is_foldable(eqn) and all(name in self.known for name in args):
-                found = eqn.primitive.bind(*(self.known[name] for name in args), **eqn.params)
-                found = found if eqn.primitive.multiple_results else [found]
-                values |= dict(zip(eqn.outvars, map(self.constant, found), strict=True))
+                results = eqn.primitive.bind(*(self.known[name] for name in args), **eqn.params)
+                results = results if eqn.primitive.multiple_results else [results]
+                values |= dict(zip(eqn.outvars, map(self.constant, results), strict=True))
                 continue
             rule = RULES.get(eqn.primitive.name)
             if rule is None:
                 raise UserError(
-                    f"onnx: no form is known of the operation '{eqn.primitive.name}' of this model"
+                    f"onnx does not support the operation '{eqn.primitive.name}' of this model"
                     "\nchoose stablehlo or saved_model"
                 )
             out = rule(self, eqn, args)
@@ -285,7 +291,7 @@ class Graph:
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns True if an equation can be computed here: all its results have known sizes."""
+    """Returns True if an equation can be computed now: all results have known sizes."""
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
     return all(
@@ -294,41 +300,42 @@ def _is_foldable(eqn: Eqn) -> bool:
 
 
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Emits log(u) x / (u - 1) with u = 1 + x, which keeps all digits of a small x.
+    """Adds log(u) x / (u - 1) with u = 1 + x, which is exact for small x.
 
     Source: Kahan; Goldberg 1991, What every computer scientist should know about floating-point.
     """
-    one = graph.constant(1, _dtype(eqn.outvars[0].aval))
-    u = graph.node("Add", x[0], one)
-    less = graph.node("Sub", u, one)
-    tiny = graph.node("Equal", u, one)
+    unit = graph.constant(1, _get_dtype(eqn.outvars[0].aval))
+    u = graph.node("Add", x[0], unit)
+    difference = graph.node("Sub", u, unit)
+    tiny = graph.node("Equal", u, unit)
     huge = graph.node("IsInf", u)
-    found = graph.node("Div", graph.node("Mul", graph.node("Log", u), x[0]), less)
-    found = graph.node("Where", huge, graph.node("Log", u), found)
-    return graph.node("Where", tiny, x[0], found)
+    result = graph.node("Div", graph.node("Mul", graph.node("Log", u), x[0]), difference)
+    result = graph.node("Where", huge, graph.node("Log", u), result)
+    return graph.node("Where", tiny, x[0], result)
 
 
 def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Emits (u - 1) x / log(u) with u = exp(x), see `_log1p`; exact also for x of -inf and 0."""
-    one = graph.constant(1, _dtype(eqn.outvars[0].aval))
+    """Adds (u - 1) x / log(u) with u = exp(x), see `_log1p`. It is also exact for -inf and 0."""
+    unit = graph.constant(1, _get_dtype(eqn.outvars[0].aval))
     u = graph.node("Exp", x[0])
-    less = graph.node("Sub", u, one)
-    tiny = graph.node("Equal", u, one)
-    low = graph.node("Equal", less, graph.node("Neg", one))
-    found = graph.node("Div", graph.node("Mul", less, x[0]), graph.node("Log", u))
-    found = graph.node("Where", graph.node("Or", low, graph.node("IsInf", u)), less, found)
-    return graph.node("Where", tiny, x[0], found)
+    difference = graph.node("Sub", u, unit)
+    tiny = graph.node("Equal", u, unit)
+    low = graph.node("Equal", difference, graph.node("Neg", unit))
+    exact = graph.node("Or", low, graph.node("IsInf", u))
+    result = graph.node("Div", graph.node("Mul", difference, x[0]), graph.node("Log", u))
+    result = graph.node("Where", exact, difference, result)
+    return graph.node("Where", tiny, x[0], result)
 
 
 def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (which, *cases), aval = x, eqn.outvars[0].aval
     if eqn.invars[0].aval.dtype == bool:
         return graph.select(which, cases[1], cases[0], aval)
-    found = cases[0]
+    result = cases[0]
     for number, case in enumerate(cases[1:], 1):
-        here = graph.node("Equal", which, graph.constant(number, np.int32))
-        found = graph.select(here, case, found, aval)
-    return found
+        is_case = graph.node("Equal", which, graph.constant(number, np.int32))
+        result = graph.select(is_case, case, result, aval)
+    return result
 
 
 def _broadcast(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -344,14 +351,14 @@ def _broadcast(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _iota(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     aval = eqn.outvars[0].aval
-    line = graph.cast(graph.line(aval.shape, eqn.params["dimension"]), _dtype(aval))
+    line = graph.cast(graph.line(aval.shape, eqn.params["dimension"]), _get_dtype(aval))
     return line if len(aval.shape) == 1 else graph.node("Expand", line, graph.shape(aval.shape))
 
 
 def _stack(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     axis = eqn.params.get("axis", 0)
-    return graph.node("Concat", *(graph.node("Unsqueeze", one, graph.ints([axis])) for one in x),
-                      axis=axis)  # fmt: skip
+    values = (graph.node("Unsqueeze", value, graph.ints([axis])) for value in x)
+    return graph.node("Concat", *values, axis=axis)
 
 
 def _slice(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -367,9 +374,9 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     return graph.node("Slice", x[0], *map(graph.ints, ends))
 
 
-def _windowed(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
+def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Returns x within windows, axis -> (start, size); starts are moved so that windows fit."""
+    """Slices x by windows, axis -> (start, size). Windows are moved into the array, as in JAX."""
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
             continue
@@ -383,14 +390,16 @@ def _windowed(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, t
 def _dynamic_slice(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     sizes = eqn.params["slice_sizes"]
     windows = {axis: (x[1 + axis], size) for axis, size in enumerate(sizes)}
-    return _windowed(graph, x[0], eqn.invars[0].aval.shape, windows)
+    return _slice_windows(graph, x[0], eqn.invars[0].aval.shape, windows)
 
 
 def _argmax(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (axis,) = eqn.params["axes"]
     value = graph.cast(x[0], np.int32) if eqn.invars[0].aval.dtype == bool else x[0]
     name = "ArgMax" if eqn.primitive.name == "argmax" else "ArgMin"
-    return graph.cast(graph.node(name, value, axis=axis, keepdims=0), _dtype(eqn.outvars[0].aval))
+    return graph.cast(
+        graph.node(name, value, axis=axis, keepdims=0), _get_dtype(eqn.outvars[0].aval)
+    )
 
 
 def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -400,45 +409,46 @@ def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     for left, right in (*zip(left_batch, right_batch, strict=True),
                         *zip(left_sum, right_sum, strict=True)):  # fmt: skip
         names[0][left] = names[1][right] = next(letters)
-    names = [[name or next(letters) for name in own] for own in names]
+    names = [[name or next(letters) for name in axes] for axes in names]
     out = [names[0][axis] for axis in left_batch]
     summed = {names[0][axis] for axis in left_sum}
-    out += [name for own in names for name in own if name not in summed and name not in out]
-    wide = _dtype(eqn.outvars[0].aval)
-    x = [one if _dtype(var.aval) == wide else graph.cast(one, wide)
-         for one, var in zip(x, eqn.invars, strict=True)]  # fmt: skip
+    out += [name for axes in names for name in axes if name not in summed and name not in out]
+    wide = _get_dtype(eqn.outvars[0].aval)
+    x = [value if _get_dtype(var.aval) == wide else graph.cast(value, wide)
+         for value, var in zip(x, eqn.invars, strict=True)]  # fmt: skip
     if len(names[1]) == 2 and out == [*names[0][:-1], names[1][1]] and names[0][-1] == names[1][0]:
-        return graph.node("MatMul", *x)  # whose constant factor a runtime may pack once
+        return graph.node("MatMul", *x)  # a runtime can prepare its constant factor once
     text = f"{''.join(names[0])},{''.join(names[1])}->{''.join(out)}"
     return graph.node("Einsum", *x, equation=text)
 
 
 def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Sorts all operands by the first one, in ascending order; equal keys keep theirs."""
+    """Sorts all operands by the first operand, ascending. Equal keys keep their order."""
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
-        raise _unknown("sort by several keys")
+        raise _make_error("sort by several keys")
     aval = eqn.invars[0].aval
     if aval.dtype == bool:
         key = graph.cast(key, np.int32)
     ordered, places = graph.top(key, aval.shape[axis], axis, largest=False)
     if len(x) > 1:
-        places = _ties_by_place(graph, ordered, places, aval.shape[axis], axis)
-    return [graph.node("GatherElements", one, places, axis=axis) for one in x]
+        places = _sort_ties(graph, ordered, places, aval.shape[axis], axis)
+    return [graph.node("GatherElements", value, places, axis=axis) for value in x]
 
 
-def _ties_by_place(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
-    """Returns the places of sorted values with ascending places for equal values.
+def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
+    """Sorts the indices of equal values, and returns the indices of all sorted values.
 
-    ONNX wants them so of TopK, and OpenVINO does not do it. A second sort has no equal values.
+    ONNX requires this order of TopK, but OpenVINO does not keep it. The second sort here has no
+    equal keys.
     """
-    start, one, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
-    earlier = [graph.node("Slice", ordered, start, to, along) for to in (one, end)]
+    start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
+    earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]
     same = graph.node("Equal", ordered, graph.node("Concat", *earlier, axis=axis))
-    run = graph.node("CumSum", graph.cast(graph.node("Not", same), np.int64), graph.ints(axis))
-    key = graph.node("Add", graph.node("Mul", run, graph.size(size)), places)
-    found, _ = graph.top(key, size, axis, largest=False)
-    return graph.node("Mod", found, graph.size(size))
+    group = graph.node("CumSum", graph.cast(graph.node("Not", same), np.int64), graph.ints(axis))
+    key = graph.node("Add", graph.node("Mul", group, graph.size(size)), places)
+    keys, _ = graph.top(key, size, axis, largest=False)
+    return graph.node("Mod", keys, graph.size(size))
 
 
 def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
@@ -447,9 +457,9 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Emits a gather whose slices are whole along all axes but those that are indexed.
+    """Adds a gather. Its slices must be complete along all axes that are not indexed.
 
-    Indices outside of the operand are moved to its border, whatever the mode says of them.
+    Indices outside of the operand are moved to its border in every mode.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape
@@ -457,64 +467,64 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     batch = [int(axis) for axis in numbers.operand_batching_dims]
     prefix = len(places) - 1
     indexed = [n for n, axis in enumerate(starts) if str(sizes[axis]) != str(dims[axis])]
-    if not prefix:  # one slice, of any size
-        windows = {starts[n]: (_component(graph, x[1], n), sizes[starts[n]]) for n in indexed}
-        return graph.reshape(_windowed(graph, x[0], dims, windows), out)
+    if not prefix:  # a single slice, of any size
+        windows = {starts[n]: (_take_component(graph, x[1], n), sizes[starts[n]]) for n in indexed}
+        return graph.reshape(_slice_windows(graph, x[0], dims, windows), out)
     if not indexed:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise _unknown("gather of this form")
+        raise _make_error("gather of this form")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
-    own = [int(axis) for axis in numbers.start_indices_batching_dims]
-    rest = [axis for axis in range(prefix) if axis not in own]
-    order = [*own, *rest]  # of the axes of the indices before the last one
+    batching = [int(axis) for axis in numbers.start_indices_batching_dims]
+    rest = [axis for axis in range(prefix) if axis not in batching]
+    order = [*batching, *rest]  # of the axes of the indices, except for the last axis
     parts = []
     for n, axis in zip(indexed, axes, strict=True):
         most = graph.node("Sub", graph.size(dims[axis]), graph.ints(1))
-        part = graph.transpose(_component(graph, x[1], n, keep=True), [*order, prefix])
+        part = graph.transpose(_take_component(graph, x[1], n, keep=True), [*order, prefix])
         parts.append(graph.clamp(part, most))
     index = parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=prefix)
-    found = graph.node("GatherND", operand, index, batch_dims=len(batch))
-    # Now the axes are those of the indices in `order`, then `whole`; the result wants its own.
+    gathered = graph.node("GatherND", operand, index, batch_dims=len(batch))
+    # The axes are now `order`, then `whole`. They are moved to their places in the result.
     offsets = [int(axis) for axis in numbers.offset_dims]
     kept = [axis for axis in range(len(dims))
             if axis not in (*batch, *(int(a) for a in numbers.collapsed_slice_dims))]  # fmt: skip
     place = {axis: prefix + n for n, axis in enumerate(whole)}
     ahead = iter([order.index(axis) for axis in range(prefix)])
     slices = dict(zip(offsets, kept, strict=True))
-    wanted = [place.get(slices[n]) if n in slices else next(ahead) for n in range(len(out))]
-    found = graph.transpose(found, [n for n in wanted if n is not None])
-    return graph.reshape(found, out)
+    axes = [place.get(slices[n]) if n in slices else next(ahead) for n in range(len(out))]
+    gathered = graph.transpose(gathered, [n for n in axes if n is not None])
+    return graph.reshape(gathered, out)
 
 
-def _component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
-    """Returns number n along the last axis of indices."""
+def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
+    """Returns element n of the last axis of indices."""
     place = graph.ints([n] if keep else n)
     return graph.node("Gather", index, place, axis=-1)
 
 
 def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Emits the replacement of one slice, at one place along one axis."""
+    """Adds nodes that replace a single slice along an axis."""
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise _unknown("scatter of this form")
+        raise _make_error("scatter of this form")
     (axis,) = axes
-    here = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
+    is_slice = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
     new = graph.node("Unsqueeze", x[2], graph.ints([axis]))
-    return graph.select(here, new, x[0], aval)
+    return graph.select(is_slice, new, x[0], aval)
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Emits the largest, or the sum, of rows [N, ...] by their place in [K, ...].
+    """Adds nodes that reduce rows [N, ...] to rows [K, ...] by index, as a maximum or a sum.
 
-    Rows of other places are dropped: they go to a row K that is cut off again.
+    Rows with an index outside of 0 to K - 1 are dropped: they go to a spare row K.
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:
-        raise _unknown("scatter of this form")
+        raise _make_error("scatter of this form")
     zero = graph.ints([0])
     spare = graph.node("Slice", x[0], zero, graph.ints([1]), zero)
     operand = graph.node("Concat", x[0], spare, axis=0)
@@ -523,56 +533,60 @@ def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     outside = graph.node("Less", index, graph.ints(0))
     index = graph.node("Min", graph.node("Where", outside, count, index), count)
     how = eqn.primitive.name.removeprefix("scatter-")
-    found = graph.node("ScatterND", operand, index, x[2], reduction=how)
-    return graph.node("Slice", found, zero, graph.vector(count), zero)
+    reduced = graph.node("ScatterND", operand, index, x[2], reduction=how)
+    return graph.node("Slice", reduced, zero, graph.vector(count), zero)
 
 
 def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     closed = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"]
     if isinstance(closed, core.ClosedJaxpr):
-        return graph.run(closed.jaxpr, closed.consts, x)
-    return graph.run(closed, (), x)
+        return graph.add_jaxpr(closed.jaxpr, closed.consts, x)
+    return graph.add_jaxpr(closed, (), x)
 
 
 def _as_column(graph: Graph, flags: str, rank: int, aval: Any) -> str:
-    """Returns flags of the first `rank` axes, for a choice between values of more axes."""
+    """Adds axes to flags with `rank` axes, so that they can select between values of `aval`."""
     axes = list(range(rank, len(aval.shape)))
     return graph.node("Unsqueeze", flags, graph.ints(axes)) if axes else flags
 
 
 def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Emits a Loop, whose condition for the first round is computed before it."""
+    """Adds a Loop. The condition of the first round is computed before the loop."""
     params = eqn.params
-    ahead, own = params["cond_nconsts"], params["body_nconsts"]
-    cond_consts, body_consts = x[:ahead], x[ahead : ahead + own]
-    state, carried = x[ahead + own :], eqn.outvars
+    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = x[:num_cond], x[num_cond : num_cond + num_body]
+    state, carried = x[num_cond + num_body :], eqn.outvars
     cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    (start,) = graph.run(cond.jaxpr, cond.consts, [*cond_consts, *state])
+    (start,) = graph.add_jaxpr(cond.jaxpr, cond.consts, [*cond_consts, *state])
     inner = graph.body()
     names = [inner.fresh() for _ in carried]
-    after = inner.run(body.jaxpr, body.consts, [*body_consts, *names])
-    if several := len(cond.out_avals[0].shape):  # of vmap: some go on while others have ended
-        (goes_on,) = inner.run(cond.jaxpr, cond.consts, [*cond_consts, *names])
+    after = inner.add_jaxpr(body.jaxpr, body.consts, [*body_consts, *names])
+    if several := len(
+        cond.out_avals[0].shape
+    ):  # under vmap, some loops go on while others have ended
+        (goes_on,) = inner.add_jaxpr(cond.jaxpr, cond.consts, [*cond_consts, *names])
         after = [
             inner.select(_as_column(inner, goes_on, several, var.aval), new, old, var.aval)
             for new, old, var in zip(after, names, carried, strict=True)
         ]
-    (again,) = inner.run(cond.jaxpr, cond.consts, [*cond_consts, *after])
+    (again,) = inner.add_jaxpr(cond.jaxpr, cond.consts, [*cond_consts, *after])
     if several:
         start, again = (
-            one.reduced("ReduceMax", flags, range(several), logic=True)
-            for one, flags in ((graph, start), (inner, again))
+            owner.reduce("ReduceMax", flags, range(several), logic=True)
+            for owner, flags in ((graph, start), (inner, again))
         )
     ends = [inner.node("Identity", value) for value in (again, *after)]
     count, going = inner.fresh(), inner.fresh()
     flag = helper.make_tensor_value_info
     entering = [flag(count, onnx.TensorProto.INT64, []), flag(going, onnx.TensorProto.BOOL, [])]
     leaving = [flag(ends[0], onnx.TensorProto.BOOL, [])]
-    entering += [_info(name, var.aval) for name, var in zip(names, carried, strict=True)]
-    leaving += [_info(name, var.aval) for name, var in zip(ends[1:], carried, strict=True)]
+    entering += [_make_value_info(name, var.aval) for name, var in zip(names, carried, strict=True)]
+    leaving += [
+        _make_value_info(name, var.aval) for name, var in zip(ends[1:], carried, strict=True)
+    ]
     proto = helper.make_graph(inner.nodes, inner.fresh(), entering, leaving)
     results = [graph.fresh() for _ in carried]
-    return graph.nodes_of("Loop", "", start, *state, names=results, body=proto)
+    return graph.add_node("Loop", "", start, *state, names=results, body=proto)
 
 
 def _one_to_one(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -592,7 +606,7 @@ def _is_finite(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _reduce(op: str, *, logic: bool = False) -> Rule:
-    return lambda graph, eqn, x: graph.reduced(op, x[0], eqn.params["axes"], logic=logic)
+    return lambda graph, eqn, x: graph.reduce(op, x[0], eqn.params["axes"], logic=logic)
 
 
 ONE_TO_ONE = {
@@ -616,19 +630,19 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
     "clamp": lambda graph, eqn, x: graph.node("Min", graph.node("Max", x[1], x[0]), x[2]),
     "concatenate": lambda graph, eqn, x: graph.node("Concat", *x, axis=eqn.params["dimension"]),
-    "convert_element_type": lambda graph, eqn, x: graph.cast(x[0], _dtype(eqn.outvars[0].aval)),
+    "convert_element_type": lambda graph, eqn, x: graph.cast(x[0], _get_dtype(eqn.outvars[0].aval)),
     "cumsum": lambda graph, eqn, x: graph.node(
         "CumSum", x[0], graph.ints(eqn.params["axis"]), reverse=int(eqn.params["reverse"])
     ),
     "dim_as_value": lambda graph, eqn, x: graph.cast(
-        graph.size(eqn.params["dim"]), _dtype(eqn.outvars[0].aval)
+        graph.size(eqn.params["dim"]), _get_dtype(eqn.outvars[0].aval)
     ),
     "dot_general": _dot,
     "dynamic_slice": _dynamic_slice,
     "expm1": _expm1,
     "gather": _gather,
     "integer_pow": lambda graph, eqn, x: graph.node(
-        "Pow", x[0], graph.constant(eqn.params["y"], _dtype(eqn.outvars[0].aval))
+        "Pow", x[0], graph.constant(eqn.params["y"], _get_dtype(eqn.outvars[0].aval))
     ),
     "iota": _iota,
     "is_finite": _is_finite,

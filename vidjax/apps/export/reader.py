@@ -1,15 +1,16 @@
-"""Scores of a PLDA run or a gallery from plain arrays, by numpy alone."""
+"""Scores clips with the arrays of a PLDA run or a gallery. It needs only numpy."""
 
 import numpy as np
 
 
 def log_probabilities(arrays, vectors):
-    """Returns [Q, 1 + N]: column 0 is somebody new, column 1 + n the identity n.
+    """Returns log-probabilities [Q, 1 + N]: column 0 is a stranger, column 1 + n identity n.
 
-    `arrays` is what np.load or safetensors.numpy.load_file reads; `vectors` is part -> [Q, D], the
-    vectors of Q clips, 0 where a clip lacks the part.
+    Args:
+      arrays: name -> array, as np.load or safetensors.numpy.load_file reads them.
+      vectors: part -> [Q, D], the vectors of Q clips; 0 if a clip lacks the part.
     """
-    logs, lack, members = -np.inf, 0, len(arrays["scale"])  # lack: 1 less the probability
+    logs, lack, members = -np.inf, 0, len(arrays["scale"])  # lack: 1 minus the probability
     parts = [name[:-7] for name in arrays if name.endswith("/centre")]
     for member in range(members):
         get = {name: np.asarray(arrays[name][member], np.float64) for name in arrays}
@@ -17,42 +18,46 @@ def log_probabilities(arrays, vectors):
         logits = np.zeros((len(vectors[parts[0]]), known.size))
         seen = sum(np.any(vectors[part] != 0, axis=1).astype(int) for part in parts)
         for part in parts:
-            there = np.any(vectors[part] != 0, axis=1)[:, None]
+            has_part = np.any(vectors[part] != 0, axis=1)[:, None]
             u = vectors[part] - get[f"{part}/centre"]
             u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
-            own = {name.split("/")[1]: x for name, x in get.items() if name.startswith(f"{part}/")}
-            x = u - own["mean"]
-            if "card" in own:
-                ratio = _distance_ratios(own, x)
+            values = {
+                name.split("/")[1]: x for name, x in get.items() if name.startswith(f"{part}/")
+            }
+            x = u - values["mean"]
+            if "card" in values:
+                ratio = _distance_ratios(values, x)
             else:
-                z = x @ own["transform"]
-                squares = (z**2 @ own["curve"].T)[:, own["kind"].astype(int)]
+                z = x @ values["transform"]
+                squares = (z**2 @ values["curve"].T)[:, values["kind"].astype(int)]
                 ratio = (
-                    get["scale"] * own["scale"] * (z @ own["linear"].T + squares + own["constant"])
+                    get["scale"]
+                    * values["scale"]
+                    * (z @ values["linear"].T + squares + values["constant"])
                 )
-            limit = np.where(seen > 1, own["limit"], np.inf)[:, None]
+            limit = np.where(seen > 1, values["limit"], np.inf)[:, None]
             ratio = np.clip(ratio, -limit, limit)
-            ratio = np.where(own["known"] > 0, ratio, get["unenrolled"])
-            logits += np.where(there, ratio, 0)
+            ratio = np.where(values["known"] > 0, ratio, get["unenrolled"])
+            logits += np.where(has_part, ratio, 0)
         stranger = get["stranger"] + np.log(max(known.sum(), 1))
         logits = np.where(known, logits, -np.inf)
         logits = np.insert(logits, 0, stranger, axis=1) / get["temperature"]
         logits[seen == 0] = np.where(np.arange(1 + known.size) == 0, 0, -np.inf)
         best = np.arange(1 + known.size) == logits.argmax(axis=1)[:, None]
         logits -= logits.max(axis=1, keepdims=True)
-        shares = np.exp(logits)  # of the best one
+        shares = np.exp(logits)  # relative to the best column
         rest = np.where(best, 0, shares).sum(axis=1, keepdims=True)
         logs = np.logaddexp(logs, logits - np.log1p(rest))
         lack = lack + np.where(best, rest, 1 + rest - shares) / (1 + rest) / members
-    # A probability near 1 has its digits in what it lacks.
+    # A probability near 1 is more exact as 1 - lack.
     return np.where(lack < 0.5, np.log1p(-np.minimum(lack, 0.5)), logs - np.log(members))
 
 
-def _distance_ratios(own, x):
-    """Returns the log-likelihood ratios [Q, N] of a part with a card; x [Q, D] is less the mean."""
-    same, different, least, constant, slope = own["card"]
+def _distance_ratios(values, x):
+    """Returns the log-likelihood ratios [Q, N] of a part with a card; x [Q, D] has no mean."""
+    same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]
-    across = x @ own["linear"].T - (x @ own["mean"])[:, None]
-    square = np.maximum(radius - 2 * own["share"] * across + own["radius"], least)
-    ratio = same * np.log(same / own["variance"]) + (same - different) * np.log(square)
-    return ratio - same * square / own["variance"] - constant + slope * radius
+    across = x @ values["linear"].T - (x @ values["mean"])[:, None]
+    square = np.maximum(radius - 2 * values["share"] * across + values["radius"], least)
+    ratio = same * np.log(same / values["variance"]) + (same - different) * np.log(square)
+    return ratio - same * square / values["variance"] - constant + slope * radius
