@@ -6,14 +6,14 @@ Time: about 15 seconds on 2 CPU cores.
 Score: MAP@100 0.900 on the small synthetic dataset, 0.916 on the small real dataset (means of 3
 seeds).
 
-Each modality passes through one linear map and becomes a unit vector. A learned weight for each
-modality says how much it counts. The score of an identity is the cosine to its learned direction.
+Each modality passes through a linear map and becomes a unit vector. The vectors are added with a
+learned weight per modality. The score of an identity is the cosine to its learned direction.
 
-Arguments: the words of WORDS below, in any combination, and names of modalities, from the strongest
-to the weakest: their weights start at 1, 1/2, 1/4 and 1/8.
+Arguments: the words of WORDS below, in any combination, and names of modalities. Name the strongest
+modality first: the weights start at 1, 1/2, 1/4 and 1/8.
 
-Every value names its source: `code` (of the quality-fusion system, 4th place 2019, whose draws of
-faces these are) or `ours`.
+Every value has its source: `code` (the code of the quality-fusion system, 4th place of 2019, from
+which the draws of faces are taken) or `ours`.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ from vidjax.runs import config as config_lib
 WORDS = {
     **config_lib.SCALE_WORDS,
     "trainval": "trains on train and val, in five folds of all their clips",
-    "ensemble": "three members that differ in their random draws alone",
+    "ensemble": "three members that differ only in their random draws",
 }
 
 
@@ -48,7 +48,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "name": "cosine",
             "embed_dim": 512,  # ours
             "feature_scale": 0.1,  # ours
-            "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
+            "modality_dropout_rate": 0.5,  # ours: weak modalities overfit if there is a strong one
             "dropout_rate": 0.5,  # ours
             "logit_scale": 16.0,  # ours
         }
@@ -66,7 +66,7 @@ def get_config(args: str = "") -> config_lib.Config:
         }
     )
     config.loss.margin_type = "cosine"  # ours
-    # ours: without it MAP is 0.006 lower on synthetic clips, and the same on real ones
+    # ours: without the margin, MAP is 0.006 lower on synthetic clips and equal on real clips
     config.loss.margin = 0.15
     config.optim.name = "adam"  # ours
     config.optim.learning_rate = 4e-3  # ours

@@ -5,22 +5,23 @@
 Time: about 21 seconds on 2 CPU cores.
 Score: MAP@100 0.853 on the small synthetic dataset (means of 3 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities: `face` alone,
-`scene` alone, which is the second model by itself, or others in place of `scene`.
+Arguments: the words of WORDS below, in any combination, and names of modalities: only `face`, only
+`scene` (this trains the second model), or other modalities instead of `scene`.
 
-A clip without a face is scored by a model of the scene alone. A clip whose face vectors are among
-the shortest 1 % of the training clips is scored by both models.
+A clip without a face is scored by a second model, which uses only the scene. Both models score a
+clip whose face vectors are among the shortest 1 % of the training clips.
 
-The official files have no scene features, so `iqiyi_vid` takes the face alone. To add them, put
-pickles of your own beside the official ones, `scene_{train,val,test}.pickle`, in which every clip
-has a list of (frame, feature), and name both: `iqiyi_vid,face,scene`. The team took 2048 features
-of one frame per clip from a SE-ResNeXt that it had trained for 20 epochs to name the person.
+The official files have no scene features, so `iqiyi_vid` uses only the face. To add a scene, put
+pickles `scene_{train,val,test}.pickle` next to the official files, with a list of (frame, feature)
+for each clip, and name both modalities: `iqiyi_vid,face,scene`. The team used 2048 features of one
+frame per clip, from a SE-ResNeXt that was trained for 20 epochs to name the person.
 
-`published` is what the team ran: net, frames, training and test of its code, where the article is
-silent or contradicts it. With `views` it has the eleven nets by their numbers, with `trainval` the
-clips. The batch of 4096 needs as many clips: with `few`, or synthetic clips, one of 128 is ours.
+`published` is the system that the team ran: net, frames, training and test of its code, if the
+article does not describe them or contradicts the code. Add `views` for the team's eleven nets, and
+`trainval` for its clips. A batch has 4096 clips. With `few`, or with synthetic clips, there are not
+enough clips, and a batch has 128.
 
-Every value names its source: `paper` (the team's article), `code` (the team's,
+Every value has its source: `paper` (the team's article), `code` (the team's code,
 github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
 """
 
@@ -41,7 +42,7 @@ WORDS = {
 }
 
 
-# Code, scripts/main.sh: chunks that the eleven nets leave out, of 16; those of the scene's, of 32.
+# Code, scripts/main.sh: the chunk that each of the eleven nets omits, out of 16; for the scene, 32.
 VIEWS = (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15)
 SCENE_VIEWS = (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 
@@ -52,7 +53,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config = config_lib.default()
     full = config_lib.choose_data(config, words)
     published = "published" in words
-    # Paper: face and scene. The organisers gave no scene.
+    # Paper: face and scene. The official files have no scene.
     config.modalities = modalities or (("face",) if "iqiyi_vid" in words else ("face", "scene"))
     others = tuple(name for name in config.modalities if name != "face")
     config.batch_size = 4096 if full else 128  # code; ours on few clips
@@ -60,17 +61,17 @@ def get_config(args: str = "") -> config_lib.Config:
     config.data.distractors = "leave_out"  # code
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # code
-        config.eval.split = "test"  # ours: nothing else is held out
+        config.eval.split = "test"  # ours: the only split that is left
     if "views" in words:
         config.ensemble.views = 11  # code
         config.ensemble.chunks = 16  # code
-    if "bagging" in words:  # paper: it loses identities that have one or two clips
+    if "bagging" in words:  # paper: a sample can lose identities with one or two clips
         config.ensemble.bootstraps = 11  # ours: as many as views
         config.ensemble.resample = "all"  # paper
 
-    # Code: a quarter and a sixteenth of 2048 scene features, and twice the 514 of a face with its
-    # quality and detection; less if a view leaves a sixteenth out. Paper: 128 for the scene. Ours:
-    # the smaller numbers in any case, unless `published`.
+    # Code: for the scene, a quarter and a sixteenth of its 2048 features; for the face, twice its
+    # 514 values (features, quality, detection). A view has a sixteenth less. Paper: 128 for the
+    # scene. Ours: the sizes of a view, except for `published`.
     whole = published and "views" not in words
     model = {
         "name": "deepmef",
@@ -111,7 +112,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "missing_scale": 0.95,  # code
             "measure": "norm",  # code; paper: a quality score
             "threshold_share": 0.01,  # paper
-            "threshold": 0.0,  # ours: of that share; code: 8.867, for the official faces
+            "threshold": 0.0,  # ours: computed from the share; code: 8.867, for the official faces
             "main_share": 0.2,  # code
             "other_share": 0.8,  # code
         }
@@ -127,15 +128,17 @@ def get_config(args: str = "") -> config_lib.Config:
         evaluate = sample  # code
         config.data.max_frames = 4096  # code: draws from all frames
         for name in others:
-            one = {"name": "sample", "num_frames": 1}  # paper
-            config.fusion[name] = ConfigDict({"train": one, "evaluate": one})
+            single = {"name": "sample", "num_frames": 1}  # paper
+            config.fusion[name] = ConfigDict({"train": single, "evaluate": single})
     config.fusion.face = ConfigDict({"train": sample, "evaluate": evaluate})
 
     config.loss.margin = 0.5  # code
     config.loss.focal = "batch" if published else "multiclass"  # code; ours
     config.loss.gamma = 2.0  # code
     config.loss.schedule = ((0.0, 1.0),)  # code
-    config.loss.mean_over = "branches" if published else "weights"  # code: each net its own; ours
+    config.loss.mean_over = (
+        "branches" if published else "weights"
+    )  # code: each net has its own mean; ours
     config.data.whole_epochs = published  # code: its loader keeps the short last batch
     config.optim.name = "sgd"  # code
     config.optim.momentum = 0.9  # code
@@ -149,5 +152,5 @@ def get_config(args: str = "") -> config_lib.Config:
         factors = [(1 + math.cos(math.pi * epoch / 100)) / 2 for epoch in range(100)]
         config.optim.points = tuple((i + end, x) for i, x in enumerate(factors) for end in (0, 1))
         config.optim.decay_all = True  # code
-        config.eval.temperature = 30.0  # code: the test's logits are cosines, without their factor
+        config.eval.temperature = 30.0  # code: the logits of the test are cosines without a factor
     return config

@@ -6,13 +6,12 @@ Time: about 8 seconds on 2 CPU cores.
 Score: MAP@100 0.869 on the small synthetic dataset, 0.796 on the small real dataset (means of 3
 seeds).
 
-A clip is represented by the mean of its faces, weighted by quality x detection score; the code of
-noise classes (5th place of 2018) weights by the square of the quality. The score of an identity is
-the cosine to the nearest of its training clips. Nothing is trained: the single epoch stores the
-training clips. A checkpoint therefore holds one feature vector per training clip.
+A clip is represented by the mean of its faces, weighted by quality x detection score. (The code of
+noise classes, 5th place of 2018, uses the square of the quality.) The score of an identity is the
+cosine to its nearest training clip. Nothing is trained: the single epoch stores the training clips,
+so a checkpoint contains a feature vector of each training clip.
 
-Arguments: the words of WORDS below (`few` changes nothing here), and one modality to use instead of
-`face`.
+Arguments: the words of WORDS below (`few` has no effect), and a modality to use instead of `face`.
 """
 
 from ml_collections import ConfigDict

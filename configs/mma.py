@@ -6,8 +6,8 @@ Time: about 18 seconds on 2 CPU cores.
 Score: MAP@100 0.902 on the small synthetic dataset, 0.901 on the small real dataset (means of 3
 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. Rows of the
-paper's table 3, of its own net with `published` before them and of ours without:
+Arguments: the words of WORDS below, in any combination, and names of modalities. The following
+arguments give the rows of the paper's table 3. Put `published` before them for the paper's net:
 
     average,concat,face                    Face; likewise `head`, `audio` and `body`
     average,concat,face,head               Face + Head; then with `audio`, `body`
@@ -15,9 +15,10 @@ paper's table 3, of its own net with `published` before them and of ours without
     concat,ensemble                        + NetVLAD
     ensemble                               + NetVLAD + MMA, the paper's score
 
-Every value names its source: `paper` (iQIYI-VID: A Large Dataset for Multi-modal Person
-Identification, sections 5 and 6) or `ours`, where another value scored better on validation clips,
-or where the paper gives none and `published` keeps ours, too. No code was published.
+Every value has its source: `paper` (iQIYI-VID: A Large Dataset for Multi-modal Person
+Identification, sections 5 and 6) or `ours`. A value is ours if it scored better than the paper's
+on validation clips, or if the paper gives none; then `published` uses it, too. No code was
+published.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ from vidjax.runs import config as config_lib
 WORDS = {
     **config_lib.SCALE_WORDS,
     "published": "the paper's net: the 32 best frames, no LayerNorm, no dropout",
-    "unit": "features of unit length; the paper does not tell their length",
+    "unit": "features of unit length; the paper does not specify the length",
     "average": "average pooling of the face instead of NetVLAD",
     "concat": "concatenated modalities, without attention",
     "pooled": "average pooling of the modalities, without attention",
@@ -57,36 +58,37 @@ def get_config(args: str = "") -> config_lib.Config:
             "netvlad_norms": ("batch",),  # paper; the original NetVLAD has ("l2",)
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
-            # ours: beside LayerNorm after the maps, MAP with unit length is the same on real clips
-            # and 0.010 lower on synthetic ones, within the error; features whitened by a quarter of
-            # their covariance on top gained nothing either (`model.whitened` until a538f79)
+            # ours: with LayerNorm after the maps, MAP is the same for unit length on real clips
+            # and 0.010 lower on synthetic clips, within the error. Whitening the features by a
+            # quarter of their covariance did not help, either (`model.whitened` until a538f79).
             "unit_length": "unit" in words,
             "map_norm": True,  # ours: MAP 0.87 -> 0.90 on real clips
             "attention": not words & {"concat", "pooled"},  # paper
             "joined": "mean" if "pooled" in words else "concat",  # paper
             "gram_dim": 64,  # paper
-            # ours, 1 / D~: LayerNorm makes all vectors equally long, and with the paper's 1 each
-            # would take from itself alone (0.999 of it); MAP is the same
+            # ours, 1 / D~: LayerNorm gives all vectors the same length. With the paper's 1, each
+            # vector would attend only to itself (weight 0.999). MAP is the same.
             "gram_scale": 1 / 64,
             "gamma": 0.05,  # paper
             "train_gamma": False,  # ours
-            "attention_form": "gram",  # paper; `two` projections as in SAGAN do worse, it says
-            # ours: filled in, MAP is 0.002 higher where 30 % of the clips lack each modality, but
+            # paper, which reports a lower score for `two` projections as in SAGAN
+            "attention_form": "gram",
+            # ours: with filling, MAP is 0.002 higher if 30 % of the clips lack each modality, but
             # 0.003 lower on real clips (ten nets)
             "fill_missing": False,
             "gate": False,  # ours
             "feature_scale": 1.0,  # ours
-            "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
+            "modality_dropout_rate": 0.5,  # ours: weak ones overfit next to a strong one
             # ours: MAP with a cosine head of scale 16 is 0.006 higher on real clips and 0.003 lower
-            # on synthetic ones, both within the error
+            # on synthetic clips, both within the error
             "head": "linear",
             "logit_scale": 1.0,  # ours
             "dropout_rate": 0.5,  # ours
         }
     )
-    # Ours: the frame fusion of the quality-fusion system (4th place 2019), not the top 32 frames.
-    # So NetVLAD pools four fused frames in training and a single one in evaluation. `published`
-    # against `published,average` compares poolings of frames, 32 of them.
+    # Ours: the frame fusion of the quality-fusion system (4th place of 2019) instead of the best 32
+    # frames. So NetVLAD pools four fused frames in training, and a single frame in evaluation. To
+    # compare poolings of 32 frames, compare `published` with `published,average`.
     config.fusion.face = ConfigDict(
         {
             "train": {
@@ -102,7 +104,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.learning_rate = 1e-3  # ours
     config.optim.warmup = 0.1  # ours
     config.optim.total_decay = 2.0  # ours
-    if "ensemble" in words:  # paper: other partitions, in the way of a cross-validation
+    if "ensemble" in words:  # paper: different partitions, like a cross-validation
         # ours: with 3 folds of six clips per identity every member scored lower
         config.ensemble.folds = 3 if "published" in words else 10
         config.ensemble.only = (0, 1, 2)  # paper: three models
@@ -113,29 +115,29 @@ def get_config(args: str = "") -> config_lib.Config:
 
 
 def _follow_the_paper(config: config_lib.Config) -> None:
-    """Replaces what the paper does otherwise, and leaves out what it does not name.
+    """Changes the configuration to the values of the paper, and removes our additions.
 
-    The paper is silent on the rest; these values are ours:
+    The paper does not specify the following values, so they are ours:
 
-    - Optimiser, learning rate, batch, epochs and loss: of all training it names nothing. So they
-      are those of the shipped net, Adam with a warm-up, a cosine schedule, weight decay and the
-      softmax cross-entropy, and a comparison with it is one of nets. Without weight decay MAP on
-      the small synthetic set is 0.71 instead of 0.83, the mean of three seeds.
-    - K of NetVLAD, its initial centres and BatchNorm momentum: those of the shipped net.
-    - The length of the features: as they come, or 1 with `unit`.
-    - The three face vectors: three linear maps of one descriptor. The maps and the classifier are
-      linear with a bias, without activation.
-    - A missing modality: its vector is 0 and has no weight in the softmax of the attention.
-    - Average pooling: of the 32 best faces; of heads and bodies, which have no quality, of the
-      first 64 in training, and of 512 in the test.
-    - Face quality: the norm in SphereFace is not in the official files; their quality stands in.
+    - Optimiser, learning rate, batch, epochs and loss: as in the shipped net (Adam with warm-up,
+      a cosine schedule, weight decay, softmax cross-entropy), so that a comparison with the
+      shipped net compares only the nets. Without weight decay, MAP on the small synthetic dataset
+      is 0.71 instead of 0.83 (mean of three seeds).
+    - NetVLAD's K, initial centres and BatchNorm momentum: as in the shipped net.
+    - The length of the features: unchanged, or 1 with `unit`.
+    - The three face vectors: three linear maps of the same descriptor. Maps and classifier have a
+      bias and no activation.
+    - A missing modality: its vector is 0, and has no weight in the softmax of the attention.
+    - Average pooling: the 32 best faces. Heads and bodies have no quality, so the first 64 are used
+      in training, and 512 in the test.
+    - Face quality: the quality in the official files. They do not contain the norm in SphereFace.
     """
     config.data.crop = "quality"  # paper: the best of the whole clip, not of a window
     top = {"name": "top", "num_frames": 32}  # paper
     config.fusion.face = ConfigDict({"train": top, "evaluate": {**top, "repeats": "random"}})
     config.model.netvlad_reduce = "sum"  # paper
     config.model.gram_scale = 1.0  # paper
-    config.model.fill_missing = True  # paper: attention stands in for what is missing
+    config.model.fill_missing = True  # paper: attention replaces missing modalities
     config.model.map_norm = False  # paper
-    config.model.modality_dropout_rate = 0.0  # paper names none
-    config.model.dropout_rate = 0.0  # paper names none
+    config.model.modality_dropout_rate = 0.0  # not in the paper
+    config.model.dropout_rate = 0.0  # not in the paper

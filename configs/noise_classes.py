@@ -1,4 +1,4 @@
-"""Noise classes, 5th place of 2018: distractors get classes of their own and change them.
+"""Noise classes, 5th place of 2018: distractors form their own classes, and may change them.
 
     python -m vidjax.main --config=configs/noise_classes.py
 
@@ -6,16 +6,17 @@ Time: about 22 seconds on 2 CPU cores.
 Score: MAP@100 0.892 on the small synthetic dataset, 0.832 on the small real dataset, out of fold
 (means of 3 seeds).
 
-Only val has distractors, so training takes train and val, in folds. Every clip of val is scored by
-the member that was not trained on it. Only the clustering, which uses no identity, sees the
-distractors of all folds.
+Only val has distractors, so the members are trained on folds of train and val. Every clip of val is
+scored by the member that was not trained on it. Only the clustering uses the distractors of all
+folds; it uses no identities.
 
-Arguments: the words of WORDS below, in any combination, and one modality to use instead of `face`.
+Arguments: the words of WORDS below, in any combination, and a modality to use instead of `face`.
 
-`published` is what the author ran: training, frames and test as in his code, where the article is
-silent. The batch of 10,240 needs as many clips: with `few`, or synthetic clips, one of 256 is ours.
+`published` is the system that the author ran: training, frames and test as in his code, if the
+article does not describe them. A batch has 10,240 clips. With `few`, or with synthetic clips, there
+are not enough clips, and a batch has 256.
 
-Every value names its source: `paper` (the author's article), `code` (the author's,
+Every value has its source: `paper` (the author's article), `code` (the author's code,
 github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
 """
 
@@ -58,16 +59,17 @@ def get_config(args: str = "") -> config_lib.Config:
 
     if config.data.distractors == "noise":
         config.noise.modality = modality
-        # Code: 1.2, on features of another scale. The more distractors there are, the smaller eps
-        # must be: chance neighbours join strangers in one chain.
+        # Code: 1.2, for features of another scale. With more distractors, eps must be smaller,
+        # because random neighbours would connect different strangers.
         config.noise.eps = 0.85 if full else 0.9  # ours
         config.noise.min_samples = 2  # code
         config.noise.relabel_every_epochs = 1.0  # paper
-        # Paper: a clip that is mistaken for nobody keeps its label. Code: it takes the prediction.
+        # Paper: a clip for which no identity is predicted keeps its label. Code: it gets the
+        # predicted class.
         config.noise.keep = "prediction" if "prediction" in words else "label"
         weights = ((0.0, 0.1), (0.9 * config.num_epochs, 0.6))  # ours: a line through the stairs
         if published:
-            config.noise.relabel_by = "train"  # code: from the vectors that it trains on
+            config.noise.relabel_by = "train"  # code: by the vectors of training
             stair = config.num_epochs / 10
             ends = [(i * stair, (i + 1) * stair, weight) for i, weight in enumerate(STAIRS)]
             weights = tuple((end, weight) for *both, weight in ends for end in both)
@@ -87,7 +89,7 @@ def get_config(args: str = "") -> config_lib.Config:
     )
     mean = {"name": "mean", "weighting": "quality"}  # ours: quality x detection
     crops = {"name": "crops", "weighting": "quality"}  # code: the crops; ours: the weights
-    if published:  # paper: weighted by quality, without a formula; code: by its square
+    if published:  # paper: weights by quality, without a formula; code: by its square
         mean |= {"weighting": "squared", "min_quality": 0.0, "min_detection": 0.0}  # code
         crops |= {"weighting": "squared", "always_shorter": True}  # code
     config.fusion = ConfigDict({modality: {"train": mean, "evaluate": crops}})

@@ -1,4 +1,4 @@
-"""PLDA: likelihood ratios in closed form, of every modality, from sums over the training clips.
+"""PLDA: log-likelihood ratios of every modality, in closed form, from sums of training clips.
 
     python -m vidjax.main --config=configs/plda.py
 
@@ -6,18 +6,18 @@ Time: about 16 seconds on 2 CPU cores.
 Score: MAP@100 0.909 on the small synthetic dataset, 0.934 on the small real dataset (means of 3
 seeds).
 
-The back end of speaker verification: vectors of a clip are the identity's plus the clip's, both
-normal. An identity is, in each modality, a number of clips and the sum of their vectors. Nothing is
-optimised: training passes over the clips twice, once for their centre and once for their sums. The
-five settings are fitted before, on held-out training clips; `--config.model.scale=0.1` and the like
-give them.
+This is the back end of speaker verification. The vector of a clip is the sum of a vector of the
+identity and a vector of the clip, both with a normal distribution. For each modality, an identity
+is represented by its number of clips and the sum of their vectors. Nothing is optimised: training
+reads the clips twice, once for their centre and once for the sums. Five settings are fitted before,
+on held-out training clips. To set one of them instead: `--config.model.scale=0.1`.
 
-A scale and an offset of each modality, and a prior of an identity by its number of clips, were
-fitted as well. On val after train they changed MAP by -.002 to 0 on real clips and -.005 to 0 on
-synthetic ones, and the error of the probabilities by -.003 to +.007; the prior made the answers
-more probable on synthetic clips alone, where the number of clips says how often a person is met.
-Slopes of the scale on frames, quality, clips and the number of modalities gained nothing either.
-Both were options until a538f79; its docstring of this file has the table.
+Two extensions did not help. A scale and an offset per modality, and a prior of an identity by its
+number of clips, changed MAP on val by -.002 to 0 on real clips and by -.005 to 0 on synthetic
+clips, and the error of the probabilities by -.003 to +.007. The prior improved the probabilities
+only on synthetic clips, in which people with many training clips appear more often. A scale that
+depends on frames, quality, clips and the number of modalities did not help, either. Both were
+options until a538f79; the docstring of this file there has the table.
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
 """
@@ -39,7 +39,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config_lib.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")
     config.batch_size = 256
-    config.num_epochs = 2.0  # one for the centre, one for the sums
+    config.num_epochs = 2.0  # the first for the centre, the second for the sums
     if "trainval" in words:
         config.data.train_splits = ("train", "val")
         config.ensemble.folds = 5

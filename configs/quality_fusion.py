@@ -8,12 +8,12 @@ seeds).
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
 
-The team planned to join five nets x five folds, and partially completed that: configs/README.md
-has the commands that train and join all of them. Column 0 of the classifier, "other", is trained
-where the training clips have distractors. Of the official files only val has some, so it is with
-`trainval` alone.
+The team planned to join five nets x five folds, and completed a part of them. configs/README.md has
+the commands that train and join all of them. Column 0 of the classifier, "other", is trained if the
+training clips contain distractors. In the official files, only val has distractors, so `trainval`
+is necessary.
 
-Every value names its source: `paper` (the team's article and slides), `code` (the team's) or
+Every value has its source: `paper` (the team's article and slides), `code` (the team's code) or
 `ours`.
 """
 
@@ -39,8 +39,8 @@ WORDS = {
     "published": "the code's batches, learning rate and stages; no clip without a good face",
     "folds": "five members; each omits a different fifth of the clips",
     "trainval": "trains on train and val, in five folds of all their clips",
-    "raw": "trains on single faces of any quality: nothing is denoised or fused in training",
-    "voting": "every face is scored by itself and the probabilities are averaged",
+    "raw": "trains on single faces of any quality, without selection and fusion",
+    "voting": "every face is scored separately, and the probabilities are averaged",
 }
 
 
@@ -79,7 +79,7 @@ def get_config(args: str = "") -> config_lib.Config:
                 "max_frames": 5,  # paper
                 "probs": (0.25, 0.0, 0.65, 0.0, 0.10),  # code
                 "weighting": "quality",  # code
-                # Code: clips none of whose faces passes are left out. Ours: they keep all faces.
+                # Code: a clip is dropped if none of its faces passes. Ours: it keeps all faces.
                 "poor_clips": "drop" if to_the_letter else "keep",
                 "min_quality": 25.0,  # code; 30 on the slides
                 "min_detection": 0.7,  # code; 0.8 on the slides

@@ -6,16 +6,16 @@ Time: about 87 seconds on 2 CPU cores with the argument `face`.
 Score: MAP@100 0.864 on the small synthetic dataset, 0.828 on the small real dataset with the
 argument `face` (means of 3 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. The first one is
-the main modality, `face` by default. The others are used for clips that lack it.
+Arguments: the words of WORDS below, in any combination, and names of modalities. The first name is
+the main modality, by default `face`. Clips without it are scored by the other modalities.
 
-The team's score is of the net and of a plain one, which are joined with
+The team's score belongs to two joined nets, with and without shortcuts:
 
     python -m vidjax.main --config=configs/residual_dense.py --workdir=runs/residual
     python -m vidjax.main --config=configs/residual_dense.py:plain --workdir=runs/plain
     vidjax evaluate --workdir=runs/both --runs=runs/residual,runs/plain
 
-Every value names its source: `paper` (the team's article) or `ours`. No code was published.
+Every value has its source: `paper` (the team's article) or `ours`. No code was published.
 """
 
 import numpy as np
@@ -26,10 +26,10 @@ from vidjax.runs import config as config_lib
 WORDS = {
     **config_lib.SCALE_WORDS,
     "published": "the article's frames, subsets, epochs, learning rate and test, with the top 100",
-    "trainval": "trains on nine tenths of train and val, and ranks clips of the rest",
+    "trainval": "trains on nine tenths of train and val, and ranks the remaining clips",
     "plain": "no shortcuts",
     "one": "one member trained on all frames, instead of three quality subsets",
-    "single": "single frames, not merged",
+    "single": "single frames instead of merged frames",
     "fused": "a clip is scored once, by its mean frame, instead of frame by frame",
     "folds": "five folds of the training clips for each quality subset",
 }
@@ -48,24 +48,24 @@ def get_config(args: str = "") -> config_lib.Config:
     config.num_epochs = 240.0 if full else 60.0  # ours
     if published:
         config.num_epochs = 8.0  # paper
-        config.batch_size = 64 if full else 16  # ours: some thousand, or hundred, frames
+        config.batch_size = 64 if full else 16  # ours: a few thousand, or hundred, frames
         config.data.max_frames = 512  # paper: all frames
-        config.transforms = ("by_example",)  # paper: of frames, so that long clips count more
+        config.transforms = ("by_example",)  # paper: draws frames, so that long clips count more
     config.after_fusion = "examples"  # paper
     if "one" not in words:
         above = [float(np.nextafter(np.float32(q), np.float32(np.inf))) for q in (20, 40)]
         least = above if published else (20.0, 40.0)  # paper: all, > 20, > 40; ours: from 20, 40 on
         config.ensemble.min_quality = (-1000.0, *least)
-        # Paper: the subset > 40 has no clip without such a frame. Ours: it has all frames of them,
-        # and so it has without faces, since official heads, bodies and voices have no quality.
+        # Paper: a subset lacks clips without a frame of this quality. Ours: it has all frames of
+        # these clips, also without faces: official heads, bodies and voices have no quality.
         config.ensemble.poor_clips = "drop" if published and main == "face" else "keep"
     config.ensemble.folds = 5 if "folds" in words else 0  # ours
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # paper
         if "folds" not in words:
             config.ensemble.folds = 10  # paper: 9 : 1
-            # The members that leave out the first tenth: one for each quality subset. With several
-            # seeds they have other numbers.
+            # The members that omit the first tenth, one per quality subset. With several seeds they
+            # have other numbers.
             config.ensemble.only = (0,) if "one" in words else (0, 1, 2)  # paper
     config.eval.top_classes = 100 if published else 0  # paper; ours
 
@@ -93,8 +93,8 @@ def get_config(args: str = "") -> config_lib.Config:
         if main != "face":
             model["modality"] = main
     config.model = ConfigDict(model)
-    # Paper: the original frames, and as many merged from a frame and 1 to 4 others. So half of the
-    # draws take one frame.
+    # Paper: the original frames, and as many frames merged from 2 to 5 frames. So half of the draws
+    # use a single frame.
     merged = {
         "name": "random",
         "num_draws": 2,  # ours
@@ -103,9 +103,9 @@ def get_config(args: str = "") -> config_lib.Config:
         "replacement": False,
     }
     if published:
-        merged = {"name": "windows", "max_frames": 5}  # paper: all of both
-    # Paper: frames are merged, and the best 70 % of frames and merged ones count. Ours: the best
-    # 70 % of the frames are merged, which takes less time.
+        merged = {"name": "windows", "max_frames": 5}  # paper: all original and merged frames
+    # Paper: the best 70 % of all original and merged frames are used. Ours: the best 70 % of the
+    # original frames are merged, which takes less time.
     evaluate = {"name": "windows", "max_frames": 5}  # paper
     evaluate["kept_share" if published else "top_share"] = 0.7  # paper
     if "single" in words:
@@ -122,8 +122,8 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.name = "adam"  # paper
     # Paper: 0.01. Ours: less on few steps.
     config.optim.learning_rate = 1e-2 if full or published else 1e-3
-    config.optim.total_decay = 0.0 if published else 2.0  # paper names none; ours
-    config.optim.warmup = 0.0  # paper names none
+    config.optim.total_decay = 0.0 if published else 2.0  # not in the paper; ours
+    config.optim.warmup = 0.0  # not in the paper
     config.optim.decay = "steps"  # paper
     config.optim.decay_factor = 0.7  # paper
     config.optim.decay_every_epochs = config.num_epochs / 8  # paper: after each of 8 epochs
