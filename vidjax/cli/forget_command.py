@@ -12,8 +12,8 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
 HELP = """\
-Lists the places that hold the names of people or clips: galleries, caches, runs,
-results of `vidjax who`, and the names and contents of all other files.
+Lists the places that hold the names of people or clips: galleries, caches,
+runs, results of `vidjax who`, and the names and contents of all other files.
 
 A PLACE is a folder. It is searched with all folders below it. The default is
 the current folder and the cache. Without --delete, nothing is changed.
@@ -27,8 +27,8 @@ files are only listed, because they are yours. Compressed files are not
 searched: the last lines are commands that search them. In lists of names, only
 whole names match.
 
-The exit code is 0 if no place is left. It is 1 if a place still holds a name, or
-could not be searched.
+The exit code is 0 if no place is left. It is 1 if a place still holds a name,
+or could not be searched.
 """
 MAX_PRINTED_NAMES = MAX_PRINTED_PLACES = 20  # names in a printed command, and places of a kind
 
