@@ -185,8 +185,8 @@ def match_faces(
     """Returns the index of the face at each tag, int [n]; -1 if there is no face.
 
     By the standard, boxes belong to the stored picture, but some programs use the displayed
-    picture. If `tags.shape` shows which is meant, it decides. If not, the picture decides in which
-    more tags have a face.
+    picture. If `tags.shape` shows which picture is meant, it decides. If not, the picture in
+    which more tags have a face is used.
 
     Args:
       tags: n tags.
