@@ -27,7 +27,7 @@ def embedder(folder):
 def listener(folder):
     made_nets.write(folder, "speech", "voice_activity")
     made_nets.write(folder, "voice", "voice_embedder")
-    return voices.Listener(cards.load(folder)).speech
+    return voices.Listener(cards.load(folder)).detect_speech
 
 
 def hz(mel):
