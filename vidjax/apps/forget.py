@@ -1,6 +1,6 @@
 """Finds people and clips in galleries, caches, runs, folders of `vidjax who`, and all other files.
 
-It deletes what vidjax may delete. It is no command of the gallery: runs and caches hold names, too.
+It deletes clips from galleries and caches. Runs and other files are only listed.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 
 INDEX_BYTES = 512 * files.MB  # of the names of a conversion, or of the training clips of a run
-MOST_LINES = 10_000_000  # names in it
+MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
-MOST_COMPARED = 20_000  # names that a misspelt one is compared with: takes a second
-MOST_FILES = 1000  # that one process of grep searches
-WIDE_BYTES = 64 * files.MB  # of the largest file that is searched for UTF-16 and others
-# grep holds a line in memory, and a file may be one line. It then ends with an error.
+MAX_COMPARED_NAMES = 20_000  # to find a similar spelling, which takes a second
+MAX_GREP_FILES = 1000  # per process of grep
+WIDE_BYTES = 64 * files.MB  # larger files are searched only for UTF-8
+# grep keeps a line in memory, and a file may be a single long line: then it ends with an error.
 GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
-# Endings of files that are not searched -> words of a command that writes what such a file holds.
+# Endings of compressed files -> words of a command that prints the content of such a file.
 UNPACK = {
     (".gz", ".tgz"): "gzip -dc",
     (".bz2", ".tbz", ".tbz2"): "bzip2 -dc",
@@ -52,7 +52,7 @@ UNPACK = {
 }
 
 
-# Files of runs and results of `who`: of their lists of names, whole names are compared.
+# Files of runs and of results of `vidjax who`. In their lists of names, only whole names match.
 OWN = {
     "run": re.compile(
         r"(ranking|analysis|report|metrics)(_\w+)?\.(txt|npz|html|json)|checkpoints|members\.npz|"
@@ -62,11 +62,14 @@ OWN = {
 }
 
 
-class Found(NamedTuple):
-    """A folder or a file that holds a name.
+class Place(NamedTuple):
+    """A folder or a file that contains a name, or could not be searched.
 
-    Its kind is `gallery`, `records`, `run`, `who` or `file`, or `unread` if it was not searched.
-    `remedy` says how to delete the name: `--delete` if vidjax can, `deleted...` if it did.
+    Attributes:
+      kind: `gallery`, `records`, `run`, `who` or `file`; `unread` if it could not be searched.
+      path: the folder or file.
+      about: a description of the content.
+      remedy: how to delete the name; `--delete` if vidjax can delete it, `deleted...` if it did.
     """
 
     kind: str
@@ -76,35 +79,35 @@ class Found(NamedTuple):
 
     @property
     def left(self) -> bool:
-        """True if it still holds the name."""
+        """True if the place still contains a name."""
         return self.kind != "unread" and not self.remedy.startswith("deleted")
 
 
 class Forgotten(NamedTuple):
-    """The places that hold a name; all names, in their normal form; name -> one that is similar."""
+    """The places with a name; all names in their normal form; name -> a similar other name."""
 
-    found: list[Found]
+    found: list[Place]
     names: set[str]
     similar: dict[str, str]
 
 
 class Others:
-    """Names in lists that look like, or are spelled like, one of the `wanted`."""
+    """Collects names that look like a wanted name, or have a similar spelling."""
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
         self._near, self._few = dict[str, str](), set[str]()
 
     def add(self, names: set[str]) -> None:
-        """Looks at a list of names, in their normal form."""
+        """Adds names in their normal form."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
                 self._near[own] = min(name, self._near.get(own, name))
-        if len(self._few) + len(names) <= MOST_COMPARED:
+        if len(self._few) + len(names) <= MAX_COMPARED_NAMES:
             self._few |= names
 
     def similar(self, *, closely: bool) -> dict[str, str]:
-        """Returns wanted name -> one that looks like it, or, `closely`, is spelled like it."""
+        """Returns wanted name -> a name that looks like it, or is spelled like it."""
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
 
@@ -116,11 +119,11 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Finds people, their clips, and other clips, below some folders.
+    """Finds people, their clips, and given clips in all folders below `places`.
 
-    With `delete` it deletes clips from galleries, and records that hold such clips.
+    With `delete`, clips are deleted from galleries, and records with such clips are deleted.
     """
-    found: list[Found] = []
+    found: list[Place] = []
     folders: dict[Path, str] = {}
     others: dict[Path, bool] = {}
     for root in (place.expanduser().absolute() for place in places):
@@ -140,17 +143,21 @@ def forget(
         found += _search_records(folder, names, delete=delete)
     for kind, names_of, remedy in (
         ("run", _names_of_run, "its weights remember its clips: delete it, train without them"),
-        ("who", _names_of_who, "remove the photos and call `vidjax who` again: it writes all anew"),
+        (
+            "who",
+            _names_of_who,
+            "remove the photos and call `vidjax who` again: it writes all files again",
+        ),
     ):
         for folder in of_kind(kind):
             try:
-                there = {*map(normal_form, itertools.islice(names_of(folder), MOST_LINES))}
+                there = {*map(normal_form, itertools.islice(names_of(folder), MAX_NAMES_IN_INDEX))}
             except (UserError, OSError) as error:
                 found.append(_unread(folder, error))
                 continue
             known.add(there)
             if held := names & there:
-                found.append(Found(kind, folder, f"{len(held):,} of the names", remedy))
+                found.append(Place(kind, folder, f"{len(held):,} of the names", remedy))
     listed = {one.path for one in found if one.kind != "gallery"}
     for path in [path for path in others if listed.intersection(path.parents)]:
         del others[path]
@@ -161,11 +168,11 @@ def forget(
 
 
 def _survey(
-    root: Path, folders: dict[Path, str], others: dict[Path, bool], found: list[Found]
+    root: Path, folders: dict[Path, str], others: dict[Path, bool], found: list[Place]
 ) -> None:
-    """Collects folder -> kind, and other path -> whether it is a file; follows no link.
+    """Adds to `folders`: folder -> kind; and to `others`: path -> True if it is a file.
 
-    Closed folders are added to `found`.
+    Links are not followed. Folders that cannot be read are added to `found`.
     """
     from vidjax.apps.gallery.store import JOURNAL, NAME
 
@@ -188,17 +195,20 @@ def _survey(
         others |= {folder / name: True for name in names if not own.fullmatch(name)}
 
 
-def _unread(path: str | Path, error: Exception) -> Found:
+def _unread(path: str | Path, error: Exception) -> Place:
     about = next(iter(str(error).splitlines()), type(error).__name__)
-    return Found("unread", Path(path), about, "search it yourself")
+    return Place("unread", Path(path), about, "search it yourself")
 
 
 def _search_gallery(
     folder: Path, people: set[str], clips: set[str], known: Others, *, delete: bool
-) -> tuple[list[Found], set[str]]:
-    """Searches a gallery for `clips` and clips of people; also returns their names; may delete.
+) -> tuple[list[Place], set[str]]:
+    """Searches a gallery for `clips` and for clips of `people`; deletes them with `delete`.
 
-    `known` gets the names of all its people and clips.
+    All names of people and clips in the gallery are added to `known`.
+
+    Returns:
+      The gallery as a place, or nothing; and the names of the clips.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -217,17 +227,17 @@ def _search_gallery(
         return [], names
     about = f"{len(shown):,} of its clips"
     if not delete:
-        return [Found("gallery", folder, about, "--delete")], names
+        return [Place("gallery", folder, about, "--delete")], names
     try:
         gallery.remove(clip=shown)
     except UserError as error:
         why = str(error).splitlines()[0]
-        return [Found("gallery", folder, f"{about}, not deleted: {why}", "--delete")], names
-    return [Found("gallery", folder, about, "deleted")], names
+        return [Place("gallery", folder, f"{about}, not deleted: {why}", "--delete")], names
+    return [Place("gallery", folder, about, "deleted")], names
 
 
-def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
-    """Searches converted records for clips; with `delete` removes all of them if one is found."""
+def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
+    """Searches converted records for clips. With `delete`, records with a clip are removed."""
     path = folder / "index.npz"
     try:
         limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
@@ -243,22 +253,22 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         from vidjax.data.records.manifest import remove
 
         with cache.exclusive(folder):
-            remedy = "deleted: the next run converts your files anew"
+            remedy = "deleted: the next run converts your files again"
             if not remove(folder):
                 remedy = "its records are deleted; other files in the folder stay: call it again"
-    return [Found("records", folder, about, remedy)]
+    return [Place("records", folder, about, remedy)]
 
 
 def _lines(content: bytes) -> Iterator[str]:
-    """Yields the lines of a text; UserError if there are too many to be names."""
-    if content.count(b"\n") > MOST_LINES:
-        raise UserError(f"more than {MOST_LINES:,} names")
+    """Yields the lines of a text. Too many lines are a UserError."""
+    if content.count(b"\n") > MAX_NAMES_IN_INDEX:
+        raise UserError(f"more than {MAX_NAMES_IN_INDEX:,} names")
     for line in io.BytesIO(content):
         yield line.rstrip(b"\n").decode("utf-8", "replace")
 
 
 def _names_of_run(folder: Path) -> Iterator[str]:
-    """Yields identities, training clips, and clips in results, of a run or of an exported one."""
+    """Yields the identities, training clips, and clips in results of a run or an exported run."""
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
@@ -275,7 +285,7 @@ def _names_of_run(folder: Path) -> Iterator[str]:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Yields the texts in a value of JSON."""
+    """Yields all strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
@@ -284,7 +294,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _names_of_who(folder: Path) -> Iterator[str]:
-    """Yields the cells of the tables of `vidjax who`, and the people of photos and of face tags."""
+    """Yields the cells of the tables of `vidjax who`, and the people of photos and face tags."""
     from vidjax.apps.video.features_folder import read_films
 
     for table in ("names.tsv", "unknown.tsv"):
@@ -298,18 +308,18 @@ def _names_of_who(folder: Path) -> Iterator[str]:
                 yield from film.tags
 
 
-def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
-    """Yields galleries whose vectors come from one of `runs`, the runs that hold a name."""
+def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:
+    """Yields the galleries whose vectors were computed by one of `runs`."""
     from vidjax.apps.gallery.gallery import Gallery
 
     for folder in galleries:
         try:
             run = Path(Gallery(folder).origin.workdir)
-        except UserError:  # it was reported
+        except UserError:  # already reported
             continue
         if run in runs:
-            about = f"vectors by '{run}', which knows the name"
-            yield Found("gallery", folder, about, "make it anew with the new run")
+            about = f"vectors by '{run}', which was trained on the person"
+            yield Place("gallery", folder, about, "make the gallery again with a new run")
 
 
 # ---- all other files
@@ -317,13 +327,13 @@ def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Ite
 
 def _search_files(
     paths: Mapping[Path, bool], names: Collection[str], given: Collection[str]
-) -> list[Found]:
-    """Searches paths by their names and, of files, by their contents; links are not followed.
+) -> list[Place]:
+    """Searches the names of paths, and the contents of files. Links are not followed.
 
-    `names` are looked for in UTF-8, `given` in other encodings, too.
+    `names` are searched in UTF-8. The names in `given` are also searched in other encodings.
     """
     if shutil.which("grep") is None:
-        return [Found("unread", Path(), "grep is not installed", "install it")]
+        return [Place("unread", Path(), "grep is not installed", "install it")]
     patterns = "\n".join(_spellings(names)).encode()
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
@@ -331,18 +341,18 @@ def _search_files(
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     own = "it is yours: delete it"
-    found = [Found("file", path, "its name is one of the names", own) for path in sorted(named)]
+    found = [Place("file", path, "its name is one of the names", own) for path in sorted(named)]
     closed, read = [], []
     for path, is_file in paths.items():
         if not is_file or path.is_symlink() or path in named or named.intersection(path.parents):
             continue
         if not os.access(path, os.R_OK):
-            found.append(Found("unread", path, "it may not be read", "search it yourself"))
+            found.append(Place("unread", path, "the file may not be read", "search it yourself"))
             continue
         read.append(path)
         closed += [path] if _unpack(path) else []
     held = set[bytes]()
-    for some in (read[at : at + MOST_FILES] for at in range(0, len(read), MOST_FILES)):
+    for some in (read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)):
         try:
             small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
             held |= {*_grep("-liZwF", patterns, some)}
@@ -351,10 +361,10 @@ def _search_files(
             found.append(_unread(some[0].parent, error))
     inside = "it is yours: delete it, or take the name out"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
-    found += [Found("file", path, "it holds one of the names", inside) for path in holding]
+    found += [Place("file", path, "it contains one of the names", inside) for path in holding]
     packed = [path for path in closed if path not in holding]
     about = "it is compressed", "search it by the command below"
-    return found + [Found("unread", path, *about) for path in packed]
+    return found + [Place("unread", path, *about) for path in packed]
 
 
 def _grep(
@@ -365,7 +375,7 @@ def _grep(
     text: bytes = b"",
     locale: str = "C.UTF-8",
 ) -> list[bytes]:
-    """Returns what grep prints of files or of a text, by patterns that it reads from memory."""
+    """Returns the output of grep for files or a text. It reads the patterns from memory."""
     memory = os.memfd_create("names")
     try:
         os.write(memory, patterns)
@@ -380,14 +390,14 @@ def _grep(
 
 
 def _spellings(names: Iterable[str]) -> list[str]:
-    """Returns names as files may write them, in both Unicode forms: in JSON, HTML, rankings."""
+    """Returns names in both Unicode forms, as in text, JSON, HTML, URLs and rankings."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
     return sorted({way(form) for form in forms for way in ways})
 
 
 def _encoded(names: Iterable[str]) -> bytes:
-    """Returns a pattern of names in UTF-16, UTF-32 and Windows-1252, for `grep -P`."""
+    """Returns a pattern for `grep -P`: the names in UTF-16, UTF-32 and Windows-1252."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     found = {form.encode(way) for form in forms for way in ("utf-16-le", "utf-16-be", "utf-32-le")}
     for form in (form for form in forms if not form.isascii()):
@@ -397,15 +407,15 @@ def _encoded(names: Iterable[str]) -> bytes:
 
 
 def _unpack(path: Path) -> str | None:
-    """Returns words of a command that unpacks a file of this name, None if it is not compressed."""
+    """Returns the words of a command that unpacks a file. If it is not compressed, returns None."""
     endings = (words for ends, words in UNPACK.items() if path.name.lower().endswith(ends))
     return next(endings, None)
 
 
-def commands(names: Iterable[str], found: Iterable[Found], places: Iterable[Path]) -> list[str]:
-    """Returns a command for each kind of compressed files that were found; it prints their paths.
+def commands(names: Iterable[str], found: Iterable[Place], places: Iterable[Path]) -> list[str]:
+    """Returns a command for each kind of compressed file in `found`.
 
-    It finds files whose content holds one of the names.
+    A command prints the paths of the compressed files that contain one of the names.
     """
     kinds = {_unpack(one.path) for one in found if one.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_spellings(names))})"

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vidjax.apps.forget import Found, commands, forget
+from vidjax.apps.forget import Place, commands, forget
 from vidjax.data.untrusted.names import normal_form, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -79,7 +79,7 @@ def forget_names(args: argparse.Namespace) -> Result:
     return Result(content, rows, "\n".join(lines), code=int(left + unread > 0))
 
 
-def _describe_places(places: Iterable[Found]) -> Iterator[str]:
+def _describe_places(places: Iterable[Place]) -> Iterator[str]:
     """Yields lines with path, content and remedy of each place."""
     for kind, group in itertools.groupby(places, lambda place: place.kind):
         group = [*group]
