@@ -338,9 +338,9 @@ ONE = {"f": [1.0]}
             {"train": {"a": ONE}, "val": {"b": {"f": [1.0, 2.0]}}},
             ("f: features are 1 wide in train", "2 wide in val"),
         ),
-        ({"train": {}}, ("no clip has a single frame",)),
-        ({}, ("no clip has a single frame",)),
-        ({"train": {"a": {"f": []}}}, ("no clip has a single frame",)),
+        ({"train": {}}, ("no clip has a usable frame",)),
+        ({}, ("no clip has a usable frame",)),
+        ({"train": {"a": {"f": []}}}, ("no clip has a usable frame",)),
         ({"train": {"a": ONE}, "val": {}}, ("no clip in split 'val'",)),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_p
         return run(self, *args)
 
     monkeypatch.setattr(feed.ResidentFeed, "advance", moved)
-    with pytest.raises(ValueError, match="moved while it trained"):
+    with pytest.raises(ValueError, match="moved during training"):
         vidjax.train(config, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
 

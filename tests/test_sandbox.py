@@ -209,7 +209,7 @@ WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f
         ({b"a": [face(-1)]}, "face", "frame must be digits"),
         ({b"a": [face(1.0)]}, "face", "frame must be digits"),
         ({b"a": [face(True)]}, "face", "frame must be digits"),
-        ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is no whole number"),
+        ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
         ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
         ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
         ({b"a": [face(box=b"1234")]}, "face", "bbox must be four numbers"),

@@ -337,7 +337,7 @@ def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path):
 def test_nothing_to_convert_is_one_error(official, refused):
     for split in ("train", "val"):
         write_pickle(official, "face", split, {})
-    refused(official, "no clip has a single frame")
+    refused(official, "no clip has a usable frame")
     write_pickle(official, "face", "train", clips_of("train", 20))
     refused(official, "face_val.pickle: no clip in split 'val'")
     for path in official.glob("*.pickle"):
