@@ -39,7 +39,7 @@ def name_people(args: argparse.Namespace) -> Result:
     first_names = ", ".join(map(messages.short, sorted(done.people)[:5]))
     rows = {
         "people": f"{len(done.people):,}: {first_names}" if first_names else "none",
-        "found": f"{len({*named}):,} of them, in {len(named):,} appearances",
+        "found": f"{len({*named}):,} of them, {len(named):,} appearance{'s' * (len(named) != 1)}",
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }

@@ -35,6 +35,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
+TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
+
+
 class Appearance(NamedTuple):
     """A person in a video, from `start_s` to `end_s` seconds.
 
@@ -56,6 +59,14 @@ class Appearance(NamedTuple):
     evidence: tuple[str, ...] = ()
     box: Box | None = None
     box_at_s: float | None = None
+
+
+def format_certainty(appearance: Appearance) -> str:
+    """Returns how certain a name is: a percentage, or that the user gave the name."""
+    if appearance.probability is None:
+        return ""
+    given = appearance.evidence == (TOLD,)
+    return "as you said" if given else format_percent(appearance.probability)
 
 
 def find_appearances(

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from vidjax.apps.gallery.answers import IGNORED, Answer, number_of
 from vidjax.apps.video.appearances import (
     Appearance,
+    format_certainty,
     format_percent,
     format_span,
     format_tenths,
@@ -41,6 +42,7 @@ class PageEntry(NamedTuple):
       name: the person, or the group of an unknown person.
       known: whether `name` is a person.
       probability: the probability of a known person; None if unknown.
+      certainty: the probability as text, or that a user gave the name; "" if unknown.
       time: begin and end, such as 3:12\u20133:15.
       seconds: the duration.
       left, width: the place on the timeline, in per cent.
@@ -53,6 +55,7 @@ class PageEntry(NamedTuple):
     name: str
     known: bool
     probability: float | None
+    certainty: str
     time: str
     seconds: float
     left: float
@@ -237,8 +240,8 @@ def _make_entry(
         left, width = 0.0, 100.0
     return PageEntry(
         CLIP + x.clips[0], film.video, name, x.probability is not None, x.probability,
-        format_appearance_time(x, film), x.end_s - x.start_s, round(left, 2), round(width, 2),
-        likely, address(film, x.start_s),
+        format_certainty(x), format_appearance_time(x, film), x.end_s - x.start_s,
+        round(left, 2), round(width, 2), likely, address(film, x.start_s),
     )  # fmt: skip
 
 

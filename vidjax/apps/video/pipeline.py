@@ -412,10 +412,13 @@ def _find_film(out: Path, stem: str) -> features_folder.Film | None:
         film = features_folder.read_film(path)
     except UserError:
         return None
-    complete = files.exists(out / f"{stem}.npz")
+    return film if files.exists(out / f"{stem}.npz") else None
+
+
+def lacks_pictures(out: Path, stem: str) -> bool:
+    """Returns whether the folder has pictures of faces, but none of this film."""
     thumbnails = out / features_folder.THUMBNAILS
-    complete &= not thumbnails.exists() or (thumbnails / stem).exists()
-    return film if complete else None
+    return thumbnails.exists() and not (thumbnails / stem).exists()
 
 
 def _extract_batch(
@@ -453,10 +456,12 @@ def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
     source = features_folder.FileStamp.of(
         job.path, regions.list_sidecars(job.path) if job.tagged else ()
     )
-    if before and before.source == source and not check:
+    complete = before and not lacks_pictures(job.out, job.stem)
+    if before and complete and before.source == source and not check:
         return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
-    if before and before.sha256 == sha256 and before.source.sidecars == source.sidecars:
+    same_file = before is not None and before.sha256 == sha256
+    if before and complete and same_file and before.source.sidecars == source.sidecars:
         before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
@@ -473,7 +478,7 @@ def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
         "tagged": job.tagged,
         "sha256": sha256,
         "source": msgspec.to_builtins(source),
-        "replaced": before is not None,
+        "replaced": before is not None and not same_file,
     }
 
 

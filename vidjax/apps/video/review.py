@@ -177,7 +177,7 @@ class Review:
         if is_unknown(name) or normal_form(" ".join(name.split())) in people:
             return None
         letters = {_fold_letters(person): person for person in people}
-        best = closest(_fold_letters(name), letters, 0.85)
+        best = closest(_fold_letters(name), letters, 0.8)
         digits = [re.sub(r"\D", "", word) for word in (name, best or "")]
         return letters[best] if best and digits[0] == digits[1] else None
 

@@ -51,7 +51,6 @@ from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError
 
 STRANGER_ODDS = 3.0  # prior: three of four faces in films show people who are not enrolled
-TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
 PADDING_SECONDS = 1.0
 TABLES = ("names.tsv", "names.jsonl")
@@ -90,10 +89,11 @@ class Done(NamedTuple):
     def lines(self) -> list[tuple[str, str, str]]:
         """The film, the time and the person of each appearance."""
         rows = []
-        for video, start_s, end_s, name, probability, *_ in self.appearances:
-            percent = "" if probability is None else f", {appearances.format_percent(probability)}"
-            time = appearances.format_span(start_s, end_s)
-            rows.append((video, time, f"{name or answers_lib.IGNORED}{percent}"))
+        for appearance in self.appearances:
+            name = appearance.identity or answers_lib.IGNORED
+            time = appearances.format_span(appearance.start_s, appearance.end_s)
+            words = filter(None, (name, appearances.format_certainty(appearance)))
+            rows.append((appearance.video, time, ", ".join(words)))
         return rows
 
 
@@ -292,6 +292,7 @@ def name_people(
         options = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
+            _check_people(gallery, photos, people)
             outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
             gallery.refresh()  # another process may have changed the gallery in the meantime
             failed, names = _enrol_photos(gallery, outcomes_of, people)
@@ -362,6 +363,14 @@ def _find_people(
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(f"missing: {count}, such as {missing[0]}; --prune removes them from the results")
+    bare = [
+        film
+        for film in films
+        if film.tracks
+        and pipeline.lacks_pictures(out / FEATURES, film.tracks[0].clip.partition(".")[0])
+    ]
+    if bare:
+        say(f"no pictures of {bare[0].video}: add the film to the command to read it with pictures")
     decision = decide(gallery, out, films, before, identify)
     write(out, gallery, decision, padding)
     return Done.of(gallery, decision, failed)
@@ -443,6 +452,22 @@ def _list_photos(people: Path) -> dict[str, list[Path]]:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)
     return photos_of
+
+
+def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
+    """Refuses a folder without any of the people of earlier calls: they would all be forgotten."""
+    enrolled = [photo for clip in gallery.clips if (photo := Photo.of(clip))]
+    before = {name for photo in enrolled for name in (photo.folder, photo.person)}
+    if not photos or not before or before & {*photos}:
+        return
+    remedy = "call once with an empty folder to forget them, or name another --out"
+    if normal_form(people.resolve().name) in before:
+        above = shlex.quote(messages.shown(people.resolve().parent))
+        remedy = f"it is the folder of one person; name the folder above: --people={above}"
+    names = ", ".join(map(show, sorted(before)[:5]))
+    raise UserError(
+        f"'{people}' has none of the people of before ({names}): is it right?\n{remedy}"
+    )
 
 
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
@@ -735,7 +760,7 @@ def decide(
                 best = tuple(pair for pair in answer.best if pair[0] not in names)
                 answers[clip] = answer._replace(identity=None, best=best, evidence=())
         for clip, name in enrolled.items():
-            known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
+            known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (appearances.TOLD,))
             answers[clip] = NOBODY if name is None else known
         answers = appearances.settle_answers(answers, films)
         nameless = {
