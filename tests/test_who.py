@@ -654,6 +654,29 @@ def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(drawn):
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
+def test_a_film_without_pictures_stays_beside_films_with_pictures(drawn):
+    drawn.befriend("Ada")
+    film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
+    other.parent.mkdir()
+    write_film(other, (1.5, 40, [("Ada", 30, 30)]))
+    drawn.who(film)
+    _, said = drawn.who(other, flags=["--thumbnails", "--prune"])
+    assert "no pictures of" in said and "in place of" not in said
+    assert {row["path"] for row in drawn.rows()} == {str(film), str(other)}
+
+
+def test_a_wrong_folder_of_people_forgets_nobody(drawn):
+    drawn.befriend("Ada", "Bob")
+    film = drawn.film()
+    drawn.who(film)
+    for folder, hint in (("Ada", f"--people={drawn.friends}"), ("strangers", "an empty folder")):
+        write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
+        words = (film, f"--models={drawn.models}", f"--out={drawn.out}")
+        code, _, said = drawn.run("who", *words, f"--people={drawn.friends / folder}")
+        assert code == 2 and "Ada, Bob" in said and hint in said
+    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada", "Bob"}
+
+
 def test_a_page_does_not_outlive_a_person_in_a_call_that_fails(drawn):
     film, out = drawn.film(), drawn.out
     drawn.befriend("Ada", "Bob")
