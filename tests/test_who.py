@@ -811,7 +811,7 @@ def test_files_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(dr
     for path in (bad, worse):
         begun, line = [line for line in said.splitlines() if path.name in line]
         assert begun.endswith(f" of 3: {path.name} ...")
-        assert "is no video" in line
+        assert "unknown format" in line
     assert [one.video for one in features_folder.read_films(out)] == ["party.mkv"]
     done = command("extract", bad, worse, f"--out={out}", f"--models={drawn.models}")
     assert done.code == 1 and done.err.count("\n") == 4 and done.out.count("give MP4, MKV") == 1
