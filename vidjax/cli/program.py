@@ -208,6 +208,10 @@ def load(name: str) -> Callable[[Parser], None]:
     The modules of the commands are imported here, so that `vidjax --version` imports none of them.
     They import JAX and TensorFlow only when the command runs.
     """
+    if name == "gallery":  # it works without the packages that the other commands import
+        from vidjax.cli import gallery_commands
+
+        return gallery_commands.add_flags
     from vidjax.cli import (
         check_command,
         compare_command,
@@ -216,7 +220,6 @@ def load(name: str) -> Callable[[Parser], None]:
         export_commands,
         extract_command,
         forget_command,
-        gallery_commands,
         rank_command,
         run_commands,
         score_command,
@@ -234,7 +237,6 @@ def load(name: str) -> Callable[[Parser], None]:
         "check": check_command.add_flags,
         "config": config_command.add_flags,
         "score": score_command.add_flags,
-        "gallery": gallery_commands.add_flags,
         "extract": extract_command.add_flags,
         "convert": convert_command.add_flags,
         "who": who_command.add_flags,
