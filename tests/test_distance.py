@@ -30,7 +30,7 @@ def made_backend(same=SAME, different=DIFFERENT):
     card = cards.BackEnd(
         centre=[0.0] * WIDTH, same=same, different=different, pairs=(1, 1), data="made"
     )
-    return backend_lib.of_cards({"face": card})
+    return backend_lib.make_card_backend({"face": card})
 
 
 class Population:

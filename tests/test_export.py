@@ -296,9 +296,11 @@ def make_gallery(folder, kind):
     fit: Any = {"same": (0.6, 0.2), "different": (0.0, 0.2), "pairs": (9, 9), "data": "made"}
     widths = made_galleries.WIDTHS.items()
     cards = {part: BackEnd(centre=[0.1] * width, **fit) for part, width in widths}
-    origin = store.Origin("models", "0" * 64, centred=False, cards=dict.fromkeys(cards, "0" * 64))
+    origin = store.VectorOrigin(
+        "models", "0" * 64, centred=False, cards=dict.fromkeys(cards, "0" * 64)
+    )
     clips = made_galleries.make_clips()
-    Gallery.of_clips(folder, origin, backend_lib.of_cards(cards), clips)
+    Gallery.of_clips(folder, origin, backend_lib.make_card_backend(cards), clips)
 
 
 @pytest.mark.parametrize("kind", ["run", "cards"])

@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 from tests.helpers import drawn_people, made_nets, seen
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
-from vidjax.apps.gallery.gallery import origin_of_models
+from vidjax.apps.gallery.gallery import make_models_origin
 from vidjax.apps.video import cards, features_folder, film, pipeline
 from vidjax.apps.video.nets import Faces
 
@@ -147,7 +147,7 @@ def test_clothes_and_places_tell_no_person(models):
     """A gallery has no part of them, whatever their cards say; of heads it has one."""
     for part in ("head", "body", "scene"):
         add(models, f"{part}_embedder", back_end=made_nets.back_end())
-    assert {*origin_of_models(models)[1]} == {"face", "head"}
+    assert {*make_models_origin(models)[1]} == {"face", "head"}
 
 
 def test_who_has_no_face_is_no_one(drawn, recwarn):

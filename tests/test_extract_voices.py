@@ -268,7 +268,7 @@ def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     """Whatever the voice says; a voice alone, and parts of a run, are as they were."""
     card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),
                          data="made")  # fmt: skip
-    both = backend.of_cards({"face": card, "audio": card})
+    both = backend.make_card_backend({"face": card, "audio": card})
     one, other = np.eye(4, dtype=np.float32)[:2]
     people = both.enrol(["Ada", "Bob"], np.stack([np.r_[one, one], np.r_[other, 0 * one]]),
                         np.arange(2))  # fmt: skip

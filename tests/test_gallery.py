@@ -15,7 +15,7 @@ from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.backend import Index
 from vidjax.apps.gallery.changes import enrol
 from vidjax.apps.gallery.gallery import Gallery, Vectors, fit_backend
-from vidjax.apps.gallery.store import Clip, group
+from vidjax.apps.gallery.store import StoredClip, group
 
 NOBODY_IS_NEW = made_galleries.SETTINGS._replace(stranger=-6.0)
 
@@ -153,7 +153,7 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
     for n in range(200):
         x = rng.normal(size=13) * [5, *[1e-3] * 7, 5, *[1e-3] * 4]
         x = np.concatenate([x[:8] / np.linalg.norm(x[:8]), x[8:] / np.linalg.norm(x[8:])])
-        far[f"far {n}"] = Clip(None, x.astype(np.float32))
+        far[f"far {n}"] = StoredClip(None, x.astype(np.float32))
     people.remove(clip=people.strangers)
     people.add(far)
     gallery = Gallery(tmp_path / "g")
@@ -172,7 +172,7 @@ def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     gallery = Gallery(people.folder)
     found, rule = named(gallery)
-    assert rule.default and rule.by == "fpir" and rule.found == gallery.threshold(0.01)
+    assert rule.default and rule.by == "fpir" and rule.threshold == gallery.threshold(0.01)
     assert found == named(gallery, fpir=0.01)[0]
     others = [make_clip(70_000 + n, None) for n in range(1000)]
     answers = identify(gallery, parts_of(gallery, others))
@@ -237,7 +237,7 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys
         shown = make(count, photos + 10).astype(np.float32)
         strangers = make(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
         enrolled = {
-            f"{person} {turn}": Clip(f"{person}", shown[person, turn])
+            f"{person} {turn}": StoredClip(f"{person}", shown[person, turn])
             for person, turn in np.ndindex(count, photos)
         }
         front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
@@ -262,7 +262,7 @@ def share_days(seed: int, people: int, days: int, photos: int) -> tuple[float, f
     shown = embeddings.of_days(rng, people, days + 3, photos, width, 0.5).astype(np.float32)
     others = embeddings.exact(rng, 3 * people, 1, width, 0.5).astype(np.float32)[:, 0]
     clips = {
-        f"{who} day{day}.s000.t{number:02}": Clip(f"{who}", shown[who, day, number])
+        f"{who} day{day}.s000.t{number:02}": StoredClip(f"{who}", shown[who, day, number])
         for who, day, number in np.ndindex(people, days, photos)
     }
     backend = fit_backend(clips, {"face": width}, centred=False)
@@ -298,7 +298,7 @@ def test_a_person_of_one_film_has_one_clip_and_the_user_hears_it(tmp_path, capsy
     for gone in range(3):
         left = [clip.vector for clip in [*films.values()][gone:]]
         mean = np.mean(left, axis=0, dtype=float).astype(np.float32)
-        one = enrol(people.backend, {"Ada": ["film"]}, {"film": Clip("Ada", mean)})
+        one = enrol(people.backend, {"Ada": ["film"]}, {"film": StoredClip("Ada", mean)})
         ada, bob = (people.index.names.index(name) for name in ("Ada", "Bob"))
         assert people.identities["Ada"] == 3 - gone and people.index.counts[:, ada].max() == 1
         assert people.index.counts[:, bob].max() == 2

@@ -124,7 +124,7 @@ def test_equal_people_are_in_the_order_of_names():
 
 
 def test_people_without_a_common_part_are_in_the_order_of_names(monkeypatch):
-    monkeypatch.setattr(backend_lib, "MOST_FINE", 40)
+    monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", 40)
     rng = np.random.default_rng(0)
     index, draw = make(rng, {"face": 32, "audio": 8}, scale=1.0, spread=0.3)
     whole = backend_lib.join(index.blocks)

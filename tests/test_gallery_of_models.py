@@ -42,7 +42,7 @@ def test_five_friends_are_named_and_strangers_are_not(photos, least):
     for seed in range(30):
         rng = np.random.default_rng(seed)
         friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1).reshape(-1, WIDTH)
-        found = backend.of_cards({"face": card})
+        found = backend.make_card_backend({"face": card})
         people = found.enrol(
             [f"friend {n}" for n in range(5)],
             friends[:, :photos].reshape(-1, WIDTH),

@@ -32,7 +32,7 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import gallery as gallery_lib
 from vidjax.apps.gallery import store as store_lib
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
-from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.models import two_covariance
 from vidjax.utils import errors
 
@@ -79,8 +79,8 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
 
 @pytest.mark.slow
 def test_one_by_one_is_all_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend_lib, "FEW_ROWS", 3)
-    monkeypatch.setattr(backend_lib, "MOST_ROWS", 4)
+    monkeypatch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
+    monkeypatch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
     people = make(tmp_path / "g", {})
     for name in sorted(CLIPS, key=lambda name: name[::-1]):
         people.add({name: CLIPS[name]})
@@ -176,7 +176,7 @@ def test_several_changes_are_written_together_or_not_at_all(gallery):
 def test_nobody_else_may_read_it(gallery):
     gallery.add(NEW)
     assert stat.S_IMODE(gallery.folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((gallery.folder / store_lib.NAME).stat().st_mode) == 0o600
+    assert stat.S_IMODE((gallery.folder / store_lib.GALLERY_FILE).stat().st_mode) == 0o600
 
 
 # ---- nothing is left of who was removed
@@ -219,7 +219,7 @@ def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch, page):
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
         people.remove(clip=gone)
-        content = (tmp_path / "g" / store_lib.NAME).read_bytes()
+        content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
         assert not [x for x in vectors if x in content]
         assert not [name for name in gone if name.encode() in content]
 
@@ -282,14 +282,14 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         centre = rng.standard_normal(16)
         for turn in range(2 if person else 1):
             x = centre + 0.5 * rng.standard_normal(16)
-            clips[f"{person} {turn}"] = Clip(
+            clips[f"{person} {turn}"] = StoredClip(
                 f"p{person}", (x / np.linalg.norm(x)).astype(np.float32), fitted=not empty
             )
     removed = clips["0 0"].vector
     others = [clip for name, clip in clips.items() if name != "0 0"]
     background = {n: clip for n, clip in clips.items() if not empty or n != "0 0"}
     front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
-    run = Origin("somewhere", "0" * 64, centred)
+    run = VectorOrigin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, front, {} if empty else clips)
     if empty:
         people.add(clips)
@@ -347,7 +347,9 @@ def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypat
 
     monkeypatch.setattr(gallery_lib, "_restored", lambda run: run)
     monkeypatch.setattr(
-        gallery_lib, "origin_of", lambda run: Origin("", digests[run.workdir.name], False)
+        gallery_lib,
+        "make_run_origin",
+        lambda run: VectorOrigin("", digests[run.workdir.name], False),
     )
     open_one = Gallery(gallery.folder, run=run_at("one"))
     assert open_one.run.workdir.name == "one"
@@ -395,7 +397,7 @@ def test_a_change_is_never_made_to_an_older_state(tmp_path, monkeypatch, rename)
 
 def test_a_state_of_another_one_than_the_file_holds_is_not_written(tmp_path):
     people = make(tmp_path / "g")
-    old, before = people._state, people.folder.joinpath(store_lib.NAME)
+    old, before = people._state, people.folder.joinpath(store_lib.GALLERY_FILE)
     Gallery(people.folder).remove(identity="person 2")
     content = before.read_bytes()
     with people._store.open(write=True) as transaction:  # noqa: SIM117
@@ -490,8 +492,8 @@ def cut_off(folder):
         "              os.urandom(3000)))\n"
         "os._exit(1)\n"
     )
-    subprocess.run([sys.executable, "-c", code, folder / store_lib.NAME], check=False)
-    assert (folder / (store_lib.NAME + "-journal")).stat().st_size > 512
+    subprocess.run([sys.executable, "-c", code, folder / store_lib.GALLERY_FILE], check=False)
+    assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 
 @pytest.mark.parametrize("then", quick_first(["add", "read", "remove"]))
@@ -511,7 +513,7 @@ def test_what_a_killed_change_left_is_undone(gallery, then):
 
 def test_a_gallery_that_may_only_be_read_answers(gallery):
     wanted = answers(gallery)
-    gallery.folder.joinpath(store_lib.NAME).chmod(0o400)
+    gallery.folder.joinpath(store_lib.GALLERY_FILE).chmod(0o400)
     gallery.folder.chmod(0o500)
     names = sorted(os.listdir(gallery.folder))
     try:
@@ -530,7 +532,7 @@ import numpy as np
 from pathlib import Path
 from tests.helpers import made_galleries as made
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.utils import errors
 from vidjax.apps.gallery import backend as backend_lib
 
@@ -539,10 +541,10 @@ x = rng.standard_normal((200_000, width), np.float32)
 x /= np.linalg.norm(x, axis=1, keepdims=True)
 front = backend_lib.fit({{"x": x[:3000]}}, np.arange(3000) // 3 + 1, centred=True,
                       settings=made.SETTINGS)
-clips = {{f"clip {{n}}": Clip(f"person {{n // 2}}", row, fitted=n < 3000)
+clips = {{f"clip {{n}}": StoredClip(f"person {{n // 2}}", row, fitted=n < 3000)
          for n, row in enumerate(x)}}
 folder = Path({str(tmp_path / "g")!r})
-Gallery.of_clips(folder, Origin("", "0" * 64, True), front, clips)
+Gallery.of_clips(folder, VectorOrigin("", "0" * 64, True), front, clips)
 del clips
 people = Gallery(folder)
 def best(row):
@@ -550,7 +552,7 @@ def best(row):
     (found,) = people.index.nearest([x[row:row + 1]], 1)
     return found.best[0][0]
 assert best(77) == "person 38"
-people.add({{"new": Clip("Ada", np.ones(width, np.float32))}})
+people.add({{"new": StoredClip("Ada", np.ones(width, np.float32))}})
 assert people.remove(identity=["Ada"]) == 1
 assert people.remove(identity=["person 38"]) == 2
 assert best(77) != "person 38" and len(Gallery(folder).clips) == 199_998
@@ -571,7 +573,9 @@ def test_a_folder_that_is_no_gallery(tmp_path):
     make(tmp_path / "g")
     refused(lambda: make(tmp_path / "g"), "holds a gallery")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / store_lib.NAME).touch()  # of a process that was killed as it made one
+    (
+        tmp_path / "empty" / store_lib.GALLERY_FILE
+    ).touch()  # of a process that was killed as it made one
     refused(lambda: Gallery(tmp_path / "empty"), "holds no gallery")
     assert make(tmp_path / "empty").identities
 
@@ -600,7 +604,7 @@ def replaced(content, at, new):
 
 @pytest.mark.parametrize("kind", quick_first(DAMAGES, 3))
 def test_a_damaged_folder_is_named_in_one_error(gallery, kind):
-    DAMAGES[kind](gallery.folder / store_lib.NAME)
+    DAMAGES[kind](gallery.folder / store_lib.GALLERY_FILE)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
     refused(gallery.refresh, str(gallery.folder)) if kind != "cut" else None
 
@@ -624,13 +628,13 @@ def test_reading_leaves_the_garbage_collector_as_it_was(gallery, monkeypatch, co
 
 def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):
     wanted = answers(gallery)
-    os.truncate(gallery.folder / store_lib.NAME, 1 << 40)
+    os.truncate(gallery.folder / store_lib.GALLERY_FILE, 1 << 40)
     assert answers(Gallery(gallery.folder)) == wanted
 
 
 @pytest.mark.slow
 def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
-    wanted, path = answers(gallery), gallery.folder / store_lib.NAME
+    wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
     content, told, rng = path.read_bytes(), 0, random.Random(0)
     used = [at for at in range(len(content)) if content[at]]
     for at in rng.choices(used, k=60):
@@ -648,13 +652,15 @@ def test_a_journal_does_not_delete_another_file(gallery, tmp_path):
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("mine")
     cut_off(gallery.folder)
-    journal, name = gallery.folder / (store_lib.NAME + "-journal"), str(thesis).encode()
+    journal, name = gallery.folder / (store_lib.GALLERY_FILE + "-journal"), str(thesis).encode()
     total = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF
     with journal.open("ab") as file:
         file.write(b"\0\0\0\0" + name + len(name).to_bytes(4, "big") + total.to_bytes(4, "big"))
         file.write(store_lib.SUPER_JOURNAL)
     shutil.copytree(gallery.folder, tmp_path / "copy")
-    with contextlib.closing(sqlite3.connect(tmp_path / "copy" / store_lib.NAME)) as connection:
+    with contextlib.closing(
+        sqlite3.connect(tmp_path / "copy" / store_lib.GALLERY_FILE)
+    ) as connection:
         connection.execute("SELECT * FROM gallery").fetchall()
     assert not thesis.exists()  # what SQLite does by itself
     thesis.write_text("mine")
@@ -667,7 +673,7 @@ DIGEST = "the digest of the rows as they are then"
 
 def forged(folder, *sql, facts=None):
     """Changes the file of a gallery as somebody would who knows its format."""
-    with contextlib.closing(sqlite3.connect(folder / store_lib.NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
         for line in sql:
             if line != DIGEST:
                 connection.execute(line)
@@ -754,7 +760,7 @@ def test_forged_facts_are_refused(gallery, facts):
 def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
     """Each page of the schema has the next one 300 times: 300 ** 15 rows."""
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
-    size, levels, path = 4096, 16, gallery.folder / store_lib.NAME
+    size, levels, path = 4096, 16, gallery.folder / store_lib.GALLERY_FILE
     path.unlink()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA writable_schema=ON")
@@ -781,7 +787,7 @@ def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
 
 def test_a_file_with_two_names_is_not_changed(gallery, tmp_path):
     """The other name would go on holding who is removed."""
-    os.link(gallery.folder / store_lib.NAME, tmp_path / "other")
+    os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "several names")
     refused(lambda: gallery.add({"x": make_clip(1, "x")}), "several names")
 
@@ -794,7 +800,7 @@ FROZEN = Path(__file__).parent / "helpers" / "frozen_gallery.npz"
 def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
     with np.load(FROZEN) as file:
         frozen = dict(file)
-    (tmp_path / store_lib.NAME).write_bytes(frozen["sqlite"].tobytes())
+    (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
     people = Gallery(tmp_path)
     assert people.identities["Zoë Å"] == 4
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
@@ -820,7 +826,9 @@ def test_a_vector_that_cannot_be_is_not_taken(gallery):
         "value": (good.vector * np.nan, "not finite"),
         "nothing": (good.vector * 0, "no usable frame"),
     }.values():
-        refused(lambda v=vector: gallery.add({"fine": good, "bad": Clip("x", v)}), "'bad'", word)
+        refused(
+            lambda v=vector: gallery.add({"fine": good, "bad": StoredClip("x", v)}), "'bad'", word
+        )
     refused(lambda: gallery.add({"a\nb": good}), "control")
     refused(lambda: gallery.add({"bad": good._replace(identity=" ")}), "empty")
     refused(lambda: gallery.add({"x" * 1001: good}), "longer than 1,000 letters")
@@ -831,7 +839,7 @@ def test_a_vector_that_cannot_be_is_not_taken(gallery):
 
 
 def test_vectors_that_are_too_wide_to_be_read_are_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery_lib, "MOST_WIDTH", 12)
+    monkeypatch.setattr(gallery_lib, "MAX_VECTOR_WIDTH", 12)
     refused(lambda: make(tmp_path / "g"), "13 numbers are too wide")
     assert not (tmp_path / "g").exists()
 

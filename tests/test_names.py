@@ -110,7 +110,7 @@ def as_before(folder, clips, monkeypatch):
         patch.setattr(unicodedata, "is_normalized", lambda *_: True)
         patch.setattr(gallery_lib, "warn", lambda _: None)
         make(folder, clips)
-    with sqlite3.connect(folder / store_lib.NAME) as file:
+    with sqlite3.connect(folder / store_lib.GALLERY_FILE) as file:
         return {name for (name,) in file.execute("SELECT name FROM person")}
 
 
@@ -129,7 +129,7 @@ def test_a_gallery_of_an_earlier_version_still_matches(tmp_path, monkeypatch):
     as_before(tmp_path / "g", clips | shown, monkeypatch)
     gallery = Gallery(tmp_path / "g")
     gallery.add({"new": make_clip(4, NFD)})  # the first change writes all
-    with sqlite3.connect(tmp_path / "g" / store_lib.NAME) as file:
+    with sqlite3.connect(tmp_path / "g" / store_lib.GALLERY_FILE) as file:
         people = {name for (name,) in file.execute("SELECT name FROM person")}
         persons = {name for (name,) in file.execute("SELECT DISTINCT person FROM clip")}
     assert NFC in people & persons and NFD not in people | persons

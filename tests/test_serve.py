@@ -306,9 +306,11 @@ def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
     backend = made_galleries.backend_lib.fit(
         {"face": unit}, labels, centred=False, settings=settings
     )
-    origin = servers.Origin("/models", "0" * 64, True, {"face": "0" * 64})
-    clips = {f"s{n}": made_galleries.Clip(None, one) for n, one in enumerate([*unit, *unit[:45]])}
-    clips["p1"] = made_galleries.Clip("Bo", unit[0])
+    origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
+    clips = {
+        f"s{n}": made_galleries.StoredClip(None, one) for n, one in enumerate([*unit, *unit[:45]])
+    }
+    clips["p1"] = made_galleries.StoredClip("Bo", unit[0])
     monkeypatch.chdir(tmp_path)
     np.savez("c1.npz", face=unit[:3])
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")

@@ -84,7 +84,7 @@ def measure(
       draws: number of random choices of people and photos.
       votes: True if tracks that form a group vote.
     """
-    found = backend.of_cards({"face": card()}, STRANGER_ODDS)
+    found = backend.make_card_backend({"face": card()}, STRANGER_ODDS)
     rng, shares, sure, correct = np.random.default_rng(0), [], [], []
     groups = grouping.group(found, films.clips, [films.vectors], films.apart, absorb=False)
     owner = groups if votes else np.arange(len(groups))

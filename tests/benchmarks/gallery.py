@@ -19,9 +19,9 @@ import numpy as np
 
 from tests.benchmarks import common
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.backend import MOST_ROWS, Backend, Index
+from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.gallery import Gallery, Vectors
-from vidjax.apps.gallery.store import Clip, Origin, State, Store, group
+from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
 from vidjax.models.two_covariance import Settings
 
 WIDTH = 512
@@ -30,7 +30,7 @@ SETTINGS = Settings(
 )
 TRIES = 20
 MANY = 100_000  # people from which on they have one part, and nobody is removed
-RUN = Origin("made-up", "0" * 64, centred=True)
+RUN = VectorOrigin("made-up", "0" * 64, centred=True)
 THRESHOLD = 0.5
 
 
@@ -50,12 +50,12 @@ def _near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def make_clips(
     num_parts: int, count: int, rng: np.random.Generator, start: int = 0
-) -> dict[str, Clip]:
+) -> dict[str, StoredClip]:
     """Returns one clip of each of `count` people."""
     parts = [_near(rng.standard_normal((count, WIDTH), np.float32), rng) for _ in range(num_parts)]
     rows = np.concatenate(parts, axis=1)
     return {
-        f"clip_{start + number:07}": Clip(f"person_{start + number:07}", row)
+        f"clip_{start + number:07}": StoredClip(f"person_{start + number:07}", row)
         for number, row in enumerate(rows)
     }
 
@@ -63,14 +63,14 @@ def make_clips(
 def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Generator) -> None:
     """Writes a gallery whose people have the vectors of a few in turn, under names of their own."""
     front = make_front(parts, rng)
-    few = list(make_clips(len(parts), min(MOST_ROWS, num_people), rng).values())
+    few = list(make_clips(len(parts), min(MAX_BLOCK_PEOPLE, num_people), rng).values())
     vectors = np.stack([clip.vector for clip in few])
     block = front.enrol([str(clip.identity) for clip in few], vectors, np.arange(len(few)))
     numbers = range(num_people)
     names = [f"person_{number:07}" for number in numbers]
     pieces = (tuple(names[at : at + len(few)]) for at in range(0, num_people, len(few)))
     blocks = (block.take(np.arange(len(some)))._replace(names=some) for some in pieces)
-    clips = {f"clip_{n:07}": Clip(names[n], few[n % len(few)].vector) for n in numbers}
+    clips = {f"clip_{n:07}": StoredClip(names[n], few[n % len(few)].vector) for n in numbers}
     folder.mkdir(mode=0o700)
     Store(folder).create(State(1, RUN, Index(front, blocks), clips, group(clips)))
 

@@ -18,11 +18,11 @@ import numpy as np
 from tests.benchmarks import common
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.apps.video.cards import BackEnd
 
 WIDTH, PEOPLE, STRANGERS, ASKED, TURNS = 128, 20, 150, 5, 7
-CARDS = Origin("made-up", "0" * 64, centred=True, cards={"face": "0" * 64})
+CARDS = VectorOrigin("made-up", "0" * 64, centred=True, cards={"face": "0" * 64})
 ANSWER = """
 from pathlib import Path
 import numpy as np
@@ -49,10 +49,10 @@ def make(folder: Path) -> None:
         centre=[0.0] * WIDTH, same=same, different=different, pairs=(1, 1), data="made-up"
     )
     clips = {
-        f"clip {n}": Clip(f"person {n}" if n < PEOPLE else None, face)
+        f"clip {n}": StoredClip(f"person {n}" if n < PEOPLE else None, face)
         for n, face in enumerate(faces[:-ASKED])
     }
-    Gallery.of_clips(folder / "people", CARDS, backend.of_cards({"face": card}), clips)
+    Gallery.of_clips(folder / "people", CARDS, backend.make_card_backend({"face": card}), clips)
     (folder / "clips").mkdir()
     for number, face in enumerate(faces[-ASKED:]):
         np.savez(folder / "clips" / f"{number}.npz", face=face)

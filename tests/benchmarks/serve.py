@@ -28,10 +28,10 @@ from tests.benchmarks import common
 from tests.benchmarks import gallery as made
 from tests.helpers import limits, servers
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 
 LENGTH = re.compile(rb"\ncontent-length: *([0-9]+)", re.IGNORECASE)
-CARDS = Origin("made-up", "0" * 64, True, {"face": "0" * 64})
+CARDS = VectorOrigin("made-up", "0" * 64, True, {"face": "0" * 64})
 PLAIN = """\
 import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -183,7 +183,7 @@ def main() -> int:
         folder = Path(name) / "gallery"
         centres = rng.standard_normal((args.people, made.WIDTH), np.float32)
         rows = made._near(centres, rng)
-        clips = {f"clip_{n:07}": Clip(f"person_{n:07}", row) for n, row in enumerate(rows)}
+        clips = {f"clip_{n:07}": StoredClip(f"person_{n:07}", row) for n, row in enumerate(rows)}
         Gallery.of_clips(folder, CARDS, made.make_front(["face"], rng), clips)
         shown = made._near(centres[rng.integers(0, args.people, 512)], rng)
         shown[::5] = made._near(rng.standard_normal((len(shown[::5]), made.WIDTH), np.float32), rng)

@@ -20,14 +20,14 @@ from pathlib import Path
 from tests.helpers import limits, made_galleries
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Clip
+from vidjax.apps.gallery.store import StoredClip
 
 PEOPLE = 300
 BATCH = 60  # people of the largest enrolment or removal
 SPANS = (0.001, 0.004, 0.03)  # seconds from the start of a change: writing takes about as long
 
 
-def all_clips() -> dict[str, Clip]:
+def all_clips() -> dict[str, StoredClip]:
     """Returns two clips of every person."""
     return {
         f"clip {2 * n + turn}": made_galleries.make_clip(2 * n + turn, f"person {n}")
@@ -44,7 +44,9 @@ def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
         yield from [("remove", people), ("enrol", people)]
 
 
-def change(people: Gallery, clips: Mapping[str, Clip], what: str, whom: Sequence[str]) -> None:
+def change(
+    people: Gallery, clips: Mapping[str, StoredClip], what: str, whom: Sequence[str]
+) -> None:
     """Makes a change."""
     if what == "remove":
         people.remove(identity=whom)
@@ -109,7 +111,10 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
         people.remove(identity=["nobody"])
     assert made_galleries.contents(folder) == states[left[0]]
     # A change that had not begun to write leaves its journal to the next change.
-    assert {path.name for path in folder.iterdir()} <= {store.NAME, f"{store.NAME}-journal"}
+    assert {path.name for path in folder.iterdir()} <= {
+        store.GALLERY_FILE,
+        f"{store.GALLERY_FILE}-journal",
+    }
     content = b"".join(path.read_bytes() for path in folder.iterdir())
     there = {row[0] for row in found["clip"]}
     gone = [clip.vector.tobytes() for name, clip in all_clips().items() if name not in there]

@@ -432,7 +432,7 @@ def test_who_writes_into_no_folder_of_other_things(drawn):
 @pytest.mark.parametrize("left", ["probe", "empty", "half"])
 def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, left):
     """It left the file that tried the folder, an empty gallery, or half of one and a journal."""
-    path = drawn.out / "gallery" / store.NAME
+    path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
     if left == "probe":
         (path.parent / ".write-test-0badc0de").touch()
@@ -448,7 +448,7 @@ def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, left):
             "os._exit(1)\n"
         )
         subprocess.run([sys.executable, "-c", code, path], check=False)
-        assert path.stat().st_size and path.with_name(store.JOURNAL).stat().st_size
+        assert path.stat().st_size and path.with_name(store.JOURNAL_FILE).stat().st_size
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
 
 

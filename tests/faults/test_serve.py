@@ -25,7 +25,7 @@ import pytest
 from tests.benchmarks import gallery as made
 from tests.helpers import servers
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 
 pytestmark = pytest.mark.slow
 SECONDS = 25.0  # of the slowest answer
@@ -149,8 +149,10 @@ def packed(array, method=zipfile.ZIP_DEFLATED):
 def test_small_requests_that_become_large_take_little_memory(tmp_path):
     """Before, 64 arrays of uint8 took 4 GB, as many lists in JSON 2.5 GB; most got no answer."""
     rng, width = np.random.default_rng(0), made.WIDTH
-    clips = {f"c {n}": Clip(f"p {n}", x) for n, x in enumerate(np.eye(width, dtype=np.float32))}
-    origin, front = Origin("/models", "0" * 64, True, {"face": "0" * 64}), made.make_front
+    clips = {
+        f"c {n}": StoredClip(f"p {n}", x) for n, x in enumerate(np.eye(width, dtype=np.float32))
+    }
+    origin, front = VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64}), made.make_front
     Gallery.of_clips(tmp_path / "g", origin, front(["face"], rng), clips)
     npz, json_type = "application/x-npz", "application/json"
     lists = json.dumps({"clips": [{"clip": "c", "face": [[1] * width] * 2600}]}).encode()

@@ -11,17 +11,17 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery, Vectors
-from vidjax.apps.gallery.store import Clip, Origin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.models.two_covariance import Settings
 
 WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
-RUN = Origin("somewhere", "0" * 64, centred=False)
+RUN = VectorOrigin("somewhere", "0" * 64, centred=False)
 
 OF_THE_WAY = {"version": 0, "rows": ""}  # facts, of how it came, and of rounding
 
 
-def make_clip(number: int, person: str | None, *, lacks: str = "") -> Clip:
+def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
     """Returns a clip near others of the person, which lacks a part."""
     rng = np.random.default_rng(number)
     centre = np.random.default_rng(abs(hash_of(person or str(number))))
@@ -29,7 +29,7 @@ def make_clip(number: int, person: str | None, *, lacks: str = "") -> Clip:
     for name, width in WIDTHS.items():
         x = centre.standard_normal(width) + 0.4 * rng.standard_normal(width)
         parts.append(0 * x if name == lacks else x / np.linalg.norm(x))
-    return Clip(person, np.concatenate(parts).astype(np.float32))
+    return StoredClip(person, np.concatenate(parts).astype(np.float32))
 
 
 def hash_of(text: str) -> int:
@@ -37,7 +37,7 @@ def hash_of(text: str) -> int:
     return int.from_bytes(text.encode())
 
 
-def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, Clip]:
+def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
     """Returns clips of people, 1 to 4 each, of whom some lack a part; and strangers."""
     clips = {}
     for person in range(num_people):
@@ -95,7 +95,7 @@ def search(gallery: Gallery, parts):
 
 def contents(folder) -> dict[str, list]:
     """Returns all rows but the version, the coefficients of people, and their digests."""
-    with contextlib.closing(sqlite3.connect(folder / store.NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(folder / store.GALLERY_FILE)) as connection:
         found = {
             table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
             for table in store.SCHEMA

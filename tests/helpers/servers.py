@@ -16,9 +16,9 @@ import numpy as np
 
 from tests.helpers import limits, made_galleries
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Origin
+from vidjax.apps.gallery.store import VectorOrigin
 
-CARDS = Origin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galleries.WIDTHS})
+CARDS = VectorOrigin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galleries.WIDTHS})
 
 
 def make_gallery(folder: Path, people: int = 12, strangers: int = 6) -> Gallery:

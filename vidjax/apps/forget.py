@@ -174,12 +174,12 @@ def _survey(
 
     Links are not followed. Folders that cannot be read are added to `found`.
     """
-    from vidjax.apps.gallery.store import JOURNAL, NAME
+    from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
     tell = lambda error: found.append(_unread(error.filename or root, error))  # noqa: E731
     for place, inner, names in os.walk(root, onerror=tell):
         folder, there = Path(place), {*names, *inner}
-        if NAME in there:
+        if GALLERY_FILE in there:
             folders[folder] = "gallery"
         elif {"index.npz", "manifest.json"} <= there:
             folders[folder] = "records"
@@ -189,7 +189,7 @@ def _survey(
             folders[folder] = "run"
         elif {"names.tsv", "gallery"} <= there:
             folders[folder] = "who"
-        own = OWN.get(folders.get(folder, ""), re.compile(f"({NAME}|{JOURNAL})"))
+        own = OWN.get(folders.get(folder, ""), re.compile(f"({GALLERY_FILE}|{JOURNAL_FILE})"))
         inner[:] = [name for name in inner if not own.fullmatch(name)]
         others |= {folder / name: False for name in inner}
         others |= {folder / name: True for name in names if not own.fullmatch(name)}

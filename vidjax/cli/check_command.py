@@ -67,7 +67,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     if not args.workdir:
         return checks
     workdir = Path(args.workdir).expanduser().absolute()
-    if files.exists(workdir / store.NAME):
+    if files.exists(workdir / store.GALLERY_FILE):
         return checks | {"gallery": partial(_check_gallery, workdir)}
     config = config_io.override(api.open_run(workdir).config, args.overrides)
     if config.join.runs:

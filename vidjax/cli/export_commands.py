@@ -48,12 +48,12 @@ def _export(args: argparse.Namespace) -> Result:
     """Exports a run or a gallery. The folder appears only if its outputs agree with vidjax."""
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS
-    from vidjax.apps.gallery.store import NAME
+    from vidjax.apps.gallery.store import GALLERY_FILE
 
     target = FORMATS[args.format]
     need(f"--format={args.format}", *target.packages, extra=target.extra)
     with files.atomic_folder(to) as folder:
-        if is_gallery := files.exists(source / NAME):
+        if is_gallery := files.exists(source / GALLERY_FILE):
             facts = _write_gallery(source, folder, target, args.format)
         else:
             facts = _write_run(source, folder, target, args.format, args.checkpoint)

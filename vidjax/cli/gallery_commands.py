@@ -14,7 +14,7 @@ import numpy as np
 
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.changes import check_person, stack
+from vidjax.apps.gallery.changes import check_person, stack_vectors
 from vidjax.apps.video import appearances
 from vidjax.data.untrusted.names import normal_form
 from vidjax.runs import terminal
@@ -431,7 +431,7 @@ def _identify(args: argparse.Namespace) -> Result:
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
     content = {"clips": len(answers), "named": named, "rule": answers_lib.rule_as_json(rule)}
-    content |= {"threshold": rule.found.to_dict() if rule.found else None} | timed[1]
+    content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
     if out:
         if films:
             settled = appearances.settle_answers(answers, films)
@@ -515,14 +515,14 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _list(args: argparse.Namespace) -> Result:
-    from vidjax.apps.gallery.changes import known
+    from vidjax.apps.gallery.changes import find_enrolled
 
     gallery = _open(args)
     result = _summarise(gallery)
     listed = gallery.identities
     if args.identity is not None:
         name = normal_form(args.identity)
-        listed = {name: known("identity", name, listed)}
+        listed = {name: find_enrolled("identity", name, listed)}
     content = {**result.content, "identities": listed}
     lines = [(name, f"{count:,}") for name, count in listed.items()]
     if args.clips:
@@ -551,7 +551,7 @@ def _export(args: argparse.Namespace) -> Result:
     tables.check_new(out, (".parquet",))
     gallery = _open(args)
     names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
-    vectors = stack(names, gallery.clips, sum(gallery.backend.widths.values()))
+    vectors = stack_vectors(names, gallery.clips, sum(gallery.backend.widths.values()))
     columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
         "clip": ("string", names),
         "identity": ("string", [gallery.clips[name].identity for name in names]),

@@ -27,7 +27,7 @@ import numpy as np
 
 from vidjax.apps.export import function, reader, weights
 from vidjax.apps.export.function import Shapes
-from vidjax.apps.gallery.backend import MOST_OF_VOICE, Ratios
+from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Ratios
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.core import devices
 from vidjax.evaluation import predict
@@ -254,7 +254,7 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
             "centre": part.centre,
             "linear": np.concatenate([block.linear[number] for block in index.blocks]),
             "known": (index.counts[number] > 0).astype(np.int32),
-            "limit": np.asarray(MOST_OF_VOICE if part.hearsay else np.inf),
+            "limit": np.asarray(MAX_VOICE_RATIO if part.may_be_offscreen else np.inf),
         }
         if isinstance(scorer, Ratios):
             assert part.space is not None

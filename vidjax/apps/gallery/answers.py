@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from vidjax.data.packing import Clips
 
 DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
-LEAST_NAMED = 0.5  # a name is more probable than all other answers together
-ABOVE_HALF = f"the probability is above {100 * LEAST_NAMED:.0f} %"
+MIN_NAMED_PROBABILITY = 0.5  # a name is more probable than all other answers together
+ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
-GROUPS = {"clip": "string", "identity": "string"}  # columns of a table of groups
+GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 IGNORED = "ignored"  # has no name and no number: somebody said so, or no face is clear
-PLACES = {"video": "string", "start": "string", "end": "string"}  # more columns, where they help
-SHOWN = 3  # identities of a line of the table
-ROUNDING = 1e-7  # a stranger's score may differ by this share between two batches of clips
+PLACE_COLUMNS = {
+    "video": "string",
+    "start": "string",
+    "end": "string",
+}  # more columns, where they help
+NUM_TABLE_PEOPLE = 3  # identities of a line of the table
+SCORE_ROUNDING = 1e-7  # a stranger's score may differ by this share between two batches of clips
 
 
 class Answer(NamedTuple):
@@ -97,13 +101,13 @@ class Threshold(NamedTuple):
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
-class Rule(NamedTuple):
+class NamingRule(NamedTuple):
     """When a clip gets the name of its best identity.
 
     Attributes:
       by: `threshold`, if the user chose the lowest probability; `fpir`, if strangers set it; `new`,
         if there are too few strangers to set it. With `fpir` and `new`, a name also needs a
-        probability above LEAST_NAMED.
+        probability above MIN_NAMED_PROBABILITY.
       score: logarithm of the lowest probability at which a clip gets a name.
       default: True if the user chose nothing.
       found: the threshold that strangers set; None except with `fpir`.
@@ -113,14 +117,16 @@ class Rule(NamedTuple):
     by: Literal["threshold", "fpir", "new"]
     score: float
     default: bool
-    found: Threshold | None
+    threshold: Threshold | None
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
         """Returns True where a clip gets a name, given log p of the best identity."""
         best = np.asarray(best)
         passes = (best >= self.score) & (best > -np.inf)
-        return passes if self.by == "threshold" else passes & (best > math.log(LEAST_NAMED))
+        return (
+            passes if self.by == "threshold" else passes & (best > math.log(MIN_NAMED_PROBABILITY))
+        )
 
     def answer(self, found: "Nearest", *, cards: bool) -> Answer:
         """Returns who a clip shows, of its most probable people, whom `cards` or a run compares."""
@@ -150,7 +156,7 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
         raise UserError(f"fpir={fpir:g}: name a rate above 0 and below 1, e.g. 0.01")
 
 
-def needed(fpir: float) -> int:
+def count_needed_strangers(fpir: float) -> int:
     """Returns the least number of strangers that can set a threshold of this rate: 1 / fpir - 1."""
     return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
 
@@ -158,11 +164,11 @@ def needed(fpir: float) -> int:
 def check_strangers(count: int, fpir: float) -> None:
     """Raises ValueError unless `count` strangers are enough for a threshold of rate `fpir`."""
     check_choice(fpir, None)
-    if count < needed(fpir):
+    if count < count_needed_strangers(fpir):
         raise UserError(
-            f"fpir={fpir:g} needs {needed(fpir):,} clips of strangers or more, the gallery has "
-            f"{count:,}\nask for a higher rate, enrol more strangers, or choose a probability: "
-            "threshold"
+            f"fpir={fpir:g} needs {count_needed_strangers(fpir):,} clips of strangers or more, "
+            f"the gallery has {count:,}\n"
+            "ask for a higher rate, enrol more strangers, or choose a probability: threshold"
         )
 
 
@@ -177,7 +183,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     check_strangers(len(best), fpir)
     score = metrics.threshold_of(best, fpir=fpir)
     assert score is not None  # there are strangers enough
-    score += ROUNDING * abs(score)
+    score += SCORE_ROUNDING * abs(score)
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 
 
@@ -189,7 +195,7 @@ def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
     return {c: f"{UNKNOWN}{number[label]}" for c, label in zip(clips, labels.tolist(), strict=True)}
 
 
-def number_of(group: str) -> int:
+def parse_group_number(group: str) -> int:
     """Returns N of `unknown N`, the name of a group."""
     return int(group.removeprefix(UNKNOWN))
 
@@ -199,11 +205,11 @@ def write_groups(
 ) -> None:
     """Writes clip -> name of its group to a new table, in which a user writes names of people.
 
-    `places` are clip -> the cells of PLACES, of all clips; None for a table without them.
+    `places` are clip -> the cells of PLACE_COLUMNS, of all clips; None for a table without them.
     """
-    order = sorted(groups.items(), key=lambda pair: (number_of(pair[1]), pair[0]))
+    order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
-    tables.write(path, GROUPS | PLACES if places else GROUPS, rows, ())
+    tables.write(path, GROUP_COLUMNS | PLACE_COLUMNS if places else GROUP_COLUMNS, rows, ())
 
 
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
@@ -213,7 +219,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
-        if cells[:2] == [*GROUPS]:
+        if cells[:2] == [*GROUP_COLUMNS]:
             continue
         if len(cells) < 2 or not all(map(str.strip, cells[:2])):
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
@@ -228,7 +234,7 @@ def table(answers: Answers) -> list[str]:
     """Returns lines of text: clip, answer, and the best identities with their probabilities."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
-        best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:SHOWN])
+        best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
         rows.append((clip, answer.identity or "unknown", best or "no usable frame"))
     return [f"  {line}" for line in messages.aligned(rows)]
 
@@ -241,13 +247,13 @@ def share(value: float) -> str:
     return f"{percent:.2g} %" if percent >= 0.01 else "< 0.01 %"
 
 
-def describe_rule(rule: Rule) -> dict[str, str]:
+def describe_rule(rule: NamingRule) -> dict[str, str]:
     """Returns label -> text of the rows that say when a clip gets a name."""
     chosen = " (nothing was chosen: --fpir=R or --threshold=P)" if rule.default else ""
-    return {"named if": rule.about + chosen, **(describe(rule.found) if rule.found else {})}
+    return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
 
-def rule_as_json(rule: Rule) -> dict[str, object]:
+def rule_as_json(rule: NamingRule) -> dict[str, object]:
     """Returns a rule, which says when a clip gets a name, as plain values for JSON."""
     score = rule.score if math.isfinite(rule.score) else None
     return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}

@@ -27,16 +27,20 @@ from vidjax.utils.machine import num_cores
 if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
 
-QUERIES = 64  # clips of a matrix product
-PAIRED = 1 << 20  # numbers of vectors that are multiplied by pairs at once
-MOST_ROWS = 4096  # people of the largest block
-FEW_ROWS = 512  # people of a block that a change joins with another one
+MAX_QUERY_CLIPS = 64  # clips of a matrix product
+MAX_PAIRED_NUMBERS = 1 << 20  # numbers of vectors that are multiplied by pairs at once
+MAX_BLOCK_PEOPLE = 4096  # people of the largest block
+MIN_BLOCK_PEOPLE = 512  # people of a block that a change joins with another one
 # Of ten voices that are heard while a face is seen, one is of somebody else. This is our choice.
-MOST_OF_VOICE = np.log(9)
-FINE = 16  # people of a clip, the most probable ones, whose logits are computed in float64
-ROUNDED = 1e-3  # more than logits of float32 are off
-MOST_FINE = 4096  # people as probable as the k-th one, of whom there are more only if no part tells
-PEAK = 32  # people of whom one is looked at, to find how probable the k-th one is
+MAX_VOICE_RATIO = np.log(9)
+NUM_FINE_PEOPLE = (
+    16  # people of a clip, the most probable ones, whose logits are computed in float64
+)
+MAX_LOGIT_ERROR = 1e-3  # more than logits of float32 are off
+MAX_FINE_PEOPLE = (
+    4096  # people as probable as the k-th one, of whom there are more only if no part tells
+)
+PEAK_PEOPLE = 32  # people of whom one is looked at, to find how probable the k-th one is
 
 
 class Part(NamedTuple):
@@ -56,7 +60,7 @@ class Part(NamedTuple):
     distances: Distances | None = None
 
     @property
-    def hearsay(self) -> bool:
+    def may_be_offscreen(self) -> bool:
         """True for voices that cards compare: a clip may have one of somebody off screen."""
         return self.distances is not None and self.name == "audio"
 
@@ -166,7 +170,7 @@ class Backend(NamedTuple):
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
-            count, total = sums_of(unit(part, x), owner, len(names))
+            count, total = sum_by_owner(unit(part, x), owner, len(names))
             coefficients, constant = part.describe(count, total)
             linear.append(coefficients.astype(np.float32))
             constants.append(constant)
@@ -219,7 +223,7 @@ def fit(
     return Backend(tuple(parts), settings)
 
 
-def of_cards(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
+def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
     """Returns the back end that cards of models give, part -> `cards.BackEnd`, without any clip.
 
     `stranger_odds` are the clips of strangers for each clip of somebody enrolled, as expected
@@ -240,7 +244,7 @@ def of_cards(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> 
     return Backend(parts, settings)
 
 
-def sums_of(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the number [num] and the sums [num, D] of unit vectors [N, D] by `owner` [N].
 
     Vectors that are 0 do not count.
@@ -453,10 +457,10 @@ class Index:
             if away and not away.isdisjoint(block.names):
                 rows = [row for row, name in enumerate(block.names) if name not in away]
                 block = block.take(rows)
-            (few if len(block.names) < FEW_ROWS else kept).append(block)
+            (few if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
         joined = join(few)
         rows = np.arange(len(joined.names))
-        pieces = (rows[at : at + MOST_ROWS] for at in range(0, len(rows), MOST_ROWS))
+        pieces = (rows[at : at + MAX_BLOCK_PEOPLE] for at in range(0, len(rows), MAX_BLOCK_PEOPLE))
         return Index(self.backend, [*kept, *map(joined.take, pieces)])
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -466,7 +470,7 @@ class Index:
         `parts` are M arrays [Q, D], 0 where a clip lacks the part. A clip that lacks all parts
         shows somebody new.
         """
-        for new, logits, rows, fine, _ in self._compared(parts, FINE):
+        for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
             wide[0], wide[1:] = new, logits
             wide[1 + rows] = fine
@@ -507,12 +511,12 @@ class Index:
         effective = [np.ones(len(x)) for x in units]
         if owner is not None:
             units, effective = self._groups(units, owner)
-        for at in range(0, len(units[0]), QUERIES):
-            chosen = slice(at, at + QUERIES)
+        for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
+            chosen = slice(at, at + MAX_QUERY_CLIPS)
             asked = self._asked([x[chosen] for x in units], [n[chosen] for n in effective])
             logits = self._logits(asked)
             logits[asked.missing.all(axis=0)] = -np.inf
-            best = [self._best_rows(row, max(k, FINE)) for row in logits]
+            best = [self._best_rows(row, max(k, NUM_FINE_PEOPLE)) for row in logits]
             clip = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
             fine = self._logits_of(np.concatenate(best), clip, asked)
             ends = np.cumsum([len(rows) for rows in best])[:-1]
@@ -526,7 +530,7 @@ class Index:
         """Returns the means of the unit vectors of groups, and their effective numbers of clips."""
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
-            count, total = sums_of(x, owner, int(owner.max(initial=-1)) + 1)
+            count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
             mean = total / np.maximum(count, 1)[:, None]
             means.append(mean)
             assert part.distances is not None  # only galleries with cards group clips
@@ -569,7 +573,7 @@ class Index:
             for product, x, own in zip(
                 products, asked.coordinates, self.blocks[place].linear, strict=True
             ):
-                size = max(PAIRED // own.shape[1], 1)
+                size = max(MAX_PAIRED_NUMBERS // own.shape[1], 1)
                 for some in np.split(pairs, range(size, len(pairs), size)):
                     people = rows[some] - self._ends[place]
                     product[some] = np.vecdot(own[people], x[owner[some]])
@@ -590,8 +594,8 @@ class Index:
         several = (np.sum(~asked.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
             self.scorers[number].finish(ratios, rows, owner, asked.terms[number])
-            if part.hearsay:
-                np.clip(ratios, -MOST_OF_VOICE, MOST_OF_VOICE, out=ratios, where=several)
+            if part.may_be_offscreen:
+                np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO, out=ratios, where=several)
             unenrolled = self.counts[number, rows] == 0
             if unenrolled.any():
                 np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)
@@ -609,12 +613,16 @@ class Index:
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
         """Returns the sorted rows of the k highest of N logits, and of all that may be as high."""
-        k, count = min(k, len(logits)), len(logits) // PEAK
+        k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # then all are
             return np.zeros(0, int)
-        peaks = logits[: count * PEAK].reshape(PEAK, count).max(axis=0) if k <= count else logits
-        rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - ROUNDED)
-        if len(rows) > MOST_FINE:
+        peaks = (
+            logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
+            if k <= count
+            else logits
+        )
+        rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - MAX_LOGIT_ERROR)
+        if len(rows) > MAX_FINE_PEOPLE:
             rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])
         return rows
 

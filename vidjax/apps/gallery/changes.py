@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.store import MOST_LETTERS, STRANGER, Clip, State
+from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.untrusted.names import (
     check_name,
@@ -39,7 +39,7 @@ class Draft:
         """Returns True if there is something to write."""
         return bool(self._changed)
 
-    def add(self, clips: Mapping[str, Clip]) -> int:
+    def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips given as vectors; returns how many are new."""
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
@@ -79,7 +79,7 @@ class Draft:
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
         gone = {clip for name in people for clip in self._shown_by(name)}
         for name in single:
-            known("clip", name, self.clips)
+            find_enrolled("clip", name, self.clips)
         gone.update(single)
         self._edit(dict.fromkeys(gone))
         return len(gone)
@@ -115,9 +115,9 @@ class Draft:
     def _shown_by(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
             raise NotEnrolledError("identity", identity, ())
-        return known("identity", normal_form(identity), self.groups)
+        return find_enrolled("identity", normal_form(identity), self.groups)
 
-    def _edit(self, clips: Mapping[str, Clip | None]) -> None:
+    def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces clips by name; None removes one."""
         touched: dict[str, set[str]] = {}  # identity -> clips that it gets
         for name, clip in clips.items():
@@ -132,7 +132,7 @@ class Draft:
         self._changed |= clips.keys()
         self._touched |= touched.keys()
 
-    def _is_new(self, name: str, clip: Clip) -> bool:
+    def _is_new(self, name: str, clip: StoredClip) -> bool:
         """Returns False for a clip that the gallery has; refuses another clip of the same name."""
         old = self.clips.get(name)
         if old is None:
@@ -161,7 +161,7 @@ class Draft:
         new = self.groups.keys() & self._touched - self._state.groups.keys() - {STRANGER}
         return similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
-    def _pairs(self) -> list[tuple[Clip | None, Clip | None]]:
+    def _pairs(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
         """Returns each changed clip as it was and is; one that was replaced has another vector."""
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed]
 
@@ -175,7 +175,7 @@ class Draft:
         )
 
     @property
-    def inserted(self) -> dict[str, Clip] | None:
+    def inserted(self) -> dict[str, StoredClip] | None:
         """The new clips and strangers' that show people now; None if anything else has changed."""
         for old, new in self._pairs():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
@@ -203,7 +203,7 @@ def _whom(identity: str | None) -> str:
 
 
 def enrol(
-    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
+    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
 ) -> People:
     """Returns the people of `groups`, identity -> names of clips, which are added in this order.
 
@@ -219,7 +219,7 @@ def enrol(
 
 
 def by_film(
-    names: Iterable[str], clips: Mapping[str, Clip], film: Callable[[str], str] = cut_film_name
+    names: Iterable[str], clips: Mapping[str, StoredClip], film: Callable[[str], str] = cut_film_name
 ) -> dict[tuple[str, str], list[str]]:
     """Returns (identity, film) -> the names of clips; other clips are a film each."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -229,30 +229,30 @@ def by_film(
 
 
 def stack_films(
-    films: Collection[Sequence[str]], clips: Mapping[str, Clip], widths: Mapping[str, int]
+    films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> np.ndarray:
     """Returns a vector for the clips of each film, [N, width] float32.
 
     Each part is the mean of the vectors of the clips that have it; `widths` are part -> D.
     """
     width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
-    vectors = stack([names[0] for names in films], clips, width)
+    vectors = stack_vectors([names[0] for names in films], clips, width)
     for row, names in enumerate(films):
         if len(names) > 1:
-            parts = np.split(stack(names, clips, width), ends, axis=1)
+            parts = np.split(stack_vectors(names, clips, width), ends, axis=1)
             counts = [max(np.any(x != 0, axis=1).sum(), 1) for x in parts]
             means = [x.sum(axis=0, dtype=float) / n for x, n in zip(parts, counts, strict=True)]
             vectors[row] = np.concatenate(means)
     return vectors
 
 
-def stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:
+def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
     """Returns the vectors of clips, [N, width] float32."""
     vectors = [clips[name].vector for name in names]
     return np.array(vectors, np.float32).reshape(len(names), width)
 
 
-def check_clip(name: str, clip: Clip, width: int) -> Clip:
+def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     """Returns a clip with the cleaned name of its person; refuses one that shows nobody."""
     _check_length("clip name", check_name(name))
     if clip.identity is not None:
@@ -280,12 +280,12 @@ def check_person(name: str) -> str:
 
 
 def _check_length(kind: str, name: str) -> str:
-    if len(name) > MOST_LETTERS:
-        raise UserError(f"{kind} '{show(name)}' is longer than {MOST_LETTERS:,} letters")
+    if len(name) > MAX_NAME_LETTERS:
+        raise UserError(f"{kind} '{show(name)}' is longer than {MAX_NAME_LETTERS:,} letters")
     return name
 
 
-def known(kind: str, name: str, among: Mapping[str, T]) -> T:
+def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
     """Returns `among[name]`; NotEnrolledError if there is no such name."""
     if name not in among:
         raise NotEnrolledError(kind, name, among)

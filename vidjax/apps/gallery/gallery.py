@@ -38,19 +38,19 @@ import numpy as np
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import grouping
-from vidjax.apps.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, Rule, Threshold
-from vidjax.apps.gallery.backend import MOST_ROWS, Backend, Index
+from vidjax.apps.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, NamingRule, Threshold
+from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.changes import Draft, by_film, check_clip, check_person, enrol, stack_films
 from vidjax.apps.gallery.store import (
-    MOST_WIDTH,
+    MAX_VECTOR_WIDTH,
     STRANGER,
-    Clip,
     NoGalleryError,
-    Origin,
     State,
     Store,
+    StoredClip,
     UnreadableError,
     UnwritableError,
+    VectorOrigin,
     group,
 )
 from vidjax.apps.video.features_folder import cut_film_name
@@ -173,13 +173,13 @@ class Gallery:
         if data is None:
             data = load_data(run.config)
             restore.check_data(run.workdir, run.manifest["data"], run.config, data)
-        clips: dict[str, Clip] = {}
+        clips: dict[str, StoredClip] = {}
         labelled, widths = 0, {}
         for split in run.config.data.train_splits:
             found = embed(run, data, split)
             widths = {name: x.shape[1] for name, x in found.parts.items()}
             labelled += sum(label is not None for label in found.labels)
-            for name, clip in clips_of(found).items():
+            for name, clip in usable_clips(found).items():
                 if clip.identity is not None:
                     clips[name] = clip._replace(fitted=True)
         if not labelled:
@@ -189,13 +189,13 @@ class Gallery:
                 f"the vectors of all {labelled:,} labelled training clips are 0: the run cannot "
                 "tell people apart\ntrain a run on clips with usable frames, of more people"
             )
-        origin = origin_of(run)
+        origin = make_run_origin(run)
         settings = run.system.model.gallery_settings()
         backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
         chosen = strangers or run.config.eval.split
         kept = {} if empty else clips
         if strangers or data.split(chosen).labelled:
-            found = clips_of(embed(run, data, chosen))
+            found = usable_clips(embed(run, data, chosen))
             others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
             kept = others | kept
         return cls.of_clips(folder, origin, backend, kept, run=run)
@@ -217,16 +217,18 @@ class Gallery:
         Raises:
           ValueError: no card of a model that makes vectors has a back end.
         """
-        origin, back_ends = origin_of_models(models)
-        return cls.of_clips(folder, origin, backend_lib.of_cards(back_ends, stranger_odds), {})
+        origin, back_ends = make_models_origin(models)
+        return cls.of_clips(
+            folder, origin, backend_lib.make_card_backend(back_ends, stranger_odds), {}
+        )
 
     @classmethod
     def of_clips(
         cls,
         folder: str | Path,
-        origin: Origin,
+        origin: VectorOrigin,
         backend: Backend,
-        clips: Mapping[str, Clip],
+        clips: Mapping[str, StoredClip],
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
@@ -285,7 +287,7 @@ class Gallery:
         return self._now().sha256.hex()
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> VectorOrigin:
         """The folder and the digest of the run that makes the vectors."""
         return self._state.run
 
@@ -300,7 +302,7 @@ class Gallery:
         return self._state.index.backend
 
     @property
-    def clips(self) -> Mapping[str, Clip]:
+    def clips(self) -> Mapping[str, StoredClip]:
         """Name -> clip, strangers included."""
         return self._state.clips
 
@@ -348,7 +350,7 @@ class Gallery:
                     "say where it is: run=FOLDER, by command --run=FOLDER"
                 )
             run = _restored(place if self._run is None else self._run)
-            if origin_of(run).digest != wanted:
+            if make_run_origin(run).digest != wanted:
                 raise UnreadableError(
                     f"'{run.workdir}' is not the run that gallery '{self.folder}' was made "
                     f"with, which was at '{place}'\n"
@@ -459,7 +461,7 @@ class Gallery:
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
         labels = [None if label is None else check_person(label) for label in found.labels]
-        usable = clips_of(found._replace(labels=tuple(labels)))
+        usable = usable_clips(found._replace(labels=tuple(labels)))
         shown = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
         if not shown:
@@ -470,7 +472,7 @@ class Gallery:
         _tell_of_films({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
         return Enrolment(new, len(shown) - new, refused, draft.similar)
 
-    def add(self, clips: Mapping[str, Clip]) -> int:
+    def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips given as vectors, all or none; returns how many are new.
 
         Clips that the gallery has already are skipped. A stranger may become a person; a person's
@@ -522,7 +524,7 @@ class Gallery:
         Raises:
           ValueError: a model of the gallery is missing, or is another one.
         """
-        origin, back_ends = origin_of_models(models)
+        origin, back_ends = make_models_origin(models)
         with self._store.open(write=True) as transaction:
             state = self._now()
             was, now = state.run.cards, origin.cards
@@ -535,7 +537,9 @@ class Gallery:
             if was == now:
                 return ()
             backend = state.index.backend
-            wide = backend_lib.of_cards(back_ends, float(np.exp(backend.settings.stranger)))
+            wide = backend_lib.make_card_backend(
+                back_ends, float(np.exp(backend.settings.stranger))
+            )
             _check_width(wide)
             clips = {
                 name: clip._replace(vector=_widened(clip.vector, backend, wide))
@@ -607,24 +611,27 @@ class Gallery:
             self._calibration = state, best
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
-    def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
+    def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
         """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
         answers_lib.check_choice(fpir, threshold)
         return self._rule(self._anybody(), fpir, threshold)
 
-    def _rule(self, state: State, fpir: float | None, threshold: float | None) -> Rule:
+    def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
         if threshold is not None:
             about = f"the probability is {100 * threshold:.3g} % or more"
-            return Rule("threshold", math.log(threshold), False, None, about)
-        wanted, strangers = answers_lib.needed(DEFAULT_FPIR), len(state.groups.get(STRANGER, ()))
+            return NamingRule("threshold", math.log(threshold), False, None, about)
+        wanted, strangers = (
+            answers_lib.count_needed_strangers(DEFAULT_FPIR),
+            len(state.groups.get(STRANGER, ())),
+        )
         if fpir is None and strangers < wanted:
             about = f"{ABOVE_HALF}; with {wanted} clips of strangers instead of {strangers}, "
             about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
-            return Rule("new", -math.inf, True, None, about)
+            return NamingRule("new", -math.inf, True, None, about)
         found = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
         about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, "
         about += f"and {ABOVE_HALF}"
-        return Rule("fpir", found.score, fpir is None, found, about)
+        return NamingRule("fpir", found.score, fpir is None, found, about)
 
     def identify(
         self,
@@ -720,7 +727,7 @@ class Gallery:
                     row, best = scores[place], one[columns]
                     # Before they are rounded to float32: a threshold lies just above a stranger.
                     passes = True if rule is None else rule.names(best)
-                    if rule is not None and state.run.cards:  # as in `Rule.answer`
+                    if rule is not None and state.run.cards:  # as in `NamingRule.answer`
                         passes &= there[:, at + place] @ known
                     np.copyto(row, best, where=passes, casting="same_kind")
                 exists = index < len(order)
@@ -753,10 +760,10 @@ def check_new(folder: Path) -> None:
 def _check_width(backend: Backend) -> int:
     """Returns the width of the vectors of a back end; refuses those that no gallery can hold."""
     width = sum(backend.widths.values())
-    if width > MOST_WIDTH:
+    if width > MAX_VECTOR_WIDTH:
         raise UserError(
-            f"vectors of {width:,} numbers are too wide for a gallery: {MOST_WIDTH:,} are the "
-            "most\nmake it with fewer members, or with a narrower net"
+            f"vectors of {width:,} numbers are too wide for a gallery: the limit is "
+            f"{MAX_VECTOR_WIDTH:,}\nmake it with fewer members, or with a narrower net"
         )
     return width
 
@@ -774,13 +781,13 @@ def _restored(run: "Predictor | str | Path") -> "Predictor":
     return run if isinstance(run, predict.Predictor) else predict.restore(run)
 
 
-def origin_of(run: "Predictor") -> Origin:
+def make_run_origin(run: "Predictor") -> VectorOrigin:
     """Returns what a gallery keeps of its run, to find it again and to know its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return Origin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
+    return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
 
-def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
+def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Returns what a gallery keeps of models, to know them again, and part -> their back ends."""
     from vidjax.apps.video import cards
 
@@ -797,7 +804,7 @@ def origin_of_models(models: str | Path) -> "tuple[Origin, dict[str, BackEnd]]":
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
-    return Origin(str(path), files.sha256_json(digests), True, digests), back_ends
+    return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
 def embed(
@@ -856,11 +863,11 @@ def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     return parts
 
 
-def clips_of(found: Vectors) -> dict[str, Clip]:
+def usable_clips(found: Vectors) -> dict[str, StoredClip]:
     """Returns clip -> as it is enrolled, of clips with a usable frame."""
     rows = np.concatenate(list(found.parts.values()), axis=1)
     clips = zip(found.names, found.labels, rows, strict=True)
-    return {name: Clip(label, row) for name, label, row in clips if row.any()}
+    return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
@@ -896,7 +903,7 @@ def _tell_of_films(groups: Mapping[str, Collection[str]]) -> None:
 
 
 def fit_backend(
-    clips: Mapping[str, Clip],
+    clips: Mapping[str, StoredClip],
     widths: Mapping[str, int],
     *,
     centred: bool,
@@ -943,11 +950,13 @@ def _read(store: Store) -> State:
     return new._replace(sha256=state.sha256)
 
 
-def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:
+def _state(
+    version: int, run: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
+) -> State:
     groups = group(clips)
     names = sorted(groups.keys() - {STRANGER})
     blocks = (
-        enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
-        for at in range(0, len(names), MOST_ROWS)
+        enrol(backend, {name: groups[name] for name in names[at : at + MAX_BLOCK_PEOPLE]}, clips)
+        for at in range(0, len(names), MAX_BLOCK_PEOPLE)
     )
     return State(version, run, Index(backend, blocks), clips, groups)

@@ -17,15 +17,15 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import MOST_OF_VOICE, Backend, sums_of
+from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # clips, or groups, of which all pairs are compared
 MAX_SMALL_CLIPS = 3  # clips of a group that may be given to a larger one
-LEAST_SURE = 0.6  # a group is given if the probability is higher
-TURNS = 4  # the most turns in which clips are grouped block by block
-SPARSE = 0.75  # with this share of groups left, or fewer, rows of the others are dropped
+MIN_PROBABILITY = 0.6  # a group is given if the probability is higher
+MAX_TURNS = 4  # the most turns in which clips are grouped block by block
+MAX_KEPT_SHARE = 0.75  # with this share of groups left, or fewer, rows of the others are dropped
 
 
 class Groups:
@@ -47,7 +47,7 @@ class Groups:
     ):
         """Makes groups of clips by `labels` [N] int; see `group` for the other arguments."""
         self._backend, num = backend, int(labels.max()) + 1
-        pairs = [sums_of(x, labels, num) for x in coordinates]
+        pairs = [sum_by_owner(x, labels, num) for x in coordinates]
         self.counts = [count for count, _ in pairs]
         self.means = [total / np.maximum(count, 1)[:, None] for count, total in pairs]
         self.sizes = np.bincount(labels)
@@ -96,8 +96,8 @@ class Groups:
         found = np.zeros(len(self.sizes))
         for number, (part, both) in enumerate(zip(self._backend.parts, shared, strict=True)):
             ratios = self._part_ratios(number, one)
-            if part.hearsay:
-                limited = np.clip(ratios, -MOST_OF_VOICE, MOST_OF_VOICE)
+            if part.may_be_offscreen:
+                limited = np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO)
                 ratios = np.where(np.sum(shared, axis=0) > 1, limited, ratios)
             found += np.where(both, ratios, 0)
         found[~np.logical_or.reduce(shared) | (self.sizes == 0) | self.apart[one]] = -np.inf
@@ -128,7 +128,7 @@ def group(
 
     Args:
       backend: compares the vectors.
-      names: [N] names of clips, which say the film, see `features_folder.cut_film_name`.
+      names: [N] names of clips, which say the film, see `folder.cut_film_name`.
       parts: the vectors of the clips, M arrays [N, D] float32, 0 where a clip lacks the part.
       apart: pairs of clips that do not show one person.
       begin: [N] names of groups that are joined further; None to begin with single clips.
@@ -156,18 +156,18 @@ def group(
             joined = _absorb(groups, joined)
         return np.unique(joined[local], return_inverse=True)[1]
 
-    for turn in range(TURNS):
+    for turn in range(MAX_TURNS):
         count = int(labels.max(initial=-1)) + 1
         if count <= MAX_GROUPED_CLIPS:
             return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
         block = np.arange(count) // MAX_GROUPED_CLIPS  # the clips of a film follow each other
         if turn:
-            totals = sums_of(np.concatenate(coordinates, axis=1), labels, count)[1]
+            totals = sum_by_owner(np.concatenate(coordinates, axis=1), labels, count)[1]
             block = _neighbours(totals / np.bincount(labels)[:, None], turn)
         found, first = np.empty_like(labels), 0
         for number in np.unique(block):
             rows = np.flatnonzero(block[labels] == number)
-            found[rows] = first + join(rows, absorb=absorb and turn == TURNS - 1)
+            found[rows] = first + join(rows, absorb=absorb and turn == MAX_TURNS - 1)
             first = int(found[rows].max()) + 1
         labels = found
     return labels
@@ -215,7 +215,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
         nearer = new >= highest
         best[nearer], highest[nearer], stale[nearer] = one, new[nearer], False
         best[one], highest[one], stale[one] = new.argmax(), new.max(), False
-        if left <= SPARSE * len(best):
+        if left <= MAX_KEPT_SHARE * len(best):
             place, rows = np.cumsum(groups.sizes > 0) - 1, groups.drop_joined()
             labels, best = place[labels], place[best[rows]]
             highest, stale = highest[rows], stale[rows]
@@ -234,7 +234,7 @@ def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
             logits += np.log(np.maximum(sizes, 1))
             best = int(logits.argmax())
             if logits[best] - np.logaddexp.reduce(np.append(logits, np.log(single))) > np.log(
-                LEAST_SURE
+                MIN_PROBABILITY
             ):
                 groups.join(best, one)
                 labels[labels == one] = best

@@ -33,24 +33,31 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from vidjax.apps.gallery.backend import MOST_ROWS, Backend, Index, People, from_numbers, sizes
+from vidjax.apps.gallery.backend import (
+    MAX_BLOCK_PEOPLE,
+    Backend,
+    Index,
+    People,
+    from_numbers,
+    sizes,
+)
 from vidjax.data.untrusted.names import check_name, show
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import schemas
 from vidjax.utils import files
 from vidjax.utils.errors import InUseError, UserError
 
-NAME = "gallery.sqlite"
-JOURNAL = f"{NAME}-journal"
+GALLERY_FILE = "gallery.sqlite"
+JOURNAL_FILE = f"{GALLERY_FILE}-journal"
 PROBE = re.compile(r"\.write-test-[0-9a-f]{8}")  # of `files.make_folder`
 FORMAT = 3  # `user_version` of the file
-MOST_PARTS, MOST_WIDTH = 64, 16_384
-MOST_LETTERS = 1000  # of a name
-VALUE_BYTES = 1 << 17  # of the longest text or blob, and of the longest row
-PIECE = 1 << 13  # numbers of the back end in one row
+MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
+MAX_NAME_LETTERS = 1000  # of a name
+MAX_VALUE_BYTES = 1 << 17  # of the longest text or blob, and of the longest row
+BACKEND_ROW_NUMBERS = 1 << 13  # numbers of the back end in one row
 PAGE_BYTES = 1 << 16
 FLOAT = np.dtype("<f4")
-FETCHED = 256  # rows that are read at a time, few enough to stay in the cache of a processor
+FETCHED_ROWS = 256  # rows that are read at a time, few enough to stay in the cache of a processor
 SCHEMA_SECONDS = 10.0  # in which a schema of four tables is read
 LOCK_SECONDS = 0.2  # for another process that changes the gallery
 WAIT_SECONDS = 60.0  # for others that read the gallery, or write the end of a change
@@ -67,7 +74,7 @@ SCHEMA = {
 CLIP_KINDS, PERSON_KINDS = (str, str, int, bytes), (str, bytes)
 
 
-class Origin(Struct, frozen=True, omit_defaults=True):
+class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     """What makes the vectors of clips: a run, or models with cards.
 
     Attributes:
@@ -80,7 +87,7 @@ class Origin(Struct, frozen=True, omit_defaults=True):
     workdir: schemas.Text
     digest: schemas.Sha256
     centred: bool
-    cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MOST_PARTS)] = {}
+    cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
 
 
 class _Part(Struct, omit_defaults=True):
@@ -92,8 +99,8 @@ class _Part(Struct, omit_defaults=True):
 
 class _Facts(Struct):
     version: schemas.Size
-    run: Origin
-    parts: Annotated[list[_Part], Meta(min_length=1, max_length=MOST_PARTS)]
+    run: VectorOrigin
+    parts: Annotated[list[_Part], Meta(min_length=1, max_length=MAX_PARTS)]
     settings: dict[str, float]
     clips: schemas.Count
     people: schemas.Count
@@ -104,7 +111,7 @@ class _Facts(Struct):
         return {part.name: part.width for part in self.parts}
 
 
-class Clip(NamedTuple):
+class StoredClip(NamedTuple):
     """A clip of a person, or of a stranger, whose identity is None.
 
     `vector` [sum of D] float32 joins the vectors of all parts of the back end, 0 where it has none.
@@ -125,9 +132,9 @@ class State(NamedTuple):
     """
 
     version: int
-    run: Origin
+    run: VectorOrigin
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
-    clips: Mapping[str, Clip]
+    clips: Mapping[str, StoredClip]
     groups: Mapping[str, tuple[str, ...]]
     rows: int = 0
     sha256: bytes = b""
@@ -138,7 +145,7 @@ class State(NamedTuple):
         return {name: some for name, some in sorted(self.groups.items()) if name != STRANGER}
 
 
-def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
+def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
     """Returns identity -> the names of its clips, both sorted; STRANGER -> those of strangers."""
     pairs = sorted((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {
@@ -163,7 +170,7 @@ class Store:
     """Reads and writes a gallery's `folder`, an absolute path; a change waits for the disk."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / NAME
+        self.folder, self.path = folder, folder / GALLERY_FILE
 
     # ---- opening
 
@@ -172,7 +179,7 @@ class Store:
 
         What a process left that was killed as it made a gallery is no such file.
         """
-        found = {*os.listdir(self.folder)} - {NAME, JOURNAL}
+        found = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in found if not PROBE.fullmatch(name)), default=None)
 
     def _no_gallery(self) -> NoGalleryError:
@@ -196,11 +203,11 @@ class Store:
                 "since the others would change with it\ncopy the folder, and use the copy"
             )
         for ending in ("-wal", "-shm"):
-            if files.exists(beside := self.path.with_name(NAME + ending)):
+            if files.exists(beside := self.path.with_name(GALLERY_FILE + ending)):
                 raise damaged(beside, "no gallery has such a file")
         with (
             contextlib.suppress(FileNotFoundError),
-            files.open_regular(journal := self.path.with_name(JOURNAL)) as file,
+            files.open_regular(journal := self.path.with_name(JOURNAL_FILE)) as file,
         ):
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # a journal begins with the same bytes
@@ -243,7 +250,7 @@ class Store:
         SQLite undoes a change that was cut off, but keeps the journal if the file had not changed.
         """
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
-            self.path.with_name(JOURNAL).unlink()
+            self.path.with_name(JOURNAL_FILE).unlink()
 
     # ---- reading
 
@@ -278,7 +285,7 @@ class Store:
         self,
         connection: sqlite3.Connection,
         state: State,
-        new: Mapping[str, Clip] | None = None,
+        new: Mapping[str, StoredClip] | None = None,
         people: People | None = None,
     ) -> State:
         """Writes a state and ends the transaction; returns the state with its digests.
@@ -301,7 +308,10 @@ class Store:
                 for table in SCHEMA:
                     connection.execute(f"DELETE FROM {table}")
                 numbers = state.index.backend.numbers()
-                pieces = (numbers[at : at + PIECE] for at in range(0, len(numbers), PIECE))
+                pieces = (
+                    numbers[at : at + BACKEND_ROW_NUMBERS]
+                    for at in range(0, len(numbers), BACKEND_ROW_NUMBERS)
+                )
                 rows = _insert(connection, "backend", enumerate(map(np.ndarray.tobytes, pieces)))
                 blocks = map(_person_rows, state.index.blocks)
                 rows += _insert(connection, "person", heapq.merge(*blocks))
@@ -363,7 +373,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
     for setting in ("trusted_schema=OFF", "cell_size_check=ON", "secure_delete=ON",
                     "temp_store=MEMORY", f"page_size={PAGE_BYTES}"):  # fmt: skip
         connection.execute(f"PRAGMA {setting}")
@@ -423,7 +433,7 @@ def _take_out(connection: sqlite3.Connection, table: str, names: Iterable[str]) 
     return total
 
 
-def _clip_rows(clips: Mapping[str, Clip]) -> Iterator[tuple[str, str, int, bytes]]:
+def _clip_rows(clips: Mapping[str, StoredClip]) -> Iterator[tuple[str, str, int, bytes]]:
     for name in sorted(clips):
         clip = clips[name]
         yield name, clip.identity or STRANGER, int(clip.fitted), clip.vector.tobytes()
@@ -467,13 +477,13 @@ def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("the sha256 of its facts is another")
-    facts = schemas.parse(Path(NAME), files.parse_json(text), _Facts, REMEDY)
+    facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if any(part.by_distance for part in facts.parts):
         raise UserError("an earlier version of vidjax made it, and compared vectors in another way")
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())
-    if width > MOST_WIDTH or len(facts.widths) < len(facts.parts):
+    if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
         raise UserError("its parts are too wide, or named twice")
     backend, rows = _read_backend(connection, facts)
     clips, more = _read_clips(connection, 4 * width)
@@ -512,12 +522,12 @@ def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backen
     return backend, total
 
 
-def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, Clip], int]:
+def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, StoredClip], int]:
     """Returns the clips, whose vectors have `size` bytes, and the sum of the rows' digests."""
     cursor = connection.execute("SELECT name, person, fitted, vector FROM clip")
-    clips: dict[str, Clip] = {}
+    clips: dict[str, StoredClip] = {}
     total = 0
-    while rows := cursor.fetchmany(FETCHED):
+    while rows := cursor.fetchmany(FETCHED_ROWS):
         for row in rows:
             name, person, fitted, vector = row
             if tuple(map(type, row)) != CLIP_KINDS or len(vector) != size or fitted not in (0, 1):
@@ -525,7 +535,7 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, Cl
             _check_names(name, person)
             total += _digest(row)
             x = np.frombuffer(vector, FLOAT)
-            clips[name] = Clip(None if person == STRANGER else person, x, bool(fitted))
+            clips[name] = StoredClip(None if person == STRANGER else person, x, bool(fitted))
         vectors = np.frombuffer(b"".join(row[3] for row in rows), FLOAT).reshape(len(rows), -1)
         if not np.isfinite(vectors).all():
             raise UserError("the vector of a clip holds a number that is not finite")
@@ -545,7 +555,7 @@ def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list
     """Returns blocks of people, and the sum of the digests of their rows."""
     cursor = connection.execute("SELECT name, coefficients FROM person")
     found, total = [], 0
-    while rows := cursor.fetchmany(MOST_ROWS):
+    while rows := cursor.fetchmany(MAX_BLOCK_PEOPLE):
         for row in rows:
             if tuple(map(type, row)) != PERSON_KINDS or len(row[1]) != layout.itemsize:
                 raise UserError("a person is not what vidjax writes")

@@ -373,7 +373,7 @@ class Application:
         rule = await self.people_batcher.run(
             lambda: self.people.gallery.rule(fpir=query.fpir, threshold=query.threshold)
         )
-        strangers = None if rule.found is None else rule.found.to_dict()
+        strangers = None if rule.threshold is None else rule.threshold.to_dict()
         return _json({**answers_lib.rule_as_json(rule), "strangers": strangers})
 
     # ---- about the server

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import sums_of
+from vidjax.apps.gallery.backend import sum_by_owner
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.models import distance
 from vidjax.models.distance import Distances
@@ -54,7 +54,7 @@ def compare_photos(
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
     num = int(owner.max(initial=-1)) + 1
     while True:
-        count, total = sums_of(units * kept[:, None], owner, num)
+        count, total = sum_by_owner(units * kept[:, None], owner, num)
         num_others = count[owner] - kept
         rest = (total[owner] - units * kept[:, None]) / np.maximum(num_others, 1)[:, None]
         log_odds_own = _compute_log_ratios(distances, num_others, rest, np.vecdot(units, rest))

@@ -29,10 +29,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from vidjax.apps.gallery.answers import IGNORED, number_of
+from vidjax.apps.gallery.answers import IGNORED, parse_group_number
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, clips_of
-from vidjax.apps.gallery.store import Clip
+from vidjax.apps.gallery.gallery import Gallery, usable_clips
+from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.video import features_folder, who
 from vidjax.apps.video.appearances import Appearance, format_time
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
@@ -63,7 +63,7 @@ class Step(NamedTuple):
 
     words: str
     at: str
-    clips: dict[str, Clip | None]
+    clips: dict[str, StoredClip | None]
     numbers: who.Numbers
 
 
@@ -225,22 +225,22 @@ class Review:
         """Returns the name of an unknown person as the page spells it."""
         group = " ".join(name.casefold().split())
         if group not in self._decision.groups.values():
-            groups = sorted({*self._decision.groups.values()}, key=number_of)[:5]
+            groups = sorted({*self._decision.groups.values()}, key=parse_group_number)[:5]
             alternatives = f", or {', '.join(groups)} ..." if groups else ""
             raise UserError(f"{group} is not on the page: type a name{alternatives}")
         return group
 
-    def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, Clip | None]:
+    def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
         """Returns clip -> its entry with a name; if `name` is None, as an ignored person."""
         vectors, enrolled = self._decision.vectors, self._gallery.clips
-        new = clips_of(vectors.only({*clips} - enrolled.keys())) if vectors else {}
+        new = usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
         known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
         entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
         if not entries:
             raise UserError("no face there is clear enough to be enrolled")
         return dict(entries)
 
-    def _put(self, clips: Mapping[str, Clip | None]) -> dict[str, Clip | None]:
+    def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
         """Replaces or removes clips in the gallery; returns the entries before."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
@@ -253,7 +253,7 @@ class Review:
         words: str,
         of: str,
         after: str,
-        clips: Mapping[str, Clip | None],
+        clips: Mapping[str, StoredClip | None],
         numbers: who.Numbers | None = None,
     ) -> None:
         before = self._numbers

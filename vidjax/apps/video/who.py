@@ -148,14 +148,14 @@ class Numbers(Struct, kw_only=True):
 
     def resolve(self, group: str) -> str:
         """Returns the name of a group after the joins that users made."""
-        number, lower = answers_lib.number_of(group), dict(self.same)
+        number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "Numbers":
         """Returns numbers in which all groups are one person, with the lowest of their numbers."""
-        numbers = sorted(answers_lib.number_of(self.resolve(group)) for group in groups)
+        numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
@@ -191,7 +191,7 @@ class Numbers(Struct, kw_only=True):
         numbers = {**self.films}
         for film in films:
             clips = {track.clip for track in film.tracks} & groups.keys()
-            new = {clip: answers_lib.number_of(groups[clip]) for clip in sorted(clips)}
+            new = {clip: answers_lib.parse_group_number(groups[clip]) for clip in sorted(clips)}
             numbers[_hash_film(film)] = numbers.get(_hash_film(film), {}) | new
         return msgspec.structs.replace(self, films=numbers)
 
@@ -430,7 +430,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
-        files.write_text(path, tables.to_text([answers_lib.GROUPS, *remaining.items()], ".tsv"))
+        files.write_text(path, tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv"))
 
 
 def _list_photos(people: Path) -> dict[str, list[Path]]:
@@ -793,13 +793,13 @@ def _keep_numbers(
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
     taken: set[int] = set()
-    order = sorted(votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.number_of(pair[0])))
+    order = sorted(votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.parse_group_number(pair[0])))
     for group, old in order:
         if group not in number and old not in taken:
             number[group] = old
             taken.add(old)
     new = highest
-    for group in sorted({*groups.values()} - number.keys(), key=answers_lib.number_of):
+    for group in sorted({*groups.values()} - number.keys(), key=answers_lib.parse_group_number):
         new += 1
         number[group] = new
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
