@@ -294,7 +294,7 @@ def test_a_person_of_one_film_has_one_clip_and_the_user_hears_it(tmp_path, capsy
     shown = films | {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
     parts = dict(zip(made_galleries.WIDTHS, parts_of(people, [*shown.values()]), strict=True))
     people.enrol(Vectors(tuple(shown), parts, tuple(clip.identity for clip in shown.values())))
-    assert "all clips of Ada are of one film, and alike" in capsys.readouterr().err
+    assert "all clips of Ada are of one film, so they are alike" in capsys.readouterr().err
     for gone in range(3):
         left = [clip.vector for clip in [*films.values()][gone:]]
         mean = np.mean(left, axis=0, dtype=float).astype(np.float32)

@@ -66,11 +66,11 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     other = tmp_path / "other"  # of the same name, with other frames
     write_clips(other, ["Ada"], seed=2)
     said = say("enrol", folder, f"--input={other / 'Ada 0.npz'}", "--identity=Ada", code=2)
-    assert "clip 'Ada 0' is enrolled with another vector" in said
+    assert "clip 'Ada 0' is already enrolled with another vector" in said
     said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity= Ada", code=2)
     assert "identity ' Ada' has leading or trailing blanks" in said
     said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Eve", code=2)
-    assert "clip 'Ada 0' is enrolled as 'Ada', not 'Eve'" in said and "another name" in said
+    assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in said and "another name" in said
     assert "remove" not in said  # it would delete Ada, to enrol somebody else
 
     lines = say("list", folder, "--clips", "--identity=Ada").splitlines()

@@ -127,7 +127,7 @@ def test_enrolling_again_changes_nothing(gallery, data):
 def test_clips_without_a_usable_frame(gallery):
     widths = gallery.run.modalities
     clips = {"dead": {"face": np.zeros((0, widths["face"]), np.float16)}, "gone": {}}
-    with pytest.raises(ValueError, match="no clip has a usable frame, as 'dead'"):
+    with pytest.raises(ValueError, match="no clip has a usable frame, such as 'dead'"):
         gallery.enrol(clips, "nobody")
     alive = {"alive": {"face": np.ones((1, widths["face"]), np.float16)}}
     assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})

@@ -357,7 +357,7 @@ def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypat
     other = gallery.origin.__class__("elsewhere", digests["two"], False)
     Gallery.of_clips(gallery.folder, other, made_galleries.make_front(), CLIPS)
     open_one.refresh()
-    refused(lambda: open_one.run, "is not the run that gallery", "elsewhere")
+    refused(lambda: open_one.run, "was made with the run at", "elsewhere", "--run=FOLDER")
     assert Gallery(gallery.folder, run=run_at("two")).run.workdir.name == "two"
 
 
@@ -821,7 +821,7 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
 def test_a_vector_that_cannot_be_is_not_taken(gallery):
     good = make_clip(1, "x")
     for vector, word in {
-        "width": (good.vector[:5], "wanted float32 (13,)"),
+        "width": (good.vector[:5], "expected float32 (13,)"),
         "type": (good.vector.astype(np.float64), "float64"),
         "value": (good.vector * np.nan, "not finite"),
         "nothing": (good.vector * 0, "no usable frame"),

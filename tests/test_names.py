@@ -156,7 +156,7 @@ def test_names_that_look_alike_are_reported(one, other, tmp_path, command):
 
 
 def test_a_gallery_that_begins_with_similar_names_reports_one(tmp_path):
-    with pytest.warns(UserWarning, match="'Eve' looks like 'EVE'.*\\(2 new names are such\\)"):
+    with pytest.warns(UserWarning, match="'Eve' looks like 'EVE'.*\\(similar names: 2\\)"):
         make(tmp_path / "g", {str(n): make_clip(n, name) for n, name in
                               enumerate(("Ada", "ada", "Eve", "EVE", "Bo"))})  # fmt: skip
     gallery = Gallery(tmp_path / "g")

@@ -163,7 +163,7 @@ def test_a_mistake_is_told_before_work_begins(typed, words, place, say, monkeypa
 def test_labels_of_clips_that_are_not_there(place):
     gallery = Gallery(place / "g")
     clips = {"c": {"face": np.ones((1, 24), np.float32)}}
-    refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; one is 'c'")
+    refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; a clip is 'c'")
 
 
 # ---- settings

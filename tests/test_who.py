@@ -219,7 +219,7 @@ def test_only_numbers_of_unknown_people_are_no_names(drawn):
     assert "unknown neighbour" in content["people"]
     for name in ("unknown", "Unknown 7"):
         write_photo(drawn.friends / name / "1.png", ("Bob", 40, 40))
-        assert "is the name of nobody" in drawn.who(film, code=2)[1]
+        assert "means an unknown person" in drawn.who(film, code=2)[1]
         shutil.rmtree(drawn.friends / name)
 
 

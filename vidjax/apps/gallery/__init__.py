@@ -1,9 +1,8 @@
-"""The gallery: people who are enrolled, found and deleted without training; see `gallery`.
+"""A gallery of people who are enrolled, identified and deleted without training.
 
-`gallery` is what a user calls from Python, `commands` what a user types. `backend` whitens vectors
-and compares them with enrolled people. `answers` sets thresholds and shows answers, `changes` edits
-what is held, `store` reads and writes the file. `grouping` groups the clips of unknown people.
-`appearances` joins answers in time.
+`gallery` is the Python API. `backend` compares vectors with enrolled people, `answers` applies
+thresholds and writes answers, `changes` edits the content, `store` reads and writes the file, and
+`grouping` groups the clips of unknown people.
 
-Nothing here imports JAX at the top: only runs and `rank` need it, and people wait.
+JAX is imported only by functions that need it, because importing it takes seconds.
 """

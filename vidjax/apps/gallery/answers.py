@@ -1,6 +1,6 @@
-"""Answers of a gallery: when a clip gets a name, and how answers are shown and written.
+"""Answers of a gallery: the rule that gives names to clips, and tables of answers.
 
-A clip gets a name from a chosen probability on, or from one that few strangers reach.
+A clip gets a name if its probability reaches a chosen value, or a value that few strangers reach.
 
 The columns of .tsv and .csv are clip, identity, probability, score, best_1, probability_1, ... A
 line of .jsonl is {"clip", "identity", "probability", "score", "best": [...], "evidence": [...]}.
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
 
-DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
+DEFAULT_FPIR = 0.01  # if the user chooses nothing and there are enough strangers
 MIN_NAMED_PROBABILITY = 0.5  # a name is more probable than all other answers together
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
-UNKNOWN = "unknown "  # begins the name of a group of clips of somebody unknown
+UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
-IGNORED = "ignored"  # has no name and no number: somebody said so, or no face is clear
+IGNORED = "ignored"  # the user ignores the clip, or it has no clear face
 PLACE_COLUMNS = {
     "video": "string",
     "start": "string",
     "end": "string",
 }  # more columns, where they help
-NUM_TABLE_PEOPLE = 3  # identities of a line of the table
-SCORE_ROUNDING = 1e-7  # a stranger's score may differ by this share between two batches of clips
+NUM_TABLE_PEOPLE = 3  # best identities in a line of text
+SCORE_ROUNDING = 1e-7  # relative difference of a stranger's score between two batches of clips
 
 
 class Answer(NamedTuple):
-    """Who a clip shows.
+    """The answer for a clip.
 
     Attributes:
-      identity: the person; None for unknown.
+      identity: the person; None if unknown.
       probability: probability of the best identity; 0 for a clip without a usable frame.
-      score: logarithm of the probability; it still differs where probabilities round to 1.
+      score: logarithm of the probability. Scores still differ if the probabilities round to 1.
       best: the most probable identities with their probabilities, best first.
-      evidence: the parts, as face and audio, in which the clip was compared with that person.
+      evidence: the parts, such as face and audio, in which the clip was compared with the person.
     """
 
     identity: str | None
@@ -61,7 +61,7 @@ class Answer(NamedTuple):
     evidence: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the answer as plain values for JSON; a score of -inf is None."""
+        """Returns the answer as plain values for JSON; a score of -inf becomes None."""
         return {
             "identity": self.identity,
             "probability": self.probability,
@@ -76,10 +76,10 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 class Threshold(NamedTuple):
-    """A threshold set on strangers, and how often strangers reach it.
+    """A threshold that strangers set, and how many of them reach it.
 
     Attributes:
-      fpir: the largest share of strangers that may get a name, as the user wants it.
+      fpir: the largest share of strangers that may get a name, chosen by the user.
       score: the threshold, a logarithm of the best identity's probability.
       num_identities: number of people that each stranger was compared with.
       num_alarms: number of the strangers that reach the threshold.
@@ -93,7 +93,7 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Both ends of the interval in which the share of later strangers lies, at 95 %."""
+        """The 95 % interval of the share of future strangers that reach the threshold."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
@@ -102,15 +102,15 @@ class Threshold(NamedTuple):
 
 
 class NamingRule(NamedTuple):
-    """When a clip gets the name of its best identity.
+    """The rule that decides if a clip gets the name of its best identity.
 
     Attributes:
-      by: `threshold`, if the user chose the lowest probability; `fpir`, if strangers set it; `new`,
-        if there are too few strangers to set it. With `fpir` and `new`, a name also needs a
-        probability above MIN_NAMED_PROBABILITY.
+      by: `threshold` if the user chose the lowest probability, `fpir` if strangers set it, or `new`
+        if there are too few strangers. With `fpir` and `new`, a name also needs a probability above
+        MIN_NAMED_PROBABILITY.
       score: logarithm of the lowest probability at which a clip gets a name.
       default: True if the user chose nothing.
-      found: the threshold that strangers set; None except with `fpir`.
+      found: the threshold that strangers set; None unless `by` is `fpir`.
       about: the rule in words.
     """
 
@@ -128,25 +128,29 @@ class NamingRule(NamedTuple):
             passes if self.by == "threshold" else passes & (best > math.log(MIN_NAMED_PROBABILITY))
         )
 
-    def answer(self, found: "Nearest", *, cards: bool) -> Answer:
-        """Returns who a clip shows, of its most probable people, whom `cards` or a run compares."""
-        if not found.best:
+    def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
+        """Returns the answer for a clip from its most probable people.
+
+        `cards` is True in a gallery of models, and False in a gallery of a run.
+        """
+        if not nearest.best:
             return NOBODY
-        name, score = found.best[0]
-        best = tuple((name, math.exp(log)) for name, log in found.best)
-        evidence = found.compared if self.names(score) else ()
-        # By cards, a lone person of other parts is as probable as somebody new.
-        known = self.names(score) and (evidence or not cards)
-        return Answer(name if known else None, best[0][1], score, best, evidence)
+        name, score = nearest.best[0]
+        best = tuple((name, math.exp(log)) for name, log in nearest.best)
+        evidence = nearest.compared if self.names(score) else ()
+        # In a gallery of models, a person without a common part may be the most probable one.
+        is_named = self.names(score) and (evidence or not cards)
+        return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Refuses a `fpir` that is not in (0, 1), a `threshold` not in (0, 1], and both together."""
+    """Checks that `fpir` is in (0, 1) and `threshold` in (0, 1], and that at most one is given."""
     for name, value in (("fpir", fpir), ("threshold", threshold)):
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
-            "fpir and threshold: choose one\nfpir is a share of strangers, threshold a probability"
+            "fpir and threshold: choose one\n"
+            "fpir is a share of strangers, threshold is a probability"
         )
     if threshold is not None and not 0 < threshold <= 1:
         raise UserError(
@@ -157,12 +161,12 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns the least number of strangers that can set a threshold of this rate: 1 / fpir - 1."""
+    """Returns the number of strangers that a threshold of this rate needs: 1 / fpir - 1."""
     return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises ValueError unless `count` strangers are enough for a threshold of rate `fpir`."""
+    """Raises ValueError if `count` strangers are too few for a threshold of rate `fpir`."""
     check_choice(fpir, None)
     if count < count_needed_strangers(fpir):
         raise UserError(
@@ -176,36 +180,37 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the lowest threshold that a new stranger reaches with probability `fpir` at most.
 
     `best` [S] float64 is the logarithm of the best identity's probability for each of S strangers.
-    Fewer than 1 / fpir - 1 strangers are a UserError.
+    Raises UserError if there are fewer than 1 / fpir - 1 strangers.
 
     Source: FPIR of ISO/IEC 19795-1.
     """
     check_strangers(len(best), fpir)
     score = metrics.threshold_of(best, fpir=fpir)
-    assert score is not None  # there are strangers enough
+    assert score is not None  # there are enough strangers
     score += SCORE_ROUNDING * abs(score)
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Returns clip -> `unknown N` of labels [N] int; larger groups have lower numbers."""
-    found, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    """Returns clip -> `unknown N` for group labels [N] int; larger groups have lower numbers."""
+    groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
-    number = {int(found[row]): place + 1 for place, row in enumerate(order.tolist())}
+    number = {int(groups[row]): place + 1 for place, row in enumerate(order.tolist())}
     return {c: f"{UNKNOWN}{number[label]}" for c, label in zip(clips, labels.tolist(), strict=True)}
 
 
 def parse_group_number(group: str) -> int:
-    """Returns N of `unknown N`, the name of a group."""
+    """Returns the number N from the name of a group, `unknown N`."""
     return int(group.removeprefix(UNKNOWN))
 
 
 def write_groups(
     path: Path, groups: Mapping[str, str], places: Mapping[str, tuple[str, str, str]] | None = None
 ) -> None:
-    """Writes clip -> name of its group to a new table, in which a user writes names of people.
+    """Writes a new table of clips and the names of their groups.
 
-    `places` are clip -> the cells of PLACE_COLUMNS, of all clips; None for a table without them.
+    A user replaces the names of groups by names of people. `places` are clip -> cells of
+    PLACE_COLUMNS for all clips. If `places` is None, the table lacks these columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -213,11 +218,12 @@ def write_groups(
 
 
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
-    """Returns clip -> person of a table of groups, with `unknown` also those without a name.
+    """Reads a table of groups; returns clip -> person.
 
-    Columns after the first two are not read. A line that is wrong is a UserError.
+    With `unknown`, clips of groups without a person's name are returned, too. Columns after the
+    first two are ignored. Raises UserError if a line is malformed or a clip has two names.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
         if cells[:2] == [*GROUP_COLUMNS]:
             continue
@@ -225,13 +231,15 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
         with named(f"{path}: line {number}"):
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
-        if found.setdefault(clip, identity) != identity:
-            raise UserError(f"{path}: line {number}: clip '{show(clip)}' has two names: keep one")
-    return {n: name for n, name in found.items() if unknown or not is_unknown(name)}
+        if names.setdefault(clip, identity) != identity:
+            raise UserError(
+                f"{path}: line {number}: clip '{show(clip)}' has two names: keep only one"
+            )
+    return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 
 
 def table(answers: Answers) -> list[str]:
-    """Returns lines of text: clip, answer, and the best identities with their probabilities."""
+    """Returns lines of text: clip, identity, and the best identities with probabilities."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
@@ -240,7 +248,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Returns a probability or a rate in per cent: 2 significant digits, from 99 % on 4."""
+    """Formats a probability or a rate in per cent: 2 significant digits, or 4 above 99 %."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -248,24 +256,24 @@ def share(value: float) -> str:
 
 
 def describe_rule(rule: NamingRule) -> dict[str, str]:
-    """Returns label -> text of the rows that say when a clip gets a name."""
+    """Returns label -> text of the rows that describe a rule."""
     chosen = " (nothing was chosen: --fpir=R or --threshold=P)" if rule.default else ""
     return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
 
 def rule_as_json(rule: NamingRule) -> dict[str, object]:
-    """Returns a rule, which says when a clip gets a name, as plain values for JSON."""
+    """Returns a rule as plain values for JSON."""
     score = rule.score if math.isfinite(rule.score) else None
     return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
 
 
-def describe(found: Threshold) -> dict[str, str]:
+def describe(limit: Threshold) -> dict[str, str]:
     """Returns label -> text of the rows that describe a threshold."""
-    low, high = map(share, found.interval)
+    low, high = map(share, limit.interval)
     return {
-        "threshold": f"{share(math.exp(min(found.score, 0.0)))} (logarithm {found.score:.6g})",
-        "people": f"{found.num_identities:,}",
-        "strangers": f"{found.num_strangers:,}, of whom {found.num_alarms:,} reach it",
+        "threshold": f"{share(math.exp(min(limit.score, 0.0)))} (logarithm {limit.score:.6g})",
+        "people": f"{limit.num_identities:,}",
+        "strangers": f"{limit.num_strangers:,}, of whom {limit.num_alarms:,} reach it",
         "rate": f"{low} to {high} at 95 % confidence",
     }
 
@@ -278,10 +286,10 @@ def write(path: Path, answers: Answers) -> None:
 
 
 class Identify(bulk.Work):
-    """Makes the columns of a table of answers, by a gallery; `options` are those of `identify`."""
+    """Computes the columns of a table of answers; `options` are arguments of `identify`."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns who clips show."""
+        """Returns the answers for clips, by column."""
         answers = self.trained.identify(clips, **self.options)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
         return tables.by_column(_kinds(most), list(_rows(answers, most)))

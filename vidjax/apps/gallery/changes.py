@@ -1,4 +1,4 @@
-"""Changes of a gallery: made to a draft, and written together, all or none."""
+"""Changes of a gallery: they are collected in a draft and written together, all or none."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -22,25 +22,25 @@ T = TypeVar("T")
 
 
 class Draft:
-    """What a gallery will hold after some changes; see the methods of `Gallery` for each of them.
+    """The future content of a gallery; see the methods of `Gallery` for each change.
 
     Attributes:
-      clips: name -> clip, strangers included.
-      groups: identity -> the sorted names of its clips; those of strangers are under STRANGER.
+      clips: name -> clip, including strangers.
+      groups: identity -> the sorted names of its clips; STRANGER -> the names of strangers.
     """
 
     def __init__(self, state: State):
         self._state = state
         self.clips, self.groups = dict(state.clips), dict(state.groups)
-        self._changed: set[str] = set()  # names of clips
-        self._touched: set[str] = set()  # identities
+        self._changed_clips: set[str] = set()
+        self._changed_people: set[str] = set()
 
     def __bool__(self) -> bool:
-        """Returns True if there is something to write."""
-        return bool(self._changed)
+        """Returns True if the draft has changes."""
+        return bool(self._changed_clips)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips given as vectors; returns how many are new."""
+        """Adds clips given as vectors; returns the number of new clips."""
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         new = {
@@ -52,16 +52,16 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Gives enrolled clips the parts that they lack; returns the clips that had the others."""
-        split, same = self._state.index.backend.split, {}
+        """Adds missing parts to enrolled clips; returns the clips whose other parts are equal."""
+        split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
             old, vector = self.clips[name].vector, vectors[name]
             parts = zip(split(old[None]), split(vector[None]), strict=True)
             if all(np.array_equal(x, y) for x, y in parts if x.any()):
-                same[name] = np.array_equal(old, vector)
-        new = [name for name, complete in same.items() if not complete]
+                equal[name] = np.array_equal(old, vector)
+        new = [name for name, complete in equal.items() if not complete]
         self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
-        return {*same}
+        return {*equal}
 
     def remove(
         self,
@@ -71,38 +71,38 @@ class Draft:
     ) -> int:
         """Removes people with all their clips, or single clips; returns the number of clips."""
         if (identity is None) == (clip is None):
-            raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
+            raise UserError("name people or clips: remove(identity=NAME), or remove(clip=NAME)")
         for kind, value in (("identity", identity), ("clip", clip)):
             check_argument(f"remove: {kind}", value, (str, Collection, type(None)), "a name")
             for name in [] if isinstance(value, str) else value or ():
                 check_argument(f"remove: {kind}", name, str, "a name")
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
-        gone = {clip for name in people for clip in self._shown_by(name)}
+        removed = {clip for name in people for clip in self._find_clips(name)}
         for name in single:
             find_enrolled("clip", name, self.clips)
-        gone.update(single)
-        self._edit(dict.fromkeys(gone))
-        return len(gone)
+        removed.update(single)
+        self._edit(dict.fromkeys(removed))
+        return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips."""
-        to, names = check_person(to), self._shown_by(identity)
+        to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
             raise UserError(f"'{show(to)}' has this name already")
         if to in self.groups and not merge:
             raise UserError(
-                f"'{show(to)}' is enrolled, too: this would make one person of two\n"
-                "if they are the same: merge=True, by command --merge"
+                f"'{show(to)}' is enrolled, too: two people would become one\n"
+                "if they are the same: merge=True in Python, --merge on the command line"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Gives a clip another identity; returns the one it had; None is a stranger's."""
+        """Gives a clip another identity, or None for a stranger; returns the old identity."""
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
-        if old is None:  # one that looks alike is a clip of somebody else
+        if old is None:  # suggests no similar name: that clip may show another person
             raise UserError(
                 f"no clip '{show(clip)}' is enrolled: enrol it with its identity, or --strangers\n"
                 "list --clips names all people and clips"
@@ -112,28 +112,31 @@ class Draft:
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
 
-    def _shown_by(self, identity: str) -> tuple[str, ...]:
+    def _find_clips(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
             raise NotEnrolledError("identity", identity, ())
         return find_enrolled("identity", normal_form(identity), self.groups)
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
-        """Replaces clips by name; None removes one."""
-        touched: dict[str, set[str]] = {}  # identity -> clips that it gets
+        """Replaces clips by name; removes a clip if its value is None."""
+        added: dict[str, set[str]] = {}  # identity -> its new clips
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
-                touched.setdefault(old.identity or STRANGER, set())
+                added.setdefault(old.identity or STRANGER, set())
             if clip is not None:
-                touched.setdefault(clip.identity or STRANGER, set()).add(name)
+                added.setdefault(clip.identity or STRANGER, set()).add(name)
                 self.clips[name] = clip
-        for one, new in touched.items():
-            if names := ({*self.groups.pop(one, ())} - clips.keys()) | new:
-                self.groups[one] = tuple(sorted(names))
-        self._changed |= clips.keys()
-        self._touched |= touched.keys()
+        for identity, new in added.items():
+            if names := ({*self.groups.pop(identity, ())} - clips.keys()) | new:
+                self.groups[identity] = tuple(sorted(names))
+        self._changed_clips |= clips.keys()
+        self._changed_people |= added.keys()
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns False for a clip that the gallery has; refuses another clip of the same name."""
+        """Returns True if a clip is new or gets another identity.
+
+        Raises UserError if another clip of this name is enrolled.
+        """
         old = self.clips.get(name)
         if old is None:
             return True
@@ -144,30 +147,30 @@ class Draft:
             problem = f"as {_whom(old.identity)}, not {_whom(clip.identity)}"
         elif old.vector.tobytes() != clip.vector.tobytes():
             problem = (
-                "with another vector: its features have changed, or it is another clip of this name"
+                "with another vector: its features have changed, or another clip has this name"
             )
         if problem:
             raise UserError(
-                f"clip '{show(name)}' is enrolled {problem}\n"
-                "names of clips are unique: give the new clip another name"
+                f"clip '{show(name)}' is already enrolled {problem}\n"
+                "clip names must be unique: give the new clip another name"
             )
         return old.identity != clip.identity
 
-    # ---- what is written
+    # ---- results
 
     @property
     def similar(self) -> dict[str, str]:
-        """New person -> another person, whose name looks alike."""
-        new = self.groups.keys() & self._touched - self._state.groups.keys() - {STRANGER}
+        """New person -> an enrolled person with a similar name."""
+        new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
         return similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
     def _pairs(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        """Returns each changed clip as it was and is; one that was replaced has another vector."""
-        return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed]
+        """Returns (old, new) for each changed clip; None if the clip did not or does not exist."""
+        return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
 
     @property
     def refits(self) -> bool:
-        """True if the back end was fitted to a clip that is removed, and so must be fitted anew."""
+        """True if the back end must be fitted again, because it was fitted to a removed clip."""
         return any(
             old.fitted and (new is None or new.vector is not old.vector)
             for old, new in self._pairs()
@@ -176,22 +179,22 @@ class Draft:
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The new clips and strangers' that show people now; None if anything else has changed."""
+        """The new clips, and the strangers that became people. None if there are other changes."""
         for old, new in self._pairs():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
                 return None
-        return {name: self.clips[name] for name in self._changed}
+        return {name: self.clips[name] for name in self._changed_clips}
 
     def state(self) -> tuple[State, People]:
-        """Returns the next state, by the back end as it is, and its changed people, by name."""
+        """Returns the next state with the present back end, and the changed people by name."""
         old = self._state
-        # A set & keys would pass over all keys: of keys & a set, the set alone is passed over.
-        touched = sorted(self.groups.keys() & self._touched - {STRANGER})
-        shown = {name: self.groups[name] for name in touched}
-        people = enrol(old.index.backend, shown, self.clips)
+        # `keys & set` iterates over the small set; `set & keys` would iterate over all keys.
+        changed = sorted(self.groups.keys() & self._changed_people - {STRANGER})
+        groups = {name: self.groups[name] for name in changed}
+        people = enrol(old.index.backend, groups, self.clips)
         state = old._replace(
             version=old.version + 1,
-            index=old.index.replaced(old.groups.keys() & self._touched, people),
+            index=old.index.replaced(old.groups.keys() & self._changed_people, people),
             clips=self.clips,
             groups=self.groups,
         )
@@ -205,12 +208,12 @@ def _whom(identity: str | None) -> str:
 def enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
 ) -> People:
-    """Returns the people of `groups`, identity -> names of clips, which are added in this order.
+    """Returns the people of `groups`, identity -> names of clips, in this order.
 
-    PLDA takes the clips of a person in one film for one clip, since they are alike. With cards, the
-    vectors say how alike clips are, see `distance.effective_count`.
+    PLDA counts the clips of a person in one film as one clip, because they are alike. With cards,
+    the distances of the vectors show how alike clips are; see `distance.effective_count`.
     """
-    names = (name for some in groups.values() for name in some)
+    names = (name for clip_names in groups.values() for name in clip_names)
     films = by_film(names, clips, cut_film_name if backend.parts[0].distances is None else str)
     place = {identity: number for number, identity in enumerate(groups)}
     owner = np.array([place[identity] for identity, _ in films], int)
@@ -221,19 +224,19 @@ def enrol(
 def by_film(
     names: Iterable[str], clips: Mapping[str, StoredClip], film: Callable[[str], str] = cut_film_name
 ) -> dict[tuple[str, str], list[str]]:
-    """Returns (identity, film) -> the names of clips; other clips are a film each."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Returns (identity, film) -> the names of clips; `film` returns the film of a clip name."""
+    films: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        found.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
-    return found
+        films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
+    return films
 
 
 def stack_films(
     films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> np.ndarray:
-    """Returns a vector for the clips of each film, [N, width] float32.
+    """Returns a mean vector for the clips of each film, [N, width] float32.
 
-    Each part is the mean of the vectors of the clips that have it; `widths` are part -> D.
+    The mean of a part is taken over the clips that have the part. `widths` are part -> D.
     """
     width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
     vectors = stack_vectors([names[0] for names in films], clips, width)
@@ -253,28 +256,28 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
-    """Returns a clip with the cleaned name of its person; refuses one that shows nobody."""
+    """Returns a clip with the cleaned name of its person; refuses a clip without a usable frame."""
     _check_length("clip name", check_name(name))
     if clip.identity is not None:
         clip = clip._replace(identity=check_person(clip.identity))
     if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
         raise UserError(
-            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
-            f"wanted float32 ({width},)"
+            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}; "
+            f"expected float32 ({width},)"
         )
     if not np.isfinite(clip.vector).all():
         raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
     if not clip.vector.any():
-        raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
+        raise UserError(f"clip '{show(name)}' has no usable frame")
     return clip
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person; refuses a name that a gallery could not write."""
+    """Returns the cleaned name of a person; refuses a name that a gallery cannot store."""
     name = _check_length("identity", clean_identity(name))
     if is_unknown(name):
         raise UserError(
-            f"'{show(name)}' is the name of nobody: give another name, such as 'neighbour'"
+            f"'{show(name)}' means an unknown person: give another name, such as 'neighbour'"
         )
     return name
 
@@ -286,7 +289,7 @@ def _check_length(kind: str, name: str) -> str:
 
 
 def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`; NotEnrolledError if there is no such name."""
+    """Returns `among[name]`. Raises NotEnrolledError if the name is missing."""
     if name not in among:
         raise NotEnrolledError(kind, name, among)
     return among[name]
@@ -295,8 +298,8 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 class NotEnrolledError(UserError):
     """No person or clip has this name.
 
-    The message suggests a similar name. It is made when it is read: the gallery is no longer locked
-    then, and a server, whose answers suggest nobody, makes none.
+    The message suggests a similar name. It is computed when it is read, because the gallery is no
+    longer locked then. A server does not read it: its answers must not suggest names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):

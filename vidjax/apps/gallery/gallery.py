@@ -1,4 +1,4 @@
-"""A gallery of people: enrolled, found and deleted without training.
+"""A gallery of people who are enrolled, identified and deleted without training.
 
     import vidjax
 
@@ -7,18 +7,19 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-A person is stored, for each modality, as a number of clips and the sum of their vectors. Strangers
-are clips of people who are not enrolled; thresholds are set on them. A gallery made at once of the
-same clips with the same back end gives the same answers, to 1e-6.
+For each person and modality, a gallery stores the number of clips and the sum of their vectors.
+Strangers are clips of people who are not enrolled; they set the thresholds. Answers do not depend
+on the order of changes: a new gallery of the same clips and back end gives the same answers to
+1e-6.
 
-An open gallery answers from what the folder holds at that moment, whoever changed it. A `State` is
-replaced and never changed: an answer under way in another thread uses the state that it began with.
-A change is written to the folder first, so an error leaves folder and memory as they were.
+An open gallery answers from the current content of its folder, even if another process changed it.
+A `State` is replaced and never changed, so an answer in another thread uses one state to its end.
+A change is written to the folder first. If writing fails, folder and memory stay as they were.
 
-A removed person leaves no trace in the folder. A back end that was fitted to a removed clip would:
-its centre and the other clips give the vector. So `remove` fits such a back end anew. The run keeps
-what it learned of its training clips, and so does the back end of a gallery made with `empty`.
-Only another training without the clips ends that.
+A removed person leaves no trace in the folder. If the back end was fitted to a removed clip, its
+vector could be computed from the centre and the other clips. `remove` therefore fits the back end
+again. The run, and the back end of a gallery made with `empty`, still depend on their training
+clips. Only a new training run without the clips removes this dependence.
 """
 
 import contextlib
@@ -74,15 +75,19 @@ if TYPE_CHECKING:
 
 FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
-RANK_ROWS = 256  # clips of a block of scores
-EMBED_ROWS = 32  # clips of a block of vectors
-EMBEDDING = "embedding"  # the one part of a run that is no PLDA
+RANK_ROWS = 256  # clips that are scored together
+EMBED_ROWS = 32  # clips that are embedded together
+EMBEDDING = "embedding"  # the only part of a gallery whose run is not PLDA
 
 
 class Enrolment(NamedTuple):
-    """Counts of new and of already enrolled clips, and names of those without a usable frame.
+    """The result of an enrolment.
 
-    `similar` are new person -> another person, whose name looks alike.
+    Attributes:
+      enrolled: number of new clips.
+      unchanged: number of clips that were enrolled before.
+      refused: names of the clips without a usable frame.
+      similar: new person -> an enrolled person with a similar name.
     """
 
     enrolled: int
@@ -92,9 +97,12 @@ class Enrolment(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """The unit vectors of N clips: `parts` are name -> [N, D] float32, 0 for a clip that lacks one.
+    """The unit vectors of N clips.
 
-    `labels` are the names of the people; None where the ground truth names nobody.
+    Attributes:
+      names: the names of the clips.
+      parts: name of a part -> [N, D] float32; 0 if a clip lacks the part.
+      labels: the person of each clip; None if the ground truth names nobody.
     """
 
     names: tuple[str, ...]
@@ -111,16 +119,17 @@ class Vectors(NamedTuple):
 
 
 class NobodyError(UserError):
-    """Nobody is enrolled, so that nobody can be named."""
+    """A clip cannot be identified because nobody is enrolled."""
 
 
 class Gallery:
     """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
 
-    Methods take `clips` as a dataset, then with the name of a `split`; as clips in memory, see
-    `Predictor.embed`; or as the vectors that `embed` returns. A change waits until the disk has it.
-    It raises ValueError while another process changes the gallery, and OSError where it cannot be
-    written. Nothing is changed then.
+    `clips` are a dataset together with the name of a `split`, clips in memory as for
+    `Predictor.embed`, or the vectors that `embed` returns.
+
+    A change returns when it is on the disk. It raises ValueError while another process changes the
+    gallery, and OSError if the folder cannot be written. In both cases nothing is changed.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -128,19 +137,20 @@ class Gallery:
 
         Args:
           folder: the folder of the gallery.
-          run: the run that the gallery was made with, or its folder; None for the folder that the
-            gallery names. The run is restored at its first use.
+          run: the run that the gallery was made with, or its folder. By default, the folder that is
+            stored in the gallery. The run is restored at its first use.
 
         Raises:
-          ValueError: there is no gallery, or it is damaged; the error names the file.
+          ValueError: the folder holds no gallery, or the gallery is damaged. The error names the
+            file.
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(Path(folder).expanduser().absolute())
         self._state = _read(self._store)
-        self._lock = threading.RLock()  # of `_state`: no older state replaces a newer one
+        self._lock = threading.RLock()  # an older state must not replace a newer `_state`
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
-        self._calibration: tuple[State, np.ndarray] | None = None  # best scores of its strangers
+        self._calibration: tuple[State, np.ndarray] | None = None  # the strangers' best scores
 
     @classmethod
     def create(
@@ -152,18 +162,20 @@ class Gallery:
         strangers: str | None = None,
         empty: bool = False,
     ) -> "Gallery":
-        """Makes a gallery of a run's training clips; settings come from a PLDA run, or are fitted.
+        """Makes a gallery of a run's training clips.
+
+        A PLDA run gives its settings to the back end. For other runs, the settings are fitted.
 
         Args:
-          folder: a folder that is new, or empty.
+          folder: a new or empty folder.
           run: the run, or its folder.
-          data: the dataset of the run; None to load it.
-          strangers: the split whose clips without a label are strangers; None for the evaluated
-            split, where that has labels.
-          empty: True to enrol nobody: only the back end and the strangers are kept.
+          data: the dataset of the run. By default, it is loaded.
+          strangers: the split whose clips without a label become strangers. By default, the
+            evaluated split, if it has labels.
+          empty: True to enrol nobody and keep only the back end and the strangers.
 
         Raises:
-          ValueError: the folder holds something else, or no clip has a label.
+          ValueError: the folder is not empty, or no training clip has a label.
         """
         from vidjax.evaluation import restore
         from vidjax.training.api import load_data
@@ -176,18 +188,18 @@ class Gallery:
         clips: dict[str, StoredClip] = {}
         labelled, widths = 0, {}
         for split in run.config.data.train_splits:
-            found = embed(run, data, split)
-            widths = {name: x.shape[1] for name, x in found.parts.items()}
-            labelled += sum(label is not None for label in found.labels)
-            for name, clip in usable_clips(found).items():
+            vectors = embed(run, data, split)
+            widths = {name: x.shape[1] for name, x in vectors.parts.items()}
+            labelled += sum(label is not None for label in vectors.labels)
+            for name, clip in usable_clips(vectors).items():
                 if clip.identity is not None:
                     clips[name] = clip._replace(fitted=True)
         if not labelled:
-            raise UserError("no training clip has a label: there is nobody to enrol")
+            raise UserError("no training clip has a label, so nobody can be enrolled")
         if not clips:
             raise UserError(
-                f"the vectors of all {labelled:,} labelled training clips are 0: the run cannot "
-                "tell people apart\ntrain a run on clips with usable frames, of more people"
+                f"the vectors of all {labelled:,} labelled training clips are 0: this run cannot "
+                "distinguish people\ntrain a run on clips with usable frames, of more people"
             )
         origin = make_run_origin(run)
         settings = run.system.model.gallery_settings()
@@ -195,27 +207,27 @@ class Gallery:
         chosen = strangers or run.config.eval.split
         kept = {} if empty else clips
         if strangers or data.split(chosen).labelled:
-            found = usable_clips(embed(run, data, chosen))
-            others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
-            kept = others | kept
+            usable = usable_clips(embed(run, data, chosen))
+            new = {n: c for n, c in usable.items() if c.identity is None and n not in clips}
+            kept = new | kept
         return cls.of_clips(folder, origin, backend, kept, run=run)
 
     @classmethod
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes a gallery without a run and without anybody: cards of models say what is like.
+        """Makes an empty gallery without a run. The cards of models define how vectors compare.
 
-        Clips are then features that `vidjax extract` made with the same models.
+        The clips of this gallery are features from `vidjax extract` with the same models.
 
         Args:
-          folder: a folder that is new, or empty.
-          models: the folder of models, with a card each; see `vidjax.apps.video.cards`.
-          stranger_odds: number of clips of strangers for each clip of somebody enrolled, among the
-            clips that will be identified. 1 says that half of the clips show strangers.
+          folder: a new or empty folder.
+          models: the folder of models with their cards; see `vidjax.apps.video.cards`.
+          stranger_odds: expected number of clips of strangers per clip of an enrolled person. With
+            1, half of the clips are expected to show strangers.
 
         Raises:
-          ValueError: no card of a model that makes vectors has a back end.
+          ValueError: no card of an embedding model has a back end.
         """
         origin, back_ends = make_models_origin(models)
         return cls.of_clips(
@@ -232,7 +244,7 @@ class Gallery:
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
-        """Makes a gallery of clips given as vectors, which `origin` made; see `create`."""
+        """Makes a gallery of clips whose vectors were computed by `origin`; see `create`."""
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
@@ -244,7 +256,7 @@ class Gallery:
         store = Store(path)
         state = _state(1, origin, backend, clips)
         store.create(state)
-        _tell_of_similar(path, similar_names(state.people, ()))
+        _warn_of_similar(path, similar_names(state.people, ()))
         return cls(path, run=run)
 
     def __repr__(self) -> str:
@@ -259,7 +271,7 @@ class Gallery:
         return len(groups) - (STRANGER in groups)
 
     def __bool__(self) -> bool:
-        return True  # also of a gallery of nobody
+        return True  # even if nobody is enrolled
 
     def __contains__(self, identity: object) -> bool:
         if not isinstance(identity, str) or identity == STRANGER:
@@ -269,26 +281,26 @@ class Gallery:
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
 
-    # ---- what the gallery holds, as it was read last
+    # ---- content of the gallery
 
     @property
     def folder(self) -> Path:
-        """The folder, an absolute path."""
+        """The absolute path of the folder."""
         return self._store.folder
 
     @property
     def version(self) -> int:
-        """Number of changes of the folder, creation included."""
+        """The number of changes of the folder, including its creation."""
         return self._state.version
 
     @property
     def digest(self) -> str:
-        """The sha256, in hexadecimal, of what the folder holds now; no other state has it."""
+        """The sha256, in hexadecimal, of the current content. It identifies a state."""
         return self._now().sha256.hex()
 
     @property
     def origin(self) -> VectorOrigin:
-        """The folder and the digest of the run that makes the vectors."""
+        """The folder and the digest of the run or models that compute the vectors."""
         return self._state.run
 
     @property
@@ -298,12 +310,12 @@ class Gallery:
 
     @property
     def backend(self) -> Backend:
-        """The coordinates in which vectors are compared, and the settings."""
+        """The back end: coordinates of vectors, and settings of PLDA."""
         return self._state.index.backend
 
     @property
     def clips(self) -> Mapping[str, StoredClip]:
-        """Name -> clip, strangers included."""
+        """Name -> clip, including strangers."""
         return self._state.clips
 
     @property
@@ -313,48 +325,52 @@ class Gallery:
 
     @property
     def identities(self) -> dict[str, int]:
-        """Identity -> its number of clips, sorted by name, as the folder holds them now."""
+        """Identity -> its number of clips in the current content, sorted by name."""
         return {name: len(clips) for name, clips in self._now().people.items()}
 
     def refresh(self) -> None:
-        """Reads the gallery anew if this process or another one has changed it."""
+        """Reads the gallery again if any process has changed it."""
         with self._lock:
             if self._store.sha256() != self._state.sha256:
                 self._state = _read(self._store)
 
     def remove_leftovers(self) -> None:
-        """Deletes what a killed process left, unless the folder is changed now, or read-only."""
+        """Deletes the files of a killed process, unless the folder is in use or read-only."""
         with contextlib.suppress(InUseError, UnwritableError, OSError):
             self._store.remove_leftovers()
 
     def _now(self) -> State:
-        """Returns the state of the folder."""
+        """Returns the current state of the folder."""
         with self._lock:
             self.refresh()
             return self._state
 
     @property
     def run(self) -> "Predictor":
-        """The run that makes the vectors; ValueError if it is missing or has other weights."""
+        """The run that computes the vectors.
+
+        Raises:
+          ValueError: the run is missing, or its weights differ.
+        """
         if self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made of models, not of a run\n"
-                "its clips are features that vidjax extract made: --input=FOLDER"
+                "give it features of vidjax extract: --input=FOLDER"
             )
-        wanted = self.origin.digest  # another one, if somebody made the gallery anew
+        wanted = self.origin.digest  # changes if the gallery is made again
         if self._checked is None or self._checked[0] != wanted:
             place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
                 raise UnreadableError(
                     f"the run of gallery '{self.folder}' is no longer at '{place}'\n"
-                    "say where it is: run=FOLDER, by command --run=FOLDER"
+                    "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
                 )
             run = _restored(place if self._run is None else self._run)
             if make_run_origin(run).digest != wanted:
                 raise UnreadableError(
-                    f"'{run.workdir}' is not the run that gallery '{self.folder}' was made "
-                    f"with, which was at '{place}'\n"
-                    "say where that is: run=FOLDER, by command --run=FOLDER"
+                    f"gallery '{self.folder}' was made with the run at '{place}', not with "
+                    f"'{run.workdir}'\n"
+                    "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
                 )
             self._checked = wanted, run
         return self._checked[1]
@@ -362,9 +378,10 @@ class Gallery:
     def embed(
         self, clips: AnyClips, split: str | None = None, advance: Callable[[int], None] = uncounted
     ) -> Vectors:
-        """Returns the vectors of clips, see `embed`; by cards, the mean frames of each part.
+        """Returns the vectors of clips.
 
-        Vectors are returned as they are.
+        A run computes them, see `embed`. In a gallery of models, a vector is the mean of the frames
+        of its part. If `clips` are vectors, they are returned unchanged.
         """
         if isinstance(clips, Vectors):
             return clips
@@ -375,17 +392,17 @@ class Gallery:
             if not isinstance(clips, Mapping):
                 raise UserError(
                     "a gallery of models takes clips in memory, not a split of a dataset\n"
-                    "give {clip: {modality: features}}, by command --input=FOLDER"
+                    "give {clip: {modality: features}}, or --input=FOLDER on the command line"
                 )
-            clips = MemoryClips.from_dict(clips, widths, ())
-        found = clips
-        parts = {part: found.mean_vectors(part) for part in widths}
-        advance(len(found.names))
-        return Vectors(found.names, parts, (None,) * len(found.names))
+            clips = MemoryClips.of(clips, widths, ())
+        memory = clips
+        parts = {part: memory.mean_vectors(part) for part in widths}
+        advance(len(memory.names))
+        return Vectors(memory.names, parts, (None,) * len(memory.names))
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """Modality -> width of the clips that it takes, and the quality of their frames."""
+        """The clips that the gallery takes: modality -> width, and the quality of their frames."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
@@ -401,8 +418,8 @@ class Gallery:
     def change(self) -> Iterator[Draft]:
         """Yields a draft with the methods `add`, `remove`, `rename` and `relabel` of this class.
 
-        What is done to it is written at the end, in one; after an error, nothing is. Nobody else
-        can change the gallery meanwhile.
+        All changes of the draft are written together at the end. If an error is raised, nothing is
+        written. No other process can change the gallery in the meantime.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
@@ -414,7 +431,7 @@ class Gallery:
                 state = _refitted(state)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
-        _tell_of_similar(self.folder, draft.similar)
+        _warn_of_similar(self.folder, draft.similar)
 
     def enrol(
         self,
@@ -424,60 +441,63 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
     ) -> Enrolment:
-        """Enrols clips of new people or of people who are enrolled already; all clips or none.
+        """Enrols all clips or none. Their people may be new or enrolled already.
 
         Args:
           clips, split: see the class.
-          identities: the person that all clips show, or clip -> person; None for the labels of the
-            dataset. Clips without a person are left out.
+          identities: the person that all clips show, or clip -> person. By default, the labels of
+            the dataset. Clips without a person are left out.
           strangers: True to add only the clips without a person, as strangers.
 
         Raises:
-          ValueError: no clip has a label or a usable frame, clips do not fit the run, or a clip is
-            enrolled already for another person or with another vector.
+          ValueError: no clip has a label, no clip has a usable frame, clips do not fit the run, or
+            a clip is already enrolled for another person or with another vector.
         """
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
-            # A mistake is reported before vectors are made.
+            # Names are checked first, because vectors take long.
             given = {"": identities} if isinstance(identities, str) else identities
             for name, identity in given.items():
                 wanted = f"the name of a person for clip {name!r}"
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
                 _ = None if identity is None else check_person(identity)
-        found = self.embed(clips, split)
+        vectors = self.embed(clips, split)
         if isinstance(identities, str):
-            identities = dict.fromkeys(found.names, identities)
+            identities = dict.fromkeys(vectors.names, identities)
         if identities is not None:
-            _check_given(identities, found.names)
-            found = found._replace(labels=tuple(map(identities.get, found.names)))
-        wanted = [n for n, label in zip(found.names, found.labels, strict=True)
+            _check_given(identities, vectors.names)
+            vectors = vectors._replace(labels=tuple(map(identities.get, vectors.names)))
+        wanted = [n for n, label in zip(vectors.names, vectors.labels, strict=True)
                   if (label is None) == strangers]  # fmt: skip
         if not wanted:
             if strangers:
                 raise UserError(
-                    "every clip has a label: none shows a stranger\n"
-                    "leave out strangers=True, by command --strangers"
+                    "every clip has a label, so no clip shows a stranger\n"
+                    "leave out strangers=True, or --strangers on the command line"
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
-        labels = [None if label is None else check_person(label) for label in found.labels]
-        usable = usable_clips(found._replace(labels=tuple(labels)))
-        shown = {name: usable[name] for name in wanted if name in usable}
+        labels = [None if label is None else check_person(label) for label in vectors.labels]
+        usable = usable_clips(vectors._replace(labels=tuple(labels)))
+        chosen = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
-        if not shown:
-            raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
+        if not chosen:
+            raise UserError(f"no clip has a usable frame, such as '{show(refused[0])}'")
         with self.change() as draft:
-            new = draft.add(shown)
-        groups, people = self._state.groups, {clip.identity or STRANGER for clip in shown.values()}
-        _tell_of_films({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
-        return Enrolment(new, len(shown) - new, refused, draft.similar)
+            new = draft.add(chosen)
+        groups, people = self._state.groups, {c.identity or STRANGER for c in chosen.values()}
+        _advise_other_days({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
+        return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips given as vectors, all or none; returns how many are new.
+        """Adds clips given as vectors, all or none; returns the number of new clips.
 
-        Clips that the gallery has already are skipped. A stranger may become a person; a person's
-        clip that comes as a stranger is skipped, too. ValueError for a malformed clip, or one
-        enrolled already for another person or with another vector.
+        A clip that is enrolled already is skipped. If the clip was a stranger, it may get a person.
+        If it has a person, it does not become a stranger.
+
+        Raises:
+          ValueError: a clip is malformed, or already enrolled for another person or with another
+            vector.
         """
         with self.change() as draft:
             return draft.add(clips)
@@ -490,14 +510,14 @@ class Gallery:
     ) -> int:
         """Removes people with all their clips, or single clips; returns the number of clips.
 
-        If the back end was fitted to a removed clip, it is fitted anew to the clips that are left.
+        If the back end was fitted to a removed clip, it is fitted again to the remaining clips.
 
         Args:
-          identity: the name of a person, or several.
-          clip: the name of a clip, or several, instead.
+          identity: the name of a person, or several names.
+          clip: the name of a clip, or several names. Give either `identity` or `clip`.
 
         Raises:
-          ValueError: there is no such name.
+          ValueError: no person or clip has this name.
         """
         with self.change() as draft:
             return draft.remove(identity=identity, clip=clip)
@@ -505,24 +525,31 @@ class Gallery:
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips.
 
-        With `merge`, `to` may be another enrolled person: the two become one. Else ValueError. The
-        back end stays as it is.
+        The back end does not change.
+
+        Args:
+          identity: the present name.
+          to: the new name.
+          merge: True to allow the name of another enrolled person. The two become one person.
+
+        Raises:
+          ValueError: nobody is called `identity`, or `to` is enrolled and `merge` is False.
         """
         with self.change() as draft:
             return draft.rename(identity, to, merge=merge)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Gives a clip another identity; returns the one it had; None is a stranger's."""
+        """Gives a clip another identity, or None for a stranger; returns the old identity."""
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
     def widen(self, models: str | Path) -> tuple[str, ...]:
-        """Takes over the parts of models that are new beside the gallery's own; returns them.
+        """Adds the parts of models that the gallery lacks; returns the new parts.
 
-        Enrolled clips keep their vectors, and have none of the new parts until `complete`.
+        Enrolled clips keep their vectors. They lack the new parts until `complete` adds them.
 
         Raises:
-          ValueError: a model of the gallery is missing, or is another one.
+          ValueError: a model of the gallery is missing, or has changed.
         """
         origin, back_ends = make_models_origin(models)
         with self._store.open(write=True) as transaction:
@@ -530,9 +557,10 @@ class Gallery:
             was, now = state.run.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
+                made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
                 raise UserError(
-                    f"'{self.folder}' was made with other models of {', '.join(changed) or 'a run'}"
-                    "\ntake the same models, or name a new folder: --out=DIR"
+                    f"'{self.folder}' was made with {made}\n"
+                    "use the same models, or name a new folder: --out=DIR"
                 )
             if was == now:
                 return ()
@@ -550,42 +578,44 @@ class Gallery:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
 
-    def complete(self, found: Vectors) -> set[str]:
-        """Returns the clips that are enrolled with these vectors; they get parts that they lack."""
-        rows = zip(*found.parts.values(), strict=True)
-        vectors = dict(zip(found.names, map(np.concatenate, rows), strict=True))
+    def complete(self, vectors: Vectors) -> set[str]:
+        """Adds missing parts to enrolled clips; returns the clips whose other parts are equal."""
+        rows = zip(*vectors.parts.values(), strict=True)
+        joined = dict(zip(vectors.names, map(np.concatenate, rows), strict=True))
         with self.change() as draft:
-            return draft.complete(vectors)
+            return draft.complete(joined)
 
     # ---- answers
 
     def group(
         self,
-        found: Vectors,
+        vectors: Vectors,
         apart: Collection[tuple[str, str]] = (),
         *,
         begin: Mapping[str, str] | None = None,
         absorb: bool = True,
     ) -> dict[str, str]:
-        """Groups clips by the people that they show; returns clip -> `unknown 1`, and so on.
+        """Groups clips by person; returns clip -> name of its group.
 
-        The largest group is the first. Clips without a usable frame are in none.
+        The largest group is called `unknown 1`, the next one `unknown 2`, and so on. Clips without
+        a usable frame are left out.
 
         Args:
-          found: vectors of any number of clips.
-          apart: pairs of clips that do not show one person, such as clips seen at one time.
-          begin: clip -> group, of all clips with a usable frame: groups that are joined further.
-          absorb: False to leave clips that fit no group well on their own.
+          vectors: vectors of any number of clips.
+          apart: pairs of clips that show different people, for example two faces in one picture.
+          begin: clip -> group for all clips with a usable frame. Grouping continues from these
+            groups.
+          absorb: True to give small groups to larger ones.
         """
-        usable = np.flatnonzero(np.any([x.any(axis=1) for x in found.parts.values()], axis=0))
-        names = [found.names[place] for place in usable.tolist()]
-        parts = [x[usable] for x in found.parts.values()]
+        usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
+        names = [vectors.names[place] for place in usable.tolist()]
+        parts = [x[usable] for x in vectors.parts.values()]
         first = None if begin is None else [begin[name] for name in names]
         labels = grouping.group(self.backend, names, parts, apart, begin=first, absorb=absorb)
         return answers_lib.name_groups(names, labels)
 
-    def _anybody(self) -> State:
-        """Returns the state of the folder; ValueError if nobody is enrolled."""
+    def _require_people(self) -> State:
+        """Returns the current state. Raises ValueError if nobody is enrolled."""
         state = self._now()
         if not state.index.names:
             raise NobodyError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
@@ -594,27 +624,29 @@ class Gallery:
     def threshold(self, fpir: float) -> Threshold:
         """Returns the lowest threshold that new strangers reach with probability `fpir` at most.
 
-        The strangers are compared with all people at the first call after a change. ValueError if
-        nobody is enrolled, or there are fewer than 1 / fpir - 1 strangers.
+        The first call after a change compares all strangers with all people.
+
+        Raises:
+          ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return self._threshold(self._anybody(), fpir)
+        return self._threshold(self._require_people(), fpir)
 
     def _threshold(self, state: State, fpir: float) -> Threshold:
         strangers = state.groups.get(STRANGER, ())
         answers_lib.check_strangers(len(strangers), fpir)
-        of, best = self._calibration or (None, np.zeros(0))
-        if of is not state:
+        calibrated, best = self._calibration or (None, np.zeros(0))
+        if calibrated is not state:
             vectors = np.stack([state.clips[name].vector for name in strangers])
-            found = state.index.nearest(state.index.backend.split(vectors), 1)
-            best = np.array([one.best[0][1] for one in found])
+            nearest = state.index.nearest(state.index.backend.split(vectors), 1)
+            best = np.array([match.best[0][1] for match in nearest])
             self._calibration = state, best
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
+        """Returns the rule that decides if a clip gets a name; see `identify` for the arguments."""
         answers_lib.check_choice(fpir, threshold)
-        return self._rule(self._anybody(), fpir, threshold)
+        return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
         if threshold is not None:
@@ -628,10 +660,10 @@ class Gallery:
             about = f"{ABOVE_HALF}; with {wanted} clips of strangers instead of {strangers}, "
             about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return NamingRule("new", -math.inf, True, None, about)
-        found = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
-        about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, "
+        limit = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
+        about = f"at most {100 * limit.fpir:.3g} % of strangers reach its probability, "
         about += f"and {ABOVE_HALF}"
-        return NamingRule("fpir", found.score, fpir is None, found, about)
+        return NamingRule("fpir", limit.score, fpir is None, limit, about)
 
     def identify(
         self,
@@ -644,21 +676,21 @@ class Gallery:
         groups: Mapping[str, str] | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> dict[str, Answer]:
-        """Returns clip -> who it shows; a clip without a usable frame is unknown.
+        """Returns clip -> answer. A clip without a usable frame is unknown.
 
-        If the gallery compares by cards, nobody is named who has no part in common with the clip.
+        A gallery of models names a person only if the clip and the person have a part in common.
 
         Args:
           clips, split: see the class.
-          k: number of identities in `Answer.best`, at most.
+          k: the largest number of identities in `Answer.best`.
           fpir: the largest share of strangers that may get a name. A name also needs a probability
-            above one half. None is 0.01 if the gallery has 99 strangers or more; with fewer, only
-            one half counts.
-          threshold: instead, the lowest probability at which a clip gets a name.
-            (The threshold of `Predictor.identify` is a logarithm.)
-          groups: clip -> group, see `group`, in a gallery of models. All clips of a group vote, and
-            get one answer.
-          advance: is called with the number of clips that got an answer, after each.
+            above one half. The default is 0.01 if the gallery has 99 strangers or more. With fewer
+            strangers, the default rule requires only a probability above one half.
+          threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
+            `threshold`. (The threshold of `Predictor.identify` is a logarithm.)
+          groups: clip -> group, see `group`; only in a gallery of models. All clips of a group vote
+            and get the same answer.
+          advance: is called with 1 after each clip.
 
         Raises:
           ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, clips do not
@@ -669,20 +701,20 @@ class Gallery:
             raise UserError(f"k={k}: name 1 identity or more")
         if groups is not None and not self.origin.cards:
             raise UserError("groups: clips vote only in a gallery of models\nleave out the groups")
-        self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
-        found, state = self.embed(clips, split), self._anybody()
-        rule, parts = self._rule(state, fpir, threshold), list(found.parts.values())
-        owner = np.arange(len(found.names))
+        self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
+        vectors, state = self.embed(clips, split), self._require_people()
+        rule, parts = self._rule(state, fpir, threshold), list(vectors.parts.values())
+        owner = np.arange(len(vectors.names))
         if groups is not None:
-            # A clip without a group is not of the group that has its name.
-            keys = [(n in groups, groups.get(n, n)) for n in found.names]
+            # The flag separates a clip without a group from a group with the name of the clip.
+            keys = [(n in groups, groups.get(n, n)) for n in vectors.names]
             place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             owner = np.array([place[key] for key in keys], int)
         nearest = state.index.nearest(parts, k, None if groups is None else owner)
-        known = [rule.answer(one, cards=bool(state.run.cards)) for one in nearest]
+        by_owner = [rule.answer(match, cards=bool(state.run.cards)) for match in nearest]
         answers = {}
-        for clip, place in zip(found.names, owner.tolist(), strict=True):
-            answers[clip] = known[place]
+        for clip, number in zip(vectors.names, owner.tolist(), strict=True):
+            answers[clip] = by_owner[number]
             advance(1)
         return answers
 
@@ -697,45 +729,45 @@ class Gallery:
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
-        Identities are in the order of a submission; scores are logarithms of probabilities. With
-        `fpir` or `threshold`, lists hold only clips that pass; see `identify` for the arguments.
+        Identities are in the order of a submission. Scores are logarithms of probabilities. With
+        `fpir` or `threshold`, only clips that pass are listed; see `identify` for the arguments.
         `advance` is called with the number of clips of each finished block.
         """
         from vidjax.evaluation import (
-            predict,  # JAX, only for those who rank
+            predict,  # imports JAX
             topk,
         )
 
-        self.rule(fpir=fpir, threshold=threshold)  # a mistake is reported before vectors are made
-        found, state = self.embed(clips, split), self._anybody()
+        self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
+        vectors, state = self.embed(clips, split), self._require_people()
         chosen = fpir is not None or threshold is not None
         searched, rule = state.index, self._rule(state, fpir, threshold) if chosen else None
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
-        order = np.argsort(np.array(found.names, object), kind="stable")
-        parts = [x[order] for x in found.parts.values()]
-        logs, there = searched.search(parts), np.array([x.any(axis=1) for x in parts])
-        known = searched.counts[:, columns - 1] > 0
+        order = np.argsort(np.array(vectors.names, object), kind="stable")
+        parts = [x[order] for x in vectors.parts.values()]
+        logs, clip_has = searched.search(parts), np.array([x.any(axis=1) for x in parts])
+        person_has = searched.counts[:, columns - 1] > 0
         size = min(RANK_ROWS, len(order))
 
         def blocks() -> "Iterator[ScoreBlock]":
             for at in range(0, len(order), RANK_ROWS):
                 index = np.arange(at, at + size, dtype=np.int32)
                 scores = np.full((size, len(columns)), -np.inf, np.float32)
-                for place, one in enumerate(itertools.islice(logs, size)):
-                    row, best = scores[place], one[columns]
-                    # Before they are rounded to float32: a threshold lies just above a stranger.
+                for place, clip_logs in enumerate(itertools.islice(logs, size)):
+                    row, best = scores[place], clip_logs[columns]
+                    # Compares float64, because a threshold lies just above a stranger's score.
                     passes = True if rule is None else rule.names(best)
                     if rule is not None and state.run.cards:  # as in `NamingRule.answer`
-                        passes &= there[:, at + place] @ known
+                        passes &= clip_has[:, at + place] @ person_has
                     np.copyto(row, best, where=passes, casting="same_kind")
                 exists = index < len(order)
                 yield scores, index, exists
                 advance(int(exists.sum()))
 
         top = topk.rank(blocks(), len(columns), rows=size)
-        names = {place: found.names[row] for place, row in enumerate(order.tolist())}
+        names = {place: vectors.names[row] for place, row in enumerate(order.tolist())}
         if rule is not None:
             scores, index = np.asarray(top.scores), np.asarray(top.index)
             top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
@@ -743,7 +775,7 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises ValueError if a folder holds anything; what a killed process left does not count."""
+    """Raises ValueError if a folder is not empty. Files of a killed process do not count."""
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -758,7 +790,7 @@ def check_new(folder: Path) -> None:
 
 
 def _check_width(backend: Backend) -> int:
-    """Returns the width of the vectors of a back end; refuses those that no gallery can hold."""
+    """Returns the width of the vectors of a back end. Raises UserError if it is too large."""
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
@@ -770,38 +802,38 @@ def _check_width(backend: Backend) -> int:
 
 def _widened(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
     """Returns the vector of a clip with zeros for the parts that only `wide` has."""
-    own = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
-    parts = [own.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
+    present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
+    parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
 
 
 def _restored(run: "Predictor | str | Path") -> "Predictor":
-    from vidjax.evaluation import predict  # JAX, for galleries of runs alone
+    from vidjax.evaluation import predict  # imports JAX
 
     return run if isinstance(run, predict.Predictor) else predict.restore(run)
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
-    """Returns what a gallery keeps of its run, to find it again and to know its weights."""
+    """Returns the folder of a run and the digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
 
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Returns what a gallery keeps of models, to know them again, and part -> their back ends."""
+    """Returns the folder of models with the digests of their cards, and part -> back end."""
     from vidjax.apps.video import cards
 
     path = Path(models).expanduser().absolute()
-    usable = cards.list_embedders(cards.load(path))
-    # Clothes and places tell no person: they change, and others wear and visit the same.
+    usable = cards.embedders(cards.load(path))
+    # Clothes and places do not identify a person: they change, and people share them.
     back_ends = {
         part: card.back_end for part, card in usable.items()
         if card.back_end and part not in ("body", "scene")
     }  # fmt: skip
     if not back_ends:
         raise UserError(
-            f"'{path}' holds no net of faces or voices whose card has a back end\n"
-            f"{cards.describe_download('face_embedder')}"
+            f"'{path}' has no model of faces or voices with a back end on its card\n"
+            f"{cards.how_to_get('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
@@ -813,35 +845,36 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = uncounted,
 ) -> Vectors:
-    """Returns the vectors of clips; in an ensemble of PLDA the first member makes them.
+    """Returns the vectors of clips. In an ensemble of PLDA, the first member computes them.
 
-    `clips` are a dataset, then with the name of a `split`, or clips in memory as `Predictor.embed`
-    takes them. `advance` is called with the number of clips of each finished block.
+    `clips` are a dataset together with the name of a `split`, or clips in memory as for
+    `Predictor.embed`. `advance` is called with the number of clips of each finished block.
     """
     if split is None and hasattr(clips, "train_batches"):
-        raise UserError("name the split of the dataset: --split=S, or split=S")
+        raise UserError("name the split of the dataset: --split=S, or split=S in Python")
     source, split, places, names, _ = run.request(clips, split)
     values: np.ndarray | None = None
-    found = source.split(split)
+    chosen = source.split(split)
     for batch in padded_batches(source, split, tuple(run.modalities), EMBED_ROWS):
         (block,) = run.embed_blocks([batch])
         if values is None:
-            values = np.zeros((len(found.clips), block.shape[1]), np.float32)
+            values = np.zeros((len(chosen.clips), block.shape[1]), np.float32)
         real = np.asarray(batch.batch_mask)
         values[np.asarray(batch.clip_index)[real]] = block[real]
         advance(int(real.sum()))
     assert values is not None  # there is at least one clip
-    known = (None, *source.identities) if found.labelled else (None,)
-    labels = tuple(known[label] for label in found.labels[places].tolist())
+    people = (None, *source.identities) if chosen.labelled else (None,)
+    labels = tuple(people[label] for label in chosen.labels[places].tolist())
     return Vectors(names, _parts(run, values[places]), labels)
 
 
 def padded_batches(
     source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
 ) -> "Iterator[Batch]":
-    """Yields the clips of a split in batches of `rows`, whose shapes are few: each compiles once.
+    """Yields the clips of a split in batches of `rows`.
 
-    A clip is padded to the least of PAD_LENGTHS that its longest modality needs.
+    The batches have few shapes, because each new shape compiles a program. A clip is padded to the
+    smallest of PAD_LENGTHS that holds its longest modality.
     """
     lengths = longest(source.split(split), modalities)
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -852,7 +885,10 @@ def padded_batches(
 
 
 def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors: a part per modality for PLDA, else one."""
+    """Splits embeddings [N, sum of D] into unit vectors.
+
+    A PLDA run has a part per modality. Another run has the single part EMBEDDING.
+    """
     parts, at, model = {}, 0, run.system.model
     plda = model.gallery_settings()
     for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
@@ -863,43 +899,41 @@ def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     return parts
 
 
-def usable_clips(found: Vectors) -> dict[str, StoredClip]:
-    """Returns clip -> as it is enrolled, of clips with a usable frame."""
-    rows = np.concatenate(list(found.parts.values()), axis=1)
-    clips = zip(found.names, found.labels, rows, strict=True)
+def usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
+    """Returns name -> clip for the clips with a usable frame."""
+    rows = np.concatenate(list(vectors.parts.values()), axis=1)
+    clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
-    """Refuses labels of which none is of a clip that is there; warns if some are not."""
+    """Refuses labels if none belongs to a given clip; warns if some do not."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
-    place = f"identities: no clip is called '{show(stray[0])}'; one is '{show(min(clips))}'"
+    place = f"identities: no clip is called '{show(stray[0])}'; a clip is '{show(min(clips))}'"
     if len(stray) == len(identities):
-        raise UserError(f"{place}\ngive clips the names that they have in the features")
+        raise UserError(f"{place}\nuse the clip names of the features")
     warn(f"{place}: {len(stray):,} of {len(identities):,} names are not used")
 
 
-def _tell_of_similar(folder: Path, names: Mapping[str, str]) -> None:
-    """Warns of new people whose names look like the names of others."""
+def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
+    """Warns of new people whose names are similar to other names."""
     for name, other in itertools.islice(names.items(), 1):
-        more = f" ({len(names):,} new names are such)" if len(names) > 1 else ""
+        more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
         words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
         warn(
-            f"'{show(name)}' looks like '{show(other)}', and is another person here{more}\n"
+            f"'{show(name)}' looks like '{show(other)}', but was enrolled as another person{more}\n"
             f"if they are the same: {shlex.join([*words, '--merge'])}"
         )
 
 
-def _tell_of_films(groups: Mapping[str, Collection[str]]) -> None:
-    """Tells the user of whom all clips, two or more, are of one film; name -> clips."""
-    few = [
-        name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})
-    ]
+def _advise_other_days(groups: Mapping[str, Collection[str]]) -> None:
+    """Reports people whose clips, two or more, are all of one film; `groups` is name -> clips."""
+    few = [name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})]
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
-        say(f"all clips of {named} are of one film, and alike: add clips of another day")
+        say(f"all clips of {named} are of one film, so they are alike: add clips of another day")
 
 
 def fit_backend(
@@ -909,9 +943,10 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end to the clips with an identity, in any order; see `backend.fit`.
+    """Fits a back end to the clips with an identity; see `backend.fit`.
 
-    Of the clips of a person in one film, the first is fitted, and the mean is enrolled.
+    The order of the clips does not matter. If a person has several clips in a film, the first clip
+    is used for fitting, and their mean for enrolment.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = by_film(names, clips)
@@ -926,7 +961,7 @@ def fit_backend(
 
 
 def _refitted(state: State) -> State:
-    """Returns the state with a back end fitted to its own clips."""
+    """Returns the state with a back end that is fitted to the clips of the state."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
@@ -935,9 +970,9 @@ def _refitted(state: State) -> State:
 
 
 def _read(store: Store) -> State:
-    """Returns what a folder holds; names in another Unicode form, of earlier versions, are changed.
+    """Reads a state and changes its names to the Unicode form NFC, as earlier versions did not.
 
-    The next change then writes the whole file.
+    If a name changes, the next change of the gallery writes the whole file.
     """
     state = store.read()
     if all(unicodedata.is_normalized("NFC", name) for name in state.groups):
