@@ -162,12 +162,12 @@ def test_a_run_that_was_moved_is_asked_for(say, nearest_run, tmp_path):
     said = say(*words, code=2)
     assert "no longer at 'somewhere'" in said and "--run=FOLDER" in said
     said = say(*words, f"--run={nearest_run}", code=2)
-    assert "is not the run" in said and "--run=FOLDER" in said
+    assert "was made with the run" in said and "--run=FOLDER" in said
 
 
 def test_the_folder_of_a_run_is_no_place_for_a_gallery(say, nearest_run):
     said = say("list", nearest_run, code=2)
-    assert f"it is a run: vidjax gallery create NEW_FOLDER --run={nearest_run}" in said
+    assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in said
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_rename_and_relabel(say, folder, tmp_path):
     said = say("relabel", folder, "--clip=Ada 1", "--identity=Grace")
     assert "Ada 1 showed Ada; it shows Grace, who is new" in said and "people      14" in said
     said = say("rename", folder, "--identity=Grace", "--to=Ada", code=2)
-    assert "one person of two" in said and "--merge" in said
+    assert "two people would become one" in said and "--merge" in said
     say("rename", folder, "--identity=Grace", "--to=Ada", "--merge")
     assert say("list", folder, "--json")["identities"]["Ada"] == 2
     strangers = say("list", folder, "--json")["strangers"]

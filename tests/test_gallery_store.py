@@ -582,7 +582,7 @@ def test_a_folder_that_is_no_gallery(tmp_path):
 
 def test_a_gallery_of_another_version_is_refused_in_one_line(gallery):
     forged(gallery.folder, "PRAGMA user_version=2")
-    refused(lambda: Gallery(gallery.folder), "the format 2, not 3", "create the gallery anew")
+    refused(lambda: Gallery(gallery.folder), "the format 2, not 3", "create the gallery again")
 
 
 DAMAGES = {  # of the file of a gallery; or something beside it that SQLite would read

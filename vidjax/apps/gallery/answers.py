@@ -38,7 +38,7 @@ PLACE_COLUMNS = {
     "video": "string",
     "start": "string",
     "end": "string",
-}  # more columns, where they help
+}  # optional columns
 NUM_TABLE_PEOPLE = 3  # best identities in a line of text
 SCORE_ROUNDING = 1e-7  # relative difference of a stranger's score between two batches of clips
 

@@ -1,11 +1,12 @@
 """The back end of a gallery: the coordinates of vectors, and the search among people.
 
-A clip has one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
-`fit` keeps sums over the vectors of labelled clips, and no vector.
+A clip has a vector in each of M parts. The parts are the modalities of a PLDA run or of models, or
+the single embedding of another run. `fit` stores sums over the vectors of labelled clips, but no
+vector.
 
-All people are compared with a clip by products in float32. The most probable people are compared
-once more in float64. So answers are equal to 1e-6 in any order and number of people and clips. The
-formulas are those of `models.plda_fit.combine` and `losses.log_softmax`.
+A clip is compared with all people by matrix products in float32. The most probable people are then
+compared in float64. So answers agree to 1e-6 for any order and number of people and clips. The
+formulas are the same as in `models.plda_fit.combine` and `losses.log_softmax`.
 """
 
 import contextlib
@@ -27,31 +28,27 @@ from vidjax.utils.machine import num_cores
 if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
 
-MAX_QUERY_CLIPS = 64  # clips of a matrix product
-MAX_PAIRED_NUMBERS = 1 << 20  # numbers of vectors that are multiplied by pairs at once
-MAX_BLOCK_PEOPLE = 4096  # people of the largest block
-MIN_BLOCK_PEOPLE = 512  # people of a block that a change joins with another one
-# Of ten voices that are heard while a face is seen, one is of somebody else. This is our choice.
+MAX_QUERY_CLIPS = 64  # clips that are compared together
+MAX_PAIRED_NUMBERS = 1 << 20  # numbers of vectors that are multiplied pair by pair at once
+MAX_BLOCK_PEOPLE = 4096
+MIN_BLOCK_PEOPLE = 512  # a change joins smaller blocks
+# We assume that one voice in ten belongs to a person off screen while a face is seen.
 MAX_VOICE_RATIO = np.log(9)
-NUM_FINE_PEOPLE = (
-    16  # people of a clip, the most probable ones, whose logits are computed in float64
-)
-MAX_LOGIT_ERROR = 1e-3  # more than logits of float32 are off
-MAX_FINE_PEOPLE = (
-    4096  # people as probable as the k-th one, of whom there are more only if no part tells
-)
-PEAK_PEOPLE = 32  # people of whom one is looked at, to find how probable the k-th one is
+NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
+MAX_LOGIT_ERROR = 1e-3  # above the rounding error of a float32 logit
+MAX_FINE_PEOPLE = 4096  # people that tie with the k-th person; more tie only without any evidence
+PEAK_PEOPLE = 32  # people whose best logit is used to bound the k-th highest logit
 
 
 class Part(NamedTuple):
-    """A modality, or `embedding`, and how two of its vectors are compared.
+    """A part of a clip's vector, and the parameters that compare two vectors of this part.
 
     Attributes:
-      name: its name.
-      centre: [D] float64, subtracted from unit vectors, which are then scaled to unit length again;
-        0 where the run has subtracted its own.
-      space: the float64 coordinates of PLDA; None if a card says how vectors are compared.
-      distances: what the card says; None for PLDA.
+      name: the modality, or `embedding`.
+      centre: [D] float64. It is subtracted from unit vectors, which are then scaled to unit length
+        again. It is 0 if the run has already subtracted a centre.
+      space: the float64 coordinates of PLDA; None for a part with a card.
+      distances: the parameters of the card; None for PLDA.
     """
 
     name: str
@@ -61,23 +58,26 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices that cards compare: a clip may have one of somebody off screen."""
+        """True for voices of films: the voice of a clip may belong to a person off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns unit vectors [N, D] in the coordinates of PLDA, or for a card as they are."""
+        """Returns unit vectors [N, D] in the coordinates of PLDA; a card leaves them unchanged."""
         if self.space is None:
             return x
         return _product(x - self.space.mean, np.asarray(self.space.transform))
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `People.linear` and `constant` of P people, of sums of unit vectors [P, D]."""
+        """Returns `People.linear` and `People.constant` of P people for one part.
+
+        `count` [P] are numbers of clips, and `total` [P, D] the sums of their unit vectors.
+        """
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
             return mean, np.vecdot(mean, mean)
         sums = _product(total - count[:, None] * self.space.mean, np.asarray(self.space.transform))
-        found = two_covariance.coefficients(self.space, count.astype(np.float64), sums)
-        return np.asarray(found.linear), np.asarray(found.constant)
+        enrolled = two_covariance.coefficients(self.space, count.astype(np.float64), sums)
+        return np.asarray(enrolled.linear), np.asarray(enrolled.constant)
 
     def arrays(self) -> list[np.ndarray]:
         """Returns all numbers of the part, see `from_numbers`."""
@@ -87,11 +87,16 @@ class Part(NamedTuple):
 
 
 class People(NamedTuple):
-    """A block of P people, and what scores them in M parts.
+    """A block of P people, and the coefficients that score them in M parts.
 
-    `linear` are M arrays [P, D] float32 and `constant` is [M, P] float64: coefficients of z, see
-    `two_covariance.Enrolled`, or for a part with a card the means of unit vectors and their squared
-    lengths. `num_clips` is [M, P] int32, the number of each person's clips that have the part.
+    In a part of PLDA, `linear` and `constant` are coefficients of z, see `two_covariance.Enrolled`.
+    In a part with a card, they are the means of unit vectors and the squared lengths of the means.
+
+    Attributes:
+      names: the names of the people.
+      linear: M arrays [P, D] float32.
+      constant: [M, P] float64.
+      num_clips: [M, P] int32, the number of each person's clips that have the part.
     """
 
     names: tuple[str, ...]
@@ -107,10 +112,12 @@ class People(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """Log probabilities of a clip: of somebody `new`, and of the `best` people as (name, log p).
+    """The most probable people of a clip.
 
-    The most probable person is first; people of equal probability are in the order of names.
-    `compared` are the parts that both the first person and the clip have.
+    Attributes:
+      new: the log probability of a new person.
+      best: (name, log probability), the most probable person first, ties in the order of names.
+      compared: the parts that both the first person and the clip have.
     """
 
     new: float
@@ -130,7 +137,7 @@ def join(blocks: Sequence[People]) -> People:
 
 
 class Backend(NamedTuple):
-    """Coordinates of M parts, and the settings of PLDA."""
+    """The parameters of M parts, and the settings of PLDA."""
 
     parts: tuple[Part, ...]
     settings: Settings
@@ -148,7 +155,7 @@ class Backend(NamedTuple):
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns centred unit vectors of Q clips: M arrays [Q, D] float64, 0 for a missing part.
 
-        `parts` are the vectors: M arrays [Q, D] float32, 0 where a clip lacks the part.
+        `parts` are the vectors: M arrays [Q, D] float32, 0 for a missing part.
         """
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
@@ -157,16 +164,16 @@ class Backend(NamedTuple):
 
         `parts` are as in `units`. The coordinates of a part with a card are the unit vectors.
         """
-        found = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
-        for z, x in zip(found, parts, strict=True):
+        white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
+        for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
-        return found
+        return white
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
-        """Returns the people `names`, from sums over their clips, added in order.
+        """Returns the people `names`, computed from sums over their clips, in this order.
 
-        `vectors` are [N, sum of D] float32, 0 where a clip lacks a part; `owner` is [N] int, the
-        place in `names` of the person whom a clip shows.
+        `vectors` are [N, sum of D] float32, 0 for a missing part. `owner` is [N] int, the index of
+        each clip's person in `names`.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -191,20 +198,23 @@ def fit(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end to the unit vectors of labelled clips, part -> [N, D] float32.
+    """Fits a back end to labelled clips.
 
-    A clip's vector is 0 in a part that it lacks. `labels` [N] int are classes from 1. `centred` is
-    True if the run has subtracted a centre from the vectors. With `settings` None, they are fitted.
-    `enrolled` are the vectors that the clips have when they are enrolled, if these differ.
+    Args:
+      vectors: part -> unit vectors [N, D] float32, 0 for a missing part.
+      labels: [N] int, classes from 1.
+      enrolled: the vectors with which the clips are enrolled, if they differ from `vectors`.
+      centred: True if the run has already subtracted a centre from the vectors.
+      settings: the settings of PLDA. By default, they are fitted.
     """
-    from vidjax.models import plda_fit  # JAX, for those alone who fit
+    from vidjax.models import plda_fit  # imports JAX
 
     plda_fit.report_few_people(labels, say)
     if settings is None:
         wanted = plda_fit.draw_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some, films = (
-            {name: x[wanted] for name, x in found.items()}
-            for found in (vectors, enrolled or vectors)
+            {name: x[wanted] for name, x in by_part.items()}
+            for by_part in (vectors, enrolled or vectors)
         )
         settings = plda_fit.fit_settings(some, labels[wanted], {}, 0, films)
     parts = []
@@ -224,18 +234,17 @@ def fit(
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
-    """Returns the back end that cards of models give, part -> `cards.BackEnd`, without any clip.
+    """Makes a back end from the cards of models, part -> `cards.BackEnd`; no clips are needed.
 
-    `stranger_odds` are the clips of strangers for each clip of somebody enrolled, as expected
-    before a clip is looked at.
+    `stranger_odds` is the expected number of clips of strangers per clip of an enrolled person.
     """
     parts = tuple(
         Part(
             name,
-            np.array(found.centre, np.float64),
-            distances=distance.of_cosines(found.same, found.different),
+            np.array(back_end.centre, np.float64),
+            distances=distance.of_cosines(back_end.same, back_end.different),
         )
-        for name, found in back_ends.items()
+        for name, back_end in back_ends.items()
     )
     odds = float(np.log(stranger_odds))
     settings = Settings(
@@ -245,28 +254,31 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number [num] and the sums [num, D] of unit vectors [N, D] by `owner` [N].
+    """Counts and adds the unit vectors [N, D] of each `owner` [N]; returns [num] and [num, D].
 
-    Vectors that are 0 do not count.
+    Vectors that are 0 are not counted.
     """
-    there = np.any(units != 0, axis=1)
-    return two_covariance.make_totals(units[there], owner[there], num)
+    present = np.any(units != 0, axis=1)
+    return two_covariance.make_totals(units[present], owner[present], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Returns unit vectors [N, D] float64 from the centre of a part to x; 0 where x is 0."""
+    """Returns unit vectors [N, D] float64 from the centre of a part to x; 0 if x is 0."""
     return two_covariance.unit_from(part.centre, np.asarray(x, np.float64))
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the lengths of `Part.arrays`, flattened."""
+    """Returns the lengths of the flattened `Part.arrays`."""
     return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
 
 
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Returns the back end from its `Backend.numbers`; `kinds` are name, D, and if by a card."""
+    """Returns the back end from its `Backend.numbers`.
+
+    `kinds` has for each part its name, D, and True if it has a card.
+    """
     parts, at = [], 0
     for name, width, by_card in kinds:
         arrays = []
@@ -293,7 +305,7 @@ def _libraries() -> ThreadpoolController:
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """Keeps a product of matrices to one thread: several wait for each other, busily."""
+    """Limits matrix products to one thread, because idle BLAS threads use whole processors."""
     return _libraries().limit(limits=1, user_api="blas")
 
 
@@ -302,13 +314,13 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x @ y
 
 
-class _Asked(NamedTuple):
-    """Q clips as people are compared with them.
+class _Queries(NamedTuple):
+    """Q clips, prepared for the comparison with people.
 
     Attributes:
-      coordinates: M arrays [Q, D] float64; 0 where a clip lacks the part.
-      terms: M arrays [Q, ...] float64, what else the scorer of the part needs of a clip.
-      missing: [M, Q] bool, True where a clip lacks the part.
+      coordinates: M arrays [Q, D] float64; 0 for a missing part.
+      terms: M arrays [Q, ...] float64, further numbers of a clip for the scorer of the part.
+      missing: [M, Q] bool, True if a clip lacks the part.
     """
 
     coordinates: list[np.ndarray]
@@ -317,20 +329,21 @@ class _Asked(NamedTuple):
 
 
 class Ratios:
-    """The log-likelihood ratios of N people in one part of PLDA, see `two_covariance.Enrolled`.
+    """The log-likelihood ratios of N people in a part of PLDA, see `two_covariance.Enrolled`.
 
     Attributes:
-      curve: [U, D] float64, coefficients of z^2, which people with equally many clips share.
+      curve: [U, D] float64, coefficients of z^2. People with the same number of clips share them.
       kind: [N], the row of each person in `curve`.
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Takes the numbers [N] of clips and the constants [N] of people."""
+        """Takes `count` [N], the clips of each person, and `constant` [N]."""
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
         blank = np.zeros((len(kinds), len(part.centre)))
-        found = two_covariance.coefficients(part.space, kinds.astype(np.float64), blank)
-        self.curve = np.asarray(found.curve)
+        self.curve = np.asarray(
+            two_covariance.coefficients(part.space, kinds.astype(np.float64), blank).curve
+        )
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -344,13 +357,13 @@ class Ratios:
     ) -> None:
         """Turns products of coordinates and `People.linear` into ratios, in place."""
         ratios += self._constant[rows].astype(ratios.dtype)
-        # Often all people have equally many clips.
+        # Often all people have the same number of clips.
         column = 0 if terms.shape[1] == 1 else self.kind[rows]
         ratios += terms.astype(ratios.dtype)[owner, column]
 
 
 class DistanceRatios:
-    """The log-likelihood ratios of N people in one part with a card, see `models.distance`.
+    """The log-likelihood ratios of N people in a part with a card, see `models.distance`.
 
     Attributes:
       population: the mean m of all people.
@@ -372,13 +385,13 @@ class DistanceRatios:
             square - 2 * mean @ centre + centre @ centre
             for mean, square in zip(means, squares, strict=True)
         ]
-        known = distance.posterior(distances, self.population, np.concatenate(effective))
-        self.share, self.variance = known
-        self.radius = known.share**2 * np.concatenate(radius)
+        posterior = distance.posterior(distances, self.population, np.concatenate(effective))
+        self.share, self.variance = posterior
+        self.radius = posterior.share**2 * np.concatenate(radius)
 
     @property
     def card(self) -> np.ndarray:
-        """[5]: both shapes, the least squared distance, constant and slope of `new_density`."""
+        """[5]: both shapes, the smallest squared distance, constant and slope of `new_density`."""
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
         constant = distance.new_density(distances, zero, variance)
@@ -387,7 +400,10 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns coordinates and terms of Q means [Q, D] of `effective` [Q] unit vectors each."""
+        """Returns the coordinates and terms of Q clips.
+
+        `units` are means [Q, D] of unit vectors, and `effective` [Q] their effective numbers.
+        """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
         square = np.vecdot(x, x)
@@ -408,23 +424,23 @@ class DistanceRatios:
         ratios *= -2 * share
         ratios += radius
         ratios += square
-        if np.all(noise == noise[:1]):  # as of single clips: fewer logarithms are computed
+        if np.all(noise == noise[:1]):  # true for single clips: fewer logarithms are computed
             noise = noise[:1]
         ratios[...] = distance.same_density(self._distances, ratios, variance + noise)
         ratios -= new
 
 
 class Index:
-    """Identities as coefficients of a back end; an index is never changed."""
+    """The coefficients of all people, which are searched; an index is never changed."""
 
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
-        """Takes blocks of people; nobody may be in two of them."""
+        """Takes blocks of different people."""
         self.backend = backend
         self.blocks = [block for block in blocks if block.names]
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The identity of every row."""
+        """The name of every person."""
         return [name for block in self.blocks for name in block.names]
 
     @functools.cached_property
@@ -435,8 +451,8 @@ class Index:
 
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":
-        """What makes the log-likelihood ratios of every part."""
-        found: list[Ratios | DistanceRatios] = []
+        """The scorer of each part, which computes log-likelihood ratios."""
+        scorers: list[Ratios | DistanceRatios] = []
         for number, part in enumerate(self.backend.parts):
             people = [
                 (block.num_clips[number], block.linear[number], block.constant[number])
@@ -445,20 +461,20 @@ class Index:
             if part.distances is None:
                 constant = np.concatenate([constant for _, _, constant in people])
                 scale = float(self.backend.settings.scale)
-                found.append(Ratios(part, scale, self.counts[number], constant))
+                scorers.append(Ratios(part, scale, self.counts[number], constant))
             else:
-                found.append(DistanceRatios(part.distances, people))
-        return found
+                scorers.append(DistanceRatios(part.distances, people))
+        return scorers
 
-    def replaced(self, gone: Collection[str], new: People) -> "Index":
-        """Returns an index without the people named `gone`, where it has them, and with `new`."""
-        away, kept, few = set(gone), [], [new]
+    def replaced(self, removed: Collection[str], new: People) -> "Index":
+        """Returns an index without the people `removed`, if it has them, and with `new` people."""
+        removed, kept, small = set(removed), [], [new]
         for block in self.blocks:
-            if away and not away.isdisjoint(block.names):
-                rows = [row for row, name in enumerate(block.names) if name not in away]
+            if removed and not removed.isdisjoint(block.names):
+                rows = [row for row, name in enumerate(block.names) if name not in removed]
                 block = block.take(rows)
-            (few if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
-        joined = join(few)
+            (small if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
+        joined = join(small)
         rows = np.arange(len(joined.names))
         pieces = (rows[at : at + MAX_BLOCK_PEOPLE] for at in range(0, len(rows), MAX_BLOCK_PEOPLE))
         return Index(self.backend, [*kept, *map(joined.take, pieces)])
@@ -466,9 +482,9 @@ class Index:
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields for each of Q clips the logarithms of 1 + N probabilities, [1 + N] float64.
 
-        Entry 0 is somebody new, entry 1 + r the identity `names[r]`; the probabilities add up to 1.
-        `parts` are M arrays [Q, D], 0 where a clip lacks the part. A clip that lacks all parts
-        shows somebody new.
+        Entry 0 is a new person, and entry 1 + r is `names[r]`. The probabilities add up to 1.
+        `parts` are M arrays [Q, D], 0 for a missing part. For a clip without any part, a new person
+        has probability 1.
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -479,12 +495,12 @@ class Index:
     def nearest(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[Nearest]:
-        """Yields the k >= 1 most probable people of Q clips; `parts` as in `search`.
+        """Yields for each of Q clips the k >= 1 most probable people; `parts` as in `search`.
 
-        A clip that lacks all parts has no best people. With `owner` [Q] int, the Q clips show G
-        people, and the answers are of the G groups of clips, not of clips.
+        A clip without any part has no best people. If `owner` [Q] int is given, it assigns the
+        clips to G groups, and each group gets one answer.
         """
-        for new, logits, rows, fine, there in self._compared(parts, k, owner):
+        for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
             weights = np.subtract(logits, np.float32(top), out=logits)
             np.exp(weights, out=weights)
@@ -492,19 +508,20 @@ class Index:
             rest = weights.sum(dtype=np.float64)
             others = top + np.log(rest) if rest else -np.inf
             logs = log_softmax(np.array([new, *fine, others]))
-            found = zip(logs[1:-1].tolist(), rows.tolist(), strict=True)
-            some = sorted((-log, self.names[row], row) for log, row in found if log > -np.inf)[:k]
-            common = there & (self.counts[:, some[0][2]] > 0) if some else []
+            pairs = zip(logs[1:-1].tolist(), rows.tolist(), strict=True)
+            best = sorted((-log, self.names[row], row) for log, row in pairs if log > -np.inf)[:k]
+            common = has_part & (self.counts[:, best[0][2]] > 0) if best else []
             compared = tuple(self.backend.parts[number].name for number in np.flatnonzero(common))
-            yield Nearest(float(logs[0]), [(name, -log) for log, name, _ in some], compared)
+            yield Nearest(float(logs[0]), [(name, -log) for log, name, _ in best], compared)
 
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields for each clip the logits of somebody new and of all people, [N] float32.
+        """Yields for each clip (new, logits, rows, fine, has_part).
 
-        After these come the rows of the most probable people, k or more, their logits, [R] float64,
-        and the parts that the clip has, [M] bool.
+        `new` is the logit of a new person, and `logits` [N] float32 are the logits of all people.
+        `rows` [R] are the k or more most probable people, and `fine` [R] float64 their logits.
+        `has_part` is [M] bool.
         """
         new = float(two_covariance.stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -513,21 +530,21 @@ class Index:
             units, effective = self._groups(units, owner)
         for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
             chosen = slice(at, at + MAX_QUERY_CLIPS)
-            asked = self._asked([x[chosen] for x in units], [n[chosen] for n in effective])
-            logits = self._logits(asked)
-            logits[asked.missing.all(axis=0)] = -np.inf
+            queries = self._prepare([x[chosen] for x in units], [n[chosen] for n in effective])
+            logits = self._logits(queries)
+            logits[queries.missing.all(axis=0)] = -np.inf
             best = [self._best_rows(row, max(k, NUM_FINE_PEOPLE)) for row in logits]
             clip = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
-            fine = self._logits_of(np.concatenate(best), clip, asked)
+            fine = self._logits_of(np.concatenate(best), clip, queries)
             ends = np.cumsum([len(rows) for rows in best])[:-1]
-            each = zip(logits, best, np.split(fine, ends), ~asked.missing.T, strict=True)
-            for row, rows, own, there in each:
-                yield new, row, rows, own, there
+            each = zip(logits, best, np.split(fine, ends), ~queries.missing.T, strict=True)
+            for clip_logits, rows, clip_fine, has_part in each:
+                yield new, clip_logits, rows, clip_fine, has_part
 
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns the means of the unit vectors of groups, and their effective numbers of clips."""
+        """Returns the mean unit vectors of groups, and their effective numbers of clips."""
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
             count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
@@ -538,18 +555,18 @@ class Index:
             effective.append(distance.effective_count(part.distances, count, square))
         return means, effective
 
-    def _asked(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Asked:
-        """Returns means of `effective` clips as people are compared with them, M arrays of each."""
+    def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
+        """Prepares clips for the comparison; M arrays of mean unit vectors and clip numbers."""
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
             z, more = scorer.ask(x, k)
             coordinates.append(np.where(x.any(axis=1, keepdims=True), z, 0))
             terms.append(more)
-        return _Asked(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
+        return _Queries(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
 
-    def _logits(self, asked: _Asked) -> np.ndarray:
+    def _logits(self, queries: _Queries) -> np.ndarray:
         """Returns the logits of all people for Q clips, [Q, N] float32."""
-        narrow = [x.astype(np.float32) for x in asked.coordinates]
+        narrow = [x.astype(np.float32) for x in queries.coordinates]
         owner = np.arange(len(narrow[0]))[:, None]
         logits = np.empty((len(owner), len(self.names)), np.float32)
 
@@ -557,50 +574,54 @@ class Index:
             rows = slice(self._ends[place], self._ends[place + 1])
             linear = self.blocks[place].linear
             first = np.matmul(narrow[0], linear[0].T, out=logits[:, rows])
-            others = [x @ own.T for x, own in zip(narrow[1:], linear[1:], strict=True)]
-            self._add_up([first, *others], rows, owner, asked)
+            others = [x @ people.T for x, people in zip(narrow[1:], linear[1:], strict=True)]
+            self._add_up([first, *others], rows, owner, queries)
 
         with _one_thread():
             list(_threads().map(score, range(len(self.blocks))))
         return logits
 
-    def _logits_of(self, rows: np.ndarray, owner: np.ndarray, asked: _Asked) -> np.ndarray:
+    def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
         """Returns the logits [R] float64 of the people in `rows` [R] for the clips `owner` [R]."""
         places = np.searchsorted(self._ends, rows, side="right") - 1
-        products = [np.zeros(len(rows)) for _ in asked.coordinates]
+        products = [np.zeros(len(rows)) for _ in queries.coordinates]
         for place in np.unique(places).tolist():
             pairs = np.flatnonzero(places == place)
-            for product, x, own in zip(
-                products, asked.coordinates, self.blocks[place].linear, strict=True
+            for product, x, linear in zip(
+                products, queries.coordinates, self.blocks[place].linear, strict=True
             ):
-                size = max(MAX_PAIRED_NUMBERS // own.shape[1], 1)
+                size = max(MAX_PAIRED_NUMBERS // linear.shape[1], 1)
                 for some in np.split(pairs, range(size, len(pairs), size)):
                     people = rows[some] - self._ends[place]
-                    product[some] = np.vecdot(own[people], x[owner[some]])
-        return self._add_up(products, rows, owner, asked)
+                    product[some] = np.vecdot(linear[people], x[owner[some]])
+        return self._add_up(products, rows, owner, queries)
 
     def _add_up(
         self,
         products: Sequence[np.ndarray],
         rows: slice | np.ndarray,
         owner: np.ndarray,
-        asked: _Asked,
+        queries: _Queries,
     ) -> np.ndarray:
-        """Returns logits, made of products of clips with the coefficients of people, M arrays.
+        """Returns the logits of R people from products of clips and coefficients.
 
-        The products [Q, R] of all of Q clips have `owner` [Q, 1]; those of pairs, [R], `owner` [R].
-        `rows` are the places of the R people. The logits overwrite the first of the products.
+        Args:
+          products: M arrays, [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The
+            first array is overwritten by the logits.
+          rows: the row numbers of the R people.
+          owner: the row numbers of the clips, [Q, 1] for all pairs, or [R] for R pairs.
+          queries: the clips.
         """
-        several = (np.sum(~asked.missing, axis=0) > 1)[owner]
+        several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
-            self.scorers[number].finish(ratios, rows, owner, asked.terms[number])
+            self.scorers[number].finish(ratios, rows, owner, queries.terms[number])
             if part.may_be_offscreen:
                 np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO, out=ratios, where=several)
             unenrolled = self.counts[number, rows] == 0
             if unenrolled.any():
                 np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)
-            if asked.missing[number].any():
-                np.copyto(ratios, 0, where=asked.missing[number][owner])
+            if queries.missing[number].any():
+                np.copyto(ratios, 0, where=queries.missing[number][owner])
         total = products[0]
         for ratios in products[1:]:
             total += ratios
@@ -608,13 +629,16 @@ class Index:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The place of the first person of every block, and the number of people."""
+        """The row of the first person of every block, and the number of people."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the sorted rows of the k highest of N logits, and of all that may be as high."""
+        """Returns the sorted rows of the k highest of N logits.
+
+        Rows of logits that may be as high, except for rounding, are included.
+        """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
-        if not k or logits[0] == -np.inf:  # then all are
+        if not k or logits[0] == -np.inf:  # if one logit is -inf, all are
             return np.zeros(0, int)
         peaks = (
             logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
@@ -630,7 +654,8 @@ class Index:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns log softmax [K] of logits [K] float64.
 
-    The logarithm of a probability near 1 is computed from the others, as in `losses.log_softmax`.
+    The logarithm of a probability near 1 is computed from the other probabilities, as in
+    `losses.log_softmax`.
     """
     best = logits.argmax()
     shifted = logits - logits[best]

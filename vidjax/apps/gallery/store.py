@@ -1,15 +1,16 @@
 """The file of a gallery: people, their clips, and the back end, in SQLite.
 
     gallery.sqlite            the tables of SCHEMA
-    gallery.sqlite-journal    while a change is written, or if it was cut off
+    gallery.sqlite-journal    exists during a change, and after an interrupted change
 
-A change is one transaction. If it was cut off, whoever opens the file next undoes it. New clips are
-inserted. Any other change deletes all rows and inserts the new ones: `secure_delete` overwrites
-pages without rows, but the other pages may keep copies of rows that SQLite has moved between pages.
+A change is a single transaction. If it was interrupted, the next process that opens the file undoes
+it. New clips are inserted. Any other change deletes all rows and inserts the new content:
+`secure_delete` overwrites pages without rows, but other pages may contain copies of rows that
+SQLite has moved between pages.
 
-The file is untrusted. It must be a regular file with the tables of SCHEMA and no others, and no
-value may be longer than vidjax writes one. A journal is checked before SQLite obeys it: it may name
-another file, which SQLite would then delete.
+The file is untrusted. It must be a regular file with exactly the tables of SCHEMA, and the lengths
+of its values are limited. A journal is checked before SQLite uses it, because it may name another
+file, and SQLite would delete that file.
 """
 
 import contextlib
@@ -52,18 +53,18 @@ JOURNAL_FILE = f"{GALLERY_FILE}-journal"
 PROBE = re.compile(r"\.write-test-[0-9a-f]{8}")  # of `files.make_folder`
 FORMAT = 3  # `user_version` of the file
 MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
-MAX_NAME_LETTERS = 1000  # of a name
-MAX_VALUE_BYTES = 1 << 17  # of the longest text or blob, and of the longest row
+MAX_NAME_LETTERS = 1000
+MAX_VALUE_BYTES = 1 << 17  # of a text, a blob and a whole row
 BACKEND_ROW_NUMBERS = 1 << 13  # numbers of the back end in one row
 PAGE_BYTES = 1 << 16
 FLOAT = np.dtype("<f4")
-FETCHED_ROWS = 256  # rows that are read at a time, few enough to stay in the cache of a processor
-SCHEMA_SECONDS = 10.0  # in which a schema of four tables is read
-LOCK_SECONDS = 0.2  # for another process that changes the gallery
-WAIT_SECONDS = 60.0  # for others that read the gallery, or write the end of a change
-STRANGER = ""  # in place of the person, whose name is never empty
-REMEDY = "put back a copy of the gallery, or create it anew"
-SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file
+FETCHED_ROWS = 256  # rows that are read at a time; they fit into the cache of a processor
+SCHEMA_SECONDS = 10.0  # limit for reading the schema
+LOCK_SECONDS = 0.2  # how long a change waits for another change to end
+WAIT_SECONDS = 60.0  # how long a change waits for readers, and a reader for the end of a change
+STRANGER = ""  # the person of a stranger's clip; names of people are never empty
+REMEDY = "put back a copy of the gallery, or create it again"
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names another file
 SCHEMA = {
     "gallery": "(facts TEXT NOT NULL, sha256 BLOB NOT NULL)",
     "backend": "(place INTEGER PRIMARY KEY, numbers BLOB NOT NULL)",
@@ -75,13 +76,13 @@ CLIP_KINDS, PERSON_KINDS = (str, str, int, bytes), (str, bytes)
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """What makes the vectors of clips: a run, or models with cards.
+    """The origin of the vectors of clips: a run, or models with cards.
 
     Attributes:
       workdir: the folder of the run, or of the models.
       digest: sha256 of the run's weights, or of all cards.
       centred: True if the run centres its vectors.
-      cards: part -> `Card.digest` of the model that makes its vectors; empty for a run.
+      cards: part -> `Card.digest` of the model that computes its vectors; empty for a run.
     """
 
     workdir: schemas.Text
@@ -94,7 +95,7 @@ class _Part(Struct, omit_defaults=True):
     name: schemas.Text
     width: schemas.Size
     by_card: bool = False
-    by_distance: bool = False  # by a card, as earlier versions compared vectors
+    by_distance: bool = False  # how earlier versions compared vectors by a card
 
 
 class _Facts(Struct):
@@ -112,10 +113,13 @@ class _Facts(Struct):
 
 
 class StoredClip(NamedTuple):
-    """A clip of a person, or of a stranger, whose identity is None.
+    """A clip of a person or of a stranger.
 
-    `vector` [sum of D] float32 joins the vectors of all parts of the back end, 0 where it has none.
-    `fitted` is True if the back end was fitted to this clip, among others.
+    Attributes:
+      identity: the person; None for a stranger.
+      vector: [sum of D] float32, the joined vectors of all parts of the back end; 0 for missing
+        parts.
+      fitted: True if the back end was fitted to this clip.
     """
 
     identity: str | None
@@ -124,11 +128,12 @@ class StoredClip(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a gallery holds; nothing in it is ever changed.
+    """The whole content of a gallery; a state is never changed.
 
-    `groups` are identity -> the sorted names of its clips; those of strangers are under STRANGER.
-    `rows` is the sum of the digests of all rows, and `sha256` the digest of the facts, which have
-    this sum. Both are empty before the state is written.
+    Attributes:
+      groups: identity -> the sorted names of its clips; STRANGER -> the names of strangers.
+      rows: the sum of the digests of all rows; 0 before the state is written.
+      sha256: the digest of the facts, which include `rows`; empty before the state is written.
     """
 
     version: int
@@ -142,32 +147,38 @@ class State(NamedTuple):
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
         """The groups without the strangers, sorted by name."""
-        return {name: some for name, some in sorted(self.groups.items()) if name != STRANGER}
+        return {name: clips for name, clips in sorted(self.groups.items()) if name != STRANGER}
 
 
 def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> the names of its clips, both sorted; STRANGER -> those of strangers."""
+    """Returns identity -> names of clips, both sorted. Strangers have the identity STRANGER."""
     pairs = sorted((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {
-        identity: tuple(name for _, name in some)
-        for identity, some in itertools.groupby(pairs, lambda pair: pair[0])
+        identity: tuple(name for _, name in group_pairs)
+        for identity, group_pairs in itertools.groupby(pairs, lambda pair: pair[0])
     }
 
 
 class UnreadableError(UserError):
-    """What a gallery needs is damaged, of another version, or gone; the message names nobody."""
+    """A file of a gallery is damaged, missing or of another version.
+
+    The message contains no name of a person.
+    """
 
 
 class UnwritableError(UserError):
-    """A gallery can be read, and not changed, as on a disk that is read-only."""
+    """A gallery can be read but not changed, for example on a read-only disk."""
 
 
 class NoGalleryError(UnreadableError):
-    """A folder has no file of a gallery, or one that is still empty."""
+    """A folder has no gallery file, or the file is still empty."""
 
 
 class Store:
-    """Reads and writes a gallery's `folder`, an absolute path; a change waits for the disk."""
+    """Reads and writes the gallery in `folder`, an absolute path.
+
+    A change returns when it is on the disk.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / GALLERY_FILE
@@ -175,51 +186,54 @@ class Store:
     # ---- opening
 
     def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that is no gallery's; None if there is none.
+        """Returns the name of a file in the folder that no gallery writes, or None.
 
-        What a process left that was killed as it made a gallery is no such file.
+        Files of a process that was killed while it made a gallery do not count.
         """
-        found = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
-        return min((name for name in found if not PROBE.fullmatch(name)), default=None)
+        names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
+        return min((name for name in names if not PROBE.fullmatch(name)), default=None)
 
     def _no_gallery(self) -> NoGalleryError:
         command = "vidjax gallery create"
-        make = f"a gallery is made of a run: {command} {self.folder} --run=RUN"
+        make = f"make a gallery from a run: {command} {self.folder} --run=RUN"
         if files.exists(self.folder / "config.json"):
-            make = f"it is a run: {command} NEW_FOLDER --run={self.folder} makes a gallery of it"
+            make = f"it is a run; make a gallery from it: {command} NEW_FOLDER --run={self.folder}"
         return NoGalleryError(f"'{self.folder}' holds no gallery: is the path right?\n{make}")
 
     def _check_files(self, *, write: bool) -> None:
-        """Refuses links (hard links only to `write`), -wal and -shm files, and foreign journals."""
+        """Refuses links, -wal and -shm files, and journals that name another file.
+
+        A hard link is refused only with `write`.
+        """
         try:
             status = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._no_gallery() from error
         if not stat.S_ISREG(status.st_mode):
-            raise damaged(self.path, "it is a link, or no file")
+            raise damaged(self.path, "it is not a regular file")
         if write and status.st_nlink > 1:
             raise UnwritableError(
-                f"'{self.path}' is one file with several names (hard links): it is not changed, "
-                "since the others would change with it\ncopy the folder, and use the copy"
+                f"'{self.path}' has hard links, and a change would change these files, too\n"
+                "copy the folder, and use the copy"
             )
         for ending in ("-wal", "-shm"):
-            if files.exists(beside := self.path.with_name(GALLERY_FILE + ending)):
-                raise damaged(beside, "no gallery has such a file")
+            if files.exists(foreign := self.path.with_name(GALLERY_FILE + ending)):
+                raise damaged(foreign, "a gallery never has this file")
         with (
             contextlib.suppress(FileNotFoundError),
             files.open_regular(journal := self.path.with_name(JOURNAL_FILE)) as file,
         ):
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
-            file.seek(max(end, 0))  # a journal begins with the same bytes
+            file.seek(max(end, 0))  # the start is skipped: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
                 raise damaged(journal, "it names another file")
 
     @contextlib.contextmanager
     def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """Opens the file and begins a transaction, which is undone at the end of the context.
+        """Opens the file and begins a transaction. At the end, uncommitted changes are undone.
 
-        SQLite first undoes a change that was cut off, also to read. Nobody else can change the
-        gallery while it is open to `write`.
+        SQLite first undoes an interrupted change, even if the file is only read. While the file is
+        open with `write`, no other process can change the gallery.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -231,23 +245,23 @@ class Store:
                     connection.execute(f"PRAGMA busy_timeout={1000 * WAIT_SECONDS:.0f}")
                 else:
                     connection.execute("PRAGMA query_only=ON")
-                    connection.execute("BEGIN")  # all that is read is of one state
+                    connection.execute("BEGIN")  # all queries then read the same state
                 version, tables = _version(connection)
             if not write and (version, tables) == (0, []):
                 raise self._no_gallery()
             if tables and version != FORMAT:
                 raise UnreadableError(
-                    f"'{self.path}' is of another version of vidjax: it has the format {version}, "
-                    f"not {FORMAT}; create the gallery anew"
+                    f"'{self.path}' was written by another version of vidjax: it has the format "
+                    f"{version}, not {FORMAT}\ncreate the gallery again"
                 )
             if tables and tables != sorted(("table", name) for name in SCHEMA):
-                raise damaged(self.path, "its tables are not those of a gallery")
+                raise damaged(self.path, "its tables are not the tables of a gallery")
             yield connection
 
     def remove_leftovers(self) -> None:
-        """Deletes the journal, with names and vectors, of a change that was cut off early.
+        """Deletes the journal of an interrupted change, which contains names and vectors.
 
-        SQLite undoes a change that was cut off, but keeps the journal if the file had not changed.
+        SQLite itself keeps the journal if the file had not changed.
         """
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
             self.path.with_name(JOURNAL_FILE).unlink()
@@ -255,7 +269,7 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns the sha256 of the state in the file; another state has another one."""
+        """Returns the sha256 of the state in the file. Different states have different values."""
         with self.open() as connection, _errors(self.path):
             return _facts_row(connection)[1]
 
@@ -263,13 +277,13 @@ class Store:
         """Reads the file and checks it."""
         with self.open() as connection, _errors(self.path), _no_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-                raise UserError("its pages do not fit together")
+                raise UserError("its pages are inconsistent")
             return _read(connection)
 
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Writes the first state, into a new file or one without tables."""
+        """Writes the first state into a new file, or into a file without tables."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
@@ -290,13 +304,18 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with its digests.
 
-        With `new` and `people`, only these clips and people are written, and the others stay. If
-        `state.rows` is 0, other names are in the file, and all is written. A state is refused if it
-        was made from another state than the file holds, by its `sha256`.
+        Args:
+          connection: an open transaction.
+          state: the new state. Its `sha256` is the digest of the state that it was made from.
+          new, people: the only clips and people that differ from the file. They are inserted, and
+            the other rows stay. If either is None or `state.rows` is 0, all rows are written.
+
+        Raises:
+          InUseError: the file has changed since the state was made.
         """
         with _errors(self.path):
-            newer = bool(state.sha256) and _facts_row(connection)[1] != state.sha256
-        if newer:
+            changed = bool(state.sha256) and _facts_row(connection)[1] != state.sha256
+        if changed:
             raise InUseError(f"gallery '{self.folder}' was changed meanwhile\ntry again")
         with _errors(self.path, write=True):
             if new is not None and people is not None and state.rows:
@@ -327,24 +346,24 @@ class Store:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keeps the garbage collector off objects that are all kept: half of the time of reading."""
-    was = gc.isenabled()
+    """Stops the garbage collector, which would double the time of reading and free nothing."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
 def damaged(path: Path, problem: str) -> UnreadableError:
-    """Returns the error of a file that is not what vidjax wrote."""
+    """Returns the error for a damaged file."""
     return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
 @contextlib.contextmanager
 def _errors(path: Path, *, write: bool = False) -> Iterator[None]:
-    """Turns errors of SQLite into OSError or UserError; most mean that the file is damaged."""
+    """Turns errors of SQLite into OSError or UserError. Most mean that the file is damaged."""
     try:
         yield
     except UserError as error:
@@ -358,7 +377,7 @@ def _errors(path: Path, *, write: bool = False) -> Iterator[None]:
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(
                 f"gallery '{path.parent}' cannot be changed: {error}\n"
-                "copy it to a folder in which you may write"
+                "copy it to a folder that you can write to"
             ) from error
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
@@ -369,7 +388,7 @@ def _errors(path: Path, *, write: bool = False) -> Iterator[None]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Opens an existing, untrusted file, so that no SQL in it runs."""
+    """Opens an existing, untrusted file in a way that no SQL in the file runs."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
@@ -381,10 +400,10 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]]:
-    """Returns the number of the format, and (type, name) of all tables, views, and so on.
+    """Returns the format version, and the (type, name) of every table, view and so on.
 
-    SQLite reads the whole schema before anything can be checked. In a forged file, pages may name
-    each other so often that reading would never end; hence the time limit.
+    SQLite reads the whole schema before it can be checked. There is a time limit because the pages
+    of a forged file may refer to each other without end.
     """
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
@@ -393,7 +412,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("its settings are not those of a gallery")
+        raise UserError("its journal mode is not the mode of a gallery")
     return version, sorted(tables)
 
 
@@ -401,9 +420,9 @@ def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]
 
 
 def _digest(row: tuple[Any, ...]) -> int:
-    """Returns the digest of a row of texts and numbers, whose last value is bytes."""
+    """Returns the digest of a row. Its last value is bytes; the others are texts and numbers."""
     *words, content = row
-    # Joined: for a few kilobytes a copy takes less time than another call.
+    # Joins the bytes, because a copy of a few kilobytes takes less time than another call.
     text = "\n".join(map(str, words)).encode()
     return int.from_bytes(hashlib.sha256(text + b"\n" + content).digest())
 
@@ -412,24 +431,24 @@ def _insert(connection: sqlite3.Connection, table: str, rows: Iterable[tuple[Any
     """Inserts rows; returns the sum of their digests."""
     total = 0
 
-    def counted() -> Iterator[tuple[Any, ...]]:
+    def add_digests() -> Iterator[tuple[Any, ...]]:
         nonlocal total
         for row in rows:
             total += _digest(row)
             yield row
 
     places = ", ".join("?" * len(SCHEMA[table].split(",")))
-    connection.executemany(f"INSERT INTO {table} VALUES ({places})", counted())
+    connection.executemany(f"INSERT INTO {table} VALUES ({places})", add_digests())
     return total
 
 
 def _take_out(connection: sqlite3.Connection, table: str, names: Iterable[str]) -> int:
-    """Deletes the rows of these names, if there are some; returns the sum of their digests."""
+    """Deletes the rows with these names, if they exist; returns the sum of their digests."""
     total = 0
     for name in names:
-        found = connection.execute(f"SELECT * FROM {table} WHERE name = ?", (name,)).fetchall()
+        rows = connection.execute(f"SELECT * FROM {table} WHERE name = ?", (name,)).fetchall()
         connection.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
-        total += sum(map(_digest, found))
+        total += sum(map(_digest, rows))
     return total
 
 
@@ -469,47 +488,47 @@ def _facts(state: State) -> str:
 def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
-        raise UserError("it has no facts")
+        raise UserError("its table 'gallery' is not one row of text")
     return rows[0]
 
 
 def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
-        raise UserError("the sha256 of its facts is another")
+        raise UserError("its facts do not match their sha256")
     facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if any(part.by_distance for part in facts.parts):
-        raise UserError("an earlier version of vidjax made it, and compared vectors in another way")
+        raise UserError("it is of an earlier version of vidjax, which compared vectors differently")
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError("its parts are too wide, or named twice")
+        raise UserError("its parts are too wide, or a name is repeated")
     backend, rows = _read_backend(connection, facts)
     clips, more = _read_clips(connection, 4 * width)
     people, others = _read_people(connection, _layout(facts.widths.values()))
     rows = (rows + more + others) % (1 << 256)
     groups, index = group(clips), Index(backend, people)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
-        raise UserError("its rows are not those that its digest is of")
+        raise UserError("its rows do not match their digest")
     sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
     if groups.keys() - {STRANGER} != set(index.names) or (index.counts > sizes).any():
-        raise UserError("its people are others than those whom its clips show")
+        raise UserError("its people do not match its clips")
     return State(facts.version, facts.run, index, clips, groups, rows, sha256)
 
 
 def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backend, int]:
-    """Returns the back end, and the sum of the digests of its rows."""
+    """Reads the back end; returns also the sum of the digests of its rows."""
     kinds = [(part.name, part.width, part.by_card) for part in facts.parts]
     size = 8 * sum(sum(sizes(width, by_card)) for _, width, by_card in kinds)
     content, total = bytearray(), 0
     for row in connection.execute("SELECT place, numbers FROM backend ORDER BY place"):
         if not isinstance(row[1], bytes) or len(content) + len(row[1]) > size:
-            raise UserError("its back end has another size")
+            raise UserError("its back end has the wrong size")
         content += row[1]
         total += _digest(row)
     if len(content) != size:
-        raise UserError("its back end has another size")
+        raise UserError("its back end has the wrong size")
     numbers = np.frombuffer(bytes(content), "<f8")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
@@ -518,12 +537,12 @@ def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backen
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("a variance is below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
-        raise UserError("a number of a card is not above 0")
+        raise UserError("a number of a card is not positive")
     return backend, total
 
 
 def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, StoredClip], int]:
-    """Returns the clips, whose vectors have `size` bytes, and the sum of the rows' digests."""
+    """Reads the clips, whose vectors have `size` bytes; returns also the sum of their digests."""
     cursor = connection.execute("SELECT name, person, fitted, vector FROM clip")
     clips: dict[str, StoredClip] = {}
     total = 0
@@ -531,7 +550,7 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, St
         for row in rows:
             name, person, fitted, vector = row
             if tuple(map(type, row)) != CLIP_KINDS or len(vector) != size or fitted not in (0, 1):
-                raise UserError("a clip is not what vidjax writes")
+                raise UserError("the row of a clip is malformed")
             _check_names(name, person)
             total += _digest(row)
             x = np.frombuffer(vector, FLOAT)
@@ -547,18 +566,18 @@ def _check_names(name: str, person: str) -> None:
         check_name(name)
         if person != STRANGER:
             check_name(person, "identity")
-    except UserError:  # it shows the name, and a server logs what is damaged
-        raise UserError("a name is not one that vidjax writes") from None
+    except UserError:  # its message contains the name, which must not enter the log of a server
+        raise UserError("a name is malformed") from None
 
 
 def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list[People], int]:
-    """Returns blocks of people, and the sum of the digests of their rows."""
+    """Reads blocks of people; returns also the sum of the digests of their rows."""
     cursor = connection.execute("SELECT name, coefficients FROM person")
-    found, total = [], 0
+    blocks, total = [], 0
     while rows := cursor.fetchmany(MAX_BLOCK_PEOPLE):
         for row in rows:
             if tuple(map(type, row)) != PERSON_KINDS or len(row[1]) != layout.itemsize:
-                raise UserError("a person is not what vidjax writes")
+                raise UserError("the row of a person is malformed")
             total += _digest(row)
         columns = np.frombuffer(b"".join(row[1] for row in rows), layout)
         constant, count, *linear = (
@@ -569,5 +588,5 @@ def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list
             raise UserError("the coefficients of a person hold a number that is not finite")
         if (count < 0).any():
             raise UserError("a number of clips is below 0")
-        found.append(People(tuple(row[0] for row in rows), tuple(linear), constant.T, count.T))
-    return found, total
+        blocks.append(People(tuple(row[0] for row in rows), tuple(linear), constant.T, count.T))
+    return blocks, total
