@@ -94,7 +94,7 @@ def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
     settings = index.backend.settings._replace(stranger=stranger)
     index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
     parts = draw(np.arange(PEOPLE - 40, PEOPLE))
-    asked = index._asked(index.backend.units(parts), [np.ones(len(x)) for x in parts])
+    asked = index._prepare(index.backend.units(parts), [np.ones(len(x)) for x in parts])
     for row, (one, logs) in enumerate(
         zip(index.nearest(parts, 5), index.search(parts), strict=True)
     ):

@@ -118,7 +118,7 @@ def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_p
 
 def test_two_people_do_not_become_one_by_a_slip(gallery):
     before = contents(gallery.folder)
-    refused(lambda: gallery.rename("person 3", "person 4"), "one person of two", "--merge")
+    refused(lambda: gallery.rename("person 3", "person 4"), "would become one", "--merge")
     refused(lambda: gallery.rename("person 3", "person 3"), "this name already")
     refused(lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'")
     refused(lambda: gallery.rename("", "Ada"), "no identity ''")
