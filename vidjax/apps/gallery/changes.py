@@ -222,7 +222,9 @@ def enrol(
 
 
 def by_film(
-    names: Iterable[str], clips: Mapping[str, StoredClip], film: Callable[[str], str] = cut_film_name
+    names: Iterable[str],
+    clips: Mapping[str, StoredClip],
+    film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
     """Returns (identity, film) -> the names of clips; `film` returns the film of a clip name."""
     films: dict[tuple[str, str], list[str]] = {}

@@ -394,7 +394,7 @@ class Gallery:
                     "a gallery of models takes clips in memory, not a split of a dataset\n"
                     "give {clip: {modality: features}}, or --input=FOLDER on the command line"
                 )
-            clips = MemoryClips.of(clips, widths, ())
+            clips = MemoryClips.from_dict(clips, widths, ())
         memory = clips
         parts = {part: memory.mean_vectors(part) for part in widths}
         advance(len(memory.names))
@@ -824,7 +824,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     from vidjax.apps.video import cards
 
     path = Path(models).expanduser().absolute()
-    usable = cards.embedders(cards.load(path))
+    usable = cards.list_embedders(cards.load(path))
     # Clothes and places do not identify a person: they change, and people share them.
     back_ends = {
         part: card.back_end for part, card in usable.items()
@@ -833,7 +833,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     if not back_ends:
         raise UserError(
             f"'{path}' has no model of faces or voices with a back end on its card\n"
-            f"{cards.how_to_get('face_embedder')}"
+            f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
@@ -930,7 +930,9 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 def _advise_other_days(groups: Mapping[str, Collection[str]]) -> None:
     """Reports people whose clips, two or more, are all of one film; `groups` is name -> clips."""
-    few = [name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})]
+    few = [
+        name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})
+    ]
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
         say(f"all clips of {named} are of one film, so they are alike: add clips of another day")

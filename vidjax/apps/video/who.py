@@ -430,7 +430,9 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
-        files.write_text(path, tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv"))
+        files.write_text(
+            path, tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
+        )
 
 
 def _list_photos(people: Path) -> dict[str, list[Path]]:
@@ -793,7 +795,9 @@ def _keep_numbers(
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
     taken: set[int] = set()
-    order = sorted(votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.parse_group_number(pair[0])))
+    order = sorted(
+        votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.parse_group_number(pair[0]))
+    )
     for group, old in order:
         if group not in number and old not in taken:
             number[group] = old
