@@ -79,8 +79,14 @@ def test_imports_point_down():
                 assert below != "runs" or folder != "models" or rest == ["system"], module
 
 
-def test_module_names_differ():
+def test_module_and_class_names_differ():
     names = Counter(module.rpartition(".")[2] for module in MODULES)
+    names.update(
+        node.name
+        for path in MODULES.values()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    )
     assert not [name for name, count in names.items() if count > 1]
 
 

@@ -90,7 +90,7 @@ ERROR_REF = "#/components/responses/Error"
 BODY_ERRORS = (413, 415, 422, 429)  # of endpoints that read a body
 
 
-class IdentifyRequest(protocol.NamingRule, kw_only=True):
+class IdentifyRequest(protocol.RuleParameters, kw_only=True):
     """Clips to identify."""
 
     clips: Clips
@@ -194,7 +194,9 @@ class Application:
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
-            Endpoint("GET", "/threshold", self.threshold, (409, 422), query=protocol.NamingRule),
+            Endpoint(
+                "GET", "/threshold", self.threshold, (409, 422), query=protocol.RuleParameters
+            ),
             Endpoint("GET", "/metrics", self.counters),
             Endpoint("GET", "/openapi.json", self.describe),
         ]
@@ -368,7 +370,7 @@ class Application:
 
     async def threshold(self, request: Request) -> Response:
         """Returns the threshold above which a clip gets a name."""
-        query = _read_query(request.query_params, protocol.NamingRule)
+        query = _read_query(request.query_params, protocol.RuleParameters)
         self._check_ready()
         rule = await self.people_batcher.run(
             lambda: self.people.gallery.rule(fpir=query.fpir, threshold=query.threshold)

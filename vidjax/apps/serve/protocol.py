@@ -34,14 +34,14 @@ Probability = Annotated[
 ]
 
 
-class NamingRule(Struct, forbid_unknown_fields=True, kw_only=True):
+class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
     """The rule by which a clip gets a name. By default, the gallery chooses a threshold."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
 
 
-class Parameters(NamingRule):
+class Parameters(RuleParameters):
     """Parameters of a request."""
 
     k: K = DEFAULT_K
