@@ -98,7 +98,7 @@ def test_the_page_asks_about_a_name_that_is_nearly_another(reviewed):
     before = reviewed.names()
     for word in ("ada", "Ad a", "ad\u0430a"):
         text = reviewed.post(status=422, do="name", of="unknown 1", person=word)
-        assert "there is already Ada" in text and f">{word} is somebody else<" in text
+        assert "there is already Ada" in text and f">{word} is another person<" in text
     assert reviewed.names() == before
     assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
     assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}

@@ -85,7 +85,7 @@ def extract(
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
     thumbnails: bool = False,
-    anew: bool = False,
+    upgrade: bool = False,
     check: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> list[FileOutcome]:
@@ -104,7 +104,7 @@ def extract(
       drop: whose features are removed from the folder: "nothing", files that are "missing" now, or
         all "others" than `paths`.
       thumbnails: keeps a picture of the best face of each clip. False removes all pictures.
-      anew: removes all features of the folder if `models` has nets that are new to it. If False,
+      upgrade: removes all features of the folder if `models` has nets that are new to it. If False,
         the call refuses the folder.
       check: compares the content of every file. False compares only size, time and inode.
       done: called with each outcome, in any order.
@@ -116,7 +116,7 @@ def extract(
     """
     return extract_folders(
         {out: paths}, models, settings, workers=workers, drop=drop, thumbnails=thumbnails,
-        anew=anew, check=check, done=done,
+        upgrade=upgrade, check=check, done=done,
     )[out]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def extract_folders(
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
     thumbnails: bool = False,
-    anew: bool = False,
+    upgrade: bool = False,
     check: bool = False,
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
@@ -152,7 +152,7 @@ def extract_folders(
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
-            if anew:
+            if upgrade:
                 _remove_outgrown(out, digests)
             used = _check_extraction(out, digests, settings)
             stems = _prepare_folder(out, listed, drop, thumbnails)

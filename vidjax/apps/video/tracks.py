@@ -365,7 +365,7 @@ def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns whether a detection is alone although two people are expected there: bool [N].
+    """Returns whether one detection is at a place where two people are expected: bool [N].
 
     `expected` [L, 4] are boxes of tracks, and `overlaps` [L, N] compare them with the detections.
     """

@@ -289,7 +289,7 @@ def name_people(
         gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
-        options = {"models": models, "thumbnails": thumbnails, "anew": True, "check": check}
+        options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
             _check_people(gallery, photos, people)
