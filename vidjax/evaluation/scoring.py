@@ -1,4 +1,4 @@
-"""Evaluation: scores of the clips of a split by trained models, their ranking and its metrics."""
+"""Scores the clips of a split with trained models, ranks them and computes the metrics."""
 
 import functools
 import time
@@ -24,18 +24,18 @@ from vidjax.models.system import System
 from vidjax.runs.terminal import Progress
 from vidjax.utils.errors import UserError, warn
 
-# Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:
-# the parameters of a member are sliced more often.
+# Number of clips that a member scores before the next member starts. A larger window keeps more
+# scores in memory. A smaller window slices the parameters of each member more often.
 WINDOW_ROWS = 4096
-WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
-WAITING_BYTES = 1 << 30  # of scores that wait for a merge of the ranking at most
+WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
+WAITING_BYTES = 1 << 30  # most scores that wait to be merged into the ranking
 
 
 class TrainedModel(NamedTuple):
     """A system with its weights, and the clips to evaluate.
 
     Attributes:
-      eval_step: compiled evaluation step; other weights of the system can reuse it.
+      eval_step: compiled evaluation step. It works with any weights of the same system.
       params, model_state: parameters and other collections, trees of arrays [E, ...].
       data: clips, labelled with the class columns of this model.
       weight: weight of this model in a blend.
@@ -57,15 +57,15 @@ class TrainedModel(NamedTuple):
 
 
 class ModelScorer:
-    """Scores blocks of clips by the members that `ensemble.scoring_members` chooses.
+    """Scores blocks of clips with the members that `ensemble.scoring_members` chooses.
 
     Attributes:
-      use: [E, N] bool, True for members that score a clip.
-      in_sample: True if members score clips that they were trained on.
+      use: [E, N] bool, True where a member scores a clip.
+      in_sample: True if a member scores clips that it was trained on.
     """
 
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
-        """Takes the names `clips` [N], in the order of clip_index."""
+        """Chooses the members for `clips`, [N] names in the order of clip_index."""
         self.model = model
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use))
@@ -77,10 +77,10 @@ class ModelScorer:
     def score(
         self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK] = ()
     ) -> list[Array]:
-        """Returns mean scores [B, C] of every block, over the members that may score its clips.
+        """Returns the scores [B, C] of every block, averaged over the members that score a clip.
 
-        A member does not run on blocks of which it may score no clip. `rankings` has one ranking
-        per member, to which the member's own scores are added.
+        A member skips a block if it may score none of the clips. `rankings` has a ranking for each
+        member, which receives the scores of this member only.
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
@@ -112,7 +112,7 @@ class ModelScorer:
         return [_mean(total) for total in totals]
 
     def _judges(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, the members that may score a clip of a block; at least one."""
+        """Returns [E] bool, True for the members that may score a clip; member 0 if none may."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         found = np.any(self.use[:, clips[real]], axis=1)
         return found if np.any(found) else np.arange(len(found)) == 0
@@ -120,11 +120,11 @@ class ModelScorer:
 
 @functools.partial(jax.jit, static_argnums=1)
 def keep_best(scores: Array, count: int) -> Array:
-    """Returns scores [B, C] with -inf for all but the `count` highest of every clip.
+    """Keeps the `count` highest scores of every clip and sets the rest of scores [B, C] to -inf.
 
-    Identities that tie with the last of them are kept, too.
+    Identities that tie with the last kept identity are kept, too.
 
-    Source: Residual Dense Net (2nd place 2019): the best 100 classes of every clip are submitted.
+    Source: Residual Dense Net (2nd place 2019) submits the best 100 classes of every clip.
     """
     least = jax.lax.top_k(scores, count)[0][:, -1:]
     return jnp.where(scores >= least, scores, -jnp.inf)
@@ -140,7 +140,10 @@ def _used(use: Array, member: Array | int, clip_index: Array, batch_mask: Array)
 
 @functools.partial(jax.jit, static_argnames="logs")
 def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) -> MeanScores:
-    """Adds the scores [B, C] of the rows `used` [B] to a running mean; None for a new one."""
+    """Adds the scores [B, C] of the rows `used` [B] to a running mean.
+
+    If `total` is None, a new mean is started.
+    """
     total = no_scores(scores, logs=logs) if total is None else total
     return add_scores(total, scores, used.astype(scores.dtype))
 
@@ -149,7 +152,8 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
     """Returns the logarithm of the weighted mean of probabilities, [B, C].
 
-    `scores` has for each model log-probabilities [B, C], and `weights` its weight, 0 or more.
+    `scores` has the log-probabilities [B, C] of each model. `weights` has the weight of each model,
+    0 or more.
     """
     total = no_scores(scores[0], logs=True)
     for one, weight in zip(scores, weights, strict=True):
@@ -164,14 +168,16 @@ def windows(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Yields windows of a split: for every model a list of blocks, on the devices.
+    """Yields windows of a split. A window is a list of blocks on the devices for every model.
 
-    A block has `block_size` clips per device. A window is one block if there is only one member;
-    otherwise it ends at WINDOW_ROWS clips, WAITING_BYTES of scores or WINDOW_BYTES of features. A
-    dataset that models share is read only once; different datasets must have the same clips.
+    A block has `block_size` clips per device. With a single member, a window is a single block.
+    With several members, a window ends at WINDOW_ROWS clips, WAITING_BYTES of scores or
+    WINDOW_BYTES of features. A dataset that models share is read only once. Different datasets
+    must have the same clips.
 
-    `use` is [E, N] bool, True for the members, of all models, that score a clip: clips with equal
-    members form blocks together, and clips without any are left out. None for all clips.
+    `use` is [E, N] bool, True where a member of any model scores a clip. Clips with the same
+    members share blocks, and clips without a member are left out. If `use` is None, the windows
+    contain all clips.
     """
     sharing: dict[int, list[TrainedModel]] = {}  # dataset -> its models
     for model in models:
@@ -211,15 +217,15 @@ def windows(
 
 
 def window_rows(num_identities: int) -> int:
-    """Returns the number of clips of a window, which are merged into the ranking together."""
+    """Returns the number of clips in a window, limited so that their scores fit WAITING_BYTES."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
 def by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Divides the buckets of a plan by the members that score a clip, `use` [E, N] bool.
+    """Splits the buckets of a plan by the members that score each clip, `use` [E, N] bool.
 
-    Clips whose set of members has fewer than `rows` clips, a block, of their length form blocks
-    together: blocks of their own would be mostly padding.
+    A block has `rows` clips. If a set of members has fewer clips of a length than a block, these
+    clips stay in a common bucket, because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket
@@ -235,7 +241,7 @@ def by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
 
 
 def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
-    """Refuses blocks whose features and scores alone exceed the free memory of a device."""
+    """Raises UserError if the features and scores of a block exceed the free memory of a device."""
     frames, widths = plan.padded_lengths, system.task.modalities
     numbers = [
         sum(widths[name] * frames[name][bucket] for name in system.fuse_eval)
@@ -252,13 +258,13 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
 
 
 class Evaluation(NamedTuple):
-    """The scores of the clips of a split, as far as a ranking needs them.
+    """The ranking of a split and its metrics.
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
-      clips: the best score of every clip; -inf where any of its scores is NaN.
-      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
-        truth; counts; `eval_clips_per_second`; and the MAP of single models and members.
+      clips: the best score of every clip; -inf if any score of the clip is NaN.
+      results: counts, `eval_clips_per_second`, and the MAP of single models and members. If the
+        split has a ground truth, also `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS`.
     """
 
     split: Split
@@ -274,7 +280,7 @@ def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
 
 
 def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of a top k over a pool [N] bool; None if the pool has no positive clip."""
+    """Returns the MAP of a top k over a pool [N] bool, or None if the pool has no positive clip."""
     positives = positives_in(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -291,16 +297,21 @@ def score(
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores and ranks the clips of a split by one model, or by a blend of several.
+    """Scores and ranks the clips of a split with a model or a blend of models.
 
-    Clips that no member may score are left out; see `ModelScorer`. Clips that score NaN are ranked
-    last, with a warning; it is an error if all do.
+    Clips that no member may score are left out, see `ModelScorer`. Clips with NaN scores are ranked
+    last, with a warning.
 
     Args:
-      models: one model, or several whose scores are logarithms, on the same clips.
+      models: the models, with the same clips. The scores of a blend must be logarithms.
       block_size: number of clips that a device scores at a time.
-      each_member: True to also rank by every single member of an ensemble.
-      check: function to call after every window; its exceptions end the evaluation.
+      each_member: True to rank also by each member of an ensemble.
+      check: function to call after every window; an exception of it ends the evaluation.
+
+    Raises:
+      ValueError: the models differ in clips or identities, the scores of a blend are not
+        logarithms, `block_size` is below 1, a block does not fit the memory, no member may score
+        any clip, or all clips have NaN scores.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -347,7 +358,7 @@ def score(
                 ranking.add((found, block.clip_index, block.batch_mask))
                 best = _add_best(best, labels, found, block.clip_index, block.batch_mask)
                 progress.advance(int(np.sum(devices.fetch(block.batch_mask))))
-            jax.block_until_ready(before)  # a window behind, so that the devices never wait
+            jax.block_until_ready(before)  # lags a window behind, so that the devices never wait
             check()
         progress.close()
         top = ranking.finish()
@@ -390,8 +401,8 @@ def score(
 def _add_best(
     clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> ClipScores:
-    """Adds the best scores of a block [B, C] to those of all clips; `labels` are [N] int32."""
-    rows = jnp.where(batch_mask, clip_index, len(labels))  # padding lies outside
+    """Writes the best score of each clip of a block [B, C] to `clips`; `labels` are [N] int32."""
+    rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_best(scores, label - 1) & (label > 0) & (best > -jnp.inf)
     return clips._replace(
@@ -401,7 +412,10 @@ def _add_best(
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Ranks clips with a NaN among their scores last; returns also `num_nan_clips`, if any."""
+    """Sets the best score of clips with NaN scores to -inf, with a warning, so they rank last.
+
+    Returns the changed clips and a dict with `num_nan_clips`, empty if no score is NaN.
+    """
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
         return clips, {}
@@ -420,10 +434,10 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns the kind of clips that MAP is computed on.
+    """Returns how the scored clips relate to the training clips.
 
-    It is `in_sample` if a model scores clips it was trained on, the name of the split if all
-    members score all clips, and `out_of_fold` otherwise.
+    The kind is `in_sample` if a member scores clips that it was trained on. It is the name of the
+    split if all members score all clips. In all other cases it is `out_of_fold`.
     """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
@@ -431,7 +445,7 @@ def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
 
 
 def _describe(member: ensemble.Member) -> dict[str, Any]:
-    """Returns the number of a member, and its fields that differ from their defaults."""
+    """Returns the number of a member and the fields that differ from their defaults."""
     fields, defaults = member._asdict(), ensemble.Member._field_defaults
     number = {"member": fields.pop("number")}
     return number | {name: value for name, value in fields.items() if value != defaults[name]}
