@@ -1,12 +1,13 @@
-"""A trained run from its folder: the checkpoint, the files it depends on, and its weights.
+"""Restores a trained run from its folder: the checkpoint, its companion files and the weights.
 
-A manifest keeps the configuration and the sha256 of `identities.json` and `members.npz`, so that a
-file of another run is noticed. It also has digests of the run's data, `data`, which are compared
-wherever the run meets data again; the `metrics.json` of a finished run has them as `trained_on`:
+The manifest of a checkpoint contains the configuration and the sha256 of `identities.json` and
+`members.npz`, so that a file of another run is noticed. Its entry `data` contains digests of the
+data that the run read. Every command that runs on data again compares these digests. The
+`metrics.json` of a finished run contains the same digests as `trained_on`:
 
-    splits    split -> {clips: int, modalities: list, names, features, labels: sha256}, of those
-              that training reads; labels are null without ground truth
-    weights   sha256 of the file `config.data.weights`; null without one
+    splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
+              split that the run reads; labels are null if the split has no ground truth
+    weights   sha256 of the file `config.data.weights`; null if no file is configured
 """
 
 import json
@@ -30,16 +31,16 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
 T = TypeVar("T")
-DataDigests = Mapping[str, Any]  # as above
+DataDigests = Mapping[str, Any]  # see the module docstring
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 REMEDY = REWRITE.replace("delete", "delete it and")
 
 
 class FoundRun(NamedTuple):
-    """A run in a folder, after a check that its files belong to one run; weights are not yet read.
+    """A run in a folder, whose files are checked to belong together. The weights are not yet read.
 
     Attributes:
-      checkpoint: a checkpoint of which every file has matched its sha256.
+      checkpoint: a checkpoint whose files all matched their sha256.
       identities: [C] names of the class columns 1..C.
     """
 
@@ -56,9 +57,9 @@ class FoundRun(NamedTuple):
 
 
 def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
-    """Returns the model of a run, with its weights, on a dataset.
+    """Builds the model of a run, loads its weights and adds a dataset to evaluate.
 
-    Here and below, `config` is that of the run, with the overrides of this evaluation.
+    In this module, `config` is the configuration of the run with the overrides of this evaluation.
     """
     data = fit_data(data, config, run)
     system = make_system(config.to_dict(), run.task)
@@ -72,7 +73,12 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    Where the wanted step is damaged, the next good one is used, with a warning.
+    If the requested step is damaged, the next intact step is used, with a warning.
+
+    Raises:
+      CheckpointError: the folder has no checkpoint, a file is damaged, or files of different runs
+        are mixed.
+      ValueError: `config.modalities` are not the modalities of the run.
     """
     workdir = folder.path
     found = checkpoint.find(workdir, config.eval.checkpoint)
@@ -100,7 +106,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
         )
     training_sets = load_training_sets(workdir, manifest)
     columns, clips = task.num_columns, len(training_sets.clips)
-    if columns > 1 + 2 * len(identities) + clips:  # made before weights are compared
+    if columns > 1 + 2 * len(identities) + clips:  # they take memory before any check
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
             f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"
@@ -109,7 +115,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
 
 
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if a manifest lacks an entry that restoring needs."""
+    """Raises CheckpointError if a manifest lacks an entry that is needed to restore the run."""
     sizes = [name for name in TaskSpec._fields if name not in TaskSpec._field_defaults]
     for name in (*sizes, "identities_sha256", "members_sha256", "config", "data"):
         if name not in manifest:
@@ -120,7 +126,7 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
-    """Builds the task from a checkpoint's manifest."""
+    """Reads the task of a run from the manifest of a checkpoint."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
     found = (task.settings or {}).items()
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in found}
@@ -128,7 +134,12 @@ def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
-    """Checks the data of an evaluation against a run, and labels them with its class columns."""
+    """Checks that data can be evaluated by a run, and labels them with the run's class columns.
+
+    Raises:
+      ValueError: the data have other modalities or widths, are not the data of the run (see
+        `check_data`), or their ground truth contains no identity of the run.
+    """
     split = config.eval.split
     check_widths(data, run.task.modalities)
     own = run.manifest
@@ -144,7 +155,7 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
 
 
 def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
-    """Raises ValueError if a dataset lacks a modality of a run, or has it in another width."""
+    """Raises ValueError if a dataset lacks a modality of a run, or the widths differ."""
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:
@@ -154,7 +165,7 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters of a run, and the collections of `Identifier.solve`, all [E, ...]."""
+    """Loads the parameters of a run and solves its other collections. All arrays are [E, ...]."""
     params, model_state = system.shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated(mesh))
@@ -165,7 +176,7 @@ def load_weights(
 def companion_digests(
     identities: Sequence[str], training_sets: ensemble.TrainingSets
 ) -> dict[str, str]:
-    """Returns the manifest's sha256 entries for the files that a checkpoint depends on."""
+    """Returns the sha256 of each file that a checkpoint depends on, as entries of its manifest."""
     return {
         "identities_sha256": _digest(identities),
         "members_sha256": ensemble.digest(training_sets),
@@ -173,7 +184,7 @@ def companion_digests(
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Refuses to resume a run whose manifest names other identities, training clips or members."""
+    """Raises CheckpointError if a run to resume had other identities, training clips or members."""
     for name, noun in {
         "identities_sha256": "another list of identities",
         "members_sha256": "other clips or members",
@@ -197,7 +208,7 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 
 
 def _companion(path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object) -> T:
-    """Reads a file that a checkpoint depends on, and compares its digest."""
+    """Reads a file that a checkpoint depends on; raises CheckpointError if its digest differs."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -231,13 +242,16 @@ def data_digests(config: Config, data: TrainingData) -> dict[str, Any]:
 
 
 def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None) -> str:
-    """Describes how the digests of a split differ from those of a run; "" if they do not."""
+    """Describes how a split differs from the split that a run has read.
+
+    Returns an empty text if the digests are equal. `now` is None if the split is absent.
+    """
     if now is None:
         return f"{split} is absent"
     if now["names"] != before["names"]:
         return f"{split} has other clips: {now['clips']:,}, before {before['clips']:,}"
     kinds = ["features", "labels"]
-    if now.get("modalities") != before.get("modalities"):  # in the same records
+    if now.get("modalities") != before.get("modalities"):  # the digest covers all modalities
         kinds.remove("features")
         warn(
             f"{split}: other modalities lie beside those that the run reads: whether its "
@@ -250,11 +264,11 @@ def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | N
 def sets_for(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training sets as a split of `data` is scored, with a warning if they change.
+    """Returns the training sets that decide which members score the clips of a split of `data`.
 
-    A clip of the run's own data, by its digests `own`, is scored by the members that were not
-    trained on it. Other data may have the name of a training clip for another clip: all members
-    score all of their clips.
+    In the data that the run was trained on, a clip is scored by the members that were not trained
+    on it. The digests `own` identify these data. In other data, a different clip may have the name
+    of a training clip. So all members score all clips of other data, with a warning.
     """
     if ensemble.scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -271,9 +285,9 @@ def sets_for(
 
 
 def _same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns False if the digests of a split are of other clips than before."""
+    """Returns True if the digests of a split show the same clips as before."""
     kinds = ["names", "features"]
-    if now and now["modalities"] != before["modalities"]:  # in the same records
+    if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")
     return now is not None and all(now[kind] == before[kind] for kind in kinds)
 
@@ -287,12 +301,12 @@ def check_data(
     trains: bool = True,
     named: bool = True,
 ) -> None:
-    """Refuses other data than those of a run, by its digests `own`.
+    """Raises ValueError if data differ from the data of a run, by its digests `own`.
 
-    A run goes on (`trains`) only if all that it reads is as it was. An evaluation compares
-    `eval.split`. If the run has not read that split, it may be of any data; but if the user has not
-    `named` their folder, so that `config.json` does, which a stranger may have written, one split
-    of the run must be as it was.
+    Training (`trains`) continues only if everything that the run reads is unchanged. An evaluation
+    compares only `eval.split`. If the run has not read this split, its data may be new. But if the
+    user has not `named` the folder of the data, the path comes from `config.json`, and a stranger
+    may have written that file. In this case at least a split of the run must be unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
