@@ -1,13 +1,13 @@
-"""A trained run from Python: scores, ranks and embeds new clips, in memory or as a dataset.
+"""Uses a trained run from Python: scores, ranks and embeds clips in memory or in a dataset.
 
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
-Scores of the evaluated split equal those of `vidjax evaluate` to the bit: the same program runs on
-the same blocks. At most SMALL_REQUEST clips in memory are scored in a small block, in milliseconds.
-Its program rounds in another order: such scores differ from those of a larger request in the last
-bits (below 1e-4 in a logarithm), and agree with each other to the bit. Clips in memory need no
-TensorFlow.
+Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
+program runs on the same blocks. A request of at most SMALL_REQUEST clips in memory is scored in a
+small block, in milliseconds. The program of a small block rounds in a different order. So the
+scores of a small and of a large request differ in the last bits (below 1e-4 in a logarithm). The
+scores of small requests agree to the bit. Clips in memory need no TensorFlow.
 """
 
 import math
@@ -37,12 +37,12 @@ from vidjax.runs.terminal import uncounted
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument, warn
 
-SMALL_REQUEST = 4  # clips, and rows of the block that scores them
-THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
+SMALL_REQUEST = 4  # most clips of a small request, and rows of its block
+THRESHOLD = "threshold_at_fpir_0.01"  # key in `metrics.json`
 
 
 class Request(NamedTuple):
-    """The N clips of one call; row n of the answer is clip `clip_index[n]` of a split of `data`."""
+    """The N clips of a call. Row n of the answer is clip `clip_index[n]` of a split of `data`."""
 
     data: ClipSource
     split: str
@@ -54,21 +54,26 @@ class Request(NamedTuple):
 class Predictor(NamedTuple):
     """A trained run with its weights.
 
-    Methods take `clips`, and raise ValueError where these do not fit the run, with clip, modality
-    and field in the message. `clips` is one of:
-    - a dict clip -> modality -> features [T, D], or as in `vidjax.load_data` a dict of them with
-      quality; or `MemoryClips`. A clip may lack modalities; one without a usable frame scores -inf.
-    - a dataset of `vidjax.load_data`; `split` names a split, None the one that the run evaluates.
+    The methods take `clips` in one of these forms:
+    - a dict clip -> modality -> features [T, D]. Instead of features, a modality may have a dict of
+      features and quality, as in `vidjax.load_data`.
+    - `MemoryClips`.
+    - a dataset of `vidjax.load_data` and the name of a `split`. If `split` is None, the methods use
+      the split that the run evaluates.
 
-    All members of an ensemble score a clip. But in a dataset of the run's own data a clip is scored
-    by the members that were not trained on it, unless all were trained on all training clips.
+    A clip may lack modalities. A clip without a usable frame scores -inf. If clips do not fit the
+    run, the methods raise ValueError; the message names the clip, the modality and the field.
+
+    All members of an ensemble score a clip. In the data that the run was trained on, a clip is
+    scored by the members that were not trained on it, unless all members were trained on all
+    training clips.
 
     Attributes:
       workdir: the run's folder.
-      step: optimiser steps of the checkpoint.
-      manifest: of the checkpoint; every file matched its sha256 in it.
-      results: content of the run's `metrics.json`; empty if that is of another step, or of other
-        settings than `config`.
+      step: number of optimiser steps of the checkpoint.
+      manifest: manifest of the checkpoint, with the sha256 that every file has matched.
+      results: content of the run's `metrics.json`. It is empty if the file has results of another
+        step, or of settings that differ from `config`.
       config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
@@ -76,7 +81,7 @@ class Predictor(NamedTuple):
       model_state: the model's other variable collections, [E, ...].
       training_sets: the clips that each member was trained on.
       system: model, fusion and scores.
-      score_fn, embed_fn: return scores [B, C] and embeddings [B, D] of one member.
+      score_fn, embed_fn: functions that return scores [B, C] and embeddings [B, D] of a member.
       mesh: the devices.
     """
 
@@ -105,11 +110,12 @@ class Predictor(NamedTuple):
 
     @property
     def threshold(self) -> float | None:
-        """The score that at most 1 % of new distractors reach on average; None if not known.
+        """The score that at most 1 % of new distractors reach on average, or None if unknown.
 
-        It is not known with fewer than 99 distractors. Nor is it with folds or bootstrap samples
-        that left out the evaluated clips: few members scored these clips, but all score a new one,
-        and fewer strangers reach their mean.
+        The threshold is unknown if fewer than 99 distractors were evaluated. It is also unknown if
+        folds or bootstrap samples left out the evaluated clips. Only a few members scored each of
+        these clips, but all members score a new clip, and fewer strangers reach the threshold with
+        a mean over all members.
         """
         unknown = self._of_few_members or self._of_few_distractors
         value = None if unknown else self.results.get(THRESHOLD)
@@ -117,13 +123,13 @@ class Predictor(NamedTuple):
 
     @property
     def _of_few_distractors(self) -> bool:
-        """True if the evaluated distractors are too few to show that 1 % of new ones pass."""
+        """True if the evaluated distractors are too few for a rate of 1 %."""
         count = self.results.get("num_distractors") or 0
         return count > 0 and metrics.num_allowed(count, 0.01) < 0
 
     @property
     def _of_few_members(self) -> bool:
-        """True if fewer members scored the evaluated clips than score new ones (out of fold)."""
+        """True if more members score new clips than scored the evaluated clips (out of fold)."""
         return self.results.get("map_kind") == "out_of_fold" and len(self.training_sets.members) > 1
 
     def identify(
@@ -134,17 +140,20 @@ class Predictor(NamedTuple):
         *,
         split: str | None = None,
     ) -> dict[str, list[tuple[str, float]]]:
-        """Returns clip -> its best identities as (identity, score), best first; [] for unknown.
+        """Returns clip -> its best identities as (identity, score), best first.
+
+        The list of a clip is empty if no score reaches the threshold: the clip shows a stranger.
 
         Args:
           clips, split: N clips, see the class.
-          k: number of identities per clip, at most.
-          threshold: the lowest score of an answer; None for `self.threshold`, or no limit if
-            the run evaluated no distractors. `float("-inf")` always sets no limit.
+          k: largest number of identities per clip.
+          threshold: lowest score of an answer. If it is None, `self.threshold` is used, or no limit
+            if the run evaluated no distractors. `float("-inf")` sets no limit.
 
         Raises:
-          ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
-            the run is not known: there are no `results`, or the property `threshold` says why.
+          ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
+            `threshold` is None and the threshold of the run is unknown. It is unknown if there are
+            no `results`, and in the cases that the property `threshold` lists.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -192,7 +201,7 @@ class Predictor(NamedTuple):
     ) -> np.ndarray:
         """Returns the scores that clips are ranked by, [N, C] float32.
 
-        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
+        Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
 
         Args:
@@ -214,11 +223,13 @@ class Predictor(NamedTuple):
         split: str | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> dict[str, list[tuple[str, float]]]:
-        """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
+        """Returns identity -> its best 100 clips as (name, score), best first.
+
+        Clips with equal scores are in the order of their names.
 
         Args:
           clips, split: N clips, see the class.
-          advance: called with the number of rows of each finished block, padding included.
+          advance: called with the number of rows of each finished block, including padding.
         """
         request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
@@ -226,7 +237,7 @@ class Predictor(NamedTuple):
         running = topk.RunningTopK(len(self.identities), k, rows=rows, mesh=self.mesh)
         for block in self._score_blocks(request):
             running.add(block)
-            advance(len(block[1]))  # to count the mask would wait for the device
+            advance(len(block[1]))  # counting the mask would wait for the device
         top = running.finish()
         names = {int(place): n for place, n in zip(request.clip_index, request.names, strict=True)}
         return as_lists(self.identities, names, top)
@@ -238,18 +249,20 @@ class Predictor(NamedTuple):
         split: str | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> np.ndarray:
-        """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
+        """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
-        The vector of a member is the input of the model's classifier, scaled to length 1: for `knn`
-        the mean frame; for `plda` the centred unit vectors of all modalities; where each frame is
-        an example of its own, the mean over the frames. An ensemble concatenates the vectors of all
-        its members, whatever they were trained on. A fallback model concatenates those of both its
-        classifiers, with 0 for the one that does not score the clip. A clip without a usable frame
-        gets a zero vector. Rows are in the order of the dict, or of the split's clip names.
+        The vector of a member is the input of the model's classifier, scaled to length 1. For `knn`
+        it is the mean frame. For `plda` it consists of the centred unit vectors of all modalities.
+        If the model takes each frame as an example, it is the mean over the frames.
+
+        An ensemble concatenates the vectors of all members, including members that were trained on
+        the clip. A fallback model concatenates the vectors of both classifiers, with zeros for the
+        classifier that does not score the clip. A clip without a usable frame gets a zero vector.
+        Rows are in the order of the dict, or of the split's clip names.
 
         Args:
           clips, split: N clips, see the class.
-          advance: called with the number of rows of each finished block, padding included.
+          advance: called with the number of rows of each finished block, including padding.
 
         Raises:
           ValueError: clips do not fit the run, or the model has no classifier of
@@ -273,18 +286,18 @@ class Predictor(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The sha256, in hexadecimal, of all that scores and embeddings depend on but the clips."""
+        """The hexadecimal sha256 of all that determines scores and embeddings, except the clips."""
         names = ("files", "identities_sha256", "members_sha256")
         found = {name: self.manifest[name] for name in names}
         return files.sha256_json([found, config_io.to_json(self.config)])
 
     def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
-        """Returns the clips of a folder or a parquet table, see `memory.load_clips`."""
+        """Reads the clips of a folder or a parquet table, see `memory.load_clips`."""
         quality = self.config.data.quality
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
-        """Checks the clips of a call, see the class; a request of few clips has small blocks."""
+        """Turns the clips of a call, see the class, into a request. Few clips get small blocks."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
@@ -303,13 +316,13 @@ class Predictor(NamedTuple):
         return Request(clips, "clips", clips.places, clips.names, size)
 
     def model_of(self, data: ClipSource) -> TrainedModel:
-        """Returns the weights of the run with the clips that they score."""
+        """Returns the weights of the run together with the clips `data`."""
         weights = (self.params, self.model_state)
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the weights of the run as they score the clips of a request, see the class."""
+        """Returns the model for a request. The training sets decide which members score a clip."""
         sets = sets_for(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 
@@ -327,7 +340,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns for every block of clips the embeddings of all members side by side, [B, D]."""
+        """Returns the embeddings [B, D] of every block, concatenated over the members."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
@@ -343,11 +356,11 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> Predictor:
-    """Restores a trained run, its weights checked against their sha256.
+    """Restores a trained run and checks its weights against their sha256.
 
-    If the wanted step is damaged, the next best one is used, with a warning. Nothing is written
-    into the folder; compiled programs are kept in the cache of the command line. Arguments and
-    errors are those of `vidjax.restore`.
+    If the requested step is damaged, the next intact step is used, with a warning. The folder of
+    the run is not changed. Compiled programs are kept in the cache of the command line. For the
+    arguments and errors see `vidjax.restore`.
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
@@ -382,7 +395,10 @@ def restore(
 
 
 def _results_of(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json` if it is of `step`, else {}; warns if it is damaged."""
+    """Returns the content of `metrics.json`, or {} if the file has results of another step.
+
+    If the file is damaged, the function warns and returns {}.
+    """
     try:
         results = folder.metrics()
     except ValueError as error:
@@ -394,7 +410,10 @@ def _results_of(folder: RunFolder, step: int) -> Mapping[str, Any]:
 def as_lists(
     identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
 ) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first; `names`: clip index -> name."""
+    """Returns identity -> its clips as (name, score), best first.
+
+    `names` maps clip indices to names.
+    """
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [
