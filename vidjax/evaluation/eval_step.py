@@ -1,7 +1,7 @@
-"""The evaluation step: scores, embeddings and attention of one member, and means of scores.
+"""Evaluation steps: scores, embeddings and attention of a member, and means of scores.
 
-All steps map (params, model_state, view, batch) to arrays of B clips. The view, [] int32, is the
-chunk of the features that the member does not see; -1 for none.
+Every step maps (params, model_state, view, batch) to an array with a row for each of B clips. The
+view, [] int32, is the chunk of the features that is hidden from the member, or -1 if none is.
 """
 
 import functools
@@ -21,15 +21,18 @@ from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
 from vidjax.models.system import System
 
-# (params, model_state, view [] int32, batch) of one member -> [B, ...]
+# (params, model_state, view [] int32, batch) of a member -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
-ROWS_AT_ONCE = 256  # examples of an exported function, over all clips
+ROWS_AT_ONCE = 256  # most examples of all clips together that an exported function computes at once
 
 
 def eval_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> Array:
-    """Returns one member's scores for all class columns, [B, K]; -inf without a usable frame."""
+    """Computes the scores of a member for all class columns, [B, K].
+
+    A clip without a usable frame scores -inf.
+    """
     forward = _forward(system, params, model_state, batch)
 
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
@@ -54,10 +57,11 @@ def eval_step(
 def embed_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> Array:
-    """Returns the embeddings of one member, [B, D] float32, averaged over the examples of a clip.
+    """Computes the embeddings of a member, [B, D] float32, averaged over the examples of a clip.
 
-    The embedding of an example has length 1; with several branches, every branch that judges it
-    contributes a part of length 1. Clips without a usable frame have embeddings of 0.
+    The embedding of an example has length 1. If the model has several branches, every branch that
+    scores the example contributes a part of length 1. The embedding of a clip without a usable
+    frame is 0.
     """
     forward = _forward(system, params, model_state, batch)
 
@@ -74,9 +78,10 @@ def embed_step(
 def attention_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> Array | None:
-    """Returns `ModelOutput.attention` of a member, [B, M, M] float32; None without attention.
+    """Computes `ModelOutput.attention` of a member, [B, M, M] float32.
 
-    The model must take all fused frames of a clip as one example.
+    Returns None if the model has no attention. The model must take all fused frames of a clip as a
+    single example.
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
@@ -87,7 +92,7 @@ def attention_step(
 def _forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns the model as a function of the frames and mask [B, G] of G examples of each clip."""
+    """Returns a function that applies the model to G examples per clip: frames and mask [B, G]."""
     measure = system.model.measure_clips(batch.frames)
 
     def apply(frames: Mapping[str, Frames], mask: Array) -> ModelOutput:
@@ -105,7 +110,7 @@ def _forward(
 
 
 def _is_usable(system: System, batch: Batch) -> Array:
-    """Returns [B] bool, True for clips with a frame of a configured modality."""
+    """Returns [B] bool, True if a clip has a frame of a configured modality."""
     return fusion.has_frames({name: batch.frames[name] for name in system.fuse_eval})
 
 
@@ -118,11 +123,11 @@ def _over_examples(
     logs: bool,
     reduce: str,
 ) -> Array:
-    """Reduces the values of the T' examples of every clip to one row per clip, [B, K].
+    """Reduces the values of the T' examples of every clip to a row per clip, [B, K].
 
-    `values_of` maps G examples per clip, as frames [B G, 1, ...] and a mask [B, G], to values
-    [B G, K]. The mean of `logs` is the logarithm of the mean exponential. `reduce` is `mean` or
-    `max`.
+    `values_of` maps the frames [B G, 1, ...] and the mask [B, G] of G examples per clip to values
+    [B G, K]. `reduce` is `mean` or `max`. If `logs` is True, the values are logarithms, and their
+    mean is the logarithm of the mean exponential.
     """
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
@@ -133,15 +138,15 @@ def _over_examples(
         count, size = exists.shape[1], _examples_at_once(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
-            """Returns x [B, T', ...] from the example `first` on, [B, G, ...]."""
-            if x.shape[1] != count:  # a modality with one frame repeats it
+            """Returns the G examples of x [B, T', ...] from `first` on, [B, G, ...]."""
+            if x.shape[1] != count:  # a modality with a single frame repeats it
                 return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
             if size == 1:
                 return jax.lax.dynamic_index_in_dim(x, first, axis=1)
             return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
 
         def values_at(first: Array) -> tuple[Array, Array]:
-            """Returns the values [B, G, K] of a block, and True for its examples, [B, G]."""
+            """Returns the values [B, G, K] of a block, and [B, G] bool, True for real examples."""
             beyond = first + jnp.arange(size) >= count
             real = block(exists, first) & ~beyond
 
@@ -174,10 +179,11 @@ def _over_examples(
 
 
 def _examples_at_once(clips: int, examples: int) -> int:
-    """Returns the number of examples of each clip that are judged together.
+    """Returns the number of examples of each clip that are computed together.
 
-    One at a time saves memory in blocks of clips. An exported function, whose sizes are unknown,
-    may get a single clip, and other runtimes take long for the rounds of a loop.
+    Blocks of many clips compute a single example at a time, to save memory. An exported function
+    has unknown sizes and may get a single clip. It computes several examples at a time, because
+    the iterations of a loop are slow in other runtimes.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1
@@ -185,10 +191,10 @@ def _examples_at_once(clips: int, examples: int) -> int:
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles `eval_step`, which then returns only the columns of the identities, [B, C].
+    """Compiles `eval_step` for the columns of the identities only, [B, C].
 
-    Every device runs the same program on its own rows. So for a fixed number of rows per device the
-    scores are bit-equal on any number of devices.
+    Every device runs the same program on a part of the rows. So the scores are bit-equal on any
+    number of devices if the number of rows per device is the same.
     """
     num_identities = system.task.num_identities
 
@@ -214,7 +220,7 @@ def make_embed_step(system: System) -> EvalStep:
 
 
 def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
-    """Compiles a step that every device runs on its own rows."""
+    """Compiles a step so that every device runs it on a part of the rows."""
     whole = PartitionSpec()
 
     def on_each(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
@@ -229,34 +235,39 @@ def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     return jax.jit(on_each, out_shardings=devices.by_rows(mesh))
 
 
-# Running means of scores: over branches of a model, examples of a clip, members and runs.
+# Running means of scores over the branches of a model, the examples of a clip, members and runs.
 
 LOG_2 = math.log(2.0)
 
 
 class MeanScores(NamedTuple):
-    """A running weighted mean of scores; of logarithms, the log of the mean of exponentials.
+    """A running weighted mean of scores.
 
+    If the scores are logarithms, the mean is the logarithm of the mean exponential.
     Log-probabilities near 0 lose their digits when their exponentials are added. So the
-    complements, 1 less each probability, are averaged beside the probabilities.
+    complements, 1 minus each probability, are averaged, too.
     """
 
-    total: Array  # [B, K] sum of the weighted scores; of logarithms, log of the sum of exponentials
-    rest: Array | None  # [B, K] log of the sum of the weighted complements; None if no logarithms
+    total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of exponentials
+    rest: Array | None  # [B, K] log of the weighted sum of complements; None unless logarithms
     weight: Array  # [B] sum of the weights
 
 
 def no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns an empty mean for scores [B, K] shaped as `like`; `logs` if these are logarithms."""
+    """Returns an empty mean for scores of the shape of `like`, [B, K].
+
+    `logs` is True if the scores are logarithms.
+    """
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] of weight [B] to a running mean; scores of weight 0 may be NaN or Inf.
+    """Adds scores [B, K] with weights [B] to a running mean.
 
-    The scores may also be of G examples of each clip, [B, G, K] of weight [B, G].
+    The scores of G examples per clip are [B, G, K], with weights [B, G]. Scores of weight 0 are
+    ignored, even if they are NaN or infinite.
     """
     if weight.ndim > 1 and weight.shape[1] == 1:
         scores, weight = scores[:, 0], weight[:, 0]
@@ -278,7 +289,7 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
 
 
 def mean_scores(mean: MeanScores) -> Array:
-    """Returns the mean [B, K] as `MeanScores` defines it; -inf for clips of weight 0."""
+    """Returns the mean [B, K], see `MeanScores`. The mean of a clip of weight 0 is -inf."""
     column = mean.weight[:, None]
     safe = jnp.where(column > 0, column, 1.0)
     if mean.rest is None:
@@ -289,7 +300,10 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the sum [B, K], as `mean_scores` before it divides; weights may exceed 1 in sum."""
+    """Returns the weighted sum [B, K], which is `mean_scores` without the division by the weight.
+
+    The weights of a clip may add up to more or less than 1.
+    """
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]
@@ -299,9 +313,9 @@ def sum_scores(mean: MeanScores) -> Array:
 
 
 def log_complement(logs: Array) -> Array:
-    """Returns log(1 - p) for `logs` = log(p), where p are probabilities; NaN stays NaN.
+    """Computes log(1 - p) from `logs` = log(p), where p are probabilities.
 
-    Rounding may have left a logarithm above 0, which counts as 0.
+    NaN stays NaN. A logarithm above 0, a rounding error, counts as 0.
 
     Source: Mächler 2012, Accurately computing log(1 - exp(-|a|)).
     """
