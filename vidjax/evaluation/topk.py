@@ -1,7 +1,7 @@
-"""Exact running top k per identity over a stream of score blocks, on the device.
+"""Computes the exact top k clips of every identity from a stream of score blocks, on the device.
 
-All functions order clips by descending score, then by ascending clip index, which is the order of
-clip names.
+All functions order clips by descending score, then by ascending clip index. The clip index is the
+order of the clip names.
 """
 
 import functools
@@ -20,8 +20,9 @@ from vidjax.core.batch import Array
 NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty entry; sorts after every real clip
 MAX_NAMES = 100  # largest number of clips per identity in a submission
 CHUNK = 256  # identities per merge, so that their scores stay in the cache of a CPU
-GROUP = 8  # rows per group; only groups whose best score can enter the top k are sorted
-# Groups sorted per identity: the smallest number that holds all candidates, else all rows.
+GROUP = 8  # rows per group; a group is sorted only if its best score can enter the top k
+# Numbers of groups that are sorted per identity. The smallest number that is enough for all
+# candidates is used. If no number is enough, all rows are sorted.
 MOST_GROUPS = (32, 128)
 
 
@@ -39,24 +40,25 @@ ScoreBlock = tuple[Array, Array, Array]  # scores [B, C], clip_index [B], batch_
 
 
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
-    """Merges blocks of scores into a top k, exactly; `finish_top` sorts the result.
+    """Merges blocks of scores into a top k. The result is exact but unsorted, see `finish_top`.
 
-    The result does not depend on order, size and padding of the blocks. Few calls with many clips
-    are cheaper than many calls with few clips. NaN counts as -inf. On all backends, magnitudes
-    below the smallest normal float32 count as 0.
+    The result does not depend on the order, size and padding of the blocks. A few calls with many
+    clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
+    magnitudes below the smallest normal float32 count as 0.
 
     Args:
       top: the best clips so far.
       blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
-        occurs once in the stream and is below 2**31 - 2**25. Rows outside the mask are ignored.
+        occurs only once in the stream and is below 2**31 - 2**25. Rows outside the mask are
+        ignored.
     """
     num_identities = len(top.scores)
     size = min(CHUNK, num_identities)
     clips = jnp.concatenate([jnp.where(mask, index, NO_CLIP) for _, index, mask in blocks])
 
     def update_chunk(chunk: Array, updated: TopK) -> TopK:
-        # XLA clamps slices, so the last chunk may overlap the one before it. Both read `top`, so
-        # overlapping rows get equal values.
+        # XLA clamps slices, so the last chunk may overlap the chunk before it. Both chunks read
+        # `top`, so overlapping rows get equal values.
         start = chunk * size
         old = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, start, size), top)
         rows = [
@@ -74,24 +76,25 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 
 
 def finish_top(top: TopK) -> TopK:
-    """Sorts a top k: score descending, then clip index ascending, empty entries last."""
+    """Sorts a top k by descending score, then by ascending clip index. Empty entries come last."""
     descending, index = lax.sort((-jnp.asarray(top.scores), jnp.asarray(top.index)), num_keys=2)
     return TopK(scores=-descending, index=index)
 
 
 def count_ties(top: TopK) -> int:
-    """Returns how many entries of a sorted top k have the score of the entry before them.
+    """Counts the entries of a sorted top k that have the same score as the entry before them.
 
-    Such clips are in the order of their names. Clips without a score, -inf, do not count.
+    Tied clips are in the order of their names. Clips with a score of -inf do not count.
     """
     scores = np.asarray(top.scores)
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 
 
 class RunningTopK:
-    """The top k of a stream of score blocks, merged a few thousand clips at a time.
+    """The top k of a stream of score blocks. A merge takes a few thousand clips at a time.
 
-    Every device keeps the top k of its rows, which `finish` joins. No score moves between devices.
+    Every device keeps the top k of its rows, so no scores of blocks move between devices. `finish`
+    joins the top k of the devices.
     """
 
     def __init__(
@@ -104,7 +107,8 @@ class RunningTopK:
     ):
         """Starts an empty top k of C identities.
 
-        It merges after `rows` clips, which takes memory O(C x rows) and changes no result.
+        Blocks are merged after `rows` clips, which takes O(C x rows) memory. The results do not
+        depend on `rows`.
         """
         mesh = mesh or devices.make_mesh(1)
         self._layout = devices.by_rows(mesh)
@@ -115,7 +119,7 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `update_top`; all blocks must have the same shape."""
+        """Adds a block, see `update_top`. All blocks must have the same shape."""
         self._waiting.append(devices.put(block, self._layout))
         if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
@@ -124,7 +128,7 @@ class RunningTopK:
         """Merges the waiting blocks, so that their scores can be freed."""
         if not self._waiting:
             return
-        # Empty blocks fill the list to its usual length, so that one compiled program serves all.
+        # Empty blocks fill the list to its usual length, so that the program compiles only once.
         scores, clip_index, batch_mask = self._waiting[-1]
         missing = -(-self._rows // len(scores)) - len(self._waiting)
         empty = (scores, clip_index, batch_mask & False)
@@ -140,7 +144,7 @@ class RunningTopK:
 
 @functools.cache
 def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
-    """Compiles `update_top`, which every device applies to its own rows."""
+    """Compiles `update_top` so that every device applies it to its part of the rows."""
 
     def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
         blocks = list(zip(*columns, strict=True))
@@ -154,7 +158,7 @@ def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
 
 @jax.jit
 def _join(tops: TopK) -> TopK:
-    """Joins the top k of each device, [devices, C, k], into one sorted top k, [C, k]."""
+    """Joins the top k of all devices, [devices, C, k], into a single sorted top k, [C, k]."""
     k = tops.scores.shape[2]
     joined = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in tops)
     return TopK(*(part[:, :k] for part in finish_top(TopK(*joined))))
@@ -168,7 +172,7 @@ def rank(
     rows: int = 2048,
     mesh: Mesh | None = None,
 ) -> TopK:
-    """Returns the sorted top k of a stream of blocks; for `rows` see `RunningTopK`."""
+    """Returns the sorted top k of a stream of blocks. For `rows` see `RunningTopK`."""
     running = RunningTopK(num_identities, k, rows=rows, mesh=mesh)
     for block in blocks:
         running.add(block)
@@ -176,7 +180,7 @@ def rank(
 
 
 def _clean(scores: Array, batch_mask: Array) -> Array:
-    """Returns [B, C] float32 scores without NaN, -0 or denormals; -inf on padded rows."""
+    """Returns scores [B, C] as float32 without NaN, -0 and denormals. Padded rows get -inf."""
     scores = scores.astype(jnp.float32)
     scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)
     return jnp.where(batch_mask[:, None] & ~jnp.isnan(scores), scores, -jnp.inf)
@@ -185,8 +189,9 @@ def _clean(scores: Array, batch_mask: Array) -> Array:
 def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
     """Merges the scores `rows` [B, C] of `clips` [B] into a top k.
 
-    After many clips, few rows can enter the top k of an identity. The best scores of groups of 8
-    rows show which groups hold such rows. Only these are sorted, unless an identity has too many.
+    After many clips, only a few rows can still enter the top k of an identity. The best score of
+    each group of 8 rows shows whether the group contains a candidate. Only groups with candidates
+    are sorted. If an identity has too many candidates, all rows are sorted.
     """
     num_groups = len(rows) // GROUP
     sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]
@@ -203,7 +208,7 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 
     def select_few(size: int) -> TopK:
         number = jnp.arange(1, size + 1)
-        # The n-th group is where the running count reaches n.
+        # The n-th group with a candidate is at the position where the running count reaches n.
         groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(
             num_seen
         )
@@ -219,15 +224,16 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 
 
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
-    """Selects the best k of k + B candidates per identity from their scores [C, k + B].
+    """Selects the best k of k + B candidates per identity by their scores [C, k + B].
 
-    The first k are the clips of `old`; the others are `clips` [C, B], or [1, B] for all identities.
+    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B] or, if
+    all identities have the same, [1, B].
     """
     k = old.scores.shape[1]
-    # If the scores k and k + 1 are equal, top_k prefers the earlier column, which need not be the
-    # earlier clip. Without the barriers XLA merges the slices below into the top_k and falls back
-    # to a full sort, 10 times slower on CPU. With one barrier around both outputs its partitioner
-    # aborts.
+    # If the scores k and k + 1 are equal, top_k prefers the earlier column, but the earlier column
+    # may be the later clip. The extra score k + 1 detects these ties. If the barriers are removed,
+    # XLA merges the slices below into the top_k and falls back to a full sort, 10 times slower on
+    # CPU. If a single barrier encloses both outputs, the partitioner of XLA aborts.
     values, columns = map(lax.optimization_barrier, lax.top_k(scores, k + 1))
 
     def clips_of(columns: Array) -> Array:
@@ -242,8 +248,8 @@ def _select(old: TopK, scores: Array, clips: Array) -> TopK:
         last = values[:, k - 1 : k]
         index = jnp.broadcast_to(clips, (len(old.index), clips.shape[1]))
         index = jnp.concatenate([old.index, index], axis=1)
-        # Positive float32 numbers have the order of their bits, so an integer becomes an exact sort
-        # key. NO_CLIP gets the lowest key.
+        # Positive float32 numbers sort like the integers with the same bits. So a clip index
+        # becomes an exact float key for top_k. NO_CLIP gets the lowest key.
         bits = lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) - index
         key = lax.bitcast_convert_type(bits, jnp.float32)
         key = jnp.where(scores > last, jnp.inf, jnp.where(scores == last, key, -jnp.inf))
