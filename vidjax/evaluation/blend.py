@@ -1,4 +1,4 @@
-"""`evaluate --runs`: ranks by the weighted mean of the probabilities of several runs."""
+"""Blends runs (`evaluate --runs`): ranks by the weighted mean of their probabilities."""
 
 import copy
 import functools
@@ -26,16 +26,27 @@ def blend_runs(
     num_devices: int | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Ranks a split by the blended scores of several trained runs, and returns the metrics.
+    """Ranks a split by the blended scores of several trained runs and returns the metrics.
 
-    The score of a clip is the weighted mean of the probabilities of the runs. `load` returns the
-    dataset of the configuration of a run. `command` is the command line, for `metrics.json`.
+    The score of a clip is the weighted mean of the probabilities of the runs. The ranking, the
+    metrics and, if `config.eval.report` is set, a report are written to `folder`.
+
+    Args:
+      config: configuration of the blend; `config.join.runs` lists the folders of the runs.
+      folder: folder of the results.
+      load: function that maps the configuration of a run to the dataset.
+      num_devices: number of devices, see `devices.make_mesh`.
+      command: command line that `metrics.json` records.
+
+    Raises:
+      ValueError: `config.join` has fewer than two runs or unusable weights, or the runs cannot be
+        blended, see `scoring.score`.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
     weights = _weights(config)
     configs = [run_config(config, name) for name in config.join.runs]
-    datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share one
+    datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share a dataset
     models = []
     for own, name, weight in zip(configs, config.join.runs, weights, strict=True):
         run = restore.find_run(own, RunFolder(name))
@@ -66,7 +77,7 @@ def blend_runs(
 
 
 def _weights(config: Config) -> tuple[float, ...]:
-    """Returns the weight of each run, 1 if none are given."""
+    """Checks the weights of the runs and returns them. If no weights are given, all are 1."""
     runs, weights = config.join.runs, config.join.weights
     if len(runs) < 2:
         raise UserError(f"--runs={','.join(runs)}: name two runs or more")
@@ -80,11 +91,11 @@ def _weights(config: Config) -> tuple[float, ...]:
 
 
 def run_config(config: Config, name: str) -> Config:
-    """Returns the configuration of a run, with the split, block size and data of the blend."""
+    """Reads the configuration of a run, and sets the split, block size and data of the blend."""
     own = RunFolder(name).config
     if own.join.runs:
         raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
-    if own.eval.scores == "logits":  # cosines of one run do not add to probabilities of another
+    if own.eval.scores == "logits":  # only probabilities can be averaged
         own.eval.scores = "log_softmax"
     for field in ("split", "block_size"):
         own.eval[field] = config.eval[field]
@@ -97,7 +108,7 @@ def run_config(config: Config, name: str) -> Config:
 def _keep_config(config: Config, folder: RunFolder, weights: tuple[float, ...]) -> None:
     """Writes the configuration of the blend with its weights.
 
-    `eval.split` stays the split that the folder was first evaluated on.
+    If the folder was evaluated before, `eval.split` remains the split of the first evaluation.
     """
     config = copy.deepcopy(config)
     if folder.has(CONFIG):
