@@ -1,8 +1,8 @@
 """Writes, reads and scores the submission file, which lists the best 100 clips of each identity.
 
-White space separates names in the official
-format. So white space within a name is written as in a URL, `First%20Last`, and so is a `%` before
-two hexadecimal digits. No other character is escaped.
+In the official format, white space separates names. So white space within a name is escaped as in a
+URL: `First%20Last`. A `%` before two hexadecimal digits is escaped, too. All other characters are
+written as they are.
 """
 
 import codecs
@@ -23,26 +23,27 @@ from vidjax.utils.errors import UserError
 def write_ranking(
     path: str | Path, identities: Sequence[str], clips: Sequence[str], top: TopK
 ) -> None:
-    """Writes the submission file, whole or not at all.
+    """Writes the submission file atomically.
 
-    One line per identity, `{identity} {clip}.mp4 {clip}.mp4 ...`, best first, at most 100 clips.
-    Every name ends in `.mp4` once, whether or not `clips` carry it.
+    Each identity has a line `{identity} {clip}.mp4 {clip}.mp4 ...` with at most 100 clips, best
+    first. `.mp4` is added to the names of clips that lack it.
 
     Args:
       path: the file to write or replace.
       identities: [C] names, in the order of the rows of `top`.
       clips: [N] names, in the order of the clip indices.
-      top: the finished ranking; empty places are left out.
+      top: the finished ranking. Empty entries are left out.
 
     Raises:
-      ValueError: a name is empty, repeated or holds a control character, or the rows are not C.
+      ValueError: a name is empty, is repeated or contains a control character, or `top` does not
+        have C rows.
     """
     path = Path(path)
     files.write_text(path, to_text(path, identities, clips, top))
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
-    """Returns the text of a submission; arguments and errors are those of `write_ranking`."""
+    """Returns the text of a submission. For the arguments and errors see `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise UserError(f"{path}: {len(identities)} identities, {len(index)} ranked lists")
@@ -69,18 +70,18 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """A submission as the organisers' script understands it.
+    """A submission as the organisers' script reads it.
 
     Attributes:
       ranking: identity -> at most 100 different clip names, best first.
-      faults: kind of fault -> one sentence for every line that has it, with the line's number.
+      faults: kind of fault -> a sentence with the line number for every line with this fault.
     """
 
     ranking: dict[str, list[str]]
     faults: dict[str, list[str]]
 
     def complaints(self) -> list[str]:
-        """Returns one sentence per kind of fault: its first line, and the number of such lines."""
+        """Returns a sentence per kind of fault, with the first line and the number of lines."""
         return [
             sentences[0] + (f" (lines like it: {len(sentences)})" if sentences[1:] else "")
             for sentences in self.faults.values()
@@ -88,21 +89,24 @@ class Submission(NamedTuple):
 
 
 def read_submission(path: str | Path, *, identities: Collection[str] | None = None) -> Submission:
-    """Reads a submission as the organisers' script does, and notes what should not be in it.
+    """Reads a submission as the organisers' script does, and lists its faults.
 
     | fault | reading |
     |---|---|
-    | empty file or line | skipped |
-    | fields separated by anything but one space | split at white space |
-    | a name repeated in its line | the first place counts, later ones do not |
-    | more than 100 different names | the first 100 count |
-    | a second line of an identity | the last line counts |
-    | an identity that is not in `identities` (None: all are known) | not scored |
-    | bytes that are not UTF-8 text | a name with them equals no other |
+    | empty file or line | the line is skipped |
+    | fields are not separated by a single space | the line is split at white space |
+    | a name is repeated in a line | only the first place counts |
+    | more than 100 different names | only the first 100 count |
+    | an identity has a second line | the last line counts |
+    | an identity is not in `identities` | it is not scored |
+    | bytes are not UTF-8 text | a name with these bytes equals no other name |
 
-    Source: the description of the script says which repeated name counts, that repeats are dropped
-    before names are counted, and that unknown identities do not matter. Ours: the other rows. The
-    last line counts because a script that fills a dict overwrites its entries.
+    If `identities` is None, all identities are known.
+
+    Source: the description of the script defines that the first of repeated names counts, that
+    repeated names are removed before names are counted, and that unknown identities are ignored.
+    The other rows are our assumptions. The last line of an identity counts because a script that
+    fills a dict overwrites its entries.
     """
     ranking: dict[str, list[str]] = {}
     faults: dict[str, list[str]] = {}
@@ -140,8 +144,9 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
 def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]) -> float:
     """Returns MAP@100 of a ranking, as the organisers' script computes it.
 
-    Both map identities to clips. An identity that the ranking lacks counts 0, one that the ground
-    truth lacks is ignored. Names match as exact strings: both files escape them alike.
+    `positives`, the ground truth, and `ranking` map identities to clips. An identity that the
+    ranking lacks counts 0. An identity that the ground truth lacks is ignored. Names are compared
+    as exact strings, because both files escape names in the same way.
     """
     columns = [column for column, clips in enumerate(positives.values(), 1) for _ in clips]
     clips = [clip for clips in positives.values() for clip in clips]
@@ -155,14 +160,13 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 
 
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
-    """Returns identity -> the clips that show it, of a file with lines of one of two forms.
+    """Reads a ground truth file and returns identity -> the clips that show the identity.
 
-    They are `NAME.mp4 ID`, or `ID NAME.mp4 NAME.mp4 ...`.
+    All lines have the form `NAME.mp4 ID`, or all lines have the form `ID NAME.mp4 NAME.mp4 ...`.
 
     Raises:
-      ValueError: an empty line, a second `ID NAME ...` line of an identity, an identity without a
-        clip, a clip that is listed twice, or lines of neither form. The message has the line's
-        number.
+      ValueError: the file is empty, a line is empty or has neither form, an identity has no clip
+        or a second `ID NAME ...` line, or a clip is listed twice. The message has the line number.
     """
     path = Path(path)
     lines = _read_lines(path)
@@ -195,7 +199,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
 
 def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True for `NAME ID` lines, False for `ID NAME NAME ...` lines."""
+    """Returns True if the lines have the form `NAME ID`, False for `ID NAME NAME ...`."""
     first = [fields[0] for fields in lines]
     others = [name for fields in lines for name in fields[1:]]
     for is_name in (lambda field: field.endswith(".mp4"), lambda field: not field.isdecimal()):
@@ -209,9 +213,9 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns ("PATH: line N", text) of every line, without newline and trailing blanks.
+    """Returns ("PATH: line N", text) for every line. Trailing white space is removed.
 
-    Bytes that are not UTF-8 become lone surrogates, by which `_is_text` recognises them.
+    Bytes that are not UTF-8 become lone surrogates, so that `_is_text` recognises them.
     """
     with files.open_input(path) as file:
         lines = file.readall().removeprefix(codecs.BOM_UTF8).split(b"\n")
