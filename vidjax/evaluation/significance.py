@@ -1,11 +1,14 @@
-"""Intervals of the MAP of a run, and intervals and p-values of the difference between two runs.
+"""Computes intervals of MAP, and intervals and p-values of the difference between two runs.
 
-Both use a Bayesian bootstrap over the identities and an unseen one, whose average precisions in two
-runs are (0, 0), (0, 1), (1, 0) or (1, 1), each with a quarter of its weight. So MAP gets half an
-identity at 0 and half at 1, a difference a quarter at -1, half at 0 and a quarter at 1. Where all
-values are 0 or 1, the interval of MAP is that of Jeffreys for a share; where they vary, it is
-hardly wider than the t interval, which is far too narrow where most are equal and few lie far away.
-`tests.benchmarks.intervals` measures how often both hold the truth.
+Both intervals come from a Bayesian bootstrap over the identities and an unseen identity. The
+average precisions of the unseen identity in two runs are (0, 0), (0, 1), (1, 0) or (1, 1), each
+with a quarter of the weight of an identity. So MAP gets half an identity at 0 and half at 1. A
+difference gets a quarter at -1, half at 0 and a quarter at 1.
+
+If all values are 0 or 1, the interval of MAP equals the Jeffreys interval of a proportion. If the
+values vary, it is hardly wider than the t interval. If most values are equal and a few lie far
+away, the t interval is far too narrow. `tests.benchmarks.intervals` measures how often both
+intervals contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.
@@ -21,10 +24,10 @@ from vidjax.core.metrics import LEVEL
 from vidjax.utils.errors import UserError
 
 DRAWS = 10_000
-DRAWS_AT_ONCE = 2**22  # weights held in memory at a time
-FEWEST_IDENTITIES = 20  # in the simulations of the intervals
-EQUAL = 1e-9  # average precisions closer than this count as equal
-METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"  # for a page
+DRAWS_AT_ONCE = 2**22  # most weights in memory at a time
+FEWEST_IDENTITIES = 20  # fewest in the simulations of the intervals
+EQUAL = 1e-9  # average precisions count as equal below this difference
+METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"
 METHOD_OF_SEEDS = "t interval over identities and seeds, degrees of freedom by Welch-Satterthwaite"
 UNSEEN = {0.0: 0.5, 1.0: 0.5}  # average precision -> weight in identities
 UNSEEN_GAP = {-1.0: 0.25, 0.0: 0.5, 1.0: 0.25}
@@ -36,10 +39,10 @@ class Difference(NamedTuple):
     Attributes:
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
-      p, p_holm: two-sided p-value of a difference of 0, and after Holm's correction for all runs;
-        None of groups of seeds.
-      better, worse, equal: numbers of identities whose average precision rises, falls or stays.
-      error: of groups of seeds, the standard error of `mean`; None of single runs.
+      p: two-sided p-value of a difference of 0; None if groups of seeds are compared.
+      p_holm: `p` after Holm's correction for the number of runs.
+      better, worse, equal: numbers of identities whose average precision is higher, lower or equal.
+      error: standard error of `mean` if groups of seeds are compared, or None.
     """
 
     mean: float
@@ -54,14 +57,14 @@ class Difference(NamedTuple):
 
 
 def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float]:
-    """Returns the bounds of the 95 % interval of MAP, given average precisions [C] in 0..1."""
+    """Returns the bounds of the 95 % interval of MAP from average precisions [C] in 0..1."""
     return _bounds(_drawn_means(averages, UNSEEN, draws), averages)
 
 
 def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Returns the bounds of the 95 % interval of a mean of [C] differences, and the p-value of 0.
+    """Returns the bounds of the 95 % interval of the mean of [C] differences, and a p-value.
 
-    The p-value is two-sided, and below 5 % exactly where the interval leaves out 0.
+    The two-sided p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0.
     """
     means = _drawn_means(gaps, UNSEEN_GAP, draws)
     beyond = min(np.sum(means <= 0), np.sum(means >= 0))
@@ -69,9 +72,10 @@ def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float,
 
 
 def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
-    """Returns [draws] means of values [C] with randomly drawn weights (Bayesian bootstrap).
+    """Returns [draws] means of values [C] with random weights (Bayesian bootstrap).
 
-    `unseen`: further value -> weight, 1 as for an identity. The order of values does not matter.
+    `unseen` maps further values to their weights, where each of the C values has weight 1. The
+    result does not depend on the order of the values.
     """
     points, weights = np.unique(np.asarray(values, np.float64), return_counts=True)
     points, weights = np.append(points, list(unseen)), np.append(weights, list(unseen.values()))
@@ -87,7 +91,7 @@ def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) 
 
 
 def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns the range of the middle 95 % of `means`, widened to the mean of `values`."""
+    """Returns the range of the middle 95 % of `means`, widened to include the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low, high = (
         np.quantile(means, tail, method="lower"),
@@ -97,7 +101,7 @@ def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Returns how every other run differs from the first, given average precisions [C] per run."""
+    """Compares every run with the first run, from average precisions [C] per run."""
     first, results, ps = averages[0], [], []
     for own in averages[1:]:
         gaps = _gaps(own, first)
@@ -109,15 +113,19 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
 
 
 def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Difference]:
-    """Returns how the mean of every other group of seeds differs from that of the first group.
+    """Compares the mean of every group of seeds with the mean of the first group.
 
-    `groups` are [C] average precisions of each of two seeds or more, of the same identities. Seeds
-    are paired in their order. The interval is a t interval, by `squared_errors`: two standard
-    errors would be far too narrow where two or three seeds vary more than the identities.
+    A group contains average precisions [C] for each of two or more seeds. All seeds have the same
+    identities, and the seeds of two groups are paired in their order. The interval is a t interval
+    from `squared_errors`. An interval of two standard errors would be far too narrow if two or
+    three seeds vary more than the identities.
+
+    Raises:
+      ValueError: there are fewer than two identities.
 
     Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
     """
-    from scipy import special  # a fifth of a second, for those alone who need it
+    from scipy import special  # takes 0.2 s, so only when needed
 
     first, results = groups[0], []
     if len(first[0]) < 2:
@@ -148,17 +156,17 @@ def _counts(gaps: np.ndarray) -> tuple[int, int, int]:
 
 
 def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Returns the squared standard errors of a mean difference: over identities, and over seeds.
+    """Returns the squared standard errors of a mean difference over identities and over seeds.
 
-    Their sum is not too small where the nets of two seeds differ more than the identities do.
-    `gaps` are the differences in AP of the same identities [C], for each seed.
+    The sum of both is large enough even if the nets of two seeds differ more than the identities.
+    `gaps` has the differences in average precision [C] of the same identities for each seed.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Returns p-values corrected by Holm's method for the number of tests.
+    """Corrects p-values for the number of tests by Holm's method.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
