@@ -1,7 +1,7 @@
-"""Compares runs, or groups of seeds, on the same clips, with intervals for differences of MAP.
+"""Compares runs, or groups of seeds, on the same clips, with intervals of differences in MAP.
 
-No model is run and no data is read: average precisions come from `analysis.npz`. A comparison is
-text for the terminal, JSON, LaTeX, and a page of HTML.
+The average precisions come from `analysis.npz`, so no model is applied and no data is read. A
+comparison is written as text for the terminal, JSON, LaTeX and an HTML page.
 """
 
 import itertools
@@ -25,10 +25,10 @@ from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-# Fields in which the runs of one group may differ.
+# Fields in which the runs of a group of seeds may differ.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
-MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
-MAX_IDENTITIES = 20  # identities in a table of the page
+MAX_MISMATCH = 1e-9  # of MAP in metrics.json from the mean of the average precisions
+MAX_IDENTITIES = 20  # most identities in a table of the page
 HOLM = "p (Holm)"
 
 
@@ -37,11 +37,11 @@ class RankedRun(NamedTuple):
 
     Attributes:
       name: the folder, as the user gave it.
-      identities: [C] names of those identities of the ground truth that the run knows.
-      ap, positives: [C], their average precision and number of clips.
-      num_others: identities of the ground truth that the run does not know.
-      metrics: `metrics.json`, which has `map_kind` and `num_clips`.
-      seeds: of a group, the name and the MAP of each of its runs.
+      identities: [C] names of the identities that are both in the ground truth and in the run.
+      ap, positives: [C] average precision and number of clips of each identity.
+      num_others: number of identities of the ground truth that the run was not trained on.
+      metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
+      seeds: name and MAP of each run, if this is the mean of a group of seeds.
     """
 
     name: str
@@ -56,17 +56,17 @@ class RankedRun(NamedTuple):
 
     @property
     def data(self) -> str:
-        """Name, size and seed of a generated dataset; `files` for any other."""
+        """Name, size and seed of a generated dataset, or `files` for any other dataset."""
         data = self.metrics.get("data") or {}
         return describe(data) if is_generated(data.get("name", "")) else "files"
 
 
 class Comparison(NamedTuple):
-    """Runs on the same clips, and how far each lies from the first of them.
+    """Runs on the same clips and their differences to the first run.
 
     Attributes:
-      runs: what was read of them; a group of seeds is one run, of the mean average precisions.
-      differences: of every run but the first.
+      runs: results of the runs. A group of seeds is a single run with mean average precisions.
+      differences: the difference of every run except the first.
     """
 
     runs: list[RankedRun]
@@ -76,7 +76,7 @@ class Comparison(NamedTuple):
         return self.text()
 
     def text(self) -> str:
-        """Returns a table for the terminal."""
+        """Returns the comparison as a table for the terminal."""
         head, rows = difference_table(self.runs, self.differences)
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
@@ -90,7 +90,7 @@ class Comparison(NamedTuple):
         return "\n".join([title, *(f"  {line}" for line in [*lines, *in_sample(self.runs)])])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the numbers as plain values for JSON."""
+        """Returns the comparison as plain values for JSON."""
         first = self.runs[0]
         rows: list[dict[str, Any]] = []
         for run, gap in zip(self.runs, [None, *self.differences], strict=True):
@@ -113,7 +113,7 @@ class Comparison(NamedTuple):
         }
 
     def to_latex(self) -> str:
-        """Returns the table for a paper; it needs the LaTeX package booktabs."""
+        """Returns the table in LaTeX for a paper. It needs the package booktabs."""
         names = short_names(self.runs)
         named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
         head, rows = difference_table(named, self.differences)
@@ -126,7 +126,7 @@ class Comparison(NamedTuple):
         )
 
     def write(self, folder: Path) -> None:
-        """Writes `comparison.html`, `.json` and `.tex` into a folder."""
+        """Writes `comparison.json`, `comparison.tex` and `comparison.html` into a folder."""
         for name, content in {
             "comparison.json": files.to_json(self.to_dict()),
             "comparison.tex": self.to_latex(),
@@ -136,11 +136,16 @@ class Comparison(NamedTuple):
 
 
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
-    """Compares runs with the first of them, or groups of seeds with the first group.
+    """Compares runs with the first run, or groups of seeds with the first group.
 
     Args:
-      groups: the folders of one run each, or of as many runs each: the same system, other seeds.
-      split: the split to compare on; None for the `eval.split` of each run.
+      groups: a list of folders for each group. To compare runs, every group has a single folder.
+        To compare systems, every group has the same number of runs that differ only in their seeds.
+      split: the split to compare on. If it is None, each run is compared on its `eval.split`.
+
+    Raises:
+      ValueError: a run is named twice, groups differ in size, the runs of a group differ in more
+        than their seeds, a run has no results on the split, or the runs ranked different clips.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -165,7 +170,7 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
-    """Refuses runs of a group that differ in more than their seeds, or in no seed."""
+    """Raises ValueError if runs of a group differ in more than their seeds, or seeds are equal."""
     fields = [fields_of(run) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
@@ -181,7 +186,13 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
-    """Reads the results of the run in a folder on a split; None for its `eval.split`."""
+    """Reads the results of a run on a split.
+
+    If `split` is None, the `eval.split` of the run is read.
+
+    Raises:
+      ValueError: the folder contains no run, or the results are missing, damaged or have no MAP.
+    """
     folder = RunFolder(name)
     if not folder.has(CONFIG):
         raise UserError(
@@ -227,7 +238,11 @@ def read(name: str, split: str | None = None) -> RankedRun:
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
-    """Returns a run with identities in the order of the first run's; refuses one on other clips."""
+    """Sorts the identities of a run into the order of the first run.
+
+    Raises:
+      ValueError: the runs were evaluated on different splits, identities or clips.
+    """
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(
@@ -264,9 +279,10 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 
 
 def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
-    """Returns True if both runs know a digest of their split, `names` or `labels`, and it differs.
+    """Returns True if both runs have a digest of the split and the digests differ.
 
-    A digest of features may differ: runs may read other features of the same clips.
+    `name` is `names` or `labels`. The digests of features are not compared, because two runs may
+    read different features of the same clips.
     """
     known = ((one.metrics.get("trained_on") or {}).get("splits", {}) for one in (first, run))
     mine, others = (splits.get(first.split, {}).get(name) for splits in known)
@@ -274,7 +290,7 @@ def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
 
 
 def mean_of(seeds: Sequence[RankedRun]) -> RankedRun:
-    """Returns a group of seeds as one run: with the means of all that is measured."""
+    """Merges a group of seeds into a single run with the means of all metrics."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
     metrics = {key: value for key, value in first.metrics.items() if not _is_number(value)}
     for key in first.metrics.keys() - metrics.keys():
@@ -300,7 +316,7 @@ Rows = list[list[str]]
 def difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of MAP and its differences, as plain text."""
+    """Returns head and rows of the table of MAP and the differences in MAP, as plain text."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
         head.append(HOLM if len(differences) > 1 else "p")
@@ -324,7 +340,10 @@ def difference_table(
 
 
 def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of CLIP_METRICS, to which a user's file may add."""
+    """Returns head and rows of the table of CLIP_METRICS, as plain text.
+
+    The table includes metrics that a user's file adds to CLIP_METRICS.
+    """
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -343,13 +362,13 @@ def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def fields_of(run: RankedRun) -> dict[str, str]:
-    """Returns field -> value as text, with the settings of the evaluation."""
+    """Returns field -> value as text. Overrides of the evaluation replace the values of the run."""
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     return {name: config_io.value_text(value) for name, value in values.items()}
 
 
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns sentences, as plain text, that state the data and the method of a comparison."""
+    """Returns sentences, as plain text, that describe the data and the method of a comparison."""
     first, method = runs[0], f"Interval and p: {significance.METHOD}"
     if first.seeds:
         method = f"Interval: {significance.METHOD_OF_SEEDS}"
@@ -389,7 +408,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a warning that names the runs that were trained on these clips; [] if none was."""
+    """Returns a warning in a list that names the runs trained on these clips, or an empty list."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
@@ -402,20 +421,20 @@ LATEX = str.maketrans(
 
 
 def _latex_cell(text: str) -> str:
-    """Returns text for LaTeX; a signed number gets a real minus."""
+    """Escapes text for LaTeX. Signed numbers are set in math mode, which has a real minus sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")
 
 
 def short_names(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns the last part of every run's path, or the whole paths where these are ambiguous."""
+    """Returns the last part of every run's path, or the whole paths if two last parts are equal."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
 
 def _page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
-    """Returns the comparison as a page of HTML."""
+    """Returns the comparison as an HTML page."""
     first, names = runs[0], short_names(runs)
     caption = f"MAP and its difference to {first.name}"
     summary = [
