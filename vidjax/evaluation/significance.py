@@ -39,8 +39,8 @@ class Difference(NamedTuple):
     Attributes:
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
-      p: two-sided p-value of a difference of 0; None if groups of seeds are compared.
-      p_holm: `p` after Holm's correction for the number of runs.
+      p, p_holm: two-sided p-value of a difference of 0, without and with Holm's correction for the
+        number of runs. Both are None if groups of seeds are compared.
       better, worse, equal: numbers of identities whose average precision is higher, lower or equal.
       error: standard error of `mean` if groups of seeds are compared, or None.
     """
