@@ -1,1 +1,1 @@
-"""What an evaluation tells beyond MAP: the content of `analysis.npz`, and the result files."""
+"""Measures more than MAP, for `analysis.npz`, and writes the result files of an evaluation."""

@@ -1,4 +1,4 @@
-"""The analysis of an evaluation beyond MAP, `analysis.npz`, and the writing of all results."""
+"""Makes the analysis of an evaluation, `analysis.npz`, and writes all result files."""
 
 import contextlib
 import functools
@@ -36,15 +36,18 @@ def analyse(
     mesh: Mesh,
     config: Config,
 ) -> tuple[Values, Arrays]:
-    """Returns the values and the arrays of `analysis.npz`; see `run.formats`.
+    """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
-    The frames of the split are read again for their qualities and the attention between vectors.
+    Reads the frames of the split again, to compute their qualities and the attention between
+    vectors.
 
     Args:
       models: the models that made the evaluation. If there are several, the analysis has the
         modalities of the first model and no attention.
-      config: of the evaluation. The clips of `data.train_splits` are counted for each identity, if
-        the data have them.
+      evaluation: the scores of the split.
+      mesh: the devices.
+      config: the configuration of the evaluation. If the data contain `data.train_splits`, the
+        training clips of each identity are counted.
     """
     model, split = models[0], evaluation.split
     names = model.system.model.vector_names if len(models) == 1 else ()
@@ -84,12 +87,14 @@ def analyse(
 def look(
     model: TrainedModel, split_name: str, mesh: Mesh, block_size: int, *, attention: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns mean qualities of clips and, if `attention`, the mean attention of the first member.
+    """Returns the mean quality of each clip and, if `attention`, the mean attention of a model.
 
-    Qualities are [N] float64, of the frames of the primary modality. They are 0 for a clip without
-    frames. Column j of the attention [V, V] is what vector j takes from each vector: the mean over
-    the clips that have vector j, or over all clips with `fill_missing`. It is None if the model has
-    no attention, or takes each frame as one example.
+    Returns:
+      The qualities [N] float64: the mean over the clip's frames of the primary modality, 0 for a
+      clip without frames.
+      The attention [V, V] float64 of the first member. Column j contains the weight of each vector
+        in the attention of vector j: the mean over the clips that have vector j, or over all clips
+        with `fill_missing`. If the model has no attention, or each frame is an example, it is None.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
@@ -111,16 +116,16 @@ def look(
             total = (0.0 if total is None else total) + finite[real].sum(axis=0, dtype=np.float64)
     if total is None:
         return quality, None
-    weight = total.sum(axis=0)  # the number of clips in which vector j takes from others
+    weight = total.sum(axis=0)  # the number of clips in which vector j has attention
     return quality, total / np.where(weight > 0, weight, 1.0)
 
 
 @functools.cache
 def import_report(*, wanted: bool) -> None:
-    """Imports in a thread, if `wanted`, what analysis and report use: nearly a second of work."""
+    """If `wanted`, imports the report in a thread: the import takes nearly a second."""
 
     def load() -> None:
-        with contextlib.suppress(ImportError):  # which `write_results` tells of
+        with contextlib.suppress(ImportError):  # `write_results` reports it
             from vidjax.evaluation.report import run_page  # noqa: F401
 
     if wanted:
@@ -137,18 +142,22 @@ def write_results(
     analysed: Callable[[], tuple[Values, Arrays]] | None,
     ends_training: bool = False,
 ) -> None:
-    """Writes ranking and metrics and, if they are wanted, analysis and report.
+    """Writes the ranking and the metrics and, if `analysed` is given, the analysis and the report.
 
-    The analysis and the report of an earlier evaluation of the split are deleted. All processes
-    call `analysed`; the first one writes. Ranking and metrics come first: a fault of analysis or
-    report does not touch them. `finished` is set after the report, so that the same command writes
-    what a killed one did not.
+    Deletes the analysis and the report of an earlier evaluation of the split. All processes call
+    `analysed`, and the first process writes the files. The ranking and the metrics are written
+    first, so an error in the analysis or the report does not change them. `finished` is set after
+    the report is written: if a process is killed before, the same command writes the report.
 
     Args:
-      values: content of `metrics.json`, see `run.formats`.
-      paths: the files of these results.
-      analysed: function that returns the result of `analyse`; None for no analysis and no report.
-      ends_training: True if `values` are those of a training that ends here.
+      folder: the folder of the run.
+      identities: the names of class columns 1..C.
+      evaluation: the scores of the split.
+      values: the content of `metrics.json`, see `schemas.Metrics`.
+      paths: the files of the results.
+      analysed: a function that returns the result of `analyse`. If it is None, no analysis and no
+        report are written.
+      ends_training: True if `values` are the results of a training that ends here.
     """
     if distributed.is_first():
         paths.analysis.unlink(missing_ok=True)
@@ -170,8 +179,8 @@ def write_results(
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes the report of a run; warns if a fault prevents it."""
-    # Not at the top: not every run writes a report.
+    """Writes the report of a run. An error becomes a warning."""
+    # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
     with warning_of_faults(folder.path):
@@ -180,9 +189,10 @@ def write_report(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def warning_of_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception into a warning, since the results are written.
+    """Turns an exception into a warning, because the results are already written.
 
-    A failed write, a signal, and any exception where several processes run are raised.
+    Raises an exception of a failed write or a signal. If there are several processes, raises every
+    exception.
     """
     try:
         yield
@@ -206,10 +216,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ranks a split with the weights of a run; writes the results into its folder and returns them.
 
-    The clips of `data` need not be those of the training, nor have a ground truth. `report` also
-    writes the analysis and the report. Scores do not depend on `num_devices`; None uses all.
-    `metrics.json` keeps the metrics of the training, too. If settings differ from those of the run,
-    `metrics_<split>.json` and so on have the results.
+    `data` may contain other clips than the training data, with or without a ground truth.
+    `metrics.json` keeps the metrics of the training. If the split is not the split of the run, or a
+    changed setting changes scores, the results are written to `metrics_<split>.json` and so on.
+
+    Args:
+      config: the settings of the evaluation.
+      run: the trained run.
+      data: the clips.
+      num_devices: the number of devices, None for all. The scores do not depend on it.
+      report: if True, the analysis and the report are written, too.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -234,7 +250,7 @@ def evaluate(
     return values
 
 
-# Fields that change no score of a clip beyond rounding, or that the name of the result files tells.
+# Fields that change the scores of clips only by rounding, or that select the result files.
 _FREE = (
     *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
     "eval.split",
@@ -242,6 +258,6 @@ _FREE = (
 
 
 def overrides(trained: Config, config: Config) -> dict[str, Any]:
-    """Returns field -> value in `config`, of those that differ from `trained` and change scores."""
+    """Returns field -> value in `config` for the fields that differ and that change scores."""
     changed = config_lib.differences(trained, config)
     return {name: value for name, (_, value) in changed.items() if name not in _FREE}

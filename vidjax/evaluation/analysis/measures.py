@@ -1,4 +1,4 @@
-"""What an analysis measures: MAP by kinds of identities and clips, mistakes, and the open set."""
+"""Measures MAP by kinds of identities and clips, mistakes, and errors with distractors."""
 
 import dataclasses
 import itertools
@@ -17,19 +17,19 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.evaluation.topk import TopK
 
-MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
-DRAWS = 1000  # of the interval of a group, which has one from FEWEST_IDENTITIES on
+MOST_GROUPS = 8  # the most frequent sets of modalities; the remaining sets are one group
+DRAWS = 1000  # of the interval of a group of at least FEWEST_IDENTITIES
 QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
 NUM_WORST = 20  # identities
 NUM_WRONG = 15  # clips of each kind of mistake
 SCORE_BINS, CONFIDENCE_BINS = 40, 10
-RATES = (0.01, 0.1)  # FPIR of the thresholds that are shown
+RATES = (0.01, 0.1)  # FPIR of the thresholds in the report
 RESAMPLES = 1000  # of the bootstrap
 
-Groups = list[tuple[str, np.ndarray]]  # label, and bool: the clips or identities of the group
-Row = dict[str, Any]  # of a table in `run.formats.Analysis`
-Values = dict[str, Any]  # of `run.formats.Analysis`
+Groups = list[tuple[str, np.ndarray]]  # label, and [N] or [C] bool: the members of the group
+Row = dict[str, Any]  # of a table in `schemas.Analysis`
+Values = dict[str, Any]  # of `schemas.Analysis`
 Arrays = dict[str, np.ndarray]
 
 
@@ -40,8 +40,9 @@ class ScoredSplit:
     Attributes:
       top: the best clips of every identity as numpy arrays, best first.
       labels: [N] int, class columns.
+      names: N names of clips.
       pool: [N] bool, the clips that are ranked.
-      positives: [C] int, clips of every identity.
+      positives: [C] int, the number of clips of every identity.
     """
 
     top: TopK
@@ -52,26 +53,26 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """[C, k] int, the class column of every ranked clip; -1 at an empty place."""
+        """The class column of every ranked clip, [C, k] int; -1 at an empty place."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """[C, k] bool, True where a ranked clip shows the identity of its list."""
+        """True where a ranked clip shows the identity of its list, [C, k] bool."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property
     def averages(self) -> np.ndarray:
-        """[C] float64, average precision."""
+        """The average precision of every identity, [C] float64."""
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precisions [n] that count only `chosen`, and the number of these.
+        """Returns average precisions [n] of chosen clips, and the number of chosen clips.
 
-        `chosen` [N] bool are labelled clips. In each list, the identity's other clips are skipped.
-        The n identities are those with a chosen clip.
+        `chosen` [N] bool selects labelled clips. The n identities have a chosen clip. In the list
+        of an identity, its clips that are not chosen are skipped.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -82,9 +83,9 @@ class ScoredSplit:
 
     @cached_property
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """The identity [N] in whose list each clip scores highest, and that score [N].
+        """The identity [N] in whose list each clip scores highest, and the score [N].
 
-        Of equal scores, the first identity wins. A clip in no list has -1 and -inf.
+        If scores are equal, the first identity is taken. A clip in no list has -1 and -inf.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         index, scores, identity = self.top.index[real], self.top.scores[real], np.nonzero(real)[0]
@@ -105,9 +106,11 @@ def strata(
     """Returns tables of MAP over groups of identities, and over groups of clips.
 
     Args:
-      modalities: the inputs of the model, the primary one first.
-      quality: [N] float, mean quality of each clip's frames of the primary modality.
-      train_clips: [C] int, training clips per identity; None where they are not known.
+      scored: the ranking of the split.
+      split: the split.
+      modalities: the inputs of the model, the primary modality first.
+      quality: [N] float, the mean quality of each clip's frames of the primary modality.
+      train_clips: [C] int, the training clips per identity; None if they are not known.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
@@ -150,7 +153,7 @@ def _row(label: str, averages: np.ndarray, clips: int) -> Row:
 
 
 def by_count(counts: np.ndarray) -> Groups:
-    """Groups clips or identities by `counts`, into the ranges that end at COUNTS."""
+    """Divides clips or identities by `counts` into groups whose ranges end at COUNTS."""
     groups, low = [], 0
     for high in COUNTS:
         label = str(high) if low == high else f"{low} to {high}"
@@ -160,7 +163,10 @@ def by_count(counts: np.ndarray) -> Groups:
 
 
 def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Cuts the chosen clips into groups of equal size by value; none where all are equal."""
+    """Divides the chosen clips by value into groups of equal size.
+
+    If all values are equal, there is no group.
+    """
     if not chosen.any():
         return []
     edges = np.unique(np.quantile(values[chosen], np.linspace(0, 1, QUANTILES + 1)))
@@ -172,7 +178,7 @@ def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 
 
 def by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
-    """Groups clips by the set of modalities that they have; rare sets are one group, `others`."""
+    """Groups clips by the set of their modalities. Rare sets form the group `others`."""
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
     common = [value for value, _ in Counter(code[pool].tolist()).most_common(MOST_GROUPS)]
@@ -185,9 +191,10 @@ def by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Group
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Returns [C] int, the training clips per identity; None where no label is known.
+    """Returns the number of training clips of each identity, [C] int.
 
-    The model's data need not be those of its training; `train_splits` that they lack are skipped.
+    A training split that is missing from the model's data is skipped. If no training clip has a
+    label, returns None.
     """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
@@ -201,12 +208,13 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
 
 
 def worst_identities(scored: ScoredSplit) -> list[Row]:
-    """Lists the identities of least average precision, worst first.
+    """Lists the identities with the lowest average precision, worst first.
 
     `lost_to` and `mixed_with` are up to three pairs of an identity and a count of clips:
-    - `lost_to`: other identities in whose lists its clips score highest; -1 for clips in no list.
-    - `mixed_with`: other identities with clips among the first n of its list, where n is the number
-      of its own clips; -1 for distractors.
+    - `lost_to`: other identities in whose lists the identity's clips score highest; -1 for clips in
+      no list.
+    - `mixed_with`: other identities with clips among the first n places of the identity's list,
+      where n is the number of the identity's clips; -1 for distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -231,10 +239,10 @@ def worst_identities(scored: ScoredSplit) -> list[Row]:
 
 
 def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
-    """Lists the clips whose best identity is wrong, those with the highest scores first.
+    """Lists the clips whose best identity is wrong, highest scores first.
 
-    `shows` is the identity in the clip, -1 for a distractor; `identity` is the one in whose list
-    the clip scores highest. Clips in no list are left out.
+    `shows` is the identity in the clip, -1 for a distractor. The clip scores highest in the list of
+    `identity`. Clips in no list are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -253,15 +261,19 @@ def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
     return rows
 
 
-# Known clips against distractors.
+# ---- known clips and distractors
 
 
 def measure_open_set(
     clips: ClipScores, labels: np.ndarray, num_identities: int, *, logs: bool
 ) -> tuple[Values, Arrays]:
-    """Returns values and arrays of the analysis; `labels` [N] int are class columns.
+    """Returns values and arrays of the analysis.
 
-    `logs` is True for scores that are logarithms of probabilities: calibration needs them.
+    Args:
+      clips: the scores of N clips.
+      labels: [N] int, class columns.
+      num_identities: the number of identities that each clip is compared with.
+      logs: True if scores are logarithms of probabilities. Only then is calibration measured.
     """
     arrays = score_histograms(clips, labels) | error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -271,7 +283,10 @@ def measure_open_set(
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of best scores; the first bin has all below the 0.5 % quantile."""
+    """Returns histograms of best scores.
+
+    The first bin starts at the 0.5 % quantile, and includes all lower scores.
+    """
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
         return {}
@@ -287,7 +302,10 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns `fpir` and `fnir` [n] at n thresholds; {} without distractors or known clips."""
+    """Returns `fpir` and `fnir` [n] at n thresholds.
+
+    If there is no distractor or no known clip, returns an empty dict.
+    """
     best, right, known = (part[clips.pool] for part in (clips.best, clips.right, labels > 0))
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
     found = [metrics.identification_errors(best, right, known, fpir=share) for share in shares]
@@ -298,12 +316,15 @@ def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict[str, Any] | None:
-    """Returns thresholds at RATES and their errors; None without a distractor or a known clip.
+    """Returns thresholds at RATES and their errors.
 
-    The interval of FNIR is a bootstrap over people, with all their clips, and over distractors;
-    each resample sets the threshold anew. In simulation the interval holds the true FNIR in 94 to
-    95 % of samples if four or more distractors may pass, in 87 % if one or two may. A rate below
-    1 / (S + 1), for S distractors, gets no threshold and no errors.
+    If there is no distractor or no known clip, returns None. With S distractors, a rate below
+    1 / (S + 1) has no threshold and no errors.
+
+    The interval of FNIR is from a bootstrap over people, with all their clips, and over
+    distractors. Each resample sets a new threshold. In a simulation, the interval contains the true
+    FNIR in 94 to 95 % of samples if four or more distractors may pass, and in 87 % if one or two
+    may pass.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -335,15 +356,19 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
 def resampled_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
 ) -> np.ndarray:
-    """Returns [RESAMPLES] FNIR, each at the threshold that `metrics.threshold_of` sets for `rate`.
+    """Resamples people and distractors; returns the FNIR of each sample, [RESAMPLES] float64.
 
-    `strange` [S] and `known` [n] are float64 scores of distractors and of known clips. Known clips
-    have `right` [n] bool, True for a right best identity, and `people` [n] int, identities.
+    Args:
+      strange: [S] float64, the scores of distractors.
+      known: [n] float64, the scores of known clips.
+      right: [n] bool, True if the best identity of a known clip is right.
+      people: [n] int, the identities of the known clips.
+      rate: the FPIR at which `metrics.threshold_of` would set the threshold of each sample.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
     names, person = np.unique(people, return_inverse=True)
-    place = num - 1 - metrics.num_allowed(num, rate)  # of the best one refused
+    place = num - 1 - metrics.num_allowed(num, rate)  # of the best refused score
     found = []
     for _ in range(RESAMPLES):
         refused = np.partition(strange[rng.integers(0, num, num)], place)[place]
@@ -353,11 +378,12 @@ def resampled_fnir(
 
 
 def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % intervals of `top1` and, with distractors, of `auroc`.
+    """Returns the 95 % interval of `top1` and, if there are distractors, of `auroc`.
 
-    Both are Bayesian bootstraps over people, with all their clips, and an unseen person, as that of
-    MAP; half of the unseen person's clips are right and score above all others, half score below.
-    For `auroc` also over distractors and an unseen one.
+    Both intervals are from a Bayesian bootstrap over people, with all their clips, and over an
+    unseen person, like the interval of MAP. Half of the unseen person's clips are right and score
+    above all distractors; half are wrong and score below. The bootstrap of `auroc` is also over
+    distractors and an unseen distractor.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)
@@ -387,8 +413,10 @@ def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[flo
 def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
     """Compares the probabilities of the best identities with the share that is right.
 
-    Returns [bins, 3] float: clips, mean probability and share that is right, per bin of
-    probability; and the expected calibration error, 0..1. None where no clip has a score.
+    Returns:
+      [bins, 3] float: the number of clips, their mean probability, and the share that is right, per
+        bin of probability.
+      The expected calibration error, 0..1. If no clip has a score, returns None.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """

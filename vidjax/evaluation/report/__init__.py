@@ -1,1 +1,1 @@
-"""Pages made from the files of runs. No jax, no TensorFlow."""
+"""Makes pages from the files of runs. Imports neither JAX nor TensorFlow."""

@@ -1,8 +1,8 @@
-"""Pages of HTML from the templates of this folder, and the numbers, names and figures within them.
+"""Makes HTML pages from the templates in this folder, with numbers, names, tables and figures.
 
-A page loads no other file and runs no script; it fits a screen, a phone or paper, in light or dark.
-Templates escape every text that is no `Markup`, and `Markup.format` escapes its arguments: a name
-from a file can not become an element of the page.
+A page loads no other file and runs no script. It fits a screen, a phone and paper, and has a light
+and a dark theme. Templates escape every text except `Markup`, and `Markup.format` escapes its
+arguments, so a name from a file cannot become an element of the page.
 """
 
 import io
@@ -21,13 +21,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
-LONGEST_WORD = 16  # letters of a word in a table; only longer words may break within
-STACKED = 5  # columns from which a phone shows a row's cells below each other
-NONE = "none"  # a number that is not known
+LONGEST_WORD = 16  # letters; a longer word in a table may be broken
+STACKED = 5  # columns; in a table of at least so many, a phone stacks the cells of a row
+NONE = "none"  # text for an unknown number
 
 
 class Number(Markup):
-    """A number as HTML; a column of numbers is aligned at the right."""
+    """A number as HTML. A column of numbers is aligned at the right."""
 
 
 class Bar(Number):
@@ -35,14 +35,14 @@ class Bar(Number):
 
 
 def plain(value: object) -> str:
-    """Returns a value as text that can be encoded: lone surrogates become question marks."""
+    """Returns a value as text. Lone surrogates become question marks, so it can be encoded."""
     return str(value).encode(errors="replace").decode()
 
 
 def name(value: object) -> Markup:
-    """Returns a name for a table; words of more than `LONGEST_WORD` letters may break.
+    """Returns a name for a table. Words of more than `LONGEST_WORD` letters may be broken.
 
-    A name in a script from right to left does not reorder what stands beside it.
+    A name in a right-to-left script does not reorder the text next to it.
     """
     if isinstance(value, Markup):
         return value
@@ -53,15 +53,15 @@ def name(value: object) -> Markup:
 
 
 def paragraph(words: str, *values: object) -> Markup:
-    """Returns a paragraph of words, in which {} stands for each value; "" for no words."""
+    """Returns a paragraph in which each {} is replaced by a value; "" if `words` is empty."""
     content = Markup.escape(words).format(*values)
     return Markup("<p>{}</p>").format(content) if words else Markup()
 
 
 def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = False) -> Markup:
-    """Returns a number as HTML: shown rounded, with all digits in an attribute for programs.
+    """Returns a number as HTML: the rounded number, and all digits in an attribute for programs.
 
-    `sign` is `+` for a difference. A share in 0..1 is shown as 95 % if `percent`.
+    `sign` is `+` for a difference. With `percent`, a share in 0..1 becomes a text such as 95 %.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Number(NONE) if value is None else Markup.escape(plain(value))
@@ -76,7 +76,7 @@ def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = Fa
 
 
 def bar(value: float | None) -> Number:
-    """Returns a number in 0..1 with a bar of that length."""
+    """Returns a number in 0..1 with a bar of this length."""
     if value is None:
         return Number(NONE)
     share = 100 * min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
@@ -91,16 +91,16 @@ def between(low: float, high: float, digits: int, *, percent: bool = False) -> N
 
 
 def cell(value: object) -> Markup:
-    """Returns `number` of a number or None, HTML unchanged, and `name` of anything else."""
+    """Converts a number or None by `number`, and a text by `name`. HTML stays unchanged."""
     if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
         return name(value)
     return number(value)
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """Returns a table whose values are shown by `cell`, empty without rows.
+    """Returns a table of values that `cell` converts. The first value of a row is its header.
 
-    The first value of a row is its header.
+    If there are no rows, returns empty HTML.
     """
     cells = [[cell(value) for value in row] for row in rows]
     if not cells:
@@ -110,7 +110,7 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
 
 
 def _column_kind(cells: Sequence[Markup]) -> str:
-    """Returns the CSS class of a column: of numbers, of numbers with bars, or "" for text."""
+    """Returns the CSS class of a column: `number`, `number bar`, or "" for text."""
     filled = [value for value in cells if value]
     if not filled or not all(isinstance(value, Number) for value in filled):
         return ""
@@ -128,28 +128,28 @@ ENVIRONMENT.globals |= {"LONGEST_WORD": LONGEST_WORD, "STACKED": STACKED}
 
 
 def parts() -> Any:  # noqa: ANN401
-    """Returns the macros of `parts.html.j2` as attributes: functions that return HTML."""
+    """Returns a module of the macros of `parts.html.j2`, which are functions that return HTML."""
     return ENVIRONMENT.get_template("parts.html.j2").module
 
 
 def beside(kind: str, found: Sequence[Markup]) -> Markup:
-    """Returns `figures` or `tables` (the `kind`) side by side, as many as the page is wide."""
+    """Returns HTML side by side, as far as the width allows. `kind` is `figures` or `tables`."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(found))
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:
-    """Returns a whole page of sections (identifier, heading, content)."""
+    """Returns a page. A section is (identifier, heading, content)."""
     template = ENVIRONMENT.get_template("page.html.j2")
     return plain(template.render(title=title, sections=sections, lead=lead, footer=footer))
 
 
-# Figures: matplotlib drawings as inline SVG, each with a description in words.
+# ---- figures: matplotlib drawings as inline SVG, each with a description in words
 
 MAX_POINTS = 300  # points per curve
-FEW_POINTS = 20  # a curve of at most so many points shows each of them
-MAX_LETTERS = 20  # letters of a name within a figure
-WIDTH = 4.8  # inches: the text of a figure is still readable on a phone
-# Placeholders in the drawing; the page replaces them by colours of its light or dark theme.
+FEW_POINTS = 20  # a curve of at most so many points has a marker at each point
+MAX_LETTERS = 20  # letters of a name in a figure
+WIDTH = 4.8  # inches; the text of a figure is readable on a phone
+# Placeholders in the drawing. `THEME` replaces them by the colours of the light or dark theme.
 INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 THEME = {
     INK: "currentColor",
@@ -188,10 +188,10 @@ def short(value: object) -> str:
 
 
 class Plot:
-    """One figure with one pair of axes."""
+    """A figure with a single pair of axes."""
 
     def __init__(self, height: float = 3.0, *, x: str = "", y: str = ""):
-        """Makes empty axes of a height in inches, with labels; the width is `WIDTH`."""
+        """Makes empty axes with labels. The height is in inches; the width is `WIDTH`."""
         with matplotlib.rc_context(STYLE):
             self.figure = Figure((WIDTH, height), layout="constrained")
             self.axes = self.figure.add_subplot()
@@ -199,32 +199,39 @@ class Plot:
             self.axes.set_ylabel(y)
 
     def curve(self, x: np.ndarray, y: np.ndarray, label: str | None = None) -> None:
-        """Draws a curve of at most MAX_POINTS, evenly spaced; marks each of FEW_POINTS or fewer."""
+        """Draws a curve of at most MAX_POINTS points, with markers if they are FEW_POINTS or fewer.
+
+        If there are more points, evenly spaced points are drawn.
+        """
         shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
         marker = "o" if len(shown) <= FEW_POINTS else ""
         self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
 
     def legend(self) -> None:
-        """Adds the names of the lines above the axes, where they cover nothing."""
+        """Adds the names of the lines above the axes, where they hide no line."""
         with matplotlib.rc_context(STYLE):
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML; `key` is unique on the page, a caption stands below it.
+        """Returns the figure as HTML.
 
-        The description is for a reader who cannot see the figure.
+        Args:
+          key: an identifier that is unique on the page.
+          title: the title.
+          description: a text for a reader who cannot see the figure.
+          caption: the text below the figure; "" for the title.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)
 
     def _svg(self, key: str) -> str:
-        """Returns the drawing as SVG. matplotlib has escaped the texts in it."""
+        """Returns the drawing as SVG. matplotlib escapes the texts."""
         content = io.BytesIO()
         for patch in (self.figure.patch, *(axes.patch for axes in self.figure.axes)):
             patch.set(facecolor="none", edgecolor="none")
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # glyphs that the reader's fonts have
-            FigureCanvasSVG(self.figure).print_svg(content)  # `savefig` draws everything twice
+            warnings.simplefilter("ignore", UserWarning)  # the reader's fonts have the glyphs
+            FigureCanvasSVG(self.figure).print_svg(content)  # `savefig` would draw it twice
         svg = content.getvalue().decode()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
