@@ -1,7 +1,7 @@
-"""The report of a run: `report.html`, and one page per other split, from the files of its folder.
+"""Makes the report of a run from its files: `report.html`, and a page for each other split.
 
-A page needs no other file, no network and no script. No data is read, and no model is run. A
-section is a function of `RunFiles`: it returns HTML, or None to leave the section out.
+A page needs no other file, no network and no script. The report reads no data and uses no model. A
+section is a function of `RunFiles` that returns HTML. If it returns None, the section is left out.
 """
 
 import functools
@@ -47,16 +47,20 @@ TERMS = {
 
 
 class RunFiles(NamedTuple):
-    """The content of a run's folder; a field is empty where its file is absent.
+    """The content of a run's folder. If a file is absent, its field is empty.
 
     Attributes:
+      folder: the folder.
+      config: the configuration of the run.
       lines: the lines of `metrics.jsonl`.
       identities: the names of class columns 1..C.
-      other_metrics: split -> `metrics_<split>.json`, of other splits or other settings.
-      split: the split that the metrics and the analysis are of.
+      other_metrics: split -> `metrics_<split>.json`, for other splits or other settings.
+      split: the evaluated split.
       analysed: the other splits that have an `analysis_<split>.npz`.
-      metrics, values: `metrics.json` as a struct, and as a dict, with metrics that users added.
-      analysis, arrays: the values and the arrays of `analysis.npz`.
+      metrics: `metrics.json` as a struct.
+      values: `metrics.json` as a dict, which includes metrics that users added.
+      analysis: the values of `analysis.npz`.
+      arrays: the arrays of `analysis.npz`.
     """
 
     folder: Path
@@ -72,17 +76,20 @@ class RunFiles(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
     def identity(self, column: int) -> str:
-        """Returns the name of an identity, given its place in `identities`."""
+        """Returns the name at an index of `identities`."""
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
-        """Returns the average precision of each identity of the ground truth, 0 for unknown."""
+        """Returns the average precision of each identity of the ground truth.
+
+        It is 0 for an identity that the run does not know.
+        """
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
 
 def title(run: RunFiles) -> str:
-    """Returns what a run is: its model, modalities and data."""
+    """Returns the model, the modalities and the data of a run as a title."""
     data = _data_of(run) or "unknown data"
     if joined := run.config["join"]["runs"]:
         return f"{len(joined)} runs joined on {data}"
@@ -93,13 +100,13 @@ def title(run: RunFiles) -> str:
 
 
 def lead(run: RunFiles) -> str:
-    """Returns a line on a run: its folder, its split and its date."""
+    """Returns the folder, the evaluated split and the date of a run as a line."""
     date = f"; {run.metrics.date}" if run.metrics.date else ""
     return f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}"
 
 
 def summary(run: RunFiles) -> Markup:
-    """Returns MAP with its interval, tables of results and settings, and the command."""
+    """Returns the MAP with its interval, tables of results and settings, and the command."""
     parts = [_score(run)]
     if run.values and run.analysis.split is None:
         parts.append(html.paragraph("The evaluation was made without an analysis."))
@@ -118,7 +125,7 @@ def summary(run: RunFiles) -> Markup:
 
 
 def _score(run: RunFiles) -> Markup:
-    """Returns the MAP with its interval, or why there is none."""
+    """Returns the MAP with its interval, or the reason why there is no MAP."""
     if not run.values:
         return html.paragraph("The run has no results yet: there is no metrics.json.")
     if run.metrics.map is None:
@@ -140,7 +147,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of another evaluated split, with a link to its page if it has one."""
+    """Returns the cells of another evaluated split. If it has a page, a cell is a link to it."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
@@ -153,7 +160,7 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 
 
 def result_rows(run: RunFiles) -> Rows:
-    """Returns name and value of the results in `metrics.json`, with the intervals of some."""
+    """Returns the names and values of the results in `metrics.json`, with known intervals."""
     labels = [
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
@@ -176,7 +183,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns rows of those values that are there; labels are (key, label, digits)."""
+    """Returns a row for each label (key, label, digits) whose value is known."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -185,7 +192,7 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 
 def run_rows(run: RunFiles) -> Rows:
-    """Returns name and value of the settings of a run."""
+    """Returns the names and values of the settings of a run."""
     own, config = run.metrics, run.config
     settings = {
         "data": _data_of(run),
@@ -200,7 +207,7 @@ def run_rows(run: RunFiles) -> Rows:
         "versions": _listed(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
     if config["join"]["runs"]:
-        del settings["trained on"], settings["modalities"]  # the defaults, which no run reads
+        del settings["trained on"], settings["modalities"]  # a joined run does not use them
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
@@ -217,7 +224,7 @@ def _listed(values: Iterable[object] | None) -> str:
 
 
 def _data_of(run: RunFiles) -> str:
-    """Returns the name of a dataset; with size and seed if it is generated, else its folder."""
+    """Returns the title of a dataset. If it has none, returns its source and folder."""
     values = run.config["data"] | run.values.get("data", {})
     if values.get("title"):
         return str(values["title"])
@@ -227,7 +234,7 @@ def _data_of(run: RunFiles) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns an explanation of the terms; None without ground truth."""
+    """Returns an explanation of the terms. If there is no ground truth, returns None."""
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -237,7 +244,7 @@ def reading(run: RunFiles) -> Markup | None:
 
 
 def learning(run: RunFiles) -> Markup | None:
-    """Returns curves over the epochs; None for a model that is trained without an optimiser."""
+    """Returns curves over the epochs. If the model needs no optimiser, returns None."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
@@ -316,7 +323,7 @@ def _worst_identities(run: RunFiles) -> Markup:
     rows = []
     for row in run.analysis.worst or ():
         if row.ap == 1:
-            continue  # nothing was lost
+            continue  # no mistakes
         counts = () if trained is None else (int(trained[row.identity]),)
         others = named(row.lost_to, "no list"), named(row.mixed_with, "distractors")
         rows.append((run.identity(row.identity), html.bar(row.ap), row.clips, *counts, *others))
@@ -351,7 +358,7 @@ def mistakes(run: RunFiles) -> Markup | None:
 
 
 def strata(run: RunFiles) -> Markup | None:
-    """Returns a table of MAP for every way to divide identities or clips into groups."""
+    """Returns tables of MAP by groups of identities and by groups of clips."""
     if "ap" not in run.arrays:
         return None
 
@@ -378,7 +385,7 @@ def strata(run: RunFiles) -> Markup | None:
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, errors by threshold with a table, and the calibration."""
+    """Returns histograms of scores, curves and a table of errors, and the calibration."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -506,9 +513,12 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes a page for every analysed split; returns the path of the run's own, `report.html`.
+    """Writes a page for every analysed split, and returns the path of `report.html`.
 
-    A page is written whole or not at all. Missing or damaged files of a run are a UserError.
+    A page is written completely or not at all.
+
+    Raises:
+      UserError: a file of the run is missing or damaged.
     """
     run = load(folder)
     for split in run.analysed:
@@ -520,7 +530,11 @@ def write(folder: RunFolder) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """Returns the page as HTML; UserError if files, each valid, are of different evaluations."""
+    """Returns the page as HTML.
+
+    Raises:
+      UserError: the files are valid, but come from different evaluations.
+    """
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(
@@ -539,7 +553,7 @@ def render(run: RunFiles) -> str:
 
 
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
-    """Reads the files of a run, with the results of its own split, or of the split `other`."""
+    """Reads the files of a run with the results of the split `other`, or of its own."""
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
     analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})
