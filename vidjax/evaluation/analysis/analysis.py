@@ -224,7 +224,7 @@ def evaluate(
       config: the settings of the evaluation.
       run: the trained run.
       data: the clips.
-      num_devices: the number of devices, None for all. The scores do not depend on it.
+      num_devices: the number of devices; None: all. The scores do not depend on it.
       report: if True, the analysis and the report are written, too.
     """
     began = time.monotonic()

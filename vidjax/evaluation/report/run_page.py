@@ -224,7 +224,7 @@ def _listed(values: Iterable[object] | None) -> str:
 
 
 def _data_of(run: RunFiles) -> str:
-    """Returns the title of a dataset. If it has none, returns its source and folder."""
+    """Returns the title of a dataset. If it has none, returns its name and folder."""
     values = run.config["data"] | run.values.get("data", {})
     if values.get("title"):
         return str(values["title"])
