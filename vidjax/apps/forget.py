@@ -25,13 +25,13 @@ from vidjax.data.untrusted.names import escape, fold, normal_form, unescape
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 
-INDEX_BYTES = 512 * files.MB  # of the names of a conversion, or of the training clips of a run
+INDEX_BYTES = 512 * files.MB  # of the index of a conversion, or of a file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
-MAX_COMPARED_NAMES = 20_000  # to find a similar spelling, which takes a second
+MAX_COMPARED_NAMES = 20_000  # a search for similar spellings of so many takes a second
 MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # larger files are searched only for UTF-8
-# grep keeps a line in memory, and a file may be a single long line: then it ends with an error.
+# grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
 GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
 # Endings of compressed files -> words of a command that prints the content of such a file.
 UNPACK = {
@@ -84,7 +84,13 @@ class Place(NamedTuple):
 
 
 class Forgotten(NamedTuple):
-    """The places with a name; all names in their normal form; name -> a similar other name."""
+    """The result of a search.
+
+    Attributes:
+      found: the places that contain a name or could not be searched.
+      names: all searched names in their normal form.
+      similar: name -> another name with a similar spelling.
+    """
 
     found: list[Place]
     names: set[str]
@@ -99,7 +105,7 @@ class Others:
         self._near, self._few = dict[str, str](), set[str]()
 
     def add(self, names: set[str]) -> None:
-        """Adds names in their normal form."""
+        """Adds names, which must be in their normal form."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
                 self._near[own] = min(name, self._near.get(own, name))
@@ -107,7 +113,7 @@ class Others:
             self._few |= names
 
     def similar(self, *, closely: bool) -> dict[str, str]:
-        """Returns wanted name -> a name that looks like it, or is spelled like it."""
+        """Returns wanted name -> a name that looks the same or, if `closely`, is spelled alike."""
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
 
@@ -121,7 +127,7 @@ def forget(
 ) -> Forgotten:
     """Finds people, their clips, and given clips in all folders below `places`.
 
-    With `delete`, clips are deleted from galleries, and records with such clips are deleted.
+    With `delete`, the clips are deleted from galleries, and records with these clips are deleted.
     """
     found: list[Place] = []
     folders: dict[Path, str] = {}
@@ -208,7 +214,7 @@ def _search_gallery(
     All names of people and clips in the gallery are added to `known`.
 
     Returns:
-      The gallery as a place, or nothing; and the names of the clips.
+      A list with the gallery, or an empty list; and the names of the clips.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -260,7 +266,11 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
 
 
 def _lines(content: bytes) -> Iterator[str]:
-    """Yields the lines of a text. Too many lines are a UserError."""
+    """Yields the lines of a text.
+
+    Raises:
+      UserError: the text has too many lines.
+    """
     if content.count(b"\n") > MAX_NAMES_IN_INDEX:
         raise UserError(f"more than {MAX_NAMES_IN_INDEX:,} names")
     for line in io.BytesIO(content):

@@ -84,7 +84,7 @@ def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a SavedModel with one operation, which TensorFlow runs with XLA.
+    """Writes a SavedModel with a single operation, which TensorFlow runs with XLA.
 
     TensorFlow and TF Serving can load it. TensorFlow Lite and runtimes without XLA cannot. The
     weights are variables, because constants of a graph are limited to 2 GB and are copied dozens of

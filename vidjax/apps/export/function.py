@@ -1,4 +1,4 @@
-"""A run as one function from frames to scores, and random clips to check an exported function.
+"""Makes a run a function from frames to scores, and makes random clips to check an export.
 
 The function contains the fusion, the net, all ensemble members and their mean. It is exported to
 other runtimes. Its inputs are float32 or bool arrays with names MODALITY_FIELD, see `FIELDS`, of B
@@ -30,7 +30,7 @@ BATCH = "B"
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
 TOLERANCE = 1e-5  # largest difference, relative to max(1, |value|)
 LENGTHS = (5, 1, 9, 3)  # frames of the random clips
-UNEVEN_LENGTH = 6  # frames of one more clip, whose last modality has a single frame
+UNEVEN_LENGTH = 6  # frames of an additional clip, whose last modality has a single frame
 LARGEST = 1 << 31  # bytes of a file with a program, the limit of protocol buffers and flat buffers
 
 Inputs = Mapping[str, Array]
@@ -104,7 +104,8 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
         order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
         return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
 
-    # A loop of one round, or of none if all clips are short. Our ONNX graphs have no conditionals.
+    # A loop of at most a single round, because `onnx_graph` has no conditionals. If all clips are
+    # short, it has no round.
     long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
     return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
 
@@ -250,7 +251,7 @@ def check(
 ) -> float:
     """Compares a loaded model with the run on random clips; returns the largest difference.
 
-    The batches have one or several clips, and two different lengths.
+    The batches have a single clip or several clips, and two different lengths.
 
     Raises:
       UserError: the outputs differ by more than TOLERANCE.
