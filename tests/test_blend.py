@@ -240,7 +240,7 @@ def test_the_command_line(runs, load, tmp_path, command):
         assert command("--mode=evaluate", *bad).refused(message)
 
 
-@pytest.mark.filterwarnings("ignore:.*other modalities lie beside")
+@pytest.mark.filterwarnings("ignore:.*the data have other modalities")
 def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     """Where config.data.dir is set it stands for that of every run, and scores do not change."""
     found = []

@@ -281,7 +281,7 @@ def test_a_bad_table_does_not_keep_the_others_from_answers(say, people, day, tmp
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [(None, "--out=FOLDER"), ("answers.csv", "--out=FOLDER"), ("day", "name another one")],
+    [(None, "--out=FOLDER"), ("answers.csv", "--out=FOLDER"), ("day", "name another folder")],
 )
 def test_results_need_a_folder_of_their_own(say, people, day, tmp_path, out, message):
     words = ["gallery", "identify", people, f"--input={day}"]

@@ -26,7 +26,7 @@ HABIT = re.compile(
     re.IGNORECASE,
 )
 # Names that say nothing about the thing, and how often the library may still use them.
-VAGUE = {"found": 90, "one": 370}
+VAGUE = {"found": 90, "one": 310}
 
 
 def read_prose(path):
@@ -43,7 +43,10 @@ def read_prose(path):
             yield number, "".join(cell["source"])
     else:
         for number, line in enumerate(text.splitlines(), 1):
-            if not line.startswith("| ") or path.name != "CONTRIBUTING.md":  # examples of the habit
+            # Rows of CONTRIBUTING show the habit; rows of benchmarks are written by scripts.
+            if not line.startswith("| ") or not path.match(".github/*") | path.match(
+                "benchmarks/*"
+            ):
                 yield number, re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)  # names and quotations
 
 

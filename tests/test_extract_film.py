@@ -130,7 +130,7 @@ def test_a_track_has_the_place_of_its_best_face(tmp_path, drawn, degrees):
 def test_a_slow_film_is_told(tmp_path, drawn):
     films.write(tmp_path / "slow.mkv", [picture([("Ada", 50, 40)])] * 3, "ffv1", fps=1)
     _, said = drawn.extract(tmp_path / "slow.mkv")
-    assert "fewer than 2 pictures a second" in said
+    assert "fewer than 2 pictures per second" in said
     (told,) = features_folder.read_films(drawn.out)
     assert [(one.start_s, one.end_s, one.seen) for one in told.tracks] == [(0, 3, 3)]
 

@@ -788,8 +788,8 @@ def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
 def test_a_file_with_two_names_is_not_changed(gallery, tmp_path):
     """The other name would go on holding who is removed."""
     os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
-    refused(lambda: gallery.remove(identity=["person 7"]), "several names")
-    refused(lambda: gallery.add({"x": make_clip(1, "x")}), "several names")
+    refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
+    refused(lambda: gallery.add({"x": make_clip(1, "x")}), "hard links")
 
 
 # ---- a gallery of another day

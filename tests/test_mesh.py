@@ -105,7 +105,7 @@ def test_a_run_goes_on_on_another_number_of_devices(data, tmp_path):
 
 def test_more_devices_than_there_are_are_one_error():
     for number in (0, 9):
-        with pytest.raises(ValueError, match=f"num_devices={number}: there are 8"):
+        with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
             devices.make_mesh(number)
 
 

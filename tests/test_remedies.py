@@ -87,7 +87,7 @@ PARSED = [
     ("evaluate --workdir='my own'", r"vidjax (train .*)", "{}"),
     ("gallery add g --input=x", r"vidjax (gallery .*)\?", "{}"),
     ("gallery delete g --clip='a b'", r"vidjax (gallery .*)\?", "{}"),
-    ("train --config=knn --resume", r"(leave it out)", "train --config=knn"),
+    ("train --config=knn --resume", r"(leave the flag out)", "train --config=knn"),
 ]
 
 

@@ -311,7 +311,7 @@ def test_checkpoints_elsewhere_are_neither_read_nor_cleared(tmp_path):
     assert [path.name for path in outside.rglob("*")] == ["keep"]
     (folder / "checkpoints").rename(tmp_path / "moved")
     (folder / "checkpoints").symlink_to(tmp_path / "moved")
-    with pytest.raises(checkpoint.CheckpointError, match="put the folder"):
+    with pytest.raises(checkpoint.CheckpointError, match="replace the link by the folder"):
         checkpoint.find(folder)
 
 

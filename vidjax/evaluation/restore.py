@@ -254,8 +254,8 @@ def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | N
     if now.get("modalities") != before.get("modalities"):  # the digest covers all modalities
         kinds.remove("features")
         warn(
-            f"{split}: other modalities lie beside those that the run reads: whether its "
-            "features are as they were cannot be told"
+            f"{split}: the data have other modalities than before, so vidjax cannot check "
+            "whether the features of the run are unchanged"
         )
     others = [kind for kind in kinds if now[kind] != before[kind]]
     return f"{split} has other {' and '.join(others)}" if others else ""

@@ -423,8 +423,8 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     first = [split.clips[clip] for clip in np.flatnonzero(nan)[:3]]
     message = (
         f"{count} of {total} clips of {split.name} have scores of NaN, such as {', '.join(first)}\n"
-        "their features, or those of the training clips, are too large for float32: divide them by "
-        "a constant"
+        "their features or the features of training clips are too large for float32: divide them "
+        "by a constant"
     )
     if count == total:
         raise UserError(message)

@@ -68,7 +68,7 @@ def clean_identity(name: str) -> str:
     """
     if name != name.strip() and name.strip():
         raise UserError(
-            f"identity '{show(name)}' has leading or trailing blanks: remove them (strip)"
+            f"identity '{show(name)}' has leading or trailing blanks: remove them with strip()"
         )
     name = normal_form(check_name(name, "identity"))
     if name.isprintable():  # no letter is of the category Cf

@@ -435,8 +435,8 @@ def _thresholds(run: RunFiles, found: schemas.OpenSet) -> Markup:
     words = (
         "The interval of FPIR is exact, from the beta distribution of the order statistic. The "
         "interval of FNIR is from a bootstrap of {} resamples of the people, with all their clips, "
-        "and of the distractors, which set the threshold anew; where fewer than four distractors "
-        "pass it is too narrow."
+        "and of the distractors. Each resample sets its threshold. If fewer than four distractors "
+        "pass, the interval is too narrow."
     )
     return Markup().join([*parts, html.paragraph(words, html.number(found.resamples))])
 
