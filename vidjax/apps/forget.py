@@ -351,13 +351,13 @@ def _search_files(
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     own = "it is yours: delete it"
-    found = [Place("file", path, "its name is one of the names", own) for path in sorted(named)]
+    places = [Place("file", path, "its name is one of the names", own) for path in sorted(named)]
     closed, read = [], []
     for path, is_file in paths.items():
         if not is_file or path.is_symlink() or path in named or named.intersection(path.parents):
             continue
         if not os.access(path, os.R_OK):
-            found.append(Place("unread", path, "the file may not be read", "search it yourself"))
+            places.append(Place("unread", path, "the file may not be read", "search it yourself"))
             continue
         read.append(path)
         closed += [path] if _unpack(path) else []
@@ -368,13 +368,13 @@ def _search_files(
             held |= {*_grep("-liZwF", patterns, some)}
             held |= {*_grep("-liaZP", _encoded(given), small, locale="C")}
         except OSError as error:
-            found.append(_unread(some[0].parent, error))
+            places.append(_unread(some[0].parent, error))
     inside = "it is yours: delete it, or take the name out"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
-    found += [Place("file", path, "it contains one of the names", inside) for path in holding]
+    places += [Place("file", path, "it contains one of the names", inside) for path in holding]
     packed = [path for path in closed if path not in holding]
     about = "it is compressed", "search it by the command below"
-    return found + [Place("unread", path, *about) for path in packed]
+    return places + [Place("unread", path, *about) for path in packed]
 
 
 def _grep(
@@ -409,11 +409,13 @@ def _spellings(names: Iterable[str]) -> list[str]:
 def _encoded(names: Iterable[str]) -> bytes:
     """Returns a pattern for `grep -P`: the names in UTF-16, UTF-32 and Windows-1252."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
-    found = {form.encode(way) for form in forms for way in ("utf-16-le", "utf-16-be", "utf-32-le")}
+    wide = ("utf-16-le", "utf-16-be", "utf-32-le")
+    spellings = {form.encode(encoding) for form in forms for encoding in wide}
     for form in (form for form in forms if not form.isascii()):
         with contextlib.suppress(UnicodeEncodeError):
-            found.add(form.encode("cp1252"))
-    return "|".join("".join(f"\\x{byte:02x}" for byte in one) for one in sorted(found)).encode()
+            spellings.add(form.encode("cp1252"))
+    escaped = ("".join(f"\\x{byte:02x}" for byte in spelling) for spelling in sorted(spellings))
+    return "|".join(escaped).encode()
 
 
 def _unpack(path: Path) -> str | None:
@@ -422,12 +424,12 @@ def _unpack(path: Path) -> str | None:
     return next(endings, None)
 
 
-def commands(names: Iterable[str], found: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns a command for each kind of compressed file in `found`.
+def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
+    """Returns a command for each kind of compressed file in `unread`.
 
     A command prints the paths of the compressed files that contain one of the names.
     """
-    kinds = {_unpack(one.path) for one in found if one.kind == "unread"}
+    kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_spellings(names))})"
     lines = []
     for ends, unpack in UNPACK.items():

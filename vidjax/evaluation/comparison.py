@@ -202,20 +202,20 @@ def read(name: str, split: str | None = None) -> RankedRun:
     split = split or str(config.eval.split)
     paths = folder.paths(split)
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
-    metrics, found = folder.metrics(paths), folder.analysis(paths)
+    metrics, analysed = folder.metrics(paths), folder.analysis(paths)
     if metrics and metrics.get("map") is None:
         reason = results_lib.unmeasured(config.to_dict(), folder.path)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"
         )
-    if not metrics or found is None:
+    if not metrics or analysed is None:
         missing = (paths.analysis if metrics else paths.metrics).name
         raise UserError(f"'{name}' has no results on split '{split}' ({missing})\n{remedy}")
     for key in ("map_kind", "num_clips"):
         if metrics.get(key) is None:
             raise UserError(f"'{paths.metrics}' is damaged: no {key}\n{remedy}")
-    (analysis, arrays), identities = found, folder.identities
+    (analysis, arrays), identities = analysed, folder.identities
     if len(identities) != len(arrays.get("ap", ())):
         counts = f"lists {len(identities)} identities, {paths.analysis.name} has others"
         raise UserError(f"'{name}': identities.json {counts}\n{remedy}")

@@ -186,15 +186,15 @@ class Predictor(NamedTuple):
             )
         request = self.request(clips, split)
         limit = self.threshold if threshold is None else threshold
-        found = {}
+        names_of = {}
         for name, row in zip(request.names, self._scores(request), strict=True):
             best = np.argsort(-row, kind="stable")[:k]
-            found[name] = [
+            names_of[name] = [
                 (self.identities[column], float(row[column]))
                 for column in best.tolist()
                 if row[column] > -np.inf and (limit is None or row[column] >= limit)
             ]
-        return found
+        return names_of
 
     def scores(
         self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
@@ -288,8 +288,8 @@ class Predictor(NamedTuple):
     def digest(self) -> str:
         """The hexadecimal sha256 of all that determines scores and embeddings, except the clips."""
         names = ("files", "identities_sha256", "members_sha256")
-        found = {name: self.manifest[name] for name in names}
-        return files.sha256_json([found, config_io.to_json(self.config)])
+        digests = {name: self.manifest[name] for name in names}
+        return files.sha256_json([digests, config_io.to_json(self.config)])
 
     def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
         """Reads the clips of a folder or a parquet table, see `memory.load_clips`."""
@@ -309,8 +309,8 @@ class Predictor(NamedTuple):
         if not isinstance(clips, MemoryClips):
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
-            found, quality = cast(Clips, clips), self.config.data.quality
-            clips = MemoryClips.from_dict(found, self.modalities, self.identities, quality)
+            arrays, quality = cast(Clips, clips), self.config.data.quality
+            clips = MemoryClips.from_dict(arrays, self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)

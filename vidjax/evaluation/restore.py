@@ -81,10 +81,10 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
       ValueError: `config.modalities` are not the modalities of the run.
     """
     workdir = folder.path
-    found = checkpoint.find(workdir, config.eval.checkpoint)
-    if found is None:
+    saved = checkpoint.find(workdir, config.eval.checkpoint)
+    if saved is None:
         raise CheckpointError(f"no checkpoint in '{workdir}'; train first")
-    manifest = found.manifest
+    manifest = saved.manifest
     check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
     if spoilt := changes(old, folder.config):
@@ -111,7 +111,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
             f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
             f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"
         )
-    return FoundRun(folder, found, task, identities, training_sets)
+    return FoundRun(folder, saved, task, identities, training_sets)
 
 
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
@@ -128,8 +128,8 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
     """Reads the task of a run from the manifest of a checkpoint."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
-    found = (task.settings or {}).items()
-    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in found}
+    fields = (task.settings or {}).items()
+    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in fields}
     return task._replace(settings=settings or None)
 
 
@@ -212,12 +212,12 @@ def _companion(path: Path, read: Callable[[], T], digest: Callable[[T], str], wa
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
-        found = read()
+        data = read()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(error).splitlines()[0]}\n{REMEDY}") from error
-    if digest(found) != wanted:
+    if digest(data) != wanted:
         raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
-    return found
+    return data
 
 
 def _digest(identities: Sequence[str]) -> str:

@@ -114,8 +114,8 @@ class ModelScorer:
     def _judges(self, block: Batch) -> np.ndarray:
         """Returns [E] bool, True for the members that may score a clip; member 0 if none may."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
-        found = np.any(self.use[:, clips[real]], axis=1)
-        return found if np.any(found) else np.arange(len(found)) == 0
+        used = np.any(self.use[:, clips[real]], axis=1)
+        return used if np.any(used) else np.arange(len(used)) == 0
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -354,9 +354,9 @@ def score(
                     alone[number].flush()
             before = best
             for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
-                found = blend(each, [model.weight for model in models]) if several else each[0]
-                ranking.add((found, block.clip_index, block.batch_mask))
-                best = _add_best(best, labels, found, block.clip_index, block.batch_mask)
+                scores = blend(each, [model.weight for model in models]) if several else each[0]
+                ranking.add((scores, block.clip_index, block.batch_mask))
+                best = _add_best(best, labels, scores, block.clip_index, block.batch_mask)
                 progress.advance(int(np.sum(devices.fetch(block.batch_mask))))
             jax.block_until_ready(before)  # lags a window behind, so that the devices never wait
             check()

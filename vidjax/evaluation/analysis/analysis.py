@@ -105,14 +105,14 @@ def look(
     blocks = (block for (own,) in windows([model], split_name, block_size, mesh) for block in own)
     for block in blocks:
         frames = block.frames[model.modalities[0]]
-        found = step(params, model_state, view, block) if attention else None
-        given, mask, clips, real, found = devices.fetch(
-            (frames.quality, frames.mask, block.clip_index, block.batch_mask, found)
+        attended = step(params, model_state, view, block) if attention else None
+        given, mask, clips, real, attended = devices.fetch(
+            (frames.quality, frames.mask, block.clip_index, block.batch_mask, attended)
         )
         usable = np.where(mask & np.isfinite(given), given, 0.0).sum(axis=1, dtype=np.float64)
         quality[clips[real]] = (usable / np.maximum(mask.sum(axis=1), 1))[real]
-        if found is not None:
-            finite = np.where(np.isfinite(found), found, 0.0)
+        if attended is not None:
+            finite = np.where(np.isfinite(attended), attended, 0.0)
             total = (0.0 if total is None else total) + finite[real].sum(axis=0, dtype=np.float64)
     if total is None:
         return quality, None
@@ -167,9 +167,9 @@ def write_results(
         folder.write_metrics({**values, **pending}, paths)
     if analysed:
         with warning_of_faults(folder.path):
-            found = analysed()
+            analysis = analysed()
             if distributed.is_first():
-                results.save_analysis(paths.analysis, *found)
+                results.save_analysis(paths.analysis, *analysis)
     if not distributed.is_first():
         return
     if analysed:

@@ -115,8 +115,8 @@ def strata(
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
     def table(by: str, groups: Groups) -> Row:
-        found = [(label, *scored.averages_among(chosen & ranked)) for label, chosen in groups]
-        return {"by": by, "rows": [_row(*group) for group in found if len(group[1])]}
+        rows = [(label, *scored.averages_among(chosen & ranked)) for label, chosen in groups]
+        return {"by": by, "rows": [_row(*group) for group in rows if len(group[1])]}
 
     tables = []
     if train_clips is not None:
@@ -308,8 +308,8 @@ def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
     """
     best, right, known = (part[clips.pool] for part in (clips.best, clips.right, labels > 0))
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
-    found = [metrics.identification_errors(best, right, known, fpir=share) for share in shares]
-    errors = [error for error in found if error]
+    tries = [metrics.identification_errors(best, right, known, fpir=share) for share in shares]
+    errors = [error for error in tries if error]
     return {
         name: np.array([getattr(x, name) for x in errors]) for name in ("fpir", "fnir") if errors
     }
@@ -369,12 +369,12 @@ def resampled_fnir(
     num = len(strange)
     names, person = np.unique(people, return_inverse=True)
     place = num - 1 - metrics.num_allowed(num, rate)  # of the best refused score
-    found = []
+    rates = []
     for _ in range(RESAMPLES):
         refused = np.partition(strange[rng.integers(0, num, num)], place)[place]
         weight = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))[person]
-        found.append(1 - (right & (known > refused)) @ weight / weight.sum())
-    return np.array(found)
+        rates.append(1 - (right & (known > refused)) @ weight / weight.sum())
+    return np.array(rates)
 
 
 def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -401,13 +401,13 @@ def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[flo
             mass = below + np.append(0.0, np.cumsum(rng.standard_exponential(len(strange))))
             share = (mass[lower] + mass[upper]) / 2 / (mass[-1] + above)
             drawn["auroc"].append((weight @ share + half) / total)
-    found = {}
+    intervals = {}
     for name, values in drawn.items():
         value = metrics.CLIP_METRICS[name].fn(clips, labels)
         if values and value is not None:
             low, high = np.quantile(values, [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2])
-            found[name] = min(float(low), value), max(float(high), value)
-    return found
+            intervals[name] = min(float(low), value), max(float(high), value)
+    return intervals
 
 
 def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:

@@ -132,9 +132,9 @@ def parts() -> Any:  # noqa: ANN401
     return ENVIRONMENT.get_template("parts.html.j2").module
 
 
-def beside(kind: str, found: Sequence[Markup]) -> Markup:
+def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
     """Returns HTML side by side, as far as the width allows. `kind` is `figures` or `tables`."""
-    return Markup('<div class="{}">{}</div>').format(kind, Markup().join(found))
+    return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:

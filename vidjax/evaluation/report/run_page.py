@@ -392,8 +392,8 @@ def open_set(run: RunFiles) -> Markup | None:
     parts = [
         html.beside("figures", [draw(run) for name, draw in shown.items() if name in run.arrays])
     ]
-    if found := run.analysis.open_set:
-        parts.append(_thresholds(run, found))
+    if open_set := run.analysis.open_set:
+        parts.append(_thresholds(run, open_set))
     if "fpir" not in run.arrays:
         words = "There are no errors by threshold: the split has no distractor."
         parts.append(html.paragraph(words))
@@ -403,19 +403,24 @@ def open_set(run: RunFiles) -> Markup | None:
     return Markup().join(parts)
 
 
-def _thresholds(run: RunFiles, found: schemas.OpenSet) -> Markup:
+def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
     share = functools.partial(html.number, percent=True)
     rows, notes = [], []
     words = "{} distractors cannot show a rate of {}, which takes {} or more: it has no threshold."
-    for row in found.rates:
+    for row in open_set.rates:
         if row.threshold is None:
-            counts = html.number(found.num_strange), share(row.rate, 1), html.number(row.fewest)
+            counts = html.number(open_set.num_strange), share(row.rate, 1), html.number(row.fewest)
             notes.append(html.paragraph(words, *counts))
             continue
         fpir = share(row.fpir, 2), html.between(row.fpir_low, row.fpir_high, 2, percent=True)
         fnir = share(row.fnir, 1), html.between(row.fnir_low, row.fnir_high, 1, percent=True)
         rows.append((share(row.rate, 1), html.number(row.threshold), *fpir, *fnir))
-    counts = (found.num_known, found.num_people, found.num_strange, found.num_identities)
+    counts = (
+        open_set.num_known,
+        open_set.num_people,
+        open_set.num_strange,
+        open_set.num_identities,
+    )
     words = (
         "{} clips of {} known people and {} distractors, each compared with {} identities. The "
         "best score of a distractor depends on the number of identities, so a gallery of this run "
@@ -438,7 +443,7 @@ def _thresholds(run: RunFiles, found: schemas.OpenSet) -> Markup:
         "and of the distractors. Each resample sets its threshold. If fewer than four distractors "
         "pass, the interval is too narrow."
     )
-    return Markup().join([*parts, html.paragraph(words, html.number(found.resamples))])
+    return Markup().join([*parts, html.paragraph(words, html.number(open_set.resamples))])
 
 
 def _score_histograms(run: RunFiles) -> Markup:
