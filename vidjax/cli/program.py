@@ -205,26 +205,44 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
 def load(name: str) -> Callable[[Parser], None]:
     """Returns the function that adds the flags of a command.
 
-    The modules of the commands are imported here, so that `vidjax --version` imports none of them.
-    They import JAX and TensorFlow only when the command runs.
+    Galleries and films work without the packages that the commands for runs import.
     """
-    if name == "gallery":  # it works without the packages that the other commands import
-        from vidjax.cli import gallery_commands
+    match name:
+        case "gallery":
+            from vidjax.cli import gallery_commands
 
-        return gallery_commands.add_flags
+            return gallery_commands.add_flags
+        case "extract":
+            from vidjax.cli import extract_command
+
+            return extract_command.add_flags
+        case "who":
+            from vidjax.cli import who_command
+
+            return who_command.add_flags
+        case "convert":
+            from vidjax.cli import convert_command
+
+            return convert_command.add_flags
+        case "score":
+            from vidjax.cli import score_command
+
+            return score_command.add_flags
+        case "forget":
+            from vidjax.cli import forget_command
+
+            return forget_command.add_flags
+        case "export" | "import":
+            from vidjax.cli import export_commands as commands
+
+            return commands.add_export_flags if name == "export" else commands.add_import_flags
     from vidjax.cli import (
         check_command,
         compare_command,
         config_command,
-        convert_command,
-        export_commands,
-        extract_command,
-        forget_command,
         rank_command,
         run_commands,
-        score_command,
         serve_command,
-        who_command,
     )
 
     return {
@@ -236,14 +254,7 @@ def load(name: str) -> Callable[[Parser], None]:
         "report": run_commands.add_report_flags,
         "check": check_command.add_flags,
         "config": config_command.add_flags,
-        "score": score_command.add_flags,
-        "extract": extract_command.add_flags,
-        "convert": convert_command.add_flags,
-        "who": who_command.add_flags,
         "serve": serve_command.add_flags,
-        "export": export_commands.add_export_flags,
-        "import": export_commands.add_import_flags,
-        "forget": forget_command.add_flags,
     }[name]
 
 
