@@ -460,10 +460,11 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
     """Refuses a folder without any of the people of earlier calls: they would all be forgotten."""
     enrolled = [photo for clip in gallery.clips if (photo := Photo.of(clip))]
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
-    if not photos or not before or before & {*photos}:
-        return
+    is_person = normal_form(people.resolve().name) in before
+    if not photos or before & {*photos} or len(before) < 2 - is_person:
+        return  # a single person may be replaced
     remedy = "call once with an empty folder to forget them, or name another --out"
-    if normal_form(people.resolve().name) in before:
+    if is_person:
         above = shlex.quote(messages.shown(people.resolve().parent))
         remedy = f"it is the folder of one person; name the folder above: --people={above}"
     names = ", ".join(map(show, sorted(before)[:5]))
