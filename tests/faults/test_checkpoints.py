@@ -343,7 +343,7 @@ def test_more_epochs_go_on_and_a_kill_leaves_the_run_unfinished(
 
 @pytest.mark.slow
 def test_another_list_of_identities_is_refused(config, data, parts):
-    with pytest.warns(UserWarning, match="no class"):
+    with pytest.warns(UserWarning, match="without a class"):
         data = data.with_identities(("999", *data.identities[1:]))
     with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
         run(config, parts, data)
