@@ -20,6 +20,7 @@ from vidjax.apps.video.features_folder import Box, Film, FilmTrack
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 
+TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
 GAP_SECONDS = 2.0  # two sightings of a person with a shorter gap are one appearance
 SUBTITLES = (".vtt", ".srt")
 FORMATS = (*SUBTITLES, ".rttm")
@@ -33,9 +34,6 @@ COLUMNS = {
     "probability": "float64", "clips": "string", "evidence": "string",
     "box": "string", "box_at": "float64", "path": "string", "date": "string",
 }  # fmt: skip
-
-
-TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
 
 
 class Appearance(NamedTuple):

@@ -143,8 +143,8 @@ def extract_folders(
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}
-    jobs: list[_Job] = []
     with contextlib.ExitStack() as locked:
+        jobs: list[_Job] = []
         for out, inputs in paths.items():
             listed = list_files(inputs)
             say_left_out(inputs)
@@ -158,29 +158,38 @@ def extract_folders(
             stems = _prepare_folder(out, listed, drop, thumbnails)
             jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
 
-        twins = Counter(job.path.name for job in jobs)
-        label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
-        left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
-        batches = _make_batches(jobs, workers)
-        num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+        return _process_jobs(jobs, models, workers, check, done)
 
-        def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
-            number, batch = numbered  # the batches of films come first
-            title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
-            outcomes = _extract_batch(children, batch, models, check, title)
-            for job, outcome in zip(batch, outcomes, strict=True):
-                left.pop(job)
-                done(outcome._replace(label=label[job]))
-            return outcomes
 
-        outcomes_of: dict[Path, list[FileOutcome]] = {out: [] for out in paths}
-        with (
-            _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext()
-        ):
-            outcomes_of_batches = map_children(read, [*enumerate(batches, 1)], workers)
-        for batch, outcomes in zip(batches, outcomes_of_batches, strict=True):
-            for job, outcome in zip(batch, outcomes, strict=True):
-                outcomes_of[job.out].append(outcome)
+def _process_jobs(
+    jobs: Sequence[_Job],
+    models: Path,
+    workers: int,
+    check: bool,
+    done: Callable[[FileOutcome], None],
+) -> dict[Path, list[FileOutcome]]:
+    """Extracts files in child processes; returns folder -> outcomes of its files."""
+    twins = Counter(job.path.name for job in jobs)
+    label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
+    left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
+    batches = _make_batches(jobs, workers)
+    num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+
+    def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
+        number, batch = numbered  # the batches of films come first
+        title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
+        outcomes = _extract_batch(children, batch, models, check, title)
+        for job, outcome in zip(batch, outcomes, strict=True):
+            left.pop(job)
+            done(outcome._replace(label=label[job]))
+        return outcomes
+
+    with _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext():
+        outcomes_of_batches = map_children(read, [*enumerate(batches, 1)], workers)
+    outcomes_of: dict[Path, list[FileOutcome]] = {job.out: [] for job in jobs}
+    for batch, outcomes in zip(batches, outcomes_of_batches, strict=True):
+        for job, outcome in zip(batch, outcomes, strict=True):
+            outcomes_of[job.out].append(outcome)
     return outcomes_of
 
 

@@ -460,9 +460,11 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
     """Refuses a folder without any of the people of earlier calls: they would all be forgotten."""
     enrolled = [photo for clip in gallery.clips if (photo := Photo.of(clip))]
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
+    if not photos or before & {*photos}:
+        return
     is_person = normal_form(people.resolve().name) in before
-    if not photos or before & {*photos} or len(before) < 2 - is_person:
-        return  # a single person may be replaced
+    if len(before) < 2 and not is_person:
+        return  # a user may replace a single person
     remedy = "call once with an empty folder to forget them, or name another --out"
     if is_person:
         above = shlex.quote(messages.shown(people.resolve().parent))
