@@ -1,5 +1,6 @@
 """pickles: official files in, flat arrays and labels out; every mistake named with its place."""
 
+import functools
 import os
 import pickle
 import resource
@@ -11,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.campaigns import hostile
 from tests.helpers import python2
@@ -23,16 +22,11 @@ from vidjax.data.untrusted import sandbox
 
 
 def clips(rng, lengths, width=8):
-    """Faces of clips c0, c1, ... with these lengths."""
+    """Returns faces of clips c0, c1, ... with these lengths."""
+    scores = ((500 * rng.uniform(size=4)).tolist(), float(rng.uniform()), float(rng.normal()))
     return {
         b"c%d" % clip: [
-            [
-                b"%d" % number,
-                rng.uniform(0, 500, 4).tolist(),
-                float(rng.uniform(0.8, 1)),
-                float(rng.normal(80, 20)),
-                rng.normal(size=width).astype(np.float16),
-            ]
+            [b"%d" % number, *scores, rng.normal(size=width).astype(np.float16)]
             for number in range(length)
         ]
         for clip, length in enumerate(lengths)
@@ -42,23 +36,26 @@ def clips(rng, lengths, width=8):
 def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path):
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
     value[b"c2"][1][4][5] = np.nan
+    kept = [one for entries in value.values() for one in entries if np.isfinite(one[4]).all()]
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
         (tmp_path / f"face_train_{name}.pickle").write_bytes(data)
         got = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
-        frames = [frame for entries in value.values() for frame in entries]
-        kept = [frame for frame in frames if np.isfinite(frame[4]).all()]
-        assert got.names == ("c0", "c1", "c2", "c3")
-        assert got.lengths.dtype == np.int32 and got.lengths.tolist() == [3, 0, 1, 40]
-        assert got.seen == 45 == len(got.features) + sum(got.skipped.values())
+        hostile.check(got, tmp_path / name)
+        assert got.names == ("c0", "c1", "c2", "c3") and got.lengths.tolist() == [3, 0, 1, 40]
+        assert got.seen == 45
         assert got.skipped == {"non_finite": 1} and got.skipped_clips == {"empty": 1}
-        assert got.features.dtype == np.float16
-        np.testing.assert_array_equal(got.features, [frame[4] for frame in kept])
-        for column, place in {"number": 0, "box": 1, "detection": 2, "quality": 3}.items():
+        for column, place in {
+            "number": 0,
+            "box": 1,
+            "detection": 2,
+            "quality": 3,
+            "features": 4,
+        }.items():
             array = got.frames[column]
-            expected = np.array([frame[place] for frame in kept])
-            assert array.dtype == (np.int32 if column == "number" else np.float32)
-            np.testing.assert_array_equal(array, expected.astype(array.dtype))
-        assert isinstance(got.features.base, np.memmap)
+            np.testing.assert_array_equal(
+                array, np.array([x[place] for x in kept]).astype(array.dtype)
+            )
+        assert got.features.dtype == np.float16 and isinstance(got.features.base, np.memmap)
     with pytest.raises(ValueError, match="clip c2, face: the feature of frame 1 is not finite"):
         sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
     assert not list((tmp_path / "x").iterdir())
@@ -81,51 +78,47 @@ def test_several_at_once_and_from_anywhere_do_not_mix(tmp_path, monkeypatch):
     """Relative paths, a folder with a space, a module in the way in the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
-    folder = Path("a folder")
+    folder, values = Path("a folder"), [clips(np.random.default_rng(n), [n + 1]) for n in range(2)]
     folder.mkdir()
-    for seed in range(3):
-        value = clips(np.random.default_rng(seed), [seed + 1])
-        (folder / f"{seed}.pickle").write_bytes(python2.dumps(value))
-    with ThreadPoolExecutor(3) as pool:
-        several = pool.map(
-            lambda seed: sandbox.unpack(folder / f"{seed}.pickle", "face", folder / str(seed)),
-            range(3),
-        )
-        for seed, got in enumerate(several):
-            value = clips(np.random.default_rng(seed), [seed + 1])
+    for number, value in enumerate(values):
+        (folder / f"{number}.pickle").write_bytes(python2.dumps(value))
+
+    def unpack(number):
+        return sandbox.unpack(folder / f"{number}.pickle", "face", folder / str(number))
+
+    with ThreadPoolExecutor(2) as pool:
+        for got, value in zip(pool.map(unpack, range(2)), values, strict=True):
             np.testing.assert_array_equal(got.features, [frame[4] for frame in value[b"c0"]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a folder", "numpy.py"]
 
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.pickle: no such file"):
-        sandbox.unpack(tmp_path / "gone.pickle", "face", tmp_path / "out")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe: not a regular file"):
-        sandbox.unpack(tmp_path / "pipe", "face", tmp_path / "out")
-    path = tmp_path / "face_val.pickle"
+    path, out = tmp_path / "face_val.pickle", tmp_path / "out"
     path.write_bytes(python2.dumps(clips(np.random.default_rng(0), [2])))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "features.bin").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"face_val\.pickle: .* written to .*out: No space left"):
-        sandbox.unpack(path, "face", tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
-    with pytest.raises(OSError, match="face_val"):
-        sandbox.unpack(path, "face", path)
+    os.mkfifo(tmp_path / "pipe")
+    out.mkdir()
+    (out / "features.bin").symlink_to("/dev/full")
+    for file, folder, said in (
+        (tmp_path / "gone.pickle", out, "gone.pickle: no such file"),
+        (tmp_path / "pipe", out, "pipe: not a regular file"),
+        (path, out, "out: No space left"),
+        (path, path, "face_val"),
+    ):
+        refused(functools.partial(sandbox.unpack, file, "face", folder), said)
+    assert not list(out.iterdir())
 
 
 def unpack_measured(path, out):
-    """Returns faces seen, shape, the last one, CPU seconds, and the most bytes of the cage."""
+    """Returns what was unpacked, the CPU seconds, and the most bytes of the cage."""
     got = sandbox.unpack(path, "face", out)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = used.ru_utime + used.ru_stime
-    return got.seen, got.features.shape, np.array(got.features[-1]), cpu, used.ru_maxrss * 1024
+    facts = got.seen, got.features.shape, np.array(got.features[-1])
+    return *facts, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path):
-    rng = np.random.default_rng(0)
-    entries = clips(rng, [2000], width=512)[b"c0"]
+    entries = clips(np.random.default_rng(0), [2000], width=512)[b"c0"]
     body = python2.dumps({b"c0": entries}, 1)
     # The same two thousand faces again and again, but none shared: every copy is read in full.
     faces = body[body.index(b"(") : body.rindex(b"s.")]
@@ -135,52 +128,36 @@ def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path):
         for clip in range(300):
             file.write(b"U\x04%04d]" % clip + faces)
         file.write(b"u.")
-    size = path.stat().st_size
     # In a process of its own: the largest child so far is the cage, whatever tests came before.
-    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        found = alone.submit(unpack_measured, path, tmp_path / "out").result()
-    seen, shape, last, cpu, peak = found
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        seen, shape, last, cpu, peak = pool.submit(unpack_measured, path, tmp_path / "out").result()
     assert seen == 600_000 and shape == (600_000, 512)
     np.testing.assert_array_equal(last, entries[-1][4])
     assert 600_000 / cpu > 60_000, cpu
-    assert peak < 2 * size + (1 << 30)
+    assert peak < 2 * path.stat().st_size + (1 << 30)
 
 
 def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
-    names = [
-        "face_train.pickle",
-        "face_train_v2.pickle",
-        "face_val_v2.pickle",
-        "face_test.pickle",
-        "my-scene_2_test_v2.pickle",
-        "my-scene_2_test.pickle",
-        "body_val_val.pickle",
-    ]
-    for name in [*names, "train_gt.txt", "test_gt.txt", "face_dev.pickle", "face.pickle"]:
-        (tmp_path / name).touch()
-    for name in ["._face_val.pickle", "_train.pickle.part", "face_val.pickle.bak", "head_val.pkl"]:
+    names = ["face_train", "face_train_v2", "face_val_v2", "face_test", "body_val_val"]
+    names += ["my-scene_2_test_v2", "my-scene_2_test", "face_dev", "face"]
+    others = ["._face_val.pickle", "_train.pickle.part", "face_val.pickle.bak", "head_val.pkl"]
+    for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
-    assert find_pickles(tmp_path) == {
-        ("body_val", "val"): tmp_path / "body_val_val.pickle",
-        ("face", "test"): tmp_path / "face_test.pickle",
-        ("face", "train"): tmp_path / "face_train_v2.pickle",
-        ("face", "val"): tmp_path / "face_val_v2.pickle",
-        ("my-scene_2", "test"): tmp_path / "my-scene_2_test_v2.pickle",
+    found = {key: path.stem for key, path in find_pickles(tmp_path).items()}
+    assert found == {
+        ("body_val", "val"): "body_val_val",
+        ("face", "test"): "face_test",
+        ("face", "train"): "face_train_v2",
+        ("face", "val"): "face_val_v2",
+        ("my-scene_2", "test"): "my-scene_2_test_v2",
     }
-    assert list(find_pickles(tmp_path)) == sorted(find_pickles(tmp_path))
-    truths = labels_lib.find_ground_truth(tmp_path)
-    assert list(truths.items()) == [
-        ("train", tmp_path / "train_gt.txt"),
-        ("test", tmp_path / "test_gt.txt"),
-    ]
+    assert list(found) == sorted(found)
+    assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
     (tmp_path / "fa ce_train.pickle").touch()
-    with pytest.raises(ValueError, match="may have letters, digits"):
-        find_pickles(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such directory"):
-        find_pickles(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="not a directory"):
-        labels_lib.find_ground_truth(tmp_path / "train_gt.txt")
+    refused(lambda: find_pickles(tmp_path), "may have letters, digits")
+    refused(lambda: find_pickles(tmp_path / "gone"), "no such directory")
+    refused(lambda: labels_lib.find_ground_truth(tmp_path / "train_gt.txt"), "not a directory")
 
 
 # Ground truth.
@@ -194,42 +171,28 @@ def truth(folder, text, name="gt.txt", **kwargs):
 # What editors leave in the ground truth, and in the weights of clips.
 EDITORS: tuple[Callable[[str], str], ...] = (
     lambda text: text,
-    lambda text: text.replace("\n", "\r\n"),
     lambda text: text.replace("\n", "\r"),
-    lambda text: "\ufeff" + text,
-    lambda text: text.replace(" ", "\t"),
+    lambda text: "\ufeff" + text.replace("\n", "\r\n"),
     lambda text: text.replace(" ", "  \t "),
     lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"),
-    lambda text: text.replace("\n", " \n"),
-    lambda text: "  " + text.replace("\n", "\n\t"),
-    lambda text: text.rstrip("\n"),
+    lambda text: "  " + text.rstrip("\n").replace("\n", " \n\t"),
     lambda text: text.replace(".mp4", "", 1),
-    lambda text: "\ufeff\r\n" + text.replace(" ", "\t").replace("\n", " \r\n\r\n"),
 )
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    labels=st.dictionaries(st.integers(0, 10**7), st.integers(1, 40), min_size=2, max_size=30),
-    edit=st.sampled_from(EDITORS),
-)
-def test_both_forms_of_any_labels_are_equal_whatever_the_editor_left(
-    labels, edit, tmp_path_factory
-):
-    folder = tmp_path_factory.getbasetemp()
-    wanted = {f"V_{clip}": str(identity) for clip, identity in labels.items()}
+@pytest.mark.parametrize("edit", EDITORS)
+def test_both_forms_of_any_labels_are_equal_whatever_the_editor_left(edit, tmp_path):
+    wanted = {f"V_{clip}": str(identity) for clip, identity in {70: 9, 8: 10, 900: 9}.items()}
     direct = "".join(f"{clip}.mp4 {identity}\n" for clip, identity in wanted.items())
-    by_identity: dict[str, list[str]] = {}
-    for clip, identity in wanted.items():
-        by_identity.setdefault(identity, []).append(f"{clip}.mp4")
-    inverted = "".join(" ".join([key, *names]) + "\n" for key, names in by_identity.items())
+    inverted = "9 V_70.mp4 V_900.mp4\n10 V_8.mp4\n"
+    assert list(truth(tmp_path, edit(direct)).items()) == [*wanted.items()]  # in its order
+    assert truth(tmp_path, edit(inverted)) == wanted
     for text, name in ((direct, "train_gt.txt"), (inverted, "val_gt.txt")):
-        got = truth(folder, edit(text))
-        assert got == wanted
-        if text is direct:
-            assert list(got) == list(wanted)  # in the order of the file
-        bare = edit(text).replace(".mp4", "")
-        assert truth(folder, bare, name) == wanted
+        assert truth(tmp_path, edit(text).replace(".mp4", ""), name) == wanted
+    text = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
+    expected = np.array([0.5, 2, 1, 1e-3, 0], np.float32).tolist()
+    assert weights(tmp_path, edit(text)) == expected
+    assert weights(tmp_path, edit(text), "edcba") == expected[::-1]
 
 
 def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path):
@@ -242,11 +205,7 @@ def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path):
     for text in (both, "1 2\n3 4\n"):
         with pytest.raises(ValueError, match=r"gt\.txt: are the lines 'CLIP ID' or 'ID CLIP"):
             truth(tmp_path, text)
-    with pytest.raises(FileNotFoundError, match=r"none_gt\.txt: no such file"):
-        labels_lib.load_ground_truth(tmp_path / "none_gt.txt")
-
-
-WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
+    refused(lambda: labels_lib.load_ground_truth(tmp_path / "no.txt"), "no.txt: no such file")
 
 
 def weights(folder, text, clips: Any = "abcde"):
@@ -258,44 +217,29 @@ def weights(folder, text, clips: Any = "abcde"):
 
 
 WRONG_LABELS = (
-    ("", "is empty: write one line per clip"),
     ("\ufeff\n \n", "is empty: write one line per clip"),
     (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
     ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
-    ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
     ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
     ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
     ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
-    (
-        "a.mp4 1\nb.mp4 2\n\na.mp4 2\n",
-        "line 4: clip a is already in line 1, with label 1: delete one of the two",
-    ),
     (
         "1 a.mp4 b.mp4\n2 b.mp4\n",
         "line 2: clip b is already in line 1, with label 1: delete one of the two",
     ),
     ("a.mp4 1\nb.mp4 1\na 1\n", "line 3: clip a is already in line 1"),
-    ("1 a.mp4 b.mp4 a.mp4\n", "line 1: clip a is already in line 1"),
     ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: label x is not a whole number, unlike most labels"),
-    ("a.mp4 1\nb.mp4 1.0\nc.mp4 2\n", "line 2: label 1.0 is not a whole number"),
     ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: label ² is not a whole number"),
-    ("a.mp4 1\nb.mp4 nan\nc.mp4 2\n", "line 2: label nan is not a whole number"),
     ("a.mp4 1\nb.mp4 -1\n", "line 2: label -1 is out of range"),
     ("0 b.mp4\n1 a.mp4\n", "line 1: label 0 is out of range"),
     ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
 )
 WRONG_WEIGHTS = (
-    ("\ufeff\n \n", "is empty: write one line per clip"),
-    (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
     ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
-    ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its weight"),
     ("a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
     ("a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
-    ("a.mp4 nan\n", "line 1: weight nan is negative or not finite"),
-    ("a.mp4 inf\n", "line 1: weight inf is negative or not finite"),
     ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
     ("a.mp4 1\nb 1\na 1\n", "line 3: clip a is already in line 1: delete one of the two"),
-    ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
     ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, for example x\nthe limit is 1%"),
     ("a.avi 1\nb.avi 1\n", "none of its 2 clips is in a feature file\nit names a.avi, "),
 )
@@ -323,20 +267,8 @@ def test_identities_sort_by_number_or_else_by_name():
         labels_lib.sort_identities(["7", "1", "007"])
 
 
-def test_clip_weights_are_read_whatever_the_editor_left(tmp_path):
-    expected = np.array([0.5, 2, 1, 1e-3, 0], np.float32).tolist()
-    for edit in EDITORS:
-        assert weights(tmp_path, edit(WEIGHTED)) == expected
-    assert weights(tmp_path, WEIGHTED.replace(".mp4", "")) == expected
-    assert weights(tmp_path, WEIGHTED, "edcba") == expected[::-1]
-
-
 def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path):
     clips = [f"c{i:03d}" for i in range(200)]
     text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
     with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, for example x$"):
         assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]
-    with pytest.raises(ValueError, match=r"3 of 202 clips .*, for example x\nthe limit is 1%"):
-        weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
-    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
-        labels_lib.load_clip_weights(tmp_path / "none.txt", clips)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import python2
@@ -28,13 +28,13 @@ def face(number: Any = b"7", box: Any = BOX, det: Any = 0.5, quality: Any = 80.0
     return [number, box, det, quality, feature() if feat is None else feat]
 
 
-def convert(folder, value, modality="face", *, drop=True):
-    """The summary of a pickle of this value, with its flat files as arrays."""
+def convert(folder, value, modality="face"):
+    """Returns the summary of a pickle of this value, with its flat files as arrays."""
     path = folder / "x.pickle"
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
     try:
-        summary = sandbox.work(arguments | {"non_finite": "drop" if drop else "error"})
+        summary = sandbox.work(arguments | {"non_finite": "drop"})
     finally:
         gc.enable()
     dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}
@@ -45,38 +45,25 @@ def convert(folder, value, modality="face", *, drop=True):
     return summary
 
 
-def refusal(folder, value, modality="face", **kwargs):
-    with pytest.raises(UserError) as caught:
-        convert(folder, value, modality, **kwargs)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    return str(caught.value)
-
-
-ENTRIES = {
-    "face": face(),
-    "head": [b"7", BOX, 0.5, feature()],
-    "body": [b"7", BOX, feature()],
-    "scene": (7, feature()),
-}
-
-
-@pytest.mark.parametrize("modality", ENTRIES)
-@pytest.mark.parametrize("renamed", [False, True], ids=["by name", "by entries"])
-def test_each_layout_fills_its_columns_and_the_rest_by_default(modality, renamed, tmp_path):
-    entry = ENTRIES[modality]
+@pytest.mark.parametrize("modality", ["face", "head", "body", "scene"])
+def test_each_layout_fills_its_columns_and_the_rest_by_default(modality, tmp_path):
+    """A modality of another name has the layout that its entries show."""
+    entry = {
+        "face": face(),
+        "head": [b"7", BOX, 0.5, feature()],
+        "body": [b"7", BOX, feature()],
+        "scene": (7, feature()),
+    }[modality]
     value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
-    got = convert(tmp_path, value, "my-own_modality2" if renamed else modality)
-    assert got["names"] == ["none", "one", "two"]
-    assert got["lengths"] == [0, 1, 2]
-    assert got["seen"] == 3 and got["skipped_clips"] == {"empty": 1}
-    assert got["skipped"] == got["warnings"] == {}
-    np.testing.assert_array_equal(got["features"], [[1, 2, 3]] * 3)
-    np.testing.assert_array_equal(got["number"], [7] * 3)
-    np.testing.assert_array_equal(got["quality"], [80 if modality == "face" else 0] * 3)
-    np.testing.assert_array_equal(
-        got["detection"], [0.5 if modality in ("face", "head") else 1.0] * 3
-    )
-    np.testing.assert_array_equal(got["box"], [[0] * 4 if modality == "scene" else BOX] * 3)
+    for name in (modality, "my-own_modality2"):
+        got = convert(tmp_path, value, name)
+        assert got["names"] == ["none", "one", "two"] and got["lengths"] == [0, 1, 2]
+        assert got["seen"] == 3 and got["skipped_clips"] == {"empty": 1}
+        assert got["skipped"] == got["warnings"] == {}
+        assert got["features"].tolist() == [[1, 2, 3]] * 3 and got["number"].tolist() == [7] * 3
+        assert got["quality"].tolist() == [80 if modality == "face" else 0] * 3
+        assert got["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
+        assert got["box"].tolist() == [[0] * 4 if modality == "scene" else BOX] * 3
 
 
 @pytest.mark.parametrize("modality", ["audio", "speech"])
@@ -88,18 +75,31 @@ def test_bare_arrays_are_one_frame_or_one_frame_a_row(modality, tmp_path):
         b"list": [feature(), feature()],
     }
     got = convert(tmp_path, value, modality)
-    assert got["lengths"] == [1, 2, 0, 2]
-    np.testing.assert_array_equal(
-        got["features"], [[1, 2, 3], [0, 1, 2], [3, 4, 5], [1, 2, 3], [1, 2, 3]]
-    )
-    np.testing.assert_array_equal(got["number"], [0, 0, 1, 0, 1])
-    np.testing.assert_array_equal(got["quality"], 0)
-    np.testing.assert_array_equal(got["detection"], 1)
+    assert got["lengths"] == [1, 2, 0, 2] and got["number"].tolist() == [0, 0, 1, 0, 1]
+    rows = [[1, 2, 3], [0, 1, 2], [3, 4, 5], [1, 2, 3], [1, 2, 3]]
+    assert got["features"].tolist() == rows
+    assert not got["quality"].any() and (got["detection"] == 1).all()
+
+
+def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
+    for written, content in python2.real().items():
+        got = convert(tmp_path, content)
+        names = got["names"]
+        lengths = dict(zip(names, got["lengths"], strict=True))
+        assert lengths == {"clip_1": 2, "clip_2": 0, "clip_3": 1}, written
+        rows = (
+            [2, 0, 1] if got["names"].index("clip_3") < got["names"].index("clip_1") else [0, 1, 2]
+        )
+        features = np.array([[1, 2.5, -3], [4, 5, 6], [0.5, -0.25, 100]], np.float16)
+        np.testing.assert_array_equal(got["features"], features[rows])
+        assert got["features"].dtype == np.float16 and got["number"].tolist() == rows
+        assert got["quality"].tolist() == [80.5 - row for row in rows]
+        assert got["detection"].tolist() == [0.5] * 3
+        assert got["box"].tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]
 
 
 @pytest.mark.parametrize("code", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"])
-@pytest.mark.parametrize("dumps", [python2.dumps, pickle.dumps], ids=["2", "3"])
-def test_features_keep_their_exact_values_in_native_byte_order(code, dumps, tmp_path):
+def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
     numbers = np.random.default_rng(0).integers(-128, 128, (4, 10)).astype(code)
     if code[1] == "f":
         numbers = (numbers / 7).astype(code)
@@ -107,9 +107,10 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, dumps, tmp_
     entries = {b"%d" % i: [face(feat=row) for row in x] for i, x in enumerate((numbers, strided))}
     bare = {b"0": numbers, b"1": fortran, b"2": strided, b"3": list(numbers)}
     for value, modality in ((entries, "face"), (bare, "audio")):
-        got = convert(tmp_path, dumps(value), modality)
-        assert got["features"].dtype == np.dtype(code).newbyteorder("=")
-        assert got["features"].tolist() == numbers.tolist() * len(value)
+        for dumps in (python2.dumps, pickle.dumps):
+            got = convert(tmp_path, dumps(value), modality)
+            assert got["features"].dtype == np.dtype(code).newbyteorder("=")
+            assert got["features"].tolist() == numbers.tolist() * len(value)
 
 
 def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path):
@@ -118,10 +119,8 @@ def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path):
     scores = [1, 1.0, np.float32(1), np.float64(1)]
     value = {b"a": [face(n, b, s, s) for n, b, s in zip(numbers, boxes, scores, strict=True)]}
     got = convert(tmp_path, value)
-    np.testing.assert_array_equal(got["number"], 12)
-    np.testing.assert_array_equal(got["box"], [BOX] * 4)
-    np.testing.assert_array_equal(got["detection"], 1)
-    np.testing.assert_array_equal(got["quality"], 1)
+    assert got["number"].tolist() == [12] * 4 and got["box"].tolist() == [BOX] * 4
+    assert got["detection"].tolist() == got["quality"].tolist() == [1] * 4
 
 
 def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
@@ -129,12 +128,8 @@ def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     lengths = rng.integers(0, 9, 40).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
     rows[::5, 1] = np.nan
-    numbers = iter(range(len(rows)))
-    value: dict[bytes, Any] = {}
-    for clip, length in enumerate(lengths):
-        value[b"%d" % clip] = [
-            face(i, [float(i)] * 4, i, -i, rows[i]) for i in (next(numbers) for _ in range(length))
-        ]
+    faces = iter([face(i, [float(i)] * 4, i, -i, row) for i, row in enumerate(rows)])
+    value = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
     whole = convert(tmp_path, value)
     kept = np.isfinite(rows).all(axis=1)
     np.testing.assert_array_equal(whole["features"], rows[kept])
@@ -148,35 +143,26 @@ def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     bare_whole = convert(tmp_path, bare, "audio")
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)
     monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
-    for small, large in (
-        (convert(tmp_path, value), whole),
-        (convert(tmp_path, bare, "audio"), bare_whole),
-    ):
-        for key, expected in large.items():
-            np.testing.assert_array_equal(small[key], expected)
+    np.testing.assert_equal(convert(tmp_path, value), whole)
+    np.testing.assert_equal(convert(tmp_path, bare, "audio"), bare_whole)
 
 
 def test_scores_and_boxes_that_are_not_finite_become_zero_and_are_counted(tmp_path):
-    value = {
-        b"a": [
-            face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0]),
-            face(quality=-1e300, det=np.float32(-np.inf)),
-            face(quality=-30.0),
-        ]
-    }
-    got = convert(tmp_path, value)
+    frames = [
+        face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0]),
+        face(quality=-1e300, det=np.float32(-np.inf)),
+        face(quality=-30.0),
+    ]
+    got = convert(tmp_path, {b"a": frames})
     assert got["seen"] == 3 and got["skipped"] == {}
     assert got["quality"].tolist() == [0, 0, -30]
     assert got["detection"].tolist() == [0, 0, 0.5]
     assert got["box"][0].tolist() == [1, 0, 3, 4]
-    assert got["warnings"] == {
-        "non_finite_quality": 2,
-        "non_finite_detection": 2,
-        "non_finite_box": 1,
-    }
+    counts = {"quality": 2, "detection": 2, "box": 1}
+    assert got["warnings"] == {f"non_finite_{name}": count for name, count in counts.items()}
 
 
-WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f2")
+WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
 
 
 @pytest.mark.parametrize(
@@ -185,61 +171,47 @@ WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f
         ([1, 2], "face", "contains a list, not a dict"),
         ({1: []}, "face", "clip name is a int"),
         ({b"a": None}, "face", "clip a, face is of type NoneType"),
-        ({b"a": {}}, "face", "clip a, face is of type dict"),
-        ({b"a": b"abcde"}, "face", "clip a, face is of type bytes"),
         ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16, wanted list"),
         ({b"a": [[face()]]}, "face", "entry 0, entry has 1 fields, wanted [frame, bbox,"),
-        ({b"a": [face()[:-1]]}, "face", "has 4 fields"),
         ({b"a": [face(), feature()]}, "face", "entry 1, entry is of type array"),
         ({b"a": [[1] * 6]}, "new", "entries have 6 fields, wanted 2 to 5"),
         ({b"a": [[[]]]}, "new2", "feature is list, wanted an array"),
         ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature is array [4] of"),
         ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
         ({b"a": feature(), b"b": WIDE}, "audio", "features are 4 wide, in other clips 3"),
-        ({b"a": feature(), b"b": np.array(1.0)}, "audio", "clip b, audio: features are 1 wide"),
         ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),
         ({b"a": [face(feat=feature().reshape(1, 3))]}, "face", "feature is array [1, 3] of"),
         ({b"a": [face(), face(feat=SINGLE)]}, "face", "is array [3] of float32, others array"),
-        ({b"a": [face(), face(feat=BIG)]}, "face", "[3] of >f2, others array [3] of float16"),
         ({b"a": [face(feat=feature(dtype="<i8"))]}, "face", "but must be float16"),
-        ({b"a": [face(feat=[1.0, 2.0])]}, "face", "feature is list, wanted an array"),
         ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
-        ({b"a": [face("²")]}, "face", "frame must be digits"),
-        ({b"a": [face(b"")]}, "face", "frame must be digits"),
-        ({b"a": [face(-1)]}, "face", "frame must be digits"),
         ({b"a": [face(1.0)]}, "face", "frame must be digits"),
-        ({b"a": [face(True)]}, "face", "frame must be digits"),
         ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
         ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
         ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
-        ({b"a": [face(box=b"1234")]}, "face", "bbox must be four numbers"),
         ({b"a": [face(box=[b"1", 2, 3, 4])]}, "face", "bbox must be real number, not bytes"),
         ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
-        ({b"a": [face(quality=None)]}, "face", "quality_score must be real number"),
         ({b"a": [face(quality=feature())]}, "face", "quality_score must be real number"),
         ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
         ({"a\u2028b": []}, "face", r"clip name 'a\u2028b' contains"),
-        ({b"a\tb": []}, "face", r"clip name 'a\tb' contains"),
-        ({b"a\x1bb": []}, "face", r"clip name 'a\x1bb' contains"),
         ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),
-        ({b" ": []}, "face", "clip name ' ' is empty"),
         ({b"": []}, "face", "clip name '' is empty"),
-        ({b".mp4": []}, "face", "clip name '.mp4' is empty"),
         ({b"\xff\xfe": []}, "face", r"clip name '\xff\xfe' is not UTF-8"),
         (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid unicode"),
-        ({b"a": [], "a": []}, "face", "duplicate clips: a"),
         ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
     ],
 )  # fmt: skip
 def test_what_breaks_the_layout_is_told_with_clip_and_field(value, modality, told, tmp_path):
-    assert told in refusal(tmp_path, value, modality)
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path, value, modality)
+    message = str(caught.value)
+    assert told in message and "\n" not in message and len(message) < 400
 
 
-def test_a_name_of_endless_suffixes_is_cleaned_in_no_time():
-    assert clean_name("x" + ".mp4" * 10**6) == "x"
+LETTERS = st.sampled_from(["a", ".mp4", ".", " ", "\n", "\x1b", "\u2028", "\ud800", "é", "人"])
 
 
-@given(st.text(max_size=12), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+@given(st.lists(LETTERS, max_size=6).map("".join), st.sampled_from([0, 1, 10**5]))
 def test_a_clean_name_is_a_fixed_point_and_never_bears_the_suffix(name, times):
     try:
         clean = clean_name(name + ".mp4" * times)
@@ -251,10 +223,3 @@ def test_a_clean_name_is_a_fixed_point_and_never_bears_the_suffix(name, times):
     assert len(clean.splitlines()) == 1
     if ".mp4" not in name:
         assert clean == name
-
-
-def test_the_child_knows_neither_jax_nor_tensorflow(python):
-    code = (
-        "import sys, vidjax.data.untrusted.sandbox; print({'jax', 'tensorflow'} & set(sys.modules))"
-    )
-    assert python(code) == "set()\n"

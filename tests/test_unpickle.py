@@ -13,8 +13,6 @@ from tests.helpers import python2
 from vidjax.data.untrusted import unpickle
 from vidjax.utils.errors import UserError
 
-DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"]
-
 
 def load(data):
     return unpickle.load(io.BytesIO(data), len(data))
@@ -27,31 +25,23 @@ def refusal(data):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("dumps", "protocol"),
-    [*((python2.dumps, p) for p in range(3)), *((pickle.dumps, p) for p in range(6))],
-)
-def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes(dumps, protocol):
-    """`faults/test_pickles.py` has files of older numpys."""
+def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes():
     rng = np.random.default_rng(0)
-    for code in DTYPES:
+    writers = [(python2.dumps, p) for p in range(3)] + [(pickle.dumps, p) for p in range(6)]
+    for code in ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"):
         numbers = rng.integers(-100, 100, (6, 8)).astype(code)
-        fortran = np.asfortranarray(numbers)
-        for array in (numbers[0], numbers[1, ::2], numbers[2, ::-1], numbers, fortran, numbers[:0]):
-            got = load(dumps({b"clip": [array, 1, 2.5, b"3"]}, protocol))[b"clip"]
-            assert got[1:] == [1, 2.5, b"3"]
-            values = np.frombuffer(got[0].data, got[0].code).reshape(got[0].shape)
-            assert values.dtype == array.dtype
-            np.testing.assert_array_equal(values, array)
-        scalar = numbers[3, 4]
-        assert load(dumps([scalar, scalar], protocol)) == [scalar, scalar]
-
-
-def test_read_only_arrays_and_scalars_of_any_kind_load():
-    array = np.arange(5, dtype=np.float16)
-    array.flags.writeable = False
-    (got,) = load(pickle.dumps([array], 5))
-    assert got.shape == (5,) and got.data == array.tobytes()
+        kept = np.array(numbers[0])
+        kept.flags.writeable = False
+        arrays = (kept, numbers[1, ::2], numbers[2, ::-1], np.asfortranarray(numbers), numbers[:0])
+        for dumps, protocol in writers:
+            for array in arrays:
+                got = load(dumps({b"clip": [array, 1, 2.5, b"3"]}, protocol))[b"clip"]
+                assert got[1:] == [1, 2.5, b"3"]
+                values = np.frombuffer(got[0].data, got[0].code).reshape(got[0].shape)
+                assert values.dtype == array.dtype
+                np.testing.assert_array_equal(values, array)
+            scalar = numbers[3, 4]
+            assert load(dumps([scalar, scalar], protocol)) == [scalar, scalar]
     big = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
     assert load(hostile.SCALAR + big + b"R.") == 0.1
     assert load(pickle.dumps([np.int64(-7), np.uint8(200), np.True_])) == [-7, 200, True]
@@ -63,13 +53,7 @@ def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone():
     for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
         assert refusal(data)
         assert {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()} == before
-
-
-def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated():
-    data = hostile.array_pickle((1, (123456,), hostile.F2, False, b"ab"))
-    wide = data.replace(b"J" + struct.pack("<i", 123456), b"\x8a\x08" + struct.pack("<q", 10**11))
-    assert wide != data
-    assert "shape and bytes disagree" in refusal(wide)
+    assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
 
 
 def test_a_second_dtype_state_does_not_reach_arrays_already_made():
@@ -82,9 +66,8 @@ def test_a_second_dtype_state_does_not_reach_arrays_already_made():
 
 @pytest.mark.parametrize("protocol", [0, 2])
 def test_every_truncation_is_told_with_the_size_of_the_file(protocol):
-    data = python2.dumps(
-        {b"clip": [[b"1", [1.0] * 4, 0.5, 80.0, np.arange(4, dtype="f2")]]}, protocol
-    )
+    frame = [b"1", [1.0] * 4, 0.5, 80.0, np.arange(4, dtype="f2")]
+    data = python2.dumps({b"clip": [frame]}, protocol)
     for end in range(1, len(data)):
         message = refusal(data[:end])
         assert f"at byte {end}" in message or f" {end} bytes: " in message

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -91,13 +92,7 @@ def dtype_pickle(code: bytes, *state: Any) -> bytes:
 
 
 class Attack(NamedTuple):
-    """A pickle that runs code of its own.
-
-    Attributes:
-      data: the pickle.
-      told: what the error must name.
-      fires: whether plain `pickle.load` of it changes the folder of the mark.
-    """
+    """A pickle, what the error must name, and whether plain `pickle.load` runs its code."""
 
     data: bytes
     told: str
@@ -114,10 +109,9 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     touch_path = call("pathlib Path", path)
     run = call("os system", command)
     yield "GLOBAL REDUCE", "os.system", system + command + b"\x85R."
-    yield "GLOBAL posix", "posix.system", name("posix system") + command + b"\x85R."
     yield "STACK_GLOBAL", "os.system", dotted("os system") + command + b"\x85R."
-    for words, argument in (("shutil os.system", command), ("pathlib Path.touch", touch_path)):
-        yield f"{words} by dots", words.replace(" ", "."), dotted(words) + argument + b"\x85R."
+    by_dots = dotted("shutil os.system") + command + b"\x85R."
+    yield "by dots", "shutil.os.system", by_dots
     empty = EMPTY.replace(b"numpy.core", b"numpy._core")
     array = empty + part((1, (1,), np.dtype("|i1"), False, b"a")) + b"b"
     to_file = "numpy ndarray.tofile"
@@ -126,11 +120,8 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "OBJ", "os.system", b"(" + system + command + b"o."
     yield "NEWOBJ", "builtins.map", name("builtins bytes") + lazy + b"\x85\x81."
     yield "NEWOBJ_EX", "builtins.map", name("builtins bytes") + lazy + b"\x85}\x92."
-    frozen = name("builtins frozenset") + lazy + b"\x85\x81."
-    yield "NEWOBJ of a frozenset", "builtins.frozenset", frozen
     namespace = name("types SimpleNamespace") + b")\x81" + set_state
     yield "BUILD of a namespace", "types.SimpleNamespace", namespace
-    yield "BUILD of a function", "textwrap.dedent", name("textwrap dedent") + set_state
     slots = tuple_of(b"N", b"}" + text("__setstate__") + system + b"s")
     of_class = name("argparse Namespace") + slots + b"b" + command + b"b."
     yield "BUILD of a class", "argparse.Namespace", of_class
@@ -139,114 +130,70 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
         known = call("copyreg add_extension", text("posix"), text("system"), part(number))
         yield f"EXT {number}", "copyreg.add_extension", known + b"0" + opcode + command + b"\x85R."
     inner = b"B" + struct.pack("<I", len(run) + 1) + run + b"."
-    for words in ("pickle loads", "_pickle loads", "cPickle loads"):
-        yield f"nested in {words}", words.replace(" ", "."), call(words, inner) + b"."
+    yield "nested", "pickle.loads", call("pickle loads", inner) + b"."
     objects = part((3, b"|", None, None, None, -1, -1, 63))
     kind = call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b"
     state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
     yield "object array", "not a plain number", empty + state + b"b."
-    partial = call("functools partial", system, command)
-    yield "partial", "functools.partial", partial + b")R."
-    method = call("operator methodcaller", text("touch"))
-    yield "methodcaller", "operator.methodcaller", method + touch_path + b"\x85R."
+    yield "partial", "functools.partial", call("functools partial", system, command) + b")R."
     touch = call("builtins getattr", touch_path, text("touch"))
     yield "getattr", "builtins.getattr", touch + b")R."
     some_bytes = name("builtins bytes")
     made = call("copy_reg _reconstructor", some_bytes, some_bytes, call("builtins list", lazy))
     yield "reconstructor", "copy_reg._reconstructor", made + b"."
-    yield "dict of keys", "os.system", b"}" + run + text("value") + b"s."
     yield "within a clip", "os.system", b"}U\x01a](" + run + b"es."
     yield "before a sound dict", "os.system", run + b"0}."
 
 
 def attacks(mark: Path) -> dict[str, Attack]:
     """Returns pickles that would make the file `mark`, or do other harm, by every route."""
-    command, path = text(f"touch {mark}"), text(str(mark))
-    system = name("os system")
+    path, python = text(str(mark)), text(f"open({str(mark)!r}, 'w').close()")
     routes = {words: Attack(data, told) for words, told, data in _routes(mark)}
     for words, told, data in (
         ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
-        ("EXT2 unknown", "extension code 257", b"\x80\x02\x83\x01\x01."),
-        ("EXT4 unknown", "extension code", b"\x80\x02\x84\x01\x00\x00\x01."),
         ("PERSID", "PERSID", b"Pthing\n."),
         ("BINPERSID", "PERSID", b"NQ."),
         ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
+        ("strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
     ):
         routes[words] = Attack(data, told, False)
-    python = f"open({str(mark)!r}, 'w').close()"
     calls = {
-        "__builtin__ eval": [text(python)],
-        "builtins eval": [text(python)],
-        "builtins exec": [text(python)],
-        "__builtin__ open": [path, text("w")],
+        "__builtin__ eval": [python],
+        "builtins exec": [python],
         "io open": [path, text("w")],
-        "codecs open": [path, text("w")],
         "os mkdir": [path],
-        "os popen": [command],
         "os remove": [text(str(mark.parent / "keep"))],
         "shutil rmtree": [text(str(mark.parent / "keep_folder"))],
         "subprocess Popen": [b"](" + text("touch") + path + b"e"],
-        "subprocess check_output": [b"](" + text("touch") + path + b"e"],
-        "timeit timeit": [text(python), text("pass"), name("time perf_counter"), b"K\x01"],
-        "cProfile run": [text(python)],
-        "atexit register": [system, command],
-        "pty spawn": [b"](" + text("touch") + path + b"e"],
+        "atexit register": [name("os system"), text(f"touch {mark}")],
         "numpy savetxt": [path, part([1.0])],
-        "numpy.core.numeric load": [path],
-        "numpy.testing._private.utils runstring": [text(python), b"}"],
     }
-    private = {"numpy.core.numeric load", "numpy.testing._private.utils runstring"}
     # These are only ever loaded in the cage: elsewhere they would end the tests, or wait for ever.
     caged: dict[str, list[bytes]] = {
-        "os kill": [part(os.getpid()), part(9)],
         "os _exit": [part(0)],
-        "os abort": [],
         "os fork": [],
-        "sys exit": [part(0)],
         "signal raise_signal": [part(9)],
-        "faulthandler _sigsegv": [],
-        "ctypes string_at": [part(0)],
         "time sleep": [part(3600)],
-        "builtins input": [],
-        "builtins breakpoint": [],
-        "builtins __import__": [text("antigravity")],
-        "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
-        "builtins type": [text("Array"), b")", b"}"],
         "builtins bytearray": [b"J\xff\xff\xff\x7f"],
+        "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
         "sys setrecursionlimit": [part(2**30)],
         "socket create_connection": [part(("127.0.0.1", 9))],
-        "urllib.request urlopen": [text("http://127.0.0.1:9/")],
-        "webbrowser open": [text("http://127.0.0.1:9/")],
-        "runpy run_path": [path],
-        "marshal loads": [part(b"c")],
-        "types CodeType": [],
         "importlib import_module": [text("this")],
-        "numpy load": [path],
-        "numpy fromfile": [path],
-        "numpy.core.multiarray fromfile": [path],
+        "numpy.core.numeric load": [path],
         "numpy.core.multiarray frombuffer": [part(b"ab")],
         "_codecs decode": [part(b"ab"), text("zlib")],
-        "_codecs lookup": [text("zlib")],
-        "torch._utils _rebuild_tensor_v2": [],
-        "vidjax.data.untrusted.unpickle Array": [],
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
         "__main__ Array": [],
     }
     for words, arguments in (calls | caged).items():
-        fires = words not in private | caged.keys()
         told = words.replace(" ", ".")
-        routes[words] = Attack(call(words, *arguments) + b".", told, fires)
+        routes[words] = Attack(call(words, *arguments) + b".", told, words in calls)
     for words in (
-        "numpy ndarray.__class__",
         "numpy ndarray.__init_subclass__.__self__",
-        "numpy dtype.__new__",
         "numpy.core.numeric _frombuffer.__globals__",
-        "_codecs encode.__self__",
         "builtins bytes.fromhex",
     ):
         routes[words] = Attack(dotted(words) + b".", words.replace(" ", "."), False)
-    strange = name("os sys\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}tem")
-    routes["strange letters"] = Attack(strange + b".", r"os.sys\x1b[31m", False)
     return routes
 
 
@@ -257,39 +204,29 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
     new = b"}" + text("__new__") + b"Ns"
     for words in ("numpy ndarray", "numpy dtype", "_codecs encode", "__builtin__ bytes"):
         yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
-    yield "slots of _reconstruct", RECONSTRUCT + b"N" + new + b"\x86b."
     yield "attributes of _reconstruct", RECONSTRUCT + new + b"b."
     yield "slots of scalar", SCALAR + b"N" + new + b"\x86b."
     state = part((3, b"<", None, None, None, -1, -1, 0))
     yield "state of the class dtype", name("numpy dtype") + state + b"b."
     yield "item of the class ndarray", name("numpy ndarray") + b"NNs."
     yield "_reconstruct of itself", 2 * RECONSTRUCT + b"K\x00\x85U\x01b\x87R."
-    encode = name("_codecs encode")
-    yield "_reconstruct of encode", RECONSTRUCT + encode + b"K\x00\x85U\x01b\x87R."
     yield "_reconstruct of None", RECONSTRUCT + b"(NNNtR."
-    yield "_reconstruct of nothing", RECONSTRUCT + b")R."
     yield "NEWOBJ of _reconstruct", RECONSTRUCT + b")\x81."
     yield "ndarray called", name("numpy ndarray") + b"(J\xff\xff\xff\x7ftR."
-    yield "NEWOBJ of ndarray", name("numpy ndarray") + b")\x81."
     yield "NEWOBJ_EX of ndarray", name("numpy ndarray") + b")}" + text("shape") + b"K\x01s\x92."
     yield "INST of ndarray", b"(inumpy\nndarray\n."
     yield "bytes of 2 GB", name("__builtin__ bytes") + b"(J\xff\xff\xff\x7ftR."
-    for encoding in ("zlib", "rot13", "utf-16", "unicode_escape", "bz2_codec"):
+    encode = name("_codecs encode")
+    for encoding in ("zlib", "utf-16", "unicode_escape"):
         yield f"encode as {encoding}", encode + text("a") + part(encoding) + b"\x86R."
     yield "encode of bytes", encode + b"(U\x01aU\x06latin1tR."
     yield "encode beyond latin1", encode + text("\u0416") + b"U\x06latin1\x86R."
-    yield "call of bytes", b"(U\x01a(ltR."
     yield "call of an array", EMPTY + b")R."
     yield "append to an array", EMPTY + b"Na."
-    yield "item of an array", EMPTY + b"NNs."
     yield "attributes of an array", EMPTY + b"}" + text("code") + part("|O") + b"sb."
     yield "attributes of a list", b"]" + new + b"b."
-    frombuffer = name("numpy._core.numeric _frombuffer")
-    for order in (b"N", text("K"), text("C") + b"N"):
-        yield (
-            f"_frombuffer in order {order!r}",
-            frombuffer + b"(" + part((b"ab", F2, (1,))) + order + b"tR.",
-        )
+    order = b"(" + part((b"ab", F2, (1,))) + text("K") + b"tR."
+    yield "_frombuffer in another order", name("numpy._core.numeric _frombuffer") + order
     for shape in ((2,), (-1,), (True,), (1.0,), (1, 1, 1), [1], None):
         yield f"shape {shape}", array_pickle((1, shape, F2, False, b"ab"))
     yield "array without dtype", array_pickle((1, (1,), None, False, b"ab"))
@@ -297,10 +234,8 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
     yield "array of text", array_pickle((1, (1,), F2, False, "ab"))
     yield "array of four parts", array_pickle(((1,), F2, False, b"ab"))
     yield "array of no state", array_pickle(None)
-    yield "array of a dict", array_pickle({b"data": 1})
     yield "array of a dtype", array_pickle((1, (1,), F2, False, b"ab"), "numpy dtype")
-    codes = (b"O8", b"O", b"V8", b"M8", b"S4", b"U4", b"c8", b"f16", b"f2,f2", b"<f2", b"", b"\xff")
-    for code in (*codes, b"f2\x00"):
+    for code in (b"O8", b"V8", b"M8", b"U4", b"c8", b"f16", b"f2,f2", b"<f2", b"", b"\xff"):
         yield f"dtype {code!r}", dtype_pickle(code)
     for kind, state in {
         "fields": (3, b"<", None, (b"a",), {b"a": 1}, -1, -1, 0),
@@ -308,23 +243,18 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
         "metadata": (4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
         "item size": (3, b"<", None, None, None, 10**9, -1, 0),
         "flags": (3, b"<", None, None, None, -1, -1, 63),
-        "no flags": (3, b"<", None, None, None, -1, -1, None),
         "version": (99, b"<", None, None, None, -1, -1, 0),
         "order": (3, b"!", None, None, None, -1, -1, 0),
-        "order of bytes": (3, b"|", None, None, None, -1, -1, 0),
         "order of a number": (3, 60, None, None, None, -1, -1, 0),
         "short": (3,),
     }.items():
         yield f"dtype with {kind}", dtype_pickle(b"f2", *state)
-    yield "dtype i1 with order", dtype_pickle(b"i1", 3, b">", None, None, None, -1, -1, 0)
     eight = np.dtype("<f8")
     yield "scalar too short", SCALAR + part((eight, b"7 bytes")) + b"R."
     yield "scalar of text", SCALAR + part((eight, "8 unicod")) + b"R."
     yield "scalar without dtype", SCALAR + part((None, b"8 bytes!")) + b"R."
     yield "numpy object array", pickle.dumps(np.array([None]), 2)
     yield "numpy records", pickle.dumps(np.zeros(2, [("a", "f2")]), 2)
-    yield "numpy text", pickle.dumps(np.array(["a"]), 2)
-    yield "numpy dates", pickle.dumps(np.zeros(2, "M8[s]"), 2)
     yield "numpy complex", pickle.dumps(np.zeros(2, "c8"), 4)
     yield "numpy cube", pickle.dumps(np.zeros((2, 2, 2)), 5)
 
@@ -334,10 +264,7 @@ TRICKS = dict(_tricks())
 # Greed: each of these asks for gigabytes, for ever, or for a deep stack.
 
 
-def face(feature: Any = None) -> list[Any]:
-    """An entry of an official face file."""
-    feature = np.array([1, 2, 3], "<f2") if feature is None else feature
-    return [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, feature]
+FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
 
 def _laughs(kind: str) -> bytes:
@@ -352,7 +279,7 @@ def _laughs(kind: str) -> bytes:
 
 def _shared(frames: int, clips: int) -> bytes:
     """Many clips that are all one list, which names one entry over and over."""
-    head = b"\x80\x02" + part(face())
+    head = b"\x80\x02" + part(FRAME)
     head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
     pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
     return head + b"}(" + pairs + b"u."
@@ -374,26 +301,20 @@ def wide(*shape: int) -> bytes:
 
 GREED = {
     "memo": b"Nr\xff\xff\xff\xff.",
-    "memo of 512 MB": b"Nr\xff\xff\xff\x03.",
     "text memo": b"Np%d\n." % 2**40,
     "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
     "text of 60 GB": b"\x80\x04\x8d" + struct.pack("<Q", 60 << 30) + b"abc.",
     "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
     "frame of 60 GB": b"\x80\x04\x95" + struct.pack("<Q", 60 << 30) + b"abc.",
-    "bytes beyond a word": b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.",
     "string of 2 GB": b"T" + struct.pack("<i", 2**31 - 1) + b"abc.",
     "integer of 2 GB": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc.",
     "integer of a megabit": b"}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.",
     "nested lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
-    "nested lists in a clip": b"}U\x01a" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"s.",
     "nested tuples as a name": b"})" + b"\x85" * 10**6 + b"Ns.",
-    "nested tuples in a clip": b"}U\x01a)" + b"\x85" * 10**6 + b"s.",
     "nested dicts": b"".join([b"}"] + [b"K\x00}"] * 10**5 + [b"s"] * 10**5) + b".",
     "marks": b"(" * 10**6 + b".",
     "laughing lists": b"}U\x01a" + _laughs("list") + b"s.",
-    "laughing tuples": b"}U\x01a" + _laughs("tuple") + b"s.",
     "laughing name": b"}" + _laughs("tuple") + b"Ns.",
-    "digits": b"}I" + b"9" * 10**6 + b"\nNs.",
     "digits of a long": b"}L" + b"9" * 10**6 + b"L\nNs.",
     "digits of a float": b"}F" + b"9" * 10**6 + b"\nNs.",
     "colliding names": b"}(" + b"".join(n + b"N" for n in _colliding(70_000)) + b"u.",
@@ -425,17 +346,12 @@ def damage(sound: bytes) -> dict[str, bytes]:
     np.savez(npz, a=np.zeros(3))
     np.save(npy, np.zeros(3))
     return {
-        **{f"cut to {end} bytes": sound[:end] for end in (1, 2, 3, len(sound) // 2)},
-        "cut by a byte": sound[:-1],
+        **{f"cut to {end} bytes": sound[:end] for end in (2, len(sound) // 2, len(sound) - 1)},
         "empty": b"",
         "zeros": bytes(10**5),
-        "ones": b"\xff" * 10**5,
-        "noise": random.Random(0).randbytes(10**5),
         "ground truth": b"IQIYI_VID_TRAIN_0000001.mp4 195\n",
-        "text with a byte order mark": b"\xef\xbb\xbfclip 1\n",
         "text in UTF-16": "clip 1\n".encode("utf-16"),
         "web page": b"<!DOCTYPE html>\n<html><title>404 Not Found</title></html>\n",
-        "web page in capitals": b"\n<HTML><BODY>Sign in</BODY></HTML>\n",
         "JSON": b'{"clip": [[1, [0, 0, 1, 1], 0.5, 80, [1, 2, 3]]]}\n',
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "zip of PyTorch": archive.getvalue(),
@@ -450,61 +366,24 @@ def damage(sound: bytes) -> dict[str, bytes]:
         "read as text": sound.decode("latin-1").encode(),
         "twice": sound + sound,
         "followed by a line end": sound + b"\n",
-        "without its head": sound[20:],
-        "backwards": sound[::-1],
     }
 
 
 # Mutations.
 
 
-_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
-
-
 def operations(data: bytes) -> list[bytes]:
-    """Returns a sound pickle as its opcodes, each with its argument; without frames.
-
-    `pickletools.genops` cannot: it takes a STRING to be ASCII.
-    """
-    found, at = [], 0
-    while at < len(data):
-        opcode = _OPCODES[data[at]]
-        end = at + 1
-        if opcode.arg is not None and opcode.arg.n >= 0:
-            end += opcode.arg.n
-        elif opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE:
-            for _ in range(_num_lines(opcode)):
-                end = data.index(b"\n", end) + 1
-        elif opcode.arg is not None:
-            width = _length_bytes(opcode.arg)
-            end += width + int.from_bytes(data[end : end + width], "little")
-        if opcode.name != "FRAME":
-            found.append(data[at:end])
-        at = end
-    return found
+    """Returns a sound pickle as its opcodes, each with its argument; without frames."""
+    places = [place for *_, place in pickletools.genops(data)]
+    found = [data[at:end] for at, end in itertools.pairwise([*places, len(data)])]
+    return [operation for operation in found if operation[:1] != pickle.FRAME]
 
 
-def _num_lines(opcode: pickletools.OpcodeInfo) -> int:
-    return 2 if opcode.name in ("GLOBAL", "INST") else 1
-
-
-def _length_bytes(argument: pickletools.ArgumentDescriptor) -> int:
-    """Returns the bytes that tell the length of an argument."""
-    return {
-        pickletools.TAKEN_FROM_ARGUMENT1: 1,
-        pickletools.TAKEN_FROM_ARGUMENT4: 4,
-        pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-        pickletools.TAKEN_FROM_ARGUMENT8U: 8,
-    }[argument.n]
-
-
-_NUMBERS = (
-    0, 1, 2, 3, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1,
-)  # fmt: skip
+_NUMBERS = (0, 1, 2, 127, 128, 255, 256, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1)
 _LINES = (
-    b"", b"0", b"00", b"01", b"-1", b"7", b"1e400", b"nan", b"99999999999", b"9" * 5000, b"'a'",
-    b"'\\x00\\'", b"numpy", b"ndarray", b"dtype", b"numpy.core.multiarray", b"_reconstruct",
-    b"scalar", b"_codecs", b"encode", b"os", b"system", b"\\ud800", b"\xff\xfe", b"L", b"0x10",
+    b"", b"0", b"01", b"-1", b"1e400", b"nan", b"9" * 5000, b"'a'", b"'\\x00\\'", b"numpy",
+    b"ndarray", b"dtype", b"numpy.core.multiarray", b"_reconstruct", b"scalar", b"_codecs",
+    b"encode", b"os", b"system", b"\\ud800", b"\xff\xfe", b"L", b"0x10",
 )  # fmt: skip
 
 
@@ -513,68 +392,38 @@ def _random_operation(chance: random.Random) -> bytes:
     code = opcode.code.encode("latin-1")
     if opcode.arg is None:
         return code
-    if opcode.arg.n >= 0:
-        number = chance.choice(_NUMBERS) if chance.random() < 0.6 else chance.randrange(12)
-        order = "big" if opcode.name == "BINFLOAT" else "little"
-        return code + (number % 256**opcode.arg.n).to_bytes(opcode.arg.n, order)
     if opcode.arg.n == pickletools.UP_TO_NEWLINE:
-        lines = range(_num_lines(opcode))
+        lines = range(2 if opcode.name in ("GLOBAL", "INST") else 1)
         return code + b"".join(chance.choice(_LINES) + b"\n" for _ in lines)
-    width = _length_bytes(opcode.arg)
-    content = chance.randbytes(chance.randrange(12))
-    length = len(content) if chance.random() < 0.7 else chance.choice(_NUMBERS)
-    return code + (length % 256**width).to_bytes(width, "little") + content
-
-
-def _spoil(operation: bytes, chance: random.Random) -> bytes:
-    """Returns the operation with random bytes in its argument, or another one of its kind."""
-    spoilt = bytearray(operation)
-    for _ in range(chance.choice([1, 1, 2, 8])):
-        at = chance.randrange(1, len(spoilt))
-        new = chance.choice([0, 1, 127, 128, 255, spoilt[at] ^ 1 << chance.randrange(8)])
-        spoilt[at] = new
-    return bytes(spoilt)
+    number = chance.choice([*_NUMBERS, *range(12)])
+    # A number, or the length of what follows, which may be another one.
+    width = opcode.arg.n if opcode.arg.n > 0 else int(opcode.arg.name[-1])
+    content = b"" if opcode.arg.n > 0 else chance.randbytes(chance.choice([number, 5]) % 12)
+    return code + (number % 256**width).to_bytes(width, "little") + content
 
 
 def mutate(seeds: list[list[bytes]], grafts: list[bytes], chance: random.Random) -> bytes:
     """Returns a pickle made of one or two sound ones by a few changes of their opcodes.
 
-    Args:
-      seeds: sound pickles, as their operations.
-      grafts: pieces of hostile ones, to be set in anywhere.
-      chance: what decides.
+    `grafts` are pieces of hostile ones, which are set in anywhere.
     """
     made = list(chance.choice(seeds))
     for _ in range(chance.choice([1, 1, 1, 2, 3, 6])):
-        at, other = chance.randrange(len(made)), chance.randrange(len(made))
-        change = chance.randrange(12)
-        if change == 0:
-            del made[at]
-        elif change == 1:
-            made.insert(other, made[at])
-        elif change == 2:
-            made[at], made[other] = made[other], made[at]
-        elif change == 3:
-            made[at] = _random_operation(chance)
-        elif change == 4:
-            made.insert(at, _random_operation(chance))
-        elif change == 5:
-            second = chance.choice(seeds)
-            made[at:] = second[chance.randrange(len(second)) :]
-        elif change == 6:
-            first, last = sorted((at, other))
-            made[first:last] = made[first:last] * chance.randrange(4)
-        elif change == 7:
-            made.insert(at, chance.choice(grafts))
-        elif change == 8:  # bytes lost or added, so that what follows is read as other opcodes
-            cut = chance.randrange(len(made[at]) + 1)
-            new = chance.randbytes(chance.choice([0, 1]))
-            made[at] = made[at][:cut] + new + made[at][cut + 1 :]
-        else:
-            arguments = [i for i, operation in enumerate(made) if len(operation) > 1]
-            if arguments:
-                at = chance.choice(arguments)
-                made[at] = _spoil(made[at], chance)
+        at, other = sorted(chance.randrange(len(made)) for _ in range(2))
+        second, operation = chance.choice(seeds), bytearray(made[at])
+        operation[chance.randrange(len(operation))] ^= 1 << chance.randrange(8)
+        made[at:other] = chance.choice((
+            [],
+            made[at:other] * 2,
+            made[at:other][::-1],
+            [_random_operation(chance), *made[at:other]],
+            [_random_operation(chance), *made[at + 1 : other]],
+            second[chance.randrange(len(second)) :][:9],
+            [chance.choice(grafts), *made[at:other]],
+            [made[at][:-1], *made[at + 1 : other]],
+            *6 * [[bytes(operation), *made[at + 1 : other]]],
+        ))  # fmt: skip
+        made = [operation for operation in made if operation]
         if not made:
             return b""
     return b"".join(made)
@@ -615,7 +464,6 @@ class _Fork(processes.Children):
     def run(
         self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
     ) -> CompletedProcess[bytes]:
-        """Does the job that `given` describes."""
         del module, words, timeout
         streams = [self._folder / name for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(given)
