@@ -26,7 +26,7 @@ HABIT = re.compile(
     re.IGNORECASE,
 )
 # Names that say nothing about the thing, and how often the library may still use them.
-VAGUE = {"found": 50, "one": 310}
+VAGUE = {"found": 50, "one": 50}
 
 
 def read_prose(path):

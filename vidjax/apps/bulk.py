@@ -1,9 +1,9 @@
-"""Makes results for many parquet tables of clips, on one machine or on several.
+"""Makes results for many parquet tables of clips, on a machine or on several.
 
-    FOLDER/NAME.parquet   clips, see `vidjax.data.clip_files`; a clip has all frames in one table
+    FOLDER/NAME.parquet   clips, see `vidjax.data.clip_files`; no clip is in two tables
     OUT/NAME.parquet      the results for these clips
 
-`Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results for one table.
+`Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results for a table.
 `process_tables` calls them on one machine. On several machines, workers of Ray Data construct one
 of them once and call it with paths. See vidjax/data/README.md, "Clips at size".
 """
@@ -145,7 +145,7 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[Work]) -> None
         flag = f"--out={out}" if out else "without --out"
         raise UserError(
             f"{flag}: {inputs[0].parent} is a folder of {len(inputs):,} tables\n"
-            "name a folder for the results, one file per table: --out=FOLDER"
+            "name a folder for the results, a file per table: --out=FOLDER"
         )
     if path.exists() and path.samefile(inputs[0].parent):
         raise UserError(f"--out={out} is the folder of the clips: name another folder")
@@ -258,7 +258,8 @@ def _check_once(inputs: Sequence[Path]) -> None:
 
 def _repeated_clip_error(clip: str, names: str) -> UserError:
     return UserError(
-        f"clip '{show(clip)}' is in two tables{names}\nwrite all frames of a clip into one table"
+        f"clip '{show(clip)}' is in two tables{names}\n"
+        "write all frames of a clip into the same table"
     )
 
 

@@ -164,11 +164,11 @@ def forget(
             known.add(there)
             if held := names & there:
                 found.append(Place(kind, folder, f"{len(held):,} of the names", remedy))
-    listed = {one.path for one in found if one.kind != "gallery"}
+    listed = {place.path for place in found if place.kind != "gallery"}
     for path in [path for path in others if listed.intersection(path.parents)]:
         del others[path]
     found += _search_files(others, names, wanted)
-    runs = {one.path for one in found if one.kind == "run"}
+    runs = {place.path for place in found if place.kind == "run"}
     found += _galleries_of_runs(of_kind("gallery"), runs)
     return Forgotten(found, names, known.similar(closely=not found))
 
@@ -299,8 +299,8 @@ def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(one)
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(child)
 
 
 def _names_of_who(folder: Path) -> Iterator[str]:
@@ -319,7 +319,7 @@ def _names_of_who(folder: Path) -> Iterator[str]:
 
 
 def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:
-    """Yields the galleries whose vectors were computed by one of `runs`."""
+    """Yields the galleries whose vectors were computed by any of `runs`."""
     from vidjax.apps.gallery.gallery import Gallery
 
     for folder in galleries:
@@ -427,7 +427,7 @@ def _unpack(path: Path) -> str | None:
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
     """Returns a command for each kind of compressed file in `unread`.
 
-    A command prints the paths of the compressed files that contain one of the names.
+    A command prints the paths of the compressed files that contain a searched name.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_spellings(names))})"

@@ -113,7 +113,7 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--fps", metavar="N", type=_rate, help=about)
     about = "shrinks frames to this longer side, in pixels (default: 640)"
     parser.add_argument("--size", metavar="N", type=messages.whole(*SIZE_RANGE), help=about)
-    about = "number of processes (default: one per core)"
+    about = "number of processes (default: the number of cores)"
     parser.add_argument("--workers", metavar="N", type=messages.whole(1, MAX_WORKERS), help=about)
     about = "compares the contents of all files, instead of size, time and inode"
     parser.add_argument("--check", action="store_true", help=about)

@@ -51,7 +51,7 @@ SLIPS = {
 # Flags that users try and that do not exist -> the remedy.
 NO_FLAGS = {
     "resume": "a run always continues: leave the flag out",
-    "gpus": "all GPUs are used; to use one, put CUDA_VISIBLE_DEVICES=0 before the command",
+    "gpus": "all GPUs are used; to use the first, put CUDA_VISIBLE_DEVICES=0 before the command",
     "device": "put JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda before the command",
     "verbose": "leave it out: all messages are printed; --debug prints tracebacks, too",
 }
@@ -81,7 +81,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default the one of the process; returns its exit code."""
+    """Runs a command line, by default the arguments of the process; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -158,7 +158,7 @@ def _parse_known(
     """Returns the flags, and the unknown words.
 
     If a required flag is missing, unknown words are returned first: a misspelt flag is more likely
-    than a forgotten one.
+    than a forgotten command.
     """
     try:
         return parser.parse_known_args(words)

@@ -1,6 +1,6 @@
 """`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-`train` trains or resumes a run, and evaluates it. `evaluate` ranks a split with one or several
+`train` trains or resumes a run, and evaluates it. `evaluate` ranks a split with a run or several
 trained runs. `report` writes the page of a run again. Libraries that take seconds to load are
 imported inside the functions, after the flags were checked.
 """
@@ -126,7 +126,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
         raise UserError(
-            "--coordinator with --runs: several processes can evaluate only one run\n"
+            "--coordinator with --runs: several processes can evaluate only a single run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
     folder = RunFolder(args.workdir) if args.runs else api.open_run(args.workdir)
@@ -162,7 +162,7 @@ def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    """Ranks a split with one run, or with several runs joined."""
+    """Ranks a split with a run, or with several runs joined."""
     began = time.monotonic()
     config, folder = read_evaluate_settings(args)
     from vidjax.training import plan

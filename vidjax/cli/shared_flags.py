@@ -51,7 +51,7 @@ def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
     """Returns the overridden fields.
 
     Raises:
-      UserError: the command does not read one of the fields.
+      UserError: the command does not read a field.
     """
     overridden = set(config_io.override_names(args.overrides))
     if unread := sorted(overridden - set(readable)):

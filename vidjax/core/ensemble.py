@@ -2,7 +2,7 @@
 
 All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
 a network on several subsets of the same batches. So every parameter and table has a leading axis
-E, and a single program trains or evaluates all members in one pass over the data.
+E, and a single program trains or evaluates all members in a single pass over the data.
 """
 
 import functools
@@ -101,7 +101,7 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
     """Returns the fold of each clip, [N] int32 from 0. Every identity is spread over all folds.
 
     The clips of an identity go to the folds in turn, in random order. The next identity starts at
-    the next fold. So the sizes of two folds differ by at most one clip, in total and within every
+    the next fold. So the sizes of two folds differ by at most 1 clip, in total and within every
     identity. Labels are [N] int; the distractors, label 0, count as an identity.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -117,8 +117,8 @@ def bootstrap_counts(
     """Draws bootstrap sample `number`. Returns how many times it contains each clip, [N] int32.
 
     If `resample` is `identity`, the clips of every identity are resampled separately, so that no
-    identity is lost. If it is `all`, all clips are resampled at once, and some identities of one or
-    two clips are lost.
+    identity is lost. If it is `all`, all clips are resampled at once, and some identities with
+    few clips are lost.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":

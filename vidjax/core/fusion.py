@@ -453,7 +453,7 @@ def crop_means(
 
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth. Thirds and sixths are rounded down, so no crop of a clip with
-    frames is empty. With `always_shorter`, a third or sixth is at least one frame, if another frame
+    frames is empty. With `always_shorter`, a third or sixth is at least 1 frame, if another frame
     is left.
 
     Returns Frames [B, 4] as `mean_frame` does. `weighting` is a weighting of `frame_weights`.
@@ -475,7 +475,7 @@ def crop_means(
     def mean(mask: Array) -> Frames:
         return mean_frame(frames._replace(mask=mask), weighting=weighting)
 
-    means = jax.vmap(mean, out_axes=1)(jnp.stack(crops))  # one pass over the frames for all crops
+    means = jax.vmap(mean, out_axes=1)(jnp.stack(crops))  # a single pass for all crops
     return jax.tree.map(lambda values: values[:, :, 0], means)
 
 

@@ -305,7 +305,7 @@ def make_loss(
 # Operations on logits, with as few passes over them as possible. Logits [..., K] are the largest
 # arrays of a training step: on a CPU the time of a loss is the time to read and write them. Each
 # derivative below is elementwise and needs only the logits. So XLA computes the derivative of a
-# whole loss in one pass and stores no further array of this shape.
+# whole loss in a single pass and stores no further array of this shape.
 
 
 def is_label(labels: Array, num_classes: int) -> Array:

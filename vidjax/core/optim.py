@@ -250,5 +250,5 @@ def _options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str,
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:
-    """Returns a tree of booleans, True for parameters with more than one axis."""
+    """Returns a tree of booleans, True for parameters with 2 axes or more."""
     return jax.tree.map(lambda x: x.ndim > 1, params)

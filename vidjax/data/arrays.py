@@ -115,8 +115,8 @@ class FeatureFolder:
 
         Args:
           labels, quality: see `vidjax.load_data`.
-          workers: number of processes that read files; None: one per core, or fewer for little
-            data.
+          workers: number of processes that read files; None: the number of cores, or fewer
+            for little data.
           cache_dir: folder for the digests of files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
@@ -182,9 +182,7 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         if os.path.lexists(clips) and not clips.is_dir():
             raise UserError(f"{clips}: a file, not a folder of CLIP.npz: rename it")
         if table.is_file() and clips.is_dir():
-            raise UserError(
-                f"{folder}: it has {split}.parquet and a folder {split}: keep one of the two"
-            )
+            raise UserError(f"{folder}: it has {split}.parquet and a folder {split}: keep one")
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():

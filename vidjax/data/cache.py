@@ -60,7 +60,7 @@ def digest_files(
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Returns inode, size and times of a file. Every write changes at least one of them."""
+    """Returns inode, size and times of a file. Every write changes some of them."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 

@@ -12,7 +12,7 @@ from vidjax.utils.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the sorted paths in a directory, without hidden files; NoFileError without one."""
+    """Returns the sorted paths in a directory, without hidden files; NoFileError without files."""
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"{directory}: no such directory; is the path (config.data.dir) right?")
@@ -90,7 +90,7 @@ def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
                 if name in lengths and other in lengths
             )
             if not together:
-                yield f"no clip has both '{name}' and '{other}': is one of the two misspelt?"
+                yield f"no clip has both '{name}' and '{other}': is either misspelt?"
 
 
 def transposed(

@@ -31,7 +31,7 @@ FLOAT_BYTES = 4  # of a float32
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files. Only one file is in memory at a time."""
+    """Yields the clips of `.npz` files, with a single file in memory."""
     limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
@@ -82,7 +82,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes an `.npz` of several clips; `clips` is name -> arrays of an `.npz` of one clip."""
+    """Writes an `.npz` of several clips; `clips` is name -> arrays of the clip."""
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     for key in keys:
@@ -108,7 +108,7 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     except ValueError as error:
         raise UserError(f"clip {show(clean)}: {error}") from error
     if has_several_clips(arrays):
-        raise UserError(f"clip {show(clean)}: an .npz of several clips\nsend one clip at a time")
+        raise UserError(f"clip {show(clean)}: an .npz of several clips\nsend each clip separately")
     return Clip(clean, "npz", _by_modality(arrays, "npz"), name)
 
 
@@ -188,7 +188,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place}: is in the table with and without .mp4: keep one")
+            raise UserError(f"{place}: is in the table with and without .mp4: delete either")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}
@@ -226,7 +226,7 @@ def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns the best number of reading processes: one per MIN_READER_BYTES, at most per core."""
+    """Returns the best number of reading processes: bytes / MIN_READER_BYTES, at most the cores."""
     paths = [path for split in files.values() for path in split]
     size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
     return max(1, min(num_cores(), size // MIN_READER_BYTES))

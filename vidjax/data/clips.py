@@ -19,8 +19,8 @@ from vidjax.utils.errors import UserError, closest, suggest
 SPLITS = ("train", "val", "test")
 BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
 MAX_EVAL_FRAMES = BUCKETS[-1]
-# A modality is padded at most to its longest clip of the split, rounded up to one of these lengths:
-# audio with one vector per clip keeps T = 1, and splits of similar clips share compiled programs.
+# A modality is padded at most to its longest clip of the split, rounded up to any of these lengths:
+# audio with a vector per clip keeps T = 1, and splits of similar clips share compiled programs.
 PAD_LENGTHS = (1, 8, *BUCKETS)
 # Computing this many frames of padding is faster than compiling a program for another length.
 MAX_EXTRA_FRAMES = 1 << 16
@@ -149,7 +149,7 @@ class ClipSource(Protocol):
         ...
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
+        """Yields every clip of the plan once, in blocks of `rows` rows from the same bucket.
 
         The last block of a bucket is filled up with rows whose batch_mask is False. From a clip of
         more than 512 frames, the best 512 by quality are taken, in time order. Among frames of
@@ -214,7 +214,7 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
 
 def _check_distinct(names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.modalities={','.join(names)}: name at least one, each only once")
+        raise UserError(f"config.modalities={','.join(names)}: name modalities, each only once")
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
@@ -237,7 +237,7 @@ def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns T: `longest` rounded up to one of PAD_LENGTHS, but at most `limit`."""
+    """Returns T: `longest` rounded up to a length of PAD_LENGTHS, but at most `limit`."""
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
@@ -260,7 +260,7 @@ def make_eval_plan(
         blocks if they get equal `lengths`.
       only: [N] bool, True for the clips to evaluate; None: all clips.
       join: True to evaluate short clips together with longer clips if that adds at most
-        MAX_EXTRA_FRAMES of padding, so that a small split needs only one compiled program. It
+        MAX_EXTRA_FRAMES of padding, so that a small split needs only a single compiled program. It
         does not help models of single frames: a block takes as long as its longest clip.
     """
     num_frames = longest(split, modalities)
@@ -300,9 +300,7 @@ def make_batch_plan(
     """
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):
-        raise UserError(
-            f"config.data.train_splits={','.join(names)}: name at least one, each only once"
-        )
+        raise UserError(f"config.data.train_splits={','.join(names)}: name splits, each only once")
     if batch_size < 1 or max_frames < 1:
         raise UserError(
             f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "

@@ -44,8 +44,8 @@ class OfficialFiles:
         """Finds the feature pickles.
 
         Args:
-          workers: number of pickles that are read at once; None: one per core, or fewer if the
-            memory is small.
+          workers: number of pickles that are read at once; None: the number of cores, or fewer if
+            the memory is small.
           cache_dir: folder for the digests of files.
           origin: the origin of the dataset; None: the official files in `directory`.
         """

@@ -194,7 +194,7 @@ def load_ground_truth(
 ) -> dict[str, str]:
     """Reads a ground-truth file.
 
-    The direct form has one clip per line: `NAME.mp4 ID`. The inverted form has one identity per
+    The direct form has a clip per line: `NAME.mp4 ID`. The inverted form has an identity per
     line: `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no name
     has the suffix, the name of the file decides: train_gt is direct, val_gt and test_gt are
     inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are ignored. White
@@ -284,7 +284,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]
     if not lines:
-        raise UserError(f"{path}: the file is empty: write one line per clip, '{form}'")
+        raise UserError(f"{path}: the file is empty: write a line per clip, '{form}'")
     return lines
 
 

@@ -1,11 +1,11 @@
 """Loads clips without labels into memory.
 
-A path is one of
+A path has any of these forms:
 
 FOLDER            official pickles, or your own features as in `vidjax.data.arrays`
-FOLDER/CLIP.npz   the clips of one split
-CLIP.npz          one clip
-TABLE.parquet     the clips of one split
+FOLDER/CLIP.npz   the clips of a split
+CLIP.npz          a single clip
+TABLE.parquet     the clips of a split
 """
 
 import shlex
@@ -33,7 +33,7 @@ MAX_BLOCK_FRAMES = 1 << 12  # frames that are averaged at once
 
 
 class MemoryClips:
-    """Clips in memory: a `ClipSource` with only one split, `clips`.
+    """Clips in memory: a `ClipSource` with a single split, `clips`.
 
     Attributes:
       names: N clip names as in the input, in the order of the input.
@@ -273,7 +273,7 @@ def load_clips(
       path: the folder or the table.
       modalities: modality of the run -> feature width.
       identities: names of the class columns.
-      split: the split to read; None if the folder has only one split.
+      split: the split to read; None if the folder has a single split.
       quality: the quality of frames in the training; see `frame_fields.Quality`. With `given`,
         frames of official pickles without a quality have the quality 0, as in training.
 
@@ -298,7 +298,7 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
 
     Args:
       path: a folder, or a file of clips.
-      split: the split; None if the folder has only one split.
+      split: the split; None if the folder has a single split.
 
     Returns:
       The `.npz` and `.parquet` files; for official pickles, modality -> pickle.
@@ -391,8 +391,8 @@ def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str
         names = ", ".join(sorted(splits))
         places = (path / f"{sorted(splits)[0]}{ending}" for ending in ("", ".parquet"))
         place = next((place for place in places if place.exists()), None)
-        remedy = f"name one of them: --input={shlex.quote(str(place))}"
-        if place is None:  # official pickles: all splits are in one folder
+        remedy = f"name a single table: --input={shlex.quote(str(place))}"
+        if place is None:  # official pickles: all splits are in the same folder
             remedy = (
                 f"vidjax rank and embed take --config.eval.split={sorted(splits)[0]}\n"
                 f"a gallery takes --split={sorted(splits)[0]} --config.data.name=iqiyi_vid "

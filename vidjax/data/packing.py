@@ -66,7 +66,7 @@ def locate(clip: Clip, modality: str) -> str:
 
 
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
-    """Checks the frames of a clip in one modality, and sorts them by frame number.
+    """Checks the frames of a clip in a modality, and sorts them by frame number.
 
     Args:
       value: features [T, D] or [D], or a dict of `features` and fields of FRAME_FIELDS.

@@ -131,7 +131,7 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
                 "numbers)\nand optionally quality, detection, number; or a file CLIP.npz per clip"
             )
         if names.count(name) > 1:
-            raise UserError(f"{path}: two columns are named {name}: keep one")
+            raise UserError(f"{path}: two columns are named {name}: delete either")
     return [name for name in known if name in names]
 
 

@@ -271,7 +271,7 @@ def run_limited_each(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> list[dict[str, Any] | UserError]:
-    """Runs several jobs of a module in the same limited child process, one after another.
+    """Runs several jobs of a module in the same limited child process, in turn.
 
     Args:
       given: the path and the arguments of each job; see `run_limited` for the others.

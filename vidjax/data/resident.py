@@ -293,7 +293,7 @@ def _flat(fields: Sequence[Array]) -> Packed:
 
 
 class _Filler:
-    """Fills flat arrays on the devices, from the front. The host needs memory for one chunk."""
+    """Fills flat arrays on the devices, from the front. The host needs memory for a chunk."""
 
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
         """Allocates `num_frames` frames of a modality, and another frame of zeros."""

@@ -163,7 +163,7 @@ def _synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset, and the size, seed and changed options of a generated one."""
+    """Returns the name of a dataset, and the size, seed and changed options if it is generated."""
     name = data.get("name", "")
     if not is_generated(name):
         return name

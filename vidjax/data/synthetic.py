@@ -7,7 +7,7 @@ the frame. There are also look-alikes, strangers, frames of the wrong person, cl
 without information, and missing modalities.
 
 The displacement `Size.spread` was calibrated on single modalities and then fixed. A plain MLP (two
-layers of 1024, one to five random frames fused) reaches this val MAP@100, distractors included:
+layers of 1024, 1 to 5 random frames fused) reaches this val MAP@100, distractors included:
 
 | size | face, W(x) | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
@@ -50,7 +50,7 @@ class _Modality(NamedTuple):
     """The properties of a modality that do not depend on the size of the set.
 
     Attributes:
-      every: distance in frames between two features; 0: one feature per clip.
+      every: distance in frames between two features; 0: a single feature per clip.
       blank_rate: share of clips in which the modality has no information about the person.
       missing_rate: share of clips without the modality.
       resembles: True if look-alikes resemble each other in the modality, and hard clips are hard.
@@ -161,8 +161,8 @@ def write(
     The files are fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face
     train and val are `_v2`), `train_gt.txt` (a clip and its identity per line, sorted by identity),
     `val_gt.txt` and `test_gt.txt` (an identity and its clips per line, without distractors). The
-    official test ground truth is not published; with this one, a test ranking can be scored. Equal
-    sizes and seeds give equal bytes with the same machine and numpy.
+    official test ground truth is not published; with this ground truth, a test ranking can be
+    scored. Equal sizes and seeds give equal bytes with the same machine and numpy.
 
     Raises:
       UserError: `out_dir` is not empty, the size is unknown, the seed is negative, or an option is
@@ -218,7 +218,7 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 
 
 class _FlatFrames(NamedTuple):
-    """The frames of n clips, one clip after another.
+    """The frames of n clips, clip by clip.
 
     Attributes:
       present: [n] bool, True if the clip has the modality. Otherwise, its frames are not written.
@@ -419,7 +419,7 @@ class _Clips:
         """Returns the features [F, D] of frames that show `points` [F, R] with `quality` [F].
 
         A track is a person in a clip; `track` [F] is its number. All its frames are displaced by
-        the same vector of length `spread` (one per track).
+        the same vector of length `spread` (a vector per track).
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
@@ -463,7 +463,7 @@ def _orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Returns the stranger of each clip, [count] int. Some have one clip, others about five."""
+    """Returns the stranger of each clip, [count] int. Some have a clip, others about five."""
     singles = round(count * _SINGLETON_RATE)
     sizes = [1] * singles
     while sum(sizes) < count:

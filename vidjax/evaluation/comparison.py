@@ -247,7 +247,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     if run.split != first.split:
         raise UserError(
             f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
-            "compare on one that both have ranked: --config.eval.split=val"
+            "compare on a split that both have ranked: --config.eval.split=val"
         )
     places = {name: i for i, name in enumerate(run.identities)}
     missing = [name for name in first.identities if name not in places]
@@ -256,12 +256,12 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
         example = (missing or extra)[0]
         raise UserError(
             f"{both} ranked different identities: {len(first.identities)} and "
-            f"{len(run.identities)}\n{len(missing) + len(extra)} are in one run only, such as "
+            f"{len(run.identities)}\n{len(missing) + len(extra)} are in a single run, such as "
             f"'{example}', which is missing in '{run.name if missing else first.name}'"
         )
     order = np.array([places[name] for name in first.identities], int)
     positives = run.positives[order]
-    counts = [one.metrics["num_clips"] for one in (first, run)]
+    counts = [side.metrics["num_clips"] for side in (first, run)]
     text = f"{counts[0]} and {counts[1]} clips"
     if run.data != first.data:
         text += f" of {first.data} and {run.data}"
@@ -284,7 +284,7 @@ def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
     `name` is `names` or `labels`. The digests of features are not compared, because two runs may
     read different features of the same clips.
     """
-    known = ((one.metrics.get("trained_on") or {}).get("splits", {}) for one in (first, run))
+    known = ((side.metrics.get("trained_on") or {}).get("splits", {}) for side in (first, run))
     mine, others = (splits.get(first.split, {}).get(name) for splits in known)
     return bool(mine and others) and mine != others
 

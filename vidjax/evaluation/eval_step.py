@@ -67,8 +67,8 @@ def embed_step(
 
     def embedding_of(frames: Mapping[str, Frames], mask: Array) -> Array:
         output = forward(frames, mask)
-        one = output.logits.shape[1] == 1
-        return unit_vectors(output.embedding) if one else output.embedding
+        is_single = output.logits.shape[1] == 1
+        return unit_vectors(output.embedding) if is_single else output.embedding
 
     vectors = _over_examples(system, view, batch, embedding_of, logs=False, reduce="mean")
     usable = _is_usable(system, batch)[:, None]

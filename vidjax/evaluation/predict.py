@@ -54,7 +54,7 @@ class Request(NamedTuple):
 class Predictor(NamedTuple):
     """A trained run with its weights.
 
-    The methods take `clips` in one of these forms:
+    The methods take `clips` in any of these forms:
     - a dict clip -> modality -> features [T, D]. Instead of features, a modality may have a dict of
       features and quality, as in `vidjax.load_data`.
     - `MemoryClips`.
@@ -170,7 +170,7 @@ class Predictor(NamedTuple):
         elif not self.results:
             raise UserError(
                 f"'{self.workdir}' has no results of this step and these settings: no threshold is "
-                "known\ngive one, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
+                "known\ngive it, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
             )
         elif self._of_few_distractors:
             count = self.results["num_distractors"]
@@ -281,7 +281,7 @@ class Predictor(NamedTuple):
                 unit = block_vectors[rows] / np.where(norms > 0, norms, 1.0)
                 vectors[np.asarray(block.clip_index)[rows]] = unit
                 advance(len(rows))
-        assert vectors is not None  # there is at least one clip
+        assert vectors is not None  # there are clips
         return vectors[request.clip_index]
 
     @property
@@ -332,7 +332,7 @@ class Predictor(NamedTuple):
         scorer = ModelScorer(model, request.data.split(request.split).clips, self.mesh)
         if not scorer.use.any():
             raise UserError(
-                f"{self.workdir}: all members were trained on every one of these clips\n"
+                f"{self.workdir}: all members were trained on all of these clips\n"
                 "score clips that were not in the training"
             )
         for (blocks,) in windows([model], request.split, size, self.mesh, scorer.use):
@@ -368,7 +368,7 @@ def restore(
     workdir, config = folder.path, folder.config
     if config.join.runs:
         raise UserError(
-            f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
+            f"'{workdir}' joins other runs; restore a member:\n{', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
     devices.keep_programs(files.cache_root())
@@ -402,7 +402,7 @@ def _results_of(folder: RunFolder, step: int) -> Mapping[str, Any]:
     try:
         results = folder.metrics()
     except ValueError as error:
-        warn(f"{error}\nno score threshold is known: give one")
+        warn(f"{error}\nno score threshold is known: give `threshold`")
         return {}
     return results if results.get("step") == step else {}
 

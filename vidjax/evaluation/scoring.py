@@ -156,8 +156,8 @@ def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
     0 or more.
     """
     total = no_scores(scores[0], logs=True)
-    for one, weight in zip(scores, weights, strict=True):
-        total = add_scores(total, one, jnp.full(len(one), weight, one.dtype))
+    for block, weight in zip(scores, weights, strict=True):
+        total = add_scores(total, block, jnp.full(len(block), weight, block.dtype))
     return mean_scores(total)
 
 

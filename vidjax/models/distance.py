@@ -1,11 +1,11 @@
-"""Decides whether vectors show one person or two, from the distance of unit vectors.
+"""Decides whether vectors show the same person, from the distance of unit vectors.
 
 A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
 the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The card
 of a network gives the mean and the standard deviation of cosines, for two clips of a person and
 for clips of two people. The four numbers give W, B and two effective numbers of dimensions:
 
-    |x - x'|^2 of one person   has the mean 2 W, and spreads like a sum of n_same squares
+    |x - x'|^2 of a person     has the mean 2 W, and spreads like a sum of n_same squares
     |x - x'|^2 of two people   has the mean 2 (W + B), and spreads like a sum of n_different squares
 
 The sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The vector e
@@ -14,11 +14,11 @@ distribution. The vectors of the population are Gaussian in these dimensions. So
 densities of the same space, and probabilities computed from their ratios sum to 1 for any number N
 of people.
 
-The N enrolled people determine m. If each has one clip, the posterior of m has the variance
+The N enrolled people determine m. If each has a single clip, the posterior of m has the variance
 (W + B) / N. For N = 1 the ratio is the ratio of the two gamma densities.
 
-Clips of one day share a part of e. So the vectors of a person with k clips differ less from each
-other than the card predicts, and k clips count only as `effective_count` clips.
+Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
+each other than the card predicts, and k clips count only as `effective_count` clips.
 
 Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
 (two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
@@ -61,9 +61,9 @@ class Population(NamedTuple):
 def of_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
     """Computes the distances of a card from the (mean, deviation) of its cosines.
 
-    `same` is for clips of one person, `different` for clips of two people.
+    `same` is for clips of the same person, `different` for clips of two people.
 
-    A shape is (mean / deviation)^2. The shape for one person is limited to the shape for two
+    A shape is (mean / deviation)^2. The shape for the same person is limited to the shape for two
     people, because distances between people do not spread less than distances within a person.
     """
     within, total = 1 - same[0], 1 - different[0]
@@ -74,8 +74,8 @@ def of_cosines(same: tuple[float, float], different: tuple[float, float]) -> Dis
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
     """Computes how many independent clips [K] are worth as much as the clips of each of K groups.
 
-    Clips of one day share a part r of e. The variance of their mean is (r + (1 - r) / k) W. The
-    variance of the clips about their mean gives an estimate of r.
+    Clips of the same day share a part r of e. The variance of their mean is (r + (1 - r) / k) W.
+    The variance of the clips about their mean gives an estimate of r.
 
     Args:
       distances: the distribution on the card.
@@ -158,7 +158,7 @@ def new_density(distances: Distances, square: np.ndarray, variance: np.ndarray) 
 
 
 def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Computes log(p(d | one person) / p(d | two people)) for the distance d of two groups.
+    """Computes log(p(d | same person) / p(d | two people)) for the distance d of two groups.
 
     `square` is the squared distance of their means. `noise` is 1 / k + 1 / k' for groups of k and
     k' effective clips.

@@ -19,7 +19,7 @@ class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
     One run trains both models: `main` on clips that have `modality`, `other` on clips that have at
-    least one of its modalities. Evaluation adds their scores with the weights (main, other):
+    least 1 of its modalities. Evaluation adds their scores with the weights (main, other):
 
         the clip lacks all modalities of `other`:        (1, 0)
         the clip lacks `modality`:                       (0, missing_scale)
@@ -159,7 +159,7 @@ class FallbackIdentifier(Identifier):
             rows = clips.mask & sees if train else clips.mask
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
-                raise UserError("model 'fallback': main and other must have one branch each")
+                raise UserError("model 'fallback': main and other must have a single branch each")
             outputs.append(output)
 
         poor = jnp.zeros_like(main_sees)

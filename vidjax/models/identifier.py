@@ -80,7 +80,7 @@ def make_identifier(
                 f"model {name!r}: {option}={value}: widths and counts are whole numbers, 1 or more"
             )
     if not modalities:
-        raise UserError(f"model {name!r} needs at least one modality")
+        raise UserError(f"model {name!r} needs a modality")
     for part, choice in model.parts.items():
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):

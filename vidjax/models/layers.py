@@ -36,7 +36,7 @@ def real_frames(
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
-    """Drops modalities of clips at random. Every clip keeps at least one of its modalities.
+    """Drops modalities of clips at random. No clip loses all of its modalities.
 
     Each modality in `present` [B, M] bool is dropped with probability `rate`. If all modalities of
     a clip would be dropped, a random modality stays. Returns the remaining modalities, [B, M] bool.

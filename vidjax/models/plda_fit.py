@@ -228,7 +228,7 @@ class _Fold(NamedTuple):
 
     covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
-    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals with one clip of every other identity
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals with a clip of every other identity
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 

@@ -86,7 +86,7 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums) -> Covariances:
     """Computes W, pooled over N - C degrees of freedom, and B, the second moment minus W.
 
-    The sums must have at least one clip. W and B are averaged with typical covariances of
+    The sums must have clips. W and B are averaged with typical covariances of
     embeddings, which count as PRIOR clips and PRIOR people. This matters for few data: a single
     photo of each person gives no information about W, and a single person gives none about B. The
     mean is multiplied by `centre_share`.
@@ -163,7 +163,7 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
 
 
 def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
-    """Computes log(p(clips | one class) / p(clips | two classes)), [G], of a group and G groups.
+    """Computes log(p(clips | same class) / p(clips | two classes)), [G], of a group and G groups.
 
     `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of the
     number of its clips. `row` is the row of the first group.
@@ -197,7 +197,7 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings) -> Space:
-    """Computes the space of one modality in closed form, from sums of at least one clip."""
+    """Computes the space of a modality in closed form, from the sums of its clips."""
     sums = Sums(part["count"], part["total"], part["scatter"])
     return make_space(covariances(sums), within=settings.within, between=settings.between)
 

@@ -121,7 +121,7 @@ JOINED = ReadWhen(
     "vidjax evaluate --workdir=FOLDER --runs=A,B",
 )
 
-# A row of two or three lines is easier to read than one line for each argument.
+# A row of two or three lines is easier to read than a line for each argument.
 # fmt: off
 TABLE: tuple[Field | Group, ...] = (
     Field("seed", 0, "seed of parameters, random draws and the order of clips: 0 to 2**31 - 1",
@@ -138,7 +138,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("deterministic", False, "make runs on a GPU bit-identical, at some cost in speed; runs "
           "on a CPU always are"),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
-          "the model takes one fused frame at a time, and evaluation combines the scores by "
+          "the model takes a single fused frame at a time, and evaluation combines the scores by "
           "`eval.reduce`", choices=("pool", "examples")),
     Field("transforms", (), "additional transforms of a training batch, in order: names, or dicts "
           "of `name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none"),
@@ -198,12 +198,12 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.balance", 0.0, "exponent of class balancing: a clip of a class of n clips has the "
           "loss weight n ** -balance, divided by the mean weight; 0: equal weights"),
 
-    Group("ensemble", "the members of an ensemble: one for each combination of folds, bootstrap "
+    Group("ensemble", "the members of an ensemble: all combinations of folds, bootstrap "
           "samples, views, qualities and seeds"),
-    Field("ensemble.folds", 0, "number of stratified folds, 2 or more; each member leaves out one "
+    Field("ensemble.folds", 0, "number of stratified folds, 2 or more; each member leaves out a "
           "fold; 0: no folds", low=0),
-    Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, one per "
-          "member; 0: none", low=0),
+    Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, each for "
+          "a member; 0: none", low=0),
     Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of each "
           "`identity` separately, or from `all` clips together. With `all`, an identity of few "
           "clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
@@ -220,8 +220,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
-    Field("ensemble.mapping", "auto", "`map`: members are trained one after another; `vmap`: "
-          "together in one program; `auto`: `map` on CPU, `vmap` elsewhere",
+    Field("ensemble.mapping", "auto", "`map`: members are trained in turn; `vmap`: "
+          "together in a single program; `auto`: `map` on CPU, `vmap` elsewhere",
           choices=("auto", "map", "vmap")),
 
     Group("noise", "noise classes: clusters of distractors, and a mirror class of every identity "
@@ -252,7 +252,7 @@ TABLE: tuple[Field | Group, ...] = (
     Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
           "folds or bootstrap samples"),
-    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: one, after training",
+    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training",
           low=0, high=1e6),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
@@ -461,7 +461,7 @@ def _numbers(value: Any) -> Iterator[int | float]:
 def _untrainable(values: Values) -> Iterator[str]:
     """Yields a message for every combination of values that no training can use."""
     if not values["data.train_splits"]:
-        yield "config.data.train_splits is empty: name at least one split"
+        yield "config.data.train_splits is empty: name a split"
     if values["data.mode"] == "streaming":
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         yield from missing(
@@ -504,7 +504,7 @@ def closest_field(name: str, known: Collection[str]) -> str | None:
     name = re.sub(r"\b(folder|path)$", "dir", name)
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
     if name.startswith("fusion.") and name.split(".")[1] not in modalities:
-        return None  # another modality is no misspelling of this one
+        return None  # another modality is no misspelling of this modality
     group, _, leaf = name.rpartition(".")
     if inside := [field for field in known if group and field.rpartition(".")[0] == group]:
         if match := closest(leaf, [field.rpartition(".")[2] for field in inside], cutoff=0.7):
@@ -590,6 +590,6 @@ def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
     if len(modalities) > 1:
         raise UserError(
             f"--config: modalities {', '.join(modalities)}: this experiment uses only one\n"
-            f"name one of them, or a system that uses several: --config=plda:{','.join(modalities)}"
+            f"name a modality, or a system that uses several: --config=plda:{','.join(modalities)}"
         )
     return (modalities or (default,))[0:1]

@@ -159,7 +159,7 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     problem = f"trained on {' and '.join(trained)}, so no split is left; "
     counts = report.splits.get(trained[-1], {})
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
-        return f"{problem}most people have one clip: add a split val with other clips of them"
+        return f"{problem}most people have 1 clip: add a split val with other clips of them"
     return f"{problem}to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
@@ -211,7 +211,7 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Removes the lines of a .jsonl file after `step`, which a resumed run will write again.
 
     Damaged lines are removed with a warning. An unfinished last line, from a killed process, is
-    removed without one. If `evaluated` is False, the evaluation of `step` (a line with the key
+    removed without a result. If `evaluated` is False, the evaluation of `step` (a line with the key
     `split`) is removed, too.
     """
     if not files.exists(path):

@@ -29,7 +29,7 @@ DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "va
 
 
 class ResultPaths(NamedTuple):
-    """The result files of one split."""
+    """The result files of a split."""
 
     metrics: Path
     ranking: Path

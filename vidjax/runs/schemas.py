@@ -249,7 +249,7 @@ class Analysis(Struct, kw_only=True):
 
 
 # Arrays of `analysis.npz`. The arrays of a line are all present or all absent, and have equal
-# lengths. Exceptions: `train_clips` is optional, and `score_edges` has one more entry.
+# lengths. Exceptions: `train_clips` is optional, and `score_edges` has an additional entry.
 BY_IDENTITY = ("ap", "positives", "train_clips")  # average precision; clips in eval and train
 HISTOGRAMS = ("score_known", "score_strange", "score_edges")  # of the best score of each clip
 ERRORS = ("fpir", "fnir")  # errors of identification at each threshold

@@ -33,7 +33,7 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if the processes must save: one got a signal, or `save_due` in one."""
+        """Returns True if any process got a signal, or `save_due` is true in any process."""
         signum, due = distributed.largest(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)

@@ -53,11 +53,11 @@ def open_run(workdir: str | Path) -> RunFolder:
     folder = RunFolder(workdir)
     if not folder.has(CONFIG):
         runs = [messages.shown(path.parent) for path in sorted(folder.path.glob(f"*/{CONFIG}"))]
-        hint = f"train one: vidjax train --config=mma --workdir={messages.shown(folder.path)}"
+        hint = f"train a run: vidjax train --config=mma --workdir={messages.shown(folder.path)}"
         if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
-            hint = "name the folder of a run; to train one: vidjax train --config=mma"
+            hint = "name the folder of a run; to train a run: vidjax train --config=mma"
         if runs:
-            hint = f"it contains runs, name one: {', '.join(runs[:3])}"
+            hint = f"it contains runs, such as {', '.join(runs[:3])}"
         raise UserError(f"no run in '{workdir}' (no {CONFIG})\n{hint}")
     return folder
 

@@ -401,7 +401,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in its manifest. If there is one, only adds `more`."""
+        """Saves a checkpoint with `more` in its manifest, or only adds `more` to a saved step."""
         check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.as_items(self.state), info)

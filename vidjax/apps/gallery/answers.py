@@ -138,18 +138,18 @@ class NamingRule(NamedTuple):
         name, score = nearest.best[0]
         best = tuple((name, math.exp(log)) for name, log in nearest.best)
         evidence = nearest.compared if self.names(score) else ()
-        # In a gallery of models, a person without a common part may be the most probable one.
+        # In a gallery of models, a person without a common part may be the most probable person.
         is_named = self.names(score) and (evidence or not cards)
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Checks that `fpir` is in (0, 1) and `threshold` in (0, 1], and that at most one is given."""
+    """Checks that `fpir` is in (0, 1) and `threshold` in (0, 1], and that not both are given."""
     for name, value in (("fpir", fpir), ("threshold", threshold)):
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
-            "fpir and threshold: choose one\n"
+            "fpir and threshold: give either, not both\n"
             "fpir is a share of strangers, threshold is a probability"
         )
     if threshold is not None and not 0 < threshold <= 1:
@@ -233,7 +233,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
         if names.setdefault(clip, identity) != identity:
             raise UserError(
-                f"{path}: line {number}: clip '{show(clip)}' has two names: keep only one"
+                f"{path}: line {number}: clip '{show(clip)}' has two names: delete either"
             )
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 

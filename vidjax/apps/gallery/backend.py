@@ -32,7 +32,7 @@ MAX_QUERY_CLIPS = 64  # clips that are compared together
 MAX_PAIRED_NUMBERS = 1 << 20  # numbers of vectors that are multiplied pair by pair at once
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change joins smaller blocks
-# We assume that one voice in ten belongs to a person off screen while a face is seen.
+# We assume that 10 % of voices belong to a person off screen while a face is seen.
 MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # above the rounding error of a float32 logit
@@ -68,7 +68,7 @@ class Part(NamedTuple):
         return _product(x - self.space.mean, np.asarray(self.space.transform))
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `People.linear` and `People.constant` of P people for one part.
+        """Returns `People.linear` and `People.constant` of P people for a part.
 
         `count` [P] are numbers of clips, and `total` [P, D] the sums of their unit vectors.
         """
@@ -126,7 +126,7 @@ class Nearest(NamedTuple):
 
 
 def join(blocks: Sequence[People]) -> People:
-    """Joins one or more blocks of people into one."""
+    """Joins blocks of people."""
     names, linear, constant, count = zip(*blocks, strict=True)
     return People(
         tuple(itertools.chain.from_iterable(names)),
@@ -305,7 +305,7 @@ def _libraries() -> ThreadpoolController:
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """Limits matrix products to one thread, because idle BLAS threads use whole processors."""
+    """Limits matrix products to a single thread, because idle BLAS threads use whole processors."""
     return _libraries().limit(limits=1, user_api="blas")
 
 
@@ -498,7 +498,7 @@ class Index:
         """Yields for each of Q clips the k >= 1 most probable people; `parts` as in `search`.
 
         A clip without any part has no best people. If `owner` [Q] int is given, it assigns the
-        clips to G groups, and each group gets one answer.
+        clips to G groups, and each group gets an answer.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -638,7 +638,7 @@ class Index:
         Rows of logits that may be as high, except for rounding, are included.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
-        if not k or logits[0] == -np.inf:  # if one logit is -inf, all are
+        if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)
         peaks = (
             logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)

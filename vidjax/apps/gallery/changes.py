@@ -91,7 +91,7 @@ class Draft:
             raise UserError(f"'{show(to)}' has this name already")
         if to in self.groups and not merge:
             raise UserError(
-                f"'{show(to)}' is enrolled, too: two people would become one\n"
+                f"'{show(to)}' is enrolled, too: two people would become the same person\n"
                 "if they are the same: merge=True in Python, --merge on the command line"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})
@@ -210,8 +210,8 @@ def enrol(
 ) -> People:
     """Returns the people of `groups`, identity -> names of clips, in this order.
 
-    PLDA counts the clips of a person in one film as one clip, because they are alike. With cards,
-    the distances of the vectors show how alike clips are; see `distance.effective_count`.
+    PLDA counts the clips of a person in a film as a single clip, because they are alike. With
+    cards, the distances of the vectors show how alike clips are; see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     films = by_film(names, clips, cut_film_name if backend.parts[0].distances is None else str)

@@ -13,7 +13,7 @@ on the order of changes: a new gallery of the same clips and back end gives the 
 1e-6.
 
 An open gallery answers from the current content of its folder, even if another process changed it.
-A `State` is replaced and never changed, so an answer in another thread uses one state to its end.
+A `State` is replaced and never changed, so an answer in another thread keeps its state to the end.
 A change is written to the folder first. If writing fails, folder and memory stay as they were.
 
 A removed person leaves no trace in the folder. If the back end was fitted to a removed clip, its
@@ -530,7 +530,7 @@ class Gallery:
         Args:
           identity: the present name.
           to: the new name.
-          merge: True to allow the name of another enrolled person. The two become one person.
+          merge: True to allow the name of another enrolled person. The two become the same person.
 
         Raises:
           ValueError: nobody is called `identity`, or `to` is enrolled and `merge` is False.
@@ -597,12 +597,12 @@ class Gallery:
     ) -> dict[str, str]:
         """Groups clips by person; returns clip -> name of its group.
 
-        The largest group is called `unknown 1`, the next one `unknown 2`, and so on. Clips without
-        a usable frame are left out.
+        The largest group is called `unknown 1`, the next group `unknown 2`, and so on. Clips
+        without a usable frame are left out.
 
         Args:
           vectors: vectors of any number of clips.
-          apart: pairs of clips that show different people, for example two faces in one picture.
+          apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> group for all clips with a usable frame. Grouping continues from these
             groups.
           absorb: True to give small groups to larger ones.
@@ -684,8 +684,8 @@ class Gallery:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
           fpir: the largest share of strangers that may get a name. A name also needs a probability
-            above one half. The default is 0.01 if the gallery has 99 strangers or more. With fewer
-            strangers, the default rule requires only a probability above one half.
+            above .5. The default is 0.01 if the gallery has 99 strangers or more. With fewer
+            strangers, the default rule requires only a probability above .5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (The threshold of `Predictor.identify` is a logarithm.)
           groups: clip -> group, see `group`; only in a gallery of models. All clips of a group vote
@@ -862,7 +862,7 @@ def embed(
         real = np.asarray(batch.batch_mask)
         values[np.asarray(batch.clip_index)[real]] = block[real]
         advance(int(real.sum()))
-    assert values is not None  # there is at least one clip
+    assert values is not None  # there are clips
     people = (None, *source.identities) if chosen.labelled else (None,)
     labels = tuple(people[label] for label in chosen.labels[places].tolist())
     return Vectors(names, _parts(run, values[places]), labels)
@@ -929,13 +929,13 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _advise_other_days(groups: Mapping[str, Collection[str]]) -> None:
-    """Reports people whose clips, two or more, are all of one film; `groups` is name -> clips."""
+    """Reports people with several clips, all of the same film; `groups` is name -> clips."""
     few = [
         name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})
     ]
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
-        say(f"all clips of {named} are of one film, so they are alike: add clips of another day")
+        say(f"all clips of {named} are of the same film, so they are alike: add other clips")
 
 
 def fit_backend(

@@ -1,7 +1,7 @@
 """Groups clips of unknown people: the clips of a group show the same person.
 
 Each clip starts as a group. The most probable pair of groups is joined first, and joining ends when
-no pair shows the same person with a probability above one half. The prior of a pair is 1 / G, where
+no pair shows the same person with a probability above .5. The prior of a pair is 1 / G, where
 G is the present number of groups. Then small groups are given to larger ones. Here the prior of a
 group of n clips is proportional to n, and the prior of a new person to the number of groups with a
 single clip.
@@ -23,8 +23,8 @@ from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # clips, or groups, whose pairs are all compared
-MAX_SMALL_CLIPS = 3  # clips of a small group, which may be given to a larger one
-MIN_PROBABILITY = 0.6  # a small group is given to a larger one above this probability
+MAX_SMALL_CLIPS = 3  # clips of a small group, which may be given to a larger group
+MIN_PROBABILITY = 0.6  # a small group is given to a larger group above this probability
 MAX_TURNS = 4  # turns of grouping in blocks
 MAX_KEPT_SHARE = 0.75  # if this share of rows or less is in use, the other rows are dropped
 
@@ -180,7 +180,7 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 
     Turn 1 halves the means along the direction of their largest variance, and halves each half
     again until it is small enough. Turn 2 uses the direction of the second largest variance, and so
-    on. So two neighbours that one turn separates meet in another turn.
+    on. So two neighbours that a turn separates meet in another turn.
     """
     block, full = np.zeros(len(means), int), [np.arange(len(means))]
     while full:

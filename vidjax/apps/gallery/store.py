@@ -55,7 +55,7 @@ FORMAT = 3  # `user_version` of the file
 MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
 MAX_NAME_LETTERS = 1000
 MAX_VALUE_BYTES = 1 << 17  # of a text, a blob and a whole row
-BACKEND_ROW_NUMBERS = 1 << 13  # numbers of the back end in one row
+BACKEND_ROW_NUMBERS = 1 << 13  # numbers of the back end in a row
 PAGE_BYTES = 1 << 16
 FLOAT = np.dtype("<f4")
 FETCHED_ROWS = 256  # rows that are read at a time; they fit into the cache of a processor
@@ -488,7 +488,7 @@ def _facts(state: State) -> str:
 def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
-        raise UserError("its table 'gallery' is not one row of text")
+        raise UserError("its table 'gallery' is not a single row of text")
     return rows[0]
 
 

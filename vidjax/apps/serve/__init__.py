@@ -2,6 +2,6 @@
 
 `app` builds the ASGI application of a gallery and an optional run, and runs it until a signal.
 `protocol` converts between bytes and tensors, and `served_models` computes outputs from tensors.
-`batcher` collects requests that arrive together into one batch. `limits` bounds the size of
+`batcher` collects requests that arrive together into a batch. `limits` bounds the size of
 requests, checks the sender, and counts. The command is in `vidjax/cli/serve_command.py`.
 """

@@ -98,7 +98,7 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
-    """Clips of one person, of a given person per clip, or of strangers."""
+    """Clips of a single person, of a given person per clip, or of strangers."""
 
     clips: Clips
     identity: str | None = None
@@ -138,7 +138,7 @@ class Endpoint(NamedTuple):
 
 
 class Application:
-    """The state of one server, and the functions that answer its requests."""
+    """The state of a server, and the functions that answer its requests."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Application:
         }
         _, self.people_batcher = self.served[self.people.name]
         self.changes = Changes(limits)
-        # Large bodies are parsed one by one, because the memory of a parsed body is counted later.
+        # Large bodies are parsed in turn, because the memory of a parsed body is counted later.
         self.reader = ThreadPoolExecutor(1, "vidjax-bodies")
         self.embedding = 0  # number of clips that wait for their vectors, to be enrolled
         self.ready = self.broken = False
@@ -306,10 +306,10 @@ class Application:
         return _json({"clips": [answers_lib.as_json(name, answer) for name, answer in answers]})
 
     async def enrol(self, request: Request) -> Response:
-        """Enrols all clips, or none if one of them is wrong."""
+        """Enrols all clips, or none if any of them is wrong."""
         clips, body = await self._read(request, EnrolRequest)
         if (body.identity is not None) + (body.identities is not None) + body.strangers != 1:
-            text = "give one of identity, identities ({clip: name}) and strangers (true)"
+            text = "give only identity, identities ({clip: name}) or strangers (true)"
             raise unprocessable(text)
         people_of_clips = {} if body.strangers else body.identities or body.identity
         is_dict = isinstance(people_of_clips, dict)
@@ -471,7 +471,7 @@ def _check_clips(
             checked[name][modality] = frames
         if clip.modalities and not checked[name]:
             names = show(", ".join(map(str, clip.modalities)))
-            raise unprocessable(f"{place} has {names}, but needs one of {', '.join(widths)}")
+            raise unprocessable(f"{place} has {names}, but needs any of {', '.join(widths)}")
     return checked
 
 
@@ -553,7 +553,7 @@ def describe(
             "schemas": schemas,
             "responses": {
                 "Error": {
-                    "description": "a description of the error in one line",
+                    "description": "a description of the error in a single line",
                     "content": {"application/json": {"schema": error}},
                 }
             },
@@ -635,7 +635,7 @@ def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
         )  # unknown clients must not fill the log with warnings
     gc.freeze()  # garbage collections skip modules and people, which stay in memory
     server = Server(app, limits)
-    # uvicorn raises a signal again after the last answer. The second one must do nothing.
+    # uvicorn raises a signal again after the last answer. The second signal must do nothing.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:
         server.run(sockets=[listener])

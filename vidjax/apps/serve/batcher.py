@@ -125,7 +125,7 @@ class Batcher(Generic[Q, A]):
 
 
 class Changes:
-    """Makes changes one after another, in a thread."""
+    """Makes changes in turn, in a thread."""
 
     def __init__(self, limits: Limits):
         self._limits, self._thread = limits, ThreadPoolExecutor(1, "vidjax-changes")

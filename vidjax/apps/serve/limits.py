@@ -98,7 +98,7 @@ class ServerMetrics:
 
 
 class Refused(Expected):
-    """An error answer: its status, a message of one line, and an optional time for a new try.
+    """An error answer: its status, a message of a single line, and an optional time for a new try.
 
     `retry_after` is in seconds.
     """
@@ -134,7 +134,7 @@ def read_token(path: Path) -> bytes:
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(
-            f"{path}: a token is one word of at least {MIN_TOKEN_LETTERS} ASCII letters\n"
+            f"{path}: a token is a single word of at least {MIN_TOKEN_LETTERS} ASCII letters\n"
             f"make a token: (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
@@ -280,7 +280,7 @@ class Guard:
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
-            raise Refused(HTTPStatus.BAD_REQUEST, "send exactly one header Host")
+            raise Refused(HTTPStatus.BAD_REQUEST, "send a single header Host")
         if self._token is not None:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             is_right = hmac.compare_digest(token.strip().encode("latin-1"), self._token)

@@ -76,7 +76,7 @@ def make_question(
     """
     present = [name for name in model.widths if name in tensors]
     if not present:
-        raise unprocessable(f"no features: send one of {', '.join(model.widths)}")
+        raise unprocessable(f"no features: send {', '.join(model.widths)}")
     count = len(tensors[present[0]])
     if not 0 < count <= limits.clips:
         raise unprocessable(f"{count} clips: a request may have 1 to {limits.clips}")
@@ -173,7 +173,7 @@ class GalleryModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors. `embedding` contains the vectors of all parts, one after another."""
+        """The output tensors. `embedding` contains the vectors of all parts, in turn."""
         width = sum(self.gallery.backend.widths.values())
         return (
             Spec("identity", "BYTES", (-1,)),
@@ -219,7 +219,7 @@ class GalleryModel:
         }
 
     def warm(self) -> None:
-        """Compiles the programs of the run for every padded length, and identifies one clip."""
+        """Compiles the programs of the run for every padded length, and identifies a clip."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
                 self.gallery.embed(_make_question(self, length).clips)
@@ -280,7 +280,7 @@ class RunModel:
             if vectors is None:
                 vectors = np.zeros((len(scores), embedded.shape[1]), np.float32)
             vectors[places] = embedded[real] / np.where(norms > 0, norms, 1.0)
-        assert vectors is not None  # there is at least one clip
+        assert vectors is not None  # there are clips
         scores, vectors = scores[request.clip_index], vectors[request.clip_index]
         return [Scored(scores[rows], vectors[rows]) for rows in _slice_rows(questions)]
 

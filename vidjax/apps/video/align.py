@@ -225,7 +225,7 @@ def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
 
     The brightest fifth of the pixels around a bare eye are skin or the white of the eye, which are
     about as bright as the cheek below. Each eye is compared with the cheek on the same side,
-    because light often comes from one side.
+    because light often comes from a side.
 
     Args:
       crops: [N, S, S, 3] uint8, see `warp_faces`.

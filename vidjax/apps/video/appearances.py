@@ -1,6 +1,6 @@
 """Joins the answers of a gallery for the tracks of videos to appearances, and writes them.
 
-A .vtt (WebVTT) or .srt file (SubRip) contains the subtitles of one video. A .rttm file contains
+A .vtt (WebVTT) or .srt file (SubRip) contains the subtitles of a video. A .rttm file contains
 the times in all videos in the format of speaker diarisation: video, begin and duration in seconds,
 person.
 """
@@ -21,7 +21,7 @@ from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 
 TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
-GAP_SECONDS = 2.0  # two sightings of a person with a shorter gap are one appearance
+GAP_SECONDS = 2.0  # two sightings of a person with a shorter gap are the same appearance
 SUBTITLES = (".vtt", ".srt")
 FORMATS = (*SUBTITLES, ".rttm")
 # Characters that players read as markup. SubRip has no escapes, so similar characters replace them.
@@ -214,18 +214,18 @@ def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
-    """Returns the subtitles of one video; `ending` is one of SUBTITLES.
+    """Returns the subtitles of a video; `ending` is in SUBTITLES.
 
-    They show the names of the known people, one name a line. Subtitles never overlap, because many
-    players show only one at a time.
+    They show the names of the known people, a name per line. Subtitles never overlap, because many
+    players show only a single subtitle at a time.
 
     Raises:
       UserError: the appearances are in several videos.
     """
     if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
-            f"subtitles need one video, not {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
-            "write one table for all videos: --out=names.tsv"
+            f"subtitles need a single video, not {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
+            "write a table for all videos: --out=names.tsv"
         )
     blocks = ["WEBVTT\n"] if ending == ".vtt" else []
     for number, (start, end, names) in enumerate(_make_cues(appearances), 1):

@@ -1,6 +1,6 @@
 """Cards of nets: `NAME.json` describes the net `NAME.onnx`, its inputs and its outputs.
 
-A folder contains one net for each role. A card identifies its net by sha256, so that features of
+A folder contains a net for each role. A card identifies its net by sha256, so that features of
 different nets are never mixed. Unknown keys are refused, because every key of a card matters.
 """
 
@@ -56,7 +56,7 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """How much the vectors of one person, and of two people, differ.
+    """How much the vectors of the same person, and of two people, differ.
 
     Attributes:
       centre: the mean vector, which is subtracted before vectors are scaled to unit length.
@@ -175,14 +175,14 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 def load(folder: Path) -> dict[Role, Card]:
     """Returns role -> card of the nets in a folder, and checks the sha256 of each net."""
     if not folder.is_dir():
-        raise UserError(f"'{folder}': no such folder of nets\nmake one: vidjax convert --help")
+        raise UserError(f"'{folder}': no such folder of nets\nmake it with vidjax convert --help")
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
         if card.role in cards:
             raise UserError(
-                f"'{folder}' has two nets for one role, {card.role}: "
-                f"{cards[card.role].path.name} and {path.name}\nmove one of them elsewhere"
+                f"'{folder}' has two nets for the role {card.role}: "
+                f"{cards[card.role].path.name} and {path.name}\nmove either elsewhere"
             )
         card.read_net()
         cards[card.role] = card

@@ -1,8 +1,8 @@
 """Cut lists: the stretches of films that show a person, for programs that edit films.
 
-A list is a .edl file in the format CMX 3600, with one event for each stretch of a film, picture and
-sound. A list has one frame rate and at most MOST_EVENTS events, so that a person may have several
-lists. Frames are counted from the begin of the film, without drop frames.
+A list is a .edl file in the format CMX 3600, with an event for each stretch of a film, picture and
+sound. A list has a single frame rate and at most MOST_EVENTS events, so that a person may have
+several lists. Frames are counted from the begin of the film, without drop frames.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Decodes a video or photo that may be malicious. Call it only in a process with limits.
 
-`vidjax.data.processes` starts these processes. FFmpeg reads the bytes of one open regular file, and
+`vidjax.data.processes` starts these processes. FFmpeg reads the bytes of an open regular file, and
 cannot open playlists, other files, or network connections. Times are in seconds since the first
 picture or sound of the file, as players show them.
 """
@@ -189,7 +189,7 @@ class Video:
         from av.video.reformatter import VideoReformatter
 
         clock = Clock(1.0 / self.info.rate, self.info.seconds)
-        # Two reformatters, because each caches its conversion for one size and format.
+        # Two reformatters, because each caches its conversion for a single size and format.
         shrink, convert = VideoReformatter(), VideoReformatter()
         sample = 0
         for decoded in self._decode(self._stream, VideoFrame):
@@ -312,7 +312,7 @@ class Video:
 
 @contextlib.contextmanager
 def open_video(path: Path, *, most_pixels: int = MOST_PIXELS) -> Iterator[Video]:
-    """Opens a video, or a photo as a video of one frame, in a `with` block.
+    """Opens a video, or a photo as a video of a single frame, in a `with` block.
 
     Args:
       path: a regular file: MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV, FLV; PNG, JPEG, WebP,

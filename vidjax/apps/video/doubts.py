@@ -77,7 +77,7 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Returns log(p(photo, clips | one person) / p(... | two people)); 0 for people without clips.
+    """Returns log(p(photo, clips | same person) / p(... | two people)); 0 for people without clips.
 
     Args:
       count: the number of clips of each person.

@@ -5,9 +5,9 @@
     OUT/extract.json        the nets and settings of all files
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
-A clip is the track of one person in one shot, `STEM.s003.t01`. With --unit=shot it is a whole shot,
-`STEM.s003`. A photo with one face is one clip, `STEM`; a photo with several faces has the clips
-`STEM.f01` and so on. `vidjax.data.arrays` reads the clips. If the extraction of a video was
+A clip is the track of a person in a shot, `STEM.s003.t01`. With --unit=shot it is a whole shot,
+`STEM.s003`. A photo with a single face is the clip `STEM`; a photo with several faces has the
+clips `STEM.f01` and so on. `vidjax.data.arrays` reads the clips. If the extraction of a video was
 interrupted, its `.json` file is missing, and the next call extracts it again. STEM is the name of
 the file without its ending and without dots.
 """
@@ -50,7 +50,7 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
     Attributes:
       fps: the number of frames per second in which faces are detected.
       size: the longer side in pixels to which frames are shrunk for the detection.
-      unit: the meaning of a clip: a "track" is one person in a shot; a "shot" is a shot with one
+      unit: the meaning of a clip: a "track" is a person in a shot; a "shot" is a shot with a single
         main figure, as in iQIYI-VID, see `tracks.MainFigures`.
     """
 
@@ -68,7 +68,7 @@ class Extraction(Struct, kw_only=True):
 
 
 class FilmTrack(Struct, kw_only=True):
-    """A person in one shot.
+    """A person in a shot.
 
     Attributes:
       clip: the name of the clip.

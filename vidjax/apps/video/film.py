@@ -1,8 +1,8 @@
-"""Finds the people of one video or photo, tracks them within shots, and computes their embeddings.
+"""Finds the people of a video or photo, tracks them within shots, and computes their embeddings.
 
 `work` runs in a child process with limits, because FFmpeg is large and the file may be malicious.
 
-A voice belongs to a clip while its person is the only one in the picture. The speaker may still be
+A voice belongs to a clip while its person has nobody else in the picture. The speaker may still be
 off screen. With `--unit=shot`, the voice belongs to the main figure of the shot.
 
 A head or body is the box that a detector of its role finds around the face. Without a detector, it
@@ -137,7 +137,7 @@ def cut_crops(
         turns = align.fit_similarity(figures.points[has], np.array(card.template))
         return dict(zip(has.tolist(), align.warp_faces(rgb, turns, height), strict=True))
     if part == "scene":
-        return dict.fromkeys(has.tolist(), resize(rgb, height, width))  # all share one array
+        return dict.fromkeys(has.tolist(), resize(rgb, height, width))  # all share an array
     boxes = figures.parts[part][has]
     edges = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).clip(0).astype(int)
     crops = [rgb[top:bottom, left:right] for left, top, right, bottom in edges]
@@ -155,7 +155,7 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 
     The large box contains the centre of the small box. The smallest large box chooses first. It
     takes the small box whose centre is nearest to the middle of its top side. Each box is in at
-    most one pair.
+    most a single pair.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -312,7 +312,7 @@ class Clips:
     def hear(
         self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.FilmTrack]
     ) -> int:
-        """Adds voices to clips whose person is the only one in the picture; returns their number.
+        """Adds voices to clips whose person has nobody else in the picture; returns their number.
 
         The best windows of a clip are kept. Their `audio_number` is the time in milliseconds at
         which they begin. `seen` are the tracks of all people.

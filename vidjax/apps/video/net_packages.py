@@ -100,7 +100,7 @@ def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
     """Reads a tar up to the content of a file `.../name`; returns its size, None if it is missing.
 
-    Extended headers are skipped, except names of at most one block. Python's `tarfile` would read
+    Extended headers are skipped, except names of at most a block. Python's `tarfile` would read
     extended headers of any size into memory.
     """
     long_name = b""  # of the next file, if it is too long for its header
@@ -189,7 +189,7 @@ class DlibNet:
 
         Whole numbers stand between the name and the tensor: the numbers in `after`, a 2, and the
           shape.
-        Each number is one byte with its length, followed by its bytes.
+        Each number is a byte with its length, followed by its bytes.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -219,7 +219,7 @@ class DlibNet:
         self.shape = (channels, *sides)
 
     def add_convolution(self, channels: int, kernel: int, stride: int) -> None:
-        """Reads a convolution and the following affine layer, and adds both as one node."""
+        """Reads a convolution and the following affine layer, and adds both as a single node."""
         shape, padding = (channels, self.shape[0], kernel, kernel), 0 if stride > 1 else kernel // 2
         size = math.prod(shape)
         numbers = self.read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)

@@ -15,9 +15,9 @@ from vidjax.utils.errors import UserError, need
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-BLOCK_CROPS = 32  # crops in one call of a net
+BLOCK_CROPS = 32  # crops in a call of a net
 LEAST_SCORE = 0.5
-MOST_OVERLAP = 0.3  # intersection over union of two faces of one image
+MOST_OVERLAP = 0.3  # intersection over union of two faces of an image
 MOST_CANDIDATES = 5000  # detections that enter non-maximum suppression, the best ones
 FORMULA_STEP = 7919  # see `make_formula_image`
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
@@ -103,7 +103,7 @@ class Embedder:
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Returns a card's net, ready to use in one thread, after `check_test_vector`."""
+    """Returns a card's net, ready to use in a single thread, after `check_test_vector`."""
     need(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 

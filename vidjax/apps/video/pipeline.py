@@ -31,7 +31,7 @@ PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it but never use it
 CPU_SECONDS = 600
 PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
-BATCH_PHOTOS = 50  # photos that one process reads
+BATCH_PHOTOS = 50  # photos that a process reads
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit/s may take as much CPU time as it lasts
 # Endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {
@@ -49,7 +49,7 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result for one file: either a `film`, or an `error` of one line and its `remedy`.
+    """The result for a file: either a `film`, or an `error` of a single line and its `remedy`.
 
     Attributes:
       kept: whether the file was already extracted by an earlier call.
@@ -246,7 +246,7 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Returns batches of one film or many photos, films first.
+    """Returns batches of a single film or many photos, films first.
 
     A process takes longer to start than to read a photo.
     """
@@ -304,7 +304,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints one line for each folder that contains other files than films and photos."""
+    """Prints a line for each folder that contains other files than films and photos."""
     for path in (folder for named in paths for folder in walk(named)):
         accepted, others = split_files(path)
         sidecars = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
@@ -433,7 +433,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts the files of a batch in one process; skips files that are already extracted."""
+    """Extracts the files of a batch in a single process; skips files that are already extracted."""
     outcomes: list[FileOutcome | None] = []
     pending: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):

@@ -1,8 +1,8 @@
 """Finds the shots of a film, frame by frame, in small pictures.
 
 A cut is a change that is much larger than the motion before it. If pictures are far apart, as in a
-slide show, any large change is a cut. Blank pictures between two shots, as in a fade, are one cut
-at their end; blank pictures within a shot, as in a flash, are no cut. A dissolve is one cut in its
+slide show, any large change is a cut. Blank pictures between two shots, as in a fade, are a cut at
+their end; blank pictures within a shot, as in a flash, are no cut. A dissolve is a cut in its
 middle, which is detected at its end.
 """
 
@@ -116,7 +116,7 @@ class Cuts:
         return change[0] > LARGE_DIFFERENCE or recoloured > RECOLOURED_SHARE
 
     def _measure_unlikeness(self, grey: np.ndarray, count: int) -> float:
-        """Returns 1 minus the largest likeness to one of the last `count` pictures."""
+        """Returns 1 minus the largest likeness to any of the last `count` pictures."""
         return 1.0 - max(
             _measure_likeness(grey, picture) for picture in list(self._pictures)[-count:]
         )
@@ -188,14 +188,14 @@ def _measure_difference(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _measure_likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the correlation of two pictures; 0 if one of them has almost no contrast."""
+    """Returns the correlation of two pictures; 0 if either has almost no contrast."""
     first, second = _centre(first), _centre(second)
     lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / lengths if lengths > first.size else 0.0
 
 
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the largest likeness of the middle of a picture [h, w] and parts of another one."""
+    """Returns the largest likeness of the middle of a picture [h, w] and parts of another."""
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]
     parts = np.lib.stride_tricks.sliding_window_view(second, middle.shape)

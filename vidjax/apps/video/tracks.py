@@ -1,4 +1,4 @@
-"""Tracks: the detections of one person in the frames of one shot.
+"""Tracks: the detections of a person in the frames of a shot.
 
 Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting lasts until the
 next picture in which people are detected, or until the shot ends.
@@ -18,17 +18,18 @@ PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # gains of the alpha-beta filter
 # A main figure has so many times the area of any other, in so large a share of the shot's frames.
 MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
 LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # duration of a shot with a main figure
-CROWDED_OVERLAP = 0.4  # of two tracks of which one may hide the other
-HELD_SECONDS = 0.4  # a picture that lasts longer is held; then one picture is enough for a track
-# A track is split unless the odds for one person are at least SAME_ODDS: faces of one shot are far
-# more alike than the photos with which cards are measured. Each part lasts at least PART_SECONDS,
-# because the faces in dissolves are unusable. If pictures are held, each may show another person.
+CROWDED_OVERLAP = 0.4  # of two tracks if either person may hide the other
+HELD_SECONDS = 0.4  # a longer picture is held; then a single picture is enough for a track
+# A track is split unless the odds for the same person are at least SAME_ODDS: faces of a shot are
+# far more alike than the photos with which cards are measured. Each part lasts at least
+# PART_SECONDS, because the faces in dissolves are unusable. Held pictures may each show another
+# person.
 PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 
 @dataclasses.dataclass
 class Track:
-    """The detections of one person.
+    """The detections of a person.
 
     Attributes:
       number: the number of the track in the film.
@@ -102,9 +103,9 @@ class Tracker:
 
     A detection is assigned to a track if its overlap with the track's predicted box, or else with
     its last box, is above LEAST_OVERLAP. After its first sighting, a track has no prediction yet:
-    in the next picture both boxes are doubled in size. If one person hides another, the single
+    in the next picture both boxes are doubled in size. If a person hides another, the single
     detection is dropped: a lost detection is better than a switched identity. A track ends at a
-    cut, or `gap_s` seconds after its last sighting, see `choose_gap_seconds`. A track with one
+    cut, or `gap_s` seconds after its last sighting, see `choose_gap_seconds`. A track with a single
     detection is dropped, unless its picture is held for more than `held_s` seconds.
 
     Source: greedy overlap, Bochinski et al. 2017, "High-speed tracking-by-detection without using
@@ -214,9 +215,9 @@ class Tracker:
 
 
 class MainFigures:
-    """Follows one person per shot: the main figure of its frames.
+    """Follows a single person per shot: the main figure of its frames.
 
-    A figure is the main figure of a frame if it is the only one, or if its area is
+    A figure is the main figure of a frame if the frame has no other, or if its area is
     MAIN_FIGURE_RATIO times the area of any other. A shot counts if it lasts LEAST_SECONDS to
     MOST_SECONDS, and more than LEAST_SHARE of its frames have a main figure.
 
@@ -274,14 +275,14 @@ def choose_held_seconds(fps: float) -> float:
 def choose_gap_seconds(rate: float) -> float:
     """Returns how many seconds after its last sighting a track ends.
 
-    `rate` is the number of pictures per second. A person may be missed in one picture, so the gap
+    `rate` is the number of pictures per second. A person may be missed in a picture, so the gap
     is longer than GAP_SECONDS if there are few pictures.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
 
 def find_least_cosine(back_end: BackEnd, odds: float) -> float:
-    """Returns the cosine at which one person is `odds` times as likely as two people.
+    """Returns the cosine at which the same person is `odds` times as likely as two people.
 
     `same` and `different` of the card are treated as normal distributions. The cosine lies between
     their means.
@@ -354,7 +355,7 @@ def _double(boxes: np.ndarray) -> np.ndarray:
 
 
 def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
-    """Returns detection -> track; the best pairs come first, and each is in at most one pair."""
+    """Returns detection -> track; the best pairs come first, and none is in two pairs."""
     remaining = overlap.copy()
     pairs: dict[int, int] = {}
     while remaining.size and remaining.max() > LEAST_OVERLAP:
@@ -365,7 +366,7 @@ def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns whether one detection is at a place where two people are expected: bool [N].
+    """Returns whether a single detection is at a place where two people are expected: bool [N].
 
     `expected` [L, 4] are boxes of tracks, and `overlaps` [L, N] compare them with the detections.
     """

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vidjax.apps.video.features_folder import FilmTrack
 
 RATE = decode.SOUND_RATE
-STEP = 512  # samples, 32 ms, for one probability of speech
+STEP = 512  # samples, 32 ms, for each probability of speech
 CONTEXT = 64  # samples before a step that are also part of the net's input
-WINDOW = 25_600  # samples, 1.6 s, for one vector
+WINDOW = 25_600  # samples, 1.6 s, for each vector
 FRAME, HOP, BANDS = 400, 160, 40  # samples of a frame, samples between two frames, mel bands
 WINDOW_STEP = WINDOW // 2  # samples between the begins of two windows
 SPEECH, LEAST_STEPS = 0.5, 25  # a window needs this probability of speech in 25 steps, 0.8 s
@@ -88,7 +88,7 @@ class Listener:
 
 
 def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
-    """Yields the spans during which exactly one track is visible, in order of time.
+    """Yields the spans during which a single track is visible, in order of time.
 
     Long spans are split into pieces of PIECE_WINDOWS. A person counts as visible from the first to
     the last sighting of a track, also if the face is hidden.
@@ -108,7 +108,7 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Yields pieces of at most PIECE_WINDOWS windows; nothing if not even one window fits."""
+    """Yields pieces of at most PIECE_WINDOWS windows; nothing if no window fits."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1e-6) + 1 if end - begin >= window else 0
     for first in range(0, count, PIECE_WINDOWS):

@@ -69,7 +69,7 @@ class Done(NamedTuple):
       failed: path -> remedy, for files that could not be read or show no usable face. The remedy is
         "" if it was already printed.
       decision: the decision that the results show.
-      missed: people for whom no photo shows exactly one face.
+      missed: people for whom no photo shows exactly 1 face.
     """
 
     people: dict[str, int]
@@ -107,7 +107,7 @@ class Numbers(Struct, kw_only=True):
       films: digest of a film -> clip -> the number of the unknown person. Films without unknown
         people are included.
       denied: digest of a film -> clip -> people whom a user took off this clip.
-      same: pairs (number, lower number) of one person, as a user stated.
+      same: pairs (number, lower number) of the same person, as a user stated.
     """
 
     format: Literal[1] = 1
@@ -154,7 +154,7 @@ class Numbers(Struct, kw_only=True):
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "Numbers":
-        """Returns numbers in which all groups are one person, with the lowest of their numbers."""
+        """Returns numbers in which all groups are the person with the lowest of their numbers."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
@@ -377,7 +377,7 @@ def _find_people(
 
 
 def _open_gallery(out: Path, models: Path) -> Gallery:
-    """Returns the gallery of an earlier call, or a new one.
+    """Returns the gallery of an earlier call, or a new gallery.
 
     Raises:
       UserError: there is no gallery, and the folder contains files of another program.
@@ -468,7 +468,7 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
     remedy = "call once with an empty folder to forget them, or name another --out"
     if is_person:
         above = shlex.quote(messages.shown(people.resolve().parent))
-        remedy = f"it is the folder of one person; name the folder above: --people={above}"
+        remedy = f"it is the folder of a single person; name the folder above: --people={above}"
     names = ", ".join(map(show, sorted(before)[:5]))
     raise UserError(
         f"'{people}' has none of the people of before ({names}): is it right?\n{remedy}"
@@ -485,7 +485,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
         above = shlex.quote(messages.shown(people.resolve().parent))
         say(
             f"'{people}': each photo counts as a different person, such as {show(names[0])} and "
-            f"{show(names[1])}. If all show one person, name the folder above: --people={above}"
+            f"{show(names[1])}. If all show the same person, name the "
+            f"folder above: --people={above}"
         )
         return
     by_name: dict[str, list[str]] = {}
@@ -495,7 +496,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
     for name, twins in by_name.items():
         if len(twins) > 1:
             say(
-                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are one "
+                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
                 f"person, put the photos into '{people}/{show(name)}/'"
             )
 
@@ -610,7 +611,7 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
 def _enrol(
     gallery: Gallery, folder: Path, usable: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
-    """Enrols the clips `usable`, clip -> person, of one folder of photos.
+    """Enrols the clips `usable`, clip -> person, of a folder of photos.
 
     Removes enrolled clips whose photo is no longer in this folder.
     """

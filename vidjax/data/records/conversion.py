@@ -52,7 +52,7 @@ def convert(
       cache_dir: the cache; None: `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
         'error' raises UserError.
-      workers: number of threads that write records; None: one per core.
+      workers: number of threads that write records; None: the number of cores.
 
     Raises:
       UserError: the source contradicts itself or has a refused feature, or records are damaged.
@@ -192,7 +192,7 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
     if shared:
         more = ", ..." if len(shared) > 5 else ""
         raise UserError(
-            f"{place}: {len(shared)} clips are in two splits: remove each from one of them\n"
+            f"{place}: {len(shared)} clips are in two splits: remove each from either split\n"
             f"{', '.join(shared[:5])}{more}"
         )
 
@@ -276,7 +276,7 @@ def run_command(
         "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
     )
     parser.add_argument(
-        "--workers", metavar="N", type=int, help="files at once; one per core by default"
+        "--workers", metavar="N", type=int, help="files at once; by default the number of cores"
     )
 
     def command() -> int:

@@ -125,7 +125,7 @@ def masked_sum(content: bytes) -> bytes:
 
 
 def encode(values: Mapping[str, bytes | int]) -> bytes:
-    """Serialises an `Example` with one value per key, in the deterministic key order of protobuf.
+    """Serialises an `Example` with a value per key, in the deterministic key order of protobuf.
 
     This order is alphabetical, but a key comes after all longer keys that begin with it. Integers
     must not be negative.

@@ -3,7 +3,7 @@
 The order comes from `vidjax.data.order`. A tf.data pipeline of TensorFlow operations reads the
 records and makes the batches. Its threads run no Python code, because a process that ends during a
 Python call of TensorFlow hangs or aborts. Records are batched before they are parsed, because
-parsing them one by one takes three times as long.
+parsing each record separately takes three times as long.
 
 TensorFlow is imported and set up here, also for TFDS and SavedModel.
 """
@@ -198,7 +198,7 @@ def _decode(
             count = tf.fill(tf.shape(first), size * nbytes[field])
             strings = tf.strings.substr(strings, first * nbytes[field], count)
         decoded[field] = read(field, strings, size * nbytes[field])
-    if best:  # one clip at a time, because padding all to the longest clip takes too much memory
+    if best:  # clip by clip, because padding all to the longest clip takes too much memory
         kinds = {field: tf.TensorSpec([size * widths[field]], dtypes[field]) for field in fields}
         rows = tf.where(length > size)[:, 0]
         longer = {field: tf.gather(strings, rows) for field, strings in fields.items()}

@@ -22,7 +22,7 @@ _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
-MAX_STEM_BYTES = 200  # a file name, even a temporary one, has at most 255 bytes
+MAX_STEM_BYTES = 200  # a file name, even if temporary, has at most 255 bytes
 
 
 def show(text: str | bytes) -> str:

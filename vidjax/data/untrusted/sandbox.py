@@ -116,7 +116,7 @@ def unpack(
 # The entries of an unpickled file. Every value comes from a stranger, so the functions below check
 # its type before they use it, to a fixed depth.
 
-# A pickle may have MAX_EMPTY_CLIPS clips without entries, plus one per BYTES_PER_EMPTY_CLIP bytes.
+# A pickle may have MAX_EMPTY_CLIPS clips without entries, plus 1 per BYTES_PER_EMPTY_CLIP bytes.
 MAX_EMPTY_CLIPS, BYTES_PER_EMPTY_CLIP = 100_000, 64
 
 _FEATURE_ONLY = ("feature",)

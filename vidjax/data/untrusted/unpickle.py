@@ -224,7 +224,7 @@ def load(file: BinaryIO, size: int) -> Any:
 
 
 def refuse_others(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if a file is one of _OTHER_FILES; `place` is the start of the message."""
+    """Raises UserError if a file is in _OTHER_FILES; `place` is the start of the message."""
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():

@@ -17,7 +17,7 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.evaluation.topk import TopK
 
-MOST_GROUPS = 8  # the most frequent sets of modalities; the remaining sets are one group
+MOST_GROUPS = 8  # the most frequent sets of modalities; the remaining sets form the last group
 DRAWS = 1000  # of the interval of a group of at least FEWEST_IDENTITIES
 QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
@@ -323,7 +323,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
 
     The interval of FNIR is from a bootstrap over people, with all their clips, and over
     distractors. Each resample sets a new threshold. In a simulation, the interval contains the true
-    FNIR in 94 to 95 % of samples if four or more distractors may pass, and in 87 % if one or two
+    FNIR in 94 to 95 % of samples if four or more distractors may pass, and in 87 % if fewer
     may pass.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))

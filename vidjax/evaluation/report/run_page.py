@@ -174,11 +174,11 @@ def result_rows(run: RunFiles) -> Rows:
         ("seconds", "seconds in all: start, data, training, evaluations", 1),
     ]
     rows: Rows = []
-    for name, one in metrics.CLIP_METRICS.items():
-        rows += _labelled(run.values, [(name, f"{one.label}: {one.about}", one.digits)])
+    for name, metric in metrics.CLIP_METRICS.items():
+        rows += _labelled(run.values, [(name, f"{metric.label}: {metric.about}", metric.digits)])
         if name in run.analysis.intervals:
-            interval = html.between(*run.analysis.intervals[name], one.digits)
-            rows.append((f"{one.label}: 95 % interval", interval))
+            interval = html.between(*run.analysis.intervals[name], metric.digits)
+            rows.append((f"{metric.label}: 95 % interval", interval))
     return rows + _labelled(run.values, labels)
 
 
@@ -378,7 +378,7 @@ def strata(run: RunFiles) -> Markup | None:
     words = html.paragraph(
         "MAP of some identities, or of some clips. For a kind of clips, the other clips of an "
         "identity are removed from its list; distractors and clips of other identities stay. The "
-        "interval is from a bootstrap over the identities; fewer than {} are too few for one.",
+        "interval is from a bootstrap over the identities; fewer than {} are too few.",
         html.number(run.analysis.fewest_identities),
     )
     return words + html.beside("tables", tables)
