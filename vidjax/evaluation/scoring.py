@@ -326,44 +326,102 @@ def score(
             "choose another split with --config.eval.split"
         )
     use = np.concatenate([scorer.use for scorer in scorers]) & pool
-    num_identities, several = models[0].system.task.num_identities, len(models) > 1
-
-    def new_ranking() -> topk.RunningTopK:
-        rows = min(window_rows(num_identities), len(pool))
-        return topk.RunningTopK(num_identities, rows=rows, mesh=mesh)
-
-    ranking = new_ranking()
-    alone = [new_ranking() for _ in models if several]
-    by_member = [
-        [new_ranking() for _ in scorer.use] if each_member and len(scorer.use) > 1 else []
-        for scorer in scorers
-    ]
-    best = ClipScores(pool, np.full(len(pool), -np.inf, np.float32), np.zeros(len(pool), bool))
-    best, labels = devices.replicate(mesh, (best, split.labels))
-
+    ranker = _Ranker(models, scorers, split, pool, mesh, each_member=each_member)
     began = time.monotonic()
     with devices.compile_seconds() as compiling:
         progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
         for window in windows(models, split.name, block_size, mesh, use):
-            scores = []
-            for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
-                scores.append(scorer.score(own, by_member[number]))
-                if several:
-                    for block, block_scores in zip(own, scores[-1], strict=True):
-                        alone[number].add((block_scores, block.clip_index, block.batch_mask))
-                    alone[number].flush()
-            before = best
-            for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
-                scores = blend(each, [model.weight for model in models]) if several else each[0]
-                ranking.add((scores, block.clip_index, block.batch_mask))
-                best = _add_best(best, labels, scores, block.clip_index, block.batch_mask)
-                progress.advance(int(np.sum(devices.fetch(block.batch_mask))))
+            before = ranker.best
+            ranker.add(window)
+            masks = devices.fetch([block.batch_mask for block in window[0]])
+            progress.advance(sum(int(np.sum(mask)) for mask in masks))
             jax.block_until_ready(before)  # lags a window behind, so that the devices never wait
             check()
         progress.close()
-        top = ranking.finish()
+        top = ranker.ranking.finish()
     seconds = time.monotonic() - began - sum(compiling)
-    clips, num_nan = _without_nan(split, devices.fetch(best))
+    clips, num_nan = _without_nan(split, devices.fetch(ranker.best))
+    results = {
+        **_compute_metrics(top, clips, split, scorers),
+        **num_nan,
+        "num_ties": topk.count_ties(top),
+        "eval_clips_per_second": int(pool.sum()) / max(seconds, 1e-9),
+        **ranker.compute_maps(split, pool),
+    }
+    return Evaluation(split, top, clips, results)
+
+
+class _Ranker:
+    """Scores windows of clips, and ranks them by the blend, by each model and by each member.
+
+    Attributes:
+      ranking: the ranking by the blend, or by the only model.
+      best: the best scores of the clips, on the devices.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[TrainedModel],
+        scorers: Sequence[ModelScorer],
+        split: Split,
+        pool: np.ndarray,
+        mesh: Mesh,
+        *,
+        each_member: bool,
+    ):
+        num_identities = models[0].system.task.num_identities
+        rows = min(window_rows(num_identities), len(pool))
+        new_ranking = functools.partial(topk.RunningTopK, num_identities, rows=rows, mesh=mesh)
+        self._models, self._scorers = models, scorers
+        self.ranking = new_ranking()
+        self._by_model = [new_ranking() for _ in models if len(models) > 1]
+        self._by_member = [
+            [new_ranking() for _ in scorer.use] if each_member and len(scorer.use) > 1 else []
+            for scorer in scorers
+        ]
+        best = ClipScores(pool, np.full(len(pool), -np.inf, np.float32), np.zeros(len(pool), bool))
+        self.best, self._labels = devices.replicate(mesh, (best, split.labels))
+
+    def add(self, window: Sequence[Sequence[Batch]]) -> None:
+        """Scores a window, the blocks of every model, and adds the scores to the rankings."""
+        scores = []
+        for number, (scorer, blocks) in enumerate(zip(self._scorers, window, strict=True)):
+            scores.append(scorer.score(blocks, self._by_member[number]))
+            if self._by_model:
+                for block, block_scores in zip(blocks, scores[-1], strict=True):
+                    self._by_model[number].add((block_scores, block.clip_index, block.batch_mask))
+                self._by_model[number].flush()
+        weights = [model.weight for model in self._models]
+        for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
+            blended = blend(each, weights) if self._by_model else each[0]
+            self.ranking.add((blended, block.clip_index, block.batch_mask))
+            self.best = _add_best(
+                self.best, self._labels, blended, block.clip_index, block.batch_mask
+            )
+
+    def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+        """Returns `runs` and `members`, a row with the MAP of each, if there are several."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):
+            run: dict[str, Any] = {}
+            if self._by_model:
+                value = map_of(self._by_model[number].finish(), split, pool)
+                row = {"name": model.name, "weight": model.weight, "map": value}
+                rows.setdefault("runs", []).append(row)
+                run = {"run": model.name}
+            rankings = self._by_member[number]
+            members = zip(model.training_sets.members, scorer.use, rankings, strict=False)
+            for member, used, ranking in members:
+                value = map_of(ranking.finish(), split, used & pool)
+                rows.setdefault("members", []).append({**run, **_describe(member), "map": value})
+        return rows
+
+
+def _compute_metrics(
+    top: topk.TopK, clips: ClipScores, split: Split, scorers: Sequence[ModelScorer]
+) -> dict[str, Any]:
+    """Returns the metrics of a ranking, if the split has a ground truth, and its counts."""
+    pool = clips.pool
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)
     if value is not None:
@@ -375,26 +433,11 @@ def score(
         }
         for name, metric in metrics.CLIP_METRICS.items():
             results[name] = metric.fn(clips, split.labels)
-    results |= {
+    return results | {
         "num_clips": int(np.sum(pool)),
         "num_identities": len(split.positives),
         "num_distractors": int(np.sum(split.labels[pool] == 0)) if split.labelled else None,
-        **num_nan,
-        "num_ties": topk.count_ties(top),
-        "eval_clips_per_second": int(pool.sum()) / max(seconds, 1e-9),
     }
-    for number, (model, scorer) in enumerate(zip(models, scorers, strict=True)):
-        run: dict[str, Any] = {}
-        if several:
-            value = map_of(alone[number].finish(), split, pool)
-            row = {"name": model.name, "weight": model.weight, "map": value}
-            results.setdefault("runs", []).append(row)
-            run = {"run": model.name}
-        members = zip(model.training_sets.members, scorer.use, by_member[number], strict=False)
-        for member, used, ranked in members:
-            row = {**run, **_describe(member), "map": map_of(ranked.finish(), split, used & pool)}
-            results.setdefault("members", []).append(row)
-    return Evaluation(split, top, clips, results)
 
 
 @jax.jit

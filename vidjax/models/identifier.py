@@ -72,13 +72,7 @@ def make_identifier(
         if key not in ("parent", "name", *fixed)
     }
     fusion.check_options(f"model {name!r}", known, options)
-    for option, value in options.items():
-        sizes = value if isinstance(value, tuple | list) else (value,)
-        is_size = re.fullmatch(r"num_\w+|width|\w+_dims?", option)
-        if is_size and not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise UserError(
-                f"model {name!r}: {option}={value}: widths and counts are whole numbers, 1 or more"
-            )
+    _check_sizes(name, options)
     if not modalities:
         raise UserError(f"model {name!r} needs a modality")
     for part, choice in model.parts.items():
@@ -96,3 +90,14 @@ def make_identifier(
             dtype=dtype,
         )
     return model(**options, **fixed)
+
+
+def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
+    """Raises UserError if an option that is a width or a count is not a whole number above 0."""
+    for option, value in options.items():
+        sizes = value if isinstance(value, tuple | list) else (value,)
+        is_size = re.fullmatch(r"num_\w+|width|\w+_dims?", option)
+        if is_size and not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise UserError(
+                f"model {name!r}: {option}={value}: widths and counts are whole numbers, 1 or more"
+            )

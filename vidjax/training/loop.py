@@ -34,6 +34,7 @@ from vidjax.training import feed as feed_lib
 from vidjax.training import train_step
 from vidjax.training.plan import (
     RunPlan,
+    Schedule,
     compute_values,
     describe_repeated_clips,
     make_plan,
@@ -95,18 +96,46 @@ def train(
     config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
-    schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
+    schedule = make_schedule(config, plan)
     if note := describe_repeated_clips(config, plan):
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began)
     write_description(workdir, config, data, plan.training_sets)
+    evaluated = _take_steps(run, plan, schedule, RunFolder(workdir), config.eval.split, analyse)
+    # An earlier process may have stopped between the last evaluation and its results.
+    evaluation = evaluated or run.evaluate()
+    results = {"data": data.report["data"], **evaluation.results, **run.results()}
+    if command:
+        results["command"] = command
+    models, folder = [run.trained_model()], RunFolder(workdir)
+    analysis.write_results(
+        folder, data.identities, evaluation, results, paths=folder.paths(), ends_training=True,
+        analysed=functools.partial(analysis.analyse, models, evaluation, mesh, config)
+        if analyse else None,
+    )  # fmt: skip
+    return results
+
+
+def _take_steps(
+    run: "TrainingRun",
+    plan: RunPlan,
+    schedule: Schedule,
+    folder: RunFolder,
+    split: str,
+    analyse: bool,
+) -> Evaluation | None:
+    """Trains to the last step with logs, checkpoints and evaluations.
+
+    Returns the last evaluation, or None if this process did not evaluate.
+    """
+    total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
     with contextlib.ExitStack() as stack:
-        logs = Logs(workdir, step=run.step, evaluated=not is_pending)
+        logs = Logs(folder.path, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
         progress = Progress(
-            plan.batches.num_drawn(total_steps), initial=plan.batches.num_drawn(run.step),
+            num_drawn(total_steps), initial=num_drawn(run.step),
             unit="clip", label="train", compiles=True,
         )  # fmt: skip
         stack.callback(progress.close)
@@ -118,7 +147,7 @@ def train(
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
             scores = metrics.logged(evaluated.results)
-            logs.metrics(run.step, {"split": config.eval.split, **scores})
+            logs.metrics(run.step, {"split": split, **scores})
             line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
             if "map" in scores:
@@ -146,18 +175,7 @@ def train(
                 evaluated = evaluate()
             if run.step < total_steps:
                 interruption.raise_if_asked(run.step)
-    # An earlier process may have stopped between the last evaluation and its results.
-    evaluation = evaluated or run.evaluate()
-    results = {"data": data.report["data"], **evaluation.results, **run.results()}
-    if command:
-        results["command"] = command
-    models, folder = [run.trained_model()], RunFolder(workdir)
-    analysis.write_results(
-        folder, data.identities, evaluation, results, paths=folder.paths(), ends_training=True,
-        analysed=functools.partial(analysis.analyse, models, evaluation, mesh, config)
-        if analyse else None,
-    )  # fmt: skip
-    return results
+    return evaluated
 
 
 def write_description(

@@ -99,24 +99,8 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     weight = trained * _clip_weights(config, labels, clips)
     if config.data.distractors == "leave_out":
         weight = weight * (labels > 0)
-    for member, row in zip(members, weight, strict=True):
-        if not row.any():
-            raise UserError(
-                f"member {member.number} has no training clip: change config.ensemble, "
-                "config.data.distractors or config.data.weights"
-            )
     training_sets = ensemble.TrainingSets(members, clips, trained > 0)
-    ensemble.check_size(training_sets)  # a file that cannot be read later must not be written
-    results.check_identities(data.identities)
-    for problem in unusable(data.report, config.data.train_splits, config.modalities):
-        raise UserError(problem)
-    for problem in unusable(data.report, [config.eval.split], config.modalities):
-        warn(problem)
-    if config.batch_size > max(MAX_BATCH_ROWS, len(labels)):
-        raise UserError(
-            f"config.batch_size={config.batch_size}: there are {len(labels)} training clips\n"
-            f"--config.batch_size={len(labels)} or smaller"
-        )
+    _check_plan(config, data, training_sets, weight)
     num_clusters = None
     if config.data.distractors == "noise":  # slow, so it comes after the other checks
         labels, layout = label_distractors(config, data, labels)
@@ -146,6 +130,30 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     task = task._replace(settings=settings)
     tables = train_step.make_tables(members, weight)
     return RunPlan(task, training_sets, labels, tables, batches)
+
+
+def _check_plan(
+    config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
+) -> None:
+    """Raises UserError if a run cannot be trained or read later; `weight` is [E, N]."""
+    for member, row in zip(sets.members, weight, strict=True):
+        if not row.any():
+            raise UserError(
+                f"member {member.number} has no training clip: change config.ensemble, "
+                "config.data.distractors or config.data.weights"
+            )
+    ensemble.check_size(sets)  # a file that cannot be read later must not be written
+    results.check_identities(data.identities)
+    for problem in unusable(data.report, config.data.train_splits, config.modalities):
+        raise UserError(problem)
+    for problem in unusable(data.report, [config.eval.split], config.modalities):
+        warn(problem)
+    num_clips = len(sets.clips)
+    if config.batch_size > max(MAX_BATCH_ROWS, num_clips):
+        raise UserError(
+            f"config.batch_size={config.batch_size}: there are {num_clips} training clips\n"
+            f"--config.batch_size={num_clips} or smaller"
+        )
 
 
 def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:

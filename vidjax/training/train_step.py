@@ -214,6 +214,18 @@ def member_step(
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
 
+    return _update_if_finite(system, learned, model_state, grads, added, loss), loss
+
+
+def _update_if_finite(
+    system: System,
+    learned: TrainState,
+    model_state: ModelState,
+    grads: Params,
+    added: Mapping[str, Array],
+    loss: Array,
+) -> TrainState:
+    """Applies gradients and adds `added` to the sums; skips the step if a number is not finite."""
     is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
     old = learned.replace(model_state=dict(learned.model_state))
 
@@ -234,8 +246,7 @@ def member_step(
         return old.replace(bad_steps=old.bad_steps + 1, sums=sums)
 
     # With an elementwise choice, XLA would copy the whole state before every step.
-    new = jax.lax.cond(is_finite, update, skip)
-    return new, loss
+    return jax.lax.cond(is_finite, update, skip)
 
 
 def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:

@@ -276,42 +276,48 @@ def _fold_letters(name: str) -> str:
     return "".join(x for x in unicodedata.normalize("NFKD", fold(name)) if x.isalnum())
 
 
-def make_app(review: Review, token: str, port: int) -> Starlette:
-    """Returns the web application: the page, the films and the changes, below `/TOKEN/`."""
-    hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
-    lock = threading.Lock()
+class _Pages:
+    """The requests that the web application answers, below `/TOKEN/`."""
 
-    def check(request: Request) -> None:
+    def __init__(self, review: Review, token: str, port: int):
+        """`port` is the port of the server, which requests must name as their host."""
+        self._review, self._token = review, token
+        self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
+        self._lock = threading.Lock()
+
+    def _check(self, request: Request) -> None:
         """Refuses requests without the token, and changes from other pages."""
         headers, given = request.headers, request.path_params["token"]
-        if not hmac.compare_digest(given.encode(), token.encode()) or (
-            headers.get("host") not in hosts
+        if not hmac.compare_digest(given.encode(), self._token.encode()) or (
+            headers.get("host") not in self._hosts
         ):
             raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
-        same_origin = headers.get("origin") in (None, *(f"http://{host}" for host in hosts))
+        same_origin = headers.get("origin") in (None, *(f"http://{host}" for host in self._hosts))
         if headers.get("sec-fetch-site") not in (None, "none", "same-origin"):
             same_origin = False
         if request.method == "POST" and not same_origin:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Changes come from this page only.")
 
-    def show(request: Request) -> Response:
-        check(request)
+    def show(self, request: Request) -> Response:
+        """Answers with the page of names."""
+        self._check(request)
         query = request.query_params
-        with lock:
-            page = review.render(query.get("film", ""), query.get("person", ""))
+        with self._lock:
+            page = self._review.render(query.get("film", ""), query.get("person", ""))
         return HTMLResponse(page, headers=HEADERS)
 
-    def film(request: Request) -> Path:
-        check(request)
-        if path := review.film(request.path_params["number"]):
+    def _find_film(self, request: Request) -> Path:
+        self._check(request)
+        if path := self._review.film(request.path_params["number"]):
             return path
         raise HTTPException(
             HTTPStatus.NOT_FOUND,
             "The film is missing, or has changed. Put it back, or call vidjax who again.",
         )
 
-    def play(request: Request) -> Response:
-        path, query = film(request), request.query_params
+    def play(self, request: Request) -> Response:
+        """Answers with a page that plays a film from `t` seconds."""
+        path, query = self._find_film(request), request.query_params
         seconds = float(query["t"]) if re.fullmatch(r"[\d.]{1,12}", query.get("t", "")) else 0.0
         address = f"../film/{request.path_params['number']}#t={seconds:.1f}"
         about = (
@@ -320,29 +326,33 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
         )
         return _make_note(path.name, about, f'<video src="{address}" controls autoplay></video>')
 
-    def send(request: Request) -> Response:
-        path = film(request)
+    def send_film(self, request: Request) -> Response:
+        """Answers with the file of a film."""
+        path = self._find_film(request)
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, media_type=kind, headers=HEADERS)
 
-    def picture(request: Request) -> Response:
-        check(request)
-        path = review.picture(request.path_params["picture"])
+    def send_picture(self, request: Request) -> Response:
+        """Answers with the picture of a face."""
+        self._check(request)
+        path = self._review.picture(request.path_params["picture"])
         if path is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
         return FileResponse(path, media_type="image/png", headers=HEADERS)
 
-    async def change(request: Request) -> Response:
-        check(request)
+    async def change(self, request: Request) -> Response:
+        """Applies the form of a change, or takes the last change back."""
+        self._check(request)
         form = await _read_form(request)
-        return await run_in_threadpool(apply, form, request.url.path.endswith("/undo"))
+        return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
-    def apply(form: Mapping[str, str], back: bool) -> Response:
+    def _apply(self, form: Mapping[str, str], back: bool) -> Response:
+        review = self._review
         of, name = form.get("of", ""), form.get("person") or form.get("new", "")
         view = dict(urllib.parse.parse_qsl(form.get("view", "")))
         view = {word: view[word] for word in ("film", "person") if word in view}
         problem, status = Forms(0, at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
-        with lock:
+        with self._lock:
             try:
                 if form.get("version") != str(review.version):
                     raise UserError("the page was out of date: repeat the change on this new page")
@@ -364,18 +374,23 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
         headers, later = {"Location": place, **HEADERS}, BackgroundTask(review.save_later)
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
+
+def make_app(review: Review, token: str, port: int) -> Starlette:
+    """Returns the web application: the page, the films and the changes, below `/TOKEN/`."""
+    pages = _Pages(review, token, port)
+
     def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _make_note("vidjax", error.detail, status=error.status_code)
 
     return Starlette(
         routes=[
-            Route("/{token}/", show),
-            Route("/{token}/play/{number:int}", play),
-            Route("/{token}/film/{number:int}", send),
-            Route("/{token}/change", change, methods=["POST"]),
-            Route("/{token}/undo", change, methods=["POST"]),
-            Route("/{token}/{picture:path}", picture),
+            Route("/{token}/", pages.show),
+            Route("/{token}/play/{number:int}", pages.play),
+            Route("/{token}/film/{number:int}", pages.send_film),
+            Route("/{token}/change", pages.change, methods=["POST"]),
+            Route("/{token}/undo", pages.change, methods=["POST"]),
+            Route("/{token}/{picture:path}", pages.send_picture),
         ],
         exception_handlers={HTTPException: refuse},
     )

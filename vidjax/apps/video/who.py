@@ -275,14 +275,7 @@ def name_people(
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g}: give seconds, 0 or more")
     pipeline.check_apart(pipeline.list_files(films), out)
-    photos = {} if people is None else _list_photos(people)
-    if people and not photos and not files.exists(out / "gallery"):
-        raise UserError(f"'{people}' has no photos: add {people}/NAME/PHOTO.jpg for each person")
-    if people and out.resolve().parent == people.resolve():
-        raise UserError(
-            f"--out={out} is inside '{people}', so it would be read as a person\n"
-            "name another folder"
-        )
+    photos = {} if people is None else _list_photos(people, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
@@ -292,12 +285,7 @@ def name_people(
         options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            _check_people(gallery, photos, people)
-            outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
-            gallery.refresh()  # another process may have changed the gallery in the meantime
-            failed, names = _enrol_photos(gallery, outcomes_of, people)
-            _forget(gallery, names, {*photos}, out)
-            _warn_of_doubts(gallery, outcomes_of)
+            failed, names = _update_people(gallery, people, photos, out, workers, options)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(
@@ -325,6 +313,27 @@ def name_people(
         results = _find_people(gallery, failed, outcomes, before, out, identify, padding)
         looked_for = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
         return results._replace(missed=sorted(names - looked_for))
+
+
+def _update_people(
+    gallery: Gallery,
+    people: Path,
+    photos: Mapping[str, Sequence[Path]],
+    out: Path,
+    workers: int,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, str], set[str]]:
+    """Enrols the photos of a folder of people, and forgets people without photos.
+
+    Returns photo -> error of the photos that are not used, and the names in the folder.
+    """
+    _check_people(gallery, photos, people)
+    outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
+    gallery.refresh()  # another process may have changed the gallery in the meantime
+    failed, names = _enrol_photos(gallery, outcomes_of, people)
+    _forget(gallery, names, {*photos}, out)
+    _warn_of_doubts(gallery, outcomes_of)
+    return failed, names
 
 
 def _read_photos(
@@ -435,10 +444,18 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
         )
 
 
-def _list_photos(people: Path) -> dict[str, list[Path]]:
-    """Returns person -> photos, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
+def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
+    """Returns person -> photos, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
+
+    The dict may be empty only if an earlier call has enrolled people.
+    """
     if not people.is_dir():
         raise UserError(f"'{people}' is not a folder: add {people}/NAME/PHOTO.jpg for each person")
+    if out.resolve().parent == people.resolve():
+        raise UserError(
+            f"--out={out} is inside '{people}', so it would be read as a person\n"
+            "name another folder"
+        )
     photos_of: dict[str, list[Path]] = {}
     pipeline.say_left_out([people])
     single = pipeline.split_files(people)[0]
@@ -453,6 +470,8 @@ def _list_photos(people: Path) -> dict[str, list[Path]]:
         else:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)
+    if not photos_of and not files.exists(out / "gallery"):
+        raise UserError(f"'{people}' has no photos: add {people}/NAME/PHOTO.jpg for each person")
     return photos_of
 
 
