@@ -1,6 +1,7 @@
 """Extracts features from many videos and photos in parallel; earlier results are kept."""
 
 import contextlib
+import difflib
 import errno
 import os
 import re
@@ -261,7 +262,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
     path_of: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
-            raise UserError(f"'{path}': no such file or folder")
+            raise UserError(f"'{path}': no such file or folder{suggest_path(path)}")
         inside = [path]
         if path.is_dir():
             inside = [file for folder in walk(path) for file in split_files(folder)[0]]
@@ -272,6 +273,16 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
             f"'{paths[0]}' contains no video and no photo\nname videos, photos, or folders of them"
         )
     return list(path_of.values())
+
+
+def suggest_path(path: Path) -> str:
+    """Returns a line that asks whether a similar name in the same folder was meant, or ''."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
 
 
 def walk(path: Path) -> list[Path]:

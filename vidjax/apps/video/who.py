@@ -450,7 +450,10 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     The dict may be empty only if an earlier call has enrolled people.
     """
     if not people.is_dir():
-        raise UserError(f"'{people}' is not a folder: add {people}/NAME/PHOTO.jpg for each person")
+        hint = pipeline.suggest_path(people)
+        raise UserError(
+            f"'{people}' is not a folder: add {people}/NAME/PHOTO.jpg for each person{hint}"
+        )
     if out.resolve().parent == people.resolve():
         raise UserError(
             f"--out={out} is inside '{people}', so it would be read as a person\n"
