@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.core import distributed
+from vidjax.runs import schemas
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, Expected, UserError, warn
-from vidjax.runs import schemas
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
 

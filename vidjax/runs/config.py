@@ -204,9 +204,9 @@ TABLE: tuple[Field | Group, ...] = (
           "fold; 0: no folds", low=0),
     Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, each for "
           "a member; 0: none", low=0),
-    Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of each "
-          "`identity` separately, or from `all` clips together. With `all`, an identity of few "
-          "clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
+    Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of "
+          "each `identity` separately, or from `all` clips together. With `all`, an identity of "
+          "few clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
           read_when=_is_not("ensemble.bootstraps", 0, 11)),
     Field("ensemble.views", 0, "number of members that each leave out a different chunk of the "
           "features; 0: none", low=0),

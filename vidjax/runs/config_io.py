@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from vidjax.runs import config as config_lib
-from vidjax.utils import files
 from vidjax.runs.config import DEFAULTS, Config, fields, hint_of_field
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.files import INTEGER_LIMIT
 
@@ -264,7 +264,8 @@ def load_workdir(workdir: Path) -> Config:
         config = from_json(content)
     except ValueError as error:
         raise UserError(
-            f"'{path}' is damaged: {error}\nrestore it from a copy, or train again in another folder"
+            f"'{path}' is damaged: {error}\n"
+            "restore it from a copy, or train again in another folder"
         ) from error
     config.data.cache_dir = None
     return config

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
 from vidjax.core import distributed
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io, schemas
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
-from vidjax.runs import schemas
 
 if TYPE_CHECKING:
     from vidjax.runs.run_folder import ResultPaths

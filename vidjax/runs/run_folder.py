@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
 from vidjax.core import distributed
-from vidjax.utils import files
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io, results, schemas
 from vidjax.runs.config import Config
+from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.runs import schemas, results
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
