@@ -162,6 +162,21 @@ def drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return Drawn(tmp_path, capsys)
 
 
+@pytest.fixture
+def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Films are read in this process, not in children with limits, which take a second each."""
+    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+    from vidjax.apps.video import film, pipeline
+    from vidjax.data import processes
+
+    def read(_: str, given: Any, **limits: Any) -> Any:
+        film._load_nets.cache_clear()
+        told = [processes._answer(film.work, str(path), arguments, "") for path, arguments in given]
+        return [processes._parse_answer(answer) for answer in json.loads(json.dumps(told))]
+
+    monkeypatch.setattr(pipeline, "run_limited_each", read)
+
+
 @pytest.fixture(scope="session")
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""
