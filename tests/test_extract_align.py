@@ -68,7 +68,8 @@ def test_crops_outside_of_the_picture_are_black():
 
 
 def test_the_parts_of_quality_go_from_zero_to_one():
-    profile = TEMPLATE + [[0, 0], [0, 0], [40, 0], [0, 0], [0, 0]]
+    profile = TEMPLATE.copy()
+    profile[2, 0] += 40
     faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 2 * 5.65 / 80])
     front, small, turned, side = align.measure_frontality(faces)

@@ -3,19 +3,18 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("av")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import drawn_people, made_nets, seen
-from tests.helpers.clip_files import read_arrays
-from tests.helpers.drawn_people import write_film, write_photo
+from tests.helpers.drawn_people import extract, write_film, write_photo
 from vidjax.apps.gallery.gallery import make_models_origin
-from vidjax.apps.video import cards, features_folder, film, pipeline
+from vidjax.apps.video import cards, film
 from vidjax.apps.video.nets import Faces
 
+pytestmark = pytest.mark.usefixtures("read_here")
 RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
-BACK = ("Back", 100, 60)
-BOTH = [("Ada", 20, 30), BACK]
+BOTH = [("Ada", 20, 30), ("Back", 100, 60)]
+EVE = ("Eve", 60, 10)
 
 
 @pytest.fixture(autouse=True)
@@ -23,26 +22,15 @@ def _back(monkeypatch):
     monkeypatch.setitem(drawn_people.COLOURS, "Back", (255, 60, 0))
 
 
-def add(models, role, **fields):
-    weights = made_nets.embedder(weights=made_nets.colours())
-    content = {} if role.endswith("detector") else {"content": weights}
-    made_nets.write(models, role, role, **(content | fields))
-
-
-def extract(path, out, models):
-    settings = features_folder.ExtractionSettings()
-    nets = film.load_nets(cards.load(models), settings.size)
-    out.mkdir(exist_ok=True)
-    found = film.extract(
-        path, out, path.stem, nets, settings, features_folder.FileStamp.of(path), "0" * 64
-    )
-    none = dict.fromkeys(nets.embed, np.zeros((0, 1)))
-    return found, {clip: none | arrays for clip, arrays in read_arrays(out).items()}
-
-
 @pytest.fixture
 def models(drawn):
     return drawn.models
+
+
+def add(models, role, **fields):
+    weights = made_nets.embedder(weights=made_nets.colours())
+    content = {} if role.endswith("detector") else {"content": weights}
+    return made_nets.write(models, role, role, **(content | fields))
 
 
 def test_parts_are_boxes_around_the_face(tmp_path, models):
@@ -50,9 +38,8 @@ def test_parts_are_boxes_around_the_face(tmp_path, models):
     add(models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
     add(models, "body_embedder", around=[0, 1, 1, 3])
     add(models, "scene_embedder")
-    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30)]))
-    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
-    (clip,) = clips.values()
+    write_film(tmp_path / "film.mkv", (2, 20, BOTH[:1]))
+    (clip,) = extract(tmp_path / "film.mkv", tmp_path / "out", models)[1].values()
     left, top, right, bottom = clip["face_box"].T
     side = right - left
     np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
@@ -66,31 +53,29 @@ def test_parts_are_boxes_around_the_face(tmp_path, models):
         np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
 
 
-def test_a_head_without_a_face_is_followed(tmp_path, models):
-    """A track of it has no face; and a face whose head is not found is a person as before."""
+def test_heads_without_a_face_are_followed_and_faces_stay_as_they_were(tmp_path, models):
+    """A track of such a head has no face; a face whose head is not found is a person as before."""
+    path = tmp_path / "film.mkv"
+    write_film(path, (2, 20, [*BOTH, EVE]))
+    _, before = extract(path, tmp_path / "before", models)
     add(models, "head_detector", **RED)
     add(models, "head_embedder")
-    write_film(tmp_path / "film.mkv", (2, 20, [*BOTH, ("Eve", 60, 10)]))
-    found, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
-    assert len(found.tracks) == 3
-    has = sorted((len(clip["face"]) > 0, len(clip["head"]) > 0) for clip in clips.values())
+    told, clips = extract(path, tmp_path / "out", models)
+    has = sorted(("face" in clip, "head" in clip) for clip in clips.values())
     assert has == [(False, True), (True, False), (True, True)]
-    (back,) = (one for one in found.tracks if not len(clips[one.clip]["face"]))
+    (back,) = (one for one in told.tracks if "face" not in clips[one.clip])
     assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "the place of the head"
+    faces = [clip for clip in clips.values() if "face" in clip]
+    for old in before.values():
+        (new,) = (clip for clip in faces if np.array_equal(clip["face"], old["face"]))
+        for field, values in old.items():
+            np.testing.assert_array_equal(new[field], values)
+    write_photo(tmp_path / "photo.png", *BOTH)
+    told, clips = extract(tmp_path / "photo.png", tmp_path / "photo", models)
+    assert [track.clip for track in told.tracks] == ["photo"] and "face" in clips["photo"]
 
 
-def test_a_net_for_heads_changes_nothing_of_faces(tmp_path, models):
-    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30)]))
-    _, before = extract(tmp_path / "film.mkv", tmp_path / "before", models)
-    add(models, "head_detector", **RED)
-    add(models, "head_embedder")
-    _, after = extract(tmp_path / "film.mkv", tmp_path / "after", models)
-    for name, arrays in before.items():
-        for field, values in arrays.items():
-            np.testing.assert_array_equal(after[name][field], values)
-
-
-def test_heads_that_overlap_keep_their_own_boxes(tmp_path, models):
+def test_heads_that_overlap_keep_their_own_boxes(models):
     """The large one's middle is in the small one, and nearer to its top than the small one's."""
     add(models, "head_detector")
     add(models, "head_embedder")
@@ -108,39 +93,15 @@ def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
     small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
     large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
     np.testing.assert_array_equal(film._pair_boxes(small, large), [0, 1, -1])
+    add(models, "body_embedder")
+    words = ("body_embedder.json", '"around"', "body_detector")
+    seen.refused(lambda: film.load_nets(cards.load(models), 640), *words)
     add(models, "body_detector", **RED)
-    add(models, "body_embedder")
-    write_film(tmp_path / "film.mkv", (2, 20, [("Ada", 20, 30), ("Eve", 60, 10)]))
+    write_film(tmp_path / "film.mkv", (2, 20, [BOTH[0], EVE]))
     _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", models)
-    assert sorted(len(clip["body"]) > 0 for clip in clips.values()) == [False, True]
-
-
-def test_a_body_that_nothing_finds_is_refused(models):
-    add(models, "body_embedder")
-    known = cards.load(models)
-    seen.refused(
-        lambda: film.load_nets(known, 640), "body_embedder.json", '"around"', "body_detector"
-    )
-    card = made_nets.write(models, "body_embedder", "body_embedder", around=[0, 1, 0, 2])
+    assert sorted("body" in clip for clip in clips.values()) == [False, True]
+    card = add(models, "body_embedder", around=[0, 1, 0, 2])
     seen.refused(lambda: cards.read(card), "body_embedder", "around")
-
-
-def test_a_photo_counts_faces_alone(tmp_path, models):
-    add(models, "head_detector", **RED)
-    add(models, "head_embedder")
-    write_photo(tmp_path / "photo.png", *BOTH)
-    found, clips = extract(tmp_path / "photo.png", tmp_path / "out", models)
-    assert [track.clip for track in found.tracks] == ["photo"] and "face" in clips["photo"]
-
-
-def test_a_folder_keeps_to_its_nets(tmp_path, models):
-    write_photo(tmp_path / "photos" / "photo.png", ("Ada", 20, 30))
-    pipeline.extract([tmp_path / "photos"], tmp_path / "out", models)
-    add(models, "scene_embedder")
-    seen.refused(
-        lambda: pipeline.extract([tmp_path / "photos"], tmp_path / "out", models),
-        "another scene_embedder",
-    )
 
 
 def test_clothes_and_places_tell_no_person(models):
@@ -156,8 +117,7 @@ def test_who_has_no_face_is_no_one(drawn, recwarn):
     add(drawn.models, "head_detector", **RED)
     add(drawn.models, "head_embedder")
     drawn.befriend("Ada")
-    film = drawn.folder / "film.mkv"
-    write_film(film, (2, 20, [*BOTH, ("Eve", 60, 10)]))
-    drawn.who(film)
+    write_film(drawn.folder / "film.mkv", (2, 20, [*BOTH, EVE]))
+    drawn.who(drawn.folder / "film.mkv")
     assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
     assert not [one for one in recwarn if "no clip has" in str(one.message)]

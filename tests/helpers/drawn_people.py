@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from tests.helpers import films, made_nets, xmp
+from tests.helpers import clip_files, films, made_nets, xmp
+from vidjax.apps.video import cards, features_folder, film
 from vidjax.cli import program
 
 SIDE = made_nets.FACE
@@ -84,6 +85,15 @@ def write_party(path):
         (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
     )
     return path
+
+
+def extract(path, out, models, unit="track"):
+    """Extracts a film or photo in this process; returns what is told of it, and its clips."""
+    settings = features_folder.ExtractionSettings(unit=unit)
+    nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
+    out.mkdir(exist_ok=True)
+    told = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)
+    return told, clip_files.read_arrays(out)
 
 
 class Drawn:
