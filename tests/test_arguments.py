@@ -18,98 +18,59 @@ from vidjax.training import train_step
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-# Arguments of every experiment, and what they change at least.
-COMMON = {"iqiyi_vid,few": {"data"}, "standard": {"data"}, "everything": {"splits"}}
 WIDTHS = {"face": 32, "head": 16, "body": 20, "audio": 16, "scene": 48}
-
-# experiment -> argument -> the parts of `settings` or `shapes` that it must change: the parameters
-# of a member, the members, the frames that reach the model in training or in evaluation, the
-# labels, the modalities that are decoded, the data, the passes over the data.
+# argument -> the parts of `settings` or `shapes` that it must change: the parameters of a member,
+# the members, the frames that reach the model in training or in evaluation, the labels, the
+# modalities that are decoded, the data, the passes over the data.
+NET, BOTH = ("parameters", "modalities"), ("training frames", "evaluation frames")
+COMMON = {"iqiyi_vid": ("data", "passes"), "iqiyi_vid,few": ("data",), "standard": ("data",),
+          "everything": ("splits",)}  # fmt: skip
+MANY = COMMON | {"face": NET, "face,audio": NET}  # experiments with several modalities
+HELD_OUT = ("members", "splits")
 CHANGES = {
-    "mma": {
-        "iqiyi_vid": {"data", "passes"},
-        "standard": {"data", "passes"},
-        "published": {"parameters", "training frames", "evaluation frames"},
-        "average": {"parameters"},
-        "concat": {"parameters"},
-        "pooled": {"parameters"},
-        "unit": {"length"},
-        "ensemble": {"members"},
-        "face": {"parameters", "modalities"},
-        "face,audio": {"parameters", "modalities"},
+    "mma": MANY | {
+        "published": ("parameters", *BOTH), "average": ("parameters",), "concat": ("parameters",),
+        "pooled": ("parameters",), "unit": ("length",), "ensemble": ("members",),
     },
-    "cosine": {
-        "iqiyi_vid": {"data", "passes"},
-        "trainval": {"members", "splits"},
-        "ensemble": {"members"},
-        "face": {"parameters", "modalities"},
-        "face,audio": {"parameters", "modalities"},
+    "cosine": MANY | {"trainval": HELD_OUT, "ensemble": ("members",)},
+    "knn": COMMON | {"iqiyi_vid": ("data",), "head": ("memory", "modalities", *BOTH)},
+    "plda": COMMON | {
+        "iqiyi_vid": ("data",), "trainval": HELD_OUT, "face": ("memory", "modalities"),
+        "face,audio": ("memory", "modalities"),
     },
-    "knn": {
-        "iqiyi_vid": {"data"},
-        "head": {"memory", "modalities", "training frames", "evaluation frames"},
+    "quality_fusion": COMMON | {
+        "published": ("passes", "rate", "what is dropped"), "folds": ("members",),
+        "trainval": HELD_OUT, "raw": ("training frames",), "voting": ("evaluation frames",),
+        **{f"mlp{number}": ("parameters",) for number in (1, 2, 3, 4)},
+        "mlp5": (),  # the default, by its name
+        "face,head": (*NET, *BOTH),
     },
-    "plda": {
-        "iqiyi_vid": {"data"},
-        "trainval": {"members", "splits"},
-        "face": {"memory", "modalities"},
-        "face,audio": {"memory", "modalities"},
+    "residual_dense": MANY | {
+        "iqiyi_vid": ("data", "passes", "parameters"), "trainval": HELD_OUT,
+        "published": ("members", "passes", "rate", *BOTH, "what is dropped"),
+        "plain": ("shortcut",), "one": ("members",), "single": BOTH, "folds": ("members",),
+        "fused": ("evaluation frames",), "audio,face": (*NET, "training frames"),
     },
-    "quality_fusion": {
-        "iqiyi_vid": {"data", "passes"},
-        "published": {"passes", "rate", "what is dropped"},
-        "folds": {"members"},
-        "trainval": {"members", "splits"},
-        "raw": {"training frames"},
-        "voting": {"evaluation frames"},
-        "mlp1": {"parameters"},
-        "mlp2": {"parameters"},
-        "mlp3": {"parameters"},
-        "mlp4": {"parameters"},
-        "mlp5": set(),  # the default, by its name
-        "face,head": {"parameters", "modalities", "training frames", "evaluation frames"},
+    "deepmef": MANY | {
+        "iqiyi_vid": ("data", "passes", "modalities"), "iqiyi_vid,few": ("data", "modalities"),
+        "published": ("parameters", "evaluation frames"), "danet": ("parameters",),
+        "average": ("parameters",), "views": ("parameters", "members"), "scene": NET,
+        "bagging": ("members", "samples"), "trainval": ("splits",),
     },
-    "residual_dense": {
-        "iqiyi_vid": {"data", "passes", "parameters"},
-        "published": {
-            *("members", "passes", "rate", "training frames", "evaluation frames"),
-            "what is dropped",
-        },
-        "trainval": {"members", "splits"},
-        "plain": {"shortcut"},
-        "one": {"members"},
-        "single": {"training frames", "evaluation frames"},
-        "fused": {"evaluation frames"},
-        "folds": {"members"},
-        "face": {"parameters", "modalities"},
-        "face,audio": {"parameters", "modalities"},
-        "audio,face": {"parameters", "modalities", "training frames"},
+    "noise_classes": COMMON | {
+        "iqiyi_vid": ("data", "passes", "members"), "everything": HELD_OUT,
+        "published": ("passes", "members", "mirrors"), "prediction": ("labels",),
+        "other": ("parameters", "labels"), "leave_out": ("parameters", "labels"),
+        "head": (*NET, *BOTH),
     },
-    "deepmef": {
-        "iqiyi_vid": {"data", "passes", "modalities"},
-        "iqiyi_vid,few": {"data", "modalities"},
-        "published": {"parameters", "evaluation frames"},
-        "danet": {"parameters"},
-        "average": {"parameters"},
-        "views": {"parameters", "members"},
-        "bagging": {"members", "samples"},
-        "trainval": {"splits"},
-        "scene": {"parameters", "modalities"},
-        "face": {"parameters", "modalities"},
-        "face,audio": {"parameters", "modalities"},
-    },
-    "noise_classes": {
-        "iqiyi_vid": {"data", "passes", "members"},
-        "everything": {"members", "splits"},
-        "published": {"passes", "members", "mirrors"},
-        "prediction": {"labels"},
-        "other": {"parameters", "labels"},
-        "leave_out": {"parameters", "labels"},
-        "head": {"parameters", "modalities", "training frames", "evaluation frames"},
-    },
-}
-CHANGES = {name: COMMON | table for name, table in CHANGES.items()}
+}  # fmt: skip
 CASES = [(name, words) for name, table in CHANGES.items() for words in table]
+# The last three have the largest networks.
+LATER = sorted(NAMES, key=lambda name: name in ("deepmef", "mma", "residual_dense"))
+WORDS = {
+    name: {word for words in table for word in words.split(",")} - WIDTHS.keys()
+    for name, table in CHANGES.items()
+}
 
 
 def load(name, words=""):
@@ -183,25 +144,31 @@ def _shapes(tree):
     }
 
 
-@pytest.mark.parametrize(("name", "words"), quick_first(CASES, 20))
-def test_an_argument_changes_what_its_description_names(name, words):
-    wanted = CHANGES[name][words]
-    plain, changed = load(name), load(name, words)
-    same_file = config_io.to_json(plain) == config_io.to_json(changed)
-    assert same_file == (not wanted), "config.json does not show the argument"
-    left, right = settings(plain), settings(changed)
-    if not wanted or wanted - left.keys():
-        left, right = left | shapes(name), right | shapes(name, words)
-    differs = {key for key in left if left[key] != right[key]}
-    assert wanted <= differs, (wanted, differs)
-    if not wanted:
-        assert not differs
+@pytest.mark.parametrize("name", NAMES)
+def test_config_json_shows_an_argument(name):
+    plain = load(name)
+    for words, wanted in CHANGES[name].items():
+        changed = load(name, words)
+        same_file = config_io.to_json(plain) == config_io.to_json(changed)
+        assert same_file == (not wanted), words
+        left, right = settings(plain), settings(changed)
+        differs = {key for key in left if left[key] != right[key]}
+        assert {*wanted} & left.keys() <= differs and (wanted or not differs), (words, differs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", quick_first(LATER, 5, mark=pytest.mark.nightly))
+def test_an_argument_changes_the_shapes_that_its_description_names(name):
+    for words, wanted in CHANGES[name].items():
+        if not wanted or {*wanted} - settings(load(name)).keys():
+            left, right = shapes(name), shapes(name, words)
+            differs = {key for key in left if left[key] != right[key]}
+            assert {*wanted} & left.keys() <= differs and (wanted or not differs), (words, differs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_argument_goes_untested_or_undocumented(name, monkeypatch):
-    known = []
-    split = config_lib.split_args
+    known, split = [], config_lib.split_args
 
     def noted(args, words):
         known.extend(words)
@@ -209,18 +176,16 @@ def test_no_argument_goes_untested_or_undocumented(name, monkeypatch):
 
     monkeypatch.setattr(config_lib, "split_args", noted)
     load(name)
-    tested = {word for words in CHANGES[name] for word in words.split(",")}
-    assert set(known) == tested - set(WIDTHS)
+    assert set(known) == WORDS[name]
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
-    assert set(known) == set(words)
-    assert all(meaning for meaning in words.values())
+    assert set(known) == set(words) and all(words.values())
 
 
-@pytest.mark.parametrize("name", quick_first(NAMES))
+@pytest.mark.parametrize("name", quick_first(NAMES, mark=pytest.mark.nightly))
 def test_a_system_is_made_of_all_arguments_together(name):
     """All arguments that do not exclude each other, at once, make a system."""
-    words = {word for words in CHANGES[name] for word in words.split(",")} - set(WIDTHS)
-    words -= {"standard", "leave_out", "mlp1", "mlp2", "mlp3", "mlp4", "bagging", "everything"}
-    shapes(name, ",".join(sorted(words - {"few"})))
-    shapes(name, ",".join(sorted((words - {"iqiyi_vid", "few"}) | {"standard"})))
+    words = WORDS[name] - {"standard", "leave_out", "mlp1", "mlp2", "mlp3", "mlp4", "bagging"}
+    words -= {"everything", "few"}
+    shapes(name, ",".join(sorted(words)))
+    shapes(name, ",".join(sorted((words - {"iqiyi_vid"}) | {"standard"})))
     config_lib.check(load(name, ",".join(sorted((words - {"trainval"}) | {"everything"}))))
