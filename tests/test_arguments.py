@@ -64,7 +64,6 @@ CHANGES = {
         "head": (*NET, *BOTH),
     },
 }  # fmt: skip
-CASES = [(name, words) for name, table in CHANGES.items() for words in table]
 # The last three have the largest networks.
 LATER = sorted(NAMES, key=lambda name: name in ("deepmef", "mma", "residual_dense"))
 WORDS = {

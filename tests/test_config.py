@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import docs, recorded_config
-from tests.test_arguments import CASES, NAMES
+from tests.test_arguments import CHANGES, NAMES
 from vidjax.cli.program import main
 from vidjax.core import fusion
 from vidjax.data.synthetic import CALIBRATED
@@ -20,56 +20,49 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "configs" / "README.md"
 
 
-def load(spec="configs/mma.py"):
+def load(spec="mma"):
     name, _, words = spec.partition(":")
-    return config_io.load_file(f"{ROOT / name}:{words}")
+    return config_io.load_file(f"{ROOT}/configs/{name}.py:{words}")
 
 
-@pytest.mark.parametrize(("name", "words"), [*((name, "") for name in NAMES), *CASES])
-def test_a_shipped_configuration_may_be_trained_and_json_brings_its_values_back(name, words):
-    config = load(f"configs/{name}.py:{words}")
-    config_lib.check(config)
-    again = config_io.from_json(config_io.to_json(config))
-    assert config_lib.differences(config, again) == {}
-    assert dict(config_lib.fields(config)) == dict(config_lib.fields(again))
-    types = {name: type(value) for name, value in config_lib.fields(config)}
-    assert types == {name: type(value) for name, value in config_lib.fields(again)}
-    # An unset field is still one that can be set after the round trip.
-    moved = config_io.override(again, ["--config.data.dir=/data", "--config.modalities=face,head"])
-    assert moved.data.dir == "/data"
-    assert moved.modalities == ("face", "head")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_configuration_may_be_trained_and_json_brings_its_values_back(name):
+    for words in ("", *CHANGES[name]):
+        config = load(f"{name}:{words}")
+        config_lib.check(config)
+        again = config_io.from_json(config_io.to_json(config))
+        values, wanted = (dict(config_lib.fields(one)) for one in (again, config))
+        assert values == wanted and config_lib.differences(config, again) == {}
+        assert list(map(type, values.values())) == list(map(type, wanted.values()))
+        # An unset field is still one that can be set after the round trip.
+        overrides = ["--config.data.dir=/data", "--config.modalities=face,head"]
+        moved = config_io.override(again, overrides)
+        assert (moved.data.dir, moved.modalities) == ("/data", ("face", "head"))
 
 
-@pytest.mark.parametrize(
-    ("word", "value"),
-    [
-        ("batch_size=64", 64),
-        ("optim.learning_rate=3e-4", 3e-4),
-        ("num_epochs=3", 3.0),
-        ("num_epochs=inf", float("inf")),
-        ("modalities=('face',)", ("face",)),
-        ("modalities=face, head", ("face", "head")),
-        ("modalities=", ()),
-        ("data.train_splits=('train','val')", ("train", "val")),
-        ("model.attention=false", False),
-        ("eval.report=0", False),
-        ("deterministic=True", True),
-        ("loss.schedule=((0, 1.0), (5, 0.5))", ((0, 1.0), (5, 0.5))),
-        ("ensemble.only=2", (2,)),
-        ("ensemble.only=[0,2]", (0, 2)),
-        ("ensemble.min_quality=-1000,20", (-1000, 20)),
-        ("data.dir=a=b", "a=b"),
-        ("eval.split=5", "5"),
-    ],
-)
-def test_override_converts_by_the_type_of_the_field(word, value):
-    config = config_io.override(load(), [f"--config.{word}"])
-    changed = dict(config_lib.fields(config))[word.partition("=")[0]]
-    assert changed == value
-    assert type(changed) is type(value)
+def test_an_override_converts_by_the_type_of_the_field():
+    for word, value in {
+        "batch_size=64": 64,
+        "num_epochs=3": 3.0,
+        "num_epochs=inf": float("inf"),
+        "modalities=('face',)": ("face",),
+        "modalities=face, head": ("face", "head"),
+        "modalities=": (),
+        "model.attention=false": False,
+        "eval.report=0": False,
+        "loss.schedule=((0, 1.0), (5, 0.5))": ((0, 1.0), (5, 0.5)),
+        "ensemble.only=2": (2,),
+        "ensemble.only=[0,2]": (0, 2),
+        "ensemble.min_quality=-1000,20": (-1000, 20),
+        "data.dir=a=b": "a=b",
+        "eval.split=5": "5",
+    }.items():
+        config = config_io.override(load(), [f"--config.{word}"])
+        changed = dict(config_lib.fields(config))[word.partition("=")[0]]
+        assert (changed, type(changed)) == (value, type(value)), word
 
 
-def test_the_last_of_two_overrides_counts_and_the_original_is_left_alone():
+def test_the_last_of_two_overrides_counts_and_the_original_stays():
     config = load()
     words = ["modalities=face", "seed=1", "modalities=head,audio", "seed=2"]
     changed = config_io.override(config, [f"--config.{word}" for word in words])
@@ -79,7 +72,7 @@ def test_the_last_of_two_overrides_counts_and_the_original_is_left_alone():
 
 def test_differences_leave_out_what_neither_reads():
     """A run that a version with more fields in its files has begun can go on."""
-    plain = load("configs/noise_classes.py:other")
+    plain = load("noise_classes:other")
     other = config_io.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
     assert config_lib.differences(plain, other) == {}
     read = config_io.override(other, ["--config.optim.name=sgd"])
@@ -88,41 +81,15 @@ def test_differences_leave_out_what_neither_reads():
 
 # field that nothing reads as long as the defaults hold: (its value, what makes something read it)
 UNREAD = {
-    "loss.focal": ("multiclass", ["loss.schedule=((0,0.5),)"]),
-    "loss.gamma": ("3", ["loss.schedule=((0,0),(1,1))"]),
-    "loss.margin_type": ("additive", ["loss.margin=0.1"]),
-    "optim.momentum": ("0.5", ["optim.name=sgd"]),
-    "optim.decay_factor": ("0.5", ["optim.decay=steps"]),
-    "optim.decay_every_epochs": ("2", ["optim.decay=steps"]),
-    "optim.points": ("((0,1),(2,0.5))", ["optim.decay=piecewise"]),
-    "ensemble.chunks": ("8", ["ensemble.views=2"]),
-    "noise.eps": ("0.5", ["data.distractors=noise"]),
-    "noise.min_samples": ("3", ["data.distractors=noise"]),
-    "noise.modality": ("head", ["data.distractors=noise"]),
-    "noise.relabel_every_epochs": ("2", ["data.distractors=noise"]),
-    "ensemble.resample": ("all", ["ensemble.bootstraps=2"]),
-    "ensemble.poor_clips": ("drop", ["ensemble.min_quality=0,20"]),
-    "noise.relabel_by": ("train", ["data.distractors=noise"]),
-    "noise.pieces": ("random", ["noise.join=true"]),
-    "noise.keep": ("prediction", ["data.distractors=noise"]),
-    "noise.mirror_weight": ("((0,0.5),)", ["data.distractors=noise"]),
-    "eval.reduce": ("max", ["after_fusion=examples"]),
-    "data.dir": ("folder", ["data.name=arrays"]),
-    "data.quality": ("norm", ["data.name=arrays"]),
-    "join.weights": ("1,2", []),
-    "join.runs": ("a,b", []),
-}
-# the same for fields that the defaults read: (value, what leaves the field unread)
-READ = {
-    "loss.label_smoothing": ("0.1", ["loss.schedule=((0,1),)"]),
-    "loss.classification": ("binary", ["loss.schedule=((0,1),)"]),
-    "loss.gamma": ("3", ["loss.classification=binary"]),
-    "optim.final_scale": ("0.5", ["optim.decay=constant"]),
-    "optim.warmup_scale": ("0.5", ["optim.warmup=0"]),
-    "noise.join": ("true", ["data.distractors=leave_out"]),
-    "data.size": ("standard", ["data.name=arrays"]),
-    "data.seed": ("1", ["data.name=iqiyi_vid"]),
-    **{f"data.{knob}": ("0.5", ["data.name=arrays"]) for knob in CALIBRATED._fields},
+    "loss.label_smoothing": ("0.1", "loss.schedule=((0,1),)"),
+    "loss.classification": ("binary", "loss.schedule=((0,1),)"),
+    "loss.gamma": ("3", "loss.classification=binary"),
+    "optim.final_scale": ("0.5", "optim.decay=constant"),
+    "optim.warmup_scale": ("0.5", "optim.warmup=0"),
+    "noise.join": ("true", "data.distractors=leave_out"),
+    "data.size": ("standard", "data.name=arrays"),
+    "data.seed": ("1", "data.name=iqiyi_vid"),
+    **{f"data.{knob}": ("0.5", "data.name=arrays") for knob in CALIBRATED._fields},
 }
 
 
@@ -131,33 +98,26 @@ def problems(*words):
     return list(config_lib.problems(config))
 
 
-@pytest.mark.parametrize("name", UNREAD)
-def test_a_value_that_nothing_reads_is_refused_with_the_remedy(name):
-    value, read = UNREAD[name]
-    (problem,) = problems(f"{name}={value}")
-    assert 1 <= len(problem.splitlines()) <= 3
-    assert problem.startswith(f"config.{name}=")
-    remedy = read[0].partition("=")[0] if read else "vidjax evaluate"
-    assert remedy in problem
-    assert not read or problems(f"{name}={value}", *read) == []
-
-
-@pytest.mark.parametrize("name", sorted(READ.keys() - {"loss.gamma"}))
-def test_a_value_is_refused_only_where_nothing_reads_it(name):
-    value, unread = READ[name]
-    assert problems(f"{name}={value}") == []
-    assert len(problems(f"{name}={value}", *unread)) == 1
-    assert problems(*unread) == []  # the default is never refused
-
-
-def test_gamma_belongs_to_every_loss_but_softmax():
-    assert problems("loss.gamma=3", "loss.classification=binary") == []
-    assert len(problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")) == 1
-
-
-def test_every_field_that_may_be_unread_is_tested():
+def test_a_value_that_nothing_reads_is_refused_with_the_remedy():
+    for name, (value, read) in UNREAD.items():
+        (problem,) = problems(f"{name}={value}")
+        assert problem.startswith(f"config.{name}=") and 1 <= len(problem.splitlines()) <= 3
+        assert (read.partition("=")[0] or "vidjax evaluate") in problem
+        assert not read or problems(f"{name}={value}", read) == []
     unread = {name for name, field in config_lib.FIELDS.items() if field.read_when}
     assert unread | {"join.runs"} == UNREAD.keys() | READ.keys()
+
+
+def test_a_value_is_refused_only_where_nothing_reads_it():
+    for name, (value, unread) in READ.items():
+        if name != "loss.gamma":  # every loss except softmax reads it
+            assert problems(f"{name}={value}") == []
+            assert len(problems(f"{name}={value}", unread)) == 1
+        assert problems(unread) == []  # the default is never refused
+    assert problems("loss.gamma=3", "loss.classification=binary") == []
+    assert len(problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")) == 1
+    for members in ("folds", "bootstraps"):  # they leave clips out, so train can be evaluated
+        assert problems("eval.split=train", f"ensemble.{members}=5") == []
 
 
 def ends(field):
@@ -171,29 +131,22 @@ def ends(field):
     return inside, outside + ([high + step, math.inf] if high is not None else [])
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, field in config_lib.FIELDS.items() if ends(field)[0]]
-)
-def test_the_range_of_a_field_is_that_of_its_row(name):
-    inside, outside = ends(config_lib.FIELDS[name])
-    for value in inside:
-        config_lib.check_ranges({**config_lib.DEFAULTS, name: value})
-    for value in outside:
-        values: Any = {**config_lib.DEFAULTS, name: value}  # as a configuration has them
-        with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
-            config_lib.check_ranges(values)
-        problem = next(config_lib.problems(values))
-        assert all(choice in problem for choice in config_lib.FIELDS[name].choices)
+def test_the_range_of_a_field_is_that_of_its_row():
+    for name, field in config_lib.FIELDS.items():
+        inside, outside = ends(field)
+        for value in inside:
+            config_lib.check_ranges({**config_lib.DEFAULTS, name: value})
+        for value in outside:
+            values: Any = {**config_lib.DEFAULTS, name: value}  # as a configuration has them
+            with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
+                config_lib.check_ranges(values)
+            problem = next(config_lib.problems(values))
+            assert all(choice in problem for choice in field.choices)
 
 
-def test_a_split_may_be_trained_and_evaluated_with_members_that_leave_clips_out():
-    assert problems("eval.split=train", "ensemble.folds=5") == []
-    assert problems("eval.split=train", "ensemble.bootstraps=5") == []
-
-
-@pytest.mark.parametrize("word", ["optim.lr", "lr", "optim.learning-rate"])
-def test_the_rate_is_found_by_its_short_name(word):
-    assert config_lib.closest_field(word, config_lib.FIELDS) == "optim.learning_rate"
+def test_the_rate_is_found_by_its_short_name():
+    for word in ("optim.lr", "lr", "optim.learning-rate"):
+        assert config_lib.closest_field(word, config_lib.FIELDS) == "optim.learning_rate"
 
 
 def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypatch):
@@ -203,7 +156,7 @@ def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypat
         with pytest.raises(ValueError, match=remedy):
             config_io.load_file(name)
     (tmp_path / "configs").mkdir()
-    own = "from vidjax.runs import config\n\n\ndef get_config(args):\n    c = config.default()\n"
+    own = "from vidjax.runs import config\n\ndef get_config(args):\n    c = config.default()\n"
     (tmp_path / "configs" / "mma.py").write_text(f"{own}    c.seed = 7\n    return c\n")
     assert config_io.load_file("mma").seed == 7  # the file of the working directory comes first
 
@@ -274,15 +227,15 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         fusion.make_fusion({"name": "mean", "invented": 1})
 
 
-@pytest.mark.parametrize("name", ["knn", "noise_classes"])
-def test_a_second_modality_of_a_system_of_one_is_refused(name):
-    assert config_io.load_file(f"{ROOT}/configs/{name}.py:head").modalities == ("head",)
-    with pytest.raises(ValueError, match="modalities face, head: this experiment uses only one"):
-        config_io.load_file(f"{ROOT}/configs/{name}.py:face,head")
+def test_a_second_modality_of_a_system_of_one_is_refused():
+    for name in ("knn", "noise_classes"):
+        assert load(f"{name}:head").modalities == ("head",)
+        with pytest.raises(ValueError, match="modalities face, head: this experiment uses only"):
+            load(f"{name}:face,head")
 
 
 def test_plda_reads_the_clips_twice():
-    config = config_io.load_file(f"{ROOT}/configs/plda.py")
+    config = load("plda")
     plan.check_model(config)
     config.num_epochs = 1.5
     with pytest.raises(ValueError, match=r"config.num_epochs=1.5(?s:.*)--config.num_epochs=2"):

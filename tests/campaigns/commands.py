@@ -258,7 +258,7 @@ FILES = [
 ]
 WORKS = [
     Case("--version", "vidjax 0.", 0),
-    Case("--help", "prints all fields", 0),
+    Case("--help", "lists all fields", 0),
     Case("--mode=config", "optim.learning_rate", 0),
     Case("--mode=config --config=mma:face --config.seed=3", "command line", 0),
     Case("--mode=config --config=mma --json", '"mode": "config"', 0),
