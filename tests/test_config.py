@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import docs, recorded_config
 from tests.test_arguments import CHANGES, NAMES
 from vidjax.cli.program import main
-from vidjax.core import fusion
+from vidjax.core import fusion, optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.models import identifier
 from vidjax.runs import config as config_lib
@@ -81,6 +81,32 @@ def test_differences_leave_out_what_neither_reads():
 
 # field that nothing reads as long as the defaults hold: (its value, what makes something read it)
 UNREAD = {
+    "loss.focal": ("multiclass", "loss.schedule=((0,0.5),)"),
+    "loss.gamma": ("3", "loss.schedule=((0,0),(1,1))"),
+    "loss.margin_type": ("additive", "loss.margin=0.1"),
+    "optim.momentum": ("0.5", "optim.name=sgd"),
+    "optim.decay_factor": ("0.5", "optim.decay=steps"),
+    "optim.decay_every_epochs": ("2", "optim.decay=steps"),
+    "optim.points": ("((0,1),(2,0.5))", "optim.decay=piecewise"),
+    "ensemble.chunks": ("8", "ensemble.views=2"),
+    "noise.eps": ("0.5", "data.distractors=noise"),
+    "noise.min_samples": ("3", "data.distractors=noise"),
+    "noise.modality": ("head", "data.distractors=noise"),
+    "noise.relabel_every_epochs": ("2", "data.distractors=noise"),
+    "ensemble.resample": ("all", "ensemble.bootstraps=2"),
+    "ensemble.poor_clips": ("drop", "ensemble.min_quality=0,20"),
+    "noise.relabel_by": ("train", "data.distractors=noise"),
+    "noise.pieces": ("random", "noise.join=true"),
+    "noise.keep": ("prediction", "data.distractors=noise"),
+    "noise.mirror_weight": ("((0,0.5),)", "data.distractors=noise"),
+    "eval.reduce": ("max", "after_fusion=examples"),
+    "data.dir": ("folder", "data.name=arrays"),
+    "data.quality": ("norm", "data.name=arrays"),
+    "join.weights": ("1,2", ""),
+    "join.runs": ("a,b", ""),
+}
+# the same for fields that the defaults read: (value, what leaves the field unread)
+READ = {
     "loss.label_smoothing": ("0.1", "loss.schedule=((0,1),)"),
     "loss.classification": ("binary", "loss.schedule=((0,1),)"),
     "loss.gamma": ("3", "loss.classification=binary"),
@@ -185,31 +211,28 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         "override",
         lambda config, words: recorded_config.record(override(config, words), reads),
     )
-    runs = {}
-    for name in ("a", "b", "d"):
-        runs[name] = f"{tmp_path}/{name}"
-        words = [
-            "--config=configs/noise_classes.py:iqiyi_vid,few",
-            f"--config.data.dir={official_dir}",
-            f"--workdir={runs[name]}",
-            "--config.model.layers=((4,'linear',False,0.0),)",
-            "--config.batch_size=32",
-            "--config.num_epochs=2",
-            "--config.ensemble.folds=2",
-            "--config.noise.eps=1.1",
-            "--config.eval.report=false",
-        ]
-        if name == "b":
-            words += ["--config.optim.name=sgd", "--config.optim.decay=steps"]
-            words += ["--config.ensemble.min_quality=(0.0,)"]
-            words += ["--config.loss.schedule=((0,0.5),)"]  # a focal loss reads its exponent
-        if name == "d":
-            words += ["--config.optim.decay=piecewise", "--config.ensemble.views=2"]
-        assert main(words) == 0, capsys.readouterr().err
-    assert main(words) == 0  # again: a finished run
+    runs = {name: f"{tmp_path}/{name}" for name in ("a", "b")}
+    shared = [
+        "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
+        "--config.model.layers=((4,'linear',False,0.0),)", "--config.batch_size=32",
+        "--config.num_epochs=2", "--config.ensemble.folds=2", "--config.noise.eps=1.1",
+        "--config.eval.report=false",
+    ]  # fmt: skip
+    others = {
+        "a": ["--config.ensemble.views=2"],
+        "b": ["--config.optim.name=sgd", "--config.optim.decay=steps",
+              "--config.ensemble.min_quality=(0.0,)",
+              "--config.loss.schedule=((0,0.5),)"],  # a focal loss reads its exponent
+    }  # fmt: skip
+    for name, words in others.items():
+        assert main([*shared, *words, f"--workdir={runs[name]}"]) == 0, capsys.readouterr().err
+    assert main([*shared, *others["b"], f"--workdir={runs['b']}"]) == 0  # again: a finished run
     assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0
     joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={runs['a']},{runs['b']}"]
     assert main([*joined, "--config.eval.report=false"]) == 0
+    words = ["--config.optim.decay=piecewise", "--config.optim.points=((0,1),)"]
+    spec = config_io.override(load("knn"), words).optim.to_dict()
+    optim.make_schedule(spec, total_steps=2, steps_per_epoch=1)
 
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
