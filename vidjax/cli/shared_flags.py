@@ -19,7 +19,7 @@ def add_config(parser: Parser, *, required: bool = False) -> None:
 
 
 def add_definitions(parser: Parser) -> None:
-    """Adds `--config` to a command that uses a trained run."""
+    """Adds `--config`, a file that defines models or losses of a trained run."""
     about = "a file that adds models or losses, if the run needs any"
     parser.add_argument("--config", metavar="FILE", help=about)
 

@@ -160,7 +160,7 @@ class FeatureFolder:
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns the labels of the argument `labels`, or of the folder if it is None."""
+        """Returns split -> clip -> identity; `clips` is split -> clips."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)

@@ -260,8 +260,8 @@ def make_eval_plan(
         blocks if they get equal `lengths`.
       only: [N] bool, True for the clips to evaluate; None: all clips.
       join: True to evaluate short clips together with longer clips if that adds at most
-        MAX_EXTRA_FRAMES of padding, so that a small split needs only a single compiled program. It
-        does not help models of single frames: a block takes as long as its longest clip.
+        MAX_EXTRA_FRAMES of padding, so that a small split needs only a single compiled program.
+        Joining does not help models of single frames: a block takes as long as its longest clip.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)

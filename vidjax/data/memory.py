@@ -96,7 +96,7 @@ class MemoryClips:
         """Packs a dict, clip -> modality -> features. See `pack` for the other arguments."""
         if not isinstance(clips, Mapping):
             raise UserError(
-                f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
+                f"clips must be a dict {{clip: {{modality: features}}}}, not {type(clips).__name__}"
             )
         return cls.pack(read_dict(clips, "clips"), modalities, identities, quality)
 
@@ -198,14 +198,14 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Removes the modalities that a run does not read from clips.
+    """Removes from each clip the modalities that a run does not read.
 
     Args:
       names: a dict to fill, clean name -> name as in the input.
       unread: a set to fill, the names of the removed modalities.
 
     Raises:
-      UserError: no modality of a clip is left.
+      UserError: a clip has modalities, but none of `modalities`.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)

@@ -178,8 +178,8 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
         others = {key for key in first.keys() | own.keys() if first.get(key) != own.get(key)}
         if others := sorted(others - OF_SEEDS):
             raise UserError(
-                f"--runs: '{names[0]}' and '{name}' are no seeds of one system: they differ in "
-                f"{', '.join(others[:3])}\ncompare them as runs of their own: {names[0]},{name}"
+                f"--runs: '{names[0]}' and '{name}' differ in more than the seed: "
+                f"{', '.join(others[:3])}\ncompare them as separate runs: {names[0]},{name}"
             )
     if None not in seeds and len({*seeds}) < len(seeds):
         raise UserError(f"--runs={'+'.join(names)}: two of them have the same seed")

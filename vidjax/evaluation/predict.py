@@ -165,7 +165,7 @@ class Predictor(NamedTuple):
             if threshold > 0 and self.config.eval.scores.startswith("log_"):
                 raise UserError(
                     f"threshold={threshold:g}: the scores of this run are logarithms, 0 at most: "
-                    "no clip would get a name\nof a probability p it is math.log(p)"
+                    "no clip would get a name\nfor a probability p give threshold=math.log(p)"
                 )
         elif not self.results:
             raise UserError(

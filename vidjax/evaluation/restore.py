@@ -277,9 +277,9 @@ def sets_for(
     if now and all(_same_clips(before[name], now.get(name, {}).get("sha256")) for name in names):
         return sets
     warn(
-        "some clips have names of training clips, but these are not the data of the run: all "
-        "members score them\nvidjax evaluate scores training clips by the members that were not "
-        "trained on them"
+        "some clips have names of training clips, but other data: all members score them, as new "
+        "clips\nif they are training clips, use vidjax evaluate, which leaves out the members that "
+        "were trained on a clip"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))
 

@@ -167,7 +167,10 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Returns [N] bool: all labelled clips; if too many, the clips of some random identities."""
+    """Marks the labelled clips from which to fit, [N] bool.
+
+    If there are more than MAX_FITTED_CLIPS, marks all clips of random identities, two or more.
+    """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
     counts = np.bincount(labels, minlength=int(labels.max()) + 1)[order]

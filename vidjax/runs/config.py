@@ -525,7 +525,7 @@ def hint_of_field(name: str, known: Collection[str]) -> str:
     return "vidjax config lists all fields"
 
 
-# The arguments that every experiment takes: word -> meaning.
+# The arguments that every configuration file takes: word -> meaning.
 SCALE_WORDS: Mapping[str, str] = {
     "iqiyi_vid": "official files, and values for their full size",
     "few": "with `iqiyi_vid`: values for a few thousand clips",

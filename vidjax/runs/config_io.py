@@ -1,4 +1,4 @@
-"""Reads and writes configurations: experiment files, overrides, JSON."""
+"""Reads and writes configurations: Python files, overrides, JSON."""
 
 import ast
 import copy
@@ -24,7 +24,7 @@ MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
 
 
 def load_file(spec: str) -> Config:
-    """Runs an experiment file and returns its configuration.
+    """Runs a configuration file and returns its configuration.
 
     The file may add functions and classes to the tables of vidjax, such as `optim.OPTIMIZERS`.
 
@@ -74,7 +74,7 @@ def _check_types(spec: str, values: Mapping[str, Any]) -> None:
 
 
 def find_file(name: str) -> Path:
-    """Returns the path of an experiment file, given its path or a name such as `mma`."""
+    """Returns the path of a configuration file, given its path or a name such as `mma`."""
     path, known = Path(name), dict[str, Path]()
     if path.is_file():
         return path
@@ -86,7 +86,7 @@ def find_file(name: str) -> Path:
 
 
 def shipped_folder() -> Path:
-    """Returns the folder of the experiments of vidjax, in an installation or a checkout."""
+    """Returns the folder `configs` of vidjax, in an installation or a checkout."""
     spec = importlib.util.find_spec("vidjax.configs")
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
@@ -94,7 +94,7 @@ def shipped_folder() -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Executes an experiment file and returns it as a module with a function `get_config`."""
+    """Executes a configuration file and returns it as a module with a function `get_config`."""
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: '{path}' is not a Python file")

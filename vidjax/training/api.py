@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
 
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
-    """Loads the configuration of an experiment.
+    """Loads the configuration of a system.
 
     Args:
       spec: a value of `--config`. It is a shipped configuration such as `mma` or a Python file,

@@ -73,8 +73,9 @@ class Feed(abc.ABC):
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         """Dispatches `count` steps or fewer. Returns the states, and outcomes of the loop.
 
-        Only the outcomes of the last call, or the last two, are returned: in earlier calls, losses
-        and gradients were finite. The outer list is by call, the inner list by group of members.
+        Only the outcomes of the last call, or the last two, are returned: a bad step in an earlier
+        call would have ended the dispatch. The outer list is by call, the inner list by group of
+        members.
         """
 
 

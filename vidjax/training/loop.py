@@ -1,4 +1,4 @@
-"""`vidjax train`: trains a system from its configuration and data."""
+"""The training loop: takes steps, evaluates, logs and saves checkpoints."""
 
 import contextlib
 import functools
@@ -260,7 +260,7 @@ class TrainingRun:
         Damaged checkpoints of later steps are moved away, because training will save them again.
         """
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
-        layout = devices.replicated(self._mesh)
+        sharding = devices.replicated(self._mesh)
 
         def init() -> train_step.TrainState:
             members = plan.training_sets.members
@@ -273,13 +273,13 @@ class TrainingRun:
             check_resumes(workdir, folder.config, config)
         newest = checkpoint.find(workdir)
         if not newest:
-            return train_step.make_state(init, system.tx, layout), {}
+            return train_step.make_state(init, system.tx, sharding), {}
         manifest = newest.manifest
         restore.check_entries(workdir, manifest)
         check_resumes(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
-        items = checkpoint.load(newest, train_step.as_items(jax.eval_shape(init)), layout)
+        items = checkpoint.load(newest, train_step.as_items(jax.eval_shape(init)), sharding)
         checkpoint.set_aside_later(workdir, manifest["step"])
         return train_step.from_items(items), manifest
 
@@ -291,20 +291,22 @@ class TrainingRun:
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
-        layout = resident.plan_resident(data, batches, config.eval.split)
+        plan_in_memory = resident.plan_resident(data, batches, config.eval.split)
         num_drawn = plan.task.total_steps * config.batch_size
         params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
-        taken = resident.step_bytes(layout, batches, params, plan.task.num_columns, mesh)
-        mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn, taken)
+        taken = resident.step_bytes(plan_in_memory, batches, params, plan.task.num_columns, mesh)
+        mode = mode or resident.choose_mode(
+            config.data.mode, plan_in_memory, mesh, num_drawn, taken
+        )
         (is_streaming,) = distributed.largest(int(mode == "streaming"))
         if is_streaming:
             say("clips are streamed from the records")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()
-        clips = resident.Resident(data, layout, mesh)
+        clips = resident.Resident(data, plan_in_memory, mesh)
         say(
-            f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
+            f"clips stay on the device: {plan_in_memory.nbytes / 1e6:,.0f} MB, "
             f"read in {time.monotonic() - began:.1f} s"
         )
         return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
@@ -384,11 +386,11 @@ class TrainingRun:
 
         A member predicts its training clips, from frames fused as `noise.relabel_by` chooses.
         """
-        config, layout = self._config, self._plan.task.layout
-        assert layout
+        config, classes = self._config, self._plan.task.layout
+        assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
         # The first labels decide, because a prediction may have moved a distractor to a cluster.
-        movable = np.asarray(layout.is_mirror(self._plan.labels)) & trained  # [E, N]
+        movable = np.asarray(classes.is_mirror(self._plan.labels)) & trained  # [E, N]
         old, wanted = np.asarray(devices.fetch(state.labels)), np.any(movable, axis=0)
         weights: list[tuple[Params, ModelState]] = [
             ensemble.take((state.params, state.model_state), number) for number in range(len(old))
@@ -407,7 +409,7 @@ class TrainingRun:
             predicted[:, wanted] = compute_values(
                 config, self._clips, modalities, best_columns, wanted, self._mesh
             ).T
-        labels = np.where(movable, relabel(old, predicted, layout, keep=config.noise.keep), old)
+        labels = np.where(movable, relabel(old, predicted, classes, keep=config.noise.keep), old)
         parts = ensemble.split(labels.astype(np.int32), self._group_size)
         self._states = [
             state.replace(labels=self._replicate(part))

@@ -348,11 +348,11 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     most, is_whole = plan.batches.num_clips, plan.batches.examples is not None
     if config.batch_size <= most:
         return None
-    effect, fewer = ("has all of them", -(-most // 2)) if is_whole else ("repeats clips", most)
+    effect, fewer = ("uses all clips", -(-most // 2)) if is_whole else ("repeats clips", most)
     return (
         f"config.batch_size={config.batch_size} is more than the {most} training clips: "
         f"a step {effect}, and {config.num_epochs:g} epochs are {plan.task.total_steps} steps; "
-        f"--config.batch_size={fewer} or smaller gives more"
+        f"--config.batch_size={fewer} or smaller gives more steps"
     )
 
 

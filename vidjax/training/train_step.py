@@ -306,8 +306,8 @@ def make_train_loop(
 ) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
-    The number of steps is an argument, so that the program is compiled only once. None takes a
-    step without a loop, because after each step of a loop a GPU asks its host whether it ends. The
+    The number of steps is an argument, so that the program is compiled only once. If it is None,
+    the program takes a step without a loop: a loop on a GPU waits for the host after each step. The
     state is donated. Two calls give the same result as a call with the sum of both counts. `draw`
     maps (clips, step) to the batch of the step, on the devices; streamed clips are already the
     batch.

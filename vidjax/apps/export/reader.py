@@ -54,7 +54,10 @@ def log_probabilities(arrays, vectors):
 
 
 def _distance_ratios(values, x):
-    """Returns the log-likelihood ratios [Q, N] of a part with a card; x [Q, D] has no mean."""
+    """Returns the log-likelihood ratios [Q, N] of a part that is compared by distance.
+
+    A card of its net describes the distances. The mean is already subtracted from x [Q, D].
+    """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]
     across = x @ values["linear"].T - (x @ values["mean"])[:, None]

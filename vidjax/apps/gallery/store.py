@@ -495,7 +495,7 @@ def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
 def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
-        raise UserError("its facts do not match their sha256")
+        raise UserError("its header does not match its sha256")
     facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if any(part.by_distance for part in facts.parts):
         raise UserError("it is of an earlier version of vidjax, which compared vectors differently")

@@ -71,8 +71,8 @@ class Figures(NamedTuple):
     points: np.ndarray
     parts: dict[str, np.ndarray]
 
-    def of(self, index: np.ndarray) -> "Figures":
-        """Returns the people at the places `index`."""
+    def take(self, index: np.ndarray) -> "Figures":
+        """Returns the people with the indices `index`."""
         parts = {part: boxes[index] for part, boxes in self.parts.items()}
         return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 
@@ -230,7 +230,7 @@ class Clips:
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
-        figures = figures.of(chosen)
+        figures = figures.take(chosen)
         nets, faces = self._nets.embed.items(), figures.parts["face"]
         boxes = np.where(np.isnan(faces), figures.boxes, faces) / np.tile(rgb.shape[1::-1], 2)
         crops_of = {part: cut_crops(net.card, part, figures, rgb) for part, net in nets}
@@ -448,7 +448,7 @@ def _find_in_photo(
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find_people(nets, frame.rgb)
-    people = people.of(~np.isnan(people.parts["face"][:, 0]))
+    people = people.take(~np.isnan(people.parts["face"][:, 0]))
     count = len(people.boxes)
     clips.add(0.0, 0, np.arange(count), people, frame.rgb)
     for number in range(count):

@@ -154,7 +154,7 @@ def extract_folders(
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
             if upgrade:
-                _remove_outgrown(out, digests)
+                _remove_if_nets_were_added(out, digests)
             used = _check_extraction(out, digests, settings)
             stems = _prepare_folder(out, listed, drop, thumbnails)
             jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
@@ -333,8 +333,8 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
-def _remove_outgrown(out: Path, digests: dict[str, str]) -> None:
-    """Removes all features, but not the settings, if `digests` has the old nets and others."""
+def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
+    """Removes all features if `digests` adds nets to the nets of the folder; keeps the settings."""
     before = features_folder.read_extraction(out)
     if before and before.models.items() < digests.items():
         for path in (out / features_folder.VIDEOS).glob("*.json"):
@@ -587,7 +587,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files of killed calls; also all videos but `stems`, unless it is None."""
+    """Removes temporary files of killed calls. Given `stems`, removes features of other videos."""
     videos = out / features_folder.VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

@@ -72,12 +72,12 @@ def open_regular(
         if size > limit:
             raise UserError(
                 f"'{path}' is too large: {size:,} bytes, at most {limit:,} are read\n"
-                "put back the file of the run"
+                "restore the original file"
             )
         if size > LARGE_BYTES and 10 * 512 * status.st_blocks < size:
             raise UserError(
                 f"'{path}' is damaged: most of its {size:,} bytes are holes\n"
-                "put back the file that was there"
+                "restore the original file"
             )
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
         # The opener keeps the path as the name of the file.
