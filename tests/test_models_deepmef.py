@@ -205,10 +205,7 @@ def test_only_the_last_published_layers_have_no_dropout():
                 {"channel_attention": "none", "aggregation": "mean"},
                 {"channel_attention", "aggregation"},
             ),
-            (
-                {"channel_attention": "danet", "aggregation": "quality"},
-                {"aggregation"},
-            ),
+            ({"channel_attention": "danet", "aggregation": "quality"}, {"aggregation"}),
         ]
     ),
 )

@@ -22,13 +22,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.batches import assert_equal, eval_batches, labelled, rows_of, train_batches
 from tests.helpers.cases import quick_first
-from tests.helpers.clip_files import (
-    RAGGED,
-    ragged_clips,
-    random_clip,
-    write_pickle,
-    write_ragged,
-)
+from tests.helpers.clip_files import RAGGED, ragged_clips, random_clip, write_pickle, write_ragged
 from tests.helpers.datasets import load_dataset, prepare
 from tests.helpers.seen import refused
 from vidjax.data import clips as clips_lib

@@ -14,14 +14,7 @@ from scipy import special
 from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import (
-    RUN_FILES,
-    STREAMED,
-    Interrupting,
-    assert_same_run,
-    run,
-    shrunk,
-)
+from tests.helpers.small_runs import RUN_FILES, STREAMED, Interrupting, assert_same_run, run, shrunk
 from vidjax.core import devices as devices_lib
 from vidjax.core import ensemble
 from vidjax.models.system import TaskSpec, make_system
@@ -105,11 +98,7 @@ def test_a_run_of_whole_epochs_resumes_within_one(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "logged"),
-    [
-        (3, {0, 1, 2, 3}),
-        (15, {0, 1, 2, 5, 10, 15}),
-        (45, {0, 1, 2, 5, 10, 20, 40, 45}),
-    ],
+    [(3, {0, 1, 2, 3}), (15, {0, 1, 2, 5, 10, 15}), (45, {0, 1, 2, 5, 10, 20, 40, 45})],
 )
 def test_a_short_run_has_a_curve(total, logged):
     plan: Any = SimpleNamespace(

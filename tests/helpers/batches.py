@@ -21,12 +21,7 @@ def labelled(records: Records, directory: Path) -> Dataset:
 
 
 def eval_batches(
-    data: ClipSource,
-    *,
-    split: str,
-    modalities: Sequence[str],
-    rows: int,
-    **chosen: Any,
+    data: ClipSource, *, split: str, modalities: Sequence[str], rows: int, **chosen: Any
 ) -> Iterator[Batch]:
     """Yields the blocks of a split; `chosen` goes to `make_eval_plan`."""
     plan = make_eval_plan(data.split(split), modalities, **chosen)
