@@ -1,7 +1,6 @@
 """Losses against loops written from their equations, at extremes, and mixed over epochs."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -54,51 +53,39 @@ def example(batch=7, columns=9, seed=0, dtype="float32"):
         ("smoothed", 0.0),
         ("binary", 2.0),
         ("multiclass", 2.0),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product(("binary", "multiclass"), (0.0, 0.5))
-        ),
+        pytest.param("binary", 0.5, marks=pytest.mark.nightly),
+        pytest.param("multiclass", 0.5, marks=pytest.mark.nightly),
     ],
 )
-@pytest.mark.parametrize("masked", quick_first([False, True]))
-def test_matches_the_equation(name, gamma, masked):
+def test_matches_the_equation(name, gamma):
     logits, labels = example()
-    class_mask = np.arange(logits.shape[1]) >= masked
     options = {"gamma": gamma} if name in ("binary", "multiclass") else {}
-    if masked:
-        options["class_mask"] = class_mask
     loss = jax.jit(functools.partial(LOSSES[name], **options))
-    expected = oracle(name, logits, labels, gamma, class_mask)
-    np.testing.assert_allclose(loss(logits, labels), expected, rtol=1e-5)
-    with jax.enable_x64(True):
-        exact = loss(logits.astype(np.float64), labels)
-        assert exact.dtype == np.float64
-        np.testing.assert_allclose(exact, expected, rtol=1e-11)
+    for first in (0, 1):  # without the first column
+        class_mask = np.arange(logits.shape[1]) >= first
+        expected = oracle(name, logits, labels, gamma, class_mask)
+        found = loss(logits, labels, class_mask=class_mask)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        with jax.enable_x64(True):
+            exact = loss(logits.astype(np.float64), labels, class_mask=class_mask)
+            np.testing.assert_allclose(exact, expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("name", quick_first(LOSSES))
-@pytest.mark.parametrize("masked", quick_first([False, True], mark=pytest.mark.nightly))
-def test_gradients(name, masked):
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients(name):
     with jax.enable_x64(True):
         logits, labels = example(batch=3, columns=4, dtype="float64")
-        class_mask = np.arange(4) > 0 if masked else None
-        loss = jax.jit(functools.partial(LOSSES[name], labels=labels, class_mask=class_mask))
+        loss = jax.jit(functools.partial(LOSSES[name], labels=labels, class_mask=np.arange(4) > 0))
         check_grads(loss, (jnp.asarray(logits),), order=1, modes=("fwd", "rev"))
 
 
-def test_smoothed_extreme_logits_have_finite_gradients():
-    logits = jnp.asarray([[1e4, -1e4, 3e38], [-1e4, 1e4, 0], [-jnp.inf, 0, 90]], jnp.float32)
-    labels, class_mask = jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([False, True, True])
-    loss = jax.value_and_grad(lambda x: LOSSES["smoothed"](x, labels, class_mask).mean())
-    assert all(np.isfinite(value).all() for value in jax.jit(loss)(logits))
-
-
-@pytest.mark.parametrize("name", ["softmax", "binary", "multiclass"])
+@pytest.mark.parametrize("name", ["softmax", "smoothed", "binary", "multiclass"])
 def test_extreme_logits_have_finite_gradients(name):
     rows = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 0], [1e4, 1e4, 1e4], [0, 90, -90]])
     logits = jnp.asarray(np.concatenate([rows, rows, rows]), jnp.float32)
     labels = jnp.repeat(jnp.arange(3, dtype=jnp.int32), 5)
-    every = [{}] if name == "softmax" else [{"gamma": gamma} for gamma in (0.0, 0.5, 1.0, 2.0)]
+    every = [{"gamma": gamma} for gamma in (0.0, 0.5, 2.0)]
+    every = every if name in ("binary", "multiclass") else [{}]
 
     @jax.jit
     def losses_and_gradients(x):
@@ -107,38 +94,23 @@ def test_extreme_logits_have_finite_gradients(name):
 
     for loss, gradient in losses_and_gradients(logits):
         assert np.isfinite(loss) and np.isfinite(gradient).all()
-        # The step goes towards the label, and not above it where it has nothing to gain.
-        assert np.all(np.take_along_axis(np.asarray(gradient), np.asarray(labels)[:, None], 1) <= 0)
+        if name != "smoothed":  # the step goes towards the label, or nowhere
+            own = np.take_along_axis(np.asarray(gradient), np.asarray(labels)[:, None], 1)
+            assert np.all(own <= 0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_masked_columns_change_nothing(name):
     logits, labels = example()
     class_mask = np.arange(logits.shape[1]) > 0
-
-    @jax.jit
-    def loss(logits):
-        return LOSSES[name](logits, labels, class_mask=class_mask).sum()
-
+    loss = jax.jit(
+        jax.value_and_grad(lambda x: LOSSES[name](x, labels, class_mask=class_mask).sum())
+    )
     changed = logits.copy()
     changed[:, 0] = 1e4
-    np.testing.assert_allclose(loss(changed), loss(logits), rtol=1e-6)
-    np.testing.assert_array_equal(jax.grad(loss)(logits)[:, 0], 0)
-
-
-@pytest.mark.slow
-def test_leading_axes_are_only_a_shape():
-    logits, labels = example(batch=12)
-
-    @jax.jit
-    def all_losses(logits, labels):
-        harder = losses.angular_margin(logits, labels, margin=0.5, scale=30.0)
-        return [loss(harder, labels) for loss in LOSSES.values()]
-
-    flat = all_losses(logits, labels)
-    shaped = all_losses(logits.reshape(2, 3, 2, -1), labels.reshape(2, 3, 2))
-    for one, other in zip(flat, shaped, strict=True):
-        np.testing.assert_allclose(np.ravel(other), one, rtol=1e-6)
+    (value, gradient), (same, _) = loss(logits), loss(changed)
+    np.testing.assert_allclose(same, value, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[:, 0], 0)
 
 
 def margin_oracle(logits, labels, margin, scale):
@@ -161,14 +133,15 @@ def cosines(count=400, columns=6, seed=2):
     return values, rng.integers(0, columns, count).astype(np.int32)
 
 
-@pytest.mark.parametrize(("margin", "scale"), quick_first([(0.5, 30.0), (0.5, 64.0), (1.5, 30.0)]))
+@pytest.mark.parametrize(
+    ("margin", "scale"), quick_first([(0.5, 30.0), (1.5, 30.0)], mark=pytest.mark.nightly)
+)
 def test_angular_margin_matches_the_equation(margin, scale):
     values, labels = cosines()
     expected = margin_oracle(scale * values, labels, margin, scale)
     harder = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=scale))
     with jax.enable_x64(True):
-        exact = harder(scale * values, labels)
-        np.testing.assert_allclose(exact, expected, atol=1e-9)
+        np.testing.assert_allclose(harder(scale * values, labels), expected, atol=1e-9)
     logits = (scale * values).astype(np.float32)
     np.testing.assert_allclose(harder(logits, labels), expected, atol=2e-3)
     assert losses.angular_margin(logits, labels, margin=0, scale=scale) is logits
@@ -239,19 +212,10 @@ def test_schedule_mixes_and_compiles_once():
 
     focal = losses.binary_focal(logits, labels)
     softmax = losses.softmax_cross_entropy(logits, labels)
-    for step, weight in [(0, 0.75), (239, 0.75), (241, 1), (500, 1), (550, 0.75), (9999, 0.5)]:
+    for step, weight in [(0, 0.75), (239, 0.75), (241, 1), (550, 0.75), (9999, 0.5)]:
         expected = weight * focal + (1 - weight) * softmax
         np.testing.assert_allclose(loss_fn(logits, labels, jnp.int32(step)), expected, rtol=1e-6)
     assert len(traces) == 1
-
-
-def test_pure_losses_need_no_mixture():
-    logits, labels = example()
-    softmax = make_loss({})(logits, labels, jnp.int32(0))
-    np.testing.assert_array_equal(softmax, losses.softmax_cross_entropy(logits, labels))
-    spec = {"focal": "multiclass", "gamma": 1.5, "schedule": [(0, 1.0)]}
-    focal = make_loss(spec)(logits, labels, jnp.int32(0))
-    np.testing.assert_array_equal(focal, losses.multiclass_focal(logits, labels, gamma=1.5))
 
 
 @pytest.mark.parametrize(
@@ -259,21 +223,13 @@ def test_pure_losses_need_no_mixture():
     [
         ({"margin": 0.5}, "config.loss.margin=0.5 needs a cosine classifier"),
         ({"schedule": ((float("nan"), 1),)}, "finite"),
-        ({"classification": "hinge"}, f"choose from {', '.join(losses.CLASSIFICATION)}"),
-        ({"margin_type": "round"}, f"choose from {', '.join(losses.MARGINS)}"),
-        ({"focal": "sigmoid"}, f"choose from {', '.join(losses.CLASSIFICATION)}"),
         ({"schedule": ((3, 1), (1, 0))}, "in order"),
-        ({"schedule": ()}, "in order"),
         ({"schedule": ((0, 1.5),)}, "between 0 and 1"),
-        *(
-            ({field: known[:-1]}, rf"config\.loss\.{field}=.*'{known}'")
-            for field, known in (
-                ("classification", "multiclass"), ("focal", "multiclass"),
-                ("margin_type", "angular"),
-            )
-        ),
+        ({"margin_type": "round"}, f"choose from {', '.join(losses.MARGINS)}"),
+        ({"classification": "hinge"}, f"choose from {', '.join(losses.CLASSIFICATION)}"),
+        ({"focal": "multiclas"}, r"config\.loss\.focal=.*'multiclass'"),
     ],
-)  # fmt: skip
+)
 def test_impossible_specs_are_refused(spec, message):
     whole = config_lib.default().loss.to_dict() | spec
     with pytest.raises(ValueError, match=message):
@@ -287,29 +243,18 @@ def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
 
 
 def test_a_loss_with_a_margin_of_its_own_gets_plain_logits(monkeypatch):
+    """With the scale of the model, or with the one that the model learned."""
     monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
     values, labels = cosines(count=9)
     logits = (30 * values).astype(np.float32)
     spec = {"classification": "with_margin", "margin": 0.3, "schedule": ((0, 0.25),)}
     loss = jax.jit(make_loss(spec, logit_scale=30.0))
-    own = with_margin(logits, labels, logit_scale=30.0, margin=0.3)
-    harder = losses.angular_margin(logits, labels, margin=0.3, scale=30.0)
-    expected = 0.25 * losses.binary_focal(harder, labels) + 0.75 * own
-    np.testing.assert_allclose(loss(logits, labels, jnp.int32(0)), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["softmax", "with_margin"])
-def test_a_learned_scale_replaces_the_one_of_the_model(monkeypatch, name):
-    monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
-    values, labels = cosines(count=9)
-    logits = (20 * values).astype(np.float32)
-    spec = {"classification": name, "margin": 0.3, "margin_type": "cosine"}
-    loss = make_loss(spec, logit_scale=30.0)
-    expected = with_margin(logits, labels, logit_scale=20.0, margin=0.3)
-    learned = loss(logits, labels, jnp.int32(0), jnp.ones(1) * 20)
-    np.testing.assert_allclose(learned, expected, rtol=1e-5)
-    fixed = with_margin(logits, labels, logit_scale=30.0, margin=0.3)
-    np.testing.assert_allclose(loss(logits, labels, jnp.int32(0)), fixed, rtol=1e-5)
+    for scale, learned in ((30.0, None), (20.0, jnp.ones(1) * 20)):
+        own = with_margin(logits, labels, logit_scale=scale, margin=0.3)
+        harder = losses.angular_margin(logits, labels, margin=0.3, scale=scale)
+        expected = 0.25 * losses.binary_focal(harder, labels) + 0.75 * own
+        found = loss(logits, labels, jnp.int32(0), learned)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_losses_are_given_the_options_that_they_take(monkeypatch):
@@ -320,26 +265,19 @@ def test_losses_are_given_the_options_that_they_take(monkeypatch):
         given["mask"] = class_mask
         return logits[..., 0]
 
-    def takes_none(logits, labels):
-        return logits[..., 0]
-
     class_mask = np.array([False, True, True])
     spec = config_lib.default().loss.to_dict() | {"gamma": 3.0, "label_smoothing": 0.1, "beta": 7}
-    logits, labels = jnp.ones((2, 3)), jnp.ones(2, jnp.int32)
-    for function in (takes_all, takes_none):
+    for function in (takes_all, lambda logits, labels: logits[..., 0]):
         monkeypatch.setitem(losses.CLASSIFICATION, "own", function)
-        named = {**spec, "classification": "own"}
-        loss = losses.make_loss(named, class_mask, 10, logit_scale=4.0)
-        np.testing.assert_array_equal(loss(logits, labels, jnp.int32(0)), 1)
+        loss = losses.make_loss(spec | {"classification": "own"}, class_mask, 10, logit_scale=4.0)
+        found = loss(jnp.ones((2, 3)), jnp.ones(2, jnp.int32), jnp.int32(0))
+        np.testing.assert_array_equal(found, 1)
     assert given.pop("mask") is class_mask
     assert given == {"scale": 4.0, "gamma": 3.0, "smoothing": 0.1, "beta": 7}
 
 
-# What losses do with logits: values and derivatives against plain formulas in float64.
-
 LOGITS = np.random.default_rng(0).normal(0, 6, (7, 33))
 LOGITS[0, :6] = (-200.0, -90.0, -1e-6, 0.0, 90.0, 200.0)
-LABELS = np.arange(7) * 4
 
 
 def sigmoid(z):
@@ -354,9 +292,9 @@ def focal(z, gamma):
     return value, gamma * p**gamma * (1 - p) * rest + p ** (gamma + 1)
 
 
-@pytest.mark.parametrize("gamma", quick_first([2.0, 0.0, 0.5, 3.0]))
+@pytest.mark.parametrize("gamma", quick_first([2.0, 0.0, 0.5, 3.0], mark=pytest.mark.nightly))
 def test_sum_of_focal_negatives(gamma):
-    logits = jnp.asarray(LOGITS, jnp.float32)
+    logits, mask = jnp.asarray(LOGITS, jnp.float32), np.arange(33) % 5 != 0
     values, slopes = focal(np.asarray(logits, np.float64), gamma)
     found = jax.jit(losses.sum_of_focal_negatives, static_argnums=1)(logits, gamma)
     np.testing.assert_allclose(found, values.sum(axis=1), rtol=3e-6)
@@ -365,21 +303,5 @@ def test_sum_of_focal_negatives(gamma):
     np.testing.assert_allclose(gradient(logits), weight[:, None] * slopes, rtol=2e-5, atol=1e-30)
     each = losses.focal_negative(logits, gamma)
     np.testing.assert_allclose(each, values, rtol=3e-5, atol=1e-37)
-
-
-def test_columns_that_are_left_out_add_nothing():
-    logits, mask = jnp.asarray(LOGITS, jnp.float32), np.arange(33) % 5 != 0
-    seen = losses.leave_out(logits, mask)
-    found = losses.sum_of_focal_negatives(seen, 2.0)
-    np.testing.assert_allclose(found, focal(LOGITS[:, mask], 2.0)[0].sum(axis=1), rtol=3e-6)
-    nothing = losses.sum_of_focal_negatives(losses.leave_out(logits, mask & False), 2.0)
-    np.testing.assert_array_equal(nothing, 0)
-
-
-def test_a_value_is_put_into_the_column_of_the_label():
-    logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
-    put = losses.put_at_label(logits, labels, jnp.full(7, 1e3))
-    expected = np.array(logits)
-    expected[np.arange(7), LABELS] = 1e3
-    np.testing.assert_array_equal(put, expected)
-    np.testing.assert_array_equal(losses.at_label(put, labels), 1e3)
+    seen = losses.sum_of_focal_negatives(losses.leave_out(logits, mask), gamma)
+    np.testing.assert_allclose(seen, values[:, mask].sum(axis=1), rtol=3e-6)
