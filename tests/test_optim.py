@@ -35,37 +35,17 @@ def test_warmup_cosine_by_its_formula(scale, start):
     np.testing.assert_allclose(schedule(np.arange(51)), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("every", "steps_per_epoch"), [(1.0, 7.8125), (2, 5), (0.1, 30), (1 / 3, 49.0)]
-)
+@pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (0.1, 30), (1 / 3, 49.0)])
 def test_steps_decay_from_the_start_of_the_run(every, steps_per_epoch):
-    total = 60
-    schedule = make_schedule(
-        learning_rate=0.01,
-        total_steps=total,
-        warmup=0.0,
-        final_scale=1.0,
-        decay="steps",
-        decay_factor=0.7,
-        decay_every_epochs=every,
-        steps_per_epoch=steps_per_epoch,
-    )
+    options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
+    options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
     # Exact arithmetic: the epoch of a step is the step over the steps of an epoch.
     width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
-    expected = [0.01 * 0.7 ** (step // width) for step in range(total)]
-    np.testing.assert_allclose(schedule(np.arange(total)), expected, rtol=1e-5)
-    np.testing.assert_allclose([jax.jit(schedule)(step) for step in (0, 59)], expected[::59], 1e-5)
-
-
-def test_warmup_goes_before_the_other_decays_too():
-    options: Any = {"total_steps": 20, "warmup": 0.5, "final_scale": 0.01}
-    constant = make_schedule(learning_rate=0.1, decay="constant", **options)
-    np.testing.assert_allclose(constant(np.arange(10)), 0.01 + 0.009 * np.arange(10), rtol=1e-5)
-    np.testing.assert_allclose(constant(np.arange(10, 20)), 0.1, rtol=1e-6)
-    options |= {"decay_factor": 0.5, "decay_every_epochs": 2, "steps_per_epoch": 4}
-    steps = make_schedule(learning_rate=0.1, decay="steps", **options)
-    halved = constant(np.arange(20)) * 0.5 ** (np.arange(20) // 8)
-    np.testing.assert_allclose(steps(np.arange(20)), halved, rtol=1e-5)
+    expected = np.array([0.01 * 0.7 ** (step // width) for step in range(60)])
+    for warmup in (0.0, 0.5):
+        schedule = make_schedule(learning_rate=0.01, warmup=warmup, **options)
+        factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
+        np.testing.assert_allclose(schedule(np.arange(60)), expected * factors, rtol=1e-5)
 
 
 def test_factors_by_the_epoch_jump_and_run_in_lines():
@@ -73,25 +53,20 @@ def test_factors_by_the_epoch_jump_and_run_in_lines():
     options: Any = {"decay": "piecewise", "points": points, "warmup": 0.0}
     schedule = make_schedule(learning_rate=0.1, total_steps=60, steps_per_epoch=10, **options)
     epochs = (np.arange(60) + 0.5) / 10
-    line = np.where(epochs < 4, 1 - 0.4 * (epochs - 2), 0.2)
-    np.testing.assert_allclose(
-        schedule(np.arange(60)), 0.1 * np.where(epochs < 2, 0.5, line), rtol=1e-5
-    )
+    factors = np.where(epochs < 4, 1 - 0.4 * (epochs - 2), 0.2)
+    factors = np.where(epochs < 2, 0.5, factors)
+    np.testing.assert_allclose(schedule(np.arange(60)), 0.1 * factors, rtol=1e-5)
+    value = optim.make_piecewise(points)(jnp.array([-1.0, 2, 3, 9]))
+    np.testing.assert_allclose(value, [0.5, 1, 0.6, 0.2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps", "constant"])
-@pytest.mark.parametrize("total_steps", [1, 2, 3])
-def test_short_runs_have_finite_positive_rates(total_steps, decay):
-    schedule = make_schedule(
-        learning_rate=0.1,
-        total_steps=total_steps,
-        warmup=0.1,
-        final_scale=0.0,
-        decay=decay,
-        steps_per_epoch=0.5,
-    )
-    rates = [float(np.asarray(schedule(step))) for step in range(total_steps)]
-    assert all(0 < rate <= np.float32(0.1) for rate in rates), rates
+def test_short_runs_have_finite_positive_rates(decay):
+    for total in (1, 2, 3):
+        options: Any = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
+        schedule = make_schedule(total_steps=total, steps_per_epoch=0.5, **options)
+        rates = [float(np.asarray(schedule(step))) for step in range(total)]
+        assert all(0 < rate <= np.float32(0.1) for rate in rates), rates
 
 
 @pytest.mark.parametrize(
@@ -111,25 +86,20 @@ def test_sgd_by_hand(options, params, grads, wanted):
     np.testing.assert_allclose(updates["w"], wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "rate", "steps"),
-    [pytest.param("adam", 1e-3, 300, marks=pytest.mark.slow), ("sgd", 1e-2, 50)],
-)
+@pytest.mark.parametrize(("name", "rate", "steps"), [("adam", 1e-3, 300), ("sgd", 1e-2, 50)])
 def test_decay_is_that_of_the_whole_run(name, rate, steps):
     """Without gradients matrices shrink by exp(-total_decay), and nothing else changes."""
     spec = {**SPEC, "name": name, "learning_rate": rate, "total_decay": 0.7}
     tx, _ = make_optimizer(spec, total_steps=steps)
     params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
-    state = tx.init(params)
 
-    @jax.jit
-    def step(params, state):
+    def step(carry, _):
+        params, state = carry
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        return optax.apply_updates(params, updates), state
+        return (optax.apply_updates(params, updates), state), None
 
-    final: Any = params
-    for _ in range(steps):
-        final, state = step(final, state)
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0][0])
+    final: Any = run((params, tx.init(params)))
     np.testing.assert_allclose(final["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
     np.testing.assert_array_equal(final["bias"], [2.0])
 
@@ -139,43 +109,33 @@ def test_weight_decay_is_part_of_the_gradient_of_matrices(name):
     params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
     grads = jax.tree.map(lambda p: 0.3 * jnp.ones_like(p), params)
     penalised = {**grads, "kernel": grads["kernel"] + 0.05 * params["kernel"]}
-    plain, _ = make_optimizer({**SPEC, "name": name}, total_steps=9)
-    decayed, _ = make_optimizer({**SPEC, "name": name, "weight_decay": 0.05}, total_steps=9)
-    expected = plain.update(penalised, plain.init(params), params)[0]
-    updates = decayed.update(grads, decayed.init(params), params)[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+    found = []
+    for decay, given in ((0.0, penalised), (0.05, grads)):
+        tx, _ = make_optimizer({**SPEC, "name": name, "weight_decay": decay}, total_steps=9)
+        found.append(jax.jit(tx.update)(given, tx.init(params), params)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *found)
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_an_optimizer_that_restarts_is_two_in_a_row(name):
     options = {**SPEC, "name": name, "decay": "constant", "warmup": 0.0}
     (plain, _), (restarted, _) = (
-        make_optimizer({**options, "restart_epoch": epoch}, total_steps=9) for epoch in (0.0, 4.0)
+        make_optimizer({**options, "restart_epoch": epoch}, total_steps=6) for epoch in (0.0, 3.0)
     )
     params = {"kernel": jnp.full((2, 3), 2.0)}
-    grads = np.random.default_rng(0).normal(size=(9, 2, 3)).astype(np.float32)
+    grads = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
+    update, update_restarted = jax.jit(plain.update), jax.jit(restarted.update)
     state, other = restarted.init(params), plain.init(params)
     for step, grad in enumerate(grads):
-        if step == 4:
-            other = plain.init(params)
-        updates, state = jax.jit(restarted.update)({"kernel": grad}, state, params)
-        wanted, other = plain.update({"kernel": grad}, other, params)
+        other = plain.init(params) if step == 3 else other
+        updates, state = update_restarted({"kernel": grad}, state, params)
+        wanted, other = update({"kernel": grad}, other, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, wanted)
 
 
 def test_nothing_to_train_is_allowed():
     tx, _ = make_optimizer({**SPEC, "weight_decay": 0.1}, total_steps=3)
     assert tx.update({}, tx.init({}), {})[0] == {}
-
-
-def test_piecewise_is_linear_between_its_points_and_constant_outside():
-    value = optim.make_piecewise(((0, 0.75), (24, 0.75), (24, 1.0), (50, 1), (60, 0.5)))
-    expected = {-1: 0.75, 0: 0.75, 23.5: 0.75, 24: 1.0, 50: 1.0, 55: 0.75, 60: 0.5, 999: 0.5}
-    epochs = np.asarray(list(expected), np.float32)
-    np.testing.assert_allclose(jax.jit(value)(epochs), list(expected.values()), rtol=1e-6)
-    assert float(optim.make_piecewise([(3, 0.5)])(jnp.int32(1))) == 0.5
-    jump = optim.make_piecewise(((0, 0.25), (8, 0.75), (8, 0.5)))
-    np.testing.assert_array_equal(jump(jnp.array([-1.0, 4, 8, 9])), [0.25, 0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("points", [(), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)])
@@ -206,7 +166,5 @@ def test_an_optimizer_of_ones_own_is_one_function_and_one_line(monkeypatch):
     monkeypatch.setitem(optim.OPTIMIZERS, "signs", signs)
     tx, schedule = make_optimizer({"name": "signs", "momentum": 0.5}, total_steps=10)
     params = {"w": jnp.ones((2, 2))}
-    updates, _ = tx.update({"w": jnp.full((2, 2), -3.0)}, tx.init(params), params)
-    np.testing.assert_allclose(
-        np.asarray(jax.tree.leaves(updates)[0]), 0.5 * schedule(0), rtol=1e-6
-    )
+    updates: Any = tx.update({"w": jnp.full((2, 2), -3.0)}, tx.init(params), params)[0]
+    np.testing.assert_allclose(updates["w"], 0.5 * schedule(0), rtol=1e-6)
