@@ -10,18 +10,9 @@ from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import devices
-from vidjax.evaluation import topk
 from vidjax.utils.errors import VidjaxWarning
 
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
-STEPS = "--config.num_epochs=3.3"  # 10 of them
-ENSEMBLE = ("--config.ensemble.seeds=2", "--config.data.mode=streaming")
-
-
-def configured(spec, *words):
-    """Returns a small configuration of a shipped experiment."""
-    stem, _, arguments = spec.partition(":")
-    return shrunk(*words, spec=f"configs/{stem}.py:iqiyi_vid,{arguments}")
 
 
 def learned(workdir):
@@ -35,13 +26,11 @@ def learned(workdir):
     ("spec", "words"),
     quick_first(
         [
-            ("mma", (*SGD, *ENSEMBLE)),
+            ("mma", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=streaming")),
             ("plda", ()),
             ("cosine", SGD),
             ("quality_fusion", SGD),
             ("deepmef", SGD),
-            ("residual_dense:face,head", SGD),
-            ("knn", ()),
         ],
         2,
         mark=pytest.mark.nightly,
@@ -51,17 +40,17 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
     found = []
     for number in (1, 4):
         folder = tmp_path / str(number)
-        results = run(configured(spec, STEPS, *words), folder, data, num_devices=number)
+        config = configured(spec, "--config.num_epochs=3.3", *words)  # 10 steps
+        results = run(config, folder, data, num_devices=number)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         losses = [row["train_loss"] for row in map(json.loads, lines) if "train_loss" in row]
-        found.append((learned(folder), losses, results))
-    (weights, losses, results), (other_weights, other_losses, other) = found
+        found.append((learned(folder), losses, results["map"]))
+    (weights, losses, score), (other_weights, other_losses, other_score) = found
     assert weights.keys() == other_weights.keys()
     for path, x in weights.items():
         np.testing.assert_allclose(other_weights[path], x, rtol=0, atol=1e-5, err_msg=path)
     np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5)
-    assert other["num_identities"] == results["num_identities"]
-    assert abs(other["map"] - results["map"]) < 0.02
+    assert abs(other_score - score) < 0.02
 
 
 @pytest.mark.slow
@@ -69,13 +58,11 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
     ("spec", "words"),
     quick_first(
         [
-            ("quality_fusion", ("--config.after_fusion=examples",)),
-            ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5")),
+            ("quality_fusion", ("--config.after_fusion=examples", "--config.eval.top_classes=5")),
+            ("deepmef", ("--config.ensemble.seeds=2",)),
             ("mma", ()),
-            ("noise_classes:face", ()),
             ("plda", ()),
         ],
-        2,
         mark=pytest.mark.nightly,
     ),
 )
@@ -93,11 +80,11 @@ def test_a_ranking_is_the_same_to_the_byte_on_any_number_of_devices(data, tmp_pa
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_devices(data, tmp_path):
     words = (*SGD, "--config.optim.decay=constant", "--config.optim.warmup=0")
-    words = (*words, "--config.optim.total_decay=0")
-    for number, epochs in [(8, 2), (1, 4), (2, 6)]:
-        config = configured("cosine", f"--config.num_epochs={epochs}", *words)
+    words = (*words, "--config.optim.total_decay=0", "--config.data.mode=resident")
+    for number, epochs in [(8, 1), (1, 2), (2, 3)]:
+        config = configured("quality_fusion", f"--config.num_epochs={epochs}", *words)
         run(config, tmp_path / "moved", data, num_devices=number)
-    run(configured("cosine", "--config.num_epochs=6", *words), tmp_path / "still", data)
+    run(configured("quality_fusion", "--config.num_epochs=3", *words), tmp_path / "still", data)
     moved, still = learned(tmp_path / "moved"), learned(tmp_path / "still")
     for path, x in still.items():
         np.testing.assert_allclose(moved[path], x, rtol=0, atol=1e-5, err_msg=path)
@@ -107,22 +94,6 @@ def test_more_devices_than_there_are_are_one_error():
     for number in (0, 9):
         with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
             devices.make_mesh(number)
-
-
-def test_tops_of_devices_are_those_of_one():
-    rng = np.random.default_rng(0)
-    scores = rng.choice(rng.standard_normal(60).astype(np.float32), (5, 64, 16))  # with ties
-    index = rng.permutation(5 * 64).astype(np.int32).reshape(5, 64)
-    mask = rng.random((5, 64)) < 0.9
-    blocks = list(zip(scores, index, mask, strict=True))
-    wanted = topk.rank(blocks, 16, 7)
-    for number in (1, 4, 8):
-        top = topk.RunningTopK(16, 7, rows=128, mesh=devices.make_mesh(number))
-        for block in blocks:
-            top.add(block)
-        found = top.finish()
-        np.testing.assert_array_equal(found.index, wanted.index)
-        np.testing.assert_array_equal(found.scores, wanted.scores)
 
 
 def test_a_gpu_that_jax_does_not_use_is_named(tmp_path, monkeypatch):
@@ -140,3 +111,8 @@ def test_a_gpu_that_jax_does_not_use_is_named(tmp_path, monkeypatch):
     assert "\n" not in str(told[0].message)
     monkeypatch.setattr(devices, "NVIDIA", tmp_path / "none")
     devices.make_mesh(1)
+
+
+def configured(spec, *words):
+    """Returns a small configuration of a shipped experiment."""
+    return shrunk(*words, spec=f"configs/{spec}.py:iqiyi_vid")

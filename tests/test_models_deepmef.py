@@ -11,7 +11,6 @@ import pytest
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import (
-    check_gradients,
     init,
     init_identifier,
     make_batch,
@@ -114,12 +113,14 @@ def deepmef_oracle(params, frames, batch_mask, *, form, rms_norm, published):
     return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)
 
 
-@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("form", "rms_norm", "published"),
-    quick_first([("features", True, False), ("danet", False, False), ("channels", True, True)]),
+    quick_first(
+        [("channels", True, True), ("features", True, False), ("danet", False, False)],
+        mark=pytest.mark.nightly,
+    ),
 )
-def test_deepmef_matches_a_loop(form, rms_norm, published, gradients):
+def test_deepmef_matches_a_loop(form, rms_norm, published):
     with jax.enable_x64(True):
         frames, clips = make_batch()
         frames = {
@@ -147,11 +148,11 @@ def test_deepmef_matches_a_loop(form, rms_norm, published, gradients):
         options = {"form": form, "rms_norm": rms_norm, "published": published}
         expected = deepmef_oracle(params, frames, clips.mask, **options)
         np.testing.assert_allclose(forward(params), expected, atol=1e-6)
-        if gradients:
-            check_gradients(forward, params, modes=("rev",), eps=1e-6)
 
 
-@pytest.mark.parametrize("form", quick_first([*ORACLES, "aggregation"]))
+@pytest.mark.parametrize(
+    "form", quick_first(["features", "danet", "aggregation"], mark=pytest.mark.nightly)
+)
 def test_attention_learns_from_its_start_and_stays_finite(form):
     """With theta and phi at 0, as published, neither would ever move."""
     frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
@@ -200,13 +201,14 @@ def test_only_the_last_published_layers_have_no_dropout():
     ("options", "gone"),
     quick_first(
         [
-            ({"channel_attention": "channels", "num_frames": 4}, set()),
             (
-                {"channel_attention": "none", "aggregation": "mean"},
+                {"channel_attention": "none", "aggregation": "quality"},
                 {"channel_attention", "aggregation"},
             ),
-            ({"channel_attention": "danet", "aggregation": "quality"}, {"aggregation"}),
-        ]
+            ({"channel_attention": "channels", "num_frames": 4}, set()),
+            ({"channel_attention": "danet", "aggregation": "mean"}, {"aggregation"}),
+        ],
+        mark=pytest.mark.nightly,
     ),
 )
 def test_ablations_start_as_the_cosine_of_the_mean_frame(options, gone):
@@ -219,7 +221,7 @@ def test_ablations_start_as_the_cosine_of_the_mean_frame(options, gone):
     init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
     output, variables = jax.jit(init)(face, clips)
     assert set(variables["params"]) == whole - gone
-    x = frames["face"].features[0].astype(np.float32)
+    x = frames["face"].features[0].astype(np.float64)
     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
     beside = np.stack([frames["face"].quality[0] / 100, frames["face"].detection[0]], axis=1)
     weights = np.ones(len(x))
