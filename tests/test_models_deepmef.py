@@ -16,6 +16,7 @@ from tests.helpers.made_models import (
     make_batch,
     make_model,
     randomised,
+    train_output,
 )
 from tests.test_models_dense import layer_oracle
 from vidjax.models import identifier
@@ -25,89 +26,67 @@ SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rat
 
 
 def softmax(values):
-    values = np.exp(np.asarray(values) - np.max(values))
-    return values / values.sum()
+    values = np.exp(values - np.max(values, axis=-1, keepdims=True))
+    return values / values.sum(axis=-1, keepdims=True)
 
 
 def linear(params, name, x):
-    return np.asarray(params[name]["kernel"]).T @ x + np.asarray(params[name]["bias"])
+    return x @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])
 
 
 def frames_oracle(params, clip):
     """Affinity between the real frames of one clip [n, D]."""
-    theta, phi, g = ([linear(params, name, x) for x in clip] for name in ("theta", "phi", "g"))
-    out = []
-    for t, x in enumerate(clip):
-        affinity = softmax([theta[t] @ phi[s] / np.sqrt(len(phi[s])) for s in range(len(clip))])
-        mixed = sum(a * value for a, value in zip(affinity, g, strict=True))
-        out.append(x + linear(params, "out", mixed))
-    return np.array(out)
+    theta, phi, g = (linear(params, name, clip) for name in ("theta", "phi", "g"))
+    affinity = softmax(theta @ phi.T / np.sqrt(phi.shape[1]))
+    return clip + linear(params, "out", affinity @ g)
 
 
 def channels_oracle(params, clip):
     """The published form: 1x1 maps over the frames of one clip [T, D], feature by feature."""
-    columns = clip.T
-    theta, phi, g = (
-        np.array([linear(params, name, x) for x in columns]).T for name in ("theta", "phi", "g")
-    )  # each [T/2, D]
-    mixed = np.zeros_like(g)
-    for i in range(len(g)):
-        affinity = softmax([sum(theta[i] * phi[j]) for j in range(len(g))])
-        for j in range(len(g)):
-            mixed[i] += affinity[j] * g[j]
-    return np.array([x + linear(params, "out", y) for x, y in zip(columns, mixed.T, strict=True)]).T
+    theta, phi, g = (linear(params, name, clip.T).T for name in ("theta", "phi", "g"))  # [T/2, D]
+    return clip + linear(params, "out", (softmax(theta @ phi.T) @ g).T).T
 
 
 def danet_oracle(params, clip):
     """The channel attention of DANet's code, with the frames of one clip [n, D] for channels."""
-    out = []
-    for x in clip:
-        energy = np.array([x @ other for other in clip])
-        affinity = softmax(energy.max() - energy)
-        out.append(x + params["gamma"] * sum(a * y for a, y in zip(affinity, clip, strict=True)))
-    return np.array(out)
+    energy = clip @ clip.T
+    affinity = softmax(energy.max(axis=1, keepdims=True) - energy)
+    return clip + params["gamma"] * affinity @ clip
 
 
 ORACLES = {"features": frames_oracle, "channels": channels_oracle, "danet": danet_oracle}
 
 
 def deepmef_oracle(params, frames, batch_mask, *, form, rms_norm, published):
-    """The whole system, a clip and a modality at a time; BatchNorm by the clips that have it."""
+    """The whole system, a modality at a time; BatchNorm by the clips that have it."""
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
-    for name in ("face", "head", "audio"):
-        features, mask = frames[name].features.astype(np.float64), frames[name].mask
+    for name, (features, quality, detection, _, mask) in frames.items():
         exists = mask.any(axis=1) & batch_mask
         seen |= exists
         if name == "face":
             part = np.zeros((num_clips, features.shape[-1] + 2))
             for b in np.flatnonzero(exists):
-                clip = []
-                for t in np.flatnonzero(mask[b]):
-                    x = features[b, t]
-                    if rms_norm:
-                        x = x / np.sqrt(np.mean(x**2))
-                    beside = [frames[name].quality[b, t] / 100, frames[name].detection[b, t]]
-                    clip.append(np.concatenate([x, beside]))
-                clip = ORACLES[form](params["channel_attention"], np.array(clip))
-                weights = softmax([x @ params["aggregation"]["query"] for x in clip])
-                part[b] = sum(w * x for w, x in zip(weights, clip, strict=True))
+                x = features[b, mask[b]]
+                if rms_norm:
+                    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
+                beside = np.stack([quality[b] / 100, detection[b]], axis=1)[mask[b]]
+                clip = ORACLES[form](params["channel_attention"], np.hstack([x, beside]))
+                part[b] = softmax(clip @ params["aggregation"]["query"]) @ clip
         else:
-            rows = [
-                features[b, mask[b]].mean(axis=0) if exists[b] else 0 * features[b, 0]
-                for b in range(num_clips)
-            ]
+            count = np.maximum(mask.sum(axis=1), 1)[:, None]
+            part = (features * mask[..., None]).sum(axis=1) / count
             for i in range(2):
-                rows = layer_oracle(params[f"{name}_{i}"], rows, exists, "prelu", True, published)
-            part = np.array(rows) * exists[:, None]
+                part = layer_oracle(params[f"{name}_{i}"], part, exists, "prelu", True, published)
+            part = part * exists[:, None]
         parts.append(part)
     x = np.concatenate(parts, axis=1)
     if published:  # Linear-BatchNorm-PReLU, twice
-        rows = layer_oracle(params["block"]["hidden"], x, seen, "prelu", True, True)
-        x = x + np.array(layer_oracle(params["block"]["back"], rows, seen, "prelu", True, True))
+        hidden = layer_oracle(params["block"]["hidden"], x, seen, "prelu", True, True)
+        x = x + layer_oracle(params["block"]["back"], hidden, seen, "prelu", True, True)
     else:
         hidden = layer_oracle(params["hidden"], x, seen, "prelu", True)
-        x = x + np.array([linear(params, "back", np.array(row)) for row in hidden])
+        x = x + linear(params, "back", hidden)
     kernel = np.asarray(params["classifier"]["kernel"])
     lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
     return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)
@@ -184,12 +163,7 @@ def test_only_the_last_published_layers_have_no_dropout():
     options = {"layer_form": "published", "dropout_rate": 1.0, "branch_dims": (6,)}
     model = make_model({**SMALL, **options, "channel_attention": "none"})
     variables = init_identifier(model, frames, clips)
-    output, new = jax.jit(
-        lambda: model.apply(
-            variables, frames, clips, train=True, mutable=["batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-    )()  # fmt: skip
+    output, new = train_output(model, variables, frames, clips, jax.random.key(0))
     exists = frames["head"].mask.any(axis=1) & clips.mask
     branch = np.asarray(output.embedding)[:, 8:14]  # of the head, a single layer
     assert (np.abs(branch[exists]).max(axis=1) > 0).all()
