@@ -16,7 +16,7 @@ OPTIONS = {
     name
     for part in ("models", "core")
     for path in (ROOT / "vidjax" / part).glob("*.py")
-    for name in re.findall(r"^ +(\w+): ", path.read_text(), re.M)
+    for name in re.findall(r"(\w+): [\w\[\], .|\"]+ = ", path.read_text())
 }
 FIELDS = {f"config.{name}" for name, _ in config_lib.fields(config_lib.default())}
 

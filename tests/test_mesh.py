@@ -26,10 +26,10 @@ def learned(workdir):
     ("spec", "words"),
     quick_first(
         [
-            ("mma", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=streaming")),
+            ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=streaming")),
             ("plda", ()),
             ("cosine", SGD),
-            ("quality_fusion", SGD),
+            ("mma", SGD),
             ("deepmef", SGD),
         ],
         2,
@@ -80,6 +80,7 @@ def test_a_ranking_is_the_same_to_the_byte_on_any_number_of_devices(data, tmp_pa
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_devices(data, tmp_path):
     words = (*SGD, "--config.optim.decay=constant", "--config.optim.warmup=0")
+    words = (*words, "--config.optim.warmup_scale=0")
     words = (*words, "--config.optim.total_decay=0", "--config.data.mode=resident")
     for number, epochs in [(8, 1), (1, 2), (2, 3)]:
         config = configured("quality_fusion", f"--config.num_epochs={epochs}", *words)

@@ -238,7 +238,7 @@ PLDA = {"name": "plda", **SETTINGS._asdict()}
     ("spec", "options", "message"),
     [
         ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
-        (SMALL, {"num_classes": 3}, "no option num_classes"),
+        ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
         (SMALL, {"gama": 1}, "no option gama; choose from attention, attention_form"),
         (SMALL, {"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
         (SMALL, {"attention_form": "three"}, "choose from gram, two"),

@@ -126,14 +126,14 @@ EXAMPLES: Any = {"after_fusion": "examples"}
     ),
 )
 def test_voting_is_a_mean_or_a_maximum_over_frames(scores, reduce):
-    system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce)
+    system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
     batch = make_batch()
     state = init(system, np.arange(5))
     found = evaluate(system, state, batch)
     for clip in range(5):
         voted = []
         for frame in examples_of(batch, clip):
-            logits = linear_logits(state, batch, frame)[clip]
+            logits = linear_logits(state, batch, frame)[clip] / 1.5
             sigmoid = 1 / (1 + np.exp(-logits))
             value = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": sigmoid}
             voted.append(value.get(scores, logits))
