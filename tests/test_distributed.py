@@ -73,16 +73,14 @@ def wait(processes):
     return [process.wait(SECONDS) for process in processes]
 
 
-def logged(workdir):
-    """Returns the number of lines in the log of a run."""
-    log = workdir / "timing.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+def wait_for_step(log, processes):
+    """Waits until the log of a run has another line."""
 
+    def count():
+        return len(log.read_text().splitlines()) if log.exists() else 0
 
-def wait_for_step(workdir, processes, before):
-    """Waits until the log of a run has more lines than `before`."""
-    end = time.monotonic() + SECONDS
-    while logged(workdir) <= before:
+    before, end = count(), time.monotonic() + SECONDS
+    while count() <= before:
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.01)
 
@@ -103,7 +101,7 @@ def assert_close(left, right):
     assert (left / "report.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_with_resident_clips_train_as_one_with_two_devices(start, tmp_path):
     words = (*WORDS, "--config.data.mode=resident")
     assert wait(start("one", *words, count=1)) == [0]
@@ -118,9 +116,8 @@ def test_two_processes_that_end_go_on_with_the_same_command(start, tmp_path):
     assert wait(start("one", *words, count=1)) == [0]
     two, often, codes = tmp_path / "two", "--config.checkpoint_every_seconds=0.1", []
     for end in (lambda one: one.send_signal(signal.SIGTERM), lambda one: one.kill()):
-        before = logged(two)
         pair = start("two", *words, often)
-        wait_for_step(two, pair, before)
+        wait_for_step(two / "timing.jsonl", pair)
         end(pair[1])
         codes.append(wait(pair))
     assert codes[0] == [143, 143] and codes[1][0] not in (0, 143), codes
@@ -130,10 +127,8 @@ def test_two_processes_that_end_go_on_with_the_same_command(start, tmp_path):
     assert "MAP" in (tmp_path / "two-0.txt").read_text()
 
     ranking = (two / "ranking.txt").read_bytes()
-    for split in ("val", "test"):
-        assert wait(start("two", "evaluate", f"--config.eval.split={split}")) == [0, 0]
+    assert wait(start("two", "evaluate", "--config.eval.split=val")) == [0, 0]
     assert (two / "ranking.txt").read_bytes() == ranking
-    assert (two / "metrics_test.json").exists()
 
 
 @pytest.mark.slow
