@@ -5,16 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import made_models as made
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
-from tests.helpers.made_models import (
-    check_gradients,
-    eval_logits,
-    init,
-    init_identifier,
-    randomised,
-    train_logits,
-)
 from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier
 from vidjax.models.layers import NetVLAD, drop_modalities
@@ -62,8 +55,8 @@ def test_netvlad_matches_the_papers(reduce, norms):
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
         model = NetVLAD(3, reduce=reduce, norms=norms, dtype=jnp.dtype("float64"))
-        variables = init(model, frames.features, frames.mask, train=False)
-        params = randomised(variables["params"])
+        variables = made.init(model, frames.features, frames.mask, train=False)
+        params = made.randomised(variables["params"])
 
         @jax.jit
         def forward(params, features):
@@ -77,7 +70,7 @@ def test_netvlad_matches_the_papers(reduce, norms):
         np.testing.assert_allclose(found, expected, atol=1e-6)
         np.testing.assert_array_equal(found[2], 0)
         if reduce == "sum" and len(norms) < 2:
-            check_gradients(forward, params, frames.features, modes=("rev",))
+            made.check_gradients(forward, params, frames.features, modes=("rev",))
 
 
 def test_gate_matches_a_loop_and_leaves_missing_vectors_out():
@@ -86,17 +79,17 @@ def test_gate_matches_a_loop_and_leaves_missing_vectors_out():
         x = rng.standard_normal((3, 4, 5))
         x[1, 2] = 0
         model = SigmoidGate(dtype=jnp.dtype("float64"))
-        params = init(model, x)["params"]
+        params = made.init(model, x)["params"]
         forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
         np.testing.assert_array_equal(forward(params, x), x / 2)
-        params = randomised(params)
+        params = made.randomised(params)
         expected = np.zeros_like(x)
         for b, m in np.ndindex(3, 4):
             score = sum(x[b, m] * params["kernel"][m]) + params["bias"][m]
             expected[b, m] = x[b, m] / (1 + np.exp(-score))
         np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
         np.testing.assert_array_equal(forward(params, x)[1, 2], 0)
-        check_gradients(forward, params, x)
+        made.check_gradients(forward, params, x)
 
 
 def test_modality_dropout_never_drops_everything():
@@ -119,13 +112,15 @@ def test_neighbours_are_the_best_cosine_of_every_identity():
     clips = ClipInfo(np.arange(10, dtype=np.int32)[::-1], np.arange(10) < 9, labels)
     spec = {"name": "knn", "logit_scale": 16.0}
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
-    blank = init_identifier(model, {"face": frames}, clips)
+    blank = made.init_identifier(model, {"face": frames}, clips)
     assert "params" not in blank
-    np.testing.assert_array_equal(eval_logits(model, blank, {"face": frames}, clips), 16 * -2)
-    logits, memory = train_logits(model, blank, {"face": frames}, clips)
+    np.testing.assert_array_equal(made.eval_logits(model, blank, {"face": frames}, clips), 16 * -2)
+    logits, memory = made.train_logits(model, blank, {"face": frames}, clips)
     np.testing.assert_array_equal(logits, np.zeros((10, 5)))
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=vectors[10:, None])
-    scores = eval_logits(model, memory, {"face": queries}, jax.tree.map(lambda x: x[:4], clips))
+    scores = made.eval_logits(
+        model, memory, {"face": queries}, jax.tree.map(lambda x: x[:4], clips)
+    )
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for query, row in zip(unit[10:13], scores[:3], strict=True):
         cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, unit[:10] @ query)

@@ -7,18 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import made_models as made
 from tests.helpers.cases import quick_first
 from tests.helpers.embeddings import unit
-from tests.helpers.made_models import (
-    DIMS,
-    eval_output,
-    init_identifier,
-    make_batch,
-    make_model,
-    randomised,
-    train_logits,
-    train_output,
-)
 from vidjax.core import losses
 from vidjax.runs import config as config_lib
 
@@ -57,18 +48,21 @@ def oracle(params, stats, frames, clips, *, feature_scale):
 )
 def test_the_net_matches_its_equations(train, feature_scale):
     with jax.enable_x64(True):
-        frames, clips = make_batch()
-        model = make_model(SPEC, dtype="float64", feature_scale=feature_scale, logit_scale=9.0)
-        variables = init_identifier(model, frames, clips)
+        frames, clips = made.make_batch()
+        model = made.make_model(SPEC, dtype="float64", feature_scale=feature_scale, logit_scale=9.0)
+        variables = made.init_identifier(model, frames, clips)
         np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
         assert variables["params"]["scale"] == 9
-        params, stats = randomised(variables["params"]), randomised(variables["batch_stats"])
+        params, stats = (
+            made.randomised(variables["params"]),
+            made.randomised(variables["batch_stats"]),
+        )
         stats = jax.tree.map(np.abs, stats)
         variables = {"params": params, "batch_stats": stats}
         if train:
-            output, _ = train_output(model, variables, frames, clips, jax.random.key(0))
+            output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
         else:
-            output = eval_output(model, variables, frames, clips)
+            output = made.eval_output(model, variables, frames, clips)
         stats = None if train else stats
         z, logits = oracle(params, stats, frames, clips, feature_scale=feature_scale)
         assert output.embedding.dtype == np.float64
@@ -80,16 +74,16 @@ def test_the_net_matches_its_equations(train, feature_scale):
 @pytest.mark.slow
 def test_dropout_leaves_the_statistics_and_the_scale_of_the_unit_vector():
     """Statistics count the clips that have a modality, dropped or not; coordinates are doubled."""
-    frames, clips = make_batch()
-    width = 7 * len(DIMS)
-    plain = make_model(SPEC, num_classes=width)
-    variables = init_identifier(plain, frames, clips)
-    params = randomised(variables["params"])
+    frames, clips = made.make_batch()
+    width = 7 * len(made.DIMS)
+    plain = made.make_model(SPEC, num_classes=width)
+    variables = made.init_identifier(plain, frames, clips)
+    params = made.randomised(variables["params"])
     params["classifier"] = {"kernel": np.eye(width, dtype=np.float32)}
     variables = {**variables, "params": params}
-    _, kept = train_logits(plain, variables, frames, clips)
-    model = make_model(SPEC, num_classes=width, modality_dropout_rate=0.9, dropout_rate=0.5)
-    output, dropped = train_output(model, variables, frames, clips, jax.random.key(5))
+    _, kept = made.train_logits(plain, variables, frames, clips)
+    model = made.make_model(SPEC, num_classes=width, modality_dropout_rate=0.9, dropout_rate=0.5)
+    output, dropped = made.train_output(model, variables, frames, clips, jax.random.key(5))
     jax.tree.map(np.testing.assert_array_equal, dropped, kept)
     z, logits = np.asarray(output.embedding), np.asarray(output.logits[:, 0])
     seen = np.stack([one.mask.any(axis=1) for one in frames.values()]).any(axis=0) & clips.mask
@@ -127,11 +121,11 @@ def test_the_margin_and_its_loss_follow_the_learned_scale():
 
 
 def test_a_fallback_keeps_the_scale_that_each_model_learned():
-    frames, clips = make_batch()
+    frames, clips = made.make_batch()
     dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
     spec = {"name": "fallback", "main": dense, "other": SPEC, "other_modalities": ("head",)}
-    model: Any = make_model(spec)
-    variables = init_identifier(model, frames, clips)
+    model: Any = made.make_model(spec)
+    variables = made.init_identifier(model, frames, clips)
     variables["params"]["other"]["scale"] = np.float32(21)
-    output = eval_output(model, variables, frames, clips)
+    output = made.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(output.logit_scale, [16, 21])

@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import made_models as made
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
-from tests.helpers.made_models import (
-    init,
-    init_identifier,
-    make_batch,
-    make_model,
-    randomised,
-    train_output,
-)
 from tests.test_models_dense import layer_oracle
 from vidjax.models import identifier
 from vidjax.models.deepmef import AttentionAggregation, ChannelAttention
@@ -101,7 +94,7 @@ def deepmef_oracle(params, frames, batch_mask, *, form, rms_norm, published):
 )
 def test_deepmef_matches_a_loop(form, rms_norm, published):
     with jax.enable_x64(True):
-        frames, clips = make_batch()
+        frames, clips = made.make_batch()
         frames = {
             name: value._replace(features=value.features.astype(np.float64))
             for name, value in frames.items()
@@ -113,9 +106,9 @@ def test_deepmef_matches_a_loop(form, rms_norm, published):
             frames["face"] = make_frames(lengths, max_frames=size, dtype="float64")
         options = {"channel_attention": form, "num_frames": size, "rms_norm": rms_norm}
         options["layer_form"] = "published" if published else "ours"
-        model = make_model(SMALL, dtype="float64", **options)
-        variables = init_identifier(model, frames, clips)
-        params = randomised(variables["params"])
+        model = made.make_model(SMALL, dtype="float64", **options)
+        variables = made.init_identifier(model, frames, clips)
+        params = made.randomised(variables["params"])
 
         @jax.jit
         def forward(params):
@@ -136,7 +129,7 @@ def test_attention_learns_from_its_start_and_stays_finite(form):
     """With theta and phi at 0, as published, neither would ever move."""
     frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
     model: Any = AttentionAggregation() if form == "aggregation" else ChannelAttention(form, 4)
-    params = init(model, frames.features, frames.mask)["params"]
+    params = made.init(model, frames.features, frames.mask)["params"]
 
     @jax.jit
     @jax.grad
@@ -152,18 +145,18 @@ def test_attention_learns_from_its_start_and_stays_finite(form):
     moved = {jax.tree_util.keystr(path): np.abs(leaf).max() > 1e-5 for path, leaf in leaves}
     assert all(moves for path, moves in moved.items() if "bias" not in path), moved
     for scale in (0, 1e4):
-        for leaf in jax.tree.leaves(gradient((randomised(params), scale * frames.features))):
+        for leaf in jax.tree.leaves(gradient((made.randomised(params), scale * frames.features))):
             assert np.isfinite(leaf).all()
 
 
 @pytest.mark.slow
 def test_only_the_last_published_layers_have_no_dropout():
     """With a rate of 1 nothing passes any other layer."""
-    frames, clips = make_batch()
+    frames, clips = made.make_batch()
     options = {"layer_form": "published", "dropout_rate": 1.0, "branch_dims": (6,)}
-    model = make_model({**SMALL, **options, "channel_attention": "none"})
-    variables = init_identifier(model, frames, clips)
-    output, new = train_output(model, variables, frames, clips, jax.random.key(0))
+    model = made.make_model({**SMALL, **options, "channel_attention": "none"})
+    variables = made.init_identifier(model, frames, clips)
+    output, new = made.train_output(model, variables, frames, clips, jax.random.key(0))
     exists = frames["head"].mask.any(axis=1) & clips.mask
     branch = np.asarray(output.embedding)[:, 8:14]  # of the head, a single layer
     assert (np.abs(branch[exists]).max(axis=1) > 0).all()
@@ -186,14 +179,14 @@ def test_only_the_last_published_layers_have_no_dropout():
     ),
 )
 def test_ablations_start_as_the_cosine_of_the_mean_frame(options, gone):
-    frames, clips = make_batch()
+    frames, clips = made.make_batch()
     face = {"face": frames["face"]}
     whole = {"hidden", "back", "classifier", "channel_attention", "aggregation"}
     model: Any = identifier.make_identifier(
         {**SMALL, **options}, modalities={"face": 6}, num_classes=5, num_clips=1
     )
     init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
-    output, variables = jax.jit(init)(face, clips)
+    output, variables = jax.jit(made.init)(face, clips)
     assert set(variables["params"]) == whole - gone
     x = frames["face"].features[0].astype(np.float64)
     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))

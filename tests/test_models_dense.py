@@ -7,17 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import made_models as made
 from tests.helpers.cases import quick_first
-from tests.helpers.made_models import (
-    DIMS,
-    check_gradients,
-    eval_logits,
-    init,
-    init_identifier,
-    make_batch,
-    make_model,
-    randomised,
-)
 from vidjax.models.dense import MLP, ResidualDenseNet
 from vidjax.models.layers import CosineClassifier
 
@@ -87,15 +78,15 @@ def test_mlp_matches_its_equations(gradients):
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((5, 3))
         model = MLP(layers, FLOAT64)
-        variables = init(model, x, mask, train=False)
-        params = randomised(variables["params"])
+        variables = made.init(model, x, mask, train=False)
+        params = made.randomised(variables["params"])
         forward = train_forward(model, variables, mask)
         expected = x
         for i, (_, activation, batch_norm, _) in enumerate(layers):
             expected = layer_oracle(params[f"layer_{i}"], expected, mask, activation, batch_norm)
         np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
         if gradients:
-            check_gradients(forward, params, x, modes=("rev",))
+            made.check_gradients(forward, params, x, modes=("rev",))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +98,8 @@ def test_residual_dense_net_matches_its_equations(shortcut):
     with jax.enable_x64(True):
         x = np.random.default_rng(1).standard_normal((8, 3))
         model = ResidualDenseNet(5, 4, "swish", 0.0, shortcut, gate=True, dtype=FLOAT64)
-        variables = init(model, x, mask, train=False)
-        params = randomised(variables["params"])
+        variables = made.init(model, x, mask, train=False)
+        params = made.randomised(variables["params"])
 
         def layer(i, rows):
             branch = params[f"gate_{i - 1}"]
@@ -125,7 +116,7 @@ def test_residual_dense_net_matches_its_equations(shortcut):
         found = train_forward(model, variables, mask)(params, x)
         np.testing.assert_allclose(found, layer(4, h3), atol=1e-6)
         plain = ResidualDenseNet(5, 4, "swish", 0.0, shortcut)
-        names = init(plain, x, mask, train=False)["params"].keys()
+        names = made.init(plain, x, mask, train=False)["params"].keys()
         assert names == {f"layer_{i}" for i in range(4)}
 
 
@@ -133,28 +124,28 @@ def test_cosine_classifier_matches_its_equation():
     with jax.enable_x64(True):
         x = np.random.default_rng(3).standard_normal((4, 5))
         model = CosineClassifier(num_classes=3, scale=30.0)
-        params = randomised(init(model, x)["params"])
+        params = made.randomised(made.init(model, x)["params"])
         forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
         kernel = np.asarray(params["kernel"])
         lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
         for scale in (1, 1e3):
             found = forward(params, scale * x)
             np.testing.assert_allclose(found, 30 * x @ kernel / lengths, atol=1e-6)
-        check_gradients(forward, params, x)
+        made.check_gradients(forward, params, x)
 
 
 def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
-    frames, clips = make_batch()
-    model = make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
-    variables = init_identifier(model, frames, clips)
+    frames, clips = made.make_batch()
+    model = made.make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
+    variables = made.init_identifier(model, frames, clips)
     classifier = jax.tree.map(np.asarray, variables["params"]["classifier"]["logits"])
     np.testing.assert_array_equal(classifier["bias"], 0)
     limit = math.sqrt(6 / sum(classifier["kernel"].shape))  # Xavier's uniform
     assert 0.8 * limit < np.abs(classifier["kernel"]).max() <= limit
-    logits = eval_logits(model, variables, frames, clips)
+    logits = made.eval_logits(model, variables, frames, clips)
     for b in range(8):
         x = []
-        for name, dim in DIMS.items():
+        for name, dim in made.DIMS.items():
             real = frames[name].mask[b] & clips.mask[b]
             features = np.float64(frames[name].features[b])[real]
             x.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))

@@ -6,17 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import made_models as made
 from tests.helpers.cases import quick_first
-from tests.helpers.made_models import (
-    DIMS,
-    eval_logits,
-    eval_output,
-    init_identifier,
-    make_batch,
-    make_model,
-    train_logits,
-    train_output,
-)
 from vidjax.core import fusion
 from vidjax.models import identifier
 
@@ -57,11 +48,11 @@ def weights_oracle(frames, batch_mask, *, measure, threshold, scale=0.95, shares
     ),
 )
 def test_weights_match_a_loop(options, kinds):
-    frames, clips = make_batch()
+    frames, clips = made.make_batch()
     clips = clips._replace(measure=fusion.mean_measure(frames["face"], options["measure"]))
     bare = {"name": "dense", "layers": ()}
-    model = make_model(SPEC, main=bare, other=bare, **options)
-    out = eval_output(model, init_identifier(model, frames, clips), frames, clips)
+    model = made.make_model(SPEC, main=bare, other=bare, **options)
+    out = made.eval_output(model, made.init_identifier(model, frames, clips), frames, clips)
     assert out.logits.shape == (8, 2, 5)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(out)} == {"float32"}
     train, evaluate = weights_oracle(frames, clips.mask, **options)
@@ -72,31 +63,31 @@ def test_weights_match_a_loop(options, kinds):
 
 @pytest.mark.slow
 def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
-    frames, clips = make_batch()
-    model = make_model(SPEC)
-    variables = init_identifier(model, frames, clips)
-    out, new = train_output(model, variables, frames, clips, jax.random.key(5))
-    evaluated = eval_output(model, variables, frames, clips)
-    sizes: Any = {"modalities": {"head": DIMS["head"]}, "num_classes": 5, "num_clips": 6}
+    frames, clips = made.make_batch()
+    model = made.make_model(SPEC)
+    variables = made.init_identifier(model, frames, clips)
+    out, new = made.train_output(model, variables, frames, clips, jax.random.key(5))
+    evaluated = made.eval_output(model, variables, frames, clips)
+    sizes: Any = {"modalities": {"head": made.DIMS["head"]}, "num_classes": 5, "num_clips": 6}
     other = identifier.make_identifier(OTHER, **sizes)
-    alone = (("main", make_model(MAIN), "face"), ("other", other, "head"))
+    alone = (("main", made.make_model(MAIN), "face"), ("other", other, "head"))
     for branch, (name, part, modality) in enumerate(alone):
         own = {collection: tree[name] for collection, tree in variables.items()}
         seen = clips.mask & frames[modality].mask.any(axis=1)
-        logits, part_new = train_logits(part, own, frames, clips._replace(mask=seen), seed=5)
+        logits, part_new = made.train_logits(part, own, frames, clips._replace(mask=seen), seed=5)
         np.testing.assert_allclose(out.logits[:, branch][seen], logits[seen], atol=1e-6)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
             part_new["batch_stats"],
             new["batch_stats"][name],
         )
-        logits = eval_logits(part, own, frames, clips)
+        logits = made.eval_logits(part, own, frames, clips)
         np.testing.assert_allclose(evaluated.logits[:, branch], logits, atol=1e-6)
 
 
 def test_the_main_model_may_see_less_than_everything():
-    frames, clips = make_batch()
-    model = make_model(SPEC, main_modalities=("face",), other_modalities=("audio", "head"))
-    params = jax.eval_shape(lambda: init_identifier(model, frames, clips))["params"]
+    frames, clips = made.make_batch()
+    model = made.make_model(SPEC, main_modalities=("face",), other_modalities=("audio", "head"))
+    params = jax.eval_shape(lambda: made.init_identifier(model, frames, clips))["params"]
     shapes = {name: params[name]["backbone"]["layer_0"]["dense"]["kernel"].shape for name in params}
     assert shapes == {"main": (6, 8), "other": (9, 6)}

@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import made_models as made
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
-from tests.helpers.made_models import (
-    check_gradients,
-    eval_output,
-    init_identifier,
-    make_batch,
-    make_model,
-    randomised,
-)
 from vidjax.core import fusion
 from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier
@@ -66,7 +59,7 @@ def test_attention_matches_the_equations_with_both_masks(form):
         assert set(params) == {"gamma", "w_f", *(["w_g"] if form == "two" else [])}
         w_f = np.asarray(params["w_f"]["kernel"]).T
         w_g = np.asarray(params["w_g"]["kernel"]).T if form == "two" else w_f
-        check_gradients(
+        made.check_gradients(
             lambda p, x: [m.apply({"params": p}, x, exists)[0] for m in models], params, x
         )
         for fill, (out, y) in zip((False, True), outputs, strict=True):
@@ -212,11 +205,11 @@ def test_rungs_of_table_3_differ_by_one_part():
 
 
 def test_unit_length_is_that_of_the_vector_before_the_map():
-    frames, clips = make_batch()
-    model = make_model(netvlad=(), attention=False, feature_scale=3.0, unit_length=True)
-    variables = dict(init_identifier(model, frames, clips))
-    params = variables["params"] = randomised(variables["params"])
-    output, start = eval_output(model, variables, frames, clips), 0
+    frames, clips = made.make_batch()
+    model = made.make_model(netvlad=(), attention=False, feature_scale=3.0, unit_length=True)
+    variables = dict(made.init_identifier(model, frames, clips))
+    params = variables["params"] = made.randomised(variables["params"])
+    output, start = made.eval_output(model, variables, frames, clips), 0
     for name, one in frames.items():
         expected = np.zeros((8, params[f"{name}_map"]["bias"].size))
         for b in np.flatnonzero(one.mask.any(axis=1) & clips.mask):
