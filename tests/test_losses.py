@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from tests.helpers.cases import quick_first
-from vidjax.core import devices, losses
+from vidjax.core import losses
 from vidjax.runs import config as config_lib
 
 LOSSES = {
@@ -161,21 +161,6 @@ def test_angular_margin_has_finite_gradients_at_the_ends():
 
     assert np.isfinite(totals(logits)).all()
     assert np.isfinite(jax.jit(jax.jacrev(totals))(logits)).all()
-
-
-@pytest.mark.slow
-def test_angular_margin_keeps_rows_on_their_devices():
-    values, labels = cosines(count=16, columns=5)
-    rows = devices.by_rows(devices.make_mesh(8))
-    harder = functools.partial(losses.angular_margin, margin=0.5, scale=30.0)
-    gradient = jax.grad(lambda x, y: losses.softmax_cross_entropy(harder(x, y), y).sum())
-    logits = (30 * values).astype(np.float32)
-    compiled = jax.jit(gradient, in_shardings=(rows, rows)).lower(logits, labels).compile()
-    program = compiled.as_text()
-    assert program
-    assert not any(word in program for word in ("all-gather", "all-reduce", "all-to-all"))
-    sharded = compiled(jax.device_put(logits, rows), jax.device_put(labels, rows))
-    np.testing.assert_allclose(sharded, jax.jit(gradient)(logits, labels), atol=1e-6)
 
 
 @pytest.mark.parametrize("margin_fn", losses.MARGINS.values())

@@ -186,7 +186,7 @@ def test_ablations_start_as_the_cosine_of_the_mean_frame(options, gone):
         {**SMALL, **options}, modalities={"face": 6}, num_classes=5, num_clips=1
     )
     init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
-    output, variables = jax.jit(made.init)(face, clips)
+    output, variables = jax.jit(init)(face, clips)
     assert set(variables["params"]) == whole - gone
     x = frames["face"].features[0].astype(np.float64)
     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))

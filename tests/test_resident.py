@@ -15,7 +15,6 @@ from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_bat
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
-from tests.helpers.made_steps import make_train_step
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -27,15 +26,14 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax.core import devices as devices_lib
-from vidjax.core import ensemble, fusion
+from vidjax.core import fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
-from vidjax.models.system import TaskSpec, make_system
 from vidjax.runs import config_io, signals
 from vidjax.runs.checkpoint import manifests
-from vidjax.training import feed, train_step
+from vidjax.training import feed
 from vidjax.utils import machine
 
 MMA = "configs/mma.py:iqiyi_vid"
@@ -112,21 +110,6 @@ def drawer(clips, plan):
 def plan_of(*, batch_size=4, seed=3, num_clips=7, sizes=None, cropped=("face",)):
     sizes = sizes or {"face": 8, "audio": 1}
     return BatchPlan(("train",), batch_size, num_clips, sizes, cropped, "window", seed)
-
-
-def test_a_batch_is_a_function_of_seed_and_step():
-    """Its clips are, and its windows: each step and each modality has its own."""
-    clips = {name: pack([30] * 7) for name in ("face", "head")}
-    plan = plan_of(sizes={"face": 8, "head": 8}, cropped=("face", "head"))
-    draw, other = drawer(clips, plan), drawer(clips, plan._replace(seed=4))
-    batches = [draw(step) for step in range(6)]
-    for step in (5, 0, 3):
-        jax.tree.map(np.testing.assert_array_equal, batches[step], draw(step))
-    assert any((one.clip_index != other(i).clip_index).any() for i, one in enumerate(batches))
-    starts = np.stack([x.frames["face"].features[:, 0, 0] - 30 * x.clip_index for x in batches])
-    assert len(np.unique(starts, axis=0)) == 6 and len(np.unique(starts)) > 8
-    both = batches[0].frames
-    assert (both["face"].features != both["head"].features).any()
 
 
 def test_orders_are_even_and_differ_between_epochs_and_seeds():
@@ -269,74 +252,6 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec):
         return fused._replace(features=fusion.read(fused.features))
 
     assert_equal(fuse(lazy), fuse(plain))
-
-
-class Setting:
-    """A shipped system on resident clips: its loop, and a state to begin with."""
-
-    def __init__(self, data, spec):
-        config = shrunk(spec=spec)
-        train, modalities = data.split("train"), tuple(config.modalities)
-        sizes = {name: data.modalities[name].dim for name in modalities}
-        task = TaskSpec(sizes, 12, None, len(train.labels), 24, train_other=False)
-        self.system = make_system(config.to_dict(), task)
-        self.mesh = devices_lib.make_mesh(1)
-        options: Any = {"max_frames": config.data.max_frames, "crop": "window", "seed": 0}
-        self.plan = make_batch_plan([train], modalities, batch_size=32, **options)
-        layout = resident.plan_resident(data, self.plan, "val")
-        self.clips = resident.Resident(data, layout, self.mesh).train
-        members, labels = (ensemble.Member(),), np.asarray(train.labels, np.int32)[None]
-        tables = train_step.make_tables(members, np.ones(labels.shape))
-        self.tables = devices_lib.replicate(self.mesh, tables)
-        rngs = ensemble.make_rngs(members, 0)
-        self._start = train_step.make_state(
-            lambda: train_step.init_state(self.system, rngs, jax.numpy.asarray(labels)),
-            self.system.tx,
-            devices_lib.replicated(self.mesh),
-        )
-        self.loop: Any = train_step.make_train_loop(
-            self.system, self.mesh, lambda clips, step: resident.draw_batch(clips, self.plan, step)
-        )
-
-    def start(self):
-        return jax.tree.map(lambda x: x.copy(), self._start)
-
-    def run(self, *counts):
-        """Returns the state after some calls, and what the last one said."""
-        state = self.start()
-        outcome: Any = None
-        for count in counts:
-            state, outcome = self.loop(state, self.tables, self.clips, np.int32(count))
-        return state, outcome
-
-
-def assert_same_state(left, right):
-    for name in ("step", "params", "model_state", "opt_state", "sums"):
-        a, b = jax.device_get((getattr(left, name), getattr(right, name)))
-        jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize("spec", quick_first([MLP, MMA, COSINE, PLDA], mark=pytest.mark.nightly))
-def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
-    setting = Setting(data, spec)
-    assert not setting.plan.windowed
-    wanted, outcome = setting.run(*[1] * 8)
-    for counts in ((3, 5), (8,)):
-        state, last = setting.run(*counts)
-        assert_same_state(state, wanted)
-        jax.tree.map(np.testing.assert_array_equal, last, outcome)
-    assert int(outcome.bad_step) == -1 and outcome.loss.shape == (1,)
-    assert setting.loop._cache_size() == 1
-
-    step, state = make_train_step(setting.system, setting.mesh), setting.start()
-    draw, losses = drawer(setting.clips, setting.plan), np.zeros(1)
-    for number in range(8):
-        on_device = devices_lib.shard_batch(setting.mesh, draw(number))
-        state, losses = step(state, setting.tables, on_device)
-    assert_same_state(state, wanted)
-    np.testing.assert_array_equal(losses, outcome.loss)
 
 
 @pytest.mark.slow

@@ -318,32 +318,6 @@ def test_scores_of_all_examples_never_exist_at_once():
         assert not {1 + C, C} & set(shape) or not {t, b * t} & set(shape), shape
 
 
-@pytest.mark.slow
-def test_an_exported_step_judges_examples_in_blocks():
-    """Of two clips it takes 128 examples at once; the last of three blocks is cut off."""
-    system = make(NORMED, **EXAMPLES)
-    state = init(system, np.arange(5))
-    params, model_state = ensemble.take((state.params, state.model_state), 0)
-    batch = make_batch((300, 11), (1, 0), max_frames=301)
-    sizes = jax.export.symbolic_shape("B, T")
-
-    def symbolic(x):
-        dims = [size if size == 1 else sizes[axis] for axis, size in enumerate(x.shape[:2])]
-        return jax.ShapeDtypeStruct((*dims, *x.shape[2:]), x.dtype)
-
-    leaves, tree = jax.tree.flatten(batch.frames)  # an exported function takes no Frames
-
-    @jax.jit
-    def compiled(leaves):
-        rows = jnp.zeros(leaves[0].shape[:1], jnp.int32)
-        whole = Batch(tree.unflatten(leaves), rows, rows == 0)
-        return eval_step_lib.eval_step(system, params, model_state, jnp.int32(0), whole)
-
-    exported = jax.export.export(compiled)([symbolic(leaf) for leaf in leaves])
-    assert (2, 128, 1 + C) not in shapes_in(jax.make_jaxpr(compiled)(leaves).jaxpr)
-    np.testing.assert_allclose(exported.call(leaves), compiled(leaves), rtol=1e-5, atol=1e-6)
-
-
 def test_is_best_is_argmax():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 4, (500, 6)).astype(np.float32)  # ties
