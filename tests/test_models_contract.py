@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests.helpers import made_models as tiny
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames, pad
-from tests.helpers.made_models import (
-    DIMS,
-    SMALL,
-    init_identifier,
-    make_batch,
-    make_model,
-    randomised,
-    train_output,
-)
 from tests.test_models_fallback import SPEC as FALLBACK
 from tests.test_models_plda import SETTINGS
 from vidjax.core import fusion
@@ -33,15 +25,15 @@ DEEPMEF = {"name": "deepmef", "branch_dims": (6, 4), "hidden_dim": 8, "dropout_r
 RESIDUAL = {"name": "dense", "backbone": "residual", "width": 9, "dropout_rate": 0.0}
 # specification -> (width of the embedding, number of vectors that attention weighs)
 MODELS = {
-    "mma": (SMALL, 5 * 8, 5),  # three vectors of the face, one of the head, one of the voice
-    "mma, cosine": ({**SMALL, "head": "cosine", "logit_scale": 16.0}, 5 * 8, 5),
-    "mma without attention": ({**SMALL, "attention": False}, 5 * 8, 5),
+    "mma": (tiny.SMALL, 5 * 8, 5),  # three vectors of the face, one of the head, one of the voice
+    "mma, cosine": ({**tiny.SMALL, "head": "cosine", "logit_scale": 16.0}, 5 * 8, 5),
+    "mma without attention": ({**tiny.SMALL, "attention": False}, 5 * 8, 5),
     "dense": (DENSE, 7, 0),
     "dense, cosine": ({**DENSE, **COSINE}, 7, 0),
     "residual": (RESIDUAL, 9, 0),
-    "deepmef": (DEEPMEF, DIMS["face"] + 2 + 4 + 4, 0),
-    "cosine": ({"name": "cosine", "embed_dim": 7}, 7 * len(DIMS), 0),
-    "knn": ({"name": "knn"}, DIMS["face"], 0),
+    "deepmef": (DEEPMEF, tiny.DIMS["face"] + 2 + 4 + 4, 0),
+    "cosine": ({"name": "cosine", "embed_dim": 7}, 7 * len(tiny.DIMS), 0),
+    "knn": ({"name": "knn"}, tiny.DIMS["face"], 0),
     "fallback": (FALLBACK | {"main": DENSE, "other": DENSE}, 7 + 7, 0),
 }
 ATTENTIVE = ("mma", "mma, cosine")
@@ -67,14 +59,14 @@ class Net(NamedTuple):
 
 @functools.cache
 def made(name):
-    frames, clips = make_batch()
+    frames, clips = tiny.make_batch()
     frames = {
         key: one._replace(features=one.features.astype(np.float32)) for key, one in frames.items()
     }
-    model = make_model(MODELS[name][0])
-    variables = dict(init_identifier(model, frames, clips))
+    model = tiny.make_model(MODELS[name][0])
+    variables = dict(tiny.init_identifier(model, frames, clips))
     if "params" in variables:
-        variables["params"] = randomised(variables["params"])
+        variables["params"] = tiny.randomised(variables["params"])
     return Net(model, variables, frames, clips)
 
 
@@ -84,7 +76,7 @@ def learned(model, variables, frames, clips, seed=5):
 
     def loss(params):
         given = {**variables, "params": params}
-        output, new = train_output(model, given, frames, clips, jax.random.key(seed))
+        output, new = tiny.train_output(model, given, frames, clips, jax.random.key(seed))
         return jnp.sum(jax.nn.log_softmax(output.logits)[..., 1]), (output, {**variables, **new})
 
     gradient, (output, after) = jax.grad(loss, has_aux=True)(variables.get("params", {}))
@@ -127,7 +119,7 @@ def test_padding_order_of_frames_and_padded_rows_change_nothing(name):
     }
     longer = {key: pad(one, 3) for key, one in net.frames.items()}
     found = [learned(*net._replace(frames=frames))[:2] for frames in (turned, garbage)]
-    found.append(train_output(*net._replace(frames=longer), jax.random.key(5)))
+    found.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
     scale = net.model.logit_scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
     for other, new in found:
@@ -162,7 +154,7 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
         for leaf in jax.tree.leaves(found):
             assert np.abs(leaf).max() < 1e3 or "dense" not in name
     for part, leaves in found.items():  # of clips without frames
-        if part.startswith(tuple(f"{key}_" for key in DIMS)):
+        if part.startswith(tuple(f"{key}_" for key in tiny.DIMS)):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
     if name in ("cosine", "deepmef"):  # no bias prefers a class
         np.testing.assert_array_equal(output.logits, 0)
@@ -172,12 +164,12 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
 def test_what_maps_a_modality_reaches_the_clips_that_have_it(name):
     model, variables, frames, clips = made(name)
     logits = evaluated(model, variables, frames, clips)[0].logits[:, 0]
-    for key in DIMS:
+    for key in tiny.DIMS:
         params = dict(variables["params"])
         for part in [part for part in params if part.startswith(f"{key}_")]:
-            params[part] = jax.tree.map(lambda p: p + 1, randomised(params[part], seed=9))
+            params[part] = jax.tree.map(lambda p: p + 1, tiny.randomised(params[part], seed=9))
         if (name, key) == ("deepmef", "face"):
-            params["channel_attention"] = randomised(params["channel_attention"], seed=9)
+            params["channel_attention"] = tiny.randomised(params["channel_attention"], seed=9)
         moved = evaluated(model, {**variables, "params": params}, frames, clips)[0].logits[:, 0]
         change = np.abs(moved - logits).max(axis=1)
         has = frames[key].mask.any(axis=1) & clips.mask
@@ -190,8 +182,8 @@ def test_what_maps_a_modality_reaches_the_clips_that_have_it(name):
 @pytest.mark.parametrize("name", LEARNED)
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     net = made(name)
-    half = net._replace(model=make_model(MODELS[name][0], dtype="bfloat16"))
-    fresh = jax.eval_shape(lambda: init_identifier(half.model, net.frames, net.clips))
+    half = net._replace(model=tiny.make_model(MODELS[name][0], dtype="bfloat16"))
+    fresh = jax.eval_shape(lambda: tiny.init_identifier(half.model, net.frames, net.clips))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
     output, _ = evaluated(*net)
     other, given = evaluated(*half)
@@ -213,7 +205,7 @@ DROPOUT = {
 @pytest.mark.parametrize("name", quick_first(DROPOUT, mark=pytest.mark.nightly))
 def test_dropout_is_for_training_only(name):
     plain, variables, frames, clips = made(name)
-    model = make_model({**MODELS[name][0], **DROPOUT[name]})
+    model = tiny.make_model({**MODELS[name][0], **DROPOUT[name]})
     without, _, _ = learned(plain, variables, frames, clips)
     first, again, other = (
         learned(model, variables, frames, clips, seed)[::2] for seed in (5, 5, 6)
@@ -239,10 +231,10 @@ PLDA = {"name": "plda", **SETTINGS._asdict()}
     [
         ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
         ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
-        (SMALL, {"gama": 1}, "no option gama; choose from attention, attention_form"),
-        (SMALL, {"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
-        (SMALL, {"attention_form": "three"}, "choose from gram, two"),
-        (SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
+        (tiny.SMALL, {"gama": 1}, "no option gama; choose from attention, attention_form"),
+        (tiny.SMALL, {"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
+        (tiny.SMALL, {"attention_form": "three"}, "choose from gram, two"),
+        (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
         (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
         (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),
         (DENSE, {"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from"),
@@ -267,9 +259,11 @@ PLDA = {"name": "plda", **SETTINGS._asdict()}
     ],
 )
 def test_impossible_options_are_refused(spec, options, message):
-    frames, clips = make_batch()
+    frames, clips = tiny.make_batch()
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: init_identifier(make_model(spec, **options), frames, clips))
+        jax.eval_shape(
+            lambda: tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
+        )
 
 
 def test_frames_that_do_not_fit_are_refused():
@@ -278,7 +272,7 @@ def test_frames_that_do_not_fit_are_refused():
     wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
     for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features have width 9")):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(lambda wrong=wrong: init_identifier(model, wrong, clips))
+            jax.eval_shape(lambda wrong=wrong: tiny.init_identifier(model, wrong, clips))
 
 
 def assert_embedded(output, given):
