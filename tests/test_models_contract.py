@@ -14,7 +14,6 @@ from tests.helpers import made_models as tiny
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames, pad
 from tests.test_models_fallback import SPEC as FALLBACK
-from tests.test_models_plda import SETTINGS
 from vidjax.core import fusion
 from vidjax.models import identifier
 from vidjax.models.layers import Classifier, CosineClassifier
@@ -223,7 +222,7 @@ def test_dropout_is_for_training_only(name):
     assert program(model) == program(plain)
 
 
-PLDA = {"name": "plda", **SETTINGS._asdict()}
+PLDA = {"name": "plda"}
 
 
 @pytest.mark.parametrize(
