@@ -101,14 +101,6 @@ def assert_close(left, right):
     assert (left / "report.html").exists()
 
 
-@pytest.mark.nightly
-def test_two_processes_with_resident_clips_train_as_one_with_two_devices(start, tmp_path):
-    words = (*WORDS, "--config.data.mode=resident")
-    assert wait(start("one", *words, count=1)) == [0]
-    assert wait(start("two", *words)) == [0, 0], (tmp_path / "two-0.txt").read_text()
-    assert_close(tmp_path / "two", tmp_path / "one")
-
-
 @pytest.mark.slow
 def test_two_processes_that_end_go_on_with_the_same_command(start, tmp_path):
     """A signal stops both. If one is killed, the other ends."""

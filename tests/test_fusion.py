@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
-from vidjax.core import augment, devices, fusion
+from vidjax.core import augment, fusion
 
 
 def fuse(name, rng, frames, **options):
@@ -77,23 +77,6 @@ def test_padding_and_bad_quality_reach_no_feature(spec):
     features = np.asarray(short.features)
     assert np.isfinite(features).all()
     assert np.abs(features[short.mask]).max(axis=1).min() > 0
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_one_and_eight_devices_draw_the_same(spec):
-    frames = make_frames([5, 0, 1, 3, 7, 7, 2, 4] * 2, max_frames=7)
-    fused = []
-    for count in (1, 8):
-        mesh = devices.make_mesh(count)
-        rows, everywhere = devices.by_rows(mesh), devices.replicated(mesh)
-        jitted = jax.jit(fusion.make_fusion(spec), in_shardings=(everywhere, rows))
-        compiled = jitted.lower(jax.random.key(7), frames).compile()
-        program = compiled.as_text()
-        assert program and "all-gather" not in program
-        if spec["name"] != "windows":  # which has a mean for every frame
-            assert f"f32[{16 // count},7,6]" not in program  # never the whole in float32
-        fused.append(compiled(jax.device_put(jax.random.key(7), everywhere), frames))
-    jax.tree.map(np.testing.assert_array_equal, *fused)
 
 
 def test_without_replacement_frames_repeat_only_when_all_were_drawn():

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import ROOT, Spoilt, restored, run, shrunk, weights
 from vidjax.core import devices, ensemble
 from vidjax.data.clips import EvalPlan, split_blocks
@@ -142,7 +141,7 @@ def test_means_of_probabilities_near_one_keep_their_digits():
     np.testing.assert_allclose(eval_step.mean_scores(total)[:, 0], wanted, rtol=1e-5)
 
 
-MLP, MMA, COSINE = (f"configs/{name}.py:iqiyi_vid" for name in ("quality_fusion", "mma", "cosine"))
+MLP = "configs/quality_fusion.py:iqiyi_vid"
 FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=2")
 SPLITS = "--config.data.train_splits=train,val"
 
@@ -228,11 +227,10 @@ def test_a_block_holds_clips_of_the_same_members():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", quick_first([MLP, MMA, COSINE], mark=pytest.mark.nightly))
-def test_vmap_agrees_with_separate_steps(data, tmp_path, words):
+def test_vmap_agrees_with_separate_steps(data, tmp_path):
     sgd = (*FOLDS, "--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
     for mapping in ("map", "vmap"):
-        config = shrunk(*sgd, f"--config.ensemble.mapping={mapping}", spec=words)
+        config = shrunk(*sgd, f"--config.ensemble.mapping={mapping}", spec=MLP)
         run(config, tmp_path / mapping, data)
     left, right = weights(tmp_path / "map"), weights(tmp_path / "vmap")
     for name in [name for name in left if "params" in name]:
@@ -320,15 +318,3 @@ def test_trainval_is_nine_to_one_or_five_stratified_folds(data):
         assert np.ptp(left_out[:, truth == column].sum(axis=1)) <= 1
     plan("residual_dense.py:iqiyi_vid,face,few")
     plan("quality_fusion.py:iqiyi_vid,few")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "spec", quick_first(["plda:face,audio", "mma", "cosine"], mark=pytest.mark.nightly)
-)
-def test_members_of_other_systems_equal_their_own_runs(data, tmp_path, spec):
-    name, _, words = spec.partition(":")
-    config = shrunk(*FOLDS, spec=f"configs/{name}.py:iqiyi_vid,{words}")
-    run(config, tmp_path / "all", data)
-    run(config_io.override(config, ["--config.ensemble.only=2"]), tmp_path / "own", data)
-    assert_member(tmp_path / "all", tmp_path / "own", 2)

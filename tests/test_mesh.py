@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import devices
@@ -51,30 +50,6 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
         np.testing.assert_allclose(other_weights[path], x, rtol=0, atol=1e-5, err_msg=path)
     np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5)
     assert abs(other_score - score) < 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    quick_first(
-        [
-            ("quality_fusion", ("--config.after_fusion=examples", "--config.eval.top_classes=5")),
-            ("deepmef", ("--config.ensemble.seeds=2",)),
-            ("mma", ()),
-            ("plda", ()),
-        ],
-        mark=pytest.mark.nightly,
-    ),
-)
-def test_a_ranking_is_the_same_to_the_byte_on_any_number_of_devices(data, tmp_path, spec, words):
-    config = configured(spec, *words, "--config.num_epochs=2")
-    run(config, tmp_path, data, num_devices=1)
-    found = []
-    for number in (1, 2, 8):
-        results = small_runs.evaluate(config, tmp_path, data, num_devices=number)
-        scores = [results.get(key) for key in ("map", "top1", "num_ties", "members")]
-        found.append((scores, (tmp_path / "ranking.txt").read_bytes()))
-    assert found[1] == found[0] and found[2] == found[0]
 
 
 @pytest.mark.slow

@@ -91,9 +91,12 @@ def test_every_clip_comes_once_an_epoch_across_batches(dataset):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize(("crop", "start"), [("quality", 1), ("window", 23)])
-def test_a_resumed_stream_is_the_uninterrupted_one(dataset, crop, start):
-    options = {"crop": crop, "splits": ("train", "val"), "batch_size": 9}
+@pytest.mark.parametrize(
+    ("crop", "start", "examples"), [("quality", 1, None), ("window", 23, np.arange(0, 60, 2))]
+)
+def test_a_resumed_stream_is_the_uninterrupted_one(dataset, crop, start, examples):
+    """Also of examples, in whole epochs whose last batch is short."""
+    options = {"crop": crop, "splits": ("train", "val"), "batch_size": 9, "examples": examples}
     whole = take(dataset, start + 9, **options)
     assert_equal(whole[start:], take(dataset, 9, step=start, **options))
 
@@ -221,23 +224,6 @@ def test_evaluation_pads_a_clip_alike_whatever_the_rows_and_the_other_clips(data
     assert_equal(shown(rows=50), every)
     assert_equal(shown(only=only), {index: every[index] for index in np.flatnonzero(only).tolist()})
     assert shown(only=np.zeros_like(only)) == {}
-
-
-def test_packed_clips_come_once_with_just_their_frames(dataset, monkeypatch):
-    monkeypatch.setattr("vidjax.data.records.dataset.MAX_PACKED_CLIPS", 4)
-    modalities, seen = ("face", "audio", "body"), []
-    for clip_index, frames in dataset.packed(split="train", modalities=modalities):
-        assert 0 < len(clip_index) <= 4 and tuple(frames) == modalities
-        seen += clip_index.tolist()
-        for modality, packed in frames.items():
-            assert len(packed.features) == packed.length.sum()
-            for index, start, length in zip(clip_index, packed.start, packed.length, strict=True):
-                clip = source_clip(dataset, "train", modality, index)
-                for field in FIELDS:
-                    values, wanted = getattr(packed, field), getattr(clip, field)
-                    assert values.dtype == wanted.dtype
-                    np.testing.assert_array_equal(values[start : start + length], wanted)
-    assert sorted(seen) == list(range(45))
 
 
 def test_mistakes_are_named_before_anything_is_read(dataset):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.helpers import small_runs
 from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
@@ -38,8 +37,6 @@ from vidjax.utils import machine
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-COSINE = "configs/cosine.py:iqiyi_vid"
-PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 MODALITIES = ("face", "audio", "body")
 FIELDS = ("features", "quality", "detection", "number", "mask")
 shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
@@ -311,21 +308,6 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", quick_first([MLP, MMA], mark=pytest.mark.nightly))
-def test_both_feeds_train_the_same_weights(data, tmp_path, spec):
-    """Runs of several epochs, with windows of longer clips.
-
-    The batches are the same bits, but the two are programs of their own, which round otherwise.
-    """
-    words = ("--config.num_epochs=2", "--config.data.max_frames=6", "--config.eval.every_epochs=0")
-    for mode in ("resident", "streaming"):
-        run(shrunk(*words, f"--config.data.mode={mode}", spec=spec), tmp_path / mode, data)
-    found, wanted = (weights(tmp_path / mode) for mode in ("streaming", "resident"))
-    for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-
-
-@pytest.mark.slow
 def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(config_io.override(RUN, [STREAMED]), whole, data)
@@ -334,19 +316,6 @@ def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
         run(RUN, parts, Interrupting(data, 4, signal.SIGINT))
     run(RUN, parts, data)
     assert_same_run(parts, whole)
-
-
-@pytest.mark.slow
-def test_rankings_of_folds_from_resident_clips_are_those_of_the_records(data, tmp_path):
-    """A split that is trained on and watched; mma sees three modalities."""
-    words = ("--config.data.train_splits=train,val", "--config.ensemble.folds=2")
-    config = shrunk(*words, "--config.num_epochs=1")
-    results = run(config, tmp_path, data, num_devices=2)
-    rankings = {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
-    found = small_runs.evaluate(config, tmp_path, data, num_devices=2)
-    assert rankings == {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
-    for name in ("map", "members", "top1", "auroc", "num_clips"):
-        assert found[name] == results[name]
 
 
 @pytest.mark.parametrize("crop", ["window", "quality"])

@@ -261,16 +261,10 @@ def test_branches_are_weighted(scores):
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("model", "after"),
-    quick_first([(NORMED, "pool"), (MMA, "examples")], mark=pytest.mark.nightly),
-    ids=["normed-pool", "mma-examples"],
-)
-def test_a_clip_without_a_frame_teaches_nothing(model, after):
+def test_a_clip_without_a_frame_teaches_nothing():
     """Nor does a padded row, whatever lies in either."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
-    system = make(model, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
-    system = system._replace(frame_is_example=after == "examples")
+    system = make(NORMED, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
     batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
     batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
     idle = np.array([False, False, True, True, False])

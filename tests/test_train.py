@@ -1,7 +1,6 @@
 """Training end to end: learning, resuming to the bit, devices, the shipped configurations."""
 
 import json
-import math
 import signal
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,8 @@ from tests.helpers.small_runs import RUN_FILES, STREAMED, Interrupting, assert_s
 from vidjax.core import devices as devices_lib
 from vidjax.core import ensemble
 from vidjax.models.system import TaskSpec, make_system
-from vidjax.runs import checkpoint, config_io, signals
 from vidjax.runs import config as config_lib
+from vidjax.runs import config_io, signals
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop, train_step
 from vidjax.training.plan import make_schedule
@@ -69,24 +68,6 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
         small_runs.evaluate(other, parts, data, num_devices=1)
     run(config, parts, data)
     assert_same_run(parts, tmp_path / "whole", RUN_FILES)
-
-
-@pytest.mark.slow
-def test_a_run_of_whole_epochs_resumes_within_one(data, tmp_path):
-    """As published: of clips with a good face, and the last batch of an epoch is short."""
-    spec = "configs/quality_fusion.py:iqiyi_vid,published"
-    words = ("--config.num_epochs=3", "--config.fusion.face.train.min_quality=60", STREAMED)
-    config = shrunk(*words, "--config.batch_size=16", spec=spec)
-    faces = [face for _, face in real_frames(data, "train")]
-    good = sum(bool(np.any((x.quality >= 60) & (x.detection >= 0.7))) for x in faces)
-    steps = math.ceil(good / 16)
-    assert good < len(faces) and good % 16 and steps > 2
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(config, whole, data)["step"] == 3 * steps
-    with pytest.raises(signals.Interrupted):
-        run(config, parts, Interrupting(data, steps + 2, signal.SIGTERM))
-    run(config, parts, data)
-    assert_same_run(parts, whole, RUN_FILES)
 
 
 def test_a_short_run_has_a_curve_and_epochs_of_less_than_a_step_are_steps():
@@ -147,34 +128,6 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
         found.append(small_runs.scores([one], mesh=mesh, block_size=256))
     assert found[0].shape == (60, 12)
     np.testing.assert_array_equal(*found)
-
-
-class Failing:
-    """A dataset whose clips cannot be read when the n-th evaluation wants them."""
-
-    def __init__(self, data, evaluation):
-        self._data, self._left = data, evaluation
-
-    def __getattr__(self, name):
-        return getattr(self._data, name)
-
-    def eval_batches(self, plan, **options):
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("a shard is damaged")
-        return self._data.eval_batches(plan, **options)
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
-    config = shrunk("--config.eval.every_epochs=1", "--config.num_epochs=2", STREAMED, spec=MLP)
-    run(config, tmp_path / "whole", data)
-    for evaluation in (0, 1):
-        with pytest.raises(ValueError, match="damaged"):
-            run(config, tmp_path / "parts", Failing(data, evaluation))
-        assert max(checkpoint.manifests(tmp_path / "parts")) == (3, 6)[evaluation]
-    run(config, tmp_path / "parts", data)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.slow
