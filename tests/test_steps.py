@@ -160,6 +160,15 @@ def test_the_loss_of_examples_is_the_mean_over_a_clips_frames():
     assert float(loss[0]) == pytest.approx(per_clip @ weight / weight.sum(), rel=1e-5)
 
 
+def test_the_loss_is_divided_by_weights_or_by_clips():
+    """Then a clip of weight 0.5 does not count half below the line, and one of weight 0 not."""
+    batch, weight, found = make_batch((1,) * 5, (1,) * 5), np.array([1.0, 0.5, 2.0, 1.0, 0.0]), []
+    for mean_over in ("weights", "clips"):
+        system = make(loss__mean_over=mean_over)
+        found.append(float(trainer(system)(init(system, np.arange(5)), batch, weight)[1][0]))
+    assert found[1] == pytest.approx(found[0] * 4.5 / 4, rel=1e-5)
+
+
 def test_modalities_of_different_numbers_of_frames_are_no_examples():
     four = {"train": {"name": "sample", "num_frames": 4}, "evaluate": {"name": "all"}}
     two = {"train": {"name": "sample", "num_frames": 2}, "evaluate": {"name": "all"}}

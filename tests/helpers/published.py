@@ -43,17 +43,11 @@ def rates(spec: str, *epochs: float) -> np.ndarray:
     return np.array([system.lr_schedule(step) for step in steps])
 
 
-def init(system: System, labels: Any = None) -> train_step.TrainState:
-    """Returns the state of one member; `labels` are [1, N], 0 for None."""
-    labels = jnp.zeros((1, CLIPS), jnp.int32) if labels is None else labels
-    rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    return train_step.init_state(system, rngs, labels)
-
-
 def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     """Returns path -> shape of the parameters of one member."""
     _, system = official(spec)
-    params = jax.eval_shape(lambda: init(system)).params
+    labels, rngs = jnp.zeros((1, CLIPS), jnp.int32), ensemble.make_rngs((ensemble.Member(),), 0)
+    params = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels)).params
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.shape[1:] for path, x in leaves

