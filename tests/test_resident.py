@@ -10,20 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.helpers import small_runs as small
 from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
-from tests.helpers.small_runs import (
-    STREAMED,
-    Interrupting,
-    Spoilt,
-    assert_same_run,
-    interrupt_dispatch,
-    run,
-    shrunk,
-    weights,
-)
 from vidjax.core import devices as devices_lib
 from vidjax.core import fusion
 from vidjax.core.batch import LazyFeatures, Packed
@@ -260,28 +251,28 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, m
     order = next(stream).clip_index.tolist()  # that of both feeds
     has_face = data.split("train").lengths["face"] > 0
     clips = [next(c for c in order[at : at + 8] if has_face[c]) for at in (40, 48, 56)]
-    config = shrunk(*words, "--config.log_every_steps=20", spec=MLP)
+    config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
 
     def spoilt(*which):
         train = np.isin(np.arange(96), which)
-        return Spoilt(data, {"train": train, "val": np.zeros(60, bool)}, np.nan)
+        return small.Spoilt(data, {"train": train, "val": np.zeros(60, bool)}, np.nan)
 
     with pytest.warns(UserWarning, match="1 steps up to step 10 were skipped"):
-        run(config, tmp_path / "one", spoilt(clips[0]))
+        small.run(config, tmp_path / "one", spoilt(clips[0]))
     with pytest.raises(ValueError, match="not finite at step 8 and") as error:
-        run(config, tmp_path / "three", spoilt(*clips))
+        small.run(config, tmp_path / "three", spoilt(*clips))
     assert "config.optim.learning_rate" in str(error.value)
     assert not manifests(tmp_path / "three")
-    for value in weights(tmp_path / "one").values():
+    for value in small.weights(tmp_path / "one").values():
         assert np.isfinite(value).all()
 
 
-RUN = shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
+RUN = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
 
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatch):
-    """And stays resident where there is no longer room for it by what a new run would say."""
+    """And stays resident where there is no longer room for it by what a new small.run would say."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     eval_batches = resident.Resident.eval_batches
 
@@ -291,18 +282,18 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(feed, "DISPATCH_SECONDS", 1e9)  # dispatches as long as may be
-        run(RUN, whole, data)
+        small.run(RUN, whole, data)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-        interrupt_dispatch(patch, 2, signal.SIGTERM)
-        run(RUN, parts, data)
+        small.interrupt_dispatch(patch, 2, signal.SIGTERM)
+        small.run(RUN, parts, data)
     assert 2 < max(manifests(parts)) < 9
     monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
         patch.setattr(resident.Resident, "eval_batches", interrupted)
-        run(RUN, parts, data)
+        small.run(RUN, parts, data)
     assert max(manifests(parts)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
-    run(RUN, parts, data)
-    assert_same_run(parts, whole)
+    small.run(RUN, parts, data)
+    small.assert_same_run(parts, whole)
     for folder in (whole, parts):
         assert {one["mode"] for one in manifests(folder).values()} == {"resident"}
 
@@ -310,12 +301,12 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(config_io.override(RUN, [STREAMED]), whole, data)
+    small.run(config_io.override(RUN, [small.STREAMED]), whole, data)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         patch.setattr(resident, "free_bytes", lambda mesh: 0.0)
-        run(RUN, parts, Interrupting(data, 4, signal.SIGINT))
-    run(RUN, parts, data)
-    assert_same_run(parts, whole)
+        small.run(RUN, parts, small.Interrupting(data, 4, signal.SIGINT))
+    small.run(RUN, parts, data)
+    small.assert_same_run(parts, whole)
 
 
 @pytest.mark.parametrize("crop", ["window", "quality"])

@@ -57,7 +57,7 @@ def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1), *, max_frames=11, se
 
 
 def init(system, labels):
-    """Returns a state of which no parameter is 0, and whose logits differ enough to be told apart."""
+    """Returns a state with no parameter at 0, whose logits differ enough to be told apart."""
     rngs = ensemble.make_rngs((ensemble.Member(),), 3)
     labels, rng = jnp.asarray(labels, jnp.int32)[None], np.random.default_rng(5)
     state = jax.jit(lambda: train_step.init_state(system, rngs, labels))()

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from tests.helpers import small_runs
+from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
 from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import RUN_FILES, STREAMED, Interrupting, assert_same_run, run, shrunk
 from vidjax.core import devices as devices_lib
 from vidjax.core import ensemble
 from vidjax.models.system import TaskSpec, make_system
@@ -32,8 +31,8 @@ COSINE = "configs/cosine.py:iqiyi_vid"
 @pytest.mark.slow
 def test_it_learns_and_leaves_everything(data, tmp_path):
     words = ("--config.optim.learning_rate=0.01", "--config.model.dropout_rate=0.0")
-    config = shrunk("--config.num_epochs=15", *words, spec=COSINE)
-    results = run(config, tmp_path, data)
+    config = small.shrunk("--config.num_epochs=15", *words, spec=COSINE)
+    results = small.run(config, tmp_path, data)
     assert results["map"] > 0.8
     assert results["map_kind"] == "val" and results["num_identities"] == 12
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -53,21 +52,21 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
 )
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec):
     """Even where somebody has evaluated it meanwhile, which does not finish it."""
-    words = ("--config.eval.every_epochs=2", "--config.num_epochs=4", STREAMED)
-    config, parts = shrunk(*words, spec=spec), tmp_path / "parts"
-    run(config, tmp_path / "whole", data)
+    words = ("--config.eval.every_epochs=2", "--config.num_epochs=4", small.STREAMED)
+    config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
+    small.run(config, tmp_path / "whole", data)
     for batch in (4, 7):  # mid-epoch: an epoch is three steps
         with pytest.raises(signals.Interrupted) as caught:
-            run(config, parts, Interrupting(data, batch, signum))
+            small.run(config, parts, small.Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
         assert loop.finished_metrics(RunFolder(parts), config) is None
-    small_runs.evaluate(config, parts, data, num_devices=1)
+    small.evaluate(config, parts, data, num_devices=1)
     assert loop.finished_metrics(RunFolder(parts), config) is None
     other = config_io.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
-        small_runs.evaluate(other, parts, data, num_devices=1)
-    run(config, parts, data)
-    assert_same_run(parts, tmp_path / "whole", RUN_FILES)
+        small.evaluate(other, parts, data, num_devices=1)
+    small.run(config, parts, data)
+    small.assert_same_run(parts, tmp_path / "whole", small.RUN_FILES)
 
 
 def test_a_short_run_has_a_curve_and_epochs_of_less_than_a_step_are_steps():
@@ -110,22 +109,24 @@ def test_a_short_run_has_a_curve_and_epochs_of_less_than_a_step_are_steps():
 def test_shipped_configurations_run(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []
-    config = shrunk("--config.num_epochs=1", *few, spec=f"configs/{name}.py:iqiyi_vid,{words}")
-    results = run(config, tmp_path, data)
+    config = small.shrunk(
+        "--config.num_epochs=1", *few, spec=f"configs/{name}.py:iqiyi_vid,{words}"
+    )
+    results = small.run(config, tmp_path, data)
     assert 0 <= results["map"] <= 1
     assert results["num_clips"] == 60
 
 
 @pytest.mark.slow
 def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
-    config = shrunk("--config.num_epochs=2", "--config.eval.block_size=256", spec=MLP)
-    run(config, tmp_path, data, num_devices=8)
+    config = small.shrunk("--config.num_epochs=2", "--config.eval.block_size=256", spec=MLP)
+    small.run(config, tmp_path, data, num_devices=8)
     found = []
     for devices, batch_size in [(1, 1), (8, 64)]:
         other = config_io.override(config, [f"--config.batch_size={batch_size}"])
         mesh = devices_lib.make_mesh(devices)
-        one = small_runs.restored(tmp_path, data, other, mesh)
-        found.append(small_runs.scores([one], mesh=mesh, block_size=256))
+        one = small.restored(tmp_path, data, other, mesh)
+        found.append(small.scores([one], mesh=mesh, block_size=256))
     assert found[0].shape == (60, 12)
     np.testing.assert_array_equal(*found)
 
@@ -143,9 +144,11 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path):
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words = (*words, "--config.model.layers=()", "--config.loss.schedule=((0, 0.0),)")
     words = (*words, "--config.data.balance=0.5", f"--config.data.weights={path}")
-    config = shrunk(*words, f"--config.batch_size={len(clips)}", "--config.num_epochs=1", spec=MLP)
+    config = small.shrunk(
+        *words, f"--config.batch_size={len(clips)}", "--config.num_epochs=1", spec=MLP
+    )
     config.fusion.face.train = {"name": "mean"}
-    run(config, tmp_path / "run", data)
+    small.run(config, tmp_path / "run", data)
     line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
 
     # Parameters of step 0, and every clip's mean face.
