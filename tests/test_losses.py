@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from scipy import special
 
 from tests.helpers.cases import quick_first
 from vidjax.core import losses
@@ -252,29 +251,3 @@ def test_losses_are_given_the_options_that_they_take(monkeypatch):
         np.testing.assert_array_equal(found, 1)
     assert given.pop("mask") is class_mask
     assert given == {"scale": 4.0, "gamma": 3.0, "smoothing": 0.1, "beta": 7}
-
-
-LOGITS = np.random.default_rng(0).normal(0, 6, (7, 33))
-LOGITS[0, :6] = (-200.0, -90.0, -1e-6, 0.0, 90.0, 200.0)
-
-
-def focal(z, gamma):
-    """-p^gamma log(1 - p), and its derivative."""
-    p, rest = special.expit(z), np.logaddexp(0, z)
-    value = p**gamma * rest
-    return value, gamma * p**gamma * (1 - p) * rest + p ** (gamma + 1)
-
-
-@pytest.mark.parametrize("gamma", quick_first([2.0, 0.0, 0.5, 3.0], mark=pytest.mark.nightly))
-def test_sum_of_focal_negatives(gamma):
-    logits, mask = jnp.asarray(LOGITS, jnp.float32), np.arange(33) % 5 != 0
-    values, slopes = focal(np.asarray(logits, np.float64), gamma)
-    found = jax.jit(losses.sum_of_focal_negatives, static_argnums=1)(logits, gamma)
-    np.testing.assert_allclose(found, values.sum(axis=1), rtol=3e-6)
-    weight = np.arange(1.0, 8)
-    gradient = jax.grad(lambda z: jnp.sum(weight * losses.sum_of_focal_negatives(z, gamma)))
-    np.testing.assert_allclose(gradient(logits), weight[:, None] * slopes, rtol=2e-5, atol=1e-30)
-    each = losses.focal_negative(logits, gamma)
-    np.testing.assert_allclose(each, values, rtol=3e-5, atol=1e-37)
-    seen = losses.sum_of_focal_negatives(losses.leave_out(logits, mask), gamma)
-    np.testing.assert_allclose(seen, values[:, mask].sum(axis=1), rtol=3e-6)
