@@ -64,21 +64,6 @@ def test_folds_split_every_identity_evenly():
     assert (folds != ensemble.stratified_folds(labels, 5, seed=4)).any()
 
 
-def test_samples_of_all_clips_lose_identities_of_one_or_two_clips():
-    """Of n clips each is missing with probability (1 - 1/n)^n."""
-    labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two and three clips each
-    counts = np.stack([ensemble.bootstrap_counts(labels, i, 0, "all") for i in range(400)])
-    assert (counts.sum(axis=1) == len(labels)).all()
-    missing = 1 - 1 / np.e
-    for number in (1, 2, 3):
-        columns = [column for column in range(60) if column % 3 + 1 == number]
-        lost = [(counts[:, labels == column].sum(axis=1) == 0).mean() for column in columns]
-        assert np.mean(lost) == pytest.approx((1 - missing) ** number, abs=0.02)
-    members = ensemble.make_members({**SPEC, "bootstraps": 2})
-    rows = ensemble.partition(members, labels, 0, 0, "all")
-    np.testing.assert_array_equal(rows, counts[:2])
-
-
 def test_held_out_goes_by_name():
     trained = np.array([[True, False, True], [False, True, True]])
     members = (ensemble.Member(), ensemble.Member(1))
