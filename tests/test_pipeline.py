@@ -91,6 +91,22 @@ def test_every_clip_comes_once_an_epoch_across_batches(dataset):
     assert epochs[0] != epochs[1]
 
 
+def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
+    """Each example comes once an epoch; rows that are left are empty."""
+    examples = np.arange(0, 45, 2)
+    batches = take(dataset, 6, examples=examples)
+    for epoch in (batches[:3], batches[3:]):
+        order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
+        np.testing.assert_array_equal(np.sort(order), examples)
+        assert epoch[2].batch_mask.tolist() == [True] * 7 + [False]
+        for frames in epoch[2].frames.values():
+            assert not any(field[7:].any() for field in frames)
+    plan = clips_lib.make_batch_plan(
+        [dataset.split("train")], ("face",), examples=examples, **STREAM
+    )
+    assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 31]
+
+
 @pytest.mark.parametrize(
     ("crop", "start", "examples"), [("quality", 1, None), ("window", 23, np.arange(0, 60, 2))]
 )

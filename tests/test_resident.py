@@ -20,7 +20,7 @@ from vidjax.core import fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
-from vidjax.data.clips import BatchPlan, longest, make_batch_plan
+from vidjax.data.clips import longest, make_batch_plan
 from vidjax.runs import config_io, signals
 from vidjax.runs.checkpoint import manifests
 from vidjax.training import feed
@@ -41,44 +41,6 @@ def order_of(num_clips, epochs, seed=0, first=0):
     return np.asarray(order).reshape(epochs, num_clips)
 
 
-@pytest.mark.parametrize("num_clips", [1, 97, pytest.param(57820, marks=pytest.mark.nightly)])
-def test_every_clip_has_one_place_in_an_order(num_clips):
-    for order in order_of(num_clips, 3, first=40_000):
-        np.testing.assert_array_equal(np.sort(order), np.arange(num_clips))
-
-
-def p_values(orders):
-    """Returns the probabilities that random orders are less even than these.
-
-    The first is that of the clip at each place: counts of permutations have (N - 1)^2 degrees of
-    freedom. The others are those of the pairs of clips at two neighbouring places.
-    """
-    epochs, num_clips = orders.shape
-    places = np.arange(num_clips)
-    counts = np.zeros((num_clips, num_clips))
-    np.add.at(counts, (np.broadcast_to(places, orders.shape), orders), 1)
-    statistic = np.sum((counts - epochs / num_clips) ** 2) * (num_clips - 1) / epochs
-    found = [stats.chi2.sf(statistic, (num_clips - 1) ** 2)]
-    pairs = num_clips * (num_clips - 1)
-    for left, right in itertools.pairwise(orders.T):
-        seen = np.bincount(num_clips * left + right, minlength=num_clips**2)
-        seen = seen.reshape(num_clips, num_clips)[places[:, None] != places]
-        found.append(stats.chisquare(seen, np.full(pairs, epochs / pairs)).pvalue)
-    return found
-
-
-def pack(lengths, *, dim=3, seed=0):
-    """Returns Packed of made-up clips; the first feature of a frame is where it lies."""
-    lengths = np.asarray(lengths, np.int32)
-    total = int(lengths.sum())
-    frames = random_clip(np.random.default_rng(seed), total + 1, dim, "float32")
-    frames.features[:, 0] = np.arange(total + 1)
-    for field in (frames.features, frames.quality, frames.detection, frames.number):
-        field[-1] = 0
-    start = np.cumsum(lengths, dtype=np.int32) - lengths
-    return Packed(frames.features, frames.quality, frames.detection, frames.number, start, lengths)
-
-
 def drawer(clips, plan):
     """Returns a function of a step that gives its batch as numpy arrays, features read."""
     clips = jax.device_put(clips)
@@ -95,43 +57,21 @@ def drawer(clips, plan):
     return lambda step: jax.device_get(draw(np.int32(step)))
 
 
-def plan_of(*, batch_size=4, seed=3, num_clips=7, sizes=None, cropped=("face",)):
-    sizes = sizes or {"face": 8, "audio": 1}
-    return BatchPlan(("train",), batch_size, num_clips, sizes, cropped, "window", seed)
-
-
 def test_orders_are_even_and_differ_between_epochs_and_seeds():
-    orders = order_of(12, 3000)
-    places, *neighbours = p_values(orders)
-    assert places > 1e-3
-    assert min(neighbours) > 1e-4
-    assert (order_of(12, 3000, seed=1) != orders).any()
+    """Counts of permutations have (N - 1)^2 degrees of freedom."""
+    for order in order_of(97, 3, first=40_000):
+        np.testing.assert_array_equal(np.sort(order), np.arange(97))
+    n, epochs = 12, 3000
+    orders = order_of(n, epochs)
+    counts = np.stack([np.bincount(place, minlength=n) for place in orders.T])
+    statistic = np.sum((counts - epochs / n) ** 2) * (n - 1) / epochs
+    assert stats.chi2.sf(statistic, (n - 1) ** 2) > 1e-3
+    for left, right in itertools.pairwise(orders.T):  # pairs of clips at neighbouring places
+        seen = np.bincount(n * left + right, minlength=n**2).reshape(n, n)[~np.eye(n, dtype=bool)]
+        assert stats.chisquare(seen, np.full(seen.size, epochs / seen.size)).pvalue > 1e-4
+    assert (order_of(n, epochs, seed=1) != orders).any()
     assert len(np.unique(orders, axis=0)) > 2990
-    np.testing.assert_array_equal(orders[20:30], order_of(12, 10, first=20))
-
-
-def test_an_epoch_of_examples_ends_with_a_short_batch():
-    """Each example comes once an epoch, in ceil(N / B) steps; rows that are left are empty."""
-    examples, batch_size = np.array([0, 2, 3, 5, 6], np.int32), 4
-    clips = {"face": pack([9, 3, 12, 8, 1, 2, 30]), "audio": pack([1] * 7)}
-    plan = plan_of(batch_size=batch_size, num_clips=5)._replace(examples=examples)
-    draw, step, drawn, orders = drawer(clips, plan), 0, 0, []
-    for _ in range(4):
-        left, order = set(examples.tolist()), []
-        while left:
-            batch = draw(step)
-            count = min(batch_size, len(left))
-            assert batch.batch_mask.tolist() == [True] * count + [False] * (batch_size - count)
-            order += batch.clip_index[:count].tolist()
-            left -= set(order)
-            for frames in batch.frames.values():
-                assert frames.mask[:count].any(axis=1).all()
-                assert not any(field[count:].any() for field in frames)
-            step, drawn = step + 1, drawn + count
-            assert plan.num_drawn(step) == drawn
-        assert sorted(order) == examples.tolist()
-        orders.append(order)
-    assert step == 4 * 2 and len({tuple(order) for order in orders}) > 1
+    np.testing.assert_array_equal(orders[20:30], order_of(n, 10, first=20))
 
 
 COUNTS = {"train": 33, "val": 20, "test": 6}
@@ -228,8 +168,13 @@ FUSIONS += [
     "spec", quick_first(FUSIONS, mark=pytest.mark.nightly), ids=lambda spec: spec["name"]
 )
 def test_fusion_of_rows_is_fusion_of_the_features(spec):
-    packed = pack((9, 0, 3, 1, 5, 16), dim=5)
-    packed = jax.device_put(packed._replace(features=(packed.features % 7).astype("float16")))
+    lengths = np.array((9, 0, 3, 1, 5, 16), np.int32)
+    frames = random_clip(np.random.default_rng(0), lengths.sum() + 1, 5)
+    for field in frames[:4]:
+        field[-1] = 0
+    packed = jax.device_put(
+        Packed(*frames[:4], np.cumsum(lengths, dtype=np.int32) - lengths, lengths)
+    )
     lazy = resident.gather_frames(packed, np.arange(6), np.arange(6) < 5, 12)
     assert isinstance(lazy.features, LazyFeatures) and lazy.features.shape == (6, 12, 5)
     plain = lazy._replace(features=fusion.read(lazy.features))
