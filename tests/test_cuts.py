@@ -26,10 +26,7 @@ def seen(film, start, end, name="Ada", probability: float | None = 0.9):
 def read(path, base):
     """Returns (clip, begin, end) in frames of each event, whose records follow one another."""
     title, mode, *rest = path.read_text().splitlines()
-    assert (
-        re.fullmatch(r"TITLE: Ada [\d.]+ fps|TITLE: Bob 25 fps", title)
-        and mode == "FCM: NON-DROP FRAME"
-    )
+    assert re.fullmatch(r"TITLE: (Ada|Bob) [\d.]+ fps", title) and mode == "FCM: NON-DROP FRAME"
     found, at = [], 0
     for number, (_, event, clip, source) in enumerate(zip(*[iter(rest)] * 4, strict=True), 1):
         fields = event.split()
@@ -38,8 +35,7 @@ def read(path, base):
         assert all(m < 60 and s < 60 and f < base for _, m, s, f in parts)
         times = [((h * 60 + m) * 60 + s) * base + f for h, m, s, f in parts]
         assert times[2:] == [at, at + times[1] - times[0]] and times[1] > times[0]
-        at = times[3]
-        name = clip.removeprefix("* FROM CLIP NAME: ")
+        at, name = times[3], clip.removeprefix("* FROM CLIP NAME: ")
         assert source == f"* SOURCE FILE: /films/{name}"
         found.append((name, *times[:2]))
     return found
@@ -60,17 +56,12 @@ def test_appearances_are_events_with_time_around_them(tmp_path):
         ("a.mp4", 0, 7 * 25), ("a.mp4", 97 * 25, 2500), ("b.mov", 3599 * 25, 3602 * 25)
     ]  # fmt: skip
     assert read(tmp_path / "Bob.edl", 25) == [("a.mp4", 49 * 25, 52 * 25)]
-    cuts.write(tmp_path, found, [one, other, photo], 0.0)
-    assert len(read(tmp_path / "Ada.edl", 25)) == 4
 
 
 @pytest.mark.parametrize(
     ("rate", "exact", "base"),
-    [
-        (23.976, 24000 / 1001, 24), (29.98, NTSC, 30), (30.0, 30.0, 30), (50.0, 50.0, 50),
-        (59.93, 2 * NTSC, 60), (14.7, 24000 / 1001, 24),
-    ],
-)  # fmt: skip
+    [(23.976, 24000 / 1001, 24), (29.98, NTSC, 30), (30.0, 30.0, 30), (14.7, 24000 / 1001, 24)],
+)
 def test_a_list_has_the_rate_of_its_films(tmp_path, rate, exact, base):
     """Of 29.97 frames a second, a time code has 30 frames a second, and runs slow."""
     one = film("a.mp4", rate, 5000.0)
@@ -84,9 +75,8 @@ def test_films_of_other_rates_and_long_lists_go_to_more_files(tmp_path):
     found = [seen(films[0], 1, 2)]
     found += [seen(films[1], 4 * n, 4 * n + 1) for n in range(cuts.MOST_EVENTS + 1)]
     cuts.write(tmp_path, found, films, 1.0)
-    count = {path.stem: len(read(path, 30 if "29" in path.stem else 25))
-             for path in tmp_path.iterdir()}  # fmt: skip
-    assert count == {"Ada 29.97 fps": 1, "Ada 25 fps": 999, "Ada 25 fps part 2": 1}
+    for name, base, count in (("29.97 fps", 30, 1), ("25 fps", 25, 999), ("25 fps part 2", 25, 1)):
+        assert len(read(tmp_path / f"Ada {name}.edl", base)) == count
 
 
 def test_each_person_has_a_file_whatever_the_name(tmp_path):

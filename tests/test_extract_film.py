@@ -1,6 +1,5 @@
 """film: which pictures of a track are kept, and when who is seen in films that change slowly."""
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -9,7 +8,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from tests.helpers import films
 from tests.helpers.cases import quick_first
 from tests.helpers.drawn_people import SIDE, extract, picture, write_film
-from vidjax.apps.video import features_folder, film
+from vidjax.apps.video import film
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
@@ -42,22 +41,6 @@ def test_a_crossfade_gives_nobody_the_time_of_another(tmp_path, drawn, fade_s):
     assert [who for _, _, who in seen] == [*SLIDES]
     for number, (start_s, end_s, _) in enumerate(seen):
         np.testing.assert_allclose((start_s, end_s), (4 * number, 4 * number + 4), atol=0.41)
-
-
-@pytest.mark.parametrize("fade_s", quick_first([0.5, 1.5], mark=nightly))
-def test_people_of_two_scenes_change_in_the_middle_of_a_dissolve(tmp_path, drawn, fade_s):
-    """Within a picture that is looked at, five of which are in a second."""
-    one, other = (
-        np.maximum(picture([face]), films.scene(number, 96, 128) // 4).astype(float)
-        for number, face in ((3, ("Ada", 30, 40)), (4, ("Eve", 70, 50)))
-    )
-    shares = np.clip((np.arange(150) / 25 - 3) / fade_s + 0.5, 0, 1)
-    mixed = [((1 - share) * one + share * other).round().astype(np.uint8) for share in shares]
-    films.write(tmp_path / "film.mkv", mixed, "ffv1", fps=25)
-    seen = found(tmp_path / "film.mkv", drawn.models)
-    ends = [end_s for _, end_s, who in seen if who == "Ada"]
-    begins = [start_s for start_s, _, who in seen if who == "Eve"]
-    np.testing.assert_allclose([max(ends), min(begins)], 3, atol=0.2)
 
 
 @pytest.mark.parametrize("held_s", quick_first([1.0, 0.5, 4.0], mark=nightly))
@@ -122,12 +105,3 @@ def test_slow_films_and_pictures_that_are_not_looked_at_are_told(tmp_path, drawn
         assert "fewer than 2 pictures per second" in said
         assert said.count("  only the first of 2 video streams is used; ") == told
         assert said.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == told
-
-
-def test_a_film_of_many_gigabytes_has_a_source(tmp_path):
-    path = tmp_path / "\u00e4 film\n.mp4"
-    with path.open("wb") as file:
-        file.truncate(50 << 30)
-    source = features_folder.FileStamp.of(path)
-    again = msgspec.json.decode(msgspec.json.encode(source), type=features_folder.FileStamp)
-    assert again == source and again.path == path and again.size == 50 << 30

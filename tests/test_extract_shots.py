@@ -153,6 +153,3 @@ def test_shots_tell_their_times_and_keep_few_pictures():
     assert found.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
     assert len(found._changes) <= 15 and len(found._dissolve._kept) < 30
     assert shots.Cuts().shots(0.0) == []
-
-
-"""shots: cuts in made films, by what the camera does."""

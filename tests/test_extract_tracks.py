@@ -256,6 +256,3 @@ def test_real_tracks_of_two_people_are_split_and_no_other_is():
         split[bool(count < 0.8 * len(person))].append(bool(found))
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
-
-
-"""tracks: heads that walk, cross, hide and leave."""
