@@ -10,7 +10,7 @@ import pytest
 from scipy import special
 
 from tests.helpers import made_runs, small_runs
-from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
+from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import devices, metrics
 from vidjax.evaluation import significance, topk
 from vidjax.evaluation.analysis import analysis, measures
@@ -19,18 +19,16 @@ from vidjax.runs import config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
 
-NETS = [pytest.param("net", marks=pytest.mark.slow)]
+SPEC = "configs/mma.py:iqiyi_vid"
 
 
-@pytest.fixture(scope="module", params=NETS)
-def workdir(request, data, nearest_run, tmp_path_factory):
-    """An analysed run: a net, which takes a training, or nearest neighbours."""
+@pytest.fixture(scope="module")
+def workdir(data, tmp_path_factory):
+    """An analysed run of a net, which takes a training."""
     folder = tmp_path_factory.mktemp("analysed") / "run"
-    if request.param == "net":
-        folder.mkdir()
-        loop.train(shrunk(), folder, data, num_devices=1, analyse=True)
-    else:
-        analysed(shutil.copytree(nearest_run, folder), data)
+    folder.mkdir()
+    config = shrunk("--config.num_epochs=1", spec=SPEC)
+    loop.train(config, folder, data, num_devices=1, analyse=True)
     return folder
 
 
@@ -43,6 +41,7 @@ def analysed(workdir, data, *overrides):
     return results, *made_runs.load_analysis(workdir / f"analysis{suffix}.npz")
 
 
+@pytest.mark.slow
 def test_average_precisions_are_those_of_map(workdir, data):
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
@@ -56,6 +55,8 @@ def test_average_precisions_are_those_of_map(workdir, data):
     assert arrays["calibration"][:, 0].sum() == seen
     assert facts["open_set"]["num_known"] == 40
     assert facts["open_set"]["num_strange"] == results["num_distractors"] == 20
+    assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
+    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
     few, row = facts["open_set"]["rates"]
     assert few == {"rate": 0.01, "fewest": 99}
     assert row["fnir"] == results["fnir_at_fpir_0.1"]
@@ -65,17 +66,16 @@ def test_average_precisions_are_those_of_map(workdir, data):
     assert arrays["fnir"][shown].tolist() == [results["fnir_at_fpir_0.1"]] * shown.sum()
 
 
-def test_attention_is_a_share(workdir):
-    facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
-    assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
-    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("workdir", [*NETS, "neighbours"], indirect=True)
-def test_groups_and_mistakes_agree_with_map(workdir):
-    facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
-    plain, net = RunFolder(workdir).metrics()["map"], len(facts["modalities"]) > 1
+@pytest.mark.parametrize("net", [True, False])
+def test_groups_and_mistakes_agree_with_map(request, data, tmp_path, nearest_run, net):
+    if net:
+        folder = request.getfixturevalue("workdir")
+    else:
+        folder = shutil.copytree(nearest_run, tmp_path / "run")
+        analysed(folder, data)
+    facts, arrays = made_runs.load_analysis(folder / "analysis.npz")
+    plain = RunFolder(folder).metrics()["map"]
     assert arrays["ap"][arrays["positives"] > 0].mean() == pytest.approx(plain)
     assert len(facts["strata"]) == 3 + net  # neighbours have one modality
     for table in facts["strata"]:
@@ -88,15 +88,16 @@ def test_groups_and_mistakes_agree_with_map(workdir):
         assert all(one["shows"] != one["identity"] for one in clips)
 
 
-def test_an_analysis_leaves_the_run_as_it_is(workdir, data, tmp_path):
-    run(shrunk(), tmp_path, data)
-    assert_equal_weights(tmp_path, workdir)
+@pytest.mark.slow
+def test_an_analysis_leaves_the_run_as_it_is(workdir, trained):
+    plain = trained(SPEC)
+    assert_equal_weights(plain, workdir)
     for name in ("metrics.jsonl", "ranking.txt", "config.json"):
-        assert (tmp_path / name).read_bytes() == (workdir / name).read_bytes()
-    assert set(saved(workdir)["model_state"]) == {"batch_stats"}
-    assert not (tmp_path / "analysis.npz").exists()
+        assert (plain / name).read_bytes() == (workdir / name).read_bytes()
+    assert not (plain / "analysis.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [measures, run_page])
 def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypatch, module):
     def fail(*_args, **_kwargs):
@@ -116,11 +117,14 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     assert trained["finished"] and loop.finished_metrics(RunFolder(folder), config) is not None
 
 
+@pytest.mark.slow
 def test_other_blocks_give_the_same_analysis(workdir, data):
     whole = made_runs.load_analysis(workdir / "analysis.npz")
     _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
     assert facts["worst"] == whole[0]["worst"] and facts["strata"] == whole[0]["strata"]
     np.testing.assert_allclose(arrays["attention"], whole[1]["attention"], atol=1e-6)
+    results, _, arrays = analysed(workdir, data, "--config.eval.split=test")
+    assert "map" not in results and set(arrays) == {"attention"}, "without ground truth"
 
 
 def test_qualities_are_means_of_the_frames(nearest_run, data):
@@ -132,12 +136,6 @@ def test_qualities_are_means_of_the_frames(nearest_run, data):
         for clip, start, length in zip(clips, face.start, face.length, strict=True):
             own = face.quality[start : start + length]
             assert quality[clip] == pytest.approx(own.mean() if length else 0.0, rel=1e-6)
-
-
-def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
-    results, _, arrays = analysed(workdir, data, "--config.eval.split=test")
-    assert "map" not in results
-    assert set(arrays) == {"attention"}
 
 
 def test_map_among_some_clips_by_hand():

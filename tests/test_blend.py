@@ -17,9 +17,8 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.runs.run_folder import RunFolder
 
-TRAINED = [pytest.param("trained", marks=pytest.mark.slow)]  # several trainings
 FOLDS = "--config.ensemble.folds=2"
-SHORT = ("--config.num_epochs=3", "--config.eval.block_size=32", "--config.eval.members=false")
+SHORT = ("--config.num_epochs=1", "--config.eval.block_size=32", "--config.eval.members=false")
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +54,39 @@ def load(loaded, cache_dir):
 
 @pytest.fixture(scope="module")
 def train(load, tmp_path_factory):
-    """(name, experiment, folder of data, overrides) -> the folder of a trained run."""
+    """(experiment, folder of data, overrides) -> the folder of a trained run."""
 
-    def train(name, spec, data_dir, *overrides):
+    def train(spec, data_dir, *overrides):
         words = (*SHORT, f"--config.data.dir={data_dir}", *overrides)
         config = shrunk(*words, spec=f"configs/{spec}")
-        folder = tmp_path_factory.mktemp("runs") / name
+        folder = tmp_path_factory.mktemp("runs") / spec.partition(".")[0]
         run(config, folder, load(config))
         return folder
 
     return train
 
 
-@pytest.fixture(scope="module", params=TRAINED)
+@pytest.fixture(scope="module")
 def runs(train, folders):
     """Two runs with folds, of other nets on other modalities in other folders."""
-    dense = train("dense", "quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS)
-    others = "--config.modalities=head,audio"
-    mma = train(
-        "mma", "mma.py:iqiyi_vid", folders["others"], FOLDS, others, "--config.model.netvlad=()"
+    words = (FOLDS, "--config.modalities=head,audio", "--config.model.netvlad=()")
+    return (
+        train("quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS),
+        train("mma.py:iqiyi_vid", folders["others"], *words),
     )
-    return (dense, mma)
 
 
-def joining(runs, *overrides):
-    config = config_lib.default()
-    config.join.runs = tuple(map(str, runs))
-    return config_io.override(config, ["--config.eval.block_size=32", *overrides])
+@pytest.fixture
+def blended(tmp_path, load):
+    """Blends runs, with overrides, into the folder of the test; returns the metrics."""
+
+    def blended(runs, *overrides, load=load, **options):
+        config = config_lib.default()
+        config.join.runs = tuple(map(str, runs))
+        config = config_io.override(config, ["--config.eval.block_size=32", *overrides])
+        return blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1, **options)
+
+    return blended
 
 
 def probabilities(folder, load, split):
@@ -95,28 +100,12 @@ def probabilities(folder, load, split):
     return dict(zip(one.data.split(split).clips, np.exp(logs), strict=True))
 
 
-def joined_by_hand(runs, load, split, weights):
-    """The weighted mean of probabilities, clip name by clip name: {clip: [C]}."""
+def check_ranking(path, runs, load, weights=(1.0,), split="val"):
+    """Asserts that a ranking has all clips, none before one of a higher mean of probabilities."""
     found = [probabilities(folder, load, split) for folder in runs]
-    mean = {}
-    for clip in found[0]:
-        mean[clip] = np.zeros_like(found[0][clip])
-        for of_run, weight in zip(found, weights, strict=True):
-            mean[clip] += weight / sum(weights) * of_run[clip]
-    return mean
-
-
-def check_ranking(path, scores, truth=None, value=None):
-    """Asserts that a ranking file has all clips, none before one that scores higher, and its MAP.
-
-    Args:
-      path: the file.
-      scores: clip -> [C].
-      truth: a file of ground truth; None for no MAP.
-      value: the MAP.
-    """
-    if truth:
-        assert value == pytest.approx(float(map_oracle.mean_average_precision(truth, path)))
+    scores = {
+        clip: np.average([one[clip] for one in found], axis=0, weights=weights) for clip in found[0]
+    }
     for identity, line in enumerate(path.read_text().splitlines()):
         names = [name.removesuffix(".mp4") for name in line.split()[1:]]
         assert sorted(names) == sorted(scores)
@@ -124,14 +113,20 @@ def check_ranking(path, scores, truth=None, value=None):
         assert (values[1:] <= values[:-1] * (1 + 1e-5) + 1e-30).all()
 
 
-def test_a_run_and_its_copy_rank_as_it_does_alone(nearest_run, data, official_dir, tmp_path):
+def test_a_run_and_its_copy_rank_as_it_does_alone(
+    nearest_run, data, official_dir, tmp_path, blended
+):
     """Cosines are joined as probabilities."""
     runs = nearest_run, shutil.copytree(nearest_run, tmp_path / "copy")
-    config = joining(runs, "--config.join.weights=(1,3)")
-    results = blend.blend_runs(config, RunFolder(tmp_path), lambda _: data, num_devices=1)
-    wanted, truth = probabilities(nearest_run, lambda _: data, "val"), official_dir / "val_gt.txt"
-    check_ranking(tmp_path / "ranking.txt", wanted, truth, results["map"])
+    results = blended(runs, "--config.join.weights=(1,3)", load=lambda _: data)
+    check_ranking(tmp_path / "ranking.txt", [nearest_run], lambda _: data)
+    truth = official_dir / "val_gt.txt"
+    wanted = float(map_oracle.mean_average_precision(truth, tmp_path / "ranking.txt"))
+    assert results["map"] == pytest.approx(wanted)
     assert config_io.load_workdir(tmp_path).join.weights == (1.0, 3.0)
+    for weights in ("(1,)", "(1,-1)", "(0,0)"):
+        with pytest.raises(ValueError, match="want 2 numbers"):
+            blended(runs, f"--config.join.weights={weights}", load=lambda _: data)
 
 
 def test_a_mean_of_probabilities_by_hand():
@@ -149,50 +144,51 @@ def test_a_mean_of_probabilities_by_hand():
     np.testing.assert_array_equal(joined((0, 1, 2), (1.0, 0.0, 3.0)), joined((0, 2), (1.0, 3.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(), (3.0, 0.0)], ids=["equal", "one"])
-def test_scores_are_weighted_means_by_clip_name(runs, load, official_dir, tmp_path, weights):
-    config = joining(runs, f"--config.join.weights={weights}")
-    results = blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
-    weights = weights or (1.0, 1.0)
-    wanted = joined_by_hand(runs, load, "val", weights)
-    check_ranking(tmp_path / "ranking.txt", wanted, official_dir / "val_gt.txt", results["map"])
+def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights, blended):
+    results = blended(runs, f"--config.join.weights={weights}", command="vidjax evaluate")
+    check_ranking(tmp_path / "ranking.txt", runs, load, weights or (1.0, 1.0))
     assert results["map_kind"] == "val"
-    for facts, folder, weight in zip(results["runs"], runs, weights, strict=True):
+    text = (tmp_path / "report.html").read_text()
+    summary = re.sub("<[^>]+>", "", section(text, "summary"))
+    for facts, folder, weight in zip(results["runs"], runs, weights or (1.0, 1.0), strict=True):
         assert (facts["name"], facts["weight"]) == (str(folder), weight)
         alone = json.loads((folder / "metrics.json").read_text())
         assert facts["map"] == pytest.approx(alone["map"], abs=1e-12)
-    assert config_io.load_workdir(tmp_path).join.weights == weights
+        assert f"{folder} (weight {weight})" in summary
+    check_numbers(tmp_path, text)
+    assert not Page(text).open and "2 runs joined on iqiyi_vid" in text
+    identities = json.loads((tmp_path / "identities.json").read_text())
+    assert identities == json.loads((runs[0] / "identities.json").read_text())
 
 
-def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, command):
-    words = ("--config.num_epochs=1", "--config.eval.top_classes=3",
-             "--config.eval.temperature=2")  # fmt: skip
-    own = train("few", "knn.py:iqiyi_vid", folders["faces"], *words)
-    results = blend.blend_runs(joining((runs[1], own)), RunFolder(tmp_path), load, num_devices=1)
+@pytest.mark.slow
+def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, command, blended):
+    words = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
+    own = train("knn.py:iqiyi_vid", folders["faces"], *words)
+    results = blended((runs[1], own))
     assert (probabilities(own, load, "val").popitem()[1] > 0).sum() <= 3
-    check_ranking(tmp_path / "ranking.txt", joined_by_hand((runs[1], own), load, "val", (1.0, 1.0)))
+    check_ranking(tmp_path / "ranking.txt", (runs[1], own), load, (1.0, 1.0))
     alone = json.loads((own / "metrics.json").read_text())
     assert results["runs"][1]["map"] == pytest.approx(alone["map"], abs=1e-12)
-
     words = ("--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.temperature=3")
     assert command(*words).refused("--config.join.weights")
 
 
+@pytest.mark.slow
 def test_other_identities_or_clips_are_refused(
-    runs, train, load, loaded, folders, tmp_path, monkeypatch
+    runs, train, load, loaded, folders, tmp_path, monkeypatch, blended
 ):
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
-    others = train("others", "knn.py:iqiyi_vid", fewer, "--config.num_epochs=1")
+    others = train("knn.py:iqiyi_vid", fewer)
     with pytest.raises(ValueError, match="different lists of identities"):
-        blend.blend_runs(
-            joining((runs[0], others)), RunFolder(tmp_path / "out"), load, num_devices=1
-        )
+        blended((runs[0], others))
 
     # The folder of one run gains a clip after training.
-    moved = tmp_path / "moved"
-    shutil.copytree(folders["others"], moved)
+    moved = shutil.copytree(folders["others"], tmp_path / "moved")
     rng = np.random.default_rng(0)
     for name in ("head", "audio"):
         clip = clip_files.random_clip(rng, 3, clip_files.WIDTHS[name])
@@ -201,18 +197,11 @@ def test_other_identities_or_clips_are_refused(
     config.data.dir = str(moved)
     monkeypatch.setitem(loaded, str(folders["others"]), load(config))
     with pytest.raises(ValueError, match="have different clips in test") as caught:
-        config = joining(runs, "--config.eval.split=test")
-        blend.blend_runs(config, RunFolder(tmp_path / "out"), load, num_devices=1)
+        blended(runs, "--config.eval.split=test")
     assert "IQIYI_VID_TEST_" in str(caught.value)
 
 
-@pytest.mark.parametrize("weights", ["(1,)", "(1,-1)", "(0,0)"])
-def test_weights_that_do_not_fit(runs, load, tmp_path, weights):
-    config = joining(runs, f"--config.join.weights={weights}")
-    with pytest.raises(ValueError, match="want 2 numbers"):
-        blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
-
-
+@pytest.mark.slow
 def test_the_command_line(runs, load, tmp_path, command):
     out = tmp_path / "both"
     words = ("--mode=evaluate", f"--workdir={out}")
@@ -224,45 +213,27 @@ def test_the_command_line(runs, load, tmp_path, command):
     assert [one["weight"] for one in results["runs"]] == [1, 3]
 
     assert command(*words, "--config.eval.split=test").code == 0
-    wanted = joined_by_hand(runs, load, "test", (1.0, 3.0))
-    check_ranking(out / "ranking_test.txt", wanted)
+    check_ranking(out / "ranking_test.txt", runs, load, (1.0, 3.0), "test")
     assert "map" not in json.loads((out / "metrics_test.json").read_text())
     assert json.loads((out / "metrics.json").read_text()) == results
     assert config_io.load_workdir(out).eval.split == "val"
-
-    for bad, message in [
-        ((f"--workdir={runs[0]}", given), "use another folder"),
-        ((f"--workdir={out}", f"--runs={runs[1]},{runs[0]}"), "use another folder"),
-        ((f"--workdir={tmp_path / 'x'}", f"--runs={runs[0]}"), "name two runs"),
-        ((f"--workdir={tmp_path / 'y'}", f"--runs={runs[0]},{out}"), "is itself a joined run"),
-        ((f"--workdir={tmp_path / 'z'}", f"--runs={runs[0]},nowhere"), "no run in"),
+    for workdir, bad, message in [
+        (runs[0], runs, "use another folder"),
+        (out, runs[::-1], "use another folder"),
+        (tmp_path / "x", runs[:1], "name two runs"),
+        (tmp_path / "x", (runs[0], out), "is itself a joined run"),
+        (tmp_path / "x", (runs[0], "nowhere"), "no run in"),
     ]:
-        assert command("--mode=evaluate", *bad).refused(message)
+        bad = f"--runs={','.join(map(str, bad))}"
+        assert command("--mode=evaluate", f"--workdir={workdir}", bad).refused(message)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*the data have other modalities")
-def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
+def test_one_folder_of_data_for_all_runs(runs, official_dir, tmp_path, blended):
     """Where config.data.dir is set it stands for that of every run, and scores do not change."""
     found = []
     for words in ((), (f"--config.data.dir={official_dir}",)):
-        config = config_io.override(joining(runs), words)
-        blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1)
+        blended(runs, *words)
         found.append((tmp_path / "ranking.txt").read_bytes())
     assert found[0] == found[1]
-
-
-def test_the_report_lists_the_runs_and_the_command(runs, load, tmp_path):
-    config = joining(runs, "--config.join.weights=(1,3)")
-    results = blend.blend_runs(
-        config, RunFolder(tmp_path), load, num_devices=1, command="vidjax evaluate"
-    )
-    text = (tmp_path / "report.html").read_text()
-    check_numbers(tmp_path, text)
-    assert not Page(text).open
-    for row in results["runs"]:
-        named = f"{row['name']} (weight {row['weight']})"
-        assert named in re.sub("<[^>]+>", "", section(text, "summary"))
-    assert "2 runs joined on iqiyi_vid" in text and "synthetic" not in text
-    assert "<span>vidjax</span>" in section(text, "summary")
-    identities = json.loads((tmp_path / "identities.json").read_text())
-    assert identities == json.loads((runs[0] / "identities.json").read_text())

@@ -37,14 +37,11 @@ def threshold(config, data):
 def test_the_measure_is_that_of_a_loop(measure):
     frames = make_frames([5, 3, 0, 1], max_frames=5)
     frames.quality[0, 2] = np.nan
-    expected = []
-    for features, quality, mask in zip(
-        frames.features.astype(np.float64), frames.quality, frames.mask, strict=True
-    ):
-        values = (
-            np.nan_to_num(quality) if measure == "quality" else np.linalg.norm(features, axis=1)
-        )
-        expected.append(sum(values[mask]) / max(sum(mask), 1))
+    norms = np.linalg.norm(frames.features.astype(np.float64), axis=-1)
+    values = np.nan_to_num(frames.quality) if measure == "quality" else norms
+    expected = [
+        sum(row[mask]) / max(sum(mask), 1) for row, mask in zip(values, frames.mask, strict=True)
+    ]
     found = np.asarray(mean_measure(frames, measure))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_array_equal(mean_measure(pad(frames, 3), measure), found)
@@ -53,34 +50,35 @@ def test_the_measure_is_that_of_a_loop(measure):
     np.testing.assert_array_equal(mean_measure(frames._replace(features=lazy), measure), found)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.07, 0.1, 0.999])
-def test_at_most_the_share_lies_below(share):
+def test_at_most_the_share_lies_below():
     values = np.random.default_rng(0).normal(size=100).astype(np.float32)
-    threshold = fallback.quantile(values, share)
-    assert np.sum(values < threshold) == np.floor(share * 100 + 1e-9)
-    assert fallback.quantile(np.ones(100, np.float32), share) == 1  # none of equals is poor
+    for share in (0.01, 0.07, 0.1, 0.999):
+        threshold = fallback.quantile(values, share)
+        assert np.sum(values < threshold) == np.floor(share * 100 + 1e-9)
+        assert fallback.quantile(np.ones(100, np.float32), share) == 1  # none of equals is poor
 
 
 @pytest.mark.parametrize("measure", ["norm", "quality"])
 def test_the_threshold_is_a_quantile_of_the_raw_training_clips(data, measure):
     """Of all features: the members of `views` see only a part of them."""
     words = (SHARE, f"--config.model.measure={measure}", "--config.ensemble.views=3")
-    found = threshold(shrunk(*words, spec=SPEC), data)
-    values = measures(data, "train", measure)
-    values = np.sort(values[~np.isnan(values)])
-    assert found == pytest.approx(values[int(0.2 * len(values))], rel=1e-6)
-    both = shrunk(*words, "--config.data.train_splits=train,val", spec=f"{SPEC},trainval")
-    more = np.concatenate([measures(data, split, measure) for split in ("train", "val")])
-    more = np.sort(more[~np.isnan(more)])
-    assert threshold(both, data) == pytest.approx(more[int(0.2 * len(more))], rel=1e-6)
+    both = "--config.data.train_splits=train,val"
+    for splits, config in {
+        ("train",): shrunk(*words, spec=SPEC),
+        ("train", "val"): shrunk(*words, both, spec=f"{SPEC},trainval"),
+    }.items():
+        values = np.concatenate([measures(data, split, measure) for split in splits])
+        values = np.sort(values[~np.isnan(values)])
+        wanted = values[int(0.2 * len(values))]
+        assert threshold(config, data) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_models_without_a_share_have_no_threshold(data):
-    assert threshold(shrunk(), data) is None
-    absolute = shrunk("--config.model.threshold=2.5", "--config.model.threshold_share=0", spec=SPEC)
-    assert threshold(absolute, data) is None
+    absolute, share = "--config.model.threshold=2.5", "--config.model.threshold_share=0"
+    for config in (shrunk(), shrunk(absolute, share, spec=SPEC)):
+        assert threshold(config, data) is None
     with pytest.raises(ValueError, match="set one of them to 0"):
-        threshold(shrunk("--config.model.threshold=2.5", spec=SPEC), data)
+        threshold(shrunk(absolute, spec=SPEC), data)
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ DIM = 5
 GIVEN = [9.0, 7.0, 8.0]
 
 
-def norm(frame):
-    return float(np.sqrt(sum(float(value) ** 2 for value in frame)))
+def norm(frames):
+    return np.sqrt((frames.astype(float) ** 2).sum(axis=1))
 
 
 @pytest.fixture
@@ -39,41 +39,36 @@ def qualities(source, modality="face"):
 
 @pytest.mark.parametrize("quality", ["given", "norm"])
 def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
-    a = [norm(frame) for frame in clips["a"]["face"]]
-    b = [norm(frame) for frame in clips["b"]["face"]["features"]]
+    a, b = (norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"]))
     wanted = {0: a, 1: GIVEN if quality == "given" else b}
     widths = {"face": DIM, "voice": DIM}
     folder = write_npz(tmp_path / "own", {"val": clips})
-    readers = [
-        sources.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
+    own = vidjax.load_data({"val": clips}, cache_dir=tmp_path / "cache", quality=quality)
+    for reader in (
+        own,
         vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
         memory.MemoryClips.from_dict(clips, widths, (), quality),
         memory.load_clips(folder, widths, (), quality=quality),
-        memory.load_clips(folder / "val", widths, (), quality=quality),
-    ]
-    if importlib.util.find_spec("pyarrow"):
+    ):
+        found = qualities(reader)
+        for clip, expected in wanted.items():
+            np.testing.assert_allclose(found[clip], expected, rtol=1e-6)
+    np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
+    if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": clips["a"]["face"], "b": clips["b"]["face"]["features"]}
         faces = {clip: {"face": face} for clip, face in faces.items()}
         table = write_parquet(tmp_path / "table.parquet", faces)
-        readers.append(memory.load_clips(table, widths, ()))
-    for reader in readers:
-        found = qualities(reader)
-        if reader is readers[-1] and len(readers) == 6:  # a table has no column, for all clips
-            wanted = {0: a, 1: b}
-        for clip, expected in wanted.items():
-            np.testing.assert_allclose(found[clip], expected, rtol=1e-6)
-    np.testing.assert_allclose(qualities(readers[0], "voice")[0], [norm(clips["a"]["voice"])])
+        found = qualities(memory.load_clips(table, widths, ()))
+        np.testing.assert_allclose([found[0], found[1]], [a, b], rtol=1e-6)
 
 
 def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, tmp_path):
     folder = write_npz(tmp_path / "own", {"val": clips})
-    for make in (
-        lambda quality: arrays.FeatureFolder(folder, quality=quality),
-        lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
-    ):
-        assert make("given").fingerprint() != make("norm").fingerprint()
+    for make, source in ((arrays.FeatureFolder, folder), (arrays.FeatureDict, {"val": clips})):
+        given, length = (make(source, quality=word).fingerprint() for word in ("given", "norm"))
+        assert given != length
         with pytest.raises(ValueError, match=r"config\.data\.quality 'size'; choose from given"):
-            make("size")
+            make(source, quality="size")
 
 
 def test_lengths_that_are_all_one_are_told_once(tmp_path):
@@ -103,13 +98,12 @@ def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path, command
     """Nearest neighbours of quality-weighted means: another quality is another score."""
     rng = np.random.default_rng(0)
     people = rng.normal(size=(4, DIM))
-    splits, labels = {}, {}
-    for split in ("train", "val"):
-        splits[split] = {}
+    splits, labels = {"train": {}, "val": {}}, {}
+    for split, clips in splits.items():
         for i in range(8):
             face = people[i % 4] + rng.normal(size=(1 + i % 5, DIM))
             rated = {"features": face, "quality": rng.random(len(face))}
-            splits[split][f"{split}{i}"] = {"face": rated if i % 2 else face}
+            clips[f"{split}{i}"] = {"face": rated if i % 2 else face}
             labels[f"{split}{i}"] = f"p{i % 4}"
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality=quality)
     words = ("--config.data.name=arrays", f"--config.data.quality={quality}")
@@ -118,13 +112,11 @@ def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path, command
     run = predict.restore(tmp_path / "run", num_devices=1)
     wanted = run.scores(data, split="val")
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
-    folder = write_npz(tmp_path / "own", {"val": splits["val"]})
-    out = tmp_path / "ranked.tsv"
+    folder, out = write_npz(tmp_path / "own", {"val": splits["val"]}), tmp_path / "ranked.tsv"
     words = (f"--workdir={tmp_path / 'run'}", f"--input={folder / 'val'}", f"--out={out}")
     assert command("rank", *words).code == 0
-    best = run.rank(splits["val"])
     lines = [line.split("\t") for line in out.read_text().splitlines()[1:]]
-    for identity, ranked in best.items():
+    for identity, ranked in run.rank(splits["val"]).items():
         of = [(clip, float(score)) for who, _, clip, score in lines if who == identity]
         assert [clip for clip, _ in of] == [clip for clip, _ in ranked]
         np.testing.assert_allclose([s for _, s in of], [s for _, s in ranked], rtol=1e-5)
