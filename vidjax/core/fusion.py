@@ -599,7 +599,7 @@ def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Arr
         point = jnp.floor(uniforms[..., slot] * left)  # whole numbers remain exact when shifted
         for index in drawn:
             point += jnp.where(point >= take(starts, index), take(levels, index), 0.0)
-        # A comparison compiles at once, whereas five calls of searchsorted would take seconds.
+        # A comparison compiles fast, whereas five calls of searchsorted would take seconds.
         index = jnp.sum(point[..., None] >= cdf[:, None], axis=-1, dtype=jnp.int32)
         picks.append(jnp.minimum(index, last))
     return picks

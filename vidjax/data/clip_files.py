@@ -119,7 +119,7 @@ def read_json(value: object, place: str) -> Clip:
     frame may be a plain list of D numbers.
 
     Raises:
-      UserError: the JSON has another form; the message names `place` and the key.
+      UserError: the JSON has a different form; the message names `place` and the key.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(f'{place}: no clip: wanted {{"clip": "NAME", "face": [[...], ...]}}')

@@ -56,7 +56,7 @@ class MemoryClips:
           identities: names of the class columns.
 
         Raises:
-          UserError: there are no clips, or features have another width.
+          UserError: there are no clips, or features have a different width.
         """
         if not names:
             raise UserError("no clips to score")

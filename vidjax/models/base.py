@@ -105,7 +105,7 @@ class Identifier(nn.Module):
             statistics are updated. Then all collections of the model except `params` are mutable.
 
         Raises:
-          ValueError: a modality of the model is missing or has another width.
+          ValueError: a modality of the model is missing or has a different width.
         """
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ def real_frames(
 
     Returns modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the
     clip has a frame of the modality. Modalities may differ in T. Raises ValueError if a modality is
-    missing or has another width, because linen would ignore a missing modality.
+    missing or has a different width, because linen would ignore a missing modality.
     """
     if missing := sorted(set(modalities) - set(frames)):
         raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")

@@ -59,7 +59,7 @@ def load_file(spec: str) -> Config:
 
 
 def _check_types(spec: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError if a field of the default configuration is absent or has another type."""
+    """Raises UserError if a field of the defaults is absent or has a different type."""
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
         if name in values and isinstance(values[name], kinds or type(default)):
@@ -136,7 +136,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     If two words set the same field, the last word counts.
 
     Raises:
-      UserError: a word has another form, an unknown field, or a value of another type.
+      UserError: a word has a different form, an unknown field, or a value of a different type.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))

@@ -71,7 +71,7 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Makes SIGINT and SIGTERM end this process at once, except the first in `catch_interruption`.
+    """Makes SIGINT and SIGTERM end this process, except the first in `catch_interruption`.
 
     A thread ends the process, because Python runs no handler during an XLA compilation, and a
     compilation can take minutes.

@@ -38,7 +38,7 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
       overrides: values of fields, as on the command line: `--config.batch_size=64`.
 
     Raises:
-      UserError: no such configuration, argument or field, or a value of another type.
+      UserError: no such configuration, argument or field, or a value of a different type.
     """
     check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
     if Path(spec).name != "config.json":

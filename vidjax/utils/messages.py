@@ -1,6 +1,6 @@
 """Parsers, printed results, errors of at most three lines and exit codes, for all commands.
 
-The module imports nothing slow, so that a mistake in the flags is reported at once.
+The module imports nothing slow, so that a mistake in the flags is reported immediately.
 """
 
 import argparse
@@ -301,7 +301,7 @@ def show_warning(message: object, *args: object, **kwargs: object) -> None:
 
 
 def stop_at_once(signum: int, frame: object) -> None:
-    """Handles a signal: ends the process at once, with exit code 128 + `signum`."""
+    """Handles a signal: ends the process immediately, with exit code 128 + `signum`."""
     del frame
     # An exception would be lost if it were raised within an import or the callback of a library.
     os.write(2, b"vidjax: stopped\n")

@@ -160,7 +160,7 @@ def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
 
 
 class UnreadableError(UserError):
-    """A file of a gallery is damaged, missing or of another version.
+    """A file of a gallery is damaged, missing or of a different version.
 
     The message contains no name of a person.
     """

@@ -619,7 +619,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process at once. A change of the gallery is complete, or was not made."""
+        """Ends the process immediately. A change of the gallery is complete, or was not made."""
         LOG.error("ended: unfinished work was cut off")
         os._exit(1)
 

@@ -161,7 +161,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
         """Returns the bytes of the net.
 
         Raises:
-          UserError: the net is missing, or has another sha256.
+          UserError: the net is missing, or has a different sha256.
         """
         path = self.path.with_name(self.file)
         if not files.exists(path):

@@ -1,8 +1,8 @@
 """`vidjax who --review`: a small server on this machine with a page on which a user corrects names.
 
 The address contains a secret word. Only a browser that has the address gets answers, and only pages
-of this server can send changes. Each change is saved at once, in the gallery and in the numbers of
-unknown people, so that the next call of `vidjax who` keeps it. The result files are written a
+of this server can send changes. Each change is saved immediately, in the gallery and in the numbers
+of unknown people, so that the next call of `vidjax who` keeps it. The result files are written a
 moment after the last change, and when the server ends.
 """
 

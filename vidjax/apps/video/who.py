@@ -101,7 +101,7 @@ class Numbers(Struct, kw_only=True):
     """The contents of `unknown.json`: the numbers and corrections of unknown people.
 
     Films are identified by a digest of the file and its clips. A film that was replaced, or split
-    into other clips, has another digest.
+    into other clips, has a different digest.
 
     Attributes:
       films: digest of a film -> clip -> the number of the unknown person. Films without unknown

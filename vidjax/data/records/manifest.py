@@ -130,7 +130,7 @@ def load_index(folder: Path) -> Records:
             raise UserError("data_report.json belongs to other records")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         is_clear = isinstance(error, (FileNotFoundError, UserError))
-        reason = str(error).splitlines()[0] if is_clear else "entries of another layout"
+        reason = str(error).splitlines()[0] if is_clear else "entries of a different layout"
         raise UserError(
             f"{folder}: damaged records: {reason}\ndelete this folder to convert again"
         ) from error

@@ -142,7 +142,7 @@ def read_clips(content: object, modality: str, place: str, size: int) -> Iterato
       size: bytes of the file.
 
     Raises:
-      UserError: the content has another structure; the message names clip and field.
+      UserError: the content has a different structure; the message names clip and field.
     """
     with named(place):
         clips = _clean_names(content, size)

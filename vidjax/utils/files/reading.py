@@ -145,7 +145,7 @@ def read_json(
 ) -> T:
     """Returns the value of a JSON file, which must be of type `kind` (`object` allows any type).
 
-    Raises UserError if the file is damaged or its value has another type.
+    Raises UserError if the file is damaged or its value has a different type.
     """
     content = read_bytes(path, limit, below)
     try:
