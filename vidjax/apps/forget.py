@@ -148,10 +148,14 @@ def forget(
     for folder in of_kind("records"):
         found += _search_records(folder, names, delete=delete)
     for kind, names_of, remedy in (
-        ("run", _names_of_run, "its weights remember its clips: delete it, train without them"),
+        (
+            "run",
+            _read_names_of_run,
+            "its weights remember its clips: delete it, train without them",
+        ),
         (
             "who",
-            _names_of_who,
+            _read_names_of_who,
             "remove the photos and call `vidjax who` again: it writes all files again",
         ),
     ):
@@ -159,7 +163,7 @@ def forget(
             try:
                 there = {*map(normal_form, itertools.islice(names_of(folder), MAX_NAMES_IN_INDEX))}
             except (UserError, OSError) as error:
-                found.append(_unread(folder, error))
+                found.append(_list_unread(folder, error))
                 continue
             known.add(there)
             if held := names & there:
@@ -169,7 +173,7 @@ def forget(
         del others[path]
     found += _search_files(others, names, wanted)
     runs = {place.path for place in found if place.kind == "run"}
-    found += _galleries_of_runs(of_kind("gallery"), runs)
+    found += _find_galleries_of_runs(of_kind("gallery"), runs)
     return Forgotten(found, names, known.similar(closely=not found))
 
 
@@ -182,7 +186,7 @@ def _survey(
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
-    tell = lambda error: found.append(_unread(error.filename or root, error))  # noqa: E731
+    tell = lambda error: found.append(_list_unread(error.filename or root, error))  # noqa: E731
     for place, inner, names in os.walk(root, onerror=tell):
         folder, there = Path(place), {*names, *inner}
         if GALLERY_FILE in there:
@@ -201,7 +205,7 @@ def _survey(
         others |= {folder / name: True for name in names if not own.fullmatch(name)}
 
 
-def _unread(path: str | Path, error: Exception) -> Place:
+def _list_unread(path: str | Path, error: Exception) -> Place:
     about = next(iter(str(error).splitlines()), type(error).__name__)
     return Place("unread", Path(path), about, "search it yourself")
 
@@ -227,7 +231,7 @@ def _search_gallery(
             if clip.identity in people or normal_form(name) in clips
         }
     except UserError as error:
-        return [_unread(folder, error)], set()
+        return [_list_unread(folder, error)], set()
     names = {*map(normal_form, shown)}
     if not shown:
         return [], names
@@ -251,7 +255,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
         held = set(clips).intersection(map(normal_form, itertools.chain(*lists)))
     except (UserError, OSError) as error:
-        return [_unread(folder, error)]
+        return [_list_unread(folder, error)]
     if not held:
         return []
     about, remedy = f"features of {len(held):,} clips", "--delete"
@@ -277,7 +281,7 @@ def _lines(content: bytes) -> Iterator[str]:
         yield line.rstrip(b"\n").decode("utf-8", "replace")
 
 
-def _names_of_run(folder: Path) -> Iterator[str]:
+def _read_names_of_run(folder: Path) -> Iterator[str]:
     """Yields the identities, training clips, and clips in results of a run or an exported run."""
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
@@ -288,22 +292,22 @@ def _names_of_run(folder: Path) -> Iterator[str]:
         if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
             if facts.nbytes > files.JSON_BYTES:
                 raise UserError(f"'{path}': more than {files.JSON_BYTES:,} bytes of text")
-            yield from _texts(files.parse_json(facts.tobytes()))
+            yield from _walk_texts(files.parse_json(facts.tobytes()))
     for path in folder.glob("ranking*.txt"):
         for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
             yield unescape(word[0].decode(errors="replace").removesuffix(".mp4"))
 
 
-def _texts(value: object) -> Iterator[str]:
+def _walk_texts(value: object) -> Iterator[str]:
     """Yields all strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
         for child in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(child)
+            yield from _walk_texts(child)
 
 
-def _names_of_who(folder: Path) -> Iterator[str]:
+def _read_names_of_who(folder: Path) -> Iterator[str]:
     """Yields the cells of the tables of `vidjax who`, and the people of photos and face tags."""
     from vidjax.apps.video.features_folder import read_films
 
@@ -318,7 +322,7 @@ def _names_of_who(folder: Path) -> Iterator[str]:
                 yield from film.tags
 
 
-def _galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:
+def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:
     """Yields the galleries whose vectors were computed by any of `runs`."""
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -344,10 +348,10 @@ def _search_files(
     """
     if shutil.which("grep") is None:
         return [Place("unread", Path(), "grep is not installed", "install it")]
-    patterns = "\n".join(_spellings(names)).encode()
+    patterns = "\n".join(_list_spellings(names)).encode()
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
-    rows = _grep("-zniawF", patterns, text=b"\0".join(words))
+    rows = _make_grep_command("-zniawF", patterns, text=b"\0".join(words))
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     own = "it is yours: delete it"
@@ -365,10 +369,10 @@ def _search_files(
     for some in (read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)):
         try:
             small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
-            held |= {*_grep("-liZwF", patterns, some)}
-            held |= {*_grep("-liaZP", _encoded(given), small, locale="C")}
+            held |= {*_make_grep_command("-liZwF", patterns, some)}
+            held |= {*_make_grep_command("-liaZP", _encode_name(given), small, locale="C")}
         except OSError as error:
-            places.append(_unread(some[0].parent, error))
+            places.append(_list_unread(some[0].parent, error))
     inside = "it is yours: delete it, or take the name out"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
     places += [Place("file", path, "it contains one of the names", inside) for path in holding]
@@ -377,7 +381,7 @@ def _search_files(
     return places + [Place("unread", path, *about) for path in packed]
 
 
-def _grep(
+def _make_grep_command(
     flags: str,
     patterns: bytes,
     paths: Sequence[Path] = (),
@@ -399,14 +403,14 @@ def _grep(
     return [row for row in done.stdout.split(b"\0") if row]
 
 
-def _spellings(names: Iterable[str]) -> list[str]:
+def _list_spellings(names: Iterable[str]) -> list[str]:
     """Returns names in both Unicode forms, as in text, JSON, HTML, URLs and rankings."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
     return sorted({way(form) for form in forms for way in ways})
 
 
-def _encoded(names: Iterable[str]) -> bytes:
+def _encode_name(names: Iterable[str]) -> bytes:
     """Returns a pattern for `grep -P`: the names in UTF-16, UTF-32 and Windows-1252."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
@@ -430,7 +434,7 @@ def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Pat
     A command prints the paths of the compressed files that contain a searched name.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
-    spelled = f"N=$(printf '%s\\n' {shlex.join(_spellings(names))})"
+    spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"
     lines = []
     for ends, unpack in UNPACK.items():
         if unpack in kinds:

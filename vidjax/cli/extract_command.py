@@ -110,7 +110,7 @@ def add_shared_flags(parser: Parser) -> None:
     about = "the folder of nets and their cards"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
     about = "frames per second in which faces are searched for (default: 5)"
-    parser.add_argument("--fps", metavar="N", type=_rate, help=about)
+    parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
     about = "shrinks frames to this longer side, in pixels (default: 640)"
     parser.add_argument("--size", metavar="N", type=messages.whole(*SIZE_RANGE), help=about)
     about = "number of processes (default: the number of cores)"
@@ -129,7 +129,7 @@ def add_flags(parser: Parser) -> None:
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 
 
-def _rate(text: str) -> float:
+def _parse_rate(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1000:
             return float(text)

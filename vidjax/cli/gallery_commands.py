@@ -430,7 +430,11 @@ def _identify(args: argparse.Namespace) -> Result:
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
-    content = {"clips": len(answers), "named": named, "rule": answers_lib.rule_as_json(rule)}
+    content = {
+        "clips": len(answers),
+        "named": named,
+        "rule": answers_lib.convert_rule_to_json(rule),
+    }
     content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
     if out:
         if films:
@@ -487,7 +491,9 @@ def _rank(args: argparse.Namespace) -> Result:
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
-    return Result(content | {"rule": answers_lib.rule_as_json(rule) if rule else None}, rows)
+    return Result(
+        content | {"rule": answers_lib.convert_rule_to_json(rule) if rule else None}, rows
+    )
 
 
 def _remove(args: argparse.Namespace) -> Result:

@@ -186,7 +186,7 @@ def mean_measure(frames: Frames, measure: str) -> Array:
             return jnp.linalg.norm(_read_frame(frames.features, t).astype(jnp.float32), axis=-1)
         return _read_frame(_replace_non_finite(frames.quality), t)
 
-    return _mean_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
+    return _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
@@ -406,7 +406,7 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     weights = frame_weights(frames, weighting)
 
     def mean(values: Array | LazyFeatures) -> Array:
-        means = _mean_over_frames(frames.mask, weights, functools.partial(_read_frame, values))
+        means = _average_over_frames(frames.mask, weights, functools.partial(_read_frame, values))
         return means[:, None]
 
     return Frames(
@@ -418,7 +418,7 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     )
 
 
-def _mean_over_frames(
+def _average_over_frames(
     mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
 ) -> Array:
     """Computes weighted means over the frames, [B, ...].

@@ -123,7 +123,7 @@ class FeatureFolder:
         check_choice("config.data.quality", quality, QUALITIES)
         self._quality: Quality = quality
         self._workers, self._cache_dir = workers, cache_dir
-        self._files = files_by_split(self._folder)
+        self._files = group_files_by_split(self._folder)
         self.origin = Origin.from_folder("arrays", folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
@@ -150,7 +150,7 @@ class FeatureFolder:
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
         options = non_finite, self._quality
-        workers = self._workers or clip_files.num_readers(self._files)
+        workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
             with contextlib.suppress(clip_files.RetrySerially):
                 return clip_files.read_at_once(self._files, scratch / "parts", workers, *options)
@@ -170,7 +170,7 @@ EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # see `apps.video.feat
 NPY_HINT = "\nan .npy file has no modality; write a clip by numpy.savez('CLIP.npz', face=array)"
 
 
-def files_by_split(folder: Path) -> dict[str, list[Path]]:
+def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
     """Returns split -> its parquet table or its `.npz` files; UserError for unread files."""
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
@@ -186,7 +186,7 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():
-            files[split] = _npz_files(clips)
+            files[split] = _list_npz_files(clips)
     entries = list_entries(folder)
     _refuse_parts([path for path in entries if path.suffix == ".parquet"], files)
     for path in entries:
@@ -212,7 +212,7 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
             )
 
 
-def _npz_files(folder: Path) -> list[Path]:
+def _list_npz_files(folder: Path) -> list[Path]:
     """Returns the `.npz` files of a split.
 
     Raises:

@@ -81,7 +81,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_over in files.partials(folder):
+        for left_over in files.list_partials(folder):
             # A child of a killed process may still write there. The next call then deletes it.
             shutil.rmtree(left_over, ignore_errors=True)
         yield

@@ -44,7 +44,7 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
         if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
-            yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
+            yield Clip(name, str(path), _group_by_modality(arrays, str(path)), path.stem)
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -66,7 +66,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
         elif key != "clips":
             frames[key] = array
     parts = [dict[str, dict[str, np.ndarray]]() for _ in range(names.size)]
-    for modality, fields in _by_modality(frames, path).items():
+    for modality, fields in _group_by_modality(frames, path).items():
         count = length.get(modality, np.empty(0))
         if (
             count.dtype.kind not in "iu" or count.shape != names.shape or (count < 0).any()
@@ -109,7 +109,7 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
         raise UserError(f"clip {show(clean)}: {error}") from error
     if has_several_clips(arrays):
         raise UserError(f"clip {show(clean)}: an .npz of several clips\nsend each clip separately")
-    return Clip(clean, "npz", _by_modality(arrays, "npz"), name)
+    return Clip(clean, "npz", _group_by_modality(arrays, "npz"), name)
 
 
 def read_json(value: object, place: str) -> Clip:
@@ -139,10 +139,12 @@ def read_json(value: object, place: str) -> Clip:
             with np.errstate(over="ignore"):  # a frame with an Inf is left out, with a warning
                 # Frame numbers stay integers, because float32 rounds integers from 2**24 on.
                 arrays[key] = array if key.endswith("_number") else array.astype(np.float32)
-    return Clip(name, place, _by_modality(arrays, place), given)
+    return Clip(name, place, _group_by_modality(arrays, place), given)
 
 
-def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
+def _group_by_modality(
+    arrays: Mapping[str, np.ndarray], place: str
+) -> dict[str, dict[str, np.ndarray]]:
     """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
 
     Raises:
@@ -225,7 +227,7 @@ def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
     return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
 
 
-def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
+def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
     """Returns the best number of reading processes: bytes / MIN_READER_BYTES, at most the cores."""
     paths = [path for split in files.values() for path in split]
     size = sum(OPEN_BYTES + path.stat().st_size for path in paths)

@@ -18,7 +18,7 @@ import numpy as np
 
 from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import iqiyi_vid
-from vidjax.data.arrays import files_by_split
+from vidjax.data.arrays import group_files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, make_batch, pad, split_blocks
@@ -120,7 +120,7 @@ class MemoryClips:
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
-        clips = _within_memory(_select(clips, modalities, names, unread))
+        clips = _limit_memory(_select(clips, modalities, names, unread))
         packed = pack(clips, quality=quality)
         missing = [name for name in modalities if name not in packed]
         if missing and unread:
@@ -222,7 +222,7 @@ def _select(
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 
-def _within_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
+def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
     """Yields clips; raises UserError if they take more than a third of the memory."""
     left = limit = memory_bytes() // 3  # joining the clips copies them once
     for clip in clips:
@@ -313,7 +313,7 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
     if paths := [entry for entry in entries if entry.suffix == ".npz"]:
         refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
         return paths
-    splits = files_by_split(path)
+    splits = group_files_by_split(path)
     return splits[_choose_split(path, splits, split)]
 
 

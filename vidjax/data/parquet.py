@@ -170,7 +170,7 @@ def _check_pages(
             if name not in names:
                 continue
             values = unpacked = 0
-            for page in _pages(opened, column):
+            for page in _walk_pages(opened, column):
                 values, unpacked, pages = values + page.values, unpacked + page.size, pages + 1
                 if pages > MAX_PAGES:
                     raise _damaged(path, f"more than {MAX_PAGES:,} pages")
@@ -202,7 +202,7 @@ class _Page(NamedTuple):
     values: int
 
 
-def _pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
+def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
     """Yields the pages of a column in a row group, up to the number of values in the footer."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vidjax.data.untrusted.names import show
-from vidjax.utils.errors import DiskError, UserError, of_the_system
+from vidjax.utils.errors import DiskError, UserError, describe_system_error
 from vidjax.utils.machine import most_files
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
@@ -230,7 +230,7 @@ def _answer(
         kind = "os_error" if isinstance(error, OSError) else "error"
         return {kind: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
-        return {"os_error": of_the_system(error) or str(error), "errno": error.errno}
+        return {"os_error": describe_system_error(error) or str(error), "errno": error.errno}
 
 
 def run_limited(

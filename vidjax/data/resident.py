@@ -229,7 +229,7 @@ class Resident:
                         limit = layout.best.get(key, len(packed.quality))
                         tables[key][:, clip_index] = packed.start + begin, packed.length
                         for row in np.flatnonzero(packed.length > limit).tolist():
-                            best = fillers[name].append(_best_frames(packed, row, limit))
+                            best = fillers[name].append(_select_best_frames(packed, row, limit))
                             tables[key][:, clip_index[row]] = best, limit
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
@@ -279,7 +279,7 @@ def gather_modalities(
     ]
 
 
-def _best_frames(packed: Packed, row: int, count: int) -> Packed:
+def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
     """Returns the best `count` frames of a clip, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     chosen = best_frames(np.asarray(packed.quality[clip]), count)

@@ -34,7 +34,7 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
             "to read it: --config.data.name=arrays, or --config.data.name=iqiyi_vid for official "
             "files\nfor the synthetic dataset: --config.data.dir="
         )
-    options = _synthetic_options(data)
+    options = _parse_synthetic_options(data)
     # The digest of the source code is the version: any change of the code makes a new dataset.
     version = files.sha256_file(Path(synthetic.__file__))
     key = [data["size"], data["seed"], options._asdict(), version]
@@ -51,16 +51,16 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
 
 def open_iqiyi_vid(data: Section, cache_dir: CacheDir) -> RecordSource:
     """Returns the official files in the folder `config.data.dir`."""
-    return OfficialFiles(_directory(data, "official files"), cache_dir=cache_dir)
+    return OfficialFiles(_get_directory(data, "official files"), cache_dir=cache_dir)
 
 
 def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
     """Returns your own features in the folder `config.data.dir`, see `vidjax.data.arrays`."""
-    folder = _directory(data, "features")
+    folder = _get_directory(data, "features")
     return FeatureFolder(folder, quality=data["quality"], cache_dir=cache_dir)
 
 
-def _directory(data: Section, content: str) -> Path:
+def _get_directory(data: Section, content: str) -> Path:
     if not data["dir"]:
         raise UserError(
             f"config.data.dir is not set: name the folder of the {content}: "
@@ -157,7 +157,7 @@ def is_generated(name: str) -> bool:
     return name == "synthetic"
 
 
-def _synthetic_options(data: Section) -> SyntheticOptions:
+def _parse_synthetic_options(data: Section) -> SyntheticOptions:
     known = {name: data[name] for name in SyntheticOptions._fields if name in data}
     return SyntheticOptions(**known)
 
@@ -167,6 +167,6 @@ def describe(data: Section) -> str:
     name = data.get("name", "")
     if not is_generated(name):
         return name
-    changed = _synthetic_options(data).changed()
+    changed = _parse_synthetic_options(data).changed()
     words = "".join(f", {name} {value:g}" for name, value in changed.items())
     return f"{name}, size {data.get('size')}, seed {data.get('seed')}{words}"

@@ -266,14 +266,14 @@ class _World:
         pairs = rng.permutation(count)[: 2 * num_alike].reshape(2, num_alike)
         self.points, self.basis, self.pose, self.garbage = {}, {}, {}, {}
         for modality, kind in _MODALITIES.items():
-            points = _unit_points(rng, count if modality != "scene" else count // 2)
+            points = _draw_unit_points(rng, count if modality != "scene" else count // 2)
             if kind.resembles:
-                points[pairs[1]] = _resembling(rng, points[pairs[0]])
+                points[pairs[1]] = _draw_resembling(rng, points[pairs[0]])
             dim = size.dims[modality]
             self.points[modality] = points
-            self.basis[modality] = _orthonormal(rng, RANK, dim)  # [R, D]
-            self.pose[modality] = _orthonormal(rng, _POSE_RANK, RANK)  # [P, R]
-            self.garbage[modality] = _unit_points(rng, 1, dim)  # [1, D]
+            self.basis[modality] = _draw_orthonormal(rng, RANK, dim)  # [R, D]
+            self.pose[modality] = _draw_orthonormal(rng, _POSE_RANK, RANK)  # [P, R]
+            self.garbage[modality] = _draw_unit_points(rng, 1, dim)  # [1, D]
         self.popularity = rng.lognormal(0.0, 0.85, count)
         self.popularity /= self.popularity.mean()
         # A person appears mostly in the first programme, sometimes in the second or third.
@@ -310,9 +310,9 @@ class _Clips:
         for modality, kind in _MODALITIES.items():
             if modality == "scene":
                 continue
-            others = _unit_points(rng, num_strangers + total)
+            others = _draw_unit_points(rng, num_strangers + total)
             if kind.resembles:
-                others[near] = _resembling(rng, world.points[modality][near_to])
+                others[near] = _draw_resembling(rng, world.points[modality][near_to])
             self.points[modality] = np.concatenate([world.points[modality], others])
 
         lost = (self.labels > 0) & (rng.random(total) < _UNRECOGNISABLE_RATE)
@@ -364,7 +364,7 @@ class _Clips:
         stray = ~self.wrong_clip[rows][clip] & (rng.random(len(clip)) < _WRONG_FRAME_RATE)
         wrong = in_run | stray
         quality = self.quality[rows][clip] + rng.normal(0, 20.0, len(clip)) - 20.0 * wrong
-        number = 1 + rng.integers(0, 20, len(rows))[clip] + _frame_steps(rng, clip, position)
+        number = 1 + rng.integers(0, 20, len(rows))[clip] + _draw_frame_steps(rng, clip, position)
         width = 60 + 0.8 * np.clip(quality, 0, None) + rng.normal(0, 4, len(clip))
         centre = rng.uniform((300, 200), (980, 420), (len(rows), 2))[clip]
         centre += rng.normal(0, 6, centre.shape)
@@ -387,7 +387,7 @@ class _Clips:
                 present & ~self.lost[modality][rows],
                 np.bincount(clip[keep], minlength=len(rows)),
                 number[keep],
-                _boxes_about(centre[keep], width[keep] * _BOX_SCALE.get(modality, 0)),
+                _place_boxes(centre[keep], width[keep] * _BOX_SCALE.get(modality, 0)),
                 np.clip(detection, 0.5, 0.9999),
                 clarity,
                 self._features(modality, points, spread, track[keep], position[keep], clarity),
@@ -422,17 +422,17 @@ class _Clips:
         the same vector of length `spread` (a vector per track).
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
-        pose = _unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
-        shift = np.sqrt(0.5) * (pose + _unit_points(rng, num_tracks))
+        pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
+        shift = np.sqrt(0.5) * (pose + _draw_unit_points(rng, num_tracks))
         latent = points + (spread.astype(np.float32)[:, None] * shift)[track]  # [F, R]
         # The mean over frames reduces their noise, but not this slow drift.
         phase = rng.uniform(0, 2 * np.pi, num_tracks)[track] + position / 15
-        drift = _unit_points(rng, 2 * num_tracks).reshape(2, num_tracks, RANK)
+        drift = _draw_unit_points(rng, 2 * num_tracks).reshape(2, num_tracks, RANK)
         for wave, direction in zip((np.cos(phase), np.sin(phase)), drift, strict=True):
             latent += (0.3 * wave).astype(np.float32)[:, None] * direction[track]
         blur = np.exp(self.options.blur * np.clip(78 - quality, -80, 110) / 50)
         blur = blur.astype(np.float32)[:, None]
-        latent += 0.5 * blur * _unit_points(rng, num_frames)
+        latent += 0.5 * blur * _draw_unit_points(rng, num_frames)
         features = latent @ self.world.basis[modality]  # [F, D]
         dim = features.shape[1]
         features += (0.5 / np.sqrt(dim)) * blur * rng.standard_normal(features.shape, np.float32)
@@ -444,20 +444,20 @@ class _Clips:
         return features.astype(np.float32 if modality == "scene" else np.float16)
 
 
-def _unit_points(rng: np.random.Generator, count: int, dim: int = RANK) -> np.ndarray:
+def _draw_unit_points(rng: np.random.Generator, count: int, dim: int = RANK) -> np.ndarray:
     """Returns points [count, dim] float32, uniformly distributed on the unit sphere."""
     points = rng.standard_normal((count, dim), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
-def _resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
+def _draw_resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
     """Returns [n, R] float32 unit vectors whose cosine to `points` is about _LOOKALIKE_COSINE."""
     side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
-    mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _unit_points(rng, len(points))
+    mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _draw_unit_points(rng, len(points))
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
 
 
-def _orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
+def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
     """Returns orthonormal rows [rank, dim] float32."""
     return np.linalg.qr(rng.standard_normal((dim, rank)))[0].T.astype(np.float32)
 
@@ -471,7 +471,9 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
-def _frame_steps(rng: np.random.Generator, clip: np.ndarray, position: np.ndarray) -> np.ndarray:
+def _draw_frame_steps(
+    rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
+) -> np.ndarray:
     """Returns frame numbers [F], relative to the first frame of each clip.
 
     A number may repeat, because a frame may contain two faces.
@@ -481,7 +483,7 @@ def _frame_steps(rng: np.random.Generator, clip: np.ndarray, position: np.ndarra
     return total - total[position == 0][clip]
 
 
-def _boxes_about(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
+def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Returns boxes [F, 4] of `width` [F] around `centre` [F, 2], to a hundredth of a pixel."""
     half = np.stack([width / 2, width * 0.65], axis=1)
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)

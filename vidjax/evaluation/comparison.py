@@ -77,7 +77,7 @@ class Comparison(NamedTuple):
 
     def text(self) -> str:
         """Returns the comparison as a table for the terminal."""
-        head, rows = difference_table(self.runs, self.differences)
+        head, rows = make_difference_table(self.runs, self.differences)
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -114,10 +114,12 @@ class Comparison(NamedTuple):
 
     def to_latex(self) -> str:
         """Returns the table in LaTeX for a paper. It needs the package booktabs."""
-        names = short_names(self.runs)
+        names = shorten_names(self.runs)
         named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
-        head, rows = difference_table(named, self.differences)
-        lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]]
+        head, rows = make_difference_table(named, self.differences)
+        lines = [
+            " & ".join(_format_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]
+        ]
         body = "\n".join(lines[1:])
         note = "".join(f"% {line}\n" for text in sentences(self.runs) for line in text.splitlines())
         return (
@@ -130,7 +132,7 @@ class Comparison(NamedTuple):
         for name, content in {
             "comparison.json": files.to_json(self.to_dict()),
             "comparison.tex": self.to_latex(),
-            "comparison.html": _page(self.runs, self.differences),
+            "comparison.html": _render_page(self.runs, self.differences),
         }.items():
             files.write_text(folder / name, html.plain(content))
 
@@ -313,7 +315,7 @@ def _is_number(value: object) -> bool:
 Rows = list[list[str]]
 
 
-def difference_table(
+def make_difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of MAP and the differences in MAP, as plain text."""
@@ -339,7 +341,7 @@ def difference_table(
     return head, rows
 
 
-def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of CLIP_METRICS, as plain text.
 
     The table includes metrics that a user's file adds to CLIP_METRICS.
@@ -353,12 +355,12 @@ def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     return head, [list(row) for row in zip(*columns, strict=True)] if head[1:] else []
 
 
-def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
     every = [fields_of(run) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = [[name, *(values.get(name, "") for values in every)] for name in names]
-    return ["field", *short_names(runs)], [row for row in rows if len({*row[1:]}) > 1]
+    return ["field", *shorten_names(runs)], [row for row in rows if len({*row[1:]}) > 1]
 
 
 def fields_of(run: RankedRun) -> dict[str, str]:
@@ -420,32 +422,32 @@ LATEX = str.maketrans(
 )
 
 
-def _latex_cell(text: str) -> str:
+def _format_latex_cell(text: str) -> str:
     """Escapes text for LaTeX. Signed numbers are set in math mode, which has a real minus sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")
 
 
-def short_names(runs: Sequence[RankedRun]) -> list[str]:
+def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
     """Returns the last part of every run's path, or the whole paths if two last parts are equal."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
 
-def _page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
+def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as an HTML page."""
-    first, names = runs[0], short_names(runs)
+    first, names = runs[0], shorten_names(runs)
     caption = f"MAP and its difference to {first.name}"
     summary = [
-        _table(caption, *difference_table(runs, differences)),
+        _table(caption, *make_difference_table(runs, differences)),
         *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
         html.beside("figures", [_intervals(names, differences)]),
-        _table("Other metrics", *metric_table(runs)),
+        _table("Other metrics", *make_metric_table(runs)),
     ]
-    changed = html.table("Fields in which the configurations differ", *config_table(runs))
+    changed = html.table("Fields in which the configurations differ", *make_config_table(runs))
     others = zip(runs[1:], names[1:], strict=True)
-    gaps = [_largest_gaps(first, run, names[0], name) for run, name in others]
+    gaps = [_find_largest_gaps(first, run, names[0], name) for run, name in others]
     return html.page(
         f"Comparison of {', '.join(names[:-1])} and {names[-1]}",
         [
@@ -480,7 +482,7 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Marku
     return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
 
 
-def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
+def _find_largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
     gaps = run.ap - first.ap
     order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
     rows = [

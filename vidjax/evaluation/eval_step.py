@@ -33,7 +33,7 @@ def eval_step(
 
     A clip without a usable frame scores -inf.
     """
-    forward = _forward(system, params, model_state, batch)
+    forward = _make_forward(system, params, model_state, batch)
 
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
         output = forward(frames, mask)
@@ -50,7 +50,7 @@ def eval_step(
         return sum_scores(total)
 
     logs, reduce = system.scores_are_logs, system.config["eval"]["reduce"]
-    scores = _over_examples(system, view, batch, scores_of, logs=logs, reduce=reduce)
+    scores = _reduce_examples(system, view, batch, scores_of, logs=logs, reduce=reduce)
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
@@ -63,14 +63,14 @@ def embed_step(
     scores the example contributes a part of length 1. The embedding of a clip without a usable
     frame is 0.
     """
-    forward = _forward(system, params, model_state, batch)
+    forward = _make_forward(system, params, model_state, batch)
 
     def embedding_of(frames: Mapping[str, Frames], mask: Array) -> Array:
         output = forward(frames, mask)
         is_single = output.logits.shape[1] == 1
         return unit_vectors(output.embedding) if is_single else output.embedding
 
-    vectors = _over_examples(system, view, batch, embedding_of, logs=False, reduce="mean")
+    vectors = _reduce_examples(system, view, batch, embedding_of, logs=False, reduce="mean")
     usable = _is_usable(system, batch)[:, None]
     return jnp.where(usable, vectors, 0.0).astype(jnp.float32)
 
@@ -86,10 +86,10 @@ def attention_step(
     fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
         mask = batch.batch_mask[:, None]
-        return _forward(system, params, model_state, batch)(fused, mask).attention
+        return _make_forward(system, params, model_state, batch)(fused, mask).attention
 
 
-def _forward(
+def _make_forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
     """Returns a function that applies the model to G examples per clip: frames and mask [B, G]."""
@@ -114,7 +114,7 @@ def _is_usable(system: System, batch: Batch) -> Array:
     return fusion.has_frames({name: batch.frames[name] for name in system.fuse_eval})
 
 
-def _over_examples(
+def _reduce_examples(
     system: System,
     view: Array,
     batch: Batch,
@@ -135,7 +135,7 @@ def _over_examples(
             return values_of(fused, batch.batch_mask[:, None])
         _, exists = system.to_examples(fused)
         weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
-        count, size = exists.shape[1], _examples_at_once(*exists.shape)
+        count, size = exists.shape[1], _choose_num_examples(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
             """Returns the G examples of x [B, T', ...] from `first` on, [B, G, ...]."""
@@ -178,7 +178,7 @@ def _over_examples(
         return mean_scores(jax.lax.fori_loop(0, blocks, add, no_scores(nothing, logs=logs)))
 
 
-def _examples_at_once(clips: int, examples: int) -> int:
+def _choose_num_examples(clips: int, examples: int) -> int:
     """Returns the number of examples of each clip that are computed together.
 
     Blocks of many clips compute a single example at a time, to save memory. An exported function

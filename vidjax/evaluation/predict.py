@@ -27,7 +27,7 @@ from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
-from vidjax.evaluation.restore import check_widths, find_run, load_weights, sets_for
+from vidjax.evaluation.restore import check_widths, find_run, load_weights, select_sets
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
 from vidjax.models.system import System, make_system
 from vidjax.runs import config_io
@@ -240,7 +240,7 @@ class Predictor(NamedTuple):
             advance(len(block[1]))  # counting the mask would wait for the device
         top = running.finish()
         names = {int(place): n for place, n in zip(request.clip_index, request.names, strict=True)}
-        return as_lists(self.identities, names, top)
+        return convert_to_lists(self.identities, names, top)
 
     def embed(
         self,
@@ -323,7 +323,7 @@ class Predictor(NamedTuple):
 
     def model_for(self, request: Request) -> TrainedModel:
         """Returns the model for a request. The training sets decide which members score a clip."""
-        sets = sets_for(self.training_sets, self.manifest["data"], request.data, request.split)
+        sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
@@ -380,7 +380,7 @@ def restore(
         workdir=workdir,
         step=run.manifest["step"],
         manifest=run.manifest,
-        results=_results_of(folder, run.manifest["step"]),
+        results=_read_results(folder, run.manifest["step"]),
         config=config,
         identities=run.identities,
         modalities=dict(run.task.modalities),
@@ -394,7 +394,7 @@ def restore(
     )
 
 
-def _results_of(folder: RunFolder, step: int) -> Mapping[str, Any]:
+def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
     """Returns the content of `metrics.json`, or {} if the file has results of another step.
 
     If the file is damaged, the function warns and returns {}.
@@ -407,7 +407,7 @@ def _results_of(folder: RunFolder, step: int) -> Mapping[str, Any]:
     return results if results.get("step") == step else {}
 
 
-def as_lists(
+def convert_to_lists(
     identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
 ) -> dict[str, list[tuple[str, float]]]:
     """Returns identity -> its clips as (name, score), best first.

@@ -66,7 +66,7 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
     params, model_state = load_weights(run, system, mesh)
     step = make_eval_step(system, mesh)
     name = str(run.folder.path)
-    sets = sets_for(run.training_sets, run.manifest["data"], data, config.eval.split)
+    sets = select_sets(run.training_sets, run.manifest["data"], data, config.eval.split)
     return TrainedModel(name, system, step, params, model_state, sets, data)
 
 
@@ -92,7 +92,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
             f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
             f"{spoilt}"
         )
-    task = task_of(manifest)
+    task = read_task(manifest)
     if tuple(config.modalities) != tuple(task.modalities):
         raise UserError(
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
@@ -125,7 +125,7 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
             )
 
 
-def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
+def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
     """Reads the task of a run from the manifest of a checkpoint."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
     fields = (task.settings or {}).items()
@@ -261,7 +261,7 @@ def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | N
     return f"{split} has other {' and '.join(others)}" if others else ""
 
 
-def sets_for(
+def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
     """Returns the training sets that decide which members score the clips of a split of `data`.

@@ -199,7 +199,7 @@ def windows(
             _check_memory(model.system, plan, block_size, mesh)
         streams.append(group[0].data.eval_batches(plan, rows=rows))
     single = sum(len(model.training_sets.members) for model in models) == 1
-    most = 1 if single else window_rows(models[0].system.task.num_identities)
+    most = 1 if single else choose_window_rows(models[0].system.task.num_identities)
     window: list[dict[int, Batch]] = []
     size = 0
     for host in zip(*streams, strict=True):
@@ -216,7 +216,7 @@ def windows(
         yield [[batches[id(model.data)] for batches in window] for model in models]
 
 
-def window_rows(num_identities: int) -> int:
+def choose_window_rows(num_identities: int) -> int:
     """Returns the number of clips in a window, limited so that their scores fit WAITING_BYTES."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
@@ -273,7 +273,7 @@ class Evaluation(NamedTuple):
     results: dict[str, Any]
 
 
-def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
+def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
     """Returns [C] int, the number of ground-truth clips of every identity in a pool [N] bool."""
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside
@@ -281,7 +281,7 @@ def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
 
 def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
     """Returns the MAP of a top k over a pool [N] bool, or None if the pool has no positive clip."""
-    positives = positives_in(split, pool)
+    positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
     others = split.num_others if pool.all() else 0
@@ -370,7 +370,7 @@ class _Ranker:
         each_member: bool,
     ):
         num_identities = models[0].system.task.num_identities
-        rows = min(window_rows(num_identities), len(pool))
+        rows = min(choose_window_rows(num_identities), len(pool))
         new_ranking = functools.partial(topk.RunningTopK, num_identities, rows=rows, mesh=mesh)
         self._models, self._scorers = models, scorers
         self.ranking = new_ranking()
@@ -429,7 +429,7 @@ def _compute_metrics(
         results |= {
             "map": value,
             "map_kind": _map_kind(split.name, scorers),
-            "num_map_identities": int(np.sum(positives_in(split, pool) > 0)) + others,
+            "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
         }
         for name, metric in metrics.CLIP_METRICS.items():
             results[name] = metric.fn(clips, split.labels)

@@ -58,7 +58,7 @@ class Difference(NamedTuple):
 
 def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float]:
     """Returns the bounds of the 95 % interval of MAP from average precisions [C] in 0..1."""
-    return _bounds(_drawn_means(averages, UNSEEN, draws), averages)
+    return _compute_bounds(_draw_means(averages, UNSEEN, draws), averages)
 
 
 def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
@@ -66,12 +66,12 @@ def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float,
 
     The two-sided p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0.
     """
-    means = _drawn_means(gaps, UNSEEN_GAP, draws)
+    means = _draw_means(gaps, UNSEEN_GAP, draws)
     beyond = min(np.sum(means <= 0), np.sum(means >= 0))
-    return *_bounds(means, gaps), min(1.0, 2 * float(1 + beyond) / (1 + draws))
+    return *_compute_bounds(means, gaps), min(1.0, 2 * float(1 + beyond) / (1 + draws))
 
 
-def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
+def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
     """Returns [draws] means of values [C] with random weights (Bayesian bootstrap).
 
     `unseen` maps further values to their weights, where each of the C values has weight 1. The
@@ -90,7 +90,7 @@ def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) 
     return weighted / total
 
 
-def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
     """Returns the range of the middle 95 % of `means`, widened to include the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low, high = (

@@ -18,7 +18,7 @@ from vidjax.models.layers import (
     Linear,
     ResidualBlock,
     batch_norm,
-    kept_modalities,
+    choose_kept_modalities,
     real_frames,
     unit_vectors,
 )
@@ -92,7 +92,7 @@ class DeepMEF(Identifier):
         """Computes logits [B, 1, 1 + C], with the input of the classifier as embedding."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         has_frames = jnp.any(present, axis=1)
-        present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
+        present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
 
         published = self.layer_form == "published"
         vectors = []

@@ -18,7 +18,7 @@ from vidjax.models.layers import (
     Linear,
     ResidualBlock,
     check_head,
-    kept_modalities,
+    choose_kept_modalities,
     real_frames,
     unit_vectors,
 )
@@ -94,7 +94,7 @@ class DenseIdentifier(Identifier):
         frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not change the batch statistics.
         has_frames = jnp.any(present, axis=1)
-        present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
+        present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
         means = [
             fusion.mean_frame(real).features[:, 0] * present[:, i, None]
             for i, real in enumerate(frames.values())
@@ -260,7 +260,7 @@ class CosineIdentifier(Identifier):
         Without dropout the logits lie in [-s, s]. The logits of clips without frames are 0.
         """
         frames, present = real_frames(frames, self.modalities, clips.mask)
-        kept = kept_modalities(self, present, self.modality_dropout_rate, train=train)
+        kept = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         first = 0.5 ** jnp.arange(len(self.modalities), dtype=param_dtype)
         weights = self.param("weights", lambda _: first)

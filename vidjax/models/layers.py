@@ -46,7 +46,7 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
     return present & ((uniforms >= rate) | last)
 
 
-def kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
+def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
     """Returns `present` [B, M]; in training, applies `drop_modalities` (rng `modality_dropout`)."""
     if not train or not rate:
         return present

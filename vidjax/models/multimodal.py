@@ -17,7 +17,7 @@ from vidjax.models.layers import (
     Linear,
     NetVLAD,
     check_head,
-    kept_modalities,
+    choose_kept_modalities,
     real_frames,
     unit_vectors,
 )
@@ -112,7 +112,7 @@ class MultimodalIdentifier(Identifier):
         """Computes logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        present = kept_modalities(self, present, self.modality_dropout_rate, train=train)
+        present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
 
         vectors, vector_mask, attention = [], [], None
         for position, name in enumerate(self.modalities):

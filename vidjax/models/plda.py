@@ -163,7 +163,7 @@ class PLDAIdentifier(Identifier):
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]
-            space = two_covariance.blank_space(self.modalities[name])
+            space = two_covariance.make_blank_space(self.modalities[name])
             if np.sum(count) > 0:
                 space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])

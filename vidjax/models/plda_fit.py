@@ -35,7 +35,7 @@ from vidjax.core.losses import log_softmax
 from vidjax.models import two_covariance
 from vidjax.models.base import TrainingClips
 from vidjax.models.layers import unit_vectors
-from vidjax.models.two_covariance import Enrolled, Settings, Space, stranger_logit
+from vidjax.models.two_covariance import Enrolled, Settings, Space, compute_stranger_logit
 from vidjax.utils.machine import num_cores
 
 # Shares of shrinkage that are tried. While a share is chosen, the other has its first value.
@@ -88,8 +88,8 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
     """Computes the logits of clips from their log-likelihood ratios in each modality.
 
     The logit of an identity is a sum over the modalities of the clip. It adds scale x ratio, or
-    `unenrolled` if no clip of the identity has the modality. The logit of a stranger is
-    `stranger_logit`, because with more people it is more likely that someone resembles a stranger.
+    `unenrolled` if no clip of the identity has the modality. `compute_stranger_logit` gives the
+    logit of a stranger: among more people, it is more likely that someone resembles a stranger.
 
     Args:
       ratios: [M, B, K] float.
@@ -104,7 +104,7 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
     logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
     anywhere = jnp.any(known, axis=0)
     logits = jnp.where(anywhere, logits, -jnp.inf)
-    stranger = stranger_logit(settings, jnp.sum(anywhere), jnp)
+    stranger = compute_stranger_logit(settings, jnp.sum(anywhere), jnp)
     return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
 
 

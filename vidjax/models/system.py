@@ -85,7 +85,7 @@ class System(NamedTuple):
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the parameters of a member. Returns them and the other collections."""
-        fused = self.fuse(fuse_rng, blank_clip(self.task.modalities), jnp.int32(0))
+        fused = self.fuse(fuse_rng, make_blank_clip(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
@@ -130,7 +130,7 @@ class System(NamedTuple):
         return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
 
 
-def blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
+def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
     """Returns a clip of a single frame, because the shapes of parameters depend only on widths."""
     row = jnp.zeros((1, 1))
     return {
@@ -294,7 +294,7 @@ def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
     return jax.nn.log_sigmoid(logits)
 
 
-def _logits(logits: Array, class_mask: Array) -> Array:
+def _compute_logits(logits: Array, class_mask: Array) -> Array:
     """Returns the logits unchanged."""
     return logits
 
@@ -304,5 +304,5 @@ def _logits(logits: Array, class_mask: Array) -> Array:
 SCORES = {
     "log_softmax": (losses.log_softmax, True),
     "log_sigmoid": (_log_sigmoid, True),
-    "logits": (_logits, False),
+    "logits": (_compute_logits, False),
 }

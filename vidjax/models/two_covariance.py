@@ -202,11 +202,13 @@ def fit(part: Mapping[str, Array], settings: Settings) -> Space:
     return make_space(covariances(sums), within=settings.within, between=settings.between)
 
 
-def blank_space(width: int) -> Space:
+def make_blank_space(width: int) -> Space:
     """Returns the space of a modality that no training clip has: all its ratios are 0."""
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 
-def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:
+def compute_stranger_logit(
+    settings: Settings, num_known: Array | int, xp: ModuleType = np
+) -> Array:
     """Returns the logit of a stranger against the known identities, stranger + log(num_known)."""
     return settings.stranger + xp.log(xp.maximum(num_known, 1))

@@ -232,7 +232,7 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
         with _damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
-            if files.sha256_opened(opened) != digest:
+            if files.hash_opened(opened) != digest:
                 raise DamagedError(f"file damaged (sha256 differs): '{file}'")
     return manifest
 

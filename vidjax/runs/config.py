@@ -426,7 +426,7 @@ def _out_of_range(values: Values) -> Iterator[str]:
         numbers = list(_numbers(value))
         if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
             yield f"config.{name}: a whole number does not fit into 64 bits"
-        elif field and (wanted := _violated(field, value)):
+        elif field and (wanted := _find_violated(field, value)):
             yield f"{text}: must be {wanted}"
         elif field and field.choices and value not in field.choices:
             yield f"config.{name}='{value}': choose from {', '.join(field.choices)}"
@@ -436,7 +436,7 @@ def _out_of_range(values: Values) -> Iterator[str]:
             yield f"{text}: must lie between 0 and 1"
 
 
-def _violated(field: Field, value: float) -> str:
+def _find_violated(field: Field, value: float) -> str:
     """Returns the range of a field in words if a value lies outside the range, or ""."""
     bounds = [
         ("at least", field.low, operator.ge),

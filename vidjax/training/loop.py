@@ -279,7 +279,7 @@ class TrainingRun:
         check_resumes(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
-        items = checkpoint.load(newest, train_step.as_items(jax.eval_shape(init)), sharding)
+        items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.set_aside_later(workdir, manifest["step"])
         return train_step.from_items(items), manifest
 
@@ -374,7 +374,7 @@ class TrainingRun:
         logs.metrics(self.step, values)
         # Every state gets new arrays, because the next step donates them.
         self._states = [
-            state.replace(sums=self._replicate(train_step.zero_sums(self._group_size)))
+            state.replace(sums=self._replicate(train_step.make_zero_sums(self._group_size)))
             for state in self._states
         ]
         rate = statistics.median(self._rates[self._num_logged :])
@@ -424,7 +424,7 @@ class TrainingRun:
         """Saves a checkpoint with `more` in its manifest, or only adds `more` to a saved step."""
         check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
-        checkpoint.save(self._workdir, self.step, train_step.as_items(self.state), info)
+        checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self._last_save = time.monotonic()
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:

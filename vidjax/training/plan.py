@@ -27,7 +27,7 @@ from vidjax.data.clips import (
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
-from vidjax.models.system import TaskSpec, blank_clip, make_fusions, make_model, make_system
+from vidjax.models.system import TaskSpec, make_blank_clip, make_fusions, make_model, make_system
 from vidjax.runs import config as config_lib
 from vidjax.runs import results
 from vidjax.runs.config import Config
@@ -96,7 +96,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     trained = ensemble.partition(
         members, labels, spec["folds"], config.seed, spec["resample"]
     )  # [E, N]
-    weight = trained * _clip_weights(config, labels, clips)
+    weight = trained * _compute_clip_weights(config, labels, clips)
     if config.data.distractors == "leave_out":
         weight = weight * (labels > 0)
     training_sets = ensemble.TrainingSets(members, clips, trained > 0)
@@ -105,7 +105,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     if config.data.distractors == "noise":  # slow, so it comes after the other checks
         labels, layout = label_distractors(config, data, labels)
         num_clusters = layout.num_clusters
-        weight = trained * _clip_weights(config, labels, clips)  # by the sizes of the new classes
+        weight = trained * _compute_clip_weights(
+            config, labels, clips
+        )  # by the sizes of the new classes
     batches = make_batch_plan(
         splits,
         tuple(modalities),
@@ -320,7 +322,7 @@ def dry_run(config: Config) -> None:
     def init() -> train_step.TrainState:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
-        system.fuse(None, blank_clip(widths), jnp.int32(0))  # as an evaluation does
+        system.fuse(None, make_blank_clip(widths), jnp.int32(0))  # as an evaluation does
         return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
 
     try:
@@ -356,7 +358,7 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     )
 
 
-def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
+def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
     """Computes [N] float, the weight of every training clip, from its class and `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)

@@ -70,7 +70,7 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
         rng=rngs,
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
-        sums=zero_sums(len(labels)),
+        sums=make_zero_sums(len(labels)),
     )
 
 
@@ -98,7 +98,7 @@ def _init_optimizer(
     return jax.vmap(tx.init, axis_size=num_members)(params)
 
 
-def zero_sums(num_members: int) -> dict[str, Array]:
+def make_zero_sums(num_members: int) -> dict[str, Array]:
     """Returns sums of 0, metric -> [E] float32."""
     names = ("loss", "correct", "weight", "bad_steps")
     return {name: jnp.zeros(num_members, jnp.float32) for name in names}
@@ -117,7 +117,7 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
     return ensemble.merge(parts).replace(step=states[0].step)
 
 
-def as_items(state: TrainState) -> dict[str, Any]:
+def convert_to_items(state: TrainState) -> dict[str, Any]:
     """Returns the items of a checkpoint. Evaluation reads only `params` and `model_state`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     items = {name: rest.pop(name) for name in ("params", "model_state")}
@@ -151,7 +151,7 @@ def train_step(
     members = (state.replace(step=None, rng=None, labels=None), inputs)
 
     def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
-        return member_step(system, state.step, learned, batch, inputs)
+        return take_member_step(system, state.step, learned, batch, inputs)
 
     if len(state.rng) > 1:
         learned, losses = jax.vmap(step)(*members)
@@ -162,7 +162,7 @@ def train_step(
     return new, losses
 
 
-def member_step(
+def take_member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
     """Takes an optimiser step of a member. Returns its new state and its loss [].
@@ -200,7 +200,7 @@ def member_step(
         )
         losses = [system.objective(output, repeat(x), mask, step) for x, _ in clips.targets]
         per_clip = sum(
-            share * mean_over_examples(loss, exists)
+            share * average_over_examples(loss, exists)
             for loss, (_, share) in zip(losses, clips.targets, strict=True)
         )
         counted = clips.weight > 0 if by_clips else clips.weight
@@ -210,7 +210,7 @@ def member_step(
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (logits, model_state)), grads = gradient(learned.params)
     is_right = is_best(jnp.where(system.class_mask, logits, -jnp.inf), labels)
-    correct = mean_over_examples(is_right, exists)
+    correct = average_over_examples(is_right, exists)
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
 
@@ -281,7 +281,7 @@ def _draw_clips(
     return clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
 
 
-def mean_over_examples(values: Array, exists: Array) -> Array:
+def average_over_examples(values: Array, exists: Array) -> Array:
     """Averages values [B T'] over the examples `exists` [B, T'] of each clip; 0 if it has none."""
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)

@@ -133,7 +133,7 @@ REMEDIES = {
 _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
-def of_the_system(error: BaseException) -> str | None:
+def describe_system_error(error: BaseException) -> str | None:
     """Returns the message of a system error that a user can mend, or None for any other error."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-from vidjax.utils.errors import Expected, UserError, VidjaxWarning, of_the_system, printable
+from vidjax.utils.errors import Expected, UserError, VidjaxWarning, describe_system_error, printable
 
 QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
 
@@ -275,7 +275,7 @@ def text_of(error: Exception) -> str:
             "fewer frames: --config.data.max_frames=32, or clips from disk: "
             "--config.data.mode=streaming"
         )
-    return of_the_system(error) or str(error)
+    return describe_system_error(error) or str(error)
 
 
 def is_memory(error: BaseException) -> bool:
@@ -291,7 +291,7 @@ def exit_code(error: Exception) -> int | None:
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):
         return error.exit_code
-    return 2 if is_memory(error) or of_the_system(error) else None
+    return 2 if is_memory(error) or describe_system_error(error) else None
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:

@@ -26,7 +26,7 @@ def log_probabilities(arrays, vectors):
             }
             x = u - values["mean"]
             if "card" in values:
-                ratio = _distance_ratios(values, x)
+                ratio = _compute_distance_ratios(values, x)
             else:
                 z = x @ values["transform"]
                 squares = (z**2 @ values["curve"].T)[:, values["kind"].astype(int)]
@@ -53,7 +53,7 @@ def log_probabilities(arrays, vectors):
     return np.where(lack < 0.5, np.log1p(-np.minimum(lack, 0.5)), logs - np.log(members))
 
 
-def _distance_ratios(values, x):
+def _compute_distance_ratios(values, x):
     """Returns the log-likelihood ratios [Q, N] of a part that is compared by distance.
 
     A card of its net describes the distances. The mean is already subtracted from x [Q, D].

@@ -104,7 +104,7 @@ def _select_entries(manifest: Mapping[str, Any], *, without_step: bool = False) 
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
     """Returns the shapes and dtypes of the weights of a configuration and a manifest."""
-    task = restore.task_of(manifest)
+    task = restore.read_task(manifest)
     system = make_system(config.to_dict(), task)
     return dict(zip(ITEMS, system.shapes(members), strict=True))
 

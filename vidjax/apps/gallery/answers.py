@@ -261,7 +261,7 @@ def describe_rule(rule: NamingRule) -> dict[str, str]:
     return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
 
-def rule_as_json(rule: NamingRule) -> dict[str, object]:
+def convert_rule_to_json(rule: NamingRule) -> dict[str, object]:
     """Returns a rule as plain values for JSON."""
     score = rule.score if math.isfinite(rule.score) else None
     return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
@@ -282,7 +282,7 @@ def write(path: Path, answers: Answers) -> None:
     """Writes answers to a new file, see `vidjax.utils.tables.write`."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
     objects = itertools.starmap(as_json, answers.items())
-    tables.write(path, _kinds(most), _rows(answers, most), objects)
+    tables.write(path, _list_kinds(most), _rows(answers, most), objects)
 
 
 class Identify(bulk.Work):
@@ -292,10 +292,10 @@ class Identify(bulk.Work):
         """Returns the answers for clips, by column."""
         answers = self.trained.identify(clips, **self.options)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
-        return tables.by_column(_kinds(most), list(_rows(answers, most)))
+        return tables.by_column(_list_kinds(most), list(_rows(answers, most)))
 
 
-def _kinds(most: int) -> dict[str, str]:
+def _list_kinds(most: int) -> dict[str, str]:
     kinds = {"clip": "string", "identity": "string", "probability": "float64", "score": "float64"}
     for place in range(1, most + 1):
         kinds |= {f"best_{place}": "string", f"probability_{place}": "float64"}

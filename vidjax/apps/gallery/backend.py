@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 
 from vidjax.models import distance, two_covariance
 from vidjax.models.distance import Distances
-from vidjax.models.two_covariance import Settings, Space, blank_space
+from vidjax.models.two_covariance import Settings, Space, make_blank_space
 from vidjax.runs.terminal import say
 from vidjax.utils.machine import num_cores
 
@@ -221,7 +221,7 @@ def fit(
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
         width = x.shape[1]
-        part = Part(name, np.zeros(width), blank_space(width))
+        part = Part(name, np.zeros(width), make_blank_space(width))
         if present.any():
             x = np.asarray(x[present], np.float64)
             if not centred:
@@ -523,7 +523,7 @@ class Index:
         `rows` [R] are the k or more most probable people, and `fine` [R] float64 their logits.
         `has_part` is [M] bool.
         """
-        new = float(two_covariance.stranger_logit(self.backend.settings, len(self.names)))
+        new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
         effective = [np.ones(len(x)) for x in units]
         if owner is not None:

@@ -11,10 +11,10 @@ from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.untrusted.names import (
     check_name,
     clean_identity,
+    find_similar_names,
     is_unknown,
     normal_form,
     show,
-    similar_names,
 )
 from vidjax.utils.errors import UserError, check_argument, closest
 
@@ -108,7 +108,7 @@ class Draft:
                 "list --clips names all people and clips"
             )
         if old.identity == identity:
-            raise UserError(f"clip '{show(clip)}' shows {_whom(identity)} already")
+            raise UserError(f"clip '{show(clip)}' shows {_describe_person(identity)} already")
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
 
@@ -144,7 +144,7 @@ class Draft:
             return False
         problem = ""
         if old.identity not in (None, clip.identity):
-            problem = f"as {_whom(old.identity)}, not {_whom(clip.identity)}"
+            problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
         elif old.vector.tobytes() != clip.vector.tobytes():
             problem = (
                 "with another vector: its features have changed, or another clip has this name"
@@ -162,7 +162,7 @@ class Draft:
     def similar(self) -> dict[str, str]:
         """New person -> an enrolled person with a similar name."""
         new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
-        return similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
+        return find_similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
     def _pairs(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
         """Returns (old, new) for each changed clip; None if the clip did not or does not exist."""
@@ -201,7 +201,7 @@ class Draft:
         return state, people
 
 
-def _whom(identity: str | None) -> str:
+def _describe_person(identity: str | None) -> str:
     return "a stranger" if identity is None else f"'{show(identity)}'"
 
 
@@ -214,14 +214,16 @@ def enrol(
     cards, the distances of the vectors show how alike clips are; see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
-    films = by_film(names, clips, cut_film_name if backend.parts[0].distances is None else str)
+    films = group_by_film(
+        names, clips, cut_film_name if backend.parts[0].distances is None else str
+    )
     place = {identity: number for number, identity in enumerate(groups)}
     owner = np.array([place[identity] for identity, _ in films], int)
     vectors = stack_films(films.values(), clips, backend.widths)
     return backend.enrol(tuple(groups), vectors, owner)
 
 
-def by_film(
+def group_by_film(
     names: Iterable[str],
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,

@@ -41,7 +41,14 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import grouping
 from vidjax.apps.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, NamingRule, Threshold
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
-from vidjax.apps.gallery.changes import Draft, by_film, check_clip, check_person, enrol, stack_films
+from vidjax.apps.gallery.changes import (
+    Draft,
+    check_clip,
+    check_person,
+    enrol,
+    group_by_film,
+    stack_films,
+)
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,
@@ -58,7 +65,7 @@ from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
-from vidjax.data.untrusted.names import normal_form, show, similar_names
+from vidjax.data.untrusted.names import find_similar_names, normal_form, show
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import say, uncounted
 from vidjax.utils import files
@@ -191,7 +198,7 @@ class Gallery:
             vectors = embed(run, data, split)
             widths = {name: x.shape[1] for name, x in vectors.parts.items()}
             labelled += sum(label is not None for label in vectors.labels)
-            for name, clip in usable_clips(vectors).items():
+            for name, clip in select_usable_clips(vectors).items():
                 if clip.identity is not None:
                     clips[name] = clip._replace(fitted=True)
         if not labelled:
@@ -207,7 +214,7 @@ class Gallery:
         chosen = strangers or run.config.eval.split
         kept = {} if empty else clips
         if strangers or data.split(chosen).labelled:
-            usable = usable_clips(embed(run, data, chosen))
+            usable = select_usable_clips(embed(run, data, chosen))
             new = {n: c for n, c in usable.items() if c.identity is None and n not in clips}
             kept = new | kept
         return cls.of_clips(folder, origin, backend, kept, run=run)
@@ -256,7 +263,7 @@ class Gallery:
         store = Store(path)
         state = _state(1, origin, backend, clips)
         store.create(state)
-        _warn_of_similar(path, similar_names(state.people, ()))
+        _warn_of_similar(path, find_similar_names(state.people, ()))
         return cls(path, run=run)
 
     def __repr__(self) -> str:
@@ -428,7 +435,7 @@ class Gallery:
                 return
             state, people = draft.state()
             if draft.refits:
-                state = _refitted(state)
+                state = _refit(state)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
@@ -478,7 +485,7 @@ class Gallery:
                 )
             raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
         labels = [None if label is None else check_person(label) for label in vectors.labels]
-        usable = usable_clips(vectors._replace(labels=tuple(labels)))
+        usable = select_usable_clips(vectors._replace(labels=tuple(labels)))
         chosen = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
         if not chosen:
@@ -486,7 +493,7 @@ class Gallery:
         with self.change() as draft:
             new = draft.add(chosen)
         groups, people = self._state.groups, {c.identity or STRANGER for c in chosen.values()}
-        _advise_other_days({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
+        _advise_other_films({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
@@ -570,7 +577,7 @@ class Gallery:
             )
             _check_width(wide)
             clips = {
-                name: clip._replace(vector=_widened(clip.vector, backend, wide))
+                name: clip._replace(vector=_widen(clip.vector, backend, wide))
                 for name, clip in state.clips.items()
             }
             state = _state(state.version + 1, origin, wide, clips)
@@ -771,7 +778,7 @@ class Gallery:
         if rule is not None:
             scores, index = np.asarray(top.scores), np.asarray(top.index)
             top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
-        return predict.as_lists(identities, names, top)
+        return predict.convert_to_lists(identities, names, top)
 
 
 def check_new(folder: Path) -> None:
@@ -800,7 +807,7 @@ def _check_width(backend: Backend) -> int:
     return width
 
 
-def _widened(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
+def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
     """Returns the vector of a clip with zeros for the parts that only `wide` has."""
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
@@ -855,7 +862,7 @@ def embed(
     source, split, places, names, _ = run.request(clips, split)
     values: np.ndarray | None = None
     chosen = source.split(split)
-    for batch in padded_batches(source, split, tuple(run.modalities), EMBED_ROWS):
+    for batch in pad_batches(source, split, tuple(run.modalities), EMBED_ROWS):
         (block,) = run.embed_blocks([batch])
         if values is None:
             values = np.zeros((len(chosen.clips), block.shape[1]), np.float32)
@@ -865,10 +872,10 @@ def embed(
     assert values is not None  # there are clips
     people = (None, *source.identities) if chosen.labelled else (None,)
     labels = tuple(people[label] for label in chosen.labels[places].tolist())
-    return Vectors(names, _parts(run, values[places]), labels)
+    return Vectors(names, _make_parts(run, values[places]), labels)
 
 
-def padded_batches(
+def pad_batches(
     source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
 ) -> "Iterator[Batch]":
     """Yields the clips of a split in batches of `rows`.
@@ -884,7 +891,7 @@ def padded_batches(
         yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=rows)
 
 
-def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
+def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     """Splits embeddings [N, sum of D] into unit vectors.
 
     A PLDA run has a part per modality. Another run has the single part EMBEDDING.
@@ -899,7 +906,7 @@ def _parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     return parts
 
 
-def usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
+def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
     """Returns name -> clip for the clips with a usable frame."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
@@ -928,7 +935,7 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         )
 
 
-def _advise_other_days(groups: Mapping[str, Collection[str]]) -> None:
+def _advise_other_films(groups: Mapping[str, Collection[str]]) -> None:
     """Reports people with several clips, all of the same film; `groups` is name -> clips."""
     few = [
         name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})
@@ -951,7 +958,7 @@ def fit_backend(
     is used for fitting, and their mean for enrolment.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    films = by_film(names, clips)
+    films = group_by_film(names, clips)
     people = np.array([identity for identity, _ in films], object)
     labels = 1 + np.unique(people, return_inverse=True)[1]
     ends = np.cumsum(list(widths.values()))[:-1].tolist()
@@ -962,7 +969,7 @@ def fit_backend(
     return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
 
 
-def _refitted(state: State) -> State:
+def _refit(state: State) -> State:
     """Returns the state with a back end that is fitted to the clips of the state."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {

@@ -237,7 +237,7 @@ class Store:
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
-            with _errors(self.path, write=write):
+            with _translate_errors(self.path, write=write):
                 if write:
                     connection.execute("PRAGMA synchronous=EXTRA")
                     connection.execute(f"PRAGMA busy_timeout={1000 * LOCK_SECONDS:.0f}")
@@ -270,12 +270,12 @@ class Store:
 
     def sha256(self) -> bytes:
         """Returns the sha256 of the state in the file. Different states have different values."""
-        with self.open() as connection, _errors(self.path):
-            return _facts_row(connection)[1]
+        with self.open() as connection, _translate_errors(self.path):
+            return _read_facts_row(connection)[1]
 
     def read(self) -> State:
         """Reads the file and checks it."""
-        with self.open() as connection, _errors(self.path), _no_collection():
+        with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("its pages are inconsistent")
             return _read(connection)
@@ -289,7 +289,7 @@ class Store:
         with self.open(write=True) as connection:
             if _version(connection)[1]:
                 raise UserError(f"'{self.folder}' holds a gallery: name another folder")
-            with _errors(self.path, write=True):
+            with _translate_errors(self.path, write=True):
                 for table, columns in SCHEMA.items():
                     connection.execute(f"CREATE TABLE {table} {columns}")
                 connection.execute(f"PRAGMA user_version={FORMAT}")
@@ -313,16 +313,16 @@ class Store:
         Raises:
           InUseError: the file has changed since the state was made.
         """
-        with _errors(self.path):
-            changed = bool(state.sha256) and _facts_row(connection)[1] != state.sha256
+        with _translate_errors(self.path):
+            changed = bool(state.sha256) and _read_facts_row(connection)[1] != state.sha256
         if changed:
             raise InUseError(f"gallery '{self.folder}' was changed meanwhile\ntry again")
-        with _errors(self.path, write=True):
+        with _translate_errors(self.path, write=True):
             if new is not None and people is not None and state.rows:
                 rows = state.rows - _take_out(connection, "clip", new)
                 rows -= _take_out(connection, "person", people.names)
-                rows += _insert(connection, "person", _person_rows(people))
-                rows += _insert(connection, "clip", _clip_rows(new))
+                rows += _insert(connection, "person", _make_person_rows(people))
+                rows += _insert(connection, "clip", _make_clip_rows(new))
             else:
                 for table in SCHEMA:
                     connection.execute(f"DELETE FROM {table}")
@@ -332,9 +332,9 @@ class Store:
                     for at in range(0, len(numbers), BACKEND_ROW_NUMBERS)
                 )
                 rows = _insert(connection, "backend", enumerate(map(np.ndarray.tobytes, pieces)))
-                blocks = map(_person_rows, state.index.blocks)
+                blocks = map(_make_person_rows, state.index.blocks)
                 rows += _insert(connection, "person", heapq.merge(*blocks))
-                rows += _insert(connection, "clip", _clip_rows(state.clips))
+                rows += _insert(connection, "clip", _make_clip_rows(state.clips))
             state = state._replace(rows=rows % (1 << 256))
             text = _facts(state)
             sha256 = hashlib.sha256(text.encode()).digest()
@@ -345,7 +345,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def _pause_collection() -> Iterator[None]:
     """Stops the garbage collector, which would double the time of reading and free nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -362,7 +362,7 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 
 
 @contextlib.contextmanager
-def _errors(path: Path, *, write: bool = False) -> Iterator[None]:
+def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError. Most mean that the file is damaged."""
     try:
         yield
@@ -452,7 +452,7 @@ def _take_out(connection: sqlite3.Connection, table: str, names: Iterable[str]) 
     return total
 
 
-def _clip_rows(clips: Mapping[str, StoredClip]) -> Iterator[tuple[str, str, int, bytes]]:
+def _make_clip_rows(clips: Mapping[str, StoredClip]) -> Iterator[tuple[str, str, int, bytes]]:
     for name in sorted(clips):
         clip = clips[name]
         yield name, clip.identity or STRANGER, int(clip.fitted), clip.vector.tobytes()
@@ -464,7 +464,7 @@ def _layout(widths: Iterable[int]) -> np.dtype:
     return np.dtype([("constant", "<f8", parts), ("num_clips", "<i4", parts), *linear])
 
 
-def _person_rows(people: People) -> Iterator[tuple[str, bytes]]:
+def _make_person_rows(people: People) -> Iterator[tuple[str, bytes]]:
     """Yields (name, coefficients in the layout of `_layout`) of people, sorted by name."""
     _, linear, constant, count = people
     rows = np.empty(len(people.names), _layout(x.shape[1] for x in linear))
@@ -485,7 +485,7 @@ def _facts(state: State) -> str:
     return json.dumps(msgspec.to_builtins(facts))
 
 
-def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
+def _read_facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
         raise UserError("its table 'gallery' is not a single row of text")
@@ -493,7 +493,7 @@ def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
 
 
 def _read(connection: sqlite3.Connection) -> State:
-    text, sha256 = _facts_row(connection)
+    text, sha256 = _read_facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("its header does not match its sha256")
     facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)

@@ -229,7 +229,9 @@ class Application:
     async def server(self, _: Request) -> Response:
         """Returns name, version and extensions of the server."""
         version = importlib.metadata.version("vidjax")
-        return _json({"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]})
+        return _encode_json(
+            {"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]}
+        )
 
     async def live(self, _: Request) -> Response:
         """Returns 200 while the server runs; 503 if it cannot get ready."""
@@ -237,14 +239,14 @@ class Application:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE, "the server cannot get ready: see the log"
             )
-        return _json({"live": True})
+        return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
         """Returns 200 if all programs are compiled, and 503 before."""
         if "model" in request.path_params:
             self._find_model(request)
         self._check_ready()
-        return _json({"ready": True})
+        return _encode_json({"ready": True})
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -266,7 +268,7 @@ class Application:
             ("outputs", model.outputs),
         ):
             content[kind] = [spec._asdict() for spec in specs]
-        return _json(content)
+        return _encode_json(content)
 
     async def infer(self, request: Request) -> Response:
         """Computes output tensors from input tensors."""
@@ -303,7 +305,9 @@ class Application:
         self._check_ready()
         identified = await self.people_batcher.ask(question, len(clips))
         answers = zip(clips, identified.answers, strict=True)
-        return _json({"clips": [answers_lib.as_json(name, answer) for name, answer in answers]})
+        return _encode_json(
+            {"clips": [answers_lib.as_json(name, answer) for name, answer in answers]}
+        )
 
     async def enrol(self, request: Request) -> Response:
         """Enrols all clips, or none if any of them is wrong."""
@@ -334,7 +338,7 @@ class Application:
             self.embedding -= len(clips)
         strangers = body.strangers
         enrol = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=strangers)
-        return _json((await self._change(request, enrol))._asdict())
+        return _encode_json((await self._change(request, enrol))._asdict())
 
     async def identities(self, request: Request) -> Response:
         """Lists at most 10,000 people, sorted by name, with their numbers of clips."""
@@ -343,7 +347,7 @@ class Application:
         people = await self.people_batcher.run(lambda: self.people.gallery.identities)
         names = [name for name in people if name > after]
         listed = {name: people[name] for name in names[:MAX_LISTED_PEOPLE]}
-        return _json({"identities": listed, "more": len(names) > MAX_LISTED_PEOPLE})
+        return _encode_json({"identities": listed, "more": len(names) > MAX_LISTED_PEOPLE})
 
     async def remove_identity(self, request: Request) -> Response:
         """Removes a person and all their clips."""
@@ -359,7 +363,7 @@ class Application:
         self._check_ready()
         count = await self._change(request, change)
         await self.people_batcher.settle()  # earlier requests may still get the name
-        return _json({"removed": count})
+        return _encode_json({"removed": count})
 
     async def _change(self, request: Request, change: Callable[[], T]) -> T:
         limits = self.limits
@@ -376,7 +380,7 @@ class Application:
             lambda: self.people.gallery.rule(fpir=query.fpir, threshold=query.threshold)
         )
         strangers = None if rule.threshold is None else rule.threshold.to_dict()
-        return _json({**answers_lib.rule_as_json(rule), "strangers": strangers})
+        return _encode_json({**answers_lib.convert_rule_to_json(rule), "strangers": strangers})
 
     # ---- about the server
 
@@ -387,7 +391,7 @@ class Application:
 
     async def describe(self, _: Request) -> Response:
         """Returns this description."""
-        return _json(describe(self.list_endpoints(), [*self.served], self.people.widths))
+        return _encode_json(describe(self.list_endpoints(), [*self.served], self.people.widths))
 
     # ---- reading
 
@@ -475,7 +479,7 @@ def _check_clips(
     return checked
 
 
-def _json(content: object) -> Response:
+def _encode_json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 

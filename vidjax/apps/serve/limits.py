@@ -31,7 +31,7 @@ from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import NobodyError
 from vidjax.apps.gallery.store import UnreadableError, UnwritableError
 from vidjax.utils import files
-from vidjax.utils.errors import Expected, InUseError, UserError, of_the_system
+from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
 
 LOG = logging.getLogger("vidjax.apps.serve")
 MIN_TOKEN_LETTERS = 16
@@ -322,7 +322,7 @@ def to_refusal(error: Exception) -> Refused:
         return unprocessable(str(error))
     if isinstance(error, TimeoutError):
         return Refused(unavailable, "no answer in time", 1)
-    if text := of_the_system(error):
+    if text := describe_system_error(error):
         LOG.error("%s", one_line(text))
         status = HTTPStatus.INSUFFICIENT_STORAGE
         return Refused(status, "the gallery cannot be written: see the log", 10)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.gallery import Gallery, padded_batches
+from vidjax.apps.gallery.gallery import Gallery, pad_batches
 from vidjax.apps.serve.limits import Limits, unprocessable
 from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
 from vidjax.core import devices
@@ -270,7 +270,7 @@ class RunModel:
         scores = np.full((len(request.names), len(run.identities)), -np.inf, np.float32)
         vectors: np.ndarray | None = None
         rows = request.block_size * run.mesh.size
-        for host in padded_batches(data, request.split, tuple(run.modalities), rows):
+        for host in pad_batches(data, request.split, tuple(run.modalities), rows):
             block = devices.shard_batch(run.mesh, host)
             (block_scores,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
             real = np.asarray(host.batch_mask)

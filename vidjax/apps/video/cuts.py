@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vidjax.apps.video.appearances import Appearance, group_by_video
 from vidjax.apps.video.features_folder import Film, make_printable
-from vidjax.data.untrusted.names import file_stems
+from vidjax.data.untrusted.names import make_file_stems
 from vidjax.utils import files
 
 MOST_EVENTS = 999
@@ -75,7 +75,7 @@ def write(
         for part in range(0, len(cuts), MOST_EVENTS):
             label = f"{name} part {part // MOST_EVENTS + 1}" if part else name
             written.append((label, to_edl(title, rate, cuts[part : part + MOST_EVENTS])))
-    stems = file_stems(FORBIDDEN_LETTERS.sub("_", label) for label, _ in written)
+    stems = make_file_stems(FORBIDDEN_LETTERS.sub("_", label) for label, _ in written)
     for stem, (_, text) in zip(stems, written, strict=True):
         files.write_text(folder / f"{stem}.edl", text)
 

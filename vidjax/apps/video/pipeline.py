@@ -24,7 +24,7 @@ from vidjax.data.untrusted.names import show
 from vidjax.runs import schemas
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, of_the_system
+from vidjax.utils.errors import UserError, describe_system_error
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # Names of temporary files and folders, which remain if a call is killed.
@@ -551,7 +551,7 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that cannot be read; raises the error if the disk is full."""
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
-    text, _, remedy = (of_the_system(error) or str(error)).partition("\n")
+    text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
     text = text if str(job.path) in text else f"'{job.path}': {text}"
     return FileOutcome(job.path, None, text, remedy=remedy)
 

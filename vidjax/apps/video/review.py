@@ -31,14 +31,14 @@ from starlette.routing import Route
 
 from vidjax.apps.gallery.answers import IGNORED, parse_group_number
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, usable_clips
+from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.video import features_folder, who
 from vidjax.apps.video.appearances import Appearance, format_time
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
 from vidjax.utils import files, messages
-from vidjax.utils.errors import Expected, UserError, closest, of_the_system
+from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # between the last change and the writing of the results
@@ -233,7 +233,7 @@ class Review:
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
         """Returns clip -> its entry with a name; if `name` is None, as an ignored person."""
         vectors, enrolled = self._decision.vectors, self._gallery.clips
-        new = usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
+        new = select_usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
         known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
         entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
         if not entries:
@@ -367,7 +367,7 @@ class _Pages:
                     if view.get("person") == of and name:
                         view["person"] = " ".join(name.split())
             except (Expected, OSError) as error:
-                about = f"Nothing was changed: {of_the_system(error) or error}"
+                about = f"Nothing was changed: {describe_system_error(error) or error}"
                 problem = problem._replace(message=about, typed=name)
                 return HTMLResponse(review.render(**view, problem=problem), status, HEADERS)
         place = f"./?{urllib.parse.urlencode(view)}" if view else "./"

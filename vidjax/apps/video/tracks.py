@@ -206,7 +206,7 @@ class Tracker:
         new = np.array([motion.track.ends == [time_s] for motion in live], bool)
         for rest in (
             measure_overlaps(last, boxes),
-            measure_overlaps(_double(last), _double(boxes)) * new[:, None],
+            measure_overlaps(_double_boxes(last), _double_boxes(boxes)) * new[:, None],
         ):
             rest[list(pairs.values())] = 0.0
             rest[:, [*pairs, *np.flatnonzero(hidden)]] = 0.0
@@ -348,7 +348,7 @@ def measure_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas[0][:, None] + areas[1] - shared, 1e-9)
 
 
-def _double(boxes: np.ndarray) -> np.ndarray:
+def _double_boxes(boxes: np.ndarray) -> np.ndarray:
     """Returns boxes [N, 4] with the same centre and sides of twice the length."""
     half = (boxes[:, 2:] - boxes[:, :2]) / 2
     return boxes + np.concatenate([-half, half], 1)

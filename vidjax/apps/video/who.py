@@ -43,7 +43,7 @@ from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.processes import Children, map_children
-from vidjax.data.untrusted.names import file_stems, normal_form, show
+from vidjax.data.untrusted.names import make_file_stems, normal_form, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Sha256, Size, Text
 from vidjax.runs.terminal import say
@@ -854,7 +854,7 @@ def write(
     films = [film for film in decision.films if not film.photo]
     names = {film.video: film.video.replace("/", " - ") for film in films}
     twins = Counter(Path(name).stem.lower() for name in names.values())
-    stems = file_stems(
+    stems = make_file_stems(
         Path(name).stem if twins[Path(name).stem.lower()] == 1 else name for name in names.values()
     )
     for video, stem in zip(names, stems, strict=True):

@@ -17,7 +17,7 @@ from vidjax.data.clips import Modality
 from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.files import sha256_file, sha256_opened
+from vidjax.utils.files import hash_opened, sha256_file
 
 # Part of the key of a cache folder: increase it if the meaning of a record or the manifest changes.
 VERSION = "1.3.0"
@@ -141,7 +141,7 @@ def load_index(folder: Path) -> Records:
 def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
     """Opens a file whose sha256 is in the manifest; UserError if the sha256 differs."""
     with files.open_regular(path, below=path.parents[2]) as file:
-        if sha256_opened(file) != manifest["files"][path.name]:
+        if hash_opened(file) != manifest["files"][path.name]:
             raise UserError(f"{path.name} does not match its sha256")
         file.seek(0)
         yield file

@@ -20,9 +20,9 @@ from vidjax.data.records.shard_files import (
     HEADER,
     check_changed,
     check_shard,
+    count_varint_bytes,
     frame_bytes,
     layout,
-    varint_size,
 )
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -84,7 +84,7 @@ class Reader:
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns the `layout` of the records at `places`."""
-        sizes = {"clip": self._names[places], "clip_index": varint_size(self._order[places])}
+        sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
             for field, size in frame_bytes(modality).items():
@@ -120,7 +120,7 @@ class Reader:
             stat = os.fstat(file.fileno())
             state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             if number not in self._states:
-                if files.sha256_opened(file) != shard.sha256:
+                if files.hash_opened(file) != shard.sha256:
                     raise self._damaged(number)
                 self._states[number] = state
             if self._states[number] != state:

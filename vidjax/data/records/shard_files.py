@@ -22,7 +22,7 @@ from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.files import sha256_file, sha256_opened
+from vidjax.utils.files import hash_opened, sha256_file
 
 FRAMING = 8 + 4 + 4  # bytes of a record around its content: length and two checksums
 # Tags of message fields: (number of the field << 3) + 2, where 2 means a length and bytes.
@@ -69,7 +69,7 @@ def check_shard(shard: Shard) -> None:
     try:
         with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
             same_size = os.fstat(file.fileno()).st_size == shard.size
-            if same_size and sha256_opened(file) == shard.sha256:
+            if same_size and hash_opened(file) == shard.sha256:
                 return
     except UserError as error:  # a link or a pipe, for which the code below would wait
         raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
@@ -97,7 +97,7 @@ def _count_intact(path: Path) -> tuple[int, bool]:
             if len(header) < HEADER or left < 0 or size < SUM:
                 return count, False
             record = file.read(size + SUM)
-            if header != make_header(size) or masked_sum(record[:size]) != record[size:]:
+            if header != make_header(size) or mask_checksum(record[:size]) != record[size:]:
                 return count, False
             count += 1
     return count, True
@@ -109,16 +109,16 @@ SUM = 4  # bytes after a message: its checksum
 
 def make_record(content: bytes) -> bytes:
     """Returns a record of a TFRecord file: length, checksum, message `content`, checksum."""
-    return b"".join([make_header(len(content)), content, masked_sum(content)])
+    return b"".join([make_header(len(content)), content, mask_checksum(content)])
 
 
 def make_header(size: int) -> bytes:
     """Returns the header of a message of `size` bytes: the size and its checksum."""
     packed = struct.pack("<Q", size)
-    return packed + masked_sum(packed)
+    return packed + mask_checksum(packed)
 
 
-def masked_sum(content: bytes) -> bytes:
+def mask_checksum(content: bytes) -> bytes:
     """Returns the masked CRC-32C of TFRecord, 4 bytes."""
     crc = google_crc32c.value(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
@@ -134,11 +134,11 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
     for key in sorted(values, key=_sort_key):
         value = values[key]
         kind, content = (
-            (FIRST_TAG, value) if isinstance(value, bytes) else (THIRD_TAG, _varint(value))
+            (FIRST_TAG, value) if isinstance(value, bytes) else (THIRD_TAG, _encode_varint(value))
         )
-        parts += (_entry(key, kind, len(content)), content)
+        parts += (_encode_entry(key, kind, len(content)), content)
     features = b"".join(parts)
-    return FIRST_TAG + _varint(len(features)) + features
+    return FIRST_TAG + _encode_varint(len(features)) + features
 
 
 def frame_bytes(modality: Modality) -> dict[str, int]:
@@ -161,10 +161,10 @@ def layout(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.n
     ends, end = {}, np.zeros(1, np.int64)
     for key in sorted(sizes, key=_sort_key):
         # A value is in a list, in a feature, in an entry.
-        value = _field_size(_field_size(_field_size(sizes[key])))
-        end = end + _field_size(_field_size(np.array(len(key.encode()))) + value)
+        value = _count_field_bytes(_count_field_bytes(_count_field_bytes(sizes[key])))
+        end = end + _count_field_bytes(_count_field_bytes(np.array(len(key.encode()))) + value)
         ends[key] = end  # an entry ends with its value
-    total = _field_size(end)
+    total = _count_field_bytes(end)
     return {key: total - end + at - sizes[key] for key, at in ends.items()}, total
 
 
@@ -172,29 +172,29 @@ def _sort_key(key: str) -> str:
     return f"{key}\U0010ffff"
 
 
-def _field_size(size: np.ndarray) -> np.ndarray:
+def _count_field_bytes(size: np.ndarray) -> np.ndarray:
     """Returns [N] int64, the bytes of fields whose contents have `size` [N] bytes."""
-    return 1 + varint_size(size) + size
+    return 1 + count_varint_bytes(size) + size
 
 
-def varint_size(numbers: np.ndarray) -> np.ndarray:
+def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
     """Returns [N] int64, the number of bytes of integers below 2**63 as varints."""
     return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
-def _entry(key: str, kind: bytes, size: int) -> bytes:
+def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
     """Returns the bytes of an entry of `Features` before its value of `size` bytes."""
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature
-        message = tag + _varint(rest) + message
+        message = tag + _encode_varint(rest) + message
         rest = len(message) + size
     name = key.encode()
-    message = FIRST_TAG + _varint(len(name)) + name + message
-    return FIRST_TAG + _varint(len(message) + size) + message
+    message = FIRST_TAG + _encode_varint(len(name)) + name + message
+    return FIRST_TAG + _encode_varint(len(message) + size) + message
 
 
-def _varint(number: int) -> bytes:
+def _encode_varint(number: int) -> bytes:
     """Returns an integer of 0 or more as a varint: 7 bits per byte, the lowest bits first."""
     content = bytearray()
     while number > 0x7F:

@@ -60,7 +60,7 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
     shapes = [[rows], [rows], [rows], [rows], [len(plan.windowed), rows]]
     kinds = [tf.int32, tf.int64, tf.int32, tf.bool, tf.int32]
     queue = tf.queue.FIFOQueue(NUM_AHEAD, kinds, shapes)
-    batches = _pipeline(records, plan, reader, queue).as_numpy_iterator()
+    batches = _make_pipeline(records, plan, reader, queue).as_numpy_iterator()
     places = _places(records, plan, reader, step)
     # TensorFlow crashes if a queue is freed while a thread waits for it. So the queue is closed
     # when the reader is freed, or at the end of the process.
@@ -127,7 +127,7 @@ def _host() -> Any:
         return jax.local_devices()[0]
 
 
-def _pipeline(records: Records, plan: BatchPlan, reader: Reader, queue: Any) -> Any:
+def _make_pipeline(records: Records, plan: BatchPlan, reader: Reader, queue: Any) -> Any:
     """Returns a tf.data dataset of the batches of the clips in `queue`."""
     paths = tf.constant([str(shard.path) for shard in reader.shards])
     keys = [f"frames/{name}/{field}" for name in plan.modalities for field in BATCHED]

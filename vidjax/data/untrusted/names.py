@@ -111,7 +111,7 @@ def fold(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", _SHAPELESS.sub("", text)).split())
 
 
-def similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     """Returns new name -> another name, new or known, that looks like it."""
     seen, similar = dict[str, str](), dict[str, str]()
     new = [*new]
@@ -121,7 +121,7 @@ def similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return {name: similar[name] for name in new if name in similar}
 
 
-def file_stems(labels: Iterable[str]) -> list[str]:
+def make_file_stems(labels: Iterable[str]) -> list[str]:
     """Returns a distinct file name without suffix for each label, of at most MAX_STEM_BYTES.
 
     Many file systems do not distinguish `ada` and `Ada`, so the second label becomes `ada (2)`.

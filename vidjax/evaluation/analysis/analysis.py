@@ -20,7 +20,7 @@ from vidjax.evaluation import ranking
 from vidjax.evaluation.analysis import measures
 from vidjax.evaluation.analysis.measures import Arrays, ScoredSplit, Values
 from vidjax.evaluation.restore import FoundRun, make_model
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, positives_in, score, windows
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, count_positives, score, windows
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.runs import config as config_lib
 from vidjax.runs import results
@@ -65,7 +65,7 @@ def analyse(
     if evaluation.results.get("map") is None:
         return values, arrays
     pool = evaluation.clips.pool
-    positives = positives_in(split, pool)
+    positives = count_positives(split, pool)
     scored = ScoredSplit(evaluation.top, split.labels, split.clips, pool, positives)
     train_clips = measures.count_train_clips(model, config.data.train_splits)
     if train_clips is not None:
@@ -166,7 +166,7 @@ def write_results(
         pending = {"finished": False} if ends_training else {}
         folder.write_metrics({**values, **pending}, paths)
     if analysed:
-        with warning_of_faults(folder.path):
+        with describe_faults(folder.path):
             analysis = analysed()
             if distributed.is_first():
                 results.save_analysis(paths.analysis, *analysis)
@@ -183,12 +183,12 @@ def write_report(folder: RunFolder) -> None:
     # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
-    with warning_of_faults(folder.path):
+    with describe_faults(folder.path):
         run_page.write(folder)
 
 
 @contextlib.contextmanager
-def warning_of_faults(workdir: Path) -> Iterator[None]:
+def describe_faults(workdir: Path) -> Iterator[None]:
     """Turns an exception into a warning, because the results are already written.
 
     Raises an exception of a failed write or a signal. If there are several processes, raises every

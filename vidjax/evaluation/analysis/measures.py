@@ -116,13 +116,13 @@ def strata(
 
     def table(by: str, groups: Groups) -> Row:
         rows = [(label, *scored.averages_among(chosen & ranked)) for label, chosen in groups]
-        return {"by": by, "rows": [_row(*group) for group in rows if len(group[1])]}
+        return {"by": by, "rows": [_make_row(*group) for group in rows if len(group[1])]}
 
     tables = []
     if train_clips is not None:
         known = scored.positives > 0
         rows = [
-            _row(label, scored.averages[chosen & known], int(scored.positives[chosen].sum()))
+            _make_row(label, scored.averages[chosen & known], int(scored.positives[chosen].sum()))
             for label, chosen in by_count(train_clips)
             if (chosen & known).any()
         ]
@@ -134,12 +134,12 @@ def strata(
         tables.append(table(f"mean quality of {primary}", [*groups, absent]))
     tables.append(table(f"frames of {primary}", by_count(lengths)))
     if len(modalities) > 1:
-        groups = by_modalities(split, modalities, scored.pool)
+        groups = group_by_modalities(split, modalities, scored.pool)
         tables.append(table("modalities that the clip has", groups))
     return tables
 
 
-def _row(label: str, averages: np.ndarray, clips: int) -> Row:
+def _make_row(label: str, averages: np.ndarray, clips: int) -> Row:
     enough = len(averages) >= FEWEST_IDENTITIES
     low, high = map_interval(averages, draws=DRAWS) if enough else (None, None)
     return {
@@ -177,7 +177,7 @@ def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
     return groups
 
 
-def by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
+def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
     """Groups clips by the set of their modalities. Rare sets form the group `others`."""
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
@@ -275,7 +275,7 @@ def measure_open_set(
       num_identities: the number of identities that each clip is compared with.
       logs: True if scores are logarithms of probabilities. Only then is calibration measured.
     """
-    arrays = score_histograms(clips, labels) | error_curve(clips, labels)
+    arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
     if logs and (calibrated := calibration(clips)):
         arrays["calibration"], values["calibration_error"] = calibrated
@@ -301,7 +301,7 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
     }
 
 
-def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
+def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Returns `fpir` and `fnir` [n] at n thresholds.
 
     If there is no distractor or no known clip, returns an empty dict.
@@ -339,7 +339,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
             passed = round(errors.fpir * num_strange)
             row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}
             row["fpir_low"], row["fpir_high"] = metrics.fpir_interval(passed, num_strange)
-            drawn = resampled_fnir(scores[~known], scores[known], right[known], people[known], rate)
+            drawn = resample_fnir(scores[~known], scores[known], right[known], people[known], rate)
             bounds = [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2]
             row["fnir_low"], row["fnir_high"] = np.quantile(drawn, bounds).tolist()
         rows.append(row)
@@ -353,7 +353,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     }
 
 
-def resampled_fnir(
+def resample_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
 ) -> np.ndarray:
     """Resamples people and distractors; returns the FNIR of each sample, [RESAMPLES] float64.

@@ -344,10 +344,10 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 def sha256_file(path: Path) -> str:
     """Returns the sha256 of a file in hexadecimal; opens the file with `open_input`."""
     with open_input(path) as file:
-        return sha256_opened(file)
+        return hash_opened(file)
 
 
-def sha256_opened(file: io.FileIO) -> str:
+def hash_opened(file: io.FileIO) -> str:
     """Returns the sha256 of an open file in hexadecimal."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 

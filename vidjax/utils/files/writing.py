@@ -173,7 +173,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises UserError if another process has made `folder` by then: its folder stays.
     """
     # The name is new each time, so that a child of a killed process cannot write into this folder.
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")  # see `partials`
+    partial = folder.with_name(
+        f"{folder.name}.{secrets.token_hex(4)}.partial"
+    )  # see `list_partials`
     try:
         partial.mkdir(mode=0o700)
         yield partial
@@ -187,7 +189,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def partials(folder: Path) -> list[Path]:
+def list_partials(folder: Path) -> list[Path]:
     """Returns the unfinished copies of `folder` that killed processes have left."""
     ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
     return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
