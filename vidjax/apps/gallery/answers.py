@@ -149,7 +149,7 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
-            "fpir and threshold: give either, not both\n"
+            "fpir and threshold: choose one\n"
             "fpir is a share of strangers, threshold is a probability"
         )
     if threshold is not None and not 0 < threshold <= 1:
