@@ -214,7 +214,7 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
 
 def _check_distinct(names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.modalities={','.join(names)}: name modalities, each only once")
+        raise UserError(f"config.modalities={','.join(names)}: name at least one, each only once")
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
@@ -300,7 +300,9 @@ def make_batch_plan(
     """
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.data.train_splits={','.join(names)}: name splits, each only once")
+        raise UserError(
+            f"config.data.train_splits={','.join(names)}: name at least one, each only once"
+        )
     if batch_size < 1 or max_frames < 1:
         raise UserError(
             f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "

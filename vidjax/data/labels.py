@@ -284,7 +284,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]
     if not lines:
-        raise UserError(f"{path}: the file is empty: write a line per clip, '{form}'")
+        raise UserError(f"{path}: the file is empty: write one line per clip, '{form}'")
     return lines
 
 

@@ -158,7 +158,7 @@ def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     problem = f"trained on {' and '.join(trained)}, so no split is left; "
     counts = report.splits.get(trained[-1], {})
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
-        return f"{problem}most people have 1 clip: add a split val with other clips of them"
+        return f"{problem}most people have one clip: add a split val with other clips of them"
     return f"{problem}to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 

@@ -57,7 +57,7 @@ def open_run(workdir: str | Path) -> RunFolder:
         if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
             hint = "name the folder of a run; to train a run: vidjax train --config=mma"
         if runs:
-            hint = f"it contains runs, such as {', '.join(runs[:3])}"
+            hint = f"it contains runs, name one: {', '.join(runs[:3])}"
         raise UserError(f"no run in '{workdir}' (no {CONFIG})\n{hint}")
     return folder
 
