@@ -308,7 +308,7 @@ def _walk_texts(value: object) -> Iterator[str]:
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields the cells of the tables of `vidjax who`, and the people of photos and face tags."""
+    """Yields all texts of a folder of `vidjax who` that may be names: cells, folders, face tags."""
     from vidjax.apps.video.features_folder import read_films
 
     for table in ("names.tsv", "unknown.tsv"):

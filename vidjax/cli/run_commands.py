@@ -190,7 +190,7 @@ def write_report(args: argparse.Namespace) -> Result:
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Makes the folder of a run and locks it. From then on, signals end even a compilation."""
+    """Makes the folder of a run and locks it. From then on, signals also end a compilation."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
     return locked(path)

@@ -20,7 +20,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def score_files(args: argparse.Namespace) -> Result:
-    """Prints the score on the last line. Faults are warnings; with `--strict` they are errors."""
+    """Scores a submission against a ground truth. Prints its MAP@100 on the last line.
+
+    Faults of the submission are warnings; with `--strict` they are errors.
+    """
     from vidjax.evaluation import ranking
 
     positives = ranking.read_ground_truth(args.gt)

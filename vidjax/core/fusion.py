@@ -103,8 +103,8 @@ def sample_frames(
     Args:
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
-      replacement: if True, all frames of shorter clips are drawn with replacement. Without a key,
-        frames are drawn too, at the same places in all clips of equal length.
+      replacement: if True, clips with fewer than `num_frames` frames are drawn with replacement.
+        If `rng` is None, this draw is fixed: it is the same for all clips of equal length.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.

@@ -55,7 +55,7 @@ class FeatureDict:
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
-        """Takes split -> clip -> modality -> features. See `vidjax.load_data` for the others."""
+        """`splits` is split -> clip -> modality -> features. See `vidjax.load_data`."""
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
@@ -207,7 +207,7 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):
             raise UserError(
-                f"{parts[0]}: would not be read: a split is a single table, {split}.parquet\n"
+                f"{parts[0]}: is not read: a split must be a single table, {split}.parquet\n"
                 f"join the tables, or write a file {split}/CLIP.npz for each clip"
             )
 

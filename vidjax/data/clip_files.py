@@ -253,8 +253,8 @@ def read_at_once(
       split -> modality -> PackedClips.
 
     Raises:
-      RetrySerially: a process failed, or the parts contradict each other: a clip in two parts, for
-        example.
+      RetrySerially: a process failed, or the results of two processes contradict each other, for
+        example because both read the same clip.
     """
     # Some parts take longer than others, so there are twice as many parts as processes.
     length = -(-sum(map(len, files.values())) // (2 * workers))

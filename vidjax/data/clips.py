@@ -251,8 +251,7 @@ def make_eval_plan(
 ) -> EvalPlan:
     """Groups the clips of a split by length for evaluation.
 
-    The padding of a modality depends on the whole split, not on `only`: the padding of a clip does
-    not change with the other evaluated clips.
+    The padding of a modality depends on the whole split, so it is the same for every `only`.
 
     Args:
       lengths: [N] int, the number of frames that decides the bucket of each clip; at least
@@ -261,7 +260,7 @@ def make_eval_plan(
       only: [N] bool, True for the clips to evaluate; None: all clips.
       join: True to evaluate short clips together with longer clips if that adds at most
         MAX_EXTRA_FRAMES of padding, so that a small split needs only a single compiled program.
-        Joining does not help models of single frames: a block takes as long as its longest clip.
+        Joining does not help models of single frames: their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)

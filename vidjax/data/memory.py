@@ -231,8 +231,8 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
                 left -= getattr(array, "nbytes", 0)
         if left < 0:
             raise UserError(
-                f"{clip.place}: clip {show(clip.name)}: up to this clip, the clips take more than\n"
-                f"{limit:,} bytes, a third of the memory: use fewer clips at once"
+                f"{clip.place}: clip {show(clip.name)}: the clips up to this clip take more "
+                f"than {limit:,} bytes, a third of the memory\nuse fewer clips at a time"
             )
         yield clip
 
@@ -355,7 +355,7 @@ def load_people(
     if people.keys() <= set(SPLITS):
         raise UserError(
             f"{path}: {', '.join(people)} are splits of a dataset, not people\n"
-            f"name the dataset and --split=S, or --input={path / next(iter(people))}"
+            f"add --split=S to read a split, or name it: --input={path / next(iter(people))}"
         )
     identity: dict[str, str] = {}
 

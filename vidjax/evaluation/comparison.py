@@ -382,8 +382,8 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     if first.seeds:
         text.append(
             f"A run is the mean of {len(first.seeds)} seeds, paired in the order given. "
-            "The interval is wide where few seeds vary more than the identities do; of two seeds "
-            "it then holds the true difference in about 9 of 10 cases. "
+            "If the seeds vary more than the identities, the interval is wide. With only two seeds "
+            "it then contains the true difference in about 9 of 10 cases. "
             "The intervals are not corrected for the number of comparisons."
         )
     elif len(runs) > 2:

@@ -180,8 +180,8 @@ class Predictor(NamedTuple):
             )
         elif self._of_few_members and self.results.get(THRESHOLD) is not None:
             raise UserError(
-                f"{self.workdir}: {THRESHOLD} is of scores out of fold, of few members each: too "
-                "strict for new clips, which all members score\n"
+                f"{self.workdir}: {THRESHOLD} was measured out of fold, where few members score a "
+                "clip. It is too strict for new clips, which all members score\n"
                 "give a threshold of your own, or float('-inf') for none"
             )
         request = self.request(clips, split)

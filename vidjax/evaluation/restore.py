@@ -32,8 +32,8 @@ from vidjax.utils.errors import UserError, warn
 
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # see the module docstring
-REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
-REMEDY = REWRITE.replace("delete", "delete it and")
+REWRITE = "delete metrics.json and repeat the training command: it writes both files"
+REMEDY = REWRITE.replace("delete", "delete it and", 1)
 
 
 class FoundRun(NamedTuple):
@@ -165,7 +165,7 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters of a run and solves its other collections. All arrays are [E, ...]."""
+    """Loads the parameters and computes the other collections of a run; arrays are [E, ...]."""
     params, model_state = system.shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated(mesh))

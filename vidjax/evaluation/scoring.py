@@ -168,7 +168,7 @@ def windows(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Yields windows of a split. A window is a list of blocks on the devices for every model.
+    """Yields windows of a split. A window has, for each model, a list of blocks on the devices.
 
     A block has `block_size` clips per device. With a single member, a window is a single block.
     With several members, a window ends at WINDOW_ROWS clips, WAITING_BYTES of scores or

@@ -1,14 +1,15 @@
 """Computes intervals of MAP, and intervals and p-values of the difference between two runs.
 
-Both intervals come from a Bayesian bootstrap over the identities and an unseen identity. The
+The intervals of runs come from a Bayesian bootstrap over the identities and an unseen identity. The
+intervals of groups of seeds are t intervals. The
 average precisions of the unseen identity in two runs are (0, 0), (0, 1), (1, 0) or (1, 1), each
 with a quarter of the weight of an identity. So MAP gets half an identity at 0 and half at 1. A
 difference gets a quarter at -1, half at 0 and a quarter at 1.
 
 If all values are 0 or 1, the interval of MAP equals the Jeffreys interval of a proportion. If the
 values vary, it is hardly wider than the t interval. If most values are equal and a few lie far
-away, the t interval is far too narrow. `tests.benchmarks.intervals` measures how often both
-intervals contain the true value.
+away, the t interval is far too narrow. `tests.benchmarks.intervals` measures how often the
+bootstrap interval and the t interval contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.

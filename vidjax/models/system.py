@@ -114,8 +114,8 @@ class System(NamedTuple):
         sizes = {modality.mask.shape[1] for modality in frames.values()}
         if len(sizes - {1}) > 1:
             raise UserError(
-                f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
-                f"frames, not {sorted(sizes)}"
+                f"config.after_fusion='examples': after fusion, modalities must have equally "
+                f"many frames, or a single frame, not {sorted(sizes)}"
             )
         num_examples = max(sizes - {1}, default=1)  # the sizes of an exported run are symbols
         masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]

@@ -271,8 +271,8 @@ TABLE: tuple[Field | Group, ...] = (
     Group("model", "the network: `name` and the arguments of a model of "
           "`vidjax/models/identifier.py`"),
 
-    Group("fusion", "for each modality `train` and `evaluate`: `name` and the arguments of a "
-          "fusion of `vidjax/core/fusion.py`. A modality without an entry keeps all its frames"),
+    Group("fusion", "two entries per modality, `train` and `evaluate`: `name` and the arguments of "
+          "a fusion of `vidjax/core/fusion.py`. A modality without an entry keeps all its frames"),
 
     Group("loss", "the loss of the logits"),
     Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus the "

@@ -76,12 +76,13 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 class Threshold(NamedTuple):
-    """A threshold that strangers set, and how many of them reach it.
+    """A threshold that was measured on the strangers of a gallery.
 
     Attributes:
       fpir: the largest share of strangers that may get a name, chosen by the user.
-      score: the threshold, a logarithm of the best identity's probability.
+      score: the lowest log-probability of the best identity at which a clip gets a name.
       num_identities: number of people that each stranger was compared with.
+      num_strangers: number of strangers in the gallery.
       num_alarms: number of the strangers that reach the threshold.
     """
 
@@ -97,7 +98,7 @@ class Threshold(NamedTuple):
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the threshold as plain values for JSON, with the interval."""
+        """Returns plain values for JSON; `low` and `high` are `interval`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
@@ -110,7 +111,7 @@ class NamingRule(NamedTuple):
         MIN_NAMED_PROBABILITY.
       score: logarithm of the lowest probability at which a clip gets a name.
       default: True if the user chose nothing.
-      found: the threshold that strangers set; None unless `by` is `fpir`.
+      threshold: the threshold that strangers set; None unless `by` is `fpir`.
       about: the rule in words.
     """
 

@@ -75,7 +75,7 @@ def find_appearances(
     Args:
       answers: clip -> answer, after `settle_answers`.
       films: the videos.
-      groups: clip -> name of an unknown person. A track without a name is a separate appearance.
+      groups: clip -> `unknown N`. A track without a name and a group is a separate appearance.
     """
     appearances = []
     for film in films:

@@ -2,8 +2,9 @@
 
 `work` runs in a child process with limits, because FFmpeg is large and the file may be malicious.
 
-A voice belongs to a clip while its person has nobody else in the picture. The speaker may still be
-off screen. With `--unit=shot`, the voice belongs to the main figure of the shot.
+Speech counts as the voice of a clip while the clip shows the only person in the picture. The
+speaker may still be off screen. With `--unit=shot`, the voice belongs to the main figure of the
+shot.
 
 A head or body is the box that a detector of its role finds around the face. Without a detector, it
 is a box relative to the face: `around` in the net's card contains left, top, right and bottom in
@@ -38,7 +39,7 @@ from vidjax.data.clip_files import write_npz
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-MOST_FRAMES = 32  # faces of a clip, spread over its time; also the windows of its voice, the best
+MOST_FRAMES = 32  # most faces of a clip, spread over its time; most windows of its voice, the best
 MOST_KEPT, KEPT_SECONDS = 96, 0.2  # a track keeps its best picture of each span of time
 
 
@@ -306,13 +307,13 @@ class Clips:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Drops the pictures of tracks that were too short to be clips, all tracks but `live`."""
+        """Keeps only the pictures of the tracks `live`; other tracks were too short to be clips."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(
         self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.FilmTrack]
     ) -> int:
-        """Adds voices to clips whose person has nobody else in the picture; returns their number.
+        """Adds voices to clips that show the only person in the picture; returns their number.
 
         The best windows of a clip are kept. Their `audio_number` is the time in milliseconds at
         which they begin. `seen` are the tracks of all people.
@@ -444,7 +445,7 @@ def _make_clips(
 def _find_in_photo(
     path: Path, video: decode.Video, clips: Clips, nets: Nets, stem: str, tags: regions.Tags
 ) -> list[str]:
-    """Makes a clip of each face in a photo, named by its tag; returns the tags without a face."""
+    """Makes a clip of each face in a photo; its tag names it. Returns the tags without a face."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find_people(nets, frame.rgb)

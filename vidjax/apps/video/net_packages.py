@@ -98,10 +98,10 @@ def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar up to the content of a file `.../name`; returns its size, None if it is missing.
+    """Reads a tar up to the content of a file `.../name`; returns its size, None if it is absent.
 
-    Extended headers are skipped, except names of at most a block. Python's `tarfile` would read
-    extended headers of any size into memory.
+    Extended headers are skipped, except long file names that fit into a block. Python's
+    `tarfile` would read extended headers of any size into memory.
     """
     long_name = b""  # of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:

@@ -134,7 +134,7 @@ def extract_folders(
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts files into several folders: `paths` are folder -> its files. See `extract`.
+    """Extracts films and photos; `paths` is folder of features -> its films and photos.
 
     One process reads many photos, also of several folders. All folders are locked until the end. If
     `tagged` is True, face tags in photos name their faces, see `regions`.

@@ -237,7 +237,7 @@ class Review:
         known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
         entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
         if not entries:
-            raise UserError("no face there is clear enough to be enrolled")
+            raise UserError("none of these clips has a face that is clear enough to be enrolled")
         return dict(entries)
 
     def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:

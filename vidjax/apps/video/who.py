@@ -69,7 +69,7 @@ class Done(NamedTuple):
       failed: path -> remedy, for files that could not be read or show no usable face. The remedy is
         "" if it was already printed.
       decision: the decision that the results show.
-      missed: people for whom no photo shows exactly 1 face.
+      missed: people without a usable photo, who are not looked for.
     """
 
     people: dict[str, int]
@@ -325,7 +325,7 @@ def _update_people(
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols the photos of a folder of people, and forgets people without photos.
 
-    Returns photo -> error of the photos that are not used, and the names in the folder.
+    Returns path -> remedy of photos that are not used, and the names of the people in the folder.
     """
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
@@ -493,7 +493,8 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
         remedy = f"it is the folder of a single person; name the folder above: --people={above}"
     names = ", ".join(map(show, sorted(before)[:5]))
     raise UserError(
-        f"'{people}' has none of the people of before ({names}): is it right?\n{remedy}"
+        f"'{people}' contains none of the people of earlier calls ({names}): is it "
+        f"the right folder?\n{remedy}"
     )
 
 
@@ -687,7 +688,7 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
 
 
 class Photo(NamedTuple):
-    """A face of a photo. Its clip in the gallery is `people/FOLDER/CLIP`.
+    """An enrolled face of a photo. Its clip in the gallery is `people/FOLDER/CLIP`.
 
     If a face tag names a person other than the folder, the clip is `people/FOLDER/CLIP/PERSON`.
     """

@@ -104,7 +104,9 @@ class Array(metaclass=_Sealed):
         if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
             raise UserError("the pickle contains a damaged array")
         if len(shape) > 2:
-            raise UserError(f"the pickle contains an array of {len(shape)} axes")
+            raise UserError(
+                f"the pickle contains an array of {len(shape)} axes: at most 2 are allowed"
+            )
         wanted = dtype.itemsize
         for length in shape:
             if type(length) is not int or length < 0:

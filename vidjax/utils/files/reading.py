@@ -208,7 +208,11 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 
 
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
-    """Returns name -> array of an open `.npz`; each number counts for at least `least` bytes."""
+    """Returns name -> array of an open `.npz`.
+
+    Raises UserError if the arrays need more than `limit` bytes. A number counts for at least
+    `least` bytes.
+    """
     arrays = {}
     with _npz_errors():
         for name, entry, _ in _open_arrays(file, limit, least):
@@ -297,7 +301,9 @@ class _InPieces(io.BufferedReader):
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
-            raise UserError(f"zip with more than {PIECE_BYTES:,} bytes of names: write it again")
+            raise UserError(
+                f"its list of entries has over {PIECE_BYTES:,} bytes: save fewer arrays"
+            )
         return content
 
 
