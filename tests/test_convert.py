@@ -229,7 +229,7 @@ def test_face_tags_in_a_photo_of_two_people_name_both(nets, tmp_path, command, p
     assert {*Gallery(out / "gallery").identities} == {"Barack", "Joe"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif("VIDJAX_SPEECH" not in os.environ, reason="no VIDJAX_SPEECH")
 def test_speakers_are_named_and_the_card_tells_their_cosines(nets):
     benchmark = pytest.importorskip("tests.benchmarks.voices")

@@ -35,7 +35,7 @@ def hear(folder, models, name, *shots, unit="track", **sound):
     """Writes a film and extracts it; returns what is told of it, and its clips."""
     path = folder / name
     write_film(path, *shots, **sound)
-    return extract(path, folder / path.stem, models, unit)
+    return extract(path, folder / path.stem, models, unit=unit)
 
 
 def track(clip, start_s, end_s, shot=0):

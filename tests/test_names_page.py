@@ -1,9 +1,10 @@
 """The page of who appears when: times without a mouse, the order, and addresses."""
 
 import base64
-import copy
 import hashlib
 import re
+
+import msgspec
 
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.video import names_page
@@ -16,14 +17,18 @@ FILM = Film(
 )  # fmt: skip
 
 
-def render(found, answers=None, films=(FILM,), people=("Ada", "Bob"), forms=None):
+def render(found, answers=None, people=("Ada", "Bob"), forms=None, **fields):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
-    people = {name: [] for name in people}
+    people, film = {name: [] for name in people}, msgspec.structs.replace(FILM, **fields)
     return names_page.render(
-        found, films, people, lambda clip: f"{clip}.png", answers or {}, address, forms
+        found, [film], people, lambda clip: f"{clip}.png", answers or {}, address, forms
     )
+
+
+def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
+    return Appearance("a.mp4", begin, end, name, probability, (clip,))
 
 
 def text_of(html):
@@ -33,27 +38,23 @@ def text_of(html):
 
 
 def test_times_probabilities_and_links_are_there_without_a_mouse():
-    html = render([Appearance("a.mp4", 12.34, 75.0, "Ada", 0.97, ("c",))])
+    html = render([seen(12.34, 75.0, probability=0.97)])
     assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2, "below the bar, and in Ada's table"
-    assert "left:12.34%;width:62.66%" in html
     assert "Bob In no film." in text_of(html)
+    html = render([seen(0, 0, probability=0.9)], photo=True)
+    assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 
 
 def test_doubtful_names_come_first_with_the_second_best():
     found = [
-        Appearance("a.mp4", 0, 1, "Ada", 0.7, ("a",)),
-        Appearance("a.mp4", 2, 3, "Bob", 0.95, ("b",)),
-        Appearance("a.mp4", 4, 5, "unknown 2", None, ("c", "d")),
-        Appearance("a.mp4", 6, 7, "unknown 1", None, ("e",)),
-    ]
+        seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
+        seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),
+    ]  # fmt: skip
     best = {
-        "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)),
-        "b": (("Bob", 0.95), ("Ada", 0.04)),
-        "c": (("Ada", 0.3),),
-        "d": (("Ada", 0.45), ("Bob", 0.1)),
-        "e": (("Ada", 0.02),),
-    }
+        "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)), "b": (("Bob", 0.95), ("Ada", 0.04)),
+        "c": (("Ada", 0.45), ("Bob", 0.1)), "d": (("Ada", 0.02),),
+    }  # fmt: skip
     answers = {clip: Answer(None, some[0][1], 0.0, some) for clip, some in best.items()}
     words = text_of(render(found, answers))
     doubtful = words[words.index("or perhaps") : words.index("a.mp4 Length 1:40")]
@@ -67,48 +68,26 @@ def test_doubtful_names_come_first_with_the_second_best():
     assert "Doubtful" not in render(found[1:2], answers)
 
 
-def test_many_times_are_folded():
-    found = [Appearance("a.mp4", n, n + 0.5, "Ada", 1.0, (f"c{n}",)) for n in range(40)]
-    html = render(found)
+def test_many_times_are_folded_and_short_ones_have_tenths():
+    html = render([seen(n, n + 0.5, probability=1.0, clip=f"c{n}") for n in range(40)])
     assert "34 more" in html and "over 99 %" in html
+    words = text_of(render([seen(*times) for times in ((0, 0.36), (59.97, 60.2), (7, 7))]))
+    assert "0:00.0\u20130:00.4 95 % 1:00.0\u20131:00.2 95 % 0:07.0 95 %" in words
+    assert "in all 0:00.6" in words and "0:01\u20130:02 95 %" in text_of(render([seen(1.4, 1.6)]))
 
 
-def test_short_times_have_tenths():
-    found = [
-        Appearance("a.mp4", begin, end, "Ada", 0.7, (f"c{end}",))
-        for begin, end in ((0.0, 0.36), (59.97, 60.2), (7.0, 7.0), (1.4, 1.6))
-    ]
-    words = text_of(render(found[:3]))
-    assert "0:00.0\u20130:00.4 70 % 1:00.0\u20131:00.2 70 % 0:07.0 70 %" in words
-    assert "in all 0:00.6" in words and "0:01\u20130:02 70 %" in text_of(render(found[3:]))
-
-
-def test_bars_of_the_ignored_are_folded_and_last():
-    found = [
-        Appearance("a.mp4", 0, 9, None, None, ("c",)),
-        Appearance("a.mp4", 50, 51, "Ada", 0.9, ("d",)),
-    ]
+def test_the_index_of_people_shows_faces_and_the_ignored_are_folded_and_last():
+    found = [seen(0, 9, None, None), seen(50, 51, clip="d")]
     html = render(found)
     assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
-
-
-def test_the_index_of_people_shows_faces():
-    found = [Appearance("a.mp4", 0, 9, "Ada", 0.95, ("c",))]
-    html = render(found, forms=names_page.Forms(1))
+    html = render(found[1:], forms=names_page.Forms(1))
     index = html[html.index('<ul class="index">') :]
-    assert 'src="c.png"' in index[: index.index("</ul>")]
-
-
-def test_photos_have_no_times():
-    photo = copy.copy(FILM)
-    photo.photo = True
-    html = render([Appearance("a.mp4", 0, 0, "Ada", 0.9, ("c",))], films=(photo,))
-    assert "in the photo 90 %" in text_of(html) and "#t=" not in html
+    assert 'src="d.png"' in index[: index.index("</ul>")]
 
 
 def test_only_our_script_runs_and_names_are_escaped():
     name = '"><script>alert(1)</script>'
-    html = render([Appearance("a.mp4", 0, 1, name, 0.5, ("c",))], people=[name])
+    html = render([seen(0, 1, name)], people=[name])
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script

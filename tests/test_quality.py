@@ -64,11 +64,13 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
 
 def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, tmp_path):
     folder = write_npz(tmp_path / "own", {"val": clips})
-    for make, source in ((arrays.FeatureFolder, folder), (arrays.FeatureDict, {"val": clips})):
-        given, length = (make(source, quality=word).fingerprint() for word in ("given", "norm"))
-        assert given != length
+    for make in (
+        lambda quality: arrays.FeatureFolder(folder, quality=quality),
+        lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
+    ):
+        assert make("given").fingerprint() != make("norm").fingerprint()
         with pytest.raises(ValueError, match=r"config\.data\.quality 'size'; choose from given"):
-            make(source, quality="size")
+            make("size")
 
 
 def test_lengths_that_are_all_one_are_told_once(tmp_path):

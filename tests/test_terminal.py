@@ -18,34 +18,25 @@ from vidjax.runs import config as config_lib
 from vidjax.utils import messages
 
 ROOT = Path(__file__).parent.parent
-MMA = "--config=configs/mma.py"
-FILES = f"{MMA}:iqiyi_vid,face,head"  # with --workdir and --config.data.dir of the test's own
 
 
-def helps():
-    yield from ((name, "--help") for name in program.COMMANDS)
-    yield from (("gallery", name, "--help") for name in gallery_commands.COMMANDS)
-    yield from (("--help",),)
-
-
-@pytest.mark.parametrize("words", [*helps()], ids=" ".join)
-def test_help_fits_eighty_columns_and_has_an_example(words, capsys, monkeypatch):
+def test_help_fits_eighty_columns_and_names_commands_fields_and_files_that_exist(
+    capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as caught:
-        program.main(words)
-    assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert max(map(len, said.splitlines())) <= 80
-    assert len(said.splitlines()) <= 60
-    assert words == ("gallery", "--help") or "\nexample" in said
-    every = {("--help",): program.COMMANDS, ("gallery", "--help"): gallery_commands.COMMANDS}
-    for name in every.get(words, ()):
-        assert re.search(rf"^ +{name}\s+\w+", said, re.MULTILINE), name
     known = dict(config_lib.fields(config_lib.default()))
-    for field in re.findall(r"--config\.([a-z_.]+)=", said):
-        assert field in known
-    for path in re.findall(r"configs/\w+\.py", said):
-        assert (ROOT / path).is_file()
+    calls = [(), *((name,) for name in program.COMMANDS)]
+    calls += [("gallery", name) for name in gallery_commands.COMMANDS]
+    for words in calls:
+        with pytest.raises(SystemExit) as caught:
+            program.main([*words, "--help"])
+        said = capsys.readouterr().out
+        assert caught.value.code == 0 and max(map(len, said.splitlines())) <= 80
+        every = {(): program.COMMANDS, ("gallery",): gallery_commands.COMMANDS}
+        for name in every.get(words, ()):
+            assert re.search(rf"^ +{name}\s+\w+", said, re.MULTILINE), name
+        assert known.keys() >= {*re.findall(r"--config\.([a-z_.]+)=", said)}
+        assert all((ROOT / path).is_file() for path in re.findall(r"configs/\w+\.py", said))
 
 
 # The only lines that a training command may print.
@@ -64,33 +55,44 @@ SEEN = [
     r"",
 ]
 TINY = (
-    FILES, "--config.num_epochs=4", "--config.batch_size=32", "--config.model.embed_dim=16",
-    "--config.model.num_clusters=2", "--config.eval.report=False",
+    "--config=configs/mma.py:iqiyi_vid,face,head", "--config.num_epochs=4",
+    "--config.batch_size=32", "--config.model.embed_dim=16", "--config.model.num_clusters=2",
+    "--config.eval.report=False",
 )  # fmt: skip
 
 
-def unknown(text):
-    """Returns the lines that are not in SEEN, with every state of an overwritten line."""
+def check(text, workdir):
+    """Asserts that a text has no line but SEEN, nor does an overwritten line, and a summary."""
     states = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
-    return [line for line in states if not any(re.fullmatch(seen, line.rstrip()) for seen in SEEN)]
-
-
-def environment(cache):
-    names = ("TF_CPP_MIN_LOG_LEVEL", "JAX_PLATFORMS", "XLA_FLAGS")
-    env = {name: value for name, value in os.environ.items() if name not in names}
-    return {**env, "VIDJAX_CACHE": str(cache), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    assert [x for x in states if not any(re.fullmatch(seen, x.rstrip()) for seen in SEEN)] == []
+    assert len(re.findall(r"step \d+ of \d+: map", text)) == 1
+    rows = dict(re.findall(r"^  (\S+) +(\S.*?)\r?$", text.rpartition("\ntrain")[2], re.MULTILINE))
+    assert rows["workdir"] == str(workdir)
+    assert re.fullmatch(r"[01]\.\d{4} on val; top-1 [01]\.\d{4}", rows["MAP@100"])
+    assert re.fullmatch(r"iqiyi_vid in \S+, sha256 [0-9a-f]{12}", rows["data"])
 
 
 @pytest.mark.slow
-def test_a_run_shows_nothing_but_its_own_lines(tmp_path, official_dir, cache_dir):
-    """On a terminal, as in a notebook's shell; then with both streams in files."""
+@pytest.mark.parametrize("terminal", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_a_run_shows_nothing_but_its_own_lines(tmp_path, official_dir, cache_dir, terminal):
+    """On a terminal, as in a notebook's shell; and with both streams in files."""
     command = [sys.executable, "-m", "vidjax.main", *TINY, f"--config.data.dir={official_dir}"]
+    command.append(f"--workdir={tmp_path}/run")
+    names = ("TF_CPP_MIN_LOG_LEVEL", "JAX_PLATFORMS", "XLA_FLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"VIDJAX_CACHE": str(cache_dir), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    if not terminal:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
+        said, told = done.stdout.decode(), done.stderr.decode()
+        check(f"{told}\n{said}", tmp_path / "run")
+        assert "\r" not in told + said and "\x1b" not in told + said
+        assert len(told.splitlines()) < 40 and said.startswith("train\n")
+        return
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (40, 100))
     child = subprocess.Popen(
-        [*command, f"--workdir={tmp_path}/a"], cwd=ROOT, env=environment(cache_dir),
-        stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        command, cwd=ROOT, env=env, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL
+    )
     os.close(theirs)
     content, end = io.BytesIO(), threading.Timer(600, child.kill)
     end.start()
@@ -104,37 +106,9 @@ def test_a_run_shows_nothing_but_its_own_lines(tmp_path, official_dir, cache_dir
         child.kill()
         os.close(ours)
     text = content.getvalue().decode()
-    assert unknown(text) == []
-    bar = re.search(r"train +\d+% \|[^\r]*clips/s, loss [\d.]+[^\r]*, [\d:]+ left", text)
-    assert bar, text
-    assert len(re.findall(r"step \d+ of \d+: map", text)) == 1
-    assert_summary(text.replace("\r", ""), tmp_path / "a")
-
-    done = subprocess.run(
-        [*command, f"--workdir={tmp_path}/b"], cwd=ROOT, env=environment(cache_dir),
-        capture_output=True, check=True,
-    )  # fmt: skip
-    said, told = done.stdout.decode(), done.stderr.decode()
-    assert unknown(told) == []
-    assert "\r" not in told + said and "\x1b" not in told + said
-    assert len(told.splitlines()) < 40
-    assert len(re.findall(r"^step \d+ of \d+: map", told, re.MULTILINE)) == 1
-    assert said.startswith("train\n")
-    assert_summary(said, tmp_path / "b")
-
-
-def assert_summary(text, workdir):
-    """Asserts that a summary ends the text: short and aligned."""
-    lines = text.splitlines()
-    lines = lines[max(i for i, line in enumerate(lines) if line == "train") :]
-    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines[1:])
-    names = ["workdir", "MAP@100", "best", "data", "clips", "identities", "time", "ranking"]
-    assert list(rows) == names
-    assert rows["workdir"] == str(workdir)
-    assert re.fullmatch(r"[01]\.\d{4} on val; top-1 [01]\.\d{4}", rows["MAP@100"])
-    assert re.fullmatch(r"[01]\.\d{4} at step \d+", rows["best"])
-    assert re.fullmatch(r"iqiyi_vid in \S+, sha256 [0-9a-f]{12}", rows["data"])
-    assert {len(re.sub(r"(  \S+ +).*", r"\1", line)) for line in lines[1:]} == {14}
+    check(text, tmp_path / "run")
+    bar = r"train +\d+% \|[^\r]*clips/s, loss [\d.]+[^\r]*, [\d:]+ left"
+    assert re.search(bar, text), text
 
 
 def test_a_long_name_is_printed_without_its_middle():

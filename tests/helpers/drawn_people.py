@@ -87,9 +87,9 @@ def write_party(path):
     return path
 
 
-def extract(path, out, models, unit="track"):
+def extract(path, out, models, **settings):
     """Extracts a film or photo in this process; returns what is told of it, and its clips."""
-    settings = features_folder.ExtractionSettings(unit=unit)
+    settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)
     told = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)

@@ -33,8 +33,8 @@ A gallery stores people. Enrolling, identifying and deleting need no training.
 
 Clips are given by --input=PATH, a folder, a table or a .npz file without
 labels; or by --split=S, a split of the dataset of the run or of the dataset
---config.data.name=N --config.data.dir=D. A clip shows a single person. Without a
-name, `enrol G --input=PATH` expects a folder per person: PATH/NAME/CLIP.npz.
+--config.data.name=N --config.data.dir=D. A clip shows a single person. Without
+a name, `enrol G --input=PATH` expects a folder per person: PATH/NAME/CLIP.npz.
 A command ends when its changes are on the disk.
 
 vidjax gallery COMMAND --help prints the flags of a command, with an example.
