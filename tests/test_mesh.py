@@ -31,7 +31,6 @@ def learned(workdir):
             ("mma", SGD),
             ("deepmef", SGD),
         ],
-        2,
         mark=pytest.mark.nightly,
     ),
 )

@@ -74,6 +74,7 @@ def small(tmp_path_factory):
     return {p: _clips(folder, *p) for p in itertools.product(MODALITIES, SPLITS)}, labels
 
 
+@pytest.mark.slow
 def test_clips_distractors_missing_modalities_and_lengths(small):
     clips, labels = small
     for split in SPLITS:

@@ -285,9 +285,7 @@ def test_frames_weigh_the_square_of_their_quality():
 
 CROPS = {  # frames -> the four crops of load_data in ..._predict_v2.py
     1: ["0", "0", "0", "0"],
-    2: ["01", "1", "0", "01"],
     3: ["012", "12", "01", "1"],
-    4: ["0123", "123", "012", "12"],
     7: ["0123456", "23456", "01234", "12345"],
 }
 
