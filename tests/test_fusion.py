@@ -18,6 +18,7 @@ def fuse(name, rng, frames, **options):
     return jax.jit(fusion.make_fusion({"name": name, **options}))(rng, frames)
 
 
+@pytest.mark.slow
 def test_number_of_fused_frames_follows_probs():
     draws, probs = 4_000, (0.25, 0, 0.65, 0, 0.10)
     frames = one_hot_frames(np.ones(300))
@@ -30,6 +31,7 @@ def test_number_of_fused_frames_follows_probs():
     np.testing.assert_allclose(counts, probs, atol=0.03)
 
 
+@pytest.mark.slow
 def test_quality_weighting_is_the_weighted_mean_of_the_drawn_frames():
     weights = np.asarray([1.0, 2.0, 4.0])
     options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
@@ -79,6 +81,7 @@ def test_padding_and_bad_quality_reach_no_feature(spec):
     assert np.abs(features[short.mask]).max(axis=1).min() > 0
 
 
+@pytest.mark.slow
 def test_without_replacement_frames_repeat_only_when_all_were_drawn():
     lengths = [1, 3, 8]
     clips = [one_hot_frames(np.ones(length), padding=9 - length, dim=9) for length in lengths]
@@ -93,6 +96,7 @@ def test_without_replacement_frames_repeat_only_when_all_were_drawn():
         np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
 
 
+@pytest.mark.slow
 def test_without_replacement_frames_are_drawn_by_what_is_left():
     weights = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
     options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
@@ -168,6 +172,7 @@ def test_random_windows_hold_their_frame_and_one_to_four_others():
     np.testing.assert_allclose(others, 2.5 / 11, atol=0.08)
 
 
+@pytest.mark.slow
 def test_crops_are_the_means_of_their_frames():
     frames = make_frames([7, 12, 2, 1, 0], max_frames=13)
     frames.mask[1, 3] = False  # 11 real frames are left
@@ -185,6 +190,7 @@ def test_crops_are_the_means_of_their_frames():
     np.testing.assert_array_equal(crops.features[4], 0)
 
 
+@pytest.mark.slow
 def test_every_fusion_filters_first():
     frames = make_frames([9, 4, 0], max_frames=9)
     filters = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}

@@ -139,6 +139,7 @@ def test_angular_margin_matches_the_equation(margin, scale):
     assert losses.angular_margin(logits, labels, margin=0, scale=scale) is logits
 
 
+@pytest.mark.slow
 def test_angular_margin_has_finite_gradients_at_the_ends():
     # Just below, at, and just above 1.
     ends = np.nextafter(np.ones(3, np.float32), np.arange(3, dtype=np.float32))
@@ -155,6 +156,7 @@ def test_angular_margin_has_finite_gradients_at_the_ends():
     assert np.isfinite(jax.jit(jax.jacrev(totals))(logits)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
 def test_margins_take_a_scale_for_every_branch(margin_fn):
     """A model of several branches may learn a scale in each: [G], beside labels [B, G]."""

@@ -120,6 +120,7 @@ def test_the_margin_and_its_loss_follow_the_learned_scale():
         np.testing.assert_allclose(gradient, slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fallback_keeps_the_scale_that_each_model_learned():
     frames, clips = made.make_batch()
     dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}

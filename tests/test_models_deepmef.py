@@ -122,6 +122,7 @@ def test_deepmef_matches_a_loop(form, rms_norm, published):
         np.testing.assert_allclose(forward(params), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", quick_first(["features", "danet", "aggregation"], mark=pytest.mark.nightly)
 )
@@ -164,6 +165,7 @@ def test_only_the_last_published_layers_have_no_dropout():
     np.testing.assert_array_equal(seen["mean"], 0)  # what reaches the last layer is dropped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "gone"),
     quick_first(

@@ -71,7 +71,7 @@ def test_cosine_of_nothing_is_zero_with_a_gradient_of_zero():
     assert np.isfinite(by_params["kernel"]).all() and np.isfinite(by_x).all()
 
 
-@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_mlp_matches_its_equations(gradients):
     layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
     mask = np.array([True, True, False, True, True])
@@ -89,6 +89,7 @@ def test_mlp_matches_its_equations(gradients):
             made.check_gradients(forward, params, x, modes=("rev",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shortcut", quick_first(["concat", "add", "none"], mark=pytest.mark.nightly)
 )
@@ -134,6 +135,7 @@ def test_cosine_classifier_matches_its_equation():
         made.check_gradients(forward, params, x)
 
 
+@pytest.mark.slow
 def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
     frames, clips = made.make_batch()
     model = made.make_model({"name": "dense", "layers": (), "feature_scale": 0.5})

@@ -36,6 +36,7 @@ def weights_oracle(frames, batch_mask, *, measure, threshold, scale=0.95, shares
     return train, evaluate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kinds"),
     quick_first(

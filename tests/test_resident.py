@@ -162,6 +162,7 @@ FUSIONS += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     "spec", quick_first(FUSIONS, mark=pytest.mark.nightly), ids=lambda spec: spec["name"]
@@ -242,6 +243,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
         assert {one["mode"] for one in manifests(folder).values()} == {"resident"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["window", "quality"])
 def test_a_layout_says_what_the_clips_take(ragged, crop):
     clips, _, layout = clips_of(ragged, crop=crop)

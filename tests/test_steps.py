@@ -142,6 +142,7 @@ def test_the_loss_of_examples_is_the_mean_over_a_clips_frames():
     assert float(loss[0]) == pytest.approx(per_clip @ weight / weight.sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_divided_by_weights_or_by_clips():
     """Then a clip of weight 0.5 does not count half below the line, and one of weight 0 not."""
     batch, weight, found = make_batch((1,) * 5, (1,) * 5), np.array([1.0, 0.5, 2.0, 1.0, 0.0]), []
@@ -229,6 +230,7 @@ def branch_logits(state, batch, branch):
     return batch.frames["audio"].features[:, 0] @ layer["kernel"] + layer["bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", quick_first(["log_softmax", "logits"], mark=pytest.mark.nightly))
 def test_branches_are_weighted(scores):
     learn = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
