@@ -193,7 +193,7 @@ def test_crops_are_the_means_of_their_frames():
 @pytest.mark.slow
 def test_every_fusion_filters_first():
     frames = make_frames([9, 4, 0], max_frames=9)
-    filters = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}
+    filters: Any = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}
     narrow = fusion.filter_frames(frames, **filters)
     assert 1 < narrow.mask[0].sum() < 6
     for name in ("mean", "top"):

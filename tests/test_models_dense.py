@@ -149,6 +149,6 @@ def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
         x = []
         for name, dim in made.DIMS.items():
             real = frames[name].mask[b] & clips.mask[b]
-            features = np.float64(frames[name].features[b])[real]
+            features = frames[name].features[b][real].astype(np.float64)
             x.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))
         np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)

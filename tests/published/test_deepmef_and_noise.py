@@ -228,8 +228,9 @@ def test_the_focal_factor_is_that_of_the_mean():
         expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
         np.testing.assert_allclose(slope[3, 1, 4], expected, rtol=1e-4)
     # A clip that is not finite is found, whatever the others are.
-    options = {"counted": jnp.zeros((1, 1))}
-    assert np.isnan(losses.batch_focal(jnp.full((1, 3), jnp.nan), jnp.ones(1, int), **options))
+    nothing = jnp.zeros((1, 1))
+    loss = losses.batch_focal(jnp.full((1, 3), jnp.nan), jnp.ones(1, int), counted=nothing)
+    assert np.isnan(loss)
 
 
 # ---- noise classes, fifth place of 2018
