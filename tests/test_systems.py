@@ -37,9 +37,9 @@ def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path,
 
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
 def test_real_clips(vidjax_command, tmp_path):
-    """Five nets of the README, .912 there: another processor rounds otherwise."""
+    """Three nets have .909 to .912 in the benchmarks: another processor rounds otherwise."""
     spec = "configs/mma.py:iqiyi_vid,few,face,head,audio"
-    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", "--config.ensemble.seeds=5")
+    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", "--config.ensemble.seeds=3")
     metrics = results(vidjax_command, tmp_path, *words)
     counts = [metrics[key] for key in ("num_clips", "num_distractors", "num_identities")]
     assert metrics["map_kind"] == "val" and counts == [1232, 373, 413]
