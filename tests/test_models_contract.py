@@ -234,7 +234,7 @@ PLDA = {"name": "plda"}
         (FALLBACK, {"other_modalities": ("face",)}, "modalities other than 'face', not face"),
         (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
         (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),
-        (FALLBACK, {"main": FALLBACK}, "main and other must have one branch"),
+        (FALLBACK, {"main": FALLBACK}, "main and other must have a single branch"),
         (FALLBACK, {"other": {"name": "plda"}}, "PLDAIdentifier needs separate passes"),
     ],
 )
@@ -297,7 +297,7 @@ def test_embedding_logits_and_attention_are_what_they_are_said_to_be(name):
 
 @pytest.mark.parametrize(
     ("name", "modalities", "message"),
-    [("mma", {}, "at least one modality"), ("knn", {"head": 5}, "config.modalities=head")],
+    [("mma", {}, "needs a modality"), ("knn", {"head": 5}, "config.modalities=head")],
 )
 def test_impossible_tasks_are_refused(name, modalities, message):
     sizes = {"modalities": modalities, "num_classes": 5, "num_clips": 6}

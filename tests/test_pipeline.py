@@ -249,8 +249,8 @@ def test_mistakes_are_named_before_anything_is_read(dataset):
         ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
         ({"modalities": ("face", "face")}, "config.modalities=face,face: .* only once"),
-        ({"modalities": ()}, "config.modalities=: name at least one"),
-        ({"splits": ()}, "config.data.train_splits=: name at least one"),
+        ({"modalities": ()}, "config.modalities=: name modalities"),
+        ({"splits": ()}, "config.data.train_splits=: name splits"),
         ({"batch_size": 0}, "1 or more"),
         ({"step": -1}, "step=-1: must be 0 or more"),
     ):
