@@ -63,18 +63,21 @@ def test_train_is_permuted_and_other_splits_are_in_name_order(found):
     assert np.abs(steps).mean() > 40 / 5  # a random permutation steps N / 3 on average
 
 
-def test_a_second_run_reads_neither_pickle_nor_shard(source, found, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("read again")
-
-    monkeypatch.setattr(sandbox, "unpack", refuse)
-    monkeypatch.setattr(shard_files, "check_shard", refuse)
-    again = prepare(source, found.folder.parent.parent)
+def test_a_second_run_reads_neither_pickle_nor_shard(source, found, monkeypatch, say):
+    monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
+    cache = found.folder.parent.parent
+    again = prepare(source, cache)
     assert again.folder == found.folder and again.report == found.report
     for split in ("train", "val"):
         assert again.splits[split].clips == found.splits[split].clips
         assert again.splits[split].shards == found.splits[split].shards
         np.testing.assert_array_equal(again.splits[split].order, found.splits[split].order)
+    out = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
+    assert "train: 40 clips, 7 identities, 0 distractors" in out
+    assert "val: 21 clips, 9 identities, 6 distractors" in out
+    assert out.splitlines()[-1] == str(found.folder / "data_report.json")
+    assert "nowhere" in say(source / "nowhere", code=2, program=iqiyi_vid.main)
 
 
 def test_sources_never_mix(small, cache, tmp_path):
@@ -102,9 +105,9 @@ def test_labels_are_columns_in_identity_order(source, found):
     assert labels["val"].labels.tolist() == [i % 9 + 2 for i in range(15)] + [0] * 6
     assert labels["val"].positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
     assert labels["val"].labels.dtype == np.int32
-    assert report["splits"]["val"]["distractors"] == 6
-    assert report["splits"]["val"]["labelled_clips"] == 15
-    assert report["splits"]["val"]["clips_per_identity"]["2-2"] == 6
+    facts = report["splits"]["val"]
+    assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
+    assert facts["clips_per_identity"]["2-2"] == 6
 
 
 def test_splits_without_ground_truth_and_identities_that_only_one_has(found, tmp_path):
@@ -138,15 +141,6 @@ def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, cache):
     assert [shard.records for shard in found.splits["train"].shards] == [1, 1, 1]
 
 
-def test_command_converts_and_reports(source, found, say):
-    cache = f"--cache_dir={found.folder.parent.parent}"
-    out = say(source, cache, program=iqiyi_vid.main)
-    assert "train: 40 clips, 7 identities, 0 distractors" in out
-    assert "val: 21 clips, 9 identities, 6 distractors" in out
-    assert out.splitlines()[-1] == str(found.folder / "data_report.json")
-    assert "nowhere" in say(source / "nowhere", cache, code=2, program=iqiyi_vid.main)
-
-
 def prepare_in_turn(source, cache, queue):
     """Counts the pickles that this process unpacked."""
     unpacked = []
@@ -161,9 +155,8 @@ def prepare_in_turn(source, cache, queue):
 def test_of_two_processes_one_converts_and_one_waits(source, cache):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [
-        context.Process(target=prepare_in_turn, args=(source, cache, queue)) for _ in range(2)
-    ]
+    start = {"target": prepare_in_turn, "args": (source, cache, queue)}
+    processes = [context.Process(**start) for _ in range(2)]
     for process in processes:
         process.start()
     try:

@@ -1,8 +1,8 @@
-"""Logs: lines of a resumed run, events that TensorBoard reads, progress on screen or in a file."""
+"""Logs: lines of a resumed run, events that TensorBoard reads, progress in a file."""
 
 import json
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import pytest
 
 from vidjax.runs import terminal as terminal_lib
 from vidjax.runs.results import Logs, keep_until
@@ -18,7 +18,10 @@ def test_lines_after_the_step_and_half_lines_go(tmp_path):
     assert not (tmp_path / "absent.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_the_events_and_forgets_repeated_steps(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     logs = Logs(tmp_path, step=0)
     for step in (1, 2, 3):
         logs.metrics(step, {"train_loss": 1.0 / step})
@@ -29,13 +32,12 @@ def test_tensorboard_reads_the_events_and_forgets_repeated_steps(tmp_path):
     logs.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[-1]["train_loss"] == 9.0
-    assert "clips_per_second" not in (tmp_path / "metrics.jsonl").read_text()
+    assert lines[-1]["train_loss"] == 9.0 and "clips_per_second" not in lines[-1]
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
-def test_progress_tells_a_file_now_and_then(capsys, monkeypatch):
+def test_progress_writes_a_line_to_a_file_now_and_then(capsys, monkeypatch):
     clock = iter(range(0, 600, 3))
     monkeypatch.setattr(terminal_lib.time, "monotonic", lambda: next(clock))
     progress = Progress(1000, initial=200, unit="clip", label="train")

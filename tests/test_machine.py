@@ -8,11 +8,8 @@ import pytest
 from vidjax.utils import machine
 
 GB = 1 << 30
-
-
 V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
 V2 = "0::/pod/one\n"
-ALL = f"{1 << 63}\n"
 
 
 @pytest.mark.parametrize(
@@ -20,46 +17,28 @@ ALL = f"{1 << 63}\n"
     [
         (None, {}, None, None, None),  # no Linux
         (V2, {"pod/one/memory.max": "max\n"}, None, None, None),
-        (
-            V2,
-            {
-                "pod/one/memory.max": f"{GB >> 6}\n",
-                "pod/one/memory.current": f"{GB >> 7}\n",
-                "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
-                "pod/one/cpu.max": "max 100000\n",
-                "pod/cpu.max": "80000 100000\n",
-            },
-            GB >> 6,
-            (GB >> 7) + (GB >> 8),
-            1,
-        ),
+        (V2, {
+            "pod/one/memory.max": f"{GB >> 6}\n",
+            "pod/one/memory.current": f"{GB >> 7}\n",
+            "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
+            "pod/one/cpu.max": "max 100000\n",
+            "pod/cpu.max": "80000 100000\n",
+        }, GB >> 6, (GB >> 7) + (GB >> 8), 1),
         (V2, {"memory.max": f"{GB >> 6}\n"}, GB >> 6, GB >> 6, None),  # seen as top
-        (
-            V1,
-            {
-                "memory/pod/one/memory.limit_in_bytes": ALL,
-                "memory/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
-                "memory/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
-                "cpu/pod/one/cpu.cfs_quota_us": "50000\n",
-                "cpu/pod/one/cpu.cfs_period_us": "100000\n",
-            },
-            GB >> 6,
-            GB >> 7,
-            1,
-        ),
-        (
-            V1,
-            {
-                "memory/memory.limit_in_bytes": f"{GB >> 6}\n",
-                "cpu/cpu.cfs_quota_us": "-1\n",
-                "cpu/cpu.cfs_period_us": "100000\n",
-            },
-            GB >> 6,
-            GB >> 6,
-            None,
-        ),
+        (V1, {
+            "memory/pod/one/memory.limit_in_bytes": f"{1 << 63}\n",
+            "memory/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
+            "memory/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
+            "cpu/pod/one/cpu.cfs_quota_us": "50000\n",
+            "cpu/pod/one/cpu.cfs_period_us": "100000\n",
+        }, GB >> 6, GB >> 7, 1),
+        (V1, {
+            "memory/memory.limit_in_bytes": f"{GB >> 6}\n",
+            "cpu/cpu.cfs_quota_us": "-1\n",
+            "cpu/cpu.cfs_period_us": "100000\n",
+        }, GB >> 6, GB >> 6, None),
     ],
-)
+)  # fmt: skip
 def test_the_limits_of_a_container_are_those_of_its_groups(
     tmp_path, groups, files, most, free, cores
 ):
@@ -93,5 +72,6 @@ print(held() - before)
 """
 
 
-def test_an_import_leaves_the_memory_of_its_host_alone(python):
+@pytest.mark.slow
+def test_memory_of_an_array_is_given_back_after_an_import(python):
     assert int(python(IMPORT)) < 50  # MB of an array that is gone
