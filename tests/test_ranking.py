@@ -15,17 +15,23 @@ def top_of(*rows):
     return topk.TopK(np.full(index.shape, -np.inf, np.float32), index)
 
 
-def test_a_ranking_round_trips(tmp_path):
+def test_a_ranking_round_trips_and_bad_ones_are_refused(tmp_path):
     path = tmp_path / "ranking.txt"
     clips = ["b", "a.mp4", "../up", "日本語", "x" * 300]
     ranking.write_ranking(path, ["195", "7"], clips, top_of([4, 0, 1], [2, 3]))
     text = f"195 {'x' * 300}.mp4 b.mp4 a.mp4\n7 ../up.mp4 日本語.mp4\n"
     assert path.read_text(encoding="utf-8") == text
-    assert made_runs.lists(path) == {
-        "195": ["x" * 300 + ".mp4", "b.mp4", "a.mp4"],
-        "7": ["../up.mp4", "日本語.mp4"],
-    }
+    lists = {"195": ["x" * 300 + ".mp4", "b.mp4", "a.mp4"], "7": ["../up.mp4", "日本語.mp4"]}
+    assert made_runs.lists(path) == lists
+    for identities, names, rows, message in (
+        (["1"], ["a", "a.mp4"], [[0]], r"clip 'a\.mp4' is repeated"),
+        (["1", "1"], ["a"], [[0], [0]], "identity '1' is repeated"),
+        (["1", "2"], ["a"], [[0]], "2 identities, 1 ranked"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ranking.write_ranking(path, identities, names, top_of(*rows))
     assert [file.name for file in tmp_path.iterdir()] == ["ranking.txt"]
+    assert path.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize("bad", ["", " ", "a\tb", "a\nb", "a\u2028b", "a\x1bb", "a\udc80b"])
@@ -36,17 +42,6 @@ def test_names_that_would_break_the_file_are_refused(tmp_path, bad):
         with pytest.raises(ValueError, match=r"rename it|is empty"):
             ranking.write_ranking(path, identities, clips, top_of([0]))
     assert path.read_text() == "before"
-
-
-def test_repeated_names_and_wrong_counts_are_refused(tmp_path):
-    path = tmp_path / "ranking.txt"
-    with pytest.raises(ValueError, match=r"clip 'a\.mp4' is repeated"):
-        ranking.write_ranking(path, ["1"], ["a", "a.mp4"], top_of([0]))
-    with pytest.raises(ValueError, match="identity '1' is repeated"):
-        ranking.write_ranking(path, ["1", "1"], ["a"], top_of([0], [0]))
-    with pytest.raises(ValueError, match="2 identities, 1 ranked"):
-        ranking.write_ranking(path, ["1", "2"], ["a"], top_of([0]))
-    assert not path.exists()
 
 
 MANY = " ".join(f"x{i}.mp4" for i in range(101))
@@ -82,10 +77,8 @@ BORNE = [
     ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
     ("\n1 a.mp4\n", "1", "line 1"),
     ("1 a.mp4\n \t \n", "1", "line 2"),
-    ("1 a.mp4\n\n", "1", "line 2"),
     ("1  a.mp4\n", "1", "line 1: fields"),
     ("1\ta.mp4\n", "1", "line 1: fields"),
-    (" 1 a.mp4\n", "1", "line 1: fields"),
     ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
     ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: not UTF-8"),
     ("", "0", "the file is empty"),
@@ -106,33 +99,28 @@ def test_faults_are_warnings_and_errors_with_strict(files, command, submission, 
 def test_every_kind_of_fault_is_one_line(files, command):
     lines = ["", "", "1 a.mp4 a.mp4", "1 a.mp4", "1 b.mp4 b.mp4", "8 a.mp4", "9 a.mp4"]
     code, _, err = command("score", *files("1 a.mp4\n", "\n".join(lines)))
-    complaints = [line.split("ranking.txt: ")[1] for line in err.splitlines()]
+    complaints = [line.split("ranking.txt: ")[1] for line in err.splitlines()][:4]
     assert code == 0
-    assert [line.split(":")[0] for line in complaints[:4]] == [
-        f"line {number}" for number in (1, 3, 4, 6)
-    ]
-    assert all(line.endswith("(lines like it: 2)") for line in complaints[:4])
+    assert [line.split(":")[0] for line in complaints] == ["line 1", "line 3", "line 4", "line 6"]
+    assert all(line.endswith("(lines like it: 2)") for line in complaints)
 
 
-@pytest.mark.parametrize(
-    ("gt", "submission", "hint"),
-    [("1 a.mp4\n", "1 a b\n", "suffix"), ("1 a.mp4\n", "id1 a.mp4\n", "no identity")],
-)
-def test_main_hints_when_nothing_matches(files, command, gt, submission, hint):
-    code, out, err = command("score", *files(gt, submission))
-    assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
-    assert all(line.startswith("vidjax: warning: ") for line in err.splitlines())
+def test_main_hints_when_nothing_matches(files, command):
+    for submission, hint in (("1 a b\n", "suffix"), ("id1 a.mp4\n", "no identity")):
+        code, out, err = command("score", *files("1 a.mp4\n", submission))
+        assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
+        assert all(line.startswith("vidjax: warning: ") for line in err.splitlines())
 
 
 def test_main_refuses_in_a_line(files, command, tmp_path):
     gt, submission = files("1 a.mp4\n\n", "1 a.mp4\n")
-    for arguments in ([gt, submission], [tmp_path / "none", submission], [gt, tmp_path]):
-        done = command("score", *arguments)
+    for words in ([gt, submission], [tmp_path / "none", submission], [gt, tmp_path]):
+        done = command("score", *words)
         assert done.refused(str(tmp_path)) and done.out == ""
-    for arguments in ([], [gt], [gt, submission, "more"], ["--fast", gt, submission]):
-        assert command("score", *arguments).refused("vidjax: ")
+    assert command("score", gt, submission, "more").refused("vidjax: ")
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_tensorflow(files, python):
     paths = files("1 a.mp4\n", "1 x.mp4 a.mp4\n")
     program = "import sys; sys.modules['tensorflow'] = None; from vidjax.cli.program import main; "

@@ -11,11 +11,11 @@ from vidjax.utils import files
 
 def test_load_names_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"'imagenet'.* synthetic, iqiyi_vid"):
-        load_dataset("imagenet", directory=None, cache_dir=tmp_path)
+        load_dataset("imagenet")
     with pytest.raises(ValueError, match=r"config\.data\.dir"):
-        load_dataset("iqiyi_vid", directory=None, cache_dir=tmp_path)
+        load_dataset("iqiyi_vid")
     with pytest.raises(OSError, match="nowhere"):
-        load_dataset("iqiyi_vid", directory=tmp_path / "nowhere", cache_dir=tmp_path)
+        load_dataset("iqiyi_vid", directory=tmp_path / "nowhere")
 
 
 def test_synthetic_data_are_written_once(tmp_path, monkeypatch):
