@@ -1,10 +1,13 @@
 """A run from Python gives the numbers of the command, to the bit, of clips that lie in memory."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers import small_runs
+from tests.helpers.cases import quick_first
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax.data import sources
 from vidjax.data.labels import load_ground_truth
@@ -15,17 +18,17 @@ from vidjax.runs.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
-    "mma": ("configs/mma.py:iqiyi_vid",),
-    "dense": ("configs/quality_fusion.py:iqiyi_vid,voting",),
-    "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",),
     "cosine": ("configs/cosine.py:iqiyi_vid",),
-    "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", "--config.num_epochs=2"),
     "knn": ("configs/knn.py:iqiyi_vid",),
     "ensemble": (
         "configs/quality_fusion.py:iqiyi_vid,folds",
         "--config.data.train_splits=train,val",
         "--config.ensemble.views=2",
     ),
+    "dense": ("configs/quality_fusion.py:iqiyi_vid,voting",),
+    "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",),
+    "mma": ("configs/mma.py:iqiyi_vid",),
+    "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", "--config.num_epochs=2"),
 }
 
 
@@ -35,8 +38,23 @@ def train(trained):
 
 
 @pytest.fixture(scope="module")
+def restored(train):
+    return functools.cache(lambda name: predict.restore(train(name), num_devices=1))
+
+
+@pytest.fixture(scope="module")
 def clips(official_arrays):  # noqa: F811
-    return {split: dict(reversed(found.items())) for split, found in official_arrays.items()}
+    return {split: dict(reversed(some.items())) for split, some in official_arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def new(clips):
+    """Clips of val under other names."""
+    return {f"new {name}": frames for name, frames in clips["val"].items()}
+
+
+def first(clips, count):
+    return dict(list(clips.items())[:count])
 
 
 def ranked(run, clips):
@@ -44,33 +62,25 @@ def ranked(run, clips):
     return [" ".join([who, *(f"{name}.mp4" for name, _ in found)]) for who, found in lists]
 
 
-def test_a_split_that_is_not_there_is_named(train, data):
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        predict.restore(train("knn"), num_devices=1).scores(data, split="dev")
-
-
-def test_clips_without_a_frame_come_last(train, clips):
-    run = predict.restore(train("knn"), num_devices=1)
+def test_clips_without_a_frame_come_last(restored, clips):
+    run = restored("knn")
     name, seen = next((n, c) for n, c in clips["val"].items() if len(c["face"]["features"]))
     few = {"empty": {"face": []}, f"{name}.mp4": {**seen, "smell": [1.0]}, "bare": {}}
     scores = run.scores(few)
     assert scores.dtype == np.float32 and scores.shape == (3, len(run.identities))
     assert np.isneginf(scores[[0, 2]]).all() and np.isfinite(scores[1]).all()
     assert not run.embed(few)[[0, 2]].any()
-    for column, found in enumerate(run.rank(few).values()):
-        assert [clip for clip, _ in found] == [f"{name}.mp4", "bare", "empty"]
-        assert found[0][1] == scores[1, column]
+    for column, rows in enumerate(run.rank(few).values()):
+        assert [clip for clip, _ in rows] == [f"{name}.mp4", "bare", "empty"]
+        assert rows[0][1] == scores[1, column]
     nan = {"a": {"face": np.full((2, 24), np.nan, np.float16)}}
     with pytest.warns(UserWarning, match="2 of 2 frames"):
         assert np.isneginf(run.scores(nan)).all()
 
 
-def test_a_folder_may_be_named_from_where_one_stands(train, monkeypatch):
-    monkeypatch.chdir(train("knn").parent)
-    assert predict.restore(train("knn").name, num_devices=1).workdir == train("knn")
-
-
-def test_what_cannot_be_restored_says_so(train, tmp_path):
+def test_what_cannot_be_restored_says_so(train, restored, data, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        restored("knn").scores(data, split="dev")
     with pytest.raises(ValueError, match="no run in"):
         predict.restore(tmp_path)
     config = config_lib.default()
@@ -79,25 +89,26 @@ def test_what_cannot_be_restored_says_so(train, tmp_path):
     with pytest.raises(ValueError, match="joins other runs"):
         predict.restore(tmp_path)
     best = predict.restore(train("knn"), step="best", num_devices=1)
-    assert best.step == predict.restore(str(train("knn"))).step == best.manifest["step"]
+    monkeypatch.chdir(train("knn").parent)
+    here = predict.restore(train("knn").name, num_devices=1)
+    assert here.workdir == train("knn") and here.step == best.step == best.manifest["step"]
     (tmp_path / "config.json").write_text((train("knn") / "config.json").read_text())
     with pytest.raises(CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_scores_are_those_of_evaluation(name, data, train, clips):
-    folder = train(name)
+@pytest.mark.parametrize("name", quick_first(SYSTEMS, 3, mark=pytest.mark.nightly))
+def test_scores_are_those_of_evaluation(name, data, train, restored, clips):
+    folder, run = train(name), restored(name)
     wanted = small_runs.scores([small_runs.restored(folder, data)])
-    run = predict.restore(folder, num_devices=1)
     assert run.step == max(checkpoint.manifests(folder))
-    found = run.scores(data)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, wanted.astype(np.float32))
+    scores = run.scores(data)
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, wanted.astype(np.float32))
     order = [data.split("val").clips.index(clip) for clip in clips["val"]]
     lines = (folder / "ranking.txt").read_text().splitlines()
     assert ranked(run, data) == lines
-    in_memory = found[order]
+    in_memory = scores[order]
     if name != "ensemble":  # whose members score the clips that they were not trained on
         np.testing.assert_array_equal(run.scores(clips["val"]), in_memory)
         assert ranked(run, clips["val"]) == lines
@@ -106,17 +117,16 @@ def test_scores_are_those_of_evaluation(name, data, train, clips):
         np.testing.assert_array_equal(many.scores(clips["val"]), in_memory)
 
     vectors = run.embed(clips["val"])
-    norms = np.linalg.norm(vectors, axis=1)
     seen = np.isfinite(in_memory).any(axis=1)
-    np.testing.assert_allclose(norms, seen, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), seen, atol=1e-5)
     np.testing.assert_array_equal(run.embed(data), vectors[np.argsort(order)])
     dims = {"mma": (3 + 1 + 1) * 16, "cosine": 3 * 16, "dense": 8, "knn": 24, "ensemble": 3 * 2 * 8}
     assert vectors.shape[1] == dims.get(name, vectors.shape[1])
 
 
-def test_only_clips_of_the_runs_own_data_are_scored_out_of_fold(train, data, clips, tmp_path):
+def test_only_clips_of_the_runs_own_data_are_scored_out_of_fold(restored, data, clips, tmp_path):
     """Another clip may have the name of a training clip."""
-    run = predict.restore(train("ensemble"), num_devices=1)
+    run = restored("ensemble")
 
     def as_data(**splits):
         return sources.load(splits, cache_dir=tmp_path)
@@ -126,124 +136,108 @@ def test_only_clips_of_the_runs_own_data_are_scored_out_of_fold(train, data, cli
     others = dict(zip(names, values[1:] + values[:1], strict=True))
     wanted = run.scores({f"new {name}": clip for name, clip in others.items()})
     for given, split in (
-        (others, None),
-        (as_data(val=others), "val"),
-        (as_data(test=others), "test"),
-    ):
+        (others, None), (as_data(val=others), "val"), (as_data(test=others), "test"),
+    ):  # fmt: skip
         with pytest.warns(UserWarning, match="names of training clips, but .* all members"):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-@pytest.mark.optimized
-def test_arrays_are_ranked_where_there_is_no_tensorflow(train, clips, tmp_path, python):
-    folder = train("mma")
-    flat = {
-        f"{name}/{modality}/{field}": column
-        for name, modalities in clips["val"].items()
-        for modality, fields in modalities.items()
-        for field, column in fields.items()
-    }
-    np.savez(tmp_path / "clips.npz", **flat)
-    code = f"""
+RANK = """
 import sys
 for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
 import numpy as np
 from vidjax.evaluation import predict
-clips = {{}}
-with np.load({str(tmp_path / "clips.npz")!r}) as file:
-    for key in file.files:
-        clip, modality, field = key.split("/")
-        clips.setdefault(clip, {{}}).setdefault(modality, {{}})[field] = file[key]
-run = predict.restore({str(folder)!r})
-np.savez({str(tmp_path / "found.npz")!r}, scores=run.scores(clips), vectors=run.embed(clips))
+rng, run = np.random.default_rng(0), predict.restore(sys.argv[1])
+clips = {f"c{n}": {"face": rng.normal(size=(2, 24)).astype("float16")} for n in range(9)}
+np.savez(sys.argv[2], scores=run.scores(clips), vectors=run.embed(clips))
 """
-    python(code)
-    run = predict.restore(folder, num_devices=1)
-    with np.load(tmp_path / "found.npz") as found:
-        np.testing.assert_array_equal(found["scores"], run.scores(clips["val"]))
-        np.testing.assert_allclose(found["vectors"], run.embed(clips["val"]), atol=1e-6)
+
+
+@pytest.mark.optimized
+def test_arrays_are_ranked_where_there_is_no_tensorflow(train, tmp_path, python):
+    python(RANK, train("knn"), tmp_path / "found.npz")
+    rng, run = np.random.default_rng(0), predict.restore(train("knn"), num_devices=1)
+    clips = {f"c{n}": {"face": rng.normal(size=(2, 24)).astype("float16")} for n in range(9)}
+    with np.load(tmp_path / "found.npz") as answers:
+        np.testing.assert_array_equal(answers["scores"], run.scores(clips))
+        np.testing.assert_allclose(answers["vectors"], run.embed(clips), atol=1e-6)
 
 
 def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
     labels = [load_ground_truth(official_dir / f"{split}_gt.txt") for split in ("train", "val")]
     own = sources.load(clips, labels[0] | labels[1], cache_dir=tmp_path / "cache")
-    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
+    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/cosine.py:iqiyi_vid")
     small_runs.run(config, tmp_path / "run", own)
-    small_runs.assert_same_run(tmp_path / "run", train("mma"))
+    small_runs.assert_same_run(tmp_path / "run", train("cosine"))
 
 
-@pytest.mark.parametrize("name", ["mma", "ensemble", "knn"])
-def test_few_clips_score_as_many(name, train, clips):
+@pytest.mark.parametrize("name", ["cosine", "ensemble", "knn"])
+def test_few_clips_score_as_many(name, restored, new):
     """Small blocks round in another order; among each other they agree to the bit."""
-    run = predict.restore(train(name), num_devices=1)
-    clips = {f"new {clip}": frames for clip, frames in clips["val"].items()}
-    wanted = run.scores(clips)
+    run = restored(name)
+    wanted = run.scores(new)
     if run.config.eval.scores != "logits":
         with pytest.raises(ValueError, match=r"\nof a probability p it is math\.log"):
-            run.identify(clips, threshold=0.5)
-    few = [dict([item]) for item in list(clips.items())[:12]]
-    alone = np.concatenate([run.scores(one) for one in few])
-    np.testing.assert_allclose(alone, wanted[:12], rtol=1e-4, atol=1e-4)
-    four = dict(list(clips.items())[: predict.SMALL_REQUEST])
-    np.testing.assert_array_equal(run.scores(four), alone[: len(four)])
-    for column, (identity, ranked) in enumerate(run.rank(four).items()):
-        assert identity == run.identities[column] and len(ranked) == len(four)
+            run.identify(new, threshold=0.5)
+    each = np.concatenate([run.scores(dict([item])) for item in first(new, 12).items()])
+    np.testing.assert_allclose(each, wanted[:12], rtol=1e-4, atol=1e-4)
+    four = first(new, predict.SMALL_REQUEST)
+    np.testing.assert_array_equal(run.scores(four), each[: len(four)])
+    for column, (identity, rows) in enumerate(run.rank(four).items()):
+        assert identity == run.identities[column] and len(rows) == len(four)
         by_name = dict(zip(four, run.scores(four)[:, column].tolist(), strict=True))
-        assert ranked == sorted(by_name.items(), key=lambda pair: (-pair[1], pair[0]))
+        assert rows == sorted(by_name.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-def test_a_threshold_of_scores_out_of_fold_is_not_that_of_new_clips(train, clips):
-    run = predict.restore(train("ensemble"), num_devices=1)
+def test_a_threshold_of_scores_out_of_fold_is_not_one_of_new_clips(restored, new):
+    run, some = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99})
-    new = {f"new {name}": frames for name, frames in list(clips["val"].items())[:5]}
     assert run.threshold is None
     with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
-        run.identify(new)
-    assert run.identify(new, threshold=-1.0).keys() == new.keys()
+        run.identify(some)
+    assert run.identify(some, threshold=-1.0).keys() == some.keys()
     val = run._replace(results={**run.results, "map_kind": "val"})
-    assert val.threshold == -1.0 and val.identify(new) == run.identify(new, threshold=-1.0)
+    assert val.threshold == -1.0 and val.identify(some) == run.identify(some, threshold=-1.0)
 
 
-def test_few_distractors_set_no_threshold(train, clips):
+def test_few_distractors_set_no_threshold(restored, new):
     """Three distractors would let a quarter of all strangers pass at a rate of 1 %."""
-    run = predict.restore(train("mma"), num_devices=1)
-    new = {f"new {name}": frames for name, frames in list(clips["val"].items())[:3]}
+    run, some = restored("cosine"), first(new, 3)
     for count, known in ((1, False), (98, False), (99, True)):
         results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": count}
         run = run._replace(results=results)
         assert run.threshold == (-1.0 if known else None)
     few = run._replace(results={**run.results, "num_distractors": 98})
     with pytest.raises(ValueError, match=r"98 distractors cannot show .*\ngive a threshold"):
-        few.identify(new)
-    assert few.identify(new, threshold=-1.0) == run.identify(new)
-    none = run._replace(results={"num_distractors": 0})
-    assert all(none.identify(new).values())
+        few.identify(some)
+    assert few.identify(some, threshold=-1.0) == run.identify(some)
+    assert all(run._replace(results={"num_distractors": 0}).identify(some).values())
 
 
-def test_blocks_beyond_the_memory_are_told_before_they_are_made(train, clips, monkeypatch):
+def test_blocks_beyond_the_memory_are_refused_before_they_are_made(train, clips, monkeypatch):
     run = predict.restore(train("knn"), num_devices=1)
     monkeypatch.setattr(scoring, "free_bytes", lambda mesh: 1e6)
+    run.config.eval.block_size = 2**20
     with pytest.raises(ValueError, match=r"block_size=1048576: .* GB .*\n--config\.eval\.block_s"):
-        run.config.eval.block_size = 2**20
         run.rank(clips["val"])
 
 
-def test_one_clip_after_another_compiles_nothing(train, clips, caplog):
-    run = predict.restore(train("mma"), num_devices=1)
-    few = [dict([item]) for item in list(clips["val"].items())[:10]]
+def test_one_clip_after_another_compiles_nothing(restored, clips, caplog):
+    run = restored("cosine")
+    few = [dict([item]) for item in first(clips["val"], 6).items()]
     run = run._replace(results={**run.results, "num_distractors": 0})
     for function in (run.scores, run.rank, run.identify):
-        first = [function(one) for one in few]
+        before = [function(one) for one in few]
         caplog.clear()
         with jax.log_compiles():
             again = [function(one) for one in few]
         assert not [line for line in caplog.messages if "ompiling" in line], function
-        np.testing.assert_equal(again, first)
+        np.testing.assert_equal(again, before)
 
 
-def test_a_modality_that_the_run_does_not_read_is_told_where_one_is_missing(train, clips):
-    run = predict.restore(train("mma"), num_devices=1)
+def test_a_modality_that_the_run_does_not_read_gets_a_warning_where_one_is_missing(restored, clips):
+    run = restored("cosine")
     assert set(run.modalities) == {"face", "head", "audio"}
     face = next(one["face"] for one in clips["val"].values() if len(one["face"]["features"]))
     with pytest.warns(UserWarning, match="no clip has .*audio.*aduio is not read.*mean 'audio'"):

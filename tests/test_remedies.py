@@ -21,8 +21,6 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import results as results_lib
 from vidjax.training import plan
 
-KNN = "knn"  # its configuration
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, nearest_run, data, official_dir):
@@ -31,21 +29,20 @@ def place(tmp_path_factory, nearest_run, data, official_dir):
     (folder / "run").symlink_to(nearest_run)
     (folder / "official").symlink_to(official_dir)
     Gallery.create(folder / "g", nearest_run, data)
-    rng = np.random.default_rng(0)
-    clips = {"a b": {"face": rng.normal(size=(2, 24)).astype(np.float16)}}
+    clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}
     clip_files.write_npz(folder / "my own", {"train": clips, "test": clips})
     return folder
 
 
 @pytest.fixture
 def remedy(place, say, monkeypatch):
-    """A function that returns the remedy in the error of a command."""
+    """A function that returns the words of a command with the remedy of another command's error."""
     monkeypatch.chdir(place)
 
-    def find(typed, pattern):
-        found = re.search(pattern, say(*shlex.split(typed), code=2))
-        assert found
-        return found[1]
+    def find(typed, pattern, then):
+        match = re.search(pattern, say(*shlex.split(typed), code=2))
+        assert match
+        return shlex.split(then.format(match[1]))
 
     return find
 
@@ -73,7 +70,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("typed", "pattern", "then"), quick_first(COMMANDS, 5))
 def test_the_remedy_of_a_command_works(typed, pattern, then, remedy, say):
-    words = shlex.split(then.format(remedy(typed, pattern)))
+    words = remedy(typed, pattern, then)
     assert say(*words[words[0] == "vidjax" :])
 
 
@@ -91,34 +88,27 @@ PARSED = [
 ]
 
 
-@pytest.mark.parametrize(("typed", "pattern", "then"), PARSED)
-def test_the_remedy_of_a_command_is_a_command(typed, pattern, then, remedy):
-    args = program.parse(shlex.split(then.format(remedy(typed, pattern))))
-    if args.command == "train":
-        run_commands.read_train_settings(args)
+def test_the_remedy_of_a_command_is_a_command(remedy):
+    for typed, pattern, then in PARSED:
+        args = program.parse(remedy(typed, pattern, then))
+        if args.command == "train":
+            run_commands.read_train_settings(args)
 
 
-@pytest.mark.parametrize(("typed", "words"), [
-    ("train --config=knn --config.loss.name=arcface", "config.loss has classification, focal"),
-    ("train --config=knn --gpus=1", "CUDA_VISIBLE_DEVICES=0"),
-    ("train --config=knn --device=cpu", "JAX_PLATFORMS=cpu"),
-    ("train --config=knn --verbose", "--debug"),
-    ("infer", "vidjax rank"), ("gallery nonsense", "choose from create"),
-    ("export --run=run", "without a flag"),
-])  # fmt: skip
-def test_words_that_people_type_have_a_hint(typed, words, say):
-    assert words in say(*shlex.split(typed), code=2)
-
-
-def test_the_version_comes_as_json(command):
+def test_words_that_people_type_have_a_hint(say, command):
+    for typed, words in (
+        ("train --config=knn --config.loss.name=arcface", "config.loss has classification, focal"),
+        ("train --config=knn --gpus=1", "CUDA_VISIBLE_DEVICES=0"),
+        ("train --config=knn --device=cpu", "JAX_PLATFORMS=cpu"),
+        ("train --config=knn --verbose", "--debug"),
+        ("infer", "vidjax rank"),
+        ("gallery nonsense", "choose from create"),
+        ("export --run=run", "without a flag"),
+    ):
+        assert words in say(*typed.split(), code=2)
     with pytest.raises(SystemExit) as ended:
         command("--version", "--json")
     assert ended.value.code == 0
-
-
-def test_a_gallery_and_a_run_that_are_swapped_are_told(place):
-    said = refused(lambda: Gallery.create(place / "run", "new"), "is a run: Gallery.create(")
-    assert str(place / "run") in said
 
 
 # ---- at once
@@ -160,9 +150,10 @@ def test_a_mistake_is_told_before_work_begins(typed, words, place, say, monkeypa
     assert made_galleries.contents(place / "g") == before
 
 
-def test_labels_of_clips_that_are_not_there(place):
-    gallery = Gallery(place / "g")
-    clips = {"c": {"face": np.ones((1, 24), np.float32)}}
+def test_a_gallery_and_a_run_that_are_swapped_and_labels_without_clips(place):
+    message = refused(lambda: Gallery.create(place / "run", "new"), "is a run: Gallery.create(")
+    assert str(place / "run") in message
+    gallery, clips = Gallery(place / "g"), {"c": {"face": np.ones((1, 24), np.float32)}}
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; a clip is 'c'")
 
 
@@ -170,7 +161,7 @@ def test_labels_of_clips_that_are_not_there(place):
 
 
 def test_float64_is_refused_where_jax_would_compute_in_float32():
-    config = vidjax.load_config(KNN, "--config.dtype=float64")
+    config = vidjax.load_config("knn", "--config.dtype=float64")
     refused(lambda: plan.dry_run(config), "config.dtype=float64", "JAX_ENABLE_X64=1")
     with jax.enable_x64(True):
         plan.dry_run(config)
@@ -214,12 +205,11 @@ def test_a_run_that_stopped_before_its_first_checkpoint_may_change(tmp_path, dat
     refused(lambda: vidjax.train(other, tmp_path / "run", data), "--workdir=FOLDER")
 
 
-@pytest.mark.parametrize(("clips", "words"), [(60, "most people have one clip"), (120, "folds=5")])
-def test_folds_are_no_remedy_for_one_clip_of_a_person(clips, words, tmp_path):
-    counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
-    (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
-    config = config_lib.default().to_dict()
-    assert words in results_lib.unmeasured(config, tmp_path)
+def test_folds_are_no_remedy_for_one_clip_of_a_person(tmp_path):
+    for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
+        counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
+        (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
+        assert words in results_lib.unmeasured(config_lib.default().to_dict(), tmp_path)
 
 
 def test_a_missing_field_in_a_file_is_named(tmp_path):
